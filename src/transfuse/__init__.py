@@ -1,0 +1,24 @@
+"""Transfuse: models that write and draw with one transformer.
+
+import transfuse
+pipe = transfuse.load("runs/demo/export")
+pipe("a crab on a blue background").images[0].save("crab.png")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .inference import TransfusionPipeline
+
+__all__ = ["__version__", "load"]
+
+
+def load(path: str, **options: Any) -> TransfusionPipeline:
+    """Load an export folder (see `transfuse.export`) as a pipeline; options: dtype, device."""
+    from .inference import TransfusionPipeline
+
+    return TransfusionPipeline.from_pretrained(path, **options)

@@ -1,0 +1,89 @@
+"""Sources of documents: each is an endless list, and item i is a function of (seed, i) alone.
+
+scenes = ScenePairs(World(WorldConfig(size=32)), tokenizer, Pixels(), PairConfig(), seed=0)
+scenes[17]      # always the same document: a caption and a picture, in either order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..autoencoders import Pixels
+from ..keyed import keyed
+from ..sequence import Document, Image, Text, Tokenizer, unconditional
+from .world import World, caption
+
+
+class Source(Protocol):
+    """Documents by number; `sample` is the number the document carries (the mixture's, not the source's)."""
+
+    name: str
+
+    def document(self, index: int, sample: int) -> Document: ...
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """How a picture and its caption become a document (Transfusion section 4.1; the drop rate is our choice)."""
+
+    caption_first: float = 0.8
+    """share of pairs in which the caption comes first: the model draws; in the rest it captions"""
+    image_first_max_timestep: int | None = 500
+    """largest timestep of an image that comes before its caption (section 4.3.4)"""
+    caption_drop: float = 0.1
+    """share of the caption-first pairs whose caption is left out, for guidance; captioning pairs keep theirs"""
+
+    def __post_init__(self) -> None:
+        for name in ("caption_first", "caption_drop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.pairs.{name}: expected a share from 0 to 1, found {getattr(self, name)}")
+
+
+def pair_document(text: tuple[int, ...], latent: torch.Tensor, config: PairConfig, seed: int, sample: int) -> Document:
+    """One caption and one latent, ordered, capped and dropped by the draw of (seed, sample)."""
+    first, drop = torch.rand(2, generator=keyed(seed, "pair", sample)).tolist()
+    if first >= config.caption_first:
+        return Document([Image(latent, max_timestep=config.image_first_max_timestep), Text(text)], sample=sample)
+    document = Document([Text(text), Image(latent)], sample=sample)
+    return unconditional(document) if drop < config.caption_drop else document
+
+
+class ScenePairs:
+    """Pictures of a world and their captions."""
+
+    name = "pairs"
+
+    def __init__(self, world: World, tokenizer: Tokenizer, autoencoder: Pixels, config: PairConfig, seed: int) -> None:
+        self.world, self.tokenizer, self.autoencoder = world, tokenizer, autoencoder
+        self.config, self.seed = config, seed
+
+    def document(self, index: int, sample: int) -> Document:
+        scene = self.world.scene(index)
+        latent = self.autoencoder.encode(self.world.render(scene)[None])[0]
+        text = self.tokenizer.encode(caption(scene, index))
+        return pair_document(text, latent, self.config, self.seed, sample)
+
+
+class Texts:
+    """Text-only documents: all of them in a new order each epoch."""
+
+    name = "text"
+
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        if not texts:
+            raise ValueError("texts: expected at least one, found none")
+        self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def document(self, index: int, sample: int) -> Document:
+        epoch, place = divmod(index, len(self.texts))
+        if self._order[0] != epoch:
+            order = torch.randperm(len(self.texts), generator=keyed(self.seed, "texts", epoch))
+            self._order = (epoch, order.numpy())
+        text = self.texts[self._order[1][place]]
+        return Document([Text(self.tokenizer.encode(text))], sample=sample)

@@ -1,0 +1,230 @@
+"""The reverse process: from noise to an image in N steps, N evaluations of the network.
+
+    sampler = Sampler(process, SamplerConfig("dpmpp", steps=25))
+    state = sampler.prepare((channels, rows, columns), torch.Generator().manual_seed(0))
+    while not state.done:
+        prediction = sampler.denoise(state, network)     # or batch many states' x and t, run the network once,
+        state = sampler.step(state, prediction)          # and step each with its own row
+    image = sampler.finish(state)
+
+One state per image, and no state anywhere else: images with different samplers, step counts and guidance share a batch,
+and a step can be replayed. The step rules are free functions of x_t, the predicted x0 and alpha_bar; t is the noisier
+level, s the level stepped to (s < t). Each returns x0 itself, exactly, when s = 0.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from transfuse.diffusion.process import Process
+
+SamplerName = Literal["ddpm", "ddim", "dpmpp"]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Which sampler, and for how long.
+
+    name: "ddpm" (ancestral, arXiv 2006.11239; most likely the paper's), "ddim" (arXiv 2010.02502) or "dpmpp"
+        (DPM-Solver++ 2M, arXiv 2211.01095: good images in the fewest steps).
+    steps: evaluations of the network, 1..T (paper: 250).
+    eta: noise of "ddim", 0 (none) to 1 (as much as "ddpm").
+    first: the level to start from, steps..T. None: `Process.first_timestep`, or `steps` where that is more.
+
+    Raises ValueError for a field out of its range, or an eta that the sampler would ignore.
+    """
+
+    name: SamplerName = "ddpm"
+    steps: int = 250
+    eta: float = 0.0
+    first: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(SamplerName):
+            raise ValueError(f"name: expected one of {get_args(SamplerName)}, found {self.name!r}")
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, found {self.steps}")
+        if not 0 <= self.eta <= (1 if self.name == "ddim" else 0):
+            raise ValueError(f"eta: expected 0..1 for ddim and 0 otherwise, found {self.eta} for {self.name}")
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """One image on its way; never changed in place.
+
+    x: x_t, `[channel, row, column]`. timesteps: the levels at which the network is evaluated, descending. rng: state of
+    the CPU generator of this image's step noise. index: evaluations made so far. x0: the latest estimate of the clean
+    image (None at first): what the 2M rule remembers, and a picture to show meanwhile.
+    """
+
+    x: Tensor
+    timesteps: tuple[int, ...]
+    rng: Tensor
+    index: int = 0
+    x0: Tensor | None = None
+
+    @property
+    def t(self) -> int:
+        """The noise level of x, 0..T: what the network is told. 0 once done, for the image is then clean."""
+        return 0 if self.done else self.timesteps[self.index]
+
+    @property
+    def total(self) -> int:
+        """How many evaluations the whole chain takes."""
+        return len(self.timesteps)
+
+    @property
+    def done(self) -> bool:
+        """Whether x is the finished image."""
+        return self.index == self.total
+
+
+def trailing_timesteps(first: int, steps: int) -> tuple[int, ...]:
+    """Return `steps` distinct levels, evenly spaced down from `first`, which is the first of them; the last is above 0.
+
+    The "trailing" spacing of arXiv 2305.08891, table 2, which shows that pure noise must be given to the network as the
+    noisiest level, not as a later one. Raises ValueError unless 1 <= steps <= first.
+    """
+    if not 1 <= steps <= first:
+        raise ValueError(f"steps: expected 1..{first} (the levels to step down), found {steps}")
+    return tuple(round(first * (steps - i) / steps) for i in range(steps))
+
+
+def ddpm_step(x_t: Tensor, x0: Tensor, alpha_bar_t: float, alpha_bar_s: float, noise: Tensor | None) -> Tensor:
+    """Draw x_s from q(x_s | x_t, x0), whose variance is the "fixed small" one (arXiv 2006.11239, eqs. 6-7).
+
+    Between respaced levels alpha is the ratio of the two alpha_bar (arXiv 2102.09672, section 4). noise: unit normal,
+    shaped as x_t; None for the mean.
+    """
+    alpha = alpha_bar_t / alpha_bar_s
+    mean_x0 = math.sqrt(alpha_bar_s) * (1 - alpha) / (1 - alpha_bar_t)
+    mean_x_t = math.sqrt(alpha) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+    x_s = mean_x0 * x0 + mean_x_t * x_t
+    if noise is None:
+        return x_s
+    return x_s + math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha)) * noise
+
+
+def ddim_step(
+    x_t: Tensor, x0: Tensor, alpha_bar_t: float, alpha_bar_s: float, eta: float, noise: Tensor | None
+) -> Tensor:
+    """Return x_s with the share eta of its noise drawn anew (arXiv 2010.02502, eqs. 12 and 16); eta = 1 is DDPM.
+
+    The noise kept is the one that x_t and x0 imply, so that a clipped x0 and x_t still agree. noise: as in `ddpm_step`.
+    """
+    epsilon = (x_t - math.sqrt(alpha_bar_t) * x0) / math.sqrt(1 - alpha_bar_t)
+    fresh = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+    # At eta = 1 and neighbouring levels rounding may put the difference a hair below zero.
+    x_s = math.sqrt(alpha_bar_s) * x0 + math.sqrt(max(1 - alpha_bar_s - fresh, 0.0)) * epsilon
+    return x_s if noise is None else x_s + math.sqrt(fresh) * noise
+
+
+def dpmpp_step(
+    x_t: Tensor, x0: Tensor, alpha_bar_t: float, alpha_bar_s: float, before: tuple[Tensor, float] | None = None
+) -> Tensor:
+    """Return x_s by DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2, the midpoint form).
+
+    before: x0 and alpha_bar of the evaluation before this one; without it the step is of first order, which is DDIM's
+    with eta = 0. So is the last: at s = 0 log SNR is infinite, and x0 itself is the formula's limit.
+    """
+    if alpha_bar_s == 1:
+        return x0
+    h = _half_log_snr(alpha_bar_s) - _half_log_snr(alpha_bar_t)
+    if before is not None:
+        x0_before, alpha_bar_before = before
+        h_before = _half_log_snr(alpha_bar_t) - _half_log_snr(alpha_bar_before)
+        x0 = x0 + (x0 - x0_before) * (h / (2 * h_before))
+    return math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * x_t - math.sqrt(alpha_bar_s) * math.expm1(-h) * x0
+
+
+def _half_log_snr(alpha_bar: float) -> float:
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
+def _unit_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    # Always float32 on the CPU: another precision or device would be other noise from the same seed.
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+class Sampler:
+    """A step rule over the levels of one process; immutable, to be shared by any number of images.
+
+    Raises ValueError if the process has too few levels for the configuration's steps, or none called `first`.
+    """
+
+    def __init__(self, process: Process, config: SamplerConfig) -> None:
+        self.process = process
+        self.config = config
+        levels, first = process.config.timesteps, config.first
+        if first is None:  # levels being distinct, a chain of very many steps has to start higher
+            first = min(max(process.first_timestep, config.steps), levels)
+        if not 1 <= first <= levels:
+            raise ValueError(f"first: expected 1..{levels} (the training timesteps), found {first}")
+        self.timesteps = trailing_timesteps(first, config.steps)
+
+    def prepare(
+        self,
+        shape: tuple[int, int, int],
+        generator: torch.Generator,
+        start: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> SamplerState:
+        """Return the state of an image `[channel, row, column]` still to be drawn, float32 on `device`.
+
+        Noise comes from `generator`, on the CPU, so that a seed gives one image on every device and in every batch;
+        one generator may prepare many images, whatever their samplers. start: x at the first level, in place of drawn
+        noise; it stays where it is, in float32 at least. Raises ValueError for a generator elsewhere, or a start of
+        another shape.
+        """
+        if generator.device.type != "cpu":
+            raise ValueError(f"generator: expected one on cpu, found {generator.device}")
+        if start is None:
+            start = _unit_normal(shape, generator).to(device)
+        elif start.shape != shape:
+            raise ValueError(f"start: expected shape {list(shape)}, found {list(start.shape)}")
+        x = start.to(torch.promote_types(start.dtype, torch.float32))
+        # Step noise has a stream of its own, or one image's would be the next image's x.
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        return SamplerState(x, self.timesteps, torch.Generator().manual_seed(seed).get_state())
+
+    def denoise(self, state: SamplerState, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return `predict(x_t, t)`, t a scalar int64 on x_t's device: the one evaluation that a step needs."""
+        return predict(state.x, torch.tensor(state.t, device=state.x.device))
+
+    def step(self, state: SamplerState, prediction: Tensor) -> SamplerState:
+        """Return the state at the next level, given the network's prediction for this one; `state` stays as it was.
+
+        prediction: shaped as x, any floating dtype. Raises ValueError for another shape or a state that is done.
+        """
+        if state.done:
+            raise ValueError(f"state: expected a step left to take, found all {state.total} taken")
+        x0 = self.process.predicted_x0(prediction, state.x, state.t)
+        if (limit := self.process.config.clip_x0) is not None:
+            x0 = x0.clamp(-limit, limit)
+        after = replace(state, index=state.index + 1, x0=x0)
+        levels = self.process.alpha_bar
+        alpha_bar_t, alpha_bar_s = levels[state.t].item(), levels[after.t].item()
+        if self.config.name == "dpmpp":
+            before = None
+            if state.x0 is not None:
+                before = state.x0, levels[state.timesteps[state.index - 1]].item()
+            return replace(after, x=dpmpp_step(state.x, x0, alpha_bar_t, alpha_bar_s, before))
+        noise = None
+        if not after.done and (self.config.name == "ddpm" or self.config.eta > 0):
+            generator = torch.Generator()
+            generator.set_state(state.rng)
+            noise = _unit_normal(state.x.shape, generator).to(state.x)
+            after = replace(after, rng=generator.get_state())
+        if self.config.name == "ddpm":
+            return replace(after, x=ddpm_step(state.x, x0, alpha_bar_t, alpha_bar_s, noise))
+        return replace(after, x=ddim_step(state.x, x0, alpha_bar_t, alpha_bar_s, self.config.eta, noise))
+
+    def finish(self, state: SamplerState) -> Tensor:
+        """Return the finished image, `[channel, row, column]`. Raises ValueError while steps are left."""
+        if not state.done:
+            raise ValueError(f"state: expected all {state.total} steps taken, found {state.index}")
+        return state.x

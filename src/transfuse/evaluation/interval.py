@@ -1,0 +1,58 @@
+"""How sure a measured number is: bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean over `count` items with its 95 % interval, `low` to `high`."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def bootstrap(
+    totals: Sequence[float] | np.ndarray,
+    counts: Sequence[float] | np.ndarray | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Measured:
+    """`sum(totals) / sum(counts)` over items (counts: all 1 unless given), and the percentile interval over resamples.
+
+    Raises ValueError for no items, or lengths that differ.
+    """
+    sums = np.asarray(totals, dtype=np.float64)
+    weights = np.ones_like(sums) if counts is None else np.asarray(counts, dtype=np.float64)
+    if sums.ndim != 1 or not len(sums) or weights.shape != sums.shape:
+        raise ValueError(f"bootstrap: expected items and as many counts, found {sums.shape} and {weights.shape}")
+    chosen = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+    means = sums[chosen].sum(1) / weights[chosen].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Measured(float(sums.sum() / weights.sum()), float(low), float(high), len(sums))
+
+
+def share(hits: Sequence[bool] | np.ndarray) -> Measured:
+    """The share of hits in [0, 1] with its interval.
+
+    Where all items agree a bootstrap would claim certainty; the "rule of three" says how far the truth may still be.
+    """
+    found = bootstrap(np.asarray(hits, dtype=np.float64))
+    margin = min(1.0, 3 / found.count)
+    if found.value == 0:
+        return Measured(0.0, 0.0, margin, found.count)
+    if found.value == 1:
+        return Measured(1.0, 1 - margin, 1.0, found.count)
+    return found
+
+
+def agreement_by_chance(wanted: Sequence[str]) -> float:
+    """How often an answer to another, random item would be right: what good answers to no question score."""
+    shares = np.unique(np.asarray(wanted), return_counts=True)[1] / len(wanted)
+    return float((shares**2).sum())

@@ -1,0 +1,170 @@
+"""Does it draw what was asked, and say what it sees? Measured on combinations that training never showed.
+
+`draw_accuracy`: the background's colour is read off the border, the thing is named by a recogniser. The same two
+measures on the real pictures are the ceiling; a painter of good scenes who ignores the prompt sets the chance floor.
+`caption_accuracy`: the caption must name the right noun and no other, and the right colour and no other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import PIL.Image
+
+from ..console import progress
+from ..data.world import Scene, World, WorldConfig, background_of, caption, colours_in, nouns_in
+from ..errors import UserError
+from ..inference import TransfusionPipeline
+from .interval import Measured, agreement_by_chance, share
+
+Name = Callable[[np.ndarray], list[str]]
+"""uint8 images `[image, row, column, 3]` -> a noun for each; a `Recogniser`"""
+
+
+@dataclass(eq=False)
+class DrawingResult:
+    """Drawings of held-out prompts, and how right they are. Lists and arrays are by prompt, in order.
+
+    images, real_images   uint8 `[image, row, column, 3]`: drawn, and rendered by the world
+    nouns, backgrounds    what was asked for
+    named, seen           the noun and the background that were found; noun_right, background_right: bool `[image]`
+    seconds               for drawing alone
+    """
+
+    prompts: list[str]
+    nouns: list[str]
+    backgrounds: list[str]
+    images: np.ndarray
+    real_images: np.ndarray
+    named: list[str]
+    seen: list[str]
+    noun_right: np.ndarray
+    background_right: np.ndarray
+    noun: Measured
+    background: Measured
+    both: Measured
+    real_noun: Measured
+    real_background: Measured
+    chance_noun: float
+    chance_background: float
+    seconds: float
+
+
+@dataclass(eq=False)
+class CaptionResult:
+    """Captions of held-out pictures `[image, row, column, 3]`, and how right they are; `truths` are the world's own."""
+
+    images: np.ndarray
+    captions: list[str]
+    truths: list[str]
+    noun_right: np.ndarray
+    background_right: np.ndarray
+    noun: Measured
+    background: Measured
+    both: Measured
+    chance_noun: float
+    chance_background: float
+    seconds: float
+
+
+def held_out_scenes(config: WorldConfig, count: int, seed: int = 0) -> tuple[list[Scene], list[str], np.ndarray]:
+    """`count` scenes of the world's held-out split, their captions, and pictures uint8 `[image, row, column, 3]`.
+
+    Raises UserError for a world with more than one thing in a scene: these measures know only one.
+    """
+    if config.max_objects > 1 or config.max_count > 1:
+        raise UserError("evaluation: world: expected scenes of one thing (max_objects 1, max_count 1), found more")
+    if count < 1:
+        raise UserError(f"evaluation: count: expected at least 1, found {count}")
+    world = World(replace(config, split="heldout"))
+    first = seed * 1_000_000
+    scenes = [world.scene(first + index) for index in range(count)]
+    texts = [caption(scene, first + index) for index, scene in enumerate(scenes)]
+    return scenes, texts, np.stack([world.render(scene) for scene in scenes])
+
+
+def draw_accuracy(
+    pipe: TransfusionPipeline,
+    world_config: WorldConfig,
+    count: int,
+    recogniser: Name,
+    seed: int = 0,
+    batch: int = 24,
+    steps: int | None = None,
+) -> DrawingResult:
+    """Draw `count` held-out prompts and judge them; `steps`: denoising steps, the model's own default if not given."""
+    scenes, prompts, real = held_out_scenes(world_config, count, seed)
+    nouns, backgrounds = _asked(scenes)
+    drawn: list[np.ndarray] = []
+    began = time.monotonic()
+    with progress("draw", count) as bar:
+        for start in range(0, count, batch):
+            some = prompts[start : start + batch]
+            drawn += pipe(some, num_inference_steps=steps, generator=seed + start, output_type="np").images
+            bar.advance(len(some))
+    seconds = time.monotonic() - began
+    images = np.stack(drawn)
+    named, seen = recogniser(images), [background_of(image) for image in images]
+    noun_right, background_right = _same(named, nouns), _same(seen, backgrounds)
+    return DrawingResult(
+        prompts,
+        nouns,
+        backgrounds,
+        images,
+        real,
+        named,
+        seen,
+        noun_right,
+        background_right,
+        noun=share(noun_right),
+        background=share(background_right),
+        both=share(noun_right & background_right),
+        real_noun=share(_same(recogniser(real), nouns)),
+        real_background=share(_same([background_of(picture) for picture in real], backgrounds)),
+        chance_noun=agreement_by_chance(nouns),
+        chance_background=agreement_by_chance(backgrounds),
+        seconds=seconds,
+    )
+
+
+def caption_accuracy(
+    pipe: TransfusionPipeline, world_config: WorldConfig, count: int, seed: int = 0, batch: int = 24
+) -> CaptionResult:
+    """Caption `count` held-out pictures, greedily, and judge the words."""
+    scenes, truths, pictures = held_out_scenes(world_config, count, seed)
+    nouns, backgrounds = _asked(scenes)
+    captions: list[str] = []
+    began = time.monotonic()
+    with progress("caption", count) as bar:
+        for start in range(0, count, batch):
+            some = [PIL.Image.fromarray(picture) for picture in pictures[start : start + batch]]
+            captions += pipe.caption(some)
+            bar.advance(len(some))
+    seconds = time.monotonic() - began
+    known = world_config.noun_names
+    noun_right = np.array([nouns_in(text, known) == {noun} for text, noun in zip(captions, nouns, strict=True)])
+    background_right = np.array([colours_in(t) == {colour} for t, colour in zip(captions, backgrounds, strict=True)])
+    return CaptionResult(
+        pictures,
+        captions,
+        truths,
+        noun_right,
+        background_right,
+        noun=share(noun_right),
+        background=share(background_right),
+        both=share(noun_right & background_right),
+        chance_noun=agreement_by_chance(nouns),
+        chance_background=agreement_by_chance(backgrounds),
+        seconds=seconds,
+    )
+
+
+def _asked(scenes: list[Scene]) -> tuple[list[str], list[str]]:
+    return [scene.things[0].noun for scene in scenes], [scene.background for scene in scenes]
+
+
+def _same(found: list[str], wanted: list[str]) -> np.ndarray:
+    return np.array([one == other for one, other in zip(found, wanted, strict=True)])

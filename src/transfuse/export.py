@@ -1,0 +1,152 @@
+"""Exports: the folder that users load and share.
+
+    config.json               model_type, architectures, network, diffusion process, image size
+    model.safetensors         the averaged weights
+    tokenizer.json            autoencoder/config.json        generation_config.json        README.md (model card)
+
+safetensors only: nothing a user downloads is unpickled. The tokenizer and the autoencoder a model was trained with
+travel with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .autoencoders import Pixels
+from .configuration import from_dict, read_json, to_dict
+from .diffusion import DiffusionConfig, Process, SamplerConfig
+from .errors import UserError
+from .model import ModelConfig, Transfusion
+from .sequence import Tokenizer
+from .version import __version__
+
+MODEL_TYPE = "transfusion"
+ARCHITECTURE = "TransfusionForConditionalGeneration"
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What a model does unless told otherwise."""
+
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=25))
+    guidance_scale: float = 3.0
+    temperature: float = 0.0
+    """of the text; 0 is greedy, as in the paper's evaluation"""
+    top_p: float = 1.0
+    max_tokens: int = 64
+
+
+@dataclass
+class Exported:
+    """A model with all it needs to write and draw."""
+
+    model: Transfusion
+    process: Process
+    autoencoder: Pixels
+    tokenizer: Tokenizer
+    image_size: int
+    """pixels along a side of the images it was trained on"""
+    generation: GenerationConfig
+
+
+def save_export(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    tokenizer: Tokenizer,
+    image_size: int,
+    generation: GenerationConfig,
+    card: str,
+) -> Path:
+    """Write an export folder; it appears whole or not at all. Raises UserError where it can not be written."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "autoencoder").mkdir(parents=True)
+        config = {
+            "model_type": MODEL_TYPE,
+            "architectures": [ARCHITECTURE],
+            "transfuse_version": __version__,
+            "model": to_dict(model),
+            "diffusion": to_dict(diffusion),
+            "image_size": image_size,
+        }
+        _write_json(partial / "config.json", config)
+        _write_json(partial / "generation_config.json", to_dict(generation))
+        _write_json(partial / "autoencoder" / "config.json", {"kind": "pixels"})
+        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / "model.safetensors")
+        tokenizer.save(partial / "tokenizer.json")
+        (partial / "README.md").write_text(card)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder}: export not written ({error})") from None
+    return folder
+
+
+def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Exported:
+    """Load an export folder. Raises UserError, one line, for what is missing or does not fit."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    where = str(folder / "config.json")
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f'{where}: expected model_type "{MODEL_TYPE}", found {found!r}')
+    autoencoder = read_json(folder / "autoencoder" / "config.json")
+    if autoencoder.get("kind") != "pixels":
+        raise UserError(f'{folder / "autoencoder"}: expected kind "pixels", found {autoencoder.get("kind")!r}')
+    model_config = from_dict(ModelConfig, config.get("model"), where)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocabulary > model_config.vocabulary:
+        raise UserError(
+            f"{folder / 'tokenizer.json'}: expected at most the model's {model_config.vocabulary} ids, "
+            f"found {tokenizer.vocabulary}"
+        )
+    model = Transfusion.on_meta(model_config, compute=dtype)
+    _load_weights(model, folder / "model.safetensors")
+    return Exported(
+        model.to(device=device, dtype=dtype).eval().requires_grad_(False),
+        Process(from_dict(DiffusionConfig, config.get("diffusion"), where)),
+        Pixels(),
+        tokenizer,
+        int(config["image_size"]),
+        from_dict(
+            GenerationConfig, read_json(folder / "generation_config.json"), str(folder / "generation_config.json")
+        ),
+    )
+
+
+def _load_weights(model: Transfusion, path: Path) -> None:
+    """Put a safetensors file's weights into a meta model: every name must match, and every shape."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if not path.is_file():
+        raise UserError(f"{path}: expected the model's weights, found no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name in sorted(expected.keys() | found.keys()):
+                if expected.get(name) != found.get(name):
+                    raise UserError(
+                        f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+                    )
+            model.load_state_dict({name: file.get_tensor(name) for name in expected}, assign=True)
+    except SafetensorError as error:
+        raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,17 @@
+"""Inference: a cache, an engine that writes and draws, a pipeline for people."""
+
+from .engine import Done, Engine, Event, ImageEnd, ImageProgress, ImageStart, Request, TextDelta
+from .pipeline import Reply, TransfusionPipeline
+
+__all__ = [
+    "Done",
+    "Engine",
+    "Event",
+    "ImageEnd",
+    "ImageProgress",
+    "ImageStart",
+    "Reply",
+    "Request",
+    "TextDelta",
+    "TransfusionPipeline",
+]

@@ -1,0 +1,124 @@
+"""The key-value cache: what has been read is never computed again.
+
+One row per sequence. A forward pass is a list of `Segment`s: new positions of some rows, written into the cache where
+they belong and attending to everything their row has seen. Writing an image's patches again overwrites them in place,
+so a denoising step costs the patches alone, and never makes the cache longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model import Attend, ModelConfig
+
+
+class KeyValueCache:
+    """Keys and values of `rows` sequences of at most `capacity` positions: two `[depth, row, head, position, D]`."""
+
+    def __init__(
+        self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        shape = (config.depth, rows, config.key_heads, capacity, config.head_channels)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """`count` new positions of a row, from `start` on. ends: the end (exclusive) of the keys each position sees,
+    `[count]` int64; None: all see to the segment's end, as the patches of one image do (and a single token)."""
+
+    cache: KeyValueCache
+    row: int
+    start: int
+    count: int
+    ends: Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One attention call: neighbouring rows of one cache, `count` queries each, keys up to `end`.
+
+    starts: where each row's new positions lie; one number if it is the same for all.
+    """
+
+    cache: KeyValueCache
+    rows: slice
+    starts: int | Tensor
+    queries: slice
+    count: int
+    end: int
+    mask: Tensor | None
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put new keys and values `[row * count, head, D]` into the cache."""
+        for store, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
+            if isinstance(self.starts, int):
+                piece = new.unflatten(0, (-1, self.count)).transpose(1, 2)
+                store[self.rows, :, self.starts : self.starts + self.count] = piece
+            else:
+                store[torch.arange(self.rows.start, self.rows.stop), :, self.starts] = new.to(store.dtype)
+
+
+def cached(segments: Sequence[Segment]) -> Attend:
+    """An attention backend for one forward pass over the flat run of these segments, in order."""
+    calls = _plan(segments)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for call in calls:
+            call.write(layer, k[call.queries], v[call.queries])
+        outputs = []
+        for call in calls:
+            query = q[call.queries].unflatten(0, (-1, call.count)).transpose(1, 2)
+            keys = call.cache.keys[layer, call.rows, :, : call.end]
+            values = call.cache.values[layer, call.rows, :, : call.end]
+            gqa = query.shape[1] != keys.shape[1]
+            out = F.scaled_dot_product_attention(
+                query.to(keys.dtype), keys, values, attn_mask=call.mask, enable_gqa=gqa
+            )
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1).to(q.dtype)
+
+    return attend
+
+
+def _plan(segments: Sequence[Segment]) -> list[_Call]:
+    """Join neighbouring rows into one call where they ask for the same: one token each, or equal counts and ends."""
+    calls: list[_Call] = []
+    place = 0
+
+    def kind(numbered: tuple[int, Segment]) -> tuple[int, int, int, int, bool]:
+        number, segment = numbered
+        end = segment.end if segment.count > 1 else -1
+        return id(segment.cache), segment.row - number, segment.count, end, segment.ends is None
+
+    for _, members in groupby(enumerate(segments), kind):
+        run = [segment for _, segment in members]
+        first, device = run[0], run[0].cache.keys.device
+        count, longest = first.count, max(segment.end for segment in run)
+        even = len({segment.end for segment in run}) == 1
+        starts = first.start if even else torch.tensor([segment.start for segment in run], device=device)
+        ends = None
+        if first.ends is not None:
+            ends = torch.stack([segment.ends for segment in run if segment.ends is not None])
+        elif not even:
+            ends = torch.tensor([[segment.end] for segment in run], device=device)
+        mask = None if ends is None else (torch.arange(longest, device=device) < ends[..., None])[:, None]
+        queries = slice(place, place + count * len(run))
+        calls.append(_Call(first.cache, slice(first.row, first.row + len(run)), starts, queries, count, longest, mask))
+        place = queries.stop
+    return calls

@@ -1,0 +1,7 @@
+"""The networks. Wiring in `transfusion`, parts in `layers`, `attention`, `transformer` and `patches`."""
+
+from .attention import Attend, Grouped, dense, flexible, for_batch
+from .config import SIZES, ModelConfig
+from .transfusion import Output, Transfusion
+
+__all__ = ["SIZES", "Attend", "Grouped", "ModelConfig", "Output", "Transfusion", "dense", "flexible", "for_batch"]

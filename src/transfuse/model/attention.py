@@ -1,0 +1,156 @@
+"""Attention backends. Each is built once from a batch (or a cache) and used by every block:
+
+    attend(layer, q, k, v) -> output        q [N, H, D]; k, v [N, K, D]; output [N, H * D]
+
+`dense` is the reference: one table of N x N, for tests. `Grouped` is what a CPU trains with: documents of like length
+are computed together, so nothing is spent on pairs of positions that can not see each other. `flexible` is for CUDA:
+FlexAttention over the flat run. All three read the same two integers per position (`sequence.mask`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..sequence import Batch
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+LONGEST_EXPLICIT = 1024
+"""Up to this document length bfloat16 on CPU multiplies the scores out; longer ones would take too much memory."""
+
+
+def for_batch(batch: Batch, dtype: torch.dtype) -> Attend:
+    """The training backend for a batch: FlexAttention on CUDA, documents grouped by length elsewhere."""
+    if batch.tokens.is_cuda:
+        return flexible(batch)
+    return Grouped(batch, dtype)
+
+
+def dense(batch: Batch) -> Attend:
+    """Every pair of positions, masked: N x N memory. The oracle the other backends are tested against."""
+    key = torch.arange(batch.positions, device=batch.tokens.device)
+    mask = (batch.start[:, None] <= key) & (key < batch.end[:, None])
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1).flatten(1)
+
+    return attend
+
+
+class _Select(torch.autograd.Function):
+    """`x[index]`, where `inverse` leads back: the gradient is a selection too, which is much faster than adding up.
+
+    `blank` lists rows of the output that stand for nothing, `blank_back` rows of the input that do: both stay zero.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, blank: Tensor | None, back: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.back = back
+        out = x.index_select(0, index)
+        return out if blank is None else out.index_fill_(0, blank, 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        out = gradient.index_select(0, inverse)
+        return (out if ctx.back is None else out.index_fill_(0, ctx.back, 0)), None, None, None, None
+
+
+class Grouped:
+    """Documents of like length side by side: groups of `[document, length]` slots.
+
+    Lengths are padded to a multiple of 8 and the number of documents to a multiple of 4, so that batches differ in few
+    shapes: a matrix kernel is prepared, and kept in memory, for every shape it meets. Equal lengths need no padding.
+
+    In float32 a group goes through SDPA; in bfloat16 on CPU the scores are multiplied out, because SDPA's backward is
+    several times slower there (docs/benchmarks.md).
+    """
+
+    def __init__(self, batch: Batch, dtype: torch.dtype) -> None:
+        device = batch.tokens.device
+        lengths = torch.tensor(batch.documents)
+        starts = lengths.cumsum(0) - lengths
+        uniform = len(set(batch.documents)) == 1
+        padded = lengths if uniform else (lengths + 7) // 8 * 8
+        self.groups: list[tuple[int, int, Tensor]] = []  # documents, length, additive mask [document, 1, query, key]
+        index: list[Tensor] = []
+        inverse = torch.empty(batch.positions, dtype=torch.int64)
+        slots = 0
+        for length in sorted(set(padded.tolist())):
+            members = torch.nonzero(padded == length).flatten()
+            real = torch.arange(len(members) if uniform else (len(members) + 3) // 4 * 4) < len(members)
+            members = torch.cat([members, members[:1].expand(len(real) - len(members))])
+            offset = torch.arange(length)
+            inside = (offset < lengths[members, None]) & real[:, None]
+            # A padding slot repeats its document's first position, which sees itself: no row is without a key.
+            position = torch.where(inside, starts[members, None] + offset, starts[members, None])
+            index.append(position.flatten())
+            inverse[position[inside]] = slots + torch.nonzero(inside.flatten()).flatten()
+            slots += position.numel()
+            seen = batch.end.cpu()[position] - starts[members, None]
+            hidden = offset >= torch.where(inside, seen, 1)[..., None]
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            self.groups.append((len(members), length, mask[:, None].to(device)))
+        self.index, self.inverse = torch.cat(index).to(device), inverse.to(device)
+        self.in_order = slots == batch.positions and bool((self.index == torch.arange(slots, device=device)).all())
+        filled = torch.zeros(slots, dtype=torch.bool)
+        filled[inverse] = True
+        self.padding = torch.nonzero(~filled).flatten().to(device) if slots > batch.positions else None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.in_order:
+            v = v.contiguous()  # a view would keep all of q, k and v in memory until the backward pass
+        else:
+            q, k, v = (_Select.apply(x, self.index, self.inverse, self.padding, None) for x in (q, k, v))
+        outputs, slot = [], 0
+        for documents, length, mask in self.groups:
+            part = slice(slot, slot + documents * length)
+            a, b, c = (x[part].view(documents, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+            outputs.append(_attend_group(a, b, c, mask).transpose(1, 2).reshape(documents * length, -1))
+            slot += documents * length
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if self.in_order:
+            return out
+        return _Select.apply(out, self.inverse, self.index, None, self.padding)
+
+
+def _attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`[document, head, position, channel]`, additive mask `[document, 1, query, key]`."""
+    documents, heads, length, channels = q.shape
+    if q.dtype == torch.bfloat16 and not q.is_cuda and length <= LONGEST_EXPLICIT:
+        if k.shape[1] != heads:
+            k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+        q, k, v = (x.reshape(documents * heads, length, channels) for x in (q * channels**-0.5, k, v))
+        scores = torch.bmm(q, k.transpose(1, 2)).view(documents, heads, length, length) + mask
+        return torch.bmm(scores.softmax(-1).view(-1, length, length), v).view(documents, heads, length, channels)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != heads)
+
+
+def flexible(batch: Batch) -> Attend:
+    """FlexAttention over the flat run; the block mask is built once a batch. CUDA only: its backward refuses CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    start, end = batch.start, batch.end
+
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (start[query] <= key) & (key < end[query])
+
+    mask = create_block_mask(seen, None, None, batch.positions, batch.positions, device=str(batch.tokens.device))
+    compiled = torch.compile(flex_attention, dynamic=True)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1).flatten(1)
+
+    return attend

@@ -1,0 +1,65 @@
+"""Counting parameters and arithmetic. A multiplication and an addition are two operations.
+
+Two figures, never mixed: the paper's theoretical `6 N D`, which its scaling laws use, and what a step really executes
+(attention over visible keys only, logits only where a token is predicted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..sequence import Batch
+from .config import ModelConfig
+from .transfusion import Transfusion
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """trunk: embeddings, blocks and head, as the paper counts its sizes; adapter: the patch layers, extra."""
+
+    trunk: int
+    adapter: int
+
+    @property
+    def total(self) -> int:
+        return self.trunk + self.adapter
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    model = Transfusion.on_meta(config)
+    adapter = sum(parameter.numel() for parameter in model.patches.parameters())
+    return Parameters(sum(parameter.numel() for parameter in model.parameters()) - adapter, adapter)
+
+
+@lru_cache(maxsize=64)
+def adapter_flops(config: ModelConfig, height: int, width: int) -> int:
+    """Forward operations of the patch layers, both ways, for one image of `height x width` latent elements."""
+    model = Transfusion.on_meta(config)
+    latents = [torch.empty(config.latent_channels, height, width, device="meta")]
+    with FlopCounterMode(display=False) as counter:
+        vectors, state = model.patches.encode(latents, torch.ones(1, device="meta"), torch.float32)
+        model.patches.decode(vectors, latents, state)
+    return counter.get_total_flops()
+
+
+def forward_flops(
+    config: ModelConfig, positions: int, pairs: int, predictions: int, images: Sequence[tuple[int, int]]
+) -> int:
+    """Operations of one forward pass: `pairs` is the number of (query, visible key) pairs, images are latent sizes."""
+    heads = config.heads + 2 * config.key_heads
+    block = config.width * (heads * config.head_channels + config.width + 3 * config.hidden_channels)
+    trunk = config.depth * (2 * block * positions + 4 * config.width * pairs)
+    head = 2 * config.width * config.vocabulary * predictions
+    return trunk + head + sum(adapter_flops(config, *size) for size in images)
+
+
+def train_flops(config: ModelConfig, batch: Batch) -> int:
+    """Operations of forward and backward for a batch (backward is twice the forward)."""
+    pairs = int((batch.end - batch.start).sum())
+    sizes = [(latent.shape[1], latent.shape[2]) for latent in batch.latents]
+    return 3 * forward_flops(config, batch.positions, pairs, len(batch.predict), sizes)

@@ -1,0 +1,103 @@
+"""The parts every network here is made of. Shapes: N positions, C channels, H heads, D channels per head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Linear(nn.Linear):
+    """A linear map that computes in the dtype of its input, whatever dtype its weights are kept in.
+
+    Master weights stay float32 while the residual stream is bfloat16: explicit, and cheaper on CPU than autocast.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in at least float32."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, because one large product is faster than two."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(channels, 2 * hidden)
+        self.down = Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(_GatedSiLU.apply(self.gate_up(x)))
+
+
+class _GatedSiLU(torch.autograd.Function):
+    """`silu(gate) * up` of `[gate, up]`; the backward pass computes silu again rather than keep it in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.cat([torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)], dim=-1)
+
+
+def rotary_table(positions: Tensor, head_channels: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[N, 1, D]` of the rotary embedding (Su et al. 2021; halves rotated, as in Llama).
+
+    The sines of the first half are negative already, so that rotating takes one product less.
+    """
+    frequency = theta ** -(
+        torch.arange(0, head_channels, 2, device=positions.device, dtype=torch.float32) / head_channels
+    )
+    angle = positions.to(torch.float32)[:, None] * frequency
+    cosine, sine = angle.cos(), angle.sin()
+    both = torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
+    return both[0][:, None].to(dtype), both[1][:, None].to(dtype)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply the rotary embedding to `[N, H, D]`."""
+    cosine, sine = table
+    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the timestep through a two-layer perceptron: `[I] -> [I, C]`.
+
+    The paper names no size; a perceptron as wide as the model is what its Table 7 percentages imply.
+    """
+
+    sinusoids = 256
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = Linear(self.sinusoids, channels, bias=True)
+        self.outer = Linear(channels, channels, bias=True)
+
+    def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        half = self.sinusoids // 2
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)
+        angle = timesteps[:, None].float() * frequency
+        return self.outer(F.silu(self.inner(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))))

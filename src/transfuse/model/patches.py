@@ -1,0 +1,219 @@
+"""Patch layers: image latents to vectors of the trunk, and back (Transfusion section 3.1, Tables 6 and 7).
+
+Both take a list of latents, whose sizes may differ, and give one flat run of patches `[P, C]`: image after image, row
+by row. `decode` takes the trunk's output for the same run and gives a list of predictions shaped as the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import ModelConfig
+from .layers import Linear, TimestepEmbedding
+
+MAX_GRID = 64
+"""rows or columns of patches that learned positions reach"""
+
+
+def by_shape(latents: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of the images that share a shape, so that each group is one stacked tensor."""
+    groups: dict[torch.Size, list[int]] = {}
+    for number, latent in enumerate(latents):
+        groups.setdefault(latent.shape, []).append(number)
+    return list(groups.values())
+
+
+def in_order(groups: list[list[int]], pieces: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Undo `by_shape`: one tensor per image, in the images' own order."""
+    found = {
+        number: piece
+        for group, those in zip(groups, pieces, strict=True)
+        for number, piece in zip(group, those, strict=True)
+    }
+    return [found[number] for number in range(len(found))]
+
+
+class LinearPatches(nn.Module):
+    """One linear map from a k x k window of latents to the width, one back; the timestep is added to every patch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.size = config.patch_size
+        elements = config.latent_channels * self.size**2
+        self.time = TimestepEmbedding(config.width)
+        self.enter = Linear(elements, config.width)
+        self.leave = Linear(config.width, elements)
+        self.positions = GridPositions(config.width) if config.patch_positions == "learned" else None
+
+    def encode(self, latents: Sequence[Tensor], timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+        """Latents `[channel, row, column]` each, timesteps `[I]` -> patches `[P, C]` and what `decode` needs."""
+        time = self.time(timesteps, dtype)
+        groups, pieces = by_shape(latents), []
+        for group in groups:
+            stacked = torch.stack([latents[number] for number in group]).to(dtype)
+            windows = rearrange(stacked, "i c (r p) (q s) -> i r q (c p s)", p=self.size, s=self.size)
+            x = self.enter(windows) + time[group][:, None, None]
+            if self.positions is not None:
+                x = x + self.positions(*x.shape[1:3]).to(dtype)
+            pieces.append(x.flatten(1, 2))
+        if len(pieces) == 1:
+            return pieces[0].flatten(0, 1), groups
+        return torch.cat(in_order(groups, pieces)), groups
+
+    def decode(self, x: Tensor, latents: Sequence[Tensor], groups: Any) -> list[Tensor]:
+        """Trunk output `[P, C]` -> one prediction `[channel, row, column]` per image, in float32."""
+        windows = self.leave(x).float()
+        runs = windows.split([latent.shape[1] * latent.shape[2] // self.size**2 for latent in latents])
+        pieces = []
+        for group in groups:
+            rows = latents[group[0]].shape[1] // self.size
+            stacked = (
+                windows.view(len(group), -1, windows.shape[-1])
+                if len(groups) == 1
+                else torch.stack([runs[n] for n in group])
+            )
+            pieces.append(
+                rearrange(stacked, "i (r q) (c p s) -> i c (r p) (q s)", r=rows, p=self.size, s=self.size).unbind(0)
+            )
+        return in_order(groups, pieces)
+
+
+class GridPositions(nn.Module):
+    """A learned vector per row and per column of patches: `(rows, columns) -> [row, column, C]`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.zeros(MAX_GRID, channels))
+        self.column = nn.Parameter(torch.zeros(MAX_GRID, channels))
+
+    def forward(self, rows: int, columns: int) -> Tensor:
+        if max(rows, columns) > MAX_GRID:
+            raise ValueError(f"image: expected at most {MAX_GRID} patches a side, found {rows}x{columns}")
+        return self.row[:rows, None] + self.column[None, :columns]
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Plain layer norm over the channels of `[image, channel, row, column]` (the paper's footnote 7: not adaptive)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(
+            x.movedim(1, -1), self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
+        return x.movedim(-1, 1)
+
+
+class Conv(nn.Conv2d):
+    """A convolution in the dtype of its input, `size` wide, output as large as the input divided by `stride`."""
+
+    def __init__(self, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, size, stride, padding=size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, self.weight.to(x.dtype), bias, self.stride, self.padding)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the timestep added between them, around a skip (Ho et al. 2020)."""
+
+    def __init__(self, inputs: int, outputs: int, time_channels: int) -> None:
+        super().__init__()
+        self.first_norm, self.first = ChannelNorm(inputs), Conv(inputs, outputs)
+        self.time = Linear(time_channels, outputs, bias=True)
+        self.second_norm, self.second = ChannelNorm(outputs), Conv(outputs, outputs)
+        self.skip = Conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.first(F.silu(self.first_norm(x))) + self.time(F.silu(time))[:, :, None, None]
+        return self.skip(x) + self.second(F.silu(self.second_norm(h)))
+
+
+class ImageAttention(nn.Module):
+    """Full attention among the positions of one feature map, inside the U-Net."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // 64)
+        self.norm = ChannelNorm(channels)
+        self.qkv, self.out = Linear(channels, 3 * channels), Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(rearrange(self.norm(x), "i c r q -> i (r q) c"))
+        q, k, v = rearrange(qkv, "i n (three h d) -> three i h n d", three=3, h=self.heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + rearrange(self.out(rearrange(out, "i h n d -> i n (h d)")), "i (r q) c -> i c r q", r=x.shape[2])
+
+
+class UNetPatches(nn.Module):
+    """U-Net down blocks before the trunk and up blocks after it, with long skips between them.
+
+    Each level has two residual blocks on the way down and three on the way up (each fed one skip); the lowest has
+    attention. Levels are `log2(patch_size) + 1`; the last one meets the trunk's width.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        levels = config.unet_channels
+        time = 4 * levels[0]
+        self.time = TimestepEmbedding(time)
+        self.first = Conv(config.latent_channels, levels[0])
+        skips, current = [levels[0]], levels[0]
+        self.down = nn.ModuleList()
+        for level, channels in enumerate(levels):
+            for _ in range(2):
+                self.down.append(ResBlock(current, channels, time))
+                current = channels
+                skips.append(current)
+            if level < len(levels) - 1:
+                self.down.append(Conv(current, current, stride=2))
+                skips.append(current)
+        self.down_attention, self.up_attention = ImageAttention(current), ImageAttention(current)
+        self.enter, self.leave = Conv(current, config.width, 1), Conv(config.width, current, 1)
+        self.up = nn.ModuleList()
+        for level, channels in reversed(list(enumerate(levels))):
+            for _ in range(3):
+                self.up.append(ResBlock(current + skips.pop(), channels, time))
+                current = channels
+            if level:
+                self.up.append(Conv(current, current))
+        self.last_norm, self.last = ChannelNorm(current), Conv(current, config.latent_channels)
+        self.levels = len(levels)
+
+    def encode(self, latents: Sequence[Tensor], timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+        """As `LinearPatches.encode`; the state for `decode` is the time embedding and the skips of each group."""
+        time = self.time(timesteps, dtype)
+        groups, pieces, kept = by_shape(latents), [], []
+        for group in groups:
+            x = self.first(torch.stack([latents[number] for number in group]).to(dtype))
+            skips = [x]
+            for module in self.down:
+                x = module(x, time[group]) if isinstance(module, ResBlock) else module(x)
+                skips.append(x)
+            x = self.enter(self.down_attention(x))
+            pieces.append(rearrange(x, "i c r q -> i (r q) c"))
+            kept.append((skips, time[group], x.shape[2]))
+        return torch.cat(in_order(groups, pieces)), (groups, kept)
+
+    def decode(self, x: Tensor, latents: Sequence[Tensor], state: Any) -> list[Tensor]:
+        """As `LinearPatches.decode`."""
+        groups, kept = state
+        factor = 2 ** (self.levels - 1)
+        runs = x.split([latent.shape[1] * latent.shape[2] // factor**2 for latent in latents])
+        pieces = []
+        for group, (skips, time, rows) in zip(groups, kept, strict=True):
+            h = rearrange(torch.stack([runs[number] for number in group]), "i (r q) c -> i c r q", r=rows)
+            h = self.up_attention(self.leave(h))
+            remaining = list(skips)
+            for module in self.up:
+                if isinstance(module, ResBlock):
+                    h = module(torch.cat([h, remaining.pop()], dim=1), time)
+                else:
+                    h = module(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+            pieces.append(self.last(F.silu(self.last_norm(h))).float().unbind(0))
+        return in_order(groups, pieces)

@@ -1,0 +1,116 @@
+"""Transfusion (arXiv 2408.11039): one transformer over tokens and patches, two heads.
+
+tokens --embedding--+                          +--head-----> logits        at positions whose next token is learned
+                    +--> [N, C] --trunk--> [N, C]
+noised latents --patches.encode--+             +--patches.decode--> what the diffusion process asks for
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Attend
+from .config import ModelConfig
+from .layers import Linear, RMSNorm
+from .patches import Conv, GridPositions, LinearPatches, UNetPatches
+from .transformer import Block, Transformer
+
+
+@dataclass
+class Output:
+    """logits `[M, vocabulary]` for the M positions asked for; one prediction per latent, shaped as it, float32."""
+
+    logits: Tensor
+    predictions: list[Tensor]
+
+
+class Transfusion(nn.Module):
+    """The network. It knows nothing of noise schedules, samplers, parallelism or files.
+
+    `compute` is the dtype of the residual stream; weights may be kept in another.
+    """
+
+    def __init__(self, config: ModelConfig, compute: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute = compute
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.patches: LinearPatches | UNetPatches = (
+            LinearPatches(config) if config.adapter == "linear" else UNetPatches(config)
+        )
+        self.trunk = Transformer(config)
+        self.head = Linear(config.width, config.vocabulary)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        predict: Tensor,
+        patches: Tensor | None = None,
+        latents: Sequence[Tensor] = (),
+        timesteps: Tensor | None = None,
+    ) -> Output:
+        """Run a flat sequence.
+
+        tokens [N], positions [N]   ids (ignored where a patch lies) and rotary positions
+        attend                      what sees what: a backend of `attention`, or an inference cache
+        predict [M]                 positions to give logits for
+        patches [P], latents, timesteps [I]   where the patches lie, the (noised) latents, and each image's timestep
+        """
+        x = self.embedding(tokens).to(self.compute)
+        state = None
+        if patches is not None and latents:
+            assert timesteps is not None
+            vectors, state = self.patches.encode(latents, timesteps, self.compute)
+            x = vectors if len(patches) == len(tokens) else x.index_copy(0, patches, vectors)
+        x = self.trunk(x, positions, attend)
+        predictions = []
+        if patches is not None and latents:
+            predictions = self.patches.decode(x[patches], latents, state)
+        return Output(self.head(x[predict]), predictions)
+
+    def initialise(self, seed: int) -> Transfusion:
+        """Draw all weights from `seed`, on any device, materialised or not before. Returns self.
+
+        Normal with deviation 0.02; projections into the residual stream are divided by sqrt(2 x depth); the last layer
+        of the patch decoder starts at zero, so that the first image loss is the variance of the target.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(weight: Tensor, deviation: float) -> None:
+            values = torch.empty(weight.shape, dtype=torch.float32).normal_(0, deviation, generator=generator)
+            weight.copy_(values.to(weight.dtype))
+
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Embedding):
+                    draw(module.weight, 0.02)
+                elif isinstance(module, Conv):
+                    draw(module.weight, 1 / math.sqrt(module.weight[0].numel()))
+                elif isinstance(module, GridPositions):
+                    draw(module.row, 0.02)
+                    draw(module.column, 0.02)
+                elif isinstance(module, RMSNorm | nn.LayerNorm):
+                    module.weight.fill_(1)
+                bias = getattr(module, "bias", None)
+                if isinstance(bias, Tensor):
+                    bias.zero_()
+            for block in self.trunk.blocks:
+                assert isinstance(block, Block)
+                for residual in (block.out, block.feed_forward.down):
+                    residual.weight.div_(math.sqrt(2 * self.config.depth))
+            last = self.patches.leave if isinstance(self.patches, LinearPatches) else self.patches.last
+            last.weight.zero_()
+        return self
+
+    @classmethod
+    def on_meta(cls, config: ModelConfig, compute: torch.dtype = torch.float32) -> Transfusion:
+        """The network without storage: for counting, sharding, or loading weights straight into place."""
+        with torch.device("meta"):
+            return cls(config, compute)

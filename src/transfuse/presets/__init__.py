@@ -1,0 +1,32 @@
+"""Named runs: one function each, the expected result in its docstring. `PRESETS` is what `transfuse train` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from ..configuration import nearest
+from ..errors import UserError
+from ..model import SIZES
+from .demo import demo
+from .paper import paper
+from .recipe import Recipe
+from .small import epsilon_32, tiny
+
+PRESETS: dict[str, Callable[[], Recipe]] = {
+    "demo": demo,
+    "tiny": tiny,
+    "epsilon-32": epsilon_32,
+    **{size: partial(paper, size) for size in SIZES},
+    **{f"{size}-unet": partial(paper, size, "unet") for size in SIZES},
+}
+
+
+def preset(name: str) -> Recipe:
+    """The recipe of a name. Raises UserError with the nearest name."""
+    if name not in PRESETS:
+        raise UserError(f'preset: unknown name "{name}"{nearest(name, PRESETS)}')
+    return PRESETS[name]()
+
+
+__all__ = ["PRESETS", "Recipe", "preset"]

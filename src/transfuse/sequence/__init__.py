@@ -1,0 +1,26 @@
+"""The sequence: documents, their layout, what sees what, packing. Everything else builds on these contracts."""
+
+from .document import Document, Image, Part, Text, unconditional
+from .layout import Grammar, Layout, Span, lay_out
+from .mask import ImageAttention, Visible, visible
+from .packing import Batch, collate, concatenate
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "Batch",
+    "Document",
+    "Grammar",
+    "Image",
+    "ImageAttention",
+    "Layout",
+    "Part",
+    "Span",
+    "Text",
+    "Tokenizer",
+    "Visible",
+    "collate",
+    "concatenate",
+    "lay_out",
+    "unconditional",
+    "visible",
+]

@@ -1,0 +1,72 @@
+"""Documents: what a training sample, a prompt or a conversation is before it becomes positions.
+
+    Document([Text(ids of "a red crab"), Image(latent)])         draw: the caption comes first
+    Document([Image(latent, max_timestep=500), Text(ids)])       caption: the image comes first, its noise is capped
+    Document([Text(ids)], closed=False)                          a prompt: no end-of-sequence, the model goes on
+
+A document says nothing about special tokens, masks or positions: `layout.lay_out` does, once, for everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of token ids. `predict` says whether they are learned (the next-token loss falls on them)."""
+
+    ids: tuple[int, ...]
+    predict: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A picture, as the latent an autoencoder gives.
+
+    latent        `[channel, row, column]`, float; rows and columns must be multiples of the patch size.
+    target        True: it is noised and the diffusion loss falls on it. False: context, seen clean at timestep 0.
+    max_timestep  the largest timestep drawn for it in training (Transfusion section 4.3.4); None: no cap.
+    """
+
+    latent: torch.Tensor
+    target: bool = True
+    max_timestep: int | None = None
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True)
+class Document:
+    """An ordered list of parts.
+
+    sample   the data set's own number for it; with the run's seed it fixes the noise its images receive.
+    closed   True: it ends with the end-of-sequence token. False: it is a prompt and stays open.
+    predict  False: no token of it is learned, not even the markers (the caption-dropped sample of guidance).
+    """
+
+    parts: Sequence[Part]
+    sample: int = 0
+    closed: bool = True
+    predict: bool = True
+    source: str = field(default="", compare=False)
+
+    @property
+    def images(self) -> list[Image]:
+        return [part for part in self.parts if isinstance(part, Image)]
+
+
+def unconditional(document: Document) -> Document:
+    """The same document with everything before its last image taken away, and none of its tokens learned.
+
+    Training's caption drop and sampling's null branch are both this function, so the two can not drift apart:
+    what guidance subtracts is exactly what the model was shown without a caption.
+    """
+    images = document.images
+    if not images:
+        raise ValueError("unconditional(document): expected a document with an image, found text only")
+    return replace(document, parts=[images[-1]], predict=False)

@@ -1,0 +1,130 @@
+"""Many documents, one sequence: the batch a model sees.
+
+A batch is *flat*: documents lie one after another in a single run of positions, and no document sees another. They are
+not padded, so every position costs what it is worth; each attention backend regroups the run as it likes. The run as a
+whole may be filled up with one idle document, because matrix kernels are prepared for each size they meet. Packed and
+unpacked give the same loss and gradients, because positions restart and the mask stops at each document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from .document import Document, Text
+from .layout import Grammar, Layout, Span, lay_out
+from .mask import ImageAttention, visible
+
+
+def concatenate(layouts: Sequence[Layout]) -> Layout:
+    """Lay several layouts end to end: documents, images and spans are renumbered, rotary positions restart."""
+    if not layouts:
+        raise ValueError("concatenate: expected at least one layout, found none")
+    spans: list[Span] = []
+    document, image = [], []
+    offset = documents = 0
+    for layout in layouts:
+        document.append(layout.document + documents)
+        image.append(np.where(layout.image >= 0, layout.image + len(spans), -1))
+        spans.extend(replace(span, start=span.start + offset) for span in layout.spans)
+        offset += len(layout)
+        documents += len(layout.samples)
+    return Layout(
+        token=np.concatenate([layout.token for layout in layouts]),
+        rotary=np.concatenate([layout.rotary for layout in layouts]),
+        document=np.concatenate(document),
+        image=np.concatenate(image),
+        predict=np.concatenate([layout.predict for layout in layouts]),
+        spans=tuple(spans),
+        samples=tuple(sample for layout in layouts for sample in layout.samples),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A flat run of documents as tensors, ready for the model. N positions, I images, P patches, M predictions.
+
+    tokens [N], rotary [N], start [N], end [N]   int64; `start` and `end` as in `mask.Visible`
+    documents            length of each document, in order; they sum to N
+    patches [P]          positions of the patches, image after image, row by row
+    predict [M], targets [M]   positions whose next token is learned, and that token
+    latents              one `[channel, row, column]` per image, clean; sizes may differ
+    denoise [I] bool     which images are targets of the diffusion loss
+    max_timestep [I]     the largest timestep drawn for each; 0 means no cap
+    keys                 (sample, number of the image in its document) per image: with the seed, they fix the noise
+    idle                 positions at the end that only fill the run up to a round number; part of N
+    """
+
+    tokens: torch.Tensor
+    rotary: torch.Tensor
+    start: torch.Tensor
+    end: torch.Tensor
+    documents: tuple[int, ...]
+    samples: tuple[int, ...]
+    patches: torch.Tensor
+    predict: torch.Tensor
+    targets: torch.Tensor
+    latents: tuple[torch.Tensor, ...]
+    denoise: torch.Tensor
+    max_timestep: torch.Tensor
+    keys: tuple[tuple[int, int], ...]
+    idle: int = 0
+
+    @property
+    def positions(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def image_targets(self) -> int:
+        return int(self.denoise.sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved, latents=tuple(latent.to(device, non_blocking=True) for latent in self.latents))
+
+
+def collate(
+    documents: Sequence[Document],
+    grammar: Grammar,
+    image_attention: ImageAttention = "bidirectional",
+    multiple: int = 1,
+) -> Batch:
+    """Lay out and pack documents; an idle document fills the run up to a multiple of `multiple` positions.
+
+    Raises ValueError for no documents or a latent that does not divide into patches.
+    """
+    layouts = [lay_out(document, grammar) for document in documents]
+    idle = -sum(len(layout) for layout in layouts) % multiple
+    if idle:
+        filler = Document([Text((grammar.eos,) * (idle - 1))], sample=-1, closed=False, predict=False)
+        layouts.append(lay_out(filler, grammar))
+    packed = concatenate(layouts)
+    see = visible(packed, image_attention)
+    predict = np.flatnonzero(packed.predict)
+    keys = [(layout.samples[0], number) for layout in layouts for number in range(len(layout.spans))]
+    images = [span.image for span in packed.spans]
+    return Batch(
+        tokens=torch.from_numpy(packed.token),
+        rotary=torch.from_numpy(packed.rotary),
+        start=torch.from_numpy(see.start),
+        end=torch.from_numpy(see.end),
+        documents=tuple(len(layout) for layout in layouts),
+        samples=packed.samples,
+        patches=torch.from_numpy(np.flatnonzero(packed.image >= 0)),
+        predict=torch.from_numpy(predict),
+        targets=torch.from_numpy(packed.token[predict + 1]),
+        latents=tuple(image.latent for image in images),
+        denoise=torch.tensor([image.target for image in images], dtype=torch.bool),
+        max_timestep=torch.tensor([image.max_timestep or 0 for image in images], dtype=torch.int64),
+        keys=tuple(keys),
+        idle=idle,
+    )

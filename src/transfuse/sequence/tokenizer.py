@@ -1,0 +1,82 @@
+"""Text to ids and back, with the four markers of the grammar. A thin face on `tokenizers`.
+
+tokenizer = Tokenizer.train(texts, vocabulary=4096)
+tokenizer.encode("a crab")            # ids, without markers: the grammar adds them
+tokenizer.save(folder / "tokenizer.json")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from ..errors import UserError
+from .layout import Grammar
+
+BOS, EOS, BOI, EOI = "<|bos|>", "<|eos|>", "<|boi|>", "<|eoi|>"
+SPECIAL = (BOS, EOS, BOI, EOI)
+
+
+class Tokenizer:
+    """A byte-level BPE (or any `tokenizers` model) in which the four markers are single ids."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        ids = [backend.token_to_id(name) for name in SPECIAL]
+        if None in ids:
+            raise UserError(f"tokenizer: expected the special tokens {', '.join(SPECIAL)}, found only some of them")
+        backend.encode_special_tokens = True  # a marker's name typed by a user is plain text, never the marker
+        self.backend = backend
+        self.bos, self.eos, self.boi, self.eoi = (number for number in ids if number is not None)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocabulary: int) -> Tokenizer:
+        """Train a byte-level BPE of `vocabulary` ids in all, markers included; the same texts give the same file."""
+        if vocabulary < 260:
+            raise UserError(
+                f"tokenizer vocabulary: expected at least 260 (256 bytes and 4 markers), found {vocabulary}"
+            )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tokenizer:
+        """Read a `tokenizer.json`. Raises UserError where the file is missing or is no tokenizer."""
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: expected a tokenizer.json, found no file")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except UserError:
+            raise
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{path}: expected a tokenizer.json, found something else ({error})") from None
+
+    def save(self, path: Path | str) -> None:
+        self.backend.save(str(path))
+
+    @property
+    def vocabulary(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def grammar(self, patch_size: int) -> Grammar:
+        return Grammar(self.bos, self.eos, self.boi, self.eoi, patch_size)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of plain text. A marker named in it is plain characters, so that a prompt can not inject one."""
+        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, markers left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)

@@ -1,0 +1,104 @@
+"""Curves and gauges as inline SVG: no scripts, colours from the page's style, so light and dark come for free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 340, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 40
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y) in order; colour: any CSS colour."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: str
+
+
+def chart(title: str, curves: Sequence[Curve], x_label: str, logarithmic: bool = False) -> str:
+    """An SVG of curves with axes, "" where none has two points to show. `logarithmic`: the y axis, positive values."""
+    curves = [curve for curve in curves if len(curve.points) > 1]
+    if not curves:
+        return ""
+    xs = [x for curve in curves for x, _ in curve.points]
+    ys = [y for curve in curves for _, y in curve.points if y > 0 or not logarithmic]
+    if not ys:
+        return ""
+    low, high = _bounds(ys, logarithmic)
+    scale = math.log10 if logarithmic else float
+    right_most = max(xs)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        up = (scale(max(y, low)) - scale(low)) / (scale(high) - scale(low))
+        return LEFT + (WIDTH - LEFT - RIGHT) * x / right_most, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    for y in _log_ticks(low, high) if logarithmic else _ticks(low, high):
+        _, at = place(0, y)
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    for x in _ticks(0, right_most):
+        at, _ = place(x, high)
+        anchor = "end" if at > WIDTH - RIGHT - 12 else "middle"
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 21}" text-anchor="{anchor}">{x:.6g}</text>')
+    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">')
+    parts.append(f"{escape(x_label)}</text>")
+    for curve in curves:
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in curve.points))
+        parts.append(f'<polyline class="curve" style="stroke:{curve.colour}" points="{points}"/>')
+    return "".join([*parts, "</svg>"])
+
+
+def shade(number: int, count: int) -> str:
+    """Colour of one of `count` ordered curves, from the page's calm colour to its warm one: what `ramp` explains."""
+    warm = round(100 * number / max(1, count - 1))
+    return f"color-mix(in oklch, var(--accent) {100 - warm}%, var(--warm))"
+
+
+def ramp(first: str, last: str) -> str:
+    """The legend of ordered curves: what the two ends of the colours mean."""
+    return f'<div class="ramp"><span>{escape(first)}</span><i></i><span>{escape(last)}</span></div>'
+
+
+def gauge(value: float, low: float, high: float, chance: float, ceiling: float) -> str:
+    """A bar from 0 to 1 with the value, its interval, and marks for chance and ceiling. Said in words beside it."""
+
+    def mark(at: float, name: str) -> str:
+        x = 2 + 196 * at
+        return f'<line class="{name}" x1="{x:.1f}" x2="{x:.1f}" y1="3" y2="19"/>'
+
+    return (
+        '<svg class="gauge" viewBox="0 0 200 22" preserveAspectRatio="none" aria-hidden="true">'
+        '<rect class="track" x="2" y="8" width="196" height="6" rx="3"/>'
+        f'<rect class="fill" x="2" y="8" width="{196 * value:.1f}" height="6" rx="3"/>'
+        f'<rect class="band" x="{2 + 196 * low:.1f}" y="5" width="{max(1.5, 196 * (high - low)):.1f}" height="12"/>'
+        f"{mark(chance, 'chance')}{mark(ceiling, 'ceiling')}</svg>"
+    )
+
+
+def _bounds(ys: Sequence[float], logarithmic: bool) -> tuple[float, float]:
+    """The range of the y axis. One early spike must not flatten all else: a linear axis starts at 0."""
+    low, high = min(ys), max(ys)
+    if logarithmic:
+        return low / 1.15, high * 1.15
+    return min(0.0, low), max(0.0, high) * 1.05 or 1.0
+
+
+def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers across a range."""
+    rough = (high - low) / about
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    multiples = (1,) if high / low > 300 else (1, 3) if high / low > 20 else (1, 2, 5)
+    return [m * 10.0**p for p in powers for m in multiples if low <= m * 10.0**p <= high]

@@ -1,0 +1,50 @@
+"""Grids of pictures: what a run draws while it trains, and contact sheets of reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from torch import nn
+
+from ..autoencoders import Pixels
+from ..data.world import World, caption
+from ..diffusion import Process
+from ..export import Exported
+from ..inference import TransfusionPipeline
+from ..model import Transfusion
+from ..presets.recipe import Recipe
+from ..sequence import Tokenizer
+
+GRID = (3, 6)
+"""rows and columns of a grid drawn while training"""
+
+
+def grid(images: Sequence[np.ndarray], columns: int, zoom: int = 1) -> PIL.Image.Image:
+    """Lay uint8 images `[row, column, 3]` of one size out in rows, enlarged by whole pixels."""
+    blank = np.full_like(images[0], 255)
+    padded = [*images, *[blank] * (-len(images) % columns)]
+    rows = [np.concatenate(padded[start : start + columns], axis=1) for start in range(0, len(padded), columns)]
+    picture = PIL.Image.fromarray(np.concatenate(rows))
+    return picture.resize((picture.width * zoom, picture.height * zoom), PIL.Image.Resampling.NEAREST)
+
+
+def sample_grid(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[nn.Module, Path], None]:
+    """A function that draws held-out prompts with the model in training and writes them as one PNG."""
+    world = World(replace(recipe.data.world, split="heldout"))
+    count = GRID[0] * GRID[1]
+    prompts = [caption(world.scene(index), index) for index in range(count)]
+
+    def sample(model: nn.Module, path: Path) -> None:
+        assert isinstance(model, Transfusion)
+        size = recipe.data.world.size
+        exported = Exported(model, Process(recipe.diffusion), Pixels(), tokenizer, size, recipe.generation)
+        images = TransfusionPipeline(exported)(prompts, generator=0, output_type="np").images
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(images, GRID[1], zoom=max(1, 96 // size)).save(path)
+        path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
+
+    return sample

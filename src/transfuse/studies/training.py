@@ -1,0 +1,39 @@
+"""A run from its recipe to its export: what `transfuse train` and the demo both do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..console import say
+from ..presets.recipe import Recipe, build_trainer, export_run, open_run
+from ..training import Trainer
+from .samples import sample_grid
+
+
+@dataclass(eq=False)
+class Trained:
+    """recipe: with "auto" settled. outcome: "stopped" means saved, to go on later; then there is no export yet."""
+
+    recipe: Recipe
+    trainer: Trainer
+    outcome: Literal["finished", "stopped"]
+    export: Path | None
+
+
+def train_run(recipe: Recipe, folder: Path) -> Trained:
+    """Open a run folder or go on with it, train, and export the averaged weights to `folder/export`.
+
+    Raises UserError where the folder was made by another recipe.
+    """
+    recipe = open_run(recipe, folder)
+    trainer, tokenizer = build_trainer(recipe, folder)
+    trainer.sample = sample_grid(recipe, tokenizer)
+    if trainer.restore():
+        say(f"{folder}: going on from step {trainer.step}")
+    outcome = trainer.run()
+    if outcome == "stopped":
+        say(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
+        return Trained(recipe, trainer, outcome, None)
+    return Trained(recipe, trainer, outcome, export_run(recipe, trainer, tokenizer, folder / "export"))

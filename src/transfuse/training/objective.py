@@ -1,0 +1,144 @@
+"""What is minimised: `L = L_LM + lambda * L_DDPM` (Transfusion section 3.1), each a mean over its own targets.
+
+An objective gives *sums* and *counts*; the loop divides by counts taken over the whole step (all micro-batches, all
+ranks), so that splitting a step never changes its loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..diffusion import Process
+from ..keyed import keyed
+from ..model import Transfusion, for_batch
+from ..sequence import Batch
+
+
+@dataclass
+class Sums:
+    """Summed losses `[term]` with gradient, and details to log: name -> (sum, count), without."""
+
+    losses: Tensor
+    details: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What the loop needs to train anything: named terms, their weights, their counts and their sums."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def counts(self, batch: Batch) -> tuple[int, ...]: ...
+
+    def sums(self, model: nn.Module, batch: Batch) -> Sums: ...
+
+    def offenders(self, model: nn.Module, batch: Batch) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    image_weight: float = 5.0
+    """lambda: weight of the diffusion loss beside the text loss"""
+    timestep_bins: int = 10
+    """the diffusion loss is also logged in this many equal bins of the timestep"""
+
+
+@dataclass
+class Noised:
+    """Images as the network sees them: latents x_t, timesteps `[I]`, and the target each prediction is held against."""
+
+    latents: list[Tensor]
+    timesteps: Tensor
+    targets: list[Tensor]
+
+
+class TransfusionObjective:
+    """Cross-entropy summed over text targets; mean squared error per image, summed over images."""
+
+    names: tuple[str, ...] = ("text", "image")
+
+    def __init__(self, config: ObjectiveConfig, process: Process, seed: int) -> None:
+        self.config, self.process, self.seed = config, process, seed
+        self.weights: tuple[float, ...] = (1.0, config.image_weight)
+
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        return len(batch.targets), batch.image_targets
+
+    def noise(self, batch: Batch) -> Noised:
+        """Noise a batch: t uniform in 1..T (or up to the image's cap), context images stay clean at t = 0.
+
+        Both draws depend on (seed, sample, image) alone, so resuming or resharding changes nothing.
+        """
+        timesteps = torch.zeros(len(batch.latents), dtype=torch.int64)
+        noise: list[Tensor] = []
+        for number, ((sample, image), latent) in enumerate(zip(batch.keys, batch.latents, strict=True)):
+            generator = keyed(self.seed, "noise", sample, image)
+            if batch.denoise[number]:
+                cap = int(batch.max_timestep[number]) or self.process.config.timesteps
+                timesteps[number] = torch.randint(1, cap + 1, (), generator=generator)
+            noise.append(torch.randn(latent.shape, generator=generator).to(latent.device))
+        if len({latent.shape for latent in batch.latents}) == 1:
+            clean, drawn = torch.stack(list(batch.latents)), torch.stack(noise)
+            t = timesteps.to(clean.device)
+            noised, targets = self.process.add_noise(clean, drawn, t), self.process.target(clean, drawn, t)
+            return Noised(list(noised.unbind(0)), timesteps, list(targets.unbind(0)))
+        triples = list(zip(batch.latents, noise, timesteps.unbind(0), strict=True))
+        return Noised(
+            [self.process.add_noise(clean, drawn, t) for clean, drawn, t in triples],
+            timesteps,
+            [self.process.target(clean, drawn, t) for clean, drawn, t in triples],
+        )
+
+    def sums(self, model: nn.Module, batch: Batch) -> Sums:
+        """Forward pass, and both losses summed over the batch's own targets."""
+        text, errors, timesteps = self._losses(model, batch)
+        weighted = (errors * self.process.weight(timesteps).to(errors))[batch.denoise]
+        return Sums(torch.stack([text.sum(), weighted.sum()]), self._bins(errors.detach(), timesteps, batch))
+
+    @torch.no_grad()
+    def offenders(self, model: nn.Module, batch: Batch) -> list[int]:
+        """Samples whose own loss is not finite."""
+        text, errors, _ = self._losses(model, batch)
+        bounds = torch.tensor(batch.documents).cumsum(0)
+        documents = torch.bucketize(batch.predict.cpu()[~text.isfinite().cpu()], bounds, right=True)
+        images = torch.nonzero(~errors.isfinite() & batch.denoise).flatten()
+        return [batch.samples[d] for d in documents.tolist()] + [batch.keys[i][0] for i in images.tolist()]
+
+    def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy of each text target `[M]`, mean squared error of each image `[I]`, and its timestep `[I]`."""
+        assert isinstance(model, Transfusion)
+        noised = self.noise(batch)
+        output = model(
+            batch.tokens,
+            batch.rotary,
+            for_batch(batch, model.compute),
+            batch.predict,
+            batch.patches,
+            noised.latents,
+            noised.timesteps.to(batch.tokens.device),
+        )
+        text = F.cross_entropy(output.logits.float(), batch.targets, reduction="none")
+        return text, self._errors(output.predictions, noised, batch.tokens.device), noised.timesteps
+
+    def _errors(self, predictions: list[Tensor], noised: Noised, device: torch.device) -> Tensor:
+        """Mean squared error of each image `[I]`."""
+        if not predictions:
+            return torch.zeros(0, device=device)
+        if len({target.shape for target in noised.targets}) == 1:
+            return (torch.stack(predictions) - torch.stack(noised.targets)).square().flatten(1).mean(1)
+        pairs = zip(predictions, noised.targets, strict=True)
+        return torch.stack([F.mse_loss(prediction, target) for prediction, target in pairs])
+
+    def _bins(self, errors: Tensor, timesteps: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
+        """Unweighted image error by bin of the timestep."""
+        bins = self.config.timestep_bins
+        chosen = batch.denoise.cpu()
+        number = (timesteps[chosen] - 1) * bins // self.process.config.timesteps
+        total = torch.zeros(bins).index_add_(0, number, errors.float().cpu()[chosen])
+        count = torch.bincount(number, minlength=bins)
+        return {f"image_by_timestep/{i}": (float(total[i]), float(count[i])) for i in range(bins)}

@@ -1,0 +1,218 @@
+"""The commands as a user gives them: in a folder of their own, with real files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from safetensors.torch import load_file
+
+from transfuse.cli import run
+
+COMMAND = [sys.executable, "-c", "from transfuse.cli import main; main()"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def transfuse(folder: Path, *arguments: str) -> Result:
+    """The command in this process: the same entry as a user's, without starting Python again each time."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = run(arguments)
+        except SystemExit as stop:  # --help
+            code = int(stop.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def transfuse_process(folder: Path, *arguments: str, **options) -> Result:
+    """The command as a process of its own."""
+    found = subprocess.run(
+        [*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **options
+    )
+    return Result(found.returncode, found.stdout, found.stderr)
+
+
+def refused(folder: Path, *arguments: str, call=transfuse, **options) -> str:
+    """The one line a mistake gets; exit code 2, no traceback, nothing on standard output."""
+    result = call(folder, *arguments, **options)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("transfuse: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with one trained tiny run."""
+    folder = tmp_path_factory.mktemp("home")
+    result = transfuse(folder, "train", "tiny", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["step"] == 30
+    assert (folder / report["export"] / "model.safetensors").is_file()
+    return folder
+
+
+def test_generate(home: Path) -> None:
+    for draw, kind in (("force", "image"), ("never", "text"), ("auto", None)):
+        result = transfuse(home, "generate", "a crab", "--draw", draw, "--seed", "3", "--steps", "2",
+                           "--guidance-scale", "1.5", "--out", "pictures", "--json")  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        reply = json.loads(result.stdout.splitlines()[-1])
+        assert reply["seed"] == 3
+        assert reply["steps"] == 2
+        if kind:
+            assert reply["parts"][0]["type"] == kind
+        for part in reply["parts"]:
+            if part["type"] == "image":
+                assert PIL.Image.open(home / part["path"]).size == (32, 32)
+    again = transfuse(home, "generate", "a crab", "--draw", "force", "--seed", "3", "--steps", "2", "--guidance-scale",
+                      "1.5", "--out", "again", "--model", "runs/tiny/export", "--json")  # fmt: skip
+    path = json.loads(again.stdout)["parts"][0]["path"]
+    assert (home / path).read_bytes() == (home / "pictures" / Path(path).name).read_bytes(), "one seed, one picture"
+
+
+def test_caption(home: Path) -> None:
+    pixels = np.full((32, 32, 3), 200, dtype=np.uint8)
+    for name in ("a.png", "a.jpg", "a.webp"):
+        PIL.Image.fromarray(pixels).save(home / name)
+        result = transfuse(home, "caption", name, "--json")
+        assert result.returncode == 0, result.stderr
+        assert isinstance(json.loads(result.stdout)["caption"], str)
+    PIL.Image.fromarray(pixels).resize((50, 40)).convert("RGBA").save(home / "big.png")
+    assert transfuse(home, "caption", "big.png", "--resize").returncode == 0
+
+
+def test_bad_images(home: Path) -> None:
+    PIL.Image.new("RGB", (50, 40)).save(home / "big.png")
+    PIL.Image.new("RGBA", (32, 32)).save(home / "alpha.png")
+    PIL.Image.new("L", (32, 32)).save(home / "gray.png")
+    (home / "text.png").write_text("not an image")
+    (home / "empty.png").write_bytes(b"")
+    whole = (home / "alpha.png").read_bytes()
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(home / "cut.png")
+    (home / "cut.png").write_bytes((home / "cut.png").read_bytes()[:700])
+    PIL.Image.new("RGB", (32, 32)).save(home / "gif.gif")
+    assert whole
+    for name, message in {
+        "big.png": "expected 32x32 pixels, found 50x40",
+        "alpha.png": "expected an RGB image, found mode RGBA",
+        "gray.png": "expected an RGB image, found mode L",
+        "text.png": "expected a PNG, JPEG or WebP image, found something else",
+        "empty.png": "expected a PNG, JPEG or WebP image",
+        "cut.png": "expected a PNG, JPEG or WebP image",
+        "gif.gif": "expected a PNG, JPEG or WebP image",
+        "none.png": "expected an image file, found none",
+        ".": "expected a PNG, JPEG or WebP image",
+    }.items():
+        line = refused(home, "caption", name)
+        assert name in line
+        assert message in line
+
+
+def test_mistakes(home: Path, tmp_path: Path) -> None:
+    assert 'preset: unknown name "tinny"; did you mean "tiny"' in refused(home, "train", "tinny")
+    assert 'unknown command "trian"; did you mean "train"' in refused(home, "trian")
+    assert '"--loop.stepz"; did you mean "--loop.steps"' in refused(home, "train", "tiny", "--loop.stepz", "3")
+    assert "model.width: expected a multiple of 2 x heads" in refused(home, "train", "tiny", "--model.width", "63")
+    assert "--loop.steps" in refused(home, "train", "tiny", "--loop.steps", "many")
+    assert "loop.steps: this run has 30" in refused(home, "train", "tiny", "--loop.steps", "31")
+    assert "expected some text, found an empty one" in refused(home, "generate", "  ")
+    assert "prompt: expected at most 256 positions" in refused(home, "generate", "crab " * 400)
+    assert "steps: expected at" in refused(home, "generate", "a crab", "--steps", "0")
+    assert "expected a JSON file, found none" in refused(home, "generate", "a crab", "--model", "nowhere")
+    assert "expected an export folder, found none" in refused(tmp_path, "generate", "a crab")
+    assert "expected a run folder, found nothing" in refused(home, "export", "nowhere")
+    (home / "file").write_text("")
+    assert "expected a folder to write to" in refused(home, "generate", "a", "--draw", "force", "--out", "file/x")
+    assert "expected a folder to write to" in refused(home, "train", "tiny", "--run", "file/x")
+
+
+def test_run_without_a_complete_checkpoint(home: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "broken"
+    run.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json"):
+        (run / name).write_bytes((home / "runs" / "tiny" / name).read_bytes())
+    assert "expected a complete checkpoint, found none" in refused(tmp_path, "export", "runs/broken")
+    (run / "checkpoints" / "step-00000005").mkdir(parents=True)
+    assert "expected a complete checkpoint, found none" in refused(tmp_path, "export", "runs/broken")
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["widht"] = 3
+    (run / "config.json").write_text(json.dumps(config))
+    assert 'unknown setting "model.widht"; did you mean "width"' in refused(tmp_path, "export", "runs/broken")
+
+
+def test_export_command_equals_the_training_export(home: Path) -> None:
+    result = transfuse(home, "export", "runs/tiny", "--out", "mine", "--json")
+    assert result.returncode == 0, result.stderr
+    ours, theirs = (load_file(home / f / "model.safetensors") for f in ("mine", "runs/tiny/export"))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_full_disk_is_one_line_and_loses_nothing(home: Path, tmp_path: Path) -> None:
+    """Every file is limited to 100 kB, so that the weights can not be written."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    line = refused(tmp_path, "train", "tiny", call=transfuse_process, preexec_fn=limit)
+    assert "checkpoint not written" in line
+    assert not list((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
+    line = refused(home, "export", "runs/tiny", "--out", "limited", call=transfuse_process, preexec_fn=limit)
+    assert "export not written" in line
+    assert not list(home.glob("limited*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) -> None:
+    command = ["train", "tiny", "--loop.steps", "300", "--loop.checkpoint-every", "1000"]
+    process = subprocess.Popen([*COMMAND, *command], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "the same command goes on" in errors
+    resumed = transfuse(tmp_path, *command, "--json")
+    assert "going on from step" in resumed.stderr
+    assert json.loads(resumed.stdout)["step"] == 300
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_plan_and_doctor(tmp_path: Path) -> None:
+    found = json.loads(transfuse(tmp_path, "plan", "0.37b", "--json").stdout)
+    assert found["parameters"] == pytest.approx(373.9e6, rel=0.005)
+    assert found["train_flops_per_token"] == 6 * found["total_parameters"]
+    assert "parameters" in transfuse(tmp_path, "plan", "demo").stdout
+    assert json.loads(transfuse(tmp_path, "doctor", "--json").stdout)["problems"] == []
+    for name in ("train", "demo", "generate", "caption", "plan", "export", "doctor"):
+        help_text = transfuse(tmp_path, name, "--help")
+        assert help_text.returncode == 0
+        assert f"transfuse {name}" in help_text.stdout, "every help shows an example"

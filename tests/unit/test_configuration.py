@@ -1,0 +1,164 @@
+"""Settings to JSON and back; what is misspelt or of another type is refused in one line. Presets. Exports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import exported, latent, tiny
+
+import transfuse
+from transfuse.configuration import from_dict, read_json, to_dict
+from transfuse.diffusion import DiffusionConfig
+from transfuse.errors import UserError
+from transfuse.export import GenerationConfig, load_export, save_export
+from transfuse.presets import PRESETS, Recipe, preset
+from transfuse.presets.plan import plan
+from transfuse.presets.recipe import check, open_run
+from transfuse.sequence import Tokenizer
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name: str) -> None:
+    recipe = preset(name)
+    assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe))), "here") == recipe
+    assert recipe.preset == name
+    assert all(value is not None for value in plan(recipe).values())
+
+
+def test_mistakes_are_one_line() -> None:
+    values = to_dict(preset("tiny"))
+    values["optimizer"]["learning_rat"] = 1
+    with pytest.raises(
+        UserError, match=r'^here: unknown setting "optimizer.learning_rat"; did you mean "learning_rate"\?$'
+    ):
+        from_dict(Recipe, values, "here")
+    values = to_dict(preset("tiny"))
+    values["model"]["width"] = "wide"
+    with pytest.raises(UserError, match=r"^here: model.width: .*found 'wide'\)$"):
+        from_dict(Recipe, values, "here")
+    values = to_dict(preset("tiny"))
+    values["model"]["width"] = 63
+    with pytest.raises(UserError, match=r"model\.width: expected a multiple of"):
+        from_dict(Recipe, values, "here")
+    with pytest.raises(UserError, match='preset: unknown name "demu"; did you mean "demo"'):
+        preset("demu")
+
+
+def test_json_files(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"none\.json: expected a JSON file, found none"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"a"')
+    with pytest.raises(UserError, match=r"bad\.json: expected JSON, found something else"):
+        read_json(tmp_path / "bad.json")
+    (tmp_path / "bin.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"bin\.json: expected JSON"):
+        read_json(tmp_path / "bin.json")
+
+
+def test_a_run_folder_belongs_to_its_recipe(tmp_path) -> None:
+    recipe = open_run(preset("tiny"), tmp_path)
+    assert recipe.precision != "auto"
+    assert open_run(preset("tiny"), tmp_path) == recipe
+    other = replace(preset("tiny"), seed=3)
+    with pytest.raises(UserError, match=r"config\.json: seed: this run has 0, the command asks for 3"):
+        open_run(other, tmp_path)
+
+
+def test_recipes_that_do_not_fit_are_refused_before_anything_is_written(tmp_path) -> None:
+    with pytest.raises(UserError, match=r'"kl-f8" can be planned, but not trained yet'):
+        open_run(preset("7b"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    recipe = preset("tiny")
+    with pytest.raises(UserError, match=r"model\.latent_channels: expected 3"):
+        check(replace(recipe, model=replace(recipe.model, latent_channels=4)))
+    with pytest.raises(UserError, match=r"data\.world\.size: expected a multiple of model\.patch_size \(8\), found 36"):
+        check(replace(recipe, data=replace(recipe.data, world=replace(recipe.data.world, size=36))))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("0.16b", 162.4e6), ("0.37b", 373.9e6), ("0.76b", 777.9e6), ("1.4b", 1364.3e6), ("7b", 6738.4e6)],
+)
+def test_plan_of_the_paper(name: str, parameters: float) -> None:
+    linear, unet = plan(preset(name)), plan(preset(f"{name}-unet"))
+    assert linear["parameters"] == pytest.approx(parameters, rel=0.005)
+    assert unet["adapter_parameters"] == pytest.approx(0.27e9, rel=0.05)
+    assert linear["train_flops"] == pytest.approx(6 * parameters * 0.524e12, rel=0.02)
+    assert linear["patches_per_image"] == 256
+
+
+def save(folder, tokenizer: Tokenizer, **changes):
+    one = exported(tokenizer, **changes)
+    weights = dict(one.model.named_parameters())
+    save_export(
+        folder, weights, one.model.config, one.process.config, tokenizer, one.image_size, GenerationConfig(), "# card\n"
+    )
+    return one
+
+
+def test_export_round_trip(tmp_path, tokenizer: Tokenizer) -> None:
+    one = save(tmp_path / "export", tokenizer)
+    two = load_export(tmp_path / "export")
+    assert two.model.config == one.model.config
+    assert two.process.config == one.process.config
+    assert two.generation == GenerationConfig()
+    for (name, a), (_, b) in zip(one.model.named_parameters(), two.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    config = read_json(tmp_path / "export" / "config.json")
+    assert config["model_type"] == "transfusion"
+    assert config["architectures"] == ["TransfusionForConditionalGeneration"]
+    assert {p.name for p in (tmp_path / "export").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "autoencoder", "README.md"
+    }  # fmt: skip
+    images = [
+        p("a crab", num_inference_steps=2, generator=3).images[0] for p in (transfuse.load(tmp_path / "export"),) * 2
+    ]
+    assert images[0].tobytes() == images[1].tobytes()
+
+
+def test_bfloat16_export_stays_close(tmp_path, tokenizer: Tokenizer) -> None:
+    save(tmp_path / "export", tokenizer)
+    exact, rough = (transfuse.load(tmp_path / "export", dtype=d) for d in (torch.float32, torch.bfloat16))
+    options = {"num_inference_steps": 3, "generator": 1, "output_type": "latent"}
+    difference = exact("a crab", **options).images[0] - rough("a crab", **options).images[0]
+    assert rough.exported.model.head.weight.dtype == torch.bfloat16
+    assert float(difference.abs().mean()) < 0.1
+
+
+def test_broken_exports_name_what_is_wrong(tmp_path, tokenizer: Tokenizer) -> None:
+    folder = tmp_path / "export"
+    with pytest.raises(UserError, match=r"config\.json: expected a JSON file, found none"):
+        load_export(folder)
+    save(folder, tokenizer)
+    (folder / "model.safetensors").rename(folder / "gone")
+    with pytest.raises(UserError, match="expected the model's weights, found no file"):
+        load_export(folder)
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="expected a safetensors file"):
+        load_export(folder)
+    (folder / "gone").rename(folder / "model.safetensors")
+    config = read_json(folder / "config.json")
+    for change, message in [
+        ({"model_type": "llama"}, "expected model_type \"transfusion\", found 'llama'"),
+        (
+            {"model": {**config["model"], "width": 128}},
+            r"tensor embedding\.weight: expected \(320, 128\), found \(320, 64\)",
+        ),
+        ({"model": {**config["model"], "hight": 1}}, 'unknown setting "hight"; there are vocabulary, width'),
+        ({"model": {**config["model"], "vocabulary": 100}}, "expected at most the model's 100 ids"),
+    ]:
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=message):
+            load_export(folder)
+
+
+def test_diffusion_defaults_are_the_papers() -> None:
+    assert preset("0.16b").diffusion == DiffusionConfig(timesteps=1000, prediction="epsilon")
+    assert preset("0.16b").objective.image_weight == 5
+    assert preset("0.16b").data.pairs.caption_first == 0.8
+    assert preset("0.16b").data.pairs.image_first_max_timestep == 500
+    assert tiny() == tiny()
+    assert latent(2, 2).shape == (3, 2, 2)

@@ -1,0 +1,283 @@
+"""The engine: cached = uncached = batched, on forced scripts; never on the hope that a random model emits BOI."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import exported, latent
+
+from transfuse.diffusion import Sampler, SamplerConfig
+from transfuse.errors import UserError
+from transfuse.inference import (
+    Done,
+    Engine,
+    ImageEnd,
+    ImageProgress,
+    ImageStart,
+    Request,
+    TextDelta,
+    TransfusionPipeline,
+)
+from transfuse.inference import engine as engine_module
+from transfuse.keyed import keyed
+from transfuse.model import dense
+from transfuse.sequence import Document, Image, Text, Tokenizer, collate, unconditional
+
+STEPS = 3
+PROMPT = Document([Text((10, 11, 12))], closed=False)
+
+
+def request(document: Document = PROMPT, **changes) -> Request:
+    base = Request(document, draw="force", max_tokens=0, size=(8, 8), sampler=SamplerConfig("ddim", STEPS), seed=5)
+    return replace(base, **changes)
+
+
+def images(engine: Engine, *requests: Request) -> list[torch.Tensor]:
+    found = {e.row: e.latent for e in engine.run(requests) if isinstance(e, ImageEnd)}
+    return [found[row] for row in range(len(requests))]
+
+
+def uncached_image(
+    engine: Engine, document: Document, seed: int, number: int, scale: float, shape=(3, 8, 8)
+) -> torch.Tensor:
+    """The same drawing by whole forward passes: dense mask, no cache, no batching, the null branch its own document."""
+    model, process = engine.model, engine.exported.process
+    sampler = Sampler(process, SamplerConfig("ddim", STEPS))
+    state = sampler.prepare(shape, keyed(seed, "image", number))
+
+    def predict(doc: Document, t: int) -> torch.Tensor:
+        batch = collate([doc], engine.grammar, model.config.image_attention)
+        times = torch.zeros(len(batch.latents), dtype=torch.int64)
+        times[-1] = t
+        out = model(batch.tokens, batch.rotary, dense(batch), batch.predict, batch.patches, batch.latents, times)
+        return out.predictions[-1]
+
+    while not state.done:
+        whole = replace(document, parts=[*document.parts, Image(state.x)])
+        conditional, null = predict(whole, state.t), predict(unconditional(whole), state.t)
+        state = sampler.step(state, null + scale * (conditional - null))
+    return sampler.finish(state)
+
+
+class Script:
+    """Forces the tokens a row chooses, so that every seam between text and image is crossed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: dict[int, list[int]]) -> None:
+        self.logits: list[torch.Tensor] = []
+        original = Engine._choose
+
+        def choose(engine: Engine, row, logits):
+            self.logits.append(logits.clone())
+            script = tokens[row.number]
+            if script:
+                forced = script.pop(0)
+                logits = torch.full_like(logits, -1e9)
+                logits[forced] = 1e9
+                yield from original(engine, row, logits)
+            else:
+                yield from engine._finish(row, "stop")
+
+        monkeypatch.setattr(engine_module.Engine, "_choose", choose)
+
+
+@pytest.mark.parametrize("variant", [{}, {"adapter": "unet"}, {"image_attention": "causal"}, {"kv_heads": 2}], ids=str)
+def test_script_with_cache_equals_whole_recomputation(tokenizer: Tokenizer, monkeypatch, variant) -> None:
+    """text, BOI, image, EOI, text, BOI, image: latents and every logit equal those of passes without a cache."""
+    engine = Engine(exported(tokenizer, **variant))
+    boi = engine.grammar.boi
+    script = Script(monkeypatch, {0: [30, 31, boi, 32, boi, 33]})
+    asked = request(draw="auto", max_tokens=20, max_images=2, guidance_scale=2.0)
+    events = list(engine.run([asked]))
+    drawn = [e.latent for e in events if isinstance(e, ImageEnd)]
+    assert len(drawn) == 2
+
+    first = uncached_image(engine, Document([Text((10, 11, 12, 30, 31))], closed=False), 5, 0, 2.0)
+    torch.testing.assert_close(drawn[0], first, atol=1e-4, rtol=1e-4)
+    before = [Text((10, 11, 12, 30, 31)), Image(drawn[0], target=False), Text((32,))]
+    second = uncached_image(engine, Document(before, closed=False), 5, 1, 2.0)
+    torch.testing.assert_close(drawn[1], second, atol=1e-4, rtol=1e-4)
+
+    document = Document([*before, Image(drawn[1], target=False), Text((33,))], closed=False)
+    batch = collate([document], engine.grammar, engine.model.config.image_attention)
+    every = torch.arange(batch.positions)
+    zero = torch.zeros(2, dtype=torch.int64)
+    whole = engine.model(batch.tokens, batch.rotary, dense(batch), every, batch.patches, batch.latents, zero).logits
+    # logits were asked for after: 12, 30, 31, EOI, 32, EOI, 33
+    at = [3, 4, 5, 5 + 1 + 16 + 1, 5 + 1 + 16 + 2, 5 + 1 + 16 + 2 + 1 + 16 + 1, 5 + 1 + 16 + 2 + 1 + 16 + 2]
+    assert [int(batch.tokens[p]) for p in at] == [12, 30, 31, engine.grammar.eoi, 32, engine.grammar.eoi, 33]
+    found, allowed = torch.stack(script.logits), torch.ones(320, dtype=torch.bool)
+    allowed[engine.never] = False
+    torch.testing.assert_close(found[:, allowed], whole[at][:, allowed], atol=1e-4, rtol=1e-4)
+    assert (found[:, engine.never] == -torch.inf).all()
+
+
+def test_cache_after_an_image_equals_a_fresh_prefill(tokenizer: Tokenizer, monkeypatch) -> None:
+    engine = Engine(exported(tokenizer))
+    Script(monkeypatch, {0: [engine.grammar.boi, 33]})
+    caches = []
+    original = Engine._cache
+
+    def keep(self, rows, capacity):
+        caches.append(original(self, rows, capacity))
+        return caches[-1]
+
+    monkeypatch.setattr(Engine, "_cache", keep)
+    events = list(engine.run([request(draw="auto", max_tokens=9)]))
+    drawn = next(e.latent for e in events if isinstance(e, ImageEnd))
+    document = Document([Text((10, 11, 12)), Image(drawn, target=False), Text((33,))], closed=False)
+    used, caches[:] = caches[0], []
+    Script(monkeypatch, {0: []})
+    list(engine.run([request(document, draw="never")]))
+    length = 1 + 3 + 1 + 16 + 1 + 1
+    for kind in ("keys", "values"):
+        fresh, after = (getattr(cache, kind)[:, 0, :, :length] for cache in (caches[0], used))
+        torch.testing.assert_close(after, fresh, atol=1e-5, rtol=1e-4)
+        assert fresh.abs().amax((0, 1, 3)).min() > 0, "every position was written"
+
+
+def test_batched_equals_alone(tokenizer: Tokenizer) -> None:
+    """Different prompts, lengths, phases, sizes, steps and samplers in one go; each row equals the same row alone."""
+    engine = Engine(exported(tokenizer))
+    picture = Image(latent(8, 8, 3), target=False)
+    requests = [
+        request(),
+        request(Document([Text((40,) * 17)], closed=False), seed=6, guidance_scale=1.0),
+        request(Document([], closed=False), seed=7, size=(4, 8), sampler=SamplerConfig("dpmpp", 5)),
+        request(Document([picture], closed=False), draw="never", max_tokens=6),
+        request(
+            Document([Text((9,)), picture, Text((8, 7))], closed=False), draw="never", max_tokens=9, temperature=1.0
+        ),
+        request(seed=8, sampler=SamplerConfig("ddpm", 4), max_tokens=4),
+    ]
+
+    def outcome(events, row):
+        those = [event for event in events if event.row == row]
+        tokens = [event.token for event in those if isinstance(event, TextDelta)]
+        return tokens, [e.latent for e in those if isinstance(e, ImageEnd)], those[-1]
+
+    together = list(engine.run(requests))
+    for row, one in enumerate(requests):
+        tokens, drawn, done = outcome(together, row)
+        alone_tokens, alone_drawn, alone_done = outcome(list(engine.run([one])), 0)
+        assert tokens == alone_tokens
+        assert len(drawn) == len(alone_drawn)
+        for a, b in zip(drawn, alone_drawn, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        assert replace(done, row=0) == alone_done
+
+
+def test_guidance_identities(tokenizer: Tokenizer) -> None:
+    engine = Engine(exported(tokenizer))
+    document = Document([Text((10, 11, 12))], closed=False)
+    for scale in (0.0, 1.0, 3.0):
+        drawn = images(engine, request(guidance_scale=scale))[0]
+        torch.testing.assert_close(drawn, uncached_image(engine, document, 5, 0, scale), atol=1e-4, rtol=1e-4)
+    null = Document([], closed=False)
+    unguided = images(engine, request(null, guidance_scale=1.0))[0]
+    for scale in (0.0, 2.0, 7.5):
+        drawn = images(engine, request(null, guidance_scale=scale))[0]
+        torch.testing.assert_close(drawn, unguided, atol=1e-4, rtol=1e-4, msg="a null prompt makes guidance a no-op")
+    torch.testing.assert_close(images(engine, request(guidance_scale=0.0))[0], unguided, atol=1e-4, rtol=1e-4)
+
+
+def test_prompt_and_seed_matter_and_nothing_else_does(tokenizer: Tokenizer) -> None:
+    engine = Engine(exported(tokenizer))
+    other = Document([Text((50, 51))], closed=False)
+    one, two = images(engine, request(), request(other))
+    assert (one - two).abs().max() > 1e-3, "two prompts with one seed differ"
+    assert (one - images(engine, request(seed=6))[0]).abs().max() > 1e-3
+    assert torch.equal(one, images(engine, request(), request(other))[0]), "the same call gives the same bytes"
+
+
+def test_denoising_never_grows_the_cache_and_costs_only_patches(tokenizer: Tokenizer, monkeypatch) -> None:
+    engine = Engine(exported(tokenizer))
+    sizes: list[int] = []
+    original = Engine._forward
+
+    def count(self, feeds, predict):
+        sizes.append(sum(feed.segment.count for feed in feeds))
+        return original(self, feeds, predict)
+
+    monkeypatch.setattr(Engine, "_forward", count)
+    list(engine.run([request(Document([Text((9,) * 50)], closed=False))]))
+    # prompt; null prefix (BOS, BOI), once; BOI; then the patches of both branches, every step
+    assert sizes == [51, 2, 1, *[2 * 16] * STEPS]
+    sizes.clear()
+    list(engine.run([request(Document([Text((9,) * 50)], closed=False), guidance_scale=1.0)]))
+    assert sizes == [51, 1, *[16] * STEPS], "the null prefix is shared; scale 1 runs one branch"
+
+
+def test_events_in_order(tokenizer: Tokenizer) -> None:
+    engine = Engine(exported(tokenizer))
+    events = list(engine.run([request(previews=True)]))
+    kinds = [type(event) for event in events]
+    assert kinds == [ImageStart, *[ImageProgress] * STEPS, ImageEnd, Done]
+    progress = [event for event in events if isinstance(event, ImageProgress)]
+    assert [p.step for p in progress] == [1, 2, 3]
+    assert all(p.total == STEPS and p.preview is not None and p.preview.shape == (3, 8, 8) for p in progress)
+    assert events[-1] == Done(0, "images", 0, 1, STEPS)
+
+
+def test_writing_never_emits_markers_and_stops(tokenizer: Tokenizer) -> None:
+    engine = Engine(exported(tokenizer))
+    hidden = {engine.grammar.bos, engine.grammar.eoi, engine.grammar.boi}
+    requests = [request(draw="never", max_tokens=40, temperature=3.0, seed=seed) for seed in range(12)]
+    events = list(engine.run(requests))
+    assert not hidden & {event.token for event in events if isinstance(event, TextDelta)}
+    ends = [event for event in events if isinstance(event, Done)]
+    assert len(ends) == len(requests)
+    assert all(end.reason in ("stop", "length") and end.text_tokens <= 40 for end in ends)
+    assert len({end.text_tokens for end in ends}) > 1, "rows end on their own"
+
+
+def test_model_decides_to_draw_and_goes_on_writing(tokenizer: Tokenizer) -> None:
+    one = exported(tokenizer)
+    with torch.no_grad():  # a head that always prefers BOI, then whatever comes next
+        one.model.head.weight[tokenizer.boi] = 0
+        one.model.head.weight[tokenizer.boi] += one.model.head.weight.abs().sum(0)
+    events = list(Engine(one).run([request(draw="auto", max_tokens=5, max_images=1, temperature=5.0)]))
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert done.images <= 1
+
+
+def test_pipeline_like_diffusers(tokenizer: Tokenizer) -> None:
+    pipe = TransfusionPipeline(exported(tokenizer))
+    out = pipe(
+        ["a crab", "two balloons"],
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    again = pipe(
+        ["a crab", "two balloons"],
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert [image.size for image in out.images] == [(8, 8)] * 2
+    assert out.seeds == again.seeds
+    assert [i.tobytes() for i in out.images] == [i.tobytes() for i in again.images]
+    one = pipe(
+        "two balloons", num_inference_steps=2, guidance_scale=2.0, generator=out.seeds[1], output_type="np"
+    ).images[0]
+    assert abs(one.astype(int) - __import__("numpy").asarray(out.images[1]).astype(int)).max() <= 1
+    assert len(pipe("a crab", num_inference_steps=1, num_images_per_prompt=3).images) == 3
+    captions = pipe.caption(out.images, max_tokens=4)
+    assert len(captions) == 2
+    with pytest.raises(UserError, match="expected 8x8 pixels, found 4x4"):
+        pipe.caption(out.images[0].resize((4, 4)))
+    with pytest.raises(UserError, match="steps: expected at"):
+        pipe("a crab", num_inference_steps=0)
+
+
+def test_bad_requests_are_refused_before_any_work(tokenizer: Tokenizer) -> None:
+    engine = Engine(exported(tokenizer))
+    with pytest.raises(UserError, match=r"prompt: expected at most 256 positions .* found 3\d\d"):
+        list(engine.run([request(Document([Text((9,) * 300)], closed=False))]))
+    with pytest.raises(UserError, match="image size: expected positive multiples of 2, found"):
+        list(engine.run([request(size=(7, 8))]))
+    with pytest.raises(UserError, match='draw: expected "auto"'):
+        list(engine.run([request(draw="maybe")]))

@@ -1,0 +1,221 @@
+"""The network: backends equal the dense oracle, packed equals unpacked, sizes equal the paper's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import latent, randomised, tiny
+
+from transfuse.model import SIZES, Grouped, ModelConfig, Transfusion, dense
+from transfuse.model.flops import adapter_flops, count_parameters, forward_flops
+from transfuse.model.layers import rotary_table, rotate
+from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate
+
+VARIANTS = [
+    {"adapter": "linear"},
+    {"adapter": "unet"},
+    {"kv_heads": 2},
+    {"image_attention": "causal"},
+]
+
+
+def run(model: Transfusion, batch: Batch, attend=None, timesteps=None):
+    """Logits, predictions and gradients of a scalar that depends on all of them."""
+    if timesteps is None:
+        timesteps = torch.tensor([17 * (key[0] + key[1]) for key in batch.keys], dtype=torch.int64)
+    attend = attend or Grouped(batch, model.compute)
+    output = model(batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, timesteps)
+    model.zero_grad()
+    loss = output.logits.float().logsumexp(-1).sum() + sum((p.sin() * (p + 1)).sum() for p in output.predictions)
+    loss.backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    a, b = a.detach(), b.detach()
+    torch.testing.assert_close(a, b, atol=tolerance * max(1.0, float(b.abs().max())), rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_grouped_equals_dense(variant, grammar: Grammar, mixed) -> None:
+    config = tiny(**variant)
+    model = randomised(config)
+    batch = collate(mixed, grammar, config.image_attention)
+    expected, expected_gradients = run(model, batch, dense(batch))
+    found, gradients = run(model, batch)
+    close(found.logits, expected.logits)
+    for a, b in zip(found.predictions, expected.predictions, strict=True):
+        close(a, b)
+    assert gradients.keys() == expected_gradients.keys()
+    for name in gradients:
+        close(gradients[name], expected_gradients[name])
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_packed_equals_unpacked(variant, grammar: Grammar, mixed) -> None:
+    config = tiny(**variant)
+    model = randomised(config)
+    together, gradients = run(model, collate(mixed, grammar, config.image_attention))
+    logits, predictions, summed = [], [], {}
+    for document in mixed:
+        output, alone = run(model, collate([document], grammar, config.image_attention))
+        logits.append(output.logits)
+        predictions.extend(output.predictions)
+        for name, gradient in alone.items():
+            summed[name] = summed.get(name, 0) + gradient
+    close(together.logits, torch.cat(logits))
+    for a, b in zip(together.predictions, predictions, strict=True):
+        close(a, b)
+    for name in gradients:
+        close(gradients[name], summed[name])
+
+
+def test_bfloat16_backend_follows_float32(grammar: Grammar, mixed) -> None:
+    """The explicit bfloat16 product is the same attention: within bfloat16's own error of float32."""
+    batch = collate(mixed, grammar)
+    q, k, v = (torch.randn(batch.positions, 4, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    exact = dense(batch)(0, q, k, v)
+    rough = Grouped(batch, torch.bfloat16)(0, q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert (rough.float() - exact).abs().max() < 0.05
+
+
+def test_no_leak_between_documents_and_images(grammar: Grammar) -> None:
+    model = randomised(tiny())
+
+    def states(second: torch.Tensor, other: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        docs = [
+            Document([Text((10, 11)), Image(latent(4, 4, 1)), Text((12,)), Image(second)], sample=1),
+            Document([Text((other, 14)), Image(latent(4, 4, 3))], sample=2),
+        ]
+        output, _ = run(model, collate(docs, grammar))
+        return output.logits, output.predictions
+
+    changed = latent(4, 4, 2).clone()
+    logits, predictions = states(latent(4, 4, 2), 13)
+    changed[:, -1, -1] += 1
+    logits2, predictions2 = states(changed, 13)
+    assert torch.equal(predictions[0], predictions2[0]), "image 1 must not see image 2"
+    assert torch.equal(logits[:4], logits2[:4]), "text before image 2 must not see it"
+    assert torch.equal(predictions[2], predictions2[2]), "another document must not see it"
+    assert (predictions[1][:, 0, 0] != predictions2[1][:, 0, 0]).any(), "its first patch must see its last"
+    logits3, predictions3 = states(latent(4, 4, 2), 99)
+    assert torch.equal(predictions[0], predictions3[0])
+    assert torch.equal(predictions[1], predictions3[1])
+    assert not torch.equal(logits, logits3)
+
+
+def test_each_image_has_its_own_timestep(grammar: Grammar) -> None:
+    model = randomised(tiny())
+    batch = collate([Document([Image(latent(4, 4)), Text((9,)), Image(latent(4, 4))])], grammar)
+    one, _ = run(model, batch, timesteps=torch.tensor([10, 20]))
+    two, _ = run(model, batch, timesteps=torch.tensor([10, 900]))
+    assert torch.equal(one.predictions[0], two.predictions[0])
+    assert not torch.equal(one.predictions[1], two.predictions[1])
+
+
+@pytest.mark.parametrize("positions", ["none", "learned"])
+def test_order_of_patches_matters_and_rows_are_not_columns(grammar: Grammar, positions: str) -> None:
+    model = randomised(tiny(patch_positions=positions))
+
+    def predict(image: torch.Tensor) -> torch.Tensor:
+        return run(model, collate([Document([Image(image)])], grammar))[0].predictions[0]
+
+    image = latent(4, 8)
+    flipped = predict(image.flip(2)).flip(2)
+    assert predict(image).shape == (3, 4, 8)
+    assert not torch.allclose(predict(image), flipped, atol=1e-4)
+    assert not torch.allclose(predict(image), predict(image.transpose(1, 2)).transpose(1, 2), atol=1e-4)
+
+
+def test_patches_round_trip(grammar: Grammar) -> None:
+    """Encoding with an identity and decoding with its inverse gives the latent back, whatever the sizes."""
+    config = tiny(width=16, heads=1, patch_positions="none")
+    model = Transfusion(config).initialise(0)
+    patches = model.patches
+    with torch.no_grad():
+        patches.enter.weight.zero_()
+        patches.enter.weight[:12, :12] = torch.eye(12)
+        patches.leave.weight.copy_(patches.enter.weight.T)
+        patches.time.outer.weight.zero_()
+    latents = [latent(4, 4, 1), latent(8, 2, 2), latent(4, 4, 3), latent(2, 6, 4)]
+    vectors, state = patches.encode(latents, torch.zeros(4, dtype=torch.int64), torch.float32)
+    assert len(vectors) == sum(x.shape[1] * x.shape[2] // 4 for x in latents)
+    for found, expected in zip(patches.decode(vectors, latents, state), latents, strict=True):
+        close(found, expected)
+    # raster order: the second patch of the first image is its top row, next columns
+    assert torch.equal(vectors[1, :12].view(3, 2, 2), latents[0][:, :2, 2:4])
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("0.16b", 162.4), ("0.37b", 373.9), ("0.76b", 777.9), ("1.4b", 1364.3), ("7b", 6738.4)]
+)
+def test_sizes_of_the_paper(name: str, millions: float) -> None:
+    count = count_parameters(ModelConfig(**SIZES[name]))
+    assert count.trunk / 1e6 == pytest.approx(millions, rel=0.005)
+    assert count.adapter / count.trunk < 0.0055, "Table 7: at most 0.5 %"
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+def test_unet_is_about_a_quarter_billion(patch: int) -> None:
+    from transfuse.model.config import UNET_CHANNELS
+
+    config = ModelConfig(**SIZES["0.76b"], adapter="unet", patch_size=patch, unet_channels=UNET_CHANNELS[patch])
+    assert count_parameters(config).adapter / 1e9 == pytest.approx(0.27, rel=0.07)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+@pytest.mark.parametrize("adapter", ["linear", "unet"])
+def test_every_patch_size(adapter: str, patch: int) -> None:
+    config = tiny(adapter=adapter, patch_size=patch, unet_channels=(16, 16, 32, 32)[: patch.bit_length()])
+    model = randomised(config)
+    batch = collate([Document([Image(latent(8, 16)), Image(latent(8, 8))])], Grammar(0, 1, 2, 3, patch))
+    output, gradients = run(model, batch)
+    assert [tuple(p.shape) for p in output.predictions] == [(3, 8, 16), (3, 8, 8)]
+    assert all(gradient.abs().sum() > 0 for name, gradient in gradients.items() if "embedding" not in name)
+
+
+def test_initialisation_is_a_function_of_the_seed_and_starts_at_the_variance(grammar: Grammar) -> None:
+    config = tiny()
+    first, again = Transfusion(config).initialise(3), Transfusion.on_meta(config).to_empty(device="cpu").initialise(3)
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first.head.weight, Transfusion(config).initialise(4).head.weight)
+    batch = collate([Document([Image(latent(4, 4))])], grammar)
+    output, _ = run(first, batch)
+    assert output.predictions[0].abs().max() == 0
+    assert float(first.embedding.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+def test_rotary_depends_on_distance_only() -> None:
+    q, k = torch.randn(1, 1, 16), torch.randn(1, 1, 16)
+
+    def score(a: int, b: int) -> torch.Tensor:
+        table = rotary_table(torch.tensor([a, b]), 16, 10000.0, torch.float32)
+        x = rotate(torch.cat([q, k]), table)
+        return (x[0] * x[1]).sum()
+
+    close(score(3, 1), score(103, 101))
+    assert abs(float(score(3, 1) - score(4, 1))) > 1e-4
+
+
+def test_flops_equal_torchs_own_count(grammar: Grammar) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny()
+    model = randomised(config, compute=torch.bfloat16)
+    batch = collate([Document([Text((9,) * 5), Image(latent(4, 4))])], grammar)
+    attend = Grouped(batch, torch.bfloat16)  # one document: its explicit products multiply every pair
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, torch.tensor([5]))
+    pairs = batch.positions**2
+    assert forward_flops(config, batch.positions, pairs, len(batch.predict), [(4, 4)]) == counter.get_total_flops()
+    assert adapter_flops(config, 4, 4) > 0
+
+
+def test_bad_sizes_name_the_field() -> None:
+    with pytest.raises(ValueError, match=r"model\.width: expected a multiple of 2 x heads \(8\), found 63"):
+        tiny(width=63)
+    with pytest.raises(ValueError, match=r"model\.patch_size: expected 1, 2, 4 or 8, found 3"):
+        tiny(patch_size=3)
+    with pytest.raises(ValueError, match=r"model\.unet_channels"):
+        tiny(adapter="unet", patch_size=4)

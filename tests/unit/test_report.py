@@ -1,0 +1,202 @@
+"""The demo and its page: every number there, nothing from elsewhere, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html import unescape
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from transfuse.errors import UserError
+from transfuse.presets import preset
+from transfuse.studies import demo as demo_module
+from transfuse.studies.charts import Curve, chart
+from transfuse.studies.demo import Effort, fit, run_demo
+from transfuse.studies.page import image
+from transfuse.studies.report import write_report
+from transfuse.training import RESUMABLE, read_metrics
+
+EFFORT = Effort(pictures=6, definitions=6, recogniser_steps=4)
+NEEDED = (
+    "train_seconds",
+    "background_accuracy",
+    "noun_accuracy",
+    "caption_noun_accuracy",
+    "caption_background_accuracy",
+    "heldout_text_perplexity",
+    "bits_per_byte",
+    "tokens_per_second",
+    "images_per_second",
+    "recogniser_accuracy",
+    "real_noun_accuracy",
+    "background_accuracy_interval",
+    "noun_accuracy_interval",
+    "steps",
+    "images_seen",
+    "parameters",
+    "nouns",
+    "chance_noun_accuracy",
+    "machine",
+    "version",
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A whole demo of seconds: its folder, report and what there was to see."""
+    kept = {}
+    original = demo_module.write_report
+
+    def keeping(path, report, exhibits, recipe, metrics):
+        kept.update(report=report, exhibits=exhibits, recipe=recipe, metrics=metrics)
+        return original(path, report, exhibits, recipe, metrics)
+
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    demo_module.write_report = keeping
+    try:
+        code, report = run_demo(folder, 1.0, preset("tiny"), EFFORT)
+    finally:
+        demo_module.write_report = original
+    assert code == 0
+    assert report == kept["report"]
+    return folder, kept
+
+
+class Links(HTMLParser):
+    """Everything the page would fetch, and every tag it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+        self.alts: list[str | None] = []
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.tags.append(tag)
+        values = dict(attributes)
+        self.found += [values[name] for name in ("src", "href", "srcset", "data", "poster") if values.get(name)]
+        if tag == "img":
+            self.alts.append(values.get("alt"))
+
+
+def leaves(value):
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from leaves(inner)
+    else:
+        yield value
+
+
+def test_report_holds_every_number_measured(done) -> None:
+    folder, kept = done
+    report = json.loads((folder / "report.json").read_text())
+    assert report == kept["report"]
+    assert not [name for name in NEEDED if name not in report]
+    assert report["steps"] == report["planned_steps"] == 30
+    assert report["images_seen"] == read_metrics(folder / "metrics.jsonl")[-1]["images"]
+    assert report["nouns"] == 4
+
+
+def test_page_contains_every_number_of_the_report(done) -> None:
+    folder, kept = done
+    text = unescape((folder / "report.html").read_text())
+    for value in leaves(kept["report"]):
+        assert (value if isinstance(value, str) else json.dumps(value)) in text
+
+
+def test_page_needs_nothing_from_elsewhere(done) -> None:
+    folder, _ = done
+    html = (folder / "report.html").read_text()
+    links = Links()
+    links.feed(html)
+    assert links.found
+    assert all(link.startswith("data:image/png;base64,") for link in links.found)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(links.tags)
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert links.alts
+    assert all(links.alts)
+
+
+def test_page_escapes_what_models_and_people_write(done, tmp_path) -> None:
+    _, kept = done
+    evil = "<script>alert('x')</script>\"&"
+    seen = kept["exhibits"]
+    drawings = replace(seen.drawings, prompts=[evil] * 6, named=[evil] * 6, noun_right=np.zeros(6, dtype=bool))
+    captions = replace(seen.captions, captions=[evil] * 6, truths=[evil] * 6)
+    interleaved = [(evil, replace(reply, parts=[evil, *reply.parts])) for _, reply in seen.interleaved]
+    exhibits = replace(
+        seen,
+        drawings=drawings,
+        captions=captions,
+        continuations=[(evil, evil)],
+        interleaved=interleaved,
+        strip_prompt=evil,
+    )
+    report = {**kept["report"], "command": evil, "preset": evil}
+    html = write_report(tmp_path / "r.html", report, exhibits, kept["recipe"], kept["metrics"]).read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    links = Links()
+    links.feed(html)
+    assert evil in links.alts
+
+
+def test_finished_demo_is_not_done_again(done, monkeypatch) -> None:
+    folder, kept = done
+    for name in ("train_run", "train_recogniser", "measure", "fit"):
+        monkeypatch.setattr(demo_module, name, lambda *_: pytest.fail("done again"))
+    assert run_demo(folder, 99.0, effort=EFFORT) == (0, kept["report"])
+
+
+def test_only_what_is_missing_is_done_again(done, monkeypatch) -> None:
+    folder, kept = done
+    (folder / "report.html").unlink()
+    for name in ("train_run", "train_recogniser", "fit"):
+        monkeypatch.setattr(demo_module, name, lambda *_: pytest.fail("done again"))
+    code, report = run_demo(folder, 1.0, effort=EFFORT)
+    assert code == 0
+    assert (folder / "report.html").is_file()
+    same = ("noun_accuracy", "heldout_text_perplexity", "recogniser_seconds", "train_seconds", "steps")
+    assert {name: report[name] for name in same} == {name: kept["report"][name] for name in same}
+
+
+def test_stopped_training_exits_with_75_and_goes_on(tmp_path, monkeypatch) -> None:
+    from transfuse.training import signals
+
+    recipe = preset("tiny")
+    recipe = replace(recipe, loop=replace(recipe.loop, steps=3, checkpoint_every=0))
+    original = signals.StopRequest.__enter__
+
+    def stopping(self):
+        original(self)
+        self.requested = True
+        return self
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signals.StopRequest, "__enter__", stopping)
+        assert run_demo(tmp_path / "run", 1.0, recipe, EFFORT) == (RESUMABLE, {})
+    code, report = run_demo(tmp_path / "run", 5.0, effort=replace(EFFORT, pictures=2))
+    assert (code, report["steps"], report["preset"]) == (0, 3, "tiny")
+
+
+def test_steps_fit_the_time_and_the_preset() -> None:
+    recipe = preset("tiny")
+    assert fit(recipe, 60.0).loop.steps == recipe.loop.steps
+    assert fit(recipe, 60.0).loop.max_seconds == 3600
+    assert 1 <= fit(recipe, 1e-3).loop.steps < recipe.loop.steps
+    with pytest.raises(UserError, match="minutes: expected more than 0"):
+        run_demo(None, 0.0)  # type: ignore[arg-type]
+
+
+def test_chart_is_a_drawing_or_nothing() -> None:
+    assert chart("t", [Curve("a", [(1, 2.0)], "red")], "step") == ""
+    flat = chart("<t>", [Curve("a", [(1, 2.0), (5, 2.0)], "red")], "step")
+    assert "&lt;t&gt;" in flat
+    assert "nan" not in flat
+    steep = chart("t", [Curve("a", [(1, 0.0), (5, 1e-3), (9, 1e3)], "red")], "step", logarithmic=True)
+    assert steep.count("<polyline") == 1
+    assert 'alt="a &quot;b&quot;"' in image(np.zeros((2, 2, 3), dtype=np.uint8), 'a "b"')

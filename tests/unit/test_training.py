@@ -1,0 +1,323 @@
+"""The step, its losses, its counts; checkpoints and exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import latent, randomised, tiny
+from torch.nn import functional as F
+
+from transfuse.diffusion import DiffusionConfig, Process
+from transfuse.errors import UserError
+from transfuse.keyed import keyed
+from transfuse.model import dense
+from transfuse.presets import preset
+from transfuse.presets.recipe import build_trainer, open_run
+from transfuse.sequence import Document, Grammar, Image, Text, collate
+from transfuse.training import (
+    Checkpoint,
+    CheckpointFolder,
+    DivergedError,
+    LoopConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    Trainer,
+    TransfusionObjective,
+    learning_rate,
+    read_metrics,
+)
+from transfuse.training.checkpoint import verify
+from transfuse.training.metrics import Average, MetricsLog
+
+SEED = 11
+
+
+def objective(**diffusion) -> TransfusionObjective:
+    return TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig(**diffusion)), SEED)
+
+
+def naive_losses(model, document: Document, grammar: Grammar, process: Process) -> tuple[float, int, float, int]:
+    """Sums and counts of one document by the definitions: position by position, image by image, no packing."""
+    batch = collate([document], grammar)
+    noised, times, noises = [], [], []
+    for number, image in enumerate(document.images):
+        generator = keyed(SEED, "noise", document.sample, number)
+        t = 0
+        if image.target:
+            cap = image.max_timestep or process.config.timesteps
+            t = int(torch.randint(1, cap + 1, (), generator=generator))
+        noises.append(torch.randn(image.latent.shape, generator=generator))
+        times.append(t)
+        noised.append(process.add_noise(image.latent, noises[-1], torch.tensor(t)))
+    every = torch.arange(batch.positions)
+    out = model(batch.tokens, batch.rotary, dense(batch), every, batch.patches, noised, torch.tensor(times))
+    text, texts = 0.0, 0
+    for position in range(batch.positions - 1):
+        if position in batch.predict.tolist():
+            text += float(F.cross_entropy(out.logits[position], batch.tokens[position + 1]))
+            texts += 1
+    image_loss, images = 0.0, 0
+    for number, image in enumerate(document.images):
+        if image.target:
+            error = (out.predictions[number] - process.target(image.latent, noises[number], times[number])) ** 2
+            image_loss += float(error.mean() * process.weight(times[number]))
+            images += 1
+    return text, texts, image_loss, images
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_loss_equals_a_naive_loop(prediction: str, grammar: Grammar, mixed) -> None:
+    goal = objective(prediction=prediction, weighting="v" if prediction == "x0" else "uniform")
+    model = randomised(tiny())
+    mixed[3] = replace(mixed[3], parts=[Image(latent(4, 4, 9), target=False), *mixed[3].parts])
+    batch = collate(mixed, grammar)
+    sums = goal.sums(model, batch)
+    naive = [naive_losses(model, document, grammar, goal.process) for document in mixed]
+    text, texts, image, images = (sum(column) for column in zip(*naive, strict=True))
+    assert goal.counts(batch) == (texts, images)
+    assert float(sums.losses[0]) == pytest.approx(text, rel=1e-5)
+    assert float(sums.losses[1]) == pytest.approx(image, rel=1e-5)
+    assert sum(count for _, count in sums.details.values()) == images
+
+
+def test_noise_depends_on_the_sample_alone(grammar: Grammar, mixed) -> None:
+    goal = objective()
+    together = goal.noise(collate(mixed, grammar))
+    reordered = goal.noise(collate(mixed[::-1], grammar))
+    assert sorted(together.timesteps.tolist()) == sorted(reordered.timesteps.tolist())
+    alone = goal.noise(collate([mixed[3]], grammar))
+    assert torch.equal(alone.latents[0], together.latents[2])
+    assert torch.equal(alone.latents[1], together.latents[3])
+    assert not torch.equal(alone.timesteps[0], alone.timesteps[1]), "each image has its own timestep"
+
+
+def test_timesteps_respect_the_cap_and_context_is_clean(grammar: Grammar) -> None:
+    goal = objective()
+    documents = [Document([Image(latent(2, 2), max_timestep=500), Text((9,))], sample=i) for i in range(300)]
+    capped = goal.noise(collate(documents, grammar)).timesteps
+    assert capped.min() >= 1
+    assert 450 < capped.max() <= 500
+    free = goal.noise(collate([Document([Image(latent(2, 2))], sample=i) for i in range(300)], grammar)).timesteps
+    assert free.max() > 900
+    assert free.float().mean() == pytest.approx(500, abs=60)
+    clean = goal.noise(collate([Document([Image(latent(2, 2), target=False), Text((9,))])], grammar))
+    assert clean.timesteps.tolist() == [0]
+    assert torch.equal(clean.latents[0], latent(2, 2))
+
+
+def trainer(folder: Path, documents, grammar: Grammar, accumulate: int = 1, model=None, **loop) -> Trainer:
+    size = len(documents) // accumulate
+    parts = [collate(documents[i * size : (i + 1) * size], grammar) for i in range(accumulate)]
+    config = LoopConfig(**{"steps": 3, "sample_every": 0, "checkpoint_every": 0, "log_every": 1, **loop})
+    return Trainer(
+        model or randomised(tiny()), objective(), lambda step: parts, folder, config, OptimizerConfig(warmup=2)
+    )
+
+
+def uneven(grammar: Grammar) -> list[Document]:
+    """Four samples, very uneven in text and images: halves and quarters of it have wildly different counts."""
+    return [
+        Document([Text((9,) * 60)], sample=0),
+        Document([Text((8, 7))], sample=1),
+        Document([Text((6,)), Image(latent(8, 8, 1))], sample=2),
+        Document([Image(latent(2, 2, i)) for i in range(6)], sample=3),
+    ]
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_changes_nothing(tmp_path, grammar: Grammar, accumulate: int) -> None:
+    whole, split = (trainer(tmp_path, uneven(grammar), grammar, n) for n in (1, accumulate))
+    averages = Average(), Average()
+    for one, average in zip((whole, split), averages, strict=True):
+        one.optimizer = torch.optim.SGD(one.model.parameters(), lr=0.0)  # gradients survive in the EMA-free model
+        kept = {}
+        one.optimizer.zero_grad = lambda set_to_none, one=one, kept=kept: kept.update(  # type: ignore[assignment]
+            {name: p.grad.clone() for name, p in one.model.named_parameters()}
+        )
+        one.train_step(average)
+        one.gradients = kept
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(split.gradients[name], gradient, atol=1e-6, rtol=1e-5)
+    for name, mean in averages[0].means().items():
+        assert averages[1].means()[name] == pytest.approx(mean, rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        [Document([Text((9, 8))], sample=1)],
+        [Document([Image(latent(4, 4))], sample=1, predict=False)],
+        [Document([], sample=1, predict=False), Document([Text((9,), predict=False)], sample=2, closed=False)],
+        [Document([Image(latent(4, 4), target=False), Text((9,))], sample=1)],
+    ],
+    ids=["no images", "no text targets", "nothing to learn", "context image only"],
+)
+def test_a_batch_without_a_modality_is_finite(tmp_path, grammar: Grammar, documents) -> None:
+    one = trainer(tmp_path, documents, grammar)
+    average = Average()
+    one.train_step(average)
+    assert all(math.isfinite(value) for value in average.means().values())
+    assert all(bool(p.isfinite().all()) for p in one.model.parameters())
+
+
+def test_image_size_leaves_the_text_gradient_alone(tmp_path, grammar: Grammar) -> None:
+    """Losses are means over their own targets: more patches must not dilute the text."""
+    text = Document([Text((9, 8, 7))], sample=1)
+    gradients = []
+    for side in (2, 8):
+        model = randomised(tiny())
+        goal = objective()
+        batch = collate([text, Document([Image(latent(side, side))], sample=2, predict=False)], grammar)
+        (goal.sums(model, batch).losses[0] / goal.counts(batch)[0]).backward()
+        gradients.append(model.head.weight.grad.clone())
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_divergence_stops_before_the_optimizer_and_names_the_sample(tmp_path, grammar: Grammar) -> None:
+    bad = latent(4, 4, 5)
+    bad[0, 0, 0] = float("nan")
+    documents = [*uneven(grammar), Document([Image(bad)], sample=77)]
+    one = trainer(tmp_path, documents, grammar)
+    before = {name: p.clone() for name, p in one.model.named_parameters()}
+    with pytest.raises(DivergedError, match=r"step 0: expected finite numbers, found .* samples \[77\]; no weight was"):
+        one.run()
+    assert all(torch.equal(before[name], p) for name, p in one.model.named_parameters())
+
+
+def test_learning_rate_follows_the_paper() -> None:
+    config = OptimizerConfig()
+    assert learning_rate(config, 0, 250_000) == pytest.approx(3e-4 / 4000)
+    assert learning_rate(config, 3999, 250_000) == pytest.approx(3e-4)
+    assert learning_rate(config, 127_000, 250_000) == pytest.approx((3e-4 + 1.5e-5) / 2, rel=1e-3)
+    assert learning_rate(config, 250_000, 250_000) == pytest.approx(1.5e-5)
+
+
+def run_tiny(folder: Path, steps: int, stop_at: int | None = None, **changes) -> Trainer:
+    recipe = preset("tiny")
+    recipe = replace(recipe, loop=replace(recipe.loop, steps=steps, checkpoint_every=4, log_every=3), **changes)
+    recipe = open_run(recipe, folder)
+    one, _ = build_trainer(recipe, folder)
+    one.restore()
+    if stop_at is not None:  # a run cut off: only what was saved in between remains
+        one.config = replace(one.config, steps=stop_at)
+        schedule = one.config.steps
+        one.config = replace(one.config, steps=steps)
+        average = Average()
+        while one.step < schedule:
+            one.train_step(average)
+        one.save()
+        return one
+    one.run()
+    return one
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cut", [1, 5, 8])
+def test_straight_equals_resumed_bit_for_bit(tmp_path, cut: int, precision: str) -> None:
+    """Weights, moments, EMA, and the metrics of the steps after the cut."""
+    changes = {"precision": precision}
+    straight = run_tiny(tmp_path / "straight", 12, **changes)
+    run_tiny(tmp_path / "resumed", 12, stop_at=cut, **changes)
+    resumed = run_tiny(tmp_path / "resumed", 12, **changes)
+    assert resumed.step == straight.step == 12
+    saved = [one.checkpoints.load()[0] for one in (straight, resumed)]
+    for kind, tensors in saved[0].tensors.items():
+        assert tensors.keys() == saved[1].tensors[kind].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, saved[1].tensors[kind][name]), (kind, name)
+    for kind in ("positions", "images", "text_targets"):
+        assert straight.totals[kind] == resumed.totals[kind]
+
+
+def test_workers_change_nothing(tmp_path) -> None:
+    recipe = preset("tiny")
+    plain = run_tiny(tmp_path / "a", 5)
+    helped = run_tiny(tmp_path / "b", 5, data=replace(recipe.data, workers=2))
+    for a, b in zip(plain.model.parameters(), helped.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def checkpoint(step: int, value: float) -> Checkpoint:
+    return Checkpoint(step, {"model": {"w": torch.full((4,), value)}, "ema": {"w": torch.zeros(4)}}, {"totals": {}})
+
+
+def test_checkpoints_keep_the_newest_and_fall_back(tmp_path) -> None:
+    store = CheckpointFolder(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        store.save(checkpoint(step, step))
+    assert [path.name for path in store.complete()] == ["step-00000002", "step-00000003"]
+    newest = tmp_path / "step-00000003"
+    assert verify(newest) is None
+    data = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    loaded, complaints = store.load()
+    assert loaded is not None
+    assert loaded.step == 2
+    assert loaded.tensors["model"]["w"].tolist() == [2.0] * 4
+    assert "model.safetensors does not match its hash" in complaints[0]
+    (newest / "manifest.json").write_text("{")
+    assert store.load()[0].step == 2  # type: ignore[union-attr]
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
+    import transfuse.training.checkpoint as module
+
+    store = CheckpointFolder(tmp_path, keep=1)
+    store.save(checkpoint(1, 1.0))
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    for broken in ("save_file", "_sync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, broken, full)
+            with pytest.raises(
+                UserError, match=r"checkpoint not written .*No space left.*earlier checkpoints are intact"
+            ):
+                store.save(checkpoint(2, 2.0))
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+        assert store.load()[0].step == 1  # type: ignore[union-attr]
+
+
+def test_checkpoint_of_another_shape(tmp_path, grammar: Grammar) -> None:
+    trainer(tmp_path, uneven(grammar), grammar).save()
+    other = trainer(tmp_path, uneven(grammar), grammar, model=randomised(tiny(width=96, heads=4)))
+    with pytest.raises(UserError, match="the checkpoint has another shape than the model"):
+        other.restore()
+
+
+def test_metrics_lines_after_the_checkpoint_are_dropped(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "te')
+    log = MetricsLog(path, 2)
+    log.write({"step": 3, "text": 1.0})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "text": 1.0}]
+
+
+def test_metrics_hold_what_they_promise(tmp_path) -> None:
+    run_tiny(tmp_path / "run", 6)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 6]
+    for name in ("text", "image", "gradient_norm", "learning_rate", "positions", "images", "tokens_per_second"):
+        assert lines[-1][name] > 0
+    assert lines[-1]["flops_per_second"] > 0
+    assert any(name.startswith("image_by_timestep/") for name in lines[-1])
+    assert lines[-1]["text"] < math.log(512) * 1.2
+
+
+def test_ema_follows_and_swaps_back_exactly(tmp_path, grammar: Grammar) -> None:
+    one = trainer(tmp_path, uneven(grammar), grammar, ema_decay=0.5)
+    start = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    one.train_step(Average())
+    name = "head.weight"
+    after = dict(one.model.named_parameters())[name].detach().clone()
+    expected = torch.lerp(start[name], after, 1 - min(0.5, 1 / 10))
+    torch.testing.assert_close(one.ema.weights[name], expected)
+    with one.ema.applied(one.model):
+        assert torch.equal(dict(one.model.named_parameters())[name], one.ema.weights[name])
+    assert torch.equal(dict(one.model.named_parameters())[name], after)
