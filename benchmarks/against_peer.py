@@ -37,7 +37,7 @@ from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference.engine import Done, Engine, ImageProgress, Request
-from transfuse.model import ModelConfig, Transfusion
+from transfuse.model import ModelConfig, Transfusion, pack
 from transfuse.model.flops import train_flops
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate
 from transfuse.training import ObjectiveConfig, OptimizerConfig, TransfusionObjective, build_optimizer
@@ -47,7 +47,7 @@ MEASURES = ("training", "memory", "image", "text", "prefix")
 GUIDANCE = 3.0  # the peer's default scale
 IMAGE_WEIGHT = 5.0  # lambda of the paper
 CROWDED_SHARE = 0.95  # of the wall clock, which the main thread must have spent running
-CROWDED_SWITCHES = 20.0  # involuntary context switches a second
+CROWDED_SWITCHES = 60
 
 Work = Callable[[], None]
 
@@ -280,6 +280,7 @@ def our_engine(scale: Scale, dtype: torch.dtype, context: int = 4096) -> Engine:
         model.head.weight[[tokenizer.eos, tokenizer.boi]] = 0
     model = model.to(dtype).eval().requires_grad_(False)
     process = Process(DiffusionConfig(prediction="v"))
+    pack(model)  # as `transfuse.load` does
     return Engine(Exported(model, process, Pixels(), tokenizer, scale.side, GenerationConfig()))
 
 

@@ -219,3 +219,26 @@ def test_bad_sizes_name_the_field() -> None:
         tiny(patch_size=3)
     with pytest.raises(ValueError, match=r"model\.unet_channels"):
         tiny(adapter="unet", patch_size=4)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_packed_weights_change_nothing(grammar: Grammar, mixed, compute: torch.dtype) -> None:
+    from transfuse.model.layers import PackedLinear, pack
+
+    model = randomised(tiny(), compute=compute).to(compute).eval().requires_grad_(False)
+    batch = collate(mixed, grammar)
+    times = torch.zeros(len(batch.latents), dtype=torch.int64)
+
+    def outputs() -> list[torch.Tensor]:
+        attend = Grouped(batch, compute)
+        with torch.inference_mode():
+            out = model(batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, times)
+            nothing = model(batch.tokens, batch.rotary, attend, batch.predict[:0], batch.patches, batch.latents, times)
+        assert nothing.logits.shape == (0, 320)
+        return [out.logits.float(), *out.predictions]
+
+    plain = outputs()
+    pack(model)
+    assert isinstance(model.head, PackedLinear)
+    for a, b in zip(outputs(), plain, strict=True):
+        close(a, b, 1e-5 if compute == torch.float32 else 0.05)

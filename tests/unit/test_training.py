@@ -59,13 +59,13 @@ def naive_losses(model, document: Document, grammar: Grammar, process: Process) 
     text, texts = 0.0, 0
     for position in range(batch.positions - 1):
         if position in batch.predict.tolist():
-            text += float(F.cross_entropy(out.logits[position], batch.tokens[position + 1]))
+            text += F.cross_entropy(out.logits[position], batch.tokens[position + 1]).item()
             texts += 1
     image_loss, images = 0.0, 0
     for number, image in enumerate(document.images):
         if image.target:
             error = (out.predictions[number] - process.target(image.latent, noises[number], times[number])) ** 2
-            image_loss += float(error.mean() * process.weight(times[number]))
+            image_loss += (error.mean() * process.weight(times[number])).item()
             images += 1
     return text, texts, image_loss, images
 

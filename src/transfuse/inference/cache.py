@@ -53,12 +53,14 @@ class Segment:
 class _Call:
     """One attention call: neighbouring rows of one cache, `count` queries each, keys up to `end`.
 
-    starts: where each row's new positions lie; one number if it is the same for all.
+    start: where the new positions lie, if that is the same for all rows; else places: (row, position) of each.
+    mask: additive, `[row, 1, query, key]`; None where every query sees every key up to `end`.
     """
 
     cache: KeyValueCache
     rows: slice
-    starts: int | Tensor
+    start: int
+    places: tuple[Tensor, Tensor] | None
     queries: slice
     count: int
     end: int
@@ -67,11 +69,11 @@ class _Call:
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put new keys and values `[row * count, head, D]` into the cache."""
         for store, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
-            if isinstance(self.starts, int):
+            if self.places is None:
                 piece = new.unflatten(0, (-1, self.count)).transpose(1, 2)
-                store[self.rows, :, self.starts : self.starts + self.count] = piece
+                store[self.rows, :, self.start : self.start + self.count] = piece
             else:
-                store[torch.arange(self.rows.start, self.rows.stop), :, self.starts] = new.to(store.dtype)
+                store[self.places[0], :, self.places[1]] = new.to(store.dtype)
 
 
 def cached(segments: Sequence[Segment]) -> Attend:
@@ -79,11 +81,14 @@ def cached(segments: Sequence[Segment]) -> Attend:
     calls = _plan(segments)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for call in calls:
-            call.write(layer, k[call.queries], v[call.queries])
+        if len(calls) == 1:
+            calls[0].write(layer, k, v)
+        else:
+            for call in calls:
+                call.write(layer, k[call.queries], v[call.queries])
         outputs = []
         for call in calls:
-            query = q[call.queries].unflatten(0, (-1, call.count)).transpose(1, 2)
+            query = (q if len(calls) == 1 else q[call.queries]).unflatten(0, (-1, call.count)).transpose(1, 2)
             keys = call.cache.keys[layer, call.rows, :, : call.end]
             values = call.cache.values[layer, call.rows, :, : call.end]
             gqa = query.shape[1] != keys.shape[1]
@@ -111,14 +116,22 @@ def _plan(segments: Sequence[Segment]) -> list[_Call]:
         first, device = run[0], run[0].cache.keys.device
         count, longest = first.count, max(segment.end for segment in run)
         even = len({segment.end for segment in run}) == 1
-        starts = first.start if even else torch.tensor([segment.start for segment in run], device=device)
+        places = None
+        if not even:
+            where = [(segment.row, segment.start) for segment in run]
+            rows_at, starts_at = torch.tensor(where, device=device).unbind(1)
+            places = rows_at, starts_at
         ends = None
         if first.ends is not None:
             ends = torch.stack([segment.ends for segment in run if segment.ends is not None])
         elif not even:
             ends = torch.tensor([[segment.end] for segment in run], device=device)
-        mask = None if ends is None else (torch.arange(longest, device=device) < ends[..., None])[:, None]
+        mask = None
+        if ends is not None:
+            hidden = torch.arange(longest, device=device) >= ends[..., None]
+            mask = first.cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
         queries = slice(place, place + count * len(run))
-        calls.append(_Call(first.cache, slice(first.row, first.row + len(run)), starts, queries, count, longest, mask))
+        rows = slice(first.row, first.row + len(run))
+        calls.append(_Call(first.cache, rows, first.start, places, queries, count, longest, mask))
         place = queries.stop
     return calls

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..diffusion import SamplerConfig
 from ..errors import UserError
 from ..export import Exported, load_export
+from ..model import pack
 from ..sequence import Document, Image, Text
 from .engine import Done, Engine, Event, ImageEnd, Request, TextDelta
 
@@ -62,7 +63,9 @@ class TransfusionPipeline:
     def from_pretrained(
         cls, path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> TransfusionPipeline:
-        return cls(load_export(path, dtype, device))
+        exported = load_export(path, dtype, device)
+        pack(exported.model)
+        return cls(exported)
 
     def __call__(
         self,

