@@ -68,14 +68,11 @@ class Script:
         self.logits: list[torch.Tensor] = []
         original = Engine._choose
 
-        def choose(engine: Engine, row, logits):
+        def choose(engine: Engine, row, logits, likeliest):
             self.logits.append(logits.clone())
             script = tokens[row.number]
             if script:
-                forced = script.pop(0)
-                logits = torch.full_like(logits, -1e9)
-                logits[forced] = 1e9
-                yield from original(engine, row, logits)
+                yield from original(engine, row, logits, script.pop(0))
             else:
                 yield from engine._finish(row, "stop")
 
@@ -107,10 +104,12 @@ def test_script_with_cache_equals_whole_recomputation(tokenizer: Tokenizer, monk
     # logits were asked for after: 12, 30, 31, EOI, 32, EOI, 33
     at = [3, 4, 5, 5 + 1 + 16 + 1, 5 + 1 + 16 + 2, 5 + 1 + 16 + 2 + 1 + 16 + 1, 5 + 1 + 16 + 2 + 1 + 16 + 2]
     assert [int(batch.tokens[p]) for p in at] == [12, 30, 31, engine.grammar.eoi, 32, engine.grammar.eoi, 33]
-    found, allowed = torch.stack(script.logits), torch.ones(320, dtype=torch.bool)
-    allowed[engine.never] = False
+    found, allowed = torch.stack(script.logits), engine.barred == 0
+    allowed[boi] = False  # barred, too, once no more images are allowed
     torch.testing.assert_close(found[:, allowed], whole[at][:, allowed], atol=1e-4, rtol=1e-4)
-    assert (found[:, engine.never] == -torch.inf).all()
+    assert (found[:, engine.barred != 0] == -torch.inf).all()
+    assert found[-1, boi] == -torch.inf
+    assert found[0, boi] > -torch.inf
 
 
 def test_cache_after_an_image_equals_a_fresh_prefill(tokenizer: Tokenizer, monkeypatch) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -108,8 +109,8 @@ class _Feed:
     """New positions of one row for a forward pass; images lie at `patches` (offsets within the feed)."""
 
     segment: Segment
-    tokens: Sequence[int] | np.ndarray
-    patches: np.ndarray
+    tokens: Sequence[int]
+    patches: Sequence[int] = ()
     latents: Sequence[Tensor] = ()
     timesteps: Sequence[int] = ()
 
@@ -120,6 +121,10 @@ class _Row:
 
     number: int
     request: Request
+    shape: tuple[int, int, int]
+    """of the latents it draws"""
+    patches: int
+    """of an image it draws"""
     length: int = 0
     written: int = 0
     unshown: list[int] = field(default_factory=list)
@@ -141,21 +146,21 @@ class Engine:
         self.device = next(self.model.parameters()).device
         self.grammar = self.tokenizer.grammar(self.config.patch_size)
         self.null_tokens = null_prefix(self.grammar, self.config.latent_channels)
-        hidden = [self.grammar.bos, self.grammar.eoi, *range(self.tokenizer.vocabulary, self.config.vocabulary)]
-        self.never = torch.tensor(hidden, dtype=torch.int64)
+        # Added to logits: BOS, EOI and ids that the tokenizer does not have are never chosen.
+        self.barred = torch.zeros(self.config.vocabulary)
+        self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
+        self.barred[self.tokenizer.vocabulary :] = -torch.inf
         self._null: KeyValueCache | None = None
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Run requests together and give their events as they happen. Raises UserError before any work for bad ones."""
         layouts = [self._check(number, request) for number, request in enumerate(requests)]
-        rows = [_Row(number, request) for number, request in enumerate(requests)]
+        rows = [_Row(number, request, *self._drawn(request)) for number, request in enumerate(requests)]
         if not rows:
             return
-        capacity = max(self._bound(request, layout) for request, layout in zip(requests, layouts, strict=True))
-        cache = self._cache(len(rows), capacity)
-        patches = max(self._latent_shape(request)[3] for request in requests)
-        nulls = self._cache(len(rows), len(self.null_tokens) + patches)
+        cache = self._cache(len(rows), max(self._bound(row, layout) for row, layout in zip(rows, layouts, strict=True)))
+        nulls = self._cache(len(rows), len(self.null_tokens) + max(row.patches for row in rows))
         yield from self._write(
             rows, [self._prompt(cache, row, layout) for row, layout in zip(rows, layouts, strict=True)]
         )
@@ -177,21 +182,22 @@ class Engine:
         if min(request.size) < 1 or any(side % factor for side in request.size):
             raise UserError(f"{where}: image size: expected positive multiples of {factor}, found {request.size}")
         layout = lay_out(request.document, self.grammar)
-        least = len(layout) + (self._latent_shape(request)[3] + 2 if request.draw == "force" else 1)
+        least = len(layout) + (self._drawn(request)[1] + 2 if request.draw == "force" else 1)
         if least > self.config.context:
             raise UserError(
                 f"{where}: prompt: expected at most {self.config.context} positions with what is to come, found {least}"
             )
         return layout
 
-    def _bound(self, request: Request, layout: Layout) -> int:
-        images = 0 if request.draw == "never" else request.max_images * (self._latent_shape(request)[3] + 2)
-        return min(self.config.context, len(layout) + request.max_tokens + images + 1)
+    def _bound(self, row: _Row, layout: Layout) -> int:
+        """The most positions a row can come to."""
+        images = 0 if row.request.draw == "never" else row.request.max_images * (row.patches + 2)
+        return min(self.config.context, len(layout) + row.request.max_tokens + images + 1)
 
-    def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:
-        """Channels, rows and columns of a latent it draws, and its number of patches."""
+    def _drawn(self, request: Request) -> tuple[tuple[int, int, int], int]:
+        """Shape `[channel, row, column]` of a latent it draws, and its number of patches."""
         rows, columns = (side // self.exported.autoencoder.factor for side in request.size)
-        return self.config.latent_channels, rows, columns, rows * columns // self.config.patch_size**2
+        return (self.config.latent_channels, rows, columns), rows * columns // self.config.patch_size**2
 
     def _cache(self, rows: int, capacity: int) -> KeyValueCache:
         # On CPU attention over a bfloat16 cache is several times slower than over a float32 one (docs/benchmarks.md).
@@ -200,21 +206,26 @@ class Engine:
 
     def _forward(self, feeds: Sequence[_Feed], predict: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """One pass over all feeds; logits at flat positions `predict`, and a prediction per image, in order."""
-        counts = [feed.segment.count for feed in feeds]
-        offsets = np.cumsum([0, *counts])
-        tokens = np.concatenate([np.asarray(feed.tokens, dtype=np.int64) for feed in feeds])
-        positions = np.concatenate([np.arange(feed.segment.start, feed.segment.end) for feed in feeds])
-        patches = np.concatenate([feed.patches + offset for feed, offset in zip(feeds, offsets, strict=False)])
+        tokens: list[int] = []
+        positions: list[int] = []
+        patches: list[int] = []
+        for feed in feeds:
+            patches.extend(len(tokens) + patch for patch in feed.patches)
+            tokens.extend(feed.tokens)
+            positions.extend(range(feed.segment.start, feed.segment.end))
         output = self.model(
-            torch.from_numpy(tokens).to(self.device),
-            torch.from_numpy(positions).to(self.device),
+            self._ids(tokens),
+            self._ids(positions),
             cached([feed.segment for feed in feeds]),
-            torch.tensor(predict, dtype=torch.int64, device=self.device),
-            torch.from_numpy(patches).to(self.device),
+            self._ids(predict),
+            self._ids(patches),
             [latent.to(self.device) for feed in feeds for latent in feed.latents],
-            torch.tensor([t for feed in feeds for t in feed.timesteps], dtype=torch.int64, device=self.device),
+            self._ids([t for feed in feeds for t in feed.timesteps]),
         )
         return output.logits.float().cpu(), output.predictions
+
+    def _ids(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _prompt(self, cache: KeyValueCache, row: _Row, layout: Layout) -> _Feed:
         """The whole prompt; its images are clean, at timestep 0."""
@@ -222,8 +233,8 @@ class Engine:
         row.length = len(layout)
         return _Feed(
             Segment(cache, row.number, 0, len(layout), ends if len(layout) > 1 else None),
-            layout.token,
-            np.flatnonzero(layout.image >= 0),
+            layout.token.tolist(),
+            np.flatnonzero(layout.image >= 0).tolist(),
             [span.image.latent for span in layout.spans],
             [0] * len(layout.spans),
         )
@@ -236,8 +247,8 @@ class Engine:
             row.length += 1
             if row.next_token == self.grammar.boi:
                 self._begin_image(nulls, row)
-            return _Feed(Segment(cache, row.number, start, 1), [row.next_token], np.empty(0, np.int64))
-        count = self._latent_shape(row.request)[3]
+            return _Feed(Segment(cache, row.number, start, 1), [row.next_token])
+        count = row.patches
         ends = torch.full((count + 1,), start + count, dtype=torch.int64, device=self.device)
         if self.config.image_attention == "causal":
             ends = torch.arange(start + 1, start + count + 2, device=self.device)
@@ -245,37 +256,41 @@ class Engine:
         latent, row.finished = row.finished, None
         row.length += count + 1
         segment = Segment(cache, row.number, start, count + 1, ends)
-        return _Feed(segment, [0] * count + [self.grammar.eoi], np.arange(count), [latent], [0])
+        return _Feed(segment, [0] * count + [self.grammar.eoi], range(count), [latent], [0])
 
     def _write(self, rows: Sequence[_Row], feeds: Sequence[_Feed]) -> Iterator[Event]:
         """One LM pass: every row reads its feed; those that are not about to draw choose their next token."""
-        last = np.cumsum([feed.segment.count for feed in feeds]) - 1
-        logits, _ = self._forward(feeds, last.tolist())
-        logits[:, self.never] = -torch.inf
-        for row, scores in zip(rows, logits, strict=True):
+        last = [end - 1 for end in accumulate(feed.segment.count for feed in feeds)]
+        logits, _ = self._forward(feeds, last)
+        logits += self.barred
+        writers = [number for number, row in enumerate(rows) if not self._may_draw(row)]
+        if writers:
+            logits[writers, self.grammar.boi] = -torch.inf
+        for row, scores, likeliest in zip(rows, logits, logits.argmax(-1).tolist(), strict=True):
             if row.drawing is not None:
                 row.next_token = None
                 yield ImageStart(row.number, row.images)
             else:
-                yield from self._choose(row, scores)
+                yield from self._choose(row, scores, likeliest)
 
-    def _choose(self, row: _Row, logits: Tensor) -> Iterator[Event]:
+    def _may_draw(self, row: _Row) -> bool:
+        return (
+            row.request.draw != "never"
+            and row.images < row.request.max_images
+            and row.length + 2 + row.patches <= self.config.context
+        )
+
+    def _choose(self, row: _Row, logits: Tensor, likeliest: int) -> Iterator[Event]:
+        """Choose a row's next token from its logits `[vocabulary]`, of which `likeliest` is the largest."""
         request = row.request
         room = row.length + 1 < self.config.context
-        may_draw = (
-            request.draw != "never"
-            and row.images < request.max_images
-            and row.length + 2 + self._latent_shape(request)[3] <= self.config.context
-        )
         if request.draw == "force" and row.images == 0:
             row.next_token = self.grammar.boi
             return
         if row.written >= request.max_tokens or not room:
             yield from self._finish(row, "images" if request.max_tokens == 0 else "length")
             return
-        if not may_draw:
-            logits[self.grammar.boi] = -torch.inf
-        token = _sample(logits, request, row.length)
+        token = likeliest if request.temperature <= 0 else _sample(logits, request, row.length)
         if token == self.grammar.eos:
             yield from self._finish(row, "stop")
             return
@@ -295,14 +310,14 @@ class Engine:
         yield Done(row.number, reason, row.written, row.images, row.evaluations)
 
     def _begin_image(self, nulls: KeyValueCache, row: _Row) -> None:
-        shape = self._latent_shape(row.request)[:3]
         generator = keyed(row.request.seed, "image", row.images)
-        row.drawing = Sampler(self.exported.process, row.request.sampler).prepare(shape, generator, device=self.device)
+        sampler = Sampler(self.exported.process, row.request.sampler)
+        row.drawing = sampler.prepare(row.shape, generator, device=self.device)
         if self._null is None:
             # The null branch starts with the same few tokens for everybody: read once, then copied.
             self._null = self._cache(1, len(self.null_tokens))
             segment = Segment(self._null, 0, 0, len(self.null_tokens), torch.arange(1, len(self.null_tokens) + 1))
-            self._forward([_Feed(segment, self.null_tokens, np.empty(0, np.int64))], [])
+            self._forward([_Feed(segment, self.null_tokens)], [])
         known = len(self.null_tokens)
         nulls.keys[:, row.number, :, :known] = self._null.keys[:, 0]
         nulls.values[:, row.number, :, :known] = self._null.values[:, 0]
@@ -332,18 +347,16 @@ class Engine:
 
     def _denoise(self, cache: KeyValueCache, row: _Row, start: int) -> _Feed:
         assert row.drawing is not None
-        count = self._latent_shape(row.request)[3]
+        count = row.patches
         ends = None
         if self.config.image_attention == "causal":
             ends = torch.arange(start + 1, start + count + 1, device=self.device)
         segment = Segment(cache, row.number, start, count, ends)
-        return _Feed(segment, [0] * count, np.arange(count), [row.drawing.x], [row.drawing.t])
+        return _Feed(segment, [0] * count, range(count), [row.drawing.x], [row.drawing.t])
 
 
 def _sample(logits: Tensor, request: Request, position: int) -> int:
-    """One id from logits `[vocabulary]`: the likeliest at temperature 0, else drawn from the nucleus."""
-    if request.temperature <= 0:
-        return int(logits.argmax())
+    """One id drawn from the nucleus of logits `[vocabulary]`, by (seed, position)."""
     probabilities, order = (logits / request.temperature).softmax(-1).sort(descending=True)
     probabilities[probabilities.cumsum(-1) - probabilities >= request.top_p] = 0
     generator = keyed(request.seed, "token", position)

@@ -10,6 +10,7 @@ FlexAttention over the flat run. All three read the same two integers per positi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def flexible(batch: Batch) -> Attend:
     """FlexAttention over the flat run; the block mask is built once a batch. CUDA only: its backward refuses CPU."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     start, end = batch.start, batch.end
 
@@ -146,7 +147,7 @@ def flexible(batch: Batch) -> Attend:
         return (start[query] <= key) & (key < end[query])
 
     mask = create_block_mask(seen, None, None, batch.positions, batch.positions, device=str(batch.tokens.device))
-    compiled = torch.compile(flex_attention, dynamic=True)
+    compiled = _compiled_flex_attention()
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -154,3 +155,10 @@ def flexible(batch: Batch) -> Attend:
         return out[0].transpose(0, 1).flatten(1)
 
     return attend
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)

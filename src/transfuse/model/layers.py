@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Written out: on CPU torch's own rms_norm is made of more, and slower, steps.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)
+        scale = length.square().mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
         return x * scale.to(x.dtype) * self.weight.to(x.dtype)
 
 

@@ -74,7 +74,7 @@ class WorldConfig:
     """
 
     size: int = 32
-    nouns: tuple[str, ...] | int | None = None
+    nouns: int | tuple[str, ...] | None = None
     max_objects: int = 3
     max_count: int = 4
     styles: tuple[str, ...] | None = None
