@@ -102,10 +102,10 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def phrase(thing: Thing) -> str:
+def phrase(thing: Thing, sized: bool = True) -> str:
     """A thing with its number and size: "a crab", "a small crab", "three large crabs"; medium goes without saying."""
     noun = NOUNS[thing.noun]
-    size = "" if thing.size == "medium" else f"{thing.size} "
+    size = f"{thing.size} " if sized and thing.size != "medium" else ""
     if thing.count > 1:
         return f"{NUMBERS[thing.count]} {size}{noun.plural}"
     return f"a {size}{noun.name}" if size else noun.a
@@ -135,7 +135,8 @@ def caption(scene: Scene, index: int = 0, seed: int = 0) -> str:
         words["x"] = listed([phrase(thing) for thing in order])
         said = draws.pick(GROUP)
     else:
-        words["x"] = phrase(scene.things[0])
+        # Nothing stands beside it, so its size may be said or not: people ask for "a crab" and mean any.
+        words["x"] = phrase(scene.things[0], sized=draws.chance(0.5))
         where = f" {POSITION_PHRASES[scene.position]}" if scene.position else ""
         words |= {"where": where, "where_after": f",{where}" if where else ""}
         said = draws.pick(ONE if scene.kind == "one" else COPIES)
