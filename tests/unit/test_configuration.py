@@ -158,6 +158,7 @@ def test_broken_exports_name_what_is_wrong(tmp_path, tokenizer: Tokenizer) -> No
 def test_diffusion_defaults_are_the_papers() -> None:
     assert preset("0.16b").diffusion == DiffusionConfig(timesteps=1000, prediction="epsilon")
     assert preset("0.16b").objective.image_weight == 5
+    assert preset("epsilon-32").objective.image_weight == 5, "the demo's own lambda is not the paper's"
     assert preset("0.16b").data.pairs.caption_first == 0.8
     assert preset("0.16b").data.pairs.image_first_max_timestep == 500
     assert tiny() == tiny()

@@ -56,7 +56,7 @@ def pack(module: nn.Module) -> None:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, computed in at least float32."""
+    """Root-mean-square norm over the last axis: length taken in float32, products in the dtype of the input."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
@@ -80,10 +80,12 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
-        if not gate_up.requires_grad:
-            gate, up = gate_up.chunk(2, dim=-1)
-            return self.down(F.silu(gate).mul_(up))
-        return self.down(_GatedSiLU.apply(gate_up))
+        return self.down(_GatedSiLU.apply(gate_up) if gate_up.requires_grad else _gated_silu(gate_up))
+
+
+def _gated_silu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class _GatedSiLU(torch.autograd.Function):
@@ -92,8 +94,7 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _gated_silu(gate_up)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..diffusion import DiffusionConfig, SamplerConfig
 from ..export import GenerationConfig
-from ..training import LoopConfig
+from ..training import LoopConfig, ObjectiveConfig
 from .demo import demo
 from .recipe import Recipe
 
@@ -22,6 +22,7 @@ def epsilon_32() -> Recipe:
         preset="epsilon-32",
         model=replace(base.model, patch_size=4),
         diffusion=DiffusionConfig(prediction="epsilon", clip_x0=1.0),
+        objective=ObjectiveConfig(),
         loop=replace(base.loop, steps=50_000, ema_decay=0.9995, checkpoint_every=1000, sample_every=2500),
         generation=GenerationConfig(SamplerConfig("ddpm", steps=250), guidance_scale=3.0),
     )
