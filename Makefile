@@ -1,5 +1,5 @@
 # make setup   a virtual environment in .venv with `transfuse` in it
-# make demo    train a small Transfusion on this machine, draw, caption, write, and report (about 12 minutes on two cores)
+# make demo    train a small Transfusion on this machine, draw, caption, write, and report (about 9 minutes on two cores)
 # make test    set up, then lint, type check and test
 PYTHON ?= python3.11
 STAMP := .venv/.installed

@@ -162,7 +162,7 @@ class Demo:
 
 
 def demo(arguments: Sequence[str]) -> int:
-    """Train a small model on this machine, draw, caption, write, report (about 12 minutes)."""
+    """Train a small model on this machine, draw, caption, write, report (about 9 minutes)."""
     from .studies.demo import run_demo
 
     asked = _parse(Demo, arguments, "demo")

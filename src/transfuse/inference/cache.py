@@ -49,54 +49,66 @@ class Segment:
         return self.start + self.count
 
 
-@dataclass(frozen=True, eq=False)
 class _Call:
     """One attention call: neighbouring rows of one cache, `count` queries each, keys up to `end`.
 
-    start: where the new positions lie, if that is the same for all rows; else places: (row, position) of each.
+    places: (row, position) of each new position, where they do not lie side by side from `start` on in every row.
     mask: additive, `[row, 1, query, key]`; None where every query sees every key up to `end`.
     """
 
-    cache: KeyValueCache
-    rows: slice
-    start: int
-    places: tuple[Tensor, Tensor] | None
-    queries: slice
-    count: int
-    end: int
-    mask: Tensor | None
+    def __init__(
+        self,
+        cache: KeyValueCache,
+        rows: slice,
+        start: int,
+        count: int,
+        end: int,
+        places: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+    ) -> None:
+        self.positions = count * (rows.stop - rows.start)
+        self.count, self.mask, self.places = count, mask, places
+        # Views of every layer are taken at once: a decoding step is made of so many small operations that each counts.
+        self.keys = cache.keys[:, rows, :, :end].unbind(0)
+        self.values = cache.values[:, rows, :, :end].unbind(0)
+        if places is None:
+            self.new_keys = cache.keys[:, rows, :, start : start + count].unbind(0)
+            self.new_values = cache.values[:, rows, :, start : start + count].unbind(0)
+        else:
+            self.new_keys, self.new_values = cache.keys.unbind(0), cache.values.unbind(0)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """`[row * count, head, D] -> [row, head, count, D]`, a view."""
+        return x.view(-1, self.count, *x.shape[1:]).transpose(1, 2)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put new keys and values `[row * count, head, D]` into the cache."""
-        for store, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
+        for store, new in ((self.new_keys[layer], k), (self.new_values[layer], v)):
             if self.places is None:
-                piece = new.unflatten(0, (-1, self.count)).transpose(1, 2)
-                store[self.rows, :, self.start : self.start + self.count] = piece
+                store.copy_(self.by_row(new))
             else:
                 store[self.places[0], :, self.places[1]] = new.to(store.dtype)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """`[row * count, head, D] -> [row * count, head * D]`, in the dtype of the cache."""
+        keys, values = self.keys[layer], self.values[layer]
+        gqa = q.shape[1] != keys.shape[1]
+        query = self.by_row(q.to(keys.dtype))
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, enable_gqa=gqa)
+        return out.transpose(1, 2).reshape(self.positions, -1)
 
 
 def cached(segments: Sequence[Segment]) -> Attend:
     """An attention backend for one forward pass over the flat run of these segments, in order."""
     calls = _plan(segments)
+    sizes = [call.positions for call in calls]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if len(calls) == 1:
-            calls[0].write(layer, k, v)
-        else:
-            for call in calls:
-                call.write(layer, k[call.queries], v[call.queries])
-        outputs = []
-        for call in calls:
-            query = (q if len(calls) == 1 else q[call.queries]).unflatten(0, (-1, call.count)).transpose(1, 2)
-            keys = call.cache.keys[layer, call.rows, :, : call.end]
-            values = call.cache.values[layer, call.rows, :, : call.end]
-            gqa = query.shape[1] != keys.shape[1]
-            out = F.scaled_dot_product_attention(
-                query.to(keys.dtype), keys, values, attn_mask=call.mask, enable_gqa=gqa
-            )
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1).to(q.dtype)
+        # Everything is written before anything is read: rows of one pass may continue one another.
+        for call, keys, values in zip(calls, k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True):
+            call.write(layer, keys, values)
+        outputs = [call.attend(layer, query) for call, query in zip(calls, q.split_with_sizes(sizes), strict=True)]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(q.dtype)
 
     return attend
 
@@ -104,7 +116,6 @@ def cached(segments: Sequence[Segment]) -> Attend:
 def _plan(segments: Sequence[Segment]) -> list[_Call]:
     """Join neighbouring rows into one call where they ask for the same: one token each, or equal counts and ends."""
     calls: list[_Call] = []
-    place = 0
 
     def kind(numbered: tuple[int, Segment]) -> tuple[int, int, int, int, bool]:
         number, segment = numbered
@@ -130,8 +141,6 @@ def _plan(segments: Sequence[Segment]) -> list[_Call]:
         if ends is not None:
             hidden = torch.arange(longest, device=device) >= ends[..., None]
             mask = first.cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
-        queries = slice(place, place + count * len(run))
         rows = slice(first.row, first.row + len(run))
-        calls.append(_Call(first.cache, rows, first.start, places, queries, count, longest, mask))
-        place = queries.stop
+        calls.append(_Call(first.cache, rows, first.start, count, longest, places, mask))
     return calls

@@ -43,10 +43,17 @@ class PackedLinear(nn.Module):
 
 
 def pack(module: nn.Module) -> None:
-    """Replace every linear map inside a module, in place, where oneDNN can pack it; the others stay as they are."""
+    """Make a module ready for inference on CPU, in place: linear maps packed where oneDNN can, norms folded into them.
+
+    A module whose norms feed one linear map each lists the pairs in `normed`.
+    """
     names = ("_reorder_linear_weight", "_linear_pointwise")
     if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)):
         return
+    for norm, linear in getattr(module, "normed", ()):
+        norm_module, reader = module.get_submodule(norm), module.get_submodule(linear)
+        if isinstance(norm_module, RMSNorm) and isinstance(reader, Linear):
+            setattr(module, norm, FoldedNorm(norm_module, reader))
     for name, child in module.named_children():
         if isinstance(child, Linear):
             if child.weight.device.type == "cpu" and child.weight.dtype in (torch.float32, torch.bfloat16):
@@ -68,6 +75,22 @@ class RMSNorm(nn.Module):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = length.square().mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
         return x * scale.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class FoldedNorm(nn.Module):
+    """An `RMSNorm` for inference, its weight multiplied into the linear map that alone reads it: `x / |x|`, no more."""
+
+    def __init__(self, norm: RMSNorm, linear: Linear) -> None:
+        super().__init__()
+        channels = norm.weight.shape[0]
+        # x / sqrt(|x|^2 / C + eps) = sqrt(C) x / hypot(|x|, sqrt(C eps))
+        self.floor = torch.tensor(math.sqrt(channels * norm.eps), dtype=norm.weight.dtype, device=norm.weight.device)
+        scale = norm.weight.detach().float() * math.sqrt(channels)
+        with torch.no_grad():
+            linear.weight.copy_(linear.weight.float() * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)
 
 
 class SwiGLU(nn.Module):

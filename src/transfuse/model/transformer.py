@@ -15,6 +15,8 @@ from .layers import Linear, RMSNorm, SwiGLU, rotary_table, rotate
 class Block(nn.Module):
     """One decoder block: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`. `[N, C] -> [N, C]`."""
 
+    normed = (("attention_norm", "qkv"), ("feed_forward_norm", "feed_forward.gate_up"))
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.heads, self.key_heads = layer, config.heads, config.key_heads
@@ -26,9 +28,10 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config.width, config.hidden_channels)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_channels))
-        qk, v = qkv.split([self.heads + self.key_heads, self.key_heads], dim=1)
-        q, k = rotate(qk, rotary).split([self.heads, self.key_heads], dim=1)
+        # `view` and `split_with_sizes`, not `unflatten` and `split`: those are Python, felt when one token is decoded.
+        qkv = self.qkv(self.attention_norm(x)).view(len(x), -1, self.head_channels)
+        qk, v = qkv.split_with_sizes([self.heads + self.key_heads, self.key_heads], dim=1)
+        q, k = rotate(qk, rotary).split_with_sizes([self.heads, self.key_heads], dim=1)
         x = x + self.out(attend(self.layer, q, k, v))
         return x + self.feed_forward(self.feed_forward_norm(x))
 

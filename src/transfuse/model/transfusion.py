@@ -72,8 +72,8 @@ class Transfusion(nn.Module):
         x = self.trunk(x, positions, attend)
         predictions = []
         if patches is not None and latents:
-            predictions = self.patches.decode(x[patches], latents, state)
-        return Output(self.head(x[predict]), predictions)
+            predictions = self.patches.decode(x.index_select(0, patches), latents, state)
+        return Output(self.head(x.index_select(0, predict)), predictions)
 
     def initialise(self, seed: int) -> Transfusion:
         """Draw all weights from `seed`, on any device, materialised or not before. Returns self.
