@@ -2,7 +2,7 @@
 
     config.json               model_type, architectures, network, diffusion process, image size
     model.safetensors         the averaged weights
-    tokenizer.json            autoencoder/config.json        generation_config.json        README.md (model card)
+    tokenizer.json            autoencoder/        generation_config.json        README.md (model card)
 
 safetensors only: nothing a user downloads is unpickled. The tokenizer and the autoencoder a model was trained with
 travel with it.
@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .autoencoders import Pixels
+from .autoencoders import Autoencoder, load_autoencoder, save_autoencoder
+from .autoencoders.folder import fingerprint
 from .configuration import from_dict, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, SamplerConfig
 from .errors import UserError
@@ -53,7 +54,7 @@ class Exported:
 
     model: Transfusion
     process: Process
-    autoencoder: Pixels
+    autoencoder: Autoencoder
     tokenizer: Tokenizer
     image_size: int
     """pixels along a side of the images it was trained on"""
@@ -66,6 +67,7 @@ def save_export(
     model: ModelConfig,
     diffusion: DiffusionConfig,
     tokenizer: Tokenizer,
+    autoencoder: Autoencoder,
     image_size: int,
     generation: GenerationConfig,
     card: str,
@@ -74,7 +76,7 @@ def save_export(
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / "autoencoder").mkdir(parents=True)
+        save_autoencoder(partial / "autoencoder", autoencoder, autoencoder.name, sample_size=image_size)
         config = {
             "model_type": MODEL_TYPE,
             "architectures": [ARCHITECTURE],
@@ -82,10 +84,10 @@ def save_export(
             "model": to_dict(model),
             "diffusion": to_dict(diffusion),
             "image_size": image_size,
+            "autoencoder": {"name": autoencoder.name, "fingerprint": fingerprint(partial / "autoencoder")},
         }
         _write_json(partial / "config.json", config)
         _write_json(partial / "generation_config.json", to_dict(generation))
-        _write_json(partial / "autoencoder" / "config.json", {"kind": "pixels"})
         save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / "model.safetensors")
         tokenizer.save(partial / "tokenizer.json")
         (partial / "README.md").write_text(card)
@@ -106,10 +108,8 @@ def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise UserError(f'{where}: expected model_type "{MODEL_TYPE}", found {found!r}')
-    autoencoder = read_json(folder / "autoencoder" / "config.json")
-    if autoencoder.get("kind") != "pixels":
-        raise UserError(f'{folder / "autoencoder"}: expected kind "pixels", found {autoencoder.get("kind")!r}')
     model_config = from_dict(ModelConfig, config.get("model"), where)
+    autoencoder = _its_autoencoder(folder / "autoencoder", config, model_config, device)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocabulary > model_config.vocabulary:
         raise UserError(
@@ -121,13 +121,28 @@ def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
     return Exported(
         model.to(device=device, dtype=dtype).eval().requires_grad_(False),
         Process(from_dict(DiffusionConfig, config.get("diffusion"), where)),
-        Pixels(),
+        autoencoder,
         tokenizer,
         int(config["image_size"]),
         from_dict(
             GenerationConfig, read_json(folder / "generation_config.json"), str(folder / "generation_config.json")
         ),
     )
+
+
+def _its_autoencoder(
+    folder: Path, config: dict[str, Any], model: ModelConfig, device: torch.device | str
+) -> Autoencoder:
+    """The autoencoder beside a model, which must be the one it was trained with: another one's latents mean nothing."""
+    found = load_autoencoder(folder, device=device)
+    expected = config.get("autoencoder") or {"name": "pixels", "fingerprint": "pixels"}
+    if found.fingerprint != expected.get("fingerprint") or found.channels != model.latent_channels:
+        raise UserError(
+            f'{folder}: expected the autoencoder the model was trained with, "{expected.get("name")}" '
+            f"({expected.get('fingerprint')}, {model.latent_channels} channels), "
+            f'found "{found.name}" ({found.fingerprint}, {found.channels} channels)'
+        )
+    return found
 
 
 def _load_weights(model: Transfusion, path: Path) -> None:

@@ -115,20 +115,71 @@ def test_bad_images(home: Path) -> None:
     (home / "cut.png").write_bytes((home / "cut.png").read_bytes()[:700])
     PIL.Image.new("RGB", (32, 32)).save(home / "gif.gif")
     assert whole
+    PIL.Image.new("F", (32, 32)).save(home / "float.tiff")
     for name, message in {
         "big.png": "expected 32x32 pixels, found 50x40",
-        "alpha.png": "expected an RGB image, found mode RGBA",
-        "gray.png": "expected an RGB image, found mode L",
-        "text.png": "expected a PNG, JPEG or WebP image, found something else",
-        "empty.png": "expected a PNG, JPEG or WebP image",
-        "cut.png": "expected a PNG, JPEG or WebP image",
-        "gif.gif": "expected a PNG, JPEG or WebP image",
+        "float.tiff": "floating point",
+        "text.png": "expected a PNG, JPEG, WebP, GIF, BMP or TIFF image, found something else",
+        "empty.png": "expected a PNG",
+        "cut.png": "expected a PNG",
         "none.png": "expected an image file, found none",
-        ".": "expected a PNG, JPEG or WebP image",
+        ".": "expected an image file, found a folder",
     }.items():
         line = refused(home, "caption", name)
         assert name in line
         assert message in line
+    for name in ("alpha.png", "gray.png", "gif.gif"):  # converted, as people expect
+        assert transfuse(home, "caption", name).returncode == 0
+
+
+def test_autoencoder(home: Path) -> None:
+    """Train both kinds, encode a folder, look at the reconstructions, train a Transfusion on latents and draw."""
+    pictures = home / "photographs"
+    pictures.mkdir()
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(pictures / f"{number}.jpg")
+    (pictures / "broken.png").write_bytes(b"no picture")
+    for kind in ("kl", "vq"):
+        result = transfuse(home, "autoencoder", "train", f"{kind}-tiny", "--run", kind, "--loop.steps", "4", "--json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout.splitlines()[-1])["images"] == 16
+        assert "perceptual term: off" in result.stderr
+        result = transfuse(home, "autoencoder", "encode", f"{kind}/export", "photographs", f"{kind}-data",
+                           "--size", "32", "--json")  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        found = json.loads(result.stdout.splitlines()[-1])
+        assert (found["images"], found["rejected"]) == (5, 1)
+        assert "broken.png" in (home / f"{kind}-data" / "rejected.jsonl").read_text()
+        result = transfuse(home, "autoencoder", "inspect", f"{kind}/export", "photographs", "--size", "32",
+                           "--out", f"{kind}-report", "--json")  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout.splitlines()[-1])["images"] == 5
+        assert (home / f"{kind}-report" / "index.html").stat().st_size > 10_000
+        assert "left out: photographs/broken.png" in result.stderr
+        result = transfuse(home, "train", "tiny", "--run", f"{kind}-model", "--data.autoencoder", f"{kind}/export",
+                           "--model.patch-size", "2", "--diffusion.clip-x0", "None", "--loop.steps", "2")  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        drawn = transfuse(home, "generate", "a crab", "--draw", "force", "--steps", "2", "--out", f"{kind}-drawn",
+                          "--model", f"{kind}-model/export")  # fmt: skip
+        assert drawn.returncode == 0, drawn.stderr
+
+
+def test_autoencoder_mistakes(home: Path) -> None:
+    def said(*arguments: str) -> str:
+        return refused(home, "autoencoder", *arguments)
+
+    assert 'unknown action "trian"; did you mean "train"' in said("trian")
+    assert "expected a preset, found none" in said("train")
+    assert 'did you mean "kl-tiny"' in said("train", "kl-tinny")
+    assert "data.world.size: expected a multiple of the autoencoder's factor (8)" in said(
+        "train", "kl-f8-small", "--data.world.size", "60"
+    )
+    assert "expected pixels" in said("encode", "nowhere", ".", "out", "--size", "32")
+    assert "nothing to encode" in said("encode", "pixels", ".", "out")
+    assert "--count: expected at least 1, found 0" in said("inspect", "pixels", "world", "--count", "0")
+    assert "nowhere" in said("inspect", "pixels", "nowhere")
+    assert "expected" in said("train", "kl-tiny", "--run", "elsewhere", "--objective.perceptual", "no-such-file")
 
 
 def test_mistakes(home: Path, tmp_path: Path) -> None:

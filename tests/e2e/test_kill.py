@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from transfuse.presets import preset
-from transfuse.presets.recipe import build_trainer, open_run
+from transfuse.presets.recipe import build_trainer
+from transfuse.presets.runs import open_run
 from transfuse.training import CheckpointFolder, Trainer
 
 STEPS = 200

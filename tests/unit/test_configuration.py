@@ -16,7 +16,7 @@ from transfuse.errors import UserError
 from transfuse.export import GenerationConfig, load_export, save_export
 from transfuse.presets import PRESETS, Recipe, preset
 from transfuse.presets.plan import plan
-from transfuse.presets.recipe import check, open_run
+from transfuse.presets.runs import open_run
 from transfuse.sequence import Tokenizer
 
 
@@ -68,14 +68,21 @@ def test_a_run_folder_belongs_to_its_recipe(tmp_path) -> None:
 
 
 def test_recipes_that_do_not_fit_are_refused_before_anything_is_written(tmp_path) -> None:
-    with pytest.raises(UserError, match=r'"kl-f8" can be planned, but not trained yet'):
+    with pytest.raises(UserError, match=r'"kl-f8" is a preset, to be trained first'):
         open_run(preset("7b"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     recipe = preset("tiny")
-    with pytest.raises(UserError, match=r"model\.latent_channels: expected 3"):
-        check(replace(recipe, model=replace(recipe.model, latent_channels=4)))
-    with pytest.raises(UserError, match=r"data\.world\.size: expected a multiple of model\.patch_size \(8\), found 36"):
-        check(replace(recipe, data=replace(recipe.data, world=replace(recipe.data.world, size=36))))
+    with pytest.raises(UserError, match=r'autoencoder: expected pixels.*found "nowhere"'):
+        replace(recipe, data=replace(recipe.data, autoencoder="nowhere")).settled()
+    with pytest.raises(UserError, match=r"data\.world\.size: expected a multiple of 8 .*found 36"):
+        replace(recipe, data=replace(recipe.data, world=replace(recipe.data.world, size=36))).settled()
+
+
+def test_channels_follow_the_autoencoder(capsys) -> None:
+    recipe = preset("tiny")
+    settled = replace(recipe, model=replace(recipe.model, latent_channels=4)).settled()
+    assert settled.model.latent_channels == 3
+    assert "model.latent_channels: 3, as the autoencoder pixels has" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -94,7 +101,15 @@ def save(folder, tokenizer: Tokenizer, **changes):
     one = exported(tokenizer, **changes)
     weights = dict(one.model.named_parameters())
     save_export(
-        folder, weights, one.model.config, one.process.config, tokenizer, one.image_size, GenerationConfig(), "# card\n"
+        folder,
+        weights,
+        one.model.config,
+        one.process.config,
+        tokenizer,
+        one.autoencoder,
+        one.image_size,
+        GenerationConfig(),
+        "# card\n",
     )
     return one
 

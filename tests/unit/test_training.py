@@ -17,7 +17,8 @@ from transfuse.errors import UserError
 from transfuse.keyed import keyed
 from transfuse.model import dense
 from transfuse.presets import preset
-from transfuse.presets.recipe import build_trainer, open_run
+from transfuse.presets.recipe import build_trainer
+from transfuse.presets.runs import open_run
 from transfuse.sequence import Document, Grammar, Image, Text, collate
 from transfuse.training import (
     Checkpoint,
@@ -303,7 +304,7 @@ def test_metrics_hold_what_they_promise(tmp_path) -> None:
     run_tiny(tmp_path / "run", 6)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 6]
-    for name in ("text", "image", "gradient_norm", "learning_rate", "positions", "images", "tokens_per_second"):
+    for name in ("text", "image", "gradient_norm", "learning_rate", "positions", "images", "positions_per_second"):
         assert lines[-1][name] > 0
     assert lines[-1]["flops_per_second"] > 0
     assert any(name.startswith("image_by_timestep/") for name in lines[-1])

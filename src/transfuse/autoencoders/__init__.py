@@ -1,5 +1,18 @@
-"""Images to latents and back. Today `Pixels`; the KL and VQ autoencoders share its two methods."""
+"""Images to latents, or codes, and back: `Pixels`, the paper's KL-VAE and VQ-VAE, and any that diffusers knows."""
 
+from .autoencoder import Autoencoder, Bottled, ImageAutoencoder
+from .config import AutoencoderConfig
+from .folder import bundled, load_autoencoder, open_autoencoder, save_autoencoder
 from .pixels import Pixels
 
-__all__ = ["Pixels"]
+__all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
+    "Bottled",
+    "ImageAutoencoder",
+    "Pixels",
+    "bundled",
+    "load_autoencoder",
+    "open_autoencoder",
+    "save_autoencoder",
+]

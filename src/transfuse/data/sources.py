@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..autoencoders import Pixels
+from ..autoencoders import Autoencoder
 from ..keyed import keyed
 from ..sequence import Document, Image, Text, Tokenizer, unconditional
 from .world import World, caption
@@ -58,7 +58,9 @@ class ScenePairs:
 
     name = "pairs"
 
-    def __init__(self, world: World, tokenizer: Tokenizer, autoencoder: Pixels, config: PairConfig, seed: int) -> None:
+    def __init__(
+        self, world: World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: PairConfig, seed: int
+    ) -> None:
         self.world, self.tokenizer, self.autoencoder = world, tokenizer, autoencoder
         self.config, self.seed = config, seed
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..autoencoders import open_autoencoder
+from ..model import SIZES
 from ..model.flops import count_parameters, forward_flops
+from .autoencoders import AUTOENCODERS
 from .paper import POSITIONS_PER_STEP
 from .recipe import Recipe
-
-LATENT_FACTOR = {"pixels": 1, "kl-f8": 8}
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -20,10 +21,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """
     model = recipe.model
     count = count_parameters(model)
-    side = recipe.data.world.size // LATENT_FACTOR[recipe.data.autoencoder]
+    side = recipe.data.world.size // _factor(recipe.data.autoencoder)
     patches = (side // model.patch_size) ** 2
     executed = 3 * forward_flops(model, patches, patches**2, 0, [(side, side)])
-    positions = POSITIONS_PER_STEP if recipe.data.autoencoder == "kl-f8" else recipe.data.batch_size * (patches + 14)
+    positions = (
+        POSITIONS_PER_STEP if recipe.preset.removesuffix("-unet") in SIZES else recipe.data.batch_size * (patches + 14)
+    )
     tokens = positions * recipe.loop.steps
     return {
         "preset": recipe.preset,
@@ -38,3 +41,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "train_flops": 6 * count.total * tokens,
         "memory_gigabytes": round(count.total * 4 * 5 / 2**30, 3),
     }
+
+
+def _factor(autoencoder: str) -> int:
+    """Pixels per latent element; of a preset too, whose weights are not needed to plan."""
+    if autoencoder in AUTOENCODERS:
+        return AUTOENCODERS[autoencoder]().model.factor
+    return open_autoencoder(autoencoder).factor

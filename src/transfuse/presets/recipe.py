@@ -5,18 +5,15 @@ The recipe is saved with the run as `config.json`; model, data and noise can be 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ..autoencoders import Pixels
-from ..configuration import from_dict, read_json, to_dict
+from ..autoencoders import Autoencoder, bundled, open_autoencoder
+from ..console import say
 from ..data import Mixture, PairConfig, ScenePairs, Source, StepLoader, Texts
 from ..data.world import World, WorldConfig, caption, glosses
 from ..diffusion import DiffusionConfig, Process
@@ -26,9 +23,8 @@ from ..model import ModelConfig, Transfusion
 from ..model.flops import train_flops
 from ..sequence import Tokenizer
 from ..training import LoopConfig, ObjectiveConfig, OptimizerConfig, Trainer, TransfusionObjective
-
-VERSION = 1
-Precision = Literal["auto", "float32", "bfloat16"]
+from .autoencoders import AUTOENCODERS
+from .runs import VERSION, Device, Precision
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,8 @@ class DataConfig:
     """Today's data: scenes of the bundled world with captions, and definitions as text."""
 
     world: WorldConfig = field(default_factory=WorldConfig)
-    autoencoder: Literal["pixels", "kl-f8"] = "pixels"
-    """kl-f8: the paper's VAE, 8 channels at an eighth of the resolution"""
+    autoencoder: str = "pixels"
+    """ "pixels", the name of a bundled autoencoder, or a folder with one (ours or diffusers')"""
     text_share: float = 0.5
     """share of all positions that come from text-only documents (the paper's 1 : 1)"""
     pairs: PairConfig = field(default_factory=PairConfig)
@@ -66,7 +62,7 @@ class Recipe:
     seed: int = 0
     precision: Precision = "auto"
     """dtype of the residual stream; auto: bfloat16 where the processor multiplies it natively, else float32"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -75,84 +71,34 @@ class Recipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
+    def settled(self) -> Recipe:
+        """The recipe with the channels of its autoencoder. Raises UserError where its parts do not fit together."""
+        autoencoder = self.open_autoencoder()
+        step = self.model.patch_size * autoencoder.factor
+        if self.data.world.size % step:
+            raise UserError(
+                f"data.world.size: expected a multiple of {step} (model.patch_size x the autoencoder's factor), "
+                f"found {self.data.world.size}"
+            )
+        if self.diffusion.clip_x0 is not None and self.data.autoencoder != "pixels":
+            raise UserError(
+                f'diffusion.clip_x0: expected None with the autoencoder "{self.data.autoencoder}", whose latents have '
+                f"deviation 1 and go beyond, found {self.diffusion.clip_x0}"
+            )
+        if self.model.latent_channels == autoencoder.channels:
+            return self
+        say(f"model.latent_channels: {autoencoder.channels}, as the autoencoder {self.data.autoencoder} has")
+        return replace(self, model=replace(self.model, latent_channels=autoencoder.channels))
 
-def resolve(recipe: Recipe) -> Recipe:
-    """Settle what is "auto" for this machine, so that a resumed run does not settle it differently."""
-    device = recipe.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: expected a CUDA device, found none on this machine")
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "bfloat16" if device == "cuda" or _cpu_multiplies_bfloat16() else "float32"
-    return replace(recipe, device=device, precision=precision)
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    flags = Path("/proc/cpuinfo")
-    return flags.is_file() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
-
-
-def open_run(recipe: Recipe, folder: Path) -> Recipe:
-    """Claim a run folder: a new one gets `config.json`, an old one must have been made by the same recipe.
-
-    Raises UserError that names the first setting that differs.
-    """
-    check(recipe)
-    path = folder / "config.json"
-    if not path.exists():
-        recipe = resolve(recipe)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
-            os.replace(partial, path)
-        except OSError as error:
-            raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
-        return recipe
-    saved = read_recipe(path)
-    asked = replace(recipe, device=saved.device, precision=saved.precision)
-    difference = _first_difference(to_dict(saved), to_dict(asked))
-    if difference:
-        raise UserError(f"{path}: {difference}; give the same settings to go on, or another --run folder to start anew")
-    return saved
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse a recipe whose parts do not fit together, before anything is written."""
-    if recipe.data.autoencoder != "pixels":
-        raise UserError(
-            f'data.autoencoder: "{recipe.data.autoencoder}" can be planned, but not trained yet: use "pixels"'
-        )
-    if recipe.model.latent_channels != Pixels().channels:
-        raise UserError(
-            f"model.latent_channels: expected {Pixels().channels}, the channels of the autoencoder "
-            f'"{recipe.data.autoencoder}", found {recipe.model.latent_channels}'
-        )
-    size = recipe.data.world.size
-    if size % recipe.model.patch_size:
-        raise UserError(
-            f"data.world.size: expected a multiple of model.patch_size ({recipe.model.patch_size}), found {size}"
-        )
-
-
-def read_recipe(path: Path) -> Recipe:
-    values = read_json(path)
-    found = values.get("version") if isinstance(values, dict) else None
-    if found != VERSION:
-        raise UserError(f"{path}: version: expected {VERSION}, found {found}")
-    return from_dict(Recipe, values, str(path))
-
-
-def _first_difference(saved: Any, asked: Any, name: str = "") -> str:
-    if isinstance(saved, dict) and isinstance(asked, dict):
-        for key in saved:
-            difference = _first_difference(saved[key], asked.get(key), f"{name}.{key}" if name else key)
-            if difference:
-                return difference
-        return ""
-    return "" if saved == asked else f"{name}: this run has {saved!r}, the command asks for {asked!r}"
+    def open_autoencoder(self) -> Autoencoder:
+        """The autoencoder of the run. Raises UserError where there is none of that name."""
+        name = self.data.autoencoder
+        if name in AUTOENCODERS and name not in bundled():
+            raise UserError(
+                f'data.autoencoder: "{name}" is a preset, to be trained first (transfuse autoencoder train {name}); '
+                "then give its export folder"
+            )
+        return open_autoencoder(name)
 
 
 def captions(config: WorldConfig, count: int) -> list[str]:
@@ -169,8 +115,7 @@ def build_trainer(
     recipe: Recipe, folder: Path, sample: Callable[[nn.Module, Path], None] | None = None
 ) -> tuple[Trainer, Tokenizer]:
     """Put model, data, objective and loop together for a resolved recipe. Raises UserError where they do not fit."""
-    check(recipe)
-    autoencoder = Pixels()
+    autoencoder = recipe.open_autoencoder()
     path = folder / "tokenizer.json"
     if not path.exists():
         train_tokenizer(recipe).save(path)
@@ -210,6 +155,7 @@ def export_run(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: P
         recipe.model,
         recipe.diffusion,
         tokenizer,
+        recipe.open_autoencoder(),
         recipe.data.world.size,
         recipe.generation,
         _card(recipe, trainer),
@@ -226,6 +172,7 @@ license: apache-2.0
 # A Transfusion model trained with the preset "{recipe.preset}"
 
 - Data: scenes of the bundled world at {world.size} pixels ({len(world.noun_names)} nouns), WordNet definitions.
+- Autoencoder: {recipe.data.autoencoder}.
 - Training: {trainer.step} steps, {int(trainer.totals["positions"])} positions, {int(trainer.totals["images"])} images,
   {trainer.totals["flops"]:.3g} operations, {trainer.totals["seconds"]:.0f} seconds.
 - Limits: it knows drawn icons on plain grounds, and definitions; nothing else.

@@ -83,6 +83,15 @@ class Batch:
     def image_targets(self) -> int:
         return int(self.denoise.sum())
 
+    @property
+    def quantities(self) -> dict[str, int]:
+        """What a run counts: positions without the idle ones, text targets, images that are drawn."""
+        return {
+            "positions": self.positions - self.idle,
+            "text_targets": len(self.targets),
+            "images": self.image_targets,
+        }
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved: dict[str, Any] = {

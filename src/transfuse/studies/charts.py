@@ -102,3 +102,47 @@ def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     multiples = (1,) if high / low > 300 else (1, 3) if high / low > 20 else (1, 2, 5)
     return [m * 10.0**p for p in powers for m in multiples if low <= m * 10.0**p <= high]
+
+
+def histogram(title: str, values: Sequence[float], x_label: str, mark: float | None = None) -> str:
+    """An SVG of how many values lie between round numbers, in about twenty bars; a line at `mark`; "" for no value."""
+    if not len(values):
+        return ""
+    least, most = min(values), max(values)
+    if most - least < 1e-6 * max(1.0, abs(most)):
+        least, most = least - 0.5, most + 0.5
+    first, second = _ticks(least, most, 20)[:2]
+    step = second - first
+    start = math.floor(least / step + 1e-9)
+    bars = [0] * (math.floor(most / step + 1e-9) + 1 - start)
+    for value in values:
+        bars[min(len(bars) - 1, max(0, math.floor(value / step + 1e-9) - start))] += 1
+    low, high, tallest = start * step, (start + len(bars)) * step, max(bars)
+    base = HEIGHT - BOTTOM
+
+    def across(x: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (x - low) / (high - low)
+
+    def up(count: float) -> float:
+        return base - (base - TOP) * count / (1.05 * tallest)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    for count in (tick for tick in _ticks(0, tallest) if abs(tick - round(tick)) < 1e-9):
+        at = up(count)
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{count:.6g}</text>')
+    for number, count in enumerate(bars):
+        left, right = low + number * step, low + (number + 1) * step
+        parts.append(
+            f'<rect class="fill" x="{across(left) + 0.75:.1f}" width="{across(right) - across(left) - 1.5:.1f}" '
+            f'y="{up(count):.1f}" height="{base - up(count):.1f}">'
+            f"<title>{left:.6g} to {right:.6g}: {count}</title></rect>"
+        )
+    for x in _ticks(low, high):
+        anchor = "end" if across(x) > WIDTH - RIGHT - 12 else "middle"
+        parts.append(f'<text class="tick" x="{across(x):.1f}" y="{HEIGHT - 21}" text-anchor="{anchor}">{x:.6g}</text>')
+    if mark is not None:
+        at = across(mark)
+        parts.append(f'<line class="ceiling" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{base}"/>')
+    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">')
+    return "".join([*parts, f"{escape(x_label)}</text></svg>"])

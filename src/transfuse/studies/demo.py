@@ -40,7 +40,8 @@ from ..evaluation import (
 from ..evaluation.recogniser import STEPS as RECOGNISER_STEPS
 from ..inference import ImageEnd, ImageProgress, Reply, TransfusionPipeline
 from ..presets import Recipe, preset
-from ..presets.recipe import build_trainer, read_recipe, resolve
+from ..presets.recipe import build_trainer
+from ..presets.runs import read_recipe, resolve
 from ..training import RESUMABLE, read_metrics
 from ..training.metrics import Average
 from ..version import __version__
@@ -77,7 +78,7 @@ def run_demo(
     trained = _train(folder, minutes, recipe)
     if trained is None:
         return RESUMABLE, {}
-    recipe = read_recipe(folder / "config.json")
+    recipe = read_recipe(folder / "config.json", Recipe)
     export, written = folder / "export" / "config.json", folder / "report.json"
     page = folder / "report.html"
     if written.is_file() and page.is_file() and written.stat().st_mtime >= export.stat().st_mtime:
@@ -118,7 +119,7 @@ def _train(folder: Path, minutes: float, recipe: Recipe | None) -> dict[str, Any
         say(f"{folder}: trained already, {facts['steps']} steps")
         return facts
     if (folder / "config.json").is_file():
-        recipe = read_recipe(folder / "config.json")
+        recipe = read_recipe(folder / "config.json", Recipe)
     else:
         recipe = fit(recipe or preset("demo"), minutes)
     trained = train_run(recipe, folder)

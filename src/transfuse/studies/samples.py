@@ -10,7 +10,6 @@ import numpy as np
 import PIL.Image
 from torch import nn
 
-from ..autoencoders import Pixels
 from ..data.world import World, caption
 from ..diffusion import Process
 from ..export import Exported
@@ -37,11 +36,12 @@ def sample_grid(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[nn.Module, Pa
     world = World(replace(recipe.data.world, split="heldout"))
     count = GRID[0] * GRID[1]
     prompts = [caption(world.scene(index), index) for index in range(count)]
+    autoencoder = recipe.open_autoencoder()
 
     def sample(model: nn.Module, path: Path) -> None:
         assert isinstance(model, Transfusion)
         size = recipe.data.world.size
-        exported = Exported(model, Process(recipe.diffusion), Pixels(), tokenizer, size, recipe.generation)
+        exported = Exported(model, Process(recipe.diffusion), autoencoder, tokenizer, size, recipe.generation)
         images = TransfusionPipeline(exported)(prompts, generator=0, output_type="np").images
         path.parent.mkdir(parents=True, exist_ok=True)
         grid(images, GRID[1], zoom=max(1, 96 // size)).save(path)

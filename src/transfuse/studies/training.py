@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from ..console import say
-from ..presets.recipe import Recipe, build_trainer, export_run, open_run
+from ..presets.recipe import Recipe, build_trainer, export_run
+from ..presets.runs import open_run
 from ..training import Trainer
 from .samples import sample_grid
 

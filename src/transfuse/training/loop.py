@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from ..console import progress, say
 from ..errors import UserError
-from ..sequence import Batch
 from .checkpoint import Checkpoint, CheckpointFolder
 from .ema import EMA
 from .metrics import Average, MetricsLog
-from .objective import Objective
+from .objective import Objective, StepBatch
 from .optimizer import OptimizerConfig, build_optimizer, learning_rate
 from .signals import StopRequest
 
@@ -55,11 +54,11 @@ class Trainer:
         self,
         model: nn.Module,
         objective: Objective,
-        load: Callable[[int], Sequence[Batch]],
+        load: Callable[[int], Sequence[StepBatch]],
         folder: Path,
         loop: LoopConfig,
         optimizer: OptimizerConfig,
-        flops: Callable[[Batch], float] = lambda batch: 0.0,
+        flops: Callable[[Any], float] = lambda batch: 0.0,
         sample: Callable[[nn.Module, Path], None] | None = None,
     ) -> None:
         self.model, self.objective, self.load, self.folder = model, objective, load, folder
@@ -70,7 +69,7 @@ class Trainer:
         self.ema = EMA(model, loop.ema_decay)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep)
         self.step = 0
-        self.totals = {"positions": 0, "text_targets": 0, "images": 0, "flops": 0.0, "seconds": 0.0}
+        self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0}
 
     def restore(self) -> bool:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -94,7 +93,7 @@ class Trainer:
 
     def save(self) -> Path:
         tensors = {
-            "model": {name: p.detach() for name, p in self.model.named_parameters()},
+            "model": {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
             "ema": self.ema.weights,
             "optimizer": _moments(self.model, self.optimizer),
         }
@@ -153,6 +152,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.after_step(self.model, self.step + 1, batches)
         self.ema.update(self.model, self.step)
         self.step += 1
         for name, total, count in zip(self.objective.names, summed.tolist(), counts, strict=True):
@@ -160,21 +160,18 @@ class Trainer:
         average.add("gradient_norm", float(norm), 1)
         average.add("learning_rate", rate, 1)
         for batch in batches:
-            self.totals["positions"] += batch.positions - batch.idle
-            self.totals["text_targets"] += len(batch.targets)
-            self.totals["images"] += batch.image_targets
-            self.totals["flops"] += self.flops(batch)
+            for name, quantity in {**batch.quantities, "flops": self.flops(batch)}.items():
+                self.totals[name] = self.totals.get(name, 0) + quantity
 
     def _line(self, means: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            **means,
-            **{name: value for name, value in self.totals.items() if name != "flops"},
-            "tokens_per_second": (self.totals["positions"] - before["positions"]) / seconds,
-            "flops_per_second": (self.totals["flops"] - before["flops"]) / seconds,
+        rates = {
+            f"{name}_per_second": (value - before.get(name, 0)) / seconds
+            for name, value in self.totals.items()
+            if name != "seconds"
         }
+        return {"step": self.step, **means, **{n: v for n, v in self.totals.items() if n != "flops"}, **rates}
 
-    def _diverged(self, batches: Sequence[Batch], summed: Tensor, norm: Tensor) -> None:
+    def _diverged(self, batches: Sequence[StepBatch], summed: Tensor, norm: Tensor) -> None:
         offenders = sorted({sample for batch in batches for sample in self.objective.offenders(self.model, batch)})
         where = (
             f"samples {offenders}" if offenders else f"samples of the step: {[s for b in batches for s in b.samples]}"
@@ -199,4 +196,6 @@ def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: d
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         kind, name = key.split(".", 1)
-        optimizer.state[parameters[name]][kind] = value.to(parameters[name].device) if kind != "step" else value
+        # Laid out in memory as the parameter is: the fused optimizer pairs elements by their place in memory.
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = value if kind == "step" else torch.empty_like(parameter).copy_(value)

@@ -6,8 +6,9 @@ ranks), so that splitting a step never changes its loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +28,35 @@ class Sums:
     details: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
+class StepBatch(Protocol):
+    """What the loop needs of a batch: who is in it, how much of what (named, to be summed up), and to move it."""
+
+    @property
+    def samples(self) -> tuple[int, ...]: ...
+
+    @property
+    def quantities(self) -> dict[str, int]: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
 class Objective(Protocol):
-    """What the loop needs to train anything: named terms, their weights, their counts and their sums."""
+    """What the loop needs to train anything: named terms, their weights, their counts and their sums.
+
+    after_step(model, step, batches) is called when the optimizer has changed the weights, `step` being the number of
+    steps done.
+    """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
 
-    def counts(self, batch: Batch) -> tuple[int, ...]: ...
+    def counts(self, batch: Any) -> tuple[int, ...]: ...
 
-    def sums(self, model: nn.Module, batch: Batch) -> Sums: ...
+    def sums(self, model: nn.Module, batch: Any) -> Sums: ...
 
-    def offenders(self, model: nn.Module, batch: Batch) -> list[int]: ...
+    def offenders(self, model: nn.Module, batch: Any) -> list[int]: ...
+
+    def after_step(self, model: nn.Module, step: int, batches: Sequence[Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,9 @@ class TransfusionObjective:
         documents = torch.bucketize(batch.predict.cpu()[~text.isfinite().cpu()], bounds, right=True)
         images = torch.nonzero(~errors.isfinite() & batch.denoise).flatten()
         return [batch.samples[d] for d in documents.tolist()] + [batch.keys[i][0] for i in images.tolist()]
+
+    def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
+        """Nothing to do."""
 
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy of each text target `[M]`, mean squared error of each image `[I]`, and its timestep `[I]`."""

@@ -1,0 +1,157 @@
+"""`transfuse autoencoder train | encode | inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ..configuration import nearest
+from ..console import say
+from ..errors import UserError
+from .parsing import parse, parse_run, preset_name, print_json
+
+
+def autoencoder(arguments: Sequence[str]) -> int:
+    """Train an image autoencoder, encode a data set with one, or look at how well it does.
+
+    transfuse autoencoder train kl-f4-small --run runs/kl
+    transfuse autoencoder encode runs/kl/export pictures/ latents/
+    transfuse autoencoder inspect runs/kl/export pictures/
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(autoencoder.__doc__)
+        return 0
+    name, *rest = arguments
+    if name not in ACTIONS:
+        raise UserError(f'autoencoder: unknown action "{name}"{nearest(name, ACTIONS)}')
+    return ACTIONS[name](rest)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train an autoencoder preset, or go on with a run; on the bundled world, or on a folder of images.
+
+    transfuse autoencoder train kl-f4-small --run runs/kl --data.folder pictures/
+
+    Every setting is an option. The same command goes on from the newest checkpoint; Ctrl-C saves and exits with 75.
+    """
+    from ..presets.autoencoders import AUTOENCODERS, autoencoder_preset
+    from ..studies.autoencoder import train_autoencoder
+    from ..training import RESUMABLE
+
+    named = preset_name("autoencoder train", arguments, AUTOENCODERS, train.__doc__)
+    if named is None:
+        return 0
+    name, rest = named
+    recipe, run, as_json = parse_run("autoencoder train", autoencoder_preset(name), name, rest, train.__doc__)
+    trainer, export = train_autoencoder(recipe, run)
+    if export is None:
+        return RESUMABLE
+    say(f"{export}: exported; look at it with: transfuse autoencoder inspect {export} world")
+    if as_json:
+        print_json({"run": str(run), "step": trainer.step, "export": str(export), **trainer.totals})
+    return 0
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Encode every image of a folder: latents of mean 0 and deviation 1, or codes where there is a codebook.
+
+    transfuse autoencoder encode runs/kl/export pictures/ latents/ --size 64
+    """
+
+    autoencoder: tyro.conf.Positional[str]
+    """a folder, ours or diffusers', or the name of a bundled one"""
+    source: tyro.conf.Positional[Path]
+    """image files, taken recursively"""
+    out: tyro.conf.Positional[Path]
+    """folder to write; a part already there is not done again"""
+    size: int = 256
+    """images are cut to their middle square and scaled to this many pixels"""
+    batch_size: int = 32
+    workers: int = 2
+    """threads that read images ahead of the network"""
+    dtype: Literal["float32", "float16"] = "float32"
+    """of the latents on disk"""
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def encode(arguments: Sequence[str]) -> int:
+    asked = parse(Encode, arguments, "autoencoder encode")
+    from ..autoencoders import ImageAutoencoder, open_autoencoder
+    from ..data.encoded import encode_images
+
+    opened = open_autoencoder(asked.autoencoder)
+    if not isinstance(opened, ImageAutoencoder):
+        raise UserError(f"autoencoder encode: expected a trained autoencoder, found {opened.name}: nothing to encode")
+    if asked.size < opened.factor or asked.size % opened.factor:
+        raise UserError(
+            f"--size: expected a multiple of {opened.factor} for the autoencoder {opened.name}, found {asked.size}"
+        )
+    found = encode_images(
+        opened,
+        asked.source,
+        asked.out,
+        asked.size,
+        batch_size=asked.batch_size,
+        workers=asked.workers,
+        dtype=asked.dtype,
+    )
+    if asked.json:
+        print_json({"out": str(asked.out), **found})
+    else:
+        say(f"{asked.out}: {found['images']} images encoded, {found['rejected']} rejected (see rejected.jsonl)")
+    return 0
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Reconstruct images and report: pictures side by side, PSNR, SSIM, Frechet distance, use of the codebook.
+
+    transfuse autoencoder inspect runs/kl/export pictures/ --out report
+    """
+
+    autoencoder: tyro.conf.Positional[str]
+    """a folder, ours or diffusers', or the name of a bundled one"""
+    images: tyro.conf.Positional[str]
+    """image files, taken recursively; or "world": held-out scenes of the bundled world, and nouns never trained on"""
+    out: Path = Path("inspection")
+    """folder for index.html and report.json"""
+    size: int = 64
+    """images are cut to their middle square and scaled to this many pixels"""
+    count: int = 256
+    """most images"""
+    features: str | None = None
+    """network for the Frechet distance: a local file or "imagenet-mobilenet"; none: left out"""
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    asked = parse(Inspect, arguments, "autoencoder inspect")
+    if asked.count < 1:
+        raise UserError(f"--count: expected at least 1, found {asked.count}")
+    from ..autoencoders import open_autoencoder
+    from ..autoencoders.features import load_features
+    from ..studies.inspection import inspect_autoencoder, inspected_images
+
+    opened = open_autoencoder(asked.autoencoder)
+    if asked.size < opened.factor or asked.size % opened.factor:
+        raise UserError(
+            f"--size: expected a multiple of {opened.factor} for the autoencoder {opened.name}, found {asked.size}"
+        )
+    features = None if asked.features is None else load_features(asked.features)
+    images, names, held_apart = inspected_images(asked.images, asked.size, asked.count)
+    report = inspect_autoencoder(opened, images, names, asked.out, features, held_apart)
+    if asked.json:
+        print_json({"report": str(asked.out / "index.html"), **report})
+    else:
+        print(asked.out / "index.html")
+    return 0
+
+
+ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "encode": encode, "inspect": inspect}

@@ -1,0 +1,126 @@
+"""`transfuse plan`, `export` and `doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ..errors import UserError
+from ..version import __version__
+from .parsing import parse, print_json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a preset costs: parameters, operations, memory.
+
+    transfuse plan 0.76b-unet
+    """
+
+    name: tyro.conf.Positional[str]
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Parameters, operations and memory of a preset."""
+    from ..presets import preset
+    from ..presets.plan import plan as figures
+
+    asked = parse(Plan, arguments, "plan")
+    found = figures(preset(asked.name))
+    if asked.json:
+        print_json(found)
+    else:
+        for name, value in found.items():
+            print(f"{name:<32} {value:,}" if isinstance(value, int | float) else f"{name:<32} {value}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the averaged weights of a run's newest checkpoint as a folder to load and share.
+
+    transfuse export runs/demo --out my-model
+    """
+
+    run: tyro.conf.Positional[Path]
+    out: Path | None = None
+    """the run's own export/ if not given"""
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write a run's newest checkpoint as a model folder."""
+    from ..presets.recipe import Recipe, build_trainer, export_run
+    from ..presets.runs import read_recipe
+
+    asked = parse(Export, arguments, "export")
+    if not asked.run.is_dir():
+        raise UserError(f"{asked.run}: expected a run folder, found {'a file' if asked.run.exists() else 'nothing'}")
+    recipe = read_recipe(asked.run / "config.json", Recipe)
+    trainer, tokenizer = build_trainer(recipe, asked.run)
+    if not trainer.restore():
+        raise UserError(f"{asked.run / 'checkpoints'}: expected a complete checkpoint, found none")
+    path = export_run(recipe, trainer, tokenizer, asked.out or asked.run / "export")
+    if asked.json:
+        print_json({"export": str(path), "step": trainer.step})
+    else:
+        print(path)
+    return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Look at this machine: versions, threads, bfloat16, CUDA, disk, and what is missing.
+
+    transfuse doctor
+    """
+
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Check this machine for what Transfuse needs."""
+    import importlib.util
+    import os
+    import platform
+    import shutil
+
+    import torch
+
+    from ..presets.recipe import Recipe
+    from ..presets.runs import resolve
+
+    asked = parse(Doctor, arguments, "doctor")
+    extras = {name: importlib.util.find_spec(name) is not None for name in ("diffusers", "transformers")}
+    found: dict[str, Any] = {
+        "transfuse": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "precision": resolve(Recipe()).precision,
+        "free_disk_gigabytes": round(shutil.disk_usage(".").free / 2**30, 1),
+        "folder_writable": os.access(".", os.W_OK),
+        "optional": extras,
+    }
+    problems = []
+    if found["free_disk_gigabytes"] < 2:
+        problems.append(f"disk: expected at least 2 GB free, found {found['free_disk_gigabytes']}")
+    if not found["folder_writable"]:
+        problems.append("folder: expected to be writable, found read-only")
+    found["problems"] = problems
+    if asked.json:
+        print_json(found)
+    else:
+        for name, value in found.items():
+            print(f"{name:<22} {value}")
+        print("everything needed is here" if not problems else "\n".join(problems))
+    return 2 if problems else 0

@@ -1,0 +1,71 @@
+"""`transfuse train` and `transfuse demo`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..console import say
+from .parsing import parse, parse_run, preset_name, print_json
+
+if TYPE_CHECKING:
+    from ..presets import Recipe
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a preset, or go on with a run.
+
+    transfuse train demo --run runs/mine --loop.steps 500
+
+    Every setting of the recipe is an option. The same command goes on from the newest checkpoint; Ctrl-C saves
+    and exits with code 75.
+    """
+    from ..presets import PRESETS, preset
+
+    named = preset_name("train", arguments, PRESETS, train.__doc__)
+    if named is None:
+        return 0
+    name, rest = named
+    return _train(*parse_run("train", preset(name), name, rest, train.__doc__))
+
+
+def _train(recipe: Recipe, folder: Path, as_json: bool) -> int:
+    from ..studies.training import train_run
+    from ..training import RESUMABLE
+
+    trained = train_run(recipe, folder)
+    if trained.export is None:
+        return RESUMABLE
+    say(f"{trained.export}: exported; try: transfuse generate 'a crab on a blue background' --model {trained.export}")
+    if as_json:
+        step, totals = trained.trainer.step, trained.trainer.totals
+        print_json({"run": str(folder), "step": step, "export": str(trained.export), **totals})
+    return 0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a small Transfusion on this machine, then draw, caption and write with it, and report.
+
+    transfuse demo --run runs/demo
+    """
+
+    run: Path = Path("runs/demo")
+    """folder for the run and its report; a finished part is not done again"""
+    minutes: float = 8.0
+    """most minutes of training"""
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """Train a small model on this machine, draw, caption, write, report (about 9 minutes)."""
+    from ..studies.demo import run_demo
+
+    asked = parse(Demo, arguments, "demo")
+    code, report = run_demo(asked.run, asked.minutes)
+    if asked.json:
+        print_json(report)
+    return code

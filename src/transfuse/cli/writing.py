@@ -1,0 +1,139 @@
+"""`transfuse generate` and `transfuse caption`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from ..errors import UserError
+from .parsing import parse, print_json
+
+if TYPE_CHECKING:
+    from ..inference import TransfusionPipeline
+
+
+def newest_export() -> Path:
+    """The export that `--model` means when it is not given."""
+    found = sorted(Path("runs").glob("*/export/config.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("--model: expected an export folder, found none under runs/: train one first (make demo)")
+    return found[-1].parent
+
+
+def _load(model: Path | None) -> TransfusionPipeline:
+    from .. import load
+
+    return load(str(model or newest_export()))
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Go on from a prompt, in words and pictures: the model itself decides when to draw.
+
+    transfuse generate "a crab on a blue background" --seed 7 --out pictures
+    """
+
+    prompt: tyro.conf.Positional[str]
+    model: Path | None = None
+    """export folder; the newest under runs/ if not given"""
+    out: Path = Path("out")
+    """folder for the pictures"""
+    seed: int = 0
+    steps: int | None = None
+    """denoising steps; the model's own default if not given"""
+    guidance_scale: float | None = None
+    draw: Literal["auto", "force", "never"] = "auto"
+    """force: a picture comes first; never: words only"""
+    max_tokens: int | None = None
+    """most tokens of text"""
+    temperature: float | None = None
+    """of the text; 0 is greedy"""
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def generate(arguments: Sequence[str]) -> int:
+    """Go on from a prompt, in words and pictures."""
+    asked = parse(Generate, arguments, "generate")
+    if not asked.prompt.strip():
+        raise UserError("generate: prompt: expected some text, found an empty one")
+    pipe = _load(asked.model)
+    from dataclasses import replace
+
+    request = replace(pipe.request([asked.prompt], asked.steps, asked.guidance_scale), seed=asked.seed, draw=asked.draw)
+    if asked.max_tokens is not None:
+        request = replace(request, max_tokens=asked.max_tokens)
+    if asked.temperature is not None:
+        request = replace(request, temperature=asked.temperature)
+    reply = pipe.replies([request])[0]
+    try:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        parts: list[dict[str, str]] = []
+        for part in reply.parts:
+            if isinstance(part, str):
+                parts.append({"type": "text", "text": part})
+            else:
+                path = asked.out / f"seed-{asked.seed}-{sum(p['type'] == 'image' for p in parts)}.png"
+                part.save(path)
+                parts.append({"type": "image", "path": str(path)})
+    except OSError as error:
+        raise UserError(f"{asked.out}: expected a folder to write to, found {error.strerror or error}") from None
+    if asked.json:
+        print_json(
+            {
+                "parts": parts,
+                "seed": asked.seed,
+                "steps": request.sampler.steps,
+                "guidance_scale": request.guidance_scale,
+                "stop": reply.done.reason,
+                "text_tokens": reply.done.text_tokens,
+            }
+        )
+    else:
+        print("\n".join(part.get("text") or part["path"] for part in parts))
+    return 0
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Describe a picture.
+
+    transfuse caption picture.png
+    """
+
+    image: tyro.conf.Positional[Path]
+    model: Path | None = None
+    """export folder; the newest under runs/ if not given"""
+    resize: bool = False
+    """crop the middle square and resize it to the model's size, instead of refusing it"""
+    max_tokens: int = 64
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def caption(arguments: Sequence[str]) -> int:
+    """Describe a picture."""
+    asked = parse(Caption, arguments, "caption")
+    from ..data.images import fit, read_image
+
+    pixels = read_image(asked.image)
+    pipe = _load(asked.model)
+    side = pipe.exported.image_size
+    if asked.resize:
+        pixels = fit(pixels, side)
+    height, width = pixels.shape[:2]
+    if (height, width) != (side, side):
+        raise UserError(f"{asked.image}: expected {side}x{side} pixels, found {width}x{height}; --resize fits it")
+    import PIL.Image
+
+    picture = PIL.Image.fromarray(pixels)
+    text = pipe.caption(picture, max_tokens=asked.max_tokens)[0]
+    if asked.json:
+        print_json({"caption": text, "image": str(asked.image)})
+    else:
+        print(text)
+    return 0

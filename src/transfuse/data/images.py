@@ -1,0 +1,168 @@
+"""Picture files, as people have them, to arrays: any common format, mode and orientation; never a half-read picture."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from PIL.Image import Resampling, Transpose
+
+from ..errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp"),
+    *(".gif", ".bmp", ".dib", ".tif", ".tiff"),
+)
+"""what `image_files` takes in a folder, in lower case; a file named by itself may have any"""
+WANTED = "a PNG, JPEG, WebP, GIF, BMP or TIFF image"
+
+UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""what sets a picture upright, by its EXIF orientation"""
+ORIENTATION, BITS, PHOTOMETRIC = 274, 258, 262
+"""EXIF and TIFF tags"""
+
+# `read_image` has a stricter limit and refuses. Not catch_warnings around each reading: that swaps state which all
+# threads share, and pictures are read in many.
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+
+
+def read_image(path: Path, max_pixels: int = 64_000_000) -> np.ndarray:
+    """Read a PNG, JPEG, WebP, GIF, BMP or TIFF file: uint8 RGB `[row, column, 3]`, upright.
+
+    EXIF orientation is applied. Transparency, of a palette too, is laid on white. Grey, 1-bit, palette, CMYK and YCCK
+    become RGB; colour profiles are ignored. 16-bit grey is divided by 257 and rounded; of 16-bit colour the high byte
+    is taken, within one level of that. Of an animation or several pages, the first.
+
+    Raises UserError, one line: no file, none of these formats, damaged or cut short, more than max_pixels (known from
+    the header, before anything is decoded), or samples without a known range (floating point, 32-bit).
+    """
+    if not os.path.isfile(path):  # Path's own raises where a folder above may not be entered
+        raise UserError(f"{path}: expected an image file, found {_what_else(path)}")
+    try:
+        # an open file, not its name: by name PIL may map it into memory, and then turns some grey TIFFs wrongly, and
+        # dies with the process where the file is cut short meanwhile
+        with open(path, "rb") as file, PIL.Image.open(file, formats=FORMATS) as image:
+            _check_header(path, image, max_pixels)
+            rgb = _to_rgb(image)
+            # asked after decoding: the decoder of TIFF turns the picture itself, and strikes the tag
+            method = UPRIGHT.get(_orientation(image))
+            return np.array(rgb if method is None else rgb.transpose(method))
+    except (UserError, MemoryError):
+        raise
+    except PIL.UnidentifiedImageError:
+        found = "something else" if path.stat().st_size else "an empty file"
+        raise UserError(f"{path}: expected {WANTED}, found {found}") from None
+    except PIL.Image.DecompressionBombError as error:
+        raise UserError(f"{path}: expected at most {max_pixels} pixels, found more ({error})") from None
+    except Exception as error:  # a damaged file can make a decoder raise anything: struct.error, IndexError, ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: expected {WANTED}, found a damaged or unreadable file ({reason})") from None
+
+
+def fit(image: np.ndarray, size: int, smallest: int = 1) -> np.ndarray:
+    """Cut the central square out of uint8 `[row, column, 3]`, resize it (Lanczos, antialiased): `[size, size, 3]`.
+
+    smallest: pixels that the shorter side must have; one from there to `size` is enlarged. Raises ValueError.
+    """
+    rows, columns = image.shape[:2]
+    side = min(rows, columns)
+    if side < smallest:
+        raise ValueError(f"image: expected sides of at least {smallest} pixels, found {columns}x{rows}")
+    top, left = (rows - side) // 2, (columns - side) // 2
+    square = image[top : top + side, left : left + side]
+    if side == size:
+        return square.copy()
+    return np.array(PIL.Image.fromarray(square).resize((size, size), Resampling.LANCZOS))
+
+
+def image_files(source: Path) -> list[Path]:
+    """The picture files in a folder and its folders, by known suffix, sorted; or the one file that `source` is.
+
+    What is hidden (a name that begins with a dot) is left out; links to folders are not followed; a link to a file
+    that is gone is listed, so that reading it says so. Raises UserError where there is nothing.
+    """
+    if os.path.isfile(source):
+        return [source]
+    if not os.path.isdir(source):
+        raise UserError(f"{source}: expected an image file or a folder of them, found {_what_else(source)}")
+    files = []
+    for folder, folders, names in os.walk(source, onerror=_refuse_folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
+                continue
+            path = Path(folder, name)
+            if os.path.isfile(path) or not os.path.exists(path):
+                files.append(path)
+    if not files:
+        raise UserError(f"{source}: expected image files ({' '.join(SUFFIXES)}), found none")
+    return sorted(files, key=lambda path: path.relative_to(source).as_posix())
+
+
+def _check_header(path: Path, image: PIL.Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise UserError(f"{path}: expected at most {max_pixels} pixels, found {image.width}x{image.height}")
+    if image.mode in ("F", "I"):
+        kind = "floating point" if image.mode == "F" else "32-bit or signed integers"
+        raise UserError(f"{path}: expected 8 or 16 bits a sample, found {kind} (mode {image.mode})")
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Decode to mode RGB. Raises what PIL raises."""
+    if image.mode.startswith("I;16"):
+        return _from_grey16(image)
+    image.load()  # first: some formats find their transparency only while decoding
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+        # PNG, 16 bits a sample: the picture was cut to its high bytes, its transparent colour was not
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    layer = image.convert("RGBA")
+    white = PIL.Image.new("RGB", layer.size, "white")
+    white.paste(layer, mask=layer.getchannel("A"))
+    return white
+
+
+def _from_grey16(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scale by a table: PIL's own conversion clips at 255."""
+    tags = getattr(image, "tag_v2", {})
+    peak = 4095 if tags.get(BITS) == (12,) else 65535
+    table = ((np.arange(peak + 1) * 255 + peak // 2) // peak).astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == 0:  # TIFF: 0 is white; PIL inverts 1 and 8 bits a sample, not 16
+        table = table[::-1].copy()
+    values = np.asarray(image)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        table[key] = 255
+    return PIL.Image.fromarray(table[values]).convert("RGB")
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """1 to 8; 1, upright, where the EXIF data are damaged: they are no reason to refuse a picture."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def _what_else(path: Path) -> str:
+    return "a folder" if os.path.isdir(path) else "something that is no file" if os.path.exists(path) else "none"
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename}: expected a readable folder, found one that is not ({error.strerror})") from None

@@ -1,0 +1,222 @@
+"""Autoencoders to train: `transfuse autoencoder train NAME`. One function each; the small ones learn on two CPU cores.
+
+What differs from the paper (Appendix A), everywhere: its perceptual term is LPIPS and its identity term compares
+features of MoCo v2; neither comes with a package, so both are off until `--objective.perceptual` and
+`--objective.identity` name local files. The small ones use the ImageNet MobileNetV2 of an optional package if told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..autoencoders import AutoencoderConfig, ImageAutoencoder, save_autoencoder
+from ..autoencoders.features import Features, load_features
+from ..configuration import nearest
+from ..console import say
+from ..data.images import fit, image_files, read_image
+from ..data.world import NOUNS, World, WorldConfig
+from ..errors import UserError
+from ..keyed import keyed
+from ..training import LoopConfig, OptimizerConfig, Trainer
+from ..training.autoencoder import (
+    AutoencoderInTraining,
+    AutoencoderObjective,
+    AutoencoderObjectiveConfig,
+    ImageLoader,
+)
+from .runs import VERSION, Device, Precision
+
+TRAINED_NOUNS = 300
+"""of the bundled world's: the others are never shown to an autoencoder, so that new things can be tried on it"""
+MEASURED = 512
+"""training images whose latents give the mean and deviation that the export normalises by"""
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """The images to learn: scenes of the bundled world, or a folder of image files cut and scaled to its size."""
+
+    world: WorldConfig = field(default_factory=lambda: WorldConfig(size=64, nouns=TRAINED_NOUNS))
+    folder: str | None = None
+    """image files, taken recursively, each in a new order every epoch; None: the bundled world"""
+    batch_size: int = 8
+    accumulate: int = 1
+    """parts a step is split into; the result is the same"""
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.batch_size < 1 or self.batch_size % self.accumulate:
+            raise ValueError(
+                f"data.batch_size: expected a multiple of data.accumulate ({self.accumulate}), found {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """A run of an autoencoder, whole."""
+
+    preset: str = ""
+    version: int = VERSION
+    seed: int = 0
+    precision: Precision = "float32"
+    """bfloat16: the networks' products are taken in it, by autocast; weights and losses stay float32"""
+    device: Device = "auto"
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    objective: AutoencoderObjectiveConfig = field(default_factory=AutoencoderObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def settled(self) -> AutoencoderRecipe:
+        """Itself. Raises UserError where its parts do not fit together."""
+        if self.data.world.size % self.model.factor:
+            raise UserError(
+                f"data.world.size: expected a multiple of the autoencoder's factor ({self.model.factor}), "
+                f"found {self.data.world.size}"
+            )
+        return self
+
+
+def paper(kind: Literal["kl", "vq"]) -> AutoencoderRecipe:
+    """256 pixels to 32 x 32 x 8, or to 1,024 codes of 16,384: the layout nearest to the paper's 86M, 83.7M parameters.
+
+    1M steps, the critic after 50,000. Batch size and learning rate are not in the paper: 256 and 1e-4 here.
+    """
+    return AutoencoderRecipe(
+        preset=f"{kind}-f8",
+        model=AutoencoderConfig(kind=kind),
+        data=ImagesConfig(WorldConfig(size=256, nouns=TRAINED_NOUNS), batch_size=256),
+        optimizer=OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-5, warmup=5000, weight_decay=0.0),
+        loop=LoopConfig(steps=1_000_000, checkpoint_every=5000, sample_every=5000),
+    )
+
+
+def small(kind: Literal["kl", "vq"], factor: Literal[4, 8]) -> AutoencoderRecipe:
+    """64 pixels of the bundled world, 8 channels, for two CPU cores. No critic: in so few steps it costs accuracy."""
+    widths = (16, 32, 96) if factor == 4 else (16, 32, 64, 128)
+    return AutoencoderRecipe(
+        preset=f"{kind}-f{factor}-small",
+        model=AutoencoderConfig(
+            kind=kind, widths=widths, blocks=1, groups=8, middle_attention=False, codebook_size=1024, code_channels=8
+        ),
+        data=ImagesConfig(batch_size=4),
+        objective=AutoencoderObjectiveConfig(adversarial_from=None),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, final_learning_rate=1e-5, warmup=100, weight_decay=0.0, betas=(0.9, 0.99)
+        ),
+        loop=LoopConfig(steps=10_000, ema_decay=0.999, log_every=20, sample_every=500, checkpoint_every=500),
+    )
+
+
+def tiny(kind: Literal["kl", "vq"]) -> AutoencoderRecipe:
+    """Seconds, not minutes: every term and the critic at work, and nothing learned worth looking at."""
+    return replace(
+        small(kind, 4),
+        preset=f"{kind}-tiny",
+        model=AutoencoderConfig(kind=kind, widths=(8, 16), blocks=1, latent_channels=4, groups=4, codebook_size=32),
+        data=ImagesConfig(WorldConfig(size=32, nouns=8), batch_size=4),
+        objective=AutoencoderObjectiveConfig(adversarial_from=10, revive_after=5),
+        loop=LoopConfig(steps=20, ema_decay=0.9, log_every=5, sample_every=0, checkpoint_every=10),
+    )
+
+
+AUTOENCODERS: dict[str, Callable[[], AutoencoderRecipe]] = {
+    "kl-f8": partial(paper, "kl"),
+    "vq-f8": partial(paper, "vq"),
+    **{f"{kind}-f{factor}-small": partial(small, kind, factor) for kind in ("kl", "vq") for factor in (4, 8)},
+    "kl-tiny": partial(tiny, "kl"),
+    "vq-tiny": partial(tiny, "vq"),
+}
+
+
+def autoencoder_preset(name: str) -> AutoencoderRecipe:
+    """The recipe of a name. Raises UserError with the nearest name."""
+    if name not in AUTOENCODERS:
+        raise UserError(f'autoencoder preset: unknown name "{name}"{nearest(name, AUTOENCODERS)}')
+    return AUTOENCODERS[name]()
+
+
+def unseen_world(trained: WorldConfig) -> World:
+    """Scenes of the nouns that another world, some run's, never shows."""
+    shown = set(trained.noun_names)
+    return World(replace(trained, nouns=tuple(noun for noun in NOUNS if noun not in shown)))
+
+
+def image_source(recipe: AutoencoderRecipe) -> Callable[[int], np.ndarray]:
+    """Image number n of the run, uint8 `[size, size, 3]`: a function of the recipe and n alone."""
+    if recipe.data.folder is None:
+        world = World(recipe.data.world)
+        return lambda number: world.render(world.scene(number))
+    return FolderImages(Path(recipe.data.folder), recipe.data.world.size, recipe.seed)
+
+
+class FolderImages:
+    """Files of a folder, all in a new order each epoch. Files that can not be used are left out and named once."""
+
+    def __init__(self, folder: Path, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self.files = []
+        for path in image_files(folder):
+            try:
+                read_image(path)
+                self.files.append(path)
+            except UserError as error:
+                say(f"left out: {error}")
+        if not self.files:
+            raise UserError(f"{folder}: expected at least one image, found none that can be read")
+
+    def __call__(self, number: int) -> np.ndarray:
+        epoch, place = divmod(number, len(self.files))
+        order = torch.randperm(len(self.files), generator=keyed(self.seed, "images", epoch))
+        return fit(read_image(self.files[int(order[place])]), self.size)
+
+
+def build_autoencoder_trainer(
+    recipe: AutoencoderRecipe, folder: Path, sample: Callable[[nn.Module, Path], None] | None = None
+) -> Trainer:
+    """Put network, data, objective and loop together for a resolved recipe."""
+    model = AutoencoderInTraining(recipe.model, recipe.objective.adversarial_from is not None).initialise(recipe.seed)
+    model = model.to(recipe.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    objective = AutoencoderObjective(
+        recipe.objective,
+        recipe.model.kind,
+        recipe.loop.steps,
+        recipe.seed,
+        perceptual=_features(recipe, "perceptual"),
+        identity=_features(recipe, "identity"),
+        bfloat16=recipe.precision == "bfloat16",
+    )
+    loader = ImageLoader(image_source(recipe), recipe.data.batch_size, recipe.data.accumulate)
+    return Trainer(model, objective, loader, folder, recipe.loop, recipe.optimizer, sample=sample)
+
+
+def _features(recipe: AutoencoderRecipe, term: str) -> Features | None:
+    path = getattr(recipe.objective, term)
+    if path is None:
+        say(f"{term} term: off, because objective.{term} names no network")
+        return None
+    return load_features(path).to(recipe.device)
+
+
+@torch.inference_mode()
+def export_autoencoder(recipe: AutoencoderRecipe, trainer: Trainer, folder: Path) -> ImageAutoencoder:
+    """Write the averaged weights, with the statistics of training latents, as a folder that diffusers opens too."""
+    autoencoder = ImageAutoencoder(recipe.model).to(recipe.device)
+    prefix = "autoencoder."
+    own = {name.removeprefix(prefix): w for name, w in trainer.ema.weights.items() if name.startswith(prefix)}
+    autoencoder.load_state_dict(own)
+    source = image_source(recipe)
+    size = recipe.data.batch_size
+    latents = torch.cat(
+        [autoencoder.encode(np.stack([source(n + i) for i in range(size)])) for n in range(0, MEASURED, size)]
+    ).double()
+    autoencoder.with_statistics(latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+    save_autoencoder(folder, autoencoder, recipe.preset, sample_size=recipe.data.world.size)
+    return autoencoder

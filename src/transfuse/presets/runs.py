@@ -1,0 +1,97 @@
+"""Run folders: claimed by one recipe, whose `config.json` says everything that defines the run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+
+from ..configuration import from_dict, read_json, to_dict
+from ..errors import UserError
+
+VERSION = 1
+"""of the layout of `config.json`"""
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class RunRecipe(Protocol):
+    """A frozen dataclass that defines a run: of a Transfusion or of an autoencoder."""
+
+    @property
+    def device(self) -> Device: ...
+
+    @property
+    def precision(self) -> Precision: ...
+
+    def settled(self) -> Any:
+        """The recipe with what follows from other settings filled in. Raises UserError where its parts do not fit."""
+
+
+R = TypeVar("R", bound=RunRecipe)
+
+
+def resolve(recipe: R) -> R:
+    """Settle what is "auto" for this machine, so that a resumed run does not settle it differently."""
+    device, precision = recipe.device, recipe.precision
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: expected a CUDA device, found none on this machine")
+    if precision == "auto":
+        precision = "bfloat16" if device == "cuda" or _cpu_multiplies_bfloat16() else "float32"
+    return replace(recipe, device=device, precision=precision)  # type: ignore[type-var]
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
+
+
+def open_run(recipe: R, folder: Path) -> R:
+    """Claim a run folder: a new one gets `config.json`, an old one must have been made by the same recipe.
+
+    Raises UserError that names the first setting that differs.
+    """
+    recipe = recipe.settled()
+    path = folder / "config.json"
+    if not path.exists():
+        recipe = resolve(recipe)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
+            os.replace(partial, path)
+        except OSError as error:
+            raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
+        return recipe
+    saved = read_recipe(path, type(recipe))
+    asked = replace(recipe, device=saved.device, precision=saved.precision)  # type: ignore[type-var]
+    difference = _first_difference(to_dict(saved), to_dict(asked))
+    if difference:
+        raise UserError(f"{path}: {difference}; give the same settings to go on, or another --run folder to start anew")
+    return saved
+
+
+def read_recipe(path: Path, kind: type[R]) -> R:
+    """The recipe of a run. Raises UserError: no such file, another version, another kind of run."""
+    values = read_json(path)
+    found = values.get("version") if isinstance(values, dict) else None
+    if found != VERSION:
+        raise UserError(f"{path}: version: expected {VERSION}, found {found}")
+    return from_dict(kind, values, str(path))
+
+
+def _first_difference(saved: Any, asked: Any, name: str = "") -> str:
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        for key in saved:
+            difference = _first_difference(saved[key], asked.get(key), f"{name}.{key}" if name else key)
+            if difference:
+                return difference
+        return ""
+    return "" if saved == asked else f"{name}: this run has {saved!r}, the command asks for {asked!r}"

@@ -1,0 +1,60 @@
+"""An autoencoder's run, from its recipe to its export: what `transfuse autoencoder train` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ..console import say
+from ..data.world import World
+from ..presets.autoencoders import (
+    AutoencoderRecipe,
+    build_autoencoder_trainer,
+    export_autoencoder,
+    image_source,
+)
+from ..presets.runs import open_run
+from ..training import Trainer
+from ..training.autoencoder import AutoencoderInTraining
+from .samples import grid
+
+SHOWN = 8
+"""images of a grid of reconstructions"""
+
+
+def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer, Path | None]:
+    """Open a run folder or go on with it, train, and export to `folder/export`; None where it was stopped before.
+
+    Raises UserError where the folder was made by another recipe.
+    """
+    recipe = open_run(recipe, folder)
+    trainer = build_autoencoder_trainer(recipe, folder, sample=reconstruction_grid(recipe))
+    if trainer.restore():
+        say(f"{folder}: going on from step {trainer.step}")
+    if trainer.run() == "stopped":
+        say(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
+        return trainer, None
+    export_autoencoder(recipe, trainer, folder / "export")
+    return trainer, folder / "export"
+
+
+def reconstruction_grid(recipe: AutoencoderRecipe) -> Callable[[nn.Module, Path], None]:
+    """A function that writes held-out images over their reconstructions as one PNG; of a folder, its first images."""
+    source = image_source(recipe)
+    if recipe.data.folder is None:
+        world = World(replace(recipe.data.world, split="heldout"))
+        images = np.stack([world.render(world.scene(number)) for number in range(SHOWN)])
+    else:
+        images = np.stack([source(number) for number in range(SHOWN)])
+
+    def sample(model: nn.Module, path: Path) -> None:
+        assert isinstance(model, AutoencoderInTraining)
+        again = model.autoencoder.decode(model.autoencoder.encode(images))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid([*images, *again], SHOWN, zoom=max(1, 128 // images.shape[1])).save(path)
+
+    return sample

@@ -1,0 +1,224 @@
+"""What an autoencoder learns by (Transfusion, Appendix A):
+
+    L1 + perceptual + 0.5 adversarial + 0.2 identity + 1e-6 KL            or, instead of KL, the codebook's two terms
+
+each a mean over the images of a step. The critic is trained beside it, by the same optimizer: its own loss is one more
+term, whose gradient stops at the reconstruction, as the adversarial term's gradient stops at the critic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..autoencoders import AutoencoderConfig, ImageAutoencoder
+from ..autoencoders.critic import PatchCritic
+from ..autoencoders.features import Features
+from ..autoencoders.network import initialise
+from ..autoencoders.pixels import images_to_tensor
+from ..keyed import keyed
+from .objective import Sums
+
+
+@dataclass(frozen=True)
+class AutoencoderObjectiveConfig:
+    """Weights of the terms, the paper's by default.
+
+    perceptual, identity   the networks the two terms compare features of: a local file or folder, or
+                           "imagenet-mobilenet" (`autoencoders.features`); None: off. The paper: LPIPS and MoCo v2.
+    adversarial_from       the step from which the critic learns and is listened to; None: never
+    adaptive               scale the adversarial term so that its gradient at the last layer is as long as that of L1
+                           and perceptual together (Esser et al. 2021, equation 7)
+    revive_after           a code that no image chose for this many steps is moved onto a vector of the step's images
+    revive_until           share of the run's steps after which none is, so that the averaged weights settle
+    """
+
+    perceptual: str | None = None
+    perceptual_weight: float = 1.0
+    identity: str | None = None
+    identity_weight: float = 0.2
+    adversarial_weight: float = 0.5
+    adversarial_from: int | None = 50_000
+    adaptive: bool = False
+    kl_weight: float = 1e-6
+    codebook_weight: float = 1.0
+    commitment: float = 0.25
+    """beta, weight of the encoder's part of the codebook loss"""
+    revive_after: int = 200
+    revive_until: float = 0.8
+    """share of the run's steps"""
+
+
+@dataclass
+class ImageBatch:
+    """Images `[image, 3, row, column]` in [-1, 1] of a step, by the data set's numbers."""
+
+    images: Tensor
+    samples: tuple[int, ...]
+    step: int
+
+    @property
+    def quantities(self) -> dict[str, int]:
+        return {"images": len(self.samples), "pixels": self.images[:, 0].numel()}
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        images = self.images.to(device).contiguous(memory_format=torch.channels_last)
+        return ImageBatch(images, self.samples, self.step)
+
+
+@dataclass(frozen=True)
+class ImageLoader:
+    """`loader(step)`: that step's images, numbers `step * batch_size` and on, in `accumulate` parts."""
+
+    image: Callable[[int], np.ndarray]
+    batch_size: int
+    accumulate: int = 1
+
+    def __call__(self, step: int) -> list[ImageBatch]:
+        size = self.batch_size // self.accumulate
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        parts = [tuple(numbers[start : start + size]) for start in range(0, self.batch_size, size)]
+        return [ImageBatch(images_to_tensor(np.stack([self.image(n) for n in part])), part, step) for part in parts]
+
+
+class AutoencoderInTraining(nn.Module):
+    """An autoencoder, its critic, and how long each code has not been chosen: all that a checkpoint must hold."""
+
+    unused: Tensor
+    """steps since each code was chosen last, int64 `[codebook_size]`"""
+
+    def __init__(self, config: AutoencoderConfig, adversarial: bool) -> None:
+        super().__init__()
+        self.autoencoder = ImageAutoencoder(config)
+        self.critic = PatchCritic() if adversarial else None
+        size = config.codebook_size if config.kind == "vq" else 0
+        self.register_buffer("unused", torch.zeros(size, dtype=torch.int64))
+
+    def initialise(self, seed: int) -> AutoencoderInTraining:
+        self.autoencoder.initialise(seed)
+        if self.critic is not None:
+            initialise(self.critic, seed + 1)
+        return self
+
+
+class AutoencoderObjective:
+    """Sums over images of every term. names and weights: those that are on."""
+
+    def __init__(
+        self,
+        config: AutoencoderObjectiveConfig,
+        kind: str,
+        steps: int,
+        seed: int,
+        perceptual: Features | None = None,
+        identity: Features | None = None,
+        bfloat16: bool = False,
+    ) -> None:
+        self.config, self.seed, self.steps, self.bfloat16 = config, seed, steps, bfloat16
+        self.perceptual, self.identity = perceptual, identity
+        terms = {"l1": 1.0}
+        if perceptual is not None:
+            terms["perceptual"] = config.perceptual_weight
+        if identity is not None:
+            terms["identity"] = config.identity_weight
+        if kind == "kl":
+            terms["kl"] = config.kl_weight
+        else:
+            terms |= {"codebook": config.codebook_weight, "commitment": config.codebook_weight * config.commitment}
+        if config.adversarial_from is not None:
+            terms |= {"adversarial": config.adversarial_weight, "critic": 1.0}
+        self.names, self.weights = tuple(terms), tuple(terms.values())
+        self._vectors: list[Tensor] = []  # what the encoder gave in the parts of this step, for reviving codes
+
+    def counts(self, batch: ImageBatch) -> tuple[int, ...]:
+        return (len(batch.samples),) * len(self.names)
+
+    def sums(self, model: nn.Module, batch: ImageBatch) -> Sums:
+        terms, details = self._terms(model, batch)
+        return Sums(torch.stack([terms[name].sum() for name in self.names]), details)
+
+    @torch.no_grad()
+    def offenders(self, model: nn.Module, batch: ImageBatch) -> list[int]:
+        terms, _ = self._terms(model, batch)
+        wrong = ~torch.stack([terms[name] for name in self.names]).isfinite().all(0)
+        return [batch.samples[number] for number in torch.nonzero(wrong).flatten().tolist()]
+
+    def _terms(self, model: nn.Module, batch: ImageBatch) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
+        """Each term of each image, `[image]`; and details to log."""
+        assert isinstance(model, AutoencoderInTraining)
+        images, count = batch.images, len(batch.samples)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+            h = model.autoencoder.moments(images)
+        h = h.float()
+        noise = None
+        if model.autoencoder.config.kind == "kl":
+            shape = (h.shape[1] // 2, *h.shape[2:])
+            drawn = [torch.randn(shape, generator=keyed(self.seed, "posterior", sample)) for sample in batch.samples]
+            noise = torch.stack(drawn).to(h)
+        bottled = model.autoencoder.bottleneck(h, noise)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+            made = model.autoencoder.reconstruct(bottled.z)
+        made = made.float()
+        terms = {"l1": (made - images).abs().flatten(1).mean(1)}
+        for name, features in (("perceptual", self.perceptual), ("identity", self.identity)):
+            if features is not None:
+                terms[name] = features.distance(made, images)
+        if bottled.codes is not None:
+            self._vectors.append(h.detach())
+        for name in ("kl", "codebook", "commitment"):
+            if getattr(bottled, name) is not None:
+                terms[name] = getattr(bottled, name)
+        if self.config.adversarial_from is not None:
+            assert model.critic is not None
+            if batch.step < self.config.adversarial_from:
+                terms["adversarial"] = terms["critic"] = torch.zeros(count, device=images.device)
+            else:
+                terms |= self._adversarial(model, model.critic, images, made, terms)
+        squared = (made.detach().clamp(-1, 1) - images).square().flatten(1).mean(1)
+        details = {"psnr": (float((10 * torch.log10(4 / squared.clamp_min(1e-10))).sum()), float(count))}
+        if bottled.codes is not None:
+            details["codes_in_use"] = (float((model.unused < self.config.revive_after).float().mean()), 1.0)
+        return terms, details
+
+    def _adversarial(
+        self, model: AutoencoderInTraining, critic: PatchCritic, images: Tensor, made: Tensor, terms: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The hinge losses of both sides (Esser et al. 2021)."""
+        frozen = {name: weight.detach() for name, weight in critic.named_parameters()}
+        fooled: Tensor = torch.func.functional_call(critic, frozen, (made,))
+        adversarial = -fooled.flatten(1).mean(1)
+        if self.config.adaptive and made.requires_grad:
+            last = model.autoencoder.decoder.conv_out.weight
+            apparent = torch.stack([terms[name].sum() for name in ("l1", "perceptual") if name in terms]).sum()
+            lengths = [
+                torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (apparent, adversarial.sum())
+            ]
+            adversarial = adversarial * (lengths[0] / (lengths[1] + 1e-4)).clamp(max=1e4)
+        real, false = critic(images), critic(made.detach())
+        hinge = 0.5 * (F.relu(1 - real).flatten(1).mean(1) + F.relu(1 + false).flatten(1).mean(1))
+        return {"adversarial": adversarial, "critic": hinge}
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int, batches: Sequence[ImageBatch]) -> None:
+        """Count how long codes lie unused, and revive dead ones: a function of the step, so that resuming is exact."""
+        assert isinstance(model, AutoencoderInTraining)
+        vectors, self._vectors = self._vectors, []
+        if not vectors:
+            return
+        codebook = model.autoencoder.quantize
+        model.unused += 1
+        for h in vectors:
+            model.unused[codebook.nearest(h).unique()] = 0
+        if step >= self.config.revive_until * self.steps:
+            return
+        dead = torch.nonzero(model.unused >= self.config.revive_after).flatten()
+        found = torch.cat([h.movedim(1, -1).flatten(0, -2) for h in vectors])
+        order = torch.randperm(len(found), generator=keyed(self.seed, "revive", step))[: len(dead)].to(found.device)
+        dead = dead[: len(order)]
+        codebook.embedding.weight[dead] = found[order].to(codebook.embedding.weight)
+        model.unused[dead] = 0

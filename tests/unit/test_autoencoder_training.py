@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import transfuse
+from transfuse.autoencoders import load_autoencoder, save_autoencoder
+from transfuse.autoencoders.features import Features, MobileNetV2
+from transfuse.errors import UserError
+from transfuse.presets import preset
+from transfuse.presets.autoencoders import (
+    AutoencoderRecipe,
+    FolderImages,
+    autoencoder_preset,
+    build_autoencoder_trainer,
+    image_source,
+    unseen_world,
+)
+from transfuse.presets.runs import resolve
+from transfuse.studies.autoencoder import train_autoencoder
+from transfuse.studies.training import train_run
+from transfuse.training.autoencoder import AutoencoderInTraining, AutoencoderObjective, ImageBatch, ImageLoader
+from transfuse.training.metrics import Average
+
+
+@pytest.fixture(scope="module")
+def features() -> Features:
+    torch.manual_seed(0)
+    return Features(MobileNetV2().eval().requires_grad_(False))
+
+
+def recipe(kind: str = "kl", **objective) -> AutoencoderRecipe:
+    base = autoencoder_preset(f"{kind}-tiny")
+    return resolve(replace(base, objective=replace(base.objective, **objective)))
+
+
+def parts(
+    kind: str, features: Features | None = None, step: int = 100, **fields
+) -> tuple[AutoencoderInTraining, AutoencoderObjective, ImageBatch]:
+    asked = recipe(kind, **fields)
+    model = AutoencoderInTraining(asked.model, True).initialise(0)
+    objective = AutoencoderObjective(asked.objective, kind, 1000, 0, features, features)
+    loader = ImageLoader(image_source(asked), 4)
+    return model, objective, replace(loader(step)[0], step=step)
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_every_term_teaches(kind: str, features: Features) -> None:
+    """Each term has a gradient into the networks it is meant for, and into no other."""
+    model, objective, batch = parts(kind, features)
+    assert objective.counts(batch) == (4,) * len(objective.names)
+    bottleneck = {"kl"} if kind == "kl" else {"codebook", "commitment"}
+    assert set(objective.names) == {"l1", "perceptual", "identity", "adversarial", "critic"} | bottleneck
+    for number, name in enumerate(objective.names):
+        model.zero_grad()
+        objective.sums(model, batch).losses[number].backward()
+        lengths = {
+            part: sum(float(p.grad.norm()) for p in module.parameters() if p.grad is not None)
+            for part, module in (("autoencoder", model.autoencoder), ("critic", model.critic))
+        }
+        taught = "critic" if name == "critic" else "autoencoder"
+        assert lengths.pop(taught) > 0, name
+        assert lengths.popitem()[1] == 0, name
+
+
+def test_terms_are_least_at_the_truth(features: Features) -> None:
+    """Nothing compares better with an image than the image itself."""
+    truth = torch.rand(2, 3, 32, 32) * 2 - 1
+    for amount in (0.05, 0.5):
+        other = (truth + amount * torch.randn_like(truth)).requires_grad_()
+        for distance in (lambda a, b: (a - b).abs().flatten(1).mean(1), features.distance):
+            assert float(distance(truth, truth).detach().abs().max()) < 1e-6
+            found = distance(other, truth)
+            assert (found > 0).all()
+            (gradient,) = torch.autograd.grad(found.sum(), other)
+            assert float(distance(other - 1e-3 * gradient / gradient.abs().max(), truth).sum()) < float(found.sum())
+
+
+def test_the_critic_waits_and_tells_apart() -> None:
+    model, objective, batch = parts("kl", step=9)  # adversarial_from is 10
+    losses = dict(zip(objective.names, objective.sums(model, batch).losses.tolist(), strict=True))
+    assert losses["adversarial"] == losses["critic"] == 0
+    assert losses["l1"] > 0
+    model, objective, batch = parts("kl")
+    optimizer = torch.optim.Adam(model.critic.parameters(), 1e-3)
+    number = objective.names.index("critic")
+    first = last = float(objective.sums(model, batch).losses[number])
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = objective.sums(model, batch).losses[number]
+        loss.backward()
+        optimizer.step()
+        last = float(loss)
+    assert last < 0.5 * first
+
+
+def test_adaptive_weight_evens_the_gradients() -> None:
+    lengths = {}
+    for adaptive in (False, True):
+        model, objective, batch = parts("kl", adaptive=adaptive)
+        losses = objective.sums(model, batch).losses
+        last = model.autoencoder.decoder.conv_out.weight
+        for name in ("l1", "adversarial"):
+            (gradient,) = torch.autograd.grad(losses[objective.names.index(name)], last, retain_graph=True)
+            lengths[name, adaptive] = float(gradient.norm())
+    assert lengths["adversarial", True] == pytest.approx(lengths["l1", True], rel=0.02)
+    assert lengths["adversarial", False] != pytest.approx(lengths["l1", False], rel=0.1)
+
+
+def test_dead_codes_are_revived() -> None:
+    model, objective, batch = parts("vq", revive_after=2)
+    codes = model.autoencoder.quantize.embedding.weight
+    with torch.no_grad():
+        codes[8:] = 1000.0  # nobody will choose them
+    for step in (1, 2):
+        objective.sums(model, batch)
+        objective.after_step(model, step, [batch])
+    assert float(codes.max()) < 1000
+    vectors = model.autoencoder.moments(batch.images).movedim(1, -1).flatten(0, -2)
+    assert torch.cdist(codes[8:], vectors).min(1).values.max() < 1e-3
+    with torch.no_grad():
+        codes[8:] = 1000.0
+    for step in (998, 999, 1000):  # the end of the run is left to settle
+        objective.sums(model, batch)
+        objective.after_step(model, step, [batch])
+    assert float(codes.max()) == 1000
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_straight_is_resumed(kind: str, tmp_path: Path) -> None:
+    """With the critic at work and codes being revived: weights, average, moments and counts are the same to the bit."""
+    asked = recipe(kind)
+    straight = build_autoencoder_trainer(asked, tmp_path / "a")
+    straight.run()
+    first = build_autoencoder_trainer(asked, tmp_path / "b")
+    for _ in range(13):
+        first.train_step(Average())
+    first.save()
+    second = build_autoencoder_trainer(asked, tmp_path / "b")
+    assert second.restore()
+    assert second.step == 13
+    second.run()
+    for a, b in (
+        (straight.model.state_dict(), second.model.state_dict()),
+        (straight.ema.weights, second.ema.weights),
+    ):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert straight.totals["images"] == second.totals["images"] == 80
+    if kind == "vq":
+        assert straight.model.unused.any()
+
+
+def test_a_split_step_is_the_same_step(tmp_path: Path) -> None:
+    trained = []
+    for accumulate in (1, 2):
+        asked = recipe("vq")
+        asked = replace(asked, data=replace(asked.data, accumulate=accumulate), loop=replace(asked.loop, steps=3))
+        trainer = build_autoencoder_trainer(asked, tmp_path / str(accumulate))
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 1.0)  # Adam would blow rounding up
+        for _ in range(3):
+            trainer.train_step(Average())
+        trained.append(trainer.model.state_dict())
+    for name, whole in trained[0].items():
+        torch.testing.assert_close(whole, trained[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A KL and a VQ autoencoder, trained for a moment."""
+    folder = tmp_path_factory.mktemp("runs")
+    for kind in ("kl", "vq"):
+        _, export = train_autoencoder(autoencoder_preset(f"{kind}-tiny"), folder / kind)
+        assert export == folder / kind / "export"
+    return folder
+
+
+def test_latents_of_an_export_are_normal(runs: Path) -> None:
+    for kind in ("kl", "vq"):
+        autoencoder = load_autoencoder(runs / kind / "export")
+        assert autoencoder.name == f"{kind}-tiny"
+        source = image_source(autoencoder_preset(f"{kind}-tiny"))
+        latents = autoencoder.encode(np.stack([source(n) for n in range(512)]))
+        assert latents.mean((0, 2, 3)).abs().max() < 1e-3
+        assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+def transfusion(autoencoder: Path | str):
+    base = preset("tiny")
+    return replace(
+        base,
+        model=replace(base.model, patch_size=2),
+        diffusion=replace(base.diffusion, clip_x0=None),
+        data=replace(base.data, autoencoder=str(autoencoder)),
+        loop=replace(base.loop, steps=2),
+    )
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_a_transfusion_draws_through_it(kind: str, runs: Path, tmp_path: Path) -> None:
+    export = train_run(transfusion(runs / kind / "export"), tmp_path / "run").export
+    pipe = transfuse.load(str(export))
+    assert pipe.exported.autoencoder.name == f"{kind}-tiny"
+    assert pipe.exported.model.config.latent_channels == pipe.exported.autoencoder.channels
+    picture = pipe("a crab", num_inference_steps=2, generator=1).images[0]
+    assert picture.size == (32, 32)
+    assert isinstance(pipe.caption(picture)[0], str)
+
+
+def test_the_wrong_autoencoder_is_named(runs: Path, tmp_path: Path) -> None:
+    export = train_run(transfusion(runs / "kl" / "export"), tmp_path / "run").export
+    assert export is not None
+    train_autoencoder(replace(autoencoder_preset("kl-tiny"), seed=5), tmp_path / "other")
+    save_autoencoder(export / "autoencoder", load_autoencoder(tmp_path / "other" / "export"), "another")
+    with pytest.raises(UserError, match=r'"kl-tiny" \([0-9a-f]{12}, 4 channels\), found "another" \([0-9a-f]{12}'):
+        transfuse.load(str(export))
+
+
+def test_pixel_clipping_is_refused_for_latents(runs: Path) -> None:
+    wrong = replace(transfusion(runs / "kl" / "export"), diffusion=preset("tiny").diffusion)
+    with pytest.raises(UserError, match=r"diffusion\.clip_x0: expected None with the autoencoder"):
+        wrong.settled()
+
+
+def test_a_folder_of_images(tmp_path: Path, capsys) -> None:
+    for number in range(3):
+        PIL.Image.fromarray(np.full((40, 50, 3), 80 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    source = FolderImages(tmp_path, 32, seed=0)
+    assert "bad.png" in capsys.readouterr().err
+    epochs = [[int(source(epoch * 3 + n)[0, 0, 0]) for n in range(3)] for epoch in range(4)]
+    assert all(sorted(epoch) == [0, 80, 160] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert source(5).shape == (32, 32, 3)
+    asked = recipe("kl")
+    asked = replace(asked, data=replace(asked.data, folder=str(tmp_path)), loop=replace(asked.loop, steps=2))
+    assert train_autoencoder(asked, tmp_path / "run")[1] is not None
+
+
+def test_unseen_nouns_are_unseen() -> None:
+    trained = autoencoder_preset("kl-f4-small").data.world
+    unseen = unseen_world(trained)
+    assert len(unseen.config.noun_names) == 28
+    assert not set(unseen.config.noun_names) & set(trained.noun_names)
+
+
+@pytest.mark.slow
+def test_a_step_of_the_paper_preset(tmp_path: Path) -> None:
+    """83.7M parameters, critic and all terms, on random input: finite, and every weight of the autoencoder moves."""
+    asked = autoencoder_preset("kl-f8")
+    asked = replace(asked, objective=replace(asked.objective, adversarial_from=0), device="cpu")
+    asked = replace(asked, data=replace(asked.data, batch_size=1), optimizer=replace(asked.optimizer, warmup=1))
+    trainer = build_autoencoder_trainer(asked, tmp_path)
+    noise = torch.rand(1, 3, 64, 64) * 2 - 1
+    trainer.load = lambda step: [ImageBatch(noise, (step,), step)]
+    before = {name: weight.clone() for name, weight in trainer.model.autoencoder.named_parameters()}
+    average = Average()
+    trainer.train_step(average)
+    assert all(np.isfinite(value) for value in average.means().values())
+    assert all((weight != before[name]).any() for name, weight in trainer.model.autoencoder.named_parameters())

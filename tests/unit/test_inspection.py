@@ -1,0 +1,223 @@
+"""The page about an autoencoder: every figure, nothing from elsewhere, and pictures that are what they say."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html import unescape
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch.nn import functional as F
+
+from transfuse.autoencoders import Pixels
+from transfuse.data.world import World, WorldConfig
+from transfuse.errors import UserError
+from transfuse.evaluation.interval import Measured
+from transfuse.evaluation.reconstruction import evaluate_reconstruction, psnr
+from transfuse.studies import inspection
+from transfuse.studies.charts import histogram
+from transfuse.studies.inspection import amplified, inspect_autoencoder
+
+
+class Halving:
+    """Loses every second pixel."""
+
+    name, factor, channels = "halving <b>", 2, 3
+
+    def encode(self, images):
+        return F.avg_pool2d(Pixels().encode(images), 2)
+
+    def decode(self, latents):
+        return Pixels().decode(F.interpolate(latents, scale_factor=2.0))
+
+
+class Coded(Halving):
+    """Latents are levels of grey: 8 of 32 codes are used at most."""
+
+    name, codebook_size = "coded", 32
+
+    def codes(self, images):
+        return super().encode(images).mean(1).add(1).mul(4).long().clamp(0, 7)
+
+    def encode(self, images):
+        return (self.codes(images)[:, None].float() / 4 - 0.875).expand(-1, 3, -1, -1)
+
+
+class Means:
+    name = "means"
+
+    def pooled(self, images):
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
+
+
+def pictures(split, count):
+    world = World(WorldConfig(size=32, split=split))
+    return np.stack([world.render(world.scene(index)) for index in range(count)])
+
+
+@pytest.fixture(scope="module")
+def images():
+    return pictures("train", 40)
+
+
+@pytest.fixture(scope="module")
+def done(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("inspection") / "deep" / "halving"
+    names = [f"scene {index}" for index in range(40)]
+    apart = {"unseen & <i>": pictures("heldout", 20), "the same": images}
+    return inspect_autoencoder(Halving(), images, names, out, Means(), apart), out
+
+
+def test_report_holds_what_was_measured(done, images) -> None:
+    report, out = done
+    assert json.loads((out / "report.json").read_text()) == report
+    assert sorted(path.name for path in out.iterdir()) == ["index.html", "report.json"]
+    found = evaluate_reconstruction(Halving(), [images], Means())
+    assert report["psnr"] == found.psnr.value
+    assert report["psnr_interval"] == [found.psnr.low, found.psnr.high]
+    assert report["ssim"] == pytest.approx(found.ssim.value)
+    assert report["l1"] == pytest.approx(found.l1.value)
+    assert report["frechet"] == pytest.approx(found.frechet)
+    assert report["latent_std"] == pytest.approx(found.latent_std.tolist())
+    assert (report["autoencoder"], report["images"], report["features"]) == ("halving <b>", 40, "means")
+    assert report["psnr_by_image"] == psnr(images, Halving().decode(Halving().encode(images))).tolist()
+    assert report["names"][7] == "scene 7"
+    assert report["codebook_counts"] is report["codebook_size"] is None
+
+
+def test_sets_apart_are_measured_beside_the_first(done) -> None:
+    report, _ = done
+    unseen, same = report["held_apart"]["unseen & <i>"], report["held_apart"]["the same"]
+    assert unseen["images"] == 20
+    assert unseen["psnr_difference"] == unseen["psnr"] - report["psnr"]
+    assert same["psnr_difference"] == 0
+    low, high = same["psnr_difference_interval"]
+    assert low < 0 < high
+    assert same["psnr_interval"] == report["psnr_interval"]
+
+
+def test_interval_of_a_difference_adds_in_squares() -> None:
+    found = inspection._difference(Measured(30.0, 27.0, 33.0, 9), Measured(20.0, 16.0, 24.0, 9))
+    assert (found.value, found.low, found.high) == (-10.0, -15.0, -5.0)
+
+
+def test_page_shows_figures_and_needs_nothing_from_elsewhere(done) -> None:
+    report, out = done
+    html = (out / "index.html").read_text()
+    assert "<b>halving" not in html
+    assert "halving <b>" not in html
+    assert "<i>" not in html.replace("unseen &amp; &lt;i&gt;", "")
+    assert not re.search(r"https?://|@import|url\(|<script|<link|<iframe", html)
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', html))
+    text = unescape(html)
+    shown = {name: value for name, value in report.items() if not name.endswith("by_image") and name != "held_apart"}
+    for value in shown.values():
+        for leaf in value if isinstance(value, list) else [value]:
+            assert (leaf if isinstance(leaf, str) else json.dumps(leaf)) in text
+    for apart in report["held_apart"].values():
+        assert f"{apart['psnr']:.2f} (" in text
+        assert f"{apart['psnr_difference']:+.2f} (".replace("-", "\u2212") in text
+    for decibels in report["psnr_by_image"]:
+        assert f"<td>{decibels:.2f}</td>" in html
+
+
+def shown_in(html, title):
+    """(name, dB, original, reconstruction, difference) of each card of a section."""
+    part = html[html.index(f"<h2>{title}</h2>") :]
+    found = []
+    for card in part[: part.index("</section>")].split("<figure")[1:]:
+        name, decibels = re.search(r"<span>(.*?)</span><b>([\d.]+)\u202fdB", card).groups()
+        sources = re.findall(r'base64,([^"]*)"', card)
+        decoded = [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
+        found.append((name, float(decibels), *decoded))
+    return found
+
+
+def test_pictures_are_what_their_labels_say(done, images) -> None:
+    report, out = done
+    html = (out / "index.html").read_text()
+    rebuilt = Halving().decode(Halving().encode(images))
+    worst, regular = shown_in(html, "The 8 worst"), shown_in(html, "A regular sample")
+    for name, decibels, *shown in [*worst, *regular]:
+        index = report["names"].index(name)
+        assert decibels == pytest.approx(report["psnr_by_image"][index], abs=0.005)
+        expected = [images[index], rebuilt[index], amplified(images[index], rebuilt[index])]
+        for picture, wanted in zip(shown, expected, strict=True):
+            np.testing.assert_array_equal(picture, wanted)
+    assert [name for name, *_ in worst] == [f"scene {index}" for index in np.argsort(report["psnr_by_image"])[:8]]
+    places = [report["names"].index(name) for name, *_ in regular]
+    assert (places[0], places[-1], len(places)) == (0, 39, 12)
+    assert set(np.diff(places)) == {3, 4}
+
+
+def test_difference_is_signed_around_grey() -> None:
+    original = np.array([100, 100, 100, 0, 255], dtype=np.uint8)
+    rebuilt = np.array([100, 101, 98, 255, 0], dtype=np.uint8)
+    assert amplified(original, rebuilt).tolist() == [128, 133, 118, 255, 0]
+
+
+def test_codebook_has_its_section(images, tmp_path) -> None:
+    report = inspect_autoencoder(Coded(), images, [str(n) for n in range(40)], tmp_path)
+    assert sum(report["codebook_counts"]) == 40 * 16 * 16
+    assert report["codebook_use"] <= 8 / 32
+    assert 1 <= report["codebook_perplexity"] <= 8
+    html = (tmp_path / "index.html").read_text()
+    assert "<h2>Codebook</h2>" in html
+    assert "Use of each code" in html
+    assert "<h2>Held apart</h2>" not in html
+    assert "19.2 times fewer bits than the image" in html  # 24 bits of 4 pixels for one code of 5 bits
+
+
+def test_few_images_that_lose_nothing(images, tmp_path) -> None:
+    report = inspect_autoencoder(Pixels(), images[:2], ["a", "b"], tmp_path)
+    assert report["psnr"] == 100
+    html = (tmp_path / "index.html").read_text()
+    assert not re.search(r"\b(nan|inf)\b", re.sub(r'src="[^"]*"', "", html))
+    for _, decibels, original, rebuilt, difference in shown_in(html, "The 2 worst"):
+        assert decibels == 100
+        np.testing.assert_array_equal(original, rebuilt)
+        assert (difference == 128).all()
+
+
+def test_many_channels_are_folded(images) -> None:
+    class Wide(Halving):
+        factor, channels = 4, 48
+
+        def encode(self, images):
+            return F.pixel_unshuffle(Pixels().encode(images), 4)
+
+        def decode(self, latents):
+            return Pixels().decode(F.pixel_shuffle(latents, 4))
+
+    found = evaluate_reconstruction(Wide(), [images])
+    assert inspection._latents(found).startswith("<p>48 channels")
+    assert inspection._latents(found).count("<tr>") == 49
+
+
+def test_refusals(images, tmp_path) -> None:
+    with pytest.raises(ValueError, match="names: expected one for each of 40 images, found 1"):
+        inspect_autoencoder(Pixels(), images, ["a"], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: inspection not written"):
+        inspect_autoencoder(Pixels(), images[:1], ["a"], tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_histogram_counts_every_value_once() -> None:
+    values = np.random.default_rng(0).normal(30, 3, 500).tolist()
+    for some in (values, [25.0], [1.0, 1.0 + 1e-12], [0.8, 0.9, 1.0], [100.0] * 5, [-3.0, 4.0]):
+        svg = histogram("<t>", some, "dB", mark=some[0])
+        bars = re.findall(r"<title>(\S+) to (\S+): (\d+)</title>", svg)
+        assert sum(int(count) for *_, count in bars) == len(some)
+        assert len(bars) <= 42
+        assert "&lt;t&gt;" in svg
+        assert "nan" not in svg
+        for low, high, count in bars:
+            inside = sum(float(low) - 1e-6 <= value < float(high) - 1e-6 for value in some)
+            assert int(count) == inside
+    assert histogram("t", [], "dB") == ""
