@@ -145,6 +145,10 @@ def test_autoencoder(home: Path) -> None:
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout.splitlines()[-1])["images"] == 16
         assert "perceptual term: off" in result.stderr
+        again = transfuse(home, "export", kind, "--out", f"{kind}-again")
+        assert again.returncode == 0, again.stderr
+        weights = "diffusion_pytorch_model.safetensors"
+        assert (home / f"{kind}-again" / weights).read_bytes() == (home / kind / "export" / weights).read_bytes()
         result = transfuse(home, "autoencoder", "encode", f"{kind}/export", "photographs", f"{kind}-data",
                            "--size", "32", "--json")  # fmt: skip
         assert result.returncode == 0, result.stderr

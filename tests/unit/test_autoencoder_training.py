@@ -190,6 +190,25 @@ def test_latents_of_an_export_are_normal(runs: Path) -> None:
         assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
 
 
+def test_training_goes_on_from_an_autoencoder(runs: Path, tmp_path: Path) -> None:
+    """Its weights are where the run starts; one of another trunk is refused before anything is written."""
+    export = runs / "vq" / "export"
+    asked = replace(recipe("vq"), start=str(export))
+    trainer = build_autoencoder_trainer(asked, tmp_path / "a")
+    started = load_autoencoder(export).state_dict()
+    assert all((weight == started[name]).all() for name, weight in trainer.model.autoencoder.state_dict().items())
+    assert all((trainer.ema.weights[f"autoencoder.{name}"] == weight).all() for name, weight in started.items())
+    for change, message in (
+        ({"widths": (16, 16)}, r"start: model\.widths: expected \(16, 16\), found \(8, 16\)"),
+        ({"codebook_size": 64}, r"start: model\.codebook_size: expected 64, found 32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_autoencoder(replace(asked, model=replace(asked.model, **change)), tmp_path / "b")
+    with pytest.raises(UserError, match="start: expected a trained autoencoder, found pixels"):
+        train_autoencoder(replace(asked, start="pixels"), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def transfusion(autoencoder: Path | str):
     base = preset("tiny")
     return replace(
@@ -232,10 +251,17 @@ def test_a_folder_of_images(tmp_path: Path, capsys) -> None:
         PIL.Image.fromarray(np.full((40, 50, 3), 80 * number, np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     source = FolderImages(tmp_path, 32, seed=0)
-    assert "bad.png" in capsys.readouterr().err
-    epochs = [[int(source(epoch * 3 + n)[0, 0, 0]) for n in range(3)] for epoch in range(4)]
-    assert all(sorted(epoch) == [0, 80, 160] for epoch in epochs)
+    epochs = [[int(source(epoch * 4 + n)[0, 0, 0]) for n in range(4)] for epoch in range(4)]
+    assert capsys.readouterr().err.count("bad.png") == 1
+    assert all(set(epoch) == {0, 80, 160} for epoch in epochs)  # one of them stands in for the bad one
     assert len({tuple(epoch) for epoch in epochs}) > 1
+    again = FolderImages(tmp_path, 32, seed=0)
+    assert [int(again(4 + n)[0, 0, 0]) for n in range(4)] == epochs[1]
+    only_bad = tmp_path / "only-bad"
+    only_bad.mkdir()
+    (only_bad / "bad.png").write_bytes(b"")
+    with pytest.raises(UserError, match="expected images, found 1 files, none of which can be read"):
+        FolderImages(only_bad, 32, seed=0)(0)
     assert source(5).shape == (32, 32, 3)
     asked = recipe("kl")
     asked = replace(asked, data=replace(asked.data, folder=str(tmp_path)), loop=replace(asked.loop, steps=2))

@@ -36,6 +36,24 @@ def kinds(config: PairConfig) -> dict[str, float]:
     return {name: count / COUNT for name, count in found.items()}
 
 
+def test_latents_do_not_depend_on_the_order_they_are_asked_for(tokenizer) -> None:
+    from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder
+
+    config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=4)
+    autoencoder = ImageAutoencoder(config).initialise(0)
+    world = World(WorldConfig(size=16))
+
+    def latents(order):
+        source = ScenePairs(world, tokenizer, autoencoder, PairConfig(), 0)
+        found = {index: source._latent(index) for index in order}
+        return [found[index] for index in sorted(found)]
+
+    forwards, backwards = latents([0, 1, 31, 32, 70]), latents([70, 0, 32, 31, 1])
+    assert all((a == b).all() for a, b in zip(forwards, backwards, strict=True))
+    alone = autoencoder.encode(world.render(world.scene(31))[None])[0]
+    torch.testing.assert_close(forwards[2], alone, atol=1e-5, rtol=1e-5)
+
+
 def test_shares_of_order_and_drop() -> None:
     shares = kinds(PairConfig())
     assert shares["captioned"] == pytest.approx(0.2, abs=0.03)

@@ -1,6 +1,6 @@
 """Images to latents, or codes, and back: `Pixels`, the paper's KL-VAE and VQ-VAE, and any that diffusers knows."""
 
-from .autoencoder import Autoencoder, Bottled, ImageAutoencoder
+from .autoencoder import Autoencoder, Bottled, CodeAutoencoder, ImageAutoencoder
 from .config import AutoencoderConfig
 from .folder import bundled, load_autoencoder, open_autoencoder, save_autoencoder
 from .pixels import Pixels
@@ -9,6 +9,7 @@ __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "Bottled",
+    "CodeAutoencoder",
     "ImageAutoencoder",
     "Pixels",
     "bundled",

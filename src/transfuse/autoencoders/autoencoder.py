@@ -57,6 +57,16 @@ class Autoencoder(Protocol):
         """Back to uint8 images."""
 
 
+class CodeAutoencoder(Autoencoder, Protocol):
+    """One with a codebook; `codebook_size` is None where there is none after all."""
+
+    @property
+    def codebook_size(self) -> int | None: ...
+
+    def codes(self, images: np.ndarray) -> Tensor:
+        """uint8 images -> int64 codes `[image, row, column]`."""
+
+
 @dataclass
 class Bottled:
     """What passed the bottleneck: `z` for the decoder; loss terms `[image]`; codes `[image, row, column]` of a VQ."""

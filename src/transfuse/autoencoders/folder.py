@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -77,18 +79,26 @@ def load_autoencoder(
 def save_autoencoder(
     folder: Path, autoencoder: Autoencoder, name: str, dtype: torch.dtype | None = None, sample_size: int = 256
 ) -> None:
-    """Write an autoencoder's folder. dtype: of the weights in the file, their own if not given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(autoencoder, Pixels):
-        (folder / "config.json").write_text(json.dumps({"kind": "pixels"}, indent=2) + "\n")
-        return
-    assert isinstance(autoencoder, ImageAutoencoder)
-    tensors = {
-        key: value.detach().cpu().to(dtype or value.dtype).contiguous()
-        for key, value in autoencoder.state_dict().items()
-    }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "name": name})
-    (folder / "config.json").write_text(json.dumps(to_diffusers(autoencoder.config, sample_size), indent=2) + "\n")
+    """Write an autoencoder's folder; it appears whole or not at all. dtype: of the weights in the file, their own if
+    not given. sample_size: pixels a side it was trained on. Raises UserError where it can not be written."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        values: dict[str, Any] = {"kind": "pixels"}
+        if not isinstance(autoencoder, Pixels):
+            assert isinstance(autoencoder, ImageAutoencoder)
+            state = autoencoder.state_dict().items()
+            tensors = {key: value.detach().cpu().to(dtype or value.dtype).contiguous() for key, value in state}
+            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt", "name": name})
+            values = to_diffusers(autoencoder.config, sample_size)
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder}: autoencoder not written ({error})") from None
 
 
 def _name(folder: Path) -> str:

@@ -57,21 +57,31 @@ class Export:
 
 def export(arguments: Sequence[str]) -> int:
     """Write a run's newest checkpoint as a model folder."""
+    from ..presets.autoencoders import AutoencoderRecipe, build_autoencoder_trainer, export_autoencoder
     from ..presets.recipe import Recipe, build_trainer, export_run
-    from ..presets.runs import read_recipe
+    from ..presets.runs import is_kind, read_recipe
 
     asked = parse(Export, arguments, "export")
     if not asked.run.is_dir():
         raise UserError(f"{asked.run}: expected a run folder, found {'a file' if asked.run.exists() else 'nothing'}")
-    recipe = read_recipe(asked.run / "config.json", Recipe)
-    trainer, tokenizer = build_trainer(recipe, asked.run)
-    if not trainer.restore():
-        raise UserError(f"{asked.run / 'checkpoints'}: expected a complete checkpoint, found none")
-    path = export_run(recipe, trainer, tokenizer, asked.out or asked.run / "export")
-    if asked.json:
-        print_json({"export": str(path), "step": trainer.step})
+    config, out = asked.run / "config.json", asked.out or asked.run / "export"
+    missing = UserError(f"{asked.run / 'checkpoints'}: expected a complete checkpoint, found none")
+    if is_kind(config, AutoencoderRecipe):
+        recipe = read_recipe(config, AutoencoderRecipe)
+        trainer = build_autoencoder_trainer(recipe, asked.run)
+        if not trainer.restore():
+            raise missing
+        export_autoencoder(recipe, trainer, out)
     else:
-        print(path)
+        model_recipe = read_recipe(config, Recipe)
+        trainer, tokenizer = build_trainer(model_recipe, asked.run)
+        if not trainer.restore():
+            raise missing
+        export_run(model_recipe, trainer, tokenizer, out)
+    if asked.json:
+        print_json({"export": str(out), "step": trainer.step})
+    else:
+        print(out)
     return 0
 
 

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..autoencoders import Autoencoder, CodeAutoencoder
 from ..configuration import read_json
 from ..console import Steps, progress
 from ..errors import UserError
@@ -43,38 +44,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class ImageEncoder(Protocol):
-    """What is asked of an autoencoder. One with an attribute `codebook_size` that is not None is a `CodeEncoder`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the weights."""
-
-    @property
-    def factor(self) -> int:
-        """pixels per latent element, along each side"""
-
-    @property
-    def channels(self) -> int:
-        """of a latent"""
-
-    def encode(self, images: np.ndarray) -> Tensor:
-        """uint8 `[image, row, column, 3]` -> normalised float32 `[image, channel, row / factor, column / factor]`."""
-
-
-class CodeEncoder(ImageEncoder, Protocol):
-    @property
-    def codebook_size(self) -> int | None: ...
-
-    def codes(self, images: np.ndarray) -> Tensor:
-        """uint8 `[image, row, column, 3]` -> int64 `[image, row / factor, column / factor]`."""
-
-
 def encode_images(
-    autoencoder: ImageEncoder,
+    autoencoder: Autoencoder,
     source: Path,
     out: Path,
     size: int,
@@ -235,7 +206,7 @@ def _sync(path: Path) -> None:
 class _Work:
     """Runs the network; counts images, and the seconds it took."""
 
-    autoencoder: ImageEncoder
+    autoencoder: Autoencoder
     size: int
     batch_size: int
     key: str
@@ -273,7 +244,7 @@ class _Work:
         images = np.stack(batch)
         began = time.monotonic()
         if self.key == "codes":
-            result = cast(CodeEncoder, self.autoencoder).codes(images).cpu().to(torch.int32)
+            result = cast(CodeAutoencoder, self.autoencoder).codes(images).cpu().to(torch.int32)
         else:
             result = self.autoencoder.encode(images).cpu().to(self.dtype)
         self.seconds += time.monotonic() - began
@@ -352,7 +323,7 @@ def _finish(out: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _check(autoencoder: ImageEncoder, size: int, batch_size: int, shard_size: int, workers: int, dtype: str) -> None:
+def _check(autoencoder: Autoencoder, size: int, batch_size: int, shard_size: int, workers: int, dtype: str) -> None:
     for name, value in {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}.items():
         if value < 1:
             raise UserError(f"{name}: expected at least 1, found {value}")
@@ -365,7 +336,7 @@ def _check(autoencoder: ImageEncoder, size: int, batch_size: int, shard_size: in
 
 
 def _config(
-    autoencoder: ImageEncoder, files: list[Path], names: list[str], size: int, shard_size: int, dtype: str
+    autoencoder: Autoencoder, files: list[Path], names: list[str], size: int, shard_size: int, dtype: str
 ) -> dict[str, Any]:
     """The settings that make a data set what it is. Batch size and workers change nothing in it."""
     codebook_size = getattr(autoencoder, "codebook_size", None)

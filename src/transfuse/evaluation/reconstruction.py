@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..autoencoders import Pixels
+from ..autoencoders import Autoencoder, CodeAutoencoder, Pixels
 from .interval import Measured, bootstrap
 
 BEST_PSNR = 100.0
@@ -30,35 +30,6 @@ SSIM_IMAGES = 8
 """images whose structural similarity is found at once; bounds memory"""
 RESAMPLED = 5000
 """most images whose mean is bootstrapped; resamples of more would fill gigabytes"""
-
-
-class Reconstructs(Protocol):
-    """What is asked of an autoencoder. `factor`: pixels per latent element along each side; `channels`: of latents."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def factor(self) -> int: ...
-
-    @property
-    def channels(self) -> int: ...
-
-    def encode(self, images: np.ndarray) -> Tensor:
-        """uint8 `[image, row, column, 3]` -> latents `[image, channel, row / factor, column / factor]`."""
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """The way back, to uint8."""
-
-
-class Quantises(Reconstructs, Protocol):
-    """An autoencoder that may have a codebook; one without that attribute, or with None, has none."""
-
-    @property
-    def codebook_size(self) -> int | None: ...
-
-    def codes(self, images: np.ndarray) -> Tensor:
-        """uint8 `[image, row, column, 3]` -> int64 `[image, row / factor, column / factor]`, below `codebook_size`."""
 
 
 class Features(Protocol):
@@ -224,7 +195,7 @@ def _use(counts: np.ndarray) -> tuple[float, float]:
 
 @torch.inference_mode()
 def evaluate_reconstruction(
-    autoencoder: Reconstructs, batches: Iterable[np.ndarray], features: Features | None = None
+    autoencoder: Autoencoder, batches: Iterable[np.ndarray], features: Features | None = None
 ) -> Reconstruction:
     """Encode and decode batches of uint8 `[image, row, column, 3]`, each of any size, and measure what comes back.
 
@@ -239,7 +210,7 @@ def evaluate_reconstruction(
 class _Tally:
     """What is kept from batch to batch: numbers and features, never pictures."""
 
-    def __init__(self, autoencoder: Reconstructs, features: Features | None) -> None:
+    def __init__(self, autoencoder: Autoencoder, features: Features | None) -> None:
         self.autoencoder, self.features = autoencoder, features
         size: int | None = getattr(autoencoder, "codebook_size", None)
         self.counts = None if size is None else np.zeros(size, dtype=np.int64)
@@ -263,7 +234,7 @@ class _Tally:
         self.sums += torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
         self.elements += wide[:, 0].numel()
         if self.counts is not None:
-            self.counts += _counts(cast(Quantises, self.autoencoder).codes(images), len(self.counts))
+            self.counts += _counts(cast(CodeAutoencoder, self.autoencoder).codes(images), len(self.counts))
         if self.features is not None:
             for kept, pictures in zip(self.seen, (images, rebuilt), strict=True):
                 kept.append(self.features.pooled(Pixels().encode(pictures)).detach().to("cpu", torch.float64).numpy())

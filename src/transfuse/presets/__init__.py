@@ -11,12 +11,13 @@ from ..model import SIZES
 from .demo import demo
 from .paper import paper
 from .recipe import Recipe
-from .small import epsilon_32, tiny
+from .small import epsilon_32, latent_64, tiny
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "tiny": tiny,
     "epsilon-32": epsilon_32,
+    "latent-64": latent_64,
     **{size: partial(paper, size) for size in SIZES},
     **{f"{size}-unet": partial(paper, size, "unet") for size in SIZES},
 }

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..autoencoders import AutoencoderConfig, ImageAutoencoder, save_autoencoder
+from ..autoencoders import AutoencoderConfig, ImageAutoencoder, open_autoencoder, save_autoencoder
 from ..autoencoders.features import Features, load_features
 from ..configuration import nearest
 from ..console import say
@@ -68,6 +68,8 @@ class AutoencoderRecipe:
     precision: Precision = "float32"
     """bfloat16: the networks' products are taken in it, by autocast; weights and losses stay float32"""
     device: Device = "auto"
+    start: str | None = None
+    """an autoencoder to go on from, bundled or a folder, in place of random weights; its trunk must be the same"""
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     data: ImagesConfig = field(default_factory=ImagesConfig)
     objective: AutoencoderObjectiveConfig = field(default_factory=AutoencoderObjectiveConfig)
@@ -76,12 +78,27 @@ class AutoencoderRecipe:
 
     def settled(self) -> AutoencoderRecipe:
         """Itself. Raises UserError where its parts do not fit together."""
+        if self.start is not None:
+            self.started_from(self.start)
         if self.data.world.size % self.model.factor:
             raise UserError(
                 f"data.world.size: expected a multiple of the autoencoder's factor ({self.model.factor}), "
                 f"found {self.data.world.size}"
             )
         return self
+
+    def started_from(self, name: str) -> ImageAutoencoder:
+        """The autoencoder to go on from. Raises UserError where it has another trunk."""
+        found = open_autoencoder(name)
+        if not isinstance(found, ImageAutoencoder):
+            raise UserError(f"start: expected a trained autoencoder, found {found.name}")
+        shapes = ["kind", "widths", "blocks", "latent_channels", "groups", "attended", "middle_attention"]
+        shapes += ["codebook_size", "code_channels"] if self.model.kind == "vq" else ["quant_conv", "post_quant_conv"]
+        for shape in shapes:
+            asked, there = getattr(self.model, shape), getattr(found.config, shape)
+            if asked != there:
+                raise UserError(f"start: model.{shape}: expected {asked}, found {there} in {name}")
+        return found
 
 
 def paper(kind: Literal["kl", "vq"]) -> AutoencoderRecipe:
@@ -158,24 +175,31 @@ def image_source(recipe: AutoencoderRecipe) -> Callable[[int], np.ndarray]:
 
 
 class FolderImages:
-    """Files of a folder, all in a new order each epoch. Files that can not be used are left out and named once."""
+    """Files of a folder, all in a new order each epoch: number n is a function of (folder, seed, n).
+
+    In place of a file that can not be used comes the next of the order; each such file is named once, when it is met.
+    """
 
     def __init__(self, folder: Path, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self.files = []
-        for path in image_files(folder):
-            try:
-                read_image(path)
-                self.files.append(path)
-            except UserError as error:
-                say(f"left out: {error}")
-        if not self.files:
-            raise UserError(f"{folder}: expected at least one image, found none that can be read")
+        self.folder, self.size, self.seed = folder, size, seed
+        self.files = image_files(folder)
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._named: set[Path] = set()
 
     def __call__(self, number: int) -> np.ndarray:
         epoch, place = divmod(number, len(self.files))
-        order = torch.randperm(len(self.files), generator=keyed(self.seed, "images", epoch))
-        return fit(read_image(self.files[int(order[place])]), self.size)
+        if self._order[0] != epoch:
+            drawn = torch.randperm(len(self.files), generator=keyed(self.seed, "images", epoch))
+            self._order = epoch, drawn.tolist()
+        for further in range(len(self.files)):
+            path = self.files[self._order[1][(place + further) % len(self.files)]]
+            try:
+                return fit(read_image(path), self.size)
+            except UserError as error:
+                if path not in self._named:
+                    self._named.add(path)
+                    say(f"left out: {error}")
+        raise UserError(f"{self.folder}: expected images, found {len(self._named)} files, none of which can be read")
 
 
 def build_autoencoder_trainer(
@@ -183,6 +207,9 @@ def build_autoencoder_trainer(
 ) -> Trainer:
     """Put network, data, objective and loop together for a resolved recipe."""
     model = AutoencoderInTraining(recipe.model, recipe.objective.adversarial_from is not None).initialise(recipe.seed)
+    if recipe.start is not None:
+        # Its statistics belong to the configuration, not to the weights; an export measures them anew.
+        model.autoencoder.load_state_dict(recipe.started_from(recipe.start).state_dict())
     model = model.to(recipe.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = AutoencoderObjective(
         recipe.objective,

@@ -1,8 +1,8 @@
 """The paper's controlled runs (Transfusion sections 4.1 to 4.3): five sizes, linear or U-Net patch layers.
 
 250,000 steps of about 2M positions, epsilon prediction on 8-channel latents of an eighth of the resolution, 256 patches
-an image, 250 ancestral steps. They need the paper's autoencoder, so today they can be planned (`transfuse plan 7b`);
-their results are in the paper's Tables 3 and 7, not ours.
+an image, 250 ancestral steps. They need an autoencoder of that shape: `transfuse autoencoder train kl-f8`, then
+`--data.autoencoder` its export. Their results are in the paper's Tables 3 and 7, not ours.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -85,6 +85,12 @@ def read_recipe(path: Path, kind: type[R]) -> R:
     if found != VERSION:
         raise UserError(f"{path}: version: expected {VERSION}, found {found}")
     return from_dict(kind, values, str(path))
+
+
+def is_kind(path: Path, kind: type[RunRecipe]) -> bool:
+    """Whether a run's file holds a recipe of this kind: its settings have the kind's names."""
+    values = read_json(path)
+    return isinstance(values, dict) and values.keys() == {field.name for field in fields(kind)}  # type: ignore[arg-type]
 
 
 def _first_difference(saved: Any, asked: Any, name: str = "") -> str:

@@ -28,6 +28,23 @@ def epsilon_32() -> Recipe:
     )
 
 
+def latent_64() -> Recipe:
+    """64 pixels through the bundled KL-VAE: 64 patches of 2 x 2 of its 16 x 16 x 8 latents, v prediction.
+
+    The world of the demo, twice as large. Any other autoencoder is one setting: `--data.autoencoder vq-f4-small`.
+    """
+    base = demo()
+    return replace(
+        base,
+        preset="latent-64",
+        model=replace(base.model, patch_size=2, latent_channels=8),
+        diffusion=DiffusionConfig(prediction="v"),
+        data=replace(base.data, autoencoder="kl-f4-small", world=replace(base.data.world, size=64)),
+        loop=replace(base.loop, steps=10_000, sample_every=1000),
+        generation=GenerationConfig(SamplerConfig("ddim", steps=25), guidance_scale=3.0),
+    )
+
+
 def tiny() -> Recipe:
     """Seconds, not minutes: a network of 0.3M parameters and 30 steps, to see that everything works. Draws nothing."""
     base = demo()

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..autoencoders import Autoencoder
 from ..console import Steps, progress, say
 from ..data.images import fit, image_files, read_image
 from ..data.world import World
 from ..errors import UserError
 from ..evaluation.interval import Measured
-from ..evaluation.reconstruction import BEST_PSNR, Features, Reconstruction, Reconstructs, evaluate_reconstruction, psnr
+from ..evaluation.reconstruction import BEST_PSNR, Features, Reconstruction, evaluate_reconstruction, psnr
 from ..presets.autoencoders import ImagesConfig, unseen_world
 from ..version import __version__
 from .charts import Curve, chart, histogram
@@ -84,7 +85,7 @@ _CODEBOOK = (
 
 
 def inspect_autoencoder(
-    autoencoder: Reconstructs,
+    autoencoder: Autoencoder,
     images: np.ndarray,
     names: list[str],
     out: Path,
@@ -127,7 +128,7 @@ def inspect_autoencoder(
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _measured(autoencoder: Reconstructs, images: np.ndarray, features: Features | None, title: str) -> Reconstruction:
+def _measured(autoencoder: Autoencoder, images: np.ndarray, features: Features | None, title: str) -> Reconstruction:
     def batches(bar: Steps) -> Iterator[np.ndarray]:
         for start in range(0, len(images), BATCH):
             yield images[start : start + BATCH]
@@ -183,7 +184,7 @@ def _write(out: Path, files: dict[str, str]) -> None:
 
 
 def _triples(
-    autoencoder: Reconstructs, images: np.ndarray, names: Sequence[str], found: Reconstruction
+    autoencoder: Autoencoder, images: np.ndarray, names: Sequence[str], found: Reconstruction
 ) -> tuple[list[str], list[str]]:
     """Cards of the worst images and of a regular sample; nothing that was rebuilt was kept, so these are once more."""
     worst = np.argsort(found.psnr_by_image, kind="stable")[:WORST]
@@ -198,7 +199,7 @@ def _triples(
 
 
 @torch.inference_mode()
-def _rebuilt(autoencoder: Reconstructs, images: np.ndarray) -> np.ndarray:
+def _rebuilt(autoencoder: Autoencoder, images: np.ndarray) -> np.ndarray:
     return autoencoder.decode(autoencoder.encode(images))
 
 
