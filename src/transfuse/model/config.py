@@ -40,6 +40,10 @@ class ModelConfig:
     """none: rotary positions in raster order only (paper); learned: a row and a column embedding is added"""
     image_attention: ImageAttention = "bidirectional"
     """causal is the ablation of Table 5"""
+    qk_norm: bool = False
+    """LayerNorm of every head's queries and keys, before they are rotated (Chameleon's stability set)"""
+    norm_order: Literal["pre", "swin"] = "pre"
+    """pre: `x + f(norm(x))`; swin: `x + norm(f(x))` (ditto; what Transfusion calls post-normalization)"""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, expected: str) -> None:

@@ -77,6 +77,21 @@ class RMSNorm(nn.Module):
         return x * scale.to(x.dtype) * self.weight.to(x.dtype)
 
 
+class HeadNorm(nn.Module):
+    """LayerNorm of each head's vector `[N, H, D]`, with a weight and bias of its own for each head."""
+
+    def __init__(self, heads: int, channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        # Flat, so that weight decay, which is for matrices, passes them by.
+        self.weight = nn.Parameter(torch.ones(heads * channels))
+        self.bias = nn.Parameter(torch.zeros(heads * channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (parameter.to(x.dtype).view(x.shape[1:]) for parameter in (self.weight, self.bias))
+        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), weight)
+
+
 class FoldedNorm(nn.Module):
     """An `RMSNorm` for inference, its weight multiplied into the linear map that alone reads it: `x / |x|`, no more."""
 

@@ -11,7 +11,9 @@ from .transfusion import Transfusion
 
 
 def llama_config(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of `transformers.LlamaConfig` for the text side of a model."""
+    """Arguments of `transformers.LlamaConfig` for the text side of a model. ValueError where Llama can not be it."""
+    if config.qk_norm or config.norm_order != "pre":
+        raise ValueError("model: expected a Llama trunk, found qk_norm or norm_order swin")
     return {
         "vocab_size": config.vocabulary,
         "hidden_size": config.width,

@@ -5,35 +5,51 @@ It sees vectors, positions and an `attend` function; what a token or a patch is,
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .attention import Attend
 from .config import ModelConfig
-from .layers import Linear, RMSNorm, SwiGLU, rotary_table, rotate
+from .layers import HeadNorm, Linear, RMSNorm, SwiGLU, rotary_table, rotate
 
 
 class Block(nn.Module):
-    """One decoder block: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`. `[N, C] -> [N, C]`."""
+    """One decoder block: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`. `[N, C] -> [N, C]`.
 
-    normed = (("attention_norm", "qkv"), ("feed_forward_norm", "feed_forward.gate_up"))
+    With `norm_order="swin"` the norms are of what is added: `x + norm(attention(x))`.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.heads, self.key_heads = layer, config.heads, config.key_heads
         self.head_channels = config.head_channels
+        self.pre_norm = config.norm_order == "pre"
+        readers = (("attention_norm", "qkv"), ("feed_forward_norm", "feed_forward.gate_up"))
+        self.normed = readers if self.pre_norm else ()
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.qkv = Linear(config.width, (self.heads + 2 * self.key_heads) * self.head_channels)
         self.out = Linear(config.width, config.width)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         self.feed_forward = SwiGLU(config.width, config.hidden_channels)
+        self.query_norm = HeadNorm(self.heads, self.head_channels, config.norm_eps) if config.qk_norm else None
+        self.key_norm = HeadNorm(self.key_heads, self.head_channels, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        if self.pre_norm:
+            x = x + self._attention(self.attention_norm(x), rotary, attend)
+            return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.attention_norm(self._attention(x, rotary, attend))
+        return x + self.feed_forward_norm(self.feed_forward(x))
+
+    def _attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         # `view` and `split_with_sizes`, not `unflatten` and `split`: those are Python, felt when one token is decoded.
-        qkv = self.qkv(self.attention_norm(x)).view(len(x), -1, self.head_channels)
+        qkv = self.qkv(x).view(len(x), -1, self.head_channels)
         qk, v = qkv.split_with_sizes([self.heads + self.key_heads, self.key_heads], dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = qk.split_with_sizes([self.heads, self.key_heads], dim=1)
+            qk = torch.cat([self.query_norm(q), self.key_norm(k)], dim=1)
         q, k = rotate(qk, rotary).split_with_sizes([self.heads, self.key_heads], dim=1)
-        x = x + self.out(attend(self.layer, q, k, v))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return self.out(attend(self.layer, q, k, v))
 
 
 class Transformer(nn.Module):

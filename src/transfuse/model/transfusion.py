@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attention import Attend
 from .config import ModelConfig
-from .layers import Linear, RMSNorm
+from .layers import HeadNorm, Linear, RMSNorm
 from .patches import Conv, GridPositions, LinearPatches, UNetPatches
 from .transformer import Block, Transformer
 
@@ -96,7 +96,7 @@ class Transfusion(nn.Module):
                 elif isinstance(module, GridPositions):
                     draw(module.row, 0.02)
                     draw(module.column, 0.02)
-                elif isinstance(module, RMSNorm | nn.LayerNorm):
+                elif isinstance(module, RMSNorm | nn.LayerNorm | HeadNorm):
                     module.weight.fill_(1)
                 bias = getattr(module, "bias", None)
                 if isinstance(bias, Tensor):

@@ -63,6 +63,8 @@ class Objective(Protocol):
 class ObjectiveConfig:
     image_weight: float = 5.0
     """lambda: weight of the diffusion loss beside the text loss"""
+    z_weight: float = 0.0
+    """of the squared logarithm of the softmax's denominator, which keeps logits from drifting (Chameleon: 1e-5)"""
     timestep_bins: int = 10
     """the diffusion loss is also logged in this many equal bins of the timestep"""
 
@@ -76,6 +78,17 @@ class Noised:
     targets: list[Tensor]
 
 
+@dataclass
+class Losses:
+    """Cross-entropy of each text target `[M]`, mean squared error of each image `[I]`, its timestep `[I]`; and z `[M]`,
+    the squared logarithm of the softmax's denominator, where it has a weight."""
+
+    text: Tensor
+    image: Tensor
+    timesteps: Tensor
+    z: Tensor | None
+
+
 class TransfusionObjective:
     """Cross-entropy summed over text targets; mean squared error per image, summed over images."""
 
@@ -84,9 +97,12 @@ class TransfusionObjective:
     def __init__(self, config: ObjectiveConfig, process: Process, seed: int) -> None:
         self.config, self.process, self.seed = config, process, seed
         self.weights: tuple[float, ...] = (1.0, config.image_weight)
+        if config.z_weight:
+            self.names, self.weights = (*self.names, "z"), (*self.weights, config.z_weight)
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        return len(batch.targets), batch.image_targets
+        counts = len(batch.targets), batch.image_targets
+        return (*counts, len(batch.targets)) if self.config.z_weight else counts
 
     def noise(self, batch: Batch) -> Noised:
         """Noise a batch: t uniform in 1..T (or up to the image's cap), context images stay clean at t = 0.
@@ -115,24 +131,26 @@ class TransfusionObjective:
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Forward pass, and both losses summed over the batch's own targets."""
-        text, errors, timesteps = self._losses(model, batch)
-        weighted = (errors * self.process.weight(timesteps).to(errors))[batch.denoise]
-        return Sums(torch.stack([text.sum(), weighted.sum()]), self._bins(errors.detach(), timesteps, batch))
+        found = self._losses(model, batch)
+        weighted = (found.image * self.process.weight(found.timesteps).to(found.image))[batch.denoise]
+        terms = [found.text.sum(), weighted.sum()]
+        if found.z is not None:
+            terms.append(found.z.sum())
+        return Sums(torch.stack(terms), self._bins(found.image.detach(), found.timesteps, batch))
 
     @torch.no_grad()
     def offenders(self, model: nn.Module, batch: Batch) -> list[int]:
         """Samples whose own loss is not finite."""
-        text, errors, _ = self._losses(model, batch)
+        found = self._losses(model, batch)
         bounds = torch.tensor(batch.documents).cumsum(0)
-        documents = torch.bucketize(batch.predict.cpu()[~text.isfinite().cpu()], bounds, right=True)
-        images = torch.nonzero(~errors.isfinite() & batch.denoise).flatten()
+        documents = torch.bucketize(batch.predict.cpu()[~found.text.isfinite().cpu()], bounds, right=True)
+        images = torch.nonzero(~found.image.isfinite() & batch.denoise).flatten()
         return [batch.samples[d] for d in documents.tolist()] + [batch.keys[i][0] for i in images.tolist()]
 
     def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
         """Nothing to do."""
 
-    def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy of each text target `[M]`, mean squared error of each image `[I]`, and its timestep `[I]`."""
+    def _losses(self, model: nn.Module, batch: Batch) -> Losses:
         assert isinstance(model, Transfusion)
         noised = self.noise(batch)
         output = model(
@@ -144,8 +162,10 @@ class TransfusionObjective:
             noised.latents,
             noised.timesteps.to(batch.tokens.device),
         )
-        text = F.cross_entropy(output.logits.float(), batch.targets, reduction="none")
-        return text, self._errors(output.predictions, noised, batch.tokens.device), noised.timesteps
+        logits = output.logits.float()
+        text = F.cross_entropy(logits, batch.targets, reduction="none")
+        z = logits.logsumexp(-1).square() if self.config.z_weight else None
+        return Losses(text, self._errors(output.predictions, noised, batch.tokens.device), noised.timesteps, z)
 
     def _errors(self, predictions: list[Tensor], noised: Noised, device: torch.device) -> Tensor:
         """Mean squared error of each image `[I]`."""
