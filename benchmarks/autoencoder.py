@@ -1,4 +1,4 @@
-"""Our autoencoder beside diffusers' `AutoencoderKL` of equal shape and weights; and how busy `encode` keeps the network.
+"""Our autoencoder beside diffusers' `AutoencoderKL` of equal shape; and how busy `encode` keeps the network.
 
     python benchmarks/autoencoder.py [--rounds 7] [--out FILE]
 
