@@ -112,8 +112,11 @@ def fingerprint(folder: Path) -> str:
     path = folder / WEIGHTS
     if not path.is_file():
         return "pixels"
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+    digest = hashlib.sha256()
+    with safe_open(path, framework="pt") as file:  # not the file's bytes: its header is written in any order
+        for name in sorted(file.keys()):
+            digest.update(name.encode())
+            digest.update(file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy())
     values = read_json(folder / "config.json")
     digest.update(json.dumps([values.get(name) for name in NORMALISATION]).encode())
     return digest.hexdigest()[:12]
