@@ -20,7 +20,7 @@ def demo() -> Recipe:
 
     `transfuse demo` on two cores, 2,661 steps in 455 s, seed 0: background right in 100 % and noun in 96 % of 120
     held-out prompts, caption noun in 86 % of 120 held-out pictures, 172 perplexity on unread definitions. Things are
-    plain to see, but grainy. Captions come late and suddenly: a slower machine sees fewer of them.
+    plain to see, but grainy. Captions come late and suddenly: a slower machine (1,167 steps) had 100, 70 and 58 %.
     """
     return Recipe(
         preset="demo",
