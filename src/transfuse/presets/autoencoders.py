@@ -32,7 +32,7 @@ from ..training.autoencoder import (
     AutoencoderObjectiveConfig,
     ImageLoader,
 )
-from .runs import VERSION, Device, Precision
+from .runs import VERSION, Device, Precision, check_split
 
 TRAINED_NOUNS = 300
 """of the bundled world's: the others are never shown to an autoencoder, so that new things can be tried on it"""
@@ -52,10 +52,7 @@ class ImagesConfig:
     """parts a step is split into; the result is the same"""
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1 or self.batch_size < 1 or self.batch_size % self.accumulate:
-            raise ValueError(
-                f"data.batch_size: expected a multiple of data.accumulate ({self.accumulate}), found {self.batch_size}"
-            )
+        check_split(self.batch_size, self.accumulate)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..model.flops import train_flops
 from ..sequence import Tokenizer
 from ..training import LoopConfig, ObjectiveConfig, OptimizerConfig, Trainer, TransfusionObjective
 from .autoencoders import AUTOENCODERS
-from .runs import VERSION, Device, Precision
+from .runs import VERSION, Device, Precision, check_split
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.text_share < 1:
             raise ValueError(f"data.text_share: expected a share of at least 0 and below 1, found {self.text_share}")
-        if self.accumulate < 1 or self.batch_size < 1 or self.batch_size % self.accumulate:
-            raise ValueError(
-                f"data.batch_size: expected a multiple of data.accumulate ({self.accumulate}), found {self.batch_size}"
-            )
+        check_split(self.batch_size, self.accumulate)
 
 
 @dataclass(frozen=True)

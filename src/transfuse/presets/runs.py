@@ -36,6 +36,12 @@ class RunRecipe(Protocol):
 R = TypeVar("R", bound=RunRecipe)
 
 
+def check_split(batch_size: int, accumulate: int) -> None:
+    """Raise ValueError where a batch can not be split into so many equal parts."""
+    if accumulate < 1 or batch_size < 1 or batch_size % accumulate:
+        raise ValueError(f"data.batch_size: expected a multiple of data.accumulate ({accumulate}), found {batch_size}")
+
+
 def resolve(recipe: R) -> R:
     """Settle what is "auto" for this machine, so that a resumed run does not settle it differently."""
     device, precision = recipe.device, recipe.precision

@@ -30,7 +30,7 @@ from ..evaluation.reconstruction import BEST_PSNR, Features, Reconstruction, eva
 from ..presets.autoencoders import ImagesConfig, unseen_world
 from ..version import __version__
 from .charts import Curve, chart, histogram
-from .page import grid, image, page, section, table
+from .page import card, grid, image, page, section, table
 
 BATCH = 32
 """images encoded at once"""
@@ -256,32 +256,25 @@ def _cards(report: dict[str, Any]) -> str:
     threads = report["threads"]
     where = f"on {threads} thread{'' if threads == 1 else 's'}" if report["device"] == "cpu" else report["device"]
     cards = [
-        _card("PSNR", _decibels(report["psnr"]), f"95 % interval {low:.2f} to {high:.2f}"),
-        _card("SSIM", f"{report['ssim']:.4f}", f"95 % interval {least:.4f} to {most:.4f}; 1 is equal"),
-        _card("L1", f"{report['l1']:.2f} <small>of 255</small>", f"95 % interval {fewest:.2f} to {greatest:.2f}"),
-        _card("Latent", *_latent_size(report)),
-        _card("Encodes", _speed(report["encode_images_per_second"]), where),
-        _card("Decodes", _speed(report["decode_images_per_second"]), where),
+        card("PSNR", _decibels(report["psnr"]), f"95 % interval {low:.2f} to {high:.2f}"),
+        card("SSIM", f"{report['ssim']:.4f}", f"95 % interval {least:.4f} to {most:.4f}; 1 is equal"),
+        card("L1", f"{report['l1']:.2f} <small>of 255</small>", f"95 % interval {fewest:.2f} to {greatest:.2f}"),
+        card("Latent", *_latent_size(report)),
+        card("Encodes", _speed(report["encode_images_per_second"]), where),
+        card("Decodes", _speed(report["decode_images_per_second"]), where),
     ]
     if report["frechet"] is not None:
         beside = f"by {report['features']}, over {report['images']:,} images: compare at equal numbers only"
-        cards.insert(3, _card("Fréchet distance", f"{report['frechet']:.4g}", beside))
+        cards.insert(3, card("Fréchet distance", f"{report['frechet']:.4g}", beside))
     if report["codebook_size"] is not None:
         cards.append(
-            _card(
+            card(
                 "Codes used",
                 f"{100 * report['codebook_use']:.1f}\u202f%",
                 f"of {report['codebook_size']:,}; perplexity {report['codebook_perplexity']:,.1f}",
             )
         )
     return grid("cards", cards)
-
-
-def _card(title: str, number: str, beside: str) -> str:
-    return (
-        f'<div class="card"><p class="label">{escape(title)}</p><div class="number">{number}</div>'
-        f'<p class="beside">{escape(beside)}</p></div>'
-    )
 
 
 def _latent_size(report: dict[str, Any]) -> tuple[str, str]:

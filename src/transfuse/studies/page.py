@@ -119,5 +119,13 @@ def table(rows: list[tuple[str, str]]) -> str:
     return f'<div class="scroll"><table>{body}</table></div>'
 
 
+def card(title: str, number: str, beside: str) -> str:
+    """A figure under its name: title and beside are plain text, number is HTML."""
+    return (
+        f'<div class="card"><p class="label">{escape(title)}</p><div class="number">{number}</div>'
+        f'<p class="beside">{escape(beside)}</p></div>'
+    )
+
+
 def grid(kind: str, items: list[str]) -> str:
     return f'<ul class="grid {kind}">' + "".join(f"<li>{item}</li>" for item in items) + "</ul>"

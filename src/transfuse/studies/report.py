@@ -18,7 +18,7 @@ from ..evaluation import CaptionResult, DrawingResult
 from ..inference import Reply
 from ..presets import Recipe
 from .charts import Curve, chart, gauge, ramp, shade
-from .page import grid, image, page, section, table
+from .page import card, grid, image, page, section, table
 
 DRAWINGS_SHOWN, CAPTIONS_SHOWN = 36, 12
 """shown at once; the rest is folded away, none is left out"""
@@ -126,38 +126,31 @@ def _cards(report: dict[str, Any]) -> str:
     low, high = report["heldout_text_perplexity_interval"]
     least, most = report["bits_per_byte_interval"]
     cards += [
-        _card(
+        card(
             "Perplexity on unread text",
             f"{report['heldout_text_perplexity']:.1f}",
             f"95 % interval {low:.1f} to {high:.1f}, over {report['heldout_text_tokens']:,} tokens; "
             f"{report['bits_per_byte']:.2f} bits per byte ({least:.2f} to {most:.2f})",
         ),
-        _card(
+        card(
             "Draws of its own accord",
             percent(report["draws_of_its_own_accord"]),
             "of unseen captions are followed by a picture at once, unasked; of definitions, where none belongs, "
             f"{percent(report['draws_within_definitions'])}",
         ),
-        _card(
+        card(
             "Draws",
             f"{report['images_per_second']:.1f} <small>images/s</small>",
             f"many at once, {report['denoising_steps']} steps each with guidance; one alone takes "
             f"{report['seconds_for_one_image']:.2f} s",
         ),
-        _card(
+        card(
             "Writes",
             f"{report['tokens_per_second']:,.0f} <small>tokens/s</small>",
             f"many at once; {report['tokens_per_second_alone']:,.0f} tokens/s alone",
         ),
     ]
     return grid("cards", cards)
-
-
-def _card(title: str, number: str, beside: str) -> str:
-    return (
-        f'<div class="card"><p class="label">{escape(title)}</p><div class="number">{number}</div>'
-        f'<p class="beside">{escape(beside)}</p></div>'
-    )
 
 
 def _share_card(title: str, value: float, interval: Sequence[float], chance: float, ceiling: float) -> str:
