@@ -36,7 +36,8 @@ from torch import nn
 from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
-from transfuse.inference.engine import Done, Engine, ImageProgress, Request
+from transfuse.inference import Done, Engine, ImageProgress, Request
+from transfuse.memory import keep_freed_memory
 from transfuse.model import ModelConfig, Transfusion, pack
 from transfuse.model.flops import train_flops
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate
@@ -253,7 +254,7 @@ def some_tokenizer(scale: Scale) -> Tokenizer:
 def our_training(scale: Scale, config: ModelConfig, dtype: torch.dtype) -> tuple[Work, float]:
     """A training step as `Trainer` makes it, without files and without averaged weights; and what it executes."""
     tokenizer = some_tokenizer(scale)
-    grammar, samples = tokenizer.grammar(config.patch_size), our_samples(scale, tokenizer)
+    grammar, samples = config.grammar(tokenizer), our_samples(scale, tokenizer)
     model = Transfusion(config, compute=dtype).initialise(0).train()
     settings = OptimizerConfig()
     optimizer = build_optimizer(model, settings)
@@ -729,6 +730,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    keep_freed_memory()  # as the command line does; the peer gains by it too
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     scale = QUICK if arguments.quick else Scale()

@@ -23,6 +23,7 @@ from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, load_aut
 from transfuse.data.encoded import encode_images
 from transfuse.data.images import fit
 from transfuse.data.world import World, WorldConfig
+from transfuse.memory import keep_freed_memory
 
 SHAPES = {
     "f4, widths 16-32-96, 8 x 64 px": (AutoencoderConfig(widths=(16, 32, 96), blocks=1, groups=8), 8, 64),
@@ -82,6 +83,7 @@ def network_share(config: AutoencoderConfig, size: int, count: int) -> float:
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)

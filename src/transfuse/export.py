@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .autoencoders import Autoencoder, load_autoencoder, save_autoencoder
+from .autoencoders import Autoencoder, Coded, load_autoencoder, save_autoencoder
 from .autoencoders.folder import fingerprint
 from .configuration import from_dict, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, SamplerConfig
@@ -33,7 +33,12 @@ from .sequence import Tokenizer
 from .version import __version__
 
 MODEL_TYPE = "transfusion"
-ARCHITECTURE = "TransfusionForConditionalGeneration"
+ARCHITECTURES = {
+    "latents": "TransfusionForConditionalGeneration",
+    "codes": "TransfusionChameleon",
+    "none": "TransfusionForCausalLM",
+}
+"""by what the model's images are made of"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class GenerationConfig:
     temperature: float = 0.0
     """of the text; 0 is greedy, as in the paper's evaluation"""
     top_p: float = 1.0
+    code_temperature: float = 1.0
+    """of an image's codes, for a model that draws by codes; a greedy picture is a flat one"""
+    code_top_p: float = 1.0
     max_tokens: int = 64
 
 
@@ -79,7 +87,7 @@ def save_export(
         save_autoencoder(partial / "autoencoder", autoencoder, autoencoder.name, sample_size=image_size)
         config = {
             "model_type": MODEL_TYPE,
-            "architectures": [ARCHITECTURE],
+            "architectures": [ARCHITECTURES[model.images]],
             "transfuse_version": __version__,
             "model": to_dict(model),
             "diffusion": to_dict(diffusion),
@@ -136,13 +144,18 @@ def _its_autoencoder(
     """The autoencoder beside a model, which must be the one it was trained with: another one's latents mean nothing."""
     found = load_autoencoder(folder, device=device)
     expected = config.get("autoencoder") or {"name": "pixels", "fingerprint": "pixels"}
-    if found.fingerprint != expected.get("fingerprint") or found.channels != model.latent_channels:
+    coded = model.images == "codes"
+    wanted, there = model.latent_channels, found.channels
+    if coded:
+        wanted, there = model.codebook, getattr(found, "codebook_size", None) or 0
+    if found.fingerprint != expected.get("fingerprint") or (wanted != there and model.images != "none"):
+        unit = "codes" if coded else "channels"
         raise UserError(
             f'{folder}: expected the autoencoder the model was trained with, "{expected.get("name")}" '
-            f"({expected.get('fingerprint')}, {model.latent_channels} channels), "
-            f'found "{found.name}" ({found.fingerprint}, {found.channels} channels)'
+            f"({expected.get('fingerprint')}, {wanted} {unit}), "
+            f'found "{found.name}" ({found.fingerprint}, {there} {unit})'
         )
-    return found
+    return Coded(found) if coded else found
 
 
 def _load_weights(model: Transfusion, path: Path) -> None:

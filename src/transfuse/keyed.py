@@ -10,7 +10,7 @@ import hashlib
 import torch
 
 
-def keyed(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by a hash of the key; equal keys give equal draws on every machine."""
+def keyed(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by a hash of the key; on CPU equal keys give equal draws on every machine."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from transfuse.cli import COMMANDS
-from transfuse.presets import PRESETS
+from transfuse.cli.parsing import parse_run
+from transfuse.presets import PRESETS, preset
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -30,6 +31,10 @@ def test_commands_exist(page: Path) -> None:
             assert words[1] in COMMANDS, line
             if words[1] in ("train", "plan"):
                 assert words[2] in PRESETS, line
+            if words[1] == "train":  # every switch is one, and its value is allowed
+                recipe, _, _ = parse_run("train", preset(words[2]), words[2], words[3:], None)
+                if "path/to" not in line:
+                    recipe.settled()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

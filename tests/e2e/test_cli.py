@@ -272,3 +272,48 @@ def test_plan_and_doctor(tmp_path: Path) -> None:
         help_text = transfuse(tmp_path, name, "--help")
         assert help_text.returncode == 0
         assert f"transfuse {name}" in help_text.stdout, "every help shows an example"
+
+
+CODES = ["--model.images", "codes", "--model.codebook", "1024", "--model.patch-size", "1", "--model.image-attention",
+         "causal", "--data.autoencoder", "vq-f4-small"]  # fmt: skip
+
+
+def test_chameleon(home: Path) -> None:
+    """The rival is the same commands with other settings."""
+    result = transfuse(home, "train", "tiny", "--run", "chameleon", *CODES, "--loop.steps", "4", "--json")
+    assert result.returncode == 0, result.stderr
+    config = json.loads((home / "chameleon/export/config.json").read_text())
+    assert config["architectures"] == ["TransfusionChameleon"]
+    assert config["autoencoder"]["name"] == "vq-f4-small"
+    asked = ("a crab", "--draw", "force", "--model", "chameleon/export")
+    result = transfuse(home, "generate", *asked, "--out", "codes", "--json")
+    assert result.returncode == 0, result.stderr
+    reply = json.loads(result.stdout.splitlines()[-1])
+    picture = next(part["path"] for part in reply["parts"] if part["type"] == "image")
+    assert PIL.Image.open(home / picture).size == (32, 32)
+    assert "expected none, for the model does not denoise" in refused(home, "generate", *asked, "--steps", "3")
+    result = transfuse(home, "caption", picture, "--model", "chameleon/export", "--json")
+    assert result.returncode == 0, result.stderr
+    said = refused(home, "train", "tiny", "--run", "no", *CODES[:-1], "kl-f4-small")
+    assert 'expected one with a codebook, found "kl-f4-small"' in said
+    assert "model.codebook: expected a positive number" in refused(home, "train", "tiny", *CODES[:2], *CODES[4:])
+
+
+def test_llama_out_and_in(home: Path) -> None:
+    """A run's trunk leaves as a Llama, with its tokenizer, and another run starts from it."""
+    result = transfuse(home, "export", "runs/tiny", "--format", "llama", "--json")
+    assert result.returncode == 0, result.stderr
+    folder = home / json.loads(result.stdout.splitlines()[-1])["export"]
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    command = ["train", "tiny", "--run", "started", "--start", str(folder), "--model.depth", "7", "--loop.steps", "1",
+               "--optimizer.learning-rate", "0", "--optimizer.final-learning-rate", "0"]  # fmt: skip
+    result = transfuse(home, *command)
+    assert result.returncode == 0, result.stderr
+    assert "depth 2" in result.stderr, "the folder's shape is taken, and said"
+    assert "missing 0" in result.stderr
+    theirs, ours = load_file(folder / "model.safetensors"), load_file(home / "started/export/model.safetensors")
+    assert (theirs["lm_head.weight"] == ours["head.weight"]).all()
+    assert (theirs["model.layers.1.mlp.down_proj.weight"] == ours["trunk.blocks.1.feed_forward.down.weight"]).all()
+    (folder / "model.safetensors").unlink()
+    assert transfuse(home, *command).returncode == 0, "what has begun does not need it again"
+    assert "expected safetensors weights, found no file" in refused(home, *command[:2], "--run", "x", *command[4:])

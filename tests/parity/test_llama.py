@@ -1,16 +1,87 @@
-"""Text only, our trunk is Llama: the same weights give the same logits as transformers' LlamaForCausalLM."""
+"""Text only, our trunk is Llama: the same weights give the same logits as transformers' LlamaForCausalLM, and folders
+go both ways."""
 
 from __future__ import annotations
 
-import pytest
-import torch
-from conftest import randomised, tiny
+import json
+from pathlib import Path
 
-from transfuse.model import dense
+import pytest
+import tokenizers
+import torch
+from conftest import WORDS, randomised, tiny
+from torch import Tensor
+
+from transfuse.errors import UserError
+from transfuse.interchange import add_markers, marker_rows, read_llama_config, save_llama, start_from_llama
+from transfuse.model import ModelConfig, Transfusion, dense
 from transfuse.model.llama import llama_config, llama_weights
 from transfuse.sequence import Document, Grammar, Text, collate
 
 transformers = pytest.importorskip("transformers")
+
+
+def rotary(theta: float) -> dict[str, object]:
+    """The base as transformers 5 reads it, and as 4 does."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "rope_theta": theta}
+
+
+KINDS = {
+    "llama": {},
+    "mistral": {"sliding_window": None, **rotary(1e6)},
+    "qwen2": {"rms_norm_eps": 1e-5},
+}
+BATCH = collate([Document([Text(tuple(range(4, 60)))])], Grammar(0, 1, 2, 3, 2))
+
+
+def ours_of(model: Transfusion) -> Tensor:
+    with torch.no_grad():
+        return model(BATCH.tokens, BATCH.rotary, dense(BATCH), torch.arange(BATCH.positions)).logits
+
+
+def theirs_of(model) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(BATCH.tokens[None]).logits[0].float()
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def theirs(kind: str = "llama", **changes):
+    """A small network of transformers in which nothing is as it starts: norms too, but Qwen2's biases are zero."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **sizes | KINDS.get(kind, {}) | changes)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def saved(model, folder: Path, shard: str = "50GB") -> Path:
+    weights = {name: value for name, value in model.state_dict().items() if not name.endswith("bias")}
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=shard)
+    return folder
+
+
+def started(folder: Path, strict: bool = True, markers: dict[int, int] | None = None, **changes) -> Transfusion:
+    """Our model of a folder's shape, with patch layers, whose every weight was something else before."""
+    model = randomised(tiny(**read_llama_config(folder) | changes), seed=5)
+    start_from_llama(model, folder, strict, markers)
+    return model.eval()
 
 
 @pytest.mark.parametrize("variant", [{}, {"kv_heads": 2}, {"heads": 2, "hidden": 160, "rope_theta": 500000.0}], ids=str)
@@ -20,9 +91,149 @@ def test_logits_equal_llama(variant) -> None:
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_config(config))).eval()
     result = theirs.load_state_dict(llama_weights(model), strict=True)
     assert not result.missing_keys
-    batch = collate([Document([Text(tuple(range(4, 60)))])], Grammar(0, 1, 2, 3, 2))
-    with torch.no_grad():
-        ours = model(batch.tokens, batch.rotary, dense(batch), torch.arange(batch.positions)).logits
-        expected = theirs(batch.tokens[None]).logits[0]
-    assert expected.std() > 0.1
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    close(ours_of(model), theirs_of(theirs))
+
+
+@pytest.mark.parametrize("shard", ["50GB", "40KB"], ids=["whole", "sharded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_import_gives_their_logits(tmp_path, kind, shard) -> None:
+    model = theirs(kind)
+    folder = saved(model, tmp_path / kind, shard)
+    assert (folder / "model.safetensors.index.json").exists() == (shard == "40KB")
+    close(ours_of(started(folder)), theirs_of(model))
+
+
+def test_import_of_a_tied_network(tmp_path) -> None:
+    model = theirs(tie_word_embeddings=True)
+    ours = started(saved(model, tmp_path / "tied"))
+    close(ours_of(ours), theirs_of(model))
+    assert ours.head.weight.data_ptr() != ours.embedding.weight.data_ptr()
+
+
+def test_import_into_a_larger_vocabulary(tmp_path) -> None:
+    model = theirs()
+    folder = saved(model, tmp_path / "small")
+    before = randomised(tiny(**read_llama_config(folder) | {"vocabulary": 310}), seed=5)
+    ours = started(folder, vocabulary=310)
+    close(ours_of(ours)[:, :300], theirs_of(model))
+    for name in ("embedding", "head"):
+        found, initial = (getattr(network, name).weight for network in (ours, before))
+        assert torch.equal(found[300:], initial[300:])
+        assert not torch.equal(found[:300], initial[:300])
+
+
+def test_import_leaves_patch_layers_alone(tmp_path) -> None:
+    folder = saved(theirs(), tmp_path / "llama")
+    ours = started(folder)
+    before = randomised(ours.config, seed=5)
+    assert ours.patches is not None
+    for name, value in ours.patches.state_dict().items():
+        assert torch.equal(value, before.get_submodule("patches").state_dict()[name]), name
+
+
+def test_import_reads_either_spelling_of_the_rotary_base(tmp_path) -> None:
+    model = theirs(**rotary(500000.0))
+    folder = saved(model, tmp_path / "llama")
+    values = json.loads((folder / "config.json").read_text())
+    assert read_llama_config(folder)["rope_theta"] == 500000.0
+    del values["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(values | {"rope_theta": 500000.0, "rope_scaling": None}))
+    close(ours_of(started(folder)), theirs_of(model))
+
+
+def test_a_window_narrower_than_the_context_is_refused_and_a_wider_one_is_none(tmp_path) -> None:
+    """Their window of 64 lets a position see 64, itself among them: all of 58 positions."""
+    model = theirs("mistral", sliding_window=64)
+    folder = saved(model, tmp_path / "mistral")
+    with pytest.raises(UserError, match=r"sliding_window: expected none, or at least .* \(128\), found 64"):
+        read_llama_config(folder)
+    fields = read_llama_config(folder, context=64)
+    ours = randomised(tiny(**fields), seed=5).eval()
+    start_from_llama(ours, folder)
+    close(ours_of(ours), theirs_of(model))
+
+
+def test_norms_of_qwen3_are_named(tmp_path) -> None:
+    folder = saved(theirs("qwen3", head_dim=16), tmp_path / "qwen3")
+    with pytest.raises(UserError, match=r"unexpected 4: model\.layers\.0\.self_attn\.k_norm\.weight, "):
+        started(folder)
+    assert started(folder, strict=False)
+
+
+def test_biases_of_qwen2_are_named(tmp_path) -> None:
+    model = theirs("qwen2")
+    folder = tmp_path / "qwen2"
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"unexpected 6: model\.layers\.0\.self_attn\.k_proj\.bias, "):
+        started(folder)
+    close(ours_of(started(folder, strict=False)), theirs_of(model))  # they are zero here
+
+
+@pytest.mark.parametrize("kind", ["ernie4_5", "gemma", "granite", "helium", "smollm3"])
+def test_kin_that_no_name_or_shape_would_tell_are_refused(tmp_path, kind) -> None:
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    alike = {"num_hidden_layers": 4, "head_dim": 16, "hidden_act": "silu", "tie_word_embeddings": False}
+    folder = saved(theirs(kind, **alike, **ids), tmp_path / kind)
+    with pytest.raises(UserError, match=f'model_type: expected .* found "{kind}"'):
+        started(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"model_type": "unheard-of"}))
+    assert started(folder)  # by fields, names and shapes alone it would be a Llama: hence the list
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"kv_heads": 2, "rope_theta": 500000.0, "norm_eps": 1e-6}, {"images": "none", "hidden": 160}],
+    ids=str,
+)
+def test_export_opens_in_transformers(tmp_path, variant) -> None:
+    model = randomised(tiny(**variant)).eval()
+    save_llama(tmp_path / "out", model, bos=7, eos=9)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(opened) is transformers.LlamaForCausalLM
+    assert (opened.config.bos_token_id, opened.config.eos_token_id) == (7, 9)
+    close(theirs_of(opened), ours_of(model))
+    close(ours_of(started(tmp_path / "out")), ours_of(model))
+
+
+def test_export_of_half_precision_and_of_no_markers(tmp_path) -> None:
+    model = randomised(tiny()).to(torch.bfloat16)
+    save_llama(tmp_path / "out", model)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert opened.dtype == torch.bfloat16
+    assert opened.config.bos_token_id is None
+    assert opened.config.eos_token_id is None
+    for name, value in llama_weights(model).items():
+        assert torch.equal(opened.state_dict()[name], value), name
+
+
+def test_export_of_a_network_of_codes_has_all_its_ids(tmp_path) -> None:
+    config = ModelConfig("codes", 320, 64, 64, 2, 4, context=256, patch_size=1, image_attention="causal")
+    model = randomised(config).eval()
+    save_llama(tmp_path / "out", model)
+    close(theirs_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")), ours_of(model))
+
+
+def test_a_folder_with_its_tokenizer(tmp_path) -> None:
+    """Their words keep their ids and their rows; our markers take spare rows, and start as what theirs mean."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, vocab_size=270)
+    backend.train_from_iterator(WORDS, trainer)
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    model = theirs(bos_token_id=0, eos_token_id=[1, 5])
+    folder = saved(model, tmp_path / "llama")
+    words.save_pretrained(folder)
+
+    found = add_markers(folder / "tokenizer.json")
+    assert (found.bos, found.eos, found.boi, found.eoi) == (270, 271, 272, 273)
+    assert list(found.encode("two small boats")) == words.encode("two small boats", add_special_tokens=False)
+    rows = marker_rows(folder, found)
+    assert rows == {270: 0, 271: 1}
+    ours, state = started(folder, markers=rows), model.state_dict()
+    for weight, name in ((ours.embedding.weight, "model.embed_tokens.weight"), (ours.head.weight, "lm_head.weight")):
+        assert torch.equal(weight[:270], state[name][:270])
+        assert torch.equal(weight[270:272], state[name][:2])
+        assert torch.equal(weight[272:], state[name][272:])

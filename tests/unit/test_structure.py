@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "transfuse"
-EVERYWHERE = {"errors", "console", "configuration", "keyed", "version"}
+EVERYWHERE = {"errors", "console", "configuration", "keyed", "memory", "version"}
 MAY_IMPORT: dict[str, set[str]] = {
     "sequence": set(),
     "diffusion": set(),
@@ -18,10 +18,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"sequence"},
     "data": {"sequence", "autoencoders"},
     "export": {"sequence", "model", "diffusion", "autoencoders"},
+    "interchange": {"sequence", "model"},
     "training": {"sequence", "model", "diffusion", "autoencoders", "data"},
     "inference": {"sequence", "model", "diffusion", "autoencoders", "export"},
     "evaluation": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "inference"},
-    "presets": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "training"},
+    "presets": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "interchange", "training"},
 }
 MAY_IMPORT["studies"] = {*MAY_IMPORT, "studies"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, ""}

@@ -1,6 +1,6 @@
 """Images to latents, or codes, and back: `Pixels`, the paper's KL-VAE and VQ-VAE, and any that diffusers knows."""
 
-from .autoencoder import Autoencoder, Bottled, CodeAutoencoder, ImageAutoencoder
+from .autoencoder import Autoencoder, Bottled, CodeAutoencoder, Coded, ImageAutoencoder
 from .config import AutoencoderConfig
 from .folder import bundled, load_autoencoder, open_autoencoder, save_autoencoder
 from .pixels import Pixels
@@ -10,6 +10,7 @@ __all__ = [
     "AutoencoderConfig",
     "Bottled",
     "CodeAutoencoder",
+    "Coded",
     "ImageAutoencoder",
     "Pixels",
     "bundled",

@@ -11,7 +11,7 @@ replaced by the nearest code (decoding replaces it, as latent diffusion does). A
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -65,6 +65,31 @@ class CodeAutoencoder(Autoencoder, Protocol):
 
     def codes(self, images: np.ndarray) -> Tensor:
         """uint8 images -> int64 codes `[image, row, column]`."""
+
+    def decode_codes(self, codes: Tensor) -> np.ndarray:
+        """int64 codes `[image, row, column]` -> uint8 images."""
+
+
+class Coded:
+    """A VQ autoencoder whose latents are its codes, int64 `[image, row, column]`: what a Chameleon sees.
+
+    Raises ValueError for an autoencoder without a codebook.
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        size = getattr(autoencoder, "codebook_size", None)
+        if size is None:
+            raise ValueError(f'autoencoder: expected one with a codebook, found "{autoencoder.name}"')
+        self.inner = cast(CodeAutoencoder, autoencoder)
+        self.codebook_size: int = size
+        self.name, self.fingerprint = autoencoder.name, autoencoder.fingerprint
+        self.channels, self.factor = autoencoder.channels, autoencoder.factor
+
+    def encode(self, images: np.ndarray) -> Tensor:
+        return self.inner.codes(images)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return self.inner.decode_codes(latents)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from ..configuration import read_json
 from ..errors import UserError
-from .autoencoder import Autoencoder, ImageAutoencoder
+from .autoencoder import Autoencoder, Coded, ImageAutoencoder
 from .config import AutoencoderConfig
 from .pixels import Pixels
 
@@ -86,6 +86,7 @@ def save_autoencoder(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         values: dict[str, Any] = {"kind": "pixels"}
+        autoencoder = autoencoder.inner if isinstance(autoencoder, Coded) else autoencoder
         if not isinstance(autoencoder, Pixels):
             assert isinstance(autoencoder, ImageAutoencoder)
             state = autoencoder.state_dict().items()

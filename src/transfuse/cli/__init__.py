@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 
 from ..configuration import nearest
 from ..errors import UserError
+from ..memory import keep_freed_memory
 from ..version import __version__
 from .autoencoder import autoencoder
+from .study import study
 from .tools import doctor, export, plan
 from .training import demo, train
 from .writing import caption, generate
@@ -16,6 +18,7 @@ from .writing import caption, generate
 
 def main() -> None:
     """Entry point: exit code 0 done, 2 a mistake of the user's, 75 stopped and saved, 130 interrupted."""
+    keep_freed_memory()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -48,6 +51,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "generate": generate,
     "caption": caption,
+    "study": study,
     "autoencoder": autoencoder,
     "plan": plan,
     "export": export,

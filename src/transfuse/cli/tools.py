@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import tyro
 
 from ..errors import UserError
 from ..version import __version__
 from .parsing import parse, print_json
+
+if TYPE_CHECKING:
+    from ..model import Transfusion
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,16 @@ class Export:
 
     run: tyro.conf.Positional[Path]
     out: Path | None = None
-    """the run's own export/ if not given"""
+    """the run's own export/ (or llama/) if not given"""
+    format: Literal["transfuse", "llama"] = "transfuse"
+    """llama: the trunk alone, with the tokenizer, as a folder that transformers opens as LlamaForCausalLM"""
     json: bool = False
     """end with one line of JSON"""
 
 
 def export(arguments: Sequence[str]) -> int:
     """Write a run's newest checkpoint as a model folder."""
+    from ..interchange import save_llama
     from ..presets.autoencoders import AutoencoderRecipe, build_autoencoder_trainer, export_autoencoder
     from ..presets.recipe import Recipe, build_trainer, export_run
     from ..presets.runs import is_kind, read_recipe
@@ -64,9 +70,12 @@ def export(arguments: Sequence[str]) -> int:
     asked = parse(Export, arguments, "export")
     if not asked.run.is_dir():
         raise UserError(f"{asked.run}: expected a run folder, found {'a file' if asked.run.exists() else 'nothing'}")
-    config, out = asked.run / "config.json", asked.out or asked.run / "export"
+    llama = asked.format == "llama"
+    config, out = asked.run / "config.json", asked.out or asked.run / ("llama" if llama else "export")
     missing = UserError(f"{asked.run / 'checkpoints'}: expected a complete checkpoint, found none")
     if is_kind(config, AutoencoderRecipe):
+        if llama:
+            raise UserError(f"{asked.run}: expected a model's run for --format llama, found an autoencoder's")
         recipe = read_recipe(config, AutoencoderRecipe)
         trainer = build_autoencoder_trainer(recipe, asked.run)
         if not trainer.restore():
@@ -77,7 +86,12 @@ def export(arguments: Sequence[str]) -> int:
         trainer, tokenizer = build_trainer(model_recipe, asked.run)
         if not trainer.restore():
             raise missing
-        export_run(model_recipe, trainer, tokenizer, out)
+        if llama:
+            with trainer.ema.applied(trainer.model):
+                save_llama(out, cast("Transfusion", trainer.model), tokenizer.bos, tokenizer.eos)
+            tokenizer.save(out / "tokenizer.json")
+        else:
+            export_run(model_recipe, trainer, tokenizer, out)
     if asked.json:
         print_json({"export": str(out), "step": trainer.step})
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -13,15 +14,21 @@ FILL = 64
 """batches are filled up to a multiple of this many positions: fewer sizes for matrix kernels to be prepared for"""
 
 
+EMPTY = Document([], sample=-1, closed=False, predict=False)
+"""stands in for a part of a step whose samples are all left out: nothing is learned from it"""
+
+
 class StepLoader:
     """`loader(step)` gives the micro-batches of that step: samples `step * batch_size` and on, split into parts.
+
+    A sample for which `document` gives None is left out; the others are in the step they would be in anyway.
 
     With `workers`, coming steps are prepared in other processes; what they hold does not change.
     """
 
     def __init__(
         self,
-        document: Callable[[int], Document],
+        document: Callable[[int], Document | None],
         grammar: Grammar,
         batch_size: int,
         accumulate: int = 1,
@@ -46,13 +53,13 @@ class StepLoader:
 
     def make(self, step: int) -> list[Batch]:
         size = self.batch_size // self.accumulate
-        first = step * self.batch_size
-        return [
-            collate(
-                [self.document(first + part * size + i) for i in range(size)], self.grammar, self.image_attention, FILL
-            )
-            for part in range(self.accumulate)
-        ]
+        batches = []
+        for first in range(step * self.batch_size, (step + 1) * self.batch_size, size):
+            found = [self.document(sample) for sample in range(first, first + size)]
+            documents = [document for document in found if document is not None]
+            batch = collate(documents or [EMPTY], self.grammar, self.image_attention, FILL)
+            batches.append(batch if documents else replace(batch, idle=batch.positions))
+        return batches
 
 
 class _Steps(Dataset[list[Batch]]):

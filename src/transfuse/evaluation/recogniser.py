@@ -57,13 +57,17 @@ class _Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[image, 3, SIDE, SIDE]` in [-1, 1] -> logits `[image, noun]`."""
+        return self.head(self.pooled(x))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """-> what the logits are read off, `[image, 256]`."""
         x = self.body(x)
-        return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1))
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
 
 
-def _network(nouns: int) -> nn.Module:
+def _network(nouns: int) -> _Network:
     """The memory order is the one in which CPUs convolve faster."""
-    network: nn.Module = _Network(nouns)
+    network = _Network(nouns)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -72,7 +76,7 @@ class Recogniser:
     """Names the noun in pictures with one thing. `accuracy`: share right on fresh scenes, by split of the world."""
 
     nouns: tuple[str, ...]
-    network: nn.Module
+    network: _Network
     accuracy: dict[str, float]
     identity: str
     """what it was trained for: world, steps and seed, as JSON"""
@@ -92,6 +96,13 @@ class Recogniser:
             chosen = self.network(_resized(_pixels(images[start : start + batch]))).argmax(1)
             named += [self.nouns[number] for number in chosen.tolist()]
         return named
+
+    @torch.inference_mode()
+    def features(self, images: np.ndarray, batch: int = 256) -> np.ndarray:
+        """What it sees in each image, `[image, 256]`: for a Frechet distance between sets of pictures of this world."""
+        self.network.eval()
+        parts = [images[start : start + batch] for start in range(0, len(images), batch)]
+        return np.concatenate([self.network.pooled(_resized(_pixels(part))).numpy() for part in parts])
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -122,6 +133,17 @@ class Recogniser:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: expected a saved recogniser, found something else ({reason})") from None
         return cls(nouns, network.eval(), accuracy, facts["identity"], seconds)
+
+
+def keep_recogniser(path: Path, config: WorldConfig, steps: int = STEPS, seed: int = 0) -> Recogniser:
+    """The recogniser saved in a file where it is of this world, else a new one, which is saved there."""
+    if path.is_file():
+        saved = Recogniser.load(path)
+        if saved.identity == recogniser_identity(config, steps, seed):
+            return saved
+    recogniser = train_recogniser(config, steps, seed)
+    recogniser.save(path)
+    return recogniser
 
 
 def recogniser_identity(config: WorldConfig, steps: int, seed: int) -> str:

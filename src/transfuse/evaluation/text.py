@@ -40,7 +40,7 @@ def perplexity(exported: Exported, texts: Sequence[str], batch: int = 32) -> Tex
     """
     if not texts or not all(texts):
         raise UserError("perplexity: texts: expected at least one and none empty, found none or an empty one")
-    model, grammar = exported.model, exported.tokenizer.grammar(exported.model.config.patch_size)
+    model, grammar = exported.model, exported.model.config.grammar(exported.tokenizer)
     device = next(model.parameters()).device
     nats: list[float] = []
     tokens: list[int] = []

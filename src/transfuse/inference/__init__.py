@@ -1,6 +1,7 @@
 """Inference: a cache, an engine that writes and draws, a pipeline for people."""
 
-from .engine import Done, Engine, Event, ImageEnd, ImageProgress, ImageStart, Request, TextDelta
+from .engine import Engine
+from .events import Done, Event, ImageEnd, ImageProgress, ImageStart, Request, TextDelta
 from .pipeline import Reply, TransfusionPipeline
 
 __all__ = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import groupby
 
 import torch
@@ -19,18 +20,29 @@ from ..model import Attend, ModelConfig
 
 
 class KeyValueCache:
-    """Keys and values of `rows` sequences of at most `capacity` positions: two `[depth, row, head, position, D]`."""
+    """Keys and values of `rows` sequences of at most `capacity` positions: two `[depth, row, head, position, D]`.
+
+    They take memory when first used: a row that never draws needs no cache for its null branch.
+    """
 
     def __init__(
         self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        shape = (config.depth, rows, config.key_heads, capacity, config.head_channels)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.capacity, self.device = capacity, torch.device(device)
+        self._zeros = partial(
+            torch.zeros,
+            (config.depth, rows, config.key_heads, capacity, config.head_channels),
+            dtype=dtype,
+            device=device,
+        )
 
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
+    @cached_property
+    def keys(self) -> Tensor:
+        return self._zeros()
+
+    @cached_property
+    def values(self) -> Tensor:
+        return self._zeros()
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +136,7 @@ def _plan(segments: Sequence[Segment]) -> list[_Call]:
 
     for _, members in groupby(enumerate(segments), kind):
         run = [segment for _, segment in members]
-        first, device = run[0], run[0].cache.keys.device
+        first, device = run[0], run[0].cache.device
         count, longest = first.count, max(segment.end for segment in run)
         even = len({segment.end for segment in run}) == 1
         places = None

@@ -4,104 +4,33 @@
     denoise step   the patches of every drawing row, guided, one sampler step each; never longer in the cache
     commit         the finished image is written to the cache clean, at timestep 0, with EOI behind it; writing goes on
 
-A tick is one LM forward pass for all rows that write, and one denoise pass for all rows that draw. Noise and tokens are
+A tick is one LM forward pass for all rows that write, and one denoise pass for all rows that draw. A Chameleon draws by
+codes: instead of a denoise step, one code of every drawing row, from guided logits of codes alone, until there are
+exactly as many as the image has; text is chosen from ids of text alone. Noise and tokens are
 drawn by (seed, image) and (seed, position), so a row does not depend on its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion import Sampler, SamplerConfig, SamplerState
+from ..diffusion import Sampler, SamplerState
 from ..errors import UserError
 from ..export import Exported
 from ..keyed import keyed
-from ..sequence import Document, Layout, lay_out, visible
+from ..sequence import Document, Image, Layout, lay_out, visible
 from .cache import KeyValueCache, Segment, cached
+from .events import Done, Event, ImageEnd, ImageProgress, ImageStart, Request, TextDelta
 from .guidance import guide, null_prefix
 
 LONGEST_CHARACTER = 4
 """bytes, so tokens at most, of one character in UTF-8"""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sequence to go on with.
-
-    document         the prompt: an open document
-    draw             "auto": the model decides (BOI is sampled); "force": an image comes first; "never": text only
-    max_tokens       most text tokens to write; max_images: most images to draw
-    size             pixels (rows, columns) of an image it draws
-    temperature      0 is greedy; top_p keeps the likeliest tokens that make up this much probability
-    previews         give the predicted clean latent with each ImageProgress
-    """
-
-    document: Document
-    draw: str = "auto"
-    max_tokens: int = 64
-    max_images: int = 1
-    size: tuple[int, int] = (32, 32)
-    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=25))
-    guidance_scale: float = 3.0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    previews: bool = False
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """One token the row has written, and the text it completes: empty where a character takes several tokens."""
-
-    row: int
-    text: str
-    token: int
-
-
-@dataclass(frozen=True)
-class ImageStart:
-    row: int
-    number: int
-
-
-@dataclass(frozen=True, eq=False)
-class ImageProgress:
-    """`step` of `total` denoising steps done; preview: predicted clean latent, if asked for."""
-
-    row: int
-    number: int
-    step: int
-    total: int
-    preview: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class ImageEnd:
-    """The finished latent `[channel, row, column]`."""
-
-    row: int
-    number: int
-    latent: Tensor
-
-
-@dataclass(frozen=True)
-class Done:
-    """The row has ended: reason is "stop" (end of sequence), "length" (max_tokens or context) or "images"."""
-
-    row: int
-    reason: str
-    text_tokens: int
-    images: int
-    network_evaluations: int
-
-
-Event = TextDelta | ImageStart | ImageProgress | ImageEnd | Done
 
 
 @dataclass(eq=False)
@@ -115,6 +44,25 @@ class _Feed:
     timesteps: Sequence[int] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class _Branch:
+    """One of the sequences a drawing is guided by: the row's own, and others that see less of its prompt. `start` is
+    where the image's patches or codes begin in the branch's cache."""
+
+    cache: KeyValueCache
+    row: int
+    start: int
+
+
+@dataclass(eq=False)
+class _CodeDrawing:
+    """An image of codes on its way: the codes so far, and every branch's logits `[codebook]` of the next one."""
+
+    generator: torch.Generator
+    logits: list[Tensor]
+    codes: list[int] = field(default_factory=list)
+
+
 @dataclass(eq=False)
 class _Row:
     """A sequence on its way."""
@@ -124,16 +72,30 @@ class _Row:
     shape: tuple[int, int, int]
     """of the latents it draws"""
     patches: int
-    """of an image it draws"""
+    """or codes, of an image it draws"""
+    seen: list[Image]
+    """images in its prompt, and those it has drawn"""
     length: int = 0
     written: int = 0
     unshown: list[int] = field(default_factory=list)
     next_token: int | None = None
-    drawing: SamplerState | None = None
+    drawing: SamplerState | _CodeDrawing | None = None
+    branches: list[_Branch] = field(default_factory=list)
+    """while it draws: its own sequence, then those that see less"""
+    scales: list[float] = field(default_factory=list)
     finished: Tensor | None = None
     images: int = 0
     evaluations: int = 0
     done: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Caches:
+    """Of the rows themselves, of their null branches, and of those that see their images alone."""
+
+    rows: KeyValueCache
+    nulls: KeyValueCache
+    images: KeyValueCache
 
 
 class Engine:
@@ -144,33 +106,38 @@ class Engine:
         self.model, self.tokenizer = exported.model, exported.tokenizer
         self.config = self.model.config
         self.device = next(self.model.parameters()).device
-        self.grammar = self.tokenizer.grammar(self.config.patch_size)
+        self.grammar = self.config.grammar(self.tokenizer)
         self.null_tokens = null_prefix(self.grammar, self.config.latent_channels)
-        # Added to logits: BOS, EOI and ids that the tokenizer does not have are never chosen.
-        self.barred = torch.zeros(self.config.vocabulary)
+        # Added to logits of text: BOS, EOI, codes and ids that the tokenizer does not have are never chosen.
+        self.barred = torch.zeros(self.config.ids)
         self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
         self.barred[self.tokenizer.vocabulary :] = -torch.inf
-        self._null: KeyValueCache | None = None
+        self._null: tuple[KeyValueCache, Tensor] | None = None
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Run requests together and give their events as they happen. Raises UserError before any work for bad ones."""
         layouts = [self._check(number, request) for number, request in enumerate(requests)]
-        rows = [_Row(number, request, *self._drawn(request)) for number, request in enumerate(requests)]
+        rows = [
+            _Row(number, request, *self._drawn(request), list(request.document.images))
+            for number, request in enumerate(requests)
+        ]
         if not rows:
             return
-        cache = self._cache(len(rows), max(self._bound(row, layout) for row, layout in zip(rows, layouts, strict=True)))
-        nulls = self._cache(len(rows), len(self.null_tokens) + max(row.patches for row in rows))
+        capacity = max(self._bound(row, layout) for row, layout in zip(rows, layouts, strict=True))
+        null_capacity = len(self.null_tokens) + max(row.patches for row in rows)
+        caches = _Caches(*(self._cache(len(rows), size) for size in (capacity, null_capacity, capacity)))
         yield from self._write(
-            rows, [self._prompt(cache, row, layout) for row, layout in zip(rows, layouts, strict=True)]
+            rows, [self._prompt(caches.rows, row, layout) for row, layout in zip(rows, layouts, strict=True)]
         )
+        draw = self._draw_codes if self.grammar.first_code is not None else self._denoise
         while not all(row.done for row in rows):
             writing = [row for row in rows if not row.done and row.drawing is None]
             if writing:
-                yield from self._write(writing, [self._feed(cache, nulls, row) for row in writing])
+                yield from self._write(writing, [self._feed(caches, row) for row in writing])
             drawing = [row for row in rows if row.drawing is not None]
             if drawing:
-                yield from self._draw(cache, nulls, drawing)
+                yield from draw(drawing)
 
     def _check(self, number: int, request: Request) -> Layout:
         where = f"request {number}" if number else "request"
@@ -178,7 +145,20 @@ class Engine:
             raise ValueError(f"{where}: expected an open document, found a closed one")
         if request.draw not in ("auto", "force", "never"):
             raise UserError(f'{where}: draw: expected "auto", "force" or "never", found {request.draw!r}')
+        if self.config.images == "none" and (request.draw == "force" or request.document.images):
+            raise UserError(f"{where}: expected text alone, for the model knows no images, found one")
+        if request.draw == "force" and request.max_images < 1:
+            raise UserError(f"{where}: max_images: expected at least 1 where one is forced, found {request.max_images}")
+        for name in ("top_p", "code_top_p"):
+            if not 0 < getattr(request, name) <= 1:
+                raise UserError(f"{where}: {name}: expected a share above 0, at most 1, found {getattr(request, name)}")
+        for image in request.document.images:
+            if image.coded and not 0 <= int(image.latent.min()) <= int(image.latent.max()) < self.config.codebook:
+                found = f"{int(image.latent.min())} to {int(image.latent.max())}"
+                raise UserError(f"{where}: image: expected codes from 0 to {self.config.codebook - 1}, found {found}")
         factor = self.exported.autoencoder.factor * self.config.patch_size
+        if self.config.images == "none":
+            factor = 1
         if min(request.size) < 1 or any(side % factor for side in request.size):
             raise UserError(f"{where}: image size: expected positive multiples of {factor}, found {request.size}")
         layout = lay_out(request.document, self.grammar)
@@ -191,11 +171,12 @@ class Engine:
 
     def _bound(self, row: _Row, layout: Layout) -> int:
         """The most positions a row can come to."""
-        images = 0 if row.request.draw == "never" else row.request.max_images * (row.patches + 2)
+        never = row.request.draw == "never" or self.config.images == "none"
+        images = 0 if never else row.request.max_images * (row.patches + 2)
         return min(self.config.context, len(layout) + row.request.max_tokens + images + 1)
 
     def _drawn(self, request: Request) -> tuple[tuple[int, int, int], int]:
-        """Shape `[channel, row, column]` of a latent it draws, and its number of patches."""
+        """Shape `[channel, row, column]` of a latent it draws, and its number of patches or codes."""
         rows, columns = (side // self.exported.autoencoder.factor for side in request.size)
         return (self.config.latent_channels, rows, columns), rows * columns // self.config.patch_size**2
 
@@ -229,32 +210,39 @@ class Engine:
 
     def _prompt(self, cache: KeyValueCache, row: _Row, layout: Layout) -> _Feed:
         """The whole prompt; its images are clean, at timestep 0."""
-        ends = torch.from_numpy(visible(layout, self.config.image_attention).end).to(self.device)
         row.length = len(layout)
-        return _Feed(
-            Segment(cache, row.number, 0, len(layout), ends if len(layout) > 1 else None),
-            layout.token.tolist(),
-            np.flatnonzero(layout.image >= 0).tolist(),
-            [span.image.latent for span in layout.spans],
-            [0] * len(layout.spans),
-        )
+        return self._read(cache, row.number, layout)
 
-    def _feed(self, cache: KeyValueCache, nulls: KeyValueCache, row: _Row) -> _Feed:
+    def _read(self, cache: KeyValueCache, row: int, layout: Layout) -> _Feed:
+        ends = torch.from_numpy(visible(layout, self.config.image_attention).end).to(self.device)
+        segment = Segment(cache, row, 0, len(layout), ends if len(layout) > 1 else None)
+        if self.grammar.first_code is not None:
+            return _Feed(segment, layout.token.tolist())
+        patches = np.flatnonzero(layout.image >= 0).tolist()
+        latents = [span.image.latent for span in layout.spans]
+        return _Feed(segment, layout.token.tolist(), patches, latents, [0] * len(latents))
+
+    def _feed(self, caches: _Caches, row: _Row) -> _Feed:
         """What a writing row gives the model next: its chosen token, or a finished image and EOI."""
-        start = row.length
+        start, cache = row.length, caches.rows
         if row.finished is None:
             assert row.next_token is not None
             row.length += 1
             if row.next_token == self.grammar.boi:
-                self._begin_image(nulls, row)
+                self._begin_image(caches, row)
             return _Feed(Segment(cache, row.number, start, 1), [row.next_token])
         count = row.patches
+        latent, row.finished = row.finished, None
+        row.length += count + 1
+        if self.grammar.first_code is not None:
+            # The last code has been chosen, not read.
+            ends = torch.tensor([start + count, start + count + 1], device=self.device)
+            tokens = [int(latent[-1, -1]) + self.grammar.first_code, self.grammar.eoi]
+            return _Feed(Segment(cache, row.number, start + count - 1, 2, ends), tokens)
         ends = torch.full((count + 1,), start + count, dtype=torch.int64, device=self.device)
         if self.config.image_attention == "causal":
             ends = torch.arange(start + 1, start + count + 2, device=self.device)
         ends[-1] = start + count + 1
-        latent, row.finished = row.finished, None
-        row.length += count + 1
         segment = Segment(cache, row.number, start, count + 1, ends)
         return _Feed(segment, [0] * count + [self.grammar.eoi], range(count), [latent], [0])
 
@@ -262,6 +250,9 @@ class Engine:
         """One LM pass: every row reads its feed; those that are not about to draw choose their next token."""
         last = [end - 1 for end in accumulate(feed.segment.count for feed in feeds)]
         logits, _ = self._forward(feeds, last)
+        for row, scores in zip(rows, logits, strict=True):
+            if isinstance(row.drawing, _CodeDrawing):
+                row.drawing.logits.insert(0, scores[self.grammar.first_code :].clone())
         logits += self.barred
         writers = [number for number, row in enumerate(rows) if not self._may_draw(row)]
         if writers:
@@ -276,6 +267,7 @@ class Engine:
     def _may_draw(self, row: _Row) -> bool:
         return (
             row.request.draw != "never"
+            and self.config.images != "none"
             and row.images < row.request.max_images
             and row.length + 2 + row.patches <= self.config.context
         )
@@ -290,7 +282,10 @@ class Engine:
         if row.written >= request.max_tokens or not room:
             yield from self._finish(row, "images" if request.max_tokens == 0 else "length")
             return
-        token = likeliest if request.temperature <= 0 else _sample(logits, request, row.length)
+        token = likeliest
+        if request.temperature > 0:
+            generator = keyed(request.seed, "token", row.length)
+            token = _sample(logits, request.temperature, request.top_p, generator)
         if token == self.grammar.eos:
             yield from self._finish(row, "stop")
             return
@@ -309,55 +304,126 @@ class Engine:
         row.done = True
         yield Done(row.number, reason, row.written, row.images, row.evaluations)
 
-    def _begin_image(self, nulls: KeyValueCache, row: _Row) -> None:
-        generator = keyed(row.request.seed, "image", row.images)
-        sampler = Sampler(self.exported.process, row.request.sampler)
-        row.drawing = sampler.prepare(row.shape, generator, device=self.device)
-        if self._null is None:
-            # The null branch starts with the same few tokens for everybody: read once, then copied.
-            self._null = self._cache(1, len(self.null_tokens))
-            segment = Segment(self._null, 0, 0, len(self.null_tokens), torch.arange(1, len(self.null_tokens) + 1))
-            self._forward([_Feed(segment, self.null_tokens)], [])
-        known = len(self.null_tokens)
-        nulls.keys[:, row.number, :, :known] = self._null.keys[:, 0]
-        nulls.values[:, row.number, :, :known] = self._null.values[:, 0]
+    def _begin_image(self, caches: _Caches, row: _Row) -> None:
+        """Set up the drawing of the image that begins at `row.length`, and the branches it is guided by."""
+        request = row.request
+        generator = keyed(request.seed, "image", row.images)
+        row.branches, row.scales = [_Branch(caches.rows, row.number, row.length)], []
+        logits: list[Tensor] = []
+        scale, image_scale = request.guidance_scale, request.image_guidance_scale
+        if image_scale is not None and row.seen:
+            parts = [replace(image, target=False) for image in row.seen]
+            layout = lay_out(Document(parts, closed=False), self.grammar)
+            feed = self._read(caches.images, row.number, layout)
+            boi = _Feed(Segment(caches.images, row.number, len(layout), 1), [self.grammar.boi])
+            found, _ = self._forward([feed, boi], [len(layout)])
+            logits.append(found[0])
+            row.branches.append(_Branch(caches.images, row.number, len(layout) + 1))
+            row.scales.append(scale)
+            scale = image_scale
+        if scale != 1:
+            cache, found = self._null_branch()
+            known = len(self.null_tokens)
+            caches.nulls.keys[:, row.number, :, :known] = cache.keys[:, 0]
+            caches.nulls.values[:, row.number, :, :known] = cache.values[:, 0]
+            logits.append(found)
+            row.branches.append(_Branch(caches.nulls, row.number, known))
+            row.scales.append(scale)
+        if self.grammar.first_code is not None:
+            row.drawing = _CodeDrawing(generator, [scores[self.grammar.first_code :] for scores in logits])
+        else:
+            sampler = Sampler(self.exported.process, request.sampler)
+            row.drawing = sampler.prepare(row.shape, generator, device=self.device)
 
-    def _draw(self, cache: KeyValueCache, nulls: KeyValueCache, rows: Sequence[_Row]) -> Iterator[Event]:
-        """One denoising step of every drawing row: its conditional patches, and its null ones where it is guided."""
-        guided = [row for row in rows if row.request.guidance_scale != 1]
-        feeds = [self._denoise(cache, row, row.length) for row in rows]
-        feeds += [self._denoise(nulls, row, len(self.null_tokens)) for row in guided]
-        _, predictions = self._forward(feeds, [])
-        null = dict(zip([row.number for row in guided], predictions[len(rows) :], strict=True))
-        for row, prediction in zip(rows, predictions, strict=False):
-            assert row.drawing is not None
-            if row.number in null:
-                prediction = guide(prediction, null[row.number], row.request.guidance_scale)
+    def _null_branch(self) -> tuple[KeyValueCache, Tensor]:
+        """The null branch starts with the same few tokens for everybody: read once. Its cache, and logits behind it."""
+        if self._null is None:
+            cache, count = self._cache(1, len(self.null_tokens)), len(self.null_tokens)
+            segment = Segment(cache, 0, 0, count, torch.arange(1, count + 1, device=self.device))
+            logits, _ = self._forward([_Feed(segment, self.null_tokens)], [count - 1])
+            self._null = cache, logits[0]
+        return self._null
+
+    def _denoise(self, rows: Sequence[_Row]) -> Iterator[Event]:
+        """One denoising step of every drawing row."""
+        members = _by_branch(rows)
+        _, found = self._forward([self._patches(row, row.branches[branch]) for row, branch in members], [])
+        predictions = _of_rows(members, found)
+        for row in rows:
+            assert isinstance(row.drawing, SamplerState)
             sampler = Sampler(self.exported.process, row.request.sampler)
-            state = row.drawing = sampler.step(row.drawing, prediction)
+            state = row.drawing = sampler.step(row.drawing, guide(predictions[row.number], row.scales))
             row.evaluations += 1
             preview = state.x0 if row.request.previews else None
             yield ImageProgress(row.number, row.images, state.index, state.total, preview)
             if state.done:
-                row.finished, row.drawing = sampler.finish(state), None
-                yield ImageEnd(row.number, row.images, row.finished)
-                row.images += 1
-                if row.request.max_tokens == 0 and row.images == row.request.max_images:
-                    yield from self._finish(row, "images")
+                yield from self._end_image(row, sampler.finish(state))
 
-    def _denoise(self, cache: KeyValueCache, row: _Row, start: int) -> _Feed:
-        assert row.drawing is not None
-        count = row.patches
+    def _patches(self, row: _Row, branch: _Branch) -> _Feed:
+        assert isinstance(row.drawing, SamplerState)
+        count, start = row.patches, branch.start
         ends = None
         if self.config.image_attention == "causal":
             ends = torch.arange(start + 1, start + count + 1, device=self.device)
-        segment = Segment(cache, row.number, start, count, ends)
+        segment = Segment(branch.cache, branch.row, start, count, ends)
         return _Feed(segment, [0] * count, range(count), [row.drawing.x], [row.drawing.t])
 
+    def _draw_codes(self, rows: Sequence[_Row]) -> Iterator[Event]:
+        """One code of every drawing row: chosen from guided logits of codes alone, then read by all its branches."""
+        going = []
+        for row in rows:
+            drawing, request = row.drawing, row.request
+            assert isinstance(drawing, _CodeDrawing)
+            logits = guide(drawing.logits, row.scales)
+            drawing.codes.append(_sample(logits, request.code_temperature, request.code_top_p, drawing.generator))
+            yield ImageProgress(row.number, row.images, len(drawing.codes), row.patches)
+            if len(drawing.codes) == row.patches:
+                yield from self._end_image(row, torch.tensor(drawing.codes).view(row.shape[1:]))
+            else:
+                going.append(row)
+        if not going:
+            return
+        assert self.grammar.first_code is not None
+        members, feeds = _by_branch(going), []
+        for row, number in members:
+            assert isinstance(row.drawing, _CodeDrawing)
+            branch, place = row.branches[number], len(row.drawing.codes) - 1
+            segment = Segment(branch.cache, branch.row, branch.start + place, 1)
+            feeds.append(_Feed(segment, [row.drawing.codes[-1] + self.grammar.first_code]))
+        found, _ = self._forward(feeds, range(len(feeds)))
+        logits_of = _of_rows(members, list(found[:, self.grammar.first_code :]))
+        for row in going:
+            assert isinstance(row.drawing, _CodeDrawing)
+            row.drawing.logits = logits_of[row.number]
+            row.evaluations += 1
 
-def _sample(logits: Tensor, request: Request, position: int) -> int:
-    """One id drawn from the nucleus of logits `[vocabulary]`, by (seed, position)."""
-    probabilities, order = (logits / request.temperature).softmax(-1).sort(descending=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= request.top_p] = 0
-    generator = keyed(request.seed, "token", position)
+    def _end_image(self, row: _Row, latent: Tensor) -> Iterator[Event]:
+        row.finished, row.drawing = latent, None
+        row.seen.append(Image(latent, target=False))
+        yield ImageEnd(row.number, row.images, latent)
+        row.images += 1
+        if row.request.max_tokens == 0 and row.images == row.request.max_images:
+            yield from self._finish(row, "images")
+
+
+def _by_branch(rows: Sequence[_Row]) -> list[tuple[_Row, int]]:
+    """Every branch of every row; those of one kind side by side, for neighbours of one cache are computed together."""
+    most = max(len(row.branches) for row in rows)
+    return [(row, branch) for branch in range(most) for row in rows if branch < len(row.branches)]
+
+
+def _of_rows(members: Sequence[tuple[_Row, int]], found: Sequence[Tensor]) -> dict[int, list[Tensor]]:
+    """What was found for each member, by the number of its row, branch after branch."""
+    by_row: dict[int, list[Tensor]] = {row.number: [] for row, _ in members}
+    for (row, _), one in zip(members, found, strict=True):
+        by_row[row.number].append(one)
+    return by_row
+
+
+def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """One id of logits `[id]`: the likeliest at temperature 0, else one drawn from the nucleus."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
+    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -23,7 +23,8 @@ from ..errors import UserError
 from ..export import Exported, load_export
 from ..model import pack
 from ..sequence import Document, Image, Text
-from .engine import Done, Engine, Event, ImageEnd, Request, TextDelta
+from .engine import Engine
+from .events import Done, Event, ImageEnd, Request, TextDelta
 
 Prompt = str | Sequence["str | PIL.Image.Image"]
 
@@ -127,6 +128,8 @@ class TransfusionPipeline:
     ) -> Request:
         """A request from texts and pictures with the model's own defaults. Raises UserError for a bad setting."""
         defaults = self.exported.generation
+        if self.exported.model.config.images != "latents" and (steps is not None or sampler is not None):
+            raise UserError("steps, sampler: expected none, for the model does not denoise, found some")
         try:
             chosen = SamplerConfig(
                 name=sampler or defaults.sampler.name,  # type: ignore[arg-type]
@@ -144,6 +147,8 @@ class TransfusionPipeline:
             guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
             temperature=defaults.temperature,
             top_p=defaults.top_p,
+            code_temperature=defaults.code_temperature,
+            code_top_p=defaults.code_top_p,
         )
 
     def replies(self, requests: Sequence[Request]) -> list[Reply]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..sequence import ImageAttention
+from ..sequence import Grammar, ImageAttention, Tokenizer
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Transfusion network. Sizes in elements; defaults follow the paper where it speaks."""
+    """A Transfusion, its rival or its control. Sizes in elements; defaults follow the paper where it speaks."""
 
+    images: Literal["latents", "codes", "none"] = "latents"
+    """latents: patches, drawn by diffusion (Transfusion); codes: tokens of one joint vocabulary, drawn one by one
+    (Chameleon); none: text only (Llama)"""
     vocabulary: int = 32000
-    """token ids, markers included"""
+    """token ids of text, markers included"""
+    codebook: int = 0
+    """codes of an image, whose ids follow those of text; 0 unless images are codes"""
     width: int = 768
     """channels of the residual stream (d_model)"""
     depth: int = 16
@@ -34,16 +39,18 @@ class ModelConfig:
     """side of a patch, in latent elements: 1, 2, 4 or 8"""
     adapter: Literal["linear", "unet"] = "linear"
     """patch layers: one linear map each way, or U-Net down and up blocks"""
-    unet_channels: tuple[int, ...] = (576, 1216)
-    """U-Net channels per resolution, log2(patch_size) + 1 of them; not scaled with the transformer"""
+    unet_channels: tuple[int, ...] | None = None
+    """U-Net channels per resolution, log2(patch_size) + 1 of them; None: the paper's 0.27B, whatever the transformer"""
     patch_positions: Literal["none", "learned"] = "none"
     """none: rotary positions in raster order only (paper); learned: a row and a column embedding is added"""
     image_attention: ImageAttention = "bidirectional"
-    """causal is the ablation of Table 5"""
+    """causal is the ablation of Table 5; codes are causal always"""
     qk_norm: bool = False
     """LayerNorm of every head's queries and keys, before they are rotated (Chameleon's stability set)"""
     norm_order: Literal["pre", "swin"] = "pre"
     """pre: `x + f(norm(x))`; swin: `x + norm(f(x))` (ditto; what Transfusion calls post-normalization)"""
+    dropout: float = 0.0
+    """share of what attention and the feed-forward layer give that is set to zero in training (Chameleon-7B: 0.1)"""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, expected: str) -> None:
@@ -55,11 +62,16 @@ class ModelConfig:
         check(self.width % (2 * self.heads) == 0, "width", f"a multiple of 2 x heads ({2 * self.heads})")
         check(self.heads % (self.kv_heads or self.heads) == 0, "kv_heads", f"a divisor of heads ({self.heads})")
         check(self.patch_size in (1, 2, 4, 8), "patch_size", "1, 2, 4 or 8")
-        if self.adapter == "unet":
-            levels = self.patch_size.bit_length()
-            check(
-                len(self.unet_channels) == levels, "unet_channels", f"{levels} numbers for patch size {self.patch_size}"
-            )
+        check(0 <= self.dropout < 1, "dropout", "a share of at least 0 and below 1")
+        if self.images == "codes":
+            check(self.patch_size == 1, "patch_size", '1 with images "codes"')
+            check(self.image_attention == "causal", "image_attention", 'causal with images "codes"')
+            check(self.codebook > 0, "codebook", 'a positive number with images "codes"')
+        else:
+            check(self.codebook == 0, "codebook", f'0 with images "{self.images}"')
+        levels = self.patch_size.bit_length()
+        fits = self.unet_channels is None or len(self.unet_channels) == levels
+        check(fits, "unet_channels", f"{levels} numbers for patch size {self.patch_size}")
 
     @property
     def head_channels(self) -> int:
@@ -70,8 +82,21 @@ class ModelConfig:
         return self.kv_heads or self.heads
 
     @property
+    def ids(self) -> int:
+        """Token ids in all: of text, and of codes behind them."""
+        return self.vocabulary + self.codebook
+
+    @property
+    def unet_levels(self) -> tuple[int, ...]:
+        return self.unet_channels or UNET_CHANNELS[self.patch_size]
+
+    @property
     def hidden_channels(self) -> int:
         return self.hidden or -(-(8 * self.width // 3) // 256) * 256
+
+    def grammar(self, tokenizer: Tokenizer) -> Grammar:
+        """How this network's sequences are laid out."""
+        return tokenizer.grammar(self.patch_size, self.vocabulary if self.images == "codes" else None)
 
 
 SIZES: dict[str, dict[str, Any]] = {

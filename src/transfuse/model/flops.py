@@ -32,7 +32,7 @@ class Parameters:
 
 def count_parameters(config: ModelConfig) -> Parameters:
     model = Transfusion.on_meta(config)
-    adapter = sum(parameter.numel() for parameter in model.patches.parameters())
+    adapter = sum(parameter.numel() for parameter in model.patches.parameters()) if model.patches is not None else 0
     return Parameters(sum(parameter.numel() for parameter in model.parameters()) - adapter, adapter)
 
 
@@ -40,6 +40,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
 def adapter_flops(config: ModelConfig, height: int, width: int) -> int:
     """Forward operations of the patch layers, both ways, for one image of `height x width` latent elements."""
     model = Transfusion.on_meta(config)
+    if model.patches is None:
+        return 0
     latents = [torch.empty(config.latent_channels, height, width, device="meta")]
     with FlopCounterMode(display=False) as counter:
         vectors, state = model.patches.encode(latents, torch.ones(1, device="meta"), torch.float32)
@@ -54,7 +56,7 @@ def forward_flops(
     heads = config.heads + 2 * config.key_heads
     block = config.width * (heads * config.head_channels + config.width + 3 * config.hidden_channels)
     trunk = config.depth * (2 * block * positions + 4 * config.width * pairs)
-    head = 2 * config.width * config.vocabulary * predictions
+    head = 2 * config.width * config.ids * predictions
     return trunk + head + sum(adapter_flops(config, *size) for size in images)
 
 

@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm of each head's vector `[N, H, D]`, with a weight and bias of its own for each head."""
+    """A LayerNorm for each of some heads, with weights and biases of its own: `norm_heads` applies it."""
 
     def __init__(self, heads: int, channels: int, eps: float) -> None:
         super().__init__()
@@ -87,9 +87,15 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads * channels))
         self.bias = nn.Parameter(torch.zeros(heads * channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (parameter.to(x.dtype).view(x.shape[1:]) for parameter in (self.weight, self.bias))
-        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), weight)
+
+def norm_heads(x: Tensor, *norms: HeadNorm) -> Tensor:
+    """LayerNorm of each head's vector of `[N, H, D]`; the norms' heads side by side are the H.
+
+    All at once, queries and keys: on CPU two smaller ones and putting them together cost half as much again.
+    """
+    weight = torch.cat([norm.weight for norm in norms]).to(x.dtype).view(x.shape[1:])
+    bias = torch.cat([norm.bias for norm in norms]).to(x.dtype).view(x.shape[1:])
+    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=norms[0].eps), weight)
 
 
 class FoldedNorm(nn.Module):

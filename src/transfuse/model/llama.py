@@ -1,7 +1,8 @@
-"""The trunk in the words of Hugging Face's Llama: same mathematics, other names, split matrices."""
+"""The trunk in the words of Hugging Face's Llama: same mathematics, other names, split matrices. No files here."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -9,13 +10,40 @@ from torch import Tensor
 from .config import ModelConfig
 from .transfusion import Transfusion
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+NUMBERS = {
+    "vocabulary": "vocab_size",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+"""our field: theirs, of those that no config.json may lack"""
+
+PLAIN: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+"""fields of theirs that, where given, must say this"""
+
+KIN = {
+    "ernie4_5": "rotates neighbouring channels",
+    "gemma": "norms of 1 + weight",
+    "granite": "multipliers",
+    "helium": "rotates neighbouring channels",
+    "hyperclovax": "multipliers",
+    "minicpm": "multipliers",
+    "smollm3": "layers without positions",
+}
+"""model types with Llama's fields and names but other mathematics: nothing else would tell that they do not fit"""
+
 
 def llama_config(config: ModelConfig) -> dict[str, Any]:
     """Arguments of `transformers.LlamaConfig` for the text side of a model. ValueError where Llama can not be it."""
     if config.qk_norm or config.norm_order != "pre":
         raise ValueError("model: expected a Llama trunk, found qk_norm or norm_order swin")
     return {
-        "vocab_size": config.vocabulary,
+        "vocab_size": config.ids,
         "hidden_size": config.width,
         "intermediate_size": config.hidden_channels,
         "num_hidden_layers": config.depth,
@@ -23,6 +51,7 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.key_heads,
         "max_position_embeddings": config.context,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # where transformers 4 looks for it
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": False,
         "attention_bias": False,
@@ -31,14 +60,40 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def trunk_fields(values: Mapping[str, Any], context: int | None = None) -> dict[str, Any]:
+    """The fields of `ModelConfig` that a Hugging Face config.json describes: `llama_config` the other way round.
+
+    context: positions asked for; theirs if not given. ValueError, one line, for what our trunk can not be.
+    """
+    kind = values.get("model_type")
+    _check(kind not in KIN, "model_type", "one with Llama's mathematics", f'"{kind}" ({KIN.get(str(kind))})')
+    for name in NUMBERS.values():
+        _check(isinstance(values.get(name), int | float), name, "a number", repr(values.get(name)))
+    for name, plain in PLAIN.items():
+        _check(values.get(name) in (None, plain), name, repr(plain), repr(values.get(name)))
+    fields = {ours: values[theirs] for ours, theirs in NUMBERS.items()}
+    fields["context"] = context or fields["context"]
+    fields["kv_heads"] = values.get("num_key_value_heads") or fields["heads"]
+    head = values.get("head_dim")
+    wanted = f"hidden_size / num_attention_heads ({fields['width']} / {fields['heads']})"
+    _check(head is None or head * fields["heads"] == fields["width"], "head_dim", wanted, head)
+    fields["rope_theta"] = _rope_theta(values)
+    _check_attention(values, fields["context"])
+    ModelConfig(images="none", **fields)
+    return fields
+
+
 def llama_weights(model: Transfusion) -> dict[str, Tensor]:
-    """The weights of embedding, trunk and head under `LlamaForCausalLM`'s names; patch layers are left out."""
+    """The weights of embedding, trunk and head under `LlamaForCausalLM`'s names; patch layers are left out.
+
+    They are views of the model's own: what is written to them is written to the model.
+    """
     config = model.config
     sizes = [config.heads * config.head_channels, *[config.key_heads * config.head_channels] * 2]
     weights = {
-        "model.embed_tokens.weight": model.embedding.weight,
+        EMBEDDING: model.embedding.weight,
         "model.norm.weight": model.trunk.norm.weight,
-        "lm_head.weight": model.head.weight,
+        HEAD: model.head.weight,
     }
     own = dict(model.trunk.named_parameters())
     for layer in range(config.depth):
@@ -56,4 +111,34 @@ def llama_weights(model: Transfusion) -> dict[str, Tensor]:
             theirs + "mlp.up_proj.weight": up,
             theirs + "mlp.down_proj.weight": own[ours + "feed_forward.down.weight"],
         }
-    return {name: weight.detach().contiguous() for name, weight in weights.items()}
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def _rope_theta(values: Mapping[str, Any]) -> float:
+    """Of either spelling: transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`."""
+    theta = values.get("rope_theta")
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = values.get(name) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        _check(kind == "default", name, 'plain rotary positions ("default")', f'"{kind}"')
+        alike = not any(isinstance(value, dict) for value in rope.values())
+        _check(alike, name, "the same rotary positions in all layers", ", ".join(rope))
+        share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1
+        _check(share == 1, "partial_rotary_factor", "1", share)
+        theta = rope.get("rope_theta", theta)
+    return float(theta or 10000)  # Llama 2's files do not say
+
+
+def _check_attention(values: Mapping[str, Any], context: int) -> None:
+    """Every layer must see all of the context."""
+    kinds = values.get("layer_types") or ["full_attention", "sliding_attention"]
+    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    if window is not None and "sliding_attention" in kinds:
+        _check(window >= context, "sliding_window", f"none, or at least the context asked for ({context})", window)
+    other = ", ".join(sorted({*kinds} - {"full_attention", "sliding_attention"}))
+    _check(not other, "layer_types", "full_attention", other)
+
+
+def _check(ok: bool, name: str, expected: str, found: Any) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, found {found}")

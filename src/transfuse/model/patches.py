@@ -159,7 +159,7 @@ class UNetPatches(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        levels = config.unet_channels
+        levels = config.unet_levels
         time = 4 * levels[0]
         self.time = TimestepEmbedding(time)
         self.first = Conv(config.latent_channels, levels[0])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import Attend
 from .config import ModelConfig
-from .layers import HeadNorm, Linear, RMSNorm, SwiGLU, rotary_table, rotate
+from .layers import HeadNorm, Linear, RMSNorm, SwiGLU, norm_heads, rotary_table, rotate
 
 
 class Block(nn.Module):
@@ -23,7 +23,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer, self.heads, self.key_heads = layer, config.heads, config.key_heads
         self.head_channels = config.head_channels
-        self.pre_norm = config.norm_order == "pre"
+        self.pre_norm, self.dropout = config.norm_order == "pre", config.dropout
         readers = (("attention_norm", "qkv"), ("feed_forward_norm", "feed_forward.gate_up"))
         self.normed = readers if self.pre_norm else ()
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
@@ -34,26 +34,33 @@ class Block(nn.Module):
         self.query_norm = HeadNorm(self.heads, self.head_channels, config.norm_eps) if config.qk_norm else None
         self.key_norm = HeadNorm(self.key_heads, self.head_channels, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, dropout: torch.Generator | None = None
+    ) -> Tensor:
         if self.pre_norm:
-            x = x + self._attention(self.attention_norm(x), rotary, attend)
-            return x + self.feed_forward(self.feed_forward_norm(x))
-        x = x + self.attention_norm(self._attention(x, rotary, attend))
-        return x + self.feed_forward_norm(self.feed_forward(x))
+            x = x + self._drop(self._attention(self.attention_norm(x), rotary, attend), dropout)
+            return x + self._drop(self.feed_forward(self.feed_forward_norm(x)), dropout)
+        x = x + self._drop(self.attention_norm(self._attention(x, rotary, attend)), dropout)
+        return x + self._drop(self.feed_forward_norm(self.feed_forward(x)), dropout)
+
+    def _drop(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None or not self.dropout:
+            return x
+        kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
+        return x * kept.div_(1 - self.dropout)
 
     def _attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         # `view` and `split_with_sizes`, not `unflatten` and `split`: those are Python, felt when one token is decoded.
         qkv = self.qkv(x).view(len(x), -1, self.head_channels)
         qk, v = qkv.split_with_sizes([self.heads + self.key_heads, self.key_heads], dim=1)
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = qk.split_with_sizes([self.heads, self.key_heads], dim=1)
-            qk = torch.cat([self.query_norm(q), self.key_norm(k)], dim=1)
+            qk = norm_heads(qk, self.query_norm, self.key_norm)
         q, k = rotate(qk, rotary).split_with_sizes([self.heads, self.key_heads], dim=1)
         return self.out(attend(self.layer, q, k, v))
 
 
 class Transformer(nn.Module):
-    """All blocks and the final norm. `x [N, C], positions [N] -> [N, C]`."""
+    """All blocks and the final norm. `x [N, C], positions [N] -> [N, C]`; `dropout` draws what is dropped."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -61,8 +68,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, dropout: torch.Generator | None = None) -> Tensor:
         rotary = rotary_table(positions, self.config.head_channels, self.config.rope_theta, x.dtype)
         for block in self.blocks:
-            x = block(x, rotary, attend)
+            x = block(x, rotary, attend, dropout)
         return self.norm(x)

@@ -3,6 +3,9 @@
 tokens --embedding--+                          +--head-----> logits        at positions whose next token is learned
                     +--> [N, C] --trunk--> [N, C]
 noised latents --patches.encode--+             +--patches.decode--> what the diffusion process asks for
+
+Without patch layers it is the paper's rival, a Chameleon (arXiv 2405.09818), whose images are tokens, or its control, a
+plain Llama: one network, one trunk, so that a comparison compares nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from .transformer import Block, Transformer
 
 @dataclass
 class Output:
-    """logits `[M, vocabulary]` for the M positions asked for; one prediction per latent, shaped as it, float32."""
+    """logits `[M, ids]` for the M positions asked for; one prediction per latent, shaped as it, float32."""
 
     logits: Tensor
     predictions: list[Tensor]
@@ -39,12 +42,12 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.compute = compute
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.patches: LinearPatches | UNetPatches = (
-            LinearPatches(config) if config.adapter == "linear" else UNetPatches(config)
-        )
+        self.embedding = nn.Embedding(config.ids, config.width)
+        self.patches: LinearPatches | UNetPatches | None = None
+        if config.images == "latents":
+            self.patches = LinearPatches(config) if config.adapter == "linear" else UNetPatches(config)
         self.trunk = Transformer(config)
-        self.head = Linear(config.width, config.vocabulary)
+        self.head = Linear(config.width, config.ids)
 
     def forward(
         self,
@@ -55,6 +58,7 @@ class Transfusion(nn.Module):
         patches: Tensor | None = None,
         latents: Sequence[Tensor] = (),
         timesteps: Tensor | None = None,
+        dropout: torch.Generator | None = None,
     ) -> Output:
         """Run a flat sequence.
 
@@ -62,18 +66,27 @@ class Transfusion(nn.Module):
         attend                      what sees what: a backend of `attention`, or an inference cache
         predict [M]                 positions to give logits for
         patches [P], latents, timesteps [I]   where the patches lie, the (noised) latents, and each image's timestep
+        dropout                     draws what is dropped, in training; None: nothing is
         """
         x = self.embedding(tokens).to(self.compute)
         state = None
-        if patches is not None and latents:
+        if latents:
+            layers = self._patch_layers()
+            assert patches is not None
             assert timesteps is not None
-            vectors, state = self.patches.encode(latents, timesteps, self.compute)
+            vectors, state = layers.encode(latents, timesteps, self.compute)
             x = vectors if len(patches) == len(tokens) else x.index_copy(0, patches, vectors)
-        x = self.trunk(x, positions, attend)
+        x = self.trunk(x, positions, attend, dropout)
         predictions = []
-        if patches is not None and latents:
-            predictions = self.patches.decode(x.index_select(0, patches), latents, state)
+        if latents:
+            assert patches is not None
+            predictions = self._patch_layers().decode(x.index_select(0, patches), latents, state)
         return Output(self.head(x.index_select(0, predict)), predictions)
+
+    def _patch_layers(self) -> LinearPatches | UNetPatches:
+        if self.patches is None:
+            raise ValueError(f'latents: expected none with model.images "{self.config.images}", found some')
+        return self.patches
 
     def initialise(self, seed: int) -> Transfusion:
         """Draw all weights from `seed`, on any device, materialised or not before. Returns self.
@@ -105,8 +118,9 @@ class Transfusion(nn.Module):
                 assert isinstance(block, Block)
                 for residual in (block.out, block.feed_forward.down):
                     residual.weight.div_(math.sqrt(2 * self.config.depth))
-            last = self.patches.leave if isinstance(self.patches, LinearPatches) else self.patches.last
-            last.weight.zero_()
+            if self.patches is not None:
+                last = self.patches.leave if isinstance(self.patches, LinearPatches) else self.patches.last
+                last.weight.zero_()
         return self
 
     @classmethod

@@ -14,7 +14,6 @@ from ..data.world import WorldConfig
 from ..diffusion import DiffusionConfig, SamplerConfig
 from ..export import GenerationConfig
 from ..model import SIZES, ModelConfig
-from ..model.config import UNET_CHANNELS
 from ..training import LoopConfig, OptimizerConfig
 from .recipe import DataConfig, Recipe
 
@@ -26,7 +25,7 @@ def paper(size: str, adapter: Literal["linear", "unet"] = "linear") -> Recipe:
     """The recipe of one of the five sizes; every number is the paper's, or fills a gap it leaves."""
     return Recipe(
         preset=size if adapter == "linear" else f"{size}-unet",
-        model=ModelConfig(**SIZES[size], adapter=adapter, unet_channels=UNET_CHANNELS[2]),
+        model=ModelConfig(**SIZES[size], adapter=adapter),
         diffusion=DiffusionConfig(),
         data=DataConfig(
             world=WorldConfig(size=256), autoencoder="kl-f8", text_share=0.5, pairs=PairConfig(), batch_size=8192

@@ -16,17 +16,20 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """Figures by name. `parameters` counts as the paper does: embeddings, blocks, head; patch layers are extra.
 
     train_flops_per_token            6 N, the paper's theoretical measure, N = parameters + adapter_parameters
-    executed_train_flops_per_image   of one caption-less image document: attention within it, logits none
+    patches_per_image                or codes
+    executed_train_flops_per_image   of one caption-less image document: attention within it, logits of codes alone
     memory_gigabytes                 weights, gradients, AdamW moments and EMA in float32, activations left out
     """
     model = recipe.model
     count = count_parameters(model)
     side = recipe.data.world.size // _factor(recipe.data.autoencoder)
-    patches = (side // model.patch_size) ** 2
-    executed = 3 * forward_flops(model, patches, patches**2, 0, [(side, side)])
-    positions = (
-        POSITIONS_PER_STEP if recipe.preset.removesuffix("-unet") in SIZES else recipe.data.batch_size * (patches + 14)
-    )
+    patches = 0 if model.images == "none" else (side // model.patch_size) ** 2
+    pairs = patches**2 if model.image_attention == "bidirectional" else patches * (patches + 1) // 2
+    codes = patches if model.images == "codes" else 0
+    executed = 3 * forward_flops(model, patches, pairs, codes, [(side, side)] if patches else [])
+    positions = recipe.data.batch_size * (patches + 14)
+    if any(part in SIZES for part in recipe.preset.split("-")):
+        positions = POSITIONS_PER_STEP // (2 if model.images == "none" else 1)  # of text alone: Table 4
     tokens = positions * recipe.loop.steps
     return {
         "preset": recipe.preset,

@@ -8,21 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
-from ..autoencoders import Autoencoder, bundled, open_autoencoder
+from ..autoencoders import Autoencoder, Coded, bundled, open_autoencoder
 from ..console import say
 from ..data import Mixture, PairConfig, ScenePairs, Source, StepLoader, Texts
 from ..data.world import World, WorldConfig, caption, glosses
 from ..diffusion import DiffusionConfig, Process
 from ..errors import UserError
 from ..export import GenerationConfig, save_export
+from ..interchange import add_markers, marker_rows, read_llama_config, start_from_llama
 from ..model import ModelConfig, Transfusion
 from ..model.flops import train_flops
-from ..sequence import Tokenizer
-from ..training import LoopConfig, ObjectiveConfig, OptimizerConfig, Trainer, TransfusionObjective
+from ..sequence import Grammar, Tokenizer
+from ..training import (
+    CheckpointFolder,
+    LoopConfig,
+    Objective,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TokenObjective,
+    Trainer,
+    TransfusionObjective,
+)
 from .autoencoders import AUTOENCODERS
 from .runs import VERSION, Device, Precision, check_split
 
@@ -35,7 +46,10 @@ class DataConfig:
     autoencoder: str = "pixels"
     """ "pixels", the name of a bundled autoencoder, or a folder with one (ours or diffusers')"""
     text_share: float = 0.5
-    """share of all positions that come from text-only documents (the paper's 1 : 1)"""
+    """share that comes from text-only documents (the paper's 1 : 1)"""
+    share_of: Literal["positions", "documents"] = "positions"
+    """positions, as in the paper: the more a picture takes, the fewer there are; documents: sample i is the same
+    document for every model, whatever its images are made of"""
     pairs: PairConfig = field(default_factory=PairConfig)
     batch_size: int = 512
     """documents per step"""
@@ -45,8 +59,8 @@ class DataConfig:
     """processes that prepare coming steps; 0: in the training process"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.text_share < 1:
-            raise ValueError(f"data.text_share: expected a share of at least 0 and below 1, found {self.text_share}")
+        if not 0 <= self.text_share <= 1:
+            raise ValueError(f"data.text_share: expected a share from 0 to 1, found {self.text_share}")
         check_split(self.batch_size, self.accumulate)
 
 
@@ -60,6 +74,10 @@ class Recipe:
     precision: Precision = "auto"
     """dtype of the residual stream; auto: bfloat16 where the processor multiplies it natively, else float32"""
     device: Device = "auto"
+    start: str = ""
+    """folder of a Llama-shaped Hugging Face model whose weights, tokenizer and shape the run starts with"""
+    start_strict: bool = True
+    """refuse weights that are missing, unexpected or of other constants; if not, what fits is taken"""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -69,33 +87,66 @@ class Recipe:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def settled(self) -> Recipe:
-        """The recipe with the channels of its autoencoder. Raises UserError where its parts do not fit together."""
+        """The recipe with the trunk it starts from and the channels, or codes, of its autoencoder.
+
+        Raises UserError where its parts do not fit.
+        """
+        return self._started()._fitted()
+
+    def _started(self) -> Recipe:
+        if not self.start:
+            return self
+        folder = Path(self.start)
+        fields = read_llama_config(folder, self.model.context)
+        ids = add_markers(folder / "tokenizer.json").vocabulary
+        model = replace(self.model, **{**fields, "vocabulary": max(fields["vocabulary"], ids)})
+        if model != self.model:
+            say(f"model: {', '.join(f'{name} {getattr(model, name)}' for name in fields)}, as {folder} has")
+        return replace(self, model=model)
+
+    def _fitted(self) -> Recipe:
         autoencoder = self.open_autoencoder()
+        if self.model.images == "none":
+            return self
         step = self.model.patch_size * autoencoder.factor
         if self.data.world.size % step:
             raise UserError(
                 f"data.world.size: expected a multiple of {step} (model.patch_size x the autoencoder's factor), "
                 f"found {self.data.world.size}"
             )
+        if isinstance(autoencoder, Coded):
+            return self._with("codebook", autoencoder.codebook_size)
         if self.diffusion.clip_x0 is not None and self.data.autoencoder != "pixels":
             raise UserError(
                 f'diffusion.clip_x0: expected None with the autoencoder "{self.data.autoencoder}", whose latents have '
                 f"deviation 1 and go beyond, found {self.diffusion.clip_x0}"
             )
-        if self.model.latent_channels == autoencoder.channels:
+        return self._with("latent_channels", autoencoder.channels)
+
+    def _with(self, name: str, value: int) -> Recipe:
+        """With a number of the model's as the autoencoder has it."""
+        if getattr(self.model, name) == value:
             return self
-        say(f"model.latent_channels: {autoencoder.channels}, as the autoencoder {self.data.autoencoder} has")
-        return replace(self, model=replace(self.model, latent_channels=autoencoder.channels))
+        say(f"model.{name}: {value}, as the autoencoder {self.data.autoencoder} has")
+        model = replace(self.model, **{name: value})  # type: ignore[arg-type]
+        return replace(self, model=model)
 
     def open_autoencoder(self) -> Autoencoder:
-        """The autoencoder of the run. Raises UserError where there is none of that name."""
+        """The autoencoder of the run, one of codes for a Chameleon. Raises UserError where there is none of that name,
+        or none with a codebook."""
         name = self.data.autoencoder
         if name in AUTOENCODERS and name not in bundled():
             raise UserError(
                 f'data.autoencoder: "{name}" is a preset, to be trained first (transfuse autoencoder train {name}); '
                 "then give its export folder"
             )
-        return open_autoencoder(name)
+        autoencoder = open_autoencoder(name)
+        if self.model.images != "codes":
+            return autoencoder
+        try:
+            return Coded(autoencoder)
+        except ValueError as error:
+            raise UserError(f"data.{error}") from None
 
 
 def captions(config: WorldConfig, count: int) -> list[str]:
@@ -112,25 +163,29 @@ def build_trainer(
     recipe: Recipe, folder: Path, sample: Callable[[nn.Module, Path], None] | None = None
 ) -> tuple[Trainer, Tokenizer]:
     """Put model, data, objective and loop together for a resolved recipe. Raises UserError where they do not fit."""
-    autoencoder = recipe.open_autoencoder()
     path = folder / "tokenizer.json"
     if not path.exists():
-        train_tokenizer(recipe).save(path)
+        tokenizer = add_markers(Path(recipe.start) / "tokenizer.json") if recipe.start else train_tokenizer(recipe)
+        tokenizer.save(path)
     tokenizer = Tokenizer.load(path)
-    grammar = tokenizer.grammar(recipe.model.patch_size)
-    sources: list[Source] = [
-        ScenePairs(World(recipe.data.world), tokenizer, autoencoder, recipe.data.pairs, recipe.seed),
-        Texts(glosses("train"), tokenizer, recipe.seed),
-    ]
-    shares = [1 - recipe.data.text_share, recipe.data.text_share]
-    mixture = Mixture(sources, shares, grammar)
+    grammar = recipe.model.grammar(tokenizer)
     data = recipe.data
     loader = StepLoader(
-        mixture.document, grammar, data.batch_size, data.accumulate, recipe.model.image_attention, data.workers
+        _mixture(recipe, tokenizer, grammar).document,
+        grammar,
+        data.batch_size,
+        data.accumulate,
+        recipe.model.image_attention,
+        data.workers,
     )
     dtype = torch.float32 if recipe.precision == "float32" else torch.bfloat16
     model = Transfusion.on_meta(recipe.model, compute=dtype).to_empty(device=recipe.device).initialise(recipe.seed)
-    objective = TransfusionObjective(recipe.objective, Process(recipe.diffusion), recipe.seed)
+    if recipe.start and not CheckpointFolder(folder / "checkpoints", recipe.loop.keep).complete():
+        start = Path(recipe.start)
+        say(f"{start}: {start_from_llama(model, start, recipe.start_strict, marker_rows(start, tokenizer))}")
+    objective: Objective = TokenObjective(recipe.objective, recipe.seed)
+    if recipe.model.images == "latents":
+        objective = TransfusionObjective(recipe.objective, Process(recipe.diffusion), recipe.seed)
     trainer = Trainer(
         model,
         objective,
@@ -142,6 +197,19 @@ def build_trainer(
         sample=sample,
     )
     return trainer, tokenizer
+
+
+def _mixture(recipe: Recipe, tokenizer: Tokenizer, grammar: Grammar) -> Mixture:
+    """The stream of a run: pairs and texts. A text-only model leaves the pairs out."""
+    data = recipe.data
+    texts = Texts(glosses("train"), tokenizer, recipe.seed)
+    if data.text_share == 1 or (recipe.model.images == "none" and data.share_of == "positions"):
+        return Mixture([texts], [1.0], None)
+    pairs: Source | None = None
+    if recipe.model.images != "none":
+        pairs = ScenePairs(World(data.world), tokenizer, recipe.open_autoencoder(), data.pairs, recipe.seed)
+    shares = [1 - data.text_share, data.text_share]
+    return Mixture([pairs, texts], shares, grammar if data.share_of == "positions" else None)
 
 
 def export_run(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: Path) -> Path:

@@ -27,14 +27,20 @@ class Text:
 class Image:
     """A picture, as the latent an autoencoder gives.
 
-    latent        `[channel, row, column]`, float; rows and columns must be multiples of the patch size.
-    target        True: it is noised and the diffusion loss falls on it. False: context, seen clean at timestep 0.
+    latent        `[channel, row, column]`, float, to be cut into patches: rows and columns must be multiples of the
+                  patch size. Or codes of a VQ autoencoder, int64 `[row, column]`: each becomes a token (Chameleon).
+    target        True: it is learned, by the diffusion loss (and noised for it) or as tokens. False: context, clean.
     max_timestep  the largest timestep drawn for it in training (Transfusion section 4.3.4); None: no cap.
     """
 
     latent: torch.Tensor
     target: bool = True
     max_timestep: int | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether it is made of codes."""
+        return not self.latent.is_floating_point()
 
 
 Part = Text | Image
@@ -46,7 +52,7 @@ class Document:
 
     sample   the data set's own number for it; with the run's seed it fixes the noise its images receive.
     closed   True: it ends with the end-of-sequence token. False: it is a prompt and stays open.
-    predict  False: no token of it is learned, not even the markers (the caption-dropped sample of guidance).
+    predict  False: no text of it is learned, not even the markers (the caption-dropped sample of guidance).
     """
 
     parts: Sequence[Part]
@@ -61,7 +67,7 @@ class Document:
 
 
 def unconditional(document: Document) -> Document:
-    """The same document with everything before its last image taken away, and none of its tokens learned.
+    """The same document with everything before its last image taken away, and none of its text learned.
 
     Training's caption drop and sampling's null branch are both this function, so the two can not drift apart:
     what guidance subtracts is exactly what the model was shown without a caption.

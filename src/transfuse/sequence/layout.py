@@ -11,6 +11,9 @@ A document `[Text("a crab"), Image(2x2 patches)]` becomes these positions:
 
 BOI is a target like any token: the model itself decides when to draw. From BOI and from patches nothing is predicted;
 EOI is put there by the sampler, so it is never a target. Patches run row by row, left to right.
+
+In a Chameleon (arXiv 2405.09818) an image is codes, and they are tokens like any other: `token` holds `first_code` plus
+the code, and each is predicted from the position before it, the first from BOI. All else stays the same, EOI included.
 """
 
 from __future__ import annotations
@@ -24,16 +27,23 @@ from .document import Document, Image, Text
 
 @dataclass(frozen=True)
 class Grammar:
-    """What `lay_out` must know: the ids of the four special tokens and the side of a patch in latent elements."""
+    """What `lay_out` must know: the ids of the four special tokens, the side of a patch in latent elements, and the id
+    of code 0 where images are codes (None where they are patches)."""
 
     bos: int
     eos: int
     boi: int
     eoi: int
     patch_size: int
+    first_code: int | None = None
 
     def grid(self, image: Image) -> tuple[int, int]:
-        """Rows and columns of patches. Raises ValueError where the latent does not divide into patches."""
+        """Rows and columns of patches. Raises ValueError where the latent does not divide into patches, or where codes
+        were expected and a latent was found, or the other way round."""
+        shape = tuple(image.latent.shape)
+        if image.coded != (self.first_code is not None) or len(shape) != (2 if image.coded else 3):
+            expected = "latent [channel, row, column] of floats" if self.first_code is None else "codes [row, column]"
+            raise ValueError(f"image: expected {expected}, found {image.latent.dtype} {shape}")
         height, width = image.latent.shape[-2:]
         if height % self.patch_size or width % self.patch_size or not height * width:
             raise ValueError(
@@ -65,7 +75,7 @@ class Span:
 class Layout:
     """A document, position by position. All arrays are `[position]`.
 
-    token     token id; 0 at patches, where it means nothing
+    token     token id; 0 at patches, where it means nothing; `first_code` and up at codes
     rotary    position number for the rotary embedding, from 0 in each document
     document  number of the document
     image     number of the image, -1 for text
@@ -99,24 +109,26 @@ def lay_out(document: Document, grammar: Grammar) -> Layout:
     for part in document.parts:
         if isinstance(part, Text):
             token.extend(part.ids)
-            learned.extend([part.predict] * len(part.ids))
+            learned.extend([part.predict and document.predict] * len(part.ids))
             image_at.extend([-1] * len(part.ids))
         else:
             rows, columns = grammar.grid(part)
             span = Span(len(token) + 1, rows, columns, part)
-            token.extend([grammar.boi, *[0] * span.patches, grammar.eoi])
-            learned.extend([True, *[False] * (span.patches + 1)])
+            codes = [0] * span.patches
+            if grammar.first_code is not None:
+                codes = (part.latent.flatten() + grammar.first_code).tolist()
+            token.extend([grammar.boi, *codes, grammar.eoi])
+            learned.extend([document.predict, *[part.coded and part.target] * span.patches, False])
             image_at.extend([-1, *[len(spans)] * span.patches, -1])
             spans.append(span)
     if document.closed:
         token.append(grammar.eos)
-        learned.append(True)
+        learned.append(document.predict)
         image_at.append(-1)
     length = len(token)
     predict = np.zeros(length, dtype=bool)
-    if document.predict:
-        # EOI and the first patch are never targets, so nothing is predicted from a patch or from BOI.
-        predict[:-1] = learned[1:]
+    # EOI and patches are never targets, so nothing is predicted from a patch, or from BOI before one.
+    predict[:-1] = learned[1:]
     return Layout(
         token=np.asarray(token, dtype=np.int64),
         rotary=np.arange(length, dtype=np.int64),

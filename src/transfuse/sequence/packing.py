@@ -53,7 +53,9 @@ class Batch:
     samples              the data set's number of each document, without the idle one
     patches [P]          positions of the patches, image after image, row by row
     predict [M], targets [M]   positions whose next token is learned, and that token
-    latents              one `[channel, row, column]` per image, clean; sizes may differ
+    coded [M] bool       which of the targets are codes of images
+    image_targets        images that are learned, by either loss
+    latents              one `[channel, row, column]` per image, clean; sizes may differ; none where images are codes
     denoise [I] bool     which images are targets of the diffusion loss
     max_timestep [I]     the largest timestep drawn for each; 0 means no cap
     keys                 (sample, number of the image in its document) per image: with the seed, they fix the noise
@@ -69,6 +71,8 @@ class Batch:
     patches: torch.Tensor
     predict: torch.Tensor
     targets: torch.Tensor
+    coded: torch.Tensor
+    image_targets: int
     latents: tuple[torch.Tensor, ...]
     denoise: torch.Tensor
     max_timestep: torch.Tensor
@@ -80,15 +84,11 @@ class Batch:
         return len(self.tokens)
 
     @property
-    def image_targets(self) -> int:
-        return int(self.denoise.sum())
-
-    @property
     def quantities(self) -> dict[str, int]:
-        """What a run counts: positions without the idle ones, text targets, images that are drawn."""
+        """What a run counts: positions without the idle ones, text targets, images that are learned."""
         return {
             "positions": self.positions - self.idle,
-            "text_targets": len(self.targets),
+            "text_targets": len(self.targets) - int(self.coded.sum()),
             "images": self.image_targets,
         }
 
@@ -120,8 +120,13 @@ def collate(
     packed = concatenate(layouts)
     see = visible(packed, image_attention)
     predict = np.flatnonzero(packed.predict)
-    keys = [(layout.samples[0], number) for layout in layouts for number in range(len(layout.spans))]
-    images = [span.image for span in packed.spans]
+    keys = [
+        (layout.samples[0], number)
+        for layout in layouts
+        for number, span in enumerate(layout.spans)
+        if not span.image.coded
+    ]
+    images = [span.image for span in packed.spans if not span.image.coded]
     return Batch(
         tokens=torch.from_numpy(packed.token),
         rotary=torch.from_numpy(packed.rotary),
@@ -129,9 +134,11 @@ def collate(
         end=torch.from_numpy(see.end),
         documents=tuple(len(layout) for layout in layouts),
         samples=packed.samples[: len(documents)],
-        patches=torch.from_numpy(np.flatnonzero(packed.image >= 0)),
+        patches=torch.from_numpy(np.flatnonzero((packed.image >= 0) & (grammar.first_code is None))),
         predict=torch.from_numpy(predict),
         targets=torch.from_numpy(packed.token[predict + 1]),
+        coded=torch.from_numpy(packed.image[predict + 1] >= 0),
+        image_targets=sum(span.image.target for span in packed.spans),
         latents=tuple(image.latent for image in images),
         denoise=torch.tensor([image.target for image in images], dtype=torch.bool),
         max_timestep=torch.tensor([image.max_timestep or 0 for image in images], dtype=torch.int64),

@@ -70,8 +70,8 @@ class Tokenizer:
     def vocabulary(self) -> int:
         return self.backend.get_vocab_size()
 
-    def grammar(self, patch_size: int) -> Grammar:
-        return Grammar(self.bos, self.eos, self.boi, self.eoi, patch_size)
+    def grammar(self, patch_size: int, first_code: int | None = None) -> Grammar:
+        return Grammar(self.bos, self.eos, self.boi, self.eoi, patch_size, first_code)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of plain text. A marker named in it is plain characters, so that a prompt can not inject one."""

@@ -33,9 +33,8 @@ from ..evaluation import (
     caption_accuracy,
     draw_accuracy,
     held_out_scenes,
+    keep_recogniser,
     perplexity,
-    recogniser_identity,
-    train_recogniser,
 )
 from ..evaluation.recogniser import STEPS as RECOGNISER_STEPS
 from ..inference import ImageEnd, ImageProgress, Reply, TransfusionPipeline
@@ -84,7 +83,9 @@ def run_demo(
     if written.is_file() and page.is_file() and written.stat().st_mtime >= export.stat().st_mtime:
         say(f"{page}: everything is done already; open it in a browser")
         return 0, read_json(written)
-    recogniser = _recogniser(recipe, folder, effort.recogniser_steps)
+    recogniser = keep_recogniser(
+        folder / "recogniser.safetensors", recipe.data.world, effort.recogniser_steps, recipe.seed
+    )
     began = time.monotonic()
     pipe = TransfusionPipeline.from_pretrained(folder / "export", device=recipe.device)
     report, exhibits = measure(pipe, recipe, recogniser, effort)
@@ -159,18 +160,6 @@ def fit(recipe: Recipe, minutes: float) -> Recipe:
     steps = max(1, min(recipe.loop.steps, int(SAFETY * minutes * 60 / pace)))
     say(f"demo: {pace * 1000:.0f} ms a step here: {steps} steps, about {steps * pace / 60:.1f} minutes")
     return replace(recipe, loop=replace(recipe.loop, steps=steps, max_seconds=minutes * 60))
-
-
-def _recogniser(recipe: Recipe, folder: Path, steps: int) -> Recogniser:
-    """The saved recogniser where it fits, else a new one."""
-    path = folder / "recogniser.safetensors"
-    if path.is_file():
-        saved = Recogniser.load(path)
-        if saved.identity == recogniser_identity(recipe.data.world, steps, recipe.seed):
-            return saved
-    recogniser = train_recogniser(recipe.data.world, steps, recipe.seed)
-    recogniser.save(path)
-    return recogniser
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

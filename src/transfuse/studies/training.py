@@ -30,7 +30,8 @@ def train_run(recipe: Recipe, folder: Path) -> Trained:
     """
     recipe = open_run(recipe, folder)
     trainer, tokenizer = build_trainer(recipe, folder)
-    trainer.sample = sample_grid(recipe, tokenizer)
+    if recipe.model.images != "none":
+        trainer.sample = sample_grid(recipe, tokenizer)
     if trainer.restore():
         say(f"{folder}: going on from step {trainer.step}")
     outcome = trainer.run()

@@ -4,7 +4,7 @@ from .checkpoint import Checkpoint, CheckpointFolder
 from .ema import EMA
 from .loop import DivergedError, LoopConfig, Trainer
 from .metrics import read_metrics
-from .objective import Objective, ObjectiveConfig, Sums, TransfusionObjective
+from .objective import Objective, ObjectiveConfig, Sums, TokenObjective, TransfusionObjective
 from .optimizer import OptimizerConfig, build_optimizer, learning_rate
 from .signals import RESUMABLE
 
@@ -20,6 +20,7 @@ __all__ = [
     "OptimizerConfig",
     "Sums",
     "Trainer",
+    "TokenObjective",
     "TransfusionObjective",
     "build_optimizer",
     "learning_rate",

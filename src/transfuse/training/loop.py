@@ -169,7 +169,7 @@ class Trainer:
             for name, value in self.totals.items()
             if name != "seconds"
         }
-        return {"step": self.step, **means, **{n: v for n, v in self.totals.items() if n != "flops"}, **rates}
+        return {"step": self.step, **means, **self.totals, **rates}
 
     def _diverged(self, batches: Sequence[StepBatch], summed: Tensor, norm: Tensor) -> None:
         offenders = sorted({sample for batch in batches for sample in self.objective.offenders(self.model, batch)})

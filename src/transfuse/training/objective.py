@@ -1,5 +1,6 @@
 """What is minimised: `L = L_LM + lambda * L_DDPM` (Transfusion section 3.1), each a mean over its own targets.
 
+The rival and the control minimise the next-token loss alone, over text and codes alike (Chameleon) or text (Llama).
 An objective gives *sums* and *counts*; the loop divides by counts taken over the whole step (all micro-batches, all
 ranks), so that splitting a step never changes its loss.
 """
@@ -79,14 +80,87 @@ class Noised:
 
 
 @dataclass
-class Losses:
-    """Cross-entropy of each text target `[M]`, mean squared error of each image `[I]`, its timestep `[I]`; and z `[M]`,
-    the squared logarithm of the softmax's denominator, where it has a weight."""
+class TokenLosses:
+    """Cross-entropy of each target `[M]`, and z `[M]`, the squared logarithm of the softmax's denominator, where it has
+    a weight."""
 
-    text: Tensor
+    entropy: Tensor
+    z: Tensor | None
+
+
+class TokenObjective:
+    """Plain next-token loss: cross-entropy summed over all targets, text and codes of one joint vocabulary.
+
+    The softmax is over the whole vocabulary at every position, as in Chameleon: text competes with codes.
+    """
+
+    names: tuple[str, ...] = ("tokens",)
+    weights: tuple[float, ...] = (1.0,)
+
+    def __init__(self, config: ObjectiveConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        if config.z_weight:
+            self.names, self.weights = (*self.names, "z"), (*self.weights, config.z_weight)
+
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        return (len(batch.targets),) * len(self.names)
+
+    def sums(self, model: nn.Module, batch: Batch) -> Sums:
+        """Forward pass, and losses summed over the batch's own targets; text and codes apart among the details."""
+        found = self._losses(model, batch)
+        terms = [found.entropy.sum()] if found.z is None else [found.entropy.sum(), found.z.sum()]
+        entropy, coded = found.entropy.detach(), batch.coded
+        details = {
+            name: (float(entropy[chosen].sum()), float(chosen.sum()))
+            for name, chosen in (("text", ~coded), ("codes", coded))
+            if bool(chosen.any())
+        }
+        return Sums(torch.stack(terms), details)
+
+    @torch.no_grad()
+    def offenders(self, model: nn.Module, batch: Batch) -> list[int]:
+        """Samples whose own loss is not finite."""
+        return _documents_of(batch, ~self._losses(model, batch).entropy.isfinite())
+
+    def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
+        """Nothing to do."""
+
+    def _losses(self, model: nn.Module, batch: Batch) -> TokenLosses:
+        assert isinstance(model, Transfusion)
+        attend, dropout = for_batch(batch, model.compute), _dropout(model, self.seed, batch)
+        output = model(batch.tokens, batch.rotary, attend, batch.predict, dropout=dropout)
+        return _token_losses(output.logits, batch, self.config)
+
+
+def _token_losses(logits: Tensor, batch: Batch, config: ObjectiveConfig) -> TokenLosses:
+    logits = logits.float()
+    if not config.z_weight:
+        return TokenLosses(F.cross_entropy(logits, batch.targets, reduction="none"), None)
+    denominator = logits.logsumexp(-1)  # once, for both: the logits are the largest thing of a step
+    return TokenLosses(denominator - logits.gather(-1, batch.targets[:, None])[:, 0], denominator.square())
+
+
+def _documents_of(batch: Batch, targets: Tensor) -> list[int]:
+    """Sample numbers of the documents in which chosen targets `[M]` bool lie."""
+    bounds = torch.tensor(batch.documents).cumsum(0)
+    documents = torch.bucketize(batch.predict.cpu()[targets.cpu()], bounds, right=True)
+    return [batch.samples[document] for document in documents.tolist()]
+
+
+def _dropout(model: Transfusion, seed: int, batch: Batch) -> torch.Generator | None:
+    """What draws dropped elements: by the batch's first sample, so that a resumed run drops the same."""
+    if not model.config.dropout:
+        return None
+    return keyed(seed, "dropout", batch.samples[0], device=batch.tokens.device)
+
+
+@dataclass
+class Losses:
+    """Those of tokens, mean squared error of each image `[I]`, its timestep `[I]`."""
+
+    tokens: TokenLosses
     image: Tensor
     timesteps: Tensor
-    z: Tensor | None
 
 
 class TransfusionObjective:
@@ -133,19 +207,17 @@ class TransfusionObjective:
         """Forward pass, and both losses summed over the batch's own targets."""
         found = self._losses(model, batch)
         weighted = (found.image * self.process.weight(found.timesteps).to(found.image))[batch.denoise]
-        terms = [found.text.sum(), weighted.sum()]
-        if found.z is not None:
-            terms.append(found.z.sum())
+        terms = [found.tokens.entropy.sum(), weighted.sum()]
+        if found.tokens.z is not None:
+            terms.append(found.tokens.z.sum())
         return Sums(torch.stack(terms), self._bins(found.image.detach(), found.timesteps, batch))
 
     @torch.no_grad()
     def offenders(self, model: nn.Module, batch: Batch) -> list[int]:
         """Samples whose own loss is not finite."""
         found = self._losses(model, batch)
-        bounds = torch.tensor(batch.documents).cumsum(0)
-        documents = torch.bucketize(batch.predict.cpu()[~found.text.isfinite().cpu()], bounds, right=True)
         images = torch.nonzero(~found.image.isfinite() & batch.denoise).flatten()
-        return [batch.samples[d] for d in documents.tolist()] + [batch.keys[i][0] for i in images.tolist()]
+        return _documents_of(batch, ~found.tokens.entropy.isfinite()) + [batch.keys[i][0] for i in images.tolist()]
 
     def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
         """Nothing to do."""
@@ -161,11 +233,10 @@ class TransfusionObjective:
             batch.patches,
             noised.latents,
             noised.timesteps.to(batch.tokens.device),
+            _dropout(model, self.seed, batch),
         )
-        logits = output.logits.float()
-        text = F.cross_entropy(logits, batch.targets, reduction="none")
-        z = logits.logsumexp(-1).square() if self.config.z_weight else None
-        return Losses(text, self._errors(output.predictions, noised, batch.tokens.device), noised.timesteps, z)
+        errors = self._errors(output.predictions, noised, batch.tokens.device)
+        return Losses(_token_losses(output.logits, batch, self.config), errors, noised.timesteps)
 
     def _errors(self, predictions: list[Tensor], noised: Noised, device: torch.device) -> Tensor:
         """Mean squared error of each image `[I]`."""

@@ -1,0 +1,91 @@
+"""What is asked of the engine, and what it tells while it works: plain, typed data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..diffusion import SamplerConfig
+from ..sequence import Document
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to go on with.
+
+    document         the prompt: an open document
+    draw             "auto": the model decides (BOI is sampled); "force": an image comes first; "never": text only
+    max_tokens       most text tokens to write; max_images: most images to draw
+    size             pixels (rows, columns) of an image it draws
+    guidance_scale   how far a drawing is pushed towards the prompt; 1: not at all
+    image_guidance_scale   the same towards the images before it alone, the rest then being the words' own
+                     (`guidance.guide`); None: words and images are one condition
+    temperature      0 is greedy; top_p keeps the likeliest tokens that make up this much probability
+    code_temperature, code_top_p   the same for the codes of images, where the model draws by codes
+    previews         give the predicted clean latent with each ImageProgress
+    """
+
+    document: Document
+    draw: str = "auto"
+    max_tokens: int = 64
+    max_images: int = 1
+    size: tuple[int, int] = (32, 32)
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=25))
+    guidance_scale: float = 3.0
+    image_guidance_scale: float | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    code_temperature: float = 1.0
+    code_top_p: float = 1.0
+    seed: int = 0
+    previews: bool = False
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """One token the row has written, and the text it completes: empty where a character takes several tokens."""
+
+    row: int
+    text: str
+    token: int
+
+
+@dataclass(frozen=True)
+class ImageStart:
+    row: int
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class ImageProgress:
+    """`step` of `total` denoising steps done, or codes chosen; preview: predicted clean latent, if asked for."""
+
+    row: int
+    number: int
+    step: int
+    total: int
+    preview: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEnd:
+    """The finished latent `[channel, row, column]`, or codes int64 `[row, column]`."""
+
+    row: int
+    number: int
+    latent: Tensor
+
+
+@dataclass(frozen=True)
+class Done:
+    """The row has ended: reason is "stop" (end of sequence), "length" (max_tokens or context) or "images"."""
+
+    row: int
+    reason: str
+    text_tokens: int
+    images: int
+    network_evaluations: int
+
+
+Event = TextDelta | ImageStart | ImageProgress | ImageEnd | Done

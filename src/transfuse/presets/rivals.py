@@ -1,0 +1,120 @@
+"""Transfusion, its rival Chameleon, and the text-only Llama between them: equal trunk, equal data, equal compute.
+
+Table 4 of the paper takes the one apart into the other, and each row is a preset, here for 32 pixels and two cores; the
+same names with a size of the paper in front (`chameleon-0.76b`) are the paper's own runs.
+
+    llama-32           text only
+    transfusion-32     + diffusion
+    llama-32-stable    text only + Chameleon's stability set
+    chameleon-32       + LM loss on image tokens
+
+With `share_of="documents"` sample i is the same for all four: the same words and the same picture, in the same order;
+the text-only ones leave the pictures out. `transfuse study rivals` gives each the same 6 N D and measures them alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..diffusion import DiffusionConfig, SamplerConfig
+from ..export import GenerationConfig
+from ..training import OptimizerConfig
+from .demo import demo
+from .paper import paper
+from .recipe import Recipe
+
+STABILITY: dict[str, Any] = {"qk_norm": True, "norm_order": "swin"}
+"""of the network; the z-loss and AdamW's settings go with it (`stable`)"""
+PAPER_RATE = 1 / 3
+"""of Transfusion's learning rate that its Chameleon takes"""
+
+
+def stable(recipe: Recipe, rate: float = 1.0) -> Recipe:
+    """With Chameleon's stability set (section 2.3 of its paper, as far as Transfusion's baseline has it).
+
+    QK-norm, norms of what is added, z-loss 1e-5, AdamW's eps 1e-5; no dropout. The paper's runs also take a third of
+    the learning rate (`rate`), 1e-4 for 3e-4; small ones learn better without (after 250 steps of `chameleon-32`
+    cross-entropy of codes 3.92, with it 4.27), and a rival should be at its best.
+    """
+    optimizer = recipe.optimizer
+    return replace(
+        recipe,
+        model=replace(recipe.model, **STABILITY),
+        objective=replace(recipe.objective, z_weight=1e-5),
+        optimizer=replace(
+            optimizer,
+            eps=1e-5,
+            learning_rate=optimizer.learning_rate * rate,
+            final_learning_rate=optimizer.final_learning_rate * rate,
+        ),
+    )
+
+
+def text_only(recipe: Recipe) -> Recipe:
+    """Without pictures: those samples are left out of the steps, or, where shares are of positions, of the data."""
+    data = replace(recipe.data, autoencoder="pixels")
+    return replace(recipe, model=replace(recipe.model, images="none", latent_channels=3), data=data)
+
+
+def by_codes(recipe: Recipe, autoencoder: str, codebook: int, rate: float = 1.0) -> Recipe:
+    """A Chameleon: pictures are codes of a VQ autoencoder, in the vocabulary, under the next-token loss."""
+    model = replace(
+        recipe.model,
+        images="codes",
+        codebook=codebook,
+        patch_size=1,
+        image_attention="causal",
+        patch_positions="none",
+    )
+    return replace(
+        stable(recipe), model=replace(model, **STABILITY), data=replace(recipe.data, autoencoder=autoencoder)
+    )
+
+
+def transfusion_32() -> Recipe:
+    """The demo's world through the bundled KL-VAE: 16 patches of 2 x 2 of 8 x 8 x 8 latents, v prediction, lambda 5.
+
+    A quarter of the positions a Chameleon spends on the same picture, as in the paper.
+    """
+    base = demo()
+    return replace(
+        base,
+        preset="transfusion-32",
+        model=replace(base.model, patch_size=2, latent_channels=8, patch_positions="none"),
+        diffusion=DiffusionConfig(prediction="v"),
+        data=replace(base.data, autoencoder="kl-f4-small", share_of="documents", text_share=0.1),
+        objective=replace(base.objective, image_weight=5.0),
+        optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=2e-5, warmup=100, weight_decay=0.05),
+        loop=replace(base.loop, checkpoint_every=200),
+        generation=GenerationConfig(SamplerConfig("ddim", steps=25), guidance_scale=3.0),
+    )
+
+
+def chameleon_32() -> Recipe:
+    """The same, 64 codes of the bundled VQ-VAE a picture (1,024 of them), drawn at temperature 1."""
+    return replace(by_codes(transfusion_32(), "vq-f4-small", 1024), preset="chameleon-32")
+
+
+def llama_32() -> Recipe:
+    """The same texts, no pictures."""
+    return replace(text_only(transfusion_32()), preset="llama-32")
+
+
+def llama_32_stable() -> Recipe:
+    """The same with Chameleon's stability set."""
+    return replace(stable(llama_32()), preset="llama-32-stable")
+
+
+def paper_chameleon(size: str) -> Recipe:
+    """The paper's re-trained Chameleon: 1,024 codes of 16,384 a picture; `transfuse autoencoder train vq-f8` first."""
+    recipe = by_codes(paper(size), "vq-f8", 16384, PAPER_RATE)
+    return replace(
+        recipe, preset=f"chameleon-{size}", data=replace(recipe.data, batch_size=recipe.data.batch_size // 4)
+    )
+
+
+def paper_llama(size: str, stability: bool = False) -> Recipe:
+    """The first row of Table 4, or its third."""
+    recipe = text_only(paper(size))
+    return replace(stable(recipe, PAPER_RATE) if stability else recipe, preset=f"llama-{size}" + "-stable" * stability)

@@ -1,0 +1,142 @@
+"""With codes for images our network is Chameleon: the same weights give the same logits as transformers' own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import randomised, tiny
+from torch.nn import functional as F
+
+from transfuse.model import ModelConfig, Transfusion, dense, for_batch
+from transfuse.model.chameleon import chameleon_config, chameleon_weights
+from transfuse.model.layers import HeadNorm
+from transfuse.sequence import Document, Grammar, Image, Text, collate
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY, CODEBOOK = 64, 120
+BOS, EOS, BOI, EOI = 0, 1, 2, 3
+GRAMMAR = Grammar(BOS, EOS, BOI, EOI, patch_size=1, first_code=VOCABULARY)
+VARIANTS = [
+    {"norm_order": "pre"},
+    {"norm_order": "swin"},
+    {"norm_order": "pre", "kv_heads": 2, "rope_theta": 500000.0},
+    {"norm_order": "swin", "kv_heads": 1, "hidden": 160, "rope_theta": 100.0},
+]
+
+
+def settings(**changes: object) -> ModelConfig:
+    return tiny(
+        **{
+            "images": "codes",
+            "vocabulary": VOCABULARY,
+            "codebook": CODEBOOK,
+            "patch_size": 1,
+            "unet_channels": None,
+            "image_attention": "causal",
+            "qk_norm": True,
+            **changes,
+        }
+    )
+
+
+def both(config: ModelConfig):
+    """Ours, whose norms of queries and keys differ much from head to head, and theirs with the same weights."""
+    ours = randomised(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(2)
+    for norm in ours.modules():
+        if isinstance(norm, HeadNorm):
+            for parameter in norm.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.5)
+    theirs = transformers.ChameleonForConditionalGeneration(transformers.ChameleonConfig(**chameleon_config(config)))
+    result = theirs.load_state_dict(chameleon_weights(ours), strict=False)
+    assert not result.unexpected_keys
+    assert all(name.startswith("model.vqmodel.") for name in result.missing_keys)
+    assert theirs.config.swin_norm == (config.norm_order == "swin")
+    return ours, theirs.eval().requires_grad_(False)
+
+
+def causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)
+
+
+def assert_same(ours: torch.Tensor, theirs, tokens: torch.Tensor) -> None:
+    """Logits of text as theirs come out; all logits, of codes too, as their head gives them before it hides some."""
+    hidden = theirs.model(tokens[None]).last_hidden_state[0]
+    expected = theirs.lm_head(hidden)
+    given = theirs(tokens[None]).logits[0]
+    for part in (expected[:, :VOCABULARY], expected[:, VOCABULARY:]):
+        assert not part.numel() or part.std() > 0.1
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours[:, :VOCABULARY], given[:, :VOCABULARY], atol=1e-4, rtol=1e-4)
+    assert (given[:, VOCABULARY:] == torch.finfo(given.dtype).min).all()
+
+
+def mixed_ids() -> torch.Tensor:
+    codes = torch.randint(CODEBOOK, (24,), generator=torch.Generator().manual_seed(0)) + VOCABULARY
+    return torch.tensor([BOS, *range(4, 30), BOI, *codes.tolist(), EOI, *range(60, 20, -3), EOS])
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_logits_equal_chameleon(variant) -> None:
+    ours, theirs = both(settings(**variant))
+    tokens = mixed_ids()
+    every = torch.arange(len(tokens))
+    assert_same(ours(tokens, every, causal, every).logits, theirs, tokens)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("backend", ["dense", "grouped"])
+def test_packed_documents_equal_chameleon_on_each_alone(variant, backend) -> None:
+    ours, theirs = both(settings(**variant))
+    alone = mixed_ids()
+    codes = (alone[28:52] - VOCABULARY).view(4, 6)
+    documents = [
+        Document([Text(tuple(range(40, 60)))]),
+        Document([Text(tuple(range(4, 30))), Image(codes), Text(tuple(range(60, 20, -3)))]),
+        Document([Image(codes[:2]), Image(codes[2:, :3]), Text((9, 8, 7))]),
+    ]
+    batch = collate(documents, GRAMMAR, "causal", multiple=16)
+    attend = dense(batch) if backend == "dense" else for_batch(batch, torch.float32)
+    logits = ours(batch.tokens, batch.rotary, attend, torch.arange(batch.positions)).logits
+    runs = list(zip(logits.split(batch.documents), batch.tokens.split(batch.documents), strict=True))
+    assert torch.equal(runs[1][1], alone)
+    for found, tokens in runs[: len(documents)]:
+        assert_same(found, theirs, tokens)
+
+
+def test_text_alone() -> None:
+    ours, theirs = both(settings(images="none", codebook=0))
+    tokens = torch.arange(4, VOCABULARY)
+    every = torch.arange(len(tokens))
+    assert_same(ours(tokens, every, causal, every).logits, theirs, tokens)
+
+
+def test_their_names_of_codes() -> None:
+    """They take the ids of codes for what we do, none more, none less, in order."""
+    _, theirs = both(settings())
+    found = theirs.model.vocabulary_mapping
+    assert found.bpe2img == {VOCABULARY + code: code for code in range(CODEBOOK)}
+    assert found.image_token_id == theirs.config.image_token_id == BOI
+    picture = torch.arange(CODEBOOK)
+    assert torch.equal(found.convert_img2bpe(picture), (picture + VOCABULARY).int())
+
+
+def test_no_marker_of_theirs_ends_what_is_written() -> None:
+    """By default their `generate` would stop at id 2, which is BOI here."""
+    _, theirs = both(settings())
+    assert theirs.generation_config.bos_token_id is None
+    assert theirs.generation_config.eos_token_id is None
+
+
+def test_networks_that_are_no_chameleon() -> None:
+    config = settings()
+    wrong = [replace(config, qk_norm=False), replace(config, norm_eps=1e-6), tiny(qk_norm=True), tiny()]
+    for each in wrong:
+        with pytest.raises(ValueError, match="expected"):
+            chameleon_config(each)
+        with pytest.raises(ValueError, match="expected"):
+            chameleon_weights(Transfusion.on_meta(each))

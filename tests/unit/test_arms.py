@@ -1,0 +1,308 @@
+"""The three arms of a comparison train on the same stream: Transfusion, Chameleon and a text-only Llama."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from transfuse.autoencoders import Coded, Pixels, open_autoencoder
+from transfuse.data import StepLoader
+from transfuse.data.world import World, caption, glosses
+from transfuse.errors import UserError
+from transfuse.keyed import keyed
+from transfuse.presets import Recipe, preset
+from transfuse.presets.recipe import build_trainer, export_run, train_tokenizer
+from transfuse.presets.runs import open_run
+from transfuse.sequence import Document, Text, Tokenizer, lay_out
+from transfuse.training import Trainer
+from transfuse.training.metrics import Average
+
+ARMS = ("latents", "codes", "none")
+BLOCK = 32
+"""scenes a network encodes together"""
+
+
+def arm(images: str, **data: object) -> Recipe:
+    """The preset "tiny", for Transfusion as it is (pixels, 16 patches), the others with as little changed as can be."""
+    recipe = preset("tiny")
+    model = recipe.model
+    if images == "codes":
+        data = {"autoencoder": "vq-f4-small", **data}
+        model = replace(
+            model, images="codes", codebook=1024, patch_size=1, image_attention="causal", patch_positions="none"
+        )
+    if images == "none":
+        model = replace(model, images="none")
+    return replace(
+        recipe,
+        model=model,
+        data=replace(recipe.data, **data),
+        precision="float32",
+        device="cpu",  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of every arm: it depends on captions, definitions and the text's ids alone."""
+    path = tmp_path_factory.mktemp("arms") / "tokenizer.json"
+    train_tokenizer(arm("latents")).save(path)
+    return path
+
+
+Build = Callable[[Recipe, str], Trainer]
+
+
+@pytest.fixture
+def build(tokenizer_file: Path, tmp_path: Path) -> Build:
+    """A trainer as a run's folder of this name makes it, gone on with if it has begun."""
+
+    def make(recipe: Recipe, name: str) -> Trainer:
+        folder = tmp_path / name
+        recipe = open_run(recipe, folder)
+        shutil.copy(tokenizer_file, folder / "tokenizer.json")
+        trainer, _ = build_trainer(recipe, folder)
+        trainer.restore()
+        return trainer
+
+    return make
+
+
+def loader(trainer: Trainer) -> StepLoader:
+    assert isinstance(trainer.load, StepLoader)
+    return trainer.load
+
+
+def kind(document: Document) -> list[object]:
+    """Order of its parts, ids of its text, and what of it is learned: all but the picture."""
+    parts = [
+        ("text", part.ids, part.predict) if isinstance(part, Text) else ("image", part.target, part.max_timestep)
+        for part in document.parts
+    ]
+    return [document.sample, document.closed, document.predict, parts]
+
+
+def test_every_arm_sees_the_same_stream(build: Build, tokenizer_file: Path) -> None:
+    """Sample i is one document: its text, its order, its caption dropped or not, and its scene, counted here anew."""
+    streams = {
+        images: loader(build(arm(images, share_of="documents", text_share=0.5), images)).document for images in ARMS
+    }
+    recipe, tokenizer = arm("latents"), Tokenizer.load(tokenizer_file)
+    world, texts = World(recipe.data.world), glosses("train")
+    order = torch.randperm(len(texts), generator=keyed(recipe.seed, "texts", 0))
+    vq, pairs, found = Coded(open_autoencoder("vq-f4-small")), 0, {"draw": 0, "dropped": 0, "caption": 0}
+    block: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+    for sample in range(240):
+        transfusion, chameleon, llama = (streams[images](sample) for images in ARMS)
+        assert transfusion is not None
+        assert chameleon is not None
+        assert kind(transfusion) == kind(chameleon)
+        if not transfusion.images:
+            assert llama is not None
+            assert kind(llama) == kind(transfusion)
+            (part,) = transfusion.parts
+            assert isinstance(part, Text)
+            assert part.ids == tokenizer.encode(texts[order[sample - pairs]])
+            continue
+        assert llama is None, "left out, and nothing in its place"
+        scene = world.scene(pairs)
+        words = [part.ids for part in transfusion.parts if isinstance(part, Text)]
+        assert words in ([], [tokenizer.encode(caption(scene, pairs))])
+        found["dropped" if not words else "draw" if isinstance(transfusion.parts[0], Text) else "caption"] += 1
+        if pairs // BLOCK != block[0]:
+            numbers = range(pairs, pairs + BLOCK)
+            block = pairs // BLOCK, vq.encode(np.stack([world.render(world.scene(n)) for n in numbers]))
+        (picture,), (codes,) = transfusion.images, chameleon.images
+        assert (Pixels().decode(picture.latent[None])[0] == world.render(scene)).all()
+        assert torch.equal(codes.latent, block[1][pairs % BLOCK])
+        pairs += 1
+    assert pairs == 120
+    assert min(found.values()) > 3
+    for sample in range(pairs * 2, 2010):  # on past the end of the pattern
+        llama = streams["none"](sample)
+        if sample > 1990:
+            transfusion, chameleon = streams["latents"](sample), streams["codes"](sample)
+            assert transfusion is not None
+            assert chameleon is not None
+            assert kind(transfusion) == kind(chameleon)
+            if llama is None:
+                (picture,) = transfusion.images
+                assert (Pixels().decode(picture.latent[None])[0] == world.render(world.scene(pairs))).all()
+            else:
+                assert kind(llama) == kind(transfusion)
+                assert llama.parts == [Text(tokenizer.encode(texts[order[sample - pairs]]))]
+        pairs += llama is None
+
+
+def test_texts_come_in_the_same_step(build: Build) -> None:
+    """And what a step learns of text is the same in every arm, but for the captions."""
+    steps = {}
+    for images in ARMS:
+        load = loader(build(arm(images, share_of="documents", text_share=0.4, accumulate=2), images))
+        steps[images] = [load(step) for step in range(6)]
+    left_out = 0
+    for latents, codes, texts in zip(*steps.values(), strict=True):
+        for a, b, c in zip(latents, codes, texts, strict=True):
+            assert a.samples == b.samples
+            ends, pictured = np.cumsum(a.documents), {sample for sample, _ in a.keys}
+            alone = tuple(sample for sample in a.samples if sample not in pictured)
+            assert c.samples == (alone or (-1,))
+            left_out += len(pictured)
+            ids = [
+                a.tokens[end - length : end].tolist()
+                for sample, end, length in zip(a.samples, ends, a.documents, strict=False)
+                if sample in alone
+            ]
+            ends = np.cumsum(c.documents)
+            assert ids == [c.tokens[e - n : e].tolist() for e, n in zip(ends, c.documents, strict=True)][: len(alone)]
+            if not alone:
+                assert c.quantities["text_targets"] == 0
+            assert a.quantities["text_targets"] == b.quantities["text_targets"]
+            assert a.quantities["images"] == b.quantities["images"] == len(pictured)
+    assert left_out > 20
+
+
+@pytest.mark.parametrize("images", ["latents", "codes"])
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_shares_of_positions(images: str, share: float, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a picture takes: 16 patches, or 64 codes."""
+    monkeypatch.setattr(Coded, "encode", lambda self, images: torch.zeros(len(images), 8, 8, dtype=torch.int64))
+    load, found = loader(build(arm(images, text_share=share), "run")), {True: 0, False: 0}
+    for sample in range(1000):
+        document = load.document(sample)
+        assert document is not None
+        layout = lay_out(document, load.grammar)
+        assert sum(span.patches for span in layout.spans) in (0, 16 if images == "latents" else 64)
+        found[bool(document.images)] += len(layout)
+    assert found[False] / sum(found.values()) == pytest.approx(share, abs=0.02)
+
+
+def test_text_alone_is_all_text_by_positions(build: Build) -> None:
+    """Nothing is left out, and the definitions come in the order in which the other arms read them."""
+    alone = loader(build(arm("none", text_share=0.2), "none")).document
+    mixed = loader(build(arm("latents", text_share=0.2), "latents")).document
+    found = [document for sample in range(400) if not (document := mixed(sample)).images]  # type: ignore[union-attr]
+    assert len(found) > 20
+    for number, document in enumerate(found):
+        one = alone(number)
+        assert one is not None
+        assert one.sample == number
+        assert one.parts == document.parts
+
+
+def straight_and_resumed(recipe: Recipe, build: Build, cut: int, steps: int = 8) -> tuple[Trainer, Trainer]:
+    """A run of so many steps, and one that was cut off in between, put together anew and gone on with."""
+    recipe = replace(recipe, loop=replace(recipe.loop, steps=steps, checkpoint_every=3, log_every=3))
+    straight = build(recipe, "straight")
+    straight.run()
+    first, average = build(recipe, "resumed"), Average()
+    while first.step < cut:
+        first.train_step(average)
+    first.save()
+    resumed = build(recipe, "resumed")
+    assert resumed.step == cut
+    resumed.run()
+    return straight, resumed
+
+
+@pytest.mark.parametrize("cut", [1, 5])
+@pytest.mark.parametrize(
+    ("images", "share_of"),
+    [("codes", "positions"), ("none", "documents"), ("none", "positions"), ("latents", "documents")],
+)
+def test_straight_equals_resumed(images: str, share_of: str, cut: int, build: Build) -> None:
+    """Bit for bit, dropout included, with all of the stability set."""
+    recipe = arm(images, share_of=share_of, text_share=0.4)
+    model = replace(recipe.model, dropout=0.1, qk_norm=True, norm_order="swin")
+    recipe = replace(recipe, model=model, objective=replace(recipe.objective, z_weight=1e-3))
+    straight, resumed = straight_and_resumed(recipe, build, cut)
+    assert straight.step == resumed.step == 8
+    saved = [one.checkpoints.load()[0] for one in (straight, resumed)]
+    assert saved[0] is not None
+    assert saved[1] is not None
+    for group, tensors in saved[0].tensors.items():
+        assert tensors.keys() == saved[1].tensors[group].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, saved[1].tensors[group][name]), (group, name)
+    plain = build(replace(recipe, model=replace(model, dropout=0.0)), "plain")
+    for name in ("positions", "images", "text_targets"):
+        assert straight.totals[name] == resumed.totals[name]
+    average = Average()
+    plain.train_step(average)
+    first = build(recipe, "first")
+    first.train_step(average)
+    assert not all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), first.model.parameters(), strict=True))
+
+
+def gradients(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Of its first step, which changes no weight, and the means it logs."""
+    kept: dict[str, torch.Tensor] = {}
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.0)  # type: ignore[assignment]
+    trainer.optimizer_config = replace(trainer.optimizer_config, learning_rate=0.0, final_learning_rate=0.0)
+    named = list(trainer.model.named_parameters())
+    trainer.optimizer.zero_grad = lambda set_to_none=True: kept.update(  # type: ignore[method-assign]
+        {name: p.grad.clone() for name, p in named if p.grad is not None}
+    )
+    average = Average()
+    trainer.train_step(average)
+    return kept, average.means()
+
+
+@pytest.mark.parametrize("images", ["codes", "none", "latents"])
+def test_a_split_step_is_the_whole_one(images: str, build: Build) -> None:
+    """Text alone: in parts of one sample most parts have nothing left to learn."""
+    results = []
+    for accumulate in (1, 4, 8):
+        recipe = arm(images, share_of="documents", text_share=0.4, accumulate=accumulate)
+        recipe = replace(recipe, objective=replace(recipe.objective, z_weight=0.1))
+        results.append(gradients(build(recipe, str(accumulate))))
+    whole, means = results[0]
+    assert max(float(gradient.abs().max()) for gradient in whole.values()) > 1e-3
+    for split, found in results[1:]:
+        assert split.keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+        assert found.keys() == means.keys()
+        for name, mean in means.items():
+            assert found[name] == pytest.approx(mean, rel=1e-5), name
+
+
+def test_a_step_without_any_text_is_finite(build: Build) -> None:
+    """All samples of it are left out: nothing is learned, nothing breaks."""
+    trainer = build(arm("none", share_of="documents", text_share=0.001), "run")
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    found, means = gradients(trainer)
+    assert all(bool((gradient == 0).all()) for gradient in found.values())
+    assert "tokens" not in means
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("images", ["codes", "none"])
+def test_a_run_is_exported(images: str, build: Build, tokenizer_file: Path, tmp_path: Path) -> None:
+    from transfuse.inference import TransfusionPipeline
+
+    recipe = arm(images)
+    trainer = build(recipe, "run")
+    trainer.train_step(Average())
+    folder = export_run(recipe, trainer, Tokenizer.load(tokenizer_file), tmp_path / "export")
+    pipe = TransfusionPipeline.from_pretrained(folder)
+    if images == "codes":
+        assert pipe("a crab", generator=0).images[0].size == (32, 32)
+    else:
+        assert isinstance(pipe.generate("crab:").text, str)
+
+
+def test_recipes_that_do_not_fit() -> None:
+    settled = replace(arm("codes"), model=replace(arm("codes").model, codebook=7)).settled()
+    assert settled.model.codebook == 1024, "as the autoencoder has it"
+    with pytest.raises(UserError, match="no such thing"):  # its export carries one, and should not fail at the end
+        arm("none", autoencoder="no such thing").settled()
+    for autoencoder, found in (("pixels", "pixels"), ("kl-f4-small", "kl-f4-small")):
+        with pytest.raises(UserError, match=f'data.autoencoder: expected one with a codebook, found "{found}"'):
+            arm("codes", autoencoder=autoencoder).settled()

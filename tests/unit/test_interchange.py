@@ -1,0 +1,378 @@
+"""Folders of others: what is refused, and in which words; what a match says; and that nothing is loaded half."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from conftest import randomised, tiny
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from transfuse.errors import UserError
+from transfuse.interchange import Match, add_markers, marker_rows, read_llama_config, save_llama, start_from_llama
+from transfuse.model import Transfusion
+from transfuse.model.llama import llama_weights
+from transfuse.sequence import Tokenizer
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 500000.0,
+}
+FIELDS = {
+    "vocabulary": 300,
+    "width": 64,
+    "depth": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "hidden": 96,
+    "context": 128,
+    "rope_theta": 500000.0,
+    "norm_eps": 1e-6,
+}
+LAYER = "model.layers.1."
+
+
+def folder_with(path: Path, **changes: Any) -> Path:
+    """A folder with no more than a config.json; a field of `...` is left out."""
+    path.mkdir(exist_ok=True)
+    values = {name: value for name, value in (CONFIG | changes).items() if value is not ...}
+    (path / "config.json").write_text(json.dumps(values))
+    return path
+
+
+def weights_of(seed: int = 1, **changes: Any) -> dict[str, Tensor]:
+    """What a folder of this shape holds: copies, which can be dropped, added to or cut."""
+    weights = llama_weights(randomised(tiny(**FIELDS | changes), seed))
+    return {name: value.clone() for name, value in weights.items()}
+
+
+def ours(**changes: Any) -> Transfusion:
+    return randomised(tiny(**FIELDS | changes), seed=5)
+
+
+def refused(model: Transfusion, folder: Path, match: str, **arguments: Any) -> None:
+    """One line that says so, and a model that is what it was, to the bit."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=match) as error:
+        start_from_llama(model, folder, **arguments)
+    assert "\n" not in str(error.value)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_fields_of_either_spelling(tmp_path) -> None:
+    assert read_llama_config(folder_with(tmp_path)) == FIELDS
+    assert read_llama_config(folder_with(tmp_path), context=64) == FIELDS | {"context": 64}
+    new = {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    assert read_llama_config(folder_with(tmp_path, **new)) == FIELDS
+    llama_2 = {"rope_theta": ..., "rope_scaling": None, "head_dim": None, "num_key_value_heads": ...}
+    assert read_llama_config(folder_with(tmp_path, **llama_2)) == FIELDS | {"rope_theta": 1e4, "kv_heads": 4}
+    harmless = {"attention_bias": False, "hidden_act": "silu", "head_dim": 16, "model_type": "unheard-of"}
+    assert read_llama_config(folder_with(tmp_path, **harmless)) == FIELDS
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"hidden_size": ...}, "hidden_size: expected a number, found None"),
+        ({"rms_norm_eps": ...}, "rms_norm_eps: expected a number, found None"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers: expected a number, found '2'"),
+        ({"model_type": "granite"}, r'model_type: expected .* found "granite" \(multipliers\)'),
+        ({"attention_bias": True}, "attention_bias: expected False, found True"),
+        ({"mlp_bias": True}, "mlp_bias: expected False, found True"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: expected None, found {'bits': 4}"),
+        ({"head_dim": 32}, r"head_dim: expected .* \(64 / 4\), found 32"),
+        ({"num_key_value_heads": 3}, r"model\.kv_heads: expected a divisor of heads \(4\), found 3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 'rope_scaling: expected plain .* found "linear"'),
+        ({"rope_scaling": {"rope_type": "llama3"}}, 'rope_scaling: expected plain .* found "llama3"'),
+        ({"rope_parameters": {"rope_type": "yarn"}}, 'rope_parameters: expected plain .* found "yarn"'),
+        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "rope_parameters: expected the same"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1, found 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor: expected 1, found 0.25"),
+        ({"sliding_window": 127}, r"sliding_window: expected none, or at least .* \(128\), found 127"),
+        ({"sliding_window": 64, "use_sliding_window": True}, "sliding_window: .* found 64"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types: .* found chunked_attention"),
+    ],
+    ids=str,
+)
+def test_what_the_trunk_can_not_be(tmp_path, changes, match) -> None:
+    folder = folder_with(tmp_path, **changes)
+    with pytest.raises(UserError, match=match) as error:
+        read_llama_config(folder)
+    assert str(error.value).startswith(f"{folder / 'config.json'}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": None},
+        {"sliding_window": 128},
+        {"sliding_window": 64, "use_sliding_window": False},
+        {"sliding_window": 64, "layer_types": ["full_attention"] * 2},
+    ],
+    ids=str,
+)
+def test_windows_that_hide_nothing(tmp_path, changes) -> None:
+    assert read_llama_config(folder_with(tmp_path, **changes)) == FIELDS
+
+
+def test_a_folder_without_a_config_or_with_another_thing(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"config\.json: expected a JSON file, found none"):
+        read_llama_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json: expected the fields of a model, found a list"):
+        read_llama_config(tmp_path)
+
+
+def test_everything_lands_where_it_belongs(tmp_path) -> None:
+    weights, model = weights_of(), ours()
+    save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, tmp_path / "model.safetensors")
+    match = start_from_llama(model, folder_with(tmp_path))
+    assert match == Match(tuple(sorted(weights)), (), ())
+    assert str(match) == "matched 21\nmissing 0\nunexpected 0"
+    for name, value in randomised(tiny(**FIELDS), seed=1).trunk.state_dict().items():
+        assert torch.equal(model.trunk.state_dict()[name], value), name
+
+
+def test_weights_take_the_dtype_of_the_model(tmp_path) -> None:
+    weights, model = weights_of(), ours().to(torch.bfloat16)
+    save_file({name: value.half() for name, value in weights.items()}, tmp_path / "model.safetensors")
+    start_from_llama(model, folder_with(tmp_path))
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    expected = weights["model.norm.weight"].half().bfloat16()
+    assert torch.equal(model.trunk.norm.weight, expected)
+
+
+def test_missing_and_unexpected_names(tmp_path) -> None:
+    weights, model = weights_of(), ours()
+    for name in ("self_attn.k_proj", "mlp.up_proj"):
+        del weights[LAYER + name + ".weight"]
+    weights |= {f"{LAYER}self_attn.{name}_proj.bias": torch.ones(64) for name in "qo"}
+    save_file(weights, folder_with(tmp_path) / "model.safetensors")
+    missing = ("model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight")
+    unexpected = ("model.layers.1.self_attn.o_proj.bias", "model.layers.1.self_attn.q_proj.bias")
+    refused(model, tmp_path, f"found missing 2: {', '.join(missing)}; unexpected 2: {', '.join(unexpected)}")
+    match = start_from_llama(model, tmp_path, strict=False)
+    assert (match.missing, match.unexpected, len(match.matched)) == (missing, unexpected, 19)
+    before, found = llama_weights(ours()), llama_weights(model)
+    for name in found:
+        assert torch.equal(found[name], before[name] if name in missing else weights[name]), name
+
+
+def test_a_match_lists_the_first_eight() -> None:
+    match = Match((), ("m",), tuple("abcdefghij"))
+    assert str(match) == "matched 0\nmissing 1: m\nunexpected 10: a, b, c, d, e, f, g, h and 2 more"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("name", "shape", "match"),
+    [
+        (LAYER + "self_attn.v_proj.weight", (64, 64), r"v_proj\.weight: expected \(32, 64\), found \(64, 64\)"),
+        ("model.norm.weight", (1,), r"model\.norm\.weight: expected \(64,\), found \(1,\)"),
+        ("lm_head.weight", (301, 64), r"lm_head\.weight: expected at most 300 rows of 64, found \(301, 64\)"),
+        ("model.embed_tokens.weight", (300, 1), r"embed_tokens\.weight: expected .* of 64, found \(300, 1\)"),
+    ],
+)
+def test_a_wrong_shape_is_refused_and_nothing_written(tmp_path, name, shape, match, strict) -> None:
+    save_file(weights_of() | {name: torch.ones(shape)}, folder_with(tmp_path) / "model.safetensors")
+    refused(ours(), tmp_path, match, strict=strict)
+
+
+def test_rows_of_codes_are_not_for_words(tmp_path) -> None:
+    codes = {"images": "codes", "codebook": 64, "patch_size": 1, "unet_channels": None, "image_attention": "causal"}
+    save_file(weights_of(vocabulary=301), folder_with(tmp_path) / "model.safetensors")
+    refused(ours(**codes), tmp_path, r"expected at most 300 rows of 64, found \(301, 64\)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"heads": 8, "kv_heads": 4}, r"model\.heads: expected 4, found 8"),
+        ({"kv_heads": None}, r"model\.kv_heads: expected 2, found 4"),
+        ({"norm_order": "swin"}, r"model\.norm_order: expected pre, found swin"),
+    ],
+    ids=str,
+)
+def test_another_network_of_the_same_shapes(tmp_path, changes, match) -> None:
+    save_file(weights_of(), folder_with(tmp_path) / "model.safetensors")
+    refused(ours(**changes), tmp_path, match, strict=False)
+
+
+def test_other_constants_are_refused_if_strict(tmp_path) -> None:
+    save_file(weights_of(), folder_with(tmp_path) / "model.safetensors")
+    for field, value in (("rope_theta", 10000.0), ("norm_eps", 1e-5)):
+        refused(ours(**{field: value}), tmp_path, rf"model\.{field}: expected .*, found {value}")
+        assert not start_from_llama(ours(**{field: value}), tmp_path, strict=False).missing
+
+
+def test_norms_of_queries_and_keys_are_ours(tmp_path) -> None:
+    save_file(weights_of(), folder_with(tmp_path) / "model.safetensors")
+    model, before = ours(qk_norm=True), ours(qk_norm=True)
+    assert not start_from_llama(model, tmp_path).missing
+    name = "blocks.1.query_norm.weight"
+    assert torch.equal(model.trunk.state_dict()[name], before.trunk.state_dict()[name])
+
+
+def test_a_tied_head_is_a_copy(tmp_path) -> None:
+    weights, model = weights_of(), ours(vocabulary=304)
+    del weights["lm_head.weight"]
+    save_file(weights, folder_with(tmp_path) / "model.safetensors")
+    refused(model, tmp_path, r"missing 1: lm_head\.weight")
+    match = start_from_llama(model, folder_with(tmp_path, tie_word_embeddings=True), markers={300: 7})
+    assert (match.missing, len(match.matched)) == ((), 20)
+    for weight in (model.embedding.weight, model.head.weight):
+        assert torch.equal(weight[:300], weights["model.embed_tokens.weight"])
+        assert torch.equal(weight[300], weights["model.embed_tokens.weight"][7])
+    before = ours(vocabulary=304)
+    assert torch.equal(model.embedding.weight[301:], before.embedding.weight[301:])
+    assert torch.equal(model.head.weight[301:], before.head.weight[301:])
+
+
+def test_a_tied_head_that_is_in_the_file_is_read_and_one_of_no_embedding_is_missing(tmp_path) -> None:
+    weights, folder = weights_of(), folder_with(tmp_path, tie_word_embeddings=True)
+    save_file(weights, folder / "model.safetensors")
+    model = ours()
+    assert len(start_from_llama(model, folder).matched) == 21
+    assert torch.equal(model.head.weight, weights["lm_head.weight"])
+    assert torch.equal(model.embedding.weight, weights["model.embed_tokens.weight"])
+    both = ("lm_head.weight", "model.embed_tokens.weight")
+    save_file({name: value for name, value in weights.items() if name not in both}, folder / "model.safetensors")
+    assert start_from_llama(ours(), folder, strict=False).missing == both
+
+
+def test_markers_start_as_rows_of_theirs(tmp_path) -> None:
+    weights, model = weights_of(), ours(vocabulary=304)
+    save_file(weights, folder_with(tmp_path) / "model.safetensors")
+    start_from_llama(model, tmp_path, markers={302: 1, 1: 2, 2: 1})  # as they were, not as the last copy left them
+    for weight, name in ((model.embedding.weight, "model.embed_tokens.weight"), (model.head.weight, "lm_head.weight")):
+        assert torch.equal(weight[[302, 1, 2, 3]], weights[name][[1, 2, 1, 3]])
+    for markers in ({304: 1}, {301: 300}, {-1: 1}, {301: -1}):
+        refused(model, tmp_path, "markers: expected rows of ours below 304, of theirs below 300", markers=markers)
+
+
+def sharded(folder: Path) -> dict[str, Tensor]:
+    weights = weights_of()
+    names = sorted(weights)
+    parts = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for file, part in parts.items():
+        save_file({name: weights[name] for name in part}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return weights
+
+
+def test_shards(tmp_path) -> None:
+    weights, model = sharded(folder_with(tmp_path)), ours()
+    assert len(start_from_llama(model, tmp_path).matched) == 21
+    for name, value in llama_weights(model).items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_a_shard_that_is_not_there_or_not_one(tmp_path) -> None:
+    sharded(folder_with(tmp_path))
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "b.safetensors").read_bytes()[:-1])
+    refused(ours(), tmp_path, r"b\.safetensors: expected a safetensors file, found something else")
+    (tmp_path / "b.safetensors").unlink()
+    refused(ours(), tmp_path, r"b\.safetensors: expected the shard that .* names, found no file", strict=False)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    refused(ours(), tmp_path, r"index\.json: weight_map: expected the file of every tensor, found none")
+
+
+def test_only_safetensors_are_opened(tmp_path) -> None:
+    refused(ours(), folder_with(tmp_path), r"model\.safetensors: expected safetensors weights, found no file")
+    torch.save(weights_of(), tmp_path / "pytorch_model.bin")
+    refused(ours(), tmp_path, r"expected safetensors weights, found only a pickled \.bin")
+
+
+def test_what_is_written_is_what_is_read(tmp_path) -> None:
+    model, folder = ours(), tmp_path / "out"
+    folder.mkdir()
+    (folder / "former").touch()
+    save_llama(folder, model, bos=3, eos=4)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert read_llama_config(folder) == FIELDS
+    values = json.loads((folder / "config.json").read_text())
+    assert (values["architectures"], values["model_type"]) == (["LlamaForCausalLM"], "llama")
+    assert (values["torch_dtype"], values["bos_token_id"], values["eos_token_id"]) == ("float32", 3, 4)
+    assert values["rope_theta"] == values["rope_parameters"]["rope_theta"]  # transformers 4, transformers 5
+    written = load_file(folder / "model.safetensors")
+    for name, value in llama_weights(model).items():
+        assert torch.equal(written.pop(name), value), name
+    assert not written
+
+
+def test_what_can_not_be_written(tmp_path, monkeypatch) -> None:
+    for changes in ({"qk_norm": True}, {"norm_order": "swin"}):
+        with pytest.raises(UserError, match="out: model: expected a Llama trunk, found qk_norm or norm_order swin"):
+            save_llama(tmp_path / "out", ours(**changes))
+    save_llama(tmp_path / "out", ours(), bos=3)
+    former = (tmp_path / "out" / "config.json").read_text()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("transfuse.interchange.save_file", full)
+    with pytest.raises(UserError, match=r"out: Llama not written \(no space left\)"):
+        save_llama(tmp_path / "out", ours())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == former
+
+
+def words(path: Path, vocabulary: dict[str, int], **changes: Any) -> Path:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path.write_text(json.dumps(json.loads(backend.to_str()) | changes))
+    return path
+
+
+def test_markers_are_added_behind(tmp_path) -> None:
+    found = add_markers(words(tmp_path / "tokenizer.json", {"a": 0, "b": 1, "<|eos|>": 2}))
+    assert (found.bos, found.eos, found.boi, found.eoi, found.vocabulary) == (3, 2, 4, 5, 6)
+    found.save(tmp_path / "ours.json")
+    again = Tokenizer.load(tmp_path / "ours.json")
+    assert (again.bos, again.eos, again.boi, again.eoi) == (3, 2, 4, 5)
+    assert add_markers(tmp_path / "ours.json").backend.to_str() == again.backend.to_str()
+    assert again.decode([0, 3, 1, 5, 2]) == "a b"  # a word that is a marker's name has become the marker
+
+
+def test_a_marker_typed_is_text_and_documents_keep_their_length(tmp_path) -> None:
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    filled = {"strategy": {"Fixed": 6}, "direction": "Right", "pad_to_multiple_of": None}
+    filled |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+    path = words(tmp_path / "tokenizer.json", {"a": 0, "b": 1}, truncation=cut, padding=filled)
+    found = add_markers(path)
+    assert found.encode("b a b a") == (1, 0, 1, 0)
+    assert found.bos not in found.encode("b <|bos|>")
+
+
+def test_tokenizers_that_are_none(tmp_path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match=r"tokenizer\.json: expected a tokenizer\.json, found no file"):
+        add_markers(path)
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: expected a tokenizer\.json, found something else"):
+        add_markers(path)
+    with pytest.raises(UserError, match=r"tokenizer\.json: expected ids from 0 to 5, found gaps among them"):
+        add_markers(words(path, {"a": 0, "b": 9}))
+
+
+def test_rows_of_markers(tmp_path, tokenizer: Tokenizer) -> None:
+    for eos, rows in ((2, {tokenizer.eos: 2}), ([5, 2], {tokenizer.eos: 5}), ([], {}), (None, {}), (..., {})):
+        folder = folder_with(tmp_path, bos_token_id=0, eos_token_id=eos)
+        assert marker_rows(folder, tokenizer) == {tokenizer.bos: 0} | rows

@@ -1,0 +1,75 @@
+"""The study of the rivals, with tiny arms: budgets, equal data, one report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from transfuse.errors import UserError
+from transfuse.evaluation import keep_recogniser
+from transfuse.presets import PRESETS, Recipe
+from transfuse.presets import preset as real_preset
+from transfuse.presets.rivals import by_codes, text_only
+from transfuse.studies import rivals
+
+ARMS = ("ours", "codes", "text")
+
+
+def arms(name: str) -> Recipe:
+    if name not in ARMS:
+        return real_preset(name)
+    base = real_preset("tiny")
+    base = replace(base, preset=name, data=replace(base.data, share_of="documents", text_share=0.5))
+    if name == "codes":
+        return by_codes(replace(base, model=replace(base.model, patch_positions="none")), "vq-f4-small", 1024)
+    return text_only(base) if name == "text" else base
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "preset", arms)
+    monkeypatch.setattr(rivals, "SURVEYED", 4)
+    monkeypatch.setattr(rivals, "keep_recogniser", partial(keep_recogniser, steps=3))
+    monkeypatch.setattr(rivals, "glosses", lambda split: ["a small animal", "a red thing"])
+
+
+def test_equal_compute_one_table(tmp_path: Path) -> None:
+    flops = 3e9
+    code, report = rivals.run_rivals(tmp_path, flops, ARMS, pictures=6, only="codes")
+    assert (code, report) == (0, {}), "the others are still to be trained"
+    began = (tmp_path / "codes" / "export" / "config.json").stat().st_mtime
+    code, report = rivals.run_rivals(tmp_path, flops, ARMS, pictures=6)
+    assert code == 0
+    assert (tmp_path / "codes" / "export" / "config.json").stat().st_mtime == began, "what is finished stays"
+    ours, codes, text = (report["arms"][name] for name in ARMS)
+    for arm in (ours, codes):
+        assert arm["theoretical_flops"] == pytest.approx(flops, rel=0.25), "whole steps of a few samples"
+        assert arm["theoretical_flops"] == 6 * arm["parameters"] * arm["positions"]
+        assert arm["executed_flops"] > 0
+        for name in ("noun", "background", "caption_noun", "caption_background"):
+            low, high = arm[f"{name}_interval"]
+            assert 0 <= low <= arm[name] <= high <= 1
+        assert arm["frechet"] > 0
+    assert ours["images"] > codes["images"], "64 codes cost more than 16 patches"
+    assert text["steps"] == ours["steps"], "the same texts"
+    assert "noun" not in text
+    assert text["images"] == 0
+    assert 1 < text["text_perplexity"] < 2000
+    table = (tmp_path / "report.md").read_text()
+    assert len({line.count("|") for line in table.splitlines()}) == 1, "every row has every column"
+    assert "6 N D" in table
+    assert PIL.Image.open(tmp_path / "drawings.png").size[1] >= 3 * 96
+
+
+def test_arms_that_do_not_go_together(tmp_path: Path) -> None:
+    assert "latent-64" in PRESETS
+    with pytest.raises(UserError, match="presets of one world, batch size and seed"):
+        rivals.run_rivals(tmp_path, 1e9, ("ours", "latent-64"), 6)
+    with pytest.raises(UserError, match='--only: expected one of ours, found "codes"'):
+        rivals.run_rivals(tmp_path, 1e9, ("ours",), 6, only="codes")
+    with pytest.raises(UserError, match="expected a budget"):
+        rivals.run_rivals(tmp_path, 0, ARMS, 6)
