@@ -11,8 +11,6 @@ travel with it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from .autoencoders.folder import fingerprint
 from .configuration import from_dict, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, SamplerConfig
 from .errors import UserError
+from .files import whole_folder
 from .model import ModelConfig, Transfusion
 from .sequence import Tokenizer
 from .version import __version__
@@ -81,9 +80,7 @@ def save_export(
     card: str,
 ) -> Path:
     """Write an export folder; it appears whole or not at all. Raises UserError where it can not be written."""
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(folder, "export") as partial:
         save_autoencoder(partial / "autoencoder", autoencoder, autoencoder.name, sample_size=image_size)
         config = {
             "model_type": MODEL_TYPE,
@@ -99,12 +96,6 @@ def save_export(
         save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / "model.safetensors")
         tokenizer.save(partial / "tokenizer.json")
         (partial / "README.md").write_text(card)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder}: export not written ({error})") from None
     return folder
 
 

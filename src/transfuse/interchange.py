@@ -15,8 +15,6 @@ safetensors only: nothing is unpickled. What both sides must agree on is named i
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from .configuration import read_json
 from .errors import UserError
+from .files import whole_folder
 from .model import ModelConfig, Transfusion
 from .model.llama import EMBEDDING, HEAD, llama_config, llama_weights, trunk_fields
 from .sequence import Tokenizer
@@ -131,19 +130,10 @@ def save_llama(folder: Path, model: Transfusion, bos: int | None = None, eos: in
         }
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole_folder(folder, "Llama") as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         tensors = {name: weight.contiguous().cpu() for name, weight in llama_weights(model).items()}
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder}: Llama not written ({error})") from None
     return folder
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from safetensors.torch import save_file
 
 from ..configuration import read_json
 from ..errors import UserError
+from ..files import whole_folder
 from .autoencoder import Autoencoder, Coded, ImageAutoencoder
 from .config import AutoencoderConfig
 from .pixels import Pixels
@@ -81,10 +80,7 @@ def save_autoencoder(
 ) -> None:
     """Write an autoencoder's folder; it appears whole or not at all. dtype: of the weights in the file, their own if
     not given. sample_size: pixels a side it was trained on. Raises UserError where it can not be written."""
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole_folder(folder, "autoencoder") as partial:
         values: dict[str, Any] = {"kind": "pixels"}
         autoencoder = autoencoder.inner if isinstance(autoencoder, Coded) else autoencoder
         if not isinstance(autoencoder, Pixels):
@@ -94,12 +90,6 @@ def save_autoencoder(
             save_file(tensors, partial / WEIGHTS, metadata={"format": "pt", "name": name})
             values = to_diffusers(autoencoder.config, sample_size)
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder}: autoencoder not written ({error})") from None
 
 
 def _name(folder: Path) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -35,6 +34,7 @@ from ..autoencoders import Autoencoder, CodeAutoencoder
 from ..configuration import read_json
 from ..console import Steps, progress
 from ..errors import UserError
+from ..files import sync
 from .images import fit, image_files, read_image
 
 VERSION = 1
@@ -183,20 +183,12 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)
-        _sync(partial)
+        sync(partial)
         partial.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"{path}: not written ({error}); earlier shards are intact, call again to go on") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import sync
 
 MANIFEST = "manifest.json"
 
@@ -58,11 +58,11 @@ class CheckpointFolder:
             files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1))
             for path in [*partial.iterdir(), partial]:
-                _sync(path)
+                sync(path)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"{final}: checkpoint not written ({error}); earlier checkpoints are intact") from None
@@ -110,11 +110,3 @@ def read(path: Path) -> Checkpoint:
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
