@@ -1,4 +1,4 @@
-"""Writing so that a crash or a full disk leaves the old state or the new one, never half of one."""
+"""Writing so that a crash or a full disk leaves the old state or the new one, never half of one under its name."""
 
 from __future__ import annotations
 
@@ -17,16 +17,25 @@ from .errors import UserError
 def whole_folder(folder: Path, what: str) -> Iterator[Path]:
     """Gives a folder aside to write in, which takes the name of `folder`, and its place, when all is written.
 
-    Raises UserError, "`folder`: `what` not written", where it can not be; what was there is left as it was.
+    Raises UserError, "`folder`: `what` not written", where it can not be, and what was there stays; or where a run is
+    there, which would be lost. A process killed between two renames leaves the old one as `folder`.old.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    place = folder.resolve()
+    partial, old = (place.with_name(place.name + ending) for ending in (".partial", ".old"))
+    if (place / "checkpoints").exists():
+        raise UserError(f"{folder}: expected a folder to write {what} to, found a run, which it would replace")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        shutil.rmtree(old, ignore_errors=True)
+        if place.exists():
+            os.replace(place, old)
+        os.replace(partial, place)
+        sync(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: {what} not written ({error})") from None
     finally:

@@ -7,7 +7,7 @@
 fields = read_llama_config(folder)                           # of ModelConfig
 tokenizer = add_markers(folder / "tokenizer.json")
 start_from_llama(model, folder, markers=marker_rows(folder, tokenizer))
-save_llama(other, model, tokenizer.bos, tokenizer.eos)
+save_llama(other, model, tokenizer.bos, tokenizer.eos, tokenizer)
 
 safetensors only: nothing is unpickled. What both sides must agree on is named in `model.llama`.
 """
@@ -78,7 +78,7 @@ def start_from_llama(
     Raises UserError, one line, before the first weight is written.
     """
     config = model.config
-    _check_trunk(config, folder, strict)
+    check_trunk(config, folder, strict)
     own, files = llama_weights(model), _weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
@@ -113,7 +113,13 @@ def start_from_llama(
     return match
 
 
-def save_llama(folder: Path, model: Transfusion, bos: int | None = None, eos: int | None = None) -> Path:
+def save_llama(
+    folder: Path,
+    model: Transfusion,
+    bos: int | None = None,
+    eos: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
     """Write embedding, trunk and head as a `LlamaForCausalLM`; the folder appears whole or not at all. bos, eos: ids.
 
     Patch layers stay behind. Raises UserError where Llama can not be the trunk, or the folder not be written.
@@ -134,6 +140,8 @@ def save_llama(folder: Path, model: Transfusion, bos: int | None = None, eos: in
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         tensors = {name: weight.contiguous().cpu() for name, weight in llama_weights(model).items()}
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(partial / "tokenizer.json")
     return folder
 
 
@@ -175,8 +183,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _check_trunk(config: ModelConfig, folder: Path, strict: bool) -> None:
-    """What no shape tells: 8 heads of 64 channels are as large as 16 of 32."""
+def check_trunk(config: ModelConfig, folder: Path, strict: bool) -> None:
+    """Raise UserError where a trunk is not the folder's in what no shape tells: 8 heads of 64 are as 16 of 32."""
     theirs = read_llama_config(folder, config.context)
     ours: dict[str, float] = {"heads": config.heads, "kv_heads": config.key_heads}
     if strict:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from transfuse.cli import COMMANDS
-from transfuse.cli.parsing import parse_run
-from transfuse.presets import PRESETS, preset
+from transfuse.cli.parsing import parse, parse_run
+from transfuse.cli.study import Rivals
+from transfuse.presets import PRESETS, Recipe, preset
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -22,6 +23,7 @@ def commands(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
+    runs: dict[Path, Recipe] = {}
     for line in commands(page.read_text()):
         words = line.split("#")[0].split()
         if words[:1] == ["make"]:
@@ -32,9 +34,11 @@ def test_commands_exist(page: Path) -> None:
             if words[1] in ("train", "plan"):
                 assert words[2] in PRESETS, line
             if words[1] == "train":  # every switch is one, and its value is allowed
-                recipe, _, _ = parse_run("train", preset(words[2]), words[2], words[3:], None)
+                recipe, run, _ = parse_run("train", preset(words[2]), words[2], words[3:], None)
                 if "path/to" not in line:
-                    recipe.settled()
+                    assert runs.setdefault(run, recipe.settled()) == recipe.settled(), f"{line}: {run} is another run"
+            if words[1:3] == ["study", "rivals"]:
+                parse(Rivals, words[3:], "study rivals")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

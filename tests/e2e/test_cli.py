@@ -317,3 +317,13 @@ def test_llama_out_and_in(home: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert transfuse(home, *command).returncode == 0, "what has begun does not need it again"
     assert "expected safetensors weights, found no file" in refused(home, *command[:2], "--run", "x", *command[4:])
+
+
+def test_study(home: Path) -> None:
+    assert transfuse(home, "study", "rivals", "--help").returncode == 0
+    assert "expected a study, found none; there is rivals" in refused(home, "study")
+    assert "expected a study, found other" in refused(home, "study", "other")
+    assert '--only: expected one of tiny, found "demo"' in refused(
+        home, "study", "rivals", "--presets", "tiny", "--only", "demo"
+    )
+    assert not (home / "runs" / "rivals").exists()

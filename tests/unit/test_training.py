@@ -274,7 +274,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    for broken in ("save_file", "_sync"):
+    for broken in ("save_file", "sync"):
         with monkeypatch.context() as patch:
             patch.setattr(module, broken, full)
             with pytest.raises(

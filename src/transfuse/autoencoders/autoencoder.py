@@ -86,9 +86,11 @@ class Coded:
         self.channels, self.factor = autoencoder.channels, autoencoder.factor
 
     def encode(self, images: np.ndarray) -> Tensor:
+        """uint8 images `[image, row, column, 3]` -> int64 codes `[image, row, column]`."""
         return self.inner.codes(images)
 
     def decode(self, latents: Tensor) -> np.ndarray:
+        """int64 codes `[image, row, column]` -> uint8 images."""
         return self.inner.decode_codes(latents)
 
 

@@ -12,7 +12,7 @@ from .parsing import parse, print_json
 
 @dataclass(frozen=True)
 class Rivals:
-    """Train Transfusion, Chameleon and a text-only Llama on equal data and compute, and measure them alike.
+    """Train Transfusion and Chameleon on equal data and compute, a Llama on their texts, and measure them alike.
 
     transfuse study rivals --flops 2e14
     """
@@ -20,7 +20,7 @@ class Rivals:
     run: Path = Path("runs/rivals")
     """folder for the runs of all arms and the report; what is finished is not done again"""
     flops: float = 2e14
-    """6 N D of each arm"""
+    """6 N D of each arm that draws"""
     presets: tuple[str, ...] = ("transfusion-32", "chameleon-32", "llama-32")
     """the arms, of one world and batch size; a text-only one takes the steps of the first"""
     only: str | None = None

@@ -88,8 +88,7 @@ def export(arguments: Sequence[str]) -> int:
             raise missing
         if llama:
             with trainer.ema.applied(trainer.model):
-                save_llama(out, cast("Transfusion", trainer.model), tokenizer.bos, tokenizer.eos)
-            tokenizer.save(out / "tokenizer.json")
+                save_llama(out, cast("Transfusion", trainer.model), tokenizer.bos, tokenizer.eos, tokenizer)
         else:
             export_run(model_recipe, trainer, tokenizer, out)
     if asked.json:

@@ -87,7 +87,7 @@ def generate(arguments: Sequence[str]) -> int:
             {
                 "parts": parts,
                 "seed": asked.seed,
-                "steps": request.sampler.steps,
+                "steps": request.sampler.steps if pipe.exported.model.config.images == "latents" else None,
                 "guidance_scale": request.guidance_scale,
                 "stop": reply.done.reason,
                 "text_tokens": reply.done.text_tokens,

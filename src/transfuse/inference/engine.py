@@ -24,7 +24,7 @@ from ..diffusion import Sampler, SamplerState
 from ..errors import UserError
 from ..export import Exported
 from ..keyed import keyed
-from ..sequence import Document, Image, Layout, lay_out, visible
+from ..sequence import Document, Image, Layout, Text, lay_out, visible
 from .cache import KeyValueCache, Segment, cached
 from .events import Done, Event, ImageEnd, ImageProgress, ImageStart, Request, TextDelta
 from .guidance import guide, null_prefix
@@ -77,6 +77,8 @@ class _Row:
     """images in its prompt, and those it has drawn"""
     length: int = 0
     written: int = 0
+    shown: list[int] = field(default_factory=list)
+    """the last tokens whose text is out, or those of the prompt"""
     unshown: list[int] = field(default_factory=list)
     next_token: int | None = None
     drawing: SamplerState | _CodeDrawing | None = None
@@ -146,7 +148,8 @@ class Engine:
         if request.draw not in ("auto", "force", "never"):
             raise UserError(f'{where}: draw: expected "auto", "force" or "never", found {request.draw!r}')
         if self.config.images == "none" and (request.draw == "force" or request.document.images):
-            raise UserError(f"{where}: expected text alone, for the model knows no images, found one")
+            found = "an image" if request.document.images else 'draw "force"'
+            raise UserError(f"{where}: expected text alone, for the model knows no images, found {found}")
         if request.draw == "force" and request.max_images < 1:
             raise UserError(f"{where}: max_images: expected at least 1 where one is forced, found {request.max_images}")
         for name in ("top_p", "code_top_p"):
@@ -211,6 +214,8 @@ class Engine:
     def _prompt(self, cache: KeyValueCache, row: _Row, layout: Layout) -> _Feed:
         """The whole prompt; its images are clean, at timestep 0."""
         row.length = len(layout)
+        last = row.request.document.parts[-1] if row.request.document.parts else None
+        row.shown = list(last.ids[-LONGEST_CHARACTER:]) if isinstance(last, Text) else []
         return self._read(cache, row.number, layout)
 
     def _read(self, cache: KeyValueCache, row: int, layout: Layout) -> _Feed:
@@ -293,10 +298,13 @@ class Engine:
         if token != self.grammar.boi:
             row.written += 1
             row.unshown.append(token)
-            text = self.tokenizer.decode(row.unshown)
+            # Behind what was shown: alone, the first token of a word loses its space with some tokenizers.
+            before = self.tokenizer.decode(row.shown)
+            text = self.tokenizer.decode([*row.shown, *row.unshown]).removeprefix(before)
             if text.endswith("\ufffd") and len(row.unshown) < LONGEST_CHARACTER:
                 text = ""  # a character may take several tokens: wait for the rest of it
             else:
+                row.shown = [*row.shown, *row.unshown][-LONGEST_CHARACTER:]
                 row.unshown.clear()
             yield TextDelta(row.number, text, token)
 

@@ -53,6 +53,9 @@ class ModelConfig:
     """share of what attention and the feed-forward layer give that is set to zero in training (Chameleon-7B: 0.1)"""
 
     def __post_init__(self) -> None:
+        if self.adapter == "linear" or self.unet_channels == UNET_CHANNELS.get(self.patch_size):
+            object.__setattr__(self, "unet_channels", None)  # files of the first release spell the paper's out, always
+
         def check(ok: bool, name: str, expected: str) -> None:
             if not ok:
                 raise ValueError(f"model.{name}: expected {expected}, found {getattr(self, name)}")

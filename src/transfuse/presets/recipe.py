@@ -20,7 +20,7 @@ from ..data.world import World, WorldConfig, caption, glosses
 from ..diffusion import DiffusionConfig, Process
 from ..errors import UserError
 from ..export import GenerationConfig, save_export
-from ..interchange import add_markers, marker_rows, read_llama_config, start_from_llama
+from ..interchange import add_markers, check_trunk, marker_rows, read_llama_config, start_from_llama
 from ..model import ModelConfig, Transfusion
 from ..model.flops import train_flops
 from ..sequence import Grammar, Tokenizer
@@ -33,6 +33,7 @@ from ..training import (
     TokenObjective,
     Trainer,
     TransfusionObjective,
+    verify,
 )
 from .autoencoders import AUTOENCODERS
 from .runs import VERSION, Device, Precision, check_split
@@ -45,6 +46,8 @@ class DataConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     autoencoder: str = "pixels"
     """ "pixels", the name of a bundled autoencoder, or a folder with one (ours or diffusers')"""
+    autoencoder_weights: str = ""
+    """fingerprint of the autoencoder, filled in when a run begins: it goes on with these weights or not at all"""
     text_share: float = 0.5
     """share that comes from text-only documents (the paper's 1 : 1)"""
     share_of: Literal["positions", "documents"] = "positions"
@@ -54,7 +57,7 @@ class DataConfig:
     batch_size: int = 512
     """documents per step"""
     accumulate: int = 1
-    """micro-batches a step is split into; the result is the same"""
+    """micro-batches a step is split into; the result is the same, but for what dropout takes"""
     workers: int = 0
     """processes that prepare coming steps; 0: in the training process"""
 
@@ -99,15 +102,26 @@ class Recipe:
         folder = Path(self.start)
         fields = read_llama_config(folder, self.model.context)
         ids = add_markers(folder / "tokenizer.json").vocabulary
-        model = replace(self.model, **{**fields, "vocabulary": max(fields["vocabulary"], ids)})
-        if model != self.model:
-            say(f"model: {', '.join(f'{name} {getattr(model, name)}' for name in fields)}, as {folder} has")
+        fields["vocabulary"] = max(fields["vocabulary"], ids)
+        changed = {name: value for name, value in fields.items() if getattr(self.model, name) != value}
+        model = replace(self.model, **changed)
+        check_trunk(model, folder, self.start_strict)
+        if changed:
+            say(f"model: {', '.join(f'{name} {value}' for name, value in changed.items())}, to start from {folder}")
         return replace(self, model=model)
 
     def _fitted(self) -> Recipe:
         autoencoder = self.open_autoencoder()
+        nothing = 0.0 if self.model.images == "none" else 1.0
+        if self.data.text_share == nothing:
+            raise UserError(
+                f'data.text_share: expected another share with model.images "{self.model.images}", found {nothing:g}: '
+                "there would be nothing of that kind to learn from"
+            )
         if self.model.images == "none":
             return self
+        weights = "" if self.data.autoencoder == "pixels" else autoencoder.fingerprint
+        fitted = replace(self, data=replace(self.data, autoencoder_weights=weights))
         step = self.model.patch_size * autoencoder.factor
         if self.data.world.size % step:
             raise UserError(
@@ -115,13 +129,13 @@ class Recipe:
                 f"found {self.data.world.size}"
             )
         if isinstance(autoencoder, Coded):
-            return self._with("codebook", autoencoder.codebook_size)
+            return fitted._with("codebook", autoencoder.codebook_size)
         if self.diffusion.clip_x0 is not None and self.data.autoencoder != "pixels":
             raise UserError(
                 f'diffusion.clip_x0: expected None with the autoencoder "{self.data.autoencoder}", whose latents have '
                 f"deviation 1 and go beyond, found {self.diffusion.clip_x0}"
             )
-        return self._with("latent_channels", autoencoder.channels)
+        return fitted._with("latent_channels", autoencoder.channels)
 
     def _with(self, name: str, value: int) -> Recipe:
         """With a number of the model's as the autoencoder has it."""
@@ -141,6 +155,12 @@ class Recipe:
                 "then give its export folder"
             )
         autoencoder = open_autoencoder(name)
+        expected = self.data.autoencoder_weights
+        if expected not in ("", autoencoder.fingerprint):
+            raise UserError(
+                f"data.autoencoder: expected {name} with the weights {expected}, as the run began, "
+                f"found {autoencoder.fingerprint}"
+            )
         if self.model.images != "codes":
             return autoencoder
         try:
@@ -180,7 +200,8 @@ def build_trainer(
     )
     dtype = torch.float32 if recipe.precision == "float32" else torch.bfloat16
     model = Transfusion.on_meta(recipe.model, compute=dtype).to_empty(device=recipe.device).initialise(recipe.seed)
-    if recipe.start and not CheckpointFolder(folder / "checkpoints", recipe.loop.keep).complete():
+    saved = CheckpointFolder(folder / "checkpoints", recipe.loop.keep).complete()
+    if recipe.start and not any(verify(path) is None for path in saved):
         start = Path(recipe.start)
         say(f"{start}: {start_from_llama(model, start, recipe.start_strict, marker_rows(start, tokenizer))}")
     objective: Objective = TokenObjective(recipe.objective, recipe.seed)
@@ -228,20 +249,25 @@ def export_run(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: P
 
 
 def _card(recipe: Recipe, trainer: Trainer) -> str:
-    world = recipe.data.world
+    world, images = recipe.data.world, recipe.model.images
+    kind = {"latents": "Transfusion", "codes": "Chameleon", "none": "text-only"}[images]
+    seen = f"scenes of the bundled world at {world.size} pixels ({len(world.noun_names)} nouns), WordNet definitions"
+    call = '("a crab on a blue background").images[0]'
+    if images == "none":
+        seen, call = "WordNet definitions", '.generate("crab:").text'
+    start = f"\n- Started from the weights in {Path(recipe.start).name}, whose licence holds." if recipe.start else ""
     return f"""---
-pipeline_tag: any-to-any
+pipeline_tag: {"text-generation" if images == "none" else "any-to-any"}
 library_name: transfuse
-license: apache-2.0
----
-# A Transfusion model trained with the preset "{recipe.preset}"
+{"" if recipe.start else "license: apache-2.0" + chr(10)}---
+# A {kind} model trained with the preset "{recipe.preset}"
 
-- Data: scenes of the bundled world at {world.size} pixels ({len(world.noun_names)} nouns), WordNet definitions.
-- Autoencoder: {recipe.data.autoencoder}.
+- Data: {seen}.{start}
+- Autoencoder: {"none" if images == "none" else recipe.data.autoencoder}.
 - Training: {trainer.step} steps, {int(trainer.totals["positions"])} positions, {int(trainer.totals["images"])} images,
   {trainer.totals["flops"]:.3g} operations, {trainer.totals["seconds"]:.0f} seconds.
-- Limits: it knows drawn icons on plain grounds, and definitions; nothing else.
+- Limits: it knows {seen}; nothing else.
 
     import transfuse
-    transfuse.load("this folder")("a crab on a blue background").images[0]
+    transfuse.load("this folder"){call}
 """

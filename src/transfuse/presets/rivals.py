@@ -9,7 +9,8 @@ same names with a size of the paper in front (`chameleon-0.76b`) are the paper's
     chameleon-32       + LM loss on image tokens
 
 With `share_of="documents"` sample i is the same for all four: the same words and the same picture, in the same order;
-the text-only ones leave the pictures out. `transfuse study rivals` gives each the same 6 N D and measures them alike.
+the text-only ones leave the pictures out. `transfuse study rivals` gives those that draw the same 6 N D, and measures
+all alike.
 """
 
 from __future__ import annotations
@@ -59,17 +60,10 @@ def text_only(recipe: Recipe) -> Recipe:
 
 def by_codes(recipe: Recipe, autoencoder: str, codebook: int, rate: float = 1.0) -> Recipe:
     """A Chameleon: pictures are codes of a VQ autoencoder, in the vocabulary, under the next-token loss."""
-    model = replace(
-        recipe.model,
-        images="codes",
-        codebook=codebook,
-        patch_size=1,
-        image_attention="causal",
-        patch_positions="none",
-    )
-    return replace(
-        stable(recipe), model=replace(model, **STABILITY), data=replace(recipe.data, autoencoder=autoencoder)
-    )
+    base = stable(recipe, rate)
+    codes = {"images": "codes", "codebook": codebook, "patch_size": 1, "image_attention": "causal"}
+    model = replace(base.model, patch_positions="none", **codes)  # type: ignore[arg-type]
+    return replace(base, model=model, data=replace(base.data, autoencoder=autoencoder))
 
 
 def transfusion_32() -> Recipe:

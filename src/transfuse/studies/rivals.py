@@ -1,4 +1,4 @@
-"""The rivals on equal terms: each arm gets the same 6 N D, the same data in the same order, the same measures.
+"""The rivals on equal terms: arms that draw get the same 6 N D, all the same data in the same order and measures.
 
     runs/rivals/transfusion-32/      a run like any other, resumable, with its export
     runs/rivals/chameleon-32/
@@ -7,7 +7,8 @@
 
 Arms may be trained apart, on other cores or machines that share the folder: `--only chameleon-32`. What is finished is
 not done again. 6 N D is the paper's measure: all parameters, all positions, whatever a step really costs; what was
-executed and how long it took stand beside it. A text-only arm takes the steps of the first, so it reads the same texts.
+executed and how long it took stand beside it. A text-only arm takes the steps of the first: the same texts, and less
+compute.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ..configuration import read_json
 from ..console import say
 from ..data.world import glosses
 from ..errors import UserError
@@ -77,12 +79,17 @@ def run_rivals(
     Gives the exit code (75: stopped and saved) and the report. Raises UserError for arms that do not go together.
     """
     if flops <= 0 or not presets or pictures < 2:
-        raise UserError(f"rivals: expected a budget, presets and at least 2 pictures, found {flops:g}, {presets}")
+        found = f"{flops:g}, {len(presets)} and {pictures}"
+        raise UserError(f"rivals: expected a budget, presets and at least 2 pictures, found {found}")
     if only is not None and only not in presets:
         raise UserError(f'rivals: --only: expected one of {", ".join(presets)}, found "{only}"')
     recipes = {name: preset(name).settled() for name in presets}
-    if len({(recipe.data.world, recipe.data.batch_size, recipe.seed) for recipe in recipes.values()}) > 1:
-        raise UserError(f"rivals: expected presets of one world, batch size and seed, found {', '.join(presets)}")
+    if len({_stream(recipe) for recipe in recipes.values()}) > 1:
+        raise UserError(
+            f"rivals: expected presets of one world, mixture, vocabulary and seed, found {', '.join(presets)}"
+        )
+    held_out_scenes(recipes[presets[0]].data.world, 1)  # a world that can not be measured is refused now
+    _claim(folder, {"flops": flops})
     for name in [only] if only else presets:
         if (folder / name / "export" / "config.json").is_file():
             continue
@@ -93,7 +100,28 @@ def run_rivals(
     if missing:
         say(f"{folder}: {', '.join(missing)} still to be trained; then the table is written")
         return 0, {}
-    return 0, _measure(folder, recipes, pictures)
+    return 0, _measure(folder, recipes, pictures, flops)
+
+
+def _stream(recipe: Recipe) -> tuple[Any, ...]:
+    """What makes sample i what it is, and its words what they are."""
+    data = recipe.data
+    mixture = data.batch_size, data.text_share, data.share_of, data.pairs
+    return data.world, mixture, recipe.model.vocabulary, recipe.seed
+
+
+def _claim(folder: Path, budget: dict[str, Any]) -> None:
+    """One folder, one budget: arms of two would stand in one table as if they were equal."""
+    path = folder / "budget.json"
+    if path.is_file():
+        if read_json(path) != budget:
+            raise UserError(f"{path}: expected --flops {read_json(path)['flops']:g}, found {budget['flops']:g}")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(budget) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
 
 
 def _budgeted(recipes: dict[str, Recipe], name: str, flops: float, folder: Path) -> Recipe:
@@ -111,13 +139,14 @@ def _budgeted(recipes: dict[str, Recipe], name: str, flops: float, folder: Path)
     return replace(recipe, loop=replace(recipe.loop, steps=steps, sample_every=0))
 
 
-def _measure(folder: Path, recipes: dict[str, Recipe], pictures: int) -> dict[str, Any]:
+def _measure(folder: Path, recipes: dict[str, Recipe], pictures: int, flops: float) -> dict[str, Any]:
     world = next(iter(recipes.values())).data.world
     recogniser = keep_recogniser(folder / "recogniser.safetensors", world)
     _, _, real = held_out_scenes(world, pictures)
     _, _, other = held_out_scenes(world, pictures, seed=1)
     there = recogniser.features(real)
     report: dict[str, Any] = {
+        "flops": flops,
         "pictures_measured": pictures,
         "recogniser_accuracy": recogniser.accuracy,
         "frechet_of_other_real_pictures": frechet_distance(recogniser.features(other), there),

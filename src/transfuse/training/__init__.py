@@ -1,6 +1,6 @@
 """Training: one loop, objectives that plug into it, checkpoints, metrics."""
 
-from .checkpoint import Checkpoint, CheckpointFolder
+from .checkpoint import Checkpoint, CheckpointFolder, verify
 from .ema import EMA
 from .loop import DivergedError, LoopConfig, Trainer
 from .metrics import read_metrics
@@ -25,4 +25,5 @@ __all__ = [
     "build_optimizer",
     "learning_rate",
     "read_metrics",
+    "verify",
 ]

@@ -1,0 +1,120 @@
+"""Presets of the rivals, and files that an earlier version wrote."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tokenizers
+from conftest import exported
+from tokenizers import decoders, models
+
+from transfuse.configuration import from_dict, to_dict
+from transfuse.errors import UserError
+from transfuse.files import whole_folder
+from transfuse.inference import Engine, Request, TextDelta
+from transfuse.model import ModelConfig
+from transfuse.presets import Recipe, preset
+from transfuse.presets.recipe import build_trainer, export_run
+from transfuse.presets.runs import open_run
+from transfuse.sequence import Document, Text, Tokenizer
+from transfuse.sequence.tokenizer import SPECIAL
+
+
+def test_the_papers_rates() -> None:
+    """Chameleon 1e-4 for Transfusion's 3e-4, with AdamW's eps 1e-5 and z-loss 1e-5; at 32 pixels the same rate."""
+    for name in ("chameleon-0.76b", "llama-0.76b-stable"):
+        recipe = preset(name)
+        assert recipe.optimizer.learning_rate == pytest.approx(1e-4)
+        assert recipe.optimizer.final_learning_rate == pytest.approx(5e-6)
+        assert (recipe.optimizer.eps, recipe.objective.z_weight) == (1e-5, 1e-5)
+        assert (recipe.model.qk_norm, recipe.model.norm_order) == (True, "swin")
+    for name in ("0.76b", "llama-0.76b"):
+        assert preset(name).optimizer.learning_rate == 3e-4
+        assert not preset(name).model.qk_norm
+    assert preset("chameleon-32").optimizer.learning_rate == preset("transfusion-32").optimizer.learning_rate
+
+
+def test_files_of_the_first_release_are_read() -> None:
+    """It wrote the paper's U-Net channels for every network, whatever its patch size."""
+    for name in ("demo", "tiny", "epsilon-32"):
+        values = to_dict(preset(name))
+        values["model"]["unet_channels"] = [576, 1216]
+        for new in ("images", "codebook", "dropout"):
+            del values["model"][new]
+        for new in ("share_of", "autoencoder_weights"):
+            del values["data"][new]
+        del values["start"], values["start_strict"]
+        assert from_dict(Recipe, values, "config.json") == preset(name)
+    old = ModelConfig(adapter="unet", unet_channels=(576, 1216))
+    assert old == ModelConfig(adapter="unet"), "a run of the paper's goes on"
+    assert ModelConfig(adapter="unet", unet_channels=(64, 128)).unet_levels == (64, 128)
+
+
+def test_a_run_keeps_its_autoencoder(tmp_path: Path) -> None:
+    recipe = replace(preset("tiny"), diffusion=replace(preset("tiny").diffusion, clip_x0=None))
+    recipe = replace(
+        recipe, model=replace(recipe.model, patch_size=2), data=replace(recipe.data, autoencoder="kl-f4-small")
+    )
+    opened = open_run(recipe, tmp_path)
+    assert len(opened.data.autoencoder_weights) == 12
+    assert open_run(recipe, tmp_path) == opened
+    changed = replace(opened, data=replace(opened.data, autoencoder_weights="0" * 12))
+    with pytest.raises(UserError, match="expected kl-f4-small with the weights 000000000000, as the run began, found"):
+        build_trainer(changed, tmp_path)
+
+
+def test_nothing_to_learn_from_is_refused() -> None:
+    tiny = preset("tiny")
+    for images, share in (("none", 0.0), ("latents", 1.0)):
+        model = replace(tiny.model, images=images)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"data\.text_share: expected another share with model\.images"):
+            replace(tiny, model=model, data=replace(tiny.data, text_share=share)).settled()
+
+
+def test_a_run_is_not_replaced_by_an_export(tmp_path: Path) -> None:
+    recipe = preset("tiny")
+    trainer, tokenizer = build_trainer(open_run(recipe, tmp_path / "run"), tmp_path / "run")
+    trainer.totals |= {"positions": 0, "images": 0}
+    trainer.save()
+    with pytest.raises(UserError, match="expected a folder to write export to, found a run"):
+        export_run(recipe, trainer, tokenizer, tmp_path / "run")
+    assert trainer.checkpoints.complete()
+
+
+def test_a_folder_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "made"
+    for text in ("one", "two"):
+        with whole_folder(folder, "thing") as partial:
+            (partial / "file").write_text(text)
+        assert (folder / "file").read_text() == text
+    with pytest.raises(UserError, match="made: thing not written"), whole_folder(folder, "thing") as partial:
+        raise OSError("the disk is full")
+    with pytest.raises(KeyError), whole_folder(folder, "thing") as partial:
+        raise KeyError
+    assert (folder / "file").read_text() == "two", "what was there stays"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
+    monkeypatch.chdir(folder)
+    with whole_folder(Path("."), "thing") as partial:
+        (partial / "file").write_text("here")
+    assert (folder / "file").read_text() == "here"
+
+
+def test_words_keep_their_spaces() -> None:
+    """Sentencepiece-like tokenizers take the first space of what they decode away."""
+    words = {name: number for number, name in enumerate([*SPECIAL, "\u2581a", "\u2581crab", "s"])}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="s"))
+    backend.add_special_tokens(list(SPECIAL))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(backend)
+    engine = Engine(exported(tokenizer))
+    asked = Request(Document([Text((4,))], closed=False), draw="never", max_tokens=12, temperature=3.0)
+    for seed in range(4):
+        tokens, said = [], ""
+        for event in engine.run([replace(asked, seed=seed)]):
+            if isinstance(event, TextDelta):
+                tokens.append(event.token)
+                said += event.text
+        assert "a" + said == tokenizer.decode([4, *tokens]).rstrip()
