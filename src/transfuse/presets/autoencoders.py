@@ -115,8 +115,8 @@ def paper(kind: Literal["kl", "vq"]) -> AutoencoderRecipe:
 def small(kind: Literal["kl", "vq"], factor: Literal[4, 8]) -> AutoencoderRecipe:
     """64 pixels of the bundled world, 8 channels, for two CPU cores. No critic: in so few steps it costs accuracy.
 
-    The bundled weights of the two f4 came out of 75,000 (KL) and 29,000 (VQ) images, in parts (docs/autoencoders.md):
-    29.4 and 26.0 dB on held-out scenes. This preset as it stands sees 40,000, at 12 to 18 a second on one core.
+    The bundled weights of the two f4 came out of 203,000 (KL) and 109,000 (VQ) images, in parts (docs/autoencoders.md):
+    31.1 and 27.2 dB on held-out scenes. This preset as it stands sees 40,000, at 12 to 46 a second on one core.
     """
     widths = (16, 32, 96) if factor == 4 else (16, 32, 64, 128)
     return AutoencoderRecipe(
