@@ -122,7 +122,8 @@ def test_dead_codes_are_revived() -> None:
         objective.after_step(model, step, [batch])
     assert float(codes.max()) < 1000
     vectors = model.autoencoder.moments(batch.images).movedim(1, -1).flatten(0, -2)
-    assert torch.cdist(codes[8:], vectors).min(1).values.max() < 1e-3
+    apart = torch.cdist(codes[8:], vectors, compute_mode="donot_use_mm_for_euclid_dist")  # products cancel: 3e-3 off
+    assert apart.min(1).values.max() < 1e-3
     with torch.no_grad():
         codes[8:] = 1000.0
     for step in (998, 999, 1000):  # the end of the run is left to settle

@@ -162,7 +162,7 @@ def test_broken_exports_name_what_is_wrong(tmp_path, tokenizer: Tokenizer) -> No
             {"model": {**config["model"], "width": 128}},
             r"tensor embedding\.weight: expected \(320, 128\), found \(320, 64\)",
         ),
-        ({"model": {**config["model"], "hight": 1}}, 'unknown setting "hight"; there are vocabulary, width'),
+        ({"model": {**config["model"], "hight": 1}}, 'unknown setting "hight"; there are images, vocabulary'),
         ({"model": {**config["model"], "vocabulary": 100}}, "expected at most the model's 100 ids"),
     ]:
         (folder / "config.json").write_text(json.dumps({**config, **change}))

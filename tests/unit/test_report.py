@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from transfuse.errors import UserError
+from transfuse.evaluation import recogniser as recogniser_module
 from transfuse.presets import preset
 from transfuse.studies import demo as demo_module
 from transfuse.studies.charts import Curve, chart
@@ -147,7 +148,7 @@ def test_page_escapes_what_models_and_people_write(done, tmp_path) -> None:
 
 def test_finished_demo_is_not_done_again(done, monkeypatch) -> None:
     folder, kept = done
-    for name in ("train_run", "train_recogniser", "measure", "fit"):
+    for name in ("train_run", "keep_recogniser", "measure", "fit"):
         monkeypatch.setattr(demo_module, name, lambda *_: pytest.fail("done again"))
     assert run_demo(folder, 99.0, effort=EFFORT) == (0, kept["report"])
 
@@ -155,8 +156,8 @@ def test_finished_demo_is_not_done_again(done, monkeypatch) -> None:
 def test_only_what_is_missing_is_done_again(done, monkeypatch) -> None:
     folder, kept = done
     (folder / "report.html").unlink()
-    for name in ("train_run", "train_recogniser", "fit"):
-        monkeypatch.setattr(demo_module, name, lambda *_: pytest.fail("done again"))
+    for module, name in ((demo_module, "train_run"), (demo_module, "fit"), (recogniser_module, "train_recogniser")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("done again"))
     code, report = run_demo(folder, 1.0, effort=EFFORT)
     assert code == 0
     assert (folder / "report.html").is_file()
