@@ -5,7 +5,7 @@
     tokenizer.json                                           the tokenizer, to which our markers are added
 
 fields = read_llama_config(folder)                           # of ModelConfig
-tokenizer = add_markers(folder / "tokenizer.json")
+tokenizer = Tokenizer.adopt(folder / "tokenizer.json")
 start_from_llama(model, folder, markers=marker_rows(folder, tokenizer))
 save_llama(other, model, tokenizer.bos, tokenizer.eos, tokenizer)
 
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +30,6 @@ from .files import whole_folder
 from .model import ModelConfig, Transfusion
 from .model.llama import EMBEDDING, HEAD, llama_config, llama_weights, trunk_fields
 from .sequence import Tokenizer
-from .sequence.tokenizer import SPECIAL
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUFFERS = ".rotary_emb.inv_freq"
@@ -143,26 +141,6 @@ def save_llama(
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
     return folder
-
-
-def add_markers(path: Path) -> Tokenizer:
-    """Open another's tokenizer.json; markers it lacks take the ids behind its own.
-
-    Its network may have rows there already, spare ones: the vocabulary needed is the larger of the two.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: expected a tokenizer.json, found no file")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception
-        raise UserError(f"{path}: expected a tokenizer.json, found something else ({error})") from None
-    backend.add_special_tokens(list(SPECIAL))  # one that is there keeps its id
-    backend.no_truncation()  # either may be on in a file, and would change every document
-    backend.no_padding()
-    ids = sorted(backend.get_vocab(with_added_tokens=True).values())
-    if ids != list(range(len(ids))):
-        raise UserError(f"{path}: expected ids from 0 to {len(ids) - 1}, found gaps among them")
-    return Tokenizer(backend)
 
 
 def marker_rows(folder: Path, tokenizer: Tokenizer) -> dict[int, int]:

@@ -13,10 +13,10 @@ from conftest import WORDS, randomised, tiny
 from torch import Tensor
 
 from transfuse.errors import UserError
-from transfuse.interchange import add_markers, marker_rows, read_llama_config, save_llama, start_from_llama
+from transfuse.interchange import marker_rows, read_llama_config, save_llama, start_from_llama
 from transfuse.model import ModelConfig, Transfusion, dense
 from transfuse.model.llama import llama_config, llama_weights
-from transfuse.sequence import Document, Grammar, Text, collate
+from transfuse.sequence import Document, Grammar, Text, Tokenizer, collate
 
 transformers = pytest.importorskip("transformers")
 
@@ -227,7 +227,7 @@ def test_a_folder_with_its_tokenizer(tmp_path) -> None:
     folder = saved(model, tmp_path / "llama")
     words.save_pretrained(folder)
 
-    found = add_markers(folder / "tokenizer.json")
+    found = Tokenizer.adopt(folder / "tokenizer.json")
     assert (found.bos, found.eos, found.boi, found.eoi) == (270, 271, 272, 273)
     assert list(found.encode("two small boats")) == words.encode("two small boats", add_special_tokens=False)
     rows = marker_rows(folder, found)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from transfuse.errors import UserError
-from transfuse.interchange import Match, add_markers, marker_rows, read_llama_config, save_llama, start_from_llama
+from transfuse.interchange import Match, marker_rows, read_llama_config, save_llama, start_from_llama
 from transfuse.model import Transfusion
 from transfuse.model.llama import llama_weights
 from transfuse.sequence import Tokenizer
@@ -342,12 +342,12 @@ def words(path: Path, vocabulary: dict[str, int], **changes: Any) -> Path:
 
 
 def test_markers_are_added_behind(tmp_path) -> None:
-    found = add_markers(words(tmp_path / "tokenizer.json", {"a": 0, "b": 1, "<|eos|>": 2}))
+    found = Tokenizer.adopt(words(tmp_path / "tokenizer.json", {"a": 0, "b": 1, "<|eos|>": 2}))
     assert (found.bos, found.eos, found.boi, found.eoi, found.vocabulary) == (3, 2, 4, 5, 6)
     found.save(tmp_path / "ours.json")
     again = Tokenizer.load(tmp_path / "ours.json")
     assert (again.bos, again.eos, again.boi, again.eoi) == (3, 2, 4, 5)
-    assert add_markers(tmp_path / "ours.json").backend.to_str() == again.backend.to_str()
+    assert Tokenizer.adopt(tmp_path / "ours.json").backend.to_str() == again.backend.to_str()
     assert again.decode([0, 3, 1, 5, 2]) == "a b"  # a word that is a marker's name has become the marker
 
 
@@ -356,7 +356,7 @@ def test_a_marker_typed_is_text_and_documents_keep_their_length(tmp_path) -> Non
     filled = {"strategy": {"Fixed": 6}, "direction": "Right", "pad_to_multiple_of": None}
     filled |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
     path = words(tmp_path / "tokenizer.json", {"a": 0, "b": 1}, truncation=cut, padding=filled)
-    found = add_markers(path)
+    found = Tokenizer.adopt(path)
     assert found.encode("b a b a") == (1, 0, 1, 0)
     assert found.bos not in found.encode("b <|bos|>")
 
@@ -364,12 +364,12 @@ def test_a_marker_typed_is_text_and_documents_keep_their_length(tmp_path) -> Non
 def test_tokenizers_that_are_none(tmp_path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match=r"tokenizer\.json: expected a tokenizer\.json, found no file"):
-        add_markers(path)
+        Tokenizer.adopt(path)
     path.write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: expected a tokenizer\.json, found something else"):
-        add_markers(path)
+        Tokenizer.adopt(path)
     with pytest.raises(UserError, match=r"tokenizer\.json: expected ids from 0 to 5, found gaps among them"):
-        add_markers(words(path, {"a": 0, "b": 9}))
+        Tokenizer.adopt(words(path, {"a": 0, "b": 9}))
 
 
 def test_rows_of_markers(tmp_path, tokenizer: Tokenizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -18,6 +19,7 @@ SUFFIXES = (
     *(".gif", ".bmp", ".dib", ".tif", ".tiff"),
 )
 """what `image_files` takes in a folder, in lower case; a file named by itself may have any"""
+MAX_PIXELS = 64_000_000
 WANTED = "a PNG, JPEG, WebP, GIF, BMP or TIFF image"
 
 UPRIGHT = {
@@ -38,7 +40,7 @@ ORIENTATION, BITS, PHOTOMETRIC = 274, 258, 262
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
-def read_image(path: Path, max_pixels: int = 64_000_000) -> np.ndarray:
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read a PNG, JPEG, WebP, GIF, BMP or TIFF file: uint8 RGB `[row, column, 3]`, upright.
 
     EXIF orientation is applied. Transparency, of a palette too, is laid on white. Grey, 1-bit, palette, CMYK and YCCK
@@ -53,8 +55,18 @@ def read_image(path: Path, max_pixels: int = 64_000_000) -> np.ndarray:
     try:
         # an open file, not its name: by name PIL may map it into memory, and then turns some grey TIFFs wrongly, and
         # dies with the process where the file is cut short meanwhile
-        with open(path, "rb") as file, PIL.Image.open(file, formats=FORMATS) as image:
-            _check_header(path, image, max_pixels)
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path}: expected {WANTED}, found a damaged or unreadable file ({error.strerror})") from None
+    with file:
+        return decode_image(file, str(path), max_pixels)
+
+
+def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """As `read_image`, from an open file or bytes in memory; `name` is what an error names."""
+    try:
+        with PIL.Image.open(file, formats=FORMATS) as image:
+            _check_header(name, image, max_pixels)
             rgb = _to_rgb(image)
             # asked after decoding: the decoder of TIFF turns the picture itself, and strikes the tag
             method = UPRIGHT.get(_orientation(image))
@@ -62,29 +74,32 @@ def read_image(path: Path, max_pixels: int = 64_000_000) -> np.ndarray:
     except (UserError, MemoryError):
         raise
     except PIL.UnidentifiedImageError:
-        found = "something else" if path.stat().st_size else "an empty file"
-        raise UserError(f"{path}: expected {WANTED}, found {found}") from None
+        found = "something else" if file.seek(0, os.SEEK_END) else "an empty file"
+        raise UserError(f"{name}: expected {WANTED}, found {found}") from None
     except PIL.Image.DecompressionBombError as error:
-        raise UserError(f"{path}: expected at most {max_pixels} pixels, found more ({error})") from None
+        raise UserError(f"{name}: expected at most {max_pixels} pixels, found more ({error})") from None
     except Exception as error:  # a damaged file can make a decoder raise anything: struct.error, IndexError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: expected {WANTED}, found a damaged or unreadable file ({reason})") from None
+        raise UserError(f"{name}: expected {WANTED}, found a damaged or unreadable file ({reason})") from None
 
 
-def fit(image: np.ndarray, size: int, smallest: int = 1) -> np.ndarray:
-    """Cut the central square out of uint8 `[row, column, 3]`, resize it (Lanczos, antialiased): `[size, size, 3]`.
+def fit(image: np.ndarray, size: int | tuple[int, int], smallest: int = 1) -> np.ndarray:
+    """Cut the middle of that shape out of uint8 `[row, column, 3]`, as large as there is, and resize it (Lanczos,
+    antialiased) to `[size, size, 3]`, or `[rows, columns, 3]` of a pair.
 
     smallest: pixels that the shorter side must have; one from there to `size` is enlarged. Raises ValueError.
     """
-    rows, columns = image.shape[:2]
-    side = min(rows, columns)
-    if side < smallest:
-        raise ValueError(f"image: expected sides of at least {smallest} pixels, found {columns}x{rows}")
-    top, left = (rows - side) // 2, (columns - side) // 2
-    square = image[top : top + side, left : left + side]
-    if side == size:
-        return square.copy()
-    return np.array(PIL.Image.fromarray(square).resize((size, size), Resampling.LANCZOS))
+    rows, columns = (size, size) if isinstance(size, int) else size
+    height, width = image.shape[:2]
+    if min(height, width) < smallest:
+        raise ValueError(f"image: expected sides of at least {smallest} pixels, found {width}x{height}")
+    cut_height = min(height, max(1, round(width * rows / columns)))
+    cut_width = min(width, max(1, round(height * columns / rows)))
+    top, left = (height - cut_height) // 2, (width - cut_width) // 2
+    cut = image[top : top + cut_height, left : left + cut_width]
+    if cut.shape[:2] == (rows, columns):
+        return cut.copy()
+    return np.array(PIL.Image.fromarray(cut).resize((columns, rows), Resampling.LANCZOS))
 
 
 def image_files(source: Path) -> list[Path]:
@@ -111,12 +126,12 @@ def image_files(source: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(source).as_posix())
 
 
-def _check_header(path: Path, image: PIL.Image.Image, max_pixels: int) -> None:
+def _check_header(name: str, image: PIL.Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
-        raise UserError(f"{path}: expected at most {max_pixels} pixels, found {image.width}x{image.height}")
+        raise UserError(f"{name}: expected at most {max_pixels} pixels, found {image.width}x{image.height}")
     if image.mode in ("F", "I"):
         kind = "floating point" if image.mode == "F" else "32-bit or signed integers"
-        raise UserError(f"{path}: expected 8 or 16 bits a sample, found {kind} (mode {image.mode})")
+        raise UserError(f"{name}: expected 8 or 16 bits a sample, found {kind} (mode {image.mode})")
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..sequence.tokenizer import BOI, SPECIAL
 from .config import ModelConfig
-from .llama import llama_weights
+from .llama import llama_weights, trunk_config
 from .transfusion import Transfusion
 
 QK_NORM_EPS = 1e-5
@@ -26,23 +26,10 @@ def chameleon_config(config: ModelConfig, boi: int = SPECIAL.index(BOI)) -> dict
     """
     _check(config)
     return {
-        "vocab_size": config.ids,
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden_channels,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.key_heads,
-        "max_position_embeddings": config.context,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # where transformers 4 looks for it
-        "rms_norm_eps": config.norm_eps,
+        **trunk_config(config),
         "swin_norm": config.norm_order == "swin",
         "model_parallel_size": 1,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "hidden_act": "silu",
         # Theirs would be 1 and 2, which are EOS and BOI here.
         "bos_token_id": None,
         "eos_token_id": None,

@@ -42,6 +42,11 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
     """Arguments of `transformers.LlamaConfig` for the text side of a model. ValueError where Llama can not be it."""
     if config.qk_norm or config.norm_order != "pre":
         raise ValueError("model: expected a Llama trunk, found qk_norm or norm_order swin")
+    return trunk_config(config)
+
+
+def trunk_config(config: ModelConfig) -> dict[str, Any]:
+    """What the configurations of Hugging Face's Llama and Chameleon say alike."""
     return {
         "vocab_size": config.ids,
         "hidden_size": config.width,

@@ -20,7 +20,7 @@ from ..data.world import World, WorldConfig, caption, glosses
 from ..diffusion import DiffusionConfig, Process
 from ..errors import UserError
 from ..export import GenerationConfig, save_export
-from ..interchange import add_markers, check_trunk, marker_rows, read_llama_config, start_from_llama
+from ..interchange import check_trunk, marker_rows, read_llama_config, start_from_llama
 from ..model import ModelConfig, Transfusion
 from ..model.flops import train_flops
 from ..sequence import Grammar, Tokenizer
@@ -101,7 +101,7 @@ class Recipe:
             return self
         folder = Path(self.start)
         fields = read_llama_config(folder, self.model.context)
-        ids = add_markers(folder / "tokenizer.json").vocabulary
+        ids = Tokenizer.adopt(folder / "tokenizer.json").vocabulary
         fields["vocabulary"] = max(fields["vocabulary"], ids)
         changed = {name: value for name, value in fields.items() if getattr(self.model, name) != value}
         model = replace(self.model, **changed)
@@ -185,7 +185,7 @@ def build_trainer(
     """Put model, data, objective and loop together for a resolved recipe. Raises UserError where they do not fit."""
     path = folder / "tokenizer.json"
     if not path.exists():
-        tokenizer = add_markers(Path(recipe.start) / "tokenizer.json") if recipe.start else train_tokenizer(recipe)
+        tokenizer = Tokenizer.adopt(Path(recipe.start) / "tokenizer.json") if recipe.start else train_tokenizer(recipe)
         tokenizer.save(path)
     tokenizer = Tokenizer.load(path)
     grammar = recipe.model.grammar(tokenizer)

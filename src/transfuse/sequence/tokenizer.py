@@ -7,6 +7,7 @@ tokenizer.save(folder / "tokenizer.json")
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..errors import UserError
 from .layout import Grammar
+from .sentencepiece import from_sentencepiece
 
 BOS, EOS, BOI, EOI = "<|bos|>", "<|eos|>", "<|boi|>", "<|eoi|>"
 SPECIAL = (BOS, EOS, BOI, EOI)
@@ -63,8 +65,42 @@ class Tokenizer:
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{path}: expected a tokenizer.json, found something else ({error})") from None
 
+    @classmethod
+    def adopt(cls, path: Path | str) -> Tokenizer:
+        """Open another's tokenizer.json, or a sentencepiece `.model`; markers it lacks take the ids behind its own.
+
+        A folder stands for the tokenizer.json in it. A network of its own may have rows for the new ids already, spare
+        ones: the vocabulary needed is the larger of the two. Raises UserError as `load`, and for ids with gaps.
+        """
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"{path}: expected a tokenizer.json, found no file")
+        if path.suffix == ".json":
+            try:
+                backend = tokenizers.Tokenizer.from_file(str(path))
+            except Exception as error:  # the library raises a bare Exception
+                raise UserError(f"{path}: expected a tokenizer.json, found something else ({error})") from None
+        else:
+            backend = from_sentencepiece(path)
+        backend.add_special_tokens(list(SPECIAL))  # one that is there keeps its id
+        backend.no_truncation()  # either may be on in a file, and would change every document
+        backend.no_padding()
+        ids = sorted(backend.get_vocab(with_added_tokens=True).values())
+        if ids != list(range(len(ids))):
+            raise UserError(f"{path}: expected ids from 0 to {len(ids) - 1}, found gaps among them")
+        return cls(backend)
+
     def save(self, path: Path | str) -> None:
         self.backend.save(str(path))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides which ids a text has: equal for equal tokenizers, wherever they were saved."""
+        text = tokenizers.Tokenizer.from_str(
+            self.backend.to_str()
+        ).to_str()  # written once, scores may still be rounded
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def vocabulary(self) -> int:
