@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,19 @@ def whole_folder(folder: Path, what: str) -> Iterator[Path]:
         raise UserError(f"{folder}: {what} not written ({error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def whole_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a path aside, sync, rename: `path` is there whole or not at all. UserError where it can not."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        sync(partial)
+        partial.rename(path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: not written ({error}); what was there is intact, call again to go on") from None
 
 
 def sync(path: Path) -> None:

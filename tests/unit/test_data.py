@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from transfuse.autoencoders import Pixels
-from transfuse.data import Mixture, PairConfig, ScenePairs, StepLoader, Texts, pair_document
+from transfuse.data import Ingredient, Mixture, PairConfig, ScenePairs, StepLoader, Texts, pair_document
 from transfuse.data.world import World, WorldConfig
 from transfuse.sequence import Document, Image, Text, Tokenizer, lay_out
 
@@ -63,6 +63,10 @@ def test_shares_of_order_and_drop() -> None:
     assert kinds(PairConfig(image_first_max_timestep=None))["captioned"] > 0
 
 
+def ingredients(sources, shares) -> list[Ingredient]:
+    return [Ingredient(source, share) for source, share in zip(sources, shares, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def sources(tokenizer: Tokenizer):
     world = World(WorldConfig(size=16, nouns=4, max_objects=1))
@@ -73,18 +77,19 @@ def sources(tokenizer: Tokenizer):
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.5])
 def test_mixture_is_in_tokens_and_even(sources, tokenizer: Tokenizer, share: float) -> None:
     grammar = tokenizer.grammar(8)
-    mixture = Mixture(sources, [1 - share, share], grammar)
+    mixture = Mixture(ingredients(sources, [1 - share, share]), grammar)
     tokens = {True: 0, False: 0}
     for sample in range(COUNT):
         document = mixture.document(sample)
         assert document.sample == sample
         tokens[bool(document.images)] += len(lay_out(document, grammar))
     assert tokens[False] / sum(tokens.values()) == pytest.approx(share, abs=0.03)
-    assert all(abs(mixture.pattern[:n].mean() - mixture.sample_shares[1]) < 2 / n for n in (50, 200, 1000))
+    pattern = mixture.phases[0].pattern
+    assert all(abs(pattern[:n].mean() - pattern.mean()) < 2 / n for n in (50, 200, 1000))
 
 
 def test_every_document_of_a_source_comes_once_per_epoch(sources, tokenizer: Tokenizer) -> None:
-    mixture = Mixture(sources, [0.5, 0.5], tokenizer.grammar(8))
+    mixture = Mixture(ingredients(sources, [0.5, 0.5]), tokenizer.grammar(8))
     seen = []
     for sample in range(3000):
         document = mixture.document(sample)
@@ -97,7 +102,7 @@ def test_every_document_of_a_source_comes_once_per_epoch(sources, tokenizer: Tok
 
 def test_batches_are_functions_of_the_step(sources, tokenizer: Tokenizer) -> None:
     grammar = tokenizer.grammar(8)
-    mixture = Mixture(sources, [0.5, 0.5], grammar)
+    mixture = Mixture(ingredients(sources, [0.5, 0.5]), grammar)
     forwards, backwards = (StepLoader(mixture.document, grammar, 6, 2) for _ in range(2))
     ahead = [forwards(step) for step in range(4)]
     for step in reversed(range(4)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from transfuse.data import encoded
+from transfuse.data.ahead import ahead
 from transfuse.data.encoded import encode_images, read_encoded
 from transfuse.data.images import fit, read_image
 from transfuse.errors import UserError
@@ -321,11 +323,13 @@ def test_reading_ahead_is_bounded_and_in_order() -> None:
         begun.append(item)
         return -item
 
-    results = encoded._ahead(read, range(100), workers=3, window=10)
-    assert [next(results) for _ in range(5)] == [0, -1, -2, -3, -4]
-    results.close()
-    assert len(begun) <= 15
-    assert list(encoded._ahead(read, range(7), workers=2, window=10)) == [0, -1, -2, -3, -4, -5, -6]
+    with ThreadPoolExecutor(3) as pool:
+        results = ahead(lambda item: pool.submit(read, item), range(100), window=10)
+        assert [next(results) for _ in range(5)] == [0, -1, -2, -3, -4]
+        results.close()
+        assert len(begun) <= 15
+        found = list(ahead(lambda item: pool.submit(read, item), range(7), window=10))
+    assert found == [0, -1, -2, -3, -4, -5, -6]
 
 
 def test_a_defect_while_reading_is_no_rejection(source: Path, tmp_path: Path, monkeypatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from transfuse.model import dense
 from transfuse.presets import preset
 from transfuse.presets.recipe import build_trainer
 from transfuse.presets.runs import open_run
-from transfuse.sequence import Document, Grammar, Image, Text, collate
+from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate
 from transfuse.training import (
     Checkpoint,
     CheckpointFolder,
@@ -115,9 +115,23 @@ def trainer(folder: Path, documents, grammar: Grammar, accumulate: int = 1, mode
     size = len(documents) // accumulate
     parts = [collate(documents[i * size : (i + 1) * size], grammar) for i in range(accumulate)]
     config = LoopConfig(**{"steps": 3, "sample_every": 0, "checkpoint_every": 0, "log_every": 1, **loop})
-    return Trainer(
-        model or randomised(tiny()), objective(), lambda step: parts, folder, config, OptimizerConfig(warmup=2)
-    )
+    return Trainer(model or randomised(tiny()), objective(), Fixed(parts), folder, config, OptimizerConfig(warmup=2))
+
+
+@dataclass
+class Fixed:
+    """A loader that gives the same batches at every step."""
+
+    parts: list[Batch]
+
+    def __call__(self, step: int) -> list[Batch]:
+        return self.parts
+
+    def position(self) -> dict[str, int]:
+        return {}
+
+    def start_from(self, position: dict[str, int]) -> None:
+        pass
 
 
 def uneven(grammar: Grammar) -> list[Document]:

@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..memory import keep_freed_memory
 from ..version import __version__
 from .autoencoder import autoencoder
+from .data import data
 from .study import study
 from .tools import doctor, export, plan
 from .training import demo, train
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "generate": generate,
     "caption": caption,
+    "data": data,
     "study": study,
     "autoencoder": autoencoder,
     "plan": plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,15 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _train(recipe: Recipe, folder: Path, as_json: bool) -> int:
+    from ..presets.sources import held_out_prompts
     from ..studies.training import train_run
     from ..training import RESUMABLE
 
     trained = train_run(recipe, folder)
     if trained.export is None:
         return RESUMABLE
-    say(f"{trained.export}: exported; try: transfuse generate 'a crab on a blue background' --model {trained.export}")
+    prompt = next(iter(held_out_prompts(trained.recipe, 1)), "a crab on a blue background")
+    say(f"{trained.export}: exported; try: transfuse generate {shlex.quote(prompt)} --model {trained.export}")
     if as_json:
         step, totals = trained.trainer.step, trained.trainer.totals
         print_json({"run": str(folder), "step": step, "export": str(trained.export), **totals})

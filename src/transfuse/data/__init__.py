@@ -1,7 +1,28 @@
-"""Data: sources of documents, their mixture, the loader. The bundled world is in `data.world`."""
+"""Data: sources of documents, their mixture, the loader; data sets on disk. The bundled world is in `data.world`."""
 
+from .dataset import DamagedError, DataSet
+from .faults import FaultLog
 from .loader import StepLoader
-from .mixing import Mixture
+from .mixing import Ingredient, Mixture
+from .remote import Cache
+from .rows import Rows
 from .sources import PairConfig, ScenePairs, Source, Texts, pair_document
+from .stored import StoredPictures, StoredTexts
 
-__all__ = ["Mixture", "PairConfig", "ScenePairs", "Source", "StepLoader", "Texts", "pair_document"]
+__all__ = [
+    "Cache",
+    "DamagedError",
+    "DataSet",
+    "FaultLog",
+    "Ingredient",
+    "Mixture",
+    "PairConfig",
+    "Rows",
+    "ScenePairs",
+    "Source",
+    "StepLoader",
+    "StoredPictures",
+    "StoredTexts",
+    "Texts",
+    "pair_document",
+]

@@ -16,13 +16,12 @@ import hashlib
 import json
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -34,14 +33,12 @@ from ..autoencoders import Autoencoder, CodeAutoencoder
 from ..configuration import read_json
 from ..console import Steps, progress
 from ..errors import UserError
-from ..files import sync
+from ..files import whole_file
+from .ahead import ahead
 from .images import fit, image_files, read_image
 
 VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def encode_images(
@@ -79,9 +76,13 @@ def encode_images(
     def read(name: str) -> np.ndarray | str:
         return _fitted(root / name, size, autoencoder.factor)
 
-    ahead = _ahead(read, (name for number in waiting for name in parts[number]), workers, 2 * batch_size + workers)
+    names_ahead = (name for number in waiting for name in parts[number])
     done = sum(len(parts[number]) for number in records)
-    with progress("encode", len(names), done) as steps, closing(ahead) as pictures:
+    with (
+        progress("encode", len(names), done) as steps,
+        ThreadPoolExecutor(workers, thread_name_prefix="read") as pool,
+        closing(ahead(lambda name: pool.submit(read, name), names_ahead, 2 * batch_size + workers)) as pictures,
+    ):
         for number in waiting:
             tensor, record = work.encode(parts[number], pictures, steps)
             shards.write(number, tensor, record)
@@ -148,7 +149,7 @@ class _Shards:
         except OSError as error:
             raise UserError(f"{self.out}: expected a folder to write to, found none ({error})") from None
         if not path.exists():
-            _write(path, lambda partial: partial.write_text(json.dumps(self.config, indent=2) + "\n"))
+            whole_file(path, lambda partial: partial.write_text(json.dumps(self.config, indent=2) + "\n"))
 
     def record(self, number: int) -> dict[str, Any] | None:
         """What a shard's JSON says; None where the shard is missing, or its tensor is not what it says."""
@@ -163,8 +164,8 @@ class _Shards:
 
     def write(self, number: int, tensor: Tensor, record: dict[str, Any]) -> None:
         path = self.path(number)
-        _write(path, lambda partial: save_file({self.key: tensor}, partial))
-        _write(path.with_suffix(".json"), lambda partial: partial.write_text(json.dumps(record) + "\n"))
+        whole_file(path, lambda partial: save_file({self.key: tensor}, partial))
+        whole_file(path.with_suffix(".json"), lambda partial: partial.write_text(json.dumps(record) + "\n"))
 
     def _compare(self, path: Path, found: Any) -> None:
         if not isinstance(found, dict):
@@ -176,19 +177,6 @@ class _Shards:
         ]
         if differences:
             raise UserError(f"{path}: {'; '.join(differences)}; name another folder to encode anew")
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write aside, sync, rename: `path` is there whole or not at all. UserError where the disk is full."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        sync(partial)
-        partial.rename(path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: not written ({error}); earlier shards are intact, call again to go on") from None
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -258,24 +246,6 @@ def _fitted(path: Path, size: int, smallest: int) -> np.ndarray | str:
         return str(error).removeprefix(f"{path}: ")
 
 
-def _ahead(
-    read: Callable[[Item], Result], items: Iterable[Item], workers: int, window: int
-) -> Generator[Result, None, None]:
-    """`map(read, items)` in order, by threads that are up to `window` items ahead of who asks."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        pending: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(read, item))
-                if len(pending) > window:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +265,8 @@ def _sums(latents: Tensor) -> dict[str, Any]:
 def _finish(out: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Write rejected.jsonl and statistics.json from the records of all shards, in order. Returns the statistics."""
     rejected = [one for record in records for one in record["rejected"]]
-    _write(out / "rejected.jsonl", lambda path: path.write_text("".join(json.dumps(one) + "\n" for one in rejected)))
+    lines = "".join(json.dumps(one) + "\n" for one in rejected)
+    whole_file(out / "rejected.jsonl", lambda path: path.write_text(lines))
     images = sum(len(record["files"]) for record in records)
     statistics: dict[str, Any] = {"images": images, "rejected": len(rejected)}
     if images and "sum" in records[0]:
@@ -308,7 +279,7 @@ def _finish(out: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
             "mean": float(mean.mean()),
             "std": float(np.sqrt(max(0.0, square.mean() - mean.mean() ** 2))),
         }
-    _write(out / "statistics.json", lambda path: path.write_text(json.dumps(statistics, indent=2) + "\n"))
+    whole_file(out / "statistics.json", lambda path: path.write_text(json.dumps(statistics, indent=2) + "\n"))
     return statistics
 
 

@@ -1,29 +1,52 @@
-"""The batches of a step, as a function of the step's number: what makes resuming exact and simple."""
+"""The batches of a step, as a function of the step's number: what makes resuming exact and simple.
+
+The items of a step are samples or, where they are packed beforehand, rows of samples. Step s has items
+`s * batch_size` and on; each rank takes its stretch of them. So what a step learns from depends neither on the number
+of ranks nor on that of workers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import io
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import UserError
 from ..sequence import Batch, Document, Grammar, ImageAttention, collate
+from .dataset import DamagedError
+from .faults import Fault
+from .rows import Rows
 
 FILL = 64
 """batches are filled up to a multiple of this many positions: fewer sizes for matrix kernels to be prepared for"""
-
+AHEAD = 4
+"""steps that each worker is ahead"""
 
 EMPTY = Document([], sample=-1, closed=False, predict=False)
 """stands in for a part of a step whose samples are all left out: nothing is learned from it"""
 
 
+@dataclass(frozen=True)
+class Made:
+    """A step's batches, the documents that had to be left out, where its rows begin (`Rows.position`), and a mistake of
+    the user's, if that came of it."""
+
+    batches: list[Batch]
+    faults: list[Fault]
+    position: dict[str, int]
+    mistake: str = ""
+
+
 class StepLoader:
-    """`loader(step)` gives the micro-batches of that step: samples `step * batch_size` and on, split into parts.
+    """`loader(step)` gives this rank's micro-batches of a step.
 
-    A sample for which `document` gives None is left out; the others are in the step they would be in anyway.
-
-    With `workers`, coming steps are prepared in other processes; what they hold does not change.
+    A sample for which `document` gives None, or which is damaged, is left out; the others are where they would be
+    anyway. on_faults is told of the damaged ones. With `workers`, coming steps are prepared in other processes.
     """
 
     def __init__(
@@ -34,35 +57,76 @@ class StepLoader:
         accumulate: int = 1,
         image_attention: ImageAttention = "bidirectional",
         workers: int = 0,
+        rows: Rows | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        on_faults: Callable[[Iterable[Fault]], None] = lambda faults: None,
     ) -> None:
         if batch_size < 1 or batch_size % accumulate:
             raise ValueError(f"batch_size: expected a multiple of accumulate ({accumulate}), found {batch_size}")
         self.document, self.grammar, self.image_attention = document, grammar, image_attention
         self.batch_size, self.accumulate, self.workers = batch_size, accumulate, workers
-        self._next: tuple[int, Iterator[list[Batch]]] | None = None
+        self.rows, self.rank, self.ranks, self.on_faults = rows, rank, ranks, on_faults
+        self._next: tuple[int, Iterator[bytes]] | None = None
+        self._position: dict[str, int] = {}
 
     def __call__(self, step: int) -> list[Batch]:
-        if not self.workers:
-            return self.make(step)
+        made = self._fetched(step) if self.workers else self.make(step)
+        if made.mistake:
+            raise UserError(made.mistake)
+        self.on_faults(made.faults)
+        self._position = made.position
+        return made.batches
+
+    def position(self) -> dict[str, int]:
+        """A few numbers that let `start_from` go on after the last step at once; a step is found without them, too."""
+        return self._position
+
+    def start_from(self, position: dict[str, int]) -> None:
+        if self.rows is not None and position:
+            self.rows.start_from(position)
+            self._position = position
+
+    def make(self, step: int) -> Made:
+        first, count = step * self.batch_size, self.batch_size
+        start, stop = (first + count * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        cuts = [start + (stop - start) * part // self.accumulate for part in range(self.accumulate + 1)]
+        faults: list[Fault] = []
+        try:
+            batches = [self._batch(cuts[i], cuts[i + 1], faults) for i in range(self.accumulate)]
+        except UserError as error:  # from another process an exception would come with its traceback in it
+            return Made([], [], {}, str(error))
+        return Made(batches, faults, {} if self.rows is None else self.rows.position(first))
+
+    def _batch(self, start: int, stop: int, faults: list[Fault]) -> Batch:
+        samples: Iterable[int] = range(start, stop)
+        fill = FILL
+        if self.rows is not None:
+            samples = [sample for row in range(start, stop) for sample in self.rows.row(row)]
+            fill = max(1, stop - start) * self.rows.length  # one size for all steps
+        documents = []
+        for sample in samples:
+            try:
+                found = self.document(sample)
+            except DamagedError as error:
+                faults.append(Fault(error.source, error.shard, error.key, error.reason))
+                continue
+            if found is not None:
+                documents.append(found)
+        batch = collate(documents or [EMPTY], self.grammar, self.image_attention, fill)
+        return batch if documents else replace(batch, idle=batch.positions)
+
+    def _fetched(self, step: int) -> Made:
         if self._next is None or self._next[0] != step:
             steps = _Steps(self, step)
-            self._next = step, iter(DataLoader(steps, batch_size=None, num_workers=self.workers, prefetch_factor=4))
-        batches = next(self._next[1])
+            loader = DataLoader(steps, batch_size=None, num_workers=self.workers, prefetch_factor=AHEAD)
+            self._next = step, iter(loader)
+        made: Made = pickle.loads(next(self._next[1]))
         self._next = step + 1, self._next[1]
-        return batches
-
-    def make(self, step: int) -> list[Batch]:
-        size = self.batch_size // self.accumulate
-        batches = []
-        for first in range(step * self.batch_size, (step + 1) * self.batch_size, size):
-            found = [self.document(sample) for sample in range(first, first + size)]
-            documents = [document for document in found if document is not None]
-            batch = collate(documents or [EMPTY], self.grammar, self.image_attention, FILL)
-            batches.append(batch if documents else replace(batch, idle=batch.positions))
-        return batches
+        return made
 
 
-class _Steps(Dataset[list[Batch]]):
+class _Steps(Dataset[bytes]):
     """Steps from `first` on, for torch's workers."""
 
     def __init__(self, loader: StepLoader, first: int) -> None:
@@ -71,6 +135,17 @@ class _Steps(Dataset[list[Batch]]):
     def __len__(self) -> int:
         return 2**40
 
-    def __getitem__(self, index: int) -> list[Batch]:
+    def __getitem__(self, index: int) -> bytes:
         torch.set_num_threads(1)
-        return self.loader.make(self.first + index)
+        stream = io.BytesIO()
+        _Pickler(stream, protocol=5).dump(self.loader.make(self.first + index))
+        return stream.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors by value: torch's own way, a shared file for each, costs more than the copy of such small ones."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented

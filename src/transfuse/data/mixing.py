@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..sequence import Document, Grammar, lay_out
+from ..errors import UserError
+from ..sequence import Document, Grammar
 from .sources import Source
 
 PATTERN = 1000
@@ -15,44 +19,147 @@ MEASURED = 200
 """documents per source whose lengths are measured to turn token shares into sample shares"""
 
 
+@dataclass(frozen=True)
+class Ingredient:
+    """A source in a mixture. None stands for one whose samples are left out: `document` gives None in its places.
+
+    share    of all positions (or of samples: see Mixture), relative to the others'
+    epochs   after so many passes it is used up, and the others take its place; None: it goes on
+    final    its share in the last stretch of a run; None: as before
+    """
+
+    source: Source | None
+    share: float
+    epochs: float | None = None
+    final: float | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the stream in which the shares stay: from sample `start`, with `done` documents of each source used.
+
+    pattern   number of the source of each of PATTERN samples, again and again
+    """
+
+    start: int
+    done: np.ndarray
+    pattern: np.ndarray
+    per_pattern: np.ndarray
+    before: np.ndarray
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """Number of the source of a sample, and which of its documents it is."""
+        turn, place = divmod(sample - self.start, PATTERN)
+        number = int(self.pattern[place])
+        used = int(self.done[number])
+        return number, used + turn * int(self.per_pattern[number]) + int(self.before[place, number])
+
+    def reaches(self, number: int, index: int) -> float:
+        """The first sample that would be document `index` of a source, or infinity."""
+        if not self.per_pattern[number]:
+            return math.inf
+        turn, rest = divmod(index - int(self.done[number]), int(self.per_pattern[number]))
+        return self.start + turn * PATTERN + int(np.flatnonzero(self.pattern == number)[rest])
+
+    def done_at(self, sample: int) -> np.ndarray:
+        """Documents of each source used before a sample."""
+        turn, place = divmod(sample - self.start, PATTERN)
+        return self.done + turn * self.per_pattern + self.before[place]
+
+
 class Mixture:
     """Sample i of the stream, a function of i alone: which source it comes from, and which of its documents.
 
-    sources  None stands for one whose samples are left out: `document` gives None in its places.
-    shares   of all positions under `grammar`, one per source: shares of samples follow from each source's mean length.
-             Of samples where grammar is None: then sample i is the same whatever a picture is made of.
+    Shares are of all positions under `grammar`: shares of samples follow from each source's mean length. Where grammar
+    is None they are of samples: then sample i is the same whatever a picture is made of.
+    final_from: the sample from which final shares count, if any.
 
     Sources take turns as evenly as whole numbers allow, so that every stretch of the stream is mixed alike.
     """
 
-    def __init__(self, sources: Sequence[Source | None], shares: Sequence[float], grammar: Grammar | None) -> None:
-        if len(sources) != len(shares) or min(shares) < 0 or sum(shares) <= 0:
-            raise ValueError(f"shares: expected one non-negative number per source, found {list(shares)}")
-        self.sources = list(sources)
-        samples = np.array(shares, dtype=np.float64)
+    def __init__(
+        self, ingredients: Sequence[Ingredient], grammar: Grammar | None, final_from: int | None = None
+    ) -> None:
+        shares = [part.share for part in ingredients]
+        if not ingredients or min(shares) < 0 or sum(shares) <= 0:
+            raise ValueError(f"shares: expected one non-negative number per source, found {shares}")
+        self.ingredients = list(ingredients)
+        self.lengths = np.ones(len(ingredients))
         if grammar is not None:
-            samples /= [_mean_length(source, grammar) for source in sources]
-        self.sample_shares = samples / samples.sum()
-        credit = np.zeros(len(sources))
-        pattern = np.empty(PATTERN, dtype=np.int64)
-        for place in range(PATTERN):
-            credit += self.sample_shares
-            pattern[place] = credit.argmax()
-            credit[pattern[place]] -= 1
-        self.pattern = pattern
-        chosen = pattern[:, None] == np.arange(len(sources))
-        self.per_pattern = chosen.sum(0)
-        self.before = chosen.cumsum(0) - chosen  # how many of each source come before this place in the pattern
+            self.lengths = np.array([_mean_length(part.source, grammar) for part in ingredients])
+        self.limits = [_limit(part) for part in ingredients]
+        self.phases: list[Phase] = []
+        self.end: float = math.inf
+        """samples there are, until every source is used up"""
+        self._plan(final_from)
+        self._starts = [phase.start for phase in self.phases]
+
+    def _plan(self, final_from: int | None) -> None:
+        """The phases: until a source is used up, or the final shares begin, whichever comes first; and so on."""
+        start, done = 0, np.zeros(len(self.ingredients), dtype=np.int64)
+        final = False
+        while True:
+            final = final or (final_from is not None and start >= final_from)
+            shares = [
+                0.0 if done[i] >= self.limits[i] else part.final if final and part.final is not None else part.share
+                for i, part in enumerate(self.ingredients)
+            ]
+            if not sum(shares):
+                self.end = start
+                return
+            phase = _phase(start, done, np.array(shares) / self.lengths)
+            self.phases.append(phase)
+            ends = [phase.reaches(i, int(limit)) for i, limit in enumerate(self.limits) if limit < math.inf]
+            ends += [final_from] if final_from is not None and not final else []
+            end = min(ends, default=math.inf)
+            if end == math.inf:
+                return
+            start, done = int(end), phase.done_at(int(end))
 
     def document(self, sample: int) -> Document | None:
-        turn, place = divmod(sample, PATTERN)
-        number = self.pattern[place]
-        index = turn * int(self.per_pattern[number]) + int(self.before[place, number])
-        source = self.sources[number]
-        return None if source is None else source.document(index, sample)
+        number, index = self._place(sample)
+        source = self.ingredients[number].source
+        return None if source is None else replace(source.document(index, sample), source=source.name)
+
+    def length(self, sample: int, grammar: Grammar) -> int:
+        """Positions of a sample; 0 for one that is left out."""
+        number, index = self._place(sample)
+        source = self.ingredients[number].source
+        return 0 if source is None else source.length(index, sample, grammar)
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        if sample >= self.end:
+            raise UserError(
+                f"data.sources: expected one that goes on, found all used up after {int(self.end)} samples; allow more "
+                "epochs, or ask for fewer steps"
+            )
+        return self.phases[bisect_right(self._starts, sample) - 1].place(sample)
+
+
+def _limit(part: Ingredient) -> float:
+    if part.epochs is None or part.source is None:
+        return math.inf
+    if part.source.epoch is None:
+        raise UserError(
+            f"data.sources: {part.source.name}: expected no epochs, for it never ends, found {part.epochs:g}"
+        )
+    return max(1, round(part.epochs * part.source.epoch))
+
+
+def _phase(start: int, done: np.ndarray, samples: np.ndarray) -> Phase:
+    shares = samples / samples.sum()
+    credit = np.zeros(len(shares))
+    pattern = np.empty(PATTERN, dtype=np.int64)
+    for place in range(PATTERN):
+        credit += shares
+        pattern[place] = credit.argmax()
+        credit[pattern[place]] -= 1
+    chosen = pattern[:, None] == np.arange(len(shares))
+    return Phase(start, done, pattern, chosen.sum(0), chosen.cumsum(0) - chosen)
 
 
 def _mean_length(source: Source | None, grammar: Grammar) -> float:
     if source is None:
         raise ValueError("sources: expected all where shares are of positions, found one left out")
-    return float(np.mean([len(lay_out(source.document(i, i), grammar)) for i in range(MEASURED)]))
+    count = MEASURED if source.epoch is None else min(MEASURED, source.epoch)
+    return float(np.mean([source.length(i, i, grammar) for i in range(count)]))

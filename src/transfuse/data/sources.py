@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 from ..autoencoders import Autoencoder
 from ..keyed import keyed
-from ..sequence import Document, Image, Text, Tokenizer, unconditional
+from ..sequence import Document, Grammar, Image, Text, Tokenizer, positions, unconditional
 from .world import World, caption
 
 BLOCK = 32
@@ -27,7 +27,14 @@ class Source(Protocol):
 
     name: str
 
+    @property
+    def epoch(self) -> int | None:
+        """How many documents before they come again; None: they never do."""
+
     def document(self, index: int, sample: int) -> Document: ...
+
+    def length(self, index: int, sample: int, grammar: Grammar) -> int:
+        """Positions that the document will take, found without making its pictures."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +54,31 @@ class PairConfig:
                 raise ValueError(f"data.pairs.{name}: expected a share from 0 to 1, found {getattr(self, name)}")
 
 
-def pair_document(text: tuple[int, ...], latent: torch.Tensor, config: PairConfig, seed: int, sample: int) -> Document:
-    """One caption and one latent, ordered, capped and dropped by the draw of (seed, sample)."""
+Order = Literal["draw", "caption", "unconditional"]
+
+
+def pair_order(config: PairConfig, seed: int, sample: int) -> Order:
+    """What a pair teaches, by the draw of (seed, sample): to draw, to caption, or to draw without a caption."""
     first, drop = torch.rand(2, generator=keyed(seed, "pair", sample)).tolist()
     if first >= config.caption_first:
+        return "caption"
+    return "unconditional" if drop < config.caption_drop else "draw"
+
+
+def pair_document(text: tuple[int, ...], latent: torch.Tensor, config: PairConfig, seed: int, sample: int) -> Document:
+    """One caption and one latent, ordered, capped and dropped as `pair_order` says."""
+    order = pair_order(config, seed, sample)
+    if order == "caption":
         return Document([Image(latent, max_timestep=config.image_first_max_timestep), Text(text)], sample=sample)
     document = Document([Text(text), Image(latent)], sample=sample)
-    return unconditional(document) if drop < config.caption_drop else document
+    return unconditional(document) if order == "unconditional" else document
 
 
 class ScenePairs:
     """Pictures of a world and their captions."""
 
-    name = "pairs"
+    name = "world"
+    epoch = None
 
     def __init__(
         self, world: World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: PairConfig, seed: int
@@ -72,6 +91,12 @@ class ScenePairs:
     def document(self, index: int, sample: int) -> Document:
         text = self.tokenizer.encode(caption(self.world.scene(index), index))
         return pair_document(text, self._latent(index), self.config, self.seed, sample)
+
+    def length(self, index: int, sample: int, grammar: Grammar) -> int:
+        patches = (self.world.config.size // (self.autoencoder.factor * grammar.patch_size)) ** 2
+        if pair_order(self.config, self.seed, sample) == "unconditional":
+            return positions(0, [patches])
+        return positions(len(self.tokenizer.encode(caption(self.world.scene(index), index))), [patches])
 
     def _latent(self, index: int) -> torch.Tensor:
         """Of scene `index`. A network encodes a block of scenes at once, always the same, for speed."""
@@ -86,18 +111,24 @@ class ScenePairs:
 class Texts:
     """Text-only documents: all of them in a new order each epoch."""
 
-    name = "text"
+    name = "glosses"
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         if not texts:
             raise ValueError("texts: expected at least one, found none")
         self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
+        self.epoch = len(texts)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def document(self, index: int, sample: int) -> Document:
+        return Document([Text(self.tokenizer.encode(self._text(index)))], sample=sample)
+
+    def length(self, index: int, sample: int, grammar: Grammar) -> int:
+        return positions(len(self.tokenizer.encode(self._text(index))), [])
+
+    def _text(self, index: int) -> str:
         epoch, place = divmod(index, len(self.texts))
         if self._order[0] != epoch:
             order = torch.randperm(len(self.texts), generator=keyed(self.seed, "texts", epoch))
             self._order = (epoch, order.numpy())
-        text = self.texts[self._order[1][place]]
-        return Document([Text(self.tokenizer.encode(text))], sample=sample)
+        return self.texts[self._order[1][place]]

@@ -56,10 +56,15 @@ def pack(module: nn.Module) -> None:
             setattr(module, norm, FoldedNorm(norm_module, reader))
     for name, child in module.named_children():
         if isinstance(child, Linear):
-            if child.weight.device.type == "cpu" and child.weight.dtype in (torch.float32, torch.bfloat16):
+            if child.weight.device.type == "cpu" and _can_pack(child.weight.dtype):
                 setattr(module, name, PackedLinear(child))
         else:
             pack(child)
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of a dtype here: bfloat16 it does not on processors without AVX-512 (or newer)."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class RMSNorm(nn.Module):

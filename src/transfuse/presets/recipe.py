@@ -5,7 +5,7 @@ The recipe is saved with the run as `config.json`; model, data and noise can be 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..autoencoders import Autoencoder, Coded, bundled, open_autoencoder
 from ..console import say
-from ..data import Mixture, PairConfig, ScenePairs, Source, StepLoader, Texts
+from ..data import FaultLog, PairConfig, Rows, StepLoader
 from ..data.world import World, WorldConfig, caption, glosses
 from ..diffusion import DiffusionConfig, Process
 from ..errors import UserError
@@ -23,7 +23,7 @@ from ..export import GenerationConfig, save_export
 from ..interchange import check_trunk, marker_rows, read_llama_config, start_from_llama
 from ..model import ModelConfig, Transfusion
 from ..model.flops import train_flops
-from ..sequence import Grammar, Tokenizer
+from ..sequence import Tokenizer
 from ..training import (
     CheckpointFolder,
     LoopConfig,
@@ -37,25 +37,39 @@ from ..training import (
 )
 from .autoencoders import AUTOENCODERS
 from .runs import VERSION, Device, Precision, check_split
+from .sources import Opened, held_out_prompts, image_size, mixture, open_sources
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Today's data: scenes of the bundled world with captions, and definitions as text."""
+    """What a run learns from, in what shares, and how much of it a step takes."""
 
+    sources: tuple[str, ...] = ("world", "glosses")
+    """ "world" (captioned scenes), "glosses" (definitions), data sets (folders or URLs that transfuse data build made);
+    each may have settings behind commas: photos,weight=2,epochs=4,final=10"""
+    source_fingerprints: tuple[str, ...] = ()
+    """of the data sets, filled in when a run begins: it goes on with these or not at all"""
+    final_stretch: float = 0.01
+    """last part of the run, in which the sources' `final` weights count"""
+    max_errors: float = 0.001
+    """share of a data set's documents that may turn out damaged before training stops; ten always may"""
+    cache_gigabytes: float = 20.0
+    """room for what is fetched of remote data sets"""
     world: WorldConfig = field(default_factory=WorldConfig)
     autoencoder: str = "pixels"
     """ "pixels", the name of a bundled autoencoder, or a folder with one (ours or diffusers')"""
     autoencoder_weights: str = ""
     """fingerprint of the autoencoder, filled in when a run begins: it goes on with these weights or not at all"""
     text_share: float = 0.5
-    """share that comes from text-only documents (the paper's 1 : 1)"""
+    """share that comes from sources of text alone (the paper's 1 : 1)"""
     share_of: Literal["positions", "documents"] = "positions"
     """positions, as in the paper: the more a picture takes, the fewer there are; documents: sample i is the same
     document for every model, whatever its images are made of"""
     pairs: PairConfig = field(default_factory=PairConfig)
+    row_length: int | None = None
+    """pack documents into rows of so many positions, planned from their lengths; None: a step takes documents"""
     batch_size: int = 512
-    """documents per step"""
+    """documents per step, or rows"""
     accumulate: int = 1
     """micro-batches a step is split into; the result is the same, but for what dropout takes"""
     workers: int = 0
@@ -64,6 +78,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.text_share <= 1:
             raise ValueError(f"data.text_share: expected a share from 0 to 1, found {self.text_share}")
+        for name in ("final_stretch", "max_errors"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name}: expected a share from 0 to 1, found {getattr(self, name)}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers: expected at least 0, found {self.workers}")
+        if self.row_length is not None and self.row_length < 2:
+            raise ValueError(f"data.row_length: expected at least 2, found {self.row_length}")
         check_split(self.batch_size, self.accumulate)
 
 
@@ -90,11 +111,11 @@ class Recipe:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def settled(self) -> Recipe:
-        """The recipe with the trunk it starts from and the channels, or codes, of its autoencoder.
+        """The recipe with the trunk it starts from, the ids of its data and the channels, or codes, of its autoencoder.
 
         Raises UserError where its parts do not fit.
         """
-        return self._started()._fitted()
+        return self._started()._fed()._fitted()
 
     def _started(self) -> Recipe:
         if not self.start:
@@ -110,6 +131,23 @@ class Recipe:
             say(f"model: {', '.join(f'{name} {value}' for name, value in changed.items())}, to start from {folder}")
         return replace(self, model=model)
 
+    def _fed(self) -> Recipe:
+        """With what its data sets say."""
+        opened = open_sources(self.data)
+        recipe = replace(self, data=replace(self.data, source_fingerprints=opened.fingerprints))
+        tokenizer = opened.tokenizer
+        if tokenizer is None:
+            return recipe
+        if self.start and tokenizer.fingerprint != Tokenizer.adopt(self.start).fingerprint:
+            raise UserError(
+                f"data.sources: expected data sets with the tokenizer of {self.start}, found another; build them with "
+                f"--tokenizer {self.start}"
+            )
+        opened.check_lengths(self.model.context - 2, "model.context, less two markers")
+        if self.model.vocabulary >= tokenizer.vocabulary and self.start:
+            return recipe
+        return recipe._with("vocabulary", tokenizer.vocabulary, "as the tokenizer of the data sets has")
+
     def _fitted(self) -> Recipe:
         autoencoder = self.open_autoencoder()
         nothing = 0.0 if self.model.images == "none" else 1.0
@@ -123,25 +161,28 @@ class Recipe:
         weights = "" if self.data.autoencoder == "pixels" else autoencoder.fingerprint
         fitted = replace(self, data=replace(self.data, autoencoder_weights=weights))
         step = self.model.patch_size * autoencoder.factor
-        if self.data.world.size % step:
+        opened = open_sources(self.data)
+        opened.check_sizes(step)
+        if any(spec.name == "world" for spec in opened.specs) and self.data.world.size % step:
             raise UserError(
                 f"data.world.size: expected a multiple of {step} (model.patch_size x the autoencoder's factor), "
                 f"found {self.data.world.size}"
             )
+        as_it_has = f"as the autoencoder {self.data.autoencoder} has"
         if isinstance(autoencoder, Coded):
-            return fitted._with("codebook", autoencoder.codebook_size)
+            return fitted._with("codebook", autoencoder.codebook_size, as_it_has)
         if self.diffusion.clip_x0 is not None and self.data.autoencoder != "pixels":
             raise UserError(
                 f'diffusion.clip_x0: expected None with the autoencoder "{self.data.autoencoder}", whose latents have '
                 f"deviation 1 and go beyond, found {self.diffusion.clip_x0}"
             )
-        return fitted._with("latent_channels", autoencoder.channels)
+        return fitted._with("latent_channels", autoencoder.channels, as_it_has)
 
-    def _with(self, name: str, value: int) -> Recipe:
-        """With a number of the model's as the autoencoder has it."""
+    def _with(self, name: str, value: int, why: str) -> Recipe:
+        """With a number of the model's as something else needs it."""
         if getattr(self.model, name) == value:
             return self
-        say(f"model.{name}: {value}, as the autoencoder {self.data.autoencoder} has")
+        say(f"model.{name}: {value}, {why}")
         model = replace(self.model, **{name: value})  # type: ignore[arg-type]
         return replace(self, model=model)
 
@@ -183,21 +224,9 @@ def build_trainer(
     recipe: Recipe, folder: Path, sample: Callable[[nn.Module, Path], None] | None = None
 ) -> tuple[Trainer, Tokenizer]:
     """Put model, data, objective and loop together for a resolved recipe. Raises UserError where they do not fit."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        tokenizer = Tokenizer.adopt(Path(recipe.start) / "tokenizer.json") if recipe.start else train_tokenizer(recipe)
-        tokenizer.save(path)
-    tokenizer = Tokenizer.load(path)
-    grammar = recipe.model.grammar(tokenizer)
-    data = recipe.data
-    loader = StepLoader(
-        _mixture(recipe, tokenizer, grammar).document,
-        grammar,
-        data.batch_size,
-        data.accumulate,
-        recipe.model.image_attention,
-        data.workers,
-    )
+    opened = open_sources(recipe.data)
+    tokenizer = _tokenizer(recipe, opened, folder / "tokenizer.json")
+    loader = build_loader(recipe, opened, tokenizer, folder)
     dtype = torch.float32 if recipe.precision == "float32" else torch.bfloat16
     model = Transfusion.on_meta(recipe.model, compute=dtype).to_empty(device=recipe.device).initialise(recipe.seed)
     saved = CheckpointFolder(folder / "checkpoints", recipe.loop.keep).complete()
@@ -220,17 +249,41 @@ def build_trainer(
     return trainer, tokenizer
 
 
-def _mixture(recipe: Recipe, tokenizer: Tokenizer, grammar: Grammar) -> Mixture:
-    """The stream of a run: pairs and texts. A text-only model leaves the pairs out."""
-    data = recipe.data
-    texts = Texts(glosses("train"), tokenizer, recipe.seed)
-    if data.text_share == 1 or (recipe.model.images == "none" and data.share_of == "positions"):
-        return Mixture([texts], [1.0], None)
-    pairs: Source | None = None
-    if recipe.model.images != "none":
-        pairs = ScenePairs(World(data.world), tokenizer, recipe.open_autoencoder(), data.pairs, recipe.seed)
-    shares = [1 - data.text_share, data.text_share]
-    return Mixture([pairs, texts], shares, grammar if data.share_of == "positions" else None)
+def _tokenizer(recipe: Recipe, opened: Opened, path: Path) -> Tokenizer:
+    """The run's: that of its data sets, or of the model it starts from, or one trained on the bundled words."""
+    if not path.exists():
+        tokenizer = opened.tokenizer
+        if tokenizer is None:
+            tokenizer = Tokenizer.adopt(recipe.start) if recipe.start else train_tokenizer(recipe)
+        tokenizer.save(path)
+    return Tokenizer.load(path)
+
+
+def build_loader(
+    recipe: Recipe, opened: Opened, tokenizer: Tokenizer, folder: Path, rank: int = 0, ranks: int = 1
+) -> StepLoader:
+    """The batches of a run, or one rank's part of them; damaged documents go to `folder/quarantine.jsonl`."""
+    data, grammar = recipe.data, recipe.model.grammar(tokenizer)
+    autoencoder = None if recipe.model.images == "none" else recipe.open_autoencoder()
+    stream = mixture(recipe, opened, tokenizer, grammar, autoencoder)
+    rows = None
+    if data.row_length is not None:
+        rows = Rows(lambda sample: stream.length(sample, grammar), data.row_length)
+    faults = FaultLog(
+        folder / "quarantine.jsonl", {name: len(found) for name, found in opened.sets.items()}, data.max_errors
+    )
+    return StepLoader(
+        stream.document,
+        grammar,
+        data.batch_size,
+        data.accumulate,
+        recipe.model.image_attention,
+        data.workers,
+        rows,
+        rank,
+        ranks,
+        faults.add,
+    )
 
 
 def export_run(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: Path) -> Path:
@@ -242,19 +295,32 @@ def export_run(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: P
         recipe.diffusion,
         tokenizer,
         recipe.open_autoencoder(),
-        recipe.data.world.size,
+        image_size(recipe),
         recipe.generation,
         _card(recipe, trainer),
     )
 
 
+def _described(recipe: Recipe, pictured: bool) -> Iterator[str]:
+    opened = open_sources(recipe.data)
+    for spec in [*(opened.pictures if pictured else []), *opened.texts]:
+        if spec.name == "world":
+            world = recipe.data.world
+            yield f"scenes of the bundled world at {world.size} pixels ({len(world.noun_names)} nouns)"
+        elif spec.name == "glosses":
+            yield "WordNet definitions"
+        else:
+            found = opened.sets[spec.name]
+            yield f"the data set {found.name} ({len(found)} documents of {found.manifest.source})"
+
+
 def _card(recipe: Recipe, trainer: Trainer) -> str:
-    world, images = recipe.data.world, recipe.model.images
+    images = recipe.model.images
     kind = {"latents": "Transfusion", "codes": "Chameleon", "none": "text-only"}[images]
-    seen = f"scenes of the bundled world at {world.size} pixels ({len(world.noun_names)} nouns), WordNet definitions"
-    call = '("a crab on a blue background").images[0]'
+    seen = ", ".join(_described(recipe, images != "none"))
+    call = f'("{next(iter(held_out_prompts(recipe, 1)), "a crab")}").images[0]'
     if images == "none":
-        seen, call = "WordNet definitions", '.generate("crab:").text'
+        call = '.generate("crab:").text'
     start = f"\n- Started from the weights in {Path(recipe.start).name}, whose licence holds." if recipe.start else ""
     return f"""---
 pipeline_tag: {"text-generation" if images == "none" else "any-to-any"}

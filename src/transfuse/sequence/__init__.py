@@ -1,12 +1,13 @@
 """The sequence: documents, their layout, what sees what, packing. Everything else builds on these contracts."""
 
 from .document import Document, Image, Part, Text, unconditional
-from .layout import Grammar, Layout, Span, lay_out
+from .layout import Grammar, Layout, Span, lay_out, positions
 from .mask import ImageAttention, Visible, visible
 from .packing import Batch, collate, concatenate
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "positions",
     "Batch",
     "Document",
     "Grammar",

@@ -18,6 +18,7 @@ the code, and each is predicted from the position before it, the first from BOI.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +95,11 @@ class Layout:
 
     def __len__(self) -> int:
         return len(self.token)
+
+
+def positions(tokens: int, patches: Iterable[int]) -> int:
+    """How many positions `lay_out` gives a closed document of so many tokens of text and images of so many patches."""
+    return 2 + tokens + sum(2 + count for count in patches)
 
 
 def lay_out(document: Document, grammar: Grammar) -> Layout:

@@ -58,6 +58,7 @@ class Batch:
     latents              one `[channel, row, column]` per image, clean; sizes may differ; none where images are codes
     denoise [I] bool     which images are targets of the diffusion loss
     max_timestep [I]     the largest timestep drawn for each; 0 means no cap
+    sources              (name, positions) of each source of documents that has one
     keys                 (sample, number of the image in its document) per image: with the seed, they fix the noise
     idle                 positions at the end that only fill the run up to a round number; part of N
     """
@@ -77,6 +78,7 @@ class Batch:
     denoise: torch.Tensor
     max_timestep: torch.Tensor
     keys: tuple[tuple[int, int], ...]
+    sources: tuple[tuple[str, int], ...] = ()
     idle: int = 0
 
     @property
@@ -85,11 +87,12 @@ class Batch:
 
     @property
     def quantities(self) -> dict[str, int]:
-        """What a run counts: positions without the idle ones, text targets, images that are learned."""
+        """What a run counts: positions without the idle ones, also by source, text targets, images that are learned."""
         return {
             "positions": self.positions - self.idle,
             "text_targets": len(self.targets) - int(self.coded.sum()),
             "images": self.image_targets,
+            **{f"positions of {name}": count for name, count in self.sources},
         }
 
     def to(self, device: torch.device | str) -> Batch:
@@ -127,6 +130,10 @@ def collate(
         if not span.image.coded
     ]
     images = [span.image for span in packed.spans if not span.image.coded]
+    sources: dict[str, int] = {}
+    for document, layout in zip(documents, layouts, strict=False):  # the idle one has none
+        if document.source:
+            sources[document.source] = sources.get(document.source, 0) + len(layout)
     return Batch(
         tokens=torch.from_numpy(packed.token),
         rotary=torch.from_numpy(packed.rotary),
@@ -143,5 +150,6 @@ def collate(
         denoise=torch.tensor([image.target for image in images], dtype=torch.bool),
         max_timestep=torch.tensor([image.max_timestep or 0 for image in images], dtype=torch.int64),
         keys=tuple(keys),
+        sources=tuple(sorted(sources.items())),
         idle=idle,
     )

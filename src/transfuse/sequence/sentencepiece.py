@@ -28,8 +28,9 @@ def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     try:
         from sentencepiece import sentencepiece_model_pb2 as format_
     except ImportError:
-        raise UserError(f"{path}: expected the extra that reads it, found none: pip install 'transfuse[sentencepiece]'")
-    proto = format_.ModelProto()
+        needed = "expected the extra that reads it, found none: pip install 'transfuse[sentencepiece]'"
+        raise UserError(f"{path}: {needed}") from None
+    proto = format_.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's own, which may not be named without protobuf

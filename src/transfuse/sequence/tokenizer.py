@@ -97,9 +97,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Of everything that decides which ids a text has: equal for equal tokenizers, wherever they were saved."""
-        text = tokenizers.Tokenizer.from_str(
-            self.backend.to_str()
-        ).to_str()  # written once, scores may still be rounded
+        text = tokenizers.Tokenizer.from_str(self.backend.to_str()).to_str()  # scores may be rounded, once
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

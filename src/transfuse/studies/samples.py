@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from torch import nn
 
-from ..data.world import World, caption
 from ..diffusion import Process
 from ..export import Exported
 from ..inference import TransfusionPipeline
 from ..model import Transfusion
 from ..presets.recipe import Recipe
+from ..presets.sources import held_out_prompts, image_size
 from ..sequence import Tokenizer
 
 GRID = (3, 6)
@@ -33,14 +32,12 @@ def grid(images: Sequence[np.ndarray], columns: int, zoom: int = 1) -> PIL.Image
 
 def sample_grid(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[nn.Module, Path], None]:
     """A function that draws held-out prompts with the model in training and writes them as one PNG."""
-    world = World(replace(recipe.data.world, split="heldout"))
-    count = GRID[0] * GRID[1]
-    prompts = [caption(world.scene(index), index) for index in range(count)]
+    prompts = held_out_prompts(recipe, GRID[0] * GRID[1])
+    size = image_size(recipe)
     autoencoder = recipe.open_autoencoder()
 
     def sample(model: nn.Module, path: Path) -> None:
         assert isinstance(model, Transfusion)
-        size = recipe.data.world.size
         exported = Exported(model, Process(recipe.diffusion), autoencoder, tokenizer, size, recipe.generation)
         images = TransfusionPipeline(exported)(prompts, generator=0, output_type="np").images
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -85,6 +85,13 @@ class ImageLoader:
         parts = [tuple(numbers[start : start + size]) for start in range(0, self.batch_size, size)]
         return [ImageBatch(images_to_tensor(np.stack([self.image(n) for n in part])), part, step) for part in parts]
 
+    def position(self) -> dict[str, int]:
+        """Nothing: any step is found at once."""
+        return {}
+
+    def start_from(self, position: dict[str, int]) -> None:
+        """Nothing to do."""
+
 
 class AutoencoderInTraining(nn.Module):
     """An autoencoder, its critic, and how long each code has not been chosen: all that a checkpoint must hold."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,16 @@ class LoopConfig:
     """stop training after this much time in all, resumed parts included; None: never"""
 
 
+class Loader(Protocol):
+    """The micro-batches of a step, a pure function of its number; and a few numbers that make going on at one quick."""
+
+    def __call__(self, step: int) -> Sequence[StepBatch]: ...
+
+    def position(self) -> dict[str, int]: ...
+
+    def start_from(self, position: dict[str, int]) -> None: ...
+
+
 class Trainer:
     """Trains `model` on `load(step)`: the micro-batches of a step, a pure function of its number.
 
@@ -54,7 +64,7 @@ class Trainer:
         self,
         model: nn.Module,
         objective: Objective,
-        load: Callable[[int], Sequence[StepBatch]],
+        load: Loader,
         folder: Path,
         loop: LoopConfig,
         optimizer: OptimizerConfig,
@@ -69,7 +79,7 @@ class Trainer:
         self.ema = EMA(model, loop.ema_decay)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep)
         self.step = 0
-        self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0}
+        self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "waited": 0.0}
 
     def restore(self) -> bool:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -88,7 +98,8 @@ class Trainer:
                 f"{self.checkpoints.folder}: the checkpoint has another shape than the model ({reason})"
             ) from None
         _load_moments(self.model, self.optimizer, checkpoint.tensors["optimizer"])
-        self.step, self.totals = checkpoint.step, checkpoint.progress["totals"]
+        self.step, self.totals = checkpoint.step, {"waited": 0.0, **checkpoint.progress["totals"]}
+        self.load.start_from(checkpoint.progress.get("data", {}))
         return True
 
     def save(self) -> Path:
@@ -97,7 +108,8 @@ class Trainer:
             "ema": self.ema.weights,
             "optimizer": _moments(self.model, self.optimizer),
         }
-        return self.checkpoints.save(Checkpoint(self.step, tensors, {"totals": self.totals}))
+        progress = {"totals": self.totals, "data": self.load.position()}
+        return self.checkpoints.save(Checkpoint(self.step, tensors, progress))
 
     def run(self) -> Literal["finished", "stopped"]:
         """Train to the last step, or until asked to stop; saved either way."""
@@ -131,7 +143,10 @@ class Trainer:
 
     def train_step(self, average: Average) -> None:
         """One optimizer step. Losses are divided by counts over all its micro-batches, so splitting changes nothing."""
-        batches = [batch.to(self.device) for batch in self.load(self.step)]
+        began = time.monotonic()
+        loaded = self.load(self.step)
+        self.totals["waited"] += time.monotonic() - began
+        batches = [batch.to(self.device) for batch in loaded]
         counts = [sum(term) for term in zip(*(self.objective.counts(batch) for batch in batches), strict=True)]
         scale = torch.tensor(
             [weight / max(1, count) for weight, count in zip(self.objective.weights, counts, strict=True)],
@@ -167,9 +182,10 @@ class Trainer:
         rates = {
             f"{name}_per_second": (value - before.get(name, 0)) / seconds
             for name, value in self.totals.items()
-            if name != "seconds"
+            if name not in ("seconds", "waited") and not name.startswith("positions of ")
         }
-        return {"step": self.step, **means, **self.totals, **rates}
+        waited = (self.totals["waited"] - before["waited"]) / max(1e-9, self.totals["seconds"] - before["seconds"])
+        return {"step": self.step, **means, **self.totals, **rates, "waited_share": waited}
 
     def _diverged(self, batches: Sequence[StepBatch], summed: Tensor, norm: Tensor) -> None:
         offenders = sorted({sample for batch in batches for sample in self.objective.offenders(self.model, batch)})

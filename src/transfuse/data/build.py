@@ -1,0 +1,404 @@
+"""A data set from a source: `transfuse data build SOURCE OUT`.
+
+    source ──> parts ──> [ read, filter, cut, encode, hash ] ──> in the source's order ──> shards ──> index, manifest
+                              in several processes                    in this one
+
+Documents are written in the order of the source, whatever process was done first, and a shard is written when it is
+full; so the set depends neither on the number of processes nor on when a build was killed: to the byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..configuration import read_json, to_dict
+from ..console import progress, say
+from ..errors import UserError
+from ..files import whole_file
+from ..sequence import Tokenizer
+from .ahead import ahead
+from .dataset import DOCUMENT, PICTURE, VERSION, Encoding, Manifest, Shard, to_members, to_tar
+from .faults import FREE_FAULTS
+from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer
+from .readers import Part, Reader, open_source
+
+TRAINED_ON = 1000
+"""parts of a source, evenly spread, that a tokenizer is trained on"""
+
+
+def build_set(
+    source: str, out: Path, config: BuildConfig, workers: int = 2, max_errors: float = 0.01
+) -> dict[str, Any]:
+    """Build the set, or go on where a build was stopped. Returns what the manifest counts, and seconds.
+
+    workers: processes; 0: this one. max_errors: share of faulty documents (at least ten are let pass) above which the
+    build stops. Raises UserError: no such source, another set in OUT, too many faults, nothing left, no room.
+    """
+    began = time.monotonic()
+    reader = open_source(source, replace(config.columns, size=config.size))
+    settings = {"listing": reader.listing, **to_dict(config)}
+    name = Path(source).name or source
+    if (out / "manifest.json").exists():
+        return _built(out, settings)
+    _claim(out, settings)
+    tokenizer = _tokenizer(reader, config, out)
+    preparer = Preparer(config, tokenizer)
+    writer = Writer(out, config, reader.text_only, preparer.suffix, name, max_errors)
+    writer.resume()
+    most = config.columns.count or math.inf
+    with progress("build", reader.total) as bar, _prepared(reader, config, out, preparer, workers) as outcomes:
+        for number, (part, found) in enumerate(outcomes):
+            for place, outcome in enumerate(found):
+                if (number, place) >= writer.next and writer.seen < most:
+                    writer.add(outcome, (number, place + 1))
+            bar.advance(part.weight, note=f"{writer.written} documents")
+            if writer.seen >= most:
+                break
+    manifest = writer.finish(tokenizer, settings, preparer.encoding)
+    return {**_counts(manifest), "seconds": time.monotonic() - began}
+
+
+def _counts(manifest: Manifest) -> dict[str, Any]:
+    names = ("kind", "documents", "pictures", "tokens", "heldout", "seen", "dropped", "faulty")
+    return {name: getattr(manifest, name) for name in names}
+
+
+# --- before the work --------------------------------------------------------------------------------------------------
+
+
+def _built(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    from .dataset import DataSet
+
+    manifest = DataSet(str(out)).manifest
+    _compare(out / "manifest.json", manifest.settings, settings)
+    shutil.rmtree(out / "building", ignore_errors=True)
+    say(f"{out}: built already")
+    return {**_counts(manifest), "seconds": 0.0}
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Begin a build, or check that the one begun there is the same."""
+    path = out / "building" / "settings.json"
+    if path.exists():
+        _compare(path, read_json(path), settings)
+        return
+    if out.exists() and (not out.is_dir() or any(path.name != "building" for path in out.iterdir())):
+        raise UserError(f"{out}: expected an empty folder, or a data set begun before, found something else")
+    try:
+        (out / "shards").mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: expected a folder to write to, found none ({error.strerror})") from None
+    whole_file(path, lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def _compare(path: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    for name, value in asked.items():
+        if found.get(name) != value:
+            what = "another source, or one that has changed" if name == "listing" else json.dumps(found.get(name))
+            wanted = "the same source" if name == "listing" else json.dumps(value)
+            raise UserError(f"{path}: {name}: expected {wanted}, found {what}; name another folder to build anew")
+
+
+def _tokenizer(reader: Reader, config: BuildConfig, out: Path) -> Tokenizer:
+    path = out / "tokenizer.json"
+    if not path.exists():
+        if config.tokenizer:
+            tokenizer = Tokenizer.adopt(config.tokenizer)
+        else:
+            say(f"tokenizer: training one of {config.vocabulary} ids on the source's words")
+            tokenizer = Tokenizer.train(_words(reader), config.vocabulary)
+        whole_file(path, tokenizer.save)
+    return Tokenizer.load(path)
+
+
+def _words(reader: Reader) -> Iterator[str]:
+    """Of documents evenly spread over the source."""
+    every, done, taken = reader.total / TRAINED_ON, 0, 0.0
+    for part in reader.parts():
+        done += part.weight
+        if done > taken:
+            taken = done + every
+            for item in reader.read(part):
+                yield from (words for words in getattr(item, "parts", ()) if isinstance(words, str))
+
+
+# --- the work, in several processes -----------------------------------------------------------------------------------
+
+_work: Callable[[Part], list[Outcome]]
+"""of this worker process"""
+
+
+def _begin(reader: Reader, config: BuildConfig, tokenizer: Path) -> None:
+    global _work
+    torch.set_num_threads(1)
+    _work = _worker(reader, Preparer(config, Tokenizer.load(tokenizer)))
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # else a worker whose parent was killed would wait for work for ever
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _worker(reader: Reader, preparer: Preparer) -> Callable[[Part], list[Outcome]]:
+    prepare = preparer.texts if reader.text_only else preparer.pictures
+    return lambda part: list(prepare(reader.read(part)))
+
+
+def _done(part: Part) -> tuple[Part, list[Outcome]]:
+    return replace(part, what=None), _work(part)
+
+
+@contextmanager
+def _prepared(
+    reader: Reader, config: BuildConfig, out: Path, preparer: Preparer, workers: int
+) -> Iterator[Iterable[tuple[Part, list[Outcome]]]]:
+    """Every part of the source, in order, with what became of its documents."""
+    if not workers:
+        work = _worker(reader, preparer)
+        yield ((part, work(part)) for part in reader.parts())
+        return
+    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(reader, config, out / "tokenizer.json")) as pool:
+        try:
+            with closing(ahead(lambda part: pool.submit(_done, part), reader.parts(), 2 * workers)) as found:
+                yield found
+        except BrokenProcessPool:
+            raise UserError(
+                f"{out}: a worker process died, perhaps of too little memory; earlier shards are intact, call again"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Writer:
+    """Writes shards in order, and beside each what the index will say of it, so that a build can go on."""
+
+    out: Path
+    config: BuildConfig
+    text_only: bool
+    suffix: str
+    source: str
+    max_errors: float
+    next: tuple[int, int] = (0, 0)
+    """part and place of the document to go on with"""
+    seen: int = 0
+    faulty: int = 0
+    written: int = 0
+    shards: list[Shard] = field(default_factory=list)
+    _hashes: set[bytes] = field(default_factory=set)
+    _pieces: list[bytes] = field(default_factory=list)
+    _offset: int = 0
+    _documents: list[tuple[int, int, int, int, bool, bytes]] = field(default_factory=list)
+    _pictures: list[tuple[int, int]] = field(default_factory=list)
+    _dropped: list[Dropped] = field(default_factory=list)
+
+    @property
+    def building(self) -> Path:
+        return self.out / "building"
+
+    def resume(self) -> None:
+        """Take up after the last whole shard."""
+        while (path := self._record(len(self.shards))).exists():
+            with np.load(path, allow_pickle=False) as found:
+                record = json.loads(bytes(found["record"]))
+                hashes = found["documents"]["hash"]
+            shard = Shard(**record["shard"])
+            file = self.out / shard.file
+            if shard.bytes and (not file.is_file() or file.stat().st_size != shard.bytes):
+                break
+            self.shards.append(shard)
+            self._hashes.update(one.tobytes() for one in hashes)
+            self.next = (record["next"][0], record["next"][1])
+            self.seen, self.faulty, self.written = record["seen"], record["faulty"], record["written"]
+        if self.shards:
+            say(f"{self.out}: going on after {self.written} documents")
+
+    def add(self, outcome: Outcome, after: tuple[int, int]) -> None:
+        """One document, in its turn; `after` is the place behind it. Raises UserError where faults are too many."""
+        self.seen += 1
+        self.next = after
+        if isinstance(outcome, Prepared) and self.config.duplicates == "drop" and not self.text_only:
+            if outcome.hash in self._hashes:
+                outcome = Dropped(outcome.key, "duplicate", "equal to an earlier document")
+            else:
+                self._hashes.add(outcome.hash)
+        if isinstance(outcome, Dropped):
+            self._dropped.append(outcome)
+            if outcome.faulty:
+                self.faulty += 1
+                self._check_budget(outcome)
+            return
+        if self.text_only:
+            piece = outcome.parts[0]
+            assert isinstance(piece, bytes)
+        else:
+            piece = to_tar(to_members(f"{self.written:09d}-{outcome.key}", outcome.parts, outcome.pair, self.suffix))
+        row = (self._offset, len(piece), outcome.tokens, len(self._pictures), outcome.pair, outcome.hash)
+        self._documents.append(row)
+        self._pictures.extend(outcome.sizes)
+        self._pieces.append(piece)
+        self._offset += len(piece)
+        self.written += 1
+        if len(self._documents) == self.config.shard_size:
+            self._flush()
+
+    def finish(self, tokenizer: Tokenizer, settings: dict[str, Any], encoding: Encoding | None) -> Manifest:
+        """Write what is left, the index, and last the manifest."""
+        if not self.written:
+            raise UserError(f"{self.source}: expected documents, found {self.seen}, none of which can be used")
+        if self._documents or self._dropped:
+            self._flush()
+        records = [self._record(number) for number in range(len(self.shards))]
+        index = {
+            "documents.npy": self._gather(records, "documents", DOCUMENT),
+            "pictures.npy": self._gather(records, "pictures", PICTURE),
+        }
+        documents = np.load(self.out / "documents.npy", mmap_mode="r")
+        dropped: dict[str, int] = {}
+        with _lines(self.out / "dropped.jsonl") as filtered, _lines(self.out / "quarantine.jsonl") as faulty:
+            for path in records:
+                for one in _read(path)["dropped"]:
+                    (faulty if one["faulty"] else filtered)(_shown(one))
+                    if not one["faulty"]:
+                        dropped[one["reason"]] = dropped.get(one["reason"], 0) + 1
+        manifest = Manifest(
+            version=VERSION,
+            kind="text" if self.text_only else "pictures",
+            documents=len(documents),
+            pictures=len(np.load(self.out / "pictures.npy", mmap_mode="r")) if not self.text_only else 0,
+            tokens=int(documents["tokens"].sum()),
+            longest=int(documents["tokens"].max()),
+            heldout=round(len(documents) * self.config.heldout),
+            shard_size=self.config.shard_size,
+            shards=tuple(shard for shard in self.shards if shard.bytes),
+            tokenizer=tokenizer.fingerprint,
+            index=index,
+            encoding=encoding,
+            source=self.source,
+            settings=settings,
+            seen=self.seen,
+            dropped=dict(sorted(dropped.items())),
+            faulty=self.faulty,
+        )
+        text = json.dumps(to_dict(manifest), indent=1) + "\n"
+        whole_file(self.out / "manifest.json", lambda partial: partial.write_text(text))
+        shutil.rmtree(self.building, ignore_errors=True)
+        return manifest
+
+    def _flush(self) -> None:
+        number = len(self.shards)
+        data = b"".join(self._pieces)
+        if not self.text_only and data:
+            data += bytes(1024)  # the end of a tar
+        file = f"shards/shard-{number:05d}.{'tokens' if self.text_only else 'tar'}"
+        shard = Shard(file, len(data), hashlib.sha256(data).hexdigest())
+        if data:
+            whole_file(self.out / file, lambda partial: partial.write_bytes(data))
+        documents = np.zeros(len(self._documents), DOCUMENT)
+        for place, (*numbers, hash_) in enumerate(self._documents):
+            documents[place] = (*numbers, np.frombuffer(hash_, "u1"))
+        pictures = np.array(self._pictures, dtype=PICTURE) if self._pictures else np.zeros(0, PICTURE)
+        record = {
+            "shard": to_dict(shard),
+            "next": self.next,
+            "seen": self.seen,
+            "faulty": self.faulty,
+            "written": self.written,
+            "dropped": [to_dict(one) for one in self._dropped],
+        }
+        arrays = {"documents": documents, "pictures": pictures}
+        packed = np.frombuffer(json.dumps(record).encode(), "u1")
+        whole_file(self._record(number), lambda partial: _save(partial, {**arrays, "record": packed}))
+        self.shards.append(shard)
+        self._pieces, self._documents, self._pictures, self._dropped, self._offset = [], [], [], [], 0
+
+    def _record(self, number: int) -> Path:
+        return self.building / f"shard-{number:05d}.npz"
+
+    def _gather(self, records: list[Path], name: str, dtype: np.dtype[Any]) -> str:
+        """Write the index of all shards as one array, a shard at a time; give its hash."""
+        counts = []
+        for path in records:
+            with np.load(path, allow_pickle=False) as found:
+                counts.append((len(found["documents"]), len(found["pictures"])))
+        total = sum(count[name == "pictures"] for count in counts)
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:
+                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total,)}
+                np.lib.format.write_array_header_1_0(file, header)
+                before = 0
+                for path, (_, pictures) in zip(records, counts, strict=True):
+                    with np.load(path, allow_pickle=False) as found:
+                        rows = found[name]
+                    if name == "documents":
+                        rows["first_picture"] += before
+                    file.write(rows.tobytes())
+                    before += pictures
+
+        whole_file(self.out / f"{name}.npy", write)
+        with (self.out / f"{name}.npy").open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _check_budget(self, last: Dropped) -> None:
+        if self.faulty <= max(FREE_FAULTS, self.max_errors * self.seen):
+            return
+        records = [self._record(number) for number in range(len(self.shards))]
+        found = [one for path in records for one in _read(path)["dropped"]] + [to_dict(one) for one in self._dropped]
+        with _lines(self.out / "quarantine.jsonl") as line:
+            for one in found:
+                if one["faulty"]:
+                    line(_shown(one))
+        raise UserError(
+            f"{self.source}: {self.faulty} of {self.seen} documents are faulty, more than the share {self.max_errors} "
+            f"that is let pass; the last: {last.key}: {last.detail}; all: {self.out / 'quarantine.jsonl'}; mend them, "
+            "or go on with a larger --max-errors"
+        )
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:  # by name, numpy would append a suffix
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as found:
+        record: dict[str, Any] = json.loads(bytes(found["record"]))
+    return record
+
+
+def _shown(one: dict[str, Any]) -> dict[str, str]:
+    """A line of dropped.jsonl or quarantine.jsonl."""
+    return {"key": one["key"], "reason": one["detail"] if one["faulty"] else f"{one['reason']}: {one['detail']}"}
+
+
+@contextmanager
+def _lines(path: Path) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Write a file of JSON lines, whole or not at all."""
+    lines: list[str] = []
+    yield lambda value: lines.append(json.dumps(value, ensure_ascii=False) + "\n")
+    whole_file(path, lambda partial: partial.write_text("".join(lines)))

@@ -1,0 +1,230 @@
+"""A document as it was found, made into what is stored: filtered, cut to size, encoded, counted, hashed.
+
+What becomes of a document depends on it and the settings alone, so it may be done anywhere, in any order.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import numpy as np
+import PIL.Image
+import tyro
+
+from ..autoencoders import Autoencoder, Coded, open_autoencoder
+from ..errors import UserError
+from ..sequence import Tokenizer
+from .dataset import Encoding, digest, to_members
+from .images import decode_image, fit
+from .readers import Columns, Fault, Raw
+
+WIDEST = 2.0
+"""aspect ratio of the widest and the tallest bucket"""
+QUALITY = {"jpeg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95, "method": 4}, "png": {}}
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What a data set is made of and how; together with its source, it decides every byte."""
+
+    size: int = 64
+    """pixels of a side; pictures are cut to their middle square and scaled"""
+    buckets: bool = False
+    """keep the shape: rows and columns are the nearest of those with about size x size pixels, at most 2 : 1"""
+    multiple: int = 16
+    """of which rows and columns of buckets are multiples (a patch's side in pixels, or several)"""
+    format: Literal["png", "jpeg", "webp"] = "png"
+    """of stored pictures; png keeps every pixel"""
+    autoencoder: str = ""
+    """store its latents, or codes, in place of pictures: a folder, or the name of a bundled one"""
+    tokenizer: str = ""
+    """a tokenizer.json, a folder with one (a data set, a model), or a sentencepiece .model; none: one is trained"""
+    vocabulary: int = 4096
+    """ids of a tokenizer that is trained on the source"""
+    min_side: int = 1
+    """drop pictures whose shorter side has fewer pixels; others are enlarged where they must"""
+    max_aspect: float | None = None
+    """drop pictures whose longer side is more than so many times the shorter"""
+    min_caption: int = 1
+    """drop pairs whose caption has fewer characters"""
+    max_caption: int | None = None
+    """or more"""
+    max_tokens: int = 1024
+    """drop documents with pictures that have more tokens of text; cut text alone into documents of so many"""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """documents that are equal to an earlier one, once stored"""
+    heldout: float = 0.01
+    """share that training never sees"""
+    shard_size: int = 2048
+    """documents per shard"""
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
+
+    def __post_init__(self) -> None:
+        for name in ("size", "multiple", "max_tokens", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if not 0 <= self.heldout < 1:
+            raise ValueError(f"heldout: expected a share from 0 to below 1, found {self.heldout}")
+        if self.max_aspect is not None and self.max_aspect < 1:
+            raise ValueError(f"max_aspect: expected at least 1, found {self.max_aspect}")
+        if self.buckets and self.size % self.multiple:
+            raise ValueError(f"size: expected a multiple of {self.multiple} (multiple) with buckets, found {self.size}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A document ready to be stored: `parts` as bytes and words, or token ids alone."""
+
+    key: str
+    parts: tuple[str | bytes, ...]
+    pair: bool
+    tokens: int
+    sizes: tuple[tuple[int, int], ...]
+    hash: bytes
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A document that does not go in. faulty: it is damaged or incomplete, and not merely filtered."""
+
+    key: str
+    reason: str
+    detail: str
+    faulty: bool = False
+
+
+Outcome = Prepared | Dropped
+
+
+def bucket(rows: int, columns: int, size: int, multiple: int) -> tuple[int, int]:
+    """The rows and columns that a picture is cut and scaled to: multiples, at most size x size pixels in all, nearest
+    in shape to its own."""
+    most = size * size
+    shapes = []
+    for height in range(multiple, int(size * math.sqrt(WIDEST)) + 1, multiple):
+        width = most // height // multiple * multiple
+        if width and 1 / WIDEST <= width / height <= WIDEST:
+            shapes.append((height, width))
+    return min(shapes, key=lambda shape: (abs(math.log(shape[1] / shape[0]) - math.log(columns / rows)), shape))
+
+
+class Preparer:
+    """Prepares documents one after another; with an autoencoder, the pictures of a part at once."""
+
+    def __init__(self, config: BuildConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.autoencoder = _opened(config)
+        kind = "codes" if isinstance(self.autoencoder, Coded) else "latent"
+        self.suffix = f"{kind}.npy" if self.autoencoder else {"jpeg": "jpg"}.get(config.format, config.format)
+        self.id_type = "<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4"
+
+    @property
+    def encoding(self) -> Encoding | None:
+        found = self.autoencoder
+        if found is None:
+            return None
+        codebook = found.codebook_size if isinstance(found, Coded) else None
+        return Encoding(found.name, found.fingerprint, found.factor, codebook)
+
+    def texts(self, items: Iterable[Raw | Fault]) -> Iterator[Outcome]:
+        """Of documents that are words alone, cut where they are too long."""
+        for item in items:
+            if isinstance(item, Fault):
+                yield Dropped(item.key, "faulty", item.reason, faulty=True)
+                continue
+            ids = np.array(self.tokenizer.encode("\n".join(map(str, item.parts))), self.id_type)
+            if not len(ids):
+                yield Dropped(item.key, "empty", "no tokens")
+            for start in range(0, len(ids), self.config.max_tokens):
+                data = ids[start : start + self.config.max_tokens].tobytes()
+                count = len(data) // ids.itemsize
+                yield Prepared(item.key, (data,), False, count, (), digest([("tokens", data)]))
+
+    def pictures(self, items: Iterable[Raw | Fault]) -> Iterator[Outcome]:
+        """Of documents with pictures."""
+        found = [self._cut(item) for item in items]
+        encoded = self._encode([picture for item in found if isinstance(item, Raw) for picture in _arrays(item)])
+        for item in found:
+            if isinstance(item, Dropped):
+                yield item
+                continue
+            sizes = tuple(picture.shape[:2] for picture in _arrays(item))
+            parts = tuple(part if isinstance(part, str) else next(encoded) for part in item.parts)
+            tokens = sum(len(self.tokenizer.encode(part)) for part in parts if isinstance(part, str))
+            if tokens > self.config.max_tokens:
+                yield Dropped(item.key, "too many tokens", f"{tokens} of at most {self.config.max_tokens}")
+                continue
+            members = to_members("", parts, item.pair, self.suffix)
+            yield Prepared(_slug(item.key), parts, item.pair, tokens, sizes, digest(members))
+
+    def _cut(self, item: Raw | Fault) -> Raw | Dropped:
+        """With its pictures as pixels of the size they are stored in."""
+        if isinstance(item, Fault):
+            return Dropped(item.key, "faulty", item.reason, faulty=True)
+        config = self.config
+        if item.pair:
+            words = next(len(part) for part in item.parts if isinstance(part, str))
+            if words < config.min_caption or (config.max_caption is not None and words > config.max_caption):
+                return Dropped(item.key, "caption length", f"{words} characters")
+        parts: list[str | bytes | np.ndarray] = []
+        for part in item.parts:
+            if isinstance(part, str):
+                parts.append(part)
+                continue
+            try:
+                pixels = part if isinstance(part, np.ndarray) else decode_image(io.BytesIO(part), "picture")
+            except UserError as error:
+                return Dropped(item.key, "faulty", str(error).removeprefix("picture: "), faulty=True)
+            rows, columns = pixels.shape[:2]
+            if min(rows, columns) < config.min_side:
+                return Dropped(item.key, "too small", f"{columns}x{rows} pixels")
+            if config.max_aspect is not None and max(rows, columns) > config.max_aspect * min(rows, columns):
+                return Dropped(item.key, "aspect ratio", f"{columns}x{rows} pixels")
+            shape = bucket(rows, columns, config.size, config.multiple) if config.buckets else config.size
+            parts.append(fit(pixels, shape))
+        return Raw(item.key, tuple(parts), item.pair)
+
+    def _encode(self, pictures: list[np.ndarray]) -> Iterator[bytes]:
+        if self.autoencoder is None:
+            for picture in pictures:
+                stream = io.BytesIO()
+                PIL.Image.fromarray(picture).save(stream, self.config.format, **QUALITY[self.config.format])
+                yield stream.getvalue()
+            return
+        for picture in pictures:  # one at a time: what is stored must not depend on who came along with it
+            latent = self.autoencoder.encode(picture[None])[0].cpu().numpy()
+            if isinstance(self.autoencoder, Coded):
+                latent = latent.astype("<u2" if self.autoencoder.codebook_size <= 1 << 16 else "<i4")
+            else:
+                latent = latent.astype("<f2")
+            stream = io.BytesIO()
+            np.save(stream, latent, allow_pickle=False)
+            yield stream.getvalue()
+
+
+def _opened(config: BuildConfig) -> Autoencoder | None:
+    """The autoencoder that a set is encoded with: as codes where it has a codebook. Raises UserError for no fit."""
+    if not config.autoencoder:
+        return None
+    found = open_autoencoder(config.autoencoder)
+    if found.factor == 1:
+        raise UserError(f"autoencoder: expected one that encodes, found {found.name}")
+    step, name = (config.multiple, "multiple") if config.buckets else (config.size, "size")
+    if step % found.factor:
+        raise UserError(f"{name}: expected a multiple of {found.factor} for {found.name}, found {step}")
+    return found if getattr(found, "codebook_size", None) is None else Coded(found)
+
+
+def _arrays(item: Raw) -> list[np.ndarray]:
+    return [part for part in item.parts if isinstance(part, np.ndarray)]
+
+
+def _slug(key: str) -> str:
+    """What of a name can stand in that of a member: no dot, which would end the key, and not long."""
+    stem, _, ending = key.rpartition(".")
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem if stem and "/" not in ending else key)[-48:]

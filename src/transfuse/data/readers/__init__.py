@@ -1,0 +1,170 @@
+"""Where documents come from, before they are a data set: folders, tables, tars, parquet, jsonl, plain text, the world.
+
+    reader = open_source("photos/", Columns())
+    for part in reader.parts():              # cheap: names and places; each part goes to one process
+        for item in reader.read(part):       # Raw documents, and a Fault for each that can not be read
+            ...
+
+A reader never skips anything silently: what is not a document is a fault, with its name and the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import tyro
+
+from ...errors import UserError
+
+PER_PART = 64
+"""documents in a part, where they can be counted"""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A document as it was found: words, and pictures as the bytes of an image file (or pixels already).
+
+    pair    a picture and its caption, `(picture, caption)`, which training may put in either order
+    """
+
+    key: str
+    parts: tuple[str | bytes | np.ndarray, ...]
+    pair: bool = False
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A document that can not be read: its name, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a source. `weight`: how much of the source it is, in the unit of the reader's `total`."""
+
+    what: Any
+    weight: int
+
+
+class Reader(Protocol):
+    """A source of documents. It is sent to other processes, and so is each part."""
+
+    text_only: bool
+    """whether documents are words alone"""
+    listing: str
+    """a hash of names and sizes: a source that changes under way is noticed"""
+    total: int
+    """weight of all parts"""
+
+    def parts(self) -> Iterable[Part]: ...
+
+    def read(self, part: Part) -> Iterator[Raw | Fault]: ...
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How to find things in a source.
+
+    size: pixels of the bundled world's pictures.
+    """
+
+    image_column: str = ""
+    """of a table: the column with the file's name, or bytes; none: one of the usual names"""
+    caption_column: str = ""
+    """of a table, or JSON: the column or field with the words; none: one of the usual names"""
+    first_line: bool = False
+    """of a caption's .txt file, take the first line alone"""
+    split: Literal["file", "paragraph", "line"] = "file"
+    """what is one document of plain text"""
+    count: int = 0
+    """take so many documents of the source, no more; 0: all. Of "world", make so many"""
+    size: tyro.conf.Suppress[int] = 64
+
+
+def open_source(source: str, columns: Columns) -> Reader:
+    """The reader of a path, by what is there. Raises UserError where nothing is, or nothing that is known."""
+    from .parquet import ParquetReader
+    from .pictures import PictureReader, table
+    from .tars import TarReader
+    from .texts import JsonReader, TextReader
+    from .world import WorldReader
+
+    if source == "world":
+        return WorldReader(columns)
+    path = Path(source)
+    kinds: list[tuple[tuple[str, ...], Callable[[Path, list[Path], Columns], Reader]]] = [
+        ((".tar",), TarReader),
+        ((".parquet",), ParquetReader),
+        (JSON, JsonReader),
+        (TEXT, TextReader),
+    ]
+    if path.is_dir():
+        for endings, reader in kinds[:3]:
+            files = [file for ending in endings for file in _files(path, ending) if file.name != "metadata.jsonl"]
+            if files:
+                return reader(path, sorted(files), columns)
+        for name in ("metadata.jsonl", "metadata.csv"):
+            if (path / name).is_file():
+                return PictureReader(path, table(path / name, columns), columns, whole_folder=True)
+        try:
+            return PictureReader.of_folder(path, columns)
+        except UserError:
+            texts = [file for ending in TEXT for file in _files(path, ending)]
+            if not texts:
+                raise UserError(f"{path}: {EXPECTED}, found a folder with none of these") from None
+            return TextReader(path, sorted(texts), columns)
+    if not path.is_file():
+        raise UserError(f"{path}: {EXPECTED}, found {'something that is no file' if path.exists() else 'none'}")
+    name = path.name.lower()
+    if name.endswith(".csv") or name == "metadata.jsonl":
+        return PictureReader(path.parent, table(path, columns), columns)
+    for endings, reader in kinds:
+        if name.endswith(endings):
+            return reader(path.parent, [path], columns)
+    raise UserError(f"{path}: {EXPECTED}, found a file of another kind")
+
+
+JSON = (".jsonl", ".jsonl.gz")
+TEXT = (".txt", ".txt.gz", ".md")
+EXPECTED = (
+    'expected "world", or pictures with captions (.txt beside each, metadata.jsonl, a .csv table), WebDataset .tar '
+    "files, .parquet, .jsonl or .txt"
+)
+
+
+def _files(folder: Path, ending: str) -> list[Path]:
+    """In a folder and its folders, hidden ones left out."""
+    return [
+        path
+        for path in folder.rglob(f"*{ending}")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def listing(root: Path, files: Iterable[Path]) -> tuple[str, int]:
+    """A hash of names and sizes, and the sum of the sizes. Not of times, which copies lose."""
+    digest, total = hashlib.sha256(), 0
+    for path in files:
+        try:
+            size = path.stat().st_size
+        except OSError:  # gone, or a link to nothing: reading it will say so
+            size = 0
+        digest.update(json.dumps([path.relative_to(root).as_posix(), size]).encode())
+        total += size
+    return digest.hexdigest(), total
+
+
+def decode_text(data: bytes, what: str) -> str:
+    """UTF-8, with or without a mark. Raises ValueError that says where it is none."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what}: expected UTF-8, found something else at byte {error.start}") from None

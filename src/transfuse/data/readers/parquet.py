@@ -1,0 +1,71 @@
+"""Parquet with the bytes of images in it, as the Hugging Face hub exports data sets. Needs the extra `parquet`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from . import Columns, Fault, Part, Raw, listing
+from .pictures import CAPTION_COLUMNS, IMAGE_COLUMNS, column
+
+
+class ParquetReader:
+    """Documents are rows: an image column (bytes, or `{"bytes", "path"}`) and a caption column; or text alone."""
+
+    def __init__(self, folder: Path, files: list[Path], columns: Columns) -> None:
+        self.folder, self.files = folder, files
+        self.listing, _ = listing(folder, files)
+        opened = [self._open(path) for path in files]
+        schema = opened[0].schema_arrow
+        names = list(schema.names)
+        self.caption = column(str(files[0]), names, "caption", columns.caption_column, CAPTION_COLUMNS)
+        self.text_only = not columns.image_column and not set(IMAGE_COLUMNS) & set(names)
+        self.image = ""
+        if not self.text_only:
+            self.image = column(str(files[0]), names, "image", columns.image_column, IMAGE_COLUMNS)
+        groups = [(file.metadata, range(file.metadata.num_row_groups)) for file in opened]
+        self.sizes = [[metadata.row_group(number).total_byte_size for number in some] for metadata, some in groups]
+        self.total = sum(map(sum, self.sizes))
+
+    def parts(self) -> Iterable[Part]:
+        for number, sizes in enumerate(self.sizes):
+            for group, size in enumerate(sizes):
+                yield Part((number, group), size)
+
+    def read(self, part: Part) -> Iterator[Raw | Fault]:
+        number, group = part.what
+        path = self.files[number]
+        name = path.relative_to(self.folder).as_posix()
+        columns = [self.caption] if self.text_only else [self.image, self.caption]
+        try:
+            rows = self._open(path).read_row_group(group, columns=columns).to_pylist()
+        except Exception as error:  # pyarrow's own kinds, which may not be named without it
+            yield Fault(f"{name}/{group}", f"expected a readable row group, found a damaged one ({error})")
+            return
+        for place, row in enumerate(rows):
+            key = f"{name}/{group}/{place}"
+            words = row[self.caption]
+            if not isinstance(words, str) or not words.strip():
+                yield Fault(key, f"expected a caption in {self.caption}, found {'none' if not words else 'no text'}")
+            elif self.text_only:
+                yield Raw(key, (words,))
+            else:
+                data = row[self.image]
+                data = data.get("bytes") if isinstance(data, dict) else data
+                if isinstance(data, bytes):
+                    yield Raw(key, (data, words.strip()), pair=True)
+                else:
+                    yield Fault(key, f"expected bytes of an image in {self.image}, found {type(data).__name__}")
+
+    def _open(self, path: Path) -> Any:
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            needed = "expected the extra that reads it, found none: pip install 'transfuse[parquet]'"
+            raise UserError(f"{path}: {needed}") from None
+        try:
+            return pyarrow.parquet.ParquetFile(path)
+        except Exception as error:
+            raise UserError(f"{path}: expected a parquet file, found something else ({error})") from None

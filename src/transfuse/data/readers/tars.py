@@ -1,0 +1,132 @@
+"""WebDataset tars, as img2dataset writes them: members of one name up to the first dot are one document.
+
+    00000.tar:  000000012.jpg  000000012.txt  000000012.json     a picture and its caption (.txt, or "caption" in .json)
+                000000013.0.png  000000013.1.png  000000013.json {"parts": [{"text": ...}, {"image": 0}, ...]}
+
+Members of a document must lie side by side. Where they do not, the file was put together wrongly, and which caption
+belongs to which picture is anyone's guess: each such document is a fault.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..images import SUFFIXES
+from . import PER_PART, Columns, Fault, Part, Raw, decode_text, listing
+from .pictures import CAPTION_COLUMNS
+
+
+@dataclass(frozen=True)
+class Members:
+    """One document's members: suffix, place in the file, size."""
+
+    key: str
+    files: tuple[tuple[str, int, int], ...]
+
+
+class TarReader:
+    """Documents in the order of the files' names, and in a file as they lie there."""
+
+    text_only = False
+
+    def __init__(self, folder: Path, files: list[Path], columns: Columns) -> None:
+        self.folder, self.files, self.columns = folder, files, columns
+        self.listing, self.total = listing(folder, files)
+
+    def parts(self) -> Iterable[Part]:
+        for path in self.files:
+            waiting: list[Members | Fault] = []
+            for item in scan(path):
+                waiting.append(item)
+                if len(waiting) == PER_PART:
+                    yield _part(path, waiting)
+                    waiting = []
+            if waiting:
+                yield _part(path, waiting)
+
+    def read(self, part: Part) -> Iterator[Raw | Fault]:
+        path, items = part.what
+        name = path.relative_to(self.folder).as_posix()
+        with path.open("rb") as file:
+            for item in items:
+                key = f"{name}/{item.key}"
+                if isinstance(item, Fault):
+                    yield Fault(key, item.reason)
+                    continue
+                try:
+                    data = {suffix: os.pread(file.fileno(), size, place) for suffix, place, size in item.files}
+                    yield self._document(key, data)
+                except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+                    yield Fault(key, str(error))
+
+    def _document(self, key: str, data: dict[str, bytes]) -> Raw:
+        pictures = {suffix: value for suffix, value in data.items() if f".{suffix.split('.')[-1].lower()}" in SUFFIXES}
+        record = json.loads(decode_text(data["json"], "json")) if "json" in data else {}
+        if isinstance(record, dict) and isinstance(record.get("parts"), list):
+            numbered = {int(suffix.split(".")[0]): value for suffix, value in pictures.items()}
+            return Raw(key, tuple(p["text"] if "text" in p else numbered[p["image"]] for p in record["parts"]))
+        if len(pictures) != 1:
+            raise ValueError(f"expected one picture, found {', '.join(sorted(data))}")
+        words = decode_text(data["txt"], "txt") if "txt" in data else ""
+        if not words and isinstance(record, dict):
+            names = (self.columns.caption_column,) if self.columns.caption_column else CAPTION_COLUMNS
+            words = next((record[name] for name in names if isinstance(record.get(name), str)), "")
+        if not words.strip():
+            raise ValueError("expected a caption, found none")
+        words = words.strip().split("\n", 1)[0] if self.columns.first_line else words
+        return Raw(key, (next(iter(pictures.values())), words.strip()), pair=True)
+
+
+def _part(path: Path, items: list[Members | Fault]) -> Part:
+    size = sum(size for item in items if isinstance(item, Members) for _, _, size in item.files)
+    return Part((path, items), size)
+
+
+def scan(path: Path) -> Iterator[Members | Fault]:
+    """The documents of one tar, by its headers alone. Where it is cut short or damaged, a fault says from where on."""
+    seen: set[str] = set()
+    key, files = "", list[tuple[str, int, int]]()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # which would keep all
+                if not member.isfile() or member.name.rsplit("/", 1)[-1].startswith("."):
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                name = f"{folder}/{stem}".lstrip("./")
+                if name != key:
+                    if files:
+                        yield _members(key, files, seen)
+                    key, files = name, []
+                files.append((suffix, member.offset_data, member.size))
+            if files:
+                yield _members(key, files, seen)
+            yield from _rest(path, tar.offset)
+    except (tarfile.TarError, OSError) as error:
+        # the member last met may be the one cut short: whatever there is of its document can not be trusted
+        found = f"found one cut short or damaged ({error}); what follows is lost"
+        yield Fault(key or "(the file)", f"expected a tar, {found}")
+
+
+def _members(key: str, files: list[tuple[str, int, int]], seen: set[str]) -> Members | Fault:
+    if key in seen:
+        return Fault(key, "expected a document's members side by side, found more of this name further on")
+    seen.add(key)
+    if len({suffix for suffix, _, _ in files}) != len(files):
+        return Fault(key, f"expected members of different kinds, found {', '.join(suffix for suffix, _, _ in files)}")
+    return Members(key, tuple(files))
+
+
+def _rest(path: Path, offset: int) -> Iterator[Fault]:
+    """tarfile takes a damaged header for the end: the end is zeros, or the end of the file."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        yield Fault("(the file)", f"expected a tar header at byte {offset}, found a damaged one; what follows is lost")

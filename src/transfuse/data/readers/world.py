@@ -1,0 +1,32 @@
+"""Scenes of the bundled world as a source: as many captioned pictures as asked for, made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ...errors import UserError
+from ..world import World, WorldConfig, caption
+from . import PER_PART, Columns, Fault, Part, Raw
+
+
+class WorldReader:
+    """Scene 0 and on, of the part of the world that is for training."""
+
+    text_only = False
+
+    def __init__(self, columns: Columns) -> None:
+        if columns.count < 1:
+            raise UserError("world: expected how many documents to make (--count N), found none; it never ends")
+        self.columns = columns
+        self.listing, self.total = f"world {columns.count} {columns.size}", columns.count
+
+    def parts(self) -> Iterable[Part]:
+        for start in range(0, self.total, PER_PART):
+            numbers = range(start, min(start + PER_PART, self.total))
+            yield Part(numbers, len(numbers))
+
+    def read(self, part: Part) -> Iterator[Raw | Fault]:
+        world = World(WorldConfig(size=self.columns.size))
+        for number in part.what:
+            scene = world.scene(number)
+            yield Raw(f"scene-{number}", (world.render(scene), caption(scene, number)), pair=True)

@@ -1,0 +1,136 @@
+"""A data set as a source of documents for training: shuffled anew each epoch, any document at any time.
+
+data = DataSet("photos-64")
+pairs = StoredPictures(data, data.tokenizer(), Pixels(), PairConfig(), seed=0)
+pairs.document(17, sample=40)      # the 18th of the first epoch, as the mixture's sample 40
+pairs.length(17, sample=40, ...)   # its positions, from the index alone
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..autoencoders import Autoencoder, Coded
+from ..errors import UserError
+from ..sequence import Document, Grammar, Image, Text, Tokenizer, positions
+from .dataset import DataSet, Split, Stored
+from .images import decode_image
+from .shuffle import Shuffle
+from .sources import PairConfig, pair_document, pair_order
+
+
+class StoredSource:
+    """What both kinds share: number `index` of the stream is a document of the set, each once an epoch."""
+
+    def __init__(self, data: DataSet, seed: int, split: Split) -> None:
+        self.data, self.seed, self.split, self.name = data, seed, split, data.path
+        self.epoch = data.size(split)
+        if not self.epoch:
+            raise UserError(f"{data.path}: expected documents to {split} on, found none of {len(data)}")
+        self._shuffle: tuple[int, Shuffle] | None = None
+
+    def number(self, index: int) -> int:
+        """The document of the set."""
+        epoch, place = divmod(index, self.epoch)
+        if self._shuffle is None or self._shuffle[0] != epoch:
+            self._shuffle = epoch, Shuffle(self.epoch, self.seed, self.split, epoch)
+        return self.data.number(self.split, self._shuffle[1](place))
+
+
+class StoredPictures(StoredSource):
+    """Pairs, which training puts in either order, and documents of several parts, whose order stays.
+
+    Pictures that a text follows are capped in their noise as in captioning (Transfusion section 4.3.4).
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        tokenizer: Tokenizer,
+        autoencoder: Autoencoder,
+        config: PairConfig,
+        seed: int,
+        split: Split = "train",
+    ) -> None:
+        super().__init__(data, seed, split)
+        self.tokenizer, self.autoencoder, self.config = tokenizer, autoencoder, config
+        encoding = data.manifest.encoding
+        if encoding is not None and encoding.fingerprint != autoencoder.fingerprint:
+            raise UserError(
+                f"{data.path}: expected latents of {autoencoder.name} ({autoencoder.fingerprint}), as data.autoencoder "
+                f"says, found those of {encoding.autoencoder} ({encoding.fingerprint})"
+            )
+        if encoding is not None and (encoding.codebook is not None) != isinstance(autoencoder, Coded):
+            found = "latents" if encoding.codebook is None else "codes"
+            raise UserError(f"{data.path}: expected what model.images needs, found {found}")
+
+    def length(self, index: int, sample: int, grammar: Grammar) -> int:
+        """Positions of the document, from the index alone."""
+        number = self.number(index)
+        tokens = int(self.data.documents[number]["tokens"])
+        side = grammar.patch_size * self.autoencoder.factor
+        patches = [rows * columns // side**2 for rows, columns in self.data.sizes(number)]
+        pair = bool(self.data.documents[number]["pair"])
+        if pair and pair_order(self.config, self.seed, sample) == "unconditional":
+            tokens = 0
+        return positions(tokens, patches)
+
+    def document(self, index: int, sample: int) -> Document:
+        """Raises DamagedError where the set is damaged there."""
+        number = self.number(index)
+        stored = self.data.read(number)
+        parts: list[Text | Image] = []
+        for part in stored.parts:
+            if isinstance(part, str):
+                parts.append(Text(self.tokenizer.encode(part)))
+            else:
+                parts.append(Image(self._latent(number, stored, part)))
+        tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
+        if tokens != self.data.documents[number]["tokens"]:
+            raise self.data.damaged(number, f"{tokens} tokens, not as many as the index says", stored.key)
+        if stored.pair:
+            image, text = parts
+            assert isinstance(image, Image)
+            assert isinstance(text, Text)
+            return pair_document(text.ids, image.latent, self.config, self.seed, sample)
+        last_text = max((place for place, part in enumerate(parts) if isinstance(part, Text)), default=-1)
+        cap = self.config.image_first_max_timestep
+        capped = [
+            replace(part, max_timestep=cap) if isinstance(part, Image) and place < last_text else part
+            for place, part in enumerate(parts)
+        ]
+        return Document(capped, sample=sample)
+
+    def _latent(self, number: int, stored: Stored, part: bytes | np.ndarray) -> torch.Tensor:
+        picture = decode_picture(self.data, number, stored, part)
+        if self.data.manifest.encoding is None:
+            return self.autoencoder.encode(picture[None])[0]
+        return torch.from_numpy(picture.astype(np.int64 if picture.dtype.kind in "iu" else np.float32))
+
+
+def decode_picture(data: DataSet, number: int, stored: Stored, part: bytes | np.ndarray) -> np.ndarray:
+    """uint8 `[row, column, 3]`, or latents or codes as they are stored. Raises DamagedError."""
+    if isinstance(part, np.ndarray):
+        return part
+    try:
+        return decode_image(io.BytesIO(part), "picture")
+    except UserError as error:
+        raise data.damaged(number, str(error).removeprefix("picture: "), stored.key) from None
+
+
+class StoredTexts(StoredSource):
+    """Documents of token ids."""
+
+    def __init__(self, data: DataSet, seed: int, split: Split = "train") -> None:
+        super().__init__(data, seed, split)
+
+    def length(self, index: int, sample: int, grammar: Grammar) -> int:
+        return positions(int(self.data.documents[self.number(index)]["tokens"]), [])
+
+    def document(self, index: int, sample: int) -> Document:
+        ids = self.data.read_ids(self.number(index))
+        return Document([Text(tuple(ids.tolist()))], sample=sample)
