@@ -31,7 +31,7 @@ from ..configuration import from_dict, read_json
 from ..errors import UserError
 from ..sequence import Tokenizer
 from .remote import Cache, is_remote
-from .shuffle import Shuffle
+from .shuffle import Place, Shuffle
 
 VERSION = 1
 DOCUMENT = np.dtype(
@@ -154,8 +154,8 @@ class DataSet:
         """How many documents a split has."""
         return self.manifest.heldout if split == "heldout" else len(self) - self.manifest.heldout
 
-    def number(self, split: Split, index: int) -> int:
-        """The document that is number `index` of a split."""
+    def number(self, split: Split, index: Place) -> Place:
+        """The document that is number `index` of a split; or of many `[n]`."""
         assert self._split is not None
         return self._split(index + (self.manifest.heldout if split == "train" else 0))
 
@@ -164,6 +164,17 @@ class DataSet:
         first = int(self.documents[number]["first_picture"])
         after = self.documents[number + 1]["first_picture"] if number + 1 < len(self) else len(self.pictures)
         return [(int(rows), int(columns)) for rows, columns in self.pictures[first : int(after)]]
+
+    def image_positions(self, numbers: np.ndarray, side: int) -> np.ndarray:
+        """Positions `[n]` that the pictures of documents `[n]` take in patches of `side` pixels, with their markers."""
+        first = self.documents["first_picture"][numbers].astype(np.int64)
+        last = numbers == len(self) - 1
+        after = self.documents["first_picture"][np.where(last, numbers, numbers + 1)].astype(np.int64)
+        counts = np.where(last, len(self.pictures), after) - first
+        owners = np.repeat(np.arange(len(numbers)), counts)
+        chosen = self.pictures[np.arange(len(owners)) + np.repeat(first - (counts.cumsum() - counts), counts)]
+        patches = chosen["rows"].astype(np.int64) * chosen["columns"] // side**2
+        return np.bincount(owners, 2 + patches, len(numbers)).astype(np.int64)
 
     def shard(self, number: int) -> str:
         """Where a document lies: the name of its shard."""
@@ -212,7 +223,7 @@ class DataSet:
             raise UserError(f"{self.path}/{name}: expected the index of the set, found none ({error})") from None
         if found.dtype != dtype or found.shape != (count,):
             raise UserError(f"{self.path}/{name}: expected {count} rows, as the manifest says, found {found.shape}")
-        return found
+        return found.view(np.ndarray)
 
     def _bytes(self, number: int) -> bytes:
         row = self.documents[number]

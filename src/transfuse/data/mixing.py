@@ -84,9 +84,9 @@ class Mixture:
         if not ingredients or min(shares) < 0 or sum(shares) <= 0:
             raise ValueError(f"shares: expected one non-negative number per source, found {shares}")
         self.ingredients = list(ingredients)
-        self.lengths = np.ones(len(ingredients))
+        self._means = np.ones(len(ingredients))
         if grammar is not None:
-            self.lengths = np.array([_mean_length(part.source, grammar) for part in ingredients])
+            self._means = np.array([_mean_length(part.source, grammar) for part in ingredients])
         self.limits = [_limit(part) for part in ingredients]
         self.phases: list[Phase] = []
         self.end: float = math.inf
@@ -107,7 +107,7 @@ class Mixture:
             if not sum(shares):
                 self.end = start
                 return
-            phase = _phase(start, done, np.array(shares) / self.lengths)
+            phase = _phase(start, done, np.array(shares) / self._means)
             self.phases.append(phase)
             ends = [phase.reaches(i, int(limit)) for i, limit in enumerate(self.limits) if limit < math.inf]
             ends += [final_from] if final_from is not None and not final else []
@@ -121,11 +121,15 @@ class Mixture:
         source = self.ingredients[number].source
         return None if source is None else replace(source.document(index, sample), source=source.name)
 
-    def length(self, sample: int, grammar: Grammar) -> int:
-        """Positions of a sample; 0 for one that is left out."""
-        number, index = self._place(sample)
-        source = self.ingredients[number].source
-        return 0 if source is None else source.length(index, sample, grammar)
+    def lengths(self, samples: Sequence[int], grammar: Grammar) -> np.ndarray:
+        """Positions `[n]` of samples; 0 for those that are left out."""
+        numbers, indices = np.array([self._place(sample) for sample in samples]).T
+        found = np.zeros(len(samples), dtype=np.int64)
+        for number, part in enumerate(self.ingredients):
+            chosen = numbers == number
+            if part.source is not None and chosen.any():
+                found[chosen] = part.source.lengths(indices[chosen], np.asarray(samples)[chosen], grammar)
+        return found
 
     def _place(self, sample: int) -> tuple[int, int]:
         if sample >= self.end:
@@ -162,4 +166,4 @@ def _mean_length(source: Source | None, grammar: Grammar) -> float:
     if source is None:
         raise ValueError("sources: expected all where shares are of positions, found one left out")
     count = MEASURED if source.epoch is None else min(MEASURED, source.epoch)
-    return float(np.mean([source.length(i, i, grammar) for i in range(count)]))
+    return float(source.lengths(np.arange(count), np.arange(count), grammar).mean())

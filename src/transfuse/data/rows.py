@@ -19,19 +19,19 @@ import numpy as np
 from ..errors import UserError
 from .shuffle import Shuffle
 
-WINDOW = 2048
+WINDOW = 8192
 """samples packed among themselves: the more, the fewer positions stay empty"""
 
 
 class Rows:
     """`row(r)` gives the numbers of the samples in row r, in ascending order.
 
-    length_of   positions of a sample; those of length 0 take no room and are in some row all the same
+    lengths     gives the positions of samples; those of length 0 take no room and are in some row all the same
     length      positions of a row
     """
 
-    def __init__(self, length_of: Callable[[int], int], length: int, window: int = WINDOW) -> None:
-        self.length_of, self.length, self.window = length_of, length, window
+    def __init__(self, lengths: Callable[[Sequence[int]], np.ndarray], length: int, window: int = WINDOW) -> None:
+        self.lengths, self.length, self.window = lengths, length, window
         self._first = 0  # the window that is counted from
         self._ends = [0]  # rows before window first, first + 1, ...
         self._packed = lru_cache(maxsize=4)(self._pack)
@@ -59,7 +59,7 @@ class Rows:
 
     def _pack(self, window: int) -> list[list[int]]:
         samples = range(window * self.window, (window + 1) * self.window)
-        lengths = [self.length_of(sample) for sample in samples]
+        lengths = self.lengths(samples).tolist()
         longest = max(lengths)
         if longest > self.length:
             raise UserError(

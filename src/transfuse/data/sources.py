@@ -33,8 +33,8 @@ class Source(Protocol):
 
     def document(self, index: int, sample: int) -> Document: ...
 
-    def length(self, index: int, sample: int, grammar: Grammar) -> int:
-        """Positions that the document will take, found without making its pictures."""
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
+        """Positions `[n]` that documents will take, by index and sample `[n]`, found without making their pictures."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,15 @@ class ScenePairs:
         text = self.tokenizer.encode(caption(self.world.scene(index), index))
         return pair_document(text, self._latent(index), self.config, self.seed, sample)
 
-    def length(self, index: int, sample: int, grammar: Grammar) -> int:
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
         patches = (self.world.config.size // (self.autoencoder.factor * grammar.patch_size)) ** 2
-        if pair_order(self.config, self.seed, sample) == "unconditional":
-            return positions(0, [patches])
-        return positions(len(self.tokenizer.encode(caption(self.world.scene(index), index))), [patches])
+        tokens = [
+            0
+            if pair_order(self.config, self.seed, sample) == "unconditional"
+            else len(self.tokenizer.encode(caption(self.world.scene(index), index)))
+            for index, sample in zip(indices.tolist(), samples.tolist(), strict=True)
+        ]
+        return positions(np.array(tokens), [patches])
 
     def _latent(self, index: int) -> torch.Tensor:
         """Of scene `index`. A network encodes a block of scenes at once, always the same, for speed."""
@@ -123,8 +127,8 @@ class Texts:
     def document(self, index: int, sample: int) -> Document:
         return Document([Text(self.tokenizer.encode(self._text(index)))], sample=sample)
 
-    def length(self, index: int, sample: int, grammar: Grammar) -> int:
-        return positions(len(self.tokenizer.encode(self._text(index))), [])
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
+        return positions(np.array([len(self.tokenizer.encode(self._text(index))) for index in indices.tolist()]), [])
 
     def _text(self, index: int) -> str:
         epoch, place = divmod(index, len(self.texts))

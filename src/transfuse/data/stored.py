@@ -3,7 +3,7 @@
 data = DataSet("photos-64")
 pairs = StoredPictures(data, data.tokenizer(), Pixels(), PairConfig(), seed=0)
 pairs.document(17, sample=40)      # the 18th of the first epoch, as the mixture's sample 40
-pairs.length(17, sample=40, ...)   # its positions, from the index alone
+pairs.lengths(...)                 # the positions of many, from the index alone
 """
 
 from __future__ import annotations
@@ -36,9 +36,20 @@ class StoredSource:
     def number(self, index: int) -> int:
         """The document of the set."""
         epoch, place = divmod(index, self.epoch)
+        return self.data.number(self.split, self._order(epoch)(place))
+
+    def numbers(self, indices: np.ndarray) -> np.ndarray:
+        """As `number`, of many `[n]`."""
+        epochs, places = np.divmod(indices, self.epoch)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            places[chosen] = self._order(int(epoch))(places[chosen])
+        return self.data.number(self.split, places)
+
+    def _order(self, epoch: int) -> Shuffle:
         if self._shuffle is None or self._shuffle[0] != epoch:
             self._shuffle = epoch, Shuffle(self.epoch, self.seed, self.split, epoch)
-        return self.data.number(self.split, self._shuffle[1](place))
+        return self._shuffle[1]
 
 
 class StoredPictures(StoredSource):
@@ -68,16 +79,13 @@ class StoredPictures(StoredSource):
             found = "latents" if encoding.codebook is None else "codes"
             raise UserError(f"{data.path}: expected what model.images needs, found {found}")
 
-    def length(self, index: int, sample: int, grammar: Grammar) -> int:
-        """Positions of the document, from the index alone."""
-        number = self.number(index)
-        tokens = int(self.data.documents[number]["tokens"])
-        side = grammar.patch_size * self.autoencoder.factor
-        patches = [rows * columns // side**2 for rows, columns in self.data.sizes(number)]
-        pair = bool(self.data.documents[number]["pair"])
-        if pair and pair_order(self.config, self.seed, sample) == "unconditional":
-            tokens = 0
-        return positions(tokens, patches)
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
+        numbers = self.numbers(indices)
+        tokens = self.data.documents["tokens"][numbers].astype(np.int64)
+        for place in np.flatnonzero(self.data.documents["pair"][numbers]):
+            if pair_order(self.config, self.seed, int(samples[place])) == "unconditional":
+                tokens[place] = 0
+        return positions(tokens, []) + self.data.image_positions(numbers, grammar.patch_size * self.autoencoder.factor)
 
     def document(self, index: int, sample: int) -> Document:
         """Raises DamagedError where the set is damaged there."""
@@ -128,8 +136,8 @@ class StoredTexts(StoredSource):
     def __init__(self, data: DataSet, seed: int, split: Split = "train") -> None:
         super().__init__(data, seed, split)
 
-    def length(self, index: int, sample: int, grammar: Grammar) -> int:
-        return positions(int(self.data.documents[self.number(index)]["tokens"]), [])
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
+        return positions(self.data.documents["tokens"][self.numbers(indices)].astype(np.int64), [])
 
     def document(self, index: int, sample: int) -> Document:
         ids = self.data.read_ids(self.number(index))

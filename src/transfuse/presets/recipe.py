@@ -268,7 +268,7 @@ def build_loader(
     stream = mixture(recipe, opened, tokenizer, grammar, autoencoder)
     rows = None
     if data.row_length is not None:
-        rows = Rows(lambda sample: stream.length(sample, grammar), data.row_length)
+        rows = Rows(lambda samples: stream.lengths(samples, grammar), data.row_length)
     faults = FaultLog(
         folder / "quarantine.jsonl", {name: len(found) for name, found in opened.sets.items()}, data.max_errors
     )

@@ -175,7 +175,7 @@ def _samples(recipe: Recipe, found: Mixture, grammar: Grammar) -> int:
     count = recipe.loop.steps * data.batch_size
     if data.row_length is None:
         return count
-    mean = sum(found.length(sample, grammar) for sample in range(MEASURED)) / MEASURED
+    mean = found.lengths(range(MEASURED), grammar).mean()
     return int(count * data.row_length / max(mean, 1))
 
 

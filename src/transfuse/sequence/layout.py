@@ -97,8 +97,8 @@ class Layout:
         return len(self.token)
 
 
-def positions(tokens: int, patches: Iterable[int]) -> int:
-    """How many positions `lay_out` gives a closed document of so many tokens of text and images of so many patches."""
+def positions(tokens: np.ndarray, patches: Iterable[int]) -> np.ndarray:
+    """How many positions `lay_out` gives closed documents of so many tokens of text, with images of so many patches."""
     return 2 + tokens + sum(2 + count for count in patches)
 
 

@@ -1,0 +1,345 @@
+"""Data sets in training: what the index foretells, the order for any ranks and workers, packing, shares, damage."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transfuse.autoencoders import Pixels
+from transfuse.data import (
+    DataSet,
+    FaultLog,
+    Ingredient,
+    Mixture,
+    PairConfig,
+    Rows,
+    StepLoader,
+    StoredPictures,
+    StoredTexts,
+)
+from transfuse.data.build import build_set
+from transfuse.data.mixing import PATTERN
+from transfuse.data.prepare import BuildConfig
+from transfuse.data.readers import Columns
+from transfuse.data.rows import pack
+from transfuse.data.world import glosses
+from transfuse.errors import UserError
+from transfuse.sequence import Text, lay_out
+
+COUNT = 150
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three sets of one tokenizer: pairs, text, and stories of several pictures of several sizes."""
+    root = tmp_path_factory.mktemp("sets")
+    config = BuildConfig(size=16, vocabulary=512, shard_size=40, heldout=0.1, columns=Columns(count=COUNT))
+    build_set("world", root / "pairs", config, workers=0)
+    shared = replace(config, tokenizer=str(root / "pairs"), columns=Columns(split="line"))
+    (root / "words.txt").write_text("\n".join(glosses("heldout")[:COUNT]))
+    build_set(str(root / "words.txt"), root / "text", replace(shared, max_tokens=20), workers=0)
+    for number, size in enumerate([(16, 16), (64, 32), (20, 50)]):
+        picture = np.full((*size, 3), 60 * number, dtype=np.uint8)
+        __import__("PIL.Image", fromlist=["Image"]).fromarray(picture).save(root / f"{number}.png")
+    lines = [
+        {"parts": [{"text": f"story {i}"}, *({"image": f"{(i + j) % 3}.png"} for j in range(i % 4)), {"text": "end"}]}
+        for i in range(60)
+    ]
+    (root / "stories.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    stories = replace(shared, buckets=True, multiple=8, columns=Columns())
+    build_set(str(root / "stories.jsonl"), root / "stories", stories, workers=0)
+    return root
+
+
+def pictures(path: Path, **changes) -> StoredPictures:
+    data = DataSet(str(path))
+    return StoredPictures(data, data.tokenizer(), Pixels(), PairConfig(**changes), seed=3)
+
+
+def stream(folder: Path) -> Mixture:
+    texts = StoredTexts(DataSet(str(folder / "text")), 3)
+    parts = [Ingredient(pictures(folder / "pairs"), 0.4), Ingredient(pictures(folder / "stories"), 0.2)]
+    return Mixture([*parts, Ingredient(texts, 0.4)], DataSet(str(folder / "pairs")).tokenizer().grammar(4))
+
+
+def loader(folder: Path, rows: int | None = None, **settings) -> StepLoader:
+    mixture, grammar = stream(folder), DataSet(str(folder / "pairs")).tokenizer().grammar(4)
+    packed = None if rows is None else Rows(lambda samples: mixture.lengths(samples, grammar), rows, window=50)
+    return StepLoader(mixture.document, grammar, 6, rows=packed, **settings)
+
+
+def test_the_index_foretells_every_length(folder: Path) -> None:
+    grammar = DataSet(str(folder / "pairs")).tokenizer().grammar(4)
+    for source in (
+        pictures(folder / "pairs"),
+        pictures(folder / "stories"),
+        StoredTexts(DataSet(str(folder / "text")), 0),
+    ):
+        indices = np.arange(2 * source.epoch + 7)
+        found = source.lengths(indices, indices + 5, grammar)
+        for index in indices.tolist():
+            assert found[index] == len(lay_out(source.document(index, index + 5), grammar)), (source.name, index)
+    mixture = stream(folder)
+    assert mixture.lengths(range(300), grammar).tolist() == [
+        len(lay_out(mixture.document(sample), grammar)) for sample in range(300)
+    ]
+
+
+def test_each_document_once_an_epoch_and_none_that_is_held_out(folder: Path) -> None:
+    data = DataSet(str(folder / "pairs"))
+    source = pictures(folder / "pairs")
+    heldout = {data.number("heldout", i) for i in range(data.size("heldout"))}
+    assert len(heldout) == data.manifest.heldout == round(0.1 * len(data))
+    orders = [[source.number(epoch * source.epoch + i) for i in range(source.epoch)] for epoch in range(3)]
+    for order in orders:
+        assert sorted([*order, *heldout]) == list(range(len(data)))
+    assert orders[0] != orders[1] != orders[2]
+    other = StoredPictures(data, data.tokenizer(), Pixels(), PairConfig(), seed=4, split="heldout")
+    assert {other.number(i) for i in range(other.epoch)} == heldout, "whatever the seed"
+    assert source.numbers(np.arange(2 * source.epoch)).tolist() == orders[0] + orders[1]
+
+
+def test_pictures_and_words_come_back(folder: Path) -> None:
+    """A pair that is drawn, captioned or unconditional is the scene and its caption, to the bit."""
+    from transfuse.data.world import World, WorldConfig, caption
+
+    world, source = World(WorldConfig(size=16)), pictures(folder / "pairs", caption_first=1.0, caption_drop=0.0)
+    for index in range(20):
+        document = source.document(index, index)
+        number = int(source.data.read(source.number(index)).key.rpartition("-")[2])
+        text, image = document.parts
+        assert isinstance(text, Text)
+        assert source.tokenizer.decode(text.ids) == caption(world.scene(number), number)
+        assert torch.equal(image.latent, Pixels().encode(world.render(world.scene(number))[None])[0])
+
+
+def test_stories_keep_their_order_and_cap_what_words_follow(folder: Path) -> None:
+    source = pictures(folder / "stories")
+    for index in range(source.epoch):
+        parts = source.document(index, index).parts
+        assert isinstance(parts[0], Text)
+        assert isinstance(parts[-1], Text)
+        assert [part.max_timestep for part in parts if not isinstance(part, Text)] == [500] * (len(parts) - 2)
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def order(loaders: list[StepLoader], steps: range) -> list[list[tuple[int, tuple[int, ...]]]]:
+    """Sample numbers and ids of each step, all ranks together."""
+    found = []
+    for step in steps:
+        batches = [batch for one in loaders for batch in one(step)]
+        found.append(
+            [
+                (sample, tuple(ids.tolist()))
+                for batch in batches
+                for sample, ids in zip(batch.samples, batch.tokens.split(batch.documents), strict=False)
+                if sample >= 0
+            ]
+        )
+    return found
+
+
+@pytest.mark.parametrize("rows", [None, 128])
+def test_the_order_is_the_same_for_any_ranks_and_workers(folder: Path, rows: int | None) -> None:
+    expected = order([loader(folder, rows)], range(12))
+    if rows is None:
+        assert [sample for step in expected for sample, _ in step] == list(range(72))
+    for ranks, workers in [(2, 0), (3, 1), (8, 0), (1, 4), (2, 1)]:
+        found = [loader(folder, rows, workers=workers, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert order(found, range(12)) == expected, (ranks, workers)
+
+
+@pytest.mark.parametrize("rows", [None, 128])
+def test_stopped_and_gone_on_with_another_number_of_ranks(folder: Path, rows: int | None) -> None:
+    """Twenty stops at random steps: no sample is lost, none comes twice, each is where it would have been."""
+    expected = order([loader(folder, rows)], range(60))
+    draws = random.Random(0)
+    stops = sorted(draws.sample(range(1, 60), 20))
+    found: list[list[tuple[int, tuple[int, ...]]]] = []
+    position: dict[str, int] = {}
+    for start, stop in zip([0, *stops], [*stops, 60], strict=True):
+        ranks = draws.choice([1, 2, 3, 8])
+        loaders = [loader(folder, rows, rank=rank, ranks=ranks) for rank in range(ranks)]
+        for one in loaders:
+            one.start_from(json.loads(json.dumps(position)))
+        found += order(loaders, range(start, stop))
+        position = loaders[0].position()
+        assert len(position) == (0 if rows is None else 2), "a few integers are the whole state"
+    assert found == expected
+
+
+def test_split_into_micro_batches_and_ranks_nothing_moves(folder: Path) -> None:
+    whole = order([loader(folder)], range(5))
+    assert order([loader(folder, accumulate=3)], range(5)) == whole
+    assert order([loader(folder, accumulate=2, rank=rank, ranks=4) for rank in range(4)], range(5)) == whole
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 64), max_size=80))
+def test_packing_keeps_every_sample_and_fits(lengths: list[int]) -> None:
+    rows = pack(lengths, 64)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    sums = [sum(lengths[index] for index in row) for row in rows]
+    assert all(total <= 64 for total in sums)
+    assert len(rows) <= 1.7 * max(1, sum(lengths) / 64) + 1, "best fit, longest first, stays within 11/9 of the best"
+    assert sum(total <= 32 for total in sums) <= 1, "two rows half empty would have been one"
+
+
+def test_rows_have_every_sample_once_and_one_size(folder: Path) -> None:
+    one = loader(folder, 128)
+    steps = order([one], range(30))
+    samples = [sample for step in steps for sample, _ in step]
+    assert len(set(samples)) == len(samples)
+    complete = max(samples) // 50 * 50 - 50
+    assert set(range(complete)) <= set(samples), "windows come one after the other, each whole"
+    batches = [batch for step in range(30) for batch in one(step)]
+    assert {batch.positions for batch in batches} == {6 * 128}, "one shape, so nothing is compiled twice"
+
+
+def test_98_percent_of_rows_are_used() -> None:
+    """Rows of 4,096 under pictures of 256 patches with captions, and definitions, 1 : 1 in positions."""
+    draws = np.random.default_rng(0)
+    words = np.array([len(line.split()) for line in glosses("train")])
+    lengths = np.where(draws.random(40_000) < 0.07, 260 + draws.choice(words, 40_000), 2 + draws.choice(words, 40_000))
+    rows = Rows(lambda samples: lengths[np.asarray(samples)], 4096)
+    used = [sum(lengths[sample] for sample in rows.row(number)) for number in range(rows._find(0)[0], 250)]
+    assert np.mean(used) / 4096 >= 0.98
+
+
+def test_a_sample_longer_than_a_row(folder: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.row_length: expected at least \d+, the positions of sample \d+, found 16"
+    ):
+        loader(folder, 16)(0)
+    with pytest.raises(UserError, match=r"^data\.row_length: .* found 16$"):
+        loader(folder, 16, workers=1)(0)  # from another process, one line all the same
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """A source of single tokens."""
+
+    def __init__(self, name: str, epoch: int | None) -> None:
+        self.name, self.epoch = name, epoch
+
+    def document(self, index: int, sample: int):
+        from transfuse.sequence import Document
+
+        return Document([Text((index,))], sample=sample)
+
+    def lengths(self, indices, samples, grammar):
+        return np.ones(len(indices), dtype=np.int64)
+
+
+def drawn(mixture: Mixture, samples: range) -> list[tuple[str, int]]:
+    documents = [mixture.document(sample) for sample in samples]
+    return [(document.source, document.parts[0].ids[0]) for document in documents]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.05, 0.95), st.integers(3, 700), st.floats(0.3, 3.0), st.integers(0, 3000))
+def test_epochs_end_and_final_shares_begin(share: float, size: int, epochs: float, final_from: int) -> None:
+    """A source is used to its limit, not one document more, in order; and afterwards the other takes its place."""
+    limited = Ingredient(Numbers("a", size), share, epochs, final=0.5)
+    mixture = Mixture([limited, Ingredient(Numbers("b", None), 1 - share, final=0.5)], None, final_from)
+    found = drawn(mixture, range(6 * PATTERN))
+    indices = {name: [index for n, index in found if n == name] for name in "ab"}
+    assert indices["a"] == list(range(len(indices["a"])))
+    assert indices["b"] == list(range(len(indices["b"])))
+    limit = max(1, round(epochs * size))
+    assert len(indices["a"]) <= limit
+    used_up = [place for place, (name, index) in enumerate(found) if name == "a" and index == limit - 1]
+    end = used_up[0] if used_up else len(found)
+    before = [name for name, _ in found[: min(final_from, end)]]
+    assert abs(before.count("a") - share * len(before)) <= 2
+    after = [name for name, _ in found[final_from:end]]
+    if len(after) > 1:
+        assert abs(after.count("a") - 0.5 * len(after)) <= 2
+
+
+def test_used_up() -> None:
+    mixture = Mixture([Ingredient(Numbers("a", 10), 1, 2), Ingredient(Numbers("b", 5), 1, 3)], None)
+    assert mixture.end == 35
+    assert sorted(drawn(mixture, range(35))) == sorted([("a", i) for i in range(20)] + [("b", i) for i in range(15)])
+    with pytest.raises(
+        UserError, match=r"data\.sources: expected one that goes on, found all used up after 35 samples"
+    ):
+        mixture.document(35)
+    with pytest.raises(UserError, match="never ends"):
+        Mixture([Ingredient(Numbers("world", None), 1, 2)], None)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the sets in which document 7 of the pairs has one byte flipped."""
+    import shutil
+
+    for name in ("pairs", "text", "stories"):
+        shutil.copytree(folder / name, tmp_path / name)
+    flip(tmp_path / "pairs", 7)
+    return tmp_path
+
+
+def flip(path: Path, number: int) -> None:
+    data = DataSet(str(path))
+    row = data.documents[number]
+    shard = path / data.shard(number)
+    content = bytearray(shard.read_bytes())
+    content[int(row["offset"]) + int(row["bytes"]) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_is_left_out_named_and_counted_once(damaged: Path, tmp_path: Path, folder: Path, workers: int) -> None:
+    log = FaultLog(tmp_path / "quarantine.jsonl", {str(damaged / "pairs"): COUNT}, 0.0)
+    one = loader(damaged, workers=workers, on_faults=log.add)
+    found, whole = order([one], range(100)), order([loader(folder)], range(100))
+    missing = [set(b) - set(a) for a, b in zip(found, whole, strict=True)]
+    assert {len(some) for some in missing} == {0, 1}, "nothing else moved"
+    assert sum(map(len, missing)) >= 2, "met in every epoch"
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [set(line) for line in lines] == [{"source", "shard", "key", "reason"}], "and named once"
+    assert lines[0]["source"] == str(damaged / "pairs")
+    again = FaultLog(tmp_path / "quarantine.jsonl", {}, 0.0)
+    assert len(again.met) == 1, "a restart remembers"
+
+
+def test_ranks_stay_in_step_beside_damage(damaged: Path) -> None:
+    alone = order([loader(damaged)], range(30))
+    assert order([loader(damaged, rank=rank, ranks=3) for rank in range(3)], range(30)) == alone
+    packed = order([loader(damaged, 128)], range(30))
+    assert order([loader(damaged, 128, rank=rank, ranks=3) for rank in range(3)], range(30)) == packed
+
+
+def test_too_much_damage_stops(damaged: Path, tmp_path: Path) -> None:
+    for number in range(8, 30):
+        flip(damaged / "pairs", number)
+    log = FaultLog(tmp_path / "quarantine.jsonl", {str(damaged / "pairs"): COUNT}, 0.01)
+    one = loader(damaged, on_faults=log.add)
+    with pytest.raises(UserError, match=r"pairs: 11 damaged documents, more than data\.max_errors 0\.01 lets pass"):
+        order([one], range(200))
+
+
+def test_a_shard_that_is_gone(damaged: Path) -> None:
+    (damaged / "pairs" / "shards" / "shard-00001.tar").unlink()
+    faults: list = []
+    order([loader(damaged, on_faults=faults.extend)], range(60))
+    assert {fault.shard for fault in faults} == {"shards/shard-00000.tar", "shards/shard-00001.tar"}
+    assert any("found no such file" in fault.reason for fault in faults)
