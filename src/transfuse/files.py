@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -51,7 +51,8 @@ def whole_file(path: Path, write: Callable[[Path], object]) -> None:
         partial.rename(path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise UserError(f"{path}: not written ({error}); what was there is intact, call again to go on") from None
 
 

@@ -1,4 +1,4 @@
-"""`transfuse data build | verify`."""
+"""`transfuse data build | inspect | verify`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from .parsing import parse, print_json
 
 
 def data(arguments: Sequence[str]) -> int:
-    """Make a data set of captioned pictures or text, or check one.
+    """Make a data set of captioned pictures or text, look at one, check one.
 
     transfuse data build pictures/ photos-64 --size 64
+    transfuse data inspect photos-64
     transfuse data verify photos-64
 
     Then: transfuse train demo --data.sources photos-64
@@ -63,7 +64,7 @@ def build(arguments: Sequence[str]) -> int:
     if asked.json:
         print_json({"out": str(asked.out), **found})
     else:
-        say(f"{asked.out}: {_summary(found)}; train on it with: transfuse train demo --data.sources {asked.out}")
+        say(f"{asked.out}: {_summary(found)}; look at it with: transfuse data inspect {asked.out}")
     return 0
 
 
@@ -72,6 +73,37 @@ def _summary(found: dict[str, Any]) -> str:
     left_out += [f"{found['faulty']} faulty (see quarantine.jsonl)"] if found["faulty"] else []
     said = f"{found['documents']} documents, {found['pictures']} pictures, {found['tokens']} tokens of text"
     return f"{said}; left out: {', '.join(left_out)}" if left_out else said
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Look at data sets, and what a run would make of them: counts, lengths, pictures with captions, the mixture.
+
+    transfuse data inspect photos-64 glosses --out report
+    """
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """data sets, "world", "glosses"; with settings behind commas, as data.sources of transfuse train"""
+    out: Path = Path("inspection")
+    """folder for index.html and report.json"""
+    preset: str = "demo"
+    """whose text share, patches and autoencoder are taken for the mixture"""
+    row_length: int = 4096
+    """positions of the packed rows that are tried"""
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    asked = parse(Inspect, arguments, "data inspect")
+    from ..studies.dataset import inspect_sources
+
+    report = inspect_sources(asked.sources, asked.out, asked.preset, asked.row_length)
+    if asked.json:
+        print_json({"report": str(asked.out / "index.html"), **report})
+    else:
+        print(asked.out / "index.html")
+    return 0
 
 
 @dataclass(frozen=True)
@@ -104,4 +136,4 @@ def verify(arguments: Sequence[str]) -> int:
     return 0
 
 
-ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"build": build, "verify": verify}
+ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"build": build, "inspect": inspect, "verify": verify}

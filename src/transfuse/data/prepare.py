@@ -54,7 +54,7 @@ class BuildConfig:
     """drop pairs whose caption has fewer characters"""
     max_caption: int | None = None
     """or more"""
-    max_tokens: int = 1024
+    max_tokens: int = 500
     """drop documents with pictures that have more tokens of text; cut text alone into documents of so many"""
     duplicates: Literal["drop", "keep"] = "drop"
     """documents that are equal to an earlier one, once stored"""

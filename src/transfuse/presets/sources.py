@@ -41,6 +41,7 @@ class SourceSpec:
     def parse(cls, text: str) -> SourceSpec:
         """Read "NAME,weight=W,epochs=E,final=F". Raises UserError."""
         name, *settings = text.split(",")
+        name = name.rstrip("/") or name
         values: dict[str, float] = {}
         for setting in settings:
             key, equals, value = setting.partition("=")
@@ -175,7 +176,7 @@ def _samples(recipe: Recipe, found: Mixture, grammar: Grammar) -> int:
     count = recipe.loop.steps * data.batch_size
     if data.row_length is None:
         return count
-    mean = found.lengths(range(MEASURED), grammar).mean()
+    mean = found.lengths(range(int(min(MEASURED, found.end))), grammar).mean()
     return int(count * data.row_length / max(mean, 1))
 
 

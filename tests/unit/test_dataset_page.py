@@ -1,0 +1,344 @@
+"""The page about data sets: every figure counted once more, captions that can not become markup, nothing from afar."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from collections import Counter
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from transfuse.autoencoders import Pixels, open_autoencoder
+from transfuse.data import DataSet, PairConfig, Rows, StoredPictures, StoredTexts
+from transfuse.data.build import build_set
+from transfuse.data.prepare import BuildConfig
+from transfuse.data.readers import Columns
+from transfuse.data.world import glosses
+from transfuse.errors import UserError
+from transfuse.presets import preset
+from transfuse.presets.sources import mixture, open_sources
+from transfuse.sequence import lay_out
+from transfuse.studies import dataset
+from transfuse.studies.dataset import inspect_sources
+
+BOLD = "a <b>bold</b> crab & \"friend\" <img src='http://x/'>"
+MIXED = 400
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Sets of one tokenizer: scenes; pairs of which some are left out; text; stories of several pictures and sizes."""
+    root = tmp_path_factory.mktemp("sets")
+    config = BuildConfig(size=32, vocabulary=512, shard_size=20, heldout=0.1, columns=Columns(count=90))
+    build_set("world", root / "scenes", config, workers=0)
+    shared = replace(config, tokenizer=str(root / "scenes"), columns=Columns())
+    pictures = root / "pictures"
+    pictures.mkdir()
+    captions = ["a crab", BOLD, "a", "a crab", "w" * 500]
+    for number, caption in enumerate([*captions, None]):
+        colour = np.full((40, 30 + number, 3), 50 * (number % 3), dtype=np.uint8)
+        PIL.Image.fromarray(colour).save(pictures / f"{number}.png")
+        if caption:
+            (pictures / f"{number}.txt").write_text(caption)
+    build_set(str(pictures), root / "pairs", replace(shared, min_caption=3, heldout=0.0), workers=0)
+    (root / "words.txt").write_text("\n".join(glosses("heldout")[:150]))
+    build_set(str(root / "words.txt"), root / "text", replace(shared, columns=Columns(split="line")), workers=0)
+    for number, size in enumerate([(32, 32), (64, 32), (20, 50)]):
+        PIL.Image.fromarray(np.full((*size, 3), 60 * number, dtype=np.uint8)).save(root / f"{number}.png")
+    lines = [
+        {
+            "parts": [
+                {"text": f"story {i} <i>"},
+                *({"image": f"{(i + j) % 3}.png"} for j in range(i % 4)),
+                {"text": "end"},
+            ]
+        }
+        for i in range(60)
+    ]
+    (root / "stories.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"parts": [{"image": "gone.png"}]}])))
+    build_set(str(root / "stories.jsonl"), root / "stories", replace(shared, buckets=True, multiple=8), workers=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def names(folder: Path) -> list[str]:
+    return [str(folder / name) for name in ("scenes", "pairs", "stories", "text")]
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path, names: list[str], tmp_path_factory):
+    out = tmp_path_factory.mktemp("inspection") / "deep"
+    sources = (f"{names[0]},weight=2", *names[1:], "world", "glosses")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "MIXED", MIXED)
+        return inspect_sources(sources, out, "demo", 1024), out, sources
+
+
+def test_figures_of_a_set_are_those_of_its_documents(done, names: list[str]) -> None:
+    report, out, _ = done
+    assert json.loads((out / "report.json").read_text()) == report
+    assert sorted(path.name for path in out.iterdir()) == ["index.html", "report.json"]
+    assert list(report["sets"]) == names
+    for name, found in report["sets"].items():
+        data = DataSet(name)
+        tokenizer, grammar = data.tokenizer(), data.tokenizer().grammar(8)
+        tokens, taken, sizes = [], [], Counter()
+        for split in ("train", "heldout") if data.manifest.heldout else ("train",):
+            source = StoredTexts(data, 0, split)
+            if data.manifest.kind == "pictures":
+                source = StoredPictures(data, tokenizer, Pixels(), PairConfig(caption_drop=0.0), 0, split)
+            documents = [source.document(index, index) for index in range(source.epoch)]
+            taken += [len(lay_out(document, grammar)) for document in documents]
+            tokens += [sum(len(getattr(part, "ids", ())) for part in document.parts) for document in documents]
+            sizes.update(image.latent.shape[1:] for document in documents for image in document.images)
+        assert (found["documents"], found["pictures"], found["tokens"]) == (len(tokens), sizes.total(), sum(tokens))
+        for key, values in (("tokens_per_document", tokens), ("positions_per_document", taken)):
+            its = found[key]
+            assert its["documents"] == len(values)
+            assert its["mean"] == pytest.approx(np.mean(values))
+            assert (its["median"], its["longest"]) == (np.median(values), max(values))
+            assert sum(value <= its["percentile_95"] for value in values) >= 0.95 * len(values)
+        assert {(rows, columns): count for rows, columns, count in found["sizes"]} == sizes
+        assert [count for *_, count in found["sizes"]] == sorted(sizes.values(), reverse=True)
+        files = [path for path in Path(name).rglob("*") if path.suffix in (".tar", ".tokens")]
+        assert found["shards"] == len(files)
+        on_disk = sum(path.stat().st_size for path in [*files, *Path(name).glob("*.npy")])
+        assert 0 <= on_disk - found["bytes"] <= 2 * 256, "but for the heads of the index files"
+
+
+def test_what_was_left_out_is_counted_and_named(done, names: list[str]) -> None:
+    report, out, _ = done
+    pairs = report["sets"][names[1]]
+    assert (pairs["seen"], pairs["documents"], pairs["faulty"]) == (6, 3, 1)
+    assert pairs["dropped"] == {"caption length": 1, "duplicate": 1}
+    reasons = {line["key"]: line["reason"] for line in pairs["left_out"]}
+    assert reasons["2.png"] == "caption length: 1 characters"
+    assert "5.txt" in reasons["5.png"]
+    text = unescape((out / "index.html").read_text())
+    for line in [*pairs["left_out"], *report["sets"][names[2]]["left_out"]]:
+        assert f"{line['key']}</th><td>{line['reason']}</td>" in text
+    assert "of 6 seen; 1 caption length; 1 duplicate; 1 faulty" in text
+    assert pairs["settings"] == DataSet(names[1]).manifest.settings
+    assert report["sets"][names[3]]["left_out"] == []
+
+
+# --- the mixture ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stream(done):
+    """The stream of a run with the preset, and the lengths of its first documents by source."""
+    recipe = preset("demo")
+    recipe = replace(recipe, data=replace(recipe.data, sources=done[2])).settled()
+    opened = open_sources(recipe.data)
+    grammar = recipe.model.grammar(opened.tokenizer)
+    found = mixture(recipe, opened, opened.tokenizer, grammar, Pixels())
+    documents = [found.document(sample) for sample in range(MIXED)]
+    return [(document.source, len(lay_out(document, grammar))) for document in documents]
+
+
+def test_the_mixture_is_that_of_the_first_samples(done, stream) -> None:
+    found = done[0]["mixture"]
+    assert (found["samples"], found["share_of"], found["ends_after"]) == (MIXED, "positions", None)
+    total = sum(length for _, length in stream)
+    assert found["mean_positions"] == pytest.approx(total / MIXED)
+    assert set(found["sources"]) == {source for source, _ in stream}
+    for name, one in found["sources"].items():
+        lengths = [length for source, length in stream if source == name]
+        assert (one["samples"], one["positions"]) == (len(lengths), sum(lengths))
+        assert one["share_of_documents"] == pytest.approx(len(lengths) / MIXED)
+        assert one["share_of_positions"] == pytest.approx(sum(lengths) / total)
+    for share in ("asked", "share_of_documents", "share_of_positions"):
+        assert sum(one[share] for one in found["sources"].values()) == pytest.approx(1)
+    scenes, pairs, stories, world, text, bundled = found["sources"].values()
+    assert scenes["asked"] == pytest.approx(2 * 0.9 / 5)
+    assert pairs["asked"] == stories["asked"] == world["asked"] == pytest.approx(0.9 / 5)
+    assert text["asked"] == bundled["asked"] == pytest.approx(0.05)
+    assert scenes["passes"] == scenes["samples"] / 81
+    assert world["passes"] is None
+    for one in found["sources"].values():
+        assert one["share_of_positions"] == pytest.approx(one["asked"], abs=0.03)
+
+
+def test_rows_hold_all_samples_and_no_others(done, stream) -> None:
+    found = done[0]["rows"]
+    lengths = np.array([length for _, length in stream] * 2)
+    rows = Rows(lambda samples: lengths[np.asarray(samples)], 1024, window=MIXED)
+    assert sorted(sample for row in range(found["rows"]) for sample in rows.row(row)) == list(range(MIXED))
+    assert found["used"] == pytest.approx(lengths[:MIXED].sum() / (1024 * found["rows"]))
+    sets = [one["positions_per_document"]["longest"] for one in done[0]["sets"].values()]
+    assert (found["length"], found["longest"]) == (1024, max([*sets, lengths.max()]))
+
+
+def test_rows_that_are_too_short(names: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(dataset, "MIXED", 10)
+    report = inspect_sources((names[1], names[3]), tmp_path, "demo", 100)
+    longest = report["rows"]["longest"]
+    assert (longest > 100, report["rows"]["rows"], report["rows"]["used"]) == (True, None, None)
+    assert longest == max(one["positions_per_document"]["longest"] for one in report["sets"].values()), (
+        "seen or not yet"
+    )
+    assert "the longest document does not fit" in (tmp_path / "index.html").read_text()
+    assert inspect_sources((names[1], names[3]), tmp_path, "demo", longest)["rows"]["rows"] > 0
+
+
+def test_epochs_and_a_last_stretch(names: list[str], tmp_path: Path) -> None:
+    """A run of the preset would be longer than these sources last: here it is said how long that is."""
+    report = inspect_sources((f"{names[0]},epochs=2,final=9", f"{names[3]},epochs=1"), tmp_path, "demo", 1024)
+    assert report["mixture"]["samples"] == report["mixture"]["ends_after"] == 2 * 81 + 135
+    assert [one["passes"] for one in report["mixture"]["sources"].values()] == [2, 1]
+    assert [one["asked"] for one in report["mixture"]["sources"].values()] == pytest.approx([0.9, 0.1])
+    found = [inspect_sources((names[0] + end, names[1]), tmp_path, "demo", 1024)["mixture"] for end in ("", ",final=9")]
+    assert found[0] == found[1], "the last stretch is left aside"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_page_needs_nothing_from_elsewhere_and_shows_words_as_they_are(done) -> None:
+    _, out, _ = done
+    html = (out / "index.html").read_text()
+    tags = "".join(re.findall(r"<[^>]*>", html))
+    assert not re.search(r"@import|url\(|<script|<link|<iframe", html)
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', tags))
+    assert "http" not in re.sub(r'alt="[^"]*"', "", tags)
+    assert "<b>bold" not in html
+    assert "<i>" not in html
+    assert BOLD in unescape(html)
+    assert f"<figcaption>{'w' * 160}\u2026</figcaption>" in html
+    assert not re.search(r"\b(nan|inf|None)\b", re.sub(r'src="[^"]*"|<details>.*?</details>', "", html))
+    for words in glosses("heldout")[:1]:
+        assert words[:60] in unescape(html)
+
+
+def shown(out: Path) -> list[np.ndarray]:
+    sources = re.findall(r'base64,([^"]*)"', (out / "index.html").read_text())
+    return [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
+
+
+def test_pictures_are_those_of_the_set(names: list[str], tmp_path: Path) -> None:
+    inspect_sources((names[0],), tmp_path, "demo", 1024)
+    data = DataSet(names[0])
+    numbers = np.linspace(0, 89, 40).round().astype(int).tolist()
+    html = unescape((tmp_path / "index.html").read_text())
+    found = shown(tmp_path)
+    assert len(found) == 40
+    for number, picture in zip(numbers, found, strict=True):
+        stored = data.read(number)
+        np.testing.assert_array_equal(picture, np.asarray(PIL.Image.open(io.BytesIO(stored.parts[0]))))
+        assert f"<figcaption>{stored.parts[1]}</figcaption>" in html
+    assert "40 documents, evenly spread" in html
+
+
+def test_large_sets_are_sampled_and_distant_ones_read_from_few_shards(
+    names: list[str], tmp_path: Path, monkeypatch
+) -> None:
+    read = []
+    monkeypatch.setattr(dataset, "SAMPLED", 10)
+    monkeypatch.setattr(dataset, "is_remote", lambda path: True)
+    monkeypatch.setattr(dataset, "FETCHED", 2)
+    monkeypatch.setattr(
+        DataSet, "read", lambda self, number, old=DataSet.read: read.append(number) or old(self, number)
+    )
+    found = inspect_sources((names[0],), tmp_path, "demo", 1024)["sets"][names[0]]
+    assert found["tokens_per_document"]["documents"] == found["positions_per_document"]["documents"] == 10
+    assert {number // 20 for number in read} == {0, 4}, "the first shard and the last, which is half full"
+    assert len(set(read)) == 30
+
+
+def test_damage_is_shown_in_its_place(folder: Path, tmp_path: Path) -> None:
+    for name, place in (("pairs", 520), ("text", 3)):  # behind the header in the tar
+        shutil.copytree(folder / name, tmp_path / name)
+        shard = tmp_path / name / DataSet(str(tmp_path / name)).shard(0)
+        content = bytearray(shard.read_bytes())
+        content[place] ^= 1
+        shard.write_bytes(content)
+    inspect_sources((str(tmp_path / "pairs"), str(tmp_path / "text")), tmp_path / "out", "demo", 1024)
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert len(re.findall(r"Damaged: \S+: [^<]*its content does not match its hash", html)) == 2
+    assert len(shown(tmp_path / "out")) == 2
+
+
+@pytest.fixture(scope="module")
+def encoded(folder: Path) -> dict[str, Path]:
+    config = BuildConfig(size=32, tokenizer=str(folder / "scenes"), heldout=0.0, columns=Columns(count=3))
+    for kind in ("kl", "vq"):
+        build_set("world", folder / kind, replace(config, autoencoder=f"{kind}-f4-small"), workers=0)
+    return {kind: folder / kind for kind in ("kl", "vq")}
+
+
+@pytest.mark.parametrize(("kind", "fitting"), [("kl", "latent-64"), ("vq", "chameleon-32")])
+def test_latents_and_codes_are_decoded(encoded: dict[str, Path], tmp_path: Path, kind: str, fitting: str) -> None:
+    data = DataSet(str(encoded[kind]))
+    autoencoder = open_autoencoder(f"{kind}-f4-small")
+    inspect_sources((data.path, "glosses"), tmp_path, fitting, 1024)
+    for number, picture in enumerate(shown(tmp_path)):
+        array = data.read(number).parts[0]
+        if kind == "kl":
+            expected = autoencoder.decode(torch.from_numpy(array.astype(np.float32))[None])
+        else:
+            expected = autoencoder.decode_codes(torch.from_numpy(array.astype(np.int64))[None])
+        np.testing.assert_array_equal(picture, expected[0])
+    assert len(shown(tmp_path)) == 3
+
+
+def test_what_can_not_be_mixed_or_decoded_is_looked_at_all_the_same(encoded: dict[str, Path], tmp_path: Path) -> None:
+    report = inspect_sources((str(encoded["kl"]),), tmp_path / "out", "demo", 1024)
+    assert report["mixture"] is report["rows"] is None
+    assert "found those of kl-f4-small" in report["not_mixed"]
+    assert report["not_mixed"] in unescape((tmp_path / "out" / "index.html").read_text())
+    found = report["sets"][str(encoded["kl"])]
+    patch = found["positions_per_document"]["median"] - found["tokens_per_document"]["median"] - 4
+    assert patch == (32 // (8 * 4)) ** 2, "by the factor of its own autoencoder"
+    shutil.copytree(encoded["kl"], tmp_path / "strange")
+    manifest = json.loads((tmp_path / "strange" / "manifest.json").read_text())
+    manifest["encoding"]["fingerprint"] = "0123456789ab"
+    (tmp_path / "strange" / "manifest.json").write_text(json.dumps(manifest))
+    inspect_sources((str(tmp_path / "strange"),), tmp_path / "out", "demo", 1024)
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert "kl-f4-small (0123456789ab), which is not here" in html
+    assert not shown(tmp_path / "out")
+    assert html.count("<figcaption>") == 3
+
+
+def test_a_model_of_text_alone(names: list[str], tmp_path: Path) -> None:
+    report = inspect_sources((names[0], names[3]), tmp_path, "llama-32", 1024)
+    assert report["sets"][names[0]]["positions_per_document"] is None
+    scenes, text = report["mixture"]["sources"].values()
+    assert (scenes["positions"], scenes["share_of_documents"]) == (0, pytest.approx(0.9, abs=0.01))
+    assert text["share_of_positions"] == 1
+
+
+def test_texts_longer_than_the_context_are_looked_at(folder: Path, tmp_path: Path) -> None:
+    config = BuildConfig(tokenizer=str(folder / "scenes"), max_tokens=1024, columns=Columns(split="file"))
+    build_set(str(folder / "words.txt"), tmp_path / "long", config, workers=0)
+    report = inspect_sources((str(tmp_path / "long"),), tmp_path / "out", "demo", 4096)
+    assert (report["context"], report["needed"]) == (512, 1026)
+    assert (
+        "model.context 512 is too short for its texts: 1,026 are needed"
+        in (tmp_path / "out" / "index.html").read_text()
+    )
+
+
+def test_refusals(folder: Path, names: list[str], tmp_path: Path) -> None:
+    def refused(message: str, *sources: str, name: str = "demo", out: str = "out") -> None:
+        with pytest.raises(UserError, match=message):
+            inspect_sources(sources, tmp_path / out, name, 1024)
+
+    refused("unknown name", names[0], name="dmeo")
+    refused("expected a data set", str(tmp_path / "nothing"))
+    config = BuildConfig(size=20, tokenizer=str(folder / "scenes"), columns=Columns(count=3))
+    build_set("world", tmp_path / "odd", config, workers=0)
+    refused("sides are multiples of 8 pixels", str(tmp_path / "odd"))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    refused("file: expected a folder to write to", names[3], out="file")
