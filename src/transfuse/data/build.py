@@ -16,14 +16,17 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -34,9 +37,9 @@ from ..errors import UserError
 from ..files import whole_file
 from ..sequence import Tokenizer
 from .ahead import ahead
-from .dataset import DOCUMENT, PICTURE, VERSION, Encoding, Manifest, Shard, to_members, to_tar
+from .dataset import DOCUMENT, PICTURE, SUMS, VERSION, Encoding, Manifest, Shard, to_members, to_tar
 from .faults import FREE_FAULTS
-from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer
+from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, slug
 from .readers import Part, Reader, open_source
 
 TRAINED_ON = 1000
@@ -52,6 +55,8 @@ def build_set(
     build stops. Raises UserError: no such source, another set in OUT, too many faults, nothing left, no room.
     """
     began = time.monotonic()
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"{out}: expected a folder outside of the source {source}, found one in it")
     reader = open_source(source, replace(config.columns, size=config.size))
     settings = {"listing": reader.listing, **to_dict(config)}
     name = Path(source).name or source
@@ -59,15 +64,18 @@ def build_set(
         return _built(out, settings)
     _claim(out, settings)
     tokenizer = _tokenizer(reader, config, out)
+    (out / "shards").mkdir(exist_ok=True)
     preparer = Preparer(config, tokenizer)
     writer = Writer(out, config, reader.text_only, preparer.suffix, name, max_errors)
     writer.resume()
     most = config.columns.count or math.inf
-    with progress("build", reader.total) as bar, _prepared(reader, config, out, preparer, workers) as outcomes:
-        for number, (part, found) in enumerate(outcomes):
-            for place, outcome in enumerate(found):
-                if (number, place) >= writer.next and writer.seen < most:
-                    writer.add(outcome, (number, place + 1))
+    prepared = _prepared(reader, config, out, preparer, workers, writer.next)
+    with progress("build", reader.total) as bar, prepared as parts:
+        for part, found in parts:
+            for outcomes in found:
+                if writer.seen < most:
+                    writer.add(outcomes)
+            writer.end_of_part()
             bar.advance(part.weight, note=f"{writer.written} documents")
             if writer.seen >= most:
                 break
@@ -102,8 +110,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     if out.exists() and (not out.is_dir() or any(path.name != "building" for path in out.iterdir())):
         raise UserError(f"{out}: expected an empty folder, or a data set begun before, found something else")
     try:
-        (out / "shards").mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: expected a folder to write to, found none ({error.strerror})") from None
     whole_file(path, lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
@@ -142,7 +149,7 @@ def _words(reader: Reader) -> Iterator[str]:
 
 # --- the work, in several processes -----------------------------------------------------------------------------------
 
-_work: Callable[[Part], list[Outcome]]
+_work: Callable[[Part, int], list[list[Outcome]]]
 """of this worker process"""
 
 
@@ -160,27 +167,29 @@ def _begin(reader: Reader, config: BuildConfig, tokenizer: Path) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _worker(reader: Reader, preparer: Preparer) -> Callable[[Part], list[Outcome]]:
+def _worker(reader: Reader, preparer: Preparer) -> Callable[[Part, int], list[list[Outcome]]]:
+    """A function that gives of each document of a part what becomes of it, but for the first so many."""
     prepare = preparer.texts if reader.text_only else preparer.pictures
-    return lambda part: list(prepare(reader.read(part)))
+    return lambda part, skip: list(prepare(islice(reader.read(part), skip, None)))
 
 
-def _done(part: Part) -> tuple[Part, list[Outcome]]:
-    return replace(part, what=None), _work(part)
+def _done(part: Part, skip: int) -> tuple[Part, list[list[Outcome]]]:
+    return replace(part, what=None), _work(part, skip)
 
 
 @contextmanager
 def _prepared(
-    reader: Reader, config: BuildConfig, out: Path, preparer: Preparer, workers: int
-) -> Iterator[Iterable[tuple[Part, list[Outcome]]]]:
-    """Every part of the source, in order, with what became of its documents."""
+    reader: Reader, config: BuildConfig, out: Path, preparer: Preparer, workers: int, start: Place
+) -> Iterator[Iterable[tuple[Part, list[list[Outcome]]]]]:
+    """The parts of the source from `start` on, in order, with what became of their documents."""
+    parts = ((part, start.document if n == 0 else 0) for n, part in enumerate(islice(reader.parts(), start.part, None)))
     if not workers:
         work = _worker(reader, preparer)
-        yield ((part, work(part)) for part in reader.parts())
+        yield ((part, work(part, skip)) for part, skip in parts)
         return
     with ProcessPoolExecutor(workers, initializer=_begin, initargs=(reader, config, out / "tokenizer.json")) as pool:
         try:
-            with closing(ahead(lambda part: pool.submit(_done, part), reader.parts(), 2 * workers)) as found:
+            with closing(ahead(lambda one: pool.submit(_done, *one), parts, 2 * workers)) as found:
                 yield found
         except BrokenProcessPool:
             raise UserError(
@@ -193,6 +202,15 @@ def _prepared(
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a build goes on: part of the source, document of the part, and piece of a text that was cut."""
+
+    part: int = 0
+    document: int = 0
+    piece: int = 0
+
+
 @dataclass
 class Writer:
     """Writes shards in order, and beside each what the index will say of it, so that a build can go on."""
@@ -203,8 +221,7 @@ class Writer:
     suffix: str
     source: str
     max_errors: float
-    next: tuple[int, int] = (0, 0)
-    """part and place of the document to go on with"""
+    next: Place = Place()
     seen: int = 0
     faulty: int = 0
     written: int = 0
@@ -223,24 +240,37 @@ class Writer:
     def resume(self) -> None:
         """Take up after the last whole shard."""
         while (path := self._record(len(self.shards))).exists():
-            with np.load(path, allow_pickle=False) as found:
-                record = json.loads(bytes(found["record"]))
-                hashes = found["documents"]["hash"]
-            shard = Shard(**record["shard"])
+            try:
+                with np.load(path, allow_pickle=False) as found:
+                    record = json.loads(bytes(found["record"]))
+                    hashes, _ = found["documents"]["hash"], found["pictures"]
+                shard = Shard(**record["shard"])
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # cut short: that shard is made again
+                break
             file = self.out / shard.file
             if shard.bytes and (not file.is_file() or file.stat().st_size != shard.bytes):
                 break
             self.shards.append(shard)
             self._hashes.update(one.tobytes() for one in hashes)
-            self.next = (record["next"][0], record["next"][1])
+            self.next = Place(**record["next"])
             self.seen, self.faulty, self.written = record["seen"], record["faulty"], record["written"]
         if self.shards:
             say(f"{self.out}: going on after {self.written} documents")
 
-    def add(self, outcome: Outcome, after: tuple[int, int]) -> None:
-        """One document, in its turn; `after` is the place behind it. Raises UserError where faults are too many."""
-        self.seen += 1
-        self.next = after
+    def add(self, outcomes: list[Outcome]) -> None:
+        """What became of one document, in its turn. Raises UserError where faults are too many."""
+        begun = self.next.piece
+        if not begun:
+            self.seen += 1
+        for piece, outcome in enumerate(outcomes[begun:], begun + 1):
+            last = piece == len(outcomes)
+            self.next = replace(self.next, document=self.next.document + last, piece=0 if last else piece)
+            self._add(outcome)
+
+    def end_of_part(self) -> None:
+        self.next = Place(self.next.part + 1)
+
+    def _add(self, outcome: Outcome) -> None:
         if isinstance(outcome, Prepared) and self.config.duplicates == "drop" and not self.text_only:
             if outcome.hash in self._hashes:
                 outcome = Dropped(outcome.key, "duplicate", "equal to an earlier document")
@@ -256,7 +286,8 @@ class Writer:
             piece = outcome.parts[0]
             assert isinstance(piece, bytes)
         else:
-            piece = to_tar(to_members(f"{self.written:09d}-{outcome.key}", outcome.parts, outcome.pair, self.suffix))
+            name = f"{self.written:09d}-{slug(outcome.key)}"
+            piece = to_tar(to_members(name, outcome.parts, outcome.pair, self.suffix))
         row = (self._offset, len(piece), outcome.tokens, len(self._pictures), outcome.pair, outcome.hash)
         self._documents.append(row)
         self._pictures.extend(outcome.sizes)
@@ -268,23 +299,23 @@ class Writer:
 
     def finish(self, tokenizer: Tokenizer, settings: dict[str, Any], encoding: Encoding | None) -> Manifest:
         """Write what is left, the index, and last the manifest."""
-        if not self.written:
-            raise UserError(f"{self.source}: expected documents, found {self.seen}, none of which can be used")
         if self._documents or self._dropped:
             self._flush()
         records = [self._record(number) for number in range(len(self.shards))]
+        left_out = [one for path in records for one in _read(path)["dropped"]]
+        self._list("dropped.jsonl", [one for one in left_out if not one["faulty"]])
+        self._list("quarantine.jsonl", [one for one in left_out if one["faulty"]])
+        if not self.written:
+            raise UserError(
+                f"{self.source}: expected documents, found {self.seen}, none of which can be used; why, is in "
+                f"{self.out / 'dropped.jsonl'} and {self.out / 'quarantine.jsonl'}"
+            )
         index = {
             "documents.npy": self._gather(records, "documents", DOCUMENT),
             "pictures.npy": self._gather(records, "pictures", PICTURE),
         }
         documents = np.load(self.out / "documents.npy", mmap_mode="r")
-        dropped: dict[str, int] = {}
-        with _lines(self.out / "dropped.jsonl") as filtered, _lines(self.out / "quarantine.jsonl") as faulty:
-            for path in records:
-                for one in _read(path)["dropped"]:
-                    (faulty if one["faulty"] else filtered)(_shown(one))
-                    if not one["faulty"]:
-                        dropped[one["reason"]] = dropped.get(one["reason"], 0) + 1
+        dropped = Counter(one["reason"] for one in left_out if not one["faulty"])
         manifest = Manifest(
             version=VERSION,
             kind="text" if self.text_only else "pictures",
@@ -305,9 +336,23 @@ class Writer:
             faulty=self.faulty,
         )
         text = json.dumps(to_dict(manifest), indent=1) + "\n"
+        self._sum(manifest, text)
         whole_file(self.out / "manifest.json", lambda partial: partial.write_text(text))
         shutil.rmtree(self.building, ignore_errors=True)
         return manifest
+
+    def _sum(self, manifest: Manifest, text: str) -> None:
+        """Write SHA256SUMS, as `sha256sum -c` reads it: what vouches for the manifest itself, and for all else."""
+        sums = {shard.file: shard.sha256 for shard in manifest.shards} | manifest.index
+        sums["tokenizer.json"] = hashlib.sha256((self.out / "tokenizer.json").read_bytes()).hexdigest()
+        sums["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        whole_file(self.out / SUMS, lambda partial: partial.write_text(lines))
+
+    def _list(self, name: str, left_out: list[dict[str, Any]]) -> None:
+        """Write dropped.jsonl or quarantine.jsonl."""
+        lines = "".join(json.dumps({"key": one["key"], "reason": _reason(one)}) + "\n" for one in left_out)
+        whole_file(self.out / name, lambda partial: partial.write_text(lines))
 
     def _flush(self) -> None:
         number = len(self.shards)
@@ -324,7 +369,7 @@ class Writer:
         pictures = np.array(self._pictures, dtype=PICTURE) if self._pictures else np.zeros(0, PICTURE)
         record = {
             "shard": to_dict(shard),
-            "next": self.next,
+            "next": to_dict(self.next),
             "seen": self.seen,
             "faulty": self.faulty,
             "written": self.written,
@@ -369,10 +414,7 @@ class Writer:
             return
         records = [self._record(number) for number in range(len(self.shards))]
         found = [one for path in records for one in _read(path)["dropped"]] + [to_dict(one) for one in self._dropped]
-        with _lines(self.out / "quarantine.jsonl") as line:
-            for one in found:
-                if one["faulty"]:
-                    line(_shown(one))
+        self._list("quarantine.jsonl", [one for one in found if one["faulty"]])
         raise UserError(
             f"{self.source}: {self.faulty} of {self.seen} documents are faulty, more than the share {self.max_errors} "
             f"that is let pass; the last: {last.key}: {last.detail}; all: {self.out / 'quarantine.jsonl'}; mend them, "
@@ -391,14 +433,6 @@ def _read(path: Path) -> dict[str, Any]:
     return record
 
 
-def _shown(one: dict[str, Any]) -> dict[str, str]:
-    """A line of dropped.jsonl or quarantine.jsonl."""
-    return {"key": one["key"], "reason": one["detail"] if one["faulty"] else f"{one['reason']}: {one['detail']}"}
-
-
-@contextmanager
-def _lines(path: Path) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Write a file of JSON lines, whole or not at all."""
-    lines: list[str] = []
-    yield lambda value: lines.append(json.dumps(value, ensure_ascii=False) + "\n")
-    whole_file(path, lambda partial: partial.write_text("".join(lines)))
+def _reason(one: dict[str, Any]) -> str:
+    detail: str = one["detail"]
+    return detail if one["faulty"] else f"{one['reason']}: {detail}"

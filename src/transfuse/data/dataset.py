@@ -2,6 +2,7 @@
 
     SET/
         manifest.json               kind, counts, shards with sizes and hashes, settings, what was dropped; written last
+        SHA256SUMS                  of all of it, as `sha256sum -c` reads them
         tokenizer.json              the index counts in its tokens
         documents.npy               a row a document: where it lies, its tokens, its hash; mapped, never read whole
         pictures.npy                a row a picture: rows and columns of pixels
@@ -34,6 +35,7 @@ from .remote import Cache, is_remote
 from .shuffle import Place, Shuffle
 
 VERSION = 1
+SUMS = "SHA256SUMS"
 DOCUMENT = np.dtype(
     [
         ("offset", "<u8"),
@@ -136,6 +138,11 @@ class DataSet:
     def __len__(self) -> int:
         return self.manifest.documents
 
+    def __del__(self) -> None:
+        for descriptor, owner in getattr(self, "_files", {}).values():
+            if owner == os.getpid():
+                os.close(descriptor)
+
     @property
     def name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
@@ -184,11 +191,11 @@ class DataSet:
         """A document of a set of pictures. Raises DamagedError where it is not what the index says."""
         try:
             members = untar(self._bytes(number))
-        except ValueError as error:
-            raise self.damaged(number, str(error)) from None
-        if digest(members) != self.documents[number]["hash"].tobytes():
-            raise self.damaged(number, "its content does not match its hash", _key(members))
-        return _stored(members)
+            if digest(members) != self.documents[number]["hash"].tobytes():
+                raise self.damaged(number, "its content does not match its hash", _key(members))
+            return _stored(members)
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            raise self.damaged(number, f"unreadable ({error})") from None
 
     def damaged(self, number: int, reason: str, key: str = "") -> DamagedError:
         """An error that names a document by its key, where that is known, or its number."""
@@ -199,7 +206,10 @@ class DataSet:
         data = self._bytes(number)
         if digest([("tokens", data)]) != self.documents[number]["hash"].tobytes():
             raise self.damaged(number, "its content does not match its hash")
-        return np.frombuffer(data, self.id_type)
+        try:
+            return np.frombuffer(data, self.id_type)
+        except ValueError as error:
+            raise self.damaged(number, f"unreadable ({error})") from None
 
     @property
     def id_type(self) -> np.dtype[Any]:
@@ -219,8 +229,11 @@ class DataSet:
     def _mapped(self, name: str, dtype: np.dtype[Any], count: int) -> np.ndarray:
         try:
             found = np.load(self.file(name), mmap_mode="r" if count else None, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}/{name}: expected the index of the set, found none ({error})") from None
+        except UserError:
+            raise
+        except Exception as error:  # a damaged header can make numpy raise anything: EOFError, TokenError, ...
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.path}/{name}: expected the index of the set, found none ({reason})") from None
         if found.dtype != dtype or found.shape != (count,):
             raise UserError(f"{self.path}/{name}: expected {count} rows, as the manifest says, found {found.shape}")
         return found.view(np.ndarray)
@@ -230,8 +243,8 @@ class DataSet:
         place, size = int(row["offset"]), int(row["bytes"])
         try:
             data = os.pread(self._descriptor(number // self.manifest.shard_size), size, place)
-        except OSError as error:
-            raise self.damaged(number, f"unreadable ({error.strerror})") from None
+        except (OSError, OverflowError) as error:  # of an index that is damaged
+            raise self.damaged(number, f"unreadable ({error})") from None
         if len(data) != size:
             raise self.damaged(number, f"expected {size} bytes at {place}, found {len(data)}")
         return data

@@ -78,7 +78,7 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A document ready to be stored: `parts` as bytes and words, or token ids alone."""
+    """A document ready to be stored, `key` its name in the source: `parts` as bytes and words, or token ids alone."""
 
     key: str
     parts: tuple[str | bytes, ...]
@@ -114,7 +114,7 @@ def bucket(rows: int, columns: int, size: int, multiple: int) -> tuple[int, int]
 
 
 class Preparer:
-    """Prepares documents one after another; with an autoencoder, the pictures of a part at once."""
+    """Prepares documents one after another."""
 
     def __init__(self, config: BuildConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
@@ -131,36 +131,35 @@ class Preparer:
         codebook = found.codebook_size if isinstance(found, Coded) else None
         return Encoding(found.name, found.fingerprint, found.factor, codebook)
 
-    def texts(self, items: Iterable[Raw | Fault]) -> Iterator[Outcome]:
-        """Of documents that are words alone, cut where they are too long."""
-        for item in items:
+    def texts(self, items: Iterable[Raw | Fault]) -> Iterator[list[Outcome]]:
+        """Of each document that is words alone what becomes of it: several, where it is cut because it is too long."""
+        for item in map(_writable, items):
             if isinstance(item, Fault):
-                yield Dropped(item.key, "faulty", item.reason, faulty=True)
+                yield [Dropped(item.key, "faulty", item.reason, faulty=True)]
                 continue
             ids = np.array(self.tokenizer.encode("\n".join(map(str, item.parts))), self.id_type)
-            if not len(ids):
-                yield Dropped(item.key, "empty", "no tokens")
+            found: list[Outcome] = []
             for start in range(0, len(ids), self.config.max_tokens):
-                data = ids[start : start + self.config.max_tokens].tobytes()
-                count = len(data) // ids.itemsize
-                yield Prepared(item.key, (data,), False, count, (), digest([("tokens", data)]))
+                piece = ids[start : start + self.config.max_tokens]
+                data = piece.tobytes()
+                found.append(Prepared(item.key, (data,), False, len(piece), (), digest([("tokens", data)])))
+            yield found or [Dropped(item.key, "empty", "no tokens")]
 
-    def pictures(self, items: Iterable[Raw | Fault]) -> Iterator[Outcome]:
-        """Of documents with pictures."""
-        found = [self._cut(item) for item in items]
-        encoded = self._encode([picture for item in found if isinstance(item, Raw) for picture in _arrays(item)])
-        for item in found:
-            if isinstance(item, Dropped):
-                yield item
+    def pictures(self, items: Iterable[Raw | Fault]) -> Iterator[list[Outcome]]:
+        """Of each document with pictures what becomes of it."""
+        for found in map(self._cut, map(_writable, items)):
+            if isinstance(found, Dropped):
+                yield [found]
                 continue
-            sizes = tuple(picture.shape[:2] for picture in _arrays(item))
-            parts = tuple(part if isinstance(part, str) else next(encoded) for part in item.parts)
-            tokens = sum(len(self.tokenizer.encode(part)) for part in parts if isinstance(part, str))
+            sizes = tuple(part.shape[:2] for part in found.parts if isinstance(part, np.ndarray))
+            tokens = sum(len(self.tokenizer.encode(part)) for part in found.parts if isinstance(part, str))
             if tokens > self.config.max_tokens:
-                yield Dropped(item.key, "too many tokens", f"{tokens} of at most {self.config.max_tokens}")
+                yield [Dropped(found.key, "too many tokens", f"{tokens} of at most {self.config.max_tokens}")]
                 continue
-            members = to_members("", parts, item.pair, self.suffix)
-            yield Prepared(_slug(item.key), parts, item.pair, tokens, sizes, digest(members))
+            parts = tuple(self._encoded(part) if isinstance(part, np.ndarray) else part for part in found.parts)
+            members = to_members("", parts, found.pair, self.suffix)
+            stored = tuple(part for part in parts if isinstance(part, str | bytes))
+            yield [Prepared(found.key, stored, found.pair, tokens, sizes, digest(members))]
 
     def _cut(self, item: Raw | Fault) -> Raw | Dropped:
         """With its pictures as pixels of the size they are stored in."""
@@ -189,22 +188,19 @@ class Preparer:
             parts.append(fit(pixels, shape))
         return Raw(item.key, tuple(parts), item.pair)
 
-    def _encode(self, pictures: list[np.ndarray]) -> Iterator[bytes]:
+    def _encoded(self, picture: np.ndarray) -> bytes:
+        """An image file, or latents or codes as .npy. Each picture alone: it must not depend on who came along."""
+        stream = io.BytesIO()
         if self.autoencoder is None:
-            for picture in pictures:
-                stream = io.BytesIO()
-                PIL.Image.fromarray(picture).save(stream, self.config.format, **QUALITY[self.config.format])
-                yield stream.getvalue()
-            return
-        for picture in pictures:  # one at a time: what is stored must not depend on who came along with it
-            latent = self.autoencoder.encode(picture[None])[0].cpu().numpy()
-            if isinstance(self.autoencoder, Coded):
-                latent = latent.astype("<u2" if self.autoencoder.codebook_size <= 1 << 16 else "<i4")
-            else:
-                latent = latent.astype("<f2")
-            stream = io.BytesIO()
-            np.save(stream, latent, allow_pickle=False)
-            yield stream.getvalue()
+            PIL.Image.fromarray(picture).save(stream, self.config.format, **QUALITY[self.config.format])
+            return stream.getvalue()
+        latent = self.autoencoder.encode(picture[None])[0].cpu().numpy()
+        if isinstance(self.autoencoder, Coded):
+            latent = latent.astype("<u2" if self.autoencoder.codebook_size <= 1 << 16 else "<i4")
+        else:
+            latent = latent.astype("<f2")
+        np.save(stream, latent, allow_pickle=False)
+        return stream.getvalue()
 
 
 def _opened(config: BuildConfig) -> Autoencoder | None:
@@ -220,11 +216,18 @@ def _opened(config: BuildConfig) -> Autoencoder | None:
     return found if getattr(found, "codebook_size", None) is None else Coded(found)
 
 
-def _arrays(item: Raw) -> list[np.ndarray]:
-    return [part for part in item.parts if isinstance(part, np.ndarray)]
+def _writable(item: Raw | Fault) -> Raw | Fault:
+    """JSON may have half a character, an emoji cut in two, which no file of text can hold."""
+    try:
+        for part in getattr(item, "parts", ()):
+            if isinstance(part, str):
+                part.encode()
+    except UnicodeEncodeError as error:
+        return Fault(item.key, f"expected whole characters, found half of one at {error.start}")
+    return item
 
 
-def _slug(key: str) -> str:
+def slug(key: str) -> str:
     """What of a name can stand in that of a member: no dot, which would end the key, and not long."""
     stem, _, ending = key.rpartition(".")
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem if stem and "/" not in ending else key)[-48:]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,10 @@ class Fault:
 
     key: str
     reason: str
+
+    def __post_init__(self) -> None:
+        for name in ("key", "reason"):  # of names in archives, and of others' errors, some have several lines
+            object.__setattr__(self, name, " ".join(getattr(self, name).split()))
 
 
 @dataclass(frozen=True)
@@ -157,9 +162,35 @@ def listing(root: Path, files: Iterable[Path]) -> tuple[str, int]:
             size = path.stat().st_size
         except OSError:  # gone, or a link to nothing: reading it will say so
             size = 0
-        digest.update(json.dumps([path.relative_to(root).as_posix(), size]).encode())
+        digest.update(json.dumps([os.path.relpath(path, root), size]).encode())
         total += size
     return digest.hexdigest(), total
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError where it is no JSON, or nested deeper than anything is."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("expected JSON, found brackets in brackets without end") from None
+    except ValueError as error:
+        raise ValueError(f"expected JSON, found something else ({error})") from None
+
+
+def interleaved(parts: list[Any], picture: Callable[[Any], bytes]) -> tuple[str | bytes, ...]:
+    """A list of words, `{"text": words}` and `{"image": name}` as parts of a document. Raises ValueError."""
+    found: list[str | bytes] = []
+    for part in parts:
+        words = part.get("text") if isinstance(part, dict) else part
+        if isinstance(words, str):
+            found.append(words.strip())
+        elif isinstance(part, dict) and "image" in part and words is None:
+            found.append(picture(part["image"]))
+        else:
+            raise ValueError(f"expected parts that are words or pictures, found {json.dumps(part):.60}")
+    if not found:
+        raise ValueError("expected parts, found none")
+    return tuple(found)
 
 
 def decode_text(data: bytes, what: str) -> str:

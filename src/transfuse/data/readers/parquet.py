@@ -19,12 +19,19 @@ class ParquetReader:
         self.listing, _ = listing(folder, files)
         opened = [self._open(path) for path in files]
         schema = opened[0].schema_arrow
-        names = list(schema.names)
-        self.caption = column(str(files[0]), names, "caption", columns.caption_column, CAPTION_COLUMNS)
-        self.text_only = not columns.image_column and not set(IMAGE_COLUMNS) & set(names)
+        names, where = list(schema.names), str(files[0])
+        kinds = {name: str(schema.field(name).type) for name in names}
+        bytes_ = [name for name in names if kinds[name].startswith(("binary", "large_binary", "struct"))]
+        self.caption = column(where, names, "caption", columns.caption_column, CAPTION_COLUMNS)
+        self.text_only = not columns.image_column and not set(IMAGE_COLUMNS) & set(bytes_)
         self.image = ""
         if not self.text_only:
-            self.image = column(str(files[0]), names, "image", columns.image_column, IMAGE_COLUMNS)
+            known = names if columns.image_column else bytes_
+            self.image = column(where, known, "image", columns.image_column, IMAGE_COLUMNS)
+        for path, file in zip(files, opened, strict=True):
+            for name in filter(None, (self.image, self.caption)):
+                if name not in file.schema_arrow.names:
+                    raise UserError(f'{path}: expected the column "{name}", as {files[0].name} has, found none')
         groups = [(file.metadata, range(file.metadata.num_row_groups)) for file in opened]
         self.sizes = [[metadata.row_group(number).total_byte_size for number in some] for metadata, some in groups]
         self.total = sum(map(sum, self.sizes))
@@ -68,4 +75,5 @@ class ParquetReader:
         try:
             return pyarrow.parquet.ParquetFile(path)
         except Exception as error:
-            raise UserError(f"{path}: expected a parquet file, found something else ({error})") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: expected a parquet file, found something else ({reason})") from None

@@ -8,21 +8,30 @@ photos/cat.jpg  photos/list.csv                              file_name,text
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from ..images import image_files
-from . import PER_PART, Columns, Fault, Part, Raw, decode_text, listing
+from . import PER_PART, Columns, Fault, Part, Raw, decode_text, listing, parse_json
 
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "filepath", "path", "file")
 CAPTION_COLUMNS = ("text", "caption", "TEXT", "prompt", "description")
 
-Row = tuple[str, str | None]
-"""file name, relative to the folder, and caption; None: it is in a .txt file beside"""
+
+@dataclass(frozen=True)
+class Row:
+    """A picture's file, relative to the folder, and its caption; None: it is in a .txt file beside. fault: why the row
+    is no document."""
+
+    name: str
+    caption: str | None = None
+    fault: str = ""
 
 
 class PictureReader:
@@ -33,18 +42,21 @@ class PictureReader:
     def __init__(self, folder: Path, rows: list[Row], columns: Columns, whole_folder: bool = False) -> None:
         self.folder, self.rows, self.first_line = folder, rows, columns.first_line
         if whole_folder:
-            named = {folder / name for name, _ in rows}
+            named = {folder / row.name for row in rows}
             unnamed = [path for path in image_files(folder) if path not in named]
-            self.rows = [*rows, *((path.relative_to(folder).as_posix(), "") for path in unnamed)]
-        files = [folder / name for name, _ in self.rows]
+            missing = "expected a row of the table, found none"
+            self.rows = [*rows, *(Row(path.relative_to(folder).as_posix(), "", missing) for path in unnamed)]
+        files = [folder / row.name for row in self.rows if not row.fault]
         names, _ = listing(folder, files)
-        words, _ = listing(folder, (path.with_suffix(".txt") for path in files if rows and rows[0][1] is None))
-        self.listing = f"{names}{words}"
+        beside = [path.with_suffix(".txt") for path, row in zip(files, rows, strict=False) if row.caption is None]
+        words, _ = listing(folder, beside)
+        captions = hashlib.sha256(json.dumps([(row.name, row.caption, row.fault) for row in self.rows]).encode())
+        self.listing = hashlib.sha256(f"{names}{words}{captions.hexdigest()}".encode()).hexdigest()
         self.total = len(self.rows)
 
     @classmethod
     def of_folder(cls, folder: Path, columns: Columns) -> PictureReader:
-        return cls(folder, [(path.relative_to(folder).as_posix(), None) for path in image_files(folder)], columns)
+        return cls(folder, [Row(path.relative_to(folder).as_posix()) for path in image_files(folder)], columns)
 
     def parts(self) -> Iterable[Part]:
         for start in range(0, len(self.rows), PER_PART):
@@ -52,22 +64,24 @@ class PictureReader:
             yield Part(rows, len(rows))
 
     def read(self, part: Part) -> Iterator[Raw | Fault]:
-        for name, words in part.what:
+        for row in part.what:
             try:
-                caption = self._beside(name) if words is None else words
+                if row.fault:
+                    raise ValueError(row.fault)
+                caption = self._beside(row.name) if row.caption is None else row.caption
                 if not caption:
                     raise ValueError("expected a caption, found none")
-                yield Raw(name, ((self.folder / name).read_bytes(), caption), pair=True)
+                yield Raw(row.name, ((self.folder / row.name).read_bytes(), caption), pair=True)
             except OSError as error:
-                yield Fault(name, f"expected a file, found none ({error.strerror})")
+                yield Fault(row.name, f"expected a file, found none ({error.strerror})")
             except ValueError as error:
-                yield Fault(name, str(error))
+                yield Fault(row.name, str(error))
 
     def _beside(self, name: str) -> str:
         path = (self.folder / name).with_suffix(".txt")
         if not path.is_file():
             raise ValueError(f"expected a caption in {path.name}, found no such file")
-        words = decode_text(path.read_bytes(), path.name).strip()
+        words = decode_text(path.read_bytes(), path.name).replace("\r\n", "\n").strip()
         return words.split("\n", 1)[0].strip() if self.first_line else words
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,19 +91,35 @@ class PictureReader:
 def table(path: Path, columns: Columns) -> list[Row]:
     """File name and caption of each row of a .csv or .jsonl file. Raises UserError where it is no such table."""
     wanted = f"{path}: expected a table of file names and captions"
+    rows: list[Any] = []
+    number = 0
     try:
         text = decode_text(path.read_bytes(), str(path))
-        if path.suffix == ".csv":
-            rows: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
+        if path.suffix.lower() == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            for number, line in enumerate(text.split("\n"), 1):  # noqa: B007  (named where it fails)
+                if line.strip():
+                    rows.append(parse_json(line))
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{wanted}, found something else ({error})") from None
+        where = f"in line {number} " if number else ""
+        raise UserError(f"{wanted}, {where}found something else ({error})") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{wanted}, found {'no rows' if not rows else 'rows of another kind'}")
     image = column(str(path), rows[0], "image", columns.image_column, IMAGE_COLUMNS)
     caption = column(str(path), rows[0], "caption", columns.caption_column, CAPTION_COLUMNS)
-    return [(str(row.get(image) or ""), str(row.get(caption) or "").strip()) for row in rows]
+    return [_row(number, row, image, caption) for number, row in enumerate(rows, 1)]
+
+
+def _row(number: int, row: dict[Any, Any], image: str, caption: str) -> Row:
+    name, words = row.get(image), row.get(caption)
+    if not isinstance(name, str) or not name:
+        return Row(f"row {number}", "", f"expected a file name in {image}, found none")
+    if None in row:  # what csv has left over
+        return Row(name, "", "expected as many fields as the first line, found more: a comma needs quotes around it")
+    if words is not None and not isinstance(words, str):
+        return Row(name, "", f"expected words in {caption}, found {json.dumps(words):.60}")
+    return Row(name, (words or "").strip())
 
 
 def column(where: str, known: Iterable[str], what: str, asked: str, usual: tuple[str, ...]) -> str:

@@ -9,16 +9,19 @@ belongs to which picture is anyone's guess: each such document is a fault.
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..images import SUFFIXES
-from . import PER_PART, Columns, Fault, Part, Raw, decode_text, listing
+from . import PER_PART, Columns, Fault, Part, Raw, decode_text, interleaved, listing, parse_json
 from .pictures import CAPTION_COLUMNS
+
+LINK = -1
+"""in place of a member's place: it is none of its own"""
 
 
 @dataclass(frozen=True)
@@ -61,25 +64,32 @@ class TarReader:
                 try:
                     data = {suffix: os.pread(file.fileno(), size, place) for suffix, place, size in item.files}
                     yield self._document(key, data)
-                except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+                except (OSError, ValueError) as error:
                     yield Fault(key, str(error))
 
     def _document(self, key: str, data: dict[str, bytes]) -> Raw:
         pictures = {suffix: value for suffix, value in data.items() if f".{suffix.split('.')[-1].lower()}" in SUFFIXES}
-        record = json.loads(decode_text(data["json"], "json")) if "json" in data else {}
+        record = parse_json(decode_text(data["json"], "json")) if "json" in data else {}
         if isinstance(record, dict) and isinstance(record.get("parts"), list):
-            numbered = {int(suffix.split(".")[0]): value for suffix, value in pictures.items()}
-            return Raw(key, tuple(p["text"] if "text" in p else numbered[p["image"]] for p in record["parts"]))
+            numbered = {suffix.split(".")[0]: value for suffix, value in pictures.items()}
+
+            def picture(number: Any) -> bytes:
+                if not isinstance(number, int) or str(number) not in numbered:
+                    raise ValueError(f"expected picture {number} among the members, found {', '.join(sorted(data))}")
+                return numbered[str(number)]
+
+            return Raw(key, interleaved(record["parts"], picture))
         if len(pictures) != 1:
             raise ValueError(f"expected one picture, found {', '.join(sorted(data))}")
         words = decode_text(data["txt"], "txt") if "txt" in data else ""
-        if not words and isinstance(record, dict):
+        if not words.strip() and isinstance(record, dict):
             names = (self.columns.caption_column,) if self.columns.caption_column else CAPTION_COLUMNS
             words = next((record[name] for name in names if isinstance(record.get(name), str)), "")
-        if not words.strip():
+        words = words.replace("\r\n", "\n").strip()
+        if not words:
             raise ValueError("expected a caption, found none")
-        words = words.strip().split("\n", 1)[0] if self.columns.first_line else words
-        return Raw(key, (next(iter(pictures.values())), words.strip()), pair=True)
+        words = words.split("\n", 1)[0].strip() if self.columns.first_line else words
+        return Raw(key, (next(iter(pictures.values())), words), pair=True)
 
 
 def _part(path: Path, items: list[Members | Fault]) -> Part:
@@ -91,11 +101,15 @@ def scan(path: Path) -> Iterator[Members | Fault]:
     """The documents of one tar, by its headers alone. Where it is cut short or damaged, a fault says from where on."""
     seen: set[str] = set()
     key, files = "", list[tuple[str, int, int]]()
+    reached = -1
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # which would keep all
-                if not member.isfile() or member.name.rsplit("/", 1)[-1].startswith("."):
+                if tar.offset <= reached:  # a size below zero would lead back here for ever
+                    raise tarfile.ReadError("a member's size is below zero")
+                reached = tar.offset
+                if member.isdir() or member.name.rsplit("/", 1)[-1].startswith("."):
                     continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
@@ -104,7 +118,7 @@ def scan(path: Path) -> Iterator[Members | Fault]:
                     if files:
                         yield _members(key, files, seen)
                     key, files = name, []
-                files.append((suffix, member.offset_data, member.size))
+                files.append((suffix, member.offset_data if member.isfile() else LINK, member.size))
             if files:
                 yield _members(key, files, seen)
             yield from _rest(path, tar.offset)
@@ -118,15 +132,18 @@ def _members(key: str, files: list[tuple[str, int, int]], seen: set[str]) -> Mem
     if key in seen:
         return Fault(key, "expected a document's members side by side, found more of this name further on")
     seen.add(key)
+    if any(place == LINK for _, place, _ in files):
+        return Fault(key, "expected files, found links to others")
     if len({suffix for suffix, _, _ in files}) != len(files):
         return Fault(key, f"expected members of different kinds, found {', '.join(suffix for suffix, _, _ in files)}")
     return Members(key, tuple(files))
 
 
 def _rest(path: Path, offset: int) -> Iterator[Fault]:
-    """tarfile takes a damaged header for the end: the end is zeros, or the end of the file."""
+    """tarfile takes a damaged header, or one block of zeros, for the end: behind the end all is zeros."""
     with path.open("rb") as file:
         file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
-    if block.strip(b"\0"):
-        yield Fault("(the file)", f"expected a tar header at byte {offset}, found a damaged one; what follows is lost")
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                yield Fault("(the file)", f"expected a tar's end at byte {offset}, found more behind it, which is lost")
+                return

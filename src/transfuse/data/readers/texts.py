@@ -8,15 +8,15 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import gzip
-import json
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ...errors import UserError
-from . import Columns, Fault, Part, Raw, decode_text, listing
+from . import Columns, Fault, Part, Raw, decode_text, interleaved, listing, parse_json
 
 CHUNK = 1 << 18
 """bytes of lines that make a part"""
@@ -40,7 +40,7 @@ def _chunks(path: Path, separator: bytes) -> Iterator[tuple[int, bytes]]:
                 yield lines, block[:cut]
                 lines += block.count(b"\n", 0, cut)
                 rest = block[cut:]
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: expected a readable file, found one that is not ({error})") from None
     if rest:
         yield lines, rest
@@ -66,22 +66,30 @@ class TextReader:
     def read(self, part: Part) -> Iterator[Raw | Fault]:
         path, lines, data = part.what
         name = path.relative_to(self.folder).as_posix()
-        try:
-            if data is None:
+        if data is None:
+            try:
                 with _open(path) as file:
                     data = file.read()
-            text = decode_text(data, name).replace("\r\n", "\n")
-        except (OSError, EOFError, ValueError) as error:
-            yield Fault(f"{name}:{lines + 1}", str(error))
-            return
+            except (OSError, EOFError, zlib.error) as error:
+                yield Fault(f"{name}:1", f"expected a readable file, found one that is not ({error})")
+                return
+        data = data.replace(b"\r\n", b"\n")
         if self.split == "file":
-            pieces = [text]
-        else:
-            pieces = text.split("\n" if self.split == "line" else "\n\n")
+            pieces = [data]
+        else:  # with what separates them, to count lines
+            pieces = re.split(rb"(\n)" if self.split == "line" else rb"(\n{2,})", data)
         for piece in pieces:
-            if piece.strip():
-                yield Raw(f"{name}:{lines + 1}", (piece.strip(),))
-            lines += piece.count("\n") + (1 if self.split == "line" else 2)
+            begin = lines + 1 + piece[: len(piece) - len(piece.lstrip())].count(b"\n")
+            lines += piece.count(b"\n")
+            try:
+                words = decode_text(piece, name).strip()
+            except ValueError as error:
+                yield Fault(f"{name}:{begin}", str(error))
+                continue
+            if words:
+                yield Raw(f"{name}:{begin}", (words,))
+            elif self.split == "file":
+                yield Fault(f"{name}:1", "expected words, found none")
 
 
 class JsonReader:
@@ -110,30 +118,31 @@ class JsonReader:
                 continue
             key = f"{name}:{number}"
             try:
-                yield Raw(key, self._parts(path.parent, json.loads(decode_text(line, "line"))))
-            except (OSError, ValueError, KeyError, TypeError, binascii.Error) as error:
+                yield Raw(key, self._parts(path.parent, parse_json(decode_text(line, "line"))))
+            except (OSError, ValueError) as error:
                 yield Fault(key, f"expected a document, found none ({error})")
 
     def _parts(self, folder: Path, record: Any) -> tuple[str | bytes, ...]:
         if not isinstance(record, dict):
             raise ValueError(f"a {type(record).__name__}")
         if isinstance(record.get("parts"), list):
-            found = record["parts"]
-            parts = [p if isinstance(p, str) else p["text"] if "text" in p else _image(folder, p) for p in found]
+            listed = record["parts"]
         elif isinstance(record.get("texts"), list) and isinstance(record.get("images"), list):
-            both = zip(record["texts"], record["images"], strict=True)
-            parts = [_image(folder, {"image": image}) if image else words for words, image in both if words or image]
+            both = list(zip(record["texts"], record["images"], strict=True))
+            if any(words and image for words, image in both):
+                raise ValueError("words and a picture in one place")
+            listed = [{"image": image} if image else words for words, image in both if words or image]
+        elif self.text in record:
+            listed = [record[self.text]]
         else:
-            parts = [record[self.text]]
-        if not parts or not all(isinstance(part, str | bytes) for part in parts):
-            raise ValueError("parts that are neither words nor pictures" if parts else "no parts")
+            raise ValueError(f"neither parts, nor texts and images, nor {self.text}")
+        parts = interleaved(listed, lambda name: _image(folder, name))
         if self.text_only and not all(isinstance(part, str) for part in parts):
             raise ValueError("pictures, where the first lines have none")
-        return tuple(part.strip() if isinstance(part, str) else part for part in parts)
+        return parts
 
 
-def _image(folder: Path, part: dict[str, Any]) -> bytes:
-    name = part["image"]
+def _image(folder: Path, name: Any) -> bytes:
     if not isinstance(name, str):
         raise ValueError(f"image: a {type(name).__name__}")
     if name.startswith("data:"):
