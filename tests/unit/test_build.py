@@ -219,6 +219,26 @@ def test_stopped_between_any_two_files(
     assert count > 10
 
 
+def test_stopped_within_a_text_that_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of those asked for too: it is counted, and not yet whole."""
+    write(tmp_path / "s", {f"{i}.txt": f"some words of text {i} " * 24 for i in range(3)})
+    config = replace(CONFIG, max_tokens=8, columns=Columns(count=2))
+    straight = build(tmp_path / "s", tmp_path / "straight", config)
+    assert (straight["seen"], straight["documents"] > 3 * config.shard_size) == (2, True)
+    for count in itertools.count(1):
+        with monkeypatch.context() as patch:
+            die_at_rename(patch, count)
+            try:
+                build(tmp_path / "s", tmp_path / f"{count}", config)
+                break
+            except Killed:
+                pass
+        build(tmp_path / "s", tmp_path / f"{count}", config)
+        # DEFECT: build.py build_set: of the last document of --count, what was left to be written is lost.
+        assert contents(tmp_path / f"{count}") == contents(tmp_path / "straight"), count
+    assert count > 10
+
+
 def test_stopped_before_the_first_file(
     root: Path, straight: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,7 +314,7 @@ def test_what_is_written_is_not_prepared_again(
     assert done == ["17.png"]
 
 
-WORLD = ["--size", "32", "--vocabulary", "300", "--shard-size", "24", "--count", "400", "--duplicates", "keep"]
+WORLD = ["--size", "16", "--vocabulary", "300", "--shard-size", "24", "--count", "240", "--duplicates", "keep"]
 
 
 def of_group(group: int) -> list[int]:
@@ -355,7 +375,7 @@ def test_ten_kills(tmp_path: Path) -> None:
     assert run(["data", "build", "world", str(tmp_path / "straight"), "--workers", "0", *WORLD]) == 0
     draw, kills = random.Random(0), 0
     for _ in range(10):
-        out, shards = tmp_path / "out", draw.uniform(0, 300 / 24)
+        out, shards = tmp_path / "out", draw.uniform(0, 240 / 24)
 
         def moment(out: Path = out, shards: float = shards) -> bool:
             found = len(list((out / "building").glob("*.npz"))) >= int(shards) and (out / "building").exists()
@@ -893,18 +913,18 @@ def test_the_document_that_is_damaged_is_named(copied: Path) -> None:
 def test_a_flipped_byte_of_the_header_of_the_index(copied: Path, name: str, file: str) -> None:
     path = copied / name / file
     (start,) = struct.unpack("<H", path.read_bytes()[8:10])
-    for place, _ in flips(path, range(0, 10 + start, 3 if file == "documents.npy" else 1)):
+    for place, _ in flips(path, range(0, 10 + start, 5 if file == "documents.npy" else 2)):
         assert any(file in line for line in problems(copied / name)), place
 
 
 @pytest.mark.parametrize("name", ["pictures", "prose"])
 @pytest.mark.parametrize("file", ["documents.npy", "pictures.npy"])
 def test_a_flipped_byte_of_the_index(copied: Path, name: str, file: str) -> None:
-    """Of the first rows any byte; some of the rest."""
+    """Of the first row any byte; some of the rest."""
     path = copied / name / file
     data = path.read_bytes()
     start, size = 10 + struct.unpack("<H", data[8:10])[0], len(data)
-    for place, _ in flips(path, sorted({*range(start, min(size, start + 90)), *range(start, size, 23)})):
+    for place, _ in flips(path, sorted({*range(start, min(size, start + 41)), *range(start, size, 37)})):
         found = problems(copied / name)
         assert f"{file}: expected SHA-256" in found[0], place
 
@@ -912,7 +932,7 @@ def test_a_flipped_byte_of_the_index(copied: Path, name: str, file: str) -> None
 @pytest.mark.parametrize("name", ["pictures", "prose"])
 def test_a_flipped_byte_of_the_tokenizer(copied: Path, name: str) -> None:
     path = copied / name / "tokenizer.json"
-    for place, _ in flips(path, range(0, path.stat().st_size, 41)):
+    for place, _ in flips(path, range(0, path.stat().st_size, 97)):
         assert any(file in line for line in problems(copied / name) for file in ("tokenizer.json", "tokens")), place
 
 
@@ -926,6 +946,15 @@ def test_a_flipped_byte_of_the_manifest(copied: Path, name: str) -> None:
     data = path.read_bytes().decode()
     lines = sorted({data[: place + 1].count("\n") for place, _ in missed})
     assert not missed, [data.split("\n")[number] for number in lines]
+
+
+@pytest.mark.parametrize("name", ["pictures", "prose"])
+def test_a_flipped_byte_of_the_sums(copied: Path, name: str) -> None:
+    path = copied / name / "SHA256SUMS"
+    assert subprocess.run(["sha256sum", "--check", "--quiet", path.name], cwd=path.parent).returncode == 0
+    for place, _ in flips(path, range(0, path.stat().st_size, 19)):
+        # DEFECT: verify.py verify_set: the lines of shards are not compared with anything.
+        assert problems(copied / name), place
 
 
 @pytest.mark.parametrize("kept", [0, 511, 3000, -1])
