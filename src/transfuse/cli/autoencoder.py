@@ -9,10 +9,9 @@ from typing import Literal
 
 import tyro
 
-from ..configuration import nearest
 from ..console import say
 from ..errors import UserError
-from .parsing import parse, parse_run, preset_name, print_json
+from .parsing import act, parse, parse_run, preset_name, print_json
 
 
 def autoencoder(arguments: Sequence[str]) -> int:
@@ -22,13 +21,7 @@ def autoencoder(arguments: Sequence[str]) -> int:
     transfuse autoencoder encode runs/kl/export pictures/ latents/
     transfuse autoencoder inspect runs/kl/export pictures/
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(autoencoder.__doc__)
-        return 0
-    name, *rest = arguments
-    if name not in ACTIONS:
-        raise UserError(f'autoencoder: unknown action "{name}"{nearest(name, ACTIONS)}')
-    return ACTIONS[name](rest)
+    return act("autoencoder", arguments, ACTIONS, autoencoder.__doc__)
 
 
 def train(arguments: Sequence[str]) -> int:

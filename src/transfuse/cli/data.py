@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..configuration import nearest
 from ..console import say
 from ..errors import UserError
-from .parsing import parse, print_json
+from .parsing import act, parse, print_json
 
 
 def data(arguments: Sequence[str]) -> int:
@@ -24,13 +23,7 @@ def data(arguments: Sequence[str]) -> int:
 
     Then: transfuse train demo --data.sources photos-64
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(data.__doc__)
-        return 0
-    name, *rest = arguments
-    if name not in ACTIONS:
-        raise UserError(f'data: unknown action "{name}"{nearest(name, ACTIONS)}')
-    return ACTIONS[name](rest)
+    return act("data", arguments, ACTIONS, data.__doc__)
 
 
 def build(arguments: Sequence[str]) -> int:

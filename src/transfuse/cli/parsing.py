@@ -73,6 +73,19 @@ def parse_run(
     return asked.recipe, asked.run, asked.json
 
 
+def act(
+    command: str, arguments: Sequence[str], actions: dict[str, Callable[[Sequence[str]], int]], summary: str | None
+) -> int:
+    """Call the action that a command's first word names; without one, show what there is."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(summary)
+        return 0
+    name, *rest = arguments
+    if name not in actions:
+        raise UserError(f'{command}: unknown action "{name}"{nearest(name, actions)}')
+    return actions[name](rest)
+
+
 def preset_name(
     command: str, arguments: Sequence[str], presets: Iterable[str], summary: str | None
 ) -> tuple[str, list[str]] | None:

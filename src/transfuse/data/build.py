@@ -42,7 +42,7 @@ from .faults import FREE_FAULTS
 from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, slug
 from .readers import Part, Reader, open_source
 
-TRAINED_ON = 1000
+TRAINED_ON = 300
 """parts of a source, evenly spread, that a tokenizer is trained on"""
 
 
