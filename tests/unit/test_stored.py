@@ -345,3 +345,18 @@ def test_a_shard_that_is_gone(damaged: Path) -> None:
     order([loader(damaged, on_faults=faults.extend)], range(60))
     assert "shards/shard-00001.tar" in {fault.shard for fault in faults}
     assert any("found no such file" in fault.reason for fault in faults)
+
+
+def test_a_pickled_set_and_tokenizer_are_themselves(folder: Path) -> None:
+    """As they are sent to processes that are not forked; the copy's end does not close the original's files."""
+    import pickle
+
+    data = DataSet(str(folder / "pairs"))
+    first = data.read(0)
+    copy = pickle.loads(pickle.dumps(data))
+    assert len(pickle.dumps(data)) < 1000, "the index is mapped again, not sent"
+    assert copy.read(0) == first
+    del copy
+    assert data.read(0) == first
+    tokenizer = pickle.loads(pickle.dumps(data.tokenizer()))
+    assert tokenizer.eos not in tokenizer.encode("a crab<|eos|>"), "typed, a marker is plain text"

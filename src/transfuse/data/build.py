@@ -73,7 +73,7 @@ def build_set(
     with progress("build", reader.total) as bar, prepared as parts:
         for part, found in parts:
             for outcomes in found:
-                if writer.seen < most:
+                if writer.seen < most or writer.next.piece:  # a document that was begun is brought to its end
                     writer.add(outcomes)
             writer.end_of_part()
             bar.advance(part.weight, note=f"{writer.written} documents")

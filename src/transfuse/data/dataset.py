@@ -138,6 +138,13 @@ class DataSet:
     def __len__(self) -> int:
         return self.manifest.documents
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the index, which is mapped again, and without open files, which belong to this object."""
+        return {"path": self.path, "cache": self.cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
     def __del__(self) -> None:
         for descriptor, owner in getattr(self, "_files", {}).values():
             if owner == os.getpid():

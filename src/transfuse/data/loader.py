@@ -11,6 +11,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import get_all_start_methods
 from typing import Any
 
 import torch
@@ -119,7 +120,11 @@ class StepLoader:
     def _fetched(self, step: int) -> Made:
         if self._next is None or self._next[0] != step:
             steps = _Steps(self, step)
-            loader = DataLoader(steps, batch_size=None, num_workers=self.workers, prefetch_factor=AHEAD)
+            # forked, where there is a choice: then nothing of the loader needs to be pickled
+            start = "fork" if "fork" in get_all_start_methods() else None
+            loader = DataLoader(
+                steps, None, num_workers=self.workers, prefetch_factor=AHEAD, multiprocessing_context=start
+            )
             self._next = step, iter(loader)
         made: Made = pickle.loads(next(self._next[1]))
         self._next = step + 1, self._next[1]

@@ -17,6 +17,7 @@ from ..autoencoders import Autoencoder
 from ..keyed import keyed
 from ..sequence import Document, Grammar, Image, Text, Tokenizer, positions, unconditional
 from .world import World, caption
+from .world.draws import Draws
 
 BLOCK = 32
 """scenes that a network encodes together"""
@@ -59,10 +60,10 @@ Order = Literal["draw", "caption", "unconditional"]
 
 def pair_order(config: PairConfig, seed: int, sample: int) -> Order:
     """What a pair teaches, by the draw of (seed, sample): to draw, to caption, or to draw without a caption."""
-    first, drop = torch.rand(2, generator=keyed(seed, "pair", sample)).tolist()
-    if first >= config.caption_first:
+    draws = Draws("pair", seed, sample)
+    if not draws.chance(config.caption_first):
         return "caption"
-    return "unconditional" if drop < config.caption_drop else "draw"
+    return "unconditional" if draws.chance(config.caption_drop) else "draw"
 
 
 def pair_document(text: tuple[int, ...], latent: torch.Tensor, config: PairConfig, seed: int, sample: int) -> Document:

@@ -48,6 +48,11 @@ def verify_set(path: str, workers: int = 2) -> Verified:
             if name.endswith(".json"):
                 return found  # what it says of the rest is not to be trusted
     data.tokenizer()
+    for shard in data.manifest.shards:
+        if sums.get(shard.file) != shard.sha256:
+            found.add(f"{path}/{SUMS}: {shard.file}: expected {shard.sha256}, as the manifest says, found another")
+    if len(sums) != len(data.manifest.shards) + len(data.manifest.index) + 2:
+        found.add(f"{path}/{SUMS}: expected a line for each file of the set, found {len(sums)}")
     chunks = [range(first, min(first + CHUNK, len(data))) for first in range(0, len(data), CHUNK)]
     steps = len(data.manifest.shards) + len(chunks)
     with progress("verify", steps) as bar, ProcessPoolExecutor(max(1, workers), None, _begin, (path,)) as pool:

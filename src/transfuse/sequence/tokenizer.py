@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -32,6 +33,10 @@ class Tokenizer:
         backend.encode_special_tokens = True  # a marker's name typed by a user is plain text, never the marker
         self.backend = backend
         self.bos, self.eos, self.boi, self.eoi = (number for number in ids if number is not None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.backend.encode_special_tokens = True  # which a pickle does not keep
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary: int) -> Tokenizer:
