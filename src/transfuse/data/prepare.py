@@ -23,6 +23,8 @@ from .dataset import Encoding, digest, to_members
 from .images import decode_image, fit
 from .readers import Columns, Fault, Raw
 
+MOST_SIDE = 16_384
+"""pixels: the index counts to 65,535, and a bucket may be wider than `size`"""
 WIDEST = 2.0
 """aspect ratio of the widest and the tallest bucket"""
 QUALITY = {"jpeg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95, "method": 4}, "png": {}}
@@ -68,6 +70,10 @@ class BuildConfig:
         for name in ("size", "multiple", "max_tokens", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.size > MOST_SIDE:
+            raise ValueError(f"size: expected at most {MOST_SIDE}, found {self.size}")
+        if self.columns.count < 0:
+            raise ValueError(f"count: expected at least 0, found {self.columns.count}")
         if not 0 <= self.heldout < 1:
             raise ValueError(f"heldout: expected a share from 0 to below 1, found {self.heldout}")
         if self.max_aspect is not None and self.max_aspect < 1:

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import tyro
 
+from ...console import say
 from ...errors import UserError
 
 PER_PART = 64
@@ -115,6 +116,7 @@ def open_source(source: str, columns: Columns) -> Reader:
         for endings, reader in kinds[:3]:
             files = [file for ending in endings for file in _files(path, ending) if file.name != "metadata.jsonl"]
             if files:
+                say(f"{path}: taking its {len(files)} {endings[0]} files; what else is there is left aside")
                 return reader(path, sorted(files), columns)
         for name in ("metadata.jsonl", "metadata.csv"):
             if (path / name).is_file():

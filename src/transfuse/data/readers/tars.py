@@ -81,9 +81,10 @@ class TarReader:
             return Raw(key, interleaved(record["parts"], picture))
         if len(pictures) != 1:
             raise ValueError(f"expected one picture, found {', '.join(sorted(data))}")
-        words = decode_text(data["txt"], "txt") if "txt" in data else ""
+        asked = self.columns.caption_column
+        words = decode_text(data["txt"], "txt") if "txt" in data and not asked else ""
         if not words.strip() and isinstance(record, dict):
-            names = (self.columns.caption_column,) if self.columns.caption_column else CAPTION_COLUMNS
+            names = (asked,) if asked else CAPTION_COLUMNS
             words = next((record[name] for name in names if isinstance(record.get(name), str)), "")
         words = words.replace("\r\n", "\n").strip()
         if not words:
