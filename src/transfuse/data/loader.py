@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_all_start_methods
 from typing import Any
 
@@ -68,7 +70,7 @@ class StepLoader:
         self.document, self.grammar, self.image_attention = document, grammar, image_attention
         self.batch_size, self.accumulate, self.workers = batch_size, accumulate, workers
         self.rows, self.rank, self.ranks, self.on_faults = rows, rank, ranks, on_faults
-        self._next: tuple[int, Iterator[bytes]] | None = None
+        self._next: tuple[int, Future[Made], Callable[[], Future[Made]]] | None = None
         self._position: dict[str, int] = {}
 
     def __call__(self, step: int) -> list[Batch]:
@@ -118,6 +120,7 @@ class StepLoader:
         return batch if documents else replace(batch, idle=batch.positions)
 
     def _fetched(self, step: int) -> Made:
+        """From other processes; the step after it is received by a thread meanwhile."""
         if self._next is None or self._next[0] != step:
             steps = _Steps(self, step)
             # forked, where there is a choice: then nothing of the loader needs to be pickled
@@ -125,10 +128,17 @@ class StepLoader:
             loader = DataLoader(
                 steps, None, num_workers=self.workers, prefetch_factor=AHEAD, multiprocessing_context=start
             )
-            self._next = step, iter(loader)
-        made: Made = pickle.loads(next(self._next[1]))
-        self._next = step + 1, self._next[1]
+            receive, thread = partial(_receive, iter(loader)), ThreadPoolExecutor(1, thread_name_prefix="receive")
+            self._next = step, thread.submit(receive), lambda: thread.submit(receive)
+        _, waiting, submit = self._next
+        made = waiting.result()
+        self._next = step + 1, submit(), submit
         return made
+
+
+def _receive(steps: Iterator[bytes]) -> Made:
+    made: Made = pickle.loads(next(steps))
+    return made
 
 
 class _Steps(Dataset[bytes]):
