@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import os
+import struct
 import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ DOCUMENT = np.dtype(
         ("hash", "u1", (16,)),
     ]
 )
+ROW = struct.Struct("<QIIQ?16s")
+"""a row of DOCUMENT"""
 PICTURE = np.dtype([("rows", "<u2"), ("columns", "<u2")])
 OPEN_SHARDS = 64
 """file descriptors a process keeps"""
@@ -112,6 +115,8 @@ class Stored:
     key: str
     parts: tuple[str | bytes | np.ndarray, ...]
     pair: bool
+    tokens: int
+    """that the index says it has"""
 
 
 class DataSet:
@@ -196,11 +201,12 @@ class DataSet:
 
     def read(self, number: int) -> Stored:
         """A document of a set of pictures. Raises DamagedError where it is not what the index says."""
+        data, tokens, expected = self._read(number)
         try:
-            members = untar(self._bytes(number))
-            if digest(members) != self.documents[number]["hash"].tobytes():
+            members = untar(data)
+            if digest(members) != expected:
                 raise self.damaged(number, "its content does not match its hash", _key(members))
-            return _stored(members)
+            return _stored(members, tokens)
         except (ValueError, IndexError, KeyError, TypeError) as error:
             raise self.damaged(number, f"unreadable ({error})") from None
 
@@ -210,8 +216,8 @@ class DataSet:
 
     def read_ids(self, number: int) -> np.ndarray:
         """Token ids of a document of a set of text. Raises DamagedError as `read`."""
-        data = self._bytes(number)
-        if digest([("tokens", data)]) != self.documents[number]["hash"].tobytes():
+        data, _, expected = self._read(number)
+        if digest([("tokens", data)]) != expected:
             raise self.damaged(number, "its content does not match its hash")
         try:
             return np.frombuffer(data, self.id_type)
@@ -245,16 +251,17 @@ class DataSet:
             raise UserError(f"{self.path}/{name}: expected {count} rows, as the manifest says, found {found.shape}")
         return found.view(np.ndarray)
 
-    def _bytes(self, number: int) -> bytes:
-        row = self.documents[number]
-        place, size = int(row["offset"]), int(row["bytes"])
+    def _read(self, number: int) -> tuple[bytes, int, bytes]:
+        """What lies there; and, as the index has them, its tokens and its hash."""
+        # unpacked at once: each field of a numpy row costs as much as all of them
+        place, size, tokens, _, _, expected = ROW.unpack(self.documents[number].tobytes())
         try:
             data = os.pread(self._descriptor(number // self.manifest.shard_size), size, place)
         except (OSError, OverflowError) as error:  # of an index that is damaged
             raise self.damaged(number, f"unreadable ({error})") from None
         if len(data) != size:
             raise self.damaged(number, f"expected {size} bytes at {place}, found {len(data)}")
-        return data
+        return data, tokens, expected
 
     def _descriptor(self, shard: int) -> int:
         process = os.getpid()
@@ -282,12 +289,11 @@ Members = list[tuple[str, bytes]]
 
 def digest(members: Members) -> bytes:
     """16 bytes of what a document is: its kinds of members and their content, not its name."""
-    found = hashlib.blake2b(digest_size=16)
+    pieces = []
     for name, content in members:
         kind = name.rpartition("/")[2].partition(".")[2]
-        found.update(f"{kind}\0{len(content)}\0".encode())
-        found.update(content)
-    return found.digest()
+        pieces += [f"{kind}\0{len(content)}\0".encode(), content]
+    return hashlib.blake2b(b"".join(pieces), digest_size=16).digest()
 
 
 def to_tar(members: Members) -> bytes:
@@ -332,13 +338,13 @@ def to_members(key: str, parts: tuple[str | bytes | np.ndarray, ...], pair: bool
     return [*((f"{key}.{i}.{suffix}", content) for i, content in enumerate(contents)), (f"{key}.json", record)]
 
 
-def _stored(members: Members) -> Stored:
+def _stored(members: Members, tokens: int) -> Stored:
     key = _key(members)
     if members[-1][0].endswith(".txt"):
-        return Stored(key, (_content(*members[0]), members[-1][1].decode()), pair=True)
+        return Stored(key, (_content(*members[0]), members[-1][1].decode()), True, tokens)
     pictures = [_content(name, content) for name, content in members[:-1]]
     parts = json.loads(members[-1][1])["parts"]
-    return Stored(key, tuple(p["text"] if "text" in p else pictures[p["image"]] for p in parts), pair=False)
+    return Stored(key, tuple(p["text"] if "text" in p else pictures[p["image"]] for p in parts), False, tokens)
 
 
 def _key(members: Members) -> str:

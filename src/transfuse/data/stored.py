@@ -22,6 +22,9 @@ from .images import decode_image
 from .shuffle import Shuffle
 from .sources import PairConfig, pair_document, pair_order
 
+BLOCK = 512
+"""numbers of documents found at once"""
+
 
 class StoredSource:
     """What both kinds share: number `index` of the stream is a document of the set, each once an epoch."""
@@ -32,11 +35,14 @@ class StoredSource:
         if not self.epoch:
             raise UserError(f"{data.path}: expected documents to {split} on, found none of {len(data)}")
         self._shuffle: tuple[int, Shuffle] | None = None
+        self._block: tuple[int, list[int]] = (-1, [])
 
     def number(self, index: int) -> int:
         """The document of the set."""
-        epoch, place = divmod(index, self.epoch)
-        return self.data.number(self.split, self._order(epoch)(place))
+        block, place = divmod(index, BLOCK)
+        if self._block[0] != block:  # a stream asks in order, and many numbers at once cost little more than one
+            self._block = block, self.numbers(np.arange(block * BLOCK, (block + 1) * BLOCK)).tolist()
+        return self._block[1][place]
 
     def numbers(self, indices: np.ndarray) -> np.ndarray:
         """As `number`, of many `[n]`."""
@@ -98,7 +104,7 @@ class StoredPictures(StoredSource):
             else:
                 parts.append(Image(self._latent(number, stored, part)))
         tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
-        if tokens != self.data.documents[number]["tokens"]:
+        if tokens != stored.tokens:
             raise self.data.damaged(number, f"{tokens} tokens, not as many as the index says", stored.key)
         if stored.pair:
             image, text = parts
