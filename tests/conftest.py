@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -59,6 +61,14 @@ def exported(tokenizer: Tokenizer, **changes: object) -> Exported:
     model = randomised(tiny(**changes)).eval().requires_grad_(False)
     process = Process(DiffusionConfig(prediction="x0", weighting="v", clip_x0=1.0))
     return Exported(model, process, Pixels(), tokenizer, 8, GenerationConfig())
+
+
+def write(folder: Path, files: dict[str, bytes | str]) -> Path:
+    """Files with a content each, and the folders they lie in."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
 
 
 def latent(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from conftest import write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,13 +61,6 @@ def png(image: np.ndarray) -> bytes:
     stream = io.BytesIO()
     PIL.Image.fromarray(image).save(stream, "png")
     return stream.getvalue()
-
-
-def write(folder: Path, files: dict[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
 
 
 def pictures(folder: Path) -> Path:
@@ -823,14 +818,6 @@ def test_a_tokenizer_may_be_given(root: Path, tmp_path: Path) -> None:
 class Inline:
     """A pool of no process: a thousand checks, and no thousand pools."""
 
-    def __init__(self, workers: int, context: None, begin: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        begin(*arguments)
-
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
         try:
@@ -845,7 +832,13 @@ def copied(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of every set, to be damaged."""
     for name in KINDS:
         shutil.copytree(root / f"{name}-set", tmp_path / name)
-    monkeypatch.setattr(verify, "ProcessPoolExecutor", Inline)
+
+    @contextmanager
+    def inline(count: int, begin: Callable[..., None], *arguments: Any, what: str) -> Iterator[Inline]:
+        begin(*arguments)
+        yield Inline()
+
+    monkeypatch.setattr(verify, "processes", inline)
     return tmp_path
 
 

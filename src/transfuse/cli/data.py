@@ -48,9 +48,7 @@ def build(arguments: Sequence[str]) -> int:
         ("json", Annotated[bool, tyro.conf.arg(help="end with one line of JSON")]),
     ]
     kind = make_dataclass("Build", fields, frozen=True, namespace={"__doc__": build.__doc__})
-    if not set(arguments) & {"-h", "--help"} and len([word for word in arguments if not word.startswith("-")]) < 2:
-        raise UserError("data build: expected SOURCE and OUT; transfuse data build --help shows an example")
-    asked: Any = parse(kind, arguments, "data build", kind("", Path(), BuildConfig(), 2, 0.01, False))
+    asked: Any = parse(kind, arguments, "data build", kind(tyro.MISSING, tyro.MISSING, BuildConfig(), 2, 0.01, False))
     if asked.workers < 0 or not 0 <= asked.max_errors <= 1:
         raise UserError("data build: expected --workers of at least 0 and --max-errors from 0 to 1, found others")
     found = build_set(asked.source, asked.out, asked.config, asked.workers, asked.max_errors)

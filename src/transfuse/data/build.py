@@ -12,32 +12,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 
 from ..configuration import read_json, to_dict
 from ..console import progress, say
 from ..errors import UserError
-from ..files import whole_file
+from ..files import sha256, whole_file
 from ..sequence import Tokenizer
-from .ahead import ahead
-from .dataset import DOCUMENT, PICTURE, SUMS, VERSION, Encoding, Manifest, Shard, to_members, to_tar
+from .ahead import ahead, processes
+from .dataset import DOCUMENT, PICTURE, SUMS, VERSION, DataSet, Encoding, Manifest, Shard, to_members, to_tar
 from .faults import FREE_FAULTS
 from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, slug
 from .readers import Part, Reader, open_source
@@ -57,7 +51,7 @@ def build_set(
     began = time.monotonic()
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"{out}: expected a folder outside of the source {source}, found one in it")
-    reader = open_source(source, replace(config.columns, size=config.size))
+    reader = open_source(source, config.columns, config.size)
     settings = {"listing": reader.listing, **to_dict(config)}
     name = Path(source).name or source
     if (out / "manifest.json").exists():
@@ -92,8 +86,6 @@ def _counts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _built(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    from .dataset import DataSet
-
     manifest = DataSet(str(out)).manifest
     _compare(out / "manifest.json", manifest.settings, settings)
     shutil.rmtree(out / "building", ignore_errors=True)
@@ -155,16 +147,7 @@ _work: Callable[[Part, int], list[list[Outcome]]]
 
 def _begin(reader: Reader, config: BuildConfig, tokenizer: Path) -> None:
     global _work
-    torch.set_num_threads(1)
     _work = _worker(reader, Preparer(config, Tokenizer.load(tokenizer)))
-    parent = parent_process()
-    assert parent is not None
-
-    def follow() -> None:  # else a worker whose parent was killed would wait for work for ever
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def _worker(reader: Reader, preparer: Preparer) -> Callable[[Part, int], list[list[Outcome]]]:
@@ -187,16 +170,11 @@ def _prepared(
         work = _worker(reader, preparer)
         yield ((part, work(part, skip)) for part, skip in parts)
         return
-    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(reader, config, out / "tokenizer.json")) as pool:
-        try:
-            with closing(ahead(lambda one: pool.submit(_done, *one), parts, 2 * workers)) as found:
-                yield found
-        except BrokenProcessPool:
-            raise UserError(
-                f"{out}: a worker process died, perhaps of too little memory; earlier shards are intact, call again"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with (
+        processes(workers, _begin, reader, config, out / "tokenizer.json", what=str(out)) as pool,
+        closing(ahead(lambda one: pool.submit(_done, *one), parts, 2 * workers)) as found,
+    ):
+        yield found
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -301,8 +279,7 @@ class Writer:
         """Write what is left, the index, and last the manifest."""
         if self._documents or self._dropped:
             self._flush()
-        records = [self._record(number) for number in range(len(self.shards))]
-        left_out = [one for path in records for one in _read(path)["dropped"]]
+        left_out = self._left_out()
         self._list("dropped.jsonl", [one for one in left_out if not one["faulty"]])
         self._list("quarantine.jsonl", [one for one in left_out if one["faulty"]])
         if not self.written:
@@ -311,8 +288,8 @@ class Writer:
                 f"{self.out / 'dropped.jsonl'} and {self.out / 'quarantine.jsonl'}"
             )
         index = {
-            "documents.npy": self._gather(records, "documents", DOCUMENT),
-            "pictures.npy": self._gather(records, "pictures", PICTURE),
+            "documents.npy": self._gather("documents", DOCUMENT),
+            "pictures.npy": self._gather("pictures", PICTURE),
         }
         documents = np.load(self.out / "documents.npy", mmap_mode="r")
         dropped = Counter(one["reason"] for one in left_out if not one["faulty"])
@@ -344,7 +321,7 @@ class Writer:
     def _sum(self, manifest: Manifest, text: str) -> None:
         """Write SHA256SUMS, as `sha256sum -c` reads it: what vouches for the manifest itself, and for all else."""
         sums = {shard.file: shard.sha256 for shard in manifest.shards} | manifest.index
-        sums["tokenizer.json"] = hashlib.sha256((self.out / "tokenizer.json").read_bytes()).hexdigest()
+        sums["tokenizer.json"] = sha256(self.out / "tokenizer.json")
         sums["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         whole_file(self.out / SUMS, lambda partial: partial.write_text(lines))
@@ -384,10 +361,19 @@ class Writer:
     def _record(self, number: int) -> Path:
         return self.building / f"shard-{number:05d}.npz"
 
-    def _gather(self, records: list[Path], name: str, dtype: np.dtype[Any]) -> str:
+    @property
+    def _records(self) -> list[Path]:
+        return [self._record(number) for number in range(len(self.shards))]
+
+    def _left_out(self) -> list[dict[str, Any]]:
+        """All so far, in order."""
+        written = [one for path in self._records for one in _read(path)["dropped"]]
+        return written + [to_dict(one) for one in self._dropped]
+
+    def _gather(self, name: str, dtype: np.dtype[Any]) -> str:
         """Write the index of all shards as one array, a shard at a time; give its hash."""
         counts = []
-        for path in records:
+        for path in self._records:
             with np.load(path, allow_pickle=False) as found:
                 counts.append((len(found["documents"]), len(found["pictures"])))
         total = sum(count[name == "pictures"] for count in counts)
@@ -397,7 +383,7 @@ class Writer:
                 header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total,)}
                 np.lib.format.write_array_header_1_0(file, header)
                 before = 0
-                for path, (_, pictures) in zip(records, counts, strict=True):
+                for path, (_, pictures) in zip(self._records, counts, strict=True):
                     with np.load(path, allow_pickle=False) as found:
                         rows = found[name]
                     if name == "documents":
@@ -406,15 +392,12 @@ class Writer:
                     before += pictures
 
         whole_file(self.out / f"{name}.npy", write)
-        with (self.out / f"{name}.npy").open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(self.out / f"{name}.npy")
 
     def _check_budget(self, last: Dropped) -> None:
         if self.faulty <= max(FREE_FAULTS, self.max_errors * self.seen):
             return
-        records = [self._record(number) for number in range(len(self.shards))]
-        found = [one for path in records for one in _read(path)["dropped"]] + [to_dict(one) for one in self._dropped]
-        self._list("quarantine.jsonl", [one for one in found if one["faulty"]])
+        self._list("quarantine.jsonl", [one for one in self._left_out() if one["faulty"]])
         raise UserError(
             f"{self.source}: {self.faulty} of {self.seen} documents are faulty, more than the share {self.max_errors} "
             f"that is let pass; the last: {last.key}: {last.detail}; all: {self.out / 'quarantine.jsonl'}; mend them, "

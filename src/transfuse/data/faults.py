@@ -19,7 +19,7 @@ FREE_FAULTS = 10
 
 
 @dataclass(frozen=True)
-class Fault:
+class Damage:
     """A damaged document: of which source, in which shard, under which name, and what is wrong with it."""
 
     source: str
@@ -36,15 +36,15 @@ class FaultLog:
 
     def __init__(self, path: Path, sizes: Mapping[str, int], share: float) -> None:
         self.path, self.sizes, self.share = path, sizes, share
-        self.met: set[Fault] = set()
+        self.met: set[Damage] = set()
         if path.is_file():
             for line in path.read_text().splitlines():
                 try:
-                    self.met.add(Fault(**json.loads(line)))
+                    self.met.add(Damage(**json.loads(line)))
                 except (ValueError, TypeError):  # cut short by a kill: it will be met again
                     continue
 
-    def add(self, faults: Iterable[Fault]) -> None:
+    def add(self, faults: Iterable[Damage]) -> None:
         """Raises UserError above the budget."""
         new = [fault for fault in dict.fromkeys(faults) if fault not in self.met]
         if not new:

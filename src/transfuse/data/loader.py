@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import UserError
 from ..sequence import Batch, Document, Grammar, ImageAttention, collate
 from .dataset import DamagedError
-from .faults import Fault
+from .faults import Damage
 from .rows import Rows
 
 FILL = 64
@@ -40,7 +40,7 @@ class Made:
     the user's, if that came of it."""
 
     batches: list[Batch]
-    faults: list[Fault]
+    faults: list[Damage]
     position: dict[str, int]
     mistake: str = ""
 
@@ -63,7 +63,7 @@ class StepLoader:
         rows: Rows | None = None,
         rank: int = 0,
         ranks: int = 1,
-        on_faults: Callable[[Iterable[Fault]], None] = lambda faults: None,
+        on_faults: Callable[[Iterable[Damage]], None] = lambda faults: None,
     ) -> None:
         if batch_size < 1 or batch_size % accumulate:
             raise ValueError(f"batch_size: expected a multiple of accumulate ({accumulate}), found {batch_size}")
@@ -94,14 +94,14 @@ class StepLoader:
         first, count = step * self.batch_size, self.batch_size
         start, stop = (first + count * rank // self.ranks for rank in (self.rank, self.rank + 1))
         cuts = [start + (stop - start) * part // self.accumulate for part in range(self.accumulate + 1)]
-        faults: list[Fault] = []
+        faults: list[Damage] = []
         try:
             batches = [self._batch(cuts[i], cuts[i + 1], faults) for i in range(self.accumulate)]
         except UserError as error:  # from another process an exception would come with its traceback in it
             return Made([], [], {}, str(error))
         return Made(batches, faults, {} if self.rows is None else self.rows.position(first))
 
-    def _batch(self, start: int, stop: int, faults: list[Fault]) -> Batch:
+    def _batch(self, start: int, stop: int, faults: list[Damage]) -> Batch:
         samples: Iterable[int] = range(start, stop)
         fill = FILL
         if self.rows is not None:
@@ -112,7 +112,7 @@ class StepLoader:
             try:
                 found = self.document(sample)
             except DamagedError as error:
-                faults.append(Fault(error.source, error.shard, error.key, error.reason))
+                faults.append(Damage(error.source, error.shard, error.key, error.reason))
                 continue
             if found is not None:
                 documents.append(found)

@@ -29,7 +29,7 @@ BLOCK = 512
 class StoredSource:
     """What both kinds share: number `index` of the stream is a document of the set, each once an epoch."""
 
-    def __init__(self, data: DataSet, seed: int, split: Split) -> None:
+    def __init__(self, data: DataSet, seed: int, split: Split = "train") -> None:
         self.data, self.seed, self.split, self.name = data, seed, split, data.path
         self.epoch = data.size(split)
         if not self.epoch:
@@ -123,7 +123,12 @@ class StoredPictures(StoredSource):
         picture = decode_picture(self.data, number, stored, part)
         if self.data.manifest.encoding is None:
             return self.autoencoder.encode(picture[None])[0]
-        return torch.from_numpy(picture.astype(np.int64 if picture.dtype.kind in "iu" else np.float32))
+        return as_latent(picture)
+
+
+def as_latent(stored: np.ndarray) -> torch.Tensor:
+    """Latents (float16) or codes (uint16 or int32) of a set as a model takes them: float32, or int64."""
+    return torch.from_numpy(stored.astype(np.int64 if stored.dtype.kind in "iu" else np.float32))
 
 
 def decode_picture(data: DataSet, number: int, stored: Stored, part: bytes | np.ndarray) -> np.ndarray:
@@ -138,9 +143,6 @@ def decode_picture(data: DataSet, number: int, stored: Stored, part: bytes | np.
 
 class StoredTexts(StoredSource):
     """Documents of token ids."""
-
-    def __init__(self, data: DataSet, seed: int, split: Split = "train") -> None:
-        super().__init__(data, seed, split)
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
         return positions(self.data.documents["tokens"][self.numbers(indices)].astype(np.int64), [])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +11,10 @@ import numpy as np
 
 from ..console import progress
 from ..errors import UserError
-from .ahead import ahead
+from ..files import sha256
+from .ahead import ahead, processes
 from .dataset import SUMS, DamagedError, DataSet, Stored
+from .stored import decode_picture
 
 CHUNK = 256
 """documents looked at by a process at a time"""
@@ -43,7 +43,7 @@ def verify_set(path: str, workers: int = 2) -> Verified:
     sums = _sums(data.file(SUMS))
     for name in ("manifest.json", "tokenizer.json", *data.manifest.index):
         expected = data.manifest.index.get(name, sums.get(name))
-        if _sha256(data.file(name)) != expected or sums.get(name) != expected:
+        if sha256(data.file(name)) != expected or sums.get(name) != expected:
             found.add(f"{path}/{name}: expected SHA-256 {expected or 'in ' + SUMS}, found another")
             if name.endswith(".json"):
                 return found  # what it says of the rest is not to be trusted
@@ -55,7 +55,7 @@ def verify_set(path: str, workers: int = 2) -> Verified:
         found.add(f"{path}/{SUMS}: expected a line for each file of the set, found {len(sums)}")
     chunks = [range(first, min(first + CHUNK, len(data))) for first in range(0, len(data), CHUNK)]
     steps = len(data.manifest.shards) + len(chunks)
-    with progress("verify", steps) as bar, ProcessPoolExecutor(max(1, workers), None, _begin, (path,)) as pool:
+    with progress("verify", steps) as bar, processes(max(1, workers), _begin, path, what=path) as pool:
         shards = data.manifest.shards
         for shard, digest in zip(shards, ahead(lambda one: pool.submit(_shard, one.file), shards, 8), strict=True):
             if digest != shard.sha256:
@@ -76,11 +76,6 @@ def _sums(path: Path) -> dict[str, str]:
     return {line[1]: line[0] for line in lines if len(line) == 2}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 _check: Callable[[int], None]
 _data: DataSet
 """of this worker process"""
@@ -94,7 +89,7 @@ def _begin(path: str) -> None:
 
 def _shard(file: str) -> str:
     try:
-        return _sha256(_data.file(file))
+        return sha256(_data.file(file))
     except (OSError, UserError) as error:
         return str(error)
 
@@ -111,8 +106,6 @@ def _documents(numbers: range) -> list[str]:
 
 def checker(data: DataSet) -> Callable[[int], None]:
     """A function that raises DamagedError for a document that is not what the index says."""
-    from .stored import decode_picture
-
     tokenizer = data.tokenizer()
 
     def check(number: int) -> None:

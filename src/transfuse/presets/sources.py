@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .recipe import DataConfig, Recipe
 
 BUNDLED = {"world": "pictures", "glosses": "text"}
+SETTINGS = ("weight", "epochs", "final")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class SourceSpec:
         values: dict[str, float] = {}
         for setting in settings:
             key, equals, value = setting.partition("=")
-            if key not in ("weight", "epochs", "final") or not equals:
+            if key not in SETTINGS or not equals:
                 raise UserError(f'data.sources: {name}: unknown setting "{setting}"{nearest(key, SETTINGS)}')
             try:
                 values[key] = float(value)
@@ -56,9 +57,6 @@ class SourceSpec:
         if not name:
             raise UserError(f'data.sources: expected a name or a folder first, found "{text}"')
         return cls(name, **values)
-
-
-SETTINGS = ("weight", "epochs", "final")
 
 
 @dataclass(frozen=True)
@@ -144,17 +142,16 @@ def mixture(
     by_positions = data.share_of == "positions"
     pictures = opened.pictures if data.text_share < 1 and (autoencoder is not None or not by_positions) else []
     texts = opened.texts if data.text_share > 0 else []
+    shares = (1 - data.text_share, data.text_share) if pictures and texts else (1.0, 1.0)
     ingredients = []
-    for specs, share in ((pictures, 1 - data.text_share), (texts, data.text_share)):
-        total = sum(spec.weight for spec in specs) or 1.0
-        last = sum(spec.weight if spec.final is None else spec.final for spec in specs) or 1.0
-        finals = any(spec.final is not None for spec in specs)
-        for spec in specs:
+    for specs, share in zip((pictures, texts), shares, strict=True):
+        last = [spec.weight if spec.final is None else spec.final for spec in specs]
+        changes = any(spec.final is not None for spec in specs)
+        for spec, weight in zip(specs, last, strict=True):
+            first = share * spec.weight / (sum(spec.weight for spec in specs) or 1.0)
+            final = share * weight / (sum(last) or 1.0) if changes else None
             source = _source(recipe, opened, spec, tokenizer, autoencoder)
-            weight = spec.weight if spec.final is None else spec.final
-            share = share if texts and pictures else 1.0
-            final = share * weight / last if finals else None
-            ingredients.append(Ingredient(source, share * spec.weight / total, spec.epochs, final))
+            ingredients.append(Ingredient(source, first, spec.epochs, final))
     if not ingredients or not sum(part.share for part in ingredients):
         raise UserError(f"data.sources: expected something to learn from, found only {', '.join(data.sources)}")
     measured = grammar if by_positions and ((pictures and texts) or len(ingredients) > 1) else None

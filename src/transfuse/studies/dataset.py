@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import torch
 
 from ..autoencoders import Autoencoder, Coded, open_autoencoder
 from ..configuration import to_dict
@@ -26,7 +25,7 @@ from ..console import say
 from ..data import DamagedError, DataSet, Mixture
 from ..data.remote import is_remote
 from ..data.rows import pack
-from ..data.stored import decode_picture
+from ..data.stored import as_latent, decode_picture
 from ..errors import UserError
 from ..files import whole_file
 from ..presets import Recipe, preset
@@ -299,8 +298,7 @@ def _document(data: DataSet, number: int, tokenizer: Tokenizer, decoder: Autoenc
 def _pixels(picture: np.ndarray, decoder: Autoencoder | None) -> np.ndarray:
     """uint8 `[row, column, 3]` of a stored picture, at most SIDE pixels a side."""
     if decoder is not None:
-        kind = np.int64 if picture.dtype.kind in "iu" else np.float32
-        picture = decoder.decode(torch.from_numpy(picture.astype(kind))[None])[0]
+        picture = decoder.decode(as_latent(picture)[None])[0]
     small = PIL.Image.fromarray(picture)
     small.thumbnail((SIDE, SIDE))
     return np.asarray(small)

@@ -30,9 +30,12 @@ def grid(images: Sequence[np.ndarray], columns: int, zoom: int = 1) -> PIL.Image
     return picture.resize((picture.width * zoom, picture.height * zoom), PIL.Image.Resampling.NEAREST)
 
 
-def sample_grid(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[nn.Module, Path], None]:
-    """A function that draws held-out prompts with the model in training and writes them as one PNG."""
+def sample_grid(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[nn.Module, Path], None] | None:
+    """A function that draws held-out prompts with the model in training and writes them as one PNG; None where there
+    are no captions."""
     prompts = held_out_prompts(recipe, GRID[0] * GRID[1])
+    if not prompts:
+        return None
     size = image_size(recipe)
     autoencoder = recipe.open_autoencoder()
 

@@ -9,7 +9,6 @@ from typing import Literal
 from ..console import say
 from ..presets.recipe import Recipe, build_trainer, export_run
 from ..presets.runs import open_run
-from ..presets.sources import held_out_prompts
 from ..training import Trainer
 from .samples import sample_grid
 
@@ -31,7 +30,7 @@ def train_run(recipe: Recipe, folder: Path) -> Trained:
     """
     recipe = open_run(recipe, folder)
     trainer, tokenizer = build_trainer(recipe, folder)
-    if recipe.model.images != "none" and held_out_prompts(recipe, 1):
+    if recipe.model.images != "none":
         trainer.sample = sample_grid(recipe, tokenizer)
     if trainer.restore():
         say(f"{folder}: going on from step {trainer.step}")

@@ -10,7 +10,6 @@ renamed: it is there whole or not at all. Nothing is pickled, so loading one can
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import sync
+from ..files import sha256, sync
 
 MANIFEST = "manifest.json"
 
@@ -108,5 +107,4 @@ def read(path: Path) -> Checkpoint:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import tyro
 
 from ...console import say
 from ...errors import UserError
@@ -77,10 +76,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Columns:
-    """How to find things in a source.
-
-    size: pixels of the bundled world's pictures.
-    """
+    """How to find things in a source."""
 
     image_column: str = ""
     """of a table: the column with the file's name, or bytes; none: one of the usual names"""
@@ -92,11 +88,13 @@ class Columns:
     """what is one document of plain text"""
     count: int = 0
     """take so many documents of the source, no more; 0: all. Of "world", make so many"""
-    size: tyro.conf.Suppress[int] = 64
 
 
-def open_source(source: str, columns: Columns) -> Reader:
-    """The reader of a path, by what is there. Raises UserError where nothing is, or nothing that is known."""
+def open_source(source: str, columns: Columns, size: int = 64) -> Reader:
+    """The reader of a path, by what is there; of the bundled world, with pictures of `size` pixels.
+
+    Raises UserError where nothing is, or nothing that is known.
+    """
     from .parquet import ParquetReader
     from .pictures import PictureReader, table
     from .tars import TarReader
@@ -104,7 +102,7 @@ def open_source(source: str, columns: Columns) -> Reader:
     from .world import WorldReader
 
     if source == "world":
-        return WorldReader(columns)
+        return WorldReader(columns.count, size)
     path = Path(source)
     kinds: list[tuple[tuple[str, ...], Callable[[Path, list[Path], Columns], Reader]]] = [
         ((".tar",), TarReader),

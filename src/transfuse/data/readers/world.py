@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ...errors import UserError
 from ..world import World, WorldConfig, caption
-from . import PER_PART, Columns, Fault, Part, Raw
+from . import PER_PART, Fault, Part, Raw
 
 
 class WorldReader:
@@ -14,11 +14,11 @@ class WorldReader:
 
     text_only = False
 
-    def __init__(self, columns: Columns) -> None:
-        if columns.count < 1:
+    def __init__(self, count: int, size: int) -> None:
+        if count < 1:
             raise UserError("world: expected how many documents to make (--count N), found none; it never ends")
-        self.columns = columns
-        self.listing, self.total = f"world {columns.count} {columns.size}", columns.count
+        self.size = size
+        self.listing, self.total = f"world {count} {size}", count
 
     def parts(self) -> Iterable[Part]:
         for start in range(0, self.total, PER_PART):
@@ -26,7 +26,7 @@ class WorldReader:
             yield Part(numbers, len(numbers))
 
     def read(self, part: Part) -> Iterator[Raw | Fault]:
-        world = World(WorldConfig(size=self.columns.size))
+        world = World(WorldConfig(size=self.size))
         for number in part.what:
             scene = world.scene(number)
             yield Raw(f"scene-{number}", (world.render(scene), caption(scene, number)), pair=True)
