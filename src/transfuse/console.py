@@ -16,6 +16,11 @@ LINE_EVERY = 15.0
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def quiet(on: bool) -> None:
+    """Say nothing from here on: of many processes of one run, one speaks."""
+    console.quiet = on
+
+
 def say(message: str) -> None:
     """One line to the person, on standard error: standard output is for results."""
     console.print(message, markup=False)

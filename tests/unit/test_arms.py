@@ -20,7 +20,7 @@ from transfuse.presets import Recipe, preset
 from transfuse.presets.recipe import build_trainer, export_run, train_tokenizer
 from transfuse.presets.runs import open_run
 from transfuse.sequence import Document, Text, Tokenizer, lay_out
-from transfuse.training import Trainer
+from transfuse.training import Trainer, read
 from transfuse.training.metrics import Average
 
 ARMS = ("latents", "codes", "none")
@@ -223,7 +223,7 @@ def test_straight_equals_resumed(images: str, share_of: str, cut: int, build: Bu
     recipe = replace(recipe, model=model, objective=replace(recipe.objective, z_weight=1e-3))
     straight, resumed = straight_and_resumed(recipe, build, cut)
     assert straight.step == resumed.step == 8
-    saved = [one.checkpoints.load()[0] for one in (straight, resumed)]
+    saved = [read(one.checkpoints.newest()[0]) for one in (straight, resumed)]
     assert saved[0] is not None
     assert saved[1] is not None
     for group, tensors in saved[0].tensors.items():

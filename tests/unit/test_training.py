@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import latent, randomised, tiny
 from torch.nn import functional as F
@@ -32,7 +33,7 @@ from transfuse.training import (
     learning_rate,
     read_metrics,
 )
-from transfuse.training.checkpoint import verify
+from transfuse.training.checkpoint import read, step_of, verify
 from transfuse.training.metrics import Average, MetricsLog
 
 SEED = 11
@@ -240,7 +241,7 @@ def test_straight_equals_resumed_bit_for_bit(tmp_path, cut: int, precision: str)
     run_tiny(tmp_path / "resumed", 12, stop_at=cut, **changes)
     resumed = run_tiny(tmp_path / "resumed", 12, **changes)
     assert resumed.step == straight.step == 12
-    saved = [one.checkpoints.load()[0] for one in (straight, resumed)]
+    saved = [newest(one.checkpoints) for one in (straight, resumed)]
     for kind, tensors in saved[0].tensors.items():
         assert tensors.keys() == saved[1].tensors[kind].keys()
         for name, tensor in tensors.items():
@@ -257,6 +258,13 @@ def test_workers_change_nothing(tmp_path) -> None:
         assert torch.equal(a, b)
 
 
+def newest(store: CheckpointFolder) -> Checkpoint:
+    path, complaints = store.newest()
+    assert path is not None
+    assert not complaints
+    return read(path)
+
+
 def checkpoint(step: int, value: float) -> Checkpoint:
     return Checkpoint(step, {"model": {"w": torch.full((4,), value)}, "ema": {"w": torch.zeros(4)}}, {"totals": {}})
 
@@ -266,17 +274,53 @@ def test_checkpoints_keep_the_newest_and_fall_back(tmp_path) -> None:
     for step in (1, 2, 3):
         store.save(checkpoint(step, step))
     assert [path.name for path in store.complete()] == ["step-00000002", "step-00000003"]
-    newest = tmp_path / "step-00000003"
-    assert verify(newest) is None
-    data = (newest / "model.safetensors").read_bytes()
-    (newest / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    loaded, complaints = store.load()
-    assert loaded is not None
-    assert loaded.step == 2
-    assert loaded.tensors["model"]["w"].tolist() == [2.0] * 4
-    assert "model.safetensors does not match its hash" in complaints[0]
-    (newest / "manifest.json").write_text("{")
-    assert store.load()[0].step == 2  # type: ignore[union-attr]
+    last = tmp_path / "step-00000003"
+    assert verify(last) is None
+    assert (tmp_path / "latest").read_text() == "step-00000003\n"
+    file = next(last.glob("*.safetensors"))
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    found, complaints = store.newest()
+    assert found == tmp_path / "step-00000002"
+    assert read(found).tensors["model"]["w"].tolist() == [2.0] * 4
+    assert f"{file.name} does not match its hash; falling back to an older checkpoint" in complaints[0]
+    (last / "manifest.json").write_text("{")
+    assert store.newest()[0] == found
+
+
+def test_every_so_many_checkpoints_stay(tmp_path) -> None:
+    store = CheckpointFolder(tmp_path, keep=2, keep_every=3)
+    for step in range(1, 9):
+        store.begin(checkpoint(step, step))
+    store.wait()
+    assert [step_of(path) for path in store.complete()] == [3, 6, 7, 8]
+
+
+def test_a_checkpoint_holds_what_was_when_it_was_begun(tmp_path) -> None:
+    store, weight = CheckpointFolder(tmp_path), torch.zeros(1_000_000)
+    store.begin(Checkpoint(1, {"model": {"w": weight}}, {"totals": {}}))
+    weight += 1
+    store.wait()
+    assert not newest(store).tensors["model"]["w"].any()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(3.0),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0, 4),
+        torch.randn(8, 4).t(),
+        torch.ones(3).half(),
+    ],
+    ids=["number", "none", "no rows", "transposed", "half"],
+)
+def test_tensors_of_every_kind_come_back(tmp_path, tensor: torch.Tensor) -> None:
+    store = CheckpointFolder(tmp_path)
+    store.save(Checkpoint(1, {"model": {"w": tensor}, "ema": {"w": torch.zeros(1)}}, {"totals": {}}))
+    back = newest(store).tensors["model"]["w"]
+    assert back.dtype == tensor.dtype
+    assert torch.equal(back, tensor)
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
@@ -288,15 +332,15 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    for broken in ("save_file", "sync"):
+    for where, broken in ((safetensors.torch, "save"), (module, "sync"), (Path, "mkdir")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, broken, full)
+            patch.setattr(where, broken, full)
             with pytest.raises(
                 UserError, match=r"checkpoint not written .*No space left.*earlier checkpoints are intact"
             ):
                 store.save(checkpoint(2, 2.0))
-        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-        assert store.load()[0].step == 1  # type: ignore[union-attr]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+        assert newest(store).step == 1
 
 
 def test_checkpoint_of_another_shape(tmp_path, grammar: Grammar) -> None:
@@ -325,7 +369,7 @@ def test_metrics_hold_what_they_promise(tmp_path) -> None:
     assert lines[-1]["text"] < math.log(512) * 1.2
 
 
-def test_ema_follows_and_swaps_back_exactly(tmp_path, grammar: Grammar) -> None:
+def test_ema_follows(tmp_path, grammar: Grammar) -> None:
     one = trainer(tmp_path, uneven(grammar), grammar, ema_decay=0.5)
     start = {name: p.detach().clone() for name, p in one.model.named_parameters()}
     one.train_step(Average())
@@ -333,6 +377,4 @@ def test_ema_follows_and_swaps_back_exactly(tmp_path, grammar: Grammar) -> None:
     after = dict(one.model.named_parameters())[name].detach().clone()
     expected = torch.lerp(start[name], after, 1 - min(0.5, 1 / 10))
     torch.testing.assert_close(one.ema.weights[name], expected)
-    with one.ema.applied(one.model):
-        assert torch.equal(dict(one.model.named_parameters())[name], one.ema.weights[name])
-    assert torch.equal(dict(one.model.named_parameters())[name], after)
+    assert torch.equal(one.averaged()[name], one.ema.weights[name])

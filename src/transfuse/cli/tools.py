@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 import tyro
 
 from ..errors import UserError
 from ..version import __version__
 from .parsing import parse, print_json
-
-if TYPE_CHECKING:
-    from ..model import Transfusion
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def export(arguments: Sequence[str]) -> int:
     """Write a run's newest checkpoint as a model folder."""
     from ..interchange import save_llama
     from ..presets.autoencoders import AutoencoderRecipe, build_autoencoder_trainer, export_autoencoder
-    from ..presets.recipe import Recipe, build_trainer, export_run
+    from ..presets.recipe import Recipe, averaged_model, build_trainer, export_run
     from ..presets.runs import is_kind, read_recipe
 
     asked = parse(Export, arguments, "export")
@@ -87,8 +84,8 @@ def export(arguments: Sequence[str]) -> int:
         if not trainer.restore():
             raise missing
         if llama:
-            with trainer.ema.applied(trainer.model):
-                save_llama(out, cast("Transfusion", trainer.model), tokenizer.bos, tokenizer.eos, tokenizer)
+            model = averaged_model(model_recipe, trainer.averaged())
+            save_llama(out, model, tokenizer.bos, tokenizer.eos, tokenizer)
         else:
             export_run(model_recipe, trainer, tokenizer, out)
     if asked.json:

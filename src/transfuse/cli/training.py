@@ -21,7 +21,9 @@ def train(arguments: Sequence[str]) -> int:
     transfuse train demo --run runs/mine --loop.steps 500
 
     Every setting of the recipe is an option. The same command goes on from the newest checkpoint; Ctrl-C saves
-    and exits with code 75.
+    and exits with code 75. On several processes:
+
+    torchrun --nproc-per-node 8 -m transfuse -- train demo --run runs/mine
     """
     from ..presets import PRESETS, preset
 
@@ -38,8 +40,10 @@ def _train(recipe: Recipe, folder: Path, as_json: bool) -> int:
     from ..training import RESUMABLE
 
     trained = train_run(recipe, folder)
-    if trained.export is None:
-        return RESUMABLE
+    if trained.export is None:  # to torchrun any other code than 0 is a failure, after which it would start again
+        return 0 if trained.trainer.ranks.elastic else RESUMABLE
+    if not trained.trainer.ranks.first:
+        return 0
     prompt = next(iter(held_out_prompts(trained.recipe, 1)), "a crab on a blue background")
     say(f"{trained.export}: exported; try: transfuse generate {shlex.quote(prompt)} --model {trained.export}")
     if as_json:

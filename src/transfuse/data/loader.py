@@ -20,13 +20,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..sequence import Batch, Document, Grammar, ImageAttention, collate
+from ..sequence import FILL, Batch, Document, Grammar, ImageAttention, collate
 from .dataset import DamagedError
 from .faults import Damage
 from .rows import Rows
 
-FILL = 64
-"""batches are filled up to a multiple of this many positions: fewer sizes for matrix kernels to be prepared for"""
 AHEAD = 4
 """steps that each worker is ahead"""
 
@@ -50,6 +48,7 @@ class StepLoader:
 
     A sample for which `document` gives None, or which is damaged, is left out; the others are where they would be
     anyway. on_faults is told of the damaged ones. With `workers`, coming steps are prepared in other processes.
+    idle_image: for `collate`, where a network is sharded.
     """
 
     def __init__(
@@ -64,12 +63,14 @@ class StepLoader:
         rank: int = 0,
         ranks: int = 1,
         on_faults: Callable[[Iterable[Damage]], None] = lambda faults: None,
+        idle_image: torch.Tensor | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % accumulate:
             raise ValueError(f"batch_size: expected a multiple of accumulate ({accumulate}), found {batch_size}")
         self.document, self.grammar, self.image_attention = document, grammar, image_attention
         self.batch_size, self.accumulate, self.workers = batch_size, accumulate, workers
         self.rows, self.rank, self.ranks, self.on_faults = rows, rank, ranks, on_faults
+        self.idle_image = idle_image
         self._next: tuple[int, Future[Made], Callable[[], Future[Made]]] | None = None
         self._position: dict[str, int] = {}
 
@@ -116,7 +117,7 @@ class StepLoader:
                 continue
             if found is not None:
                 documents.append(found)
-        batch = collate(documents or [EMPTY], self.grammar, self.image_attention, fill)
+        batch = collate(documents or [EMPTY], self.grammar, self.image_attention, fill, self.idle_image)
         return batch if documents else replace(batch, idle=batch.positions)
 
     def _fetched(self, step: int) -> Made:

@@ -11,7 +11,7 @@ plain Llama: one network, one trunk, so that a comparison compares nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,17 +88,18 @@ class Transfusion(nn.Module):
             raise ValueError(f'latents: expected none with model.images "{self.config.images}", found some')
         return self.patches
 
-    def initialise(self, seed: int) -> Transfusion:
+    def initialise(self, seed: int, place: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> Transfusion:
         """Draw all weights from `seed`, on any device, materialised or not before. Returns self.
 
         Normal with deviation 0.02; projections into the residual stream are divided by sqrt(2 x depth); the last layer
-        of the patch decoder starts at zero, so that the first image loss is the variance of the target.
+        of the patch decoder starts at zero, so that the first image loss is the variance of the target. `place(weight,
+        values)` puts drawn values where they belong; they are drawn whole, whatever part of them is kept.
         """
         generator = torch.Generator().manual_seed(seed)
 
         def draw(weight: Tensor, deviation: float) -> None:
             values = torch.empty(weight.shape, dtype=torch.float32).normal_(0, deviation, generator=generator)
-            weight.copy_(values.to(weight.dtype))
+            place(weight, values.to(weight.dtype))
 
         with torch.no_grad():
             for module in self.modules():

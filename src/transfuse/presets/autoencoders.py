@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
 from ..autoencoders import AutoencoderConfig, ImageAutoencoder, open_autoencoder, save_autoencoder
 from ..autoencoders.features import Features, load_features
@@ -204,7 +204,7 @@ class FolderImages:
 
 
 def build_autoencoder_trainer(
-    recipe: AutoencoderRecipe, folder: Path, sample: Callable[[nn.Module, Path], None] | None = None
+    recipe: AutoencoderRecipe, folder: Path, sample: Callable[[dict[str, Tensor], Path], None] | None = None
 ) -> Trainer:
     """Put network, data, objective and loop together for a resolved recipe."""
     model = AutoencoderInTraining(recipe.model, recipe.objective.adversarial_from is not None).initialise(recipe.seed)
@@ -233,13 +233,18 @@ def _features(recipe: AutoencoderRecipe, term: str) -> Features | None:
     return load_features(path).to(recipe.device)
 
 
+def averaged_autoencoder(recipe: AutoencoderRecipe, weights: dict[str, Tensor]) -> ImageAutoencoder:
+    """The autoencoder itself, without the critic, with a trainer's averaged weights."""
+    autoencoder = ImageAutoencoder(recipe.model).to(recipe.device)
+    prefix = "autoencoder."
+    autoencoder.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
+    return autoencoder
+
+
 @torch.inference_mode()
 def export_autoencoder(recipe: AutoencoderRecipe, trainer: Trainer, folder: Path) -> ImageAutoencoder:
     """Write the averaged weights, with the statistics of training latents, as a folder that diffusers opens too."""
-    autoencoder = ImageAutoencoder(recipe.model).to(recipe.device)
-    prefix = "autoencoder."
-    own = {name.removeprefix(prefix): w for name, w in trainer.ema.weights.items() if name.startswith(prefix)}
-    autoencoder.load_state_dict(own)
+    autoencoder = averaged_autoencoder(recipe, trainer.averaged())
     source = image_source(recipe)
     size = recipe.data.batch_size
     latents = torch.cat(

@@ -5,13 +5,13 @@ The recipe is saved with the run as `config.json`; model, data and noise can be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from ..autoencoders import Autoencoder, Coded, bundled, open_autoencoder
 from ..console import say
@@ -30,10 +30,13 @@ from ..training import (
     Objective,
     ObjectiveConfig,
     OptimizerConfig,
+    ParallelConfig,
+    Ranks,
     TokenObjective,
     Trainer,
     TransfusionObjective,
-    verify,
+    parallelize,
+    place,
 )
 from .autoencoders import AUTOENCODERS
 from .runs import VERSION, Device, Precision, check_split
@@ -108,6 +111,7 @@ class Recipe:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def settled(self) -> Recipe:
@@ -220,19 +224,16 @@ def train_tokenizer(recipe: Recipe) -> Tokenizer:
     return Tokenizer.train([*captions(recipe.data.world, 4000), *glosses("train")], recipe.model.vocabulary)
 
 
-def build_trainer(
-    recipe: Recipe, folder: Path, sample: Callable[[nn.Module, Path], None] | None = None
-) -> tuple[Trainer, Tokenizer]:
+def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> tuple[Trainer, Tokenizer]:
     """Put model, data, objective and loop together for a resolved recipe. Raises UserError where they do not fit."""
+    ranks = ranks or Ranks(torch.device(recipe.device))
     opened = open_sources(recipe.data)
+    if ranks.first:
+        _tokenizer(recipe, opened, folder / "tokenizer.json")
+    ranks.wait()
     tokenizer = _tokenizer(recipe, opened, folder / "tokenizer.json")
-    loader = build_loader(recipe, opened, tokenizer, folder)
-    dtype = torch.float32 if recipe.precision == "float32" else torch.bfloat16
-    model = Transfusion.on_meta(recipe.model, compute=dtype).to_empty(device=recipe.device).initialise(recipe.seed)
-    saved = CheckpointFolder(folder / "checkpoints", recipe.loop.keep).complete()
-    if recipe.start and not any(verify(path) is None for path in saved):
-        start = Path(recipe.start)
-        say(f"{start}: {start_from_llama(model, start, recipe.start_strict, marker_rows(start, tokenizer))}")
+    loader = build_loader(recipe, opened, tokenizer, folder, ranks.data, ranks.datas)
+    model = build_model(recipe, folder, tokenizer, ranks)
     objective: Objective = TokenObjective(recipe.objective, recipe.seed)
     if recipe.model.images == "latents":
         objective = TransfusionObjective(recipe.objective, Process(recipe.diffusion), recipe.seed)
@@ -244,9 +245,32 @@ def build_trainer(
         recipe.loop,
         recipe.optimizer,
         flops=lambda batch: train_flops(recipe.model, batch),
-        sample=sample,
+        ranks=ranks,
     )
     return trainer, tokenizer
+
+
+def build_model(recipe: Recipe, folder: Path, tokenizer: Tokenizer, ranks: Ranks) -> Transfusion:
+    """The network with its first weights, or this rank's shards of it: the same for any number of ranks."""
+    dtype = torch.float32 if recipe.precision == "float32" else torch.bfloat16
+    model = parallelize(Transfusion.on_meta(recipe.model, compute=dtype), ranks, recipe.parallel)
+    model.to_empty(device=ranks.device).initialise(recipe.seed, place)
+    if recipe.start and CheckpointFolder(folder / "checkpoints", ranks=ranks).newest()[0] is None:
+        start = Path(recipe.start)
+        begun = Transfusion.on_meta(recipe.model, compute=dtype).to_empty(device="cpu").initialise(recipe.seed)
+        say(f"{start}: {start_from_llama(begun, start, recipe.start_strict, marker_rows(start, tokenizer))}")
+        with torch.no_grad():
+            for weight, values in zip(model.parameters(), begun.parameters(), strict=True):
+                place(weight, values)
+    return model
+
+
+def averaged_model(recipe: Recipe, weights: dict[str, Tensor]) -> Transfusion:
+    """The network with a trainer's averaged weights, which it shares: for looking, not for changing."""
+    dtype = torch.float32 if recipe.precision == "float32" else torch.bfloat16
+    model = Transfusion.on_meta(recipe.model, compute=dtype)
+    model.load_state_dict(weights, assign=True)
+    return model.to(recipe.device).requires_grad_(False)
 
 
 def _tokenizer(recipe: Recipe, opened: Opened, path: Path) -> Tokenizer:
@@ -283,22 +307,30 @@ def build_loader(
         rank,
         ranks,
         faults.add,
+        torch.zeros(recipe.model.latent_channels, *[recipe.model.patch_size] * 2)
+        if ranks > 1 and recipe.model.images == "latents"
+        else None,
     )
 
 
 def export_run(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: Path) -> Path:
-    """Write the averaged weights of a trainer as an export."""
-    return save_export(
-        folder,
-        trainer.ema.weights,
-        recipe.model,
-        recipe.diffusion,
-        tokenizer,
-        recipe.open_autoencoder(),
-        image_size(recipe),
-        recipe.generation,
-        _card(recipe, trainer),
-    )
+    """Write the averaged weights of a trainer as an export: the first rank does, all must call it."""
+    weights = trainer.averaged()
+    trainer.merge()
+    if trainer.ranks.first:
+        save_export(
+            folder,
+            weights,
+            recipe.model,
+            recipe.diffusion,
+            tokenizer,
+            recipe.open_autoencoder(),
+            image_size(recipe),
+            recipe.generation,
+            _card(recipe, trainer),
+        )
+    trainer.ranks.wait()
+    return folder
 
 
 def _described(recipe: Recipe, pictured: bool) -> Iterator[str]:

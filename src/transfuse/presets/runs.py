@@ -12,6 +12,15 @@ import torch
 
 from ..configuration import from_dict, read_json, to_dict
 from ..errors import UserError
+from ..training.ranks import Ranks
+
+FREE = {
+    "parallel",
+    *(f"data.{name}" for name in ("accumulate", "workers", "cache_gigabytes")),
+    *(f"loop.{name}" for name in ("keep", "keep_every", "checkpoint_every", "log_every", "sample_every")),
+    *(f"loop.{name}" for name in ("session_seconds", "guard", "profile")),
+}
+"""settings that may be others when a run goes on: what it learns from, and how, is the same"""
 
 VERSION = 1
 """of the layout of `config.json`"""
@@ -81,7 +90,29 @@ def open_run(recipe: R, folder: Path) -> R:
     difference = _first_difference(to_dict(saved), to_dict(asked))
     if difference:
         raise UserError(f"{path}: {difference}; give the same settings to go on, or another --run folder to start anew")
-    return saved
+    return asked
+
+
+def claim_run(recipe: R, folder: Path, ranks: Ranks) -> R:
+    """`open_run` by all ranks of a run: the first one writes, and says what is wrong, once."""
+    problem = ""
+    if ranks.first:
+        try:
+            recipe = open_run(recipe, folder)
+        except UserError as error:
+            problem = str(error)
+    problem = ranks.share(problem)
+    if problem and ranks.first:
+        raise UserError(problem)
+    if problem:
+        raise SystemExit(2)
+    return recipe if ranks.first else open_run(recipe, folder)
+
+
+def run_device(recipe: RunRecipe, folder: Path) -> str:
+    """Where a run computes, or will: it goes on where it began."""
+    path = folder / "config.json"
+    return read_recipe(path, type(recipe)).device if path.exists() else resolve(recipe).device
 
 
 def read_recipe(path: Path, kind: type[R]) -> R:
@@ -102,6 +133,8 @@ def is_kind(path: Path, kind: type[RunRecipe]) -> bool:
 def _first_difference(saved: Any, asked: Any, name: str = "") -> str:
     if isinstance(saved, dict) and isinstance(asked, dict):
         for key in saved:
+            if (f"{name}.{key}" if name else key) in FREE:
+                continue
             difference = _first_difference(saved[key], asked.get(key), f"{name}.{key}" if name else key)
             if difference:
                 return difference

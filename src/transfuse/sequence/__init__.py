@@ -3,13 +3,14 @@
 from .document import Document, Image, Part, Text, unconditional
 from .layout import Grammar, Layout, Span, lay_out, positions
 from .mask import ImageAttention, Visible, visible
-from .packing import Batch, collate, concatenate
+from .packing import FILL, Batch, collate, concatenate
 from .tokenizer import Tokenizer
 
 __all__ = [
     "positions",
     "Batch",
     "Document",
+    "FILL",
     "Grammar",
     "Image",
     "ImageAttention",

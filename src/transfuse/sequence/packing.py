@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .document import Document, Text
+from .document import Document, Image, Text
 from .layout import Grammar, Layout, Span, lay_out
 from .mask import ImageAttention, visible
+
+FILL = 64
+"""batches are filled up to a multiple of this many positions: fewer sizes for matrix kernels to be prepared for"""
 
 
 def concatenate(layouts: Sequence[Layout]) -> Layout:
@@ -110,13 +113,22 @@ def collate(
     grammar: Grammar,
     image_attention: ImageAttention = "bidirectional",
     multiple: int = 1,
+    idle_image: torch.Tensor | None = None,
 ) -> Batch:
     """Lay out and pack documents; an idle document fills the run up to a multiple of `multiple` positions.
 
+    Where no document has an image to be denoised or shown, `idle_image` is laid out beside them, and nothing learned
+    from it: a network that is sharded must run its patch layers on every rank.
     Raises ValueError for no documents or a latent that does not divide into patches.
     """
     layouts = [lay_out(document, grammar) for document in documents]
-    idle = -sum(len(layout) for layout in layouts) % multiple
+    length = sum(len(layout) for layout in layouts)
+    idle = -length % multiple
+    if idle_image is not None and not any(document.images for document in documents):
+        unseen = lay_out(Document([Image(idle_image, target=False)], sample=-1, closed=False, predict=False), grammar)
+        layouts.append(unseen)
+        # Within what would be idle anyway, or else a little beyond it: a whole `multiple` may be a row.
+        idle = idle - len(unseen) if idle >= len(unseen) else -(length + len(unseen)) % FILL
     if idle:
         filler = Document([Text((grammar.eos,) * (idle - 1))], sample=-1, closed=False, predict=False)
         layouts.append(lay_out(filler, grammar))
@@ -151,5 +163,5 @@ def collate(
         max_timestep=torch.tensor([image.max_timestep or 0 for image in images], dtype=torch.int64),
         keys=tuple(keys),
         sources=tuple(sorted(sources.items())),
-        idle=idle,
+        idle=sum(len(layout) for layout in layouts[len(documents) :]),
     )

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+from torch import Tensor
 
 from ..console import say
 from ..data.world import World
+from ..errors import UserError
 from ..presets.autoencoders import (
     AutoencoderRecipe,
+    averaged_autoencoder,
     build_autoencoder_trainer,
     export_autoencoder,
     image_source,
 )
 from ..presets.runs import open_run
 from ..training import Trainer
-from ..training.autoencoder import AutoencoderInTraining
 from .samples import grid
 
 SHOWN = 8
@@ -31,6 +33,8 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer,
 
     Raises UserError where the folder was made by another recipe.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"autoencoder train: expected one process, found {os.environ['WORLD_SIZE']}")
     recipe = open_run(recipe, folder)
     trainer = build_autoencoder_trainer(recipe, folder, sample=reconstruction_grid(recipe))
     if trainer.restore():
@@ -42,7 +46,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer,
     return trainer, folder / "export"
 
 
-def reconstruction_grid(recipe: AutoencoderRecipe) -> Callable[[nn.Module, Path], None]:
+def reconstruction_grid(recipe: AutoencoderRecipe) -> Callable[[dict[str, Tensor], Path], None]:
     """A function that writes held-out images over their reconstructions as one PNG; of a folder, its first images."""
     source = image_source(recipe)
     if recipe.data.folder is None:
@@ -51,9 +55,9 @@ def reconstruction_grid(recipe: AutoencoderRecipe) -> Callable[[nn.Module, Path]
     else:
         images = np.stack([source(number) for number in range(SHOWN)])
 
-    def sample(model: nn.Module, path: Path) -> None:
-        assert isinstance(model, AutoencoderInTraining)
-        again = model.autoencoder.decode(model.autoencoder.encode(images))
+    def sample(weights: dict[str, Tensor], path: Path) -> None:
+        autoencoder = averaged_autoencoder(recipe, weights)
+        again = autoencoder.decode(autoencoder.encode(images))
         path.parent.mkdir(parents=True, exist_ok=True)
         grid([*images, *again], SHOWN, zoom=max(1, 128 // images.shape[1])).save(path)
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from torch import nn
+from torch import Tensor
 
 from ..diffusion import Process
 from ..export import Exported
 from ..inference import TransfusionPipeline
-from ..model import Transfusion
-from ..presets.recipe import Recipe
+from ..presets.recipe import Recipe, averaged_model
 from ..presets.sources import held_out_prompts, image_size
 from ..sequence import Tokenizer
 
@@ -30,17 +29,17 @@ def grid(images: Sequence[np.ndarray], columns: int, zoom: int = 1) -> PIL.Image
     return picture.resize((picture.width * zoom, picture.height * zoom), PIL.Image.Resampling.NEAREST)
 
 
-def sample_grid(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[nn.Module, Path], None] | None:
-    """A function that draws held-out prompts with the model in training and writes them as one PNG; None where there
-    are no captions."""
+def sample_grid(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[dict[str, Tensor], Path], None] | None:
+    """A function that draws held-out prompts with averaged weights and writes them as one PNG; None where there are no
+    captions."""
     prompts = held_out_prompts(recipe, GRID[0] * GRID[1])
     if not prompts:
         return None
     size = image_size(recipe)
     autoencoder = recipe.open_autoencoder()
 
-    def sample(model: nn.Module, path: Path) -> None:
-        assert isinstance(model, Transfusion)
+    def sample(weights: dict[str, Tensor], path: Path) -> None:
+        model = averaged_model(recipe, weights)
         exported = Exported(model, Process(recipe.diffusion), autoencoder, tokenizer, size, recipe.generation)
         images = TransfusionPipeline(exported)(prompts, generator=0, output_type="np").images
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from typing import Literal
 
 from ..console import say
 from ..presets.recipe import Recipe, build_trainer, export_run
-from ..presets.runs import open_run
-from ..training import Trainer
+from ..presets.runs import claim_run, run_device
+from ..training import Trainer, join
 from .samples import sample_grid
 
 
@@ -24,18 +24,21 @@ class Trained:
 
 
 def train_run(recipe: Recipe, folder: Path) -> Trained:
-    """Open a run folder or go on with it, train, and export the averaged weights to `folder/export`.
+    """Open a run folder or go on with it, train, and export the averaged weights to `folder/export`; in as many
+    processes as there are.
 
     Raises UserError where the folder was made by another recipe.
     """
-    recipe = open_run(recipe, folder)
-    trainer, tokenizer = build_trainer(recipe, folder)
-    if recipe.model.images != "none":
-        trainer.sample = sample_grid(recipe, tokenizer)
-    if trainer.restore():
-        say(f"{folder}: going on from step {trainer.step}")
-    outcome = trainer.run()
-    if outcome == "stopped":
-        say(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
-        return Trained(recipe, trainer, outcome, None)
-    return Trained(recipe, trainer, outcome, export_run(recipe, trainer, tokenizer, folder / "export"))
+    parallel = recipe.parallel
+    with join(run_device(recipe, folder), parallel.replicate, parallel.tensor) as ranks:
+        recipe = claim_run(recipe, folder, ranks)
+        trainer, tokenizer = build_trainer(recipe, folder, ranks)
+        if recipe.model.images != "none":
+            trainer.sample = sample_grid(recipe, tokenizer)
+        if trainer.restore():
+            say(f"{folder}: going on from step {trainer.step}")
+        outcome = trainer.run()
+        if outcome == "stopped":
+            say(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
+            return Trained(recipe, trainer, outcome, None)
+        return Trained(recipe, trainer, outcome, export_run(recipe, trainer, tokenizer, folder / "export"))

@@ -1,95 +1,220 @@
-"""Checkpoints that survive a kill at any moment.
+"""Checkpoints that survive a kill at any moment, written by all ranks at once while they train on.
 
     checkpoints/step-00001000/
-        model.safetensors  ema.safetensors  optimizer.safetensors  progress.json
-        manifest.json      sizes and hashes of the others, written last
+        shard-00001-model-00001-of-00003.safetensors   what rank 0 holds of weights, averages (2) and moments (3)
+        ...                                            the other ranks' shards
+        progress.json
+        manifest.json                                  sizes and hashes of the others, written last
+    checkpoints/latest                                 the newest one's name
 
-A checkpoint is written in a folder with another name, every file and the folder synced, the manifest last, then
-renamed: it is there whole or not at all. Nothing is pickled, so loading one can not run code.
+Tensors are copied at once; a thread writes the copies (torch.distributed.checkpoint, in its safetensors format) in a
+folder with another name, every file and the folder synced, the manifest last, then renames it: a checkpoint is there
+whole or not at all. Nothing in it is pickled, so loading one can not run code; any number of ranks can.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ..errors import UserError
-from ..files import sha256, sync
+from ..files import sha256, sync, whole_file
+from .ranks import Ranks
 
-MANIFEST = "manifest.json"
+# One process is a case like any other; the warning comes from a thread, where it can not be caught.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
+
+MANIFEST, LATEST, VERSION = "manifest.json", "latest", 2
+
+Groups = dict[str, dict[str, Tensor]]
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds: named sets of tensors, and progress as plain numbers and strings."""
+    """What a checkpoint holds: named groups of named tensors, and progress as plain numbers and strings."""
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Groups
     progress: dict[str, Any]
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. `keep`: how many of the newest stay."""
+    """The checkpoints of one run: of the newest, `keep` stay, and every one whose step divides by `keep_every`."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0, ranks: Ranks | None = None) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.ranks = ranks or Ranks()
+        self._stager: DefaultStager | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._written: tuple[Path, Future[None]] | None = None
 
-    def save(self, checkpoint: Checkpoint) -> Path:
-        """Write one, then drop the oldest. On a full disk nothing half-written stays, and UserError says where."""
+    def begin(self, checkpoint: Checkpoint) -> Path:
+        """Copy a checkpoint's tensors and leave the writing to a thread; the one before it is waited for.
+
+        Raises UserError where that one, or this, could not be written: nothing half-written stays.
+        """
+        self.wait()
         final = self.folder / f"step-{checkpoint.step:08d}"
         partial = final.with_suffix(".partial")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            for name, tensors in checkpoint.tensors.items():
-                save_file(
-                    {key: tensor.contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors"
-                )
-            (partial / "progress.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.progress}))
+            if self.ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            problem = ""
+        except OSError as error:
+            problem = str(error)
+        if problem := self.ranks.share(problem):
+            raise _not_written(final, problem)
+        if self._stager is None or self._thread is None:  # one for all: copies go to the same memory again
+            cuda = self.ranks.device.type == "cuda"
+            self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        tensors = {
+            f"{group}/{name}": tensor.detach().contiguous()
+            for group, those in checkpoint.tensors.items()
+            for name, tensor in those.items()
+        }
+        files = {name: 1 + list(checkpoint.tensors).index(name.split("/", 1)[0]) for name in tensors}
+        saving = dcp.async_save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(partial), files, save_distributed=True),
+            process_group=self.ranks.saving,
+            async_stager=self._stager,
+            no_dist=self.ranks.mesh is None,
+        )
+        assert isinstance(saving, Future)
+        progress = {"step": checkpoint.step, **checkpoint.progress}
+        self._written = final, self._thread.submit(self._finish, saving, partial, final, progress)
+        return final
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """`begin`, and wait."""
+        path = self.begin(checkpoint)
+        self.wait()
+        return path
+
+    def wait(self) -> None:
+        """Until what was begun is written. Raises UserError where it could not be."""
+        if self._written is not None:
+            (final, written), self._written = self._written, None
+            try:
+                written.result()
+            except (OSError, CheckpointException) as error:
+                raise _not_written(final, _reason(error)) from None
+
+    @property
+    def failed(self) -> bool:
+        """Whether `wait` would raise, were it called now."""
+        return self._written is not None and self._written[1].done() and self._written[1].exception() is not None
+
+    def _finish(self, saving: Future[Any], partial: Path, final: Path, progress: dict[str, Any]) -> None:
+        """Once all ranks have written, the first one makes a checkpoint of it."""
+        try:
+            saving.result()
+            if not self.ranks.first:
+                return
+            (partial / "progress.json").write_text(json.dumps(progress))
             files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
-            (partial / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1))
+            (partial / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
             for path in [*partial.iterdir(), partial]:
                 sync(path)
-            if final.exists():
-                shutil.rmtree(final)
+            shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{final}: checkpoint not written ({error}); earlier checkpoints are intact") from None
+            whole_file(self.folder / LATEST, lambda path: path.write_text(final.name + "\n"))
+            self._drop_old()
+        except BaseException:
+            if self.ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _drop_old(self) -> None:
         for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        return final
+            if not self.keep_every or step_of(old) % self.keep_every:
+                shutil.rmtree(old, ignore_errors=True)
 
     def complete(self) -> list[Path]:
         """Folders that have a manifest, oldest first."""
         return sorted(path.parent for path in self.folder.glob(f"step-*/{MANIFEST}") if path.parent.suffix == "")
 
-    def load(self) -> tuple[Checkpoint | None, list[str]]:
+    def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, or None; and a line about each newer one that is not."""
         complaints: list[str] = []
-        for path in reversed(self.complete()):
+        found = None
+        for path in reversed(self.complete() if self.ranks.first else []):
             problem = verify(path)
             if problem is None:
-                return read(path), complaints
+                found = path
+                break
             complaints.append(f"{path}: {problem}; falling back to an older checkpoint")
-        return None, complaints
+        return self.ranks.share((found, complaints))
+
+    def open(self, path: Path) -> Metadata:
+        """What is in a checkpoint: names, as group/name, and shapes."""
+        found = HuggingFaceStorageReader(str(path)).read_metadata() if self.ranks.first else None
+        return cast(Metadata, self.ranks.share(found))
+
+    def load(self, path: Path, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Fill tensors, whole or sharded, with those of a checkpoint that `newest` gave. Returns its progress.
+
+        Raises UserError where a name or a shape is another one.
+        """
+        tensors = {f"{group}/{name}": tensor for group, those in into.items() for name, tensor in those.items()}
+        found = self.open(path).state_dict_metadata
+        shapes = {name: tuple(value.size) for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
+        for name, tensor in tensors.items():
+            if shapes.get(name) != tuple(tensor.shape):
+                reason = f"{name}: expected {_shape(tuple(tensor.shape))}, found {_shape(shapes.get(name))}"
+                raise UserError(f"{path}: the checkpoint has another shape than the model ({reason})")
+        dcp.load(
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(path)),
+            process_group=self.ranks.saving,
+            no_dist=self.ranks.mesh is None,
+        )
+        progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
+        return progress
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint that `verify` has passed, whole, in memory."""
+    folder, groups = CheckpointFolder(path.parent), Groups()
+    for key, found in folder.open(path).state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)
+        group, name = key.split("/", 1)
+        groups.setdefault(group, {})[name] = torch.empty(found.size, dtype=found.properties.dtype)
+    progress = folder.load(path, groups)
+    return Checkpoint(progress.pop("step"), groups, progress)
+
+
+def step_of(path: Path) -> int:
+    """The step a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step-"))
 
 
 def verify(path: Path) -> str | None:
     """None where every file has the size and hash of the manifest, else what is wrong."""
     try:
-        expected = json.loads((path / MANIFEST).read_text())["files"]
+        manifest = json.loads((path / MANIFEST).read_text())
+        version, expected = manifest["version"], manifest["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
+    if version != VERSION:
+        return f"expected version {VERSION}, found {version}"
     for name, description in expected.items():
         file = path / name
         if not file.is_file():
@@ -99,12 +224,21 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def read(path: Path) -> Checkpoint:
-    """Read a checkpoint folder that `verify` has passed."""
-    progress = json.loads((path / "progress.json").read_text())
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(progress.pop("step"), tensors, progress)
-
-
 def _describe(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else "x".join(map(str, shape)) or "a number"
+
+
+def _reason(error: BaseException) -> str:
+    """The first mistake of those that ranks made."""
+    if isinstance(error, CheckpointException):
+        rank, (inner, _) = min(error.failures.items())
+        return f"rank {rank}: {inner}" if len(error.failures) > 1 or rank else str(inner)
+    return str(error)
+
+
+def _not_written(final: Path, reason: str) -> UserError:
+    return UserError(f"{final}: checkpoint not written ({reason}); earlier checkpoints are intact")

@@ -1,27 +1,32 @@
 """The loop: one step, again and again, saved so that it can be stopped at any moment and go on as if it had not.
 
-The same loop trains anything that brings an objective (`objective.Objective`). What a step sees is a function of its
-number; so weights, moments, EMA and the step number are the whole state.
+The same loop trains anything that brings an objective (`objective.Objective`), in one process or many (`ranks`). What a
+step sees is a function of its number; so weights, moments, EMA and a few numbers are the whole state.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..console import progress, say
 from ..errors import UserError
-from .checkpoint import Checkpoint, CheckpointFolder
+from .checkpoint import Checkpoint, CheckpointFolder, step_of
 from .ema import EMA
+from .guard import Guard, GuardConfig, Verdict
 from .metrics import Average, MetricsLog
 from .objective import Objective, StepBatch
 from .optimizer import OptimizerConfig, build_optimizer, learning_rate
+from .parallel import clip_gradients, local, sum_over_copies, whole
+from .profiling import profiled
+from .ranks import Ranks
 from .signals import StopRequest
 
 
@@ -39,8 +44,15 @@ class LoopConfig:
     checkpoint_every: int = 1000
     keep: int = 2
     """how many of the newest checkpoints stay"""
+    keep_every: int = 0
+    """checkpoints of steps that divide by this stay, too; 0: none"""
     max_seconds: float | None = None
     """stop training after this much time in all, resumed parts included; None: never"""
+    session_seconds: float | None = None
+    """save and stop after this much time, to go on later with the same command; None: never"""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    profile: int = 0
+    """trace so many steps, soon after the start, into the run's profile folder"""
 
 
 class Loader(Protocol):
@@ -53,11 +65,21 @@ class Loader(Protocol):
     def start_from(self, position: dict[str, int]) -> None: ...
 
 
+class Asked(NamedTuple):
+    """Why a rank wants no further step; all ranks agree on what any of them asks for."""
+
+    stop: bool = False
+    time_over: bool = False
+    session_over: bool = False
+    save_failed: bool = False
+
+
 class Trainer:
     """Trains `model` on `load(step)`: the micro-batches of a step, a pure function of its number.
 
+    ranks    the processes of the run; `load` gives this one's part
     flops    operations a batch costs, for the achieved rate
-    sample   called with (model, path) under the averaged weights to draw a grid of samples
+    sample   called by the first rank with (averaged weights, path) to draw a grid of samples
     """
 
     def __init__(
@@ -69,149 +91,242 @@ class Trainer:
         loop: LoopConfig,
         optimizer: OptimizerConfig,
         flops: Callable[[Any], float] = lambda batch: 0.0,
-        sample: Callable[[nn.Module, Path], None] | None = None,
+        sample: Callable[[dict[str, Tensor], Path], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.objective, self.load, self.folder = model, objective, load, folder
         self.config, self.optimizer_config = loop, optimizer
-        self.flops, self.sample = flops, sample
+        self.flops, self.sample, self.ranks = flops, sample, ranks or Ranks()
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(model, optimizer)
         self.ema = EMA(model, loop.ema_decay)
-        self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep)
-        self.step = 0
+        self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep, loop.keep_every, self.ranks)
+        self.guard = Guard(loop.guard)
+        self.step, self.data_offset = 0, 0
         self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "waited": 0.0}
+        self._counted: dict[str, float] = {}
 
     def restore(self) -> bool:
         """Go on from the newest whole checkpoint, if there is one."""
-        checkpoint, complaints = self.checkpoints.load()
+        path, complaints = self.checkpoints.newest()
         for complaint in complaints:
             say(complaint)
-        if checkpoint is None:
+        if path is None:
             return False
-        try:
-            self.model.load_state_dict(checkpoint.tensors["model"])
-            for name, weight in self.ema.weights.items():
-                weight.copy_(checkpoint.tensors["ema"][name])
-        except (KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(
-                f"{self.checkpoints.folder}: the checkpoint has another shape than the model ({reason})"
-            ) from None
-        _load_moments(self.model, self.optimizer, checkpoint.tensors["optimizer"])
-        self.step, self.totals = checkpoint.step, {"waited": 0.0, **checkpoint.progress["totals"]}
-        self.load.start_from(checkpoint.progress.get("data", {}))
+        moments = {name for name in self.checkpoints.open(path).state_dict_metadata if name.startswith("optimizer/")}
+        progress = self.checkpoints.load(path, self._state({name.split("/", 1)[1] for name in moments}))
+        self.step, self.totals = progress["step"], {"waited": 0.0, **progress["totals"]}
+        self.data_offset, self._counted = progress.get("data_offset", 0), {}
+        self.guard.restore(progress.get("losses", {}))
+        self.load.start_from(progress.get("data", {}))
         return True
 
     def save(self) -> Path:
-        tensors = {
-            "model": {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
-            "ema": self.ema.weights,
-            "optimizer": _moments(self.model, self.optimizer),
-        }
-        progress = {"totals": self.totals, "data": self.load.position()}
-        return self.checkpoints.save(Checkpoint(self.step, tensors, progress))
+        """Write a checkpoint, and wait until it is there."""
+        path = self._begin_save()
+        self.checkpoints.wait()
+        return path
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights, whole, by name; of a sharded network copies, on the first rank, and nothing on the
+        others, which must call it as well."""
+        weights = {}
+        for name, weight in self.ema.weights.items():
+            full = whole(weight)
+            if self.ranks.first:
+                weights[name] = full if full is weight else full.cpu()
+        return weights
 
     def run(self) -> Literal["finished", "stopped"]:
         """Train to the last step, or until asked to stop; saved either way."""
-        log = MetricsLog(self.folder / "metrics.jsonl", self.step)
-        average, window = Average(), time.monotonic()
-        before = dict(self.totals)
-        out_of_time = False
-        with StopRequest() as stop, progress("train", self.config.steps, self.step) as bar:
-            while self.step < self.config.steps and not stop.requested and not out_of_time:
-                began = time.monotonic()
-                self.train_step(average)
-                self.totals["seconds"] += time.monotonic() - began
-                out_of_time = self.config.max_seconds is not None and self.totals["seconds"] > self.config.max_seconds
+        log, window, began = self._open_log(), time.monotonic(), time.monotonic()
+        average, before, asked = Average(), dict(self.totals), Asked()
+        with (
+            StopRequest() as stop,
+            progress("train", self.config.steps, self.step) as bar,
+            profiled(self.folder / "profile", self.config.profile, self.ranks.rank) as profile,
+        ):
+            while self.step < self.config.steps and not any(asked):
+                reached = self.step
+                asked = self.train_step(average, self._ask(stop.requested, began))
+                profile()
                 means = average.means()
-                bar.advance(
-                    note=" ".join(f"{name} {means[name]:.3f}" for name in self.objective.names if name in means)
-                )
+                note = " ".join(f"{name} {means[name]:.3f}" for name in self.objective.names if name in means)
+                bar.advance(self.step - bar.done, note)
+                if self.step <= reached:  # rolled back
+                    log, average, window, before = self._open_log(), Average(), time.monotonic(), dict(self.totals)
+                    continue
                 if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                    self.merge()
+                    means = average.merged(self.ranks).means()
                     log.write(self._line(means, before, time.monotonic() - window))
                     average, window, before = Average(), time.monotonic(), dict(self.totals)
-                if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
-                    self.save()
-                if self.sample and self.config.sample_every and self.step % self.config.sample_every == 0:
-                    with self.ema.applied(self.model):
-                        self.sample(self.model, self.folder / "samples" / f"step-{self.step:08d}.png")
-        if not self.checkpoints.complete() or self.checkpoints.complete()[-1].name != f"step-{self.step:08d}":
+                self._save_and_sample()
+        if asked.save_failed:
+            self.checkpoints.wait()
+            raise UserError(f"{self.checkpoints.folder}: another rank could not write its part; see what it says")
+        self.checkpoints.wait()
+        if self.ranks.share(not self.checkpoints.complete() or step_of(self.checkpoints.complete()[-1]) != self.step):
             self.save()
-        if out_of_time and self.step < self.config.steps:
+        self.ranks.wait()
+        if asked.time_over and self.step < self.config.steps:
             say(f"train: {self.config.max_seconds:.0f} s are over at step {self.step} of {self.config.steps}")
-        return "stopped" if stop.requested and self.step < self.config.steps else "finished"
+        stopped = (asked.stop or asked.session_over) and not asked.time_over and self.step < self.config.steps
+        return "stopped" if stopped else "finished"
 
-    def train_step(self, average: Average) -> None:
-        """One optimizer step. Losses are divided by counts over all its micro-batches, so splitting changes nothing."""
-        began = time.monotonic()
-        loaded = self.load(self.step)
+    def train_step(self, average: Average, asks: Asked | None = None) -> Asked:
+        """One optimizer step. Losses are divided by counts over all its micro-batches and ranks, so splitting changes
+        nothing. Takes what this rank asks for, gives what any does."""
+        asks, began = asks or Asked(), time.monotonic()
+        data_step = self.step + self.data_offset
+        loaded = self.load(data_step)
         self.totals["waited"] += time.monotonic() - began
         batches = [batch.to(self.device) for batch in loaded]
-        counts = [sum(term) for term in zip(*(self.objective.counts(batch) for batch in batches), strict=True)]
-        scale = torch.tensor(
-            [weight / max(1, count) for weight, count in zip(self.objective.weights, counts, strict=True)],
-            device=self.device,
-        )
-        summed = torch.zeros(len(counts), device=self.device)
+        own = [sum(term) for term in zip(*(self.objective.counts(batch) for batch in batches), strict=True)]
+        agreed = self.ranks.sum(torch.tensor([*own, *asks], dtype=torch.float64).to(self.device))
+        summed, norm = self._backward(batches, agreed[: len(own)], average)
+        # The one place where the host waits for the device.
+        *found, length = torch.cat([agreed, self.ranks.sum(summed.clone()).double(), norm.double()[None]]).tolist()
+        counts, flags, losses = found[: len(own)], found[len(own) : -len(own)], found[-len(own) :]
+        means = {
+            name: loss / count for name, loss, count in zip(self.objective.names, losses, counts, strict=True) if count
+        }
+        verdict = self.guard.judge(data_step, means, length)
+        if verdict is not None:
+            self._note(verdict, data_step, batches)
+        if verdict is not None and verdict.action == "rollback":
+            self._roll_back(data_step)
+            return Asked(*map(bool, flags))
+        rate = learning_rate(self.optimizer_config, self.step, self.config.steps)
+        if verdict is None or verdict.action == "log":
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.objective.after_step(self.model, self.step + 1, batches)
+            self.ema.update(self.model, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        for name, total, count in zip(self.objective.names, summed.tolist(), own, strict=True):
+            average.add(name, total, count)
+        average.add("gradient_norm", length, 1)
+        average.add("learning_rate", rate, 1)
         for batch in batches:
+            for name, quantity in {**batch.quantities, "flops": self.flops(batch)}.items():
+                self._counted[name] = self._counted.get(name, 0) + quantity
+        self.totals["seconds"] += time.monotonic() - began
+        return Asked(*map(bool, flags))
+
+    def _backward(self, batches: Sequence[Any], counts: Tensor, average: Average) -> tuple[Tensor, Tensor]:
+        """Gradients of all micro-batches, clipped. Returns this rank's summed losses `[term]` and the global norm."""
+        weights = torch.tensor(self.objective.weights, dtype=torch.float64, device=self.device)
+        scale = (weights / counts.clamp(min=1)).float()
+        summed = torch.zeros(len(counts), device=self.device)
+        for number, batch in enumerate(batches):
+            sum_over_copies(self.model, number == len(batches) - 1)
             sums = self.objective.sums(self.model, batch)
             (sums.losses.float() * scale).sum().backward()
             summed += sums.losses.detach()
             for name, (total, count) in sums.details.items():
                 average.add(name, total, count)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.clip)
-        if not bool(torch.isfinite(summed.sum() + norm)):
-            self._diverged(batches, summed, norm)
-        rate = learning_rate(self.optimizer_config, self.step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.objective.after_step(self.model, self.step + 1, batches)
-        self.ema.update(self.model, self.step)
-        self.step += 1
-        for name, total, count in zip(self.objective.names, summed.tolist(), counts, strict=True):
-            average.add(name, total, count)
-        average.add("gradient_norm", float(norm), 1)
-        average.add("learning_rate", rate, 1)
-        for batch in batches:
-            for name, quantity in {**batch.quantities, "flops": self.flops(batch)}.items():
+        return summed, clip_gradients(list(self.model.parameters()), self.optimizer_config.clip, self.ranks)
+
+    def _ask(self, stop: bool, began: float) -> Asked:
+        most, session = self.config.max_seconds, self.config.session_seconds
+        return Asked(
+            stop,
+            most is not None and self.totals["seconds"] > most,
+            session is not None and time.monotonic() - began > session,
+            self.checkpoints.failed,
+        )
+
+    def _save_and_sample(self) -> None:
+        if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
+            self._begin_save()
+        if self.sample and self.config.sample_every and self.step % self.config.sample_every == 0:
+            weights = self.averaged()
+            if self.ranks.first:
+                self.sample(weights, self.folder / "samples" / f"step-{self.step:08d}.png")
+
+    def _begin_save(self) -> Path:
+        self.merge()
+        progress = {
+            "totals": self.totals,
+            "data": self.load.position(),
+            "data_offset": self.data_offset,
+            "losses": self.guard.state(),
+        }
+        return self.checkpoints.begin(Checkpoint(self.step, self._state(), progress))
+
+    def _state(self, moments: set[str] | None = None) -> dict[str, dict[str, Tensor]]:
+        """All tensors of the run; room is made for `moments` that are to be filled."""
+        weights = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        return {
+            "model": weights,
+            "ema": self.ema.weights,
+            "optimizer": _moments(self.model, self.optimizer, moments or set()),
+        }
+
+    def merge(self) -> None:
+        """Bring `totals` up to date: add what all ranks counted since the last time. The clock is the first one's."""
+        for counted in self.ranks.gather(self._counted):
+            for name, quantity in counted.items():
                 self.totals[name] = self.totals.get(name, 0) + quantity
+        self._counted = {}
+        self.totals |= self.ranks.share({name: self.totals[name] for name in ("seconds", "waited")})
+
+    def _open_log(self) -> MetricsLog:
+        return MetricsLog(self.folder / "metrics.jsonl", self.step, writes=self.ranks.first)
 
     def _line(self, means: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:
         rates = {
             f"{name}_per_second": (value - before.get(name, 0)) / seconds
             for name, value in self.totals.items()
-            if name not in ("seconds", "waited") and not name.startswith("positions of ")
+            if name not in ("seconds", "waited", "spikes", "left_out") and not name.startswith("positions of ")
         }
         waited = (self.totals["waited"] - before["waited"]) / max(1e-9, self.totals["seconds"] - before["seconds"])
         return {"step": self.step, **means, **self.totals, **rates, "waited_share": waited}
 
-    def _diverged(self, batches: Sequence[StepBatch], summed: Tensor, norm: Tensor) -> None:
-        offenders = sorted({sample for batch in batches for sample in self.objective.offenders(self.model, batch)})
-        where = (
-            f"samples {offenders}" if offenders else f"samples of the step: {[s for b in batches for s in b.samples]}"
-        )
-        losses = ", ".join(f"{name} {value}" for name, value in zip(self.objective.names, summed.tolist(), strict=True))
-        raise DivergedError(
-            f"step {self.step}: expected finite numbers, found summed losses {losses}, gradient norm {float(norm)}; "
-            f"{where}; no weight was changed"
-        )
+    def _note(self, verdict: Verdict, data_step: int, batches: Sequence[StepBatch]) -> None:
+        """Say what went wrong with a step, keep it in `bad_steps.jsonl`; raise where nothing is to be done about it."""
+        name = "spikes" if verdict.action == "log" else "left_out"
+        self.totals[name] = self.totals.get(name, 0) + 1
+        samples: list[int] = []
+        if verdict.kind == "nonfinite":
+            samples = sorted({s for batch in batches for s in self.objective.offenders(self.model, batch)})
+            samples = sorted({sample for found in self.ranks.gather(samples) for sample in found})
+        line = {"step": self.step, "data_step": data_step, **vars(verdict), "samples": samples}
+        if self.ranks.first:
+            with (self.folder / "bad_steps.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        where = f"samples {samples}; " if samples else ""
+        if verdict.action == "raise":
+            raise DivergedError(f"step {self.step}: {verdict.reason}; {where}no weight was changed")
+        say(f"step {self.step}: {verdict.reason}; {where}{verdict.action}")
+
+    def _roll_back(self, data_step: int) -> None:
+        """To the newest checkpoint, and on from there with the data behind `data_step`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.checkpoints.wait()
+        self.ranks.wait()
+        left_out = self.totals["left_out"]
+        if not self.restore():
+            raise DivergedError(f"step {self.step}: expected a checkpoint to go back to, found none")
+        self.totals["left_out"] = left_out
+        self.data_offset = data_step + 1 - self.step
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: plain tensors, so that no pickle is needed."""
-    return {
-        f"{key}.{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        kind, name = key.split(".", 1)
-        # Laid out in memory as the parameter is: the fused optimizer pairs elements by their place in memory.
-        parameter = parameters[name]
-        optimizer.state[parameter][kind] = value if kind == "step" else torch.empty_like(parameter).copy_(value)
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, room: set[str]) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: plain tensors, so that no pickle is needed. What `room` names and is
+    not there yet is made, laid out in memory as its parameter is: the fused optimizer pairs elements by their place."""
+    moments = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if key not in state and f"{key}.{name}" in room:
+                counter = torch.zeros((), device=local(parameter).device if parameter.is_cuda else "cpu")
+                state[key] = counter if key == "step" else torch.zeros_like(parameter, requires_grad=False)
+            if key in state:
+                moments[f"{key}.{name}"] = state[key]
+        if not state:
+            del optimizer.state[parameter]
+    return moments

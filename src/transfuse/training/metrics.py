@@ -6,19 +6,32 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+from .ranks import Ranks
+
 
 class MetricsLog:
-    """Appends lines to a file. Opened at a step, it drops the lines a killed run wrote after its last checkpoint."""
+    """Appends lines to a file. Opened at a step, it drops the lines a killed run wrote after its last checkpoint.
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+    writes: whether this is the rank that does.
+    """
+
+    def __init__(self, path: Path, step: int, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if not self.writes:
+            return
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: not written ({error.strerror or error}); checkpoints are intact") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -43,6 +56,14 @@ class Average:
     def add(self, name: str, total: float, count: float) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def merged(self, ranks: Ranks) -> Average:
+        """Of all data ranks; all must call it."""
+        merged = Average()
+        for sums, counts in ranks.gather((self.sums, self.counts)):
+            for name, total in sums.items():
+                merged.add(name, total, counts[name])
+        return merged
 
     def means(self) -> dict[str, float]:
         """Names without a single target are left out."""

@@ -1,8 +1,11 @@
-"""Ctrl-C and SIGTERM ask the loop to stop at the next step boundary, save, and exit with a code that says so."""
+"""What ends a run before its last step: Ctrl-C, SIGTERM and SIGUSR1 ask it to stop after the step it is in, to save,
+and to exit with a code that says so; so does a limit on its time.
+"""
 
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 
 RESUMABLE = 75
@@ -19,8 +22,9 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in self.signals:
-            self._previous[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in self.signals:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,34 @@
+"""Traces of a few steps, to see where time goes: open them in a browser at ui.perfetto.dev."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from ..console import say
+
+SKIPPED, WARM = 5, 2
+"""steps before a trace begins, in which kernels are prepared; and those in which the profiler itself warms up"""
+
+
+@contextmanager
+def profiled(folder: Path, steps: int, rank: int) -> Iterator[Callable[[], None]]:
+    """Gives a function to call after each step. `folder/rank-0.json` is a Chrome trace of `steps` steps, 0: none."""
+    if not steps:
+        yield lambda: None
+        return
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+
+    def write(found: profile) -> None:
+        path = folder / f"rank-{rank}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        found.export_chrome_trace(str(path))
+        say(f"{path}: {steps} steps, to be opened in a browser at ui.perfetto.dev")
+
+    plan = schedule(wait=SKIPPED, warmup=WARM, active=steps, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
+        yield profiler.step
