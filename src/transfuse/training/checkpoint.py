@@ -33,7 +33,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ..errors import UserError
 from ..files import sha256, sync, whole_file
+from .parallel import place
 from .ranks import Ranks
+from .tensor_parallel import restacked, stacked_name
 
 # One process is a case like any other; the warning comes from a thread, where it can not be caught.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
@@ -176,18 +178,28 @@ class CheckpointFolder:
         tensors = {f"{group}/{name}": tensor for group, those in into.items() for name, tensor in those.items()}
         found = self.open(path).state_dict_metadata
         shapes = {name: tuple(value.size) for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
+        # Saved with tensor parallel and loaded without, or the other way round: rare, so one by one is quick enough.
+        for name in [name for name in tensors if name not in shapes]:
+            other = {n: torch.empty(shapes[n]) for n in sorted(shapes) if stacked_name(n) == stacked_name(name)}
+            if other:
+                self._read_into(path, other)
+                place(tensors[name], restacked(name, tensors[name], list(other.values())))
+                del tensors[name]
         for name, tensor in tensors.items():
             if shapes.get(name) != tuple(tensor.shape):
                 reason = f"{name}: expected {_shape(tuple(tensor.shape))}, found {_shape(shapes.get(name))}"
                 raise UserError(f"{path}: the checkpoint has another shape than the model ({reason})")
+        self._read_into(path, tensors)
+        progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
+        return progress
+
+    def _read_into(self, path: Path, tensors: dict[str, Tensor]) -> None:
         dcp.load(
             tensors,
             storage_reader=HuggingFaceStorageReader(str(path)),
             process_group=self.ranks.saving,
             no_dist=self.ranks.mesh is None,
         )
-        progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
-        return progress
 
 
 def read(path: Path) -> Checkpoint:

@@ -28,6 +28,7 @@ from .parallel import clip_gradients, local, sum_over_copies, whole
 from .profiling import profiled
 from .ranks import Ranks
 from .signals import StopRequest
+from .tensor_parallel import stack, stacked_name
 
 
 class DivergedError(UserError):
@@ -113,8 +114,8 @@ class Trainer:
             say(complaint)
         if path is None:
             return False
-        moments = {name for name in self.checkpoints.open(path).state_dict_metadata if name.startswith("optimizer/")}
-        progress = self.checkpoints.load(path, self._state({name.split("/", 1)[1] for name in moments}))
+        found = {stacked_name(name) for name in self.checkpoints.open(path).state_dict_metadata}
+        progress = self.checkpoints.load(path, self._state(found))
         self.step, self.totals = progress["step"], {"waited": 0.0, **progress["totals"]}
         self.data_offset, self._counted = progress.get("data_offset", 0), {}
         self.guard.restore(progress.get("losses", {}))
@@ -135,7 +136,7 @@ class Trainer:
             full = whole(weight)
             if self.ranks.first:
                 weights[name] = full if full is weight else full.cpu()
-        return weights
+        return stack(weights.items())
 
     def run(self) -> Literal["finished", "stopped"]:
         """Train to the last step, or until asked to stop; saved either way."""
@@ -257,13 +258,13 @@ class Trainer:
         }
         return self.checkpoints.begin(Checkpoint(self.step, self._state(), progress))
 
-    def _state(self, moments: set[str] | None = None) -> dict[str, dict[str, Tensor]]:
-        """All tensors of the run; room is made for `moments` that are to be filled."""
+    def _state(self, found: set[str] | None = None) -> dict[str, dict[str, Tensor]]:
+        """All tensors of the run; room is made for moments that are `found` in a checkpoint."""
         weights = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         return {
             "model": weights,
             "ema": self.ema.weights,
-            "optimizer": _moments(self.model, self.optimizer, moments or set()),
+            "optimizer": _moments(self.model, self.optimizer, found or set()),
         }
 
     def merge(self) -> None:
@@ -322,7 +323,7 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, room: set[str])
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            if key not in state and f"{key}.{name}" in room:
+            if key not in state and stacked_name(f"optimizer/{key}.{name}") in room:
                 counter = torch.zeros((), device=local(parameter).device if parameter.is_cuda else "cpu")
                 state[key] = counter if key == "step" else torch.zeros_like(parameter, requires_grad=False)
             if key in state:

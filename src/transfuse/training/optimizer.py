@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,9 +37,13 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the model's parameters, fused."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    groups: dict[Any, dict[str, Any]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            # Tensors sharded over different axes can not be updated in one go.
+            key = decay, getattr(parameter, "device_mesh", None)
+            groups.setdefault(key, {"params": [], "weight_decay": decay})["params"].append(parameter)
+    return torch.optim.AdamW(
+        list(groups.values()), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+    )

@@ -5,22 +5,39 @@ The order matters: tensor parallel, activation checkpointing, compilation, shard
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from ..errors import UserError
 from ..model import Transfusion
+from ..model.attention import Attend
 from .ranks import Ranks
+from .tensor_parallel import share_matrices
 
 # Predictions are views of one tensor, and nothing changes them in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
+
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+]
+"""what selective checkpointing keeps: the dear ones"""
 
 
 @dataclass(frozen=True)
@@ -45,20 +62,58 @@ class ParallelConfig:
 
 
 def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Transfusion:
-    """Make a network on the meta device ready for these ranks. Returns it; storage and weights come afterwards."""
+    """Make a network on the meta device ready for these ranks. Returns it; storage and weights come afterwards.
+
+    Raises UserError where the network can not be spread so.
+    """
+    if ranks.mesh is not None and config.tensor > 1:
+        share_matrices(model, ranks.mesh["tensor"])
+    if config.float8:
+        _to_float8(model)
+    for block in model.trunk.blocks:
+        if config.activation_checkpointing != "none":
+            _forget(block, config.activation_checkpointing)
+        if config.compile:
+            block.compile()
     if ranks.mesh is not None:
         mesh = ranks.mesh["replicate", "shard"] if config.replicate > 1 else ranks.mesh["shard"]
         # The layers say themselves in which dtype they compute; gathered in it, half as much is sent.
         policy = MixedPrecisionPolicy(model.compute, torch.float32, cast_forward_inputs=False)
-        for block in model.trunk.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # Losses are divided by counts of all ranks already: gradients are summed, not averaged.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        for module in (*model.trunk.blocks, model):
+            sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+            # Losses are divided by counts of all ranks already: gradients are summed, not averaged.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _forget(block: nn.Module, kind: ActivationCheckpointing) -> None:
+    """Have a block's backward pass compute again what it needs: all, or all but the results of KEPT."""
+    forward = block.forward
+    context = partial(create_selective_checkpoint_contexts, KEPT) if kind == "selective" else noop_context_fn
+
+    def again(x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, dropout: torch.Generator | None) -> Tensor:
+        state = None if dropout is None else dropout.get_state()
+
+        def run(x: Tensor) -> Tensor:
+            if dropout is not None and state is not None:  # the second time, what is dropped must be the same
+                dropout.set_state(state)
+            return forward(x, rotary, attend, dropout)
+
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+
+    block.forward = again
+
+
+def _to_float8(model: Transfusion) -> None:
+    """The blocks' linear maps by torchao's, which scale each operand to 8 bits on the way."""
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise UserError("parallel.float8: expected torchao, found none; pip install 'transfuse[float8]'") from None
+    on_cpu = not torch.cuda.is_available()
+    for block in model.trunk.blocks:
+        convert_to_float8_training(block, config=Float8LinearConfig(emulate=on_cpu))
 
 
 def sum_over_copies(model: nn.Module, last: bool) -> None:
@@ -68,12 +123,17 @@ def sum_over_copies(model: nn.Module, last: bool) -> None:
 
 
 def place(weight: Tensor, values: Tensor) -> None:
-    """Put values, whole and the same on every rank, into a weight, or this rank's shard into its shard of it."""
+    """Put values, whole and the same on every rank, into a weight, or this rank's shard of them into its own."""
     if isinstance(weight, DTensor):
-        values = distribute_tensor(
-            values.to(weight.device, weight.dtype), weight.device_mesh, weight.placements, src_data_rank=None
-        )
-    weight.copy_(values)
+        mesh, coordinate = weight.device_mesh, weight.device_mesh.get_coordinate()
+        assert coordinate is not None
+        for axis in reversed(range(mesh.ndim)):  # tensor parallel cuts first, sharding cuts its pieces
+            placement = weight.placements[axis]
+            if not placement.is_replicate():
+                pieces = values.chunk(mesh.size(axis), placement.dim)  # type: ignore[attr-defined]
+                at = coordinate[axis]
+                values = pieces[at] if at < len(pieces) else values.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    local(weight).copy_(values)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -104,5 +164,5 @@ def _copies(tensor: Tensor, ranks: Ranks) -> int:
     if not isinstance(tensor, DTensor):
         return ranks.count
     mesh = tensor.device_mesh
-    shards = [mesh.size(axis) for axis, placement in enumerate(tensor.placements) if placement.is_shard()]
-    return ranks.count // int(torch.tensor(shards).prod())
+    shards = [mesh.size(axis) for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    return ranks.count // math.prod(shards)

@@ -57,7 +57,7 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """In place, over the data ranks."""
         if self.mesh is not None:
-            dist.all_reduce(tensor, group=self.mesh["replicate", "shard"]._flatten("data").get_group())
+            dist.all_reduce(tensor, group=self.mesh["data"].get_group())
         return tensor
 
     def sum_all(self, tensor: Tensor) -> Tensor:
@@ -107,13 +107,19 @@ def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-    mesh = init_device_mesh(device, (replicate, count // (replicate * tensor), tensor), mesh_dim_names=AXES)
-    mesh["replicate", "shard"]._flatten("data")
-    groups = [dist.new_group(backend="gloo", timeout=timedelta(hours=2)) for _ in range(2)]
-    elastic = "TORCHELASTIC_RUN_ID" in os.environ
     quiet(rank > 0)
     try:
-        yield Ranks(here, rank, count, mesh, rank // tensor, count // tensor, elastic, *groups)
+        yield arrange(here, replicate, tensor)
     finally:
         quiet(False)
         dist.destroy_process_group()
+
+
+def arrange(device: torch.device, replicate: int, tensor: int) -> Ranks:
+    """The processes of the default group in a mesh of replicate x shard x tensor."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh(device.type, (replicate, count // (replicate * tensor), tensor), mesh_dim_names=AXES)
+    mesh["replicate", "shard"]._flatten("data")
+    groups = [dist.new_group(backend="gloo", timeout=timedelta(hours=2)) for _ in range(2)]
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    return Ranks(device, rank, count, mesh, rank // tensor, count // tensor, elastic, *groups)

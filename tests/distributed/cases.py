@@ -1,0 +1,130 @@
+"""What processes of a distributed test do: torchrun starts this file with a case's name and a folder.
+
+Each case trains the preset "tiny" some other way; the first rank leaves `losses.json` and `weights.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from transfuse.data.loader import EMPTY
+from transfuse.presets import Recipe, preset
+from transfuse.presets.recipe import build_trainer
+from transfuse.presets.runs import open_run
+from transfuse.sequence import Batch, collate
+from transfuse.training import Ranks, join
+from transfuse.training.metrics import Average
+from transfuse.training.parallel import whole
+from transfuse.training.ranks import arrange
+from transfuse.training.tensor_parallel import stack
+
+STEPS = 4
+
+CASES: dict[str, dict[str, Any]] = {
+    "shard": {},
+    "accumulate": {"data.accumulate": 4},
+    "bfloat16": {"precision": "bfloat16"},
+    "replicate": {"parallel.replicate": 2},
+    "tensor": {"parallel.tensor": 2},
+    "full": {"parallel.activation_checkpointing": "full"},
+    "selective": {"parallel.activation_checkpointing": "selective"},
+    "unet": {"model.adapter": "unet", "model.unet_channels": (8, 16, 16, 16)},
+    "dropout": {"model.dropout": 0.1},
+    "dropout-full": {"model.dropout": 0.1, "parallel.activation_checkpointing": "full"},
+    "uneven": {},
+    "codes": {
+        "data.autoencoder": "vq-f4-small",
+        "model": {"images": "codes", "patch_size": 1, "image_attention": "causal", "codebook": 1024},
+    },
+    "text": {"model.images": "none", "data.text_share": 1.0, "data.sources": ("glosses",)},
+}
+
+
+def recipe(name: str) -> Recipe:
+    made = preset("tiny")
+    made = replace(made, loop=replace(made.loop, steps=STEPS, log_every=1, checkpoint_every=0))
+    for setting, value in CASES[name].items():
+        made = changed(made, setting.split("."), value)
+    return made
+
+
+def changed(value: Any, names: list[str], to: Any) -> Any:
+    inner = getattr(value, names[0])
+    if len(names) > 1:
+        to = changed(inner, names[1:], to)
+    return replace(value, **{names[0]: replace(inner, **to) if isinstance(to, dict) else to})
+
+
+class Uneven:
+    """Gives the first rank all images of a step and the others none, the second rank nearly all of the text."""
+
+    def __init__(self, load: Any, ranks: Ranks) -> None:
+        self.load, self.ranks = load, ranks
+
+    def __call__(self, step: int) -> list[Batch]:
+        loader = self.load
+        first = step * loader.batch_size
+        documents = [loader.document(sample) for sample in range(first, first + loader.batch_size)]
+        pictured = [document for document in documents if document.images]
+        plain = [document for document in documents if not document.images]
+        parts = [pictured, plain, *[[]] * 2][: self.ranks.datas]
+        if self.ranks.datas == 1:
+            parts = [documents]
+        return [collate(parts[self.ranks.data] or [EMPTY], loader.grammar, idle_image=loader.idle_image)]
+
+    def position(self) -> dict[str, int]:
+        return {}
+
+    def start_from(self, position: dict[str, int]) -> None: ...
+
+
+def ranks_for(name: str) -> Ranks:
+    parallel = recipe(name).parallel
+    return arrange(torch.device("cpu"), parallel.replicate, parallel.tensor) if dist.is_initialized() else Ranks()
+
+
+def run(name: str, steps: int, folder: Path) -> None:
+    """Train a case up to a step, from the folder's newest checkpoint if there is one; save. Losses and norms of each
+    step, and all weights, are left in the folder."""
+    opened, ranks = recipe(name), ranks_for(name)
+    if ranks.first:
+        open_run(opened, folder)
+    ranks.wait()
+    trainer, _ = build_trainer(open_run(opened, folder), folder, ranks)
+    if name == "uneven":
+        trainer.load = Uneven(trainer.load, ranks)  # type: ignore[assignment]
+    trainer.restore()
+    lines = []
+    while trainer.step < steps:
+        average = Average()
+        trainer.train_step(average)
+        lines.append(average.merged(ranks).means())
+    trainer.save()
+    weights = stack((key, whole(weight.detach())) for key, weight in trainer.model.named_parameters())
+    averages = trainer.averaged()
+    if ranks.first:
+        (folder / "losses.json").write_text(json.dumps(lines))
+        save_file({key: weight.contiguous() for key, weight in weights.items()}, folder / "weights.safetensors")
+        save_file({key: weight.contiguous() for key, weight in averages.items()}, folder / "averages.safetensors")
+    ranks.wait()
+
+
+def main(folder: str, *jobs: str) -> None:
+    """Jobs: CASE, or CASE:STEPS:FOLDER."""
+    torch.set_num_threads(1)
+    with join("cpu"):
+        for job in jobs:
+            name, steps, inside = [*job.split(":"), str(STEPS), job][:3]
+            run(name, int(steps), Path(folder) / inside)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

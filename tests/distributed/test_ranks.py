@@ -1,0 +1,93 @@
+"""One process, two and four learn the same, whatever the way the network is spread over them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+LOSSES = ("text", "image", "tokens", "gradient_norm")
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    return [
+        {name: line[name] for name in LOSSES if name in line}
+        for line in json.loads((folder / "losses.json").read_text())
+    ]
+
+
+def weights(folder: Path, kind: str = "weights") -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{kind}.safetensors")
+
+
+def same(one: Path, other: Path, tolerance: float) -> None:
+    for a, b in zip(losses(one), losses(other), strict=True):
+        assert b == pytest.approx(a, rel=tolerance)
+    for kind in ("weights", "averages"):
+        ours, theirs = weights(one, kind), weights(other, kind)
+        assert ours.keys() == theirs.keys()
+        for name, weight in ours.items():
+            torch.testing.assert_close(weight, theirs[name], rtol=tolerance, atol=tolerance, msg=f"{kind} {name}")
+
+
+@pytest.mark.parametrize("name", ["shard", "accumulate", "full", "selective", "unet", "codes", "text", "uneven"])
+def test_two_equal_one(runs: Path, name: str) -> None:
+    same(runs / "1" / name, runs / "2" / name, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["replicate", "tensor"])
+@pytest.mark.parametrize("ranks", ["2", "4"])
+def test_spread_another_way(runs: Path, name: str, ranks: str) -> None:
+    """2: two copies of one rank, two halves of each matrix; 4: two copies, or two halves, of two shards."""
+    same(runs / "1" / "shard", runs / ranks / name, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["shard", "uneven"])
+def test_four_equal_one(runs: Path, name: str) -> None:
+    """Uneven: the first rank has all images, two ranks have nothing at all."""
+    same(runs / "1" / name, runs / "4" / name, 1e-5)
+
+
+def test_bfloat16_is_near(runs: Path) -> None:
+    """Sums of rounded gradients are not the rounded gradients of a sum."""
+    same(runs / "1" / "bfloat16", runs / "2" / "bfloat16", 2e-3)
+
+
+@pytest.mark.parametrize("name", ["accumulate", "full", "selective"])
+def test_settings_of_speed_change_nothing(runs: Path, name: str) -> None:
+    same(runs / "1" / "shard", runs / "1" / name, 1e-6)
+
+
+def test_checkpointing_drops_the_same_again(runs: Path) -> None:
+    same(runs / "1" / "dropout", runs / "1" / "dropout-full", 1e-7)
+    moved = [(weights(runs / "1" / "dropout")[n] - w).abs().max() for n, w in weights(runs / "1" / "shard").items()]
+    assert max(moved) > 1e-5, "dropout does something"
+
+
+def test_two_resumed_by_two_are_equal_to_the_bit(runs: Path) -> None:
+    for kind in ("weights", "averages"):
+        straight, resumed = weights(runs / "2" / "shard", kind), weights(runs / "moved" / "2-2", kind)
+        assert all(torch.equal(weight, resumed[name]) for name, weight in straight.items())
+
+
+@pytest.mark.parametrize("name", ["2-1", "1-4", "1-tensor", "tensor-1"])
+def test_going_on_with_another_number(runs: Path, name: str) -> None:
+    """Two steps each: the second half as if nothing had happened."""
+    for a, b in zip(losses(runs / "1" / "shard")[2:], losses(runs / "moved" / name), strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+    straight = weights(runs / "1" / "shard")
+    for key, weight in weights(runs / "moved" / name).items():
+        torch.testing.assert_close(weight, straight[key], rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_write_their_shards(runs: Path) -> None:
+    """Four files of weights, of which none holds the whole."""
+    files = sorted((runs / "4" / "shard" / "checkpoints" / "step-00000004").glob("*-00001-of-00003.safetensors"))
+    assert len(files) == 4
+    whole = sum(weight.numel() for weight in weights(runs / "1" / "shard").values()) * 4
+    assert all(file.stat().st_size < 0.3 * whole for file in files)
