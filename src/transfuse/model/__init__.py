@@ -3,7 +3,7 @@
 from .attention import Attend, Grouped, dense, flexible, for_batch
 from .config import SIZES, ModelConfig
 from .layers import pack
-from .transfusion import Output, Transfusion
+from .transfusion import Output, Read, Transfusion
 
 __all__ = [
     "SIZES",
@@ -11,6 +11,7 @@ __all__ = [
     "Grouped",
     "ModelConfig",
     "Output",
+    "Read",
     "Transfusion",
     "dense",
     "flexible",

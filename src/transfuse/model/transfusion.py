@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,21 @@ from .layers import HeadNorm, Linear, RMSNorm
 from .patches import Conv, GridPositions, LinearPatches, UNetPatches
 from .transformer import Block, Transformer
 
+Read = Callable[[Linear, Tensor], Tensor]
+"""What to make of the head and the vectors `[M, C]` at the M positions asked for."""
 
-@dataclass
-class Output:
-    """logits `[M, ids]` for the M positions asked for; one prediction per latent, shaped as it, float32."""
+
+def logits(head: Linear, x: Tensor) -> Tensor:
+    """`[M, C] -> [M, ids]`."""
+    return head(x)
+
+
+class Output(NamedTuple):
+    """logits `[M, ids]` for the M positions asked for, or what `read` made of them; one prediction per latent, shaped
+    as it, float32.
+
+    A tuple, because FSDP hooks onto the tensors that its root returns, and not every version looks into a dataclass.
+    """
 
     logits: Tensor
     predictions: list[Tensor]
@@ -59,6 +70,7 @@ class Transfusion(nn.Module):
         latents: Sequence[Tensor] = (),
         timesteps: Tensor | None = None,
         dropout: torch.Generator | None = None,
+        read: Read = logits,
     ) -> Output:
         """Run a flat sequence.
 
@@ -67,6 +79,8 @@ class Transfusion(nn.Module):
         predict [M]                 positions to give logits for
         patches [P], latents, timesteps [I]   where the patches lie, the (noised) latents, and each image's timestep
         dropout                     draws what is dropped, in training; None: nothing is
+        read                        what to make of the vectors at `predict` where all their logits would be too much;
+                                    called in here, because only in here does FSDP have the head's weight gathered
         """
         x = self.embedding(tokens).to(self.compute)
         state = None
@@ -81,7 +95,7 @@ class Transfusion(nn.Module):
         if latents:
             assert patches is not None
             predictions = self._patch_layers().decode(x.index_select(0, patches), latents, state)
-        return Output(self.head(x.index_select(0, predict)), predictions)
+        return Output(read(self.head, x.index_select(0, predict)), predictions)
 
     def _patch_layers(self) -> LinearPatches | UNetPatches:
         if self.patches is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,9 @@ from torch.nn import functional as F
 
 from ..diffusion import Process
 from ..keyed import keyed
-from ..model import Transfusion, for_batch
+from ..model import Read, Transfusion, for_batch
 from ..sequence import Batch
+from .token_loss import token_losses
 
 
 @dataclass
@@ -79,15 +81,6 @@ class Noised:
     targets: list[Tensor]
 
 
-@dataclass
-class TokenLosses:
-    """Cross-entropy of each target `[M]`, and z `[M]`, the squared logarithm of the softmax's denominator, where it has
-    a weight."""
-
-    entropy: Tensor
-    z: Tensor | None
-
-
 class TokenObjective:
     """Plain next-token loss: cross-entropy summed over all targets, text and codes of one joint vocabulary.
 
@@ -108,36 +101,33 @@ class TokenObjective:
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Forward pass, and losses summed over the batch's own targets; text and codes apart among the details."""
         found = self._losses(model, batch)
-        terms = [found.entropy.sum()] if found.z is None else [found.entropy.sum(), found.z.sum()]
-        entropy, coded = found.entropy.detach(), batch.coded
+        entropy, coded = found[0].detach(), batch.coded
         details = {
             name: (float(entropy[chosen].sum()), float(chosen.sum()))
             for name, chosen in (("text", ~coded), ("codes", coded))
             if bool(chosen.any())
         }
-        return Sums(torch.stack(terms), details)
+        return Sums(torch.stack([term.sum() for term in found]), details)
 
     @torch.no_grad()
     def offenders(self, model: nn.Module, batch: Batch) -> list[int]:
         """Samples whose own loss is not finite."""
-        return _documents_of(batch, ~self._losses(model, batch).entropy.isfinite())
+        return _documents_of(batch, ~self._losses(model, batch)[0].isfinite())
 
     def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
         """Nothing to do."""
 
-    def _losses(self, model: nn.Module, batch: Batch) -> TokenLosses:
+    def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`[1 or 2, M]`, as `token_losses` gives them."""
         assert isinstance(model, Transfusion)
         attend, dropout = for_batch(batch, model.compute), _dropout(model, self.seed, batch)
-        output = model(batch.tokens, batch.rotary, attend, batch.predict, dropout=dropout)
-        return _token_losses(output.logits, batch, self.config)
+        read = _token_losses(batch, self.config)
+        losses, _ = model(batch.tokens, batch.rotary, attend, batch.predict, dropout=dropout, read=read)
+        return losses
 
 
-def _token_losses(logits: Tensor, batch: Batch, config: ObjectiveConfig) -> TokenLosses:
-    logits = logits.float()
-    if not config.z_weight:
-        return TokenLosses(F.cross_entropy(logits, batch.targets, reduction="none"), None)
-    denominator = logits.logsumexp(-1)  # once, for both: the logits are the largest thing of a step
-    return TokenLosses(denominator - logits.gather(-1, batch.targets[:, None])[:, 0], denominator.square())
+def _token_losses(batch: Batch, config: ObjectiveConfig) -> Read:
+    return partial(token_losses, targets=batch.targets, z=bool(config.z_weight))
 
 
 def _documents_of(batch: Batch, targets: Tensor) -> list[int]:
@@ -156,9 +146,9 @@ def _dropout(model: Transfusion, seed: int, batch: Batch) -> torch.Generator | N
 
 @dataclass
 class Losses:
-    """Those of tokens, mean squared error of each image `[I]`, its timestep `[I]`."""
+    """Those of tokens `[1 or 2, M]`, mean squared error of each image `[I]`, its timestep `[I]`."""
 
-    tokens: TokenLosses
+    tokens: Tensor
     image: Tensor
     timesteps: Tensor
 
@@ -207,17 +197,16 @@ class TransfusionObjective:
         """Forward pass, and both losses summed over the batch's own targets."""
         found = self._losses(model, batch)
         weighted = (found.image * self.process.weight(found.timesteps).to(found.image))[batch.denoise]
-        terms = [found.tokens.entropy.sum(), weighted.sum()]
-        if found.tokens.z is not None:
-            terms.append(found.tokens.z.sum())
-        return Sums(torch.stack(terms), self._bins(found.image.detach(), found.timesteps, batch))
+        entropy, *z = [term.sum() for term in found.tokens]
+        bins = self._bins(found.image.detach(), found.timesteps, batch)
+        return Sums(torch.stack([entropy, weighted.sum(), *z]), bins)
 
     @torch.no_grad()
     def offenders(self, model: nn.Module, batch: Batch) -> list[int]:
         """Samples whose own loss is not finite."""
         found = self._losses(model, batch)
         images = torch.nonzero(~found.image.isfinite() & batch.denoise).flatten()
-        return _documents_of(batch, ~found.tokens.entropy.isfinite()) + [batch.keys[i][0] for i in images.tolist()]
+        return _documents_of(batch, ~found.tokens[0].isfinite()) + [batch.keys[i][0] for i in images.tolist()]
 
     def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
         """Nothing to do."""
@@ -225,7 +214,7 @@ class TransfusionObjective:
     def _losses(self, model: nn.Module, batch: Batch) -> Losses:
         assert isinstance(model, Transfusion)
         noised = self.noise(batch)
-        output = model(
+        losses, predictions = model(
             batch.tokens,
             batch.rotary,
             for_batch(batch, model.compute),
@@ -234,9 +223,9 @@ class TransfusionObjective:
             noised.latents,
             noised.timesteps.to(batch.tokens.device),
             _dropout(model, self.seed, batch),
+            _token_losses(batch, self.config),
         )
-        errors = self._errors(output.predictions, noised, batch.tokens.device)
-        return Losses(_token_losses(output.logits, batch, self.config), errors, noised.timesteps)
+        return Losses(losses, self._errors(predictions, noised, batch.tokens.device), noised.timesteps)
 
     def _errors(self, predictions: list[Tensor], noised: Noised, device: torch.device) -> Tensor:
         """Mean squared error of each image `[I]`."""
