@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,16 @@ from torch.nn import functional as F
 
 from ..sequence import Batch
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 LONGEST_EXPLICIT = 1024
 """Up to this document length bfloat16 on CPU multiplies the scores out; longer ones would take too much memory."""
+
+BLOCK = 128
+"""queries, and keys, in a block of FlexAttention's mask: its own default"""
 
 
 def for_batch(batch: Batch, dtype: torch.dtype) -> Attend:
@@ -138,27 +144,68 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def flexible(batch: Batch) -> Attend:
-    """FlexAttention over the flat run; the block mask is built once a batch. CUDA only: its backward refuses CPU."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """FlexAttention over the flat run, for CUDA: its backward refuses CPU. The block mask is built once a batch.
 
-    start, end = batch.start, batch.end
-
-    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (start[query] <= key) & (key < end[query])
-
-    mask = create_block_mask(seen, None, None, batch.positions, batch.positions, device=str(batch.tokens.device))
-    compiled = _compiled_flex_attention()
+    No batch of as many positions as an earlier one compiles anything, neither the kernel alone nor a `Block` compiled
+    with `attend` as an argument. Dynamo tells functions by their code and by what they close over, tensors by their
+    sizes; so `attend` may be made anew for every batch, but all sizes have to follow from the number of positions.
+    `layer` is not looked at: all blocks share one graph. Not measured on CUDA.
+    """
+    mask, kernel = block_mask(batch.start, batch.end), _compiled_flex_attention()
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        out = kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1).flatten(1)
 
     return attend
 
 
+def block_mask(start: Tensor, end: Tensor) -> BlockMask:
+    """What FlexAttention skips, masks, or computes unmasked, in blocks of `BLOCK` queries by `BLOCK` keys.
+
+    start [N], end [N]   the keys each position sees, itself among them
+
+    The same as `create_block_mask` gives, without a look at N x N pairs: memory is N + blocks x blocks. Keys seen by
+    neighbouring positions overlap or touch, for each sees itself; so all those seen from a block of queries are one
+    interval, from the least start to the largest end, and those seen by every query of it are another, from the
+    largest start to the least end. Tables have a column for every block, seen or not, so that sizes follow from N.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (start[query] <= key) & (key < end[query])
+
+    positions = len(start)
+    blocks = -(-positions // BLOCK)
+    # What only fills the last block up sees nothing: no block of keys is wholly seen from there.
+    fill = (0, blocks * BLOCK - positions)
+    starts = F.pad(start, fill, value=positions).view(blocks, BLOCK)
+    ends = F.pad(end, fill, value=0).view(blocks, BLOCK)
+    first = torch.arange(blocks, device=start.device) * BLOCK
+    some = (starts.amin(1, keepdim=True) < first + BLOCK) & (first < ends.amax(1, keepdim=True))
+    whole = (starts.amax(1, keepdim=True) <= first) & (first + BLOCK <= ends.amin(1, keepdim=True))
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=seen,
+        seq_lengths=(positions, positions),
+    )
+
+
+def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a table `[query block, key block]` bool: how many are true in each row, and their columns, before the others.
+
+    With axes for batch and heads in front, int32.
+    """
+    columns = table.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return table.sum(-1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None]
+
+
 @cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """One for all batches. Sizes are fixed when first met, and left open once a second number of positions comes."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention)
