@@ -5,11 +5,33 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cases
 import pytest
 import torch
+from processes import HERE, finished, torchrun
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """Folders 1, 2 and 4, by the number of processes, with what cases.py leaves; `moved` holds runs that went on with
+    another number of processes, named after them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    moved = "../moved"
+    everywhere = ["shard", "uneven"]
+    alone = ["accumulate", "bfloat16", "full", "selective", "unet", "dropout", "dropout-full", "codes", "text"]
+    cases.main(str(folder / "1"), *everywhere, *alone, f"shard:2:{moved}/1-4", f"shard:2:{moved}/1-tensor")
+    two = [*everywhere, *(name for name in alone if "dropout" not in name), "replicate", "tensor"]
+    stopped = [f"shard:2:{moved}/2-2", f"shard:2:{moved}/2-1", f"tensor:2:{moved}/tensor-1"]
+    going_on = [f"shard:4:{moved}/2-2", f"tensor:4:{moved}/1-tensor"]
+    finished(torchrun(2, str(HERE / "cases.py"), str(folder / "2"), *two, *stopped, *going_on))
+    cases.main(str(folder / "1"), f"shard:4:{moved}/2-1", f"shard:4:{moved}/tensor-1")
+    four = [*everywhere, "replicate", "tensor", f"shard:4:{moved}/1-4"]
+    finished(torchrun(4, str(HERE / "cases.py"), str(folder / "4"), *four))
+    return folder
+
 
 LOSSES = ("text", "image", "tokens", "gradient_norm")
 

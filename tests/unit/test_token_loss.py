@@ -118,7 +118,8 @@ def of_model(objective, model: Transfusion, batch: Batch):
     model.zero_grad()
     sums = objective.sums(model, batch)
     sums.losses.sum().backward()
-    return sums.losses.detach(), sums.details, {name: p.grad for name, p in model.named_parameters()}
+    details = {name: (float(total), count) for name, (total, count) in sums.details.items()}
+    return sums.losses.detach(), details, {name: p.grad for name, p in model.named_parameters()}
 
 
 def chunked_equals_plain(objective, model: Transfusion, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,11 +99,11 @@ class Batch:
         }
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; what chooses among targets stays, for the host decides by it."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, torch.Tensor) and name not in ("coded", "denoise", "max_timestep")
         }
         return replace(self, **moved, latents=tuple(latent.to(device, non_blocking=True) for latent in self.latents))
 

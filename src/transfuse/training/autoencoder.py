@@ -22,7 +22,7 @@ from ..autoencoders.features import Features
 from ..autoencoders.network import initialise
 from ..autoencoders.pixels import images_to_tensor
 from ..keyed import keyed
-from .objective import Sums
+from .objective import Details, Sums
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class AutoencoderObjective:
         wrong = ~torch.stack([terms[name] for name in self.names]).isfinite().all(0)
         return [batch.samples[number] for number in torch.nonzero(wrong).flatten().tolist()]
 
-    def _terms(self, model: nn.Module, batch: ImageBatch) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
+    def _terms(self, model: nn.Module, batch: ImageBatch) -> tuple[dict[str, Tensor], Details]:
         """Each term of each image, `[image]`; and details to log."""
         assert isinstance(model, AutoencoderInTraining)
         images, count = batch.images, len(batch.samples)
@@ -187,9 +187,10 @@ class AutoencoderObjective:
             else:
                 terms |= self._adversarial(model, model.critic, images, made, terms)
         squared = (made.detach().clamp(-1, 1) - images).square().flatten(1).mean(1)
-        details = {"psnr": (float((10 * torch.log10(4 / squared.clamp_min(1e-10))).sum()), float(count))}
+        details: Details = {}
+        details["psnr"] = (10 * torch.log10(4 / squared.clamp_min(1e-10))).sum(), count
         if bottled.codes is not None:
-            details["codes_in_use"] = (float((model.unused < self.config.revive_after).float().mean()), 1.0)
+            details["codes_in_use"] = (model.unused < self.config.revive_after).float().mean(), 1
         return terms, details
 
     def _adversarial(

@@ -105,6 +105,7 @@ class Trainer:
         self.guard = Guard(loop.guard)
         self.step, self.data_offset = 0, 0
         self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "waited": 0.0}
+        self.losses: dict[str, float] = {}
         self._counted: dict[str, float] = {}
 
     def restore(self) -> bool:
@@ -151,9 +152,7 @@ class Trainer:
                 reached = self.step
                 asked = self.train_step(average, self._ask(stop.requested, began))
                 profile()
-                means = average.means()
-                note = " ".join(f"{name} {means[name]:.3f}" for name in self.objective.names if name in means)
-                bar.advance(self.step - bar.done, note)
+                bar.advance(self.step - bar.done, " ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items()))
                 if self.step <= reached:  # rolled back
                     log, average, window, before = self._open_log(), Average(), time.monotonic(), dict(self.totals)
                     continue
@@ -187,12 +186,12 @@ class Trainer:
         agreed = self.ranks.sum(torch.tensor([*own, *asks], dtype=torch.float64).to(self.device))
         summed, norm = self._backward(batches, agreed[: len(own)], average)
         # The one place where the host waits for the device.
-        *found, length = torch.cat([agreed, self.ranks.sum(summed.clone()).double(), norm.double()[None]]).tolist()
-        counts, flags, losses = found[: len(own)], found[len(own) : -len(own)], found[-len(own) :]
-        means = {
-            name: loss / count for name, loss, count in zip(self.objective.names, losses, counts, strict=True) if count
-        }
-        verdict = self.guard.judge(data_step, means, length)
+        both = self.ranks.sum(summed.clone()).double(), summed.double()
+        found = torch.cat([agreed, *both, norm.double()[None]]).tolist()
+        counts, flags, losses, own_losses, (length,) = _cut(found, len(own), len(asks), len(own), len(own), 1)
+        named = zip(self.objective.names, losses, counts, strict=True)
+        self.losses = {name: loss / count for name, loss, count in named if count}
+        verdict = self.guard.judge(data_step, self.losses, length)
         if verdict is not None:
             self._note(verdict, data_step, batches)
         if verdict is not None and verdict.action == "rollback":
@@ -207,7 +206,7 @@ class Trainer:
             self.ema.update(self.model, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        for name, total, count in zip(self.objective.names, summed.tolist(), own, strict=True):
+        for name, total, count in zip(self.objective.names, own_losses, own, strict=True):
             average.add(name, total, count)
         average.add("gradient_norm", length, 1)
         average.add("learning_rate", rate, 1)
@@ -314,6 +313,15 @@ class Trainer:
             raise DivergedError(f"step {self.step}: expected a checkpoint to go back to, found none")
         self.totals["left_out"] = left_out
         self.data_offset = data_step + 1 - self.step
+
+
+def _cut(values: list[float], *lengths: int) -> list[list[float]]:
+    start = 0
+    pieces = []
+    for length in lengths:
+        pieces.append(values[start : start + length])
+        start += length
+    return pieces
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, room: set[str]) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import UserError
 from .ranks import Ranks
 
@@ -50,21 +52,22 @@ class Average:
     """Sums and counts by name, so that means are over targets, not over steps."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor | float] = {}
         self.counts: dict[str, float] = {}
 
-    def add(self, name: str, total: float, count: float) -> None:
+    def add(self, name: str, total: Tensor | float, count: float) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def merged(self, ranks: Ranks) -> Average:
         """Of all data ranks; all must call it."""
         merged = Average()
-        for sums, counts in ranks.gather((self.sums, self.counts)):
+        own = {name: float(total) for name, total in self.sums.items()}
+        for sums, counts in ranks.gather((own, self.counts)):
             for name, total in sums.items():
                 merged.add(name, total, counts[name])
         return merged
 
     def means(self) -> dict[str, float]:
         """Names without a single target are left out."""
-        return {name: self.sums[name] / count for name, count in self.counts.items() if count}
+        return {name: float(self.sums[name]) / count for name, count in self.counts.items() if count}

@@ -22,13 +22,16 @@ from ..model import Read, Transfusion, for_batch
 from ..sequence import Batch
 from .token_loss import token_losses
 
+Details = dict[str, tuple[Tensor | float, float]]
+
 
 @dataclass
 class Sums:
-    """Summed losses `[term]` with gradient, and details to log: name -> (sum, count), without."""
+    """Summed losses `[term]` with gradient, and details to log: name -> (sum, count), without. A sum may stay a tensor:
+    to ask a device for its value is to wait for it."""
 
     losses: Tensor
-    details: dict[str, tuple[float, float]] = field(default_factory=dict)
+    details: Details = field(default_factory=dict)
 
 
 class StepBatch(Protocol):
@@ -102,8 +105,8 @@ class TokenObjective:
         """Forward pass, and losses summed over the batch's own targets; text and codes apart among the details."""
         found = self._losses(model, batch)
         entropy, coded = found[0].detach(), batch.coded
-        details = {
-            name: (float(entropy[chosen].sum()), float(chosen.sum()))
+        details: Details = {
+            name: (entropy[chosen].sum(), float(chosen.sum()))
             for name, chosen in (("text", ~coded), ("codes", coded))
             if bool(chosen.any())
         }
@@ -180,13 +183,14 @@ class TransfusionObjective:
             if batch.denoise[number]:
                 cap = int(batch.max_timestep[number]) or self.process.config.timesteps
                 timesteps[number] = torch.randint(1, cap + 1, (), generator=generator)
-            noise.append(torch.randn(latent.shape, generator=generator).to(latent.device))
+            noise.append(torch.randn(latent.shape, generator=generator))
         if len({latent.shape for latent in batch.latents}) == 1:
-            clean, drawn = torch.stack(list(batch.latents)), torch.stack(noise)
+            clean, drawn = torch.stack(list(batch.latents)), torch.stack(noise).to(batch.tokens.device)
             t = timesteps.to(clean.device)
             noised, targets = self.process.add_noise(clean, drawn, t), self.process.target(clean, drawn, t)
             return Noised(list(noised.unbind(0)), timesteps, list(targets.unbind(0)))
-        triples = list(zip(batch.latents, noise, timesteps.unbind(0), strict=True))
+        moved = [drawn.to(batch.tokens.device) for drawn in noise]
+        triples = list(zip(batch.latents, moved, timesteps.unbind(0), strict=True))
         return Noised(
             [self.process.add_noise(clean, drawn, t) for clean, drawn, t in triples],
             timesteps,
@@ -205,7 +209,7 @@ class TransfusionObjective:
     def offenders(self, model: nn.Module, batch: Batch) -> list[int]:
         """Samples whose own loss is not finite."""
         found = self._losses(model, batch)
-        images = torch.nonzero(~found.image.isfinite() & batch.denoise).flatten()
+        images = torch.nonzero(~found.image.isfinite().cpu() & batch.denoise).flatten()
         return _documents_of(batch, ~found.tokens[0].isfinite()) + [batch.keys[i][0] for i in images.tolist()]
 
     def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
@@ -236,11 +240,11 @@ class TransfusionObjective:
         pairs = zip(predictions, noised.targets, strict=True)
         return torch.stack([F.mse_loss(prediction, target) for prediction, target in pairs])
 
-    def _bins(self, errors: Tensor, timesteps: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
+    def _bins(self, errors: Tensor, timesteps: Tensor, batch: Batch) -> Details:
         """Unweighted image error by bin of the timestep."""
         bins = self.config.timestep_bins
-        chosen = batch.denoise.cpu()
-        number = (timesteps[chosen] - 1) * bins // self.process.config.timesteps
-        total = torch.zeros(bins).index_add_(0, number, errors.float().cpu()[chosen])
-        count = torch.bincount(number, minlength=bins)
-        return {f"image_by_timestep/{i}": (float(total[i]), float(count[i])) for i in range(bins)}
+        number = (timesteps[batch.denoise] - 1) * bins // self.process.config.timesteps
+        chosen = errors.float()[batch.denoise]
+        total = torch.zeros(bins, device=errors.device).index_add_(0, number.to(errors.device), chosen)
+        count = torch.bincount(number, minlength=bins).tolist()
+        return {f"image_by_timestep/{i}": (total[i], count[i]) for i in range(bins)}
