@@ -11,8 +11,9 @@ from ..memory import keep_freed_memory
 from ..version import __version__
 from .autoencoder import autoencoder
 from .data import data
+from .planning import plan
 from .study import study
-from .tools import doctor, export, plan
+from .tools import doctor, export
 from .training import demo, train
 from .writing import caption, generate
 

@@ -1,4 +1,4 @@
-"""`transfuse plan`, `export` and `doctor`."""
+"""`transfuse export` and `doctor`."""
 
 from __future__ import annotations
 
@@ -12,33 +12,6 @@ import tyro
 from ..errors import UserError
 from ..version import __version__
 from .parsing import parse, print_json
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a preset costs: parameters, operations, memory.
-
-    transfuse plan 0.76b-unet
-    """
-
-    name: tyro.conf.Positional[str]
-    json: bool = False
-    """end with one line of JSON"""
-
-
-def plan(arguments: Sequence[str]) -> int:
-    """Parameters, operations and memory of a preset."""
-    from ..presets import preset
-    from ..presets.plan import plan as figures
-
-    asked = parse(Plan, arguments, "plan")
-    found = figures(preset(asked.name))
-    if asked.json:
-        print_json(found)
-    else:
-        for name, value in found.items():
-            print(f"{name:<32} {value:,}" if isinstance(value, int | float) else f"{name:<32} {value}")
-    return 0
 
 
 @dataclass(frozen=True)

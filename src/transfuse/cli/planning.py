@@ -1,0 +1,97 @@
+"""`transfuse plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+
+from ..errors import UserError
+from .parsing import parse, print_json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a preset costs: parameters, operations, memory; with a card, also what fits, how long, and how to start it.
+
+    transfuse plan 7b --gpus 64 --gpu h100
+    """
+
+    name: tyro.conf.Positional[str]
+    gpus: int = 1
+    """cards, on nodes of 8"""
+    gpu: str | None = None
+    """card to plan for: a100-40, a100, h100, h200, b200, l40s, rtx4090 and others; None: figures of the recipe alone"""
+    mfu: float | None = None
+    """share of the card's peak that training is taken to reach; None: 0.40, an assumption"""
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Parameters, operations and memory of a preset; on given GPUs also time, and the line that starts it."""
+    from ..presets import preset
+    from ..presets.cluster import cluster_plan
+    from ..presets.plan import plan as figures
+
+    asked = parse(Plan, arguments, "plan")
+    recipe = preset(asked.name)
+    if asked.gpu is None and (asked.gpus, asked.mfu) != (1, None):
+        raise UserError("plan: expected a card (--gpu h100) with --gpus or --mfu, found none")
+    found = figures(recipe)
+    spread = {} if asked.gpu is None else cluster_plan(recipe, asked.gpus, asked.gpu, asked.mfu)
+    if asked.json:
+        print_json({**found, **spread})
+        return 0
+    for name, value in found.items():
+        print(f"{name:<32} {value:,}" if isinstance(value, int | float) else f"{name:<32} {value}")
+    if spread:
+        print("\n" + "\n".join(_lines(spread)))
+    return 0
+
+
+PIECES = ("weights", "gradients", "moments", "ema", "gathered", "activations", "logits", "total")
+AGAIN = {"none": "nothing", "selective": "some", "full": "all"}
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    """The plan on given GPUs, for a person."""
+    yield (
+        f"{found['gpus']} x {found['gpu']}: gigabytes of memory on each, which has {found['card_gigabytes']:g}, "
+        f"{found['usable_gigabytes']:.1f} to be used"
+    )
+    yield f"{'':<18}{'recomputed':<11}" + "".join(f"  {name}" for name in PIECES) + "  micro-batches"
+    for choice in found["choices"]:
+        sizes = "".join(f"{choice['memory_gigabytes'][name]:>{len(name) + 2}.1f}" for name in PIECES)
+        yield f"{choice['sharding']:<18}{AGAIN[choice['activation_checkpointing']]:<11}{sizes}  {_batches(choice)}"
+    yield ""
+    best, step = found["recommended"], found["step"]
+    rows = {"recommended": "nothing fits: more GPUs, or larger ones"}
+    if best:
+        again = AGAIN[best["activation_checkpointing"]]
+        rows["recommended"] = (
+            f"{best['sharding']}, {again} recomputed; a step is {_batches(best)} positions on each GPU"
+        )
+    rows["mfu"] = (
+        f"{found['mfu']:.2f} of {found['peak_flops']:.4g} operations a second, {found['mfu_is']}, not measured; "
+        "what is recomputed does not count"
+    )
+    rows["step_flops"] = f"{step['flops']:.4g} (6 N D); {step['executed_flops']:.4g} executed"
+    rows["seconds_a_step"] = f"{step['seconds']:.3g} for {step['positions']:,} positions"
+    rows["tokens_per_second"] = f"{step['tokens_per_second']:,.0f}"
+    for name, run in found["runs"].items():
+        days, hours = _number(run["days"]), _number(run["gpu_hours"])
+        rows[name] = f"{run['tokens']:.4g} tokens in {days} days, {hours} GPU-hours"
+    yield from (f"{name:<32} {value}" for name, value in rows.items())
+    if found["launch"]:
+        yield f"\n{found['launch']}"
+
+
+def _batches(choice: dict[str, Any]) -> str:
+    return f"{choice['accumulate']} x {choice['micro_batch_positions']:,}" if choice["fits"] else "does not fit"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

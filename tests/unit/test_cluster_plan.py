@@ -1,0 +1,174 @@
+"""`transfuse plan` on given GPUs: cards, what is recommended, how long it takes, and the line that starts it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from transfuse.cli import run
+from transfuse.cli.parsing import parse_run
+from transfuse.errors import UserError
+from transfuse.presets import PRESETS, preset
+from transfuse.presets.cluster import SPARE, cluster_plan
+from transfuse.presets.plan import StepContents, plan
+from transfuse.training.hardware import ALIASES, CARDS, card, peak_flops
+
+PARALLEL = ("--parallel.replicate", "--parallel.tensor", "--parallel.activation-checkpointing")
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ],
+)
+def test_drivers_names_of_cards(device: str, name: str) -> None:
+    assert peak_flops(device) == card(name).flops
+
+
+def test_other_cards_are_not_taken_for_known_ones() -> None:
+    for device in ("", "Tesla V100-SXM2-16GB", "NVIDIA GH200 480GB", "NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU",
+                   "NVIDIA H200 NVL", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):  # fmt: skip
+        assert peak_flops(device) is None, device
+    assert set(ALIASES.values()) <= set(CARDS)
+
+
+def words(line: str) -> dict[str, str]:
+    """Options of a command line."""
+    parts = shlex.split(line)
+    return {name: value for name, value in pairwise(parts) if name.startswith("--")}
+
+
+def test_a_plan_for_nodes() -> None:
+    found = cluster_plan(preset("7b"), 64, "h100")
+    assert {(c["sharding"], c["activation_checkpointing"]) for c in found["choices"]} == {
+        (sharding, way)
+        for sharding in ("replicated", "HSDP, nodes of 8", "sharded over 64")
+        for way in ("none", "selective", "full")
+    }
+    for choice in found["choices"]:
+        sizes = dict(choice["memory_gigabytes"])
+        assert sizes.pop("total") == pytest.approx(sum(sizes.values()), abs=0.01)
+        fits = choice["memory_gigabytes"]["total"] <= (1 - SPARE) * 80
+        assert choice["fits"] == fits == (choice["sharding"] != "replicated"), "20 bytes a parameter are 126 GB"
+        assert choice["micro_batch"] * choice["accumulate"] * 64 == preset("7b").data.batch_size
+    best = found["recommended"]
+    assert (best["sharding"], best["activation_checkpointing"]) == ("HSDP, nodes of 8", "none")
+    options = words(found["launch"])
+    assert (options["--nproc-per-node"], options["--nnodes"]) == ("8", "8")
+    assert [options[name] for name in PARALLEL] == ["8", "1", "none"]
+    assert options["--data.accumulate"] == str(best["accumulate"])
+
+
+def test_the_largest_micro_batch_that_fits() -> None:
+    """Twice as large would not fit, or there is no more to do."""
+    share = StepContents.of(preset("0.76b")).positions // 8
+    found = cluster_plan(preset("0.76b"), 8, "a100-40")
+    for choice in found["choices"]:
+        grown = choice["memory_gigabytes"]["total"] + choice["memory_gigabytes"]["activations"]
+        assert choice["micro_batch_positions"] == share or grown > found["usable_gigabytes"]
+    assert found["recommended"]["sharding"] == "replicated", "it fits comfortably"
+    assert "--nnodes" not in found["launch"]
+
+
+def test_less_memory_means_more_computed_again() -> None:
+    ways = [cluster_plan(preset("7b"), 8, gpu)["recommended"] for gpu in ("h200", "h100", "a100-40")]
+    assert [way["activation_checkpointing"] for way in ways] == ["none", "none", "selective"]
+    assert all(way["sharding"] == "sharded over 8" for way in ways)
+
+
+def test_one_gpu_and_none_that_is_large_enough() -> None:
+    found = cluster_plan(preset("0.16b"), 1, "rtx4090")
+    assert found["launch"].startswith("transfuse train 0.16b --run runs/0.16b --parallel.replicate 1 ")
+    assert [choice["sharding"] for choice in found["choices"]] == ["one GPU"] * 3
+    found = cluster_plan(preset("7b"), 1, "h100")
+    assert found["recommended"] is None
+    assert found["launch"] is None
+    assert {choice["micro_batch"] for choice in found["choices"]} == {1}
+
+
+def test_time_is_operations_over_what_is_reached() -> None:
+    """The paper's 0.5T tokens are its recipe; twice the share of the peak is half the time; 6 N D as without GPUs."""
+    recipe = preset("1.4b")
+    found, twice = cluster_plan(recipe, 8, "h100", 0.25), cluster_plan(recipe, 8, "h100", 0.5)
+    assert found["mfu_is"] == "given"
+    assert cluster_plan(recipe, 8, "h100")["mfu_is"] == "assumed"
+    step, runs = found["step"], found["runs"]
+    assert step["seconds"] == pytest.approx(step["executed_flops"] / (0.25 * 8 * 989.4e12))
+    assert step["seconds"] == pytest.approx(2 * twice["step"]["seconds"])
+    assert step["flops"] * recipe.loop.steps == plan(recipe)["train_flops"]
+    assert step["executed_flops"] == pytest.approx(step["flops"], rel=0.15), "attention more, embeddings less"
+    assert runs["recipe"] == runs["paper_0.5t"]
+    assert runs["paper_0.5t"]["tokens"] == pytest.approx(0.524e12, rel=0.001)
+    assert runs["paper_2t"]["gpu_hours"] == pytest.approx(4 * runs["paper_0.5t"]["gpu_hours"])
+    assert runs["recipe"]["days"] * 24 * 8 == pytest.approx(runs["recipe"]["gpu_hours"])
+
+
+def test_rows_are_counted_as_long_as_they_are() -> None:
+    recipe = preset("0.37b")
+    recipe = replace(recipe, data=replace(recipe.data, row_length=4096, batch_size=512))
+    found = cluster_plan(recipe, 8, "h100")
+    assert found["step"]["positions"] == 512 * 4096
+    assert found["recommended"]["micro_batch_positions"] == 4096 * found["recommended"]["micro_batch"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_line_that_starts_it(name: str) -> None:
+    launch = cluster_plan(preset(name), 8, "b200")["launch"]
+    start, settings = launch.split(f" -m transfuse train {name} ")
+    assert start == "torchrun --nproc-per-node 8"
+    arguments = [part for key, value in words(settings).items() if key not in PARALLEL for part in (key, value)]
+    recipe, folder, _ = parse_run("train", preset(name), name, arguments, None)
+    assert str(folder) == f"runs/{name}"
+    assert recipe.data.accumulate >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "gpu", "mfu", "message"),
+    [
+        ("7b", 8, "h1000", None, 'gpu: unknown card "h1000"; did you mean "h100"'),
+        ("7b", 0, "h100", None, "gpus: expected at least 1, found 0"),
+        ("7b", 12, "h100", None, "gpus: expected at most 8, or whole nodes of 8, found 12"),
+        ("7b", 3, "h100", None, r"gpus: expected a divisor of data.batch_size \(8192\), found 3"),
+        ("demo", 64, "h100", None, r"gpus: expected a divisor of data.batch_size \(32\), found 64"),
+        ("7b", 8, "h100", 0.0, "mfu: expected a share above 0 and up to 1, found 0"),
+        ("7b", 8, "h100", 1.5, "mfu: expected a share above 0 and up to 1, found 1.5"),
+    ],
+)
+def test_mistakes(name: str, gpus: int, gpu: str, mfu: float | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cluster_plan(preset(name), gpus, gpu, mfu)
+
+
+def test_the_command(capsys: Any) -> None:
+    assert run(["plan", "0.76b", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone == plan(preset("0.76b"))
+    assert run(["plan", "0.76b", "--gpus", "16", "--gpu", "A100", "--mfu", "0.5", "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert both == {**alone, **cluster_plan(preset("0.76b"), 16, "a100", 0.5)}
+    assert run(["plan", "0.76b", "--gpus", "16", "--gpu", "a100"]) == 0
+    shown = capsys.readouterr().out
+    assert "assumed, not measured" in shown
+    assert "torchrun --nproc-per-node 8 --nnodes 2" in shown
+    assert run(["plan", "7b", "--gpu", "l4"]) == 0
+    assert "nothing fits" in capsys.readouterr().out
+    assert run(["plan", "0.76b", "--gpus", "16"]) == 2
+    assert capsys.readouterr().err == "transfuse: plan: expected a card (--gpu h100) with --gpus or --mfu, found none\n"
