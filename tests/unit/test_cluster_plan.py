@@ -132,9 +132,9 @@ def test_rows_are_counted_as_long_as_they_are() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_line_that_starts_it(name: str) -> None:
     launch = cluster_plan(preset(name), 8, "b200")["launch"]
-    start, settings = launch.split(f" -m transfuse train {name} ")
+    start, settings = launch.split(f" -m transfuse -- train {name} ")
     assert start == "torchrun --nproc-per-node 8"
-    arguments = [part for key, value in words(settings).items() if key not in PARALLEL for part in (key, value)]
+    arguments = [part for key, value in words(settings).items() for part in (key, value)]
     recipe, folder, _ = parse_run("train", preset(name), name, arguments, None)
     assert str(folder) == f"runs/{name}"
     assert recipe.data.accumulate >= 1

@@ -36,10 +36,10 @@ AttentionBytes = Callable[[ModelConfig, int, int], int]
 
 
 def flex_bytes(config: ModelConfig, positions: int, element: int) -> int:
-    """FlexAttention's: rotated queries and keys; q, k and v before that, of which the values are a view; its output;
-    the logarithm of each softmax's denominator. No scores."""
-    rotated = (config.heads + config.key_heads) * config.head_channels
-    return positions * (element * (rotated + _qkv(config) + config.width) + FLOAT * config.heads)
+    """FlexAttention's: rotated queries and keys, values, its output, the logarithm of each softmax's denominator; where
+    queries and keys are normed, what they were before, of one piece with the values. No scores."""
+    elements = _qkv(config) + config.width + (_qkv(config) if config.qk_norm else 0)
+    return positions * (element * elements + FLOAT * config.heads)
 
 
 def block_bytes(config: ModelConfig, positions: int, element: int, attention: AttentionBytes = flex_bytes) -> int:

@@ -154,6 +154,7 @@ def flexible(batch: Batch) -> Attend:
     mask, kernel = block_mask(batch.start, batch.end), _compiled_flex_attention()
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        v = v.contiguous()  # as in `Grouped`: a view would keep all of q, k and v until the backward pass
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1).flatten(1)

@@ -154,7 +154,7 @@ def _launch(recipe: Recipe, choice: Choice) -> str:
     if gpus > 1:
         nodes = gpus // NODE if gpus > NODE else 1
         several = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 " if nodes > 1 else ""
-        start = f"torchrun --nproc-per-node {gpus // nodes} {several}-m transfuse"
+        start = f"torchrun --nproc-per-node {gpus // nodes} {several}-m transfuse --"
     words = [
         f"{start} train {name} --run runs/{name}",
         f"--parallel.replicate {choice.spread.replicate} --parallel.tensor 1",

@@ -9,7 +9,6 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,13 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ..errors import UserError
 from ..model import Transfusion
+from ..model.activations import Checkpointing
 from ..model.attention import Attend
 from .ranks import Ranks
 from .tensor_parallel import share_matrices
 
 # Predictions are views of one tensor, and nothing changes them in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-
-ActivationCheckpointing = Literal["none", "selective", "full"]
 
 KEPT = [
     torch.ops.aten.mm.default,
@@ -48,7 +46,7 @@ class ParallelConfig:
     """copies of the network; each is sharded over the processes that make up one (1: FSDP, more: HSDP)"""
     tensor: int = 1
     """processes that share every block's matrices, and the data (tensor parallel)"""
-    activation_checkpointing: ActivationCheckpointing = "none"
+    activation_checkpointing: Checkpointing = "none"
     """what the backward pass computes again rather than remember; selective: all but products and attention"""
     compile: bool = False
     """compile each block (torch.compile)"""
@@ -87,7 +85,7 @@ def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Tra
     return model
 
 
-def _forget(block: nn.Module, kind: ActivationCheckpointing) -> None:
+def _forget(block: nn.Module, kind: Checkpointing) -> None:
     """Have a block's backward pass compute again what it needs: all, or all but the results of KEPT."""
     forward = block.forward
     context = partial(create_selective_checkpoint_contexts, KEPT) if kind == "selective" else noop_context_fn
