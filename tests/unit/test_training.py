@@ -297,11 +297,13 @@ def test_every_so_many_checkpoints_stay(tmp_path) -> None:
 
 
 def test_a_checkpoint_holds_what_was_when_it_was_begun(tmp_path) -> None:
-    store, weight = CheckpointFolder(tmp_path), torch.zeros(1_000_000)
-    store.begin(Checkpoint(1, {"model": {"w": weight}}, {"totals": {}}))
+    store, weight, totals = CheckpointFolder(tmp_path), torch.zeros(1_000_000), {"positions": 1}
+    store.begin(Checkpoint(1, {"model": {"w": weight}}, {"totals": totals}))
     weight += 1
+    totals["positions"] = 2
     store.wait()
     assert not newest(store).tensors["model"]["w"].any()
+    assert newest(store).progress == {"totals": {"positions": 1}}
 
 
 @pytest.mark.parametrize(

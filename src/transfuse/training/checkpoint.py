@@ -99,7 +99,9 @@ class CheckpointFolder:
             no_dist=self.ranks.mesh is None,
         )
         assert isinstance(saving, Future)
-        progress = {"step": checkpoint.step, **checkpoint.progress}
+        progress = json.dumps(
+            {"step": checkpoint.step, **checkpoint.progress}
+        )  # now: it changes while tensors are written
         self._written = final, self._thread.submit(self._finish, saving, partial, final, progress)
         return final
 
@@ -123,13 +125,13 @@ class CheckpointFolder:
         """Whether `wait` would raise, were it called now."""
         return self._written is not None and self._written[1].done() and self._written[1].exception() is not None
 
-    def _finish(self, saving: Future[Any], partial: Path, final: Path, progress: dict[str, Any]) -> None:
+    def _finish(self, saving: Future[Any], partial: Path, final: Path, progress: str) -> None:
         """Once all ranks have written, the first one makes a checkpoint of it."""
         try:
             saving.result()
             if not self.ranks.first:
                 return
-            (partial / "progress.json").write_text(json.dumps(progress))
+            (partial / "progress.json").write_text(progress)
             files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
             for path in [*partial.iterdir(), partial]:

@@ -10,11 +10,13 @@ A run has replicate x shard x tensor processes. Those of one `tensor` group work
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,9 @@ from ..console import quiet
 from ..errors import UserError
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)
+"""how long a rank waits for the others"""
 
 AXES = ("replicate", "shard", "tensor")
 
@@ -96,6 +101,8 @@ def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Ranks]:
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count % (replicate * tensor):
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2)  # the first one says it
         raise UserError(
             f"parallel: expected a multiple of {replicate * tensor} processes (replicate x tensor), found {count}"
         )
@@ -106,13 +113,45 @@ def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Ranks]:
     here = torch.device(device, int(os.environ.get("LOCAL_RANK", rank))) if cuda else torch.device(device)
     if cuda:
         torch.cuda.set_device(here)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(_meet(shared, rank, count), shared)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    else:
+        dist.init_process_group(backend, timeout=PATIENCE)
     quiet(rank > 0)
     try:
         yield arrange(here, replicate, tensor)
     finally:
         quiet(False)
         dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, rank: int, count: int) -> str:
+    """A word that the ranks which start now agree on, and none that started before.
+
+    torchrun (seen with 2.13) keeps one store for all its restarts. In it are the addresses of ranks that were killed,
+    under the names that new ones look for: without a word of their own the new ones wait for the dead.
+    """
+    mine = uuid4().hex
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    others = set(range(1, count)) if rank == 0 else set()
+    store.set(f"hello/{rank}", mine)
+    while time.monotonic() < deadline:
+        for other in others:
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{other}", f"{store.get(f'hello/{other}').decode()} {mine}")
+        others = {other for other in others if not store.check([f"here/{mine}/{other}"])}
+        if rank == 0 and not others:
+            return mine
+        if rank and store.check([f"welcome/{rank}"]):
+            hello, word = store.get(f"welcome/{rank}").decode().split()
+            if hello == mine:  # not one to a rank of the same number, before
+                store.set(f"here/{word}/{rank}", "")
+                return word
+        time.sleep(0.05)
+    raise RuntimeError(f"rank {rank}: the other ranks did not come within {PATIENCE}")
 
 
 def arrange(device: torch.device, replicate: int, tensor: int) -> Ranks:
