@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..errors import UserError
 from ..model import Transfusion
@@ -88,7 +88,6 @@ def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Tra
 def _forget(block: nn.Module, kind: Checkpointing) -> None:
     """Have a block's backward pass compute again what it needs: all, or all but the results of KEPT."""
     forward = block.forward
-    context = partial(create_selective_checkpoint_contexts, KEPT) if kind == "selective" else noop_context_fn
 
     def again(x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, dropout: torch.Generator | None) -> Tensor:
         state = None if dropout is None else dropout.get_state()
@@ -98,9 +97,16 @@ def _forget(block: nn.Module, kind: Checkpointing) -> None:
                 dropout.set_state(state)
             return forward(x, rotary, attend, dropout)
 
-        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+        if kind == "full":
+            return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=_selective)
 
     block.forward = again
+
+
+def _selective() -> Any:
+    # A function of the module, for torch.compile looks it up by name.
+    return create_selective_checkpoint_contexts(KEPT)
 
 
 def _to_float8(model: Transfusion) -> None:
