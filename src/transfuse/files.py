@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -55,6 +57,20 @@ def whole_file(path: Path, write: Callable[[Path], object]) -> None:
         with suppress(OSError):
             partial.unlink()
         raise UserError(f"{path}: not written ({error}); what was there is intact, call again to go on") from None
+
+
+def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Add lines of JSON to a file; one that a kill or a full disk has cut short is ended first. UserError where it can
+    not."""
+    text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    try:
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                text = text if file.read(1) == b"\n" else b"\n" + text
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"{path}: not written ({error.strerror or error}); checkpoints are intact") from None
 
 
 def sha256(path: Path) -> str:

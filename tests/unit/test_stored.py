@@ -310,7 +310,7 @@ def flip(path: Path, index: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_is_left_out_named_and_counted_once(damaged: Path, tmp_path: Path, folder: Path, workers: int) -> None:
-    log = FaultLog(tmp_path / "quarantine.jsonl", {str(damaged / "pairs"): COUNT}, 0.0)
+    log = FaultLog(tmp_path, {str(damaged / "pairs"): COUNT}, 0.0)
     one = loader(damaged, workers=workers, on_faults=log.add)
     found, whole = order([one], range(300)), order([loader(folder)], range(300))
     missing = [set(b) - set(a) for a, b in zip(found, whole, strict=True)]
@@ -319,7 +319,7 @@ def test_damage_is_left_out_named_and_counted_once(damaged: Path, tmp_path: Path
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [set(line) for line in lines] == [{"source", "shard", "key", "reason"}], "and named once"
     assert lines[0]["source"] == str(damaged / "pairs")
-    again = FaultLog(tmp_path / "quarantine.jsonl", {}, 0.0)
+    again = FaultLog(tmp_path, {}, 0.0)
     assert len(again.met) == 1, "a restart remembers"
 
 
@@ -333,7 +333,7 @@ def test_ranks_stay_in_step_beside_damage(damaged: Path) -> None:
 def test_too_much_damage_stops(damaged: Path, tmp_path: Path) -> None:
     for index in range(1, 30):
         flip(damaged / "pairs", index)
-    log = FaultLog(tmp_path / "quarantine.jsonl", {str(damaged / "pairs"): COUNT}, 0.01)
+    log = FaultLog(tmp_path, {str(damaged / "pairs"): COUNT}, 0.01)
     one = loader(damaged, on_faults=log.add)
     with pytest.raises(UserError, match=r"pairs: 11 damaged documents, more than data\.max_errors 0\.01 lets pass"):
         order([one], range(200))

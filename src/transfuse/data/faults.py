@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..console import say
 from ..errors import UserError
+from ..files import append_lines
 
 FREE_FAULTS = 10
 """faulty documents of a source that are let pass whatever their share"""
@@ -31,33 +32,50 @@ class Damage:
 class FaultLog:
     """Keeps `quarantine.jsonl`, a line for each damaged document that was met; each counts once, restarts included.
 
+    Rank 3 writes `quarantine-rank3.jsonl`, and reads what the others wrote whenever it meets one: so the budget is the
+    whole run's, and each file has one writer.
+
     sizes: documents of each source. share: of a source, above which `add` raises; ten are let pass in any case.
     """
 
-    def __init__(self, path: Path, sizes: Mapping[str, int], share: float) -> None:
-        self.path, self.sizes, self.share = path, sizes, share
+    def __init__(self, folder: Path, sizes: Mapping[str, int], share: float, rank: int = 0) -> None:
+        self.folder, self.sizes, self.share = folder, sizes, share
+        self.path = folder / (f"quarantine-rank{rank}.jsonl" if rank else "quarantine.jsonl")
         self.met: set[Damage] = set()
-        if path.is_file():
-            for line in path.read_text().splitlines():
-                try:
-                    self.met.add(Damage(**json.loads(line)))
-                except (ValueError, TypeError):  # cut short by a kill: it will be met again
-                    continue
+        self._counts: Counter[str] = Counter()
+        self._ends: dict[Path, int] = {}  # how far each file was read
+        self._read()
 
     def add(self, faults: Iterable[Damage]) -> None:
         """Raises UserError above the budget."""
-        new = [fault for fault in dict.fromkeys(faults) if fault not in self.met]
-        if not new:
+        found = dict.fromkeys(faults)
+        if self.met.issuperset(found):
             return
-        with self.path.open("a") as file:
-            for fault in new:
-                self.met.add(fault)
-                file.write(json.dumps(asdict(fault)) + "\n")
+        self._read()
+        for fault in found:
+            if fault not in self.met:
+                append_lines(self.path, [asdict(fault)])
                 say(f"left out: {fault.source}/{fault.shard}: {fault.key}: {fault.reason}")
-        counts = Counter(fault.source for fault in self.met)
-        for source, count in counts.items():
+        self._read()
+        for source, count in self._counts.items():
             if count > max(FREE_FAULTS, self.share * self.sizes.get(source, 0)):
                 raise UserError(
                     f"{source}: {count} damaged documents, more than data.max_errors {self.share} lets pass (see "
-                    f"{self.path}); look with: transfuse data verify {source}"
+                    f"{self.folder / 'quarantine*.jsonl'}); look with: transfuse data verify {source}"
                 )
+
+    def _read(self) -> None:
+        """Take in the lines that ranks have added; one not yet whole is left for later."""
+        for path in self.folder.glob("quarantine*.jsonl"):
+            with path.open("rb") as file:
+                file.seek(self._ends.get(path, 0))
+                text = file.read()
+            whole = text.rfind(b"\n") + 1
+            self._ends[path] = self._ends.get(path, 0) + whole
+            for line in text[:whole].splitlines():
+                try:
+                    fault = Damage(**json.loads(line))
+                except (ValueError, TypeError):  # cut short by a kill: it will be met again
+                    continue
+                self._counts[fault.source] += fault not in self.met
+                self.met.add(fault)

@@ -20,6 +20,7 @@ from ..data.world import World, WorldConfig, caption, glosses
 from ..diffusion import DiffusionConfig, Process
 from ..errors import UserError
 from ..export import GenerationConfig, save_export
+from ..files import whole_file
 from ..interchange import check_trunk, marker_rows, read_llama_config, start_from_llama
 from ..model import ModelConfig, Transfusion
 from ..model.flops import train_flops
@@ -228,9 +229,7 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> t
     """Put model, data, objective and loop together for a resolved recipe. Raises UserError where they do not fit."""
     ranks = ranks or Ranks(torch.device(recipe.device))
     opened = open_sources(recipe.data)
-    if ranks.first:
-        _tokenizer(recipe, opened, folder / "tokenizer.json")
-    ranks.wait()
+    ranks.once(lambda: _tokenizer(recipe, opened, folder / "tokenizer.json"))
     tokenizer = _tokenizer(recipe, opened, folder / "tokenizer.json")
     loader = build_loader(recipe, opened, tokenizer, folder, ranks.data, ranks.datas)
     model = build_model(recipe, folder, tokenizer, ranks)
@@ -279,23 +278,21 @@ def _tokenizer(recipe: Recipe, opened: Opened, path: Path) -> Tokenizer:
         tokenizer = opened.tokenizer
         if tokenizer is None:
             tokenizer = Tokenizer.adopt(recipe.start) if recipe.start else train_tokenizer(recipe)
-        tokenizer.save(path)
+        whole_file(path, tokenizer.save)
     return Tokenizer.load(path)
 
 
 def build_loader(
     recipe: Recipe, opened: Opened, tokenizer: Tokenizer, folder: Path, rank: int = 0, ranks: int = 1
 ) -> StepLoader:
-    """The batches of a run, or one rank's part of them; damaged documents go to `folder/quarantine.jsonl`."""
+    """The batches of a run, or one rank's part of them; damaged documents are listed in `folder`."""
     data, grammar = recipe.data, recipe.model.grammar(tokenizer)
     autoencoder = None if recipe.model.images == "none" else recipe.open_autoencoder()
     stream = mixture(recipe, opened, tokenizer, grammar, autoencoder)
     rows = None
     if data.row_length is not None:
         rows = Rows(lambda samples: stream.lengths(samples, grammar), data.row_length)
-    faults = FaultLog(
-        folder / "quarantine.jsonl", {name: len(found) for name, found in opened.sets.items()}, data.max_errors
-    )
+    faults = FaultLog(folder, {name: len(found) for name, found in opened.sets.items()}, data.max_errors, rank)
     return StepLoader(
         stream.document,
         grammar,

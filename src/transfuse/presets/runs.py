@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 
 from ..configuration import from_dict, read_json, to_dict
+from ..console import say
 from ..errors import UserError
 from ..training.ranks import Ranks
 
@@ -71,7 +73,8 @@ def _cpu_multiplies_bfloat16() -> bool:
 def open_run(recipe: R, folder: Path) -> R:
     """Claim a run folder: a new one gets `config.json`, an old one must have been made by the same recipe.
 
-    Raises UserError that names the first setting that differs.
+    Of the settings in FREE those asked for now count, and it is said which are others; `config.json` stays as the run
+    began. Raises UserError that names the first other setting that differs.
     """
     recipe = recipe.settled()
     path = folder / "config.json"
@@ -87,9 +90,16 @@ def open_run(recipe: R, folder: Path) -> R:
         return recipe
     saved = read_recipe(path, type(recipe))
     asked = replace(recipe, device=saved.device, precision=saved.precision)  # type: ignore[type-var]
-    difference = _first_difference(to_dict(saved), to_dict(asked))
-    if difference:
-        raise UserError(f"{path}: {difference}; give the same settings to go on, or another --run folder to start anew")
+    differences = list(_differences(to_dict(saved), to_dict(asked)))
+    for name, before, now in differences:
+        if not _is_free(name):
+            raise UserError(
+                f"{path}: {name}: this run has {before!r}, the command asks for {now!r}; give the same settings to go "
+                "on, or another --run folder to start anew"
+            )
+    if differences:
+        others = ", ".join(f"{name} {now!r} ({before!r})" for name, before, now in differences)
+        say(f"{folder}: goes on with settings other than those it began with, in brackets: {others}")
     return asked
 
 
@@ -101,11 +111,7 @@ def claim_run(recipe: R, folder: Path, ranks: Ranks) -> R:
             recipe = open_run(recipe, folder)
         except UserError as error:
             problem = str(error)
-    problem = ranks.share(problem)
-    if problem and ranks.first:
-        raise UserError(problem)
-    if problem:
-        raise SystemExit(2)
+    ranks.agree(problem)
     return recipe if ranks.first else open_run(recipe, folder)
 
 
@@ -130,13 +136,14 @@ def is_kind(path: Path, kind: type[RunRecipe]) -> bool:
     return isinstance(values, dict) and values.keys() == {field.name for field in fields(kind)}  # type: ignore[arg-type]
 
 
-def _first_difference(saved: Any, asked: Any, name: str = "") -> str:
+def _differences(saved: Any, asked: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(saved, dict) and isinstance(asked, dict):
         for key in saved:
-            if (f"{name}.{key}" if name else key) in FREE:
-                continue
-            difference = _first_difference(saved[key], asked.get(key), f"{name}.{key}" if name else key)
-            if difference:
-                return difference
-        return ""
-    return "" if saved == asked else f"{name}: this run has {saved!r}, the command asks for {asked!r}"
+            yield from _differences(saved[key], asked.get(key), f"{name}.{key}" if name else key)
+    elif saved != asked:
+        yield name, saved, asked
+
+
+def _is_free(name: str) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:count]) in FREE for count in range(1, len(parts) + 1))

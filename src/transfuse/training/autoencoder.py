@@ -54,6 +54,10 @@ class AutoencoderObjectiveConfig:
     """share of the run's steps"""
 
 
+LATE = ("adversarial", "critic")
+"""terms that begin at `adversarial_from`"""
+
+
 @dataclass
 class ImageBatch:
     """Images `[image, 3, row, column]` in [-1, 1] of a step, by the data set's numbers."""
@@ -143,7 +147,11 @@ class AutoencoderObjective:
         self._vectors: list[Tensor] = []  # what the encoder gave in the parts of this step, for reviving codes
 
     def counts(self, batch: ImageBatch) -> tuple[int, ...]:
-        return (len(batch.samples),) * len(self.names)
+        """All images; none for what has not begun yet."""
+        return tuple(0 if name in LATE and self._early(batch) else len(batch.samples) for name in self.names)
+
+    def _early(self, batch: ImageBatch) -> bool:
+        return self.config.adversarial_from is not None and batch.step < self.config.adversarial_from
 
     def sums(self, model: nn.Module, batch: ImageBatch) -> Sums:
         terms, details = self._terms(model, batch)
@@ -175,14 +183,14 @@ class AutoencoderObjective:
         for name, features in (("perceptual", self.perceptual), ("identity", self.identity)):
             if features is not None:
                 terms[name] = features.distance(made, images)
-        if bottled.codes is not None:
+        if bottled.codes is not None and torch.is_grad_enabled():
             self._vectors.append(h.detach())
         for name in ("kl", "codebook", "commitment"):
             if getattr(bottled, name) is not None:
                 terms[name] = getattr(bottled, name)
         if self.config.adversarial_from is not None:
             assert model.critic is not None
-            if batch.step < self.config.adversarial_from:
+            if self._early(batch):
                 terms["adversarial"] = terms["critic"] = torch.zeros(count, device=images.device)
             else:
                 terms |= self._adversarial(model, model.critic, images, made, terms)
@@ -215,7 +223,7 @@ class AutoencoderObjective:
     def after_step(self, model: nn.Module, step: int, batches: Sequence[ImageBatch]) -> None:
         """Count how long codes lie unused, and revive dead ones: a function of the step, so that resuming is exact."""
         assert isinstance(model, AutoencoderInTraining)
-        vectors, self._vectors = self._vectors, []
+        vectors, self._vectors = self._vectors[-len(batches) :], []  # not those of a step that was left out
         if not vectors:
             return
         codebook = model.autoencoder.quantize

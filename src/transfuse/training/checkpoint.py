@@ -67,20 +67,20 @@ class CheckpointFolder:
     def begin(self, checkpoint: Checkpoint) -> Path:
         """Copy a checkpoint's tensors and leave the writing to a thread; the one before it is waited for.
 
-        Raises UserError where that one, or this, could not be written: nothing half-written stays.
+        All ranks must call it. Raises UserError where that one, or this, could not be written: nothing half-written
+        stays.
         """
         self.wait()
         final = self.folder / f"step-{checkpoint.step:08d}"
         partial = final.with_suffix(".partial")
+        problem = ""
         try:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            problem = ""
         except OSError as error:
-            problem = str(error)
-        if problem := self.ranks.share(problem):
-            raise _not_written(final, problem)
+            problem = _not_written(final, str(error))
+        self.ranks.agree(problem)
         if self._stager is None or self._thread is None:  # one for all: copies go to the same memory again
             cuda = self.ranks.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
@@ -99,9 +99,7 @@ class CheckpointFolder:
             no_dist=self.ranks.mesh is None,
         )
         assert isinstance(saving, Future)
-        progress = json.dumps(
-            {"step": checkpoint.step, **checkpoint.progress}
-        )  # now: it changes while tensors are written
+        progress = json.dumps({"step": checkpoint.step, **checkpoint.progress})  # now: the run goes on counting
         self._written = final, self._thread.submit(self._finish, saving, partial, final, progress)
         return final
 
@@ -112,13 +110,15 @@ class CheckpointFolder:
         return path
 
     def wait(self) -> None:
-        """Until what was begun is written. Raises UserError where it could not be."""
+        """Until what was begun is written, by all ranks; all must call it. Raises UserError where it could not be."""
+        problem = ""
         if self._written is not None:
             (final, written), self._written = self._written, None
             try:
                 written.result()
-            except (OSError, CheckpointException) as error:
-                raise _not_written(final, _reason(error)) from None
+            except (OSError, UserError, CheckpointException) as error:
+                problem = _not_written(final, _reason(error))
+        self.ranks.agree(problem)
 
     @property
     def failed(self) -> bool:
@@ -140,14 +140,15 @@ class CheckpointFolder:
             partial.rename(final)
             sync(self.folder)
             whole_file(self.folder / LATEST, lambda path: path.write_text(final.name + "\n"))
-            self._drop_old()
+            self._drop_old(final)
         except BaseException:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _drop_old(self) -> None:
-        for old in self.complete()[: -self.keep]:
+    def _drop_old(self, newest: Path) -> None:
+        # One of a later step is damaged, and the run went on from before it: it counts no more.
+        for old in [path for path in self.complete() if step_of(path) <= step_of(newest)][: -self.keep]:
             if not self.keep_every or step_of(old) % self.keep_every:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -254,5 +255,5 @@ def _reason(error: BaseException) -> str:
     return str(error)
 
 
-def _not_written(final: Path, reason: str) -> UserError:
-    return UserError(f"{final}: checkpoint not written ({reason}); earlier checkpoints are intact")
+def _not_written(final: Path, reason: str) -> str:
+    return f"{final}: checkpoint not written ({reason}); earlier checkpoints are intact"

@@ -36,11 +36,14 @@ class GuardConfig:
                 raise ValueError(f"loop.guard.{name}: expected at least {least}, found {getattr(self, name)}")
 
 
+Action = Literal["raise", "log", "skip", "rollback"]
+
+
 @dataclass(frozen=True)
 class Verdict:
     kind: Literal["nonfinite", "spike"]
     reason: str
-    action: Literal["raise", "log", "skip", "rollback"]
+    action: Action
 
 
 class Guard:
@@ -56,31 +59,41 @@ class Guard:
         wrong = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
         if wrong or not math.isfinite(norm):
             reason = f"expected finite numbers, found {', '.join([*wrong, f'gradient norm {norm}'])}"
-            return Verdict("nonfinite", reason, self._within(step, self.config.nonfinite))
-        verdict = None
-        for name, value in losses.items():
-            last = self.losses.setdefault(name, deque(maxlen=self.config.window))
-            mean, deviation = (np.mean(last), np.std(last)) if len(last) == self.config.window else (np.inf, 0)
-            if value > mean + self.config.sigmas * deviation:
-                reason = f"{name} {value:.4g} is more than {self.config.sigmas:g} deviations above {mean:.4g}"
-                verdict = verdict or Verdict("spike", reason, self._within(step, self.config.spike))
+            return self._verdict(step, "nonfinite", reason, self.config.nonfinite)
+        reason = next(filter(None, (self._jump(name, value) for name, value in losses.items())), "")
+        verdict = self._verdict(step, "spike", reason, self.config.spike) if reason else None
         if verdict is None or verdict.action == "log":
             for name, value in losses.items():
-                self.losses[name].append(value)
+                self.losses.setdefault(name, deque(maxlen=self.config.window)).append(value)
         return verdict
 
-    def _within(self, step: int, action: Any) -> Any:
+    def _jump(self, name: str, value: float) -> str:
+        """What is to be said of a loss far above its last ones."""
+        last = self.losses.get(name, ())
+        if len(last) < self.config.window:
+            return ""
+        mean = math.fsum(last) / len(last)
+        # Losses that hardly differ, or not at all, deviate by no more than is rounded: no jump is made of that.
+        least = max(self.config.sigmas * float(np.std(last)), 1e-6 * abs(mean))
+        if value <= mean + least:
+            return ""
+        return f"{name} {value:.4g} is more than {self.config.sigmas:g} deviations above {mean:.4g}"
+
+    def _verdict(self, step: int, kind: Literal["nonfinite", "spike"], reason: str, action: Action) -> Verdict:
         """What is asked for, or raise, where too much was left out already."""
-        if action not in ("skip", "rollback"):
-            return action
-        self.left_out = [earlier for earlier in self.left_out if step - earlier < self.config.window]
-        self.left_out.append(step)
-        return "raise" if len(self.left_out) > self.config.most else action
+        if action in ("skip", "rollback"):
+            self.left_out = [*(earlier for earlier in self.left_out if step - earlier < self.config.window), step]
+            if len(self.left_out) > self.config.most:
+                reason += f"; step number {len(self.left_out)} to be left out, more than loop.guard.most lets pass"
+                action = "raise"
+        return Verdict(kind, reason, action)
 
-    def state(self) -> dict[str, list[float]]:
+    def state(self) -> dict[str, Any]:
         """For a checkpoint: plain numbers."""
-        return {name: list(values) for name, values in self.losses.items()}
+        return {"losses": {name: list(values) for name, values in self.losses.items()}, "left_out": self.left_out}
 
-    def restore(self, state: dict[str, list[float]]) -> None:
-        """What was left out stays remembered: a run that rolls back again and again must end."""
-        self.losses = {name: deque(values, maxlen=self.config.window) for name, values in state.items()}
+    def restore(self, state: dict[str, Any]) -> None:
+        """What was left out since stays remembered: a run that rolls back again and again must end."""
+        losses = state.get("losses", {})
+        self.losses = {name: deque(values, maxlen=self.config.window) for name, values in losses.items()}
+        self.left_out = sorted({*self.left_out, *state.get("left_out", [])})

@@ -6,7 +6,6 @@ step sees is a function of its number; so weights, moments, EMA and a few number
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from ..console import progress, say
 from ..errors import UserError
-from .checkpoint import Checkpoint, CheckpointFolder, step_of
+from ..files import append_lines
+from .checkpoint import Checkpoint, CheckpointFolder
 from .ema import EMA
 from .guard import Guard, GuardConfig, Verdict
 from .metrics import Average, MetricsLog
@@ -54,6 +54,12 @@ class LoopConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     profile: int = 0
     """trace so many steps, soon after the start, into the run's profile folder"""
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "log_every": 1, "keep": 1}
+        for name in ("steps", "log_every", "keep", "keep_every", "checkpoint_every", "sample_every", "profile"):
+            if getattr(self, name) < least.get(name, 0):
+                raise ValueError(f"loop.{name}: expected at least {least.get(name, 0)}, found {getattr(self, name)}")
 
 
 class Loader(Protocol):
@@ -107,6 +113,8 @@ class Trainer:
         self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "waited": 0.0}
         self.losses: dict[str, float] = {}
         self._counted: dict[str, float] = {}
+        self._saved: int | None = None
+        """step of the newest checkpoint"""
 
     def restore(self) -> bool:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -119,7 +127,8 @@ class Trainer:
         progress = self.checkpoints.load(path, self._state(found))
         self.step, self.totals = progress["step"], {"waited": 0.0, **progress["totals"]}
         self.data_offset, self._counted = progress.get("data_offset", 0), {}
-        self.guard.restore(progress.get("losses", {}))
+        self._saved = self.step
+        self.guard.restore(progress.get("guard", {}))
         self.load.start_from(progress.get("data", {}))
         return True
 
@@ -141,10 +150,21 @@ class Trainer:
 
     def run(self) -> Literal["finished", "stopped"]:
         """Train to the last step, or until asked to stop; saved either way."""
+        with StopRequest() as stop:  # until all is saved: a scheduler may send more than one signal
+            asked = self._run(stop)
+            self.checkpoints.wait()
+            if self._saved != self.step:
+                self.save()
+            self.ranks.wait()
+        if asked.time_over and self.step < self.config.steps:
+            say(f"train: {self.config.max_seconds:.0f} s are over at step {self.step} of {self.config.steps}")
+        stopped = (asked.stop or asked.session_over) and not asked.time_over and self.step < self.config.steps
+        return "stopped" if stopped else "finished"
+
+    def _run(self, stop: StopRequest) -> Asked:
         log, window, began = self._open_log(), time.monotonic(), time.monotonic()
-        average, before, asked = Average(), dict(self.totals), Asked()
+        average, before, asked = Average(), dict(self.totals), Asked(time_over=self._time_over())
         with (
-            StopRequest() as stop,
             progress("train", self.config.steps, self.step) as bar,
             profiled(self.folder / "profile", self.config.profile, self.ranks.rank) as profile,
         ):
@@ -162,17 +182,7 @@ class Trainer:
                     log.write(self._line(means, before, time.monotonic() - window))
                     average, window, before = Average(), time.monotonic(), dict(self.totals)
                 self._save_and_sample()
-        if asked.save_failed:
-            self.checkpoints.wait()
-            raise UserError(f"{self.checkpoints.folder}: another rank could not write its part; see what it says")
-        self.checkpoints.wait()
-        if self.ranks.share(not self.checkpoints.complete() or step_of(self.checkpoints.complete()[-1]) != self.step):
-            self.save()
-        self.ranks.wait()
-        if asked.time_over and self.step < self.config.steps:
-            say(f"train: {self.config.max_seconds:.0f} s are over at step {self.step} of {self.config.steps}")
-        stopped = (asked.stop or asked.session_over) and not asked.time_over and self.step < self.config.steps
-        return "stopped" if stopped else "finished"
+        return asked
 
     def train_step(self, average: Average, asks: Asked | None = None) -> Asked:
         """One optimizer step. Losses are divided by counts over all its micro-batches and ranks, so splitting changes
@@ -184,7 +194,7 @@ class Trainer:
         batches = [batch.to(self.device) for batch in loaded]
         own = [sum(term) for term in zip(*(self.objective.counts(batch) for batch in batches), strict=True)]
         agreed = self.ranks.sum(torch.tensor([*own, *asks], dtype=torch.float64).to(self.device))
-        summed, norm = self._backward(batches, agreed[: len(own)], average)
+        summed, norm, details = self._backward(batches, agreed[: len(own)])
         # The one place where the host waits for the device.
         both = self.ranks.sum(summed.clone()).double(), summed.double()
         found = torch.cat([agreed, *both, norm.double()[None]]).tolist()
@@ -197,55 +207,63 @@ class Trainer:
         if verdict is not None and verdict.action == "rollback":
             self._roll_back(data_step)
             return Asked(*map(bool, flags))
-        rate = learning_rate(self.optimizer_config, self.step, self.config.steps)
         if verdict is None or verdict.action == "log":
+            rate = learning_rate(self.optimizer_config, self.step, self.config.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
             self.objective.after_step(self.model, self.step + 1, batches)
             self.ema.update(self.model, self.step)
+            average.include(details)
+            for name, total, count in zip(self.objective.names, own_losses, own, strict=True):
+                average.add(name, total, count)
+            average.add("gradient_norm", length, 1)
+            average.add("learning_rate", rate, 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        for name, total, count in zip(self.objective.names, own_losses, own, strict=True):
-            average.add(name, total, count)
-        average.add("gradient_norm", length, 1)
-        average.add("learning_rate", rate, 1)
         for batch in batches:
             for name, quantity in {**batch.quantities, "flops": self.flops(batch)}.items():
                 self._counted[name] = self._counted.get(name, 0) + quantity
         self.totals["seconds"] += time.monotonic() - began
         return Asked(*map(bool, flags))
 
-    def _backward(self, batches: Sequence[Any], counts: Tensor, average: Average) -> tuple[Tensor, Tensor]:
-        """Gradients of all micro-batches, clipped. Returns this rank's summed losses `[term]` and the global norm."""
+    def _backward(self, batches: Sequence[Any], counts: Tensor) -> tuple[Tensor, Tensor, Average]:
+        """Gradients of all micro-batches, clipped. Returns this rank's summed losses `[term]`, the global norm, and
+        this rank's details."""
         weights = torch.tensor(self.objective.weights, dtype=torch.float64, device=self.device)
         scale = (weights / counts.clamp(min=1)).float()
-        summed = torch.zeros(len(counts), device=self.device)
+        summed, details = torch.zeros(len(counts), device=self.device), Average()
         for number, batch in enumerate(batches):
             sum_over_copies(self.model, number == len(batches) - 1)
             sums = self.objective.sums(self.model, batch)
             (sums.losses.float() * scale).sum().backward()
             summed += sums.losses.detach()
             for name, (total, count) in sums.details.items():
-                average.add(name, total, count)
-        return summed, clip_gradients(list(self.model.parameters()), self.optimizer_config.clip, self.ranks)
+                details.add(name, total, count)
+        norm = clip_gradients(list(self.model.parameters()), self.optimizer_config.clip, self.ranks)
+        return summed, norm, details
 
     def _ask(self, stop: bool, began: float) -> Asked:
-        most, session = self.config.max_seconds, self.config.session_seconds
-        return Asked(
-            stop,
-            most is not None and self.totals["seconds"] > most,
-            session is not None and time.monotonic() - began > session,
-            self.checkpoints.failed,
-        )
+        session = self.config.session_seconds
+        session_over = session is not None and time.monotonic() - began > session
+        return Asked(stop, self._time_over(), session_over, self.checkpoints.failed)
+
+    def _time_over(self) -> bool:
+        return self.config.max_seconds is not None and self.totals["seconds"] > self.config.max_seconds
 
     def _save_and_sample(self) -> None:
         if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
             self._begin_save()
         if self.sample and self.config.sample_every and self.step % self.config.sample_every == 0:
             weights = self.averaged()
-            if self.ranks.first:
-                self.sample(weights, self.folder / "samples" / f"step-{self.step:08d}.png")
+            self.ranks.once(lambda: self._draw(weights, self.folder / "samples" / f"step-{self.step:08d}.png"))
+
+    def _draw(self, weights: dict[str, Tensor], path: Path) -> None:
+        assert self.sample is not None
+        try:
+            self.sample(weights, path)
+        except OSError as error:
+            raise UserError(f"{path}: not written ({error.strerror or error}); checkpoints are intact") from None
 
     def _begin_save(self) -> Path:
         self.merge()
@@ -253,8 +271,9 @@ class Trainer:
             "totals": self.totals,
             "data": self.load.position(),
             "data_offset": self.data_offset,
-            "losses": self.guard.state(),
+            "guard": self.guard.state(),
         }
+        self._saved = self.step
         return self.checkpoints.begin(Checkpoint(self.step, self._state(), progress))
 
     def _state(self, found: set[str] | None = None) -> dict[str, dict[str, Tensor]]:
@@ -275,7 +294,7 @@ class Trainer:
         self.totals |= self.ranks.share({name: self.totals[name] for name in ("seconds", "waited")})
 
     def _open_log(self) -> MetricsLog:
-        return MetricsLog(self.folder / "metrics.jsonl", self.step, writes=self.ranks.first)
+        return MetricsLog(self.folder / "metrics.jsonl", self.step, self.ranks)
 
     def _line(self, means: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:
         rates = {
@@ -295,9 +314,7 @@ class Trainer:
             samples = sorted({s for batch in batches for s in self.objective.offenders(self.model, batch)})
             samples = sorted({sample for found in self.ranks.gather(samples) for sample in found})
         line = {"step": self.step, "data_step": data_step, **vars(verdict), "samples": samples}
-        if self.ranks.first:
-            with (self.folder / "bad_steps.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        self.ranks.once(lambda: append_lines(self.folder / "bad_steps.jsonl", [line]))
         where = f"samples {samples}; " if samples else ""
         if verdict.action == "raise":
             raise DivergedError(f"step {self.step}: {verdict.reason}; {where}no weight was changed")
@@ -307,11 +324,10 @@ class Trainer:
         """To the newest checkpoint, and on from there with the data behind `data_step`."""
         self.optimizer.zero_grad(set_to_none=True)
         self.checkpoints.wait()
-        self.ranks.wait()
-        left_out = self.totals["left_out"]
+        spent = {name: self.totals[name] for name in ("seconds", "waited", "left_out")}
         if not self.restore():
             raise DivergedError(f"step {self.step}: expected a checkpoint to go back to, found none")
-        self.totals["left_out"] = left_out
+        self.totals |= spent
         self.data_offset = data_step + 1 - self.step
 
 

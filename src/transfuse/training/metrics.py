@@ -8,32 +8,28 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..files import append_lines, whole_file
 from .ranks import Ranks
 
 
 class MetricsLog:
     """Appends lines to a file. Opened at a step, it drops the lines a killed run wrote after its last checkpoint.
 
-    writes: whether this is the rank that does.
+    The first rank writes; all must call.
     """
 
-    def __init__(self, path: Path, step: int, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
-        if not writes:
-            return
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    def __init__(self, path: Path, step: int, ranks: Ranks | None = None) -> None:
+        self.path, self.ranks = path, ranks or Ranks()
+
+        def rewrite(partial: Path) -> None:
+            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+        self.ranks.once(lambda: whole_file(path, rewrite))
 
     def write(self, line: dict[str, Any]) -> None:
-        if not self.writes:
-            return
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path}: not written ({error.strerror or error}); checkpoints are intact") from None
+        self.ranks.once(lambda: append_lines(self.path, [line]))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -59,13 +55,16 @@ class Average:
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
+    def include(self, other: Average) -> None:
+        for name, total in other.sums.items():
+            self.add(name, total, other.counts[name])
+
     def merged(self, ranks: Ranks) -> Average:
         """Of all data ranks; all must call it."""
-        merged = Average()
-        own = {name: float(total) for name, total in self.sums.items()}
-        for sums, counts in ranks.gather((own, self.counts)):
-            for name, total in sums.items():
-                merged.add(name, total, counts[name])
+        merged, own = Average(), Average()
+        own.sums, own.counts = {name: float(total) for name, total in self.sums.items()}, self.counts
+        for one in ranks.gather(own):
+            merged.include(one)
         return merged
 
     def means(self) -> dict[str, float]:

@@ -17,18 +17,36 @@ SKIPPED, WARM = 5, 2
 
 @contextmanager
 def profiled(folder: Path, steps: int, rank: int) -> Iterator[Callable[[], None]]:
-    """Gives a function to call after each step. `folder/rank-0.json` is a Chrome trace of `steps` steps, 0: none."""
+    """Gives a function to call after each step. `folder/rank-0.json` is a Chrome trace of `steps` steps, 0: none.
+
+    A run that ends before has a trace of fewer steps, or of none, and says so.
+    """
     if not steps:
         yield lambda: None
         return
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
 
+    path, done, traced = folder / f"rank-{rank}.json", 0, 0
+
     def write(found: profile) -> None:
-        path = folder / f"rank-{rank}.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        found.export_chrome_trace(str(path))
-        say(f"{path}: {steps} steps, to be opened in a browser at ui.perfetto.dev")
+        nonlocal traced
+        traced = done - SKIPPED - WARM
+        if traced < 1:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            found.export_chrome_trace(str(path))
+            say(f"{path}: {traced} steps, to be opened in a browser at ui.perfetto.dev")
+        except OSError as error:
+            say(f"{path}: not written ({error.strerror or error})")
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        profiler.step()
 
     plan = schedule(wait=SKIPPED, warmup=WARM, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
-        yield profiler.step
+        yield step
+    if traced < 1:
+        say(f"{path}: no trace, for it begins behind {SKIPPED + WARM} steps and there were only {done}")

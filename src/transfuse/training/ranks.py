@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -75,9 +75,7 @@ class Ranks:
         """Every data rank's, in order."""
         if self.mesh is None:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value, group=self.objects)
-        return found[:: self.count // self.datas]
+        return self._all(value)[:: self.count // self.datas]
 
     def share(self, value: T) -> T:
         """The first rank's, on all."""
@@ -91,6 +89,33 @@ class Ranks:
     def wait(self) -> None:
         """Until all have come here."""
         self.gather(None)
+
+    def agree(self, problem: str) -> None:
+        """Stop all ranks where any has a problem: UserError on the first, which says it, an exit on the others. All
+        must call it; so none waits for one that is gone."""
+        found = next(filter(None, self._all(problem)), "")
+        if found and self.first:
+            raise UserError(found)
+        if found:
+            raise SystemExit(2)
+
+    def once(self, action: Callable[[], object]) -> None:
+        """Have the first rank do something; all must call it, and all stop where that raises UserError."""
+        problem = ""
+        try:
+            if self.first:
+                action()
+        except UserError as error:
+            problem = str(error)
+        self.agree(problem)
+
+    def _all(self, value: T) -> list[T]:
+        """Every rank's, in order."""
+        if self.mesh is None:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value, group=self.objects)
+        return found
 
 
 @contextmanager
