@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.export import Exported, GenerationConfig
 from transfuse.model import ModelConfig, Transfusion
-from transfuse.sequence import Document, Grammar, Image, Text, Tokenizer
+from transfuse.sequence import Batch, Document, Grammar, Image, Text, Tokenizer, collate
+from transfuse.training import LoopConfig, ObjectiveConfig, OptimizerConfig, Trainer, TransfusionObjective
+from transfuse.training.checkpoint import Groups, read
+from transfuse.training.guard import GuardConfig
 
 WORDS = ["a crab on a red background", "two balloons", "the moon is above a small boat on blue", "hello, world"] * 4
 
@@ -87,3 +93,65 @@ def mixed() -> list[Document]:
         Document([Image(latent(4, 4, 5))], sample=6, predict=False),
         Document([Text((23,) * 40)], sample=7),
     ]
+
+
+@dataclass
+class Numbered:
+    """Two samples a step, a text and a picture, by the step's number; `factors` multiply the pictures of some steps.
+
+    order: which step's data a step gets, where it is not its own. asked: the steps that were asked for.
+    """
+
+    grammar: Grammar
+    factors: dict[int, float] = field(default_factory=dict)
+    order: list[int] | None = None
+    asked: list[int] = field(default_factory=list)
+
+    def __call__(self, step: int) -> list[Batch]:
+        step = self.order[step] if self.order else step
+        self.asked.append(step)
+        text = Document([Text(tuple(10 + (step * i) % 50 for i in range(8)))], sample=2 * step)
+        picture = Document(
+            [Image(latent(4, 4, step) * self.factors.get(step, 1.0))], sample=2 * step + 1, predict=False
+        )
+        return [collate([text], self.grammar), collate([picture], self.grammar)]
+
+    def position(self) -> dict[str, int]:
+        return {}
+
+    def start_from(self, position: dict[str, int]) -> None:
+        pass
+
+
+Make = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make(tmp_path: Path, grammar: Grammar) -> Make:
+    """A trainer in a folder, gone on with if it has begun."""
+
+    def build(name: str, load: Numbered | None = None, steps: int = 8, guard: GuardConfig | None = None, **loop: Any):
+        goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig(prediction="x0")), 11)
+        settings = {"sample_every": 0, "checkpoint_every": 0, "log_every": 1, "ema_decay": 0.9, **loop}
+        config = LoopConfig(steps, guard=guard or GuardConfig(), **settings)
+        load, optimizer = load or Numbered(grammar), OptimizerConfig(1e-2, warmup=2)
+        trainer = Trainer(randomised(tiny()), goal, load, tmp_path / name, config, optimizer)
+        trainer.restore()
+        return trainer
+
+    return build
+
+
+def tensors(trainer: Trainer) -> Groups:
+    """Weights, averages and moments, as the newest checkpoint has them."""
+    path, complaints = trainer.checkpoints.newest()
+    assert path is not None
+    assert not complaints
+    return read(path).tensors
+
+
+def assert_equal(ours: Groups, theirs: Groups) -> None:
+    for kind, found in ours.items():
+        assert found.keys() == theirs[kind].keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, theirs[kind][name]), (kind, name)

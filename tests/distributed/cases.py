@@ -22,7 +22,7 @@ from transfuse.presets.runs import open_run
 from transfuse.sequence import Batch, collate
 from transfuse.training import Ranks, join
 from transfuse.training.metrics import Average
-from transfuse.training.parallel import whole
+from transfuse.training.parallel import local, whole
 from transfuse.training.ranks import arrange
 from transfuse.training.tensor_parallel import stack
 
@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"model.dropout": 0.1},
     "dropout-full": {"model.dropout": 0.1, "parallel.activation_checkpointing": "full"},
     "uneven": {},
+    "poisoned": {"loop.guard.nonfinite": "skip"},
+    "poisoned-copies": {"loop.guard.nonfinite": "skip", "parallel.replicate": 2},
     "codes": {
         "data.autoencoder": "vq-f4-small",
         "model": {"images": "codes", "patch_size": 1, "image_attention": "causal", "codebook": 1024},
@@ -86,6 +88,25 @@ class Uneven:
     def start_from(self, position: dict[str, int]) -> None: ...
 
 
+class Poisoned:
+    """In steps 1 and 3 a picture of the step's last samples, so of the last rank's, is not finite."""
+
+    def __init__(self, load: Any, ranks: Ranks) -> None:
+        self.load, self.ranks = load, ranks
+
+    def __call__(self, step: int) -> list[Batch]:
+        batches = self.load(step)
+        if step % 2 and self.ranks.data == self.ranks.datas - 1:
+            *others, last = batches[-1].latents
+            batches[-1] = replace(batches[-1], latents=(*others, last * float("nan")))
+        return batches
+
+    def position(self) -> dict[str, int]:
+        return {}
+
+    def start_from(self, position: dict[str, int]) -> None: ...
+
+
 def ranks_for(name: str) -> Ranks:
     parallel = recipe(name).parallel
     return arrange(torch.device("cpu"), parallel.replicate, parallel.tensor) if dist.is_initialized() else Ranks()
@@ -101,6 +122,8 @@ def run(name: str, steps: int, folder: Path) -> None:
     trainer, _ = build_trainer(open_run(opened, folder), folder, ranks)
     if name == "uneven":
         trainer.load = Uneven(trainer.load, ranks)  # type: ignore[assignment]
+    if name.startswith("poisoned"):
+        trainer.load = Poisoned(trainer.load, ranks)  # type: ignore[assignment]
     trainer.restore()
     lines = []
     while trainer.step < steps:
@@ -108,6 +131,10 @@ def run(name: str, steps: int, folder: Path) -> None:
         trainer.train_step(average)
         lines.append(average.merged(ranks).means())
     trainer.save()
+    if name == "poisoned-copies":
+        own = [local(weight.detach()) for weight in trainer.model.parameters()]
+        for other in ranks.gather(own):
+            assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True)), "copies drift apart"
     weights = stack((key, whole(weight.detach())) for key, weight in trainer.model.named_parameters())
     averages = trainer.averaged()
     if ranks.first:

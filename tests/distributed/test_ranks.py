@@ -11,6 +11,8 @@ import torch
 from processes import HERE, finished, torchrun
 from safetensors.torch import load_file
 
+from transfuse.training.checkpoint import read
+
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
@@ -21,9 +23,20 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     moved = "../moved"
     everywhere = ["shard", "uneven"]
-    alone = ["accumulate", "bfloat16", "full", "selective", "unet", "dropout", "dropout-full", "codes", "text"]
+    alone = [
+        "accumulate",
+        "bfloat16",
+        "full",
+        "selective",
+        "unet",
+        "dropout",
+        "dropout-full",
+        "codes",
+        "text",
+        "poisoned",
+    ]
     cases.main(str(folder / "1"), *everywhere, *alone, f"shard:2:{moved}/1-4", f"shard:2:{moved}/1-tensor")
-    two = [*everywhere, *(name for name in alone if "dropout" not in name), "replicate", "tensor"]
+    two = [*everywhere, *(name for name in alone if "dropout" not in name), "replicate", "tensor", "poisoned-copies"]
     stopped = [f"shard:2:{moved}/2-2", f"shard:2:{moved}/2-1", f"tensor:2:{moved}/tensor-1"]
     going_on = [f"shard:4:{moved}/2-2", f"tensor:4:{moved}/1-tensor"]
     finished(torchrun(2, str(HERE / "cases.py"), str(folder / "2"), *two, *stopped, *going_on))
@@ -83,6 +96,20 @@ def test_bfloat16_is_near(runs: Path) -> None:
 @pytest.mark.parametrize("name", ["accumulate", "full", "selective"])
 def test_settings_of_speed_change_nothing(runs: Path, name: str) -> None:
     same(runs / "1" / "shard", runs / "1" / name, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["poisoned", "poisoned-copies"])
+def test_all_ranks_leave_a_bad_step_out(runs: Path, name: str) -> None:
+    """A picture of the second rank is not finite in steps 1 and 3, and the run is saved right after: both ranks end
+    with the weights of one process, copies with each other's (`cases.run`), and no moment is lost."""
+    alone, two = runs / "1" / "poisoned", runs / "2" / name
+    same(alone, two, 1e-5)
+    lines = [[json.loads(line) for line in (one / "bad_steps.jsonl").read_text().splitlines()] for one in (alone, two)]
+    assert lines[0] == lines[1]
+    assert [(line["data_step"], line["samples"]) for line in lines[0]] == [(1, [15]), (3, [31])]
+    saved, expected = (read(one / "checkpoints" / "step-00000004") for one in (two, alone))
+    assert saved.tensors["optimizer"].keys() == expected.tensors["optimizer"].keys()
+    assert {int(value) for key, value in saved.tensors["optimizer"].items() if key.startswith("step.")} == {2}
 
 
 def test_checkpointing_drops_the_same_again(runs: Path) -> None:

@@ -89,7 +89,8 @@ def open_run(recipe: R, folder: Path) -> R:
             raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
         return recipe
     saved = read_recipe(path, type(recipe))
-    asked = replace(recipe, device=saved.device, precision=saved.precision)  # type: ignore[type-var]
+    settled = {name: getattr(saved, name) for name in ("device", "precision") if getattr(recipe, name) == "auto"}
+    asked = replace(recipe, **settled)  # type: ignore[type-var]
     differences = list(_differences(to_dict(saved), to_dict(asked)))
     for name, before, now in differences:
         if not _is_free(name):

@@ -97,7 +97,7 @@ class Tokenizer:
         return cls(backend)
 
     def save(self, path: Path | str) -> None:
-        self.backend.save(str(path))
+        Path(path).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
     @property
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -119,6 +119,11 @@ class CheckpointFolder:
             except (OSError, UserError, CheckpointException) as error:
                 problem = _not_written(final, _reason(error))
         self.ranks.agree(problem)
+
+    def settle(self) -> None:
+        """Let what was begun come to its end, whichever, on this rank alone: an error is about to end the run."""
+        if self._written is not None:
+            wait([self._written[1]])
 
     @property
     def failed(self) -> bool:

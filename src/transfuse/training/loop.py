@@ -151,10 +151,14 @@ class Trainer:
     def run(self) -> Literal["finished", "stopped"]:
         """Train to the last step, or until asked to stop; saved either way."""
         with StopRequest() as stop:  # until all is saved: a scheduler may send more than one signal
-            asked = self._run(stop)
-            self.checkpoints.wait()
-            if self._saved != self.step:
-                self.save()
+            try:
+                asked = self._run(stop)
+                self.checkpoints.wait()
+                if self._saved != self.step:
+                    self.save()
+            except (UserError, SystemExit):
+                self.checkpoints.settle()
+                raise
             self.ranks.wait()
         if asked.time_over and self.step < self.config.steps:
             say(f"train: {self.config.max_seconds:.0f} s are over at step {self.step} of {self.config.steps}")
