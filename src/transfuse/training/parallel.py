@@ -57,6 +57,8 @@ class ParallelConfig:
         for name in ("replicate", "tensor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}: expected at least 1, found {getattr(self, name)}")
+        if self.float8 and self.tensor > 1:
+            raise ValueError(f"parallel.float8: expected False with parallel.tensor {self.tensor}, found True")
 
 
 def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Transfusion:
