@@ -24,7 +24,7 @@ STEPS = {"transfusion": 50, "chameleon": 20}
 
 
 def recipe(name: str) -> Recipe:
-    """The preset "tiny" in float32: texts and pictures, epsilon's rival x0; the Chameleon with codes in their place."""
+    """The preset "tiny" in float32: texts and pictures; the Chameleon's are codes."""
     made = preset("tiny")
     made = replace(made, device="cpu", precision="float32", loop=replace(made.loop, steps=STEPS[name]))
     if name == "transfusion":

@@ -81,10 +81,30 @@ def test_terms_are_least_at_the_truth(features: Features) -> None:
             assert float(distance(other - 1e-3 * gradient / gradient.abs().max(), truth).sum()) < float(found.sum())
 
 
+def test_a_step_that_was_left_out_revives_no_code() -> None:
+    """Its vectors, which may not be finite, are forgotten, and so are those of looking for its samples."""
+    model, objective, batch = parts("vq", revive_after=1)
+    objective.sums(model, replace(batch, images=batch.images * float("nan")))
+    objective.offenders(model, batch)
+    objective.sums(model, batch)
+    vectors = objective._vectors[-1]
+    model.unused += 1
+    objective.after_step(model, 1, [batch])
+    found = vectors.movedim(1, -1).flatten(0, -2)
+    embedding = model.autoencoder.quantize.embedding.weight
+    moved = (embedding[:, None] == found).all(-1).any(1)
+    assert moved.any()
+    assert embedding.isfinite().all()
+    assert objective._vectors == []
+
+
 def test_the_critic_waits_and_tells_apart() -> None:
     model, objective, batch = parts("kl", step=9)  # adversarial_from is 10
     losses = dict(zip(objective.names, objective.sums(model, batch).losses.tolist(), strict=True))
     assert losses["adversarial"] == losses["critic"] == 0
+    counts = dict(zip(objective.names, objective.counts(batch), strict=True))
+    assert counts["adversarial"] == counts["critic"] == 0, "no loss of 0 is logged, or taken for what is usual"
+    assert counts["l1"] == 4
     assert losses["l1"] > 0
     model, objective, batch = parts("kl")
     optimizer = torch.optim.Adam(model.critic.parameters(), 1e-3)

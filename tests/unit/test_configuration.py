@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from transfuse.presets import PRESETS, Recipe, preset
 from transfuse.presets.plan import plan
 from transfuse.presets.runs import open_run
 from transfuse.sequence import Tokenizer
+from transfuse.training.guard import GuardConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -65,6 +67,55 @@ def test_a_run_folder_belongs_to_its_recipe(tmp_path) -> None:
     other = replace(preset("tiny"), seed=3)
     with pytest.raises(UserError, match=r"config\.json: seed: this run has 0, the command asks for 3"):
         open_run(other, tmp_path)
+
+
+def test_what_may_be_another_when_a_run_goes_on(tmp_path, capsys) -> None:
+    """What is asked for now counts, and is said; the file says how the run began."""
+    recipe = open_run(preset("tiny"), tmp_path)
+    written = (tmp_path / "config.json").read_text()
+    assert capsys.readouterr().err == ""
+    loop = replace(recipe.loop, keep=7, profile=2, session_seconds=9.0, guard=GuardConfig("skip", most=3))
+    asked = replace(
+        recipe,
+        loop=loop,
+        data=replace(recipe.data, workers=2, accumulate=4),
+        parallel=replace(recipe.parallel, activation_checkpointing="full"),
+    )
+    assert open_run(asked, tmp_path) == asked
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: goes on with settings other than those it began with, in brackets: data.accumulate 4 (1), "
+        "data.workers 2 (0), loop.keep 7 (2), loop.session_seconds 9.0 (None), loop.guard.nonfinite 'skip' ('raise'), "
+        "loop.guard.most 3 (10), loop.profile 2 (0), parallel.activation_checkpointing 'full' ('none')\n"
+    )
+    assert (tmp_path / "config.json").read_text() == written
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("data", "batch_size", 16),
+        ("data", "max_errors", 0.1),
+        ("optimizer", "betas", (0.9, 0.99)),
+        ("loop", "steps", 31),
+        ("loop", "max_seconds", 3.0),
+        ("loop", "ema_decay", 0.9),
+        ("generation", "guidance_scale", 1.0),
+    ],
+)
+def test_what_may_not(tmp_path, part: str, name: str, value: object) -> None:
+    recipe = open_run(preset("tiny"), tmp_path)
+    asked = replace(recipe, **{part: replace(getattr(recipe, part), **{name: value})})
+    before, now = (to_dict(one)[part][name] for one in (recipe, asked))
+    said = f"config.json: {part}.{name}: this run has {before!r}, the command asks for {now!r}; give the same settings"
+    with pytest.raises(UserError, match=re.escape(said)):
+        open_run(asked, tmp_path)
+
+
+def test_a_run_goes_on_in_its_own_precision_or_not_at_all(tmp_path) -> None:
+    begun = open_run(replace(preset("tiny"), precision="bfloat16"), tmp_path)
+    assert open_run(preset("tiny"), tmp_path) == begun, "auto is what it is"
+    with pytest.raises(UserError, match="precision: this run has 'bfloat16', the command asks for 'float32'"):
+        open_run(replace(begun, precision="float32"), tmp_path)
 
 
 def test_recipes_that_do_not_fit_are_refused_before_anything_is_written(tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -304,6 +305,60 @@ def test_a_checkpoint_holds_what_was_when_it_was_begun(tmp_path) -> None:
     store.wait()
     assert not newest(store).tensors["model"]["w"].any()
     assert newest(store).progress == {"totals": {"positions": 1}}
+
+
+def test_a_checkpoint_counts_what_was_counted_when_it_was_begun(tmp_path, grammar: Grammar, monkeypatch) -> None:
+    """The thread that writes is slow, and the run counts on meanwhile."""
+    one, go_on, plain = trainer(tmp_path, uneven(grammar), grammar, steps=4), threading.Event(), Path.write_text
+
+    def slow(path: Path, text: str) -> int:
+        go_on.wait(60)
+        return plain(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", slow)
+        one.train_step(Average())
+        one._begin_save()
+        counted = dict(one.totals)
+        one.train_step(Average())
+        one.merge()
+        assert one.totals["positions"] == 2 * counted["positions"]
+        go_on.set()
+        one.checkpoints.wait()
+    assert newest(one.checkpoints).progress["totals"] == counted
+
+
+def test_the_newest_stays_beside_a_damaged_one_of_a_later_step(tmp_path) -> None:
+    """Gone back to before it, a run that keeps one checkpoint keeps the one it has just written."""
+    store = CheckpointFolder(tmp_path, keep=1)
+    store.save(checkpoint(8, 8.0))
+    (tmp_path / "step-00000008" / "progress.json").write_text("{}")
+    for step in (4, 5):
+        store.save(checkpoint(step, 5.0))
+    found, complaints = store.newest()
+    assert found is not None
+    assert found.name == "step-00000005"
+    assert len(complaints) == 1
+    assert len(store.complete()) == 2
+
+
+def test_a_damaged_checkpoint_of_the_last_step_is_written_anew(tmp_path) -> None:
+    straight = run_tiny(tmp_path / "run", 5)
+    expected = newest(straight.checkpoints)
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000005"
+    (damaged / "progress.json").write_text("{}")
+    again = run_tiny(tmp_path / "run", 5)
+    assert verify(damaged) is None
+    for kind, found in newest(again.checkpoints).tensors.items():
+        assert all(torch.equal(tensor, expected.tensors[kind][name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("log_every", 0), ("keep", 0), ("sample_every", -1), ("profile", -1)]
+)
+def test_settings_of_the_loop_that_make_no_sense(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"loop\.{name}: expected at least {value + 1}, found {value}"):
+        LoopConfig(**{name: value})
 
 
 @pytest.mark.parametrize(

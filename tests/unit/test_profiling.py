@@ -1,0 +1,33 @@
+"""Traces of a few steps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import Make, Numbered
+
+from transfuse.sequence import Grammar
+
+
+@pytest.mark.parametrize(("steps", "traced"), [(12, 2), (8, 1)])
+def test_a_trace_of_steps(make: Make, capsys, steps: int, traced: int) -> None:
+    """A run that ends within has what there was."""
+    one = make("run", steps=steps, profile=2)
+    one.run()
+    path = one.folder / "profile" / "rank-0.json"
+    assert f"rank-0.json: {traced} steps, to be opened" in capsys.readouterr().err
+    names = [event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]]
+    assert sum(name.startswith("ProfilerStep#") for name in names) >= traced
+    assert any("addmm" in name or "mm" in name for name in names)
+    assert any("AdamW" in name for name in names)
+
+
+@pytest.mark.parametrize("steps", [3, 7])
+def test_a_run_too_short_for_a_trace_says_so(make: Make, grammar: Grammar, capsys, steps: int) -> None:
+    one = make("run", Numbered(grammar), steps, profile=2)
+    one.run()
+    said = [line for line in capsys.readouterr().err.splitlines() if "trace" in line]
+    (line,) = said
+    assert line.endswith(f"rank-0.json: no trace, for it begins behind 7 steps and there were only {steps}")
+    assert not (one.folder / "profile").exists()
