@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 
 from transfuse.data.loader import EMPTY
 from transfuse.presets import Recipe, preset
+from transfuse.presets.autoencoders import AUTOENCODERS, AutoencoderRecipe, build_autoencoder_trainer
 from transfuse.presets.recipe import build_trainer
 from transfuse.presets.runs import open_run
 from transfuse.sequence import Batch, collate
-from transfuse.training import Ranks, join
+from transfuse.training import ParallelConfig, Ranks, join
 from transfuse.training.metrics import Average
 from transfuse.training.parallel import local, whole
 from transfuse.training.ranks import arrange
@@ -50,7 +51,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(name: str) -> Recipe:
+def recipe(name: str) -> Recipe | AutoencoderRecipe:
+    if name in AUTOENCODERS:
+        coder = AUTOENCODERS[name]()
+        objective = replace(coder.objective, adversarial_from=2, revive_after=2)
+        return replace(coder, objective=objective, loop=replace(coder.loop, steps=STEPS, checkpoint_every=0))
     made = preset("tiny")
     made = replace(made, loop=replace(made.loop, steps=STEPS, log_every=1, checkpoint_every=0))
     for setting, value in CASES[name].items():
@@ -108,8 +113,10 @@ class Poisoned:
 
 
 def ranks_for(name: str) -> Ranks:
-    parallel = recipe(name).parallel
-    return arrange(torch.device("cpu"), parallel.replicate, parallel.tensor) if dist.is_initialized() else Ranks()
+    if not dist.is_initialized():
+        return Ranks()
+    parallel = getattr(recipe(name), "parallel", ParallelConfig())
+    return arrange(torch.device("cpu"), parallel.replicate, parallel.tensor)
 
 
 def run(name: str, steps: int, folder: Path) -> None:
@@ -119,7 +126,11 @@ def run(name: str, steps: int, folder: Path) -> None:
     if ranks.first:
         open_run(opened, folder)
     ranks.wait()
-    trainer, _ = build_trainer(open_run(opened, folder), folder, ranks)
+    opened = open_run(opened, folder)
+    if isinstance(opened, Recipe):
+        trainer, _ = build_trainer(opened, folder, ranks)
+    else:
+        trainer = build_autoencoder_trainer(opened, folder, ranks=ranks)
     if name == "uneven":
         trainer.load = Uneven(trainer.load, ranks)  # type: ignore[assignment]
     if name.startswith("poisoned"):

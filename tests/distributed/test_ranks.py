@@ -34,6 +34,8 @@ def runs(tmp_path_factory) -> Path:
         "codes",
         "text",
         "poisoned",
+        "kl-tiny",
+        "vq-tiny",
     ]
     cases.main(str(folder / "1"), *everywhere, *alone, f"shard:2:{moved}/1-4", f"shard:2:{moved}/1-tensor")
     two = [*everywhere, *(name for name in alone if "dropout" not in name), "replicate", "tensor", "poisoned-copies"]
@@ -86,6 +88,12 @@ def test_spread_another_way(runs: Path, name: str, ranks: str) -> None:
 def test_four_equal_one(runs: Path, name: str) -> None:
     """Uneven: the first rank has all images, two ranks have nothing at all."""
     same(runs / "1" / name, runs / "4" / name, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl-tiny", "vq-tiny"])
+def test_autoencoders_too(runs: Path, name: str) -> None:
+    """Every rank has the whole; a critic is at work, and codes are revived."""
+    same(runs / "1" / name, runs / "2" / name, 3e-4)
 
 
 def test_bfloat16_is_near(runs: Path) -> None:

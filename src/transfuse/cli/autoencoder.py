@@ -33,7 +33,7 @@ def train(arguments: Sequence[str]) -> int:
     """
     from ..presets.autoencoders import AUTOENCODERS, autoencoder_preset
     from ..studies.autoencoder import train_autoencoder
-    from ..training import RESUMABLE
+    from ..training import stopped_code
 
     named = preset_name("autoencoder train", arguments, AUTOENCODERS, train.__doc__)
     if named is None:
@@ -42,7 +42,9 @@ def train(arguments: Sequence[str]) -> int:
     recipe, run, as_json = parse_run("autoencoder train", autoencoder_preset(name), name, rest, train.__doc__)
     trainer, export = train_autoencoder(recipe, run)
     if export is None:
-        return RESUMABLE
+        return stopped_code(trainer.ranks)
+    if not trainer.ranks.first:
+        return 0
     say(f"{export}: exported; look at it with: transfuse autoencoder inspect {export} world")
     if as_json:
         print_json({"run": str(run), "step": trainer.step, "export": str(export), **trainer.totals})

@@ -37,11 +37,11 @@ def train(arguments: Sequence[str]) -> int:
 def _train(recipe: Recipe, folder: Path, as_json: bool) -> int:
     from ..presets.sources import held_out_prompts
     from ..studies.training import train_run
-    from ..training import RESUMABLE
+    from ..training import stopped_code
 
     trained = train_run(recipe, folder)
-    if trained.export is None:  # to torchrun any other code than 0 is a failure, after which it would start again
-        return 0 if trained.trainer.ranks.elastic else RESUMABLE
+    if trained.export is None:
+        return stopped_code(trained.trainer.ranks)
     if not trained.trainer.ranks.first:
         return 0
     prompt = next(iter(held_out_prompts(trained.recipe, 1)), "a crab on a blue background")

@@ -25,7 +25,7 @@ from ..data.images import fit, image_files, read_image
 from ..data.world import NOUNS, World, WorldConfig
 from ..errors import UserError
 from ..keyed import keyed
-from ..training import LoopConfig, OptimizerConfig, Trainer
+from ..training import LoopConfig, OptimizerConfig, Ranks, Trainer
 from ..training.autoencoder import (
     AutoencoderInTraining,
     AutoencoderObjective,
@@ -204,9 +204,13 @@ class FolderImages:
 
 
 def build_autoencoder_trainer(
-    recipe: AutoencoderRecipe, folder: Path, sample: Callable[[dict[str, Tensor], Path], None] | None = None
+    recipe: AutoencoderRecipe,
+    folder: Path,
+    sample: Callable[[dict[str, Tensor], Path], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Trainer:
-    """Put network, data, objective and loop together for a resolved recipe."""
+    """Put network, data, objective and loop together for a resolved recipe. Every rank has all of the network."""
+    ranks = ranks or Ranks(torch.device(recipe.device))
     model = AutoencoderInTraining(recipe.model, recipe.objective.adversarial_from is not None).initialise(recipe.seed)
     if recipe.start is not None:
         # Its statistics belong to the configuration, not to the weights; an export measures them anew.
@@ -220,9 +224,11 @@ def build_autoencoder_trainer(
         perceptual=_features(recipe, "perceptual"),
         identity=_features(recipe, "identity"),
         bfloat16=recipe.precision == "bfloat16",
+        ranks=ranks,
     )
-    loader = ImageLoader(image_source(recipe), recipe.data.batch_size, recipe.data.accumulate)
-    return Trainer(model, objective, loader, folder, recipe.loop, recipe.optimizer, sample=sample)
+    data = recipe.data
+    loader = ImageLoader(image_source(recipe), data.batch_size, data.accumulate, ranks.data, ranks.datas)
+    return Trainer(model, objective, loader, folder, recipe.loop, recipe.optimizer, sample=sample, ranks=ranks)
 
 
 def _features(recipe: AutoencoderRecipe, term: str) -> Features | None:

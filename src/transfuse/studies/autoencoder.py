@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from ..console import say
 from ..data.world import World
-from ..errors import UserError
 from ..presets.autoencoders import (
     AutoencoderRecipe,
     averaged_autoencoder,
@@ -20,8 +18,8 @@ from ..presets.autoencoders import (
     export_autoencoder,
     image_source,
 )
-from ..presets.runs import open_run
-from ..training import Trainer
+from ..presets.runs import claim_run, run_device
+from ..training import Trainer, join
 from .samples import grid
 
 SHOWN = 8
@@ -33,16 +31,15 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer,
 
     Raises UserError where the folder was made by another recipe.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"autoencoder train: expected one process, found {os.environ['WORLD_SIZE']}")
-    recipe = open_run(recipe, folder)
-    trainer = build_autoencoder_trainer(recipe, folder, sample=reconstruction_grid(recipe))
-    if trainer.restore():
-        say(f"{folder}: going on from step {trainer.step}")
-    if trainer.run() == "stopped":
-        say(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
-        return trainer, None
-    export_autoencoder(recipe, trainer, folder / "export")
+    with join(run_device(recipe, folder)) as ranks:
+        recipe = claim_run(recipe, folder, ranks)
+        trainer = build_autoencoder_trainer(recipe, folder, reconstruction_grid(recipe), ranks)
+        if trainer.restore():
+            say(f"{folder}: going on from step {trainer.step}")
+        if trainer.run() == "stopped":
+            say(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
+            return trainer, None
+        ranks.once(lambda: export_autoencoder(recipe, trainer, folder / "export"))
     return trainer, folder / "export"
 
 

@@ -7,7 +7,7 @@ from .metrics import read_metrics
 from .objective import Objective, ObjectiveConfig, Sums, TokenObjective, TransfusionObjective
 from .optimizer import OptimizerConfig, build_optimizer, learning_rate
 from .parallel import ParallelConfig, parallelize, place
-from .ranks import Ranks, join
+from .ranks import Ranks, join, stopped_code
 from .signals import RESUMABLE
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "place",
     "read",
     "read_metrics",
+    "stopped_code",
     "verify",
 ]

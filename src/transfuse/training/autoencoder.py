@@ -21,8 +21,10 @@ from ..autoencoders.critic import PatchCritic
 from ..autoencoders.features import Features
 from ..autoencoders.network import initialise
 from ..autoencoders.pixels import images_to_tensor
+from ..errors import UserError
 from ..keyed import keyed
 from .objective import Details, Sums
+from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,23 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class ImageLoader:
-    """`loader(step)`: that step's images, numbers `step * batch_size` and on, in `accumulate` parts."""
+    """`loader(step)`: this rank's images of a step, numbers `step * batch_size` and on, in `accumulate` parts."""
 
     image: Callable[[int], np.ndarray]
     batch_size: int
     accumulate: int = 1
+    rank: int = 0
+    ranks: int = 1
 
     def __call__(self, step: int) -> list[ImageBatch]:
-        size = self.batch_size // self.accumulate
-        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
-        parts = [tuple(numbers[start : start + size]) for start in range(0, self.batch_size, size)]
+        """Raises UserError where there are not as many images for every part of every rank."""
+        count = self.accumulate * self.ranks
+        if self.batch_size % count:
+            expected = f"a multiple of {count} (data.accumulate x processes)"
+            raise UserError(f"data.batch_size: expected {expected}, found {self.batch_size}")
+        size = self.batch_size // count
+        first = step * self.batch_size + self.rank * size * self.accumulate
+        parts = [tuple(range(start, start + size)) for start in range(first, first + size * self.accumulate, size)]
         return [ImageBatch(images_to_tensor(np.stack([self.image(n) for n in part])), part, step) for part in parts]
 
     def position(self) -> dict[str, int]:
@@ -129,7 +138,9 @@ class AutoencoderObjective:
         perceptual: Features | None = None,
         identity: Features | None = None,
         bfloat16: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.config, self.seed, self.steps, self.bfloat16 = config, seed, steps, bfloat16
         self.perceptual, self.identity = perceptual, identity
         terms = {"l1": 1.0}
@@ -223,18 +234,22 @@ class AutoencoderObjective:
     def after_step(self, model: nn.Module, step: int, batches: Sequence[ImageBatch]) -> None:
         """Count how long codes lie unused, and revive dead ones: a function of the step, so that resuming is exact."""
         assert isinstance(model, AutoencoderInTraining)
-        vectors, self._vectors = self._vectors[-len(batches) :], []  # not those of a step that was left out
-        if not vectors:
+        own, self._vectors = self._vectors[-len(batches) :], []  # not those of a step that was left out
+        if not own:
             return
-        codebook = model.autoencoder.quantize
+        codebook, chosen = model.autoencoder.quantize, torch.zeros_like(model.unused)
+        for h in own:
+            chosen[codebook.nearest(h).unique()] = 1
         model.unused += 1
-        for h in vectors:
-            model.unused[codebook.nearest(h).unique()] = 0
+        model.unused[self.ranks.sum(chosen) > 0] = 0
         if step >= self.config.revive_until * self.steps:
             return
         dead = torch.nonzero(model.unused >= self.config.revive_after).flatten()
+        if not len(dead):
+            return
+        vectors = [h for those in self.ranks.gather([h.cpu() for h in own]) for h in those]
         found = torch.cat([h.movedim(1, -1).flatten(0, -2) for h in vectors])
-        order = torch.randperm(len(found), generator=keyed(self.seed, "revive", step))[: len(dead)].to(found.device)
+        order = torch.randperm(len(found), generator=keyed(self.seed, "revive", step))[: len(dead)]
         dead = dead[: len(order)]
         codebook.embedding.weight[dead] = found[order].to(codebook.embedding.weight)
         model.unused[dead] = 0

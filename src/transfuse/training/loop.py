@@ -24,7 +24,7 @@ from .guard import Guard, GuardConfig, Verdict
 from .metrics import Average, MetricsLog
 from .objective import Objective, StepBatch
 from .optimizer import OptimizerConfig, build_optimizer, learning_rate
-from .parallel import clip_gradients, local, sum_over_copies, whole
+from .parallel import clip_gradients, local, sum_over_copies, sum_over_ranks, whole
 from .profiling import profiled
 from .ranks import Ranks
 from .signals import StopRequest
@@ -244,6 +244,7 @@ class Trainer:
             summed += sums.losses.detach()
             for name, (total, count) in sums.details.items():
                 details.add(name, total, count)
+        sum_over_ranks(self.model, self.ranks)
         norm = clip_gradients(list(self.model.parameters()), self.optimizer_config.clip, self.ranks)
         return summed, norm, details
 

@@ -128,6 +128,21 @@ def sum_over_copies(model: nn.Module, last: bool) -> None:
         model.set_requires_all_reduce(last)
 
 
+def sum_over_ranks(model: nn.Module, ranks: Ranks) -> None:
+    """Add the gradients of a network up that every rank has the whole of; sharded ones have done so already."""
+    if ranks.mesh is None or isinstance(model, FSDPModule):
+        return
+    parameters = list(model.parameters())
+    there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int64)
+    for parameter, ranks_with in zip(parameters, ranks.sum(there.to(parameters[0].device)).tolist(), strict=True):
+        if ranks_with and parameter.grad is None:  # where no rank has one, the optimizer passes it by
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    together = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, found in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(found.view(gradient.shape))
+
+
 def place(weight: Tensor, values: Tensor) -> None:
     """Put values, whole and the same on every rank, into a weight, or this rank's shard of them into its own."""
     if isinstance(weight, DTensor):

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..console import quiet
 from ..errors import UserError
+from .signals import RESUMABLE
 
 T = TypeVar("T")
 
@@ -116,6 +117,12 @@ class Ranks:
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, value, group=self.objects)
         return found
+
+
+def stopped_code(ranks: Ranks) -> int:
+    """What a run that was stopped and saved exits with. To torchrun any code but 0 is a failure, after which it would
+    start all ranks again."""
+    return 0 if ranks.elastic else RESUMABLE
 
 
 @contextmanager
