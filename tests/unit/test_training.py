@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import safetensors.torch
@@ -34,7 +36,9 @@ from transfuse.training import (
     learning_rate,
     read_metrics,
 )
+from transfuse.training import loop as loop_module
 from transfuse.training.checkpoint import read, step_of, verify
+from transfuse.training.clock import Clock
 from transfuse.training.metrics import Average, MetricsLog
 
 SEED = 11
@@ -424,6 +428,69 @@ def test_metrics_hold_what_they_promise(tmp_path) -> None:
     assert lines[-1]["flops_per_second"] > 0
     assert any(name.startswith("image_by_timestep/") for name in lines[-1])
     assert lines[-1]["text"] < math.log(512) * 1.2
+
+
+def test_metrics_tell_where_the_time_went(tmp_path) -> None:
+    run_tiny(tmp_path / "run", 9)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    shares = [{name: line[name] for name in line if name.endswith("_share")} for line in lines]
+    assert all(0 < sum(found.values()) <= 1 for found in shares)
+    assert all({"waited_share", "forward_backward_share", "optimizer_share"} <= found.keys() for found in shares)
+    assert ["checkpoint_share" in found for found in shares] == [False, True, True], "saved at steps 4 and 8"
+    assert "mfu" not in lines[0], "a processor has no known peak"
+    assert "memory_gigabytes" not in lines[0]
+
+
+def test_metrics_of_a_card(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loop_module, "peak_of", lambda device: 1e12)
+    monkeypatch.setattr(loop_module, "memory_used", lambda device: 3 << 29)
+    one = run_tiny(tmp_path / "run", 6)
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert line["mfu"] == pytest.approx(line["flops_per_second"] / 1e12)
+        assert line["memory_gigabytes"] == 1.5
+    one.ranks = replace(one.ranks, count=4)
+    before = {**one.totals, "flops": one.totals["flops"] - 1e12}
+    assert one._line({}, before, 2.0)["mfu"] == pytest.approx(0.5 / 4), "of all cards"
+
+
+class Mark:
+    """A CUDA event: the device passes it when the test says so, at a time that the test says."""
+
+    passed: ClassVar[float] = 0.0
+    """marks up to here are passed"""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = next(TICKS)
+
+    def query(self) -> bool:
+        return self.at <= Mark.passed
+
+    def elapsed_time(self, end: Mark) -> float:
+        assert end.query(), "never asked before the device is there: that would wait for it"
+        return 1000.0 * (end.at - self.at)
+
+
+TICKS = itertools.count(1)
+
+
+def test_a_clock_on_cuda_waits_for_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    clock = Clock(torch.device("cuda"))
+    for _ in range(3):  # marks 1 to 6
+        with clock.part("forward_backward"):
+            pass
+    assert clock.read() == {}
+    Mark.passed = 4
+    with clock.part("checkpoint", on_host=True):
+        pass
+    found = clock.read()
+    assert found.pop("checkpoint") >= 0
+    assert found == {"forward_backward": 2.0}
+    Mark.passed = 6
+    assert clock.read() == {"forward_backward": 1.0}
 
 
 def test_ema_follows(tmp_path, grammar: Grammar) -> None:

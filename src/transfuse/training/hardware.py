@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
 from ..configuration import nearest
 from ..errors import UserError
 
@@ -61,3 +63,13 @@ def peak_flops(device_name: str) -> float | None:
     """
     name = device_name.removeprefix("NVIDIA ").strip()
     return next((found.flops for found in CARDS.values() if re.fullmatch(found.device, name)), None)
+
+
+def peak_of(device: torch.device) -> float | None:
+    """`peak_flops` of a device; None where it is no card, or not a known one."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def memory_used(device: torch.device) -> int | None:
+    """Most bytes that tensors took at a time, since the start; None where the device is no card."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

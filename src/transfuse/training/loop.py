@@ -19,8 +19,10 @@ from ..console import progress, say
 from ..errors import UserError
 from ..files import append_lines
 from .checkpoint import Checkpoint, CheckpointFolder
+from .clock import Clock
 from .ema import EMA
 from .guard import Guard, GuardConfig, Verdict
+from .hardware import memory_used, peak_of
 from .metrics import Average, MetricsLog
 from .objective import Objective, StepBatch
 from .optimizer import OptimizerConfig, build_optimizer, learning_rate
@@ -108,7 +110,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, optimizer)
         self.ema = EMA(model, loop.ema_decay)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep, loop.keep_every, self.ranks)
-        self.guard = Guard(loop.guard)
+        self.guard, self.clock = Guard(loop.guard), Clock(self.device)
         self.step, self.data_offset = 0, 0
         self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "waited": 0.0}
         self.losses: dict[str, float] = {}
@@ -183,7 +185,8 @@ class Trainer:
                 if self.step % self.config.log_every == 0 or self.step == self.config.steps:
                     self.merge()
                     means = average.merged(self.ranks).means()
-                    log.write(self._line(means, before, time.monotonic() - window))
+                    line = self._line(means, before, time.monotonic() - window)
+                    log.write(line)
                     average, window, before = Average(), time.monotonic(), dict(self.totals)
                 self._save_and_sample()
         return asked
@@ -213,11 +216,7 @@ class Trainer:
             return Asked(*map(bool, flags))
         if verdict is None or verdict.action == "log":
             rate = learning_rate(self.optimizer_config, self.step, self.config.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.objective.after_step(self.model, self.step + 1, batches)
-            self.ema.update(self.model, self.step)
+            self._update(rate, batches)
             average.include(details)
             for name, total, count in zip(self.objective.names, own_losses, own, strict=True):
                 average.add(name, total, count)
@@ -237,16 +236,26 @@ class Trainer:
         weights = torch.tensor(self.objective.weights, dtype=torch.float64, device=self.device)
         scale = (weights / counts.clamp(min=1)).float()
         summed, details = torch.zeros(len(counts), device=self.device), Average()
-        for number, batch in enumerate(batches):
-            sum_over_copies(self.model, number == len(batches) - 1)
-            sums = self.objective.sums(self.model, batch)
-            (sums.losses.float() * scale).sum().backward()
-            summed += sums.losses.detach()
-            for name, (total, count) in sums.details.items():
-                details.add(name, total, count)
-        sum_over_ranks(self.model, self.ranks)
-        norm = clip_gradients(list(self.model.parameters()), self.optimizer_config.clip, self.ranks)
+        with self.clock.part("forward_backward"):
+            for number, batch in enumerate(batches):
+                sum_over_copies(self.model, number == len(batches) - 1)
+                sums = self.objective.sums(self.model, batch)
+                (sums.losses.float() * scale).sum().backward()
+                summed += sums.losses.detach()
+                for name, (total, count) in sums.details.items():
+                    details.add(name, total, count)
+            sum_over_ranks(self.model, self.ranks)
+            norm = clip_gradients(list(self.model.parameters()), self.optimizer_config.clip, self.ranks)
         return summed, norm, details
+
+    def _update(self, rate: float, batches: Sequence[Any]) -> None:
+        """Weights, and their averages, by the gradients."""
+        with self.clock.part("optimizer"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.objective.after_step(self.model, self.step + 1, batches)
+            self.ema.update(self.model, self.step)
 
     def _ask(self, stop: bool, began: float) -> Asked:
         session = self.config.session_seconds
@@ -279,7 +288,8 @@ class Trainer:
             "guard": self.guard.state(),
         }
         self._saved = self.step
-        return self.checkpoints.begin(Checkpoint(self.step, self._state(), progress))
+        with self.clock.part("checkpoint", on_host=True):
+            return self.checkpoints.begin(Checkpoint(self.step, self._state(), progress))
 
     def _state(self, found: set[str] | None = None) -> dict[str, dict[str, Tensor]]:
         """All tensors of the run; room is made for moments that are `found` in a checkpoint."""
@@ -302,13 +312,22 @@ class Trainer:
         return MetricsLog(self.folder / "metrics.jsonl", self.step, self.ranks)
 
     def _line(self, means: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:
+        """What is logged of the last `seconds`. Shares are of this rank; what they leave went to samples and lines."""
         rates = {
             f"{name}_per_second": (value - before.get(name, 0)) / seconds
             for name, value in self.totals.items()
             if name not in ("seconds", "waited", "spikes", "left_out") and not name.startswith("positions of ")
         }
-        waited = (self.totals["waited"] - before["waited"]) / max(1e-9, self.totals["seconds"] - before["seconds"])
-        return {"step": self.step, **means, **self.totals, **rates, "waited_share": waited}
+        shares = {
+            "waited_share": (self.totals["waited"] - before["waited"]) / seconds,
+            **{f"{name}_share": spent / seconds for name, spent in self.clock.read().items()},
+        }
+        line = {"step": self.step, **means, **self.totals, **rates, **shares}
+        if (memory := memory_used(self.device)) is not None:
+            line["memory_gigabytes"] = max(self.ranks.gather(memory)) / 2**30
+        if (peak := peak_of(self.device)) is not None and rates.get("flops_per_second"):
+            line["mfu"] = rates["flops_per_second"] / (peak * self.ranks.count)
+        return line
 
     def _note(self, verdict: Verdict, data_step: int, batches: Sequence[StepBatch]) -> None:
         """Say what went wrong with a step, keep it in `bad_steps.jsonl`; raise where nothing is to be done about it."""
