@@ -14,13 +14,14 @@ import torch
 from ..configuration import from_dict, read_json, to_dict
 from ..console import say
 from ..errors import UserError
-from ..training.ranks import Ranks
+from ..training import LoopConfig, Ranks
+from ..training.trackers import check_trackers
 
 FREE = {
     "parallel",
     *(f"data.{name}" for name in ("accumulate", "workers", "cache_gigabytes")),
     *(f"loop.{name}" for name in ("keep", "keep_every", "checkpoint_every", "log_every", "sample_every")),
-    *(f"loop.{name}" for name in ("session_seconds", "guard", "profile")),
+    *(f"loop.{name}" for name in ("session_seconds", "guard", "profile", "trackers")),
 }
 """settings that may be others when a run goes on: what it learns from, and how, is the same"""
 
@@ -39,6 +40,9 @@ class RunRecipe(Protocol):
 
     @property
     def precision(self) -> Precision: ...
+
+    @property
+    def loop(self) -> LoopConfig: ...
 
     def settled(self) -> Any:
         """The recipe with what follows from other settings filled in. Raises UserError where its parts do not fit."""
@@ -74,8 +78,9 @@ def open_run(recipe: R, folder: Path) -> R:
     """Claim a run folder: a new one gets `config.json`, an old one must have been made by the same recipe.
 
     Of the settings in FREE those asked for now count, and it is said which are others; `config.json` stays as the run
-    began. Raises UserError that names the first other setting that differs.
+    began. Raises UserError that names the first other setting that differs, or a package that a tracker needs.
     """
+    check_trackers(recipe.loop.trackers)
     recipe = recipe.settled()
     path = folder / "config.json"
     if not path.exists():

@@ -31,6 +31,7 @@ from .profiling import profiled
 from .ranks import Ranks
 from .signals import StopRequest
 from .tensor_parallel import stack, stacked_name
+from .trackers import TrackerName, Trackers
 
 
 class DivergedError(UserError):
@@ -56,6 +57,8 @@ class LoopConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     profile: int = 0
     """trace so many steps, soon after the start, into the run's profile folder"""
+    trackers: tuple[TrackerName, ...] = ()
+    """where the lines of metrics.jsonl and the grids of samples go, too (each an extra of its name)"""
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "log_every": 1, "keep": 1}
@@ -110,6 +113,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, optimizer)
         self.ema = EMA(model, loop.ema_decay)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep, loop.keep_every, self.ranks)
+        self.trackers = Trackers(loop.trackers if self.ranks.first else (), folder)
         self.guard, self.clock = Guard(loop.guard), Clock(self.device)
         self.step, self.data_offset = 0, 0
         self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "waited": 0.0}
@@ -173,6 +177,7 @@ class Trainer:
         with (
             progress("train", self.config.steps, self.step) as bar,
             profiled(self.folder / "profile", self.config.profile, self.ranks.rank) as profile,
+            self.trackers,
         ):
             while self.step < self.config.steps and not any(asked):
                 reached = self.step
@@ -187,6 +192,7 @@ class Trainer:
                     means = average.merged(self.ranks).means()
                     line = self._line(means, before, time.monotonic() - window)
                     log.write(line)
+                    self.trackers.log(line)
                     average, window, before = Average(), time.monotonic(), dict(self.totals)
                 self._save_and_sample()
         return asked
@@ -276,6 +282,7 @@ class Trainer:
         assert self.sample is not None
         try:
             self.sample(weights, path)
+            self.trackers.picture(self.step, path)
         except OSError as error:
             raise UserError(f"{path}: not written ({error.strerror or error}); checkpoints are intact") from None
 
