@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from transfuse.autoencoders import load_autoencoder
@@ -262,12 +263,20 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int
     assert steps == sorted(set(steps))
 
 
-def test_plan_and_doctor(tmp_path: Path) -> None:
+def test_plan_and_doctor(tmp_path: Path, monkeypatch) -> None:
     found = json.loads(transfuse(tmp_path, "plan", "0.37b", "--json").stdout)
     assert found["parameters"] == pytest.approx(373.9e6, rel=0.005)
     assert found["train_flops_per_token"] == 6 * found["total_parameters"]
     assert "parameters" in transfuse(tmp_path, "plan", "demo").stdout
-    assert json.loads(transfuse(tmp_path, "doctor", "--json").stdout)["problems"] == []
+    found = json.loads(transfuse(tmp_path, "doctor", "--json").stdout)
+    assert found["problems"] == []
+    assert "gloo" in found["processes_speak_by"]
+    assert {"tensorboard", "wandb", "trackio", "torchao"} <= found["optional"].keys()
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: names[number])
+    cards = json.loads(transfuse(tmp_path, "doctor", "--json").stdout)["cards"]
+    assert cards == [f"{names[0]} (989.4 TFLOPS in bfloat16)", f"{names[1]} (peak not known: no mfu)"]
     for name in ("train", "demo", "generate", "caption", "plan", "export", "doctor"):
         help_text = transfuse(tmp_path, name, "--help")
         assert help_text.returncode == 0

@@ -70,7 +70,7 @@ def export(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Look at this machine: versions, threads, bfloat16, CUDA, disk, and what is missing.
+    """Look at this machine: versions, threads, bfloat16, cards, what processes speak by, disk, and what is missing.
 
     transfuse doctor
     """
@@ -87,22 +87,25 @@ def doctor(arguments: Sequence[str]) -> int:
     import shutil
 
     import torch
+    import torch.distributed as dist
 
     from ..presets.recipe import Recipe
     from ..presets.runs import resolve
 
     asked = parse(Doctor, arguments, "doctor")
-    extras = {name: importlib.util.find_spec(name) is not None for name in ("diffusers", "transformers")}
+    extras = ("diffusers", "transformers", "tensorboard", "wandb", "trackio", "torchao")
+    backends = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available} if dist.is_available() else {}
     found: dict[str, Any] = {
         "transfuse": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "cards": [_card(torch.cuda.get_device_name(number)) for number in range(torch.cuda.device_count())],
+        "processes_speak_by": [name for name, available in backends.items() if available()],
         "precision": resolve(Recipe()).precision,
         "free_disk_gigabytes": round(shutil.disk_usage(".").free / 2**30, 1),
         "folder_writable": os.access(".", os.W_OK),
-        "optional": extras,
+        "optional": {name: importlib.util.find_spec(name) is not None for name in extras},
     }
     problems = []
     if found["free_disk_gigabytes"] < 2:
@@ -117,3 +120,10 @@ def doctor(arguments: Sequence[str]) -> int:
             print(f"{name:<22} {value}")
         print("everything needed is here" if not problems else "\n".join(problems))
     return 2 if problems else 0
+
+
+def _card(name: str) -> str:
+    from ..training.hardware import peak_flops
+
+    peak = peak_flops(name)
+    return f"{name} ({'peak not known: no mfu' if peak is None else f'{peak / 1e12:g} TFLOPS in bfloat16'})"
