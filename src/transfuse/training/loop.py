@@ -316,6 +316,7 @@ class Trainer:
         self.totals |= self.ranks.share({name: self.totals[name] for name in ("seconds", "waited")})
 
     def _open_log(self) -> MetricsLog:
+        self.trackers.open(self.step)
         return MetricsLog(self.folder / "metrics.jsonl", self.step, self.ranks)
 
     def _line(self, means: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:
