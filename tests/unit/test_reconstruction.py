@@ -263,15 +263,6 @@ def test_first_batch_is_not_timed(images, monkeypatch) -> None:
     assert (found.encode_images_per_second, found.decode_images_per_second) == (8 / 2, 8 / 4)
 
 
-def test_interval_of_many_is_that_of_few(monkeypatch) -> None:
-    values = np.random.default_rng(0).normal(30, 4, 900)
-    few = reconstruction._mean(values)
-    monkeypatch.setattr(reconstruction, "RESAMPLED", 100)
-    many = reconstruction._mean(values)
-    assert many.value == pytest.approx(few.value)
-    assert (many.low, many.high) == pytest.approx((few.low, few.high), abs=0.02)
-
-
 def test_what_cannot_be_evaluated_is_refused(images) -> None:
     with pytest.raises(ValueError, match="batches: expected at least one, found none"):
         evaluate_reconstruction(Pixels(), [])

@@ -11,6 +11,7 @@ from ..memory import keep_freed_memory
 from ..version import __version__
 from .autoencoder import autoencoder
 from .data import data
+from .evaluation import evaluate
 from .planning import plan
 from .study import study
 from .tools import doctor, export
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "generate": generate,
     "caption": caption,
+    "evaluate": evaluate,
     "data": data,
     "study": study,
     "autoencoder": autoencoder,

@@ -1,11 +1,26 @@
 """Evaluation: what a model can do, in numbers with intervals, beside what is possible and what chance gives."""
 
+from .bench import Bench, Measure, Options, model_hash
 from .interval import Measured, agreement_by_chance, bootstrap, share
 from .recogniser import Recogniser, keep_recogniser, recogniser_identity, train_recogniser
+from .registry import MEASURES, SUITES, evaluate, named
+from .result import Drawing, Exhibit, Findings, Result
 from .scenes import CaptionResult, DrawingResult, caption_accuracy, draw_accuracy, held_out_scenes
 from .text import TextResult, perplexity
 
 __all__ = [
+    "MEASURES",
+    "SUITES",
+    "Bench",
+    "Drawing",
+    "Exhibit",
+    "Findings",
+    "Measure",
+    "Options",
+    "Result",
+    "evaluate",
+    "model_hash",
+    "named",
     "CaptionResult",
     "DrawingResult",
     "Measured",

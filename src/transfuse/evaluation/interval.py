@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+AT_ONCE = 1 << 22
+"""items that are drawn at once: a bound on memory"""
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,22 @@ def bootstrap(
     weights = np.ones_like(sums) if counts is None else np.asarray(counts, dtype=np.float64)
     if sums.ndim != 1 or not len(sums) or weights.shape != sums.shape:
         raise ValueError(f"bootstrap: expected items and as many counts, found {sums.shape} and {weights.shape}")
-    chosen = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
-    means = sums[chosen].sum(1) / weights[chosen].sum(1)
+    means = resampled(np.stack([sums, weights], axis=1), lambda found: found[:, 0] / found[:, 1], draws, seed)
     low, high = np.percentile(means, [2.5, 97.5])
     return Measured(float(sums.sum() / weights.sum()), float(low), float(high), len(sums))
+
+
+def resampled(
+    items: np.ndarray, measure: Callable[[np.ndarray], np.ndarray], draws: int = 2000, seed: int = 0
+) -> np.ndarray:
+    """A measure of sums, `[draw, column] -> [draw]`, over resamples of items float64 `[item, column]`: `[draw]`."""
+    generator = np.random.default_rng(seed)
+    found = []
+    at_once = max(1, AT_ONCE // len(items))
+    for start in range(0, draws, at_once):
+        chosen = generator.integers(0, len(items), (min(at_once, draws - start), len(items)))
+        found.append(measure(np.stack([column[chosen].sum(1) for column in items.T], axis=1)))
+    return np.concatenate(found)
 
 
 def share(hits: Sequence[bool] | np.ndarray) -> Measured:

@@ -11,6 +11,7 @@ training let it judge generated pictures by what they show, not by how cleanly t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -84,6 +85,14 @@ class Recogniser:
     """how long its training took"""
 
     @property
+    def digest(self) -> str:
+        """Eight digits of a hash of the weights."""
+        digest = hashlib.sha256()
+        for tensor in self.network.state_dict().values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:8]
+
+    @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
@@ -93,7 +102,7 @@ class Recogniser:
         self.network.eval()
         named: list[str] = []
         for start in range(0, len(images), batch):
-            chosen = self.network(_resized(_pixels(images[start : start + batch]))).argmax(1)
+            chosen = self.network(resized(pixels(images[start : start + batch]))).argmax(1)
             named += [self.nouns[number] for number in chosen.tolist()]
         return named
 
@@ -102,7 +111,7 @@ class Recogniser:
         """What it sees in each image, `[image, 256]`: for a Frechet distance between sets of pictures of this world."""
         self.network.eval()
         parts = [images[start : start + batch] for start in range(0, len(images), batch)]
-        return np.concatenate([self.network.pooled(_resized(_pixels(part))).numpy() for part in parts])
+        return np.concatenate([self.network.pooled(resized(pixels(part))).numpy() for part in parts])
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -135,13 +144,15 @@ class Recogniser:
         return cls(nouns, network.eval(), accuracy, facts["identity"], seconds)
 
 
-def keep_recogniser(path: Path, config: WorldConfig, steps: int = STEPS, seed: int = 0) -> Recogniser:
+def keep_recogniser(path: Path, config: WorldConfig, steps: int | None = None, seed: int = 0) -> Recogniser:
     """The recogniser saved in a file where it is of this world, else a new one, which is saved there."""
+    steps = steps or STEPS
     if path.is_file():
         saved = Recogniser.load(path)
         if saved.identity == recogniser_identity(config, steps, seed):
             return saved
     recogniser = train_recogniser(config, steps, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
     recogniser.save(path)
     return recogniser
 
@@ -173,8 +184,8 @@ def train_recogniser(
     with progress("recogniser", steps) as bar:
         for step in range(steps):
             chosen = order[step * batch : (step + 1) * batch]
-            seen = _augment(_pixels(images[chosen.numpy()]), keyed(seed, "augment", step))
-            loss = F.cross_entropy(network(_resized(seen)), labels[chosen], label_smoothing=0.05)
+            seen = _augment(pixels(images[chosen.numpy()]), keyed(seed, "augment", step))
+            loss = F.cross_entropy(network(resized(seen)), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -204,25 +215,30 @@ def _scenes(config: WorldConfig, count: int, seed: int, held_out_every: int) -> 
     return images, labels
 
 
-def _pixels(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
+def pixels(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
     """uint8 `[image, row, column, 3]` -> float32 `[image, 3, row, column]` in [-1, 1]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-    return pixels.to(torch.float32).div(127.5).sub(1.0)
+    values = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return values.to(torch.float32).div(127.5).sub(1.0)
 
 
-def _resized(x: Tensor) -> Tensor:
-    if x.shape[-2:] == (SIDE, SIDE):
+def resized(x: Tensor, side: int = SIDE) -> Tensor:
+    """Images `[image, 3, row, column]` to `side` pixels a side, antialiased."""
+    if x.shape[-2:] == (side, side):
         return x
-    return F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the images; blur, shift in colour and add noise to each by an amount of its own."""
+    """Mirror half of the images, and disturb all."""
+    return disturbed(torch.where(torch.rand((len(x), 1, 1, 1), generator=generator) < 0.5, x.flip(3), x), generator)
+
+
+def disturbed(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur, shift in colour and add noise to each of the images `[image, 3, row, column]` by an amount of its own."""
 
     def amount(*shape: int) -> Tensor:
         return torch.rand((len(x), *shape), generator=generator)
 
-    x = torch.where(amount(1, 1, 1) < 0.5, x.flip(3), x)
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     x = torch.lerp(x, blurred, amount(1, 1, 1))
     x = x * (0.85 + 0.3 * amount(1, 1, 1)) + 0.2 * (amount(3, 1, 1) - 0.5)

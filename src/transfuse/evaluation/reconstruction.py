@@ -28,8 +28,6 @@ WINDOW, SIGMA = 11, 1.5
 K1, K2, RANGE = 0.01, 0.03, 255.0
 SSIM_IMAGES = 8
 """images whose structural similarity is found at once; bounds memory"""
-RESAMPLED = 5000
-"""most images whose mean is bootstrapped; resamples of more would fill gigabytes"""
 
 
 class Features(Protocol):
@@ -252,9 +250,9 @@ class _Tally:
         return Reconstruction(
             name=self.autoencoder.name,
             count=len(by_image[0]),
-            psnr=_mean(by_image[0]),
-            ssim=_mean(by_image[1]),
-            l1=_mean(by_image[2]),
+            psnr=bootstrap(by_image[0]),
+            ssim=bootstrap(by_image[1]),
+            l1=bootstrap(by_image[2]),
             frechet=frechet,
             features=None if self.features is None else self.features.name,
             codebook_size=None if self.counts is None else len(self.counts),
@@ -286,11 +284,3 @@ class _Tally:
         expected = (len(images), self.autoencoder.channels, images.shape[1] // factor, images.shape[2] // factor)
         if latents.shape != expected:
             raise ValueError(f"latents of {self.autoencoder.name}: expected {expected}, found {tuple(latents.shape)}")
-
-
-def _mean(values: np.ndarray) -> Measured:
-    """The mean with its 95 % interval; of very many values the normal one, which then is the same."""
-    if len(values) <= RESAMPLED:
-        return bootstrap(values)
-    margin = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
-    return Measured(float(values.mean()), float(values.mean() - margin), float(values.mean() + margin), len(values))

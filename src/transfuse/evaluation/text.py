@@ -1,24 +1,40 @@
-"""How well a model foretells text it never read: perplexity per token, and bits per byte.
+"""How well a model foretells text it never read: perplexity per token, and bits per byte (Transfusion section 4.1).
 
 Every text is a document of its own: BOS, text, EOS, laid out by the grammar that training uses. Perplexity depends on
 the tokenizer; bits per byte do not, so they compare models of different vocabularies.
+
+A text longer than the context is cut into windows. Blocked: each token is foretold from those before it in its block
+alone. Sliding: a window moves by `stride` tokens, and only its new ones count; more context, lower perplexity, more
+work. EOS does not count there: a block ends where it is cut.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from ..console import progress
+from ..data.readers import Columns, Fault, open_source
+from ..data.world import glosses
 from ..errors import UserError
 from ..export import Exported
 from ..model import for_batch
 from ..sequence import Document, Text, collate
+from .bench import Bench, Measure
+from .generate import Made, Task, short_hash
 from .interval import Measured, bootstrap
+from .result import Exhibit, Findings, Result
+
+LOGITS = 1 << 26
+"""most logits at once: 256 MB in float32"""
+PIECE = 16
+"""windows of a long text that are one item: what a crash loses at most"""
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,52 @@ class TextResult:
     bytes: int
 
 
+@dataclass(frozen=True, eq=False)
+class Foretold:
+    """Of the learned tokens of one document, in order: nats float64 `[token]`, and whether each was the likeliest."""
+
+    nats: np.ndarray
+    likeliest: np.ndarray
+
+
 @torch.inference_mode()
+def foretell(exported: Exported, documents: Sequence[Document], batch: int = 32) -> list[Foretold]:
+    """What the model thinks of documents of text, at most `batch` at a time. What is not learned is context.
+
+    Raises UserError for one longer than the model's context.
+    """
+    model, grammar = exported.model, exported.model.config.grammar(exported.tokenizer)
+    device = next(model.parameters()).device
+    found: list[Foretold] = []
+    for some in _batches(documents, batch, LOGITS // model.config.ids):
+        packed = collate(some, grammar, model.config.image_attention).to(device)
+        if max(packed.documents) > model.config.context:
+            raise UserError(f"text: expected at most {model.config.context} positions, found {max(packed.documents)}")
+        logits = model(packed.tokens, packed.rotary, for_batch(packed, model.compute), packed.predict).logits.float()
+        nats = F.cross_entropy(logits, packed.targets, reduction="none").double().cpu().numpy()
+        likeliest = (logits.argmax(-1) == packed.targets).cpu().numpy()
+        ends = np.cumsum([_learned(document) for document in some])[:-1]
+        pairs = zip(np.split(nats, ends), np.split(likeliest, ends), strict=True)
+        found += [Foretold(*pair) for pair in pairs]
+    return found
+
+
+def _learned(document: Document) -> int:
+    return sum(len(part.ids) for part in document.parts if isinstance(part, Text) and part.predict) + document.closed
+
+
+def _batches(documents: Sequence[Document], batch: int, most: int) -> Iterator[list[Document]]:
+    """Runs of documents in order, none with more than `most` learned tokens unless it is alone."""
+    some: list[Document] = []
+    for document in documents:
+        if some and (len(some) == batch or sum(map(_learned, some)) + _learned(document) > most):
+            yield some
+            some = []
+        some.append(document)
+    if some:
+        yield some
+
+
 def perplexity(exported: Exported, texts: Sequence[str], batch: int = 32) -> TextResult:
     """Measure texts (definitions, captions, anything), `batch` documents at a time.
 
@@ -40,27 +101,135 @@ def perplexity(exported: Exported, texts: Sequence[str], batch: int = 32) -> Tex
     """
     if not texts or not all(texts):
         raise UserError("perplexity: texts: expected at least one and none empty, found none or an empty one")
-    model, grammar = exported.model, exported.model.config.grammar(exported.tokenizer)
-    device = next(model.parameters()).device
-    nats: list[float] = []
-    tokens: list[int] = []
+    nats, counts = [], []
     with progress("perplexity", len(texts)) as bar:
         for start in range(0, len(texts), batch):
-            some = texts[start : start + batch]
-            documents = [Document([Text(exported.tokenizer.encode(text))]) for text in some]
-            packed = collate(documents, grammar, model.config.image_attention).to(device)
-            if max(packed.documents) > model.config.context:
-                raise UserError(
-                    f"perplexity: text: expected at most {model.config.context} positions, "
-                    f"found {max(packed.documents)}"
-                )
-            logits = model(packed.tokens, packed.rotary, for_batch(packed, model.compute), packed.predict).logits
-            losses = F.cross_entropy(logits.float(), packed.targets, reduction="none").double().cpu()
-            counts = [length - 1 for length in packed.documents]  # every token but BOS is foretold
-            nats += [part.sum().item() for part in losses.split(counts)]
-            tokens += counts
+            some = [_document(exported, text) for text in texts[start : start + batch]]
+            found = foretell(exported, some, batch)
+            nats += [one.nats.sum() for one in found]
+            counts += [len(one.nats) for one in found]
             bar.advance(len(some))
-    sizes = [len(text.encode()) for text in texts]
-    mean, bits = bootstrap(nats, tokens), bootstrap([n / math.log(2) for n in nats], sizes)
+    return _summed(nats, counts, [len(text.encode()) for text in texts], len(texts))
+
+
+def _document(exported: Exported, text: str) -> Document:
+    return Document([Text(exported.tokenizer.encode(text))])
+
+
+def _summed(nats: Sequence[float], tokens: Sequence[int], sizes: Sequence[float], documents: int) -> TextResult:
+    mean, bits = bootstrap(nats, tokens), bootstrap(np.asarray(nats) / math.log(2), sizes)
     exponential = Measured(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.count)
-    return TextResult(exponential, bits, len(texts), sum(tokens), sum(sizes))
+    return TextResult(exponential, bits, documents, int(sum(tokens)), round(sum(sizes)))
+
+
+def windows(tokens: Sequence[int], room: int, stride: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """(context, tokens to foretell) of each window: every token once, at most `room` in a window.
+
+    stride == room: blocks without context. Less: each window but the first foretells `stride` tokens from the
+    `room - stride` before them. Raises ValueError for a stride that is not from 1 to `room`.
+    """
+    if not 1 <= stride <= room:
+        raise ValueError(f"stride: expected 1 to {room} tokens, found {stride}")
+    yield tokens[:0], tokens[:room]
+    for start in range(room, len(tokens), stride):
+        yield tokens[start - (room - stride) : start], tokens[start : start + stride]
+
+
+# --- as a measure -----------------------------------------------------------------------------------------------------
+
+
+def read_texts(path: Path) -> list[str]:
+    """Documents of a .txt file (one), a .jsonl (field "text"), or a folder of these. UserError names what is wrong."""
+    reader = open_source(str(path), Columns())
+    if not reader.text_only:
+        raise UserError(f"{path}: expected text alone, found pictures")
+    texts = []
+    for part in reader.parts():
+        for item in reader.read(part):
+            if isinstance(item, Fault):
+                raise UserError(f"{path}: {item.key}: {item.reason}")
+            texts += [words for words in item.parts if isinstance(words, str)]
+    if not texts:
+        raise UserError(f"{path}: expected documents with words, found none")
+    return texts
+
+
+def _check(bench: Bench) -> None:
+    for path in bench.options.texts:
+        if not path.exists():
+            raise UserError(f"{path}: expected a .txt or .jsonl file, or a folder of them, for --texts, found none")
+    room, stride = bench.pipe.exported.model.config.context - 1, bench.options.stride
+    if stride is not None and not 1 <= stride <= room:
+        raise UserError(f"--stride: expected 1 to {room} tokens, found {stride}")
+
+
+def _score(bench: Bench) -> Findings:
+    findings = Findings([])
+    if not bench.options.texts:
+        _add(findings, bench, "definitions", "glosses:heldout", _documents_task(bench, glosses("heldout")))
+    for path in bench.options.texts:
+        texts = read_texts(path)
+        _add(findings, bench, path.stem, f"{path.name}:{short_hash(texts)}", _windows_task(bench, path.stem, texts))
+    return findings
+
+
+def _add(findings: Findings, bench: Bench, name: str, data: str, task: Task) -> None:
+    records = bench.make(task).records
+    nats, tokens, sizes = ([record[key] for record in records] for key in ("nats", "tokens", "bytes"))
+    found = _summed(nats, tokens, sizes, task.settings["documents"])
+    vocabulary = bench.pipe.exported.tokenizer.vocabulary
+    said = f"{bench.version} {task.settings['windows']}, tokenizer {bench.pipe.exported.tokenizer.fingerprint}"
+    data = f"{data}, {found.documents} documents, {found.tokens} tokens, {found.bytes} bytes"
+    findings.results += [
+        Result.of(f"perplexity of {name}", found.perplexity, "lower", said, data, floor=float(vocabulary)),
+        Result.of(f"bits per byte of {name}", found.bits_per_byte, "lower", said, data),
+    ]
+    worst = sorted(range(len(records)), key=lambda n: -records[n]["nats"] / records[n]["tokens"])
+    for number in (*worst[-3:][::-1], *worst[:3]):
+        record = records[number]
+        each = math.exp(record["nats"] / record["tokens"])
+        findings.exhibits.append(Exhibit(f"perplexity {each:.1f}: {record['text']}"))
+
+
+def _documents_task(bench: Bench, texts: Sequence[str]) -> Task:
+    """Texts that fit the context, whole."""
+    exported = bench.pipe.exported
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        found = foretell(exported, [_document(exported, texts[n]) for n in numbers], bench.batch)
+        return [
+            Made({"text": texts[n], "nats": one.nats.sum(), "tokens": len(one.nats), "bytes": len(texts[n].encode())})
+            for n, one in zip(numbers, found, strict=True)
+        ]
+
+    settings = {"data": short_hash(list(texts)), "documents": len(texts), "windows": "whole documents, EOS counted"}
+    return Task("definitions", {"model": bench.model, **settings}, len(texts), work)
+
+
+def _windows_task(bench: Bench, name: str, texts: Sequence[str]) -> Task:
+    """Texts of any length, in windows; an item is a piece of a text. Bytes are shared out among pieces by tokens."""
+    exported = bench.pipe.exported
+    room = exported.model.config.context - 1
+    stride = bench.options.stride or room
+    encoded = [exported.tokenizer.encode(text) for text in texts]
+    cut = [list(windows(ids, room, stride)) for ids in encoded]
+    pieces = [(text, start) for text, all_of in enumerate(cut) for start in range(0, len(all_of), PIECE)]
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        made = []
+        for text, start in (pieces[n] for n in numbers):
+            some = cut[text][start : start + PIECE]
+            documents = [Document([Text(tuple(a), predict=False), Text(tuple(b))], closed=False) for a, b in some]
+            found = foretell(exported, documents, bench.batch)
+            count = sum(len(one.nats) for one in found)
+            said = exported.tokenizer.decode(some[0][1][:60])
+            record = {"text": said, "nats": sum(one.nats.sum() for one in found), "tokens": count}
+            made.append(Made({**record, "bytes": len(texts[text].encode()) * count / len(encoded[text])}))
+        return made
+
+    words = "blocked" if stride == room else f"sliding by {stride}"
+    settings = {"data": short_hash(list(texts)), "documents": len(texts), "windows": f"{words}, {room} tokens"}
+    return Task(f"text-{name}", {"model": bench.model, **settings}, len(pieces), work)
+
+
+TEXT = Measure("text", "perplexity and bits per byte on text it never read", _check, _score)

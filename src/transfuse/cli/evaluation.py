@@ -1,0 +1,95 @@
+"""`transfuse evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from .parsing import parse, print_json
+from .writing import newest_export
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a model: text, captions, drawings; every number with its interval, and a page that shows what it saw.
+
+    transfuse evaluate --model runs/demo/export --suite quick --out evaluation
+
+    What was made is not made again: the same command goes on where it stopped. docs/evaluation.md says what each
+    number is. Files are local, nothing is fetched.
+    """
+
+    model: Path | None = None
+    """export folder; the newest under runs/ if not given"""
+    suite: tuple[str, ...] = ("quick",)
+    """quick, paper, or names of measures"""
+    out: Path = Path("evaluation")
+    """folder for what is made, results.json and report.html"""
+    count: int = 120
+    """pictures, captions, edits and questions of each measure"""
+    seed: int = 0
+    """of the drawings"""
+    sampler: str | None = None
+    """ddpm, ddim or dpmpp; the model's own if not given, as are the next two"""
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sweep: str | None = None
+    """draw with each of several values, as guidance_scale=1,1.5,3"""
+    batch_size: int = 24
+    """drawn, captioned and read together"""
+    device: str = "cpu"
+    world: str | None = None
+    """a preset, whose scenes are shown; those the model was trained on if not given"""
+    features: str = "recogniser"
+    """network for the Fréchet distance: recogniser, imagenet-mobilenet, or a file of weights; FID's own make it FID"""
+    captions: Path | None = None
+    """captions_val2014.json, or Karpathy's dataset_coco.json, in place of the bundled world"""
+    images: Path | None = None
+    """folder of their pictures"""
+    texts: tuple[Path, ...] = ()
+    """files of text (.txt, .jsonl) to foretell, in place of held-out definitions"""
+    stride: int | None = None
+    """tokens by which a window over long text moves; none: blocks"""
+    clip: Path | None = None
+    """weights for open_clip"""
+    clip_model: str = "ViT-L-14"
+    geneval: Path | None = None
+    """evaluation_metadata.jsonl of GenEval: draw its prompts for its own scorer"""
+    tasks: tuple[str, ...] = ()
+    """of lm-evaluation-harness; the seven of the paper if not given"""
+    tasks_folder: Path | None = None
+    """folder with files of such tasks"""
+    judge_steps: int | None = None
+    """steps that the judges of drawings are trained for"""
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Measure a model: text, captions, drawings, composition, edits, speed; a report with all of it."""
+    asked = parse(Evaluate, arguments, "evaluate")
+    for name in ("count", "batch_size"):
+        if getattr(asked, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(asked, name)}")
+    from dataclasses import fields
+
+    from ..evaluation import Drawing, Options
+    from ..studies.evaluate import run_evaluation
+
+    options = Options(**{field.name: getattr(asked, field.name) for field in fields(Options)})
+    report = run_evaluation(
+        asked.model or newest_export(),
+        asked.suite,
+        asked.out,
+        options,
+        Drawing(asked.sampler, asked.steps, asked.guidance_scale, asked.seed),
+        sweep=asked.sweep,
+        world=asked.world,
+        batch=asked.batch_size,
+        device=asked.device,
+    )
+    if asked.json:
+        print_json({"report": str(asked.out / "report.html"), **report})
+    return 0

@@ -1,0 +1,100 @@
+"""What measures share: the model, how it draws, what it is asked about, where its work lies; and what a measure is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..data.world import WorldConfig
+from ..files import sha256
+from ..inference import TransfusionPipeline
+from ..version import __version__
+from .detector import Detector, keep_detector
+from .generate import Outcome, Task, generate
+from .recogniser import Recogniser, keep_recogniser
+from .result import Drawing, Findings
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose; every file is local, nothing is ever fetched.
+
+    count          pictures drawn, captioned, edited by each measure, and questions asked
+    features       network for Fréchet distances: "recogniser", "imagenet-mobilenet", or a file of weights
+    texts, stride  files of text; tokens that a window moves by (None: as many as it has, blocked)
+    captions, images   a COCO or Karpathy json, and the folder of its pictures; None: the bundled world
+    clip, clip_model   weights for open_clip, and the name of their architecture
+    geneval        prompts of the original GenEval (evaluation_metadata.jsonl), to be drawn for its own scorer
+    tasks, tasks_folder   of lm-evaluation-harness: names, and a folder with their files
+    judge_steps    steps that a recogniser or detector is trained for; None: its own default
+    """
+
+    count: int = 120
+    features: str = "recogniser"
+    texts: tuple[Path, ...] = ()
+    stride: int | None = None
+    captions: Path | None = None
+    images: Path | None = None
+    clip: Path | None = None
+    clip_model: str = "ViT-L-14"
+    geneval: Path | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_folder: Path | None = None
+    judge_steps: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """model: a hash of the weights and all that travels with them. folder: for what is made, and for judges."""
+
+    pipe: TransfusionPipeline
+    model: str
+    folder: Path
+    world: WorldConfig
+    options: Options = field(default_factory=Options)
+    drawing: Drawing = field(default_factory=Drawing)
+    batch: int = 24
+    version: str = f"transfuse {__version__}"
+
+    def make(self, task: Task) -> Outcome:
+        """Have the model do a task, or read what it did."""
+        return generate(self.folder / "generated", task, self.batch)
+
+    def settled(self) -> Bench:
+        """With the model's own way of drawing where none was asked for. Raises UserError for one it can not do."""
+        chosen = self.pipe.request([], self.drawing.steps, self.drawing.guidance_scale, self.drawing.sampler)
+        sampler: str | None = chosen.sampler.name
+        steps: int | None = chosen.sampler.steps
+        if self.pipe.exported.model.config.images != "latents":
+            sampler = steps = None  # it draws code by code
+        drawing = replace(self.drawing, sampler=sampler, steps=steps, guidance_scale=chosen.guidance_scale)
+        return replace(self, drawing=drawing)
+
+    def recogniser(self) -> Recogniser:
+        """The judge of scenes with one thing: trained once for a folder and a world."""
+        return keep_recogniser(self.folder / "recogniser.safetensors", self.world, self.options.judge_steps)
+
+    def detector(self) -> Detector:
+        """The judge of scenes with any number of things."""
+        return keep_detector(self.folder / "detector.safetensors", self.world, self.options.judge_steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """check: raises UserError, before any work, for what is missing. draws: a sweep repeats it with each drawing."""
+
+    name: str
+    about: str
+    check: Callable[[Bench], None]
+    score: Callable[[Bench], Findings]
+    draws: bool = False
+
+
+def model_hash(export: Path) -> str:
+    """Sixteen digits of the SHA-256 over every file that decides what an exported model does."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in export.rglob("*") if path.suffix in (".json", ".safetensors")):
+        digest.update(f"{path.relative_to(export).as_posix()} {sha256(path)}\n".encode())
+    return digest.hexdigest()[:16]

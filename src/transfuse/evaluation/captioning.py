@@ -1,0 +1,211 @@
+"""How well a picture is described: CIDEr-D (Vedantam et al. 2015) and BLEU-4 (Papineni et al. 2002), as COCO has them.
+
+    words = [tokenize(said) for said in captions]
+    cider_d(words, references)          # float64 [image], times 100: what the paper prints (27.2, Table 3)
+
+Captions are lower-cased and cut as the Penn Treebank does, without punctuation; `tokenize` needs no Java. It equals
+Stanford's PTBTokenizer 3.4.1 with the flags of pycocoevalcap on the captions of the tests; where that rests on lists
+(abbreviations, places, assimilations such as "gonna") it knows the common ones alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+
+from .bench import Bench, Measure
+from .generate import Made, Task
+from .interval import Measured, bootstrap, resampled
+from .pairs import Pairs, bench_pairs, check_pairs
+from .result import Exhibit, Findings, Result
+
+ORDER = 4
+"""longest n-grams"""
+SIGMA = 6.0
+"""of the penalty on lengths that differ, in words"""
+MAX_TOKENS = 64
+SHOWN = 12
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+_ABBREVIATIONS = (
+    "mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|co|ltd|corp|prof|rev|gen|col|lt|sgt|capt|mt|ave|blvd|"
+    "jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec"
+)
+_TOKEN = re.compile(
+    rf"""
+    (?:https?://\S+|www\.\S+)                            # addresses
+    | (?:{_ABBREVIATIONS})\.(?!\w)              # a full stop that belongs to the word
+    | no\.(?=\s*\d)
+    | (?:[a-z]\.){{2,}}                                  # u.s., a.m.
+    | \d+(?:[.,:/]\d+)+                                  # 1,000  3.5  12:30  1/2
+    | '(?:n'|\d0s)                                       # rock 'n' roll, the '90s
+    | c\+\+
+    | [^\W_]+(?:(?:[-_&@./]|'(?=\D))(?=[^\W_])[^\W_]+)*   # words, with hyphens and all
+    | '(?:s|m|d|re|ve|ll)\b
+    | \.\.\.+ | --+ | \S
+    """,
+    re.VERBOSE,
+)
+_CLITIC = re.compile(r"^(.+?)(n't|'(?:s|m|d|re|ve|ll))$")
+_SPLIT = {
+    "cannot": ("can", "not"),
+    "gonna": ("gon", "na"),
+    "gotta": ("got", "ta"),
+    "wanna": ("wan", "na"),
+    "gimme": ("gim", "me"),
+    "lemme": ("lem", "me"),
+    "y'all": ("y'", "all"),
+}
+# Brackets stay, as words: the original drops them in capitals, after they were written small.
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_DROPPED = {*"'`\".?!,:;-–—…", "''", "``", "--", "..."}
+
+
+def tokenize(text: str) -> list[str]:
+    """Words in lower case, clitics apart, punctuation left out."""
+    words: list[str] = []
+    text = text.lower().replace("\n", " ").replace("’", "'").replace("“", '"').replace("”", '"')
+    for token in _TOKEN.findall(text):
+        if token in _DROPPED or set(token) <= {".", "-"}:
+            continue
+        match = _CLITIC.match(token)
+        if token in _BRACKETS:
+            words.append(_BRACKETS[token])
+        elif match:
+            words += _SPLIT.get(match[1], (match[1],))
+            words.append(match[2])
+        else:
+            words += _SPLIT.get(token, (token,))
+    return words
+
+
+def n_grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
+    """How often each run of 1 to `ORDER` words occurs."""
+    spans = ((start, start + size) for size in range(1, ORDER + 1) for start in range(len(words) - size + 1))
+    return Counter(tuple(words[start:end]) for start, end in spans)
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
+    """Of tokenized captions, one an image, and the references of each image: float64 `[image]`, 0 to 1000.
+
+    Cosines of n-gram counts weighted by rarity among the images' references, clipped, less for lengths that differ,
+    averaged over n and references; times 10 as its authors have it, times 100 as everybody prints it.
+    """
+    _check_lengths("cider_d", captions, references)
+    cooked = [[n_grams(reference) for reference in some] for some in references]
+    images: Counter[tuple[str, ...]] = Counter()
+    for some in cooked:
+        images.update(set().union(*some))
+    log_images = np.log(float(len(references)))
+
+    def weigh(counts: Counter[tuple[str, ...]]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
+        vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(ORDER)]
+        for gram, times in counts.items():
+            vectors[len(gram) - 1][gram] = times * (log_images - np.log(max(1.0, images[gram])))
+        norms = [float(np.sqrt(sum(value**2 for value in vector.values()))) for vector in vectors]
+        # Lengths are counted in pairs of words: so does the original, and its numbers are the ones people compare with.
+        return vectors, norms, sum(times for gram, times in counts.items() if len(gram) == 2)
+
+    scores = np.zeros(len(captions))
+    for image, (words, some) in enumerate(zip(captions, cooked, strict=True)):
+        said, said_norms, said_length = weigh(n_grams(words))
+        for counts in some:
+            truth, norms, length = weigh(counts)
+            penalty = np.exp(-((said_length - length) ** 2) / (2 * SIGMA**2))
+            for vector, other, norm, other_norm in zip(said, truth, said_norms, norms, strict=True):
+                product = sum(min(value, other.get(gram, 0.0)) * other.get(gram, 0.0) for gram, value in vector.items())
+                scores[image] += penalty * (product / (norm * other_norm) if norm and other_norm else product)
+        scores[image] /= ORDER * len(some)
+    return 1000 * scores
+
+
+def bleu_4(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Measured:
+    """Of the whole set, 0 to 100, with its interval over images. The nearest reference's length counts for each."""
+    _check_lengths("bleu_4", captions, references)
+    counted = np.array([_matches(words, some) for words, some in zip(captions, references, strict=True)])
+    low, high = np.percentile(resampled(counted, _bleu), [2.5, 97.5])
+    return Measured(float(_bleu(counted.sum(0)[None])[0]), float(low), float(high), len(captions))
+
+
+def _matches(words: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """n-grams shared with any reference, by n; n-grams there are, by n; words; words of the nearest reference."""
+    said, most = n_grams(words), Counter[tuple[str, ...]]()
+    for reference in references:
+        most |= n_grams(reference)
+    shared = said & most
+    lengths = range(1, ORDER + 1)
+    right = [sum(times for gram, times in shared.items() if len(gram) == n) for n in lengths]
+    nearest = min((abs(len(reference) - len(words)), len(reference)) for reference in references)[1]
+    return [*right, *(max(0, len(words) - n + 1) for n in lengths), len(words), nearest]
+
+
+def _bleu(sums: np.ndarray) -> np.ndarray:
+    """Of sums `[set, 2 * ORDER + 2]` as `_matches` counts: `[set]`. The small numbers are the original's."""
+    right, there, length, nearest = sums[:, :ORDER], sums[:, ORDER:-2], sums[:, -2], sums[:, -1]
+    precision = np.prod((right + 1e-15) / (there + 1e-9), axis=1) ** (1 / ORDER)
+    ratio = (length + 1e-15) / (nearest + 1e-9)
+    return 100 * precision * np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)
+
+
+def _check_lengths(measure: str, captions: Sequence[object], references: Sequence[Sequence[object]]) -> None:
+    if not captions or len(captions) != len(references) or not all(references):
+        raise ValueError(f"{measure}: expected captions, and references for each, found {len(captions)} captions")
+
+
+# --- as a measure -----------------------------------------------------------------------------------------------------
+
+
+def caption_task(bench: Bench, pairs: Pairs) -> Task:
+    """Every picture described greedily, as in the paper; nothing is said before it."""
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        pictures = [PIL.Image.fromarray(pairs.picture(n)) for n in numbers]
+        said = bench.pipe.caption(pictures, max_tokens=MAX_TOKENS)
+        return [Made({"id": pairs.ids[n], "said": text}) for n, text in zip(numbers, said, strict=True)]
+
+    settings = {"model": bench.model, "data": pairs.label, "max_tokens": MAX_TOKENS, "prompt": "the picture alone"}
+    return Task("captions", settings, len(pairs.ids), work)
+
+
+def _score(bench: Bench) -> Findings:
+    pairs = bench_pairs(bench)
+    said = [record["said"] for record in bench.make(caption_task(bench, pairs)).records]
+    words = [tokenize(text) for text in said]
+    references = [[tokenize(text) for text in some] for some in pairs.references]
+    scores = cider_d(words, references)
+    elsewhere = cider_d([*words[1:], words[0]], references)
+    code = f"{bench.version}, PTB-like tokens, greedy"
+    ceiling = None
+    if min(map(len, references)) > 1:  # what one person says, held against the others
+        others = [some[1:] for some in references]
+        ceiling = float(cider_d([some[0] for some in references], others).mean())
+    results = [
+        Result.of(
+            "CIDEr-D x 100",
+            bootstrap(scores),
+            "higher",
+            f"{code}, n 4, sigma 6",
+            pairs.label,
+            floor=float(elsewhere.mean()),
+            ceiling=ceiling,
+        ),
+        Result.of("BLEU-4 x 100", bleu_4(words, references), "higher", f"{code}, nearest length", pairs.label),
+    ]
+    order = np.argsort(scores)
+    shown = sorted({*order[:SHOWN].tolist(), *order[-SHOWN:].tolist()}, key=lambda n: -scores[n])
+    exhibits = [
+        Exhibit(f"{said[n] or '(nothing)'}  [{scores[n]:.0f}]", [(pairs.picture(n), pairs.references[n][0])])
+        for n in shown
+    ]
+    return Findings(results, exhibits)
+
+
+CAPTIONING = Measure("captioning", "CIDEr-D and BLEU-4 of captions", check_pairs, _score)

@@ -1,0 +1,105 @@
+"""Ranked choice: which of four endings does the model find likeliest? A task that comes with the package.
+
+The beginning of a definition it never read, and its second half among those of three other words: of like length, so
+that length does not tell. Right by the sum of log-probabilities ("acc"), and by the same per byte ("acc_norm"), as in
+the tasks of the Llama suite (Transfusion section 4.1), which `harness` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.world import glosses
+from ..data.world.draws import Draws
+from ..sequence import Document, Text, Tokenizer
+from .bench import Bench, Measure
+from .generate import Made, Task, short_hash
+from .interval import share
+from .result import Exhibit, Findings, Result
+from .text import foretell
+
+CHOICES = 4
+NEIGHBOURS = 12
+"""endings nearest in length, of which the wrong ones are drawn"""
+SHORTEST = 6
+"""words of a definition that is cut in two"""
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Question:
+    """choices[answer] is the true ending; each begins with its space."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def definition_questions(count: int, seed: int = 0) -> list[Question]:
+    """`count` questions of held-out definitions, or as many as there are: a function of its arguments."""
+    halves = []
+    for line in glosses("heldout"):
+        words = line.split()
+        if len(words) >= SHORTEST + 1:
+            cut = 1 + len(words) // 2
+            halves.append((" ".join(words[:cut]), " " + " ".join(words[cut:])))
+    by_length = sorted(range(len(halves)), key=lambda n: (len(halves[n][1]), n))
+    place = {number: at for at, number in enumerate(by_length)}
+    found = []
+    for number in range(min(count, len(halves))):
+        draws = Draws("choice", seed, number)
+        start = max(0, min(place[number] - NEIGHBOURS // 2, len(halves) - NEIGHBOURS - 1))
+        context, ending = halves[number]
+        near = [halves[n][1] for n in by_length[start : start + NEIGHBOURS + 1] if halves[n][1] != ending]
+        wrong: list[str] = []
+        while len(wrong) < CHOICES - 1:
+            picked = draws.pick(near)
+            wrong += [picked] if picked not in wrong else []
+        answer = draws.below(CHOICES)
+        found.append(Question(context, (*wrong[:answer], ending, *wrong[answer:]), answer))
+    return found
+
+
+def continuation(tokenizer: Tokenizer, context: str, text: str) -> Document:
+    """A document in which `text` is foretold from `context`. The two are encoded together, so that a token may not
+    be cut otherwise than in running text; one that lies across the border counts as foretold."""
+    whole = tokenizer.encode(context + text)
+    known = len(tokenizer.encode(context))
+    while known and tokenizer.decode(whole[:known]) != context:
+        known -= 1
+    return Document([Text(whole[:known], predict=False), Text(whole[known:])], closed=False)
+
+
+def _score(bench: Bench) -> Findings:
+    questions = definition_questions(bench.options.count)
+    exported = bench.pipe.exported
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        asked = [questions[n] for n in numbers]
+        documents = [continuation(exported.tokenizer, q.context, text) for q in asked for text in q.choices]
+        nats = [one.nats.sum() for one in foretell(exported, documents, bench.batch)]
+        return [Made({"nats": nats[at * CHOICES : (at + 1) * CHOICES]}) for at in range(len(asked))]
+
+    data = short_hash([[q.context, *q.choices, q.answer] for q in questions])
+    task = Task("choice", {"model": bench.model, "data": data}, len(questions), work)
+    nats = np.array([record["nats"] for record in bench.make(task).records])
+    sizes = np.array([[len(text.encode()) for text in q.choices] for q in questions])
+    answers = np.array([q.answer for q in questions])
+    label = f"glosses:heldout, {len(questions)} questions of {CHOICES} endings, {data}"
+    results = []
+    for name, scores in (("acc", nats), ("acc_norm", nats / sizes)):
+        right = scores.argmin(1) == answers
+        said = f"{bench.version}, log-probability{' per byte' if name == 'acc_norm' else ''}"
+        results.append(Result.of(name, share(right), "higher", said, label, floor=1 / CHOICES, ceiling=1.0))
+    chosen = (nats / sizes).argmin(1)
+    exhibits = [
+        Exhibit(q.context, marks=[(q.choices[q.answer], bool(at == q.answer), q.choices[at])])
+        for q, at in zip(questions[:SHOWN], chosen, strict=False)
+    ]
+    return Findings(results, exhibits)
+
+
+CHOICE = Measure("choice", "the true ending of a definition among four", lambda bench: None, _score)

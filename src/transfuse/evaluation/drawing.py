@@ -1,0 +1,104 @@
+"""How like real pictures the drawn ones are, all together: Fréchet distance, KID, precision and recall.
+
+The prompts of the data are drawn once; the pictures that belong to them are what they are compared with. Beside each
+distance stands what other real pictures, as many, are away from these: nothing drawn can be expected to come nearer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..configuration import to_dict
+from ..errors import UserError
+from .bench import Bench, Measure
+from .distances import (
+    RECOGNISER,
+    all_features,
+    check_features,
+    frechet,
+    kernel_distance,
+    open_features,
+    precision_recall,
+)
+from .generate import Made, Outcome, Task
+from .pairs import Pairs, bench_pairs, check_pairs, world_pairs
+from .result import Exhibit, Findings, Result
+
+LEAST = 4
+"""pictures; fewer have no third neighbour"""
+SHOWN = 24
+
+
+def draw_task(bench: Bench, name: str, label: str, ids: Sequence[str], prompts: Sequence[str]) -> Task:
+    """Every prompt drawn once, picture n with the seed `drawing.seed + n`: a picture does not depend on its batch."""
+    drawing = bench.drawing
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        requests = [
+            replace(
+                bench.pipe.request([prompts[n]], drawing.steps, drawing.guidance_scale, drawing.sampler),
+                draw="force",
+                max_tokens=0,
+                seed=drawing.seed + n,
+            )
+            for n in numbers
+        ]
+        replies = bench.pipe.replies(requests)
+        return [
+            Made({"id": ids[n], "prompt": prompts[n], "seed": drawing.seed + n}, np.asarray(reply.images[0]))
+            for n, reply in zip(numbers, replies, strict=True)
+        ]
+
+    settings = {"model": bench.model, "data": label, "drawing": to_dict(drawing)}
+    return Task(name, settings, len(prompts), work)
+
+
+def drawn_pairs(bench: Bench) -> tuple[Pairs, Outcome]:
+    """The data, and its prompts drawn: what `drawing` and `clip` score."""
+    pairs = bench_pairs(bench)
+    return pairs, bench.make(draw_task(bench, "drawings", pairs.label, pairs.ids, pairs.prompts))
+
+
+def _check(bench: Bench) -> None:
+    check_pairs(bench)
+    check_features(bench.options.features)
+    if bench.options.count < LEAST:
+        raise UserError(f"drawing: --count: expected at least {LEAST} pictures, found {bench.options.count}")
+
+
+def _score(bench: Bench) -> Findings:
+    pairs, drawn = drawn_pairs(bench)
+    name = bench.options.features
+    sees = open_features(name, bench.recogniser() if name == RECOGNISER else None)
+    count = len(pairs.ids)
+    a, b = all_features(sees, drawn.image, count), all_features(sees, pairs.picture, count)
+    ceiling: dict[str, float] = {}
+    if bench.options.captions is None:
+        others = world_pairs(replace(bench.world, size=bench.pipe.exported.image_size), 2 * count)
+        c = all_features(sees, lambda n: others.picture(count + n), count)
+        ceiling = {"frechet": frechet(c, b, 2).value, "kid": kernel_distance(c, b).value}
+        shares = precision_recall(c, b)
+        ceiling |= {"precision": shares[0].value, "recall": shares[1].value}
+    fid = sees.name.startswith("inception")
+    said = f"{bench.version}, features {sees.name}@{sees.digest}"
+    precision, recall = precision_recall(a, b)
+
+    def result(title: str, found: object, better: str, key: str) -> Result:
+        return Result.of(title, found, better, said, pairs.label, ceiling=ceiling.get(key))  # type: ignore[arg-type]
+
+    results = [
+        result("FID" if fid else f"FD-{sees.name}", frechet(a, b), "lower", "frechet"),
+        result("KID" if fid else f"KD-{sees.name}", kernel_distance(a, b), "lower", "kid"),
+        result("precision", precision, "higher", "precision"),
+        result("recall", recall, "higher", "recall"),
+    ]
+    shown = range(min(SHOWN, count))
+    return Findings(
+        results, [Exhibit(pairs.prompts[n], [(drawn.image(n), "drawn"), (pairs.picture(n), "real")]) for n in shown]
+    )
+
+
+DRAWING = Measure("drawing", "Fréchet distance, KID, precision and recall of drawings", _check, _score, draws=True)

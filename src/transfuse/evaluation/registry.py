@@ -1,0 +1,57 @@
+"""Every measure by name, the suites, and the one function that runs them: from the command line, or while training.
+
+results = evaluate(bench, suite("quick"))       # all checks first, then the work; what is done is not done again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from ..configuration import nearest
+from ..errors import UserError
+from .bench import Bench, Measure
+from .captioning import CAPTIONING
+from .choice import CHOICE
+from .clip import CLIP
+from .drawing import DRAWING
+from .result import Drawing, Findings
+from .text import TEXT
+
+MEASURES: dict[str, Measure] = {measure.name: measure for measure in (TEXT, CHOICE, CAPTIONING, DRAWING, CLIP)}
+SUITES: dict[str, tuple[str, ...]] = {
+    "quick": ("text", "choice", "captioning", "drawing"),
+    "paper": ("text", "captioning", "drawing", "clip"),
+}
+"""quick: what needs nothing but the package. paper: Transfusion's own measures, on files that the user has"""
+TEXT_ONLY = ("text", "choice")
+"""measures of models that know no images"""
+
+
+def named(names: Sequence[str]) -> list[Measure]:
+    """Measures of suites and names, each once, in order. Raises UserError with the nearest name."""
+    found: dict[str, Measure] = {}
+    for name in names:
+        if name not in SUITES and name not in MEASURES:
+            raise UserError(f'--suite: unknown measure "{name}"{nearest(name, [*SUITES, *MEASURES])}')
+        found |= {one: MEASURES[one] for one in SUITES.get(name, (name,))}
+    return list(found.values())
+
+
+def evaluate(bench: Bench, measures: Sequence[Measure], sweep: Sequence[Drawing] = ()) -> Iterator[Findings]:
+    """Check everything, then measure: findings of one measure after the other, of each drawing of a sweep in turn.
+
+    Raises UserError before any work for what is missing, and for measures that a model without images has not.
+    """
+    benches = [replace(bench, drawing=drawing).settled() for drawing in sweep or (bench.drawing,)]
+    for measure in measures:
+        if bench.pipe.exported.model.config.images == "none" and measure.name not in TEXT_ONLY:
+            raise UserError(f"{measure.name}: expected a model that knows images, found one of text alone")
+        measure.check(benches[0])
+    for measure in measures:
+        for one in benches if measure.draws else benches[:1]:
+            found = measure.score(one)
+            found.measure = measure.name
+            about = {"measure": measure.name, "model": one.model, "drawing": one.drawing if measure.draws else None}
+            found.results = [replace(result, **about) for result in found.results]  # type: ignore[arg-type]
+            yield found

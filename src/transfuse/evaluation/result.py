@@ -1,0 +1,94 @@
+"""What a measure gives: numbers that can be got again, and what there is to see behind each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from ..configuration import to_dict
+from .interval import Measured
+
+Better = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn; None: as the model does unless told otherwise. Picture n has the seed `seed + n`."""
+
+    sampler: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+
+    @classmethod
+    def sweep(cls, text: str, base: Drawing) -> list[Drawing]:
+        """Read "guidance_scale=1,1.5,3": one drawing for each value. Raises ValueError for another name or value."""
+        name, equals, values = text.partition("=")
+        kinds: dict[str, type] = {"sampler": str, "steps": int, "guidance_scale": float, "seed": int}
+        if name not in kinds or not equals:
+            raise ValueError(f"expected one of {', '.join(kinds)} with values, as guidance_scale=1,1.5,3, found {text}")
+        settings = {item.name: getattr(base, item.name) for item in fields(base)}
+        return [cls(**{**settings, name: kinds[name](value)}) for value in values.split(",")]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number, and what it takes to get it again.
+
+    low, high        95 % interval over items; None where there is none
+    count            items measured: pictures, captions, documents
+    implementation   code, version, networks with the hash of their weights, settings of the measure
+    data             which items, by name, number and a hash of their ids
+    floor, ceiling   what chance, and what perfect answers, score by the same measure; None where it makes no sense
+    measure, model, drawing   filled in by the registry; drawing is None where nothing was drawn
+    """
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+    better: Better
+    implementation: str
+    data: str
+    floor: float | None = None
+    ceiling: float | None = None
+    measure: str = ""
+    model: str = ""
+    drawing: Drawing | None = None
+
+    @classmethod
+    def of(cls, name: str, found: Measured, better: Better, implementation: str, data: str, **more: Any) -> Result:
+        return cls(name, found.value, found.low, found.high, found.count, better, implementation, data, **more)
+
+    def to_json(self) -> dict[str, Any]:
+        return to_dict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Exhibit:
+    """One thing to look at: pictures `[row, column, 3]` with a line about each, words, and what was right or wrong.
+
+    marks   (what was asked for, whether it was right, what was found instead or "")
+    """
+
+    text: str
+    pictures: Sequence[tuple[np.ndarray, str]] = ()
+    marks: Sequence[tuple[str, bool, str]] = ()
+
+
+@dataclass(eq=False)
+class Findings:
+    """What a measure found. `tables`: rows of further numbers under a head, such as a confusion, by name."""
+
+    results: list[Result]
+    exhibits: list[Exhibit] = field(default_factory=list)
+    tables: dict[str, list[list[Any]]] = field(default_factory=dict)
+    measure: str = ""
+    """its name; filled in by the registry"""
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)

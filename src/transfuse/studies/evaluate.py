@@ -1,0 +1,82 @@
+"""`transfuse evaluate`: an exported model measured by any of the measures, with a page that shows what they saw.
+
+out/generated/          what the model made, and everything it depends on; nothing is made twice
+out/*.safetensors       judges
+out/results.json        every number, and what it takes to get it again
+out/report.html         the same to look at, with the pictures and words behind it
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..configuration import read_json
+from ..console import say
+from ..data.world import WorldConfig
+from ..errors import UserError
+from ..evaluation import Bench, Drawing, Findings, Options, evaluate, model_hash, named
+from ..files import whole_file
+from ..inference import TransfusionPipeline
+from ..presets import Recipe, preset
+from ..presets.runs import is_kind, read_recipe
+from ..version import __version__
+from .evaluation_page import evaluation_page, said_drawing
+
+
+def run_evaluation(
+    model: Path,
+    suite: Sequence[str],
+    out: Path,
+    options: Options,
+    drawing: Drawing,
+    sweep: str | None = None,
+    world: str | None = None,
+    batch: int = 24,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measure an export and write numbers and page. world: a preset whose scenes are shown; None: the model's own.
+
+    Raises UserError before any work for what is missing, in the model, the files or the names.
+    """
+    measures = named(suite)
+    try:
+        drawings = Drawing.sweep(sweep, drawing) if sweep else []
+    except ValueError as error:
+        raise UserError(f"--sweep: {error}") from None
+    pipe = TransfusionPipeline.from_pretrained(model, device=device)
+    scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
+    bench = Bench(pipe, model_hash(model), out, scenes, options, drawing, batch)
+    found: list[Findings] = []
+    for findings in evaluate(bench, measures, drawings):
+        found.append(findings)
+        for result in findings:
+            drawn = f" ({said_drawing(result)})" if result.drawing else ""
+            say(f"{findings.measure}: {result.name}{drawn}: {result.value:.4g}")
+    report = {
+        "version": __version__,
+        "model": str(model),
+        "model_hash": bench.model,
+        "suite": list(suite),
+        "results": [result.to_json() for findings in found for result in findings],
+        "tables": {findings.measure: findings.tables for findings in found if findings.tables},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    text, page = json.dumps(report, indent=2) + "\n", evaluation_page(report, measures, found)
+    whole_file(out / "results.json", lambda path: path.write_text(text))
+    whole_file(out / "report.html", lambda path: path.write_text(page))
+    say(f"{out / 'report.html'}: open it in a browser")
+    return report
+
+
+def world_of(model: Path, named_preset: str | None, size: int) -> WorldConfig:
+    """The scenes of a preset; of the run that an export lies in; or all of the bundled world, at the model's size."""
+    if named_preset is not None:
+        return replace(preset(named_preset).data.world, size=size)
+    config = model.resolve().parent / "config.json"
+    if config.is_file() and "data" in read_json(config) and is_kind(config, Recipe):
+        return replace(read_recipe(config, Recipe).data.world, size=size)
+    return WorldConfig(size=size)

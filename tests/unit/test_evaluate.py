@@ -1,0 +1,288 @@
+"""The three layers: what is made is made once, numbers are the same again, what is missing is said before any work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import exported, write
+
+from transfuse.cli import run
+from transfuse.data.world import WorldConfig
+from transfuse.errors import UserError
+from transfuse.evaluation import MEASURES, SUITES, Bench, Drawing, Findings, Options, Result, evaluate, named
+from transfuse.evaluation.choice import CHOICES, continuation, definition_questions
+from transfuse.evaluation.generate import Made, Task, generate
+from transfuse.evaluation.interval import bootstrap
+from transfuse.evaluation.pairs import coco_pairs
+from transfuse.evaluation.text import foretell, read_texts, windows
+from transfuse.inference import TransfusionPipeline
+from transfuse.sequence import Document, Text, Tokenizer
+from transfuse.studies.evaluation_page import evaluation_page
+
+WORLD = WorldConfig(size=16, nouns=4, max_objects=1, max_count=1)
+
+
+# --- the first layer --------------------------------------------------------------------------------------------------
+
+
+def picture_task(count: int, asked: list[int], stop_at: int | None = None) -> Task:
+    def work(numbers):
+        made = []
+        for number in numbers:
+            if number == stop_at:
+                raise KeyboardInterrupt
+            asked.append(number)
+            made.append(Made({"number": number}, np.full((4, 4, 3), number, dtype=np.uint8)))
+        return made
+
+    return Task("pictures", {"seed": 0}, count, work)
+
+
+def test_a_stopped_task_goes_on_and_makes_nothing_twice(tmp_path) -> None:
+    asked: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path, picture_task(10, asked, stop_at=7), batch=3)
+    assert asked == [0, 1, 2, 3, 4, 5, 6]  # 6 was under way in the batch that was lost
+    asked.clear()
+    done = generate(tmp_path, picture_task(10, asked), batch=4)
+    assert asked == [6, 7, 8, 9]
+    assert [record["number"] for record in done.records] == list(range(10))
+    assert [int(image[0, 0, 0]) for image in done.images()] == list(range(10))
+    asked.clear()
+    assert generate(tmp_path, picture_task(10, asked), batch=4).records == done.records
+    assert not asked
+
+
+def test_a_line_that_was_being_written_is_made_again(tmp_path) -> None:
+    asked: list[int] = []
+    place = generate(tmp_path, picture_task(4, asked), batch=2).folder
+    lines = place / "items.jsonl"
+    lines.write_bytes(lines.read_bytes()[:-3])
+    asked.clear()
+    assert len(generate(tmp_path, picture_task(4, asked), batch=2).records) == 4
+    assert asked == [3]
+    lines.write_text("no json\n")
+    with pytest.raises(UserError, match=r"items\.jsonl: expected a JSON record a line"):
+        generate(tmp_path, picture_task(4, asked), batch=2)
+
+
+def test_another_setting_is_another_folder(tmp_path) -> None:
+    asked: list[int] = []
+    first = picture_task(2, asked)
+    other = replace(first, settings={"seed": 1})
+    assert generate(tmp_path, first, 2).folder != generate(tmp_path, other, 2).folder
+    assert json.loads((tmp_path / other.folder / "task.json").read_text()) == {
+        "name": "pictures",
+        "count": 2,
+        "seed": 1,
+    }
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench(tokenizer: Tokenizer, tmp_path: Path) -> Bench:
+    loaded = exported(tokenizer)
+    loaded.image_size = 16
+    options = Options(count=6, judge_steps=2)
+    drawing = Drawing(sampler="ddim", steps=2)
+    return Bench(TransfusionPipeline(loaded), "a model", tmp_path / "first", WORLD, options, drawing, batch=4)
+
+
+def numbers(found: list[Findings]) -> dict[str, float]:
+    return {f"{some.measure} {result.name}": result.value for some in found for result in some}
+
+
+def test_numbers_are_equal_again_and_with_another_batch_size(bench: Bench, tmp_path, monkeypatch) -> None:
+    measures = named(["text", "choice", "captioning", "drawing"])
+    monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
+    first = list(evaluate(bench, measures))
+    again = list(evaluate(replace(bench, folder=tmp_path / "again"), measures))
+    assert numbers(again) == numbers(first)
+    other = list(evaluate(replace(bench, folder=tmp_path / "other", batch=3), measures))
+    assert numbers(other) == pytest.approx(numbers(first), rel=1e-4, abs=1e-9)
+    assert all(isinstance(result, Result) and result.measure and result.model for some in first for result in some)
+    drawn = next(some for some in first if some.measure == "drawing")
+    assert drawn.results[0].drawing == Drawing("ddim", 2, 3.0, 0)
+    page = evaluation_page({"model_hash": "a", "version": "b"}, measures, first)
+    assert page.count("<img") == 2 * 6 + 6
+    assert "FD-recogniser" in page
+
+
+def test_nothing_is_drawn_twice(bench: Bench, monkeypatch) -> None:
+    list(evaluate(bench, named(["drawing"])))
+    monkeypatch.setattr(bench.pipe.engine, "run", lambda requests: pytest.fail("drawn again"))
+    list(evaluate(bench, named(["drawing"])))
+
+
+def test_a_sweep_draws_with_each_value(bench: Bench) -> None:
+    sweep = Drawing.sweep("guidance_scale=1,3", bench.drawing)
+    found = list(evaluate(bench, named(["drawing", "captioning"]), sweep))
+    assert [some.measure for some in found] == ["drawing", "drawing", "captioning"]
+    scales = [some.results[0].drawing.guidance_scale for some in found[:2] if some.results[0].drawing]
+    assert scales == [1.0, 3.0]
+    assert found[0].results[0].value != found[1].results[0].value
+    assert "<svg" in evaluation_page({"model_hash": "a", "version": "b"}, named(["drawing"]), found)
+    with pytest.raises(ValueError, match="expected one of sampler, steps, guidance_scale, seed"):
+        Drawing.sweep("guidance=1", bench.drawing)
+
+
+def test_what_is_missing_is_said_before_any_work(bench: Bench, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(bench.pipe.engine, "run", lambda requests: pytest.fail("work was done"))
+    with pytest.raises(UserError, match="--features: expected"):
+        list(evaluate(replace(bench, options=Options(features="nowhere.pth")), named(["captioning", "drawing"])))
+    with pytest.raises(UserError, match=r"open_clip|--clip"):
+        list(evaluate(bench, named(["captioning", "clip"])))
+    captions = tmp_path / "captions_val2014.json"
+    options = replace(bench.options, captions=captions, images=tmp_path)
+    with pytest.raises(UserError, match=r"captions_val2014\.json.*found none; from https://cocodataset\.org"):
+        list(evaluate(replace(bench, options=options), named(["captioning"])))
+    with pytest.raises(UserError, match="at least 4 pictures"):
+        list(evaluate(replace(bench, options=Options(count=3)), named(["drawing"])))
+    with pytest.raises(UserError, match='unknown measure "drawings"; did you mean "drawing"'):
+        named(["drawings"])
+    with pytest.raises(UserError, match=r"--texts, found none"):
+        list(evaluate(replace(bench, options=Options(texts=(tmp_path / "c4.jsonl",))), named(["text"])))
+
+
+def test_suites_name_measures() -> None:
+    assert set().union(*SUITES.values()) <= set(MEASURES)
+    assert [measure.name for measure in named(["choice", "quick"])].count("choice") == 1
+    assert all(measure.about for measure in MEASURES.values())
+
+
+def test_a_text_model_is_not_asked_to_draw(tokenizer: Tokenizer, tmp_path) -> None:
+    bench = Bench(TransfusionPipeline(exported(tokenizer, images="none")), "a", tmp_path, WORLD, Options(count=3))
+    assert [some.measure for some in evaluate(bench, named(["choice"]))] == ["choice"]
+    with pytest.raises(UserError, match="drawing: expected a model that knows images"):
+        list(evaluate(bench, named(["choice", "drawing"])))
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_windows_cover_every_token_once() -> None:
+    tokens = list(range(23))
+    for room, stride in ((5, 5), (5, 2), (8, 1), (40, 40)):
+        cut = list(windows(tokens, room, stride))
+        assert [token for _, some in cut for token in some] == tokens
+        assert all(len(context) + len(some) <= room for context, some in cut)
+        assert all(context == tokens[some[0] - len(context) : some[0]] for context, some in cut)
+        assert all(len(context) == room - stride for context, _ in cut[1:])
+    with pytest.raises(ValueError, match="stride: expected 1 to 5"):
+        list(windows(tokens, 5, 6))
+
+
+def test_a_long_text_is_measured_in_blocks_or_slides(bench: Bench, tmp_path) -> None:
+    text = "a crab on a red background and the moon above a small boat on blue, hello, world. " * 60
+    path = write(tmp_path / "in", {"prose.txt": text}) / "prose.txt"
+    found = {}
+    for stride, batch in ((None, 4), (None, 1), (50, 4)):
+        options = replace(bench.options, texts=(path,), stride=stride)
+        one = replace(bench, options=options, batch=batch, folder=tmp_path / f"{stride}-{batch}")
+        found[stride, batch] = {result.name: result for some in evaluate(one, named(["text"])) for result in some}
+    blocked, slid = found[None, 4], found[50, 4]
+    alone = found[None, 1]["bits per byte of prose"].value
+    assert blocked["bits per byte of prose"].value == pytest.approx(alone, rel=1e-6)
+    assert f"{len(text.strip().encode())} bytes" in blocked["perplexity of prose"].data
+    assert "blocked, 255 tokens" in blocked["perplexity of prose"].implementation
+    assert "sliding by 50, 255 tokens" in slid["perplexity of prose"].implementation
+    exported_model = bench.pipe.exported
+    ids = exported_model.tokenizer.encode(text.strip())
+    blocks = [Document([Text(ids[start : start + 255])], closed=False) for start in range(0, len(ids), 255)]
+    nats = sum(one.nats.sum() for one in foretell(exported_model, blocks))
+    assert blocked["perplexity of prose"].value == pytest.approx(np.exp(nats / len(ids)), rel=1e-6)
+    with pytest.raises(UserError, match="--stride: expected 1 to 255"):
+        list(evaluate(replace(bench, options=replace(bench.options, stride=256)), named(["text"])))
+
+
+def test_texts_of_files(tmp_path) -> None:
+    files = write(tmp_path, {"a.jsonl": '{"text": "one"}\n{"text": "two"}\n', "b.txt": "three\n"})
+    assert read_texts(files / "a.jsonl") == ["one", "two"]
+    assert read_texts(files / "b.txt") == ["three"]
+    write(tmp_path, {"bad.jsonl": '{"text": "one"}\n{"words": "two"}\n'})
+    with pytest.raises(UserError, match=r"bad\.jsonl.*:2: expected a document"):
+        read_texts(files / "bad.jsonl")
+
+
+def test_foretold_tokens_are_those_learned_and_context_counts(bench: Bench) -> None:
+    loaded = bench.pipe.exported
+    whole = loaded.tokenizer.encode("a crab on a red background")
+    parts = Document([Text(whole[:3], predict=False), Text(whole[3:])], closed=False)
+    together = foretell(loaded, [Document([Text(whole)], closed=False), parts])
+    np.testing.assert_allclose(together[1].nats, together[0].nats[3:], rtol=1e-4)
+    assert len(foretell(loaded, [Document([Text(whole)])])[0].nats) == len(whole) + 1
+
+
+def test_questions_have_one_true_ending_of_like_length() -> None:
+    asked = definition_questions(200)
+    assert asked == definition_questions(300)[:200]
+    assert all(len(set(question.choices)) == CHOICES for question in asked)
+    lengths = np.array([[len(text) for text in question.choices] for question in asked])
+    answers = np.array([question.answer for question in asked])
+    assert 0.12 < (lengths.argmax(1) == answers).mean() < 0.45  # the longest is no hint
+    assert set(answers.tolist()) == set(range(CHOICES))
+
+
+def test_a_continuation_is_cut_where_the_text_is(tokenizer: Tokenizer) -> None:
+    document = continuation(tokenizer, "a crab on", " a red background")
+    known, rest = document.parts
+    assert tokenizer.decode(known.ids + rest.ids) == "a crab on a red background"
+    assert tokenizer.decode(known.ids) == "a crab on"
+    assert not known.predict
+    empty = continuation(tokenizer, "", "a crab")
+    assert tokenizer.decode(empty.parts[1].ids) == "a crab"
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_coco_and_karpathy_files(tmp_path) -> None:
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    for number in range(6):
+        Image.new("RGB", (20 + number, 30), (10 * number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
+    said = [{"id": 10 * n + k, "image_id": n, "caption": f"caption {k} of {n}"} for n in range(6) for k in range(2)]
+    coco = {"images": [{"id": n, "file_name": f"{n}.png"} for n in range(6)], "annotations": said}
+    sentences = [[{"raw": f"caption {k} of {n}"} for k in range(2)] for n in range(6)]
+    karpathy = {
+        "images": [
+            {"cocoid": n, "filename": f"{n}.png", "filepath": "val", "split": "test" if n else "val", "sentences": some}
+            for n, some in enumerate(sentences)
+        ]
+    }
+    write(tmp_path, {"coco.json": json.dumps(coco), "karpathy.json": json.dumps(karpathy)})
+    few, all_of = (coco_pairs(tmp_path / "coco.json", tmp_path / "pictures", count, 16) for count in (3, 6))
+    assert few.ids == all_of.ids[:3]  # fewer are the first of more
+    assert few.prompts == all_of.prompts[:3]
+    assert sorted(all_of.ids) == [str(n) for n in range(6)]
+    assert all(prompt in some for prompt, some in zip(all_of.prompts, all_of.references, strict=True))
+    number = all_of.ids.index("5")
+    assert all_of.picture(number).shape == (16, 16, 3)
+    assert all_of.picture(number)[0, 0, 0] == 50
+    assert sorted(coco_pairs(tmp_path / "karpathy.json", tmp_path / "pictures", 9, 16).ids) == list("12345")
+    write(tmp_path, {"other.json": '{"images": [{"split": 1}]}'})
+    with pytest.raises(UserError, match="expected COCO's or Karpathy's captions"):
+        coco_pairs(tmp_path / "other.json", tmp_path, 1, 16)
+
+
+def test_interval_of_many_items_takes_little_memory(monkeypatch) -> None:
+    values = np.random.default_rng(0).normal(30, 4, 900)
+    whole = bootstrap(values)
+    monkeypatch.setattr("transfuse.evaluation.interval.AT_ONCE", 5000)
+    assert bootstrap(values) == whole
+
+
+def test_command_line_names_mistakes(tmp_path, capsys) -> None:
+    assert run(["evaluate", "--model", str(tmp_path), "--count", "0"]) == 2
+    assert "--count: expected at least 1" in capsys.readouterr().err
+    assert run(["evaluate", "--model", str(tmp_path), "--suite", "fast"]) == 2
+    assert 'unknown measure "fast"' in capsys.readouterr().err
+    assert run(["evaluate", "--model", str(tmp_path), "--sweep", "colour=1"]) == 2
+    assert "--sweep: expected one of" in capsys.readouterr().err
