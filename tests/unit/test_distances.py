@@ -12,6 +12,7 @@ import torch
 
 from transfuse.data.world import WorldConfig
 from transfuse.errors import UserError
+from transfuse.evaluation.clip import clip_scores
 from transfuse.evaluation.distances import (
     Sees,
     check_features,
@@ -168,3 +169,10 @@ def test_a_missing_or_wrong_network_is_named_with_its_hash_and_source(tmp_path) 
         check_features(str(path))
     with pytest.raises(UserError, match="--features: expected"):
         check_features(str(tmp_path / "resnet.pth"))
+
+
+def test_clip_score_is_a_cosine_not_below_zero() -> None:
+    """Better: the more a picture's embedding turns towards its text."""
+    text = np.array([[1.0, 0], [0, 2], [3, 0], [1, 0]])
+    pictures = np.array([[5.0, 0], [1, 1], [0, 1], [-1, 0]])
+    np.testing.assert_allclose(clip_scores(pictures, text), [100, 100 / np.sqrt(2), 0, 0], atol=1e-9)

@@ -15,16 +15,17 @@ from .captioning import CAPTIONING
 from .choice import CHOICE
 from .clip import CLIP
 from .drawing import DRAWING
+from .harness import HARNESS
 from .result import Drawing, Findings
 from .text import TEXT
 
-MEASURES: dict[str, Measure] = {measure.name: measure for measure in (TEXT, CHOICE, CAPTIONING, DRAWING, CLIP)}
+MEASURES: dict[str, Measure] = {measure.name: measure for measure in (TEXT, CHOICE, HARNESS, CAPTIONING, DRAWING, CLIP)}
 SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("text", "choice", "captioning", "drawing"),
-    "paper": ("text", "captioning", "drawing", "clip"),
+    "paper": ("text", "harness", "captioning", "drawing", "clip"),
 }
 """quick: what needs nothing but the package. paper: Transfusion's own measures, on files that the user has"""
-TEXT_ONLY = ("text", "choice")
+TEXT_ONLY = ("text", "choice", "harness")
 """measures of models that know no images"""
 
 

@@ -1,0 +1,120 @@
+"""The face towards lm-evaluation-harness, with a stand-in for its base class; with the package itself where it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import exported, write
+
+from transfuse.data.world import WorldConfig
+from transfuse.errors import UserError
+from transfuse.evaluation import Bench, Options, evaluate, named
+from transfuse.evaluation.harness import full_windows, harness_model
+from transfuse.evaluation.text import foretell
+from transfuse.inference import TransfusionPipeline
+from transfuse.sequence import Document, Text, Tokenizer
+
+INSTALLED = importlib.util.find_spec("lm_eval") is not None
+
+
+@pytest.fixture
+def pipe(tokenizer: Tokenizer) -> TransfusionPipeline:
+    return TransfusionPipeline(exported(tokenizer, context=32))
+
+
+@pytest.fixture
+def model(pipe, monkeypatch):
+    if not INSTALLED:
+        stand_in = ModuleType("lm_eval.api.model")
+        stand_in.LM = object  # type: ignore[attr-defined]
+        for name in ("lm_eval", "lm_eval.api"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, "lm_eval.api.model", stand_in)
+    return harness_model(pipe, batch=2)
+
+
+def asked(*arguments) -> list[SimpleNamespace]:
+    return [SimpleNamespace(args=some) for some in arguments]
+
+
+def test_log_likelihoods_add_up(model, pipe) -> None:
+    """What is said of a whole text is what is said of its beginning and of its end given that."""
+    text = "a crab on a red background"
+    whole, begin, end = model.loglikelihood(asked(("", text), ("", "a crab on"), ("a crab on", " a red background")))
+    assert whole[0] == pytest.approx(begin[0] + end[0], rel=1e-4)
+    ids = pipe.exported.tokenizer.encode(text)
+    alone = foretell(pipe.exported, [Document([Text(ids)], closed=False)])[0]
+    assert whole[0] == pytest.approx(-alone.nats.sum(), rel=1e-5)
+    assert whole[1] == bool(alone.likeliest.all())
+    assert model.loglikelihood_rolling(asked((text,)))[0] == pytest.approx(whole[0], rel=1e-5)
+
+
+def test_writing_is_the_pipeline_s_own_and_ends_where_it_is_told(model, pipe) -> None:
+    contexts = ["a crab", "the moon", "two balloons", "hello", "red"]
+    said = model.generate_until(asked(*((context, {"until": [], "max_gen_toks": 20}) for context in contexts)))
+    replies = [pipe.generate(context, draw="never", max_tokens=20).text for context in contexts]
+    assert said == replies
+    assert any(said)
+    longest = max(said, key=len)
+    context, stop = contexts[said.index(longest)], longest[len(longest) // 2]
+    stopped = model.generate_until(asked((context, {"until": [stop], "max_gen_toks": 20})))[0]
+    assert stopped == longest.split(stop)[0]
+
+
+def test_long_contexts_lose_their_beginning(model) -> None:
+    long = "two balloons " * 40
+    found = model.loglikelihood(asked((long, " hello"), ("boat " + long, " hello")))
+    assert np.isfinite(found[0][0])
+    assert found[0] == found[1]
+    assert np.isfinite(model.loglikelihood_rolling(asked((long,)))[0])
+    assert isinstance(model.generate_until(asked((long, {"until": ["\n"]})))[0], str)
+
+
+def test_rolling_windows_are_the_harness_own() -> None:
+    """Its example: ten tokens, four at a time; the last window is full, and two tokens of it count."""
+    found = full_windows(list(range(10)), 4)
+    assert found == [([], [0, 1, 2, 3]), ([], [4, 5, 6, 7]), ([6, 7], [8, 9])]
+
+
+def test_a_missing_package_is_named(pipe, tmp_path, monkeypatch) -> None:
+    bench = Bench(pipe, "a", tmp_path, WorldConfig(size=16, nouns=4))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"expected the package lm_eval, found none; install it with pip install"):
+        list(evaluate(bench, named(["harness"])))
+
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+
+
+@pytest.mark.skipif(not INSTALLED, reason="needs lm_eval, of the extra [eval]")
+def test_a_task_from_local_files(pipe, tmp_path) -> None:
+    rows = [{"question": f"two {n}", "choices": ["red", "blue"], "answer": n % 2} for n in range(6)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write(tmp_path, {"colours.jsonl": lines, "tasks/colours.yaml": TASK.format(file=tmp_path / "colours.jsonl")})
+    options = Options(tasks=("colours",), tasks_folder=tmp_path / "tasks")
+    bench = Bench(pipe, "a", tmp_path, WorldConfig(size=16, nouns=4), options)
+    found = {result.name: result for some in evaluate(bench, named(["harness"])) for result in some}
+    ours = harness_model(pipe).loglikelihood(asked(*((r["question"], " " + c) for r in rows for c in r["choices"])))
+    right = [ours[2 * n + n % 2][0] == max(ours[2 * n][0], ours[2 * n + 1][0]) for n in range(6)]
+    assert found["colours acc"].value == pytest.approx(np.mean(right))
+    assert found["mean acc"].value == found["colours acc"].value
+    with pytest.raises(UserError, match="--tasks: expected tasks"):
+        list(evaluate(replace(bench, options=replace(options, tasks=("colors",))), named(["harness"])))
