@@ -87,7 +87,7 @@ class Measure:
 
     name: str
     about: str
-    check: Callable[[Bench], None]
+    check: Callable[[Bench], object]
     score: Callable[[Bench], Findings]
     draws: bool = False
 

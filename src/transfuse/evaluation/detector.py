@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,12 @@ from ..data.world import Scene, World, WorldConfig
 from ..errors import UserError
 from ..files import whole_file
 from ..keyed import keyed
-from .recogniser import HELD_OUT_EVERY, SEED_OFFSET, disturbed, pixels, resized
+from .recogniser import HELD_OUT_EVERY, SEED_OFFSET, disturbed, pixels, resized, weights_digest
 
 CELL = 4
 """pixels along a side of a cell, where the network looks"""
 STEPS, BATCH = 600, 32
-SCENES = 12_000
+SCENES, TEST_SCENES = 12_000, 600
 APART = 0.35
 """two middles nearer than this share of the sum of their sides are one thing's: scenes have no overlaps"""
 NEAR = 0.5
@@ -55,6 +55,10 @@ class Seen:
     y: float
     side: float
     confidence: float = 1.0
+
+
+Detect = Callable[[np.ndarray], list[list[Seen]]]
+"""uint8 images `[image, row, column, 3]` -> the things in each, surest first; a `Detector`"""
 
 
 class _Network(nn.Module):
@@ -103,6 +107,11 @@ class Detector:
     accuracy: dict[str, float] = field(default_factory=dict)
     confusion: dict[tuple[str, str], int] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def digest(self) -> str:
+        """Eight digits of a hash of the weights."""
+        return weights_digest(self.network)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, batch: int = 64) -> list[list[Seen]]:
@@ -188,7 +197,7 @@ def _world(config: WorldConfig, split: Any, seed: int) -> World:
     return World(replace(config, split=split, max_objects=3, max_count=4, sizes=None, seed=seed))
 
 
-def train_detector(config: WorldConfig, steps: int = STEPS, seed: int = 0, test_scenes: int = 600) -> Detector:
+def train_detector(config: WorldConfig, steps: int = STEPS, seed: int = 0) -> Detector:
     """Train a detector for a world's nouns, whatever number of things that world shows: a function of its arguments."""
     began = time.monotonic()
     side = 32 if config.size <= 32 else 64
@@ -216,8 +225,8 @@ def train_detector(config: WorldConfig, steps: int = STEPS, seed: int = 0, test_
             schedule.step()
             bar.advance(note=f"loss {loss.item():.3f}")
     detector = Detector(nouns, side, network.eval(), THRESHOLDS[0], _identity(config, steps, seed))
-    _tune(detector, *_scenes(config, test_scenes, seed + SEED_OFFSET + 1))
-    _examine(detector, *_scenes(config, test_scenes, seed + SEED_OFFSET + 2))
+    _tune(detector, *_scenes(config, TEST_SCENES, seed + SEED_OFFSET + 1))
+    _examine(detector, *_scenes(config, TEST_SCENES, seed + SEED_OFFSET + 2))
     detector.seconds = round(time.monotonic() - began, 1)
     return detector
 

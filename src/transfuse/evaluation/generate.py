@@ -62,8 +62,11 @@ class Outcome:
     folder: Path
     records: list[dict[str, Any]] = field(repr=False)
 
+    def path(self, number: int) -> Path:
+        return _picture(self.folder, number)
+
     def image(self, number: int) -> np.ndarray:
-        return read_image(_picture(self.folder, number))
+        return read_image(self.path(number))
 
     def images(self, numbers: Sequence[int] | None = None) -> np.ndarray:
         """uint8 `[image, row, column, 3]` of all items, or of some."""

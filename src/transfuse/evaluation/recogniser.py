@@ -87,10 +87,7 @@ class Recogniser:
     @property
     def digest(self) -> str:
         """Eight digits of a hash of the weights."""
-        digest = hashlib.sha256()
-        for tensor in self.network.state_dict().values():
-            digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:8]
+        return weights_digest(self.network)
 
     @property
     def parameters(self) -> int:
@@ -213,6 +210,14 @@ def _scenes(config: WorldConfig, count: int, seed: int, held_out_every: int) -> 
         images[index] = world.render(scene)
         labels[index] = config.noun_names.index(scene.things[0].noun)
     return images, labels
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Eight digits of a hash of a network's weights."""
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def pixels(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:

@@ -14,18 +14,26 @@ from .bench import Bench, Measure
 from .captioning import CAPTIONING
 from .choice import CHOICE
 from .clip import CLIP
+from .composition import COMPOSITION
 from .drawing import DRAWING
+from .editing import EDITING
+from .geneval import GENEVAL
 from .harness import HARNESS
+from .reconstructions import AUTOENCODER
 from .result import Drawing, Findings
+from .speed import SPEED
 from .text import TEXT
 
-MEASURES: dict[str, Measure] = {measure.name: measure for measure in (TEXT, CHOICE, HARNESS, CAPTIONING, DRAWING, CLIP)}
+MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (TEXT, CHOICE, HARNESS, CAPTIONING, DRAWING, CLIP, COMPOSITION, GENEVAL, EDITING, AUTOENCODER, SPEED)
+}
 SUITES: dict[str, tuple[str, ...]] = {
-    "quick": ("text", "choice", "captioning", "drawing"),
-    "paper": ("text", "harness", "captioning", "drawing", "clip"),
+    "quick": ("text", "choice", "captioning", "drawing", "composition", "speed"),
+    "paper": ("text", "harness", "captioning", "drawing", "clip", "geneval"),
 }
 """quick: what needs nothing but the package. paper: Transfusion's own measures, on files that the user has"""
-TEXT_ONLY = ("text", "choice", "harness")
+TEXT_ONLY = ("text", "choice", "harness", "speed")
 """measures of models that know no images"""
 
 
@@ -52,7 +60,9 @@ def evaluate(bench: Bench, measures: Sequence[Measure], sweep: Sequence[Drawing]
     for measure in measures:
         for one in benches if measure.draws else benches[:1]:
             found = measure.score(one)
-            found.measure = measure.name
-            about = {"measure": measure.name, "model": one.model, "drawing": one.drawing if measure.draws else None}
-            found.results = [replace(result, **about) for result in found.results]  # type: ignore[arg-type]
+            found.measure, found.drawing = measure.name, one.drawing if measure.draws else None
+            found.results = [
+                replace(result, measure=found.measure, model=one.model, drawing=found.drawing)
+                for result in found.results
+            ]
             yield found

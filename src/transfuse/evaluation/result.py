@@ -88,7 +88,8 @@ class Findings:
     exhibits: list[Exhibit] = field(default_factory=list)
     tables: dict[str, list[list[Any]]] = field(default_factory=dict)
     measure: str = ""
-    """its name; filled in by the registry"""
+    drawing: Drawing | None = None
+    """its name, and how it drew; filled in by the registry"""
 
     def __iter__(self) -> Iterator[Result]:
         return iter(self.results)

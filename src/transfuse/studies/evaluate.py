@@ -54,7 +54,7 @@ def run_evaluation(
     for findings in evaluate(bench, measures, drawings):
         found.append(findings)
         for result in findings:
-            drawn = f" ({said_drawing(result)})" if result.drawing else ""
+            drawn = f" ({said_drawing(result.drawing)})" if result.drawing else ""
             say(f"{findings.measure}: {result.name}{drawn}: {result.value:.4g}")
     report = {
         "version": __version__,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from ..evaluation import Exhibit, Findings, Measure, Result
+from ..evaluation import Drawing, Exhibit, Findings, Measure, Result
 from .charts import Curve, chart
 from .page import grid, image, page, section
 
@@ -32,7 +32,7 @@ def evaluation_page(report: dict[str, Any], measures: Sequence[Measure], found: 
         body = _numbers(results) + _swept(results)
         for findings in some:
             if len(some) > 1:
-                body += f"<h3>{escape(said_drawing(findings.results[0]))}</h3>"
+                body += f"<h3>{escape(said_drawing(findings.drawing))}</h3>"
             body += _exhibits(findings.exhibits)
             body += "".join(_table(name, table) for name, table in findings.tables.items())
         sections.append(section(measure.name.capitalize(), f"{measure.about}.", body))
@@ -49,7 +49,7 @@ def _numbers(results: Sequence[Result]) -> str:
     for result in results:
         interval = "" if result.low is None or result.high is None else f"{_plain(result.low)} to {_plain(result.high)}"
         arrow = "↑" if result.better == "higher" else "↓"
-        drawn = "" if result.drawing is None else f"; {said_drawing(result)}"
+        drawn = "" if result.drawing is None else f"; {said_drawing(result.drawing)}"
         cells = [
             f"<b>{_plain(result.value)}</b> {arrow}",
             interval,
@@ -67,9 +67,8 @@ def _plain(value: float) -> str:
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
-def said_drawing(result: Result) -> str:
-    """How the pictures behind a number were drawn; "" where none were."""
-    drawing = result.drawing
+def said_drawing(drawing: Drawing | None) -> str:
+    """How pictures were drawn; "" where none were."""
     if drawing is None:
         return ""
     by = "code by code" if drawing.sampler is None else f"{drawing.sampler}, {drawing.steps} steps"

@@ -1,0 +1,194 @@
+"""Does it change what it is told to change, and nothing else? On edits of the bundled world, whose targets are exact.
+
+The model is shown a picture and an instruction and draws. Four numbers:
+
+    object right           the nouns in the drawing, and how often each, are those of the target
+    instruction obeyed     what the instruction is about is as in the target: a colour, or one thing's place and size
+    both
+    rest untouched         PSNR in dB of the drawing to the target, where source and target are equal
+
+Beside them what the source scores, unchanged (chance: an editor that does nothing), and the target (the ceiling).
+The paper shows edits and gives no number (section 4.4): these are not comparable with anything in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from ..configuration import to_dict
+from ..data.world import Edit, Scene, World, WorldConfig, background_of, edit
+from .bench import Bench, Measure
+from .detector import Detect, Seen
+from .generate import Made, Task, short_hash
+from .interval import bootstrap, share
+from .reconstruction import BEST_PSNR, RANGE
+from .result import Exhibit, Findings, Result
+
+SEED_OFFSET = 5_000_011
+SPREAD = 1
+"""pixels that the changed region is widened by: edges are antialiased"""
+LEAST = 0.05
+"""share of a picture that must stay equal for "the rest" to be asked about"""
+NEAR = 0.15
+"""of the frame, that a thing may be off its place"""
+SIDE_OFF = 0.25
+"""share of its side that a thing may be larger or smaller"""
+SHOWN = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """Edits with their pictures before and after, uint8 `[edit, row, column, 3]`."""
+
+    edits: list[Edit]
+    sources: np.ndarray
+    targets: np.ndarray
+
+
+def world_edits(config: WorldConfig, count: int) -> Edits:
+    """`count` edits of scenes of the world, apart from the scenes of training: a function of its arguments."""
+    world = World(replace(config, split="train", seed=config.seed + SEED_OFFSET))
+    made = [edit(world.scene(index), world, index) for index in range(count)]
+    before, after = (np.stack([world.render(getattr(one, name)) for one in made]) for name in ("source", "target"))
+    return Edits(made, before, after)
+
+
+def things_right(scene: Scene, seen: Sequence[Seen]) -> bool:
+    """Whether what was seen is what the scene shows, each noun as often."""
+    wanted = Counter({thing.noun: thing.count for thing in scene.things})
+    return Counter(one.noun for one in seen) == wanted
+
+
+def obeyed(change: Edit, seen: Sequence[Seen], image: np.ndarray) -> bool:
+    """Whether what the instruction is about is as in the target. Where nothing else changed, the rest is not asked."""
+    if change.kind == "background":
+        return background_of(image) == change.target.background
+    gone = {thing.noun for thing in change.source.things} - {thing.noun for thing in change.target.things}
+    if any(one.noun in gone for one in seen):
+        return False
+    new = [thing for thing in change.target.things if thing not in change.source.things]
+    if change.kind == "resize":
+        old = next(thing for thing in change.source.things if thing not in change.target.things)
+        return _resized(new[0].noun, old.places[0].side, new[0].places[0].side, seen)
+    return all(_there(thing.noun, place, seen) for thing in new for place in thing.places)
+
+
+def _resized(noun: str, before: float, after: float, seen: Sequence[Seen]) -> bool:
+    """Whether its side is nearer, as a ratio, to what it should be than to what it was."""
+    sides = [one.side for one in seen if one.noun == noun]
+    return bool(sides) and abs(np.log(sides[0] / after)) < abs(np.log(sides[0] / before))
+
+
+def _there(noun: str, place: Any, seen: Sequence[Seen]) -> bool:
+    x, y = place.centre
+    return any(
+        one.noun == noun
+        and max(abs(one.x - x), abs(one.y - y)) <= NEAR
+        and abs(one.side - place.side) <= SIDE_OFF * place.side
+        for one in seen
+    )
+
+
+def untouched_psnr(drawn: np.ndarray, source: np.ndarray, target: np.ndarray) -> float | None:
+    """PSNR of a drawing to the target, where source and target are equal, all uint8 `[row, column, 3]`.
+
+    None where too little of the picture stays equal, as with another background.
+    """
+    changed = (source != target).any(-1)
+    for _ in range(SPREAD):
+        wide = np.pad(changed, 1)
+        changed = wide[1:-1, 1:-1] | wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
+    if (~changed).mean() < LEAST:
+        return None
+    squared = np.square(drawn.astype(np.float64) - target)[~changed].mean()
+    return BEST_PSNR if squared == 0 else float(min(BEST_PSNR, 10 * np.log10(RANGE**2 / squared)))
+
+
+# --- as a measure -----------------------------------------------------------------------------------------------------
+
+
+def _task(bench: Bench, edits: Edits, label: str) -> Task:
+    drawing = bench.drawing
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        requests = [
+            replace(
+                bench.pipe.request(
+                    [PIL.Image.fromarray(edits.sources[n]), edits.edits[n].instruction],
+                    drawing.steps,
+                    drawing.guidance_scale,
+                    drawing.sampler,
+                ),
+                draw="force",
+                max_tokens=0,
+                seed=drawing.seed + n,
+            )
+            for n in numbers
+        ]
+        replies = bench.pipe.replies(requests)
+        return [
+            Made({"instruction": edits.edits[n].instruction, "kind": edits.edits[n].kind}, np.asarray(reply.images[0]))
+            for n, reply in zip(numbers, replies, strict=True)
+        ]
+
+    return Task("edits", {"model": bench.model, "data": label, "drawing": to_dict(drawing)}, len(edits.edits), work)
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """bool `[edit]`, bool `[edit]`, and decibels of those edits that leave a rest."""
+
+    things: np.ndarray
+    obeyed: np.ndarray
+    rest: np.ndarray
+
+
+def judge(edits: Edits, images: np.ndarray, detector: Detect) -> _Judged:
+    """Judge drawings `[edit, row, column, 3]` of the edits."""
+    seen = detector(images)
+    rest = [untouched_psnr(*three) for three in zip(images, edits.sources, edits.targets, strict=True)]
+    return _Judged(
+        np.array([things_right(one.target, some) for one, some in zip(edits.edits, seen, strict=True)]),
+        np.array([obeyed(one, some, image) for one, some, image in zip(edits.edits, seen, images, strict=True)]),
+        np.array([value for value in rest if value is not None]),
+    )
+
+
+def _score(bench: Bench) -> Findings:
+    config = replace(bench.world, size=bench.pipe.exported.image_size)
+    edits = world_edits(config, bench.options.count)
+    words = [one.instruction for one in edits.edits]
+    label = f"world edits:{config.size}, {len(words)} edits, ids {short_hash([repr(one) for one in edits.edits])}"
+    images = bench.make(_task(bench, edits, label)).images()
+    detector = bench.detector()
+    found, nothing, best = (judge(edits, some, detector) for some in (images, edits.sources, edits.targets))
+    said = f"{bench.version}, detector@{detector.digest}"
+    results = []
+    for name, choose in (
+        ("object right", lambda judged: judged.things),
+        ("instruction obeyed", lambda judged: judged.obeyed),
+        ("object right and instruction obeyed", lambda judged: judged.things & judged.obeyed),
+    ):
+        bounds = {"floor": float(choose(nothing).mean()), "ceiling": float(choose(best).mean())}
+        results.append(Result.of(name, share(choose(found)), "higher", said, label, **bounds))
+    if len(found.rest):
+        name = "rest untouched, masked PSNR in dB"
+        results.append(Result.of(name, bootstrap(found.rest), "higher", bench.version, label, ceiling=BEST_PSNR))
+    exhibits = [
+        Exhibit(
+            words[n],
+            [(edits.sources[n], "before"), (images[n], "drawn"), (edits.targets[n], "exact")],
+            [("object right", bool(found.things[n]), ""), ("instruction obeyed", bool(found.obeyed[n]), "")],
+        )
+        for n in range(min(SHOWN, len(words)))
+    ]
+    return Findings(results, exhibits)
+
+
+EDITING = Measure("editing", "edits by instruction, with exact targets", lambda bench: None, _score, draws=True)

@@ -1,0 +1,61 @@
+"""What a model's autoencoder keeps of pictures: the most that any drawing through it can be like a real one.
+
+PSNR, SSIM, and the Fréchet distance of reconstructions from the pictures themselves ("rFD", with FID's network rFID).
+`transfuse autoencoder inspect` shows more of an autoencoder by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .bench import Bench, Measure
+from .distances import RECOGNISER, all_features, check_features, frechet, open_features
+from .generate import Made, Task
+from .interval import bootstrap
+from .pairs import bench_pairs, check_pairs
+from .reconstruction import BEST_PSNR, psnr, ssim
+from .result import Exhibit, Findings, Result
+
+SHOWN = 12
+
+
+def _check(bench: Bench) -> None:
+    check_pairs(bench)
+    check_features(bench.options.features)
+
+
+def _score(bench: Bench) -> Findings:
+    pairs, autoencoder = bench_pairs(bench), bench.pipe.exported.autoencoder
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        pictures = np.stack([pairs.picture(n) for n in numbers])
+        rebuilt = autoencoder.decode(autoencoder.encode(pictures))
+        scores = zip(psnr(pictures, rebuilt), ssim(pictures, rebuilt), rebuilt, strict=True)
+        return [Made({"psnr": float(a), "ssim": float(b)}, image) for a, b, image in scores]
+
+    task = Task("reconstructions", {"model": bench.model, "data": pairs.label}, len(pairs.ids), work)
+    made = bench.make(task)
+    name = bench.options.features
+    sees = open_features(name, bench.recogniser() if name == RECOGNISER else None)
+    count = len(pairs.ids)
+    distance = frechet(all_features(sees, made.image, count), all_features(sees, pairs.picture, count))
+    said = f"{bench.version}, autoencoder {autoencoder.name}@{autoencoder.fingerprint}"
+    columns = {key: [record[key] for record in made.records] for key in ("psnr", "ssim")}
+    title = "rFID" if sees.name.startswith("inception") else f"rFD-{sees.name}"
+    seen = f"{said}, features {sees.name}@{sees.digest}"
+    results = [
+        Result.of("PSNR in dB", bootstrap(columns["psnr"]), "higher", said, pairs.label, ceiling=BEST_PSNR),
+        Result.of("SSIM", bootstrap(columns["ssim"]), "higher", said, pairs.label, ceiling=1.0),
+        Result.of(title, distance, "lower", seen, pairs.label, ceiling=0.0),
+    ]
+    worst = np.argsort(columns["psnr"])[:SHOWN].tolist()
+    exhibits = [
+        Exhibit(f"{columns['psnr'][n]:.1f} dB", [(pairs.picture(n), "original"), (made.image(n), "comes back")])
+        for n in worst
+    ]
+    return Findings(results, exhibits)
+
+
+AUTOENCODER = Measure("autoencoder", "PSNR, SSIM and Fréchet distance of reconstructions", _check, _score)

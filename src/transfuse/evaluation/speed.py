@@ -1,0 +1,152 @@
+"""How fast it draws and writes on this machine, and what share of the machine that is.
+
+A pace is the median of some runs after one that warms up; its interval is from the slowest to the fastest. The machine
+is measured beside the model: a large product of matrices gives its arithmetic, a copy its memory, in the model's dtype.
+So a share is of what can be had here, on any device, rather than of a figure from a data sheet. Drawing is bound by
+arithmetic, writing one text by reading the weights for each token.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+
+import torch
+
+from ..data.world import World, caption
+from ..inference import ImageEnd
+from ..inference.events import Request
+from ..model.flops import forward_flops
+from ..sequence import lay_out
+from .bench import Bench, Measure
+from .interval import Measured
+from .result import Findings, Result
+
+RUNS = 3
+TOKENS = 32
+MATRIX = {"cpu": 1024, "cuda": 8192}
+"""side of the matrices that are multiplied"""
+COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}
+"""bytes that are copied"""
+
+
+def timed(work: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds of `RUNS` runs, after one that is not counted."""
+    found = []
+    for _ in range(RUNS + 1):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return found[1:]
+
+
+def _pace(amount: float, seconds: list[float]) -> Measured:
+    return Measured(amount / median(seconds), amount / max(seconds), amount / min(seconds), len(seconds))
+
+
+def _times(found: Measured, factor: float) -> Measured:
+    return Measured(found.value * factor, found.low * factor, found.high * factor, found.count)
+
+
+def _of_this_machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations and bytes a second that can be had: the best of the runs."""
+    side = MATRIX[device.type]
+    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    multiplied = min(timed(lambda: a @ b, device))
+    source = torch.ones(COPIED[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    copied = min(timed(lambda: target.copy_(source), device))
+    return 2 * side**3 / multiplied, 2 * COPIED[device.type] / copied  # read and written
+
+
+def _drawing_flops(bench: Bench, requests: list[Request]) -> float:
+    """Operations of all denoising steps: every branch sees its prompt and its own patches."""
+    config, engine = bench.pipe.exported.model.config, bench.pipe.engine
+    side = bench.pipe.exported.image_size // bench.pipe.exported.autoencoder.factor
+    patches = (side // config.patch_size) ** 2
+    total = 0
+    for request in requests:
+        prefixes = [len(lay_out(request.document, engine.grammar)) + 1]
+        prefixes += [len(engine.null_tokens)] if request.guidance_scale != 1 else []
+        for prefix in prefixes:
+            total += request.sampler.steps * forward_flops(
+                config, patches, patches * (prefix + patches), 0, [(side, side)]
+            )
+    return float(total)
+
+
+def _score(bench: Bench) -> Findings:
+    exported = bench.pipe.exported
+    model = exported.model
+    weight = next(model.parameters())
+    device = weight.device
+    world = World(replace(bench.world, size=exported.image_size))
+    prompts = [caption(world.scene(n), n) for n in range(bench.batch)]
+    said = f"{bench.version}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "
+    said += f"{torch.get_num_threads()} threads, torch {torch.__version__}, {str(weight.dtype).removeprefix('torch.')}"
+    arithmetic, memory = _of_this_machine(device, weight.dtype)
+    results: list[Result] = []
+
+    def add(name: str, found: Measured, data: str, ceiling: float | None = None) -> None:
+        results.append(Result.of(name, found, "higher", said, data, ceiling=ceiling))
+
+    def write(count: int) -> Measured:
+        ahead = [replace(bench.pipe.request([p]), draw="never", max_tokens=TOKENS) for p in prompts[:count]]
+        written: list[int] = []
+        seconds = timed(lambda: written.append(sum(r.done.text_tokens for r in bench.pipe.replies(ahead))), device)
+        return _pace(written[-1], seconds)
+
+    many, one = write(len(prompts)), write(1)
+    add("tokens a second, many at once", many, f"{len(prompts)} texts of up to {TOKENS} tokens")
+    add("tokens a second, alone", one, f"one text of up to {TOKENS} tokens")
+    read = sum(p.numel() * p.element_size() for p in model.trunk.parameters()) + weight.element_size() * sum(
+        p.numel() for p in model.head.parameters()
+    )
+    data = f"{read / 1e6:.0f} MB of weights a token; memory {memory / 1e9:.1f} GB/s"
+    add("MBU, writing alone", _times(one, read / memory), data, 1.0)
+    if model.config.images != "none":
+        _draw(bench, prompts, device, arithmetic, add)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident()
+    results.append(Result("memory at most, in GB", peak / 1e9, None, None, 1, "lower", said, "this process so far"))
+    return Findings(results)
+
+
+def _draw(bench: Bench, prompts: list[str], device: torch.device, arithmetic: float, add: Callable[..., None]) -> None:
+    drawing = bench.drawing
+    requests = [
+        replace(
+            bench.pipe.request([prompt], drawing.steps, drawing.guidance_scale, drawing.sampler),
+            draw="force",
+            max_tokens=0,
+        )
+        for prompt in prompts
+    ]
+
+    def draw(some: list[Request]) -> None:
+        latents = [event.latent for event in bench.pipe.engine.run(some) if isinstance(event, ImageEnd)]
+        for latent in latents:
+            bench.pipe.picture(latent)
+
+    seconds = timed(lambda: draw(requests), device)
+    many = _pace(len(requests), seconds)
+    add("pictures a second, many at once", many, f"{len(requests)} pictures")
+    add("pictures a second, alone", _pace(1, timed(lambda: draw(requests[:1]), device)), "one picture")
+    if bench.pipe.exported.model.config.images == "latents":
+        each = _drawing_flops(bench, requests) / len(requests)
+        data = f"{each:.3g} operations a picture; machine {arithmetic:.3g} a second"
+        add("MFU, drawing many", _times(many, each / arithmetic), data, 1.0)
+
+
+def _resident() -> int:
+    """Bytes this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+ABOUT = "pace of drawing and writing, memory, and the share of the machine"
+SPEED = Measure("speed", ABOUT, lambda bench: None, _score, draws=True)
