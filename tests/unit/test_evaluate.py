@@ -279,6 +279,18 @@ def test_interval_of_many_items_takes_little_memory(monkeypatch) -> None:
     assert bootstrap(values) == whole
 
 
+def test_the_paper_s_suite_falls_back_on_nothing(tmp_path, capsys) -> None:
+    for options, missing in (
+        ([], "--texts: expected held-out C4"),
+        (["--texts", "c4.jsonl"], "--captions: expected captions_val2014.json"),
+        (["--texts", "c4.jsonl", "--captions", "a", "--images", "b", "--clip", "c", "--geneval", "d"], "--features"),
+    ):
+        assert run(["evaluate", "--model", str(tmp_path), "--suite", "paper", *options]) == 2
+        said = capsys.readouterr().err
+        assert missing in said
+        assert "from https://" in said
+
+
 def test_command_line_names_mistakes(tmp_path, capsys) -> None:
     assert run(["evaluate", "--model", str(tmp_path), "--count", "0"]) == 2
     assert "--count: expected at least 1" in capsys.readouterr().err

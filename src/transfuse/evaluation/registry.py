@@ -10,15 +10,20 @@ from dataclasses import replace
 
 from ..configuration import nearest
 from ..errors import UserError
-from .bench import Bench, Measure
+from .bench import Bench, Measure, Options
 from .captioning import CAPTIONING
 from .choice import CHOICE
 from .clip import CLIP
+from .clip import WHERE as CLIP_WEIGHTS
 from .composition import COMPOSITION
+from .distances import MOBILENET, RECOGNISER
 from .drawing import DRAWING
 from .editing import EDITING
 from .geneval import GENEVAL
+from .geneval import WHERE as GENEVAL_PROMPTS
 from .harness import HARNESS
+from .inception import FILE, URL
+from .pairs import WHERE as COCO
 from .reconstructions import AUTOENCODER
 from .result import Drawing, Findings
 from .speed import SPEED
@@ -35,6 +40,22 @@ SUITES: dict[str, tuple[str, ...]] = {
 """quick: what needs nothing but the package. paper: Transfusion's own measures, on files that the user has"""
 TEXT_ONLY = ("text", "choice", "harness", "speed")
 """measures of models that know no images"""
+
+
+def check_paper(options: Options) -> None:
+    """Raise UserError for a file without which a measure of the paper would fall back on the bundled world."""
+    needed = {
+        "texts": "held-out C4 and Wikipedia as .jsonl; from https://huggingface.co/datasets/allenai/c4 and others",
+        "captions": f"captions_val2014.json or dataset_coco.json; from {COCO}",
+        "images": f"the folder of val2014's pictures; from {COCO}",
+        "clip": f"weights of a CLIP; from {CLIP_WEIGHTS}",
+        "geneval": f"evaluation_metadata.jsonl; from {GENEVAL_PROMPTS}",
+    }
+    for name, what in needed.items():
+        if not getattr(options, name):
+            raise UserError(f"--suite paper: --{name}: expected {what}, found none")
+    if options.features in (RECOGNISER, MOBILENET):
+        raise UserError(f"--suite paper: --features: expected {FILE}, found {options.features}; from {URL}")
 
 
 def named(names: Sequence[str]) -> list[Measure]:

@@ -18,7 +18,7 @@ from ..configuration import read_json
 from ..console import say
 from ..data.world import WorldConfig
 from ..errors import UserError
-from ..evaluation import Bench, Drawing, Findings, Options, evaluate, model_hash, named
+from ..evaluation import Bench, Drawing, Findings, Options, check_paper, evaluate, model_hash, named
 from ..files import whole_file
 from ..inference import TransfusionPipeline
 from ..presets import Recipe, preset
@@ -47,6 +47,8 @@ def run_evaluation(
         drawings = Drawing.sweep(sweep, drawing) if sweep else []
     except ValueError as error:
         raise UserError(f"--sweep: {error}") from None
+    if "paper" in suite:
+        check_paper(options)
     pipe = TransfusionPipeline.from_pretrained(model, device=device)
     scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
     bench = Bench(pipe, model_hash(model), out, scenes, options, drawing, batch)
