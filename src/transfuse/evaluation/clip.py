@@ -39,18 +39,20 @@ def clip_scores(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
 class Clip:
     """A model of open_clip with local weights."""
 
-    def __init__(self, name: str, path: str) -> None:
+    def __init__(self, name: str, path: str, device: torch.device | str = "cpu") -> None:
         import open_clip
 
         self.model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=path)
         self.tokenizer: Any = open_clip.get_tokenizer(name)
-        self.model.eval()
+        self.model.to(device).eval()
+        self.device = device
 
     @torch.inference_mode()
     def embed(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Pictures uint8 `[row, column, 3]` and texts -> `[n, channel]` each; CLIP's own resize, antialiased."""
-        images = torch.stack([self.prepare(PIL.Image.fromarray(picture)) for picture in pictures])
-        return self.model.encode_image(images).numpy(), self.model.encode_text(self.tokenizer(list(texts))).numpy()
+        images = torch.stack([self.prepare(PIL.Image.fromarray(picture)) for picture in pictures]).to(self.device)
+        words = self.tokenizer(list(texts)).to(self.device)
+        return self.model.encode_image(images).cpu().numpy(), self.model.encode_text(words).cpu().numpy()
 
 
 def _check(bench: Bench) -> None:
@@ -66,7 +68,7 @@ def _check(bench: Bench) -> None:
 def _score(bench: Bench) -> Findings:
     assert bench.options.clip is not None
     pairs, drawn = drawn_pairs(bench)
-    clip = Clip(bench.options.clip_model, str(bench.options.clip))
+    clip = Clip(bench.options.clip_model, str(bench.options.clip), bench.device)
     drawings, real, texts = [], [], []
     with progress("clip", len(pairs.ids)) as bar:
         for start in range(0, len(pairs.ids), BATCH):

@@ -66,13 +66,14 @@ class RecogniserFeatures:
 class ImageNetFeatures:
     """An ImageNet network of `autoencoders.features`, at `SIDE` pixels."""
 
-    def __init__(self, features: Features, digest: str) -> None:
-        self.features, self.name, self.digest = features, features.name, digest
+    def __init__(self, features: Features, digest: str, device: torch.device | str) -> None:
+        self.features, self.name, self.digest, self.device = features.to(device), features.name, digest, device
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        x = F.interpolate(pixels(images), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
-        return self.features.pooled(x.clamp(-1, 1)).double().numpy()
+        x = pixels(images).to(self.device)
+        x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+        return self.features.pooled(x.clamp(-1, 1)).double().cpu().numpy()
 
 
 def check_features(name: str) -> None:
@@ -90,15 +91,15 @@ def check_features(name: str) -> None:
         load_features(name)
 
 
-def open_features(name: str, recogniser: Recogniser | None = None) -> Sees:
+def open_features(name: str, recogniser: Recogniser | None = None, device: torch.device | str = "cpu") -> Sees:
     """The network of a name or file. `recogniser`: for the name of that judge."""
     if name == RECOGNISER:
         assert recogniser is not None
         return RecogniserFeatures(recogniser)
     if name != MOBILENET and "inception" in Path(name).name:
-        return load_inception(Path(name))
+        return load_inception(Path(name), device)
     digest = "packaged" if name == MOBILENET else sha256(Path(name))[:8]
-    return ImageNetFeatures(load_features(name), digest)
+    return ImageNetFeatures(load_features(name), digest, device)
 
 
 def all_features(sees: Sees, picture: object, count: int) -> np.ndarray:

@@ -72,7 +72,7 @@ def _check(bench: Bench) -> None:
 def _score(bench: Bench) -> Findings:
     pairs, drawn = drawn_pairs(bench)
     name = bench.options.features
-    sees = open_features(name, bench.recogniser() if name == RECOGNISER else None)
+    sees = open_features(name, bench.recogniser() if name == RECOGNISER else None, bench.device)
     count = len(pairs.ids)
     a, b = all_features(sees, drawn.image, count), all_features(sees, pairs.picture, count)
     ceiling: dict[str, float] = {}

@@ -208,7 +208,8 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self.network(torch.from_numpy(images).permute(0, 3, 1, 2)).double().numpy()
+        x = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return self.network(x.to(self.network.Conv2d_1a_3x3.conv.weight.device)).double().cpu().numpy()
 
 
 def check_inception(path: Path) -> str:
@@ -222,10 +223,10 @@ def check_inception(path: Path) -> str:
     return found
 
 
-def load_inception(path: Path) -> InceptionFeatures:
+def load_inception(path: Path, device: torch.device | str = "cpu") -> InceptionFeatures:
     """Read FID's weights; the file's hash is checked first, and nothing but tensors is unpickled."""
     digest = check_inception(path)
     network = Inception()
     weights = torch.load(path, map_location="cpu", weights_only=True)
     network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("fc.")})
-    return InceptionFeatures(network, digest[:8])
+    return InceptionFeatures(network.to(device), digest[:8])

@@ -38,7 +38,7 @@ def _score(bench: Bench) -> Findings:
     task = Task("reconstructions", {"model": bench.model, "data": pairs.label}, len(pairs.ids), work)
     made = bench.make(task)
     name = bench.options.features
-    sees = open_features(name, bench.recogniser() if name == RECOGNISER else None)
+    sees = open_features(name, bench.recogniser() if name == RECOGNISER else None, bench.device)
     count = len(pairs.ids)
     distance = frechet(all_features(sees, made.image, count), all_features(sees, pairs.picture, count))
     said = f"{bench.version}, autoencoder {autoencoder.name}@{autoencoder.fingerprint}"

@@ -84,8 +84,7 @@ def _drawing_flops(bench: Bench, requests: list[Request]) -> float:
 def _score(bench: Bench) -> Findings:
     exported = bench.pipe.exported
     model = exported.model
-    weight = next(model.parameters())
-    device = weight.device
+    weight, device = next(model.parameters()), bench.device
     world = World(replace(bench.world, size=exported.image_size))
     prompts = [caption(world.scene(n), n) for n in range(bench.batch)]
     said = f"{bench.version}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "

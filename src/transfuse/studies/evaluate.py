@@ -22,7 +22,7 @@ from ..evaluation import Bench, Drawing, Findings, Options, check_paper, evaluat
 from ..files import whole_file
 from ..inference import TransfusionPipeline
 from ..presets import Recipe, preset
-from ..presets.runs import is_kind, read_recipe
+from ..presets.runs import Device, is_kind, read_recipe, resolve
 from ..version import __version__
 from .evaluation_page import evaluation_page, said_drawing
 
@@ -36,7 +36,7 @@ def run_evaluation(
     sweep: str | None = None,
     world: str | None = None,
     batch: int = 24,
-    device: str = "cpu",
+    device: Device = "auto",
 ) -> dict[str, Any]:
     """Measure an export and write numbers and page. world: a preset whose scenes are shown; None: the model's own.
 
@@ -49,7 +49,7 @@ def run_evaluation(
         raise UserError(f"--sweep: {error}") from None
     if "paper" in suite:
         check_paper(options)
-    pipe = TransfusionPipeline.from_pretrained(model, device=device)
+    pipe = TransfusionPipeline.from_pretrained(model, device=resolve(Recipe(device=device)).device)
     scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
     bench = Bench(pipe, model_hash(model), out, scenes, options, drawing, batch)
     found: list[Findings] = []
