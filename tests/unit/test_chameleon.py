@@ -44,9 +44,11 @@ from transfuse.inference import (
     Request,
     TextDelta,
     TransfusionPipeline,
+    drawing,
 )
 from transfuse.inference import engine as engine_module
 from transfuse.inference.events import Event
+from transfuse.inference.network import Network
 from transfuse.keyed import keyed
 from transfuse.model import ModelConfig, Transfusion, dense
 from transfuse.model.layers import RMSNorm
@@ -529,7 +531,7 @@ def uncached_codes(
     def following(whole: Document) -> Tensor:
         """Logits of the code to come. One more stands in its place; nothing before it can see that."""
         drawn = Image(torch.tensor([[*chosen, 0]]))
-        logits = whole_logits(engine.model, engine.grammar, replace(whole, parts=[*whole.parts, drawn]))
+        logits = whole_logits(engine.exported.model, engine.grammar, replace(whole, parts=[*whole.parts, drawn]))
         return logits[-3][engine.config.vocabulary :]  # behind it are that one and EOI
 
     null, alone = replace(document, parts=[]), replace(document, parts=document.images)
@@ -555,13 +557,14 @@ class Chosen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.logits: list[Tensor] = []
-        original = engine_module._sample
+        original = drawing.sample
 
         def sample(logits, temperature, top_p, generator):
             self.logits.append(logits.clone())
             return original(logits, temperature, top_p, generator)
 
-        monkeypatch.setattr(engine_module, "_sample", sample)
+        for module in (drawing, engine_module):
+            monkeypatch.setattr(module, "sample", sample)
 
 
 class Script:
@@ -617,10 +620,13 @@ def test_script_of_codes_equals_whole_passes(tokenizer: Tokenizer, monkeypatch, 
     assert torch.equal(drawn[1], second)
 
     document = Document([*before, Image(second), Text((33,))], closed=False)
-    tokens, whole = lay_out(document, engine.grammar).token, whole_logits(engine.model, engine.grammar, document)
+    tokens, whole = (
+        lay_out(document, engine.grammar).token,
+        whole_logits(engine.exported.model, engine.grammar, document),
+    )
     at = [3, 4, 5, 13, 14, 22, 23]  # logits were asked for after: 12, 30, 31, EOI, 32, EOI, 33
     assert tokens[at].tolist() == [12, 30, 31, eoi, 32, eoi, 33]
-    found, allowed = torch.stack(script.logits), engine.barred == 0
+    found, allowed = torch.stack(script.logits), engine.network.barred == 0
     assert not allowed[engine.config.vocabulary :].any()
     assert (found[:, ~allowed] == -torch.inf).all()
     assert (found[-2:, boi] == -torch.inf).all(), "no third image"
@@ -759,13 +765,13 @@ def test_text_is_text_and_images_are_codes(tokenizer: Tokenizer, draw: str) -> N
     ends = [event for event in events if isinstance(event, Done)]
     assert len(ends) == len(requests)
     assert all(end.images <= 3 for end in ends)
-    free = (whole_logits(engine.model, engine.grammar, PROMPT)[-1] / 2).softmax(-1)
+    free = (whole_logits(engine.exported.model, engine.grammar, PROMPT)[-1] / 2).softmax(-1)
     assert free[engine.config.vocabulary :].sum() > 0.3, "without a bar there would be codes"
 
 
 def test_events_of_codes_in_order(tokenizer: Tokenizer) -> None:
     engine = Engine(coded(tokenizer))
-    events = list(engine.run([asking(previews=True)]))
+    events = list(engine.run([asking(preview_every=1)]))
     assert [type(event) for event in events] == [ImageStart, *[ImageProgress] * 16, ImageEnd, Done]
     assert [(e.step, e.total) for e in events if isinstance(e, ImageProgress)] == [(n, 16) for n in range(1, 17)]
     assert events[-1] == Done(0, "images", 0, 1, 15)
@@ -806,13 +812,13 @@ def test_a_full_context_ends_a_row(tokenizer: Tokenizer) -> None:
 def test_a_code_costs_a_position_of_each_branch(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(coded(tokenizer))
     sizes: list[int] = []
-    original = Engine._forward
+    original = Network.forward
 
-    def count(self, feeds, predict):
+    def count(self, cache, feeds, predict):
         sizes.append(sum(feed.segment.count for feed in feeds))
-        return original(self, feeds, predict)
+        return original(self, cache, feeds, predict)
 
-    monkeypatch.setattr(Engine, "_forward", count)
+    monkeypatch.setattr(Network, "forward", count)
     document = Document([Image(codes(2, 2)), Text((9,) * 50)], closed=False)
     list(engine.run([asking(document, size=(4, 4))]))
     # prompt; null prefix (BOS, BOI), once; BOI; then every code but the last, in both branches
@@ -822,7 +828,7 @@ def test_a_code_costs_a_position_of_each_branch(tokenizer: Tokenizer, monkeypatc
     assert sizes == [57, 1, *[1] * 3, 2, *[1] * (len(sizes) - 6)], "one branch; the last code is read with EOI"
     sizes.clear()
     list(engine.run([asking(document, size=(4, 4), image_guidance_scale=2.0)]))
-    assert sizes == [57, 8, 1, *[3] * 3], "BOS, the image in its markers, BOI"
+    assert sizes == [57, 1 + 8, *[3] * 3], "BOI; beside it BOS, the image in its markers, BOI"
 
 
 def test_codes_are_a_function_of_the_seed(tokenizer: Tokenizer) -> None:

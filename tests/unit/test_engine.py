@@ -20,7 +20,7 @@ from transfuse.inference import (
     TextDelta,
     TransfusionPipeline,
 )
-from transfuse.inference import engine as engine_module
+from transfuse.inference.network import Network
 from transfuse.keyed import keyed
 from transfuse.model import dense
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate, unconditional
@@ -43,7 +43,7 @@ def uncached_image(
     engine: Engine, document: Document, seed: int, number: int, scale: float, shape=(3, 8, 8)
 ) -> torch.Tensor:
     """The same drawing by whole forward passes: dense mask, no cache, no batching, the null branch its own document."""
-    model, process = engine.model, engine.exported.process
+    model, process = engine.exported.model, engine.exported.process
     sampler = Sampler(process, SamplerConfig("ddim", STEPS))
     state = sampler.prepare(shape, keyed(seed, "image", number))
 
@@ -76,7 +76,7 @@ class Script:
             else:
                 yield from engine._finish(row, "stop")
 
-        monkeypatch.setattr(engine_module.Engine, "_choose", choose)
+        monkeypatch.setattr(Engine, "_choose", choose)
 
 
 @pytest.mark.parametrize("variant", [{}, {"adapter": "unet"}, {"image_attention": "causal"}, {"kv_heads": 2}], ids=str)
@@ -97,17 +97,19 @@ def test_script_with_cache_equals_whole_recomputation(tokenizer: Tokenizer, monk
     torch.testing.assert_close(drawn[1], second, atol=1e-4, rtol=1e-4)
 
     document = Document([*before, Image(drawn[1], target=False), Text((33,))], closed=False)
-    batch = collate([document], engine.grammar, engine.model.config.image_attention)
+    batch = collate([document], engine.grammar, engine.exported.model.config.image_attention)
     every = torch.arange(batch.positions)
     zero = torch.zeros(2, dtype=torch.int64)
-    whole = engine.model(batch.tokens, batch.rotary, dense(batch), every, batch.patches, batch.latents, zero).logits
+    whole = engine.exported.model(
+        batch.tokens, batch.rotary, dense(batch), every, batch.patches, batch.latents, zero
+    ).logits
     # logits were asked for after: 12, 30, 31, EOI, 32, EOI, 33
     at = [3, 4, 5, 5 + 1 + 16 + 1, 5 + 1 + 16 + 2, 5 + 1 + 16 + 2 + 1 + 16 + 1, 5 + 1 + 16 + 2 + 1 + 16 + 2]
     assert [int(batch.tokens[p]) for p in at] == [12, 30, 31, engine.grammar.eoi, 32, engine.grammar.eoi, 33]
-    found, allowed = torch.stack(script.logits), engine.barred == 0
+    found, allowed = torch.stack(script.logits), engine.network.barred == 0
     allowed[boi] = False  # barred, too, once no more images are allowed
     torch.testing.assert_close(found[:, allowed], whole[at][:, allowed], atol=1e-4, rtol=1e-4)
-    assert (found[:, engine.barred != 0] == -torch.inf).all()
+    assert (found[:, engine.network.barred != 0] == -torch.inf).all()
     assert found[-1, boi] == -torch.inf
     assert found[0, boi] > -torch.inf
 
@@ -116,13 +118,13 @@ def test_cache_after_an_image_equals_a_fresh_prefill(tokenizer: Tokenizer, monke
     engine = Engine(exported(tokenizer))
     Script(monkeypatch, {0: [engine.grammar.boi, 33]})
     caches = []
-    original = Engine._cache
+    original = Network.cache
 
-    def keep(self, rows, capacity):
-        caches.append(original(self, rows, capacity))
+    def keep(self, slots, positions):
+        caches.append(original(self, slots, positions))
         return caches[-1]
 
-    monkeypatch.setattr(Engine, "_cache", keep)
+    monkeypatch.setattr(Network, "cache", keep)
     events = list(engine.run([request(draw="auto", max_tokens=9)]))
     drawn = next(e.latent for e in events if isinstance(e, ImageEnd))
     document = Document([Text((10, 11, 12)), Image(drawn, target=False), Text((33,))], closed=False)
@@ -193,13 +195,13 @@ def test_prompt_and_seed_matter_and_nothing_else_does(tokenizer: Tokenizer) -> N
 def test_denoising_never_grows_the_cache_and_costs_only_patches(tokenizer: Tokenizer, monkeypatch) -> None:
     engine = Engine(exported(tokenizer))
     sizes: list[int] = []
-    original = Engine._forward
+    original = Network.forward
 
-    def count(self, feeds, predict):
+    def count(self, cache, feeds, predict):
         sizes.append(sum(feed.segment.count for feed in feeds))
-        return original(self, feeds, predict)
+        return original(self, cache, feeds, predict)
 
-    monkeypatch.setattr(Engine, "_forward", count)
+    monkeypatch.setattr(Network, "forward", count)
     list(engine.run([request(Document([Text((9,) * 50)], closed=False))]))
     # prompt; null prefix (BOS, BOI), once; BOI; then the patches of both branches, every step
     assert sizes == [51, 2, 1, *[2 * 16] * STEPS]
@@ -210,7 +212,7 @@ def test_denoising_never_grows_the_cache_and_costs_only_patches(tokenizer: Token
 
 def test_events_in_order(tokenizer: Tokenizer) -> None:
     engine = Engine(exported(tokenizer))
-    events = list(engine.run([request(previews=True)]))
+    events = list(engine.run([request(preview_every=1)]))
     kinds = [type(event) for event in events]
     assert kinds == [ImageStart, *[ImageProgress] * STEPS, ImageEnd, Done]
     progress = [event for event in events if isinstance(event, ImageProgress)]

@@ -58,7 +58,8 @@ class SamplerState:
 
     x: x_t, `[channel, row, column]`. timesteps: the levels at which the network is evaluated, descending. rng: state of
     the CPU generator of this image's step noise. index: evaluations made so far. x0: the latest estimate of the clean
-    image (None at first): what the 2M rule remembers, and a picture to show meanwhile.
+    image (None at first): what the 2M rule remembers, and a picture to show meanwhile. given: a clean image, and bool
+    `[row, column]`, True where it is to be drawn anew; the rest of it stays (None: nothing is given).
     """
 
     x: Tensor
@@ -66,6 +67,7 @@ class SamplerState:
     rng: Tensor
     index: int = 0
     x0: Tensor | None = None
+    given: tuple[Tensor, Tensor] | None = None
 
     @property
     def t(self) -> int:
@@ -191,6 +193,34 @@ class Sampler:
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         return SamplerState(x, self.timesteps, torch.Generator().manual_seed(seed).get_state())
 
+    def prepare_from(
+        self, image: Tensor, generator: torch.Generator, strength: float = 1.0, mask: Tensor | None = None
+    ) -> SamplerState:
+        """Return the state of an image that begins as another, clean one: noised, with a share of the steps left.
+
+        strength: that share, 0..1; 1 begins from noise alone, the same as `prepare`'s, 0 is the image, and done.
+        mask: bool `[row, column]`, True where it is drawn anew. The rest is the image, as noisy as each level says, and
+        in the end the image itself, exactly.
+
+        Raises ValueError for a strength out of its range or a mask of another size.
+        """
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength: expected 0..1, found {strength}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != image.shape[1:]):
+            raise ValueError(f"mask: expected bool {list(image.shape[1:])}, found {mask.dtype} {list(mask.shape)}")
+        channels, rows, columns = image.shape
+        state = self.prepare((channels, rows, columns), generator, device=image.device)
+        image = image.to(state.x.dtype)
+        steps = round(strength * self.config.steps)
+        state = replace(state, timesteps=self.timesteps[self.config.steps - steps :])
+        noised = self.process.add_noise(image, state.x, state.t)
+        if steps < self.config.steps:
+            state = replace(state, x=noised)
+        if mask is None:
+            return state
+        mask = mask.to(image.device)
+        return replace(state, x=torch.where(mask, state.x, noised), given=(image, mask))
+
     def denoise(self, state: SamplerState, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Return `predict(x_t, t)`, t a scalar int64 on x_t's device: the one evaluation that a step needs."""
         return predict(state.x, torch.tensor(state.t, device=state.x.device))
@@ -205,6 +235,10 @@ class Sampler:
         x0 = self.process.predicted_x0(prediction, state.x, state.t)
         if (limit := self.process.config.clip_x0) is not None:
             x0 = x0.clamp(-limit, limit)
+        if state.given is not None:
+            # With x0 known every rule below gives x_s as the forward process would from the image itself.
+            image, mask = state.given
+            x0 = torch.where(mask, x0, image)
         after = replace(state, index=state.index + 1, x0=x0)
         levels = self.process.alpha_bar
         alpha_bar_t, alpha_bar_s = levels[state.t].item(), levels[after.t].item()

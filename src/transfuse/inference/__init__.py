@@ -1,7 +1,7 @@
 """Inference: a cache, an engine that writes and draws, a pipeline for people."""
 
 from .engine import Engine
-from .events import Done, Event, ImageEnd, ImageProgress, ImageStart, Request, TextDelta
+from .events import Done, Event, ImageEnd, ImageProgress, ImageStart, Request, Start, TextDelta
 from .pipeline import Reply, TransfusionPipeline
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ImageStart",
     "Reply",
     "Request",
+    "Start",
     "TextDelta",
     "TransfusionPipeline",
 ]

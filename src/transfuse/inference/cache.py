@@ -1,15 +1,19 @@
 """The key-value cache: what has been read is never computed again.
 
-One row per sequence. A forward pass is a list of `Segment`s: new positions of some rows, written into the cache where
-they belong and attending to everything their row has seen. Writing an image's patches again overwrites them in place,
+Slots of a fixed number of positions, taken once: that is all the memory there will ever be, and nothing in it moves
+when a sequence comes or goes. A forward pass is a list of `Segment`s: new positions of some slots, written where they
+belong and attending to everything their sequence has seen. Writing an image's patches again overwrites them in place,
 so a denoising step costs the patches alone, and never makes the cache longer.
+
+On CPU in float32 what a segment gets does not depend, to the last bit, on the other segments of the pass: only those
+that ask for the same are computed in one call, and each call is made of kernels whose rows do not see each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -18,43 +22,61 @@ from torch.nn import functional as F
 
 from ..model import Attend, ModelConfig
 
+BLOCK = 64
+"""Keys that a segment of few positions reads are rounded up to this many: rows of like length share a call."""
+
+FEW = 3
+"""Up to so many positions a segment's attention on CPU is two plain products. torch's own kernel keeps these few scores
+where a vector may not begin, and its result then depends on which thread it was."""
+
 
 class KeyValueCache:
-    """Keys and values of `rows` sequences of at most `capacity` positions: two `[depth, row, head, position, D]`.
+    """Keys and values of `slots` sequences: two `[depth, slot, head, position, D]`, `positions` rounded up to `BLOCK`.
 
-    They take memory when first used: a row that never draws needs no cache for its null branch.
+    They take memory when first used, and on most systems page by page.
     """
 
     def __init__(
-        self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+        self, config: ModelConfig, slots: int, positions: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        self.capacity, self.device = capacity, torch.device(device)
-        self._zeros = partial(
-            torch.zeros,
-            (config.depth, rows, config.key_heads, capacity, config.head_channels),
-            dtype=dtype,
-            device=device,
-        )
+        self.positions = -(-positions // BLOCK) * BLOCK
+        self.shape = (config.depth, slots, config.key_heads, self.positions, config.head_channels)
+        self.queries = config.heads // config.key_heads
+        self.dtype, self.device = dtype, torch.device(device)
 
     @cached_property
     def keys(self) -> Tensor:
-        return self._zeros()
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     @cached_property
     def values(self) -> Tensor:
-        return self._zeros()
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    def clear(self, slot: int, start: int, end: int) -> None:
+        """Forget positions of a slot, up to the end of the block: whoever was there leaves no NaN, and no trace."""
+        end = -(-end // BLOCK) * BLOCK
+        for store in (self.keys, self.values):
+            store[:, slot, :, start:end].zero_()
+
+    def copy(self, slot: int, start: int, other: KeyValueCache, count: int) -> None:
+        """Take the first positions of another cache's only sequence over, to `start`."""
+        for store, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            store[:, slot, :, start : start + count] = theirs[:, 0, :, :count]
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """`count` new positions of a row, from `start` on. ends: the end (exclusive) of the keys each position sees,
-    `[count]` int64; None: all see to the segment's end, as the patches of one image do (and a single token)."""
+    """`count` new positions of a sequence, from `start` on. The sequence lies in a slot from `origin` on; all else is
+    counted from there.
 
-    cache: KeyValueCache
-    row: int
+    ends: the end (exclusive) of the keys each position sees, `[count]` int64; None: all see to the segment's end, as
+    the patches of one image do (and a single token)."""
+
+    slot: int
     start: int
     count: int
     ends: Tensor | None = None
+    origin: int = 0
 
     @property
     def end(self) -> int:
@@ -62,32 +84,36 @@ class Segment:
 
 
 class _Call:
-    """One attention call: neighbouring rows of one cache, `count` queries each, keys up to `end`.
+    """One attention call: neighbouring slots, `count` queries each, all with `length` keys from one origin on.
 
-    places: (row, position) of each new position, where they do not lie side by side from `start` on in every row.
-    mask: additive, `[row, 1, query, key]`; None where every query sees every key up to `end`.
+    places: (slot, position) of each new position, where they do not lie side by side from one start on in every slot.
+    mask: added to the scores; `[slot, 1, query, key]`, None where every query sees every key; of few queries on CPU
+    `[slot * key head, queries of all its heads, key]`.
     """
 
-    def __init__(
-        self,
-        cache: KeyValueCache,
-        rows: slice,
-        start: int,
-        count: int,
-        end: int,
-        places: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-    ) -> None:
-        self.positions = count * (rows.stop - rows.start)
-        self.count, self.mask, self.places = count, mask, places
+    def __init__(self, cache: KeyValueCache, run: Sequence[Segment], length: int) -> None:
+        first = run[0]
+        self.rows, self.count = len(run), first.count
+        self.positions = self.rows * self.count
+        self.plain = cache.device.type == "cpu" and self.count <= FEW
+        self.mask = _mask(cache, run, length, self.plain)
+        self.places: tuple[Tensor, Tensor] | None = None
         # Views of every layer are taken at once: a decoding step is made of so many small operations that each counts.
-        self.keys = cache.keys[:, rows, :, :end].unbind(0)
-        self.values = cache.values[:, rows, :, :end].unbind(0)
-        if places is None:
-            self.new_keys = cache.keys[:, rows, :, start : start + count].unbind(0)
-            self.new_values = cache.values[:, rows, :, start : start + count].unbind(0)
-        else:
-            self.new_keys, self.new_values = cache.keys.unbind(0), cache.values.unbind(0)
+        slots, low = slice(first.slot, first.slot + self.rows), first.origin
+        keys, values = (store[:, slots, :, low : low + length] for store in (cache.keys, cache.values))
+        if self.plain:
+            keys, values = keys.flatten(1, 2).transpose(2, 3), values.flatten(1, 2)
+        self.keys, self.values = keys.unbind(0), values.unbind(0)
+        low += first.start
+        if len({segment.start for segment in run}) == 1:
+            self.new_keys, self.new_values = (
+                store[:, slots, :, low : low + self.count].unbind(0) for store in (cache.keys, cache.values)
+            )
+            return
+        where = [(one.slot, one.origin + one.start + number) for one in run for number in range(self.count)]
+        rows_at, starts_at = torch.tensor(where, device=cache.device).unbind(1)
+        self.places = rows_at, starts_at
+        self.new_keys, self.new_values = cache.keys.unbind(0), cache.values.unbind(0)
 
     def by_row(self, x: Tensor) -> Tensor:
         """`[row * count, head, D] -> [row, head, count, D]`, a view."""
@@ -104,19 +130,40 @@ class _Call:
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """`[row * count, head, D] -> [row * count, head * D]`, in the dtype of the cache."""
         keys, values = self.keys[layer], self.values[layer]
-        gqa = q.shape[1] != keys.shape[1]
         query = self.by_row(q.to(keys.dtype))
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, enable_gqa=gqa)
+        if self.plain:
+            assert self.mask is not None
+            few = query.reshape(len(keys), -1, q.shape[-1])
+            scores = torch.baddbmm(self.mask, few, keys, alpha=q.shape[-1] ** -0.5)
+            out = torch.bmm(scores.softmax(-1), values).view_as(query)
+        else:
+            gqa = q.shape[1] != keys.shape[1]
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, enable_gqa=gqa)
         return out.transpose(1, 2).reshape(self.positions, -1)
 
 
-def cached(segments: Sequence[Segment]) -> Attend:
+def _mask(cache: KeyValueCache, run: Sequence[Segment], length: int, plain: bool) -> Tensor | None:
+    if all(segment.ends is None for segment in run) and run[0].count > FEW:
+        return None
+    ends = torch.tensor([[segment.end] for segment in run], device=cache.device)
+    if any(segment.ends is not None for segment in run):
+        every = zip(ends.expand(-1, run[0].count), run, strict=True)
+        ends = torch.stack([end if segment.ends is None else segment.ends for end, segment in every])
+    hidden = torch.arange(length, device=cache.device) >= ends[..., None]
+    if plain:  # `[slot, query, key]`, the queries of all heads that share keys one behind another
+        hidden = hidden[:, None, None].expand(-1, cache.shape[2], cache.queries, -1, -1)
+        hidden = hidden.flatten(2, 3).flatten(0, 1)
+    mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device).masked_fill_(hidden, -torch.inf)
+    return mask if plain else mask[:, None]
+
+
+def cached(cache: KeyValueCache, segments: Sequence[Segment]) -> Attend:
     """An attention backend for one forward pass over the flat run of these segments, in order."""
-    calls = _plan(segments)
+    calls = _plan(cache, segments)
     sizes = [call.positions for call in calls]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Everything is written before anything is read: rows of one pass may continue one another.
+        # Everything is written before anything is read: segments of one pass may continue one another.
         for call, keys, values in zip(calls, k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True):
             call.write(layer, keys, values)
         outputs = [call.attend(layer, query) for call, query in zip(calls, q.split_with_sizes(sizes), strict=True)]
@@ -125,34 +172,21 @@ def cached(segments: Sequence[Segment]) -> Attend:
     return attend
 
 
-def _plan(segments: Sequence[Segment]) -> list[_Call]:
-    """Join neighbouring rows into one call where they ask for the same: one token each, or equal counts and ends."""
-    calls: list[_Call] = []
+def _plan(cache: KeyValueCache, segments: Sequence[Segment]) -> list[_Call]:
+    """Join neighbouring slots into one call where they ask for the same: equal counts, and as many keys.
+
+    How many keys it reads is a segment's own affair, never its neighbours': sums of other lengths round otherwise.
+    """
+
+    def length(segment: Segment) -> int:
+        if segment.count > FEW:
+            return segment.end
+        return min(-(-segment.end // BLOCK) * BLOCK, cache.positions - segment.origin)
 
     def kind(numbered: tuple[int, Segment]) -> tuple[int, int, int, int, bool]:
         number, segment = numbered
-        end = segment.end if segment.count > 1 else -1
-        return id(segment.cache), segment.row - number, segment.count, end, segment.ends is None
+        seen = segment.count > FEW and segment.ends is None
+        return segment.slot - number, segment.origin, segment.count, length(segment), seen
 
-    for _, members in groupby(enumerate(segments), kind):
-        run = [segment for _, segment in members]
-        first, device = run[0], run[0].cache.device
-        count, longest = first.count, max(segment.end for segment in run)
-        even = len({segment.end for segment in run}) == 1
-        places = None
-        if not even:
-            where = [(segment.row, segment.start) for segment in run]
-            rows_at, starts_at = torch.tensor(where, device=device).unbind(1)
-            places = rows_at, starts_at
-        ends = None
-        if first.ends is not None:
-            ends = torch.stack([segment.ends for segment in run if segment.ends is not None])
-        elif not even:
-            ends = torch.tensor([[segment.end] for segment in run], device=device)
-        mask = None
-        if ends is not None:
-            hidden = torch.arange(longest, device=device) >= ends[..., None]
-            mask = first.cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
-        rows = slice(first.row, first.row + len(run))
-        calls.append(_Call(first.cache, rows, first.start, count, longest, places, mask))
-    return calls
+    runs = [[segment for _, segment in members] for _, members in groupby(enumerate(segments), kind)]
+    return [_Call(cache, run, length(run[0])) for run in runs]

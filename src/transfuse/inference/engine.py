@@ -6,259 +6,140 @@
 
 A tick is one LM forward pass for all rows that write, and one denoise pass for all rows that draw. A Chameleon draws by
 codes: instead of a denoise step, one code of every drawing row, from guided logits of codes alone, until there are
-exactly as many as the image has; text is chosen from ids of text alone. Noise and tokens are
-drawn by (seed, image) and (seed, position), so a row does not depend on its neighbours.
+exactly as many as the image has; text is chosen from ids of text alone.
+
+Rows join and leave at any tick. Noise and tokens are drawn by (seed, image) and (seed, position), and what a pass gives
+a row does not depend on the others in it; so neither does the row. docs/inference.md says where to the last bit.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, count
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion import Sampler, SamplerState
 from ..errors import UserError
 from ..export import Exported
 from ..keyed import keyed
-from ..sequence import Document, Image, Layout, Text, lay_out, visible
-from .cache import KeyValueCache, Segment, cached
-from .events import Done, Event, ImageEnd, ImageProgress, ImageStart, Request, TextDelta
-from .guidance import guide, null_prefix
-
-LONGEST_CHARACTER = 4
-"""bytes, so tokens at most, of one character in UTF-8"""
-
-
-@dataclass(eq=False)
-class _Feed:
-    """New positions of one row for a forward pass; images lie at `patches` (offsets within the feed)."""
-
-    segment: Segment
-    tokens: Sequence[int]
-    patches: Sequence[int] = ()
-    latents: Sequence[Tensor] = ()
-    timesteps: Sequence[int] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class _Branch:
-    """One of the sequences a drawing is guided by: the row's own, and others that see less of its prompt. `start` is
-    where the image's patches or codes begin in the branch's cache."""
-
-    cache: KeyValueCache
-    row: int
-    start: int
-
-
-@dataclass(eq=False)
-class _CodeDrawing:
-    """An image of codes on its way: the codes so far, and every branch's logits `[codebook]` of the next one."""
-
-    generator: torch.Generator
-    logits: list[Tensor]
-    codes: list[int] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Row:
-    """A sequence on its way."""
-
-    number: int
-    request: Request
-    shape: tuple[int, int, int]
-    """of the latents it draws"""
-    patches: int
-    """or codes, of an image it draws"""
-    seen: list[Image]
-    """images in its prompt, and those it has drawn"""
-    length: int = 0
-    written: int = 0
-    shown: list[int] = field(default_factory=list)
-    """the last tokens whose text is out, or those of the prompt"""
-    unshown: list[int] = field(default_factory=list)
-    next_token: int | None = None
-    drawing: SamplerState | _CodeDrawing | None = None
-    branches: list[_Branch] = field(default_factory=list)
-    """while it draws: its own sequence, then those that see less"""
-    scales: list[float] = field(default_factory=list)
-    finished: Tensor | None = None
-    images: int = 0
-    evaluations: int = 0
-    done: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class _Caches:
-    """Of the rows themselves, of their null branches, and of those that see their images alone."""
-
-    rows: KeyValueCache
-    nulls: KeyValueCache
-    images: KeyValueCache
+from ..sequence import Image
+from .cache import Segment
+from .drawing import Coder, Denoiser, sample
+from .events import Done, Event, ImageEnd, ImageStart, Request, TextDelta
+from .network import Feed, Network
+from .requests import LONGEST_CHARACTER, accept
+from .row import Row
+from .slots import Content, Slots, image_content
 
 
 class Engine:
-    """Runs requests against one model; holds no state between calls but the shared null prefix."""
+    """Runs requests against one model, any number of them one after another, at most `slots` together.
 
-    def __init__(self, exported: Exported) -> None:
-        self.exported = exported
-        self.model, self.tokenizer = exported.model, exported.tokenizer
-        self.config = self.model.config
-        self.device = next(self.model.parameters()).device
-        self.grammar = self.config.grammar(self.tokenizer)
-        self.null_tokens = null_prefix(self.grammar, self.config.latent_channels)
-        # Added to logits of text: BOS, EOI, codes and ids that the tokenizer does not have are never chosen.
-        self.barred = torch.zeros(self.config.ids)
-        self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
-        self.barred[self.tokenizer.vocabulary :] = -torch.inf
-        self._null: tuple[KeyValueCache, Tensor] | None = None
+    slots, positions: all the cache there will ever be. A request lies in one slot as long as it runs: its prompt, what
+    it may write and draw, and at the far end the branches its drawings are guided by. positions, if not given: the
+    model's context, and the null branch of an image as large as it was trained on.
+    """
+
+    def __init__(self, exported: Exported | Network, slots: int = 8, positions: int | None = None) -> None:
+        network = exported if isinstance(exported, Network) else Network(exported)
+        self.network, self.exported = network, network.exported
+        self.config, self.grammar, self.tokenizer = network.config, network.grammar, network.tokenizer
+        if positions is None:
+            side = self.exported.image_size
+            beside = len(network.null_tokens) + network.drawn((side, side))[1]
+            positions = self.config.context + (beside if self.config.images != "none" else 0)
+        if min(slots, positions) < 1:
+            raise UserError(f"engine: expected at least 1 slot of 1 position, found {slots} of {positions}")
+        self.positions = positions
+        self.slots = Slots(slots)
+        self.cache = network.cache(slots, positions)
+        self.drawer = Denoiser(network, self.cache) if self.grammar.first_code is None else Coder(network, self.cache)
+        self._numbers = count()
+        self._waiting: deque[Row] = deque()
+        self._running: dict[int, Row] = {}
+
+    def submit(self, request: Request) -> int:
+        """Have a request run as soon as a slot is free, first come, first served; its number, which its events carry.
+
+        Raises UserError, one line, for one that can not be, or that no slot could ever hold.
+        """
+        row = accept(self.network, request, next(self._numbers), "request")
+        if row.bound + row.beside > self.positions:
+            raise UserError(
+                f"request: expected at most {self.positions} positions in all, as a slot of the cache has, "
+                f"found {row.bound} to write and draw in and {row.beside} to guide by"
+            )
+        self._waiting.append(row)
+        return row.number
+
+    def cancel(self, number: int) -> None:
+        """Forget a request, wherever it is; nothing more is heard of it. One that has ended stays as it is."""
+        self._waiting = deque(row for row in self._waiting if row.number != number)
+        if number in self._running:
+            self._leave(self._running[number], None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._running or self._waiting)
 
     @torch.inference_mode()
+    def tick(self) -> list[Event]:
+        """Take one step of every running request, and say what happened."""
+        while self._waiting and len(self.slots):
+            self._join(self._waiting.popleft())
+        rows = sorted(self._running.values(), key=lambda row: row.slot)  # neighbours are computed together
+        events = list(self._write([row for row in rows if row.drawing is None]))
+        for row, progress in self.drawer.step([row for row in rows if row.drawing is not None]):
+            events += [progress] if progress is not None else []
+            if row.finished is not None:
+                events += self._end_image(row, row.finished)
+        return events
+
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Run requests together and give their events as they happen. Raises UserError before any work for bad ones."""
-        layouts = [self._check(number, request) for number, request in enumerate(requests)]
-        rows = [
-            _Row(number, request, *self._drawn(request), list(request.document.images))
-            for number, request in enumerate(requests)
-        ]
+        """Run a list of requests together, in a cache made for them, and give their events as they happen.
+
+        Rows are numbered from 0. Raises UserError before any work for a bad one.
+        """
+        where = [f"request {number}" if number else "request" for number in range(len(requests))]
+        rows = [accept(self.network, request, number, where[number]) for number, request in enumerate(requests)]
         if not rows:
             return
-        capacity = max(self._bound(row, layout) for row, layout in zip(rows, layouts, strict=True))
-        null_capacity = len(self.null_tokens) + max(row.patches for row in rows)
-        caches = _Caches(*(self._cache(len(rows), size) for size in (capacity, null_capacity, capacity)))
-        yield from self._write(
-            rows, [self._prompt(caches.rows, row, layout) for row, layout in zip(rows, layouts, strict=True)]
-        )
-        draw = self._draw_codes if self.grammar.first_code is not None else self._denoise
-        while not all(row.done for row in rows):
-            writing = [row for row in rows if not row.done and row.drawing is None]
-            if writing:
-                yield from self._write(writing, [self._feed(caches, row) for row in writing])
-            drawing = [row for row in rows if row.drawing is not None]
-            if drawing:
-                yield from draw(drawing)
+        engine = Engine(self.network, len(rows), max(row.bound + row.beside for row in rows))
+        engine._waiting.extend(rows)
+        while engine.busy:
+            yield from engine.tick()
 
-    def _check(self, number: int, request: Request) -> Layout:
-        where = f"request {number}" if number else "request"
-        if request.document.closed:
-            raise ValueError(f"{where}: expected an open document, found a closed one")
-        if request.draw not in ("auto", "force", "never"):
-            raise UserError(f'{where}: draw: expected "auto", "force" or "never", found {request.draw!r}')
-        if self.config.images == "none" and (request.draw == "force" or request.document.images):
-            found = "an image" if request.document.images else 'draw "force"'
-            raise UserError(f"{where}: expected text alone, for the model knows no images, found {found}")
-        if request.draw == "force" and request.max_images < 1:
-            raise UserError(f"{where}: max_images: expected at least 1 where one is forced, found {request.max_images}")
-        for name in ("top_p", "code_top_p"):
-            if not 0 < getattr(request, name) <= 1:
-                raise UserError(f"{where}: {name}: expected a share above 0, at most 1, found {getattr(request, name)}")
-        for image in request.document.images:
-            if image.coded and not 0 <= int(image.latent.min()) <= int(image.latent.max()) < self.config.codebook:
-                found = f"{int(image.latent.min())} to {int(image.latent.max())}"
-                raise UserError(f"{where}: image: expected codes from 0 to {self.config.codebook - 1}, found {found}")
-        factor = self.exported.autoencoder.factor * self.config.patch_size
-        if self.config.images == "none":
-            factor = 1
-        if min(request.size) < 1 or any(side % factor for side in request.size):
-            raise UserError(f"{where}: image size: expected positive multiples of {factor}, found {request.size}")
-        layout = lay_out(request.document, self.grammar)
-        least = len(layout) + (self._drawn(request)[1] + 2 if request.draw == "force" else 1)
-        if least > self.config.context:
-            raise UserError(
-                f"{where}: prompt: expected at most {self.config.context} positions with what is to come, found {least}"
-            )
-        return layout
+    def _join(self, row: Row) -> None:
+        row.slot, row.length = self.slots.take(row.content)
+        self.cache.clear(row.slot, row.length, row.bound)
+        self.cache.clear(row.slot, self.cache.positions - row.beside, self.cache.positions)
+        self._running[row.number] = row
 
-    def _bound(self, row: _Row, layout: Layout) -> int:
-        """The most positions a row can come to."""
-        never = row.request.draw == "never" or self.config.images == "none"
-        images = 0 if never else row.request.max_images * (row.patches + 2)
-        return min(self.config.context, len(layout) + row.request.max_tokens + images + 1)
+    def _leave(self, row: Row, content: Content | None) -> None:
+        del self._running[row.number]
+        self.slots.give_back(row.slot, content)
 
-    def _drawn(self, request: Request) -> tuple[tuple[int, int, int], int]:
-        """Shape `[channel, row, column]` of a latent it draws, and its number of patches or codes."""
-        rows, columns = (side // self.exported.autoencoder.factor for side in request.size)
-        return (self.config.latent_channels, rows, columns), rows * columns // self.config.patch_size**2
-
-    def _cache(self, rows: int, capacity: int) -> KeyValueCache:
-        # On CPU attention over a bfloat16 cache is several times slower than over a float32 one (docs/benchmarks.md).
-        dtype = torch.float32 if self.device.type == "cpu" else self.model.compute
-        return KeyValueCache(self.config, rows, capacity, dtype, self.device)
-
-    def _forward(self, feeds: Sequence[_Feed], predict: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """One pass over all feeds; logits at flat positions `predict`, and a prediction per image, in order."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        patches: list[int] = []
-        for feed in feeds:
-            patches.extend(len(tokens) + patch for patch in feed.patches)
-            tokens.extend(feed.tokens)
-            positions.extend(range(feed.segment.start, feed.segment.end))
-        output = self.model(
-            self._ids(tokens),
-            self._ids(positions),
-            cached([feed.segment for feed in feeds]),
-            self._ids(predict),
-            self._ids(patches),
-            [latent.to(self.device) for feed in feeds for latent in feed.latents],
-            self._ids([t for feed in feeds for t in feed.timesteps]),
-        )
-        return output.logits.float().cpu(), output.predictions
-
-    def _ids(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-    def _prompt(self, cache: KeyValueCache, row: _Row, layout: Layout) -> _Feed:
-        """The whole prompt; its images are clean, at timestep 0."""
-        row.length = len(layout)
-        last = row.request.document.parts[-1] if row.request.document.parts else None
-        row.shown = list(last.ids[-LONGEST_CHARACTER:]) if isinstance(last, Text) else []
-        return self._read(cache, row.number, layout)
-
-    def _read(self, cache: KeyValueCache, row: int, layout: Layout) -> _Feed:
-        ends = torch.from_numpy(visible(layout, self.config.image_attention).end).to(self.device)
-        segment = Segment(cache, row, 0, len(layout), ends if len(layout) > 1 else None)
-        if self.grammar.first_code is not None:
-            return _Feed(segment, layout.token.tolist())
-        patches = np.flatnonzero(layout.image >= 0).tolist()
-        latents = [span.image.latent for span in layout.spans]
-        return _Feed(segment, layout.token.tolist(), patches, latents, [0] * len(latents))
-
-    def _feed(self, caches: _Caches, row: _Row) -> _Feed:
-        """What a writing row gives the model next: its chosen token, or a finished image and EOI."""
-        start, cache = row.length, caches.rows
-        if row.finished is None:
-            assert row.next_token is not None
-            row.length += 1
-            if row.next_token == self.grammar.boi:
-                self._begin_image(caches, row)
-            return _Feed(Segment(cache, row.number, start, 1), [row.next_token])
-        count = row.patches
-        latent, row.finished = row.finished, None
-        row.length += count + 1
-        if self.grammar.first_code is not None:
-            # The last code has been chosen, not read.
-            ends = torch.tensor([start + count, start + count + 1], device=self.device)
-            tokens = [int(latent[-1, -1]) + self.grammar.first_code, self.grammar.eoi]
-            return _Feed(Segment(cache, row.number, start + count - 1, 2, ends), tokens)
-        ends = torch.full((count + 1,), start + count, dtype=torch.int64, device=self.device)
-        if self.config.image_attention == "causal":
-            ends = torch.arange(start + 1, start + count + 2, device=self.device)
-        ends[-1] = start + count + 1
-        segment = Segment(cache, row.number, start, count + 1, ends)
-        return _Feed(segment, [0] * count + [self.grammar.eoi], range(count), [latent], [0])
-
-    def _write(self, rows: Sequence[_Row], feeds: Sequence[_Feed]) -> Iterator[Event]:
+    def _write(self, rows: Sequence[Row]) -> Iterator[Event]:
         """One LM pass: every row reads its feed; those that are not about to draw choose their next token."""
+        if not rows:
+            return
+        feeds, beside = [], []
+        for row in rows:
+            feed, others = self._feed(row)
+            feeds.append(feed)
+            beside += [(row, other) for other in others]
+        feeds += [feed for _, feed in beside]
         last = [end - 1 for end in accumulate(feed.segment.count for feed in feeds)]
-        logits, _ = self._forward(feeds, last)
-        for row, scores in zip(rows, logits, strict=True):
-            if isinstance(row.drawing, _CodeDrawing):
-                row.drawing.logits.insert(0, scores[self.grammar.first_code :].clone())
-        logits += self.barred
+        logits, _ = self.network.forward(self.cache, feeds, last)
+        for row, scores in zip(rows, logits, strict=False):
+            if row.drawing is not None:
+                # Of a branch that is read beside, what is behind its last feed, BOI.
+                behind = [found for (other, _), found in zip(beside, logits[len(rows) :], strict=True) if other is row]
+                self.drawer.opened(row, [scores, *behind[-1:]])
+        logits = logits[: len(rows)] + self.network.barred
         writers = [number for number, row in enumerate(rows) if not self._may_draw(row)]
         if writers:
             logits[writers, self.grammar.boi] = -torch.inf
@@ -269,7 +150,33 @@ class Engine:
             else:
                 yield from self._choose(row, scores, likeliest)
 
-    def _may_draw(self, row: _Row) -> bool:
+    def _feed(self, row: Row) -> tuple[Feed, list[Feed]]:
+        """What a writing row gives the model next: its prompt, its chosen token, or a finished image and EOI. With it,
+        where the token is BOI, what the other branches of the drawing read."""
+        start, others = row.length, []
+        if start < len(row.layout):
+            feed, content = self.network.read(row.layout, row.slot, known=start), []
+        elif row.finished is not None:
+            feed, content = self.network.commit(row.finished, row.slot, start), self._content(row.finished)
+            row.finished = None
+        else:
+            assert row.next_token is not None
+            feed, content = Feed(Segment(row.slot, start, 1), [row.next_token]), [row.next_token]
+            if row.next_token == self.grammar.boi:
+                others = self.drawer.begin(row)
+        row.length = feed.segment.end
+        if row.content is not None:
+            row.content += content
+        return feed, others
+
+    def _content(self, latent: Tensor) -> Content:
+        """Of a finished image and EOI."""
+        if self.grammar.first_code is not None:
+            return [*(latent.flatten() + self.grammar.first_code).tolist(), self.grammar.eoi]
+        count = latent.shape[1] * latent.shape[2] // self.config.patch_size**2
+        return [*image_content(latent, count), self.grammar.eoi]
+
+    def _may_draw(self, row: Row) -> bool:
         return (
             row.request.draw != "never"
             and self.config.images != "none"
@@ -277,7 +184,7 @@ class Engine:
             and row.length + 2 + row.patches <= self.config.context
         )
 
-    def _choose(self, row: _Row, logits: Tensor, likeliest: int) -> Iterator[Event]:
+    def _choose(self, row: Row, logits: Tensor, likeliest: int) -> Iterator[Event]:
         """Choose a row's next token from its logits `[vocabulary]`, of which `likeliest` is the largest."""
         request = row.request
         room = row.length + 1 < self.config.context
@@ -290,7 +197,7 @@ class Engine:
         token = likeliest
         if request.temperature > 0:
             generator = keyed(request.seed, "token", row.length)
-            token = _sample(logits, request.temperature, request.top_p, generator)
+            token = sample(logits, request.temperature, request.top_p, generator)
         if token == self.grammar.eos:
             yield from self._finish(row, "stop")
             return
@@ -308,130 +215,13 @@ class Engine:
                 row.unshown.clear()
             yield TextDelta(row.number, text, token)
 
-    def _finish(self, row: _Row, reason: str) -> Iterator[Event]:
-        row.done = True
+    def _finish(self, row: Row, reason: str) -> Iterator[Event]:
+        self._leave(row, row.content)
         yield Done(row.number, reason, row.written, row.images, row.evaluations)
 
-    def _begin_image(self, caches: _Caches, row: _Row) -> None:
-        """Set up the drawing of the image that begins at `row.length`, and the branches it is guided by."""
-        request = row.request
-        generator = keyed(request.seed, "image", row.images)
-        row.branches, row.scales = [_Branch(caches.rows, row.number, row.length)], []
-        logits: list[Tensor] = []
-        scale, image_scale = request.guidance_scale, request.image_guidance_scale
-        if image_scale is not None and row.seen:
-            parts = [replace(image, target=False) for image in row.seen]
-            layout = lay_out(Document(parts, closed=False), self.grammar)
-            feed = self._read(caches.images, row.number, layout)
-            boi = _Feed(Segment(caches.images, row.number, len(layout), 1), [self.grammar.boi])
-            found, _ = self._forward([feed, boi], [len(layout)])
-            logits.append(found[0])
-            row.branches.append(_Branch(caches.images, row.number, len(layout) + 1))
-            row.scales.append(scale)
-            scale = image_scale
-        if scale != 1:
-            cache, found = self._null_branch()
-            known = len(self.null_tokens)
-            caches.nulls.keys[:, row.number, :, :known] = cache.keys[:, 0]
-            caches.nulls.values[:, row.number, :, :known] = cache.values[:, 0]
-            logits.append(found)
-            row.branches.append(_Branch(caches.nulls, row.number, known))
-            row.scales.append(scale)
-        if self.grammar.first_code is not None:
-            row.drawing = _CodeDrawing(generator, [scores[self.grammar.first_code :] for scores in logits])
-        else:
-            sampler = Sampler(self.exported.process, request.sampler)
-            row.drawing = sampler.prepare(row.shape, generator, device=self.device)
-
-    def _null_branch(self) -> tuple[KeyValueCache, Tensor]:
-        """The null branch starts with the same few tokens for everybody: read once. Its cache, and logits behind it."""
-        if self._null is None:
-            cache, count = self._cache(1, len(self.null_tokens)), len(self.null_tokens)
-            segment = Segment(cache, 0, 0, count, torch.arange(1, count + 1, device=self.device))
-            logits, _ = self._forward([_Feed(segment, self.null_tokens)], [count - 1])
-            self._null = cache, logits[0]
-        return self._null
-
-    def _denoise(self, rows: Sequence[_Row]) -> Iterator[Event]:
-        """One denoising step of every drawing row."""
-        members = _by_branch(rows)
-        _, found = self._forward([self._patches(row, row.branches[branch]) for row, branch in members], [])
-        predictions = _of_rows(members, found)
-        for row in rows:
-            assert isinstance(row.drawing, SamplerState)
-            sampler = Sampler(self.exported.process, row.request.sampler)
-            state = row.drawing = sampler.step(row.drawing, guide(predictions[row.number], row.scales))
-            row.evaluations += 1
-            preview = state.x0 if row.request.previews else None
-            yield ImageProgress(row.number, row.images, state.index, state.total, preview)
-            if state.done:
-                yield from self._end_image(row, sampler.finish(state))
-
-    def _patches(self, row: _Row, branch: _Branch) -> _Feed:
-        assert isinstance(row.drawing, SamplerState)
-        count, start = row.patches, branch.start
-        ends = None
-        if self.config.image_attention == "causal":
-            ends = torch.arange(start + 1, start + count + 1, device=self.device)
-        segment = Segment(branch.cache, branch.row, start, count, ends)
-        return _Feed(segment, [0] * count, range(count), [row.drawing.x], [row.drawing.t])
-
-    def _draw_codes(self, rows: Sequence[_Row]) -> Iterator[Event]:
-        """One code of every drawing row: chosen from guided logits of codes alone, then read by all its branches."""
-        going = []
-        for row in rows:
-            drawing, request = row.drawing, row.request
-            assert isinstance(drawing, _CodeDrawing)
-            logits = guide(drawing.logits, row.scales)
-            drawing.codes.append(_sample(logits, request.code_temperature, request.code_top_p, drawing.generator))
-            yield ImageProgress(row.number, row.images, len(drawing.codes), row.patches)
-            if len(drawing.codes) == row.patches:
-                yield from self._end_image(row, torch.tensor(drawing.codes).view(row.shape[1:]))
-            else:
-                going.append(row)
-        if not going:
-            return
-        assert self.grammar.first_code is not None
-        members, feeds = _by_branch(going), []
-        for row, number in members:
-            assert isinstance(row.drawing, _CodeDrawing)
-            branch, place = row.branches[number], len(row.drawing.codes) - 1
-            segment = Segment(branch.cache, branch.row, branch.start + place, 1)
-            feeds.append(_Feed(segment, [row.drawing.codes[-1] + self.grammar.first_code]))
-        found, _ = self._forward(feeds, range(len(feeds)))
-        logits_of = _of_rows(members, list(found[:, self.grammar.first_code :]))
-        for row in going:
-            assert isinstance(row.drawing, _CodeDrawing)
-            row.drawing.logits = logits_of[row.number]
-            row.evaluations += 1
-
-    def _end_image(self, row: _Row, latent: Tensor) -> Iterator[Event]:
-        row.finished, row.drawing = latent, None
+    def _end_image(self, row: Row, latent: Tensor) -> Iterator[Event]:
         row.seen.append(Image(latent, target=False))
         yield ImageEnd(row.number, row.images, latent)
         row.images += 1
         if row.request.max_tokens == 0 and row.images == row.request.max_images:
             yield from self._finish(row, "images")
-
-
-def _by_branch(rows: Sequence[_Row]) -> list[tuple[_Row, int]]:
-    """Every branch of every row; those of one kind side by side, for neighbours of one cache are computed together."""
-    most = max(len(row.branches) for row in rows)
-    return [(row, branch) for branch in range(most) for row in rows if branch < len(row.branches)]
-
-
-def _of_rows(members: Sequence[tuple[_Row, int]], found: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-    """What was found for each member, by the number of its row, branch after branch."""
-    by_row: dict[int, list[Tensor]] = {row.number: [] for row, _ in members}
-    for (row, _), one in zip(members, found, strict=True):
-        by_row[row.number].append(one)
-    return by_row
-
-
-def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One id of logits `[id]`: the likeliest at temperature 0, else one drawn from the nucleus."""
-    if temperature <= 0:
-        return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -10,6 +10,19 @@ from ..diffusion import SamplerConfig
 from ..sequence import Document
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A clean latent `[channel, row, column]` from which the first image of a request is drawn, in place of noise.
+
+    strength   share of the denoising steps taken: 1 begins from noise, 0 is the image itself
+    mask       bool `[row, column]` of latent elements, True where it is drawn anew; the rest stays. None: everywhere
+    """
+
+    latent: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Request:
     """One sequence to go on with.
@@ -21,9 +34,14 @@ class Request:
     guidance_scale   how far a drawing is pushed towards the prompt; 1: not at all
     image_guidance_scale   the same towards the images before it alone, the rest then being the words' own
                      (`guidance.guide`); None: words and images are one condition
+    guidance_interval   noise levels, as shares of all (0 clean, 1 noise), at which a drawing is guided; elsewhere only
+                     the prompt's own branch is computed. None: everywhere
+    start            what the first image begins from; None: noise
     temperature      0 is greedy; top_p keeps the likeliest tokens that make up this much probability
     code_temperature, code_top_p   the same for the codes of images, where the model draws by codes
-    previews         give the predicted clean latent with each ImageProgress
+    preview_every    give the predicted clean latent with every so many steps; 0: never
+    reuse            go on from what such a request before left in the cache, where it begins with the same positions,
+                     and leave the same for the next: the turns of a conversation
     """
 
     document: Document
@@ -34,12 +52,15 @@ class Request:
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=25))
     guidance_scale: float = 3.0
     image_guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    start: Start | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     code_temperature: float = 1.0
     code_top_p: float = 1.0
     seed: int = 0
-    previews: bool = False
+    preview_every: int = 0
+    reuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,13 +80,16 @@ class ImageStart:
 
 @dataclass(frozen=True, eq=False)
 class ImageProgress:
-    """`step` of `total` denoising steps done, or codes chosen; preview: predicted clean latent, if asked for."""
+    """`step` of `total` denoising steps done, or codes chosen. latent: as noisy as the step leaves it, and t the noise
+    level at which the step began, where the model denoises; preview: predicted clean latent, if asked for."""
 
     row: int
     number: int
     step: int
     total: int
     preview: Tensor | None = None
+    latent: Tensor | None = None
+    t: int = 0
 
 
 @dataclass(frozen=True, eq=False)

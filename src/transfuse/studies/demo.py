@@ -258,7 +258,7 @@ def _interleaved(
 
 def _strip(pipe: TransfusionPipeline, prompt: str) -> tuple[list[tuple[int, np.ndarray]], str, float]:
     """The predicted clean image at about ten of the steps of one drawing, and the seconds it took."""
-    request = replace(pipe.request([prompt]), draw="force", max_tokens=0, previews=True)
+    request = replace(pipe.request([prompt]), draw="force", max_tokens=0, preview_every=1)
     total = request.sampler.steps
     chosen = {round(step) for step in np.linspace(1, total, min(STRIP, total))}
     strip: list[tuple[int, np.ndarray]] = []

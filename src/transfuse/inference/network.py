@@ -1,0 +1,115 @@
+"""The model as the engine sees it: one flat pass over new positions of many sequences, and what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..export import Exported
+from ..sequence import Layout, visible
+from .cache import KeyValueCache, Segment, cached
+from .guidance import null_prefix
+
+
+@dataclass(eq=False)
+class Feed:
+    """New positions of one sequence for a pass; images lie at `patches` (offsets within the feed)."""
+
+    segment: Segment
+    tokens: Sequence[int]
+    patches: Sequence[int] = ()
+    latents: Sequence[Tensor] = ()
+    timesteps: Sequence[int] = ()
+
+
+class Network:
+    """An exported model, its grammar and the null branch's prefix; holds nothing of any request."""
+
+    def __init__(self, exported: Exported) -> None:
+        self.exported, self.model, self.tokenizer = exported, exported.model, exported.tokenizer
+        self.config = self.model.config
+        self.device = next(self.model.parameters()).device
+        self.grammar = self.config.grammar(self.tokenizer)
+        self.null_tokens = null_prefix(self.grammar, self.config.latent_channels)
+        # Added to logits of text: BOS, EOI, codes and ids that the tokenizer does not have are never chosen.
+        self.barred = torch.zeros(self.config.ids)
+        self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
+        self.barred[self.tokenizer.vocabulary :] = -torch.inf
+        self._null: tuple[KeyValueCache, Tensor] | None = None
+
+    def cache(self, slots: int, positions: int) -> KeyValueCache:
+        # On CPU attention over a bfloat16 cache is several times slower than over a float32 one (docs/benchmarks.md).
+        dtype = torch.float32 if self.device.type == "cpu" else self.model.compute
+        return KeyValueCache(self.config, slots, positions, dtype, self.device)
+
+    def drawn(self, size: tuple[int, int]) -> tuple[tuple[int, int, int], int]:
+        """Shape `[channel, row, column]` of the latent of an image of so many pixels, and its number of patches or
+        codes."""
+        rows, columns = (side // self.exported.autoencoder.factor for side in size)
+        return (self.config.latent_channels, rows, columns), rows * columns // self.config.patch_size**2
+
+    def forward(
+        self, cache: KeyValueCache, feeds: Sequence[Feed], predict: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One pass over all feeds; logits at flat positions `predict`, and a prediction per image, in order."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        patches: list[int] = []
+        for feed in feeds:
+            patches.extend(len(tokens) + patch for patch in feed.patches)
+            tokens.extend(feed.tokens)
+            positions.extend(range(feed.segment.start, feed.segment.end))
+        output = self.model(
+            self.ids(tokens),
+            self.ids(positions),
+            cached(cache, [feed.segment for feed in feeds]),
+            self.ids(predict),
+            self.ids(patches),
+            [latent.to(self.device) for feed in feeds for latent in feed.latents],
+            self.ids([t for feed in feeds for t in feed.timesteps]),
+        )
+        return output.logits.float().cpu(), output.predictions
+
+    def ids(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def read(self, layout: Layout, slot: int, origin: int = 0, known: int = 0) -> Feed:
+        """A laid-out document, but for its first `known` positions, whose images are clean, at timestep 0."""
+        count = len(layout) - known
+        ends = torch.from_numpy(visible(layout, self.config.image_attention).end[known:]).to(self.device)
+        segment = Segment(slot, known, count, ends if count > 1 else None, origin)
+        if self.grammar.first_code is not None:
+            return Feed(segment, layout.token[known:].tolist())
+        patches = np.flatnonzero(layout.image[known:] >= 0).tolist()
+        latents = [span.image.latent for span in layout.spans if span.start >= known]
+        return Feed(segment, layout.token[known:].tolist(), patches, latents, [0] * len(latents))
+
+    def commit(self, latent: Tensor, slot: int, start: int) -> Feed:
+        """A finished image, clean, where its patches or codes begin, and EOI."""
+        if self.grammar.first_code is not None:
+            # The last code has been chosen, not read.
+            start, tokens = (
+                start + latent.numel() - 1,
+                [int(latent[-1, -1]) + self.grammar.first_code, self.grammar.eoi],
+            )
+            return Feed(Segment(slot, start, 2, self.ids([start + 1, start + 2])), tokens)
+        count = latent.shape[1] * latent.shape[2] // self.config.patch_size**2
+        ends = torch.full((count + 1,), start + count, dtype=torch.int64, device=self.device)
+        if self.config.image_attention == "causal":
+            ends = torch.arange(start + 1, start + count + 2, device=self.device)
+        ends[-1] = start + count + 1
+        segment = Segment(slot, start, count + 1, ends)
+        return Feed(segment, [0] * count + [self.grammar.eoi], range(count), [latent], [0])
+
+    def null_branch(self) -> tuple[KeyValueCache, Tensor]:
+        """The null branch starts with the same few tokens for everybody: read once. Its cache, and logits behind it."""
+        if self._null is None:
+            cache, count = self.cache(1, len(self.null_tokens)), len(self.null_tokens)
+            segment = Segment(0, 0, count, torch.arange(1, count + 1, device=self.device))
+            logits, _ = self.forward(cache, [Feed(segment, self.null_tokens)], [count - 1])
+            self._null = cache, logits[0]
+        return self._null

@@ -1,0 +1,69 @@
+"""A sequence on its way through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..diffusion import SamplerState
+from ..sequence import Image, Layout
+from .events import Request
+from .slots import Content
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of the sequences a drawing is guided by: the row's own, and others that see less of its prompt, which lie
+    behind it in its slot, from `origin` on. `start`, counted from there, is where the image begins."""
+
+    slot: int
+    start: int
+    origin: int = 0
+
+
+@dataclass(eq=False)
+class CodeDrawing:
+    """An image of codes on its way: the codes so far, and every branch's logits `[codebook]` of the next one."""
+
+    generator: torch.Generator
+    logits: list[Tensor] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Row:
+    """A request, and how far it is."""
+
+    number: int
+    request: Request
+    layout: Layout
+    """of its prompt"""
+    shape: tuple[int, int, int]
+    """of the latents it draws"""
+    patches: int
+    """or codes, of an image it draws"""
+    bound: int
+    """the most positions it can come to"""
+    beside: int
+    """positions for other branches of a drawing, at the far end of its slot"""
+    seen: list[Image]
+    """images in its prompt, and those it has drawn"""
+    shown: list[int]
+    """the last tokens whose text is out, or those of the prompt"""
+    content: Content | None
+    """what has been read, where another may go on from it"""
+    slot: int = -1
+    length: int = 0
+    written: int = 0
+    unshown: list[int] = field(default_factory=list)
+    next_token: int | None = None
+    drawing: SamplerState | CodeDrawing | None = None
+    branches: list[Branch] = field(default_factory=list)
+    """while it draws: its own sequence, then those that see less"""
+    scales: list[float] = field(default_factory=list)
+    finished: Tensor | None = None
+    """an image that is drawn and not yet read"""
+    images: int = 0
+    evaluations: int = 0

@@ -1,0 +1,291 @@
+"""Continuous batching: whoever joins and leaves, and when, a request's events are those of the request alone, to the
+last bit (CPU, float32, packed as `transfuse.load` packs it)."""
+
+from __future__ import annotations
+
+import gc
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import exported, latent
+from test_chameleon import STABLE, coded, codes
+
+from transfuse.diffusion import SamplerConfig
+from transfuse.errors import UserError
+from transfuse.export import Exported
+from transfuse.inference import Done, Engine, ImageProgress, ImageStart, Request, Start
+from transfuse.inference.events import Event
+from transfuse.inference.network import Network
+from transfuse.model import pack
+from transfuse.sequence import Document, Image, Text, Tokenizer
+
+
+def packed(one: Exported) -> Exported:
+    """Row-invariant, and one that draws now and then."""
+    with torch.no_grad():
+        one.model.head.weight[one.tokenizer.boi] *= 3
+    pack(one.model)
+    return one
+
+
+ARMS = {
+    "linear": lambda tokenizer: packed(exported(tokenizer)),
+    "unet": lambda tokenizer: packed(exported(tokenizer, adapter="unet")),
+    "causal": lambda tokenizer: packed(exported(tokenizer, image_attention="causal", kv_heads=2)),
+    "codes": lambda tokenizer: packed(coded(tokenizer)),
+    "stable codes": lambda tokenizer: packed(coded(tokenizer, kv_heads=2, **STABLE)),
+}
+POSITIONS = 256
+
+
+def some_request(draws: random.Random, is_coded: bool) -> Request:
+    """Prompts of any shape; sizes, steps, samplers and ways of guidance of every kind."""
+    size = draws.choice([(8, 8), (4, 8), (8, 4), (4, 4), (12, 8)])
+    parts: list[Text | Image] = []
+    for _ in range(draws.randrange(4)):
+        if draws.random() < 0.35:
+            rows, columns = draws.choice([(4, 4), (2, 2), (4, 6)])
+            seed = draws.randrange(99)
+            parts.append(Image(codes(rows, columns, seed) if is_coded else latent(rows, columns, seed), target=False))
+        else:
+            parts.append(Text(tuple(draws.randrange(4, 300) for _ in range(draws.choice([1, 2, 3, 5, 17, 40])))))
+    asked = Request(
+        Document(parts, closed=False),
+        draw=draws.choice(["auto", "force", "force", "never"]),
+        max_tokens=draws.choice([0, 1, 5, 12]),
+        max_images=draws.choice([1, 1, 2]),
+        size=size,
+        guidance_scale=draws.choice([0.0, 1.0, 2.0, 7.5]),
+        image_guidance_scale=draws.choice([None, None, 1.0, 1.5]),
+        temperature=draws.choice([0.0, 1.0, 2.5]),
+        top_p=draws.choice([1.0, 0.8]),
+        seed=draws.randrange(1000),
+    )
+    if is_coded:
+        return replace(asked, code_temperature=draws.choice([0.0, 1.0]), code_top_p=draws.choice([1.0, 0.7]))
+    name = draws.choice(["ddim", "ddpm", "dpmpp"])
+    eta = draws.choice([0.0, 0.5]) if name == "ddim" else 0.0
+    start = None
+    if draws.random() < 0.3:
+        mask = torch.zeros(size, dtype=torch.bool) if draws.random() < 0.5 else None
+        if mask is not None:
+            mask[: size[0] // 2] = True
+        start = Start(latent(*size, seed=draws.randrange(99)), draws.choice([0.0, 0.4, 1.0]), mask)
+    return replace(
+        asked,
+        sampler=SamplerConfig(name, draws.choice([1, 2, 4]), eta),  # type: ignore[arg-type]
+        guidance_interval=draws.choice([None, None, (0.3, 0.8), (0.9, 0.95)]),
+        start=start,
+        preview_every=draws.choice([0, 1, 2]),
+    )
+
+
+def exactly(event: Event) -> list[object]:
+    """As `told`, with the bits of every tensor."""
+    plain = [value.numpy().tobytes() if isinstance(value, torch.Tensor) else value for value in vars(event).values()]
+    return [type(event).__name__, *plain[1:]]
+
+
+def alone(one: Exported, request: Request) -> list[list[object]]:
+    return [exactly(event) for event in Engine(one).run([request])]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("schedule", range(4))
+def test_any_schedule_gives_what_each_request_gives_alone(tokenizer: Tokenizer, arm: str, schedule: int) -> None:
+    """Twelve requests join at random ticks and share five slots; a third of them is cancelled at random ticks."""
+    one, draws = ARMS[arm](tokenizer), random.Random(f"{arm} {schedule}")
+    engine = Engine(one, slots=5, positions=POSITIONS)
+    requests: dict[int, Request] = {}
+    told_of: dict[int, list[list[object]]] = {}
+    cancelled: dict[int, int] = {}
+    left = 12
+    for tick in range(400):
+        while left and draws.random() < 0.4:
+            asked = some_request(draws, one.model.config.images == "codes")
+            number = engine.submit(asked)
+            requests[number], told_of[number] = asked, []
+            left -= 1
+            if draws.random() < 1 / 3:
+                cancelled[number] = tick + draws.randrange(12)
+        for number, at in cancelled.items():
+            if at == tick:
+                engine.cancel(number)
+        for event in engine.tick():
+            assert cancelled.get(event.row, tick + 1) > tick, "nothing more is heard of a cancelled one"
+            told_of[event.row].append(exactly(event))
+        if not left and not engine.busy:
+            break
+    assert not engine.busy
+    assert len(engine.slots) == 5
+    assert any(told_of.values())
+    for number, asked in requests.items():
+        whole = alone(one, asked)
+        mine = told_of[number]
+        assert mine == whole[: len(mine)], (number, asked)
+        assert len(mine) == len(whole) or number in cancelled
+
+
+def plain(document: Document | None = None, **changes: object) -> Request:
+    """Eight by eight pixels in three steps."""
+    base = Request(
+        document or Document([Text((10, 11, 12))], closed=False),
+        draw="force",
+        max_tokens=0,
+        size=(8, 8),
+        sampler=SamplerConfig("ddim", 3),
+        seed=5,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def finish(engine: Engine) -> list[Event]:
+    events = []
+    while engine.busy:
+        events += engine.tick()
+    return events
+
+
+@pytest.mark.parametrize("arm", ["linear", "codes"])
+def test_two_threads(tokenizer: Tokenizer, arm: str) -> None:
+    """Which thread computes a row is not seen in it."""
+    draws, before = random.Random(arm), torch.get_num_threads()
+    one = ARMS[arm](tokenizer)
+    requests = [some_request(draws, arm == "codes") for _ in range(5)]
+    torch.set_num_threads(2)
+    try:
+        together = [exactly(event) for event in Engine(one).run(requests)]
+        rows = [event.row for event in Engine(one).run(requests)]
+        for row, asked in enumerate(requests):
+            assert [event for event, of in zip(together, rows, strict=True) if of == row] == alone(one, asked)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_first_come_first_served_and_nobody_waits_for_ever(tokenizer: Tokenizer) -> None:
+    """Two slots, long requests first and short ones behind: they begin in order, while others keep coming."""
+    engine = Engine(ARMS["linear"](tokenizer), slots=2, positions=POSITIONS)
+    begun: list[int] = []
+    count = 0
+    for _ in range(60):
+        if count < 20:
+            engine.submit(plain(sampler=SamplerConfig("ddim", 9 if count < 2 else 1), seed=count))
+            count += 1
+        begun += [event.row for event in engine.tick() if isinstance(event, ImageStart)]
+    begun += [event.row for event in finish(engine) if isinstance(event, ImageStart)]
+    assert begun == list(range(20))
+
+
+def test_what_can_never_fit_is_refused_and_nothing_else_is_touched(tokenizer: Tokenizer) -> None:
+    engine = Engine(ARMS["linear"](tokenizer), slots=1, positions=64)
+    words = Document([Text((9,) * 20)], closed=False)
+    first = engine.submit(plain())
+    with pytest.raises(
+        UserError, match=r"^request: expected at most 64 positions in all, .* found 71 .* and 0 to guide by$"
+    ):
+        engine.submit(plain(words, draw="never", max_tokens=49))
+    with pytest.raises(UserError, match=r"found 42 to write and draw in and 34 to guide by$"):
+        engine.submit(plain(Document([Text((9,) * 6)], closed=False), size=(8, 16)))
+    with pytest.raises(UserError, match="prompt: expected at most 256 positions"):
+        engine.submit(plain(Document([Text((9,) * 300)], closed=False)))
+    with pytest.raises(UserError, match="expected at least 1 slot"):
+        Engine(ARMS["linear"](tokenizer), slots=0)
+    fits = engine.submit(plain(words, draw="never", max_tokens=42))
+    assert {event.row for event in finish(engine) if isinstance(event, Done)} == {first, fits}
+
+
+def test_the_cache_is_what_was_said(tokenizer: Tokenizer) -> None:
+    """However many come and go; and the same tensors, never moved."""
+    engine = Engine(ARMS["linear"](tokenizer), slots=3, positions=100)
+    assert engine.cache.keys.shape == (2, 3, 4, 128, 16), "rounded up to blocks of 64"
+    at = engine.cache.keys.data_ptr(), engine.cache.values.data_ptr()
+    for seed in range(20):
+        engine.submit(plain(seed=seed, guidance_scale=2.0))
+    finish(engine)
+    assert at == (engine.cache.keys.data_ptr(), engine.cache.values.data_ptr())
+
+
+def tensors() -> int:
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    storages = {
+        storage.data_ptr(): storage.nbytes()
+        for thing in gc.get_objects()
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided
+        for storage in [thing.untyped_storage()]
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("arm", ["linear", "codes"])
+@pytest.mark.parametrize("ticks", [0, 1, 2, 3, 7, None], ids=str)
+def test_memory_comes_back(tokenizer: Tokenizer, arm: str, ticks: int | None) -> None:
+    """After the end, and after a cancel in every phase: waiting, prompt read, drawing begun, half drawn, writing."""
+    engine = Engine(ARMS[arm](tokenizer), slots=2, positions=POSITIONS)
+    picture = codes(4, 4) if arm == "codes" else latent(8, 8)
+    document = Document([Text((9,) * 30), Image(picture, target=False), Text((9,))], closed=False)
+    asked = plain(document, max_tokens=9, image_guidance_scale=2.0, preview_every=1)
+    engine.submit(asked)
+    finish(engine)  # what is taken once: the cache, the null prefix
+    before = tensors()
+    numbers = [engine.submit(replace(asked, seed=seed)) for seed in range(4)]
+    if ticks is None:
+        finish(engine)
+    else:
+        for _ in range(ticks):
+            engine.tick()
+        assert engine.busy
+        for number in numbers:
+            engine.cancel(number)
+    assert not engine.busy
+    assert len(engine.slots) == 2
+    assert engine.tick() == []
+    assert tensors() == before
+    engine.cancel(numbers[0])  # an end and a cancel may cross
+
+
+def test_whoever_was_there_before_is_not_seen(tokenizer: Tokenizer) -> None:
+    """Not even where it left what is no number."""
+    one = ARMS["linear"](tokenizer)
+    expected = alone(one, plain(max_tokens=6))
+    engine = Engine(one, slots=1, positions=POSITIONS)
+    for store in (engine.cache.keys, engine.cache.values):
+        store.fill_(torch.nan)
+    engine.submit(plain(max_tokens=6))
+    assert [exactly(event) for event in finish(engine)] == expected
+
+
+def test_a_tick_is_one_pass_to_write_and_one_to_draw(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the phases, and the null prefix is read once for all."""
+    engine = Engine(ARMS["linear"](tokenizer), slots=8, positions=POSITIONS)
+    sizes: list[int] = []
+    original = Network.forward
+
+    def count(self, cache, feeds, predict):
+        sizes.append(sum(feed.segment.count for feed in feeds))
+        return original(self, cache, feeds, predict)
+
+    monkeypatch.setattr(Network, "forward", count)
+    draws, null, most = random.Random(0), 0, 0
+    for tick in range(60):
+        if tick < 16:
+            engine.submit(replace(some_request(draws, False), guidance_scale=2.0))
+        sizes.clear()
+        engine.tick()
+        null += 2 in sizes and len(sizes) == 3
+        assert len(sizes) <= 2 + (2 in sizes)
+        most = max(most, len(sizes))
+    assert (null, most) == (1, 3), "two passes a tick, and once the null prefix"
+
+
+def test_previews_every_so_many_steps(tokenizer: Tokenizer) -> None:
+    engine = Engine(ARMS["linear"](tokenizer))
+    asked = plain(sampler=SamplerConfig("ddim", 7), preview_every=3)
+    progress = [event for event in engine.run([asked]) if isinstance(event, ImageProgress)]
+    assert [event.step for event in progress if event.preview is not None] == [3, 6]
+    assert [event.t for event in progress] == [1000, 857, 714, 571, 429, 286, 143]
+    plainly = [event for event in engine.run([replace(asked, preview_every=0)]) if isinstance(event, ImageProgress)]
+    assert all(event.preview is None for event in plainly)
+    assert [exactly(replace(event, preview=None)) for event in progress] == [exactly(event) for event in plainly]
