@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .autoencoders.folder import fingerprint
 from .configuration import from_dict, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, SamplerConfig
 from .errors import UserError
-from .files import whole_folder
+from .files import sha256, whole_folder
 from .model import ModelConfig, Transfusion
 from .sequence import Tokenizer
 from .version import __version__
@@ -66,6 +67,13 @@ class Exported:
     image_size: int
     """pixels along a side of the images it was trained on"""
     generation: GenerationConfig
+    weights: Path | None = None
+    """the file it was loaded from"""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of the hash of its weights' file; "unsaved" where there is none."""
+        return "unsaved" if self.weights is None else sha256(self.weights)[:16]
 
 
 def save_export(
@@ -126,6 +134,7 @@ def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
         from_dict(
             GenerationConfig, read_json(folder / "generation_config.json"), str(folder / "generation_config.json")
         ),
+        folder / "model.safetensors",
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -22,6 +24,8 @@ from safetensors.torch import load_file
 
 from transfuse.autoencoders import load_autoencoder
 from transfuse.cli import run
+from transfuse.cli.chat import inline
+from transfuse.inference.pictures import read_settings
 
 COMMAND = [sys.executable, "-c", "from transfuse.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -93,6 +97,98 @@ def test_generate(home: Path) -> None:
                       "1.5", "--out", "again", "--model", "runs/tiny/export", "--json")  # fmt: skip
     path = json.loads(again.stdout)["parts"][0]["path"]
     assert (home / path).read_bytes() == (home / "pictures" / Path(path).name).read_bytes(), "one seed, one picture"
+
+
+def test_edit(home: Path) -> None:
+    """By instruction, from part of the way, and where a mask is white; the PNG says how."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(home / "before.png")
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[8:24, 8:24] = 255
+    PIL.Image.fromarray(mask).save(home / "mask.png")
+    common = ("edit", "before.png", "make it red", "--steps", "3", "--seed", "2", "--json")
+
+    def edited(*options: str) -> tuple[dict, np.ndarray]:
+        result = transfuse(home, *common, "--out", "edits" + "".join(options).replace("/", ""), *options)
+        assert result.returncode == 0, result.stderr
+        told = json.loads(result.stdout.splitlines()[-1])
+        assert read_settings(home / told["path"]).items() <= told.items()
+        return told, np.asarray(PIL.Image.open(home / told["path"]))
+
+    told, by_words = edited()
+    assert {"prompt": "make it red", "seed": 2, "steps": 3, "images_in_prompt": 1}.items() <= told.items()
+    assert len(told["model"]) == 16
+    assert by_words.shape == (32, 32, 3)
+    assert (edited("--strength", "0")[1] == pixels).all()
+    told, masked = edited("--mask", "mask.png")
+    assert told["masked"]
+    assert (masked[mask == 0] == pixels[mask == 0]).all()
+    assert (masked[mask == 255] != pixels[mask == 255]).any()
+    assert "strength: expected a share from 0 to 1, found 2.0" in refused(home, *common, "--strength", "2")
+    assert "expected an image file, found none" in refused(home, *common, "--mask", "nothing.png")
+    assert "expected some text, found an empty one" in refused(home, "edit", "before.png", " ")
+    PIL.Image.new("RGB", (50, 40)).save(home / "large.png")
+    assert "large.png: expected 32x32 pixels, found 50x40" in refused(home, "edit", "large.png", "x")
+
+
+def test_every_picture_says_how_it_was_made(home: Path) -> None:
+    result = transfuse(home, "generate", "a crab", "--draw", "force", "--steps", "2", "--seed", "5", "--out", "said")
+    assert result.returncode == 0, result.stderr
+    found = read_settings(home / "said" / "seed-5-0.png")
+    assert {"prompt": "a crab", "seed": 5, "steps": 2, "sampler": "ddim"}.items() <= found.items()
+
+
+def test_chat(home: Path) -> None:
+    """Through a pipe: words and paths on standard output, each mistake a line on standard error, and it goes on."""
+    PIL.Image.new("RGB", (32, 32), "red").save(home / "shown.png")
+    typed = ["/save", "a crab", "", "/image shown.png", "what is it", "/save copy.png", "/seed x", "/seed 9",
+             "/nothing", "/image none.png", "crab " * 400, "/help", "/new", "a boat", "/quit", "never read"]  # fmt: skip
+    command = [*COMMAND, "chat", "--model", "runs/tiny/export", "--draw", "force", "--out", "talk"]
+    result = subprocess.run(
+        command, cwd=home, env=ENVIRONMENT, input="\n".join(typed), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    errors = result.stderr.splitlines()
+    assert len(errors) == 5, result.stderr
+    for line, told in zip(
+        errors,
+        (
+            "/save: expected a picture to save, found none drawn yet",
+            "/seed: expected a number, found x",
+            "expected one of the commands that /help lists, found /nothing",
+            "none.png: expected an image file, found none",
+            "prompt: expected at most 256 positions",
+        ),
+        strict=True,
+    ):
+        assert told in line
+    pictures = [line for line in result.stdout.splitlines() if line.endswith(".png")]
+    assert pictures == ["talk/chat-0.png", "talk/chat-1.png", "copy.png", "talk/chat-2.png"]
+    settings = [read_settings(home / name) for name in pictures]
+    assert [one["seed"] for one in settings] == [0, 1, 1, 9]
+    assert settings[1]["images_in_prompt"] == 2, "the one it drew, and the one it was shown"
+    assert settings[3]["prompt"] == "a boat", "all else is forgotten"
+    assert "/quit" in result.stdout
+    ended = subprocess.run([*command, "--draw", "never"], cwd=home, env=ENVIRONMENT, input="", capture_output=True)
+    assert ended.returncode == 0, "the end of the input is the end"
+
+
+def test_pictures_on_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kitty and iTerm2 are sent holds the picture; others get a path."""
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    for name in ("TERM_PROGRAM", "KITTY_WINDOW_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert inline(picture) is None
+    monkeypatch.setenv("TERM", "xterm-kitty")
+    chunks = re.findall("\033_G(.*?);(.*?)\033\\\\", inline(picture) or "")
+    assert [keys for keys, _ in chunks] == ["a=T,f=100,m=1", *["m=1"] * (len(chunks) - 2), "m=0"]
+    assert all(len(data) <= 4096 for _, data in chunks)
+    sent = PIL.Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in chunks))))
+    assert (np.asarray(sent)[4::8, 4::8] == np.asarray(picture)).all()
+    monkeypatch.setenv("TERM_PROGRAM", "iTerm.app")
+    size, data = re.fullmatch("\033]1337;File=inline=1;size=(.*):(.*)\a", inline(picture) or "").groups()
+    assert int(size) == len(base64.b64decode(data))
 
 
 def test_caption(home: Path) -> None:
@@ -277,7 +373,7 @@ def test_plan_and_doctor(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: names[number])
     cards = json.loads(transfuse(tmp_path, "doctor", "--json").stdout)["cards"]
     assert cards == [f"{names[0]} (989.4 TFLOPS in bfloat16)", f"{names[1]} (peak not known: no mfu)"]
-    for name in ("train", "demo", "generate", "caption", "plan", "export", "doctor"):
+    for name in ("train", "demo", "generate", "caption", "edit", "chat", "plan", "export", "doctor"):
         help_text = transfuse(tmp_path, name, "--help")
         assert help_text.returncode == 0
         assert f"transfuse {name}" in help_text.stdout, "every help shows an example"

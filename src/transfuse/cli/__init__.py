@@ -10,8 +10,10 @@ from ..errors import UserError
 from ..memory import keep_freed_memory
 from ..version import __version__
 from .autoencoder import autoencoder
+from .chat import chat
 from .data import data
 from .evaluation import evaluate
+from .editing import edit
 from .planning import plan
 from .study import study
 from .tools import doctor, export
@@ -57,6 +59,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": generate,
     "caption": caption,
     "evaluate": evaluate,
+    "edit": edit,
+    "chat": chat,
     "data": data,
     "study": study,
     "autoencoder": autoencoder,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -13,6 +13,8 @@ from ..errors import UserError
 from .parsing import parse, print_json
 
 if TYPE_CHECKING:
+    import PIL.Image
+
     from ..inference import TransfusionPipeline
 
 
@@ -24,10 +26,38 @@ def newest_export() -> Path:
     return found[-1].parent
 
 
-def _load(model: Path | None) -> TransfusionPipeline:
+def load_model(model: Path | None) -> TransfusionPipeline:
+    """The model that `--model` names."""
     from .. import load
 
     return load(str(model or newest_export()))
+
+
+def save_picture(picture: PIL.Image.Image, path: Path, settings: dict[str, Any]) -> str:
+    """Write a PNG that says how it was made; its path. Raises UserError where it can not be written."""
+    from ..inference.pictures import save_png
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(picture, path, settings)
+    except OSError as error:
+        raise UserError(f"{path.parent}: expected a folder to write to, found {error.strerror or error}") from None
+    return str(path)
+
+
+def read_picture(path: Path, side: int, resize: bool) -> PIL.Image.Image:
+    """A picture file for a model of that size. Raises UserError where it has another and is not to be fitted."""
+    import PIL.Image
+
+    from ..data.images import fit, read_image
+
+    pixels = read_image(path)
+    if resize:
+        pixels = fit(pixels, side)
+    height, width = pixels.shape[:2]
+    if (height, width) != (side, side):
+        raise UserError(f"{path}: expected {side}x{side} pixels, found {width}x{height}; --resize fits it")
+    return PIL.Image.fromarray(pixels)
 
 
 @dataclass(frozen=True)
@@ -61,8 +91,10 @@ def generate(arguments: Sequence[str]) -> int:
     asked = parse(Generate, arguments, "generate")
     if not asked.prompt.strip():
         raise UserError("generate: prompt: expected some text, found an empty one")
-    pipe = _load(asked.model)
+    pipe = load_model(asked.model)
     from dataclasses import replace
+
+    from ..inference.pictures import settings_of
 
     request = replace(pipe.request([asked.prompt], asked.steps, asked.guidance_scale), seed=asked.seed, draw=asked.draw)
     if asked.max_tokens is not None:
@@ -70,18 +102,14 @@ def generate(arguments: Sequence[str]) -> int:
     if asked.temperature is not None:
         request = replace(request, temperature=asked.temperature)
     reply = pipe.replies([request])[0]
-    try:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        parts: list[dict[str, str]] = []
-        for part in reply.parts:
-            if isinstance(part, str):
-                parts.append({"type": "text", "text": part})
-            else:
-                path = asked.out / f"seed-{asked.seed}-{sum(p['type'] == 'image' for p in parts)}.png"
-                part.save(path)
-                parts.append({"type": "image", "path": str(path)})
-    except OSError as error:
-        raise UserError(f"{asked.out}: expected a folder to write to, found {error.strerror or error}") from None
+    parts: list[dict[str, str]] = []
+    for part in reply.parts:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+        else:
+            path = asked.out / f"seed-{asked.seed}-{sum(p['type'] == 'image' for p in parts)}.png"
+            saved = save_picture(part, path, settings_of(request, pipe.exported))
+            parts.append({"type": "image", "path": saved})
     if asked.json:
         print_json(
             {
@@ -118,19 +146,8 @@ class Caption:
 def caption(arguments: Sequence[str]) -> int:
     """Describe a picture."""
     asked = parse(Caption, arguments, "caption")
-    from ..data.images import fit, read_image
-
-    pixels = read_image(asked.image)
-    pipe = _load(asked.model)
-    side = pipe.exported.image_size
-    if asked.resize:
-        pixels = fit(pixels, side)
-    height, width = pixels.shape[:2]
-    if (height, width) != (side, side):
-        raise UserError(f"{asked.image}: expected {side}x{side} pixels, found {width}x{height}; --resize fits it")
-    import PIL.Image
-
-    picture = PIL.Image.fromarray(pixels)
+    pipe = load_model(asked.model)
+    picture = read_picture(asked.image, pipe.exported.image_size, asked.resize)
     text = pipe.caption(picture, max_tokens=asked.max_tokens)[0]
     if asked.json:
         print_json({"caption": text, "image": str(asked.image)})

@@ -1,10 +1,12 @@
 """Inference: a cache, an engine that writes and draws, a pipeline for people."""
 
+from .conversation import Conversation
 from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, ImageStart, Request, Start, TextDelta
 from .pipeline import Reply, TransfusionPipeline
 
 __all__ = [
+    "Conversation",
     "Done",
     "Engine",
     "Event",

@@ -2,13 +2,15 @@
 
 pipe = transfuse.load("runs/demo/export")
 pipe("a crab on a blue background", num_inference_steps=25, guidance_scale=3.0).images[0]
+pipe("a crab", image=picture, strength=0.6).images[0]      # a variation; with mask_image only where it is white
+pipe.edit(picture, "make the background red")
 pipe.caption(picture)
 pipe.generate("a story about a crab")        # text and images, in whatever order the model chooses
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,13 @@ from ..export import Exported, load_export
 from ..model import pack
 from ..sequence import Document, Image, Text
 from .engine import Engine
-from .events import Done, Event, ImageEnd, Request, TextDelta
+from .events import Done, Event, ImageEnd, ImageProgress, Request, Start, TextDelta
+from .pictures import latent_mask
 
 Prompt = str | Sequence["str | PIL.Image.Image"]
+
+StepEnd = Callable[["TransfusionPipeline", int, int, dict[str, Any]], dict[str, Any] | None]
+"""diffusers' callback_on_step_end: pipeline, number of the step from 0, its noise level, its tensors"""
 
 
 @dataclass
@@ -72,35 +78,95 @@ class TransfusionPipeline:
         self,
         prompt: str | Sequence[str],
         *,
+        image: PIL.Image.Image | None = None,
+        strength: float | None = None,
+        mask_image: PIL.Image.Image | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | int | None = None,
         sampler: str | None = None,
+        callback_on_step_end: StepEnd | None = None,
         output_type: str = "pil",
     ) -> ImagesOutput:
-        """Draw a picture for each prompt. output_type: "pil", "np" (uint8 `[row, column, 3]`) or "latent"."""
+        """Draw a picture for each prompt. output_type: "pil", "np" (uint8 `[row, column, 3]`) or "latent".
+
+        image alone: prompts are instructions to change it, and it lies before them in the sequence, clean. With a
+        strength or mask_image (white: draw here) prompts describe the result, and the drawing begins from the image
+        (`Start`); where the mask is black its latent stays: pixels, where that is what the autoencoder makes.
+        guidance_interval: as in `Request`. callback_on_step_end(pipe, step, t, {"latents": [image, channel, row,
+        column]}) hears of every denoising step; other latents it gives back are refused.
+        """
         if output_type not in ("pil", "np", "latent"):
             raise UserError(f'output_type: expected "pil", "np" or "latent", found {output_type!r}')
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        size = (height or self.exported.image_size, width or self.exported.image_size)
         seeds = _seeds(generator, len(prompts))
+        if image is None and (strength is not None or mask_image is not None):
+            raise UserError("image: expected one with strength or mask_image, found none")
+        start = None
+        if image is not None and (strength is not None or mask_image is not None):
+            start = self.start(image, 1.0 if strength is None else strength, mask_image)
+            height, width = image.height, image.width
+        before = [] if image is None or start is not None else [image]
         requests = [
             replace(
-                self.request([text], num_inference_steps, guidance_scale, sampler), draw="force", size=size, seed=seed
+                self.request([*before, text], num_inference_steps, guidance_scale, sampler),
+                draw="force",
+                max_tokens=0,
+                size=(height or self.exported.image_size, width or self.exported.image_size),
+                image_guidance_scale=image_guidance_scale,
+                guidance_interval=guidance_interval,
+                start=start,
+                seed=seed,
             )
             for text, seed in zip(prompts, seeds, strict=True)
         ]
-        requests = [replace(request, max_tokens=0) for request in requests]
-        found = {event.row: event.latent for event in self.engine.run(requests) if isinstance(event, ImageEnd)}
-        latents = [found[row] for row in range(len(requests))]
+        latents = self._latents(requests, callback_on_step_end)
         if output_type == "latent":
             return ImagesOutput(latents, seeds)
         arrays = [self.exported.autoencoder.decode(latent[None])[0] for latent in latents]
         return ImagesOutput([PIL.Image.fromarray(a) for a in arrays] if output_type == "pil" else arrays, seeds)
+
+    def _latents(self, requests: Sequence[Request], step_end: StepEnd | None) -> list[Tensor]:
+        """The drawing of each request, all of which take equal steps and so take them together."""
+        found: dict[int, Tensor] = {}
+        steps: list[Tensor] = []
+        for event in self.engine.run(requests):
+            match event:
+                case ImageEnd(row, _, latent):
+                    found[row] = latent
+                case ImageProgress(latent=x) if x is not None and step_end is not None:
+                    steps.append(x)
+                    if len(steps) == len(requests):
+                        latents, steps = torch.stack(steps), []
+                        given = step_end(self, event.step - 1, event.t, {"latents": latents})
+                        if given and given.get("latents", latents) is not latents:
+                            raise ValueError("callback_on_step_end: expected the latents as they were, found others")
+        return [found[row] for row in range(len(requests))]
+
+    def edit(self, image: PIL.Image.Image, instruction: str, **options: Any) -> PIL.Image.Image:
+        """The picture changed as the instruction says; options: those of a call."""
+        picture: PIL.Image.Image = self(instruction, image=image, **options).images[0]
+        return picture
+
+    def start(self, image: PIL.Image.Image, strength: float = 1.0, mask_image: PIL.Image.Image | None = None) -> Start:
+        """What a drawing begins from: a picture and how much of it to draw anew, white in the mask. UserError where its
+        sides do not divide into patches."""
+        exported = self.exported
+        if exported.model.config.images != "latents":
+            raise UserError("start: expected none, for the model does not denoise, found one")
+        factor = exported.autoencoder.factor * exported.model.config.patch_size
+        if image.width % factor or image.height % factor:
+            raise UserError(f"image: expected sides in multiples of {factor}, found {image.width}x{image.height}")
+        latent = exported.autoencoder.encode(np.array(image.convert("RGB"))[None])[0]
+        size = image.height, image.width
+        mask = None if mask_image is None else latent_mask(mask_image, size, exported.autoencoder.factor)
+        return Start(latent, strength, mask)
 
     def caption(self, images: PIL.Image.Image | Sequence[PIL.Image.Image], max_tokens: int = 64) -> list[str]:
         """Describe pictures, greedily; each must have the size the model was trained on."""
@@ -140,7 +206,7 @@ class TransfusionPipeline:
         if chosen.steps > self.exported.process.config.timesteps:
             raise UserError(f"steps: expected at most {self.exported.process.config.timesteps}, found {chosen.steps}")
         return Request(
-            Document([self._part(part) for part in parts], closed=False),
+            Document([self.part(part) for part in parts], closed=False),
             max_tokens=defaults.max_tokens,
             size=(self.exported.image_size, self.exported.image_size),
             sampler=chosen,
@@ -175,7 +241,8 @@ class TransfusionPipeline:
     def picture(self, latent: Tensor) -> PIL.Image.Image:
         return PIL.Image.fromarray(self.exported.autoencoder.decode(latent[None])[0])
 
-    def _part(self, part: str | PIL.Image.Image) -> Text | Image:
+    def part(self, part: str | PIL.Image.Image) -> Text | Image:
+        """A part of a document; a picture has the model's size."""
         if isinstance(part, str):
             return Text(self.exported.tokenizer.encode(part))
         side = self.exported.image_size

@@ -1,0 +1,165 @@
+"""`transfuse chat`: a conversation in words and pictures, in a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import UserError
+from .parsing import parse
+from .writing import load_model, read_picture, save_picture
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+HELP = """/image PATH   show the model a picture, with what you say next
+/save [PATH]  keep the last picture it drew
+/seed N       of what is drawn and sampled from here on
+/new          forget all that was said
+/quit         leave; so does the end of the input"""
+
+KITTY_CHUNK = 4096
+"""characters of base64 that the kitty protocol takes at a time"""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk with a model in words and pictures; it decides when to draw. Pictures are shown where the terminal can
+    (kitty, iTerm2, WezTerm), and saved elsewhere. /help lists what else can be typed.
+
+    transfuse chat --model runs/demo/export
+    """
+
+    model: Path | None = None
+    """export folder; the newest under runs/ if not given"""
+    out: Path = Path("out")
+    """folder for the pictures"""
+    seed: int = 0
+    """of the first turn; each next one has the next"""
+    draw: Literal["auto", "force", "never"] = "auto"
+    """force: every reply begins with a picture; never: words only"""
+    resize: bool = False
+    """crop and resize pictures shown to the model, instead of refusing those of another size"""
+
+
+def chat(arguments: Sequence[str]) -> int:
+    """Talk with a model in words and pictures."""
+    asked = parse(Chat, arguments, "chat")
+    session = _Session(asked)
+    for line in _lines():
+        try:
+            if line == "/quit":
+                break
+            session.hear(line)
+        except UserError as error:
+            print(f"transfuse: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\nstopped: this turn is forgotten", file=sys.stderr)
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, line by line, without blanks around it; with a prompt where a person types it."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+class _Session:
+    """The conversation, and what will be said with the next line."""
+
+    def __init__(self, asked: Chat) -> None:
+        from ..inference import Conversation
+
+        self.asked, self.pipe = asked, load_model(asked.model)
+        self.conversation = Conversation(self.pipe)
+        self.shown: list[PIL.Image.Image] = []
+        self.seed, self.drawn = asked.seed, 0
+        self.last: tuple[PIL.Image.Image, dict[str, Any]] | None = None
+
+    def hear(self, line: str) -> None:
+        """One line. Raises UserError for what can not be done; all stays as it was then."""
+        from ..inference import Conversation
+
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        match command:
+            case "/help":
+                print(HELP)
+            case "/image":
+                side = self.pipe.exported.image_size
+                self.shown.append(read_picture(Path(rest).expanduser(), side, self.asked.resize))
+            case "/save":
+                self.save(rest)
+            case "/seed":
+                if not rest.isdecimal():
+                    raise UserError(f"/seed: expected a number, found {rest or 'none'}")
+                self.seed = int(rest)
+            case "/new":
+                self.conversation, self.shown = Conversation(self.pipe), []
+            case _ if line.startswith("/"):
+                raise UserError(f"chat: expected one of the commands that /help lists, found {command}")
+            case _:
+                self.reply(line)
+
+    def save(self, path: str) -> None:
+        if self.last is None:
+            raise UserError("/save: expected a picture to save, found none drawn yet")
+        where = Path(path).expanduser() if path else self.asked.out / f"chat-{self.drawn - 1}.png"
+        print(save_picture(self.last[0], where, self.last[1]))
+
+    def reply(self, line: str) -> None:
+        """Say a line, with the pictures shown before it, and print the reply as it comes."""
+        from ..inference import ImageEnd, TextDelta
+        from ..inference.pictures import settings_of
+
+        said: list[str | PIL.Image.Image] = [*self.shown, line]
+        settings: dict[str, Any] = {"seed": self.seed, "draw": self.asked.draw}
+        made = settings_of(self.conversation.request(said, **settings), self.pipe.exported)
+        for event in self.conversation.say(said, **settings):
+            match event:
+                case TextDelta(text=text):
+                    print(text, end="", flush=True)
+                case ImageEnd(latent=latent):
+                    self.last = self.pipe.picture(latent), made
+                    self.drawn += 1
+                    print()
+                    self.show()
+        print()
+        self.shown, self.seed = [], self.seed + 1
+
+    def show(self) -> None:
+        """Put the last picture on the terminal where it can show one, else in a file."""
+        assert self.last is not None
+        escape = inline(self.last[0]) if sys.stdout.isatty() else None
+        if escape is None:
+            self.save("")
+        else:
+            print(escape, flush=True)
+
+
+def inline(picture: PIL.Image.Image) -> str | None:
+    """The characters that show a picture on this terminal; None where nothing is known to."""
+    side = max(1, 256 // picture.width)  # of small pictures each pixel is a square
+    large = picture.resize((picture.width * side, picture.height * side), 0)
+    file = io.BytesIO()
+    large.save(file, format="PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    if os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
+        return f"\033]1337;File=inline=1;size={len(file.getvalue())}:{data}\a"
+    if "KITTY_WINDOW_ID" in os.environ or os.environ.get("TERM", "") in ("xterm-kitty", "xterm-ghostty"):
+        chunks = [data[at : at + KITTY_CHUNK] for at in range(0, len(data), KITTY_CHUNK)]
+        more = [f"m={int(number < len(chunks) - 1)}" for number in range(len(chunks))]
+        more[0] = f"a=T,f=100,{more[0]}"
+        return "".join(f"\033_G{keys};{chunk}\033\\" for keys, chunk in zip(more, chunks, strict=True))
+    return None

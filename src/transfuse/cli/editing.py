@@ -1,0 +1,81 @@
+"""`transfuse edit`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from ..errors import UserError
+from .parsing import parse, print_json
+from .writing import load_model, read_picture, save_picture
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Change a picture: by an instruction, or by drawing it anew from part of the way, or only where a mask is white.
+
+    transfuse edit picture.png "make the background red" --out pictures
+    transfuse edit picture.png "a crab on a red background" --strength 0.6
+    """
+
+    image: tyro.conf.Positional[Path]
+    prompt: tyro.conf.Positional[str]
+    """an instruction; with --strength or --mask a description of the result"""
+    model: Path | None = None
+    """export folder; the newest under runs/ if not given"""
+    out: Path = Path("out")
+    """folder for the picture"""
+    strength: float | None = None
+    """begin from the picture, noised: 1 is noise alone, 0 changes nothing"""
+    mask: Path | None = None
+    """a picture of the same size, white where to draw"""
+    seed: int = 0
+    steps: int | None = None
+    """denoising steps; the model's own default if not given"""
+    guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
+    """for instructions: how far to push towards the picture, apart from the words"""
+    resize: bool = False
+    """crop the middle square and resize it to the model's size, instead of refusing it"""
+    json: bool = False
+    """end with one line of JSON"""
+
+
+def edit(arguments: Sequence[str]) -> int:
+    """Change a picture as an instruction says, or draw parts of it anew."""
+    asked = parse(Edit, arguments, "edit")
+    if not asked.prompt.strip():
+        raise UserError("edit: prompt: expected some text, found an empty one")
+    pipe = load_model(asked.model)
+    from ..inference.pictures import settings_of
+
+    side = pipe.exported.image_size
+    picture = read_picture(asked.image, side, asked.resize)
+    mask = None if asked.mask is None else read_picture(asked.mask, side, asked.resize)
+    start = None
+    if asked.strength is not None or mask is not None:
+        start = pipe.start(picture, 1.0 if asked.strength is None else asked.strength, mask)
+    parts: list[str | PIL.Image.Image] = [asked.prompt] if start else [picture, asked.prompt]
+    request = replace(
+        pipe.request(parts, asked.steps, asked.guidance_scale),
+        draw="force",
+        max_tokens=0,
+        image_guidance_scale=asked.image_guidance_scale,
+        start=start,
+        seed=asked.seed,
+    )
+    settings = settings_of(request, pipe.exported)
+    drawn = pipe.replies([request])[0].images[0]
+    path = save_picture(drawn, asked.out / f"{asked.image.stem}-seed-{asked.seed}.png", settings)
+    if asked.json:
+        print_json({"path": path, "image": str(asked.image), **settings})
+    else:
+        print(path)
+    return 0

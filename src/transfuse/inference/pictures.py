@@ -1,0 +1,78 @@
+"""Pictures at the edge of the engine: masks on the way in; on the way out PNG files that say how they were made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL.Image
+import torch
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ..errors import UserError
+from ..export import Exported
+from ..sequence import Text
+from ..version import __version__
+from .events import Request
+
+SETTINGS = "transfuse"
+"""the text chunk of a PNG that holds its settings, as JSON"""
+
+
+def latent_mask(mask: PIL.Image.Image, size: tuple[int, int], factor: int) -> Tensor:
+    """What of a latent to draw anew, bool `[row, column]`: where any pixel of the mask is white.
+
+    Raises UserError for a mask of another size (rows, columns) than the image's.
+    """
+    if (mask.height, mask.width) != size:
+        raise UserError(f"mask: expected {size[1]}x{size[0]} pixels, as the image, found {mask.width}x{mask.height}")
+    white = np.asarray(mask.convert("L")) > 127
+    rows, columns = (side // factor for side in size)
+    cells = white[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor)
+    return torch.from_numpy(cells.any((1, 3)))
+
+
+def settings_of(request: Request, exported: Exported) -> dict[str, Any]:
+    """What makes a request's pictures again: prompt, seed, steps, guidance, and the model's fingerprint."""
+    texts = [part.ids for part in request.document.parts if isinstance(part, Text)]
+    found: dict[str, Any] = {
+        "prompt": " ".join(exported.tokenizer.decode(ids) for ids in texts),
+        "seed": request.seed,
+        "guidance_scale": request.guidance_scale,
+        "model": exported.fingerprint,
+        "version": __version__,
+    }
+    if exported.model.config.images == "latents":
+        found |= {"steps": request.sampler.steps, "sampler": request.sampler.name}
+    optional = {
+        "image_guidance_scale": request.image_guidance_scale,
+        "guidance_interval": request.guidance_interval,
+        "strength": request.start.strength if request.start else None,
+        "masked": True if request.start and request.start.mask is not None else None,
+        "images_in_prompt": len(request.document.images) or None,
+    }
+    return found | {name: value for name, value in optional.items() if value is not None}
+
+
+def save_png(picture: PIL.Image.Image, file: Path | BinaryIO, settings: dict[str, Any]) -> None:
+    """Write a PNG with its settings in it. Raises OSError."""
+    info = PngInfo()
+    info.add_itxt(SETTINGS, json.dumps(settings, ensure_ascii=False))
+    picture.save(file, format="PNG", pnginfo=info)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a PNG that `save_png` wrote. Raises UserError, one line, where there are none."""
+    try:
+        with PIL.Image.open(path, formats=["PNG"]) as image:
+            image.load()  # text behind the pixels counts too
+            found = json.loads(getattr(image, "text", {})[SETTINGS])
+    except (OSError, KeyError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        reason = "none" if isinstance(error, KeyError) else type(error).__name__
+        raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found {reason}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found something else")
+    return found

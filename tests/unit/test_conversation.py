@@ -1,0 +1,145 @@
+"""Turns of a conversation: each reads what is new alone, and hears what a fresh reading of everything would."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import PIL.Image
+import pytest
+import torch
+from conftest import exported, latent
+from test_batching import ARMS, POSITIONS, packed, plain
+from test_chameleon import codes
+
+from transfuse.errors import UserError
+from transfuse.inference import Conversation, Done, Engine, ImageEnd, TextDelta, TransfusionPipeline
+from transfuse.inference.events import Event
+from transfuse.inference.network import Network
+from transfuse.inference.slots import Slots
+from transfuse.sequence import Document, Image, Text, Tokenizer, lay_out
+
+SETTINGS = {"max_tokens": 6, "temperature": 1.0, "code_temperature": 1.0}
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of every pass."""
+    found: list[int] = []
+    original = Network.forward
+
+    def count(self, cache, feeds, predict):
+        found.append(sum(feed.segment.count for feed in feeds))
+        return original(self, cache, feeds, predict)
+
+    monkeypatch.setattr(Network, "forward", count)
+    return found
+
+
+def tokens(events: list[Event]) -> list[int]:
+    return [event.token for event in events if isinstance(event, TextDelta)]
+
+
+@pytest.mark.parametrize("arm", ["linear", "unet", "causal", "codes", "stable codes"])
+@pytest.mark.parametrize("draw", ["force", "auto", "never"])
+def test_turns_equal_fresh_readings(tokenizer: Tokenizer, arm: str, draw: str, sizes: list[int]) -> None:
+    """Four turns of words, shown pictures, drawn ones; only what is new is read."""
+    one = ARMS[arm](tokenizer)
+    pipe = TransfusionPipeline(one)
+    talk, shown = Conversation(pipe), PIL.Image.new("RGB", (8, 8), "red")
+    known = 0
+    for seed, said in enumerate((["a crab"], [shown, "two balloons"], ["on a red"], ["the moon", shown])):
+        asked = talk.request(said, seed=seed, draw=draw, **SETTINGS)
+        whole = len(lay_out(asked.document, talk.engine.grammar))
+        fresh = list(Engine(one).run([replace(asked, reuse=False)]))
+        sizes.clear()
+        heard = list(talk.say(said, seed=seed, draw=draw, **SETTINGS))
+        assert sizes[0] == whole - known
+        done = heard[-1]
+        assert isinstance(done, Done)
+        assert tokens(heard) == tokens(fresh)
+        for mine, theirs in zip(heard, fresh, strict=True):
+            assert type(mine) is type(theirs)
+            if isinstance(mine, ImageEnd) and isinstance(theirs, ImageEnd):
+                torch.testing.assert_close(mine.latent, theirs.latent, atol=1e-5, rtol=1e-4)
+        known = len(lay_out(Document(talk.parts, closed=False), talk.engine.grammar))
+        drawn = [part for part in talk.parts[len(asked.document.parts) :] if isinstance(part, Image)]
+        assert len(drawn) == done.images
+
+
+def test_the_cache_of_a_second_turn_is_that_of_a_fresh_reading(tokenizer: Tokenizer) -> None:
+    one = packed(exported(tokenizer))
+    talk = Conversation(TransfusionPipeline(one))
+    list(talk.say(["a crab"], draw="force", **SETTINGS))
+    list(talk.say(["two balloons"], draw="never", **SETTINGS))
+    fresh = Engine(one, slots=1)
+    fresh.submit(replace(talk.request([]), draw="never", max_tokens=0))
+    fresh.tick()
+    length = len(lay_out(Document(talk.parts, closed=False), fresh.grammar)) - 1
+    for mine, theirs in ((talk.engine.cache.keys, fresh.cache.keys), (talk.engine.cache.values, fresh.cache.values)):
+        torch.testing.assert_close(mine[:, 0, :, :length], theirs[:, 0, :, :length], atol=1e-5, rtol=1e-4)
+
+
+def test_a_turn_that_is_left_is_forgotten(tokenizer: Tokenizer) -> None:
+    one = packed(exported(tokenizer))
+    talk, other = (Conversation(TransfusionPipeline(one)) for _ in range(2))
+    for each in (talk, other):
+        list(each.say(["a crab"], draw="force", **SETTINGS))
+    half = talk.say(["two balloons"], draw="force", **SETTINGS)
+    for _ in range(5):
+        next(half)
+    half.close()
+    assert not talk.engine.busy
+    with pytest.raises(UserError, match="prompt: expected at most 256 positions"):
+        list(talk.say(["crab " * 300]))
+    assert [type(part) for part in talk.parts] == [type(part) for part in other.parts]
+    last = [list(each.say(["the moon"], draw="never", **SETTINGS)) for each in (talk, other)]
+    assert tokens(last[0]) == tokens(last[1])
+
+
+def test_what_is_left_in_a_slot(tokenizer: Tokenizer) -> None:
+    """The slot with the longest equal beginning; else an empty one, the lowest; else the one left longest ago."""
+    slots = Slots(3)
+    assert slots.take(None) == (0, 0)
+    assert slots.take([1, 2, 3]) == (1, 0)
+    slots.give_back(1, [1, 2, 3, 4])
+    slots.give_back(0, None)
+    assert slots.take([1, 2, 3, 9]) == (1, 3)
+    slots.give_back(1, [1, 2, 3, 9])
+    assert slots.take([1, 2]) == (1, 1), "one is left to read, for its logits"
+    slots.give_back(1, [1, 2])
+    assert slots.take([1]) == (0, 0)
+    slots.give_back(0, [7, 8])
+    assert slots.take(None) == (2, 0)
+    assert slots.take(None) == (1, 0), "the one left longest ago"
+    assert slots.take([7, 8, 9]) == (0, 2)
+    assert len(slots) == 0
+
+
+@pytest.mark.parametrize("arm", ["linear", "codes"])
+def test_many_conversations_share_an_engine(tokenizer: Tokenizer, arm: str, sizes: list[int]) -> None:
+    """Two slots, three conversations whose turns come in any order: reused or read anew, the words are the same."""
+    one = ARMS[arm](tokenizer)
+    engine = Engine(one, slots=2, positions=POSITIONS)
+    image = codes(2, 2) if arm == "codes" else latent(4, 4)
+    documents = {n: [Text((20 + n, 30)), Image(image, target=False)] for n in range(3)}
+    reused = 0
+    for turn, number in enumerate((0, 1, 0, 2, 1, 0, 0, 2, 2)):
+        documents[number] = [*documents[number], Text((40 + turn,) * 3)]
+        asked = plain(
+            Document(documents[number], closed=False), draw="never", max_tokens=5, reuse=True, temperature=1.0
+        )
+        expected = list(Engine(one).run([replace(asked, reuse=False)]))
+        sizes.clear()
+        engine.submit(asked)
+        events = []
+        while engine.busy:
+            events += engine.tick()
+        assert tokens(events) == tokens(expected)
+        reused += sizes[0] < len(lay_out(asked.document, engine.grammar))
+        documents[number] = [*documents[number], Text(tuple(tokens(events)))]
+    assert 3 <= reused < 9
+    bare = plain(Document(documents[2], closed=False), draw="never", max_tokens=1)
+    sizes.clear()
+    engine.submit(bare)
+    engine.tick()
+    assert sizes[0] == len(lay_out(bare.document, engine.grammar)), "without asking for it nothing is reused"

@@ -1,0 +1,278 @@
+"""Pictures from pictures: variations, masks, instructions, the guidance interval; what each promises exactly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import exported, latent
+from test_batching import packed, plain
+from test_chameleon import asking, coded
+
+from transfuse.diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
+from transfuse.errors import UserError
+from transfuse.inference import Done, Engine, ImageEnd, ImageProgress, Request, Start, TransfusionPipeline
+from transfuse.inference.network import Network
+from transfuse.inference.pictures import latent_mask, read_settings, save_png, settings_of
+from transfuse.sequence import Document, Image, Text, Tokenizer
+
+SAMPLERS = [
+    SamplerConfig("ddim", 6),
+    SamplerConfig("ddim", 6, eta=1.0),
+    SamplerConfig("ddpm", 6),
+    SamplerConfig("dpmpp", 6),
+]
+HALF = torch.zeros(8, 8, dtype=torch.bool)
+HALF[:, 4:] = True
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer: Tokenizer) -> Engine:
+    return Engine(packed(exported(tokenizer)))
+
+
+def drawn(engine: Engine, asked: Request) -> torch.Tensor:
+    (found,) = [event.latent for event in engine.run([asked]) if isinstance(event, ImageEnd)]
+    return found
+
+
+def source() -> torch.Tensor:
+    return latent(8, 8, 7).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: f"{s.name} {s.eta}")
+def test_strength(engine: Engine, sampler: SamplerConfig) -> None:
+    """1 is the drawing without a start, to the last bit; 0 the picture; between them so many steps."""
+    asked = plain(sampler=sampler)
+    free = drawn(engine, asked)
+    assert torch.equal(drawn(engine, replace(asked, start=Start(source()))), free)
+    assert torch.equal(drawn(engine, replace(asked, start=Start(source(), 0.0))), source())
+    for strength, steps in ((0.0, 0), (0.2, 1), (0.5, 3), (0.75, 4), (1.0, 6)):
+        events = list(engine.run([replace(asked, start=Start(source(), strength))]))
+        assert [event.network_evaluations for event in events if isinstance(event, Done)] == [steps]
+        assert sum(isinstance(event, ImageProgress) for event in events) == steps
+    assert not torch.equal(drawn(engine, replace(asked, start=Start(source(), 0.5))), free)
+
+
+def test_a_variation_is_the_end_of_the_chain(engine: Engine) -> None:
+    """Begun by hand from the picture with the same noise, at the level where so many steps are left."""
+    process, config = engine.exported.process, SamplerConfig("ddim", 6)
+    sampler = Sampler(process, config)
+    noise = sampler.prepare((3, 8, 8), torch.Generator().manual_seed(3)).x
+    state = sampler.prepare_from(source(), torch.Generator().manual_seed(3), 0.5)
+    assert state.timesteps == sampler.timesteps[3:]
+    assert torch.equal(state.x, process.add_noise(source(), noise, state.timesteps[0]))
+    assert state.total == 3
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "epsilon"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: f"{s.name} {s.eta}")
+def test_what_is_given_is_as_noisy_as_the_rest_at_every_step(prediction: str, sampler: SamplerConfig) -> None:
+    """A network that is wrong everywhere: yet where the mask is black x_t is noised source, in the end the source."""
+    process = Process(DiffusionConfig(prediction=prediction))  # type: ignore[arg-type]
+    rule, image = Sampler(process, sampler), latent(64, 64, 1)
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:, 32:] = True
+    state = rule.prepare_from(image, torch.Generator().manual_seed(0), 1.0, mask)
+    while not state.done:
+        level = process.alpha_bar[state.t].item()
+        noise = (state.x - level**0.5 * image)[..., :32] / (1 - level) ** 0.5
+        assert abs(float(noise.mean())) < 0.05
+        assert abs(float(noise.std()) - 1) < 0.05
+        state = rule.step(state, torch.randn(state.x.shape, generator=torch.Generator().manual_seed(state.index)))
+    assert torch.equal(rule.finish(state)[..., :32], image[..., :32])
+    assert not torch.isclose(rule.finish(state)[..., 32:], image[..., 32:]).all()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_masks(engine: Engine, strength: float) -> None:
+    for sampler in SAMPLERS:
+        asked = plain(sampler=sampler, guidance_scale=2.0)
+        half = drawn(engine, replace(asked, start=Start(source(), strength, HALF)))
+        assert torch.equal(half[..., :4], source()[..., :4]), "kept to the last bit"
+        assert (half[..., 4:] - source()[..., 4:]).abs().max() > 1e-2
+        everywhere = replace(asked, start=Start(source(), strength, torch.ones(8, 8, dtype=torch.bool)))
+        assert torch.equal(drawn(engine, everywhere), drawn(engine, replace(asked, start=Start(source(), strength))))
+        nowhere = replace(asked, start=Start(source(), strength, torch.zeros(8, 8, dtype=torch.bool)))
+        assert torch.equal(drawn(engine, nowhere), source())
+    other = source()
+    other[:, :, 0] *= -1
+    seen = drawn(engine, replace(asked, start=Start(other, 1.0, HALF)))
+    assert not torch.equal(seen[..., 4:], drawn(engine, replace(asked, start=Start(source(), 1.0, HALF)))[..., 4:]), (
+        "what is drawn sees what is kept"
+    )
+
+
+def test_only_the_first_image_begins_from_it(engine: Engine) -> None:
+    asked = plain(max_images=2, max_tokens=30, start=Start(source(), 0.0), draw="force", temperature=3.0)
+    for seed in range(40):
+        images = [e.latent for e in engine.run([replace(asked, seed=seed)]) if isinstance(e, ImageEnd)]
+        assert torch.equal(images[0], source())
+        if len(images) == 2:
+            assert not torch.equal(images[1], source())
+            return
+    raise AssertionError("no second image in 40 rows")
+
+
+def test_guidance_interval(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All levels: as without; none: as scale 1; outside of it one branch is computed."""
+    asked = plain(sampler=SamplerConfig("ddim", 5), guidance_scale=4.0)  # levels 1000, 800, 600, 400, 200
+    assert torch.equal(drawn(engine, asked), drawn(engine, replace(asked, guidance_interval=(0.0, 1.0))))
+    unguided = drawn(engine, replace(asked, guidance_scale=1.0))
+    assert torch.equal(drawn(engine, replace(asked, guidance_interval=(0.85, 0.95))), unguided)
+    sizes: list[int] = []
+    original = Network.forward
+
+    def count(self, cache, feeds, predict):
+        sizes.append(sum(feed.segment.count for feed in feeds))
+        return original(self, cache, feeds, predict)
+
+    monkeypatch.setattr(Network, "forward", count)
+    some = drawn(engine, replace(asked, guidance_interval=(0.4, 0.8)))
+    assert sizes[-5:] == [16, 32, 32, 32, 16]
+    assert not torch.equal(some, unguided)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"guidance_interval": (0.8, 0.4)},
+            r"guidance_interval: expected shares 0 <= low <= high <= 1, found \(0.8, 0.4\)",
+        ),
+        ({"guidance_interval": (0.0, 1.5)}, "guidance_interval: expected shares"),
+        ({"start": Start(latent(4, 4))}, r"start: expected a latent \[3, 8, 8\], found \[3, 4, 4\]"),
+        ({"start": Start(latent(8, 8), 1.5)}, "strength: expected a share from 0 to 1, found 1.5"),
+        (
+            {"start": Start(latent(8, 8), 1.0, torch.ones(8, 8))},
+            r"mask: expected bool \[8, 8\], found float32 \[8, 8\]",
+        ),
+        ({"start": Start(latent(8, 8), 1.0, HALF[:4])}, r"mask: expected bool \[8, 8\], found bool \[4, 8\]"),
+        ({"preview_every": -1}, "preview_every: expected at least 0, found -1"),
+        ({"max_tokens": -1}, "max_tokens: expected at least 0, found -1"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_is_one_line(engine: Engine, changes: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=f"^request: {told}") as error:
+        engine.submit(plain(**changes))
+    assert "\n" not in str(error.value)
+    assert not engine.busy
+
+
+def test_codes_are_not_denoised(tokenizer: Tokenizer) -> None:
+    engine = Engine(coded(tokenizer))
+    for changes in ({"guidance_interval": (0.0, 1.0)}, {"start": Start(torch.zeros(4, 4))}):
+        with pytest.raises(UserError, match="expected none, for the model does not denoise, found one"):
+            engine.submit(asking(**changes))
+    pipe, picture = TransfusionPipeline(coded(tokenizer)), PIL.Image.new("RGB", (8, 8))
+    with pytest.raises(UserError, match="expected none, for the model does not denoise"):
+        pipe("a crab", image=picture, strength=0.5)
+    assert pipe.edit(picture, "make it red", generator=0).size == (8, 8), "by instruction it can"
+
+
+# --- the pipeline ---
+
+
+@pytest.fixture(scope="module")
+def pipe(tokenizer: Tokenizer) -> TransfusionPipeline:
+    return TransfusionPipeline(packed(exported(tokenizer)))
+
+
+def picture(seed: int = 0, size: int = 8) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def test_an_edit_is_an_image_then_the_instruction(pipe: TransfusionPipeline) -> None:
+    """The sequence of training: source, clean, instruction, target."""
+    image = picture()
+    one = pipe("make it red", image=image, num_inference_steps=3, generator=4, output_type="latent").images[0]
+    parts = [pipe.part(image), Text(pipe.exported.tokenizer.encode("make it red"))]
+    asked = replace(pipe.request([], 3), document=Document(parts, closed=False), draw="force", max_tokens=0, seed=4)
+    assert torch.equal(one, drawn(pipe.engine, asked))
+    assert isinstance(parts[0], Image)
+    assert not parts[0].target
+    other = pipe("make it red", image=picture(1), num_inference_steps=3, generator=4, output_type="latent").images[0]
+    assert not torch.equal(one, other), "the picture is seen"
+    assert pipe.edit(image, "make it red", num_inference_steps=3, generator=4).size == (8, 8)
+
+
+def test_pixels_outside_the_mask_are_the_same_pixels(pipe: TransfusionPipeline) -> None:
+    image, white = picture(), PIL.Image.new("L", (8, 8))
+    white.paste(255, (2, 2, 6, 7))
+    out = np.asarray(pipe("a crab", image=image, mask_image=white, num_inference_steps=4, generator=1).images[0])
+    kept = np.asarray(white) == 0
+    assert (out[kept] == np.asarray(image)[kept]).all()
+    assert (out[~kept] != np.asarray(image)[~kept]).any()
+    assert (np.asarray(pipe("a crab", image=image, strength=0.0).images[0]) == np.asarray(image)).all()
+    wide = picture(2, 16)  # any size whose sides divide into patches
+    assert pipe("a crab", image=wide, strength=0.5, num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_latent_mask() -> None:
+    """A latent element is drawn anew where any of its pixels is."""
+    mask = PIL.Image.new("L", (8, 4))
+    mask.putpixel((3, 1), 255)
+    assert latent_mask(mask, (4, 8), 2).tolist() == [[False, True, False, False], [False] * 4]
+    assert latent_mask(mask, (4, 8), 1).sum() == 1
+    with pytest.raises(UserError, match="mask: expected 8x8 pixels, as the image, found 8x4"):
+        latent_mask(mask, (8, 8), 1)
+
+
+def test_callback_on_step_end(pipe: TransfusionPipeline) -> None:
+    heard: list[tuple[int, int, tuple[int, ...]]] = []
+
+    def hear(given, step, t, tensors):
+        assert given is pipe
+        heard.append((step, t, tuple(tensors["latents"].shape)))
+        return tensors
+
+    last: list[torch.Tensor] = []
+    out = pipe(
+        ["a crab", "two"], num_inference_steps=3, generator=0, callback_on_step_end=hear, output_type="latent"
+    ).images
+    assert heard == [(0, 1000, (2, 3, 8, 8)), (1, 667, (2, 3, 8, 8)), (2, 333, (2, 3, 8, 8))]
+    pipe("a crab", num_inference_steps=3, generator=0, output_type="latent",
+         callback_on_step_end=lambda p, s, t, tensors: last.append(tensors["latents"][0]))  # fmt: skip
+    assert torch.equal(last[-1], out[0])
+    with pytest.raises(ValueError, match="expected the latents as they were"):
+        pipe("a crab", num_inference_steps=1, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)})
+
+
+def test_pipeline_mistakes(pipe: TransfusionPipeline) -> None:
+    for options, told in (
+        ({"strength": 0.5}, "image: expected one with strength or mask_image, found none"),
+        ({"image": picture(), "strength": -1.0}, "strength: expected a share from 0 to 1"),
+        ({"image": picture(size=7), "strength": 0.5}, "image: expected sides in multiples of 2, found 7x7"),
+        ({"image": picture(size=4)}, "image: expected 8x8 pixels, found 4x4"),
+        ({"image": picture(), "mask_image": picture(size=4)}, "mask: expected 8x8 pixels, as the image, found 4x4"),
+    ):
+        with pytest.raises(UserError, match=told):
+            pipe("a crab", **options)  # type: ignore[arg-type]
+
+
+# --- settings in a PNG ---
+
+
+def test_settings_are_read_back(pipe: TransfusionPipeline, tmp_path: Path) -> None:
+    asked = replace(pipe.request(["a \u2603 crab"], 4, 2.0), seed=9, guidance_interval=(0.2, 0.9))
+    asked = replace(asked, start=Start(source(), 0.5, HALF))
+    path, settings = tmp_path / "a.png", settings_of(asked, pipe.exported)
+    save_png(picture(), path, settings)
+    assert (np.asarray(PIL.Image.open(path)) == np.asarray(picture())).all()
+    assert read_settings(path) == json.loads(json.dumps(settings))
+    found = read_settings(path)
+    assert found["prompt"] == "a \u2603 crab"
+    expected = {"seed": 9, "steps": 4, "guidance_scale": 2.0, "strength": 0.5, "masked": True, "model": "unsaved"}
+    assert expected.items() <= found.items()
+    assert found["guidance_interval"] == [0.2, 0.9]
+    picture().save(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("none.png", "text.png", "missing.png"):
+        with pytest.raises(UserError, match=f"{name}: expected a PNG with the settings it was drawn with"):
+            read_settings(tmp_path / name)
