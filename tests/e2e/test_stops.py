@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -113,6 +115,26 @@ def test_a_second_interrupt_is_at_once(straight: Groups, at_step) -> None:
     at_step(7, signal.SIGINT, signal.SIGINT)
     assert run(COMMAND) == 130
     at_step(-1)
+    assert_goes_on(straight)
+
+
+def test_a_worker_that_is_killed(straight: Groups, at_step, capfd) -> None:
+    """As a system that is short of memory does."""
+    at_step(-1)
+    plain = StepLoader.__call__
+
+    def call(self: StepLoader, step: int):
+        for worker in multiprocessing.active_children() if step == 7 else ():
+            os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(60)  # torch notices, and that ends it
+        return plain(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepLoader, "__call__", call)
+        assert run([*COMMAND, "--data.workers", "1"]) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("transfuse: ")]
+    assert line.startswith("transfuse: data.workers: DataLoader worker")
+    assert line.endswith("too little memory; the same command goes on")
     assert_goes_on(straight)
 
 

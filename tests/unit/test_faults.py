@@ -24,7 +24,7 @@ def test_ranks_share_the_budget(tmp_path: Path) -> None:
     logs = [FaultLog(tmp_path, {"photos": 1100}, 0.01, rank) for rank in range(2)]  # goes on with fewer ranks
     logs[0].add([damage(10), damage(0, "prose")])
     for log in logs:
-        log.add([damage(2), damage(5)])
+        log.add([damage(2), damage(10)])
     with pytest.raises(UserError, match=r"photos: 12 damaged documents, more than data\.max_errors 0\.01 lets pass"):
         logs[1].add([damage(11)])
     files = sorted(path.name for path in tmp_path.iterdir())

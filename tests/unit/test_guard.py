@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,22 @@ def test_raise_by_the_command_and_then_skip(tmp_path: Path, monkeypatch, capsys)
     assert "loop.guard.nonfinite 'skip' ('raise')" in capsys.readouterr().err
     assert Path("run/config.json").read_text() == config
     assert read_metrics(Path("run/metrics.jsonl"))[-1]["left_out"] == 1
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(make: Make, grammar: Grammar, monkeypatch) -> None:
+    plain = Path.write_text
+
+    def slow(path: Path, text: str) -> int:
+        time.sleep(0.5 if path.name == "progress.json" else 0)
+        return plain(path, text)
+
+    monkeypatch.setattr(Path, "write_text", slow)
+    one = make("run", Numbered(grammar, {2: NAN}), checkpoint_every=2)
+    with pytest.raises(DivergedError, match=r"step 2: .*samples \[5\]; no weight was changed"):
+        one.run()
+    assert [path.name for path in one.checkpoints.complete()] == ["step-00000002"]
+    saved = tensors(one)["model"]
+    assert all(torch.equal(weight, saved[name]) for name, weight in one.model.state_dict().items())
 
 
 def spiking(make: Make, grammar: Grammar, name: str, policy: Any, stop: int | None = None) -> Trainer:

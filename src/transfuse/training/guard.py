@@ -90,10 +90,10 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: plain numbers."""
-        return {"losses": {name: list(values) for name, values in self.losses.items()}, "left_out": self.left_out}
+        return {"losses": {name: list(values) for name, values in self.losses.items()}, "left_out": [*self.left_out]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """What was left out since stays remembered: a run that rolls back again and again must end."""
         losses = state.get("losses", {})
         self.losses = {name: deque(values, maxlen=self.config.window) for name, values in losses.items()}
-        self.left_out = sorted({*self.left_out, *state.get("left_out", [])})
+        self.left_out = self.left_out or list(state.get("left_out", []))

@@ -165,6 +165,13 @@ class Trainer:
             except (UserError, SystemExit):
                 self.checkpoints.settle()
                 raise
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):  # torch says so, wherever the run happens to be
+                    raise
+                self.checkpoints.settle()
+                raise UserError(
+                    f"data.workers: {error} Perhaps of too little memory; the same command goes on"
+                ) from None
             self.ranks.wait()
         if asked.time_over and self.step < self.config.steps:
             say(f"train: {self.config.max_seconds:.0f} s are over at step {self.step} of {self.config.steps}")
