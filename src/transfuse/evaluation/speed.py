@@ -20,7 +20,7 @@ import torch
 from ..data.world import World, caption
 from ..inference import ImageEnd
 from ..inference.events import Request
-from ..model.flops import forward_flops
+from ..model.flops import count_parameters, forward_flops
 from ..sequence import lay_out
 from .bench import Bench, Measure
 from .interval import Measured
@@ -96,7 +96,8 @@ def _score(bench: Bench) -> Findings:
         results.append(Result.of(name, found, "higher", said, data, ceiling=ceiling))
 
     def write(count: int) -> Measured:
-        ahead = [replace(bench.pipe.request([p]), draw="never", max_tokens=TOKENS) for p in prompts[:count]]
+        words = [world.nouns[n % len(world.nouns)] for n in range(count)]
+        ahead = [replace(bench.pipe.request([f"{w}:"]), draw="never", max_tokens=TOKENS) for w in words]
         written: list[int] = []
         seconds = timed(lambda: written.append(sum(r.done.text_tokens for r in bench.pipe.replies(ahead))), device)
         return _pace(written[-1], seconds)
@@ -104,9 +105,8 @@ def _score(bench: Bench) -> Findings:
     many, one = write(len(prompts)), write(1)
     add("tokens a second, many at once", many, f"{len(prompts)} texts of up to {TOKENS} tokens")
     add("tokens a second, alone", one, f"one text of up to {TOKENS} tokens")
-    read = sum(p.numel() * p.element_size() for p in model.trunk.parameters()) + weight.element_size() * sum(
-        p.numel() for p in model.head.parameters()
-    )
+    config = model.config  # not the model's own parameters: packed for inference, they are elsewhere
+    read = weight.element_size() * (count_parameters(config).trunk - config.ids * config.width)  # an embedding is a row
     data = f"{read / 1e6:.0f} MB of weights a token; memory {memory / 1e9:.1f} GB/s"
     add("MBU, writing alone", _times(one, read / memory), data, 1.0)
     if model.config.images != "none":
