@@ -12,8 +12,8 @@ from ..version import __version__
 from .autoencoder import autoencoder
 from .chat import chat
 from .data import data
-from .evaluation import evaluate
 from .editing import edit
+from .evaluation import evaluate
 from .planning import plan
 from .study import study
 from .tools import doctor, export

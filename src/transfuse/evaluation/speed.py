@@ -73,7 +73,7 @@ def _drawing_flops(bench: Bench, requests: list[Request]) -> float:
     total = 0
     for request in requests:
         prefixes = [len(lay_out(request.document, engine.grammar)) + 1]
-        prefixes += [len(engine.null_tokens)] if request.guidance_scale != 1 else []
+        prefixes += [len(engine.network.null_tokens)] if request.guidance_scale != 1 else []
         for prefix in prefixes:
             total += request.sampler.steps * forward_flops(
                 config, patches, patches * (prefix + patches), 0, [(side, side)]
