@@ -194,7 +194,7 @@ class AutoencoderObjective:
         for name, features in (("perceptual", self.perceptual), ("identity", self.identity)):
             if features is not None:
                 terms[name] = features.distance(made, images)
-        if bottled.codes is not None and torch.is_grad_enabled():
+        if bottled.codes is not None:
             self._vectors.append(h.detach())
         for name in ("kl", "codebook", "commitment"):
             if getattr(bottled, name) is not None:
