@@ -183,6 +183,12 @@ def test_composition_and_edits_of_a_model(bench: Bench) -> None:
     assert [result.name for result in found[1]][-1].startswith("rest untouched")
 
 
+def test_a_world_of_one_noun_can_not_be_composed(bench: Bench) -> None:
+    alone = replace(bench, world=WorldConfig(size=16, nouns=1))
+    with pytest.raises(UserError, match="composition: two objects: expected 60 scenes of the world, found 0"):
+        list(evaluate(alone, named(["composition"])))
+
+
 def test_geneval_s_folder(bench: Bench, tmp_path) -> None:
     lines = [{"tag": "single_object", "prompt": "a crab"}, {"tag": "colors", "prompt": "a red balloon"}]
     path = write(tmp_path, {"metadata.jsonl": "".join(json.dumps(line) + "\n" for line in lines)}) / "metadata.jsonl"

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..data.world import Scene, World, WorldConfig, background_of, caption
+from ..errors import UserError
 from .bench import Bench, Measure
 from .detector import Detect, Detector, Seen
 from .drawing import draw_task
@@ -33,8 +34,10 @@ LARGER = 1.25
 """a side that is so many times another is clearly larger; large things of the world are 1.6 times small ones or more"""
 SEED_OFFSET = 3_000_017
 """keeps scenes of combinations seen in training apart from the scenes of training"""
-TRIED = 4000
-"""scenes looked through for those that suit a task"""
+TRIED = 80
+"""scenes looked through for each that is wanted of a task; the rarest, attributes, is one in about forty"""
+JUDGED = 60
+"""real pictures of each task, or more, on which the judge's own errors are measured"""
 DRAWS = 2000
 SHOWN = 4
 """drawings shown of each task and split"""
@@ -111,16 +114,18 @@ def composed(config: WorldConfig, split: Any, count: int) -> list[Asked]:
     """`count` scenes of each task, of combinations that training shows ("train") or not ("heldout").
 
     The world's nouns, styles and colours in scenes of every kind, whatever kinds that world itself shows; single things
-    keep its sizes. Fewer where the world has not so many.
+    keep its sizes. Raises UserError where so many are not found.
     """
     wide = replace(config, split=split, max_objects=3, max_count=4, seed=config.seed + SEED_OFFSET)
     world = World(wide)
-    drawn = [world.scene(index) for index in range(TRIED)]
+    drawn = [world.scene(index) for index in range(TRIED * count)]
     found = []
     for number, ask in enumerate(ASKS):
         # Single objects and colours ask about the same kind of scene: each takes others.
         suited = [(index, scene) for index, scene in enumerate(drawn) if index % 2 == number % 2 and ask.suits(scene)]
         chosen = suited[:count]
+        if len(chosen) < count:
+            raise UserError(f"composition: {ask.name}: expected {count} scenes of the world, found {len(chosen)}")
         prompts = [caption(scene, index) for index, scene in chosen]
         scenes = [scene for _, scene in chosen]
         found.append(Asked(ask, split, scenes, prompts, np.stack([world.render(scene) for scene in scenes])))
@@ -128,9 +133,9 @@ def composed(config: WorldConfig, split: Any, count: int) -> list[Asked]:
 
 
 def verdicts(asked: Asked, images: np.ndarray, detector: Detect) -> tuple[np.ndarray, list[list[Seen]]]:
-    """Which of the pictures are right, bool `[picture]`, and what was seen in each."""
+    """Which of the pictures, of its first prompts, are right, bool `[picture]`, and what was seen in each."""
     seen = detector(images)
-    triples = zip(asked.scenes, seen, images, strict=True)
+    triples = zip(asked.scenes[: len(images)], seen, images, strict=True)
     return np.array([asked.ask.right(scene, some, image) for scene, some, image in triples]), seen
 
 
@@ -162,18 +167,28 @@ def corrected(right: np.ndarray, real: np.ndarray, other: np.ndarray, seed: int 
 # --- as a measure -----------------------------------------------------------------------------------------------------
 
 
-def _score(bench: Bench) -> Findings:
-    config = replace(bench.world, size=bench.pipe.exported.image_size)
+def _asked(bench: Bench, split: str) -> tuple[int, list[Asked]]:
+    """How many prompts of each task are drawn, and the scenes, of which the judge sees more."""
     each = max(2, bench.options.count // len(ASKS))
+    config = replace(bench.world, size=bench.pipe.exported.image_size)
+    return each, composed(config, split, max(each, JUDGED))
+
+
+def _check(bench: Bench) -> None:
+    for split in ("train", "heldout"):
+        _asked(bench, split)
+
+
+def _score(bench: Bench) -> Findings:
     detector = bench.detector()
     findings = Findings([])
     for split, name in (("train", "seen"), ("heldout", "held out")):
-        asked = composed(config, split, each)
-        prompts = [prompt for one in asked for prompt in one.prompts]
-        ids = [f"{one.ask.name}:{n}" for one in asked for n in range(len(one.prompts))]
-        label = f"world:{split}:{config.size}, {len(ids)} prompts, ids {short_hash([ids, prompts])}"
+        each, asked = _asked(bench, split)
+        prompts = [prompt for one in asked for prompt in one.prompts[:each]]
+        ids = [f"{one.ask.name}:{n}" for one in asked for n in range(len(one.prompts[:each]))]
+        label = f"world:{split}:{bench.pipe.exported.image_size}, {len(ids)} prompts, ids {short_hash([ids, prompts])}"
         drawn = bench.make(draw_task(bench, f"composition-{split}", label, ids, prompts))
-        _judge(findings, bench, name, label, asked, drawn.images(), detector)
+        _judge(findings, bench, name, label, asked, np.split(drawn.images(), len(asked)), detector)
     findings.tables["the detector's confusion, on scenes of its own"] = _confusion(detector)
     return findings
 
@@ -184,16 +199,13 @@ def _judge(
     name: str,
     label: str,
     asked: Sequence[Asked],
-    images: np.ndarray,
+    drawn: Sequence[np.ndarray],
     detector: Detector,
 ) -> None:
     """Add the results of one split, task by task, and over all tasks."""
     said = f"{bench.version}, {_judge_said(detector)}"
     by_task: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    start = 0
-    for one in asked:
-        some = images[start : start + len(one.scenes)]
-        start += len(one.scenes)
+    for one, some in zip(asked, drawn, strict=True):
         right, seen = verdicts(one, some, detector)
         real, other = verdicts(one, one.real, detector)[0], verdicts(one, other_pictures(one), detector)[0]
         by_task.append((right, real, other))
@@ -241,4 +253,4 @@ def _confusion(detector: Detector) -> list[list[Any]]:
     return rows
 
 
-COMPOSITION = Measure("composition", "GenEval's six tasks on the bundled world", lambda bench: None, _score, draws=True)
+COMPOSITION = Measure("composition", "GenEval's six tasks on the bundled world", _check, _score, draws=True)

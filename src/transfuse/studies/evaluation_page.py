@@ -14,7 +14,7 @@ AT_ONCE = 12
 """exhibits shown at once; the others are folded away, none is left out"""
 
 _STYLE = """<style>
-.numbers th { width: auto; color: var(--ink); } .numbers thead th { color: var(--soft); }
+.numbers th { width: auto; color: var(--ink); } .numbers thead th { color: var(--soft); white-space: nowrap; }
 .numbers td { white-space: nowrap; }
 .numbers .origin { white-space: normal; color: var(--soft); font-size: 12.5px; min-width: 15em; }
 .pair { display: flex; gap: 10px; flex-wrap: wrap; margin-bottom: 8px; }
