@@ -251,8 +251,11 @@ def test_whoever_was_there_before_is_not_seen(tokenizer: Tokenizer) -> None:
     one = ARMS["linear"](tokenizer)
     expected = alone(one, plain(max_tokens=6))
     engine = Engine(one, slots=1, positions=POSITIONS)
-    for store in (engine.cache.keys, engine.cache.values):
-        store.fill_(torch.nan)
+    engine.submit(plain(Document([Text((9,) * 60)], closed=False), max_tokens=6, guidance_scale=2.0))
+    finish(engine)
+    with torch.inference_mode():
+        for store in (engine.cache.keys, engine.cache.values):
+            store.fill_(torch.nan)
     engine.submit(plain(max_tokens=6))
     assert [exactly(event) for event in finish(engine)] == expected
 

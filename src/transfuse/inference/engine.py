@@ -56,6 +56,7 @@ class Engine:
         self.slots = Slots(slots)
         self.cache = network.cache(slots, positions)
         self.drawer = Denoiser(network, self.cache) if self.grammar.first_code is None else Coder(network, self.cache)
+        self._used: set[int] = set()
         self._numbers = count()
         self._waiting: deque[Row] = deque()
         self._running: dict[int, Row] = {}
@@ -114,8 +115,10 @@ class Engine:
 
     def _join(self, row: Row) -> None:
         row.slot, row.length = self.slots.take(row.content)
-        self.cache.clear(row.slot, row.length, row.bound)
-        self.cache.clear(row.slot, self.cache.positions - row.beside, self.cache.positions)
+        if row.slot in self._used:  # one that is new is clear, and its memory, on most systems, not even taken
+            self.cache.clear(row.slot, row.length, row.bound)
+            self.cache.clear(row.slot, self.cache.positions - row.beside, self.cache.positions)
+        self._used.add(row.slot)
         self._running[row.number] = row
 
     def _leave(self, row: Row, content: Content | None) -> None:
