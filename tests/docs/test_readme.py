@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
+from torch.distributed.run import get_args_parser
 
 from transfuse.cli import COMMANDS
 from transfuse.cli.parsing import parse, parse_run
@@ -14,18 +20,37 @@ from transfuse.presets import PRESETS, Recipe, preset
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+LAUNCH = ROOT / "docs" / "launch"
 
 
-def commands(text: str) -> list[str]:
-    blocks = re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.DOTALL)
-    return [line.strip() for block in blocks for line in block.splitlines()]
+def commands(page: Path) -> list[list[str]]:
+    """The words of every line of a page's blocks, or of a script; what torchrun starts as if it were started alone."""
+    text = page.read_text()
+    if page.suffix == ".md":
+        text = "\n".join(re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.DOTALL))
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = line.split("#")[0].split()
+        if "torchrun" in words:
+            words = shlex.split(re.split(r"#|\|\||&", line)[0])
+            words = started(words[words.index("torchrun") + 1 :])
+        found.append(words)
+    return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def started(words: list[str]) -> list[str]:
+    """The command that torchrun starts, as it understands its options."""
+    asked = get_args_parser().parse_args(words)
+    assert asked.module, words
+    assert asked.training_script == "transfuse", words
+    return ["transfuse", *(word for word in asked.training_script_args if word != "--")]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(LAUNCH.iterdir())], ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
     runs: dict[Path, Recipe] = {}
-    for line in commands(page.read_text()):
-        words = line.split("#")[0].split()
+    for words in commands(page):
+        line = " ".join(words)
         if words[:1] == ["make"]:
             for target in words[1:]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
@@ -39,6 +64,7 @@ def test_commands_exist(page: Path) -> None:
                     assert runs.setdefault(run, recipe.settled()) == recipe.settled(), f"{line}: {run} is another run"
             if words[1:3] == ["study", "rivals"]:
                 parse(Rivals, words[3:], "study rivals")
+    assert runs or page.parent != LAUNCH, "a script that starts something"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -62,3 +88,60 @@ def test_readme_python_runs_as_written() -> None:
             assert hasattr(TransfusionPipeline, name), name
         for name in re.findall(r"transfuse\.(\w+)\(", block):
             assert hasattr(transfuse, name), name
+
+
+def test_torchrun_needs_the_dashes() -> None:
+    words = "--nproc-per-node 8 -m transfuse -- train demo --run runs/a".split()
+    assert started(words) == ["transfuse", "train", "demo", "--run", "runs/a"]
+    words.remove("--")
+    with pytest.raises(SystemExit):
+        started(words)
+
+
+SLURM = {
+    "scontrol": '[ "$1" = show ] && echo "a b" || echo "$*" >> called',
+    "srun": "mkdir -p runs/mine/checkpoints; $DOES; exit 1",
+}
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "queued"),
+    [
+        ("cp step runs/mine/checkpoints/latest", 0, True),
+        ("mkdir -p runs/mine/export", 0, False),
+        ("true", 1, False),
+    ],
+    ids=["stopped", "finished", "broken"],
+)
+def test_slurm_queues_again_what_is_not_done(tmp_path: Path, does: str, code: int, queued: bool) -> None:
+    """With stand-ins for srun, whose code tells nothing, and scontrol."""
+    (tmp_path / "step").write_text("step-00000010")
+    for name, script in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2", "DOES": does, "PATH": path}
+    found = subprocess.run(["bash", str(LAUNCH / "slurm.sh")], cwd=tmp_path, env=job, capture_output=True, text=True)
+    assert found.returncode == code, found.stderr
+    assert (tmp_path / "called").exists() is queued
+    if queued:
+        assert (tmp_path / "called").read_text() == "requeue 7\n"
+
+
+def test_kubernetes_gives_the_processes_time_to_save() -> None:
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    assert (service["kind"], job["kind"]) == ("Service", "Job")
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (container,) = pod["containers"]
+    script = container["args"][0]
+    assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0
+    words = shlex.split(script.split("&")[0].replace("\\\n", " "))
+    given = dict(pairwise(words))
+    assert int(given["--nnodes"]) == spec["completions"] == spec["parallelism"]
+    assert int(given["--nproc-per-node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert given["--rdzv-endpoint"].startswith(f"{job['metadata']['name']}-0.{pod['subdomain']}:")
+    assert int(given["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
+    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in container["volumeMounts"]}
