@@ -91,7 +91,7 @@ def test_readme_python_runs_as_written() -> None:
 
 
 def test_torchrun_needs_the_dashes() -> None:
-    words = "--nproc-per-node 8 -m transfuse -- train demo --run runs/a".split()
+    words = ["--nproc-per-node", "8", "-m", "transfuse", "--", "train", "demo", "--run", "runs/a"]
     assert started(words) == ["transfuse", "train", "demo", "--run", "runs/a"]
     words.remove("--")
     with pytest.raises(SystemExit):
