@@ -43,6 +43,7 @@ class Ranks:
     data, datas     number of this data rank, and how many there are
     elastic         started by torchrun, which starts all of them again where one fails
     objects, saving groups on the processor: for Python objects, and for checkpoints, which a thread writes meanwhile
+    peers           the data ranks that hold the same part of the network's matrices as this one
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -54,6 +55,7 @@ class Ranks:
     elastic: bool = False
     objects: dist.ProcessGroup | None = None
     saving: dist.ProcessGroup | None = None
+    peers: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -63,7 +65,7 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """In place, over the data ranks."""
         if self.mesh is not None:
-            dist.all_reduce(tensor, group=self.mesh["data"].get_group())
+            dist.all_reduce(tensor, group=self.peers)
         return tensor
 
     def sum_all(self, tensor: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ def arrange(device: torch.device, replicate: int, tensor: int) -> Ranks:
     """The processes of the default group in a mesh of replicate x shard x tensor."""
     rank, count = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh(device.type, (replicate, count // (replicate * tensor), tensor), mesh_dim_names=AXES)
-    mesh["replicate", "shard"]._flatten("data")
-    groups = [dist.new_group(backend="gloo", timeout=timedelta(hours=2)) for _ in range(2)]
+    peers = mesh["replicate", "shard"]._flatten("data").get_group()
+    objects, saving = (dist.new_group(backend="gloo", timeout=timedelta(hours=2)) for _ in range(2))
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
-    return Ranks(device, rank, count, mesh, rank // tensor, count // tensor, elastic, *groups)
+    return Ranks(device, rank, count, mesh, rank // tensor, count // tensor, elastic, objects, saving, peers)
