@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.export import Exported, GenerationConfig
+from transfuse.inference.network import Network
 from transfuse.model import ModelConfig, Transfusion
 from transfuse.sequence import Batch, Document, Grammar, Image, Text, Tokenizer, collate
 from transfuse.training import LoopConfig, ObjectiveConfig, OptimizerConfig, Trainer, TransfusionObjective
@@ -155,3 +158,29 @@ def assert_equal(ours: Groups, theirs: Groups) -> None:
         assert found.keys() == theirs[kind].keys()
         for name, tensor in found.items():
             assert torch.equal(tensor, theirs[kind][name]), (kind, name)
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of every pass of the engine's network, as they come."""
+    found: list[int] = []
+    original = Network.forward
+
+    def count(self, cache, feeds, predict):
+        found.append(sum(feed.segment.count for feed in feeds))
+        return original(self, cache, feeds, predict)
+
+    monkeypatch.setattr(Network, "forward", count)
+    return found
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives, forward or backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        leaves = (leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor))
+        self.elements = max([self.elements, *(leaf.numel() for leaf in leaves)])
+        return found

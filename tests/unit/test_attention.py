@@ -8,14 +8,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import latent, randomised, tiny
+from conftest import Largest, latent, randomised, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from transfuse.model import Attend, Transfusion, attention, dense, flexible
 from transfuse.model.attention import block_mask
@@ -67,17 +65,6 @@ def test_the_block_mask_is_what_torch_makes_of_all_pairs(seen: tuple[Tensor, Ten
             a, b = getattr(found, name), getattr(expected, name)
             assert a.dtype == b.dtype
             assert torch.equal(a, b), name
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(found) if isinstance(leaf, Tensor))])
-        return found
 
 
 def test_the_block_mask_looks_at_no_pairs() -> None:

@@ -48,7 +48,6 @@ from transfuse.inference import (
 )
 from transfuse.inference import engine as engine_module
 from transfuse.inference.events import Event
-from transfuse.inference.network import Network
 from transfuse.keyed import keyed
 from transfuse.model import ModelConfig, Transfusion, dense
 from transfuse.model.layers import RMSNorm
@@ -809,16 +808,8 @@ def test_a_full_context_ends_a_row(tokenizer: Tokenizer) -> None:
         pictures(engine, asking(replace(fits, parts=[*fits.parts, Text((9,))])))
 
 
-def test_a_code_costs_a_position_of_each_branch(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_code_costs_a_position_of_each_branch(tokenizer: Tokenizer, sizes: list[int]) -> None:
     engine = Engine(coded(tokenizer))
-    sizes: list[int] = []
-    original = Network.forward
-
-    def count(self, cache, feeds, predict):
-        sizes.append(sum(feed.segment.count for feed in feeds))
-        return original(self, cache, feeds, predict)
-
-    monkeypatch.setattr(Network, "forward", count)
     document = Document([Image(codes(2, 2)), Text((9,) * 50)], closed=False)
     list(engine.run([asking(document, size=(4, 4))]))
     # prompt; null prefix (BOS, BOI), once; BOI; then every code but the last, in both branches

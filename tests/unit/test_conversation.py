@@ -14,25 +14,10 @@ from test_chameleon import codes
 from transfuse.errors import UserError
 from transfuse.inference import Conversation, Done, Engine, ImageEnd, TextDelta, TransfusionPipeline
 from transfuse.inference.events import Event
-from transfuse.inference.network import Network
 from transfuse.inference.slots import Slots
 from transfuse.sequence import Document, Image, Text, Tokenizer, lay_out
 
 SETTINGS = {"max_tokens": 6, "temperature": 1.0, "code_temperature": 1.0}
-
-
-@pytest.fixture
-def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Positions of every pass."""
-    found: list[int] = []
-    original = Network.forward
-
-    def count(self, cache, feeds, predict):
-        found.append(sum(feed.segment.count for feed in feeds))
-        return original(self, cache, feeds, predict)
-
-    monkeypatch.setattr(Network, "forward", count)
-    return found
 
 
 def tokens(events: list[Event]) -> list[int]:

@@ -17,7 +17,6 @@ from test_chameleon import asking, coded
 from transfuse.diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from transfuse.errors import UserError
 from transfuse.inference import Done, Engine, ImageEnd, ImageProgress, Request, Start, TransfusionPipeline
-from transfuse.inference.network import Network
 from transfuse.inference.pictures import latent_mask, read_settings, save_png, settings_of
 from transfuse.sequence import Document, Image, Text, Tokenizer
 
@@ -119,20 +118,13 @@ def test_only_the_first_image_begins_from_it(engine: Engine) -> None:
     raise AssertionError("no second image in 40 rows")
 
 
-def test_guidance_interval(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_interval(engine: Engine, sizes: list[int]) -> None:
     """All levels: as without; none: as scale 1; outside of it one branch is computed."""
     asked = plain(sampler=SamplerConfig("ddim", 5), guidance_scale=4.0)  # levels 1000, 800, 600, 400, 200
     assert torch.equal(drawn(engine, asked), drawn(engine, replace(asked, guidance_interval=(0.0, 1.0))))
     unguided = drawn(engine, replace(asked, guidance_scale=1.0))
     assert torch.equal(drawn(engine, replace(asked, guidance_interval=(0.85, 0.95))), unguided)
-    sizes: list[int] = []
-    original = Network.forward
-
-    def count(self, cache, feeds, predict):
-        sizes.append(sum(feed.segment.count for feed in feeds))
-        return original(self, cache, feeds, predict)
-
-    monkeypatch.setattr(Network, "forward", count)
+    sizes.clear()
     some = drawn(engine, replace(asked, guidance_interval=(0.4, 0.8)))
     assert sizes[-5:] == [16, 32, 32, 32, 16]
     assert not torch.equal(some, unguided)

@@ -6,11 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import latent, randomised, tiny
+from conftest import Largest, latent, randomised, tiny
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model import Transfusion
@@ -86,17 +84,6 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
     def note(self, tensor: Tensor) -> Tensor:
         self.elements = max(self.elements, tensor.numel())
         return tensor
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives, forward or backward."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(found) if isinstance(leaf, Tensor))])
-        return found
 
 
 @pytest.mark.parametrize("z", [False, True])

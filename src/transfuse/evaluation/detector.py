@@ -32,6 +32,7 @@ from ..data.world import Scene, World, WorldConfig
 from ..errors import UserError
 from ..files import whole_file
 from ..keyed import keyed
+from .judge import keep_judge
 from .recogniser import HELD_OUT_EVERY, SEED_OFFSET, disturbed, pixels, resized, weights_digest
 
 CELL = 4
@@ -146,7 +147,6 @@ class Detector:
             "confusion": json.dumps([[*pair, times] for pair, times in self.confusion.items()]),
         }
         state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         whole_file(path, lambda aside: save_file(state, aside, metadata=facts))
 
     @classmethod
@@ -178,13 +178,8 @@ def _distinct(seen: list[Seen]) -> list[Seen]:
 def keep_detector(path: Path, config: WorldConfig, steps: int | None = None, seed: int = 0) -> Detector:
     """The detector saved in a file where it is of this world, else a new one, which is saved there."""
     steps = steps or STEPS
-    if path.is_file():
-        saved = Detector.load(path)
-        if saved.identity == _identity(config, steps, seed):
-            return saved
-    detector = train_detector(config, steps, seed)
-    detector.save(path)
-    return detector
+    identity = _identity(config, steps, seed)
+    return keep_judge(path, identity, Detector.load, lambda: train_detector(config, steps, seed))
 
 
 def _identity(config: WorldConfig, steps: int, seed: int) -> str:

@@ -6,10 +6,12 @@ distance stands what other real pictures, as many, are away from these: nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from ..configuration import to_dict
 from ..errors import UserError
@@ -32,14 +34,24 @@ LEAST = 4
 SHOWN = 24
 
 
-def draw_task(bench: Bench, name: str, label: str, ids: Sequence[str], prompts: Sequence[str]) -> Task:
-    """Every prompt drawn once, picture n with the seed `drawing.seed + n`: a picture does not depend on its batch."""
+def pictures_task(
+    bench: Bench,
+    name: str,
+    label: str,
+    count: int,
+    prompt: Callable[[int], Sequence[str | PIL.Image.Image]],
+    facts: Callable[[int], dict[str, Any]],
+) -> Task:
+    """Every prompt answered by one picture, number n with the seed `drawing.seed + n`: it does not depend on its batch.
+
+    facts   what is kept of picture n beside it
+    """
     drawing = bench.drawing
 
     def work(numbers: Sequence[int]) -> list[Made]:
         requests = [
             replace(
-                bench.pipe.request([prompts[n]], drawing.steps, drawing.guidance_scale, drawing.sampler),
+                bench.pipe.request(prompt(n), drawing.steps, drawing.guidance_scale, drawing.sampler),
                 draw="force",
                 max_tokens=0,
                 seed=drawing.seed + n,
@@ -47,13 +59,22 @@ def draw_task(bench: Bench, name: str, label: str, ids: Sequence[str], prompts: 
             for n in numbers
         ]
         replies = bench.pipe.replies(requests)
-        return [
-            Made({"id": ids[n], "prompt": prompts[n], "seed": drawing.seed + n}, np.asarray(reply.images[0]))
-            for n, reply in zip(numbers, replies, strict=True)
-        ]
+        return [Made(facts(n), np.asarray(reply.images[0])) for n, reply in zip(numbers, replies, strict=True)]
 
-    settings = {"model": bench.model, "data": label, "drawing": to_dict(drawing)}
-    return Task(name, settings, len(prompts), work)
+    return Task(name, {"model": bench.model, "data": label, "drawing": to_dict(drawing)}, count, work)
+
+
+def draw_task(bench: Bench, name: str, label: str, ids: Sequence[str], prompts: Sequence[str]) -> Task:
+    """Every prompt drawn once."""
+    seed = bench.drawing.seed
+    return pictures_task(
+        bench,
+        name,
+        label,
+        len(prompts),
+        lambda n: [prompts[n]],
+        lambda n: {"id": ids[n], "prompt": prompts[n], "seed": seed + n},
+    )
 
 
 def drawn_pairs(bench: Bench) -> tuple[Pairs, Outcome]:

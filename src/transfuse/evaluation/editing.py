@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..configuration import to_dict
 from ..data.world import Edit, Scene, World, WorldConfig, background_of, edit
 from .bench import Bench, Measure
 from .detector import Detect, Seen
-from .generate import Made, Task, short_hash
+from .drawing import pictures_task
+from .generate import Task, short_hash
 from .interval import bootstrap, share
 from .reconstruction import BEST_PSNR, RANGE
 from .result import Exhibit, Findings, Result
@@ -114,30 +114,14 @@ def untouched_psnr(drawn: np.ndarray, source: np.ndarray, target: np.ndarray) ->
 
 
 def _task(bench: Bench, edits: Edits, label: str) -> Task:
-    drawing = bench.drawing
-
-    def work(numbers: Sequence[int]) -> list[Made]:
-        requests = [
-            replace(
-                bench.pipe.request(
-                    [PIL.Image.fromarray(edits.sources[n]), edits.edits[n].instruction],
-                    drawing.steps,
-                    drawing.guidance_scale,
-                    drawing.sampler,
-                ),
-                draw="force",
-                max_tokens=0,
-                seed=drawing.seed + n,
-            )
-            for n in numbers
-        ]
-        replies = bench.pipe.replies(requests)
-        return [
-            Made({"instruction": edits.edits[n].instruction, "kind": edits.edits[n].kind}, np.asarray(reply.images[0]))
-            for n, reply in zip(numbers, replies, strict=True)
-        ]
-
-    return Task("edits", {"model": bench.model, "data": label, "drawing": to_dict(drawing)}, len(edits.edits), work)
+    return pictures_task(
+        bench,
+        "edits",
+        label,
+        len(edits.edits),
+        lambda n: [PIL.Image.fromarray(edits.sources[n]), edits.edits[n].instruction],
+        lambda n: {"instruction": edits.edits[n].instruction, "kind": edits.edits[n].kind},
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ from ..console import progress
 from ..data.world import World, WorldConfig
 from ..errors import UserError
 from ..keyed import keyed
+from .judge import keep_judge
 
 SIDE = 32
 """pixels along a side that the network looks at; larger or smaller pictures are resized first"""
@@ -144,14 +145,8 @@ class Recogniser:
 def keep_recogniser(path: Path, config: WorldConfig, steps: int | None = None, seed: int = 0) -> Recogniser:
     """The recogniser saved in a file where it is of this world, else a new one, which is saved there."""
     steps = steps or STEPS
-    if path.is_file():
-        saved = Recogniser.load(path)
-        if saved.identity == recogniser_identity(config, steps, seed):
-            return saved
-    recogniser = train_recogniser(config, steps, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    recogniser.save(path)
-    return recogniser
+    identity = recogniser_identity(config, steps, seed)
+    return keep_judge(path, identity, Recogniser.load, lambda: train_recogniser(config, steps, seed))
 
 
 def recogniser_identity(config: WorldConfig, steps: int, seed: int) -> str:

@@ -15,9 +15,7 @@ from functools import lru_cache
 
 from ..model import ModelConfig, Transfusion
 from ..model.activations import Checkpointing, Load, step_bytes
-
-LOGITS_AT_ONCE = 64 << 20
-"""elements of the logits that are computed at once"""
+from ..training.token_loss import AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def memory(config: ModelConfig, load: Load, spread: Spread, checkpointing: Check
         ema=4 * part,
         gathered=_gathered(config, spread, checkpointing, element),
         activations=step_bytes(config, load, element, checkpointing),
-        logits=8 * min(LOGITS_AT_ONCE, load.predictions * config.ids),
+        logits=8 * min(AT_ONCE, load.predictions * config.ids),
     )
 
 

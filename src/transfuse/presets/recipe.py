@@ -115,6 +115,11 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
+    @property
+    def compute(self) -> torch.dtype:
+        """Of the residual stream, once "auto" is settled."""
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
+
     def settled(self) -> Recipe:
         """The recipe with the trunk it starts from, the ids of its data and the channels, or codes, of its autoencoder.
 
@@ -229,8 +234,8 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> t
     """Put model, data, objective and loop together for a resolved recipe. Raises UserError where they do not fit."""
     ranks = ranks or Ranks(torch.device(recipe.device))
     opened = open_sources(recipe.data)
-    ranks.once(lambda: _tokenizer(recipe, opened, folder / "tokenizer.json"))
-    tokenizer = _tokenizer(recipe, opened, folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    tokenizer = ranks.once(lambda: _tokenizer(recipe, opened, path)) or _tokenizer(recipe, opened, path)
     loader = build_loader(recipe, opened, tokenizer, folder, ranks.data, ranks.datas)
     model = build_model(recipe, folder, tokenizer, ranks)
     objective: Objective = TokenObjective(recipe.objective, recipe.seed)
@@ -251,12 +256,11 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> t
 
 def build_model(recipe: Recipe, folder: Path, tokenizer: Tokenizer, ranks: Ranks) -> Transfusion:
     """The network with its first weights, or this rank's shards of it: the same for any number of ranks."""
-    dtype = torch.float32 if recipe.precision == "float32" else torch.bfloat16
-    model = parallelize(Transfusion.on_meta(recipe.model, compute=dtype), ranks, recipe.parallel)
+    model = parallelize(Transfusion.on_meta(recipe.model, recipe.compute), ranks, recipe.parallel)
     model.to_empty(device=ranks.device).initialise(recipe.seed, place)
     if recipe.start and CheckpointFolder(folder / "checkpoints", ranks=ranks).newest()[0] is None:
         start = Path(recipe.start)
-        begun = Transfusion.on_meta(recipe.model, compute=dtype).to_empty(device="cpu").initialise(recipe.seed)
+        begun = Transfusion.on_meta(recipe.model, recipe.compute).to_empty(device="cpu").initialise(recipe.seed)
         say(f"{start}: {start_from_llama(begun, start, recipe.start_strict, marker_rows(start, tokenizer))}")
         with torch.no_grad():
             for weight, values in zip(model.parameters(), begun.parameters(), strict=True):
@@ -266,8 +270,7 @@ def build_model(recipe: Recipe, folder: Path, tokenizer: Tokenizer, ranks: Ranks
 
 def averaged_model(recipe: Recipe, weights: dict[str, Tensor]) -> Transfusion:
     """The network with a trainer's averaged weights, which it shares: for looking, not for changing."""
-    dtype = torch.float32 if recipe.precision == "float32" else torch.bfloat16
-    model = Transfusion.on_meta(recipe.model, compute=dtype)
+    model = Transfusion.on_meta(recipe.model, recipe.compute)
     model.load_state_dict(weights, assign=True)
     return model.to(recipe.device).requires_grad_(False)
 
@@ -314,8 +317,8 @@ def export_run(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: P
     """Write the averaged weights of a trainer as an export: the first rank does, all must call it."""
     weights = trainer.averaged()
     trainer.merge()
-    if trainer.ranks.first:
-        save_export(
+    trainer.ranks.once(
+        lambda: save_export(
             folder,
             weights,
             recipe.model,
@@ -326,7 +329,7 @@ def export_run(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: P
             recipe.generation,
             _card(recipe, trainer),
         )
-    trainer.ranks.wait()
+    )
     return folder
 
 

@@ -111,14 +111,7 @@ def open_run(recipe: R, folder: Path) -> R:
 
 def claim_run(recipe: R, folder: Path, ranks: Ranks) -> R:
     """`open_run` by all ranks of a run: the first one writes, and says what is wrong, once."""
-    problem = ""
-    if ranks.first:
-        try:
-            recipe = open_run(recipe, folder)
-        except UserError as error:
-            problem = str(error)
-    ranks.agree(problem)
-    return recipe if ranks.first else open_run(recipe, folder)
+    return ranks.once(lambda: open_run(recipe, folder)) or open_run(recipe, folder)
 
 
 def run_device(recipe: RunRecipe, folder: Path) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..console import say
 from ..data.world import World
 from ..presets.autoencoders import (
     AutoencoderRecipe,
@@ -21,6 +20,7 @@ from ..presets.autoencoders import (
 from ..presets.runs import claim_run, run_device
 from ..training import Trainer, join
 from .samples import grid
+from .training import run_trainer
 
 SHOWN = 8
 """images of a grid of reconstructions"""
@@ -34,10 +34,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer,
     with join(run_device(recipe, folder)) as ranks:
         recipe = claim_run(recipe, folder, ranks)
         trainer = build_autoencoder_trainer(recipe, folder, reconstruction_grid(recipe), ranks)
-        if trainer.restore():
-            say(f"{folder}: going on from step {trainer.step}")
-        if trainer.run() == "stopped":
-            say(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
+        if run_trainer(trainer, folder) == "stopped":
             return trainer, None
         ranks.once(lambda: export_autoencoder(recipe, trainer, folder / "export"))
     return trainer, folder / "export"

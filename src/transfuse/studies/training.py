@@ -23,6 +23,16 @@ class Trained:
     export: Path | None
 
 
+def run_trainer(trainer: Trainer, folder: Path) -> Literal["finished", "stopped"]:
+    """Go on where the run is, and say so."""
+    if trainer.restore():
+        say(f"{folder}: going on from step {trainer.step}")
+    outcome = trainer.run()
+    if outcome == "stopped":
+        say(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
+    return outcome
+
+
 def train_run(recipe: Recipe, folder: Path) -> Trained:
     """Open a run folder or go on with it, train, and export the averaged weights to `folder/export`; in as many
     processes as there are.
@@ -35,10 +45,7 @@ def train_run(recipe: Recipe, folder: Path) -> Trained:
         trainer, tokenizer = build_trainer(recipe, folder, ranks)
         if recipe.model.images != "none":
             trainer.sample = sample_grid(recipe, tokenizer)
-        if trainer.restore():
-            say(f"{folder}: going on from step {trainer.step}")
-        outcome = trainer.run()
+        outcome = run_trainer(trainer, folder)
         if outcome == "stopped":
-            say(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
             return Trained(recipe, trainer, outcome, None)
         return Trained(recipe, trainer, outcome, export_run(recipe, trainer, tokenizer, folder / "export"))

@@ -73,24 +73,25 @@ class CheckpointFolder:
         self.wait()
         final = self.folder / f"step-{checkpoint.step:08d}"
         partial = final.with_suffix(".partial")
-        problem = ""
-        try:
-            if self.ranks.first:
+
+        def make_room() -> None:
+            try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        except OSError as error:
-            problem = _not_written(final, str(error))
-        self.ranks.agree(problem)
+            except OSError as error:
+                raise UserError(_not_written(final, str(error))) from None
+
+        self.ranks.once(make_room)
         if self._stager is None or self._thread is None:  # one for all: copies go to the same memory again
             cuda = self.ranks.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        tensors = {
-            f"{group}/{name}": tensor.detach().contiguous()
-            for group, those in checkpoint.tensors.items()
-            for name, tensor in those.items()
+        tensors = {name: tensor.detach().contiguous() for name, tensor in _flat(checkpoint.tensors).items()}
+        files = {
+            name: number
+            for number, (group, those) in enumerate(checkpoint.tensors.items(), start=1)
+            for name in _flat({group: those})
         }
-        files = {name: 1 + list(checkpoint.tensors).index(name.split("/", 1)[0]) for name in tensors}
         saving = dcp.async_save(
             tensors,
             storage_writer=HuggingFaceStorageWriter(str(partial), files, save_distributed=True),
@@ -178,14 +179,18 @@ class CheckpointFolder:
         found = HuggingFaceStorageReader(str(path)).read_metadata() if self.ranks.first else None
         return cast(Metadata, self.ranks.share(found))
 
-    def load(self, path: Path, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-        """Fill tensors, whole or sharded, with those of a checkpoint that `newest` gave. Returns its progress.
+    def load(self, path: Path, found: Metadata, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Fill tensors, whole or sharded, with those of a checkpoint that `newest` gave, in which `open` found what
+        there is. Returns its progress.
 
         Raises UserError where a name or a shape is another one.
         """
-        tensors = {f"{group}/{name}": tensor for group, those in into.items() for name, tensor in those.items()}
-        found = self.open(path).state_dict_metadata
-        shapes = {name: tuple(value.size) for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
+        tensors = _flat(into)
+        shapes = {
+            name: tuple(value.size)
+            for name, value in found.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata)
+        }
         # Saved with tensor parallel and loaded without, or the other way round: rare, so one by one is quick enough.
         for name in [name for name in tensors if name not in shapes]:
             other = {n: torch.empty(shapes[n]) for n in sorted(shapes) if stacked_name(n) == stacked_name(name)}
@@ -213,12 +218,17 @@ class CheckpointFolder:
 def read(path: Path) -> Checkpoint:
     """A checkpoint that `verify` has passed, whole, in memory."""
     folder, groups = CheckpointFolder(path.parent), Groups()
-    for key, found in folder.open(path).state_dict_metadata.items():
-        assert isinstance(found, TensorStorageMetadata)
+    found = folder.open(path)
+    for key, value in found.state_dict_metadata.items():
+        assert isinstance(value, TensorStorageMetadata)
         group, name = key.split("/", 1)
-        groups.setdefault(group, {})[name] = torch.empty(found.size, dtype=found.properties.dtype)
-    progress = folder.load(path, groups)
+        groups.setdefault(group, {})[name] = torch.empty(value.size, dtype=value.properties.dtype)
+    progress = folder.load(path, found, groups)
     return Checkpoint(progress.pop("step"), groups, progress)
+
+
+def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{group}/{name}": tensor for group, those in groups.items() for name, tensor in those.items()}
 
 
 def step_of(path: Path) -> int:

@@ -129,8 +129,9 @@ class Trainer:
             say(complaint)
         if path is None:
             return False
-        found = {stacked_name(name) for name in self.checkpoints.open(path).state_dict_metadata}
-        progress = self.checkpoints.load(path, self._state(found))
+        found = self.checkpoints.open(path)
+        names = {stacked_name(name) for name in found.state_dict_metadata}
+        progress = self.checkpoints.load(path, found, self._state(names))
         self.step, self.totals = progress["step"], {"waited": 0.0, **progress["totals"]}
         self.data_offset, self._counted = progress.get("data_offset", 0), {}
         self._saved = self.step
@@ -217,8 +218,9 @@ class Trainer:
         summed, norm, details = self._backward(batches, agreed[: len(own)])
         # The one place where the host waits for the device.
         both = self.ranks.sum(summed.clone()).double(), summed.double()
-        found = torch.cat([agreed, *both, norm.double()[None]]).tolist()
-        counts, flags, losses, own_losses, (length,) = _cut(found, len(own), len(asks), len(own), len(own), 1)
+        found = torch.cat([agreed, *both, norm.double()[None]]).cpu()
+        pieces = found.split([len(own), len(asks), len(own), len(own), 1])
+        counts, flags, losses, own_losses, (length,) = (piece.tolist() for piece in pieces)
         named = zip(self.objective.names, losses, counts, strict=True)
         self.losses = {name: loss / count for name, loss, count in named if count}
         verdict = self.guard.judge(data_step, self.losses, length)
@@ -368,15 +370,6 @@ class Trainer:
             raise DivergedError(f"step {self.step}: expected a checkpoint to go back to, found none")
         self.totals |= spent
         self.data_offset = data_step + 1 - self.step
-
-
-def _cut(values: list[float], *lengths: int) -> list[list[float]]:
-    start = 0
-    pieces = []
-    for length in lengths:
-        pieces.append(values[start : start + length])
-        start += length
-    return pieces
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, room: set[str]) -> dict[str, Tensor]:

@@ -76,8 +76,6 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Every data rank's, in order."""
-        if self.mesh is None:
-            return [value]
         return self._all(value)[:: self.count // self.datas]
 
     def share(self, value: T) -> T:
@@ -102,15 +100,17 @@ class Ranks:
         if found:
             raise SystemExit(2)
 
-    def once(self, action: Callable[[], object]) -> None:
-        """Have the first rank do something; all must call it, and all stop where that raises UserError."""
-        problem = ""
+    def once(self, action: Callable[[], T]) -> T | None:
+        """Have the first rank do something, whose result it alone gets; all must call it, and all stop where that
+        raises UserError."""
+        problem, result = "", None
         try:
             if self.first:
-                action()
+                result = action()
         except UserError as error:
             problem = str(error)
         self.agree(problem)
+        return result
 
     def _all(self, value: T) -> list[T]:
         """Every rank's, in order."""
