@@ -21,8 +21,8 @@ from against_peer import alternate
 
 from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, load_autoencoder, save_autoencoder
 from transfuse.data.encoded import encode_images
-from transfuse.data.images import fit
 from transfuse.data.world import World, WorldConfig
+from transfuse.images import fit
 from transfuse.memory import keep_freed_memory
 
 SHAPES = {

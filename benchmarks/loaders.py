@@ -50,9 +50,9 @@ from transfuse.console import say
 from transfuse.data import DataSet, PairConfig, Rows, StepLoader, StoredPictures
 from transfuse.data.build import build_set
 from transfuse.data.dataset import DOCUMENT, PICTURE
-from transfuse.data.images import decode_image
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
+from transfuse.images import decode_image
 from transfuse.memory import keep_freed_memory
 from transfuse.presets import preset
 from transfuse.presets.recipe import Recipe, build_loader, build_trainer

@@ -1,4 +1,4 @@
-"""How the process keeps its memory."""
+"""How the process keeps its memory, and how it says that there is none left."""
 
 from __future__ import annotations
 
@@ -17,3 +17,12 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most it takes
         libc.mallopt(_TRIM_THRESHOLD, -1)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so; torch has one of its own for GPUs, and on CPU a plain RuntimeError."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return said or isinstance(error, MemoryError)
+
+
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")

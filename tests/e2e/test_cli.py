@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from transfuse.autoencoders import load_autoencoder
 from transfuse.cli import run
 from transfuse.cli.chat import inline
-from transfuse.inference.pictures import read_settings
+from transfuse.images import read_settings
 
 COMMAND = [sys.executable, "-c", "from transfuse.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -38,11 +38,11 @@ from transfuse.cli import run
 from transfuse.data import verify
 from transfuse.data.build import Writer, build_set
 from transfuse.data.dataset import DataSet
-from transfuse.data.images import fit
 from transfuse.data.prepare import BuildConfig, Preparer, bucket
 from transfuse.data.readers import Columns
 from transfuse.data.verify import verify_set
 from transfuse.errors import UserError
+from transfuse.images import fit
 from transfuse.sequence import Tokenizer
 
 CONFIG = BuildConfig(size=16, vocabulary=300, shard_size=4, heldout=0.2)

@@ -18,8 +18,8 @@ from torch import Tensor
 from transfuse.data import encoded
 from transfuse.data.ahead import ahead
 from transfuse.data.encoded import encode_images, read_encoded
-from transfuse.data.images import fit, read_image
 from transfuse.errors import UserError
+from transfuse.images import fit, read_image
 
 COUNT, BROKEN, SMALL = 23, "05.png", "11.png"
 

@@ -16,8 +16,9 @@ from test_chameleon import asking, coded
 
 from transfuse.diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from transfuse.errors import UserError
+from transfuse.images import read_settings, save_png
 from transfuse.inference import Done, Engine, ImageEnd, ImageProgress, Request, Start, TransfusionPipeline
-from transfuse.inference.pictures import latent_mask, read_settings, save_png, settings_of
+from transfuse.inference.pictures import latent_mask, settings_of
 from transfuse.sequence import Document, Image, Text, Tokenizer
 
 SAMPLERS = [

@@ -13,8 +13,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from transfuse.data.images import fit, image_files, read_image
 from transfuse.errors import UserError
+from transfuse.images import fit, image_files, read_image
 
 NOISE = np.random.default_rng(7).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 CORNERS = np.array(

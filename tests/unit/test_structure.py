@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "transfuse"
-EVERYWHERE = {"errors", "console", "configuration", "files", "keyed", "memory", "version"}
+EVERYWHERE = {"errors", "console", "configuration", "files", "images", "keyed", "memory", "version"}
 MAY_IMPORT: dict[str, set[str]] = {
     "sequence": set(),
     "diffusion": set(),
@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interchange": {"sequence", "model"},
     "training": {"sequence", "model", "diffusion", "autoencoders", "data"},
     "inference": {"sequence", "model", "diffusion", "autoencoders", "export"},
+    "serving": {"inference"},
     "evaluation": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "inference"},
     "presets": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "interchange", "training"},
 }

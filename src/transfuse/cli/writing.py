@@ -35,7 +35,7 @@ def load_model(model: Path | None) -> TransfusionPipeline:
 
 def save_picture(picture: PIL.Image.Image, path: Path, settings: dict[str, Any]) -> str:
     """Write a PNG that says how it was made; its path. Raises UserError where it can not be written."""
-    from ..inference.pictures import save_png
+    from ..images import save_png
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def read_picture(path: Path, side: int, resize: bool) -> PIL.Image.Image:
     """A picture file for a model of that size. Raises UserError where it has another and is not to be fitted."""
     import PIL.Image
 
-    from ..data.images import fit, read_image
+    from ..images import fit, read_image
 
     pixels = read_image(path)
     if resize:

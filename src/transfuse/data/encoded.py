@@ -34,8 +34,8 @@ from ..configuration import read_json
 from ..console import Steps, progress
 from ..errors import UserError
 from ..files import whole_file
+from ..images import fit, image_files, read_image
 from .ahead import ahead
-from .images import fit, image_files, read_image
 
 VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

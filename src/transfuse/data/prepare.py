@@ -18,9 +18,9 @@ import tyro
 
 from ..autoencoders import Autoencoder, Coded, open_autoencoder
 from ..errors import UserError
+from ..images import decode_image, fit
 from ..sequence import Tokenizer
 from .dataset import Encoding, digest, to_members
-from .images import decode_image, fit
 from .readers import Columns, Fault, Raw
 
 MOST_SIDE = 16_384

@@ -16,9 +16,9 @@ import torch
 
 from ..autoencoders import Autoencoder, Coded
 from ..errors import UserError
+from ..images import decode_image
 from ..sequence import Document, Grammar, Image, Text, Tokenizer, positions
 from .dataset import DataSet, Split, Stored
-from .images import decode_image
 from .shuffle import Shuffle
 from .sources import PairConfig, pair_document, pair_order
 

@@ -25,9 +25,9 @@ import numpy as np
 import PIL.Image
 
 from ..console import progress
-from ..data.images import read_image
 from ..errors import UserError
 from ..files import sync, whole_file
+from ..images import read_image
 
 
 @dataclass(frozen=True, eq=False)

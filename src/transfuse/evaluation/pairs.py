@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..configuration import read_json
-from ..data.images import fit, read_image
 from ..data.world import World, WorldConfig, caption
 from ..errors import UserError
+from ..images import fit, read_image
 from .bench import Bench
 from .generate import short_hash
 

@@ -2,7 +2,7 @@
 
 from .conversation import Conversation
 from .engine import Engine
-from .events import Done, Event, ImageEnd, ImageProgress, ImageStart, Request, Start, TextDelta
+from .events import Done, Event, Failed, ImageEnd, ImageProgress, ImageStart, Request, Start, TextDelta
 from .pipeline import Reply, TransfusionPipeline
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Done",
     "Engine",
     "Event",
+    "Failed",
     "ImageEnd",
     "ImageProgress",
     "ImageStart",

@@ -10,7 +10,7 @@ import PIL.Image
 
 from ..sequence import Document, Image, Part, Text
 from .engine import Engine
-from .events import Done, Event, ImageEnd, Request, TextDelta
+from .events import Done, Event, Failed, ImageEnd, Request, TextDelta
 from .pipeline import TransfusionPipeline
 
 
@@ -48,6 +48,8 @@ class Conversation:
                         case ImageEnd(latent=latent):
                             said += [Text(tuple(words)), Image(latent, target=False)]
                             words = []
+                        case Failed(reason=reason):
+                            raise MemoryError(reason)
                         case Done():
                             self.parts = [*said, Text(tuple(words))]
                     yield event

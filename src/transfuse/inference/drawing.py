@@ -21,7 +21,7 @@ from .cache import KeyValueCache, Segment
 from .events import ImageProgress, Request
 from .guidance import guide
 from .network import Feed, Network
-from .row import Branch, CodeDrawing, Row
+from .row import Branch, CodeDrawing, Row, together
 
 Progress = Iterator[tuple[Row, ImageProgress | None]]
 
@@ -47,18 +47,27 @@ class Denoiser:
     def opened(self, row: Row, logits: list[Tensor]) -> None:
         """Nothing: what comes behind BOI is no token."""
 
+    def cost(self, row: Row) -> int:
+        """Positions that the network may compute for a row: its own, and every branch's in every step."""
+        branches = 1 + (row.request.guidance_scale != 1) + (row.request.image_guidance_scale is not None)
+        steps = row.request.sampler.steps if row.request.draw != "never" else 0
+        return row.bound + row.request.max_images * row.patches * steps * branches
+
     def step(self, rows: Sequence[Row]) -> Progress:
+        for some, predictions in together(rows, self._predict):
+            for row in some:
+                progress = self._advance(row, predictions[row.number]) if row.number in predictions else None
+                state = _state(row)
+                if state.done:
+                    row.finished, row.drawing = self._sampler(row.request).finish(state), None
+                yield row, progress
+
+    def _predict(self, rows: Sequence[Row]) -> dict[int, list[Tensor]]:
+        """What the network makes of every branch that is needed, by the row's number."""
         members = [(row, branch) for row in rows for branch in self._computed(row)]
         members.sort(key=lambda member: member[1])  # those of one kind side by side: neighbours share a call
         feeds = [self._patches(row, row.branches[branch]) for row, branch in members]
-        found = self.network.forward(self.cache, feeds, [])[1] if feeds else []
-        predictions = _of_rows(members, found)
-        for row in rows:
-            progress = self._advance(row, predictions[row.number]) if row.number in predictions else None
-            state = _state(row)
-            if state.done:
-                row.finished, row.drawing = self._sampler(row.request).finish(state), None
-            yield row, progress
+        return _of_rows(members, self.network.forward(self.cache, feeds, [])[1] if feeds else [])
 
     def _computed(self, row: Row) -> range:
         """Its branches that this step needs: none of an image that is given whole, one where it is not guided."""
@@ -104,6 +113,10 @@ class Coder:
             logits = [*logits, self.network.null_branch()[1]]
         _codes(row).logits = [scores[self.first :].clone() for scores in logits]
 
+    def cost(self, row: Row) -> int:
+        """Positions that the network may compute for a row: its own, and every other branch's."""
+        return row.bound + row.beside
+
     def step(self, rows: Sequence[Row]) -> Progress:
         for row in rows:
             drawing, request = _codes(row), row.request
@@ -112,10 +125,14 @@ class Coder:
             if len(drawing.codes) == row.patches:
                 row.finished, row.drawing = torch.tensor(drawing.codes).view(row.shape[1:]), None
             yield row, ImageProgress(row.number, row.images, len(drawing.codes), row.patches)
-        going = [row for row in rows if row.drawing is not None]
-        members = [(row, branch) for row in going for branch in range(len(row.branches))]
-        if not members:
-            return
+        for some, found in together([row for row in rows if row.drawing is not None], self._read):
+            for row in some:
+                _codes(row).logits = found[row.number]
+                row.evaluations += 1
+
+    def _read(self, rows: Sequence[Row]) -> dict[int, list[Tensor]]:
+        """Every branch reads the code that was chosen last; logits of the next, by the row's number."""
+        members = [(row, branch) for row in rows for branch in range(len(row.branches))]
         members.sort(key=lambda member: member[1])
         feeds = []
         for row, number in members:
@@ -123,10 +140,7 @@ class Coder:
             segment = Segment(branch.slot, branch.start + len(codes) - 1, 1, origin=branch.origin)
             feeds.append(Feed(segment, [codes[-1] + self.first]))
         found, _ = self.network.forward(self.cache, feeds, range(len(feeds)))
-        logits_of = _of_rows(members, list(found[:, self.first :]))
-        for row in going:
-            _codes(row).logits = logits_of[row.number]
-            row.evaluations += 1
+        return _of_rows(members, list(found[:, self.first :]))
 
 
 def open_branches(network: Network, cache: KeyValueCache, row: Row) -> list[Feed]:

@@ -27,10 +27,10 @@ from ..keyed import keyed
 from ..sequence import Image
 from .cache import Segment
 from .drawing import Coder, Denoiser, sample
-from .events import Done, Event, ImageEnd, ImageStart, Request, TextDelta
+from .events import Done, Event, Failed, ImageEnd, ImageStart, Request, TextDelta
 from .network import Feed, Network
 from .requests import LONGEST_CHARACTER, accept
-from .row import Row
+from .row import Row, together
 from .slots import Content, Slots, image_content
 
 
@@ -81,28 +81,50 @@ class Engine:
         if number in self._running:
             self._leave(self._running[number], None)
 
+    def cost(self, number: int) -> tuple[int, int]:
+        """Of a request that waits or runs: positions of its prompt, and those that the network may compute for it."""
+        row = next(row for row in (*self._waiting, *self._running.values()) if row.number == number)
+        return len(row.layout), self.drawer.cost(row)
+
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self._running or self._waiting)
 
     @torch.inference_mode()
+    def admit(self) -> list[int]:
+        """Give free slots to those who wait; their numbers. A tick begins with it, too."""
+        rows = [self._waiting.popleft() for _ in range(min(len(self._waiting), len(self.slots)))]
+        for row in rows:
+            self._join(row)
+        return [row.number for row in rows]
+
+    @torch.inference_mode()
     def tick(self) -> list[Event]:
-        """Take one step of every running request, and say what happened."""
-        while self._waiting and len(self.slots):
-            self._join(self._waiting.popleft())
+        """Take one step of every running request, and say what happened.
+
+        Where memory does not suffice for all at once, they are computed in parts; one that is too large alone fails.
+        """
+        self.admit()
         rows = sorted(self._running.values(), key=lambda row: row.slot)  # neighbours are computed together
-        events = list(self._write([row for row in rows if row.drawing is None]))
-        for row, progress in self.drawer.step([row for row in rows if row.drawing is not None]):
+        events: list[Event] = []
+        for writing, logits in together([row for row in rows if row.drawing is None], self._read):
+            events += self._write(writing, logits)
+        drawing = [row for row in rows if row.drawing is not None and not row.too_large]
+        for row, progress in self.drawer.step(drawing):
             events += [progress] if progress is not None else []
             if row.finished is not None:
                 events += self._end_image(row, row.finished)
+        for row in rows:
+            if row.too_large:
+                self._leave(row, None)
+                events.append(Failed(row.number))
         return events
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Run a list of requests together, in a cache made for them, and give their events as they happen.
 
-        Rows are numbered from 0. Raises UserError before any work for a bad one.
+        Rows are numbered from 0. Raises UserError before any work for a bad one, MemoryError where it does not suffice.
         """
         where = [f"request {number}" if number else "request" for number in range(len(requests))]
         rows = [accept(self.network, request, number, where[number]) for number, request in enumerate(requests)]
@@ -111,7 +133,10 @@ class Engine:
         engine = Engine(self.network, len(rows), max(row.bound + row.beside for row in rows))
         engine._waiting.extend(rows)
         while engine.busy:
-            yield from engine.tick()
+            for event in engine.tick():
+                if isinstance(event, Failed):
+                    raise MemoryError(f"{where[event.row]}: {event.reason}")
+                yield event
 
     def _join(self, row: Row) -> None:
         row.slot, row.length = self.slots.take(row.content)
@@ -125,24 +150,25 @@ class Engine:
         del self._running[row.number]
         self.slots.give_back(row.slot, content)
 
-    def _write(self, rows: Sequence[Row]) -> Iterator[Event]:
-        """One LM pass: every row reads its feed; those that are not about to draw choose their next token."""
-        if not rows:
-            return
-        feeds, beside = [], []
-        for row in rows:
-            feed, others = self._feed(row)
-            feeds.append(feed)
-            beside += [(row, other) for other in others]
-        feeds += [feed for _, feed in beside]
-        last = [end - 1 for end in accumulate(feed.segment.count for feed in feeds)]
-        logits, _ = self.network.forward(self.cache, feeds, last)
-        for row, scores in zip(rows, logits, strict=False):
+    def _read(self, rows: Sequence[Row]) -> Tensor:
+        """One LM pass: every row reads its feed; logits `[row, id]` behind it."""
+        feeds = [self._feed(row) for row in rows]
+        beside = [(row, other) for row in rows for other in self._branches(row)]
+        passed = [*feeds, *(feed for _, feed in beside)]
+        last = [end - 1 for end in accumulate(feed.segment.count for feed in passed)]
+        logits, _ = self.network.forward(self.cache, passed, last)
+        for row, feed, scores in zip(rows, feeds, logits, strict=False):
+            if row.content is not None and feed.segment.start >= len(row.layout):
+                row.content += [row.next_token] if row.finished is None else self._content(row.finished)
+            row.length, row.finished = feed.segment.end, None
             if row.drawing is not None:
                 # Of a branch that is read beside, what is behind its last feed, BOI.
                 behind = [found for (other, _), found in zip(beside, logits[len(rows) :], strict=True) if other is row]
                 self.drawer.opened(row, [scores, *behind[-1:]])
-        logits = logits[: len(rows)] + self.network.barred
+        return logits[: len(rows)] + self.network.barred
+
+    def _write(self, rows: Sequence[Row], logits: Tensor) -> Iterator[Event]:
+        """Rows that are not about to draw choose their next token."""
         writers = [number for number, row in enumerate(rows) if not self._may_draw(row)]
         if writers:
             logits[writers, self.grammar.boi] = -torch.inf
@@ -153,24 +179,19 @@ class Engine:
             else:
                 yield from self._choose(row, scores, likeliest)
 
-    def _feed(self, row: Row) -> tuple[Feed, list[Feed]]:
-        """What a writing row gives the model next: its prompt, its chosen token, or a finished image and EOI. With it,
-        where the token is BOI, what the other branches of the drawing read."""
-        start, others = row.length, []
-        if start < len(row.layout):
-            feed, content = self.network.read(row.layout, row.slot, known=start), []
-        elif row.finished is not None:
-            feed, content = self.network.commit(row.finished, row.slot, start), self._content(row.finished)
-            row.finished = None
-        else:
-            assert row.next_token is not None
-            feed, content = Feed(Segment(row.slot, start, 1), [row.next_token]), [row.next_token]
-            if row.next_token == self.grammar.boi:
-                others = self.drawer.begin(row)
-        row.length = feed.segment.end
-        if row.content is not None:
-            row.content += content
-        return feed, others
+    def _feed(self, row: Row) -> Feed:
+        """What a writing row gives the model next: its prompt, its chosen token, or a finished image and EOI."""
+        if row.length < len(row.layout):
+            return self.network.read(row.layout, row.slot, known=row.length)
+        if row.finished is not None:
+            return self.network.commit(row.finished, row.slot, row.length)
+        assert row.next_token is not None
+        return Feed(Segment(row.slot, row.length, 1), [row.next_token])
+
+    def _branches(self, row: Row) -> list[Feed]:
+        """Where a row is about to read BOI, what the other branches of the drawing read."""
+        reads_token = row.length >= len(row.layout) and row.finished is None
+        return self.drawer.begin(row) if reads_token and row.next_token == self.grammar.boi else []
 
     def _content(self, latent: Tensor) -> Content:
         """Of a finished image and EOI."""

@@ -112,4 +112,12 @@ class Done:
     network_evaluations: int
 
 
-Event = TextDelta | ImageStart | ImageProgress | ImageEnd | Done
+@dataclass(frozen=True)
+class Failed:
+    """The row has ended without a result: memory does not suffice for it, even alone."""
+
+    row: int
+    reason: str = "out of memory"
+
+
+Event = TextDelta | ImageStart | ImageProgress | ImageEnd | Done | Failed

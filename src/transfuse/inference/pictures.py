@@ -1,15 +1,12 @@
-"""Pictures at the edge of the engine: masks on the way in; on the way out PNG files that say how they were made."""
+"""Pictures at the edge of the engine: masks on the way in; on the way out, what makes a picture again."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..errors import UserError
@@ -17,9 +14,6 @@ from ..export import Exported
 from ..sequence import Text
 from ..version import __version__
 from .events import Request
-
-SETTINGS = "transfuse"
-"""the text chunk of a PNG that holds its settings, as JSON"""
 
 
 def latent_mask(mask: PIL.Image.Image, size: tuple[int, int], factor: int) -> Tensor:
@@ -55,24 +49,3 @@ def settings_of(request: Request, exported: Exported) -> dict[str, Any]:
         "images_in_prompt": len(request.document.images) or None,
     }
     return found | {name: value for name, value in optional.items() if value is not None}
-
-
-def save_png(picture: PIL.Image.Image, file: Path | BinaryIO, settings: dict[str, Any]) -> None:
-    """Write a PNG with its settings in it. Raises OSError."""
-    info = PngInfo()
-    info.add_itxt(SETTINGS, json.dumps(settings, ensure_ascii=False))
-    picture.save(file, format="PNG", pnginfo=info)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a PNG that `save_png` wrote. Raises UserError, one line, where there are none."""
-    try:
-        with PIL.Image.open(path, formats=["PNG"]) as image:
-            image.load()  # text behind the pixels counts too
-            found = json.loads(getattr(image, "text", {})[SETTINGS])
-    except (OSError, KeyError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        reason = "none" if isinstance(error, KeyError) else type(error).__name__
-        raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found {reason}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found something else")
-    return found

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..diffusion import SamplerState
+from ..memory import out_of_memory
 from ..sequence import Image, Layout
 from .events import Request
 from .slots import Content
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,24 @@ class Row:
     """an image that is drawn and not yet read"""
     images: int = 0
     evaluations: int = 0
+    too_large: bool = False
+    """memory does not suffice for it, even alone"""
+
+
+def together(rows: Sequence[Row], work: Callable[[Sequence[Row]], T]) -> list[tuple[Sequence[Row], T]]:
+    """What `work` gives for all rows at once, or, where memory does not suffice, for halves of them, down to one.
+
+    A row that is too large alone is marked, and left out. What `work` changes before it can fail, it does again.
+    """
+    try:
+        return [(rows, work(rows))] if rows else []
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(rows) == 1:
+        rows[0].too_large = True
+        return []
+    middle = len(rows) // 2
+    return together(rows[:middle], work) + together(rows[middle:], work)

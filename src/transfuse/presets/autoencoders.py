@@ -21,9 +21,9 @@ from ..autoencoders import AutoencoderConfig, ImageAutoencoder, open_autoencoder
 from ..autoencoders.features import Features, load_features
 from ..configuration import nearest
 from ..console import say
-from ..data.images import fit, image_files, read_image
 from ..data.world import NOUNS, World, WorldConfig
 from ..errors import UserError
+from ..images import fit, image_files, read_image
 from ..keyed import keyed
 from ..training import LoopConfig, OptimizerConfig, Ranks, Trainer
 from ..training.autoencoder import (

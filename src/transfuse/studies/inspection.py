@@ -22,11 +22,11 @@ import torch
 
 from ..autoencoders import Autoencoder
 from ..console import Steps, progress, say
-from ..data.images import fit, image_files, read_image
 from ..data.world import World
 from ..errors import UserError
 from ..evaluation.interval import Measured
 from ..evaluation.reconstruction import BEST_PSNR, Features, Reconstruction, evaluate_reconstruction, psnr
+from ..images import fit, image_files, read_image
 from ..presets.autoencoders import ImagesConfig, unseen_world
 from ..version import __version__
 from .charts import Curve, chart, histogram

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ..images import image_files
+from ...images import image_files
 from . import PER_PART, Columns, Fault, Part, Raw, decode_text, listing, parse_json
 
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "filepath", "path", "file")

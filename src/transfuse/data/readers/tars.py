@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..images import SUFFIXES
+from ...images import SUFFIXES
 from . import PER_PART, Columns, Fault, Part, Raw, decode_text, interleaved, listing, parse_json
 from .pictures import CAPTION_COLUMNS
 

@@ -1,17 +1,20 @@
-"""Picture files, as people have them, to arrays: any common format, mode and orientation; never a half-read picture."""
+"""Picture files, as people have them, to arrays: any common format, mode and orientation; never a half-read picture.
+And PNG files that say how they were made."""
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
 from PIL.Image import Resampling, Transpose
+from PIL.PngImagePlugin import PngInfo
 
-from ..errors import UserError
+from .errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 SUFFIXES = (
@@ -20,7 +23,8 @@ SUFFIXES = (
 )
 """what `image_files` takes in a folder, in lower case; a file named by itself may have any"""
 MAX_PIXELS = 64_000_000
-WANTED = "a PNG, JPEG, WebP, GIF, BMP or TIFF image"
+SETTINGS = "transfuse"
+"""the text chunk of a PNG that holds its settings, as JSON"""
 
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -57,15 +61,19 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         # dies with the process where the file is cut short meanwhile
         file = open(path, "rb")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"{path}: expected {WANTED}, found a damaged or unreadable file ({error.strerror})") from None
+        wanted = _wanted(FORMATS)
+        raise UserError(f"{path}: expected {wanted}, found a damaged or unreadable file ({error.strerror})") from None
     with file:
         return decode_image(file, str(path), max_pixels)
 
 
-def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_image(
+    file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> np.ndarray:
     """As `read_image`, from an open file or bytes in memory; `name` is what an error names."""
+    wanted = _wanted(formats)
     try:
-        with PIL.Image.open(file, formats=FORMATS) as image:
+        with PIL.Image.open(file, formats=formats) as image:
             _check_header(name, image, max_pixels)
             rgb = _to_rgb(image)
             # asked after decoding: the decoder of TIFF turns the picture itself, and strikes the tag
@@ -75,12 +83,17 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> np.
         raise
     except PIL.UnidentifiedImageError:
         found = "something else" if file.seek(0, os.SEEK_END) else "an empty file"
-        raise UserError(f"{name}: expected {WANTED}, found {found}") from None
+        raise UserError(f"{name}: expected {wanted}, found {found}") from None
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{name}: expected at most {max_pixels} pixels, found more ({error})") from None
     except Exception as error:  # a damaged file can make a decoder raise anything: struct.error, IndexError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name}: expected {WANTED}, found a damaged or unreadable file ({reason})") from None
+        raise UserError(f"{name}: expected {wanted}, found a damaged or unreadable file ({reason})") from None
+
+
+def _wanted(formats: tuple[str, ...]) -> str:
+    names = [{"WEBP": "WebP"}.get(name, name) for name in formats if name != "DIB"]
+    return f"a {', '.join(names[:-1])} or {names[-1]} image"
 
 
 def fit(image: np.ndarray, size: int | tuple[int, int], smallest: int = 1) -> np.ndarray:
@@ -181,3 +194,24 @@ def _what_else(path: Path) -> str:
 
 def _refuse_folder(error: OSError) -> None:
     raise UserError(f"{error.filename}: expected a readable folder, found one that is not ({error.strerror})") from None
+
+
+def save_png(picture: PIL.Image.Image, file: Path | BinaryIO, settings: dict[str, Any]) -> None:
+    """Write a PNG with its settings in it. Raises OSError."""
+    info = PngInfo()
+    info.add_itxt(SETTINGS, json.dumps(settings, ensure_ascii=False))
+    picture.save(file, format="PNG", pnginfo=info)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a PNG that `save_png` wrote. Raises UserError, one line, where there are none."""
+    try:
+        with PIL.Image.open(path, formats=["PNG"]) as image:
+            image.load()  # text behind the pixels counts too
+            found = json.loads(getattr(image, "text", {})[SETTINGS])
+    except (OSError, KeyError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        reason = "none" if isinstance(error, KeyError) else type(error).__name__
+        raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found {reason}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found something else")
+    return found
