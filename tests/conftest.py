@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process
-from transfuse.export import Exported, GenerationConfig
+from transfuse.export import Exported, GenerationConfig, save_export
 from transfuse.inference.network import Network
 from transfuse.model import ModelConfig, Transfusion
 from transfuse.sequence import Batch, Document, Grammar, Image, Text, Tokenizer, collate
@@ -70,6 +70,18 @@ def exported(tokenizer: Tokenizer, **changes: object) -> Exported:
     model = randomised(tiny(**changes)).eval().requires_grad_(False)
     process = Process(DiffusionConfig(prediction="x0", weighting="v", clip_x0=1.0))
     return Exported(model, process, Pixels(), tokenizer, 8, GenerationConfig())
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """Folder of an export with random weights; pictures of 8 x 8 pixels, 25 steps."""
+    made = exported(tokenizer)
+    folder = tmp_path_factory.mktemp("served") / "small" / "export"
+    folder.parent.mkdir()
+    weights, config = made.model.state_dict(), made.model.config
+    return save_export(
+        folder, weights, config, made.process.config, tokenizer, made.autoencoder, 8, GenerationConfig(), "a model"
+    )
 
 
 def write(folder: Path, files: dict[str, bytes | str]) -> Path:

@@ -20,6 +20,7 @@ from transfuse.inference import (
     TextDelta,
     TransfusionPipeline,
 )
+from transfuse.inference.drawing import sample
 from transfuse.inference.network import Network
 from transfuse.keyed import keyed
 from transfuse.model import dense
@@ -274,3 +275,14 @@ def test_bad_requests_are_refused_before_any_work(tokenizer: Tokenizer) -> None:
         list(engine.run([request(size=(7, 8))]))
     with pytest.raises(UserError, match='draw: expected "auto"'):
         list(engine.run([request(draw="maybe")]))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-5, 1.0, 1000.0])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-9, 0.5, 1.0])
+def test_extreme_temperatures_and_nuclei(temperature: float, top_p: float) -> None:
+    """Whatever may be asked for, something likely is chosen, and nothing that is barred."""
+    logits = torch.tensor([1.0, 5.0, -torch.inf, 4.9, -300.0])
+    chosen = {sample(logits, temperature, top_p, torch.Generator().manual_seed(seed)) for seed in range(50)}
+    assert 2 not in chosen
+    if temperature < 1e-3 or top_p < 0.1:
+        assert chosen == {1}

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interchange": {"sequence", "model"},
     "training": {"sequence", "model", "diffusion", "autoencoders", "data"},
     "inference": {"sequence", "model", "diffusion", "autoencoders", "export"},
-    "serving": {"inference"},
+    "serving": {"inference", "model"},
     "evaluation": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "inference"},
     "presets": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "interchange", "training"},
 }

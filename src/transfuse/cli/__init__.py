@@ -15,6 +15,7 @@ from .data import data
 from .editing import edit
 from .evaluation import evaluate
 from .planning import plan
+from .serving import serve
 from .study import study
 from .tools import doctor, export
 from .training import demo, train
@@ -61,6 +62,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "edit": edit,
     "chat": chat,
+    "serve": serve,
     "data": data,
     "study": study,
     "autoencoder": autoencoder,

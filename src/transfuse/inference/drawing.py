@@ -191,8 +191,12 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """One id of logits `[id]`: the likeliest at temperature 0, else one drawn from the nucleus."""
     if temperature <= 0:
         return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+    # The largest is 0: divided by the smallest temperature there is, it stays so.
+    scaled = (logits - logits.max()) / max(temperature, torch.finfo(logits.dtype).tiny)
+    probabilities, order = scaled.softmax(-1).sort(descending=True)
+    beyond = probabilities.cumsum(-1) - probabilities >= top_p
+    beyond[0] = False
+    probabilities[beyond] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 

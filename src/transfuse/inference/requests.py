@@ -12,6 +12,8 @@ from .network import Network
 from .row import Row
 from .slots import content_of
 
+MOST = 1000.0
+"""of a temperature or a guidance: beyond any use, and far from where numbers end"""
 LONGEST_CHARACTER = 4
 """bytes, so tokens at most, of one character in UTF-8"""
 
@@ -57,6 +59,10 @@ def _check_settings(network: Network, request: Request, where: str) -> None:
     for name in ("top_p", "code_top_p"):
         if not 0 < getattr(request, name) <= 1:
             raise UserError(f"{where}: {name}: expected a share above 0, at most 1, found {getattr(request, name)}")
+    for name in ("temperature", "code_temperature", "guidance_scale", "image_guidance_scale"):
+        value = getattr(request, name)
+        if value is not None and not 0 <= value <= MOST:
+            raise UserError(f"{where}: {name}: expected 0 to {MOST:g}, found {value}")
     for name in ("max_tokens", "max_images", "preview_every"):
         if getattr(request, name) < 0:
             raise UserError(f"{where}: {name}: expected at least 0, found {getattr(request, name)}")

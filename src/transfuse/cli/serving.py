@@ -1,0 +1,73 @@
+"""`transfuse serve`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from .parsing import parse
+from .writing import newest_export
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP, with a page to try it, to as many as come. Ctrl-C or SIGTERM: what runs is finished
+    first, a second time: at once. Keys that clients must give: TRANSFUSE_API_KEYS, separated by commas.
+
+    transfuse serve --model runs/demo/export --port 8000
+    """
+
+    model: Path | None = None
+    """export folder; the newest under runs/ if not given"""
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0: all of this machine's"""
+    port: int = 8000
+    names: tuple[str, ...] = ()
+    """host names that clients may call it by, beside the address; any where it listens on all addresses"""
+    slots: int = 8
+    """requests that run together; memory is taken for them once"""
+    max_requests: int = 64
+    """most that wait or run; one more is told to come again"""
+    max_cost: int = 4_000_000
+    """most positions that the network may have to compute for all of them"""
+    max_body: int = 32_000_000
+    """bytes of a request"""
+    deadline: float = 300.0
+    """seconds for a request, waiting included"""
+    drain: float = 30.0
+    """seconds to finish in when asked to stop"""
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve a model over HTTP, with a page to try it."""
+    asked = parse(Serve, arguments, "serve")
+    for name in ("slots", "max_requests", "max_cost", "max_body", "deadline"):
+        if getattr(asked, name) <= 0:
+            raise UserError(f"serve: --{name.replace('_', '-')}: expected above 0, found {getattr(asked, name)}")
+    if not 0 <= asked.port < 65536:
+        raise UserError(f"serve: --port: expected 0 to 65535, found {asked.port}")
+    model = asked.model or newest_export()
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model}: expected an export folder with a config.json, found none")
+    try:
+        from ..serving.backend import QueueConfig
+        from ..serving.gate import LOOPBACK, GateConfig
+        from ..serving.server import run
+        from ..serving.worker import WorkerConfig
+    except ModuleNotFoundError as error:
+        wanted = "the extra serve (pip install 'transfuse[serve]')"
+        raise UserError(f"serve: expected {wanted}, found no {error.name}") from None
+    keys = tuple(key for key in os.environ.get("TRANSFUSE_API_KEYS", "").split(",") if key)
+    everywhere = asked.host in ("0.0.0.0", "::")
+    hosts = asked.names if everywhere else (*LOOPBACK, asked.host, *asked.names)
+    return run(
+        WorkerConfig(str(model), asked.slots),
+        QueueConfig(asked.max_requests, asked.max_cost, asked.deadline),
+        GateConfig(keys, hosts, asked.max_body),
+        asked.host,
+        asked.port,
+        asked.drain,
+    )
