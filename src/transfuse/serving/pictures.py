@@ -43,7 +43,8 @@ def decode_mask(content: bytes, field: str) -> np.ndarray:
     with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.has_transparency_data:
             alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-            return alpha < 128
+            if alpha.min() < 255:  # a canvas gives an alpha channel to pictures that use none
+                return alpha < 128
     return pixels.mean(-1) > 127
 
 
