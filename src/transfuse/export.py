@@ -4,6 +4,10 @@
     model.safetensors         the averaged weights
     tokenizer.json            autoencoder/        generation_config.json        README.md (model card)
 
+The same files in diffusers' layout, whose `vae` and `scheduler` diffusers opens, are a model, too (`relayout`):
+
+    model_index.json    transformer/    vae/    scheduler/    tokenizer/
+
 safetensors only: nothing a user downloads is unpickled. The tokenizer and the autoencoder a model was trained with
 travel with it.
 """
@@ -11,11 +15,12 @@ travel with it.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,33 +113,33 @@ def save_export(
 
 
 def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Exported:
-    """Load an export folder. Raises UserError, one line, for what is missing or does not fit."""
+    """Load an export folder, ours or in diffusers' layout. Raises UserError, one line, for what is missing or does not
+    fit."""
     folder = Path(folder)
-    config = read_json(folder / "config.json")
-    where = str(folder / "config.json")
+    place = places(folder)
+    config = read_json(place["config.json"])
+    where = str(place["config.json"])
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise UserError(f'{where}: expected model_type "{MODEL_TYPE}", found {found!r}')
     model_config = from_dict(ModelConfig, config.get("model"), where)
-    autoencoder = _its_autoencoder(folder / "autoencoder", config, model_config, device)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    autoencoder = _its_autoencoder(place["autoencoder"], config, model_config, device)
+    tokenizer = Tokenizer.load(place["tokenizer.json"])
     if tokenizer.vocabulary > model_config.vocabulary:
         raise UserError(
-            f"{folder / 'tokenizer.json'}: expected at most the model's {model_config.vocabulary} ids, "
+            f"{place['tokenizer.json']}: expected at most the model's {model_config.vocabulary} ids, "
             f"found {tokenizer.vocabulary}"
         )
     model = Transfusion.on_meta(model_config, compute=dtype)
-    _load_weights(model, folder / "model.safetensors")
+    _load_weights(model, place["model.safetensors"])
     return Exported(
         model.to(device=device, dtype=dtype).eval().requires_grad_(False),
         Process(from_dict(DiffusionConfig, config.get("diffusion"), where)),
         autoencoder,
         tokenizer,
         int(config["image_size"]),
-        from_dict(
-            GenerationConfig, read_json(folder / "generation_config.json"), str(folder / "generation_config.json")
-        ),
-        folder / "model.safetensors",
+        from_dict(GenerationConfig, read_json(place["generation_config.json"]), str(place["generation_config.json"])),
+        place["model.safetensors"],
     )
 
 
@@ -174,6 +179,76 @@ def _load_weights(model: Transfusion, path: Path) -> None:
             model.load_state_dict({name: file.get_tensor(name) for name in expected}, assign=True)
     except SafetensorError as error:
         raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
+
+
+DIFFUSERS = {
+    "config.json": "transformer/config.json",
+    "model.safetensors": "transformer/diffusion_pytorch_model.safetensors",
+    "generation_config.json": "transformer/generation_config.json",
+    "tokenizer.json": "tokenizer/tokenizer.json",
+    "autoencoder": "vae",
+    "README.md": "README.md",
+}
+"""where diffusers' layout has what an export consists of"""
+INDEX = "model_index.json"
+
+
+def places(folder: Path) -> dict[str, Path]:
+    """Where an export's parts are, in whichever layout it has."""
+    other = (folder / INDEX).is_file()
+    return {name: folder / (theirs if other else name) for name, theirs in DIFFUSERS.items()}
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export, in either layout: of a model, as its config says."""
+    config = places(folder)["config.json"]
+    found = read_json(config) if config.is_file() else None
+    return isinstance(found, dict) and found.get("model_type") == MODEL_TYPE
+
+
+def relayout(source: Path, folder: Path, layout: Literal["transfuse", "diffusers"]) -> Path:
+    """Write an export in the other layout, or the same: the very files, under other names, so that there and back
+    nothing changes. Raises UserError where it is none, or can not be written."""
+    load_export(source, device="cpu")  # what can not be loaded is not passed on
+    config = json.loads(places(source)["config.json"].read_text())
+    with whole_folder(folder, "export") as partial:
+        for name, path in places(source).items():
+            target = partial / (DIFFUSERS[name] if layout == "diffusers" else name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            if path.exists():
+                copy(path, target)
+        if layout == "diffusers":
+            _write_json(partial / INDEX, _model_index(config, partial / "vae"))
+            (partial / "scheduler").mkdir()
+            scheduler = _scheduler(from_dict(DiffusionConfig, config["diffusion"], str(source)))
+            _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
+    return folder
+
+
+def _model_index(config: dict[str, Any], vae: Path) -> dict[str, Any]:
+    own = json.loads((vae / "config.json").read_text()).get("_class_name")
+    return {
+        "_class_name": "TransfusionPipeline",
+        "transformer": ["transfuse", config["architectures"][0]],
+        "vae": ["diffusers", own] if own else ["transfuse", "Pixels"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "tokenizer": ["tokenizers", "Tokenizer"],
+    }
+
+
+def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
+    """The process as diffusers' schedulers know it: any of them can be made of this."""
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": config.timesteps,
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[config.prediction],
+        "timestep_spacing": "trailing",
+        "clip_sample": config.clip_x0 is not None,
+        "clip_sample_range": config.clip_x0 or 1.0,
+        "set_alpha_to_one": True,
+    }
 
 
 def _write_json(path: Path, value: Any) -> None:

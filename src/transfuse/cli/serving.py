@@ -50,7 +50,7 @@ def serve(arguments: Sequence[str]) -> int:
     if not 0 <= asked.port < 65536:
         raise UserError(f"serve: --port: expected 0 to 65535, found {asked.port}")
     model = asked.model or newest_export()
-    if not (model / "config.json").is_file():
+    if not any((model / name).is_file() for name in ("config.json", "model_index.json")):
         raise UserError(f"{model}: expected an export folder with a config.json, found none")
     try:
         from ..serving.backend import QueueConfig

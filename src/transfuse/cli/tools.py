@@ -16,22 +16,28 @@ from .parsing import parse, print_json
 
 @dataclass(frozen=True)
 class Export:
-    """Write the averaged weights of a run's newest checkpoint as a folder to load and share.
+    """Write the averaged weights of a run's newest checkpoint as a folder to load and share; or an export in another
+    layout.
 
     transfuse export runs/demo --out my-model
     """
 
     run: tyro.conf.Positional[Path]
+    """folder of a run, or of an export"""
     out: Path | None = None
-    """the run's own export/ (or llama/) if not given"""
-    format: Literal["transfuse", "llama"] = "transfuse"
-    """llama: the trunk alone, with the tokenizer, as a folder that transformers opens as LlamaForCausalLM"""
+    """the run's own export/ (or llama/, diffusers/) if not given"""
+    format: Literal["transfuse", "diffusers", "llama"] = "transfuse"
+    """diffusers: the same files in diffusers' layout, loaded as any export is; llama: the trunk alone, with the
+    tokenizer, as a folder that transformers opens as LlamaForCausalLM"""
     json: bool = False
     """end with one line of JSON"""
 
 
 def export(arguments: Sequence[str]) -> int:
     """Write a run's newest checkpoint as a model folder."""
+    from tempfile import TemporaryDirectory
+
+    from ..export import is_export, relayout
     from ..interchange import save_llama
     from ..presets.autoencoders import AutoencoderRecipe, build_autoencoder_trainer, export_autoencoder
     from ..presets.recipe import Recipe, averaged_model, build_trainer, export_run
@@ -41,11 +47,14 @@ def export(arguments: Sequence[str]) -> int:
     if not asked.run.is_dir():
         raise UserError(f"{asked.run}: expected a run folder, found {'a file' if asked.run.exists() else 'nothing'}")
     llama = asked.format == "llama"
-    config, out = asked.run / "config.json", asked.out or asked.run / ("llama" if llama else "export")
+    name = "export" if asked.format == "transfuse" else asked.format
+    config, out = asked.run / "config.json", asked.out or asked.run / name
+    if is_export(asked.run):
+        return _relayout(asked)
     missing = UserError(f"{asked.run / 'checkpoints'}: expected a complete checkpoint, found none")
     if is_kind(config, AutoencoderRecipe):
-        if llama:
-            raise UserError(f"{asked.run}: expected a model's run for --format llama, found an autoencoder's")
+        if asked.format != "transfuse":
+            raise UserError(f"{asked.run}: expected a model's run for --format {name}, found an autoencoder's")
         recipe = read_recipe(config, AutoencoderRecipe)
         trainer = build_autoencoder_trainer(recipe, asked.run)
         if not trainer.restore():
@@ -59,10 +68,28 @@ def export(arguments: Sequence[str]) -> int:
         if llama:
             model = averaged_model(model_recipe, trainer.averaged())
             save_llama(out, model, tokenizer.bos, tokenizer.eos, tokenizer)
+        elif asked.format == "diffusers":
+            with TemporaryDirectory() as aside:
+                relayout(export_run(model_recipe, trainer, tokenizer, Path(aside) / "export"), out, "diffusers")
         else:
             export_run(model_recipe, trainer, tokenizer, out)
     if asked.json:
         print_json({"export": str(out), "step": trainer.step})
+    else:
+        print(out)
+    return 0
+
+
+def _relayout(asked: Export) -> int:
+    from ..export import relayout
+
+    if asked.format == "llama":
+        raise UserError(f"{asked.run}: expected a run for --format llama, found an export")
+    if asked.out is None:
+        raise UserError(f"{asked.run}: expected --out, a folder for the export in the other layout, found none")
+    out = relayout(asked.run, asked.out, asked.format)
+    if asked.json:
+        print_json({"export": str(out)})
     else:
         print(out)
     return 0
