@@ -35,6 +35,7 @@ from hypothesis import strategies as st
 
 from transfuse.autoencoders import open_autoencoder
 from transfuse.cli import run
+from transfuse.console import progress
 from transfuse.data import verify
 from transfuse.data.build import Writer, build_set
 from transfuse.data.dataset import DataSet
@@ -301,11 +302,16 @@ def test_what_is_written_is_not_prepared_again(
         patch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             build(root / "pictures", tmp_path / "out", KINDS["pictures"][1])
+    told: list[tuple[int, int]] = []
+    original = progress
+    shown = lambda title, total, start: told.append((total, start)) or original(title, total, start)  # noqa: E731
+    monkeypatch.setattr("transfuse.data.build.progress", shown)
     cut, done = Preparer._cut, []
     monkeypatch.setattr(Preparer, "_cut", lambda self, item: done.append(item.key) or cut(self, item))
     assert build(root / "pictures", tmp_path / "out", KINDS["pictures"][1])["documents"] == PICTURES - 5
     assert contents(tmp_path / "out") == straight
     assert done == ["17.png"]
+    assert told == [(PICTURES, 16)]  # so that the time left is told of what is left: four parts of four are behind
 
 
 WORLD = ["--size", "16", "--vocabulary", "300", "--shard-size", "24", "--count", "240", "--duplicates", "keep"]

@@ -63,8 +63,10 @@ def build_set(
     writer = Writer(out, config, reader.text_only, preparer.suffix, name, max_errors)
     writer.resume()
     most = config.columns.count or math.inf
-    prepared = _prepared(reader, config, out, preparer, workers, writer.next)
-    with progress("build", reader.total) as bar, prepared as parts:
+    left = iter(reader.parts())
+    passed = sum(part.weight for part in islice(left, writer.next.part))
+    prepared = _prepared(reader, left, config, out, preparer, workers, writer.next.document)
+    with progress("build", reader.total, passed) as bar, prepared as parts:
         for part, found in parts:
             for outcomes in found:
                 if writer.seen < most or writer.next.piece:  # a document that was begun is brought to its end
@@ -162,10 +164,10 @@ def _done(part: Part, skip: int) -> tuple[Part, list[list[Outcome]]]:
 
 @contextmanager
 def _prepared(
-    reader: Reader, config: BuildConfig, out: Path, preparer: Preparer, workers: int, start: Place
+    reader: Reader, left: Iterable[Part], config: BuildConfig, out: Path, preparer: Preparer, workers: int, skip: int
 ) -> Iterator[Iterable[tuple[Part, list[list[Outcome]]]]]:
-    """The parts of the source from `start` on, in order, with what became of their documents."""
-    parts = ((part, start.document if n == 0 else 0) for n, part in enumerate(islice(reader.parts(), start.part, None)))
+    """The parts that are left, in order, with what became of their documents, but for the first `skip` of them."""
+    parts = ((part, skip if number == 0 else 0) for number, part in enumerate(left))
     if not workers:
         work = _worker(reader, preparer)
         yield ((part, work(part, skip)) for part, skip in parts)
