@@ -241,7 +241,7 @@ def test_memory_comes_back(tokenizer: Tokenizer, arm: str, ticks: int | None) ->
     assert not engine.busy
     assert len(engine.slots) == 2
     assert engine.tick() == []
-    assert tensors() == before
+    assert tensors() <= before  # fewer where another test's went meanwhile
     engine.cancel(numbers[0])  # an end and a cancel may cross
 
 

@@ -58,12 +58,12 @@ def check_paper(options: Options) -> None:
         raise UserError(f"--suite paper: --features: expected {FILE}, found {options.features}; from {URL}")
 
 
-def named(names: Sequence[str]) -> list[Measure]:
+def named(names: Sequence[str], where: str = "--suite") -> list[Measure]:
     """Measures of suites and names, each once, in order. Raises UserError with the nearest name."""
     found: dict[str, Measure] = {}
     for name in names:
         if name not in SUITES and name not in MEASURES:
-            raise UserError(f'--suite: unknown measure "{name}"{nearest(name, [*SUITES, *MEASURES])}')
+            raise UserError(f'{where}: unknown measure "{name}"{nearest(name, [*SUITES, *MEASURES])}')
         found |= {one: MEASURES[one] for one in SUITES.get(name, (name,))}
     return list(found.values())
 

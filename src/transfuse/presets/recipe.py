@@ -317,20 +317,25 @@ def export_run(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: P
     """Write the averaged weights of a trainer as an export: the first rank does, all must call it."""
     weights = trainer.averaged()
     trainer.merge()
-    trainer.ranks.once(
-        lambda: save_export(
-            folder,
-            weights,
-            recipe.model,
-            recipe.diffusion,
-            tokenizer,
-            recipe.open_autoencoder(),
-            image_size(recipe),
-            recipe.generation,
-            _card(recipe, trainer),
-        )
-    )
+    trainer.ranks.once(lambda: export_weights(recipe, trainer, weights, tokenizer, folder))
     return folder
+
+
+def export_weights(
+    recipe: Recipe, trainer: Trainer, weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path
+) -> Path:
+    """Write averaged weights of a trainer as an export, in this process."""
+    return save_export(
+        folder,
+        weights,
+        recipe.model,
+        recipe.diffusion,
+        tokenizer,
+        recipe.open_autoencoder(),
+        image_size(recipe),
+        recipe.generation,
+        _card(recipe, trainer),
+    )
 
 
 def _described(recipe: Recipe, pictured: bool) -> Iterator[str]:

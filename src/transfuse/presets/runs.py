@@ -21,6 +21,7 @@ FREE = {
     "parallel",
     *(f"data.{name}" for name in ("accumulate", "workers", "cache_gigabytes")),
     *(f"loop.{name}" for name in ("keep", "keep_every", "checkpoint_every", "log_every", "sample_every")),
+    *(f"loop.{name}" for name in ("measure_every", "measures", "measure_count", "best")),
     *(f"loop.{name}" for name in ("session_seconds", "guard", "profile", "trackers")),
 }
 """settings that may be others when a run goes on: what it learns from, and how, is the same"""

@@ -78,6 +78,7 @@ def listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(CONNECTIONS)  # now, so that whoever reads the address can connect
     except (OSError, OverflowError) as error:
         listening.close()
         raise UserError(f"serve: expected to listen on {host} port {port}, found {error}") from None

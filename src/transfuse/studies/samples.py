@@ -29,6 +29,17 @@ def grid(images: Sequence[np.ndarray], columns: int, zoom: int = 1) -> PIL.Image
     return picture.resize((picture.width * zoom, picture.height * zoom), PIL.Image.Resampling.NEAREST)
 
 
+def pipelines(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[dict[str, Tensor]], TransfusionPipeline]:
+    """A function that makes a pipeline of averaged weights."""
+    size, process, autoencoder = image_size(recipe), Process(recipe.diffusion), recipe.open_autoencoder()
+
+    def pipe_of(weights: dict[str, Tensor]) -> TransfusionPipeline:
+        model = averaged_model(recipe, weights)
+        return TransfusionPipeline(Exported(model, process, autoencoder, tokenizer, size, recipe.generation))
+
+    return pipe_of
+
+
 def sample_grid(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[dict[str, Tensor], Path], None] | None:
     """A function that draws held-out prompts with averaged weights and writes them as one PNG; None where there are no
     captions."""
@@ -36,12 +47,10 @@ def sample_grid(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[dict[str, Ten
     if not prompts:
         return None
     size = image_size(recipe)
-    autoencoder = recipe.open_autoencoder()
+    pipe_of = pipelines(recipe, tokenizer)
 
     def sample(weights: dict[str, Tensor], path: Path) -> None:
-        model = averaged_model(recipe, weights)
-        exported = Exported(model, Process(recipe.diffusion), autoencoder, tokenizer, size, recipe.generation)
-        images = TransfusionPipeline(exported)(prompts, generator=0, output_type="np").images
+        images = pipe_of(weights)(prompts, generator=0, output_type="np").images
         path.parent.mkdir(parents=True, exist_ok=True)
         grid(images, GRID[1], zoom=max(1, 96 // size)).save(path)
         path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")

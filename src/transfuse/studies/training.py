@@ -10,6 +10,7 @@ from ..console import say
 from ..presets.recipe import Recipe, build_trainer, export_run
 from ..presets.runs import claim_run, run_device
 from ..training import Trainer, join
+from .measures import measuring
 from .samples import sample_grid
 
 
@@ -45,6 +46,8 @@ def train_run(recipe: Recipe, folder: Path) -> Trained:
         trainer, tokenizer = build_trainer(recipe, folder, ranks)
         if recipe.model.images != "none":
             trainer.sample = sample_grid(recipe, tokenizer)
+        if recipe.loop.measure_every:
+            trainer.measure = measuring(recipe, trainer, tokenizer, folder)
         outcome = run_trainer(trainer, folder)
         if outcome == "stopped":
             return Trained(recipe, trainer, outcome, None)

@@ -45,6 +45,14 @@ class LoopConfig:
     log_every: int = 10
     sample_every: int = 1000
     """steps between grids of samples; 0: none"""
+    measure_every: int = 0
+    """steps between measures of the averaged weights; 0: none"""
+    measures: tuple[str, ...] = ("captioning",)
+    """what is measured then: names that `transfuse evaluate` knows; the numbers go to metrics.jsonl"""
+    measure_count: int = 32
+    """pictures, captions, questions of each: few, so the numbers are rough"""
+    best: str = ""
+    """MEASURE/NUMBER, one that is measured: what is best by it is exported to the run's best/; none if not given"""
     checkpoint_every: int = 1000
     keep: int = 2
     """how many of the newest checkpoints stay"""
@@ -61,8 +69,9 @@ class LoopConfig:
     """where the lines of metrics.jsonl and the grids of samples go, too (each an extra of its name)"""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "log_every": 1, "keep": 1}
-        for name in ("steps", "log_every", "keep", "keep_every", "checkpoint_every", "sample_every", "profile"):
+        least = {"steps": 1, "log_every": 1, "keep": 1, "measure_count": 1}
+        every = ("keep_every", "checkpoint_every", "sample_every", "measure_every", "profile")
+        for name in (*least, *every):
             if getattr(self, name) < least.get(name, 0):
                 raise ValueError(f"loop.{name}: expected at least {least.get(name, 0)}, found {getattr(self, name)}")
 
@@ -92,6 +101,7 @@ class Trainer:
     ranks    the processes of the run; `load` gives this one's part
     flops    operations a batch costs, for the achieved rate
     sample   called by the first rank with (averaged weights, path) to draw a grid of samples
+    measure  called by the first rank with averaged weights, every `measure_every` steps; numbers by name
     """
 
     def __init__(
@@ -109,6 +119,7 @@ class Trainer:
         self.model, self.objective, self.load, self.folder = model, objective, load, folder
         self.config, self.optimizer_config = loop, optimizer
         self.flops, self.sample, self.ranks = flops, sample, ranks or Ranks()
+        self.measure: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(model, optimizer)
         self.ema = EMA(model, loop.ema_decay)
@@ -202,6 +213,7 @@ class Trainer:
                     log.write(line)
                     self.trackers.log(line)
                     average, window, before = Average(), time.monotonic(), dict(self.totals)
+                self._measure(log)
                 self._save_and_sample()
         return asked
 
@@ -279,6 +291,18 @@ class Trainer:
 
     def _time_over(self) -> bool:
         return self.config.max_seconds is not None and self.totals["seconds"] > self.config.max_seconds
+
+    def _measure(self, log: MetricsLog) -> None:
+        """Before the checkpoint of that step, so that a run that goes on behind it has the line."""
+        measure, every = self.measure, self.config.measure_every
+        if measure is None or not every or self.step % every:
+            return
+        self.merge()
+        weights = self.averaged()
+        found = self.ranks.once(lambda: measure(weights))
+        line = {"step": self.step, **(found or {})}
+        log.write(line)
+        self.trackers.log(line)
 
     def _save_and_sample(self) -> None:
         if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:

@@ -1,0 +1,77 @@
+"""Measures while a run trains: any that `transfuse evaluate` knows, on few samples; and the best weights by one.
+
+run/measures/     what was drawn and captioned, and the judges, as `transfuse evaluate` keeps them
+run/best/         an export of the best so far          run/best.json     by which number, of which step
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..configuration import read_json
+from ..console import say
+from ..errors import UserError
+from ..evaluation import Bench, Options, evaluate, named
+from ..evaluation.result import Result
+from ..files import whole_file
+from ..presets.recipe import Recipe, export_weights
+from ..presets.sources import image_size
+from ..sequence import Tokenizer
+from ..training import Trainer
+from .samples import pipelines
+
+
+def measuring(
+    recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: Path
+) -> Callable[[dict[str, Tensor]], dict[str, float]]:
+    """What a trainer calls with averaged weights: numbers by "MEASURE/NUMBER". Raises UserError for an unknown name."""
+    loop = recipe.loop
+    measures = named(loop.measures, "loop.measures")
+    if loop.best and loop.best.partition("/")[0] not in [measure.name for measure in measures]:
+        known = ", ".join(measure.name for measure in measures)
+        raise UserError(f"loop.best: expected a number of {known}, as {known.split(',')[0]}/NAME, found {loop.best!r}")
+    pipe_of = pipelines(recipe, tokenizer)
+    world = replace(recipe.data.world, size=image_size(recipe), split="train")
+
+    def measure(weights: dict[str, Tensor]) -> dict[str, float]:
+        options = Options(count=loop.measure_count)
+        bench = Bench(pipe_of(weights), weights_hash(weights), folder / "measures", world, options)
+        found: dict[str, Result] = {}
+        for findings in evaluate(bench, measures):
+            found |= {f"{findings.measure}/{result.name}": result for result in findings}
+        if loop.best:
+            if loop.best not in found:
+                raise UserError(f"loop.best: expected one of {', '.join(sorted(found))}, found {loop.best!r}")
+            if is_best(folder / "best.json", loop.best, found[loop.best]):
+                export_weights(recipe, trainer, weights, tokenizer, folder / "best")
+                note = {"measure": loop.best, "value": found[loop.best].value, "step": trainer.step}
+                whole_file(folder / "best.json", lambda path: path.write_text(json.dumps(note) + "\n"))
+        numbers = {name: result.value for name, result in found.items()}
+        say(f"step {trainer.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        return numbers
+
+    return measure
+
+
+def is_best(path: Path, name: str, result: Result) -> bool:
+    """Whether a result is better than the one noted; another number's note does not count."""
+    noted = read_json(path) if path.is_file() else None
+    if not isinstance(noted, dict) or noted.get("measure") != name:
+        return True
+    sign = 1 if result.better == "higher" else -1
+    return sign * result.value > sign * float(noted["value"])
+
+
+def weights_hash(weights: dict[str, Tensor]) -> str:
+    """Sixteen hexadecimal digits: weights of one step may be others after a rollback."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
