@@ -25,8 +25,12 @@ class Running:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)
         self.log: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
-        self.url = self.wait_for(lambda: next((found[0] for line in self.log if (found := _URL.findall(line))), ""))
-        self.wait_for(lambda: self.get("/ready").status_code == 200)
+        try:
+            self.url = self.wait_for(lambda: next((found[0] for line in self.log if (found := _URL.findall(line))), ""))
+            self.wait_for(lambda: self.get("/ready").status_code == 200)
+        except BaseException:
+            self.process.kill()
+            raise
 
     def _read(self) -> None:
         assert self.process.stderr is not None

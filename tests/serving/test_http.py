@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -461,3 +462,22 @@ def test_soak(served: Path, count: int) -> None:
         if count >= 1000:
             for first, last in zip(held[0], held[-1], strict=True):
                 assert last < 1.05 * first, held
+
+
+def test_small_pieces_are_sent_at_once() -> None:
+    """Else the first words of a stream wait 40 ms for an acknowledgement."""
+    from transfuse.serving.server import listen
+
+    async def accepted() -> int:
+        with listen("127.0.0.1", 0) as listening:
+            found = asyncio.get_running_loop().create_future()
+            server = await asyncio.start_server(
+                lambda reader, writer: found.set_result(writer.get_extra_info("socket")), sock=listening
+            )
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            option = (await found).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+            server.close()
+            return option
+
+    assert asyncio.run(accepted())

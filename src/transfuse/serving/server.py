@@ -74,7 +74,8 @@ def run(worker: WorkerConfig, limits: QueueConfig, gate: GateConfig, host: str, 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises UserError where it can not be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # Its protocol said: asyncio sends small pieces at once, without waiting for what acknowledges the last, only then.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
