@@ -209,8 +209,7 @@ def is_export(folder: Path) -> bool:
 def relayout(source: Path, folder: Path, layout: Literal["transfuse", "diffusers"]) -> Path:
     """Write an export in the other layout, or the same: the very files, under other names, so that there and back
     nothing changes. Raises UserError where it is none, or can not be written."""
-    load_export(source, device="cpu")  # what can not be loaded is not passed on
-    config = json.loads(places(source)["config.json"].read_text())
+    found = load_export(source)  # what can not be loaded is not passed on
     with whole_folder(folder, "export") as partial:
         for name, path in places(source).items():
             target = partial / (DIFFUSERS[name] if layout == "diffusers" else name)
@@ -219,18 +218,17 @@ def relayout(source: Path, folder: Path, layout: Literal["transfuse", "diffusers
             if path.exists():
                 copy(path, target)
         if layout == "diffusers":
-            _write_json(partial / INDEX, _model_index(config, partial / "vae"))
             (partial / "scheduler").mkdir()
-            scheduler = _scheduler(from_dict(DiffusionConfig, config["diffusion"], str(source)))
-            _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
+            _write_json(partial / INDEX, _model_index(ARCHITECTURES[found.model.config.images], partial / "vae"))
+            _write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(found.process.config))
     return folder
 
 
-def _model_index(config: dict[str, Any], vae: Path) -> dict[str, Any]:
+def _model_index(architecture: str, vae: Path) -> dict[str, Any]:
     own = json.loads((vae / "config.json").read_text()).get("_class_name")
     return {
         "_class_name": "TransfusionPipeline",
-        "transformer": ["transfuse", config["architectures"][0]],
+        "transformer": ["transfuse", architecture],
         "vae": ["diffusers", own] if own else ["transfuse", "Pixels"],
         "scheduler": ["diffusers", "DDIMScheduler"],
         "tokenizer": ["tokenizers", "Tokenizer"],

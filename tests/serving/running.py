@@ -63,7 +63,7 @@ class Running:
     def worker(self) -> int:
         """Process number of the worker: the child that has torch in it."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return max(map(int, children), key=lambda child: _memory(child))
+        return max(map(int, children), key=lambda child: memory(child))
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int:
         self.process.send_signal(number)
@@ -81,9 +81,6 @@ class Running:
 _URL = re.compile(r"serve: (http://\S+?)/ ")
 
 
-def _memory(process: int) -> int:
+def memory(process: int) -> int:
     """Bytes that a process holds."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-memory = _memory

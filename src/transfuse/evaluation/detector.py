@@ -112,7 +112,7 @@ class Detector:
     @property
     def digest(self) -> str:
         """Eight digits of a hash of the weights."""
-        return weights_digest(self.network)
+        return weights_digest(self.network.state_dict())
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, batch: int = 64) -> list[list[Seen]]:

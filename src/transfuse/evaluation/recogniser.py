@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class Recogniser:
     @property
     def digest(self) -> str:
         """Eight digits of a hash of the weights."""
-        return weights_digest(self.network)
+        return weights_digest(self.network.state_dict())
 
     @property
     def parameters(self) -> int:
@@ -207,11 +207,11 @@ def _scenes(config: WorldConfig, count: int, seed: int, held_out_every: int) -> 
     return images, labels
 
 
-def weights_digest(network: nn.Module) -> str:
-    """Eight digits of a hash of a network's weights."""
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Eight digits of a hash of a network's weights, in their order, of any dtype and on any device."""
     digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.contiguous().numpy().tobytes())
+    for tensor in weights.values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:8]
 
 

@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from . import pictures
-from .backend import Backend, Ticket
+from .backend import Backend, Ticket, Unavailable
 from .gate import Problem
 from .messages import Drawing, Drawn, Ended, Failed, JobMessage, Said
 from .protocol import ChatRequest, ImagesRequest
@@ -85,8 +85,7 @@ async def _stream(backend: Backend, tickets: Sequence[Ticket], shape: Answer) ->
 
 
 def _problem(failed: Failed) -> Problem:
-    code = {504: "deadline_exceeded"}.get(failed.status, "unavailable")
-    return Problem(failed.status, failed.message, code, retry=1)
+    return Problem.of(Unavailable(failed.message, failed.status))
 
 
 async def _merged(backend: Backend, tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, JobMessage | None]]:

@@ -1,4 +1,4 @@
-"""The HTTP face: OpenAI-shaped routes over a backend. docs/serving.md shows every one with curl."""
+"""The HTTP face: OpenAI-shaped routes over a backend. docs/serving.md says what each takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 
 from ..errors import UserError
 from ..version import __version__
@@ -202,12 +201,11 @@ async def _form(request: Request) -> tuple[EditRequest, list[np.ndarray], np.nda
                 if not isinstance(value, UploadFile):
                     raise UserError(f"{name}: expected a file, found text")
             contents = [(name, await value.read()) for name, value in uploads if isinstance(value, UploadFile)]
-    except MultiPartException as error:
-        raise Problem(400, f"body: {error.message}", "invalid_request", "body") from None
     except HTTPException as error:
         raise Problem(400, f"body: {error.detail}", "invalid_request", "body") from None
     try:
-        asked = EditRequest.model_validate({name: _value(value) for name, value in fields.items()})
+        # All of a form is text, and what is empty is not given.
+        asked = EditRequest.model_validate({name: None if value == "" else value for name, value in fields.items()})
     except ValidationError as error:
         raise _invalid(error.errors()) from None
     files = [content for name, content in contents if name != "mask"]
@@ -219,11 +217,6 @@ async def _form(request: Request) -> tuple[EditRequest, list[np.ndarray], np.nda
     images = [await asyncio.to_thread(pictures.decode, content, "image") for content in files]
     mask = await asyncio.to_thread(pictures.decode_mask, masks[0], "mask") if masks else None
     return asked, images, mask
-
-
-def _value(text: Any) -> Any:
-    """A field of a form, all of which are text, as JSON would have it: empty is none given."""
-    return None if text == "" else text
 
 
 def _form_schema() -> dict[str, Any]:

@@ -134,7 +134,6 @@ class _Passage:
         self.began = time.monotonic()
         self.status: int | None = None
         self.read, self.whole = 0, False
-        self.refused = False
         self.problem: Problem | None = None
         """with the body, of which the app makes something of its own: what is answered is this"""
 
@@ -157,12 +156,9 @@ class _Passage:
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if self.problem is not None:
-            problem, self.problem = self.problem, None
-            await self.refuse(problem)
-            self.refused = True
-        if self.refused:
-            return
-        await self._pass(message)
+            await self.refuse(self.problem)
+        else:
+            await self._pass(message)
 
     async def _pass(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":

@@ -6,7 +6,6 @@ run/best/         an export of the best so far          run/best.json     by whi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from ..configuration import read_json
 from ..console import say
 from ..errors import UserError
 from ..evaluation import Bench, Options, evaluate, named
+from ..evaluation.recogniser import weights_digest
 from ..evaluation.result import Result
 from ..files import whole_file
 from ..presets.recipe import Recipe, export_weights
@@ -41,7 +41,8 @@ def measuring(
 
     def measure(weights: dict[str, Tensor]) -> dict[str, float]:
         options = Options(count=loop.measure_count)
-        bench = Bench(pipe_of(weights), weights_hash(weights), folder / "measures", world, options)
+        # By the weights, not the step: after a rollback a step may come again with others.
+        bench = Bench(pipe_of(weights), weights_digest(weights), folder / "measures", world, options)
         found: dict[str, Result] = {}
         for findings in evaluate(bench, measures):
             found |= {f"{findings.measure}/{result.name}": result for result in findings}
@@ -66,12 +67,3 @@ def is_best(path: Path, name: str, result: Result) -> bool:
         return True
     sign = 1 if result.better == "higher" else -1
     return sign * result.value > sign * float(noted["value"])
-
-
-def weights_hash(weights: dict[str, Tensor]) -> str:
-    """Sixteen hexadecimal digits: weights of one step may be others after a rollback."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].detach().float().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
