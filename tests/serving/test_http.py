@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import numpy as np
@@ -356,6 +357,31 @@ def test_the_worker_dies(served: Path) -> None:
         server.wait_for(lambda: server.get("/ready").status_code == 200)
         assert [future.result().json()["data"][0]["b64_json"] for future in waiting] == [expected] * 4
         assert server.metric("transfuse_worker_restarts") == 1
+
+
+def test_what_a_worker_dies_of_is_not_read_again_and_again() -> None:
+    """Of those that no worker has accepted, the first is tried once more, and then told; the others wait on."""
+    from transfuse.serving.backend import Backend, QueueConfig, Ticket
+    from transfuse.serving.messages import Failed, Job
+    from transfuse.serving.metrics import Metrics
+    from transfuse.serving.worker import WorkerConfig
+
+    async def deaths() -> None:
+        backend = Backend(WorkerConfig("none"), QueueConfig(), Metrics())
+        backend._spawn = lambda: None  # type: ignore[method-assign]
+        backend.process = SimpleNamespace(exitcode=-9)  # type: ignore[assignment]
+        states = {"running": (9, 1.0), "waiting": (9, None), "poison": (0, None), "behind": (0, None)}
+        tickets = {
+            name: Ticket(number, Job(("a",)), 0.0, cost=cost, started=started)
+            for number, (name, (cost, started)) in enumerate(states.items())
+        }
+        backend.tickets = {ticket.number: ticket for ticket in tickets.values()}
+        for gone in (["running"], ["running", "poison"]):
+            backend._died()
+            assert [name for name, ticket in tickets.items() if ticket.number not in backend.tickets] == gone
+        assert all(isinstance(tickets[name].heard[-1], Failed) for name in gone)
+
+    asyncio.run(deaths())
 
 
 def test_a_server_without_a_model_ends(served: Path, tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ class Ticket:
     prompt: int = 0
     cost: int = 0
     started: float | None = None
+    suspected: int = 0
+    """workers that died while this may have been what they read"""
     seen: set[str] = field(default_factory=set)
     """kinds of what has been heard"""
     heard: deque[JobMessage] = field(default_factory=deque)
@@ -271,8 +273,12 @@ class Backend:
             self._deaths.popleft()
         assert self.process is not None
         say(f"serve: the worker ended (exit code {self.process.exitcode}); {len(self.tickets)} requests were with it")
+        # They are read in order: only the first that was not accepted may be what it died of. Twice is no accident.
+        unread = next((ticket for ticket in self.tickets.values() if not ticket.cost), None)
+        if unread is not None:
+            unread.suspected += 1
         for ticket in list(self.tickets.values()):
-            if ticket.started is not None or not ticket.cost:  # one that was being read may be what it died of
+            if ticket.started is not None or ticket.suspected > 1:
                 self._end(ticket, Failed(ticket.number, "the worker ended while it computed this request; try again"))
         if len(self._deaths) > self.limits.restarts:
             self._give_up(f"the worker ended {len(self._deaths)} times within a minute")
