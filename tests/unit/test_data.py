@@ -7,9 +7,19 @@ import pytest
 import torch
 
 from transfuse.autoencoders import Pixels
-from transfuse.data import Ingredient, Mixture, PairConfig, ScenePairs, StepLoader, Texts, pair_document
-from transfuse.data.world import World, WorldConfig
-from transfuse.sequence import Document, Image, Text, Tokenizer, lay_out
+from transfuse.data import (
+    EditConfig,
+    Ingredient,
+    Mixture,
+    PairConfig,
+    SceneEdits,
+    ScenePairs,
+    StepLoader,
+    Texts,
+    pair_document,
+)
+from transfuse.data.world import World, WorldConfig, edit
+from transfuse.sequence import Document, Image, Text, Tokenizer, images_alone, lay_out, unconditional
 
 COUNT = 2000
 
@@ -45,7 +55,7 @@ def test_latents_do_not_depend_on_the_order_they_are_asked_for(tokenizer) -> Non
 
     def latents(order):
         source = ScenePairs(world, tokenizer, autoencoder, PairConfig(), 0)
-        found = {index: source._latent(index) for index in order}
+        found = {index: source.latents[index] for index in order}
         return [found[index] for index in sorted(found)]
 
     forwards, backwards = latents([0, 1, 31, 32, 70]), latents([70, 0, 32, 31, 1])
@@ -61,6 +71,67 @@ def test_shares_of_order_and_drop() -> None:
     assert kinds(PairConfig(caption_drop=0))["dropped"] == 0
     assert kinds(PairConfig(caption_first=0, caption_drop=1))["captioned"] == 1
     assert kinds(PairConfig(image_first_max_timestep=None))["captioned"] > 0
+
+
+def of_kind(source: SceneEdits, config: EditConfig) -> dict[str, int]:
+    """How many documents show all, the first picture alone, or nothing before the target."""
+    found = {"all": 0, "images": 0, "nothing": 0}
+    for sample in range(COUNT):
+        parts = source.document(3, sample).parts
+        found["all" if len(parts) == 3 else "images" if len(parts) == 2 else "nothing"] += 1
+    return found
+
+
+def test_an_edit_is_a_clean_picture_an_instruction_and_the_target(tokenizer: Tokenizer) -> None:
+    world = World(WorldConfig(size=16, nouns=8))
+    source = SceneEdits(world, tokenizer, Pixels(), EditConfig(0, 0), seed=0)
+    document = source.document(7, 40)
+    change = edit(world.scene(7), world, 7)
+    before, words, after = document.parts
+    assert isinstance(before, Image)
+    assert isinstance(words, Text)
+    assert isinstance(after, Image)
+    assert (before.target, before.max_timestep) == (False, None), "shown, clean, and not learned"
+    assert (after.target, words.predict, document.sample) == (True, True, 40)
+    assert tokenizer.decode(words.ids) == change.instruction
+    for part, scene in ((before, change.source), (after, change.target)):
+        assert torch.equal(part.latent, Pixels().encode(world.render(scene)[None])[0])
+
+
+def test_dropped_edits_show_what_guidance_shows(tokenizer: Tokenizer) -> None:
+    """The middle branch's prefix is that of a document whose instruction was dropped: the sampler opens it likewise."""
+    world = World(WorldConfig(size=16, nouns=8))
+    found = of_kind(SceneEdits(world, tokenizer, Pixels(), EditConfig(0.2, 0.1), seed=0), EditConfig(0.2, 0.1))
+    assert found["images"] / COUNT == pytest.approx(0.2, abs=0.03)
+    assert found["nothing"] / COUNT == pytest.approx(0.1, abs=0.03)
+    whole = SceneEdits(world, tokenizer, Pixels(), EditConfig(0, 0), 0).document(3, 9)
+    middle = SceneEdits(world, tokenizer, Pixels(), EditConfig(1, 0), 0).document(3, 9)
+    nothing = SceneEdits(world, tokenizer, Pixels(), EditConfig(0, 1), 0).document(3, 9)
+    grammar = tokenizer.grammar(8)
+    for dropped, expected in ((middle, images_alone(whole)), (nothing, unconditional(whole))):
+        assert lay_out(dropped, grammar).token.tolist() == lay_out(expected, grammar).token.tolist()
+        assert not lay_out(dropped, grammar).predict.any()
+    opened = lay_out(Document([whole.images[0]], closed=False), grammar).token.tolist()
+    assert lay_out(middle, grammar).token.tolist()[: len(opened) + 1] == [*opened, grammar.boi]
+    with pytest.raises(ValueError, match="found text only"):
+        images_alone(Document([Text((5,))]))
+
+
+@pytest.mark.parametrize("count", [None, 5])
+def test_edits_by_number(tokenizer: Tokenizer, count: int | None) -> None:
+    """A latent does not depend on what was asked for before; lengths are the documents'; a count comes again."""
+    world, grammar = World(WorldConfig(size=16, nouns=8)), tokenizer.grammar(8)
+    config = EditConfig(0.3, 0.3)
+    forwards, backwards = (SceneEdits(world, tokenizer, Pixels(), config, 0, count) for _ in range(2))
+    numbers = list(range(40))
+    ahead = [forwards.document(n, n + 100) for n in numbers]
+    for n in reversed(numbers):
+        again = backwards.document(n, n + 100)
+        assert all(torch.equal(a.latent, b.latent) for a, b in zip(ahead[n].images, again.images, strict=True))
+    expected = [len(lay_out(document, grammar)) for document in ahead]
+    assert forwards.lengths(np.array(numbers), np.array(numbers) + 100, grammar).tolist() == expected
+    same = torch.equal(forwards.document(2, 0).images[-1].latent, forwards.document(7, 0).images[-1].latent)
+    assert same is (count == 5)
 
 
 def ingredients(sources, shares) -> list[Ingredient]:
@@ -125,6 +196,8 @@ def test_pixels_round_trip() -> None:
 
 
 def test_bad_settings() -> None:
+    with pytest.raises(ValueError, match=r"data\.edits\.all_drop: expected at most 1 together .* found 1\.5"):
+        EditConfig(0.5, 1.0)
     with pytest.raises(ValueError, match=r"data\.pairs\.caption_drop: expected a share from 0 to 1, found 2"):
         PairConfig(caption_drop=2)
     with pytest.raises(ValueError, match="batch_size: expected a multiple of accumulate"):

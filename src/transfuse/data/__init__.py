@@ -6,18 +6,20 @@ from .loader import StepLoader
 from .mixing import Ingredient, Mixture
 from .remote import Cache
 from .rows import Rows
-from .sources import PairConfig, ScenePairs, Source, Texts, pair_document
+from .sources import EditConfig, PairConfig, SceneEdits, ScenePairs, Source, Texts, pair_document
 from .stored import StoredPictures, StoredTexts
 
 __all__ = [
     "Cache",
     "DamagedError",
     "DataSet",
+    "EditConfig",
     "FaultLog",
     "Ingredient",
     "Mixture",
     "PairConfig",
     "Rows",
+    "SceneEdits",
     "ScenePairs",
     "Source",
     "StepLoader",

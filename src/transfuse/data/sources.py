@@ -6,7 +6,7 @@ scenes[17]      # always the same document: a caption and a picture, in either o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,12 +15,12 @@ import torch
 
 from ..autoencoders import Autoencoder
 from ..keyed import keyed
-from ..sequence import Document, Grammar, Image, Text, Tokenizer, positions, unconditional
-from .world import World, caption
+from ..sequence import Document, Grammar, Image, Text, Tokenizer, images_alone, positions, unconditional
+from .world import Edit, World, caption, edit
 from .world.draws import Draws
 
 BLOCK = 32
-"""scenes that a network encodes together"""
+"""pictures that a network encodes together"""
 
 
 class Source(Protocol):
@@ -75,6 +75,27 @@ def pair_document(text: tuple[int, ...], latent: torch.Tensor, config: PairConfi
     return unconditional(document) if order == "unconditional" else document
 
 
+class _Latents:
+    """Latents of pictures by number, in the memory of the block encoded last.
+
+    A network encodes a block of pictures at once, always the same ones together, for speed: so a latent depends on its
+    number alone, whatever was asked for before.
+    """
+
+    def __init__(self, render: Callable[[int], np.ndarray], autoencoder: Autoencoder) -> None:
+        self.render, self.autoencoder = render, autoencoder
+        self.block_size = 1 if autoencoder.factor == 1 else BLOCK
+        self._block: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        block, place = divmod(number, self.block_size)
+        if self._block[0] != block:
+            first = number - place
+            images = np.stack([self.render(other) for other in range(first, first + self.block_size)])
+            self._block = block, self.autoencoder.encode(images)
+        return self._block[1][place].clone()
+
+
 class ScenePairs:
     """Pictures of a world and their captions."""
 
@@ -86,12 +107,11 @@ class ScenePairs:
     ) -> None:
         self.world, self.tokenizer, self.autoencoder = world, tokenizer, autoencoder
         self.config, self.seed = config, seed
-        self.block_size = 1 if autoencoder.factor == 1 else BLOCK
-        self._block: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+        self.latents = _Latents(self._render, autoencoder)
 
     def document(self, index: int, sample: int) -> Document:
         text = self.tokenizer.encode(caption(self.world.scene(index), index))
-        return pair_document(text, self._latent(index), self.config, self.seed, sample)
+        return pair_document(text, self.latents[index], self.config, self.seed, sample)
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
         patches = (self.world.config.size // (self.autoencoder.factor * grammar.patch_size)) ** 2
@@ -103,14 +123,93 @@ class ScenePairs:
         ]
         return positions(np.array(tokens), [patches])
 
-    def _latent(self, index: int) -> torch.Tensor:
-        """Of scene `index`. A network encodes a block of scenes at once, always the same, for speed."""
-        block, place = divmod(index, self.block_size)
-        if self._block[0] != block:
-            numbers = range(index - place, index - place + self.block_size)
-            images = np.stack([self.world.render(self.world.scene(number)) for number in numbers])
-            self._block = block, self.autoencoder.encode(images)
-        return self._block[1][place].clone()
+    def _render(self, number: int) -> np.ndarray:
+        return self.world.render(self.world.scene(number))
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """How a picture, an instruction and the picture it asks for become a document (Transfusion section 4.4).
+
+    The first picture is shown clean, and not learned. The paper gives no drop rates; these are InstructPix2Pix's.
+    """
+
+    instruction_drop: float = 0.05
+    """share whose instruction is left out, for guidance by the picture alone"""
+    all_drop: float = 0.05
+    """share whose instruction and first picture are left out, for guidance by both"""
+
+    def __post_init__(self) -> None:
+        for name in ("instruction_drop", "all_drop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.edits.{name}: expected a share from 0 to 1, found {getattr(self, name)}")
+        if self.instruction_drop + self.all_drop > 1:
+            raise ValueError(
+                f"data.edits.all_drop: expected at most 1 together with instruction_drop, found "
+                f"{self.instruction_drop + self.all_drop:g}"
+            )
+
+
+Shown = Literal["all", "images", "nothing"]
+
+
+def edit_shown(config: EditConfig, seed: int, sample: int) -> Shown:
+    """What is shown before the target, by the draw of (seed, sample)."""
+    ticket = Draws("edit document", seed, sample).word() / (1 << 32)
+    if ticket < config.all_drop:
+        return "nothing"
+    return "images" if ticket < config.all_drop + config.instruction_drop else "all"
+
+
+class SceneEdits:
+    """Edits of a world: a picture, an instruction, the picture that it asks for.
+
+    count: of different edits, which come again in the same order (the paper's 8,000); None: there is no end of them.
+    """
+
+    name = "edits"
+
+    def __init__(
+        self,
+        world: World,
+        tokenizer: Tokenizer,
+        autoencoder: Autoencoder,
+        config: EditConfig,
+        seed: int,
+        count: int | None = None,
+    ) -> None:
+        self.world, self.tokenizer, self.config, self.seed, self.epoch = world, tokenizer, config, seed, count
+        self.factor = autoencoder.factor
+        self.latents = _Latents(self._render, autoencoder)
+
+    def document(self, index: int, sample: int) -> Document:
+        number = index % self.epoch if self.epoch else index
+        source, target = self.latents[2 * number], self.latents[2 * number + 1]
+        words = Text(self.tokenizer.encode(self.edit(number).instruction))
+        document = Document([Image(source, target=False), words, Image(target)], sample=sample)
+        shown = edit_shown(self.config, self.seed, sample)
+        if shown == "all":
+            return document
+        return images_alone(document) if shown == "images" else unconditional(document)
+
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
+        patches = (self.world.config.size // (self.factor * grammar.patch_size)) ** 2
+        found = []
+        for index, sample in zip(indices.tolist(), samples.tolist(), strict=True):
+            shown = edit_shown(self.config, self.seed, sample)
+            number = index % self.epoch if self.epoch else index
+            words = len(self.tokenizer.encode(self.edit(number).instruction)) if shown == "all" else 0
+            found.append(int(positions(np.array([words]), [patches] * (1 if shown == "nothing" else 2))[0]))
+        return np.array(found)
+
+    def edit(self, number: int) -> Edit:
+        """The edit of a number: a function of it and the world."""
+        return edit(self.world.scene(number), self.world, number)
+
+    def _render(self, number: int) -> np.ndarray:
+        """Sources have even numbers, their targets the next ones."""
+        change = self.edit(number // 2)
+        return self.world.render(change.target if number % 2 else change.source)
 
 
 class Texts:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..autoencoders import Autoencoder, Coded, bundled, open_autoencoder
 from ..console import say
-from ..data import FaultLog, PairConfig, Rows, StepLoader
+from ..data import EditConfig, FaultLog, PairConfig, Rows, StepLoader
 from ..data.world import World, WorldConfig, caption, glosses
 from ..diffusion import DiffusionConfig, Process
 from ..errors import UserError
@@ -41,7 +41,7 @@ from ..training import (
 )
 from .autoencoders import AUTOENCODERS
 from .runs import VERSION, Device, Precision, check_split
-from .sources import Opened, held_out_prompts, image_size, mixture, open_sources
+from .sources import OF_THE_WORLD, Opened, held_out_prompts, image_size, mixture, open_sources
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class DataConfig:
     """What a run learns from, in what shares, and how much of it a step takes."""
 
     sources: tuple[str, ...] = ("world", "glosses")
-    """ "world" (captioned scenes), "glosses" (definitions), data sets (folders or URLs that transfuse data build made);
-    each may have settings behind commas: photos,weight=2,epochs=4,final=10"""
+    """ "world" (captioned scenes), "edits" (instructions to change scenes), "glosses" (definitions), data sets (folders
+    or URLs that transfuse data build made); each may have settings behind commas: photos,weight=2,epochs=4,final=10"""
     source_fingerprints: tuple[str, ...] = ()
     """of the data sets, filled in when a run begins: it goes on with these or not at all"""
     final_stretch: float = 0.01
@@ -70,6 +70,7 @@ class DataConfig:
     """positions, as in the paper: the more a picture takes, the fewer there are; documents: sample i is the same
     document for every model, whatever its images are made of"""
     pairs: PairConfig = field(default_factory=PairConfig)
+    edits: EditConfig = field(default_factory=EditConfig)
     row_length: int | None = None
     """pack documents into rows of so many positions, planned from their lengths; None: a step takes documents"""
     batch_size: int = 512
@@ -173,7 +174,7 @@ class Recipe:
         step = self.model.patch_size * autoencoder.factor
         opened = open_sources(self.data)
         opened.check_sizes(step)
-        if any(spec.name == "world" for spec in opened.specs) and self.data.world.size % step:
+        if any(spec.name in OF_THE_WORLD for spec in opened.specs) and self.data.world.size % step:
             raise UserError(
                 f"data.world.size: expected a multiple of {step} (model.patch_size x the autoencoder's factor), "
                 f"found {self.data.world.size}"
@@ -344,6 +345,8 @@ def _described(recipe: Recipe, pictured: bool) -> Iterator[str]:
         if spec.name == "world":
             world = recipe.data.world
             yield f"scenes of the bundled world at {world.size} pixels ({len(world.noun_names)} nouns)"
+        elif spec.name == "edits":
+            yield "instructions to change scenes, with what they ask for"
         elif spec.name == "glosses":
             yield "WordNet definitions"
         else:

@@ -1,6 +1,7 @@
 """What a run learns from: `data.sources`, from words on the command line to one mixed stream of documents.
 
 world glosses                         the bundled world's scenes, and definitions: what every preset begins with
+world edits,weight=0.3 glosses        and instructions to change scenes, with what they ask for
 photos-64 prose                       two data sets of `transfuse data build`, one of pictures and one of text
 photos-64,weight=3 world s3://b/set,epochs=4,final=10
 """
@@ -13,7 +14,18 @@ from typing import TYPE_CHECKING
 
 from ..autoencoders import Autoencoder
 from ..configuration import nearest
-from ..data import Cache, DataSet, Ingredient, Mixture, ScenePairs, Source, StoredPictures, StoredTexts, Texts
+from ..data import (
+    Cache,
+    DataSet,
+    Ingredient,
+    Mixture,
+    SceneEdits,
+    ScenePairs,
+    Source,
+    StoredPictures,
+    StoredTexts,
+    Texts,
+)
 from ..data.dataset import Split
 from ..data.world import World, caption, glosses
 from ..errors import UserError
@@ -22,7 +34,9 @@ from ..sequence import Grammar, Tokenizer
 if TYPE_CHECKING:
     from .recipe import DataConfig, Recipe
 
-BUNDLED = {"world": "pictures", "glosses": "text"}
+BUNDLED = {"world": "pictures", "edits": "pictures", "glosses": "text"}
+OF_THE_WORLD = ("world", "edits")
+"""bundled sources whose pictures are as large as `data.world.size`"""
 SETTINGS = ("weight", "epochs", "final")
 
 
@@ -189,6 +203,9 @@ def _source(
     if spec.name == "world":
         assert autoencoder is not None
         return ScenePairs(World(recipe.data.world), tokenizer, autoencoder, recipe.data.pairs, recipe.seed)
+    if spec.name == "edits":
+        assert autoencoder is not None
+        return SceneEdits(World(recipe.data.world), tokenizer, autoencoder, recipe.data.edits, recipe.seed)
     if spec.name == "glosses":
         return Texts(glosses("train"), tokenizer, recipe.seed)
     data = opened.sets[spec.name]
@@ -201,9 +218,9 @@ def _source(
 def image_size(recipe: Recipe) -> int:
     """Pixels of the side of what a model is shown, and draws unless asked for another: of its first pictures."""
     names = [SourceSpec.parse(text).name for text in recipe.data.sources]
-    if "world" in names:
-        return recipe.data.world.size
     opened = open_sources(recipe.data)
+    if not set(names).isdisjoint(OF_THE_WORLD):
+        return recipe.data.world.size
     for spec in opened.pictures:
         return int(opened.sets[spec.name].manifest.settings["size"])
     return recipe.data.world.size
@@ -213,7 +230,7 @@ def held_out_prompts(recipe: Recipe, count: int) -> list[str]:
     """Captions that training does not see: of the world, or else of the first data set with pairs."""
     opened = open_sources(recipe.data)
     for spec in opened.pictures:
-        if spec.name == "world":
+        if spec.name in OF_THE_WORLD:
             world = World(replace(recipe.data.world, split="heldout"))
             return [caption(world.scene(index), index) for index in range(count)]
         data = opened.sets[spec.name]

@@ -1,6 +1,6 @@
 """The sequence: documents, their layout, what sees what, packing. Everything else builds on these contracts."""
 
-from .document import Document, Image, Part, Text, unconditional
+from .document import Document, Image, Part, Text, images_alone, unconditional
 from .layout import Grammar, Layout, Span, lay_out, positions
 from .mask import ImageAttention, Visible, visible
 from .packing import FILL, Batch, collate, concatenate
@@ -22,6 +22,7 @@ __all__ = [
     "Visible",
     "collate",
     "concatenate",
+    "images_alone",
     "lay_out",
     "unconditional",
     "visible",

@@ -76,3 +76,14 @@ def unconditional(document: Document) -> Document:
     if not images:
         raise ValueError("unconditional(document): expected a document with an image, found text only")
     return replace(document, parts=[images[-1]], predict=False)
+
+
+def images_alone(document: Document) -> Document:
+    """The same document with all text before its last image taken away, and none of what is left learned.
+
+    What the middle branch of guidance by images sees (Chameleon; InstructPix2Pix), in training and in sampling.
+    """
+    images = document.images
+    if not images:
+        raise ValueError("images_alone(document): expected a document with an image, found text only")
+    return replace(document, parts=images, predict=False)
