@@ -121,8 +121,8 @@ def test_dropped_edits_show_what_guidance_shows(tokenizer: Tokenizer) -> None:
 def test_edits_by_number(tokenizer: Tokenizer, count: int | None) -> None:
     """A latent does not depend on what was asked for before; lengths are the documents'; a count comes again."""
     world, grammar = World(WorldConfig(size=16, nouns=8)), tokenizer.grammar(8)
-    config = EditConfig(0.3, 0.3)
-    forwards, backwards = (SceneEdits(world, tokenizer, Pixels(), config, 0, count) for _ in range(2))
+    config = EditConfig(0.3, 0.3, count)
+    forwards, backwards = (SceneEdits(world, tokenizer, Pixels(), config, 0) for _ in range(2))
     numbers = list(range(40))
     ahead = [forwards.document(n, n + 100) for n in numbers]
     for n in reversed(numbers):

@@ -138,11 +138,15 @@ class EditConfig:
     """share whose instruction is left out, for guidance by the picture alone"""
     all_drop: float = 0.05
     """share whose instruction and first picture are left out, for guidance by both"""
+    count: int | None = None
+    """of different edits, which come again in the same order (the paper has 8,000); None: there is no end of them"""
 
     def __post_init__(self) -> None:
         for name in ("instruction_drop", "all_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.edits.{name}: expected a share from 0 to 1, found {getattr(self, name)}")
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"data.edits.count: expected at least 1, found {self.count}")
         if self.instruction_drop + self.all_drop > 1:
             raise ValueError(
                 f"data.edits.all_drop: expected at most 1 together with instruction_drop, found "
@@ -162,24 +166,15 @@ def edit_shown(config: EditConfig, seed: int, sample: int) -> Shown:
 
 
 class SceneEdits:
-    """Edits of a world: a picture, an instruction, the picture that it asks for.
-
-    count: of different edits, which come again in the same order (the paper's 8,000); None: there is no end of them.
-    """
+    """Edits of a world: a picture, an instruction, the picture that it asks for."""
 
     name = "edits"
 
     def __init__(
-        self,
-        world: World,
-        tokenizer: Tokenizer,
-        autoencoder: Autoencoder,
-        config: EditConfig,
-        seed: int,
-        count: int | None = None,
+        self, world: World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: EditConfig, seed: int
     ) -> None:
-        self.world, self.tokenizer, self.config, self.seed, self.epoch = world, tokenizer, config, seed, count
-        self.factor = autoencoder.factor
+        self.world, self.tokenizer, self.config, self.seed = world, tokenizer, config, seed
+        self.epoch, self.factor = config.count, autoencoder.factor
         self.latents = _Latents(self._render, autoencoder)
 
     def document(self, index: int, sample: int) -> Document:

@@ -21,7 +21,6 @@ from ..diffusion import DiffusionConfig, Process
 from ..errors import UserError
 from ..export import GenerationConfig, save_export
 from ..files import whole_file
-from ..interchange import check_trunk, marker_rows, read_llama_config, start_from_llama
 from ..model import ModelConfig, Transfusion
 from ..model.flops import train_flops
 from ..sequence import Tokenizer
@@ -42,6 +41,7 @@ from ..training import (
 from .autoencoders import AUTOENCODERS
 from .runs import VERSION, Device, Precision, check_split
 from .sources import OF_THE_WORLD, Opened, held_out_prompts, image_size, mixture, open_sources
+from .start import begin, its_tokenizer, started
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class Recipe:
     """dtype of the residual stream; auto: bfloat16 where the processor multiplies it natively, else float32"""
     device: Device = "auto"
     start: str = ""
-    """folder of a Llama-shaped Hugging Face model whose weights, tokenizer and shape the run starts with"""
+    """an export, taken whole; or the folder of a Llama-shaped Hugging Face model: its trunk and tokenizer are taken"""
     start_strict: bool = True
-    """refuse weights that are missing, unexpected or of other constants; if not, what fits is taken"""
+    """of a Llama: refuse weights missing, unexpected or of other constants; if not, what fits is taken"""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -126,21 +126,7 @@ class Recipe:
 
         Raises UserError where its parts do not fit.
         """
-        return self._started()._fed()._fitted()
-
-    def _started(self) -> Recipe:
-        if not self.start:
-            return self
-        folder = Path(self.start)
-        fields = read_llama_config(folder, self.model.context)
-        ids = Tokenizer.adopt(folder / "tokenizer.json").vocabulary
-        fields["vocabulary"] = max(fields["vocabulary"], ids)
-        changed = {name: value for name, value in fields.items() if getattr(self.model, name) != value}
-        model = replace(self.model, **changed)
-        check_trunk(model, folder, self.start_strict)
-        if changed:
-            say(f"model: {', '.join(f'{name} {value}' for name, value in changed.items())}, to start from {folder}")
-        return replace(self, model=model)
+        return (started(self) if self.start else self)._fed()._fitted()
 
     def _fed(self) -> Recipe:
         """With what its data sets say."""
@@ -149,7 +135,7 @@ class Recipe:
         tokenizer = opened.tokenizer
         if tokenizer is None:
             return recipe
-        if self.start and tokenizer.fingerprint != Tokenizer.adopt(self.start).fingerprint:
+        if self.start and tokenizer.fingerprint != its_tokenizer(Path(self.start)).fingerprint:
             raise UserError(
                 f"data.sources: expected data sets with the tokenizer of {self.start}, found another; build them with "
                 f"--tokenizer {self.start}"
@@ -262,7 +248,7 @@ def build_model(recipe: Recipe, folder: Path, tokenizer: Tokenizer, ranks: Ranks
     if recipe.start and CheckpointFolder(folder / "checkpoints", ranks=ranks).newest()[0] is None:
         start = Path(recipe.start)
         begun = Transfusion.on_meta(recipe.model, recipe.compute).to_empty(device="cpu").initialise(recipe.seed)
-        say(f"{start}: {start_from_llama(begun, start, recipe.start_strict, marker_rows(start, tokenizer))}")
+        say(f"{start}: {begin(begun, start, tokenizer, recipe.start_strict)}")
         with torch.no_grad():
             for weight, values in zip(model.parameters(), begun.parameters(), strict=True):
                 place(weight, values)
@@ -281,7 +267,7 @@ def _tokenizer(recipe: Recipe, opened: Opened, path: Path) -> Tokenizer:
     if not path.exists():
         tokenizer = opened.tokenizer
         if tokenizer is None:
-            tokenizer = Tokenizer.adopt(recipe.start) if recipe.start else train_tokenizer(recipe)
+            tokenizer = its_tokenizer(Path(recipe.start)) if recipe.start else train_tokenizer(recipe)
         whole_file(path, tokenizer.save)
     return Tokenizer.load(path)
 

@@ -1,0 +1,83 @@
+"""What a run starts from (`start`): an export of ours, taken whole, or the trunk of a Llama-shaped Hugging Face folder.
+
+shaped = started(recipe)                     # the recipe with the shape that the folder has
+tokenizer = its_tokenizer(folder)
+print(begin(model, folder, tokenizer, recipe.start_strict))
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..configuration import to_dict
+from ..console import say
+from ..errors import UserError
+from ..export import is_export, load_export, places
+from ..interchange import check_trunk, marker_rows, read_llama_config, start_from_llama
+from ..model import Transfusion
+from ..sequence import Tokenizer
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+def started(recipe: Recipe) -> Recipe:
+    """The recipe with what its start settles; what changes thereby is said.
+
+    An export brings its network, its diffusion process, its autoencoder and its settings for generation; a Llama the
+    shape of the trunk. Raises UserError for a folder that is neither, or does not fit.
+    """
+    folder = Path(recipe.start)
+    if not is_export(folder):
+        return _with_trunk(recipe, folder)
+    found = load_export(folder)
+    name = found.autoencoder.name if found.autoencoder.factor == 1 else str(places(folder)["autoencoder"])
+    parts = {
+        "model": found.model.config,
+        "diffusion": found.process.config,
+        "generation": found.generation,
+        "data": replace(recipe.data, autoencoder=name),
+    }
+    changed = [
+        f"{part}.{field} {value}"
+        for part, values in parts.items()
+        for field, value in to_dict(values).items()
+        if to_dict(getattr(recipe, part))[field] != value
+    ]
+    if changed:
+        say(f"{', '.join(changed)}, to start from {folder}")
+    return replace(recipe, **parts)  # type: ignore[arg-type]
+
+
+def _with_trunk(recipe: Recipe, folder: Path) -> Recipe:
+    fields: dict[str, Any] = read_llama_config(folder, recipe.model.context)
+    ids = its_tokenizer(folder).vocabulary
+    fields["vocabulary"] = max(fields["vocabulary"], ids)
+    changed = {name: value for name, value in fields.items() if getattr(recipe.model, name) != value}
+    model = replace(recipe.model, **changed)
+    check_trunk(model, folder, recipe.start_strict)
+    if changed:
+        say(f"model: {', '.join(f'{name} {value}' for name, value in changed.items())}, to start from {folder}")
+    return replace(recipe, model=model)
+
+
+def its_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of what a run starts from, with our markers."""
+    return Tokenizer.load(places(folder)["tokenizer.json"]) if is_export(folder) else Tokenizer.adopt(folder)
+
+
+def begin(model: Transfusion, folder: Path, tokenizer: Tokenizer, strict: bool) -> str:
+    """Put a folder's weights into a model on the CPU; how many fitted, in words. Raises UserError where they do not."""
+    if not is_export(folder):
+        return str(start_from_llama(model, folder, strict, marker_rows(folder, tokenizer)))
+    found = load_export(folder)
+    if found.model.config != model.config:
+        raise UserError(f"{folder}: expected the network that the run began with, found another")
+    with torch.no_grad():
+        for weight, values in zip(model.parameters(), found.model.parameters(), strict=True):
+            weight.copy_(values)
+    return f"all {len(list(model.parameters()))} weights, and none of the optimiser's"

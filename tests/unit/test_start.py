@@ -1,0 +1,75 @@
+"""A run that starts from an export takes its network, its words and its pictures' language, and goes on learning."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from transfuse.data import EditConfig
+from transfuse.data.world import WorldConfig
+from transfuse.errors import UserError
+from transfuse.export import load_export
+from transfuse.presets.recipe import Recipe, build_trainer
+from transfuse.presets.runs import resolve
+from transfuse.presets.small import tiny
+from transfuse.studies.training import train_run
+from transfuse.training import Ranks
+
+
+def recipe(start: Path, **changes: object) -> Recipe:
+    base = tiny()
+    world = WorldConfig(size=8 * 2, nouns=4, max_objects=1)
+    data = replace(base.data, world=world, sources=("world", "edits,weight=2", "glosses"), edits=EditConfig(count=16))
+    loop = replace(base.loop, steps=3, checkpoint_every=2, ema_decay=0.0)
+    return replace(base, device="cpu", start=str(start), data=data, loop=loop, **changes)
+
+
+def test_begins_with_the_exports_weights_words_and_process(served: Path, tmp_path: Path) -> None:
+    asked = recipe(served, precision="float32").settled()
+    found = load_export(served)
+    assert asked.model == found.model.config
+    assert asked.diffusion == found.process.config
+    assert asked.generation == found.generation
+    (tmp_path / "run").mkdir()
+    trainer, tokenizer = build_trainer(resolve(asked), tmp_path / "run", Ranks(torch.device("cpu")))
+    assert tokenizer.fingerprint == found.tokenizer.fingerprint
+    for ours, theirs in zip(trainer.model.parameters(), found.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_fine_tuned_export_is_another_one_and_goes_on(served: Path, tmp_path: Path) -> None:
+    """Learning changes every weight that documents reach; what was exported can be started from again."""
+    first = train_run(recipe(served), tmp_path / "one")
+    assert first.outcome == "finished"
+    assert first.export is not None
+    before, after = load_export(served), load_export(first.export)
+    assert before.tokenizer.fingerprint == after.tokenizer.fingerprint
+    weights = dict(after.model.named_parameters())
+    unchanged = [name for name, weight in before.model.named_parameters() if torch.equal(weight, weights[name])]
+    assert not unchanged
+    assert "instructions to change scenes" in (first.export / "README.md").read_text()
+    assert train_run(recipe(first.export), tmp_path / "two").outcome == "finished"
+
+
+def test_a_resumed_run_does_not_start_anew(served: Path, tmp_path: Path) -> None:
+    straight = train_run(recipe(served), tmp_path / "straight").trainer
+    short = train_run(
+        replace(recipe(served), loop=replace(recipe(served).loop, session_seconds=1e-9)), tmp_path / "cut"
+    )
+    assert short.outcome == "stopped"
+    resumed = train_run(recipe(served), tmp_path / "cut").trainer
+    for ours, theirs in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_is_no_model_is_refused(served: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        recipe(tmp_path).settled()
+    config = json.loads((served / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model": {**config["model"], "width": 60}}))
+    with pytest.raises(UserError):
+        recipe(tmp_path).settled()
