@@ -12,13 +12,14 @@ from .demo import demo
 from .paper import paper
 from .recipe import Recipe
 from .rivals import chameleon_32, llama_32, llama_32_stable, paper_chameleon, paper_llama, transfusion_32
-from .small import epsilon_32, latent_64, tiny
+from .small import epsilon_32, latent_64, small_64, tiny
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "tiny": tiny,
     "epsilon-32": epsilon_32,
     "latent-64": latent_64,
+    "small-64": small_64,
     "transfusion-32": transfusion_32,
     "chameleon-32": chameleon_32,
     "llama-32": llama_32,
