@@ -1,7 +1,7 @@
 """Transfuse: models that write and draw with one transformer.
 
 import transfuse
-pipe = transfuse.load("runs/demo/export")
+pipe = transfuse.load("small-64")             # the bundled model, or an export folder
 pipe("a crab on a blue background").images[0].save("crab.png")
 """
 
@@ -18,7 +18,7 @@ __all__ = ["__version__", "load"]
 
 
 def load(path: str, **options: Any) -> TransfusionPipeline:
-    """Load an export folder (see `transfuse.export`) as a pipeline; options: dtype, device."""
+    """An export folder (see `transfuse.export`), or a bundled model by name, as a pipeline; options: dtype, device."""
     from .inference import TransfusionPipeline
 
     return TransfusionPipeline.from_pretrained(path, **options)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .autoencoders import Autoencoder, Coded, load_autoencoder, save_autoencoder
@@ -112,11 +112,27 @@ def save_export(
     return folder
 
 
+WEIGHTS = Path(__file__).with_name("weights")
+"""models that come with the package, a folder each"""
+DEFAULT = "small-64"
+"""the bundled model that commands use where none is named and none was trained"""
+
+
+def bundled_models() -> tuple[str, ...]:
+    """Names of the models that come with the package."""
+    return tuple(sorted(path.parent.name for path in WEIGHTS.glob("*/config.json")))
+
+
+def find_export(name: Path | str) -> Path:
+    """The folder that a path, or the name of a bundled model, stands for. A folder of that name comes first."""
+    path = Path(name)
+    return WEIGHTS / path if not path.exists() and str(name) in bundled_models() else path
+
+
 def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Exported:
-    """Load an export folder, ours or in diffusers' layout. Raises UserError, one line, for what is missing or does not
-    fit."""
-    folder = Path(folder)
-    place = places(folder)
+    """Load an export folder, ours or in diffusers' layout, or a bundled model by its name. Raises UserError, one line,
+    for what is missing or does not fit."""
+    place = places(Path(folder))
     config = read_json(place["config.json"])
     where = str(place["config.json"])
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
@@ -194,7 +210,8 @@ INDEX = "model_index.json"
 
 
 def places(folder: Path) -> dict[str, Path]:
-    """Where an export's parts are, in whichever layout it has."""
+    """Where an export's parts are, in whichever layout it has; it may be a bundled model's name."""
+    folder = find_export(folder)
     other = (folder / INDEX).is_file()
     return {name: folder / (theirs if other else name) for name, theirs in DIFFUSERS.items()}
 
@@ -206,16 +223,21 @@ def is_export(folder: Path) -> bool:
     return isinstance(found, dict) and found.get("model_type") == MODEL_TYPE
 
 
-def relayout(source: Path, folder: Path, layout: Literal["transfuse", "diffusers"]) -> Path:
+def relayout(
+    source: Path, folder: Path, layout: Literal["transfuse", "diffusers"], dtype: torch.dtype | None = None
+) -> Path:
     """Write an export in the other layout, or the same: the very files, under other names, so that there and back
-    nothing changes. Raises UserError where it is none, or can not be written."""
+    nothing changes; but for the network's weights where they are to have another dtype. Raises UserError where it is
+    none, or can not be written."""
     found = load_export(source)  # what can not be loaded is not passed on
     with whole_folder(folder, "export") as partial:
         for name, path in places(source).items():
             target = partial / (DIFFUSERS[name] if layout == "diffusers" else name)
             target.parent.mkdir(parents=True, exist_ok=True)
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            if path.exists():
+            if name == "model.safetensors" and dtype is not None:
+                save_file({key: value.to(dtype) for key, value in load_file(path).items()}, target)
+            elif path.exists():
                 copy(path, target)
         if layout == "diffusers":
             (partial / "scheduler").mkdir()

@@ -37,7 +37,7 @@ class Chat:
     """
 
     model: Path | None = None
-    """export folder; the newest under runs/ if not given"""
+    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     out: Path = Path("out")
     """folder for the pictures"""
     seed: int = 0

@@ -29,7 +29,7 @@ class Edit:
     prompt: tyro.conf.Positional[str]
     """an instruction; with --strength or --mask a description of the result"""
     model: Path | None = None
-    """export folder; the newest under runs/ if not given"""
+    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     out: Path = Path("out")
     """folder for the picture"""
     strength: float | None = None

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..errors import UserError
 from .parsing import parse, print_json
-from .writing import newest_export
+from .writing import default_model
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Evaluate:
     """
 
     model: Path | None = None
-    """export folder; the newest under runs/ if not given"""
+    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     suite: tuple[str, ...] = ("quick",)
     """quick, paper, or names of measures"""
     out: Path = Path("evaluation")
@@ -81,7 +81,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     options = Options(**{field.name: getattr(asked, field.name) for field in fields(Options)})
     report = run_evaluation(
-        asked.model or newest_export(),
+        asked.model or default_model(),
         asked.suite,
         asked.out,
         options,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .parsing import parse
-from .writing import newest_export
+from .writing import default_model
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Serve:
     """
 
     model: Path | None = None
-    """export folder; the newest under runs/ if not given"""
+    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0: all of this machine's"""
     port: int = 8000
@@ -49,8 +49,10 @@ def serve(arguments: Sequence[str]) -> int:
             raise UserError(f"serve: --{name.replace('_', '-')}: expected above 0, found {getattr(asked, name)}")
     if not 0 <= asked.port < 65536:
         raise UserError(f"serve: --port: expected 0 to 65535, found {asked.port}")
-    model = asked.model or newest_export()
-    if not any((model / name).is_file() for name in ("config.json", "model_index.json")):
+    model = asked.model or default_model()
+    from ..export import is_export
+
+    if not is_export(model):
         raise UserError(f"{model}: expected an export folder with a config.json, found none")
     try:
         from ..serving.backend import QueueConfig

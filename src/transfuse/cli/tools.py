@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -13,22 +13,27 @@ from ..errors import UserError
 from ..version import __version__
 from .parsing import parse, print_json
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class Export:
     """Write the averaged weights of a run's newest checkpoint as a folder to load and share; or an export in another
     layout.
 
-    transfuse export runs/demo --out my-model
+    transfuse export runs/demo --out my-model --dtype float16
     """
 
     run: tyro.conf.Positional[Path]
-    """folder of a run, or of an export"""
+    """folder of a run, or of an export; or a bundled model's name"""
     out: Path | None = None
     """the run's own export/ (or llama/, diffusers/) if not given"""
     format: Literal["transfuse", "diffusers", "llama"] = "transfuse"
     """diffusers: the same files in diffusers' layout, loaded as any export is; llama: the trunk alone, with the
     tokenizer, as a folder that transformers opens as LlamaForCausalLM"""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """store the network's weights in it; as they are if not given"""
     json: bool = False
     """end with one line of JSON"""
 
@@ -37,16 +42,18 @@ def export(arguments: Sequence[str]) -> int:
     """Write a run's newest checkpoint as a model folder."""
     from tempfile import TemporaryDirectory
 
-    from ..export import is_export, relayout
+    from ..export import find_export, is_export, relayout
     from ..interchange import save_llama
     from ..presets.autoencoders import AutoencoderRecipe, build_autoencoder_trainer, export_autoencoder
     from ..presets.recipe import Recipe, averaged_model, build_trainer, export_run
     from ..presets.runs import is_kind, read_recipe
 
     asked = parse(Export, arguments, "export")
+    asked = replace(asked, run=find_export(asked.run))
     if not asked.run.is_dir():
         raise UserError(f"{asked.run}: expected a run folder, found {'a file' if asked.run.exists() else 'nothing'}")
-    llama = asked.format == "llama"
+    if asked.format == "llama" and asked.dtype:
+        raise UserError(f"{asked.run}: expected no --dtype with --format llama, found {asked.dtype}")
     name = "export" if asked.format == "transfuse" else asked.format
     config, out = asked.run / "config.json", asked.out or asked.run / name
     if is_export(asked.run):
@@ -65,19 +72,25 @@ def export(arguments: Sequence[str]) -> int:
         trainer, tokenizer = build_trainer(model_recipe, asked.run)
         if not trainer.restore():
             raise missing
-        if llama:
+        if asked.format == "llama":
             model = averaged_model(model_recipe, trainer.averaged())
             save_llama(out, model, tokenizer.bos, tokenizer.eos, tokenizer)
-        elif asked.format == "diffusers":
-            with TemporaryDirectory() as aside:
-                relayout(export_run(model_recipe, trainer, tokenizer, Path(aside) / "export"), out, "diffusers")
         else:
-            export_run(model_recipe, trainer, tokenizer, out)
+            with TemporaryDirectory() as aside:
+                made = export_run(model_recipe, trainer, tokenizer, Path(aside) / "export")
+                relayout(made, out, asked.format, _dtype(asked))
     if asked.json:
         print_json({"export": str(out), "step": trainer.step})
     else:
         print(out)
     return 0
+
+
+def _dtype(asked: Export) -> torch.dtype | None:
+    import torch
+
+    found: torch.dtype | None = getattr(torch, asked.dtype) if asked.dtype else None
+    return found
 
 
 def _relayout(asked: Export) -> int:
@@ -87,7 +100,7 @@ def _relayout(asked: Export) -> int:
         raise UserError(f"{asked.run}: expected a run for --format llama, found an export")
     if asked.out is None:
         raise UserError(f"{asked.run}: expected --out, a folder for the export in the other layout, found none")
-    out = relayout(asked.run, asked.out, asked.format)
+    out = relayout(asked.run, asked.out, asked.format, _dtype(asked))
     if asked.json:
         print_json({"export": str(out)})
     else:

@@ -18,19 +18,23 @@ if TYPE_CHECKING:
     from ..inference import TransfusionPipeline
 
 
-def newest_export() -> Path:
-    """The export that `--model` means when it is not given."""
+def default_model() -> Path:
+    """What `--model` means when it is not given: the export that was made last under runs/, else the bundled model."""
+    from ..export import DEFAULT, bundled_models
+
     found = sorted(Path("runs").glob("*/export/config.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    if found:
+        return found[-1].parent
+    if DEFAULT not in bundled_models():
         raise UserError("--model: expected an export folder, found none under runs/: train one first (make demo)")
-    return found[-1].parent
+    return Path(DEFAULT)
 
 
 def load_model(model: Path | None) -> TransfusionPipeline:
     """The model that `--model` names."""
     from .. import load
 
-    return load(str(model or newest_export()))
+    return load(str(model or default_model()))
 
 
 def save_picture(picture: PIL.Image.Image, path: Path, settings: dict[str, Any]) -> str:
@@ -69,7 +73,7 @@ class Generate:
 
     prompt: tyro.conf.Positional[str]
     model: Path | None = None
-    """export folder; the newest under runs/ if not given"""
+    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     out: Path = Path("out")
     """folder for the pictures"""
     seed: int = 0
@@ -135,7 +139,7 @@ class Caption:
 
     image: tyro.conf.Positional[Path]
     model: Path | None = None
-    """export folder; the newest under runs/ if not given"""
+    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     resize: bool = False
     """crop the middle square and resize it to the model's size, instead of refusing it"""
     max_tokens: int = 64

@@ -1,0 +1,79 @@
+"""Models that come with the package: found by name, taken where no other is there, stored in half the bytes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import transfuse
+from transfuse import export
+from transfuse.cli import run
+from transfuse.export import load_export, relayout
+from transfuse.model import Transfusion
+
+
+@pytest.fixture
+def shelf(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, and a package with one small model, of random weights, by the default's name."""
+    shutil.copytree(served, tmp_path / "weights" / export.DEFAULT)
+    monkeypatch.setattr(export, "WEIGHTS", tmp_path / "weights")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "weights" / export.DEFAULT
+
+
+def weights(model: Transfusion) -> torch.Tensor:
+    return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+
+def test_a_new_user_has_a_model(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "a crab", "--draw", "force", "--steps", "2", "--out", "pictures"]) == 0
+    assert Path("pictures/seed-0-0.png").is_file()
+    assert run(["caption", "pictures/seed-0-0.png"]) == 0
+    assert run(["edit", "pictures/seed-0-0.png", "make it red", "--steps", "2", "--out", "pictures"]) == 0
+
+
+def test_an_export_under_runs_comes_before_it(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/mine/export").mkdir(parents=True)
+    Path("runs/mine/export/config.json").write_text("{}")
+    assert run(["generate", "a crab"]) == 2
+    assert "runs/mine/export/config.json: expected model_type" in capsys.readouterr().err
+    assert run(["generate", "a crab", "--steps", "2", "--model", export.DEFAULT]) == 0
+
+
+def test_a_name_stands_for_it_and_a_folder_of_that_name_comes_first(shelf: Path, tokenizer) -> None:
+    assert transfuse.load(export.DEFAULT).exported.weights == shelf / "model.safetensors"
+    relayout(shelf, Path(export.DEFAULT), "diffusers", torch.float16)
+    assert load_export(export.DEFAULT).weights == Path(
+        export.DEFAULT, "transformer/diffusion_pytorch_model.safetensors"
+    )
+
+
+def test_without_any_it_says_what_to_do(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(export, "WEIGHTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run(["generate", "a crab"]) == 2
+    assert "make demo" in capsys.readouterr().err
+
+
+def test_half_precision_is_half_as_large_and_rounded_once(served: Path, tmp_path: Path) -> None:
+    assert run(["export", str(served), "--out", str(tmp_path / "half"), "--dtype", "float16"]) == 0
+    whole, half = load_export(served), load_export(tmp_path / "half")
+    assert half.model.head.weight.dtype == torch.float32, "computed in what the loader asks for"
+    assert torch.equal(weights(half.model), weights(whole.model).half().float())
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (served, tmp_path / "half")]
+    assert sizes[1] < 0.55 * sizes[0]
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "half" / name).read_bytes() == (served / name).read_bytes()
+    assert run(["export", str(served), "--format", "llama", "--dtype", "float16"]) == 2
+
+
+def test_what_comes_with_the_package_is_whole_and_small() -> None:
+    for name in export.bundled_models():
+        files = [path for path in (export.WEIGHTS / name).rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) <= 48_000_000
+        assert (export.WEIGHTS / name / "README.md").is_file()
+        assert load_export(name).generation.sampler.steps > 0
