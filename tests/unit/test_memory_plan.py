@@ -194,6 +194,35 @@ def test_activations_are_as_measured(name: str, way: Checkpointing, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_most_of_a_whole_step_is_as_measured(
+    name: str, way: Checkpointing, dtype: torch.dtype, tokenizer: Tokenizer
+) -> None:
+    """What the plan says in the end: all there is at once in a step with both losses, states included, within 7 %."""
+    config, sizes, words = CASES[name]
+    model = checkpointed(Transfusion(config, dtype).initialise(0), way)
+    batch = make_batch(config, tokenizer, sizes, words)
+    attend, timesteps = flex(batch, dtype), torch.ones(len(batch.latents))
+    targets = torch.zeros(len(batch.predict), dtype=torch.int64)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    known = [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)]
+    living = Living(known, batch.latents, timesteps, targets, *((weight, weight.grad) for weight in model.parameters()))
+    with living:
+        output = model(batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, timesteps)
+        text = torch.nn.functional.cross_entropy(output.logits.float(), targets)
+        loss = text + sum(prediction.float().square().mean() for prediction in output.predictions)
+        del output
+        loss.backward()
+    images = Counter((latent.shape[1], latent.shape[2]) for latent in batch.latents)
+    load = Load(batch.positions, len(batch.predict), images)
+    planned = memory(config, load, ALONE, way, dtype.itemsize)
+    states = planned.weights + planned.gradients + planned.moments + planned.ema
+    assert 0.93 < (states + living.most) / planned.total < 1.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["linear", "stability set", "unet", "text", "long text"])
 def test_another_attention_is_another_term(name: str, dtype: torch.dtype, tokenizer: Tokenizer) -> None:
     """The CPU's own backend, as a run on CPU uses it."""
