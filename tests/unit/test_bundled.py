@@ -11,8 +11,11 @@ import torch
 import transfuse
 from transfuse import export
 from transfuse.cli import run
+from transfuse.evaluation import model_hash
 from transfuse.export import load_export, relayout
 from transfuse.model import Transfusion
+from transfuse.presets.small import small_64
+from transfuse.studies.evaluate import world_of
 
 
 @pytest.fixture
@@ -50,6 +53,13 @@ def test_a_name_stands_for_it_and_a_folder_of_that_name_comes_first(shelf: Path,
     assert load_export(export.DEFAULT).weights == Path(
         export.DEFAULT, "transformer/diffusion_pytorch_model.safetensors"
     )
+
+
+def test_it_is_asked_about_the_world_of_its_preset(shelf: Path) -> None:
+    found, preset = world_of(Path(export.DEFAULT), None, 16), small_64().data.world
+    assert (found.nouns, found.styles, found.size) == (preset.nouns, preset.styles, 16)
+    assert world_of(shelf.parent, None, 16).nouns is None, "that of a stranger is all of it"
+    assert model_hash(export.find_export(export.DEFAULT)) == model_hash(shelf)
 
 
 def test_without_any_it_says_what_to_do(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from ..console import say
 from ..data.world import WorldConfig
 from ..errors import UserError
 from ..evaluation import Bench, Drawing, Findings, Options, check_paper, evaluate, model_hash, named
+from ..export import WEIGHTS, find_export
 from ..files import whole_file
 from ..inference import TransfusionPipeline
 from ..presets import Recipe, preset
@@ -51,7 +52,7 @@ def run_evaluation(
         check_paper(options)
     pipe = TransfusionPipeline.from_pretrained(model, device=resolve(Recipe(device=device)).device)
     scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
-    bench = Bench(pipe, model_hash(model), out, scenes, options, drawing, batch)
+    bench = Bench(pipe, model_hash(find_export(model)), out, scenes, options, drawing, batch)
     found: list[Findings] = []
     for findings in evaluate(bench, measures, drawings):
         found.append(findings)
@@ -75,7 +76,11 @@ def run_evaluation(
 
 
 def world_of(model: Path, named_preset: str | None, size: int) -> WorldConfig:
-    """The scenes of a preset; of the run that an export lies in; or all of the bundled world, at the model's size."""
+    """The scenes of a preset, for a bundled model its own; of the run that an export lies in; or all of the bundled
+    world, at the model's size."""
+    folder = find_export(model)
+    if named_preset is None and folder.parent == WEIGHTS:
+        named_preset = folder.name
     if named_preset is not None:
         return replace(preset(named_preset).data.world, size=size)
     config = model.resolve().parent / "config.json"
