@@ -129,6 +129,12 @@ def find_export(name: Path | str) -> Path:
     return WEIGHTS / path if not path.exists() and str(name) in bundled_models() else path
 
 
+def bundled_name(model: Path) -> str | None:
+    """The name of a bundled model, given as such or by its folder; None for any other."""
+    folder = find_export(model)
+    return folder.name if folder.parent == WEIGHTS else None
+
+
 def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Exported:
     """Load an export folder, ours or in diffusers' layout, or a bundled model by its name. Raises UserError, one line,
     for what is missing or does not fit."""

@@ -19,7 +19,7 @@ from ..console import say
 from ..data.world import WorldConfig
 from ..errors import UserError
 from ..evaluation import Bench, Drawing, Findings, Options, check_paper, evaluate, model_hash, named
-from ..export import WEIGHTS, find_export
+from ..export import bundled_name, find_export
 from ..files import whole_file
 from ..inference import TransfusionPipeline
 from ..presets import Recipe, preset
@@ -78,9 +78,7 @@ def run_evaluation(
 def world_of(model: Path, named_preset: str | None, size: int) -> WorldConfig:
     """The scenes of a preset, for a bundled model its own; of the run that an export lies in; or all of the bundled
     world, at the model's size."""
-    folder = find_export(model)
-    if named_preset is None and folder.parent == WEIGHTS:
-        named_preset = folder.name
+    named_preset = named_preset or bundled_name(model)
     if named_preset is not None:
         return replace(preset(named_preset).data.world, size=size)
     config = model.resolve().parent / "config.json"
