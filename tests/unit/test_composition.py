@@ -175,10 +175,14 @@ def bench(tokenizer, tmp_path, few_scenes) -> Bench:
 def test_composition_and_edits_of_a_model(bench: Bench) -> None:
     found = list(evaluate(bench, named(["composition", "editing"])))
     names = [result.name for result in found[0]]
-    assert len(names) == 2 * (2 * len(ASKS) + 1)
+    assert len(names) == 2 * (2 * len(ASKS) + 2)
     assert {"overall, seen", "overall, held out", "position, held out, corrected"} <= set(names)
     assert all(0 <= result.low <= result.value <= result.high <= 1 for result in found[0])
-    assert all("detector@" in result.implementation for result in found[0])
+    ground = {result.name: result for result in found[0] if result.name.startswith("background")}
+    assert {result.ceiling for result in ground.values()} == {1.0}
+    assert all(result.value < 0.5 and result.floor < 0.5 for result in ground.values()), "colours asked for in vain"
+    judged = [result for result in found[0] if result.name not in ground]
+    assert all("detector@" in result.implementation for result in judged)
     assert "the detector's confusion, on scenes of its own" in found[0].tables
     assert [result.name for result in found[1]][-1].startswith("rest untouched")
 

@@ -7,6 +7,8 @@
     position         both are there, the one left of, right of, above or below the other
     attributes       both are there, and the one that was called large is clearly larger than the small one
 
+Beside them, of the same drawings: the background's colour alone.
+
 The overall score is the mean of the tasks, as GenEval has it. Each task is asked of combinations that training shows
 and of held-out ones, apart. The judge is a detector with errors of its own, so its verdict on the real pictures stands
 beside (the ceiling), and on real pictures of other prompts (chance). "Corrected" is the share that would be right if
@@ -15,7 +17,7 @@ the judge made no errors, `(share - chance) / (ceiling - chance)` (Rogan & Glade
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -218,9 +220,20 @@ def _judge(
             Exhibit(one.prompts[n], [(some[n], "drawn"), (one.real[n], "real")], [_mark(one, n, right, seen)])
             for n in range(min(SHOWN, len(right)))
         ]
+    grounds = [_grounds(asked, images) for images in (drawn, [one.real for one in asked], map(other_pictures, asked))]
+    bounds = {"ceiling": float(grounds[1].mean()), "floor": float(grounds[2].mean())}
+    findings.results.append(
+        Result.of(f"background, {name}", share(grounds[0]), "higher", bench.version, label, **bounds)
+    )
     overall = _overall([right for right, _, _ in by_task])
     bounds = {key: float(np.mean([part[at].mean() for part in by_task])) for key, at in (("ceiling", 1), ("floor", 2))}
     findings.results.append(Result.of(f"overall, {name}", overall, "higher", said, label, **bounds))
+
+
+def _grounds(asked: Sequence[Asked], images: Iterable[np.ndarray]) -> np.ndarray:
+    """Whether the background has its colour, bool `[picture]`, of the pictures of all tasks. No judge is needed."""
+    pairs = [pair for one, some in zip(asked, images, strict=True) for pair in zip(one.scenes, some, strict=False)]
+    return np.array([background_of(image) == scene.background for scene, image in pairs])
 
 
 def _overall(tasks: Sequence[np.ndarray]) -> Measured:
