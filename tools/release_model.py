@@ -1,0 +1,126 @@
+"""Makes the model that comes with the package out of its run: weights in half precision, measured, with its card.
+
+    python tools/release_model.py runs/small-64 --out evaluation
+
+The folder under src/transfuse/weights is replaced whole. What was measured lies in --out, and goes on where it stopped;
+the card's numbers are read from its results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transfuse.cli import run
+from transfuse.export import WEIGHTS
+from transfuse.presets import Recipe
+from transfuse.presets.runs import read_recipe
+from transfuse.training import read_metrics
+
+SUITE = ("composition", "captioning", "editing", "drawing", "text", "choice", "autoencoder")
+COUNT = 360
+"""pictures, captions and edits of each measure"""
+
+CARD = """---
+pipeline_tag: any-to-any
+library_name: transfuse
+license: apache-2.0
+---
+# {name}
+
+A small Transfusion (Zhou et al., arXiv 2408.11039), trained from nothing by
+
+    transfuse train {preset} --run runs/{name}
+
+    import transfuse
+    pipe = transfuse.load("{name}")
+    pipe("two balloons on a blue background").images[0].save("balloons.png")
+
+- **Knows** {nouns} things ({examples}, ...) in one drawing style, up to {count} of a kind and {kinds} kinds in
+  a picture, on eleven background colours, at {size} pixels a side; definitions of words; edits by instruction.
+- **Data**: scenes of the project's bundled world (drawings: {styles}; licences in NOTICE), instructions to change
+  them, and definitions from WordNet 3.1. No photograph, no person, nothing from the web.
+- **Network**: {parameters:,.0f} parameters, stored in float16; pictures through the autoencoder {autoencoder}.
+- **Compute**: {steps:,.0f} steps, {images:,.0f} pictures, {flops:.2g} operations, {hours:.1f} hours on two CPU cores
+  beside other work.
+- **Licence**: Apache-2.0.
+
+## Measured
+
+    transfuse evaluate --model {name} --suite {suite} --count {measured}
+
+Means with 95 % intervals, beside what chance and what perfect answers (real pictures, other captions, exact targets)
+score by the same measure. "Held out" combinations were never shown in training. What each number is, and is not:
+docs/evaluation.md.
+
+| measure | value | 95 % interval | chance | best |
+| --- | ---: | ---: | ---: | ---: |
+{rows}
+
+## Limits
+It knows the things above and nothing else; other words give something between them. Shapes are coarse, and small
+things coarser.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("evaluation"))
+    asked = parser.parse_args()
+    recipe = read_recipe(asked.run / "config.json", Recipe)
+    folder = WEIGHTS / recipe.preset
+    shutil.rmtree(folder, ignore_errors=True)
+    done(["export", str(asked.run), "--out", str(folder), "--dtype", "float16"])
+    done(["evaluate", "--model", recipe.preset, "--suite", *SUITE, "--count", str(COUNT), "--out", str(asked.out)])
+    report = json.loads((asked.out / "results.json").read_text())
+    totals: dict[str, Any] = read_metrics(asked.run / "metrics.jsonl")[-1]
+    (folder / "README.md").write_text(card(recipe, totals, report["results"]))
+
+
+def done(command: list[str]) -> None:
+    code = run(command)
+    if code:
+        raise SystemExit(code)
+
+
+def card(recipe: Recipe, totals: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    from transfuse.model.flops import count_parameters
+
+    world = recipe.data.world
+    counted = count_parameters(recipe.model)
+    return CARD.format(
+        name=recipe.preset,
+        preset=recipe.preset,
+        nouns=len(world.noun_names),
+        examples=", ".join(world.noun_names[:8]),
+        count=world.max_count,
+        kinds=world.max_objects,
+        size=world.size,
+        styles=", ".join(world.styles or ("all",)),
+        parameters=counted.total,
+        autoencoder=recipe.data.autoencoder,
+        steps=totals["step"],
+        images=totals["images"],
+        flops=totals["flops"],
+        hours=totals["seconds"] / 3600,
+        suite=" ".join(SUITE),
+        measured=COUNT,
+        rows="\n".join(row(result) for result in results if not result["name"].endswith("corrected")),
+    )
+
+
+def row(result: dict[str, Any]) -> str:
+    def said(value: float | None) -> str:
+        return "" if value is None else f"{value:.3g}"
+
+    interval = "" if result["low"] is None else f"{said(result['low'])} to {said(result['high'])}"
+    cells = (f"{result['measure']}: {result['name']}", said(result["value"]), interval)
+    return f"| {' | '.join(cells)} | {said(result['floor'])} | {said(result['ceiling'])} |"
+
+
+if __name__ == "__main__":
+    main()
