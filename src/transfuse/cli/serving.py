@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..errors import UserError
 from .parsing import parse
@@ -29,6 +30,8 @@ class Serve:
     """host names that clients may call it by, beside the address; any where it listens on all addresses"""
     slots: int = 8
     """requests that run together; memory is taken for them once"""
+    guidance: Literal["auto", "packed", "sequential"] = "auto"
+    """branches of guided drawings in one pass or one after another; auto: what a timing at the start finds faster"""
     max_requests: int = 64
     """most that wait or run; one more is told to come again"""
     max_cost: int = 4_000_000
@@ -66,7 +69,7 @@ def serve(arguments: Sequence[str]) -> int:
     everywhere = asked.host in ("0.0.0.0", "::")
     hosts = asked.names if everywhere else (*LOOPBACK, asked.host, *asked.names)
     return run(
-        WorkerConfig(str(model), asked.slots),
+        WorkerConfig(str(model), asked.slots, guidance=None if asked.guidance == "auto" else asked.guidance),
         QueueConfig(asked.max_requests, asked.max_cost, asked.deadline),
         GateConfig(keys, hosts, asked.max_body),
         asked.host,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -66,8 +67,12 @@ class Denoiser:
         """What the network makes of every branch that is needed, by the row's number."""
         members = [(row, branch) for row in rows for branch in self._computed(row)]
         members.sort(key=lambda member: member[1])  # those of one kind side by side: neighbours share a call
-        feeds = [self._patches(row, row.branches[branch]) for row, branch in members]
-        return _of_rows(members, self.network.forward(self.cache, feeds, [])[1] if feeds else [])
+        passes = [members] if self.network.guidance == "packed" else _by_branch(members)
+        predictions: list[Tensor] = []
+        for some in passes:
+            feeds = [self._patches(row, row.branches[branch]) for row, branch in some]
+            predictions += self.network.forward(self.cache, feeds, [])[1] if feeds else []
+        return _of_rows(members, predictions)
 
     def _computed(self, row: Row) -> range:
         """Its branches that this step needs: none of an image that is given whole, one where it is not guided."""
@@ -198,6 +203,11 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     beyond[0] = False
     probabilities[beyond] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def _by_branch(members: Sequence[tuple[Row, int]]) -> list[list[tuple[Row, int]]]:
+    """Members in order of their branch, a list for each."""
+    return [list(some) for _, some in groupby(members, key=lambda member: member[1])]
 
 
 def _of_rows(members: Sequence[tuple[Row, int]], found: Sequence[Tensor]) -> dict[int, list[Tensor]]:

@@ -197,8 +197,7 @@ class Engine:
         """Of a finished image and EOI."""
         if self.grammar.first_code is not None:
             return [*(latent.flatten() + self.grammar.first_code).tolist(), self.grammar.eoi]
-        count = latent.shape[1] * latent.shape[2] // self.config.patch_size**2
-        return [*image_content(latent, count), self.grammar.eoi]
+        return [*image_content(latent, self.network.patches(*latent.shape[1:])), self.grammar.eoi]
 
     def _may_draw(self, row: Row) -> bool:
         return (

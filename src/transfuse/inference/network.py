@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,10 @@ from ..export import Exported
 from ..sequence import Layout, visible
 from .cache import KeyValueCache, Segment, cached
 from .guidance import null_prefix
+
+Guidance = Literal["packed", "sequential"]
+"""the branches of guided drawings in one pass, or a pass for each"""
+GUIDANCE: tuple[Guidance, ...] = ("packed", "sequential")
 
 
 @dataclass(eq=False)
@@ -27,7 +32,10 @@ class Feed:
 
 
 class Network:
-    """An exported model, its grammar and the null branch's prefix; holds nothing of any request."""
+    """An exported model, its grammar and the null branch's prefix; holds nothing of any request.
+
+    guidance: how its engines compute the branches of guided drawings; results are the same (`warmup`).
+    """
 
     def __init__(self, exported: Exported) -> None:
         self.exported, self.model, self.tokenizer = exported, exported.model, exported.tokenizer
@@ -39,6 +47,7 @@ class Network:
         self.barred = torch.zeros(self.config.ids)
         self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
         self.barred[self.tokenizer.vocabulary :] = -torch.inf
+        self.guidance: Guidance = "packed"
         self._null: tuple[KeyValueCache, Tensor] | None = None
 
     def cache(self, slots: int, positions: int) -> KeyValueCache:
@@ -50,7 +59,11 @@ class Network:
         """Shape `[channel, row, column]` of the latent of an image of so many pixels, and its number of patches or
         codes."""
         rows, columns = (side // self.exported.autoencoder.factor for side in size)
-        return (self.config.latent_channels, rows, columns), rows * columns // self.config.patch_size**2
+        return (self.config.latent_channels, rows, columns), self.patches(rows, columns)
+
+    def patches(self, rows: int, columns: int) -> int:
+        """How many patches a latent of so many rows and columns is cut into."""
+        return rows * columns // self.config.patch_size**2
 
     def forward(
         self, cache: KeyValueCache, feeds: Sequence[Feed], predict: Sequence[int]
@@ -97,7 +110,7 @@ class Network:
                 [int(latent[-1, -1]) + self.grammar.first_code, self.grammar.eoi],
             )
             return Feed(Segment(slot, start, 2, self.ids([start + 1, start + 2])), tokens)
-        count = latent.shape[1] * latent.shape[2] // self.config.patch_size**2
+        count = self.patches(*latent.shape[1:])
         ends = torch.full((count + 1,), start + count, dtype=torch.int64, device=self.device)
         if self.config.image_attention == "causal":
             ends = torch.arange(start + 1, start + count + 2, device=self.device)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
     from ..inference import Event, Request, TransfusionPipeline
+    from ..inference.network import Guidance
 
 
 OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter text"
@@ -33,11 +34,12 @@ OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter 
 @dataclass(frozen=True)
 class WorkerConfig:
     """model: export folder. slots: requests that run together. positions: of the cache, a slot; None: the context of
-    the model, and what a picture needs beside it."""
+    the model, and what a picture needs beside it. guidance: "packed" or "sequential"; None: the faster one here."""
 
     model: str
     slots: int = 8
     positions: int | None = None
+    guidance: Guidance | None = None
 
 
 def work(connection: Connection, config: WorkerConfig) -> None:
@@ -71,16 +73,7 @@ class Worker:
         self.engine = Engine(self.pipe.engine.network, config.slots, config.positions)
         self.jobs: dict[int, tuple[int, Request]] = {}
         """by the engine's number: the other side's, and what was asked"""
-        self.warm_up()
-
-    def warm_up(self) -> None:
-        """Take every path once, so that the first client does not wait for what is only done once."""
-        network = self.pipe.exported.model.config
-        request = self.pipe.request(["a"], steps=2 if network.images == "latents" else None)
-        draw = "never" if network.images == "none" else "force"
-        self.engine.submit(replace(request, draw=draw, max_tokens=2))
-        while self.engine.busy:
-            self.engine.tick()
+        self.pipe.warm_up(config.slots, config.guidance)
 
     def facts(self) -> dict[str, Any]:
         from ..model import Transfusion
@@ -98,6 +91,7 @@ class Worker:
             "slots": self.config.slots,
             "steps": exported.generation.sampler.steps,
             "sampler": exported.generation.sampler.name,
+            "guidance": self.engine.network.guidance,
             "guidance_scale": exported.generation.guidance_scale,
             "temperature": exported.generation.temperature,
             "max_tokens": exported.generation.max_tokens,

@@ -1,0 +1,56 @@
+"""Before the first request: take every path once, and find out how guided drawings are fastest on this machine.
+
+    packed       the branches of all drawing rows in one pass: fewer calls, each reads the weights once for all
+    sequential   one pass a branch: smaller ones, which a cache may hold better
+
+Rows and branches do not depend on who is computed beside them (docs/inference.md), so the choice changes no result.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .engine import Engine
+from .events import Request
+from .network import GUIDANCE, Guidance, Network
+
+STEPS = 4
+"""denoising steps of a drawing that is timed"""
+ROUNDS = 3
+"""drawings of each way, in turn; their median counts"""
+
+
+def warm_up(network: Network, request: Request, rows: int = 1, guidance: Guidance | None = None) -> dict[str, float]:
+    """Draw `rows` pictures of a request in a cache of their own, and keep the faster way of guidance, or the one given.
+
+    Gives the median seconds of each way; none where nothing was timed: one was given, the model does not denoise, or
+    the request is not guided. The engine's caches and requests are not touched.
+    """
+    images = network.config.images
+    draw = replace(request, draw="never" if images == "none" else "force", max_tokens=2, guidance_interval=None)
+    if images == "latents":
+        draw = replace(draw, sampler=replace(draw.sampler, steps=min(STEPS, draw.sampler.steps)))
+    requests = [replace(draw, seed=seed) for seed in range(rows)]
+    _seconds(network, requests)
+    if guidance is not None:
+        network.guidance = guidance
+    if guidance is not None or images != "latents" or request.guidance_scale == 1:
+        return {}
+    found: dict[Guidance, list[float]] = {way: [] for way in GUIDANCE}
+    for _ in range(ROUNDS):
+        for way in GUIDANCE:
+            network.guidance = way
+            found[way].append(_seconds(network, requests))
+    medians = {way: statistics.median(times) for way, times in found.items()}
+    network.guidance = min(GUIDANCE, key=lambda way: medians[way])
+    return {str(way): seconds for way, seconds in medians.items()}
+
+
+def _seconds(network: Network, requests: Sequence[Request]) -> float:
+    began = time.perf_counter()
+    for _ in Engine(network).run(requests):
+        pass
+    return time.perf_counter() - began
