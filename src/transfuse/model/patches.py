@@ -174,6 +174,9 @@ class UNetPatches(nn.Module):
                 self.down.append(Conv(current, current, stride=2))
                 skips.append(current)
         self.down_attention, self.up_attention = ImageAttention(current), ImageAttention(current)
+        # Normed, and small at first, as words are: sums of residual blocks are hundreds of times as large, and what
+        # attention adds of the words would be lost among them, so that pictures would not learn to follow captions.
+        self.enter_norm = ChannelNorm(current)
         self.enter, self.leave = Conv(current, config.width, 1), Conv(config.width, current, 1)
         self.up = nn.ModuleList()
         for level, channels in reversed(list(enumerate(levels))):
@@ -199,7 +202,7 @@ class UNetPatches(nn.Module):
             for module in self.down:
                 x = module(x, time[group]) if isinstance(module, ResBlock) else module(x)
                 skips.append(x)
-            x = self.enter(self.down_attention(x))
+            x = self.enter(self.enter_norm(self.down_attention(x)))
             pieces.append(rearrange(x, "i c r q -> i (r q) c"))
             kept.append((skips, time[group], x.shape[2]))
         return torch.cat(in_order(groups, pieces)), (groups, kept)

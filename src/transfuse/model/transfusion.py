@@ -136,6 +136,8 @@ class Transfusion(nn.Module):
             if self.patches is not None:
                 last = self.patches.leave if isinstance(self.patches, LinearPatches) else self.patches.last
                 last.weight.zero_()
+                if not isinstance(self.patches, LinearPatches):
+                    draw(self.patches.enter.weight, 0.02)
         return self
 
     @classmethod
