@@ -18,7 +18,8 @@ __all__ = ["__version__", "load"]
 
 
 def load(path: str, **options: Any) -> TransfusionPipeline:
-    """An export folder (see `transfuse.export`), or a bundled model by name, as a pipeline; options: dtype, device."""
+    """An export folder (see `transfuse.export`), or a bundled model by name, as a pipeline; options: dtype,
+    device, quantize ("int8" or "float8")."""
     from .inference import TransfusionPipeline
 
     return TransfusionPipeline.from_pretrained(path, **options)

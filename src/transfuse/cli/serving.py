@@ -32,6 +32,8 @@ class Serve:
     """requests that run together; memory is taken for them once"""
     guidance: Literal["auto", "packed", "sequential"] = "auto"
     """branches of guided drawings in one pass or one after another; auto: what a timing at the start finds faster"""
+    quantize: Literal["int8", "float8"] | None = None
+    """the blocks' weights in eight bits: int8 anywhere, float8 on newer NVIDIA cards (extra: quantize)"""
     max_requests: int = 64
     """most that wait or run; one more is told to come again"""
     max_cost: int = 4_000_000
@@ -69,7 +71,12 @@ def serve(arguments: Sequence[str]) -> int:
     everywhere = asked.host in ("0.0.0.0", "::")
     hosts = asked.names if everywhere else (*LOOPBACK, asked.host, *asked.names)
     return run(
-        WorkerConfig(str(model), asked.slots, guidance=None if asked.guidance == "auto" else asked.guidance),
+        WorkerConfig(
+            str(model),
+            asked.slots,
+            guidance=None if asked.guidance == "auto" else asked.guidance,
+            quantize=asked.quantize,
+        ),
         QueueConfig(asked.max_requests, asked.max_cost, asked.deadline),
         GateConfig(keys, hosts, asked.max_body),
         asked.host,

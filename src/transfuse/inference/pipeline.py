@@ -29,6 +29,8 @@ from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, Request, Start, TextDelta
 from .network import Guidance
 from .pictures import latent_mask
+from .quantize import Quantize, check_quantize
+from .quantize import quantize as to_eight_bits
 from .warmup import warm_up
 
 Prompt = str | Sequence["str | PIL.Image.Image"]
@@ -70,9 +72,17 @@ class TransfusionPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        path: Path | str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        quantize: Quantize | None = None,
     ) -> TransfusionPipeline:
+        """Load an export, made ready for inference. quantize: the blocks' weights in eight bits (`quantize`)."""
+        torchao = None if quantize is None else check_quantize(quantize, torch.device(device))
         exported = load_export(path, dtype, device)
+        if quantize is not None:
+            to_eight_bits(exported.model, quantize, torchao)
         pack(exported.model)
         return cls(exported)
 

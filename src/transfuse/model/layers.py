@@ -20,7 +20,9 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        # Not asked to become what it is: a quantised weight can not answer.
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
 class PackedLinear(nn.Module):
@@ -45,21 +47,26 @@ class PackedLinear(nn.Module):
 def pack(module: nn.Module) -> None:
     """Make a module ready for inference on CPU, in place: linear maps packed where oneDNN can, norms folded into them.
 
-    A module whose norms feed one linear map each lists the pairs in `normed`.
+    A module whose norms feed one linear map each lists the pairs in `normed`. Quantised weights stay as they are.
     """
     names = ("_reorder_linear_weight", "_linear_pointwise")
     if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)):
         return
     for norm, linear in getattr(module, "normed", ()):
         norm_module, reader = module.get_submodule(norm), module.get_submodule(linear)
-        if isinstance(norm_module, RMSNorm) and isinstance(reader, Linear):
+        if isinstance(norm_module, RMSNorm) and isinstance(reader, Linear) and _plain(reader):
             setattr(module, norm, FoldedNorm(norm_module, reader))
     for name, child in module.named_children():
         if isinstance(child, Linear):
-            if child.weight.device.type == "cpu" and _can_pack(child.weight.dtype):
+            if _plain(child) and child.weight.device.type == "cpu" and _can_pack(child.weight.dtype):
                 setattr(module, name, PackedLinear(child))
         else:
             pack(child)
+
+
+def _plain(linear: Linear) -> bool:
+    """Whether its weight is an ordinary tensor, and not one of a kind that holds something else, as eight bits."""
+    return type(linear.weight.data) is Tensor
 
 
 def _can_pack(dtype: torch.dtype) -> bool:

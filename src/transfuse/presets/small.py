@@ -61,7 +61,7 @@ def small_64() -> Recipe:
         data=replace(base.data, sources=("world", "edits,weight=0.25", "glosses"), world=world),
         objective=ObjectiveConfig(image_weight=2.0),
         optimizer=replace(base.optimizer, learning_rate=2e-3, final_learning_rate=2e-5, warmup=200),
-        loop=LoopConfig(steps=9000, ema_decay=0.999, log_every=20, sample_every=1000, checkpoint_every=500, keep=2),
+        loop=LoopConfig(steps=6500, ema_decay=0.999, log_every=20, sample_every=1000, checkpoint_every=500, keep=2),
     )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..inference import Event, Request, TransfusionPipeline
     from ..inference.network import Guidance
+    from ..inference.quantize import Quantize
 
 
 OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter text"
@@ -34,12 +35,14 @@ OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter 
 @dataclass(frozen=True)
 class WorkerConfig:
     """model: export folder. slots: requests that run together. positions: of the cache, a slot; None: the context of
-    the model, and what a picture needs beside it. guidance: "packed" or "sequential"; None: the faster one here."""
+    the model, and what a picture needs beside it. guidance: "packed" or "sequential"; None: the faster one here.
+    quantize: weights of the blocks in eight bits."""
 
     model: str
     slots: int = 8
     positions: int | None = None
     guidance: Guidance | None = None
+    quantize: Quantize | None = None
 
 
 def work(connection: Connection, config: WorkerConfig) -> None:
@@ -69,7 +72,7 @@ class Worker:
         from ..inference import Engine, TransfusionPipeline
 
         self.config = config
-        self.pipe = TransfusionPipeline.from_pretrained(config.model)
+        self.pipe = TransfusionPipeline.from_pretrained(config.model, quantize=config.quantize)
         self.engine = Engine(self.pipe.engine.network, config.slots, config.positions)
         self.jobs: dict[int, tuple[int, Request]] = {}
         """by the engine's number: the other side's, and what was asked"""
@@ -91,6 +94,7 @@ class Worker:
             "slots": self.config.slots,
             "steps": exported.generation.sampler.steps,
             "sampler": exported.generation.sampler.name,
+            "quantize": self.config.quantize,
             "guidance": self.engine.network.guidance,
             "guidance_scale": exported.generation.guidance_scale,
             "temperature": exported.generation.temperature,

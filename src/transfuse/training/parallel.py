@@ -116,7 +116,7 @@ def _to_float8(model: Transfusion) -> None:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
-        raise UserError("parallel.float8: expected torchao, found none; pip install 'transfuse[float8]'") from None
+        raise UserError("parallel.float8: expected torchao, found none; pip install 'transfuse[quantize]'") from None
     on_cpu = not torch.cuda.is_available()
     for block in model.trunk.blocks:
         convert_to_float8_training(block, config=Float8LinearConfig(emulate=on_cpu))
