@@ -6,8 +6,8 @@ import base64
 import io
 import json
 import re
-from itertools import pairwise
 from html import unescape
+from itertools import pairwise
 
 import numpy as np
 import PIL.Image

@@ -107,7 +107,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def histogram(title: str, values: Sequence[float], x_label: str, mark: float | None = None) -> str:
     """An SVG of how many values lie between round numbers, in about twenty bars; a line at `mark`; "" for no value.
 
-    Whole numbers lie in bars of one or more, since narrower ones would leave gaps; a tick is in the middle of its number.
+    Bars of whole numbers hold one or more: narrower ones would leave gaps. Ticks are in the middle of a number.
     """
     if not len(values):
         return ""
