@@ -14,6 +14,7 @@ from transfuse.cli import run
 from transfuse.data.world import WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation import MEASURES, SUITES, Bench, Drawing, Findings, Options, Result, evaluate, named
+from transfuse.evaluation import numbers as before
 from transfuse.evaluation.choice import CHOICES, continuation, definition_questions
 from transfuse.evaluation.generate import Made, Task, generate
 from transfuse.evaluation.interval import bootstrap
@@ -112,6 +113,30 @@ def test_numbers_are_equal_again_and_with_another_batch_size(bench: Bench, tmp_p
     page = evaluation_page({"model_hash": "a", "version": "b"}, measures, first)
     assert page.count("<img") == 2 * 6 + 6
     assert "FD-recogniser" in page
+
+
+@pytest.mark.parametrize("name", ["text", "choice", "captioning", "drawing", "composition", "editing", "autoencoder"])
+def test_the_names_of_numbers_are_known_before(bench: Bench, name: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
+    monkeypatch.setattr("transfuse.evaluation.composition.JUDGED", 6)
+    write(tmp_path, {"novel.txt": "a crab is a small animal " * 20})
+    for changes in ({}, {"texts": (tmp_path / "novel.txt",)}):
+        asked = replace(bench, options=replace(bench.options, **changes))
+        (found,) = evaluate(asked, named([name]))
+        assert before(asked, named([name])) == [f"{name}/{result.name}" for result in found]
+
+
+@pytest.mark.parametrize("images", ["latents", "none"])
+def test_the_names_of_paces_are_known_before(bench: Bench, tokenizer: Tokenizer, monkeypatch, images: str) -> None:
+    monkeypatch.setattr("transfuse.evaluation.speed.timed", lambda work, device: (work(), [1.0, 1.0, 1.0])[1])
+    asked = bench
+    if images == "none":
+        words = exported(tokenizer, images="none")
+        words.image_size = 16
+        asked = replace(bench, pipe=TransfusionPipeline(words), drawing=Drawing())
+    (found,) = evaluate(asked, named(["speed"]))
+    assert before(asked, named(["speed"])) == [f"speed/{result.name}" for result in found]
+    assert any("pictures" in result.name for result in found) is (images == "latents")
 
 
 def test_nothing_is_drawn_twice(bench: Bench, monkeypatch) -> None:
