@@ -1,4 +1,4 @@
-"""Our autoencoder beside diffusers' `AutoencoderKL` of equal shape; and how busy `encode` keeps the network.
+"""Our autoencoder beside diffusers' `AutoencoderKL` of equal shape.
 
     python benchmarks/autoencoder.py [--rounds 7] [--out FILE]
 
@@ -14,15 +14,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import torch
 from against_peer import alternate
 
 from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, load_autoencoder, save_autoencoder
-from transfuse.data.encoded import encode_images
-from transfuse.data.world import World, WorldConfig
-from transfuse.images import fit
 from transfuse.memory import keep_freed_memory
 
 SHAPES = {
@@ -65,23 +60,6 @@ def against_diffusers(config: AutoencoderConfig, count: int, size: int, rounds: 
     return found
 
 
-def network_share(config: AutoencoderConfig, size: int, count: int, source: int) -> float:
-    """Encode a folder of PNG files of `source` pixels: the rate of it all over the rate of the network alone."""
-    world = World(WorldConfig(size=source))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "pictures").mkdir()
-        for number in range(count):
-            picture = PIL.Image.fromarray(world.render(world.scene(number)))
-            picture.save(folder / "pictures" / f"{number:04d}.png")
-        save_autoencoder(folder / "autoencoder", ImageAutoencoder(config).initialise(0), "benchmark")
-        autoencoder = load_autoencoder(folder / "autoencoder")
-        images = np.stack([fit(world.render(world.scene(number)), size) for number in range(32)])
-        pure = alternate({"network": lambda: autoencoder.encode(images)}, 3)["network"]
-        found = encode_images(autoencoder, folder / "pictures", folder / "latents", size, workers=1)
-        return found["images_per_second"] * statistics.median(reading.wall for reading in pure) / len(images)
-
-
 def main() -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,12 +72,6 @@ def main() -> None:
             middle = statistics.median(ratios)
             print(f"{name}: {what:<8} {middle:.2f} times diffusers' rate ({min(ratios):.2f} to {max(ratios):.2f})")
             report[f"{name}, {what}"] = {"ratio": middle, "ratios": ratios}
-    for name, (config, _, size) in SHAPES.items():
-        for source in (size, 256):
-            shares = [network_share(config, size, 384 if size == 64 else 128, source) for _ in range(3)]
-            share = statistics.median(shares)
-            print(f"{name}: encoding {source}-pixel files runs at {share:.0%} of the pure network rate")
-            report[f"{name}, share of the pure network rate, {source}-pixel files"] = shares
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -237,6 +237,7 @@ def test_autoencoder(home: Path) -> None:
     for number in range(5):
         pixels = np.random.default_rng(number).integers(0, 255, (40, 50, 3), dtype=np.uint8)
         PIL.Image.fromarray(pixels).save(pictures / f"{number}.jpg")
+        (pictures / f"{number}.txt").write_text(f"photograph {number}")
     (pictures / "broken.png").write_bytes(b"no picture")
     for kind in ("kl", "vq"):
         result = transfuse(home, "autoencoder", "train", f"{kind}-tiny", "--run", kind, "--loop.steps", "4", "--json")
@@ -247,12 +248,12 @@ def test_autoencoder(home: Path) -> None:
         assert again.returncode == 0, again.stderr
         weights = [load_autoencoder(home / place) for place in (f"{kind}-again", f"{kind}/export")]
         assert weights[0].fingerprint == weights[1].fingerprint
-        result = transfuse(home, "autoencoder", "encode", f"{kind}/export", "photographs", f"{kind}-data",
-                           "--size", "32", "--json")  # fmt: skip
+        result = transfuse(home, "data", "build", "photographs", f"{kind}-data", "--autoencoder", f"{kind}/export",
+                           "--size", "32", "--vocabulary", "300", "--json")  # fmt: skip
         assert result.returncode == 0, result.stderr
         found = json.loads(result.stdout.splitlines()[-1])
-        assert (found["images"], found["rejected"]) == (5, 1)
-        assert "broken.png" in (home / f"{kind}-data" / "rejected.jsonl").read_text()
+        assert (found["pictures"], found["faulty"]) == (5, 1)
+        assert "broken.png" in (home / f"{kind}-data" / "quarantine.jsonl").read_text()
         result = transfuse(home, "autoencoder", "inspect", f"{kind}/export", "photographs", "--size", "32",
                            "--out", f"{kind}-report", "--json")  # fmt: skip
         assert result.returncode == 0, result.stderr
@@ -277,8 +278,7 @@ def test_autoencoder_mistakes(home: Path) -> None:
     assert "data.world.size: expected a multiple of the autoencoder's factor (8)" in said(
         "train", "kl-f8-small", "--data.world.size", "60"
     )
-    assert "expected pixels" in said("encode", "nowhere", ".", "out", "--size", "32")
-    assert "nothing to encode" in said("encode", "pixels", ".", "out")
+    assert 'unknown action "encode"' in said("encode", "pixels", ".", "out")
     assert "--count: expected at least 1, found 0" in said("inspect", "pixels", "world", "--count", "0")
     assert "nowhere" in said("inspect", "pixels", "nowhere")
     assert "expected" in said("train", "kl-tiny", "--run", "elsewhere", "--objective.perceptual", "no-such-file")

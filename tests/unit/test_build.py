@@ -19,7 +19,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +33,11 @@ from conftest import write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfuse.autoencoders import open_autoencoder
+from transfuse.autoencoders import ImageAutoencoder, open_autoencoder
 from transfuse.cli import run
 from transfuse.console import progress
 from transfuse.data import verify
+from transfuse.data.ahead import ahead
 from transfuse.data.build import Writer, build_set
 from transfuse.data.dataset import DataSet
 from transfuse.data.prepare import BuildConfig, Preparer, bucket
@@ -795,6 +796,81 @@ def test_latents_and_codes(tmp_path: Path, name: str) -> None:
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
+def test_latents_that_half_precision_can_not_hold(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = ImageAutoencoder.encode
+    monkeypatch.setattr(ImageAutoencoder, "encode", lambda self, images: 1e6 * encode(self, images))
+    with pytest.raises(UserError, match=r"^0\.tar/0: expected finite latents of kl-f4-small in float16, found others"):
+        build(root / "tars", tmp_path / "out", replace(CONFIG, autoencoder="kl-f4-small"))
+
+
+# --- a data set as a source -------------------------------------------------------------------------------------------
+
+
+def hashes(folder: Path) -> list[bytes]:
+    return [one.tobytes() for one in DataSet(str(folder)).documents["hash"]]
+
+
+@pytest.mark.parametrize("name", ["pictures", "stories"])
+def test_a_set_of_a_set_has_the_same_documents(root: Path, tmp_path: Path, name: str) -> None:
+    """The same settings: pictures of png stay as they are; the tokenizer, and so what is held out, is the set's own."""
+    config = replace(KINDS[name][1], format="png")
+    build(root / name, tmp_path / "first", config)
+    for workers in (0, 2):
+        build(tmp_path / "first", tmp_path / f"second-{workers}", replace(config, vocabulary=400), workers)
+    first, second = (DataSet(str(tmp_path / one)) for one in ("first", "second-0"))
+    assert contents(tmp_path / "second-2") == contents(tmp_path / "second-0")
+    assert hashes(tmp_path / "second-0") == hashes(tmp_path / "first")
+    assert second.manifest.tokenizer == first.manifest.tokenizer
+    assert [second.read(n).parts for n in range(len(second))] == [first.read(n).parts for n in range(len(first))]
+    assert second.number("heldout", 0) == first.number("heldout", 0)
+    assert not verify_set(str(tmp_path / "second-0"), workers=1).count
+
+
+@pytest.mark.parametrize("name", ["kl-f4-small", "vq-f4-small"])
+def test_latents_of_a_set_are_those_of_its_source(root: Path, tmp_path: Path, name: str) -> None:
+    config = replace(KINDS["pictures"][1], autoencoder=name)
+    build(root / "pictures-set", tmp_path / "of-set", config)
+    build(root / "pictures", tmp_path / "at-once", config)
+    assert hashes(tmp_path / "of-set") == hashes(tmp_path / "at-once")
+    with pytest.raises(UserError, match=f"of-set: expected a data set of pictures .*, found one of what {name} makes"):
+        build(tmp_path / "of-set", tmp_path / "again", config)
+
+
+def test_a_set_of_text_is_no_source(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="prose-set: expected a data set of pictures to build from, found one of text"):
+        build(root / "prose-set", tmp_path / "out", CONFIG)
+
+
+def test_a_damaged_document_of_a_set_is_named(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "pictures-set", tmp_path / "set")
+    data = DataSet(str(tmp_path / "set"))
+    shard = tmp_path / "set" / data.shard(1)
+    flipped = bytearray(shard.read_bytes())
+    flipped[int(data.documents[1]["offset"]) + 600] ^= 1
+    shard.write_bytes(flipped)
+    build(tmp_path / "set", tmp_path / "out", CONFIG)
+    ((key, reason),) = listed(tmp_path / "out" / "quarantine.jsonl")
+    assert key.startswith("000000001-")
+    assert reason == "its content does not match its hash"
+    assert hashes(tmp_path / "out") == [one for n, one in enumerate(hashes(tmp_path / "set")) if n != 1]
+
+
+def test_a_set_that_has_changed_is_another_source(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "set"
+    shutil.copytree(root / "pictures-set", source)
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_flush", lambda writer: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            build(source, tmp_path / "out", CONFIG)
+    shutil.rmtree(source)
+    build(root / "tars", source, CONFIG)
+    with pytest.raises(UserError, match="listing: expected the same source, found another source"):
+        build(source, tmp_path / "out", CONFIG)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("vocabulary", [260, 300])
 def test_token_ids_are_those_of_the_tokenizer_cut_where_they_must(tmp_path: Path, vocabulary: int) -> None:
     words = ["a crab on red", "été " * 9, "<|bos|> is no marker"]
@@ -981,6 +1057,22 @@ def test_other_files_gone_or_cut(copied: Path, file: str, kept: int | None) -> N
     (found,) = problems(copied / "pictures")
     assert file in found
     assert "\n" not in found
+
+
+def test_reading_ahead_is_bounded_and_in_order() -> None:
+    begun: list[int] = []
+
+    def read(item: int) -> int:
+        begun.append(item)
+        return -item
+
+    with ThreadPoolExecutor(3) as pool:
+        results = ahead(lambda item: pool.submit(read, item), range(100), window=10)
+        assert [next(results) for _ in range(5)] == [0, -1, -2, -3, -4]
+        results.close()
+        assert len(begun) <= 15
+        found = list(ahead(lambda item: pool.submit(read, item), range(7), window=10))
+    assert found == [0, -1, -2, -3, -4, -5, -6]
 
 
 def test_a_set_closes_its_files(root: Path) -> None:

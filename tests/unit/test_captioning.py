@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 
 from transfuse.data.world import WorldConfig
-from transfuse.evaluation.captioning import bleu_4, cider_d, tokenize
+from transfuse.errors import UserError
+from transfuse.evaluation.captioning import bleu_4, cider_d
 from transfuse.evaluation.pairs import world_pairs
+from transfuse.evaluation.words import JAR, MAIN, check_words, open_words, tokenize
+from transfuse.files import sha256
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "captioning.json").read_text())
 
@@ -63,3 +68,88 @@ def test_nothing_to_compare_is_refused() -> None:
         cider_d([], [])
     with pytest.raises(ValueError, match="found 1 captions"):
         bleu_4([["a"]], [[]])
+
+
+# --- Stanford's words, by java ----------------------------------------------------------------------------------------
+
+FAKE_JAVA = """#!{python}
+import json, pathlib, sys
+lines = sys.stdin.buffer.read().decode().split("\\n")[:-1]
+pathlib.Path({said!r}).write_text(json.dumps([sys.argv[1:], lines]))
+answers = json.loads(pathlib.Path({answers!r}).read_text())
+sys.stdout.buffer.write("".join(answers[line] + "\\n" for line in lines if line in answers).encode())
+sys.stderr.write("PTBTokenizer: something is wrong\\nand more")
+sys.exit({code})
+"""
+
+
+def java(folder: Path, monkeypatch: pytest.MonkeyPatch, answers: dict[str, str], code: int = 0) -> Path:
+    """A stand-in on the PATH, which keeps what it was called with and answers lines it knows; gives a jar for it."""
+    (folder / "bin").mkdir(parents=True, exist_ok=True)
+    (folder / "answers.json").write_text(json.dumps(answers))
+    places = {"said": str(folder / "said.json"), "answers": str(folder / "answers.json")}
+    script = folder / "bin" / "java"
+    script.write_text(FAKE_JAVA.format(python=sys.executable, code=code, **places))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"))
+    with ZipFile(folder / JAR, "w") as archive:
+        archive.writestr(f"{MAIN.replace('.', '/')}.class", b"")
+    return folder / JAR
+
+
+def test_java_is_called_as_the_original_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line a text, whatever is in it; punctuation goes, brackets in small letters stay, as there."""
+    texts = ["A dog\ncan't RUN.", "", "Two (caf\u00e9s) -- \u201cyes\u201d;\u2028no"]
+    answers = {
+        "A dog can't RUN.": "a dog ca n't run .",
+        "": "",
+        "Two (caf\u00e9s) -- \u201cyes\u201d; no": "two -lrb- caf\u00e9s -rrb- -- `` yes '' ; no",
+    }
+    jar = java(tmp_path, monkeypatch, answers)
+    cut = open_words(str(jar))
+    assert cut(texts) == [["a", "dog", "ca", "n't", "run"], [], ["two", "-lrb-", "caf\u00e9s", "-rrb-", "yes", "no"]]
+    arguments, lines = json.loads((tmp_path / "said.json").read_text())
+    assert arguments == ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    assert lines == list(answers)
+    assert cut.name == f"Stanford PTBTokenizer ({JAR}@{sha256(jar)[:8]})"
+
+
+def test_java_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jar = java(tmp_path, monkeypatch, {}, code=3)
+    with pytest.raises(
+        UserError, match=r"java: expected words, found exit code 3 \(PTBTokenizer: something is wrong\)$"
+    ):
+        open_words(str(jar))(["a"])
+    jar = java(tmp_path, monkeypatch, {"a": "a"})
+    with pytest.raises(UserError, match="expected a line of words for each of 2, found 1"):
+        open_words(str(jar))(["a", "b"])
+
+
+def test_what_is_missing_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jar = java(tmp_path, monkeypatch, {})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "other.jar").write_bytes(b"no archive")
+    with ZipFile(tmp_path / "empty.jar", "w"):
+        pass
+    for path, line in (
+        ("pycocoevalcap", "--ptb-jar: expected the package pycocoevalcap, found none"),
+        (str(tmp_path / "none.jar"), r"--ptb-jar: expected stanford-corenlp-3.4.1.jar .*, found no .*none\.jar"),
+        (str(tmp_path / "other.jar"), r"found something else in .*other\.jar"),
+        (str(tmp_path / "empty.jar"), r"found something else in .*empty\.jar"),
+    ):
+        with pytest.raises(UserError, match=line):
+            check_words(path)
+    check_words(str(jar))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="--ptb-jar: expected java on the PATH, found none"):
+        check_words(str(jar))
+    check_words("")
+
+
+def test_the_jar_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "pycocoevalcap"
+    jar = java(package / "tokenizer", monkeypatch, {"A cat": "a cat"})
+    (package / "__init__.py").write_text("raise ImportError('it wants packages of its own')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert check_words("pycocoevalcap") == (str(package / "tokenizer" / "bin" / "java"), jar)
+    assert open_words("pycocoevalcap")(["A cat"]) == [["a", "cat"]]

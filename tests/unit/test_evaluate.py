@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from transfuse.cli import run
 from transfuse.data.world import WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation import MEASURES, SUITES, Bench, Drawing, Findings, Options, Result, evaluate, named
+from transfuse.evaluation import numbers as before
 from transfuse.evaluation.choice import CHOICES, continuation, definition_questions
 from transfuse.evaluation.generate import Made, Task, generate
 from transfuse.evaluation.interval import bootstrap
-from transfuse.evaluation.pairs import coco_pairs
+from transfuse.evaluation.pairs import Pairs, coco_pairs, ids_fingerprint
 from transfuse.evaluation.text import foretell, read_texts, windows
 from transfuse.inference import TransfusionPipeline
 from transfuse.sequence import Document, Text, Tokenizer
@@ -112,6 +114,30 @@ def test_numbers_are_equal_again_and_with_another_batch_size(bench: Bench, tmp_p
     page = evaluation_page({"model_hash": "a", "version": "b"}, measures, first)
     assert page.count("<img") == 2 * 6 + 6
     assert "FD-recogniser" in page
+
+
+@pytest.mark.parametrize("name", ["text", "choice", "captioning", "drawing", "composition", "editing", "autoencoder"])
+def test_the_names_of_numbers_are_known_before(bench: Bench, name: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
+    monkeypatch.setattr("transfuse.evaluation.composition.JUDGED", 6)
+    write(tmp_path, {"novel.txt": "a crab is a small animal " * 20})
+    for changes in ({}, {"texts": (tmp_path / "novel.txt",)}):
+        asked = replace(bench, options=replace(bench.options, **changes))
+        (found,) = evaluate(asked, named([name]))
+        assert before(asked, named([name])) == [f"{name}/{result.name}" for result in found]
+
+
+@pytest.mark.parametrize("images", ["latents", "none"])
+def test_the_names_of_paces_are_known_before(bench: Bench, tokenizer: Tokenizer, monkeypatch, images: str) -> None:
+    monkeypatch.setattr("transfuse.evaluation.speed.timed", lambda work, device: (work(), [1.0, 1.0, 1.0])[1])
+    asked = bench
+    if images == "none":
+        words = exported(tokenizer, images="none")
+        words.image_size = 16
+        asked = replace(bench, pipe=TransfusionPipeline(words), drawing=Drawing())
+    (found,) = evaluate(asked, named(["speed"]))
+    assert before(asked, named(["speed"])) == [f"speed/{result.name}" for result in found]
+    assert any("pictures" in result.name for result in found) is (images == "latents")
 
 
 def test_nothing_is_drawn_twice(bench: Bench, monkeypatch) -> None:
@@ -270,6 +296,84 @@ def test_coco_and_karpathy_files(tmp_path) -> None:
     write(tmp_path, {"other.json": '{"images": [{"split": 1}]}'})
     with pytest.raises(UserError, match="expected COCO's or Karpathy's captions"):
         coco_pairs(tmp_path / "other.json", tmp_path, 1, 16)
+
+
+def coco(folder: Path, ids: list[int]) -> dict[str, list[str]]:
+    """captions.json of as many pictures, and the captions of each by its id; the pictures are one pixel files."""
+    said = [{"id": 3 * n + k, "image_id": n, "caption": f" caption {k}  of {n}\n"} for n in ids for k in range(3)]
+    images = [{"id": n, "file_name": f"{n}.png"} for n in ids]
+    write(folder, {"captions.json": json.dumps({"images": images, "annotations": said})})
+    return {str(n): [f"caption {k}  of {n}" for k in range(3)] for n in ids}
+
+
+def test_the_rule_for_coco_is_frozen(tmp_path, monkeypatch) -> None:
+    """As many ids as val2014 has: by the rule as its words have it, and to the fingerprints it always gave."""
+    ids = [7 * n + 42 for n in range(40_504)]
+    said = coco(tmp_path, ids)
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+
+    def digest(text: str) -> bytes:
+        return hashlib.sha256(text.encode()).digest()
+
+    order = sorted(said, key=digest)
+    for count, fingerprint in ((5_000, "9eb10cde17b4"), (30_000, "8c78e89b84ef")):
+        pairs = coco_pairs(tmp_path / "captions.json", tmp_path, count, 16)
+        assert pairs.ids == order[:count]
+        assert pairs.prompts == [min(said[n], key=lambda text, n=n: digest(f"{n}:{text}")) for n in order[:count]]
+        written = "".join(f"{n}\n" for n in order[:count]).encode()
+        assert ids_fingerprint(pairs.ids) == hashlib.sha256(written).hexdigest()[:12] == fingerprint
+        assert pairs.label.startswith(f"captions by rule 1, {count} pictures, ids {fingerprint}, prompts ")
+
+
+def test_a_list_of_ids_is_followed(tmp_path) -> None:
+    said = coco(tmp_path, [3, 5, 8, 13])
+    write(tmp_path, {f"{n}.png": b"" for n in said})
+    write(
+        tmp_path,
+        {
+            "ids.txt": "13\n000005\n\n8\n",
+            "list.csv": '\ufeffnumber,image_id,text\n0,8,"caption 1 of 8"\n1,3,caption 2 of 3\n',
+        },
+    )
+
+    def pairs(name: str, count: int = 9) -> Pairs:
+        return coco_pairs(tmp_path / "captions.json", tmp_path, count, 16, tmp_path / name)
+
+    assert pairs("ids.txt").ids == ["13", "5", "8"]
+    assert pairs("ids.txt", 2).ids == ["13", "5"]
+    by_rule = coco_pairs(tmp_path / "captions.json", tmp_path, 9, 16)
+    assert (
+        dict(zip(pairs("ids.txt").ids, pairs("ids.txt").prompts, strict=True)).items()
+        <= dict(zip(by_rule.ids, by_rule.prompts, strict=True)).items()
+    )
+    assert (pairs("list.csv").ids, pairs("list.csv").prompts) == (["8", "3"], ["caption 1  of 8", "caption 2  of 3"])
+    assert pairs("list.csv").label.startswith("captions by list.csv, 2 pictures, ids ")
+    labels = {pairs("ids.txt").label, pairs("ids.txt", 2).label, pairs("list.csv").label, by_rule.label}
+    assert len(labels) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("3\n99\n77\n", r"ids\.txt: expected pictures of .*captions\.json, found 2 it has not, the first 99"),
+        ("3\nfive\n", "line 2: expected a picture's id, found five"),
+        ("3\n5\n3\n", "line 3: expected each picture once, found 3 again"),
+        ("", "expected pictures' ids, found an empty list"),
+        ("name,words\n3,x\n", "line 1: expected an id a line, or a column image_id or .*, found name, words"),
+        ("image_id,text\n3,another\n", r"expected a caption of picture 3 in .*captions\.json, found 'another'"),
+        (None, r"ids\.txt: expected a list of pictures' ids, found none"),
+        ("3\n5\n8\n", r"5\.png: expected a picture that .*captions\.json names, found none, nor of 1 others; from"),
+    ],
+)
+def test_lists_that_do_not_fit_are_one_line(bench: Bench, tmp_path, text: str | None, line: str) -> None:
+    coco(tmp_path, [3, 5, 8])
+    write(tmp_path, {"3.png": b""} | ({} if text is None else {"ids.txt": text}))
+    options = replace(bench.options, captions=tmp_path / "captions.json", images=tmp_path, ids=tmp_path / "ids.txt")
+    with pytest.raises(UserError, match=line) as caught:
+        list(evaluate(replace(bench, options=options), named(["drawing"])))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="--ids: expected --captions"):
+        list(evaluate(replace(bench, options=replace(options, captions=None)), named(["drawing"])))
 
 
 def test_interval_of_many_items_takes_little_memory(monkeypatch) -> None:

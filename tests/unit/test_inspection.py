@@ -7,6 +7,7 @@ import io
 import json
 import re
 from html import unescape
+from itertools import pairwise
 
 import numpy as np
 import PIL.Image
@@ -221,3 +222,23 @@ def test_histogram_counts_every_value_once() -> None:
             inside = sum(float(low) - 1e-6 <= value < float(high) - 1e-6 for value in some)
             assert int(count) == inside
     assert histogram("t", [], "dB") == ""
+
+
+@pytest.mark.parametrize("most", [2, 4, 8, 13, 25, 60, 333])
+def test_histogram_of_counts_has_no_gaps(most: int) -> None:
+    """Every number from 1 on occurs: bars stand side by side, as high as they have numbers, the last perhaps cut."""
+    svg = histogram("t", [*range(1, most + 1)] * 2, "tokens", mark=(1 + most) / 2)
+    bars = [tuple(map(float, bar)) for bar in re.findall(r"<title>(\S+) to (\S+): (\d+)</title>", svg)]
+    assert sum(count for *_, count in bars) == 2 * most
+    for (_, high, _), (low, _, _) in pairwise(bars):
+        assert high == low
+    width = bars[0][1] - bars[0][0]
+    assert width >= 1
+    assert width == int(width)
+    assert {count for *_, count in bars[1:-1]} <= {2 * width}
+    # the line of the mean stands where half of the numbers are to its left
+    (line,) = re.findall(r'class="ceiling" x1="(\S+)"', svg)
+    rects = re.findall(r'class="fill" x="(\S+)" width="(\S+)"', svg)
+    left, right = float(rects[0][0]) - 0.75, float(rects[-1][0]) + float(rects[-1][1]) + 0.75
+    share = (float(line) - left) / (right - left)
+    assert share == pytest.approx(((1 + most) / 2 + 0.5 - bars[0][0]) / (bars[-1][1] - bars[0][0]), abs=0.01)

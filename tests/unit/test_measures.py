@@ -62,10 +62,13 @@ def test_stopped_and_gone_on_with(trained: tuple[Trained, Path], tmp_path: Path)
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'^loop.measures: unknown measure "captionin"; did you mean "captioning"'):
         train_run(measured(measures=("captionin",)), tmp_path / "a")
-    with pytest.raises(UserError, match=r"^loop.best: expected a number of captioning"):
+    with pytest.raises(UserError, match=r'^loop.best: unknown number "drawing/FID".*captioning/BLEU-4 x 100'):
         train_run(measured(best="drawing/FID"), tmp_path / "b")
-    with pytest.raises(UserError, match=r"^loop.best: expected one of captioning/BLEU-4"):
+    with pytest.raises(UserError, match=r'unknown number "captioning/CIDER"; did you mean "captioning/CIDEr-D x 100"'):
         train_run(measured(best="captioning/CIDER"), tmp_path / "c")
+    with pytest.raises(UserError, match=r"^clip: expected the package open_clip|^--clip: expected weights"):
+        train_run(measured(measures=("clip",)), tmp_path / "d")
+    assert not any(read_metrics(path) for path in tmp_path.rglob("metrics.jsonl")), "all before the first step"
 
 
 DIRECTIONS = [("higher", 2.0, True), ("lower", 2.0, False), ("lower", 0.5, True), ("lower", 1.0, False)]

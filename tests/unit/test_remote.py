@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from transfuse.autoencoders import Pixels
-from transfuse.data import Cache, DataSet, PairConfig, StepLoader, StoredPictures
+from transfuse.data import Cache, DataSet, PairConfig, StepLoader, StoredPictures, remote
 from transfuse.data.build import build_set
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
@@ -98,6 +98,7 @@ def test_a_fetch_that_breaks_off_leaves_nothing(url: str, tmp_path: Path, monkey
     def broken(*_: object) -> None:
         raise OSError("the connection was reset")
 
+    monkeypatch.setattr(remote, "WAITS", ())
     with monkeypatch.context() as patch:
         patch.setattr("shutil.copyfileobj", broken)
         with pytest.raises(UserError, match=r"manifest\.json: not fetched \(the connection was reset\)"):
@@ -107,7 +108,7 @@ def test_a_fetch_that_breaks_off_leaves_nothing(url: str, tmp_path: Path, monkey
 
 
 def test_what_is_not_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"memory://none/manifest\.json: expected a file of a data set, found none"):
+    with pytest.raises(UserError, match=r"memory://none/manifest\.json: expected a file, found none"):
         DataSet("memory://none", Cache(tmp_path))
     with pytest.raises(UserError, match=r"nothing://here/manifest\.json: "):
         DataSet("nothing://here", Cache(tmp_path))

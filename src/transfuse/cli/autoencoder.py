@@ -1,11 +1,10 @@
-"""`transfuse autoencoder train | encode | inspect`."""
+"""`transfuse autoencoder train | inspect`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
@@ -15,11 +14,12 @@ from .parsing import act, parse, parse_run, preset_name, print_json
 
 
 def autoencoder(arguments: Sequence[str]) -> int:
-    """Train an image autoencoder, encode a data set with one, or look at how well it does.
+    """Train an image autoencoder, or look at how well one does.
 
     transfuse autoencoder train kl-f4-small --run runs/kl
-    transfuse autoencoder encode runs/kl/export pictures/ latents/
     transfuse autoencoder inspect runs/kl/export pictures/
+
+    Then: transfuse data build pictures/ latents --autoencoder runs/kl/export
     """
     return act("autoencoder", arguments, ACTIONS, autoencoder.__doc__)
 
@@ -48,58 +48,6 @@ def train(arguments: Sequence[str]) -> int:
     say(f"{export}: exported; look at it with: transfuse autoencoder inspect {export} world")
     if as_json:
         print_json({"run": str(run), "step": trainer.step, "export": str(export), **trainer.totals})
-    return 0
-
-
-@dataclass(frozen=True)
-class Encode:
-    """Encode every image of a folder: latents of mean 0 and deviation 1, or codes where there is a codebook.
-
-    transfuse autoencoder encode runs/kl/export pictures/ latents/ --size 64
-    """
-
-    autoencoder: tyro.conf.Positional[str]
-    """a folder, ours or diffusers', or the name of a bundled one"""
-    source: tyro.conf.Positional[Path]
-    """image files, taken recursively"""
-    out: tyro.conf.Positional[Path]
-    """folder to write; a part already there is not done again"""
-    size: int = 256
-    """images are cut to their middle square and scaled to this many pixels"""
-    batch_size: int = 32
-    workers: int = 2
-    """threads that read images ahead of the network"""
-    dtype: Literal["float32", "float16"] = "float32"
-    """of the latents on disk"""
-    json: bool = False
-    """end with one line of JSON"""
-
-
-def encode(arguments: Sequence[str]) -> int:
-    asked = parse(Encode, arguments, "autoencoder encode")
-    from ..autoencoders import ImageAutoencoder, open_autoencoder
-    from ..data.encoded import encode_images
-
-    opened = open_autoencoder(asked.autoencoder)
-    if not isinstance(opened, ImageAutoencoder):
-        raise UserError(f"autoencoder encode: expected a trained autoencoder, found {opened.name}: nothing to encode")
-    if asked.size < opened.factor or asked.size % opened.factor:
-        raise UserError(
-            f"--size: expected a multiple of {opened.factor} for the autoencoder {opened.name}, found {asked.size}"
-        )
-    found = encode_images(
-        opened,
-        asked.source,
-        asked.out,
-        asked.size,
-        batch_size=asked.batch_size,
-        workers=asked.workers,
-        dtype=asked.dtype,
-    )
-    if asked.json:
-        print_json({"out": str(asked.out), **found})
-    else:
-        say(f"{asked.out}: {found['images']} images encoded, {found['rejected']} rejected (see rejected.jsonl)")
     return 0
 
 
@@ -149,4 +97,4 @@ def inspect(arguments: Sequence[str]) -> int:
     return 0
 
 
-ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "encode": encode, "inspect": inspect}
+ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "inspect": inspect}

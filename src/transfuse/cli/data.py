@@ -18,6 +18,7 @@ def data(arguments: Sequence[str]) -> int:
     """Make a data set of captioned pictures or text, look at one, check one.
 
     transfuse data build pictures/ photos-64 --size 64
+    transfuse data build photos-64 latents --size 64 --autoencoder kl-f4-small
     transfuse data inspect photos-64
     transfuse data verify photos-64
 
@@ -32,11 +33,13 @@ def build(arguments: Sequence[str]) -> int:
     transfuse data build pictures/ photos-64 --size 64
 
     SOURCE: a folder of pictures with captions (.txt beside each, metadata.jsonl or a .csv table), WebDataset tars,
-    parquet, .jsonl of documents with words and pictures, plain text, or "world" (with --count). A build that was
-    stopped goes on with the same command; the set is the same to the byte.
+    parquet, .jsonl of documents with words and pictures, plain text, "world" (with --count), or a data set, to be
+    stored otherwise (--size, --autoencoder). Files may lie elsewhere: "https://host/{00000..00041}.tar", s3://bucket/x.
+    A build that was stopped goes on with the same command; the set is the same to the byte.
     """
     from ..data.build import build_set
     from ..data.prepare import BuildConfig
+    from ..data.remote import Cache
 
     # Built here, so that the command line starts without importing torch.
     fields: list[tuple[str, Any]] = [
@@ -45,13 +48,16 @@ def build(arguments: Sequence[str]) -> int:
         ("config", Annotated[BuildConfig, tyro.conf.arg(name="")]),
         ("workers", Annotated[int, tyro.conf.arg(help="processes that prepare documents; 0: this one")]),
         ("max_errors", Annotated[float, tyro.conf.arg(help="share of faulty documents let pass; ten always are")]),
+        ("cache_gigabytes", Annotated[float, tyro.conf.arg(help="of files of a URL that are kept here at most")]),
         ("json", Annotated[bool, tyro.conf.arg(help="end with one line of JSON")]),
     ]
     kind = make_dataclass("Build", fields, frozen=True, namespace={"__doc__": build.__doc__})
-    asked: Any = parse(kind, arguments, "data build", kind(tyro.MISSING, tyro.MISSING, BuildConfig(), 2, 0.01, False))
+    usual = kind(tyro.MISSING, tyro.MISSING, BuildConfig(), 2, 0.01, Cache().gigabytes, False)
+    asked: Any = parse(kind, arguments, "data build", usual)
     if asked.workers < 0 or not 0 <= asked.max_errors <= 1:
         raise UserError("data build: expected --workers of at least 0 and --max-errors from 0 to 1, found others")
-    found = build_set(asked.source, asked.out, asked.config, asked.workers, asked.max_errors)
+    cache = Cache(gigabytes=asked.cache_gigabytes)
+    found = build_set(asked.source, asked.out, asked.config, asked.workers, asked.max_errors, cache)
     if asked.json:
         print_json({"out": str(asked.out), **found})
     else:

@@ -49,6 +49,10 @@ class Evaluate:
     """captions_val2014.json, or Karpathy's dataset_coco.json, in place of the bundled world"""
     images: Path | None = None
     """folder of their pictures"""
+    ids: Path | None = None
+    """which of them: an id a line, or a published table with image_id and text; by a rule if not given"""
+    ptb_jar: str = ""
+    """cut captions by Java: stanford-corenlp-3.4.1.jar, or pycocoevalcap, which has it; without, none is needed"""
     texts: tuple[Path, ...] = ()
     """files of text (.txt, .jsonl) to foretell, in place of held-out definitions"""
     stride: int | None = None

@@ -35,25 +35,33 @@ from .dataset import DOCUMENT, PICTURE, SUMS, VERSION, DataSet, Encoding, Manife
 from .faults import FREE_FAULTS
 from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, slug
 from .readers import Part, Reader, open_source
+from .readers.sets import SetReader
+from .remote import Cache, is_remote, url_name
 
 TRAINED_ON = 300
 """parts of a source, evenly spread, that a tokenizer is trained on"""
 
 
 def build_set(
-    source: str, out: Path, config: BuildConfig, workers: int = 2, max_errors: float = 0.01
+    source: str,
+    out: Path,
+    config: BuildConfig,
+    workers: int = 2,
+    max_errors: float = 0.01,
+    cache: Cache | None = None,
 ) -> dict[str, Any]:
     """Build the set, or go on where a build was stopped. Returns what the manifest counts, and seconds.
 
     workers: processes; 0: this one. max_errors: share of faulty documents (at least ten are let pass) above which the
-    build stops. Raises UserError: no such source, another set in OUT, too many faults, nothing left, no room.
+    build stops. cache: for files of a source that is a URL. Raises UserError: no such source, another set in OUT, too
+    many faults, nothing left, no room, a file that can not be fetched.
     """
     began = time.monotonic()
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"{out}: expected a folder outside of the source {source}, found one in it")
-    reader = open_source(source, config.columns, config.size)
+    reader = open_source(source, config.columns, config.size, cache)
     settings = {"listing": reader.listing, **to_dict(config)}
-    name = Path(source).name or source
+    name = url_name(source) if is_remote(source) else Path(source).name or source
     if (out / "manifest.json").exists():
         return _built(out, settings)
     _claim(out, settings)
@@ -123,6 +131,8 @@ def _tokenizer(reader: Reader, config: BuildConfig, out: Path) -> Tokenizer:
     if not path.exists():
         if config.tokenizer:
             tokenizer = Tokenizer.adopt(config.tokenizer)
+        elif isinstance(reader, SetReader):
+            tokenizer = reader.tokenizer()
         else:
             say(f"tokenizer: training one of {config.vocabulary} ids on the source's words")
             tokenizer = Tokenizer.train(_words(reader), config.vocabulary)

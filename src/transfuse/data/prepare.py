@@ -162,7 +162,9 @@ class Preparer:
             if tokens > self.config.max_tokens:
                 yield [Dropped(found.key, "too many tokens", f"{tokens} of at most {self.config.max_tokens}")]
                 continue
-            parts = tuple(self._encoded(part) if isinstance(part, np.ndarray) else part for part in found.parts)
+            parts = tuple(
+                self._encoded(found.key, part) if isinstance(part, np.ndarray) else part for part in found.parts
+            )
             members = to_members("", parts, found.pair, self.suffix)
             stored = tuple(part for part in parts if isinstance(part, str | bytes))
             yield [Prepared(found.key, stored, found.pair, tokens, sizes, digest(members))]
@@ -194,8 +196,11 @@ class Preparer:
             parts.append(fit(pixels, shape))
         return Raw(item.key, tuple(parts), item.pair)
 
-    def _encoded(self, picture: np.ndarray) -> bytes:
-        """An image file, or latents or codes as .npy. Each picture alone: it must not depend on who came along."""
+    def _encoded(self, key: str, picture: np.ndarray) -> bytes:
+        """An image file, or latents or codes as .npy. Each picture alone: it must not depend on who came along.
+
+        Raises UserError for latents that half precision can not hold.
+        """
         stream = io.BytesIO()
         if self.autoencoder is None:
             PIL.Image.fromarray(picture).save(stream, self.config.format, **QUALITY[self.config.format])
@@ -204,7 +209,10 @@ class Preparer:
         if isinstance(self.autoencoder, Coded):
             latent = latent.astype("<u2" if self.autoencoder.codebook_size <= 1 << 16 else "<i4")
         else:
-            latent = latent.astype("<f2")
+            with np.errstate(over="ignore"):
+                latent = latent.astype("<f2")
+            if not np.isfinite(latent).all():
+                raise UserError(f"{key}: expected finite latents of {self.autoencoder.name} in float16, found others")
         np.save(stream, latent, allow_pickle=False)
         return stream.getvalue()
 

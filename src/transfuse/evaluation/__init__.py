@@ -3,7 +3,7 @@
 from .bench import Bench, Measure, Options, model_hash
 from .interval import Measured, agreement_by_chance, bootstrap, share
 from .recogniser import Recogniser, keep_recogniser, recogniser_identity, train_recogniser
-from .registry import MEASURES, SUITES, check_paper, evaluate, named
+from .registry import MEASURES, SUITES, check, check_paper, evaluate, named, numbers
 from .result import Drawing, Exhibit, Findings, Result
 from .scenes import CaptionResult, DrawingResult, caption_accuracy, draw_accuracy, held_out_scenes
 from .text import TextResult, perplexity
@@ -18,10 +18,12 @@ __all__ = [
     "Measure",
     "Options",
     "Result",
+    "check",
     "check_paper",
     "evaluate",
     "model_hash",
     "named",
+    "numbers",
     "CaptionResult",
     "DrawingResult",
     "Measured",

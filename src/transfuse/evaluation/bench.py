@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +27,8 @@ class Options:
     features       network for Fréchet distances: "recogniser", "imagenet-mobilenet", or a file of weights
     texts, stride  files of text; tokens that a window moves by (None: as many as it has, blocked)
     captions, images   a COCO or Karpathy json, and the folder of its pictures; None: the bundled world
+    ids            a list of which of them, in order, with or without the prompts; None: by the rule of `pairs`
+    ptb_jar        what cuts captions into words: "" our own, a jar with Stanford's, or "pycocoevalcap"
     clip, clip_model   weights for open_clip, and the name of their architecture
     geneval        prompts of the original GenEval (evaluation_metadata.jsonl), to be drawn for its own scorer
     tasks, tasks_folder   of lm-evaluation-harness: names, and a folder with their files
@@ -39,6 +41,8 @@ class Options:
     stride: int | None = None
     captions: Path | None = None
     images: Path | None = None
+    ids: Path | None = None
+    ptb_jar: str = ""
     clip: Path | None = None
     clip_model: str = "ViT-L-14"
     geneval: Path | None = None
@@ -89,12 +93,14 @@ class Bench:
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """check: raises UserError, before any work, for what is missing. draws: a sweep repeats it with each drawing."""
+    """check: raises UserError, before any work, for what is missing. numbers: names of the results that `score` gives,
+    known before any work, too. draws: a sweep repeats it with each drawing."""
 
     name: str
     about: str
     check: Callable[[Bench], object]
     score: Callable[[Bench], Findings]
+    numbers: Callable[[Bench], Sequence[str]]
     draws: bool = False
 
 

@@ -3,16 +3,14 @@
     words = [tokenize(said) for said in captions]
     cider_d(words, references)          # float64 [image], times 100: what the paper prints (27.2, Table 3)
 
-Captions are lower-cased and cut as the Penn Treebank does, without punctuation; `tokenize` needs no Java. It equals
-Stanford's PTBTokenizer 3.4.1 with the flags of pycocoevalcap on the captions of the tests, and differed in 2 of 2,500
-definitions of WordNet. Of that one's lists (abbreviations, assimilations such as "gonna") it has the common words.
+Captions are lower-cased and cut as the Penn Treebank does, without punctuation: `words.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import PIL.Image
@@ -22,6 +20,7 @@ from .generate import Made, Task
 from .interval import Measured, bootstrap, resampled
 from .pairs import Pairs, bench_pairs, check_pairs
 from .result import Exhibit, Findings, Result
+from .words import check_words, open_words
 
 ORDER = 4
 """longest n-grams"""
@@ -29,59 +28,7 @@ SIGMA = 6.0
 """of the penalty on lengths that differ, in words"""
 MAX_TOKENS = 64
 SHOWN = 12
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-_ABBREVIATIONS = (
-    "mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|co|ltd|corp|prof|rev|gen|col|lt|sgt|capt|mt|ave|blvd|"
-    "jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec"
-)
-_TOKEN = re.compile(
-    rf"""
-    (?:https?://\S+|www\.\S+)                            # addresses
-    | (?:{_ABBREVIATIONS})\.(?!\w)              # a full stop that belongs to the word
-    | no\.(?=\s*\d)
-    | (?:[a-z]\.){{2,}}                                  # u.s., a.m.
-    | \d+(?:[.,:/]\d+)+                                  # 1,000  3.5  12:30  1/2
-    | '(?:n'|\d0s)                                       # rock 'n' roll, the '90s
-    | c\+\+
-    | [^\W_]+(?:(?:[-_&@./]|'(?=\D))(?=[^\W_])[^\W_]+)*   # words, with hyphens and all
-    | '(?:s|m|d|re|ve|ll)\b
-    | \.\.\.+ | --+ | \S
-    """,
-    re.VERBOSE,
-)
-_CLITIC = re.compile(r"^(.+?)(n't|'(?:s|m|d|re|ve|ll))$")
-_SPLIT = {
-    "cannot": ("can", "not"),
-    "gonna": ("gon", "na"),
-    "gotta": ("got", "ta"),
-    "wanna": ("wan", "na"),
-    "gimme": ("gim", "me"),
-    "lemme": ("lem", "me"),
-    "y'all": ("y'", "all"),
-}
-# Brackets stay, as words: the original drops them in capitals, after they were written small.
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_DROPPED = {*"'`\".?!,:;-–—…", "''", "``", "--", "..."}
-
-
-def tokenize(text: str) -> list[str]:
-    """Words in lower case, clitics apart, punctuation left out."""
-    words: list[str] = []
-    text = text.lower().replace("\n", " ").replace("’", "'").replace("“", '"').replace("”", '"')
-    for token in _TOKEN.findall(text):
-        if token in _DROPPED or set(token) <= {".", "-"}:
-            continue
-        match = _CLITIC.match(token)
-        if token in _BRACKETS:
-            words.append(_BRACKETS[token])
-        elif match:
-            words += _SPLIT.get(match[1], (match[1],))
-            words.append(match[2])
-        else:
-            words += _SPLIT.get(token, (token,))
-    return words
+NAMES = ("CIDEr-D x 100", "BLEU-4 x 100")
 
 
 def n_grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
@@ -178,18 +125,21 @@ def caption_task(bench: Bench, pairs: Pairs) -> Task:
 def _score(bench: Bench) -> Findings:
     pairs = bench_pairs(bench)
     said = [record["said"] for record in bench.make(caption_task(bench, pairs)).records]
-    words = [tokenize(text) for text in said]
-    references = [[tokenize(text) for text in some] for some in pairs.references]
+    cut = open_words(bench.options.ptb_jar)
+    counts = [1 + len(some) for some in pairs.references]
+    both = iter(cut([text for one, some in zip(said, pairs.references, strict=True) for text in (one, *some)]))
+    cut_up = [list(islice(both, count)) for count in counts]
+    words, references = [one[0] for one in cut_up], [one[1:] for one in cut_up]
     scores = cider_d(words, references)
     elsewhere = cider_d([*words[1:], words[0]], references)
-    code = f"{bench.version}, PTB-like tokens, greedy"
+    code = f"{bench.version}, {cut.name}, greedy"
     ceiling = None
     if min(map(len, references)) > 1:  # what one person says, held against the others
         others = [some[1:] for some in references]
         ceiling = float(cider_d([some[0] for some in references], others).mean())
     results = [
         Result.of(
-            "CIDEr-D x 100",
+            NAMES[0],
             bootstrap(scores),
             "higher",
             f"{code}, n 4, sigma 6",
@@ -197,7 +147,7 @@ def _score(bench: Bench) -> Findings:
             floor=float(elsewhere.mean()),
             ceiling=ceiling,
         ),
-        Result.of("BLEU-4 x 100", bleu_4(words, references), "higher", f"{code}, nearest length", pairs.label),
+        Result.of(NAMES[1], bleu_4(words, references), "higher", f"{code}, nearest length", pairs.label),
     ]
     order = np.argsort(scores)
     shown = sorted({*order[:SHOWN].tolist(), *order[-SHOWN:].tolist()}, key=lambda n: -scores[n])
@@ -208,4 +158,9 @@ def _score(bench: Bench) -> Findings:
     return Findings(results, exhibits)
 
 
-CAPTIONING = Measure("captioning", "CIDEr-D and BLEU-4 of captions", check_pairs, _score)
+def _check(bench: Bench) -> None:
+    check_pairs(bench)
+    check_words(bench.options.ptb_jar)
+
+
+CAPTIONING = Measure("captioning", "CIDEr-D and BLEU-4 of captions", _check, _score, lambda bench: NAMES)

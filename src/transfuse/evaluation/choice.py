@@ -27,6 +27,7 @@ NEIGHBOURS = 12
 SHORTEST = 6
 """words of a definition that is cut in two"""
 SHOWN = 12
+NAMES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def _score(bench: Bench) -> Findings:
     answers = np.array([q.answer for q in questions])
     label = f"glosses:heldout, {len(questions)} questions of {CHOICES} endings, {data}"
     results = []
-    for name, scores in (("acc", nats), ("acc_norm", nats / sizes)):
+    for name, scores, per in zip(NAMES, (nats, nats / sizes), ("", " per byte"), strict=True):
         right = scores.argmin(1) == answers
-        said = f"{bench.version}, log-probability{' per byte' if name == 'acc_norm' else ''}"
+        said = f"{bench.version}, log-probability{per}"
         results.append(Result.of(name, share(right), "higher", said, label, floor=1 / CHOICES, ceiling=1.0))
     chosen = (nats / sizes).argmin(1)
     exhibits = [
@@ -102,4 +103,5 @@ def _score(bench: Bench) -> Findings:
     return Findings(results, exhibits)
 
 
-CHOICE = Measure("choice", "the true ending of a definition among four", lambda bench: None, _score)
+ABOUT = "the true ending of a definition among four"
+CHOICE = Measure("choice", ABOUT, lambda bench: None, _score, lambda bench: NAMES)

@@ -65,6 +65,10 @@ def _check(bench: Bench) -> None:
         raise UserError(f"--clip: expected weights of {options.clip_model} for open_clip, found {found}; from {WHERE}")
 
 
+def _title(bench: Bench) -> str:
+    return f"CLIP score, {bench.options.clip_model}"
+
+
 def _score(bench: Bench) -> Findings:
     assert bench.options.clip is not None
     pairs, drawn = drawn_pairs(bench)
@@ -83,7 +87,7 @@ def _score(bench: Bench) -> Findings:
     scores = clip_scores(a, words)
     implementation = f"{bench.version}, open_clip {bench.options.clip_model}@{sha256(bench.options.clip)[:8]}"
     result = Result.of(
-        f"CLIP score, {bench.options.clip_model}",
+        _title(bench),
         bootstrap(scores),
         "higher",
         implementation,
@@ -98,4 +102,4 @@ def _score(bench: Bench) -> Findings:
     )
 
 
-CLIP = Measure("clip", "CLIP score of drawings with their prompts", _check, _score, draws=True)
+CLIP = Measure("clip", "CLIP score of drawings with their prompts", _check, _score, lambda bench: [_title(bench)], True)

@@ -41,6 +41,8 @@ TRIED = 80
 JUDGED = 60
 """real pictures of each task, or more, on which the judge's own errors are measured"""
 DRAWS = 2000
+SPLITS = {"train": "seen", "heldout": "held out"}
+CORRECTED = ", corrected"
 SHOWN = 4
 """drawings shown of each task and split"""
 
@@ -177,14 +179,22 @@ def _asked(bench: Bench, split: str) -> tuple[int, list[Asked]]:
 
 
 def _check(bench: Bench) -> None:
-    for split in ("train", "heldout"):
+    for split in SPLITS:
         _asked(bench, split)
+
+
+def _numbers(bench: Bench) -> list[str]:
+    return [
+        title
+        for name in SPLITS.values()
+        for title in (*(f"{ask.name}, {name}{more}" for ask in ASKS for more in ("", CORRECTED)), f"overall, {name}")
+    ]
 
 
 def _score(bench: Bench) -> Findings:
     detector = bench.detector()
     findings = Findings([])
-    for split, name in (("train", "seen"), ("heldout", "held out")):
+    for split, name in SPLITS.items():
         each, asked = _asked(bench, split)
         prompts = [prompt for one in asked for prompt in one.prompts[:each]]
         ids = [f"{one.ask.name}:{n}" for one in asked for n in range(len(one.prompts[:each]))]
@@ -215,7 +225,7 @@ def _judge(
         title = f"{one.ask.name}, {name}"
         findings.results.append(Result.of(title, share(right), "higher", said, label, **bounds))
         fixed = corrected(right, real, other)
-        findings.results.append(Result.of(f"{title}, corrected", fixed, "higher", said, label, floor=0.0, ceiling=1.0))
+        findings.results.append(Result.of(f"{title}{CORRECTED}", fixed, "higher", said, label, floor=0.0, ceiling=1.0))
         findings.exhibits += [
             Exhibit(one.prompts[n], [(some[n], "drawn"), (one.real[n], "real")], [_mark(one, n, right, seen)])
             for n in range(min(SHOWN, len(right)))
@@ -266,4 +276,4 @@ def _confusion(detector: Detector) -> list[list[Any]]:
     return rows
 
 
-COMPOSITION = Measure("composition", "GenEval's six tasks on the bundled world", _check, _score, draws=True)
+COMPOSITION = Measure("composition", "GenEval's six tasks on the bundled world", _check, _score, _numbers, True)

@@ -91,6 +91,16 @@ def check_features(name: str) -> None:
         load_features(name)
 
 
+def features_name(name: str) -> str:
+    """What the network of a name or file is called in results, without a judge being trained."""
+    return RECOGNISER if name == RECOGNISER else open_features(name).name
+
+
+def distance_name(network: str, fid: str = "FID", other: str = "FD") -> str:
+    """FID only by the network that this name belongs to; else by the network's own."""
+    return fid if network.startswith("inception") else f"{other}-{network}"
+
+
 def open_features(name: str, recogniser: Recogniser | None = None, device: torch.device | str = "cpu") -> Sees:
     """The network of a name or file. `recogniser`: for the name of that judge."""
     if name == RECOGNISER:

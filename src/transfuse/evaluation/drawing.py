@@ -20,6 +20,8 @@ from .distances import (
     RECOGNISER,
     all_features,
     check_features,
+    distance_name,
+    features_name,
     frechet,
     kernel_distance,
     open_features,
@@ -90,6 +92,10 @@ def _check(bench: Bench) -> None:
         raise UserError(f"drawing: --count: expected at least {LEAST} pictures, found {bench.options.count}")
 
 
+def _titles(network: str) -> tuple[str, str, str, str]:
+    return distance_name(network), distance_name(network, "KID", "KD"), "precision", "recall"
+
+
 def _score(bench: Bench) -> Findings:
     pairs, drawn = drawn_pairs(bench)
     name = bench.options.features
@@ -103,18 +109,18 @@ def _score(bench: Bench) -> Findings:
         ceiling = {"frechet": frechet(c, b, 2).value, "kid": kernel_distance(c, b).value}
         shares = precision_recall(c, b)
         ceiling |= {"precision": shares[0].value, "recall": shares[1].value}
-    fid = sees.name.startswith("inception")
     said = f"{bench.version}, features {sees.name}@{sees.digest}"
     precision, recall = precision_recall(a, b)
 
     def result(title: str, found: object, better: str, key: str) -> Result:
         return Result.of(title, found, better, said, pairs.label, ceiling=ceiling.get(key))  # type: ignore[arg-type]
 
+    titles = _titles(sees.name)
     results = [
-        result("FID" if fid else f"FD-{sees.name}", frechet(a, b), "lower", "frechet"),
-        result("KID" if fid else f"KD-{sees.name}", kernel_distance(a, b), "lower", "kid"),
-        result("precision", precision, "higher", "precision"),
-        result("recall", recall, "higher", "recall"),
+        result(titles[0], frechet(a, b), "lower", "frechet"),
+        result(titles[1], kernel_distance(a, b), "lower", "kid"),
+        result(titles[2], precision, "higher", "precision"),
+        result(titles[3], recall, "higher", "recall"),
     ]
     shown = range(min(SHOWN, count))
     return Findings(
@@ -122,4 +128,5 @@ def _score(bench: Bench) -> Findings:
     )
 
 
-DRAWING = Measure("drawing", "Fréchet distance, KID, precision and recall of drawings", _check, _score, draws=True)
+ABOUT = "Fréchet distance, KID, precision and recall of drawings"
+DRAWING = Measure("drawing", ABOUT, _check, _score, lambda bench: _titles(features_name(bench.options.features)), True)

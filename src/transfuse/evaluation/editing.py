@@ -14,7 +14,7 @@ The paper shows edits and gives no number (section 4.4): these are not comparabl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,12 @@ NEAR = 0.15
 SIDE_OFF = 0.25
 """share of its side that a thing may be larger or smaller"""
 SHOWN = 24
+NAMES = (
+    "object right",
+    "instruction obeyed",
+    "object right and instruction obeyed",
+    "rest untouched, masked PSNR in dB",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,16 +160,16 @@ def _score(bench: Bench) -> Findings:
     found, nothing, best = (judge(edits, some, detector) for some in (images, edits.sources, edits.targets))
     said = f"{bench.version}, detector@{detector.digest}"
     results = []
-    for name, choose in (
-        ("object right", lambda judged: judged.things),
-        ("instruction obeyed", lambda judged: judged.obeyed),
-        ("object right and instruction obeyed", lambda judged: judged.things & judged.obeyed),
-    ):
+    chosen: tuple[Callable[[_Judged], np.ndarray], ...] = (
+        lambda judged: judged.things,
+        lambda judged: judged.obeyed,
+        lambda judged: judged.things & judged.obeyed,
+    )
+    for name, choose in zip(NAMES, chosen, strict=False):
         bounds = {"floor": float(choose(nothing).mean()), "ceiling": float(choose(best).mean())}
         results.append(Result.of(name, share(choose(found)), "higher", said, label, **bounds))
     if len(found.rest):
-        name = "rest untouched, masked PSNR in dB"
-        results.append(Result.of(name, bootstrap(found.rest), "higher", bench.version, label, ceiling=BEST_PSNR))
+        results.append(Result.of(NAMES[-1], bootstrap(found.rest), "higher", bench.version, label, ceiling=BEST_PSNR))
     exhibits = [
         Exhibit(
             words[n],
@@ -175,4 +181,5 @@ def _score(bench: Bench) -> Findings:
     return Findings(results, exhibits)
 
 
-EDITING = Measure("editing", "edits by instruction, with exact targets", lambda bench: None, _score, draws=True)
+ABOUT = "edits by instruction, with exact targets"
+EDITING = Measure("editing", ABOUT, lambda bench: None, _score, lambda bench: NAMES, True)

@@ -174,4 +174,11 @@ def _score(bench: Bench) -> Findings:
     return findings
 
 
-HARNESS = Measure("harness", "the Llama suite through lm-evaluation-harness", _check, _score)
+def _numbers(bench: Bench) -> list[str]:
+    """Both of each task: which a task has, its file alone knows."""
+    return [
+        f"{task} {name}" for task in (*(bench.options.tasks or LLAMA_SUITE), "mean") for name in ("acc", "acc_norm")
+    ]
+
+
+HARNESS = Measure("harness", "the Llama suite through lm-evaluation-harness", _check, _score, _numbers)

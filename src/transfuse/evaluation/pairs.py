@@ -1,13 +1,21 @@
 """Pictures and what was said about each: what is drawn, captioned, and compared with.
 
 The bundled world's held-out scenes, or files the user has: `captions_val2014.json` as COCO ships it, Karpathy's
-`dataset_coco.json` (its test split), and the folder of pictures. Which items are taken is a rule, not a list: in the
-order of a hash of their ids, one caption an image, so that the first 5,000 are among the first 30,000 everywhere.
+`dataset_coco.json` (its test split), and the folder of pictures. Which items are taken, and which caption is the
+prompt, is in a list that the user gives (`read_ids`), or follows from a rule that stays as it is (`RULE`):
+
+    pictures that have captions, by the SHA-256 of their id in decimal digits; the first `count`
+    of a picture's captions that with the least SHA-256 of "ID:CAPTION", white space around it cut off
+
+So the first 5,000 are among the first 30,000, everywhere. No published 30,000 is the standard one: the paper's (section
+4.1: "30k random prompts of the validation set") is not known. A result has the fingerprint of its ids.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..configuration import read_json
+from ..console import say
 from ..data.world import World, WorldConfig, caption
 from ..errors import UserError
 from ..images import fit, read_image
@@ -24,6 +33,10 @@ from .generate import short_hash
 
 WORDINGS = 5
 """references of a scene of the bundled world, as many as COCO has; fewer where wordings coincide"""
+RULE = "rule 1"
+"""changed with the rule, should it ever be: numbers of two rules do not compare"""
+ID_COLUMNS, PROMPT_COLUMNS = ("image_id", "coco_id", "cocoid", "id"), ("text", "caption", "prompt")
+"""of published lists that are tables"""
 KARPATHY = "test"
 WHERE = "https://cocodataset.org (val2014 images and annotations), or Karpathy's caption_datasets.zip"
 
@@ -40,7 +53,13 @@ class Pairs:
 
     @property
     def label(self) -> str:
-        return f"{self.name}, {len(self.ids)} pictures, ids {short_hash([list(self.ids), list(self.prompts)])}"
+        said = f"ids {ids_fingerprint(self.ids)}, prompts {short_hash(list(self.prompts))}"
+        return f"{self.name}, {len(self.ids)} pictures, {said}"
+
+
+def ids_fingerprint(ids: Sequence[str]) -> str:
+    """Twelve digits of the SHA-256 of the ids, a line each: what `sha256sum` says of such a file."""
+    return hashlib.sha256("".join(f"{key}\n" for key in ids).encode()).hexdigest()[:12]
 
 
 def bench_pairs(bench: Bench) -> Pairs:
@@ -49,18 +68,22 @@ def bench_pairs(bench: Bench) -> Pairs:
     if options.captions is None:
         return world_pairs(replace(bench.world, size=size), options.count)
     assert options.images is not None
-    return coco_pairs(options.captions, options.images, options.count, size)
+    return coco_pairs(options.captions, options.images, options.count, size, options.ids)
 
 
 def check_pairs(bench: Bench) -> None:
     """Raise UserError for files that are not there, before any work."""
     options = bench.options
     if options.captions is None:
+        if options.ids is not None:
+            raise UserError("--ids: expected --captions, whose pictures it lists, found none")
         return
     if options.images is None or not options.images.is_dir():
         found = "none" if options.images is None else str(options.images)
         raise UserError(f"--images: expected the folder of pictures that {options.captions} names, found {found}")
     pairs = bench_pairs(bench)
+    if len(pairs.ids) < options.count:
+        say(f"{options.ids or options.captions}: {len(pairs.ids)} pictures, fewer than the {options.count} asked for")
     for number in (0, len(pairs.ids) - 1):
         pairs.picture(number)
 
@@ -78,8 +101,12 @@ def world_pairs(config: WorldConfig, count: int, split: Any = "heldout") -> Pair
     return Pairs(f"world:{split}:{config.size}", ids, prompts, references, lambda n: world.render(scenes[n]))
 
 
-def coco_pairs(annotations: Path, images: Path, count: int, size: int) -> Pairs:
-    """COCO's or Karpathy's captions; pictures are cut to their middle square and resized to `size`, antialiased."""
+def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path | None = None) -> Pairs:
+    """COCO's or Karpathy's captions; pictures are cut to their middle square and resized to `size`, antialiased.
+
+    ids: a list of pictures, of which the first `count` are taken; None: by `RULE`. Raises UserError for a file that is
+    missing, among them each picture, or is another.
+    """
     if not annotations.is_file():
         raise UserError(f"{annotations}: expected captions_val2014.json or dataset_coco.json, found none; from {WHERE}")
     table = read_json(annotations)
@@ -89,20 +116,86 @@ def coco_pairs(annotations: Path, images: Path, count: int, size: int) -> Pairs:
         raise UserError(
             f"{annotations}: expected COCO's or Karpathy's captions, found something else ({error})"
         ) from None
-    chosen = sorted((key for key in files if said.get(key)), key=_rank)[:count]
-    if not chosen:
-        raise UserError(f"{annotations}: expected pictures with captions, found none")
-    prompts = [min(said[key], key=lambda words: _rank(f"{key}:{words}")) for key in chosen]
+    if ids is None:
+        chosen = sorted((key for key in files if said.get(key)), key=_rank)[:count]
+        if not chosen:
+            raise UserError(f"{annotations}: expected pictures with captions, found none")
+        prompts = {key: min(said[key], key=lambda words: _rank(f"{key}:{words}")) for key in chosen}
+    else:
+        prompts = dict(list(_listed(ids, annotations, files, said).items())[:count])
+        chosen = list(prompts)
+    places = {key: (images / files[key], images / Path(files[key]).name) for key in chosen}
+    paths = {key: next((path for path in some if path.is_file()), None) for key, some in places.items()}
+    missing = [places[key][0] for key, path in paths.items() if path is None]
+    if missing:
+        others = f", nor of {len(missing) - 1} others" if missing[1:] else ""
+        raise UserError(f"{missing[0]}: expected a picture that {annotations} names, found none{others}; from {WHERE}")
 
     def picture(number: int) -> np.ndarray:
-        name = files[chosen[number]]
-        places = (images / name, images / Path(name).name)
-        path = next((place for place in places if place.is_file()), places[0])
-        if not path.is_file():
-            raise UserError(f"{path}: expected a picture that {annotations} names, found none; from {WHERE}")
+        path = paths[chosen[number]]
+        assert path is not None
         return fit(read_image(path), size)
 
-    return Pairs(annotations.stem, chosen, prompts, [said[key] for key in chosen], picture)
+    name = f"{annotations.stem} by {RULE if ids is None else ids.name}"
+    return Pairs(name, chosen, [prompts[key] for key in chosen], [said[key] for key in chosen], picture)
+
+
+def read_ids(path: Path) -> list[tuple[str, str | None]]:
+    """Pictures' ids, and the prompts where a list has them: an id a line, or a .csv table with a head, as published
+    lists are (`image_id,text`). Raises UserError, with the line, for anything else, and for an id that comes twice."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--ids: {path}: expected a list of pictures' ids, found none ({error})") from None
+    reader = csv.reader(io.StringIO(text, newline=""))
+    at_id, at_prompt = 0, -1
+    found: dict[str, str | None] = {}
+    for row in reader:
+        where = f"--ids: {path}: line {reader.line_num}"
+        if not "".join(row).strip():
+            continue
+        if reader.line_num == 1 and not row[0].strip().isdecimal():
+            at_id, at_prompt = _columns(row, where)
+            continue
+        key = row[at_id].strip() if len(row) > at_id else ""
+        if not key.isdecimal():
+            raise UserError(f"{where}: expected a picture's id, found {','.join(row):.60}")
+        key = str(int(key))
+        if key in found:
+            raise UserError(f"{where}: expected each picture once, found {key} again")
+        found[key] = " ".join(row[at_prompt].split()) if 0 <= at_prompt < len(row) else None
+    if not found:
+        raise UserError(f"--ids: {path}: expected pictures' ids, found an empty list")
+    return list(found.items())
+
+
+def _columns(row: list[str], where: str) -> tuple[int, int]:
+    """Of a table's head, where the ids are, and the prompts; -1: it has none."""
+    head = [name.strip().lower() for name in row]
+    at_id, at_prompt = (
+        next((head.index(name) for name in some if name in head), -1) for some in (ID_COLUMNS, PROMPT_COLUMNS)
+    )
+    if at_id < 0:
+        wanted = f"an id a line, or a column {' or '.join(ID_COLUMNS)}"
+        raise UserError(f"{where}: expected {wanted}, found {', '.join(row):.60}")
+    return at_id, at_prompt
+
+
+def _listed(ids: Path, annotations: Path, files: dict[str, str], said: dict[str, list[str]]) -> dict[str, str]:
+    """Prompts by id, in the order of the list. Raises UserError where the captions' file has not what it names."""
+    listed = read_ids(ids)
+    unknown = [key for key, _ in listed if key not in files or not said.get(key)]
+    if unknown:
+        raise UserError(
+            f"--ids: {ids}: expected pictures of {annotations}, found {len(unknown)} it has not, the first {unknown[0]}"
+        )
+    prompts = {}
+    for key, words in listed:
+        own = {" ".join(caption.split()): caption for caption in said[key]}
+        if words is not None and words not in own:
+            raise UserError(f"--ids: {ids}: expected a caption of picture {key} in {annotations}, found {words!r:.60}")
+        prompts[key] = min(own.values(), key=lambda text: _rank(f"{key}:{text}")) if words is None else own[words]
+    return prompts
 
 
 def _coco(table: dict[str, Any]) -> tuple[dict[str, str], dict[str, list[str]]]:

@@ -29,6 +29,7 @@ from ..configuration import to_dict
 from ..console import progress
 from ..data.world import World, WorldConfig
 from ..errors import UserError
+from ..files import whole_file
 from ..keyed import keyed
 from .judge import keep_judge
 
@@ -112,19 +113,14 @@ class Recogniser:
         return np.concatenate([self.network.pooled(resized(pixels(part))).numpy() for part in parts])
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
+        """Write one safetensors file, whole or not at all. UserError where it can not."""
         state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
         facts = {
             "identity": self.identity,
             "nouns": json.dumps(self.nouns),
             "measured": json.dumps([self.accuracy, self.seconds]),
         }
-        try:
-            save_file(state, partial, metadata=facts)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: recogniser not written ({error})") from None
+        whole_file(path, lambda aside: save_file(state, aside, metadata=facts))
 
     @classmethod
     def load(cls, path: Path) -> Recogniser:

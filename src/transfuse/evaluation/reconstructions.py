@@ -11,7 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from .bench import Bench, Measure
-from .distances import RECOGNISER, all_features, check_features, frechet, open_features
+from .distances import (
+    RECOGNISER,
+    all_features,
+    check_features,
+    distance_name,
+    features_name,
+    frechet,
+    open_features,
+)
 from .generate import Made, Task
 from .interval import bootstrap
 from .pairs import bench_pairs, check_pairs
@@ -24,6 +32,10 @@ SHOWN = 12
 def _check(bench: Bench) -> None:
     check_pairs(bench)
     check_features(bench.options.features)
+
+
+def _titles(network: str) -> tuple[str, str, str]:
+    return "PSNR in dB", "SSIM", distance_name(network, "rFID", "rFD")
 
 
 def _score(bench: Bench) -> Findings:
@@ -43,12 +55,12 @@ def _score(bench: Bench) -> Findings:
     distance = frechet(all_features(sees, made.image, count), all_features(sees, pairs.picture, count))
     said = f"{bench.version}, autoencoder {autoencoder.name}@{autoencoder.fingerprint}"
     columns = {key: [record[key] for record in made.records] for key in ("psnr", "ssim")}
-    title = "rFID" if sees.name.startswith("inception") else f"rFD-{sees.name}"
     seen = f"{said}, features {sees.name}@{sees.digest}"
+    titles = _titles(sees.name)
     results = [
-        Result.of("PSNR in dB", bootstrap(columns["psnr"]), "higher", said, pairs.label, ceiling=BEST_PSNR),
-        Result.of("SSIM", bootstrap(columns["ssim"]), "higher", said, pairs.label, ceiling=1.0),
-        Result.of(title, distance, "lower", seen, pairs.label, ceiling=0.0),
+        Result.of(titles[0], bootstrap(columns["psnr"]), "higher", said, pairs.label, ceiling=BEST_PSNR),
+        Result.of(titles[1], bootstrap(columns["ssim"]), "higher", said, pairs.label, ceiling=1.0),
+        Result.of(titles[2], distance, "lower", seen, pairs.label, ceiling=0.0),
     ]
     worst = np.argsort(columns["psnr"])[:SHOWN].tolist()
     exhibits = [
@@ -58,4 +70,7 @@ def _score(bench: Bench) -> Findings:
     return Findings(results, exhibits)
 
 
-AUTOENCODER = Measure("autoencoder", "PSNR, SSIM and Fréchet distance of reconstructions", _check, _score)
+ABOUT = "PSNR, SSIM and Fréchet distance of reconstructions"
+AUTOENCODER = Measure(
+    "autoencoder", ABOUT, _check, _score, lambda bench: _titles(features_name(bench.options.features))
+)

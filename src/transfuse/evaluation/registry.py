@@ -68,16 +68,26 @@ def named(names: Sequence[str], where: str = "--suite") -> list[Measure]:
     return list(found.values())
 
 
-def evaluate(bench: Bench, measures: Sequence[Measure], sweep: Sequence[Drawing] = ()) -> Iterator[Findings]:
-    """Check everything, then measure: findings of one measure after the other, of each drawing of a sweep in turn.
-
-    Raises UserError before any work for what is missing, and for measures that a model without images has not.
-    """
-    benches = [replace(bench, drawing=drawing).settled() for drawing in sweep or (bench.drawing,)]
+def check(bench: Bench, measures: Sequence[Measure]) -> None:
+    """Raises UserError for what is missing, and for measures that a model without images has not."""
     for measure in measures:
         if bench.pipe.exported.model.config.images == "none" and measure.name not in TEXT_ONLY:
             raise UserError(f"{measure.name}: expected a model that knows images, found one of text alone")
-        measure.check(benches[0])
+        measure.check(bench)
+
+
+def numbers(bench: Bench, measures: Sequence[Measure]) -> list[str]:
+    """What measures will give, as MEASURE/NUMBER, before any work."""
+    return [f"{measure.name}/{name}" for measure in measures for name in measure.numbers(bench)]
+
+
+def evaluate(bench: Bench, measures: Sequence[Measure], sweep: Sequence[Drawing] = ()) -> Iterator[Findings]:
+    """Check everything, then measure: findings of one measure after the other, of each drawing of a sweep in turn.
+
+    Raises UserError before any work, as `check`.
+    """
+    benches = [replace(bench, drawing=drawing).settled() for drawing in sweep or (bench.drawing,)]
+    check(benches[0], measures)
     for measure in measures:
         for one in benches if measure.draws else benches[:1]:
             found = measure.score(one)

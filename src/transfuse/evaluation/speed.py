@@ -26,6 +26,9 @@ from .bench import Bench, Measure
 from .interval import Measured
 from .result import Findings, Result
 
+WRITING = ("tokens a second, many at once", "tokens a second, alone", "MBU, writing alone")
+DRAWING = ("pictures a second, many at once", "pictures a second, alone")
+DENOISING, MEMORY = "MFU, drawing many", "memory at most, in GB"
 RUNS = 3
 TOKENS = 32
 MATRIX = {"cpu": 1024, "cuda": 8192}
@@ -81,6 +84,12 @@ def _drawing_flops(bench: Bench, requests: list[Request]) -> float:
     return float(total)
 
 
+def _numbers(bench: Bench) -> list[str]:
+    images = bench.pipe.exported.model.config.images
+    drawing = [] if images == "none" else [*DRAWING, *([DENOISING] if images == "latents" else [])]
+    return [*WRITING, *drawing, MEMORY]
+
+
 def _score(bench: Bench) -> Findings:
     exported = bench.pipe.exported
     model = exported.model
@@ -103,16 +112,16 @@ def _score(bench: Bench) -> Findings:
         return _pace(written[-1], seconds)
 
     many, one = write(len(prompts)), write(1)
-    add("tokens a second, many at once", many, f"{len(prompts)} texts of up to {TOKENS} tokens")
-    add("tokens a second, alone", one, f"one text of up to {TOKENS} tokens")
+    add(WRITING[0], many, f"{len(prompts)} texts of up to {TOKENS} tokens")
+    add(WRITING[1], one, f"one text of up to {TOKENS} tokens")
     config = model.config  # not the model's own parameters: packed for inference, they are elsewhere
     read = weight.element_size() * (count_parameters(config).trunk - config.ids * config.width)  # an embedding is a row
     data = f"{read / 1e6:.0f} MB of weights a token; memory {memory / 1e9:.1f} GB/s"
-    add("MBU, writing alone", _times(one, read / memory), data, 1.0)
+    add(WRITING[2], _times(one, read / memory), data, 1.0)
     if model.config.images != "none":
         _draw(bench, prompts, device, arithmetic, add)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident()
-    results.append(Result("memory at most, in GB", peak / 1e9, None, None, 1, "lower", said, "this process so far"))
+    results.append(Result(MEMORY, peak / 1e9, None, None, 1, "lower", said, "this process so far"))
     return Findings(results)
 
 
@@ -134,12 +143,12 @@ def _draw(bench: Bench, prompts: list[str], device: torch.device, arithmetic: fl
 
     seconds = timed(lambda: draw(requests), device)
     many = _pace(len(requests), seconds)
-    add("pictures a second, many at once", many, f"{len(requests)} pictures")
-    add("pictures a second, alone", _pace(1, timed(lambda: draw(requests[:1]), device)), "one picture")
+    add(DRAWING[0], many, f"{len(requests)} pictures")
+    add(DRAWING[1], _pace(1, timed(lambda: draw(requests[:1]), device)), "one picture")
     if bench.pipe.exported.model.config.images == "latents":
         each = _drawing_flops(bench, requests) / len(requests)
         data = f"{each:.3g} operations a picture; machine {arithmetic:.3g} a second"
-        add("MFU, drawing many", _times(many, each / arithmetic), data, 1.0)
+        add(DENOISING, _times(many, each / arithmetic), data, 1.0)
 
 
 def _resident() -> int:
@@ -148,4 +157,4 @@ def _resident() -> int:
 
 
 ABOUT = "pace of drawing and writing, memory, and the share of the machine"
-SPEED = Measure("speed", ABOUT, lambda bench: None, _score, draws=True)
+SPEED = Measure("speed", ABOUT, lambda bench: None, _score, _numbers, True)

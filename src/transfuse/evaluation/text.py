@@ -33,6 +33,8 @@ from .result import Exhibit, Findings, Result
 
 LOGITS = 1 << 26
 """most logits at once: 256 MB in float32"""
+GLOSSES = "definitions"
+"""what is read where no files are given"""
 PIECE = 16
 """windows of a long text that are one item: what a crash loses at most"""
 
@@ -163,10 +165,18 @@ def _check(bench: Bench) -> None:
         raise UserError(f"--stride: expected 1 to {room} tokens, found {stride}")
 
 
+def _titles(name: str) -> tuple[str, str]:
+    return f"perplexity of {name}", f"bits per byte of {name}"
+
+
+def _numbers(bench: Bench) -> list[str]:
+    return [title for path in bench.options.texts or (Path(GLOSSES),) for title in _titles(path.stem)]
+
+
 def _score(bench: Bench) -> Findings:
     findings = Findings([])
     if not bench.options.texts:
-        _add(findings, bench, "definitions", "glosses:heldout", _documents_task(bench, glosses("heldout")))
+        _add(findings, bench, GLOSSES, "glosses:heldout", _documents_task(bench, glosses("heldout")))
     for path in bench.options.texts:
         texts = read_texts(path)
         _add(findings, bench, path.stem, f"{path.name}:{short_hash(texts)}", _windows_task(bench, path.stem, texts))
@@ -181,8 +191,8 @@ def _add(findings: Findings, bench: Bench, name: str, data: str, task: Task) -> 
     said = f"{bench.version} {task.settings['windows']}, tokenizer {bench.pipe.exported.tokenizer.fingerprint}"
     data = f"{data}, {found.documents} documents, {found.tokens} tokens, {found.bytes} bytes"
     findings.results += [
-        Result.of(f"perplexity of {name}", found.perplexity, "lower", said, data, floor=float(vocabulary)),
-        Result.of(f"bits per byte of {name}", found.bits_per_byte, "lower", said, data),
+        Result.of(_titles(name)[0], found.perplexity, "lower", said, data, floor=float(vocabulary)),
+        Result.of(_titles(name)[1], found.bits_per_byte, "lower", said, data),
     ]
     worst = sorted(range(len(records)), key=lambda n: -records[n]["nats"] / records[n]["tokens"])
     for number in (*worst[-3:][::-1], *worst[:3]):
@@ -232,4 +242,4 @@ def _windows_task(bench: Bench, name: str, texts: Sequence[str]) -> Task:
     return Task(f"text-{name}", {"model": bench.model, **settings}, len(pieces), work)
 
 
-TEXT = Measure("text", "perplexity and bits per byte on text it never read", _check, _score)
+TEXT = Measure("text", "perplexity and bits per byte on text it never read", _check, _score, _numbers)

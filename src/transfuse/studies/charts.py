@@ -105,7 +105,10 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def histogram(title: str, values: Sequence[float], x_label: str, mark: float | None = None) -> str:
-    """An SVG of how many values lie between round numbers, in about twenty bars; a line at `mark`; "" for no value."""
+    """An SVG of how many values lie between round numbers, in about twenty bars; a line at `mark`; "" for no value.
+
+    Bars of whole numbers hold one or more: narrower ones would leave gaps. Ticks are in the middle of a number.
+    """
     if not len(values):
         return ""
     least, most = min(values), max(values)
@@ -113,6 +116,9 @@ def histogram(title: str, values: Sequence[float], x_label: str, mark: float | N
         least, most = least - 0.5, most + 0.5
     first, second = _ticks(least, most, 20)[:2]
     step = second - first
+    whole = all(value == int(value) for value in values)
+    if whole:
+        step = max(1.0, step)  # 1, 2 or 5 times a power of ten
     start = math.floor(least / step + 1e-9)
     bars = [0] * (math.floor(most / step + 1e-9) + 1 - start)
     for value in values:
@@ -132,17 +138,23 @@ def histogram(title: str, values: Sequence[float], x_label: str, mark: float | N
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{count:.6g}</text>')
     for number, count in enumerate(bars):
+        if not count:
+            continue
         left, right = low + number * step, low + (number + 1) * step
         parts.append(
             f'<rect class="fill" x="{across(left) + 0.75:.1f}" width="{across(right) - across(left) - 1.5:.1f}" '
             f'y="{up(count):.1f}" height="{base - up(count):.1f}">'
             f"<title>{left:.6g} to {right:.6g}: {count}</title></rect>"
         )
+    middle = 0.5 if whole else 0.0  # of a number that takes the stretch up to the next
     for x in _ticks(low, high):
-        anchor = "end" if across(x) > WIDTH - RIGHT - 12 else "middle"
-        parts.append(f'<text class="tick" x="{across(x):.1f}" y="{HEIGHT - 21}" text-anchor="{anchor}">{x:.6g}</text>')
+        if whole and (x != int(x) or x == high):
+            continue
+        at = across(x + middle)
+        anchor = "end" if at > WIDTH - RIGHT - 12 else "middle"
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 21}" text-anchor="{anchor}">{x:.6g}</text>')
     if mark is not None:
-        at = across(mark)
+        at = across(mark + middle)
         parts.append(f'<line class="ceiling" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{base}"/>')
     parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">')
     return "".join([*parts, f"{escape(x_label)}</text></svg>"])

@@ -7,16 +7,16 @@ run/best/         an export of the best so far          run/best.json     by whi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from ..configuration import read_json
+from ..configuration import nearest, read_json
 from ..console import say
 from ..errors import UserError
-from ..evaluation import Bench, Options, evaluate, named
+from ..evaluation import Bench, Measure, Options, check, evaluate, named, numbers
 from ..evaluation.recogniser import weights_digest
 from ..evaluation.result import Result
 from ..files import whole_file
@@ -30,24 +30,30 @@ from .samples import pipelines
 def measuring(
     recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: Path
 ) -> Callable[[dict[str, Tensor]], dict[str, float]]:
-    """What a trainer calls with averaged weights: numbers by "MEASURE/NUMBER". Raises UserError for an unknown name."""
+    """What a trainer calls with averaged weights: numbers by "MEASURE/NUMBER". All ranks must call it.
+
+    Raises UserError, before training begins, for an unknown name, and for what a measure lacks.
+    """
     loop = recipe.loop
     measures = named(loop.measures, "loop.measures")
-    if loop.best and loop.best.partition("/")[0] not in [measure.name for measure in measures]:
-        known = ", ".join(measure.name for measure in measures)
-        raise UserError(f"loop.best: expected a number of {known}, as {known.split(',')[0]}/NAME, found {loop.best!r}")
     pipe_of = pipelines(recipe, tokenizer)
     world = replace(recipe.data.world, size=image_size(recipe), split="train")
 
-    def measure(weights: dict[str, Tensor]) -> dict[str, float]:
+    def bench_of(weights: dict[str, Tensor]) -> Bench:
         options = Options(count=loop.measure_count)
         # By the weights, not the step: after a rollback a step may come again with others.
-        bench = Bench(pipe_of(weights), weights_digest(weights), folder / "measures", world, options)
+        return Bench(pipe_of(weights), weights_digest(weights), folder / "measures", world, options)
+
+    first = trainer.averaged()
+    trainer.ranks.once(lambda: _check(bench_of(first), measures, loop.best))
+
+    def measure(weights: dict[str, Tensor]) -> dict[str, float]:
+        bench = bench_of(weights)
         found: dict[str, Result] = {}
         for findings in evaluate(bench, measures):
             found |= {f"{findings.measure}/{result.name}": result for result in findings}
         if loop.best:
-            if loop.best not in found:
+            if loop.best not in found:  # of those that a measure has for some data alone
                 raise UserError(f"loop.best: expected one of {', '.join(sorted(found))}, found {loop.best!r}")
             if is_best(folder / "best.json", loop.best, found[loop.best]):
                 export_weights(recipe, trainer, weights, tokenizer, folder / "best")
@@ -58,6 +64,13 @@ def measuring(
         return numbers
 
     return measure
+
+
+def _check(bench: Bench, measures: Sequence[Measure], best: str) -> None:
+    check(bench, measures)
+    known = numbers(bench, measures)
+    if best and best not in known:
+        raise UserError(f'loop.best: unknown number "{best}"{nearest(best, known)}')
 
 
 def is_best(path: Path, name: str, result: Result) -> bool:

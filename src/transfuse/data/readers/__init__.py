@@ -1,4 +1,5 @@
-"""Where documents come from, before they are a data set: folders, tables, tars, parquet, jsonl, plain text, the world.
+"""Where documents come from, before they are a data set: folders, tables, tars, parquet, jsonl, plain text, the world,
+another data set; tars, parquet, jsonl, text and data sets by URL, too.
 
     reader = open_source("photos/", Columns())
     for part in reader.parts():              # cheap: names and places; each part goes to one process
@@ -10,9 +11,7 @@ A reader never skips anything silently: what is not a document is a fault, with 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,9 @@ import numpy as np
 
 from ...console import say
 from ...errors import UserError
+from ..dataset import DataSet
+from ..remote import Cache, MissingError, is_remote, url_name
+from .files import File, remote_files
 
 PER_PART = 64
 """documents in a part, where they can be counted"""
@@ -90,59 +92,95 @@ class Columns:
     """take so many documents of the source, no more; 0: all. Of "world", make so many"""
 
 
-def open_source(source: str, columns: Columns, size: int = 64) -> Reader:
-    """The reader of a path, by what is there; of the bundled world, with pictures of `size` pixels.
+def open_source(source: str, columns: Columns, size: int = 64, cache: Cache | None = None) -> Reader:
+    """The reader of a path or URL, by what is there; of the bundled world, with pictures of `size` pixels.
 
-    Raises UserError where nothing is, or nothing that is known.
+    cache: where files of a URL are kept. Raises UserError where nothing is, or nothing that is known.
     """
-    from .parquet import ParquetReader
     from .pictures import PictureReader, table
-    from .tars import TarReader
-    from .texts import JsonReader, TextReader
     from .world import WorldReader
 
     if source == "world":
         return WorldReader(columns.count, size)
+    if is_remote(source):
+        return _elsewhere(source, columns, cache or Cache())
     path = Path(source)
-    kinds: list[tuple[tuple[str, ...], Callable[[Path, list[Path], Columns], Reader]]] = [
-        ((".tar",), TarReader),
-        ((".parquet",), ParquetReader),
-        (JSON, JsonReader),
-        (TEXT, TextReader),
-    ]
     if path.is_dir():
-        for endings, reader in kinds[:3]:
-            files = [file for ending in endings for file in _files(path, ending) if file.name != "metadata.jsonl"]
-            if files:
-                say(f"{path}: taking its {len(files)} {endings[0]} files; what else is there is left aside")
-                return reader(path, sorted(files), columns)
+        if all((path / name).is_file() for name in SET):
+            return _of_set(source, Cache())
+        found = [file for endings, _ in _kinds()[:3] for ending in endings for file in _files(path, ending)]
+        files = [File.of(path, file) for file in sorted(found) if file.name != "metadata.jsonl"]
+        if files:
+            return _of_files(source, files, columns)
         for name in ("metadata.jsonl", "metadata.csv"):
             if (path / name).is_file():
                 return PictureReader(path, table(path / name, columns), columns, whole_folder=True)
         try:
             return PictureReader.of_folder(path, columns)
         except UserError:
-            texts = [file for ending in TEXT for file in _files(path, ending)]
+            texts = sorted(file for ending in TEXT for file in _files(path, ending))
             if not texts:
                 raise UserError(f"{path}: {EXPECTED}, found a folder with none of these") from None
-            return TextReader(path, sorted(texts), columns)
+            return _of_files(source, [File.of(path, file) for file in texts], columns)
     if not path.is_file():
         raise UserError(f"{path}: {EXPECTED}, found {'something that is no file' if path.exists() else 'none'}")
     name = path.name.lower()
     if name.endswith(".csv") or name == "metadata.jsonl":
         return PictureReader(path.parent, table(path, columns), columns)
-    for endings, reader in kinds:
-        if name.endswith(endings):
-            return reader(path.parent, [path], columns)
-    raise UserError(f"{path}: {EXPECTED}, found a file of another kind")
+    return _of_files(source, [File.of(path.parent, path)], columns)
 
 
-JSON = (".jsonl", ".jsonl.gz")
+SET = ("manifest.json", "documents.npy", "tokenizer.json")
+"""files by which a folder is known as a data set"""
+TAR, PARQUET, JSON = (".tar",), (".parquet",), (".jsonl", ".jsonl.gz")
 TEXT = (".txt", ".txt.gz", ".md")
 EXPECTED = (
     'expected "world", or pictures with captions (.txt beside each, metadata.jsonl, a .csv table), WebDataset .tar '
-    "files, .parquet, .jsonl or .txt"
+    "files, .parquet, .jsonl or .txt, or a data set"
 )
+ELSEWHERE = "expected .tar, .parquet, .jsonl or .txt files, many as {00000..00041}.tar, or a data set"
+
+
+def _kinds() -> list[tuple[tuple[str, ...], Callable[[list[File], Columns], Reader]]]:
+    from .parquet import ParquetReader
+    from .tars import TarReader
+    from .texts import JsonReader, TextReader
+
+    return [(TAR, TarReader), (PARQUET, ParquetReader), (JSON, JsonReader), (TEXT, TextReader)]
+
+
+def _of_files(source: str, files: list[File], columns: Columns, expected: str = EXPECTED) -> Reader:
+    """The reader of those of the first kind that there is."""
+    for endings, reader in _kinds():
+        some = [file for file in files if file.name.lower().endswith(endings)]
+        if some:
+            if len(some) < len(files) or Path(source).is_dir():
+                say(f"{source}: taking its {len(some)} {endings[0]} files; what else is there is left aside")
+            return reader(some, columns)
+    raise UserError(f"{source}: {expected}, found {'a file' if len(files) == 1 else 'files'} of another kind")
+
+
+def _of_set(source: str, cache: Cache) -> Reader:
+    from .sets import SetReader
+
+    return SetReader(DataSet(source, cache))
+
+
+def _elsewhere(source: str, columns: Columns, cache: Cache) -> Reader:
+    """Of a URL: a data set has a manifest below it; else it is a file, or stands for several."""
+    if not url_name(source).lower().endswith((*TAR, *PARQUET, *JSON, *TEXT)) and "*" not in source:
+        try:
+            cache.file(f"{source.rstrip('/')}/{SET[0]}")
+            return _of_set(source, cache)
+        except MissingError:
+            pass
+    try:
+        files = remote_files(source, cache)
+    except MissingError as error:
+        raise UserError(f"{source}: {ELSEWHERE}, found none ({error})") from None
+    if not files:
+        raise UserError(f"{source}: {ELSEWHERE}, found none")
+    return _of_files(source, files, columns, ELSEWHERE)
 
 
 def _files(folder: Path, ending: str) -> list[Path]:
@@ -152,19 +190,6 @@ def _files(folder: Path, ending: str) -> list[Path]:
         for path in folder.rglob(f"*{ending}")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
-
-
-def listing(root: Path, files: Iterable[Path]) -> tuple[str, int]:
-    """A hash of names and sizes, and the sum of the sizes. Not of times, which copies lose."""
-    digest, total = hashlib.sha256(), 0
-    for path in files:
-        try:
-            size = path.stat().st_size
-        except OSError:  # gone, or a link to nothing: reading it will say so
-            size = 0
-        digest.update(json.dumps([os.path.relpath(path, root), size]).encode())
-        total += size
-    return digest.hexdigest(), total
 
 
 def parse_json(text: str) -> Any:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from . import Columns, Fault, Part, Raw, listing
+from . import Columns, Fault, Part, Raw
+from .files import File, listing
 from .pictures import CAPTION_COLUMNS, IMAGE_COLUMNS, column
 
 
 class ParquetReader:
     """Documents are rows: an image column (bytes, or `{"bytes", "path"}`) and a caption column; or text alone."""
 
-    def __init__(self, folder: Path, files: list[Path], columns: Columns) -> None:
-        self.folder, self.files = folder, files
-        self.listing, _ = listing(folder, files)
-        opened = [self._open(path) for path in files]
+    def __init__(self, files: list[File], columns: Columns) -> None:
+        self.files = files
+        self.listing, _ = listing(files)
+        opened = [self._open(file) for file in files]
         schema = opened[0].schema_arrow
-        names, where = list(schema.names), str(files[0])
+        names, where = list(schema.names), files[0].place
         kinds = {name: str(schema.field(name).type) for name in names}
         bytes_ = [name for name in names if kinds[name].startswith(("binary", "large_binary", "struct"))]
         self.caption = column(where, names, "caption", columns.caption_column, CAPTION_COLUMNS)
@@ -28,11 +28,11 @@ class ParquetReader:
         if not self.text_only:
             known = names if columns.image_column else bytes_
             self.image = column(where, known, "image", columns.image_column, IMAGE_COLUMNS)
-        for path, file in zip(files, opened, strict=True):
+        for file, found in zip(files, opened, strict=True):
             for name in filter(None, (self.image, self.caption)):
-                if name not in file.schema_arrow.names:
-                    raise UserError(f'{path}: expected the column "{name}", as {files[0].name} has, found none')
-        groups = [(file.metadata, range(file.metadata.num_row_groups)) for file in opened]
+                if name not in found.schema_arrow.names:
+                    raise UserError(f'{file.place}: expected the column "{name}", as {files[0].name} has, found none')
+        groups = [(found.metadata, range(found.metadata.num_row_groups)) for found in opened]
         self.sizes = [[metadata.row_group(number).total_byte_size for number in some] for metadata, some in groups]
         self.total = sum(map(sum, self.sizes))
 
@@ -43,16 +43,15 @@ class ParquetReader:
 
     def read(self, part: Part) -> Iterator[Raw | Fault]:
         number, group = part.what
-        path = self.files[number]
-        name = path.relative_to(self.folder).as_posix()
+        file = self.files[number]
         columns = [self.caption] if self.text_only else [self.image, self.caption]
         try:
-            rows = self._open(path).read_row_group(group, columns=columns).to_pylist()
+            rows = self._open(file).read_row_group(group, columns=columns).to_pylist()
         except Exception as error:  # pyarrow's own kinds, which may not be named without it
-            yield Fault(f"{name}/{group}", f"expected a readable row group, found a damaged one ({error})")
+            yield Fault(f"{file.name}/{group}", f"expected a readable row group, found a damaged one ({error})")
             return
         for place, row in enumerate(rows):
-            key = f"{name}/{group}/{place}"
+            key = f"{file.name}/{group}/{place}"
             words = row[self.caption]
             if not isinstance(words, str) or not words.strip():
                 yield Fault(key, f"expected a caption in {self.caption}, found {'none' if not words else 'no text'}")
@@ -66,14 +65,15 @@ class ParquetReader:
                 else:
                     yield Fault(key, f"expected bytes of an image in {self.image}, found {type(data).__name__}")
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, file: File) -> Any:
         try:
             import pyarrow.parquet
         except ImportError:
             needed = "expected the extra that reads it, found none: pip install 'transfuse[parquet]'"
-            raise UserError(f"{path}: {needed}") from None
+            raise UserError(f"{file.place}: {needed}") from None
+        path = file.here()
         try:
             return pyarrow.parquet.ParquetFile(path)
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{path}: expected a parquet file, found something else ({reason})") from None
+            raise UserError(f"{file.place}: expected a parquet file, found something else ({reason})") from None

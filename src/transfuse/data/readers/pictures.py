@@ -18,7 +18,8 @@ from typing import Any
 
 from ...errors import UserError
 from ...images import image_files
-from . import PER_PART, Columns, Fault, Part, Raw, decode_text, listing, parse_json
+from . import PER_PART, Columns, Fault, Part, Raw, decode_text, parse_json
+from .files import File, listing
 
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "filepath", "path", "file")
 CAPTION_COLUMNS = ("text", "caption", "TEXT", "prompt", "description")
@@ -47,9 +48,9 @@ class PictureReader:
             missing = "expected a row of the table, found none"
             self.rows = [*rows, *(Row(path.relative_to(folder).as_posix(), "", missing) for path in unnamed)]
         files = [folder / row.name for row in self.rows if not row.fault]
-        names, _ = listing(folder, files)
+        names, _ = listing(File.of(folder, path) for path in files)
         beside = [path.with_suffix(".txt") for path, row in zip(files, rows, strict=False) if row.caption is None]
-        words, _ = listing(folder, beside)
+        words, _ = listing(File.of(folder, path) for path in beside)
         captions = hashlib.sha256(json.dumps([(row.name, row.caption, row.fault) for row in self.rows]).encode())
         self.listing = hashlib.sha256(f"{names}{words}{captions.hexdigest()}".encode()).hexdigest()
         self.total = len(self.rows)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ...images import SUFFIXES
-from . import PER_PART, Columns, Fault, Part, Raw, decode_text, interleaved, listing, parse_json
+from . import PER_PART, Columns, Fault, Part, Raw, decode_text, interleaved, parse_json
+from .files import File, listing
 from .pictures import CAPTION_COLUMNS
 
 LINK = -1
@@ -37,27 +38,26 @@ class TarReader:
 
     text_only = False
 
-    def __init__(self, folder: Path, files: list[Path], columns: Columns) -> None:
-        self.folder, self.files, self.columns = folder, files, columns
-        self.listing, self.total = listing(folder, files)
+    def __init__(self, files: list[File], columns: Columns) -> None:
+        self.files, self.columns = files, columns
+        self.listing, self.total = listing(files)
 
     def parts(self) -> Iterable[Part]:
-        for path in self.files:
+        for file in self.files:
             waiting: list[Members | Fault] = []
-            for item in scan(path):
+            for item in scan(file.here()):
                 waiting.append(item)
                 if len(waiting) == PER_PART:
-                    yield _part(path, waiting)
+                    yield _part(file, waiting)
                     waiting = []
             if waiting:
-                yield _part(path, waiting)
+                yield _part(file, waiting)
 
     def read(self, part: Part) -> Iterator[Raw | Fault]:
-        path, items = part.what
-        name = path.relative_to(self.folder).as_posix()
-        with path.open("rb") as file:
+        source, items = part.what
+        with source.here().open("rb") as file:
             for item in items:
-                key = f"{name}/{item.key}"
+                key = f"{source.name}/{item.key}"
                 if isinstance(item, Fault):
                     yield Fault(key, item.reason)
                     continue
@@ -93,9 +93,9 @@ class TarReader:
         return Raw(key, (next(iter(pictures.values())), words), pair=True)
 
 
-def _part(path: Path, items: list[Members | Fault]) -> Part:
+def _part(file: File, items: list[Members | Fault]) -> Part:
     size = sum(size for item in items if isinstance(item, Members) for _, _, size in item.files)
-    return Part((path, items), size)
+    return Part((file, items), size)
 
 
 def scan(path: Path) -> Iterator[Members | Fault]:

@@ -12,25 +12,26 @@ import gzip
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ...errors import UserError
-from . import Columns, Fault, Part, Raw, decode_text, interleaved, listing, parse_json
+from . import Columns, Fault, Part, Raw, decode_text, interleaved, parse_json
+from .files import File, listing
 
 CHUNK = 1 << 18
 """bytes of lines that make a part"""
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(file: File) -> BinaryIO:
+    path = file.here()
     return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
 
 
-def _chunks(path: Path, separator: bytes) -> Iterator[tuple[int, bytes]]:
+def _chunks(source: File, separator: bytes) -> Iterator[tuple[int, bytes]]:
     """Stretches of a file that end after a separator, and the number of lines before each."""
     lines, rest = 0, b""
     try:
-        with _open(path) as file:
+        with _open(source) as file:
             while block := file.read(CHUNK):
                 block = rest + block
                 cut = block.rfind(separator) + len(separator)
@@ -41,7 +42,7 @@ def _chunks(path: Path, separator: bytes) -> Iterator[tuple[int, bytes]]:
                 lines += block.count(b"\n", 0, cut)
                 rest = block[cut:]
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: expected a readable file, found one that is not ({error})") from None
+        raise UserError(f"{source.place}: expected a readable file, found one that is not ({error})") from None
     if rest:
         yield lines, rest
 
@@ -51,24 +52,24 @@ class TextReader:
 
     text_only = True
 
-    def __init__(self, folder: Path, files: list[Path], columns: Columns) -> None:
-        self.folder, self.files, self.split = folder, files, columns.split
-        self.listing, self.total = listing(folder, files)
+    def __init__(self, files: list[File], columns: Columns) -> None:
+        self.files, self.split = files, columns.split
+        self.listing, self.total = listing(files)
 
     def parts(self) -> Iterable[Part]:
-        for path in self.files:
+        for file in self.files:
             if self.split == "file":
-                yield Part((path, 0, None), path.stat().st_size)
+                yield Part((file, 0, None), file.size)
             else:
-                for lines, data in _chunks(path, b"\n" if self.split == "line" else b"\n\n"):
-                    yield Part((path, lines, data), len(data))
+                for lines, data in _chunks(file, b"\n" if self.split == "line" else b"\n\n"):
+                    yield Part((file, lines, data), len(data))
 
     def read(self, part: Part) -> Iterator[Raw | Fault]:
-        path, lines, data = part.what
-        name = path.relative_to(self.folder).as_posix()
+        source, lines, data = part.what
+        name = source.name
         if data is None:
             try:
-                with _open(path) as file:
+                with _open(source) as file:
                     data = file.read()
             except (OSError, EOFError, zlib.error) as error:
                 yield Fault(f"{name}:1", f"expected a readable file, found one that is not ({error})")
@@ -95,34 +96,33 @@ class TextReader:
 class JsonReader:
     """A document a line. Whether there are pictures is known from the first hundred lines."""
 
-    def __init__(self, folder: Path, files: list[Path], columns: Columns) -> None:
-        self.folder, self.files = folder, files
+    def __init__(self, files: list[File], columns: Columns) -> None:
+        self.files = files
         self.text = columns.caption_column or "text"
-        self.listing, self.total = listing(folder, files)
+        self.listing, self.total = listing(files)
         _, first = next(iter(_chunks(files[0], b"\n")), (0, b""))
         lines = [line for line in first.split(b"\n")[:100] if line.strip()]
         if not lines:
-            raise UserError(f"{files[0]}: expected a JSON document a line, found an empty file")
+            raise UserError(f"{files[0].place}: expected a JSON document a line, found an empty file")
         self.text_only = not any(b'"image"' in line or b'"images"' in line for line in lines)
 
     def parts(self) -> Iterable[Part]:
-        for path in self.files:
-            for lines, data in _chunks(path, b"\n"):
-                yield Part((path, lines, data), len(data))
+        for file in self.files:
+            for lines, data in _chunks(file, b"\n"):
+                yield Part((file, lines, data), len(data))
 
     def read(self, part: Part) -> Iterator[Raw | Fault]:
-        path, before, data = part.what
-        name = path.relative_to(self.folder).as_posix()
+        file, before, data = part.what
         for number, line in enumerate(data.split(b"\n"), before + 1):
             if not line.strip():
                 continue
-            key = f"{name}:{number}"
+            key = f"{file.name}:{number}"
             try:
-                yield Raw(key, self._parts(path.parent, parse_json(decode_text(line, "line"))))
+                yield Raw(key, self._parts(file, parse_json(decode_text(line, "line"))))
             except (OSError, ValueError) as error:
                 yield Fault(key, f"expected a document, found none ({error})")
 
-    def _parts(self, folder: Path, record: Any) -> tuple[str | bytes, ...]:
+    def _parts(self, file: File, record: Any) -> tuple[str | bytes, ...]:
         if not isinstance(record, dict):
             raise ValueError(f"a {type(record).__name__}")
         if isinstance(record.get("parts"), list):
@@ -136,15 +136,15 @@ class JsonReader:
             listed = [record[self.text]]
         else:
             raise ValueError(f"neither parts, nor texts and images, nor {self.text}")
-        parts = interleaved(listed, lambda name: _image(folder, name))
+        parts = interleaved(listed, lambda name: _image(file, name))
         if self.text_only and not all(isinstance(part, str) for part in parts):
             raise ValueError("pictures, where the first lines have none")
         return parts
 
 
-def _image(folder: Path, name: Any) -> bytes:
+def _image(file: File, name: Any) -> bytes:
     if not isinstance(name, str):
         raise ValueError(f"image: a {type(name).__name__}")
     if name.startswith("data:"):
         return base64.b64decode(name.partition(",")[2], validate=True)
-    return (folder / name).read_bytes()
+    return file.beside(name)

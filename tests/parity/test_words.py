@@ -1,0 +1,32 @@
+"""Our words beside those of Stanford's tokenizer, where Java and pycocoevalcap's jar are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from transfuse.data.world import WorldConfig
+from transfuse.evaluation.pairs import world_pairs
+from transfuse.evaluation.words import open_words
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "captioning.json").read_text())
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("pycocoevalcap") is None or shutil.which("java") is None,
+    reason="needs java and pip install --no-deps pycocoevalcap",
+)
+
+
+def test_stanford_s_words_are_the_stored_ones_and_ours() -> None:
+    theirs, ours = open_words("pycocoevalcap"), open_words("")
+    texts = [text for text, _ in GOLDEN["tokens"]]
+    assert theirs(texts) == [tokens.split() for _, tokens in GOLDEN["tokens"]]
+    references = [text for some in GOLDEN["references"] for text in some]
+    assert theirs(references) == [line.split() for some in GOLDEN["reference_tokens"] for line in some]
+    scenes = world_pairs(WorldConfig(size=16), 300).references
+    captions = [text for some in scenes for text in some]
+    assert theirs(captions) == ours(captions)
