@@ -9,15 +9,16 @@ Captions are lower-cased and cut as the Penn Treebank does, without punctuation:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
 import PIL.Image
 
+from ..data.world import colours_in, nouns_in
 from .bench import Bench, Measure
 from .generate import Made, Task
-from .interval import Measured, bootstrap, resampled
+from .interval import Measured, bootstrap, resampled, share
 from .pairs import Pairs, bench_pairs, check_pairs
 from .result import Exhibit, Findings, Result
 from .words import check_words, open_words
@@ -29,6 +30,8 @@ SIGMA = 6.0
 MAX_TOKENS = 64
 SHOWN = 12
 NAMES = ("CIDEr-D x 100", "BLEU-4 x 100")
+OF_THE_WORLD = ("nouns right", "background right")
+"""of captions of the bundled world, where it is known what there is to see"""
 
 
 def n_grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
@@ -149,6 +152,8 @@ def _score(bench: Bench) -> Findings:
         ),
         Result.of(NAMES[1], bleu_4(words, references), "higher", f"{code}, nearest length", pairs.label),
     ]
+    if bench.options.captions is None:
+        results += _seen_right(bench, pairs, said)
     order = np.argsort(scores)
     shown = sorted({*order[:SHOWN].tolist(), *order[-SHOWN:].tolist()}, key=lambda n: -scores[n])
     exhibits = [
@@ -158,9 +163,26 @@ def _score(bench: Bench) -> Findings:
     return Findings(results, exhibits)
 
 
+def _seen_right(bench: Bench, pairs: Pairs, said: Sequence[str]) -> Iterator[Result]:
+    """How often a caption names the things there are, all of them and no others; and the background's colour."""
+    for name, find in zip(OF_THE_WORLD, (nouns_in, colours_in), strict=True):
+        truth = [find(some[0]) for some in pairs.references]
+        right, elsewhere = (
+            np.array([find(text) == there for text, there in zip(captions, truth, strict=True)])
+            for captions in (said, [*said[1:], said[0]])
+        )
+        best = np.array([find(some[-1]) == there for some, there in zip(pairs.references, truth, strict=True)])
+        bounds = {"floor": float(elsewhere.mean()), "ceiling": float(best.mean())}
+        yield Result.of(name, share(right), "higher", f"{bench.version}, words found", pairs.label, **bounds)
+
+
+def _numbers(bench: Bench) -> Sequence[str]:
+    return (*NAMES, *OF_THE_WORLD) if bench.options.captions is None else NAMES
+
+
 def _check(bench: Bench) -> None:
     check_pairs(bench)
     check_words(bench.options.ptb_jar)
 
 
-CAPTIONING = Measure("captioning", "CIDEr-D and BLEU-4 of captions", _check, _score, lambda bench: NAMES)
+CAPTIONING = Measure("captioning", "CIDEr-D and BLEU-4 of captions", _check, _score, _numbers)

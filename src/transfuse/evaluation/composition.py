@@ -187,7 +187,11 @@ def _numbers(bench: Bench) -> list[str]:
     return [
         title
         for name in SPLITS.values()
-        for title in (*(f"{ask.name}, {name}{more}" for ask in ASKS for more in ("", CORRECTED)), f"overall, {name}")
+        for title in (
+            *(f"{ask.name}, {name}{more}" for ask in ASKS for more in ("", CORRECTED)),
+            f"background, {name}",
+            f"overall, {name}",
+        )
     ]
 
 
