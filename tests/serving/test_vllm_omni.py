@@ -1,0 +1,131 @@
+"""The plug-in for vLLM-Omni, against a stand-in for its registry and its data classes: it is never installed here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import transfuse
+from transfuse.cli import run
+
+
+@dataclass
+class Sampling:
+    """Fields of its `OmniDiffusionSamplingParams` that are read, with its defaults."""
+
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float = 1.0
+    guidance_scale_provided: bool = False
+    num_outputs_per_prompt: int = 1
+    generator: torch.Generator | None = None
+    seed: int | None = 0
+
+
+@dataclass
+class Output:
+    output: Any = None
+    error: str | None = None
+    error_status_code: int | None = None
+
+
+@dataclass
+class Registry:
+    """Its registry: names to where a class lies, loaded when it is asked for."""
+
+    known: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def register_diffusion_model(
+        self,
+        model_arch: str,
+        module_name: str,
+        class_name: str,
+        pre_process_func_name: str | None = None,
+        post_process_func_name: str | None = None,
+    ) -> None:
+        self.known[model_arch] = (module_name, class_name)
+
+    def build(self, model: str, architecture: str) -> Any:
+        """As its loader does: the device as torch's default, the dtype in its configuration, then the weights."""
+        module, name = self.known[architecture]
+        config = SimpleNamespace(model=model, dtype=torch.float32)
+        with torch.device("cpu"):
+            made = getattr(importlib.import_module(module), name)(od_config=config)
+        loaded = made.load_weights(iter(()))
+        assert {key for key, _ in made.named_parameters()} <= loaded, "its strict check of what was loaded"
+        return made
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    found = Registry()
+    for name in ("vllm_omni", "vllm_omni.diffusion", "vllm_omni.diffusion.registry", "vllm_omni.diffusion.data"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vllm_omni.diffusion.registry"].register_diffusion_model = found.register_diffusion_model  # type: ignore[attr-defined]
+    sys.modules["vllm_omni.diffusion.data"].DiffusionOutput = Output  # type: ignore[attr-defined]
+    return found
+
+
+def plug_in() -> Any:
+    (found,) = [point for point in entry_points(group="vllm_omni.general_plugins") if point.name == "transfuse"]
+    return found.load()
+
+
+@pytest.fixture
+def omni(registry: Registry, served: Path, tmp_path: Path) -> Any:
+    """An export in diffusers' layout, found by the class named in its index, as vLLM-Omni finds it."""
+    assert run(["export", str(served), "--format", "diffusers", "--out", str(tmp_path / "theirs")]) == 0
+    register = plug_in()
+    register()
+    register()
+    assert len(registry.known) == 1, "each process may call it more than once"
+    return registry.build(str(tmp_path / "theirs"), "TransfusionPipeline")
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(
+        (np.asarray(a) == np.asarray(b)).all() for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_without_it_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm_omni", None)
+    assert plug_in()() is None
+
+
+def test_draws_and_edits_what_the_pipeline_does(omni: Any, served: Path) -> None:
+    pipe = transfuse.load(str(served))
+    drawn = omni(SimpleNamespace(prompts=["a crab", {"prompt": "a moon"}], sampling_params=Sampling(seed=7)))
+    assert same(drawn.output, [pipe(text, generator=7).images[0] for text in ("a crab", "a moon")])
+    picture = PIL.Image.new("RGB", (8, 8), "red")
+    asked = {"prompt": "make it blue", "multi_modal_data": {"image": picture}, "negative_prompt": None}
+    sampling = Sampling(None, None, 3, 2.0, True, 2, None, 5)
+    edited = omni(SimpleNamespace(prompts=[asked], sampling_params=sampling))
+    settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "generator": 5, "num_images_per_prompt": 2}
+    assert same(edited.output, pipe("make it blue", image=picture, **settings).images)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ({"prompt": "a crab", "negative_prompt": "a moon"}, {}, "negative_prompt: expected none"),
+        ({"prompt": "a crab", "multi_modal_data": {"image": [0, 1]}}, {}, "image: expected one to change, found 2"),
+        ("a crab", {"height": 7, "width": 8}, "7"),
+    ],
+)
+def test_mistakes_are_an_answer(omni: Any, prompt: Any, sampling: dict[str, Any], message: str) -> None:
+    found = omni(SimpleNamespace(prompts=[prompt], sampling_params=Sampling(**sampling)))
+    assert (found.output, found.error_status_code) == (None, 400)
+    assert message in found.error
+    assert "\n" not in found.error
