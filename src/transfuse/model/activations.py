@@ -155,7 +155,8 @@ def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, in
             down += here * element * current
             skips.append(current)
     lowest = pixels // 4**last
-    down += attention(current, lowest) + lowest * element * current  # and what the last product reads
+    # And the last norm's input, what it gives, and its statistics.
+    down += attention(current, lowest) + lowest * (2 * element * current + 2 * FLOAT)
     up = attention(current, lowest)
     for level, channels in reversed(list(enumerate(levels))):
         here = pixels // 4**level

@@ -100,9 +100,7 @@ def _operations(app: FastAPI, backend: Backend) -> None:
     @app.get("/ready")
     async def ready() -> dict[str, str]:
         """There is a model, and new requests are taken."""
-        if backend.failure or backend.draining or backend.facts is None:
-            state = backend.failure or ("draining" if backend.draining else "loading")
-            raise Problem(503, state, "unavailable", retry=5)
+        backend.check_ready()
         return {"status": "ready"}
 
     @app.get("/metrics")
@@ -115,7 +113,7 @@ def _models(app: FastAPI, backend: Backend) -> None:
     started = int(time.time())
 
     def entry() -> dict[str, Any]:
-        facts = _facts(backend)
+        facts = backend.known()
         about = {name: value for name, value in facts.items() if name != "name"}
         return {"id": facts["name"], "object": "model", "created": started, "owned_by": "transfuse", "transfuse": about}
 
@@ -129,14 +127,8 @@ def _models(app: FastAPI, backend: Backend) -> None:
         return entry()
 
 
-def _facts(backend: Backend) -> dict[str, Any]:
-    if backend.facts is None:
-        raise Problem(503, backend.failure or "the model is being loaded", "unavailable", retry=5)
-    return backend.facts
-
-
 def _check_model(backend: Backend, name: str | None) -> None:
-    served = _facts(backend)["name"]
+    served = backend.known()["name"]
     if name not in (None, served):
         raise Problem(
             404, f"model: expected {served!r}, which is served here, found {name[:100]!r}", "model_not_found", "model"
@@ -150,21 +142,21 @@ def _work(app: FastAPI, backend: Backend) -> None:
         _check_model(backend, asked.model)
         job = await asyncio.to_thread(asked.to_job)
         ticket = await backend.submit(job, asked.timeout)
-        shape = Chat(_facts(backend)["name"], asked, ticket)
+        shape = Chat(backend.known()["name"], asked, ticket)
         return await answer(request, backend, [ticket], shape, bool(asked.stream))
 
     @app.post("/v1/images/generations")
     async def generations(request: Request, asked: ImagesRequest) -> Response:
         """Draw pictures for a prompt."""
         _check_model(backend, asked.model)
-        return await _images(request, backend, asked.jobs([], _facts(backend)["steps"]), asked, "image_generation")
+        return await _images(request, backend, asked.jobs([], backend.known()["steps"]), asked, "image_generation")
 
     @app.post("/v1/images/edits", openapi_extra=_form_schema())
     async def edits(request: Request) -> Response:
         """Draw pictures from pictures: by instruction, by strength, where a mask says."""
         asked, images, mask = await _form(request)
         _check_model(backend, asked.model)
-        steps = _facts(backend)["steps"]
+        steps = backend.known()["steps"]
         if asked.strength is None and mask is None:
             jobs = asked.jobs(images, steps)
         else:

@@ -128,14 +128,23 @@ class Backend:
         while self.tickets and time.monotonic() < until:
             await asyncio.sleep(0.05)
 
-    def check(self) -> None:
-        """Raise Unavailable where a request would not be taken now, whatever it asks for."""
+    def known(self) -> dict[str, Any]:
+        """The model's facts. Raises Unavailable where there is none, now or ever."""
         if self.failure is not None:
             raise Unavailable(self.failure, 503, 60)
-        if self.draining:
-            raise Unavailable("the server is about to stop and takes nothing new", 503, 10)
         if self.facts is None:
             raise Unavailable("the model is being loaded", 503, 5)
+        return self.facts
+
+    def check_ready(self) -> None:
+        """Raise Unavailable where nothing new is taken, or there is no model."""
+        if self.draining:
+            raise Unavailable("the server is about to stop and takes nothing new", 503, 10)
+        self.known()
+
+    def check(self) -> None:
+        """Raise Unavailable where a request would not be taken now, whatever it asks for."""
+        self.check_ready()
         if len(self.tickets) >= self.limits.requests:
             self.metrics.rejected.inc()
             message = f"expected at most {self.limits.requests} requests at a time, found as many"
