@@ -48,8 +48,8 @@ def latent_64() -> Recipe:
 def small_64() -> Recipe:
     """The bundled model: 64 pixels, 24 nouns in one style, up to three copies and two kinds of things, and edits.
 
-    Linear patch layers over the bundled KL-VAE's latents, 16 patches a picture, x0 prediction. U-Net layers learn finer
-    things from as many pictures, but at this size follow captions much later (docs/LOG.md).
+    Linear patch layers over the bundled KL-VAE's latents, 16 patches a picture, x0 prediction. With U-Net layers a step
+    takes twice as long and teaches twice as much; see docs/LOG.md for what stood in their way.
     """
     base = latent_64()
     world = replace(base.data.world, nouns=24, max_objects=2, max_count=3, sizes=None)
