@@ -2,8 +2,8 @@
 
     python tools/release_model.py runs/small-64 --out evaluation
 
-The folder under src/transfuse/weights is replaced whole. What was measured lies in --out, and goes on where it stopped;
-the card's numbers are read from its results.json.
+The folder under src/transfuse/weights is replaced whole, and docs/images gets what it draws of prompts it never saw.
+What was measured lies in --out, and goes on where it stopped; the card's numbers are read from its results.json.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import transfuse
 from transfuse.cli import run
 from transfuse.export import WEIGHTS
 from transfuse.presets import Recipe
 from transfuse.presets.runs import read_recipe
+from transfuse.presets.sources import held_out_prompts
+from transfuse.studies.samples import grid
 from transfuse.training import read_metrics
 
 SUITE = ("composition", "captioning", "editing", "drawing", "text", "choice", "autoencoder")
 COUNT = 360
 """pictures, captions and edits of each measure"""
+SHEET = (3, 8)
+"""rows and columns of README's picture"""
 
 CARD = """---
 pipeline_tag: any-to-any
@@ -79,6 +84,15 @@ def main() -> None:
     report = json.loads((asked.out / "results.json").read_text())
     totals: dict[str, Any] = read_metrics(asked.run / "metrics.jsonl")[-1]
     (folder / "README.md").write_text(card(recipe, totals, report["results"]))
+    draw_sheet(recipe, Path("docs/images") / f"{recipe.preset}.png")
+
+
+def draw_sheet(recipe: Recipe, path: Path) -> None:
+    """Draw the first held-out prompts, with seeds counted up from 0; the prompts lie beside the picture."""
+    prompts = held_out_prompts(recipe, SHEET[0] * SHEET[1])
+    images = transfuse.load(recipe.preset)(prompts, generator=0, output_type="np").images
+    grid(images, SHEET[1], zoom=2).save(path, optimize=True)
+    path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
 
 
 def done(command: list[str]) -> None:
