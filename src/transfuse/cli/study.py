@@ -39,9 +39,10 @@ def study(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] != "rivals":
         raise UserError(f"study: expected a study, found {arguments[0] if arguments else 'none'}; there is rivals")
     asked = parse(Rivals, arguments[1:], "study rivals")
+    from ..studies.arms import Effort
     from ..studies.rivals import run_rivals, table
 
-    code, report = run_rivals(asked.run, asked.flops, asked.presets, asked.pictures, asked.only)
+    code, report = run_rivals(asked.run, asked.flops, asked.presets, Effort(asked.pictures), asked.only)
     if report:
         print(table(report))
     if asked.json:
