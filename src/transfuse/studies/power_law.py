@@ -71,6 +71,7 @@ class Parity:
     low, high      95 % interval over resampled points; None where there is none, and why in note
     extrapolated   the cost lies outside those of our points
     target, cost   the rival's result and what it cost; needed: the cost of the same on our line
+    cheapest, dearest   costs of our points; all five are 0 where there is none
     """
 
     ratio: float | None
@@ -78,10 +79,25 @@ class Parity:
     high: float | None = None
     extrapolated: bool = False
     note: str = ""
-    target: float | None = None
-    cost: float | None = None
-    needed: float | None = None
+    target: float = 0.0
+    cost: float = 0.0
+    needed: float = 0.0
+    cheapest: float = 0.0
+    dearest: float = 0.0
     count: int = 0
+
+    def below_one(self) -> Literal["reproduced", "not reproduced", "undecided"]:
+        """Whether less is needed than by the rival, as the paper has it of all its measures (Table 3).
+
+        Decided only where the interval lies on one side of 1, and the points do too: an answer that is read off the
+        line beyond them counts as far as the nearest point bears it out.
+        """
+        if self.ratio is None or self.low is None or self.high is None:
+            return "undecided"
+        shown = min(max(self.needed, self.cheapest), self.dearest) / self.cost
+        if self.high < 1 and shown < 1:
+            return "reproduced"
+        return "not reproduced" if self.low > 1 and shown > 1 else "undecided"
 
 
 @dataclass(frozen=True)
@@ -172,7 +188,15 @@ def parity(
     if unsure:
         notes.append(unsure)
     return Parity(
-        needed / best.cost, low, high, extrapolated, "; ".join(notes), best.value, best.cost, needed, len(ours)
+        needed / best.cost,
+        low,
+        high,
+        extrapolated,
+        "; ".join(notes),
+        needed=needed,
+        cheapest=line.cheapest,
+        dearest=line.dearest,
+        **known,  # type: ignore[arg-type]
     )
 
 

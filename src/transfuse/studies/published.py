@@ -72,6 +72,23 @@ def published_parity(measure: str) -> Parity:
     return parity(points(LINEAR, measure), rival, MEASURES[measure][0])
 
 
+def as_json() -> dict[str, dict[str, float | None]]:
+    """By measure: the ratio fitted to the printed points with its interval, and the ratio that the paper printed."""
+    found = {}
+    for measure, printed in zip(MEASURES, PRINTED, strict=True):
+        ratio = published_parity(measure)
+        found[measure] = {"fitted": ratio.ratio, "low": ratio.low, "high": ratio.high, "printed": printed}
+    return found
+
+
+def table() -> str:
+    """The same as Markdown."""
+    lines = ["| | parity FLOP ratio, fitted to the printed points | 95 % | as printed |", "| --- |" + " ---: |" * 3]
+    for measure, row in as_json().items():
+        lines.append(f"| {measure} | {row['fitted']:.3f} | {row['low']:.2g} to {row['high']:.2g} | {row['printed']} |")
+    return "\n".join(lines) + "\n"
+
+
 ABLATIONS: dict[str, dict[str, dict[str, float]]] = {
     "Table 4": {
         "llama": {"text": 10.1},
