@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import PIL.Image
 import pytest
 
 from transfuse.errors import UserError
-from transfuse.evaluation import keep_recogniser
 from transfuse.presets import PRESETS, Recipe
 from transfuse.presets import preset as real_preset
 from transfuse.presets.rivals import by_codes, text_only
+from transfuse.studies import arms as arms_module
 from transfuse.studies import rivals
+from transfuse.studies.arms import Effort
 
 ARMS = ("ours", "codes", "text")
+EFFORT = Effort(pictures=6, definitions=2, recogniser_steps=3)
 
 
 def arms(name: str) -> Recipe:
@@ -32,27 +33,25 @@ def arms(name: str) -> Recipe:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals, "preset", arms)
-    monkeypatch.setattr(rivals, "SURVEYED", 4)
-    monkeypatch.setattr(rivals, "keep_recogniser", partial(keep_recogniser, steps=3))
-    monkeypatch.setattr(rivals, "glosses", lambda split: ["a small animal", "a red thing"])
+    monkeypatch.setattr(arms_module, "SURVEYED", 4)
 
 
 def test_equal_compute_one_table(tmp_path: Path) -> None:
     flops = 3e9
-    code, report = rivals.run_rivals(tmp_path, flops, ARMS, pictures=6, only="codes")
+    code, report = rivals.run_rivals(tmp_path, flops, ARMS, EFFORT, only="codes")
     assert (code, report) == (0, {}), "the others are still to be trained"
     began = (tmp_path / "codes" / "export" / "config.json").stat().st_mtime
-    code, report = rivals.run_rivals(tmp_path, flops, ARMS, pictures=6)
+    code, report = rivals.run_rivals(tmp_path, flops, ARMS, EFFORT)
     assert code == 0
     assert report["flops"] == flops
     with pytest.raises(UserError, match=r"budget\.json: expected --flops 3e"):
-        rivals.run_rivals(tmp_path, 2 * flops, ARMS, pictures=6)
+        rivals.run_rivals(tmp_path, 2 * flops, ARMS, EFFORT)
     assert (tmp_path / "codes" / "export" / "config.json").stat().st_mtime == began, "what is finished stays"
     ours, codes, text = (report["arms"][name] for name in ARMS)
     for arm in (ours, codes):
         assert arm["theoretical_flops"] == pytest.approx(flops, rel=0.25), "whole steps of a few samples"
         assert arm["executed_flops"] > 0
-        for name in ("noun", "background", "caption_noun", "caption_background"):
+        for name in ("noun", "background", "both", "caption_noun", "caption_background"):
             low, high = arm[f"{name}_interval"]
             assert 0 <= low <= arm[name] <= high <= 1
         assert arm["frechet"] > 0
@@ -70,8 +69,8 @@ def test_equal_compute_one_table(tmp_path: Path) -> None:
 def test_arms_that_do_not_go_together(tmp_path: Path) -> None:
     assert "latent-64" in PRESETS
     with pytest.raises(UserError, match="presets of one world, mixture, vocabulary and seed"):
-        rivals.run_rivals(tmp_path, 1e9, ("ours", "latent-64"), 6)
+        rivals.run_rivals(tmp_path, 1e9, ("ours", "latent-64"), EFFORT)
     with pytest.raises(UserError, match='--only: expected one of ours, found "codes"'):
-        rivals.run_rivals(tmp_path, 1e9, ("ours",), 6, only="codes")
+        rivals.run_rivals(tmp_path, 1e9, ("ours",), EFFORT, only="codes")
     with pytest.raises(UserError, match="expected a budget"):
-        rivals.run_rivals(tmp_path, 0, ARMS, 6)
+        rivals.run_rivals(tmp_path, 0, ARMS, EFFORT)

@@ -158,3 +158,92 @@ def histogram(title: str, values: Sequence[float], x_label: str, mark: float | N
         parts.append(f'<line class="ceiling" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{base}"/>')
     parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">')
     return "".join([*parts, f"{escape(x_label)}</text></svg>"])
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs of one arm: points (x, y, low, high), those that do not count, and a fitted line by its two ends."""
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float, float, float]]
+    left_out: Sequence[tuple[float, float]] = ()
+    line: tuple[tuple[float, float], tuple[float, float]] | None = None
+
+
+def log_log(title: str, series: Sequence[Series], x_label: str) -> str:
+    """An SVG with both axes logarithmic, as the paper's Figure 5; hollow: left out of the line. "" without a point.
+
+    All numbers must be positive.
+    """
+    xs = [point[0] for one in series for point in [*one.points, *one.left_out]]
+    ys = [point[1] for one in series for point in [*one.points, *one.left_out]]
+    if not xs:
+        return ""
+    (left, right), (low, high) = ((min(values) / 1.2, max(values) * 1.2) for values in (xs, ys))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = math.log(x / left) / math.log(right / left), math.log(y / low) / math.log(high / low)
+        return LEFT + (WIDTH - LEFT - RIGHT) * across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    for y in _log_ticks(low, high):
+        _, at = place(left, y)
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    for x in _log_ticks(left, right):
+        at, _ = place(x, low)
+        anchor = "end" if at > WIDTH - RIGHT - 12 else "middle"
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 21}" text-anchor="{anchor}">{x:.2g}</text>')
+    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">')
+    parts.append(f"{escape(x_label)}</text>")
+    for one in series:
+        colour = f"stroke:{one.colour}"
+        if one.line is not None:
+            ends = [(x, min(high, max(low, y))) for x, y in one.line]
+            (x1, y1), (x2, y2) = (place(*end) for end in ends)
+            parts.append(
+                f'<line class="curve" style="{colour}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+            )
+        for x, y, least, most in one.points:
+            at, above = place(x, y)
+            ends_y = [place(x, min(high, max(low, bound)))[1] for bound in (least, most)]
+            parts.append(
+                f'<line class="curve" style="{colour}" x1="{at:.1f}" x2="{at:.1f}" y1="{ends_y[0]:.1f}" '
+                f'y2="{ends_y[1]:.1f}"/><circle cx="{at:.1f}" cy="{above:.1f}" r="3" style="fill:{one.colour}">'
+                f"<title>{escape(one.name)}: {x:.3g}, {y:.4g}</title></circle>"
+            )
+        for x, y in one.left_out:
+            at, above = place(x, y)
+            parts.append(f'<circle class="curve" style="{colour}" cx="{at:.1f}" cy="{above:.1f}" r="3"/>')
+    return "".join([*parts, "</svg>"])
+
+
+def legend(series: Sequence[Series]) -> str:
+    """What the colours mean."""
+    items = "".join(f'<li><i style="background:{one.colour}"></i>{escape(one.name)}</li>' for one in series)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def standalone(svg: str, series: Sequence[Series]) -> str:
+    """A chart as a file of its own, on white, with its legend below."""
+    body = svg.partition(">")[2].removesuffix("</svg>")
+    title = svg.partition('aria-label="')[2].partition('"')[0]
+    style = (
+        "svg { --ink: #22262b; --soft: #626a73; --line: #e6e2da; --accent: #17706a; --warm: #c2602f; "
+        "font-family: system-ui, sans-serif; background: #fff; } .rule { stroke: var(--line); } "
+        ".tick { fill: var(--soft); font-size: 12.5px; } .curve { fill: none; stroke-width: 1.8; } "
+        ".title { fill: var(--ink); font-size: 14px; font-weight: 600; }"
+    )
+    rows = []
+    for number, one in enumerate(series):
+        y = HEIGHT + 14 + 18 * number
+        rows.append(f'<circle cx="{LEFT + 6}" cy="{y - 4}" r="4" style="fill:{one.colour}"/>')
+        rows.append(f'<text class="tick" x="{LEFT + 18}" y="{y}">{escape(one.name)}</text>')
+    height = HEIGHT + 24 + 18 * len(series)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -24 {WIDTH} {height + 24}" width="{2 * WIDTH}" role="img">'
+        f"<title>{title}</title><style>{style}</style>"
+        f'<rect x="0" y="-24" width="{WIDTH}" height="{height + 24}" fill="#fff"/>'
+        f'<text class="title" x="8" y="-8">{title}</text>{body}{"".join(rows)}</svg>\n'
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -73,6 +74,7 @@ figcaption { font-size: 13.5px; line-height: 1.4; margin-top: 9px; overflow-wrap
 th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 th { font-weight: 500; color: var(--soft); width: 42%; }
+.many th { width: auto; white-space: nowrap; } .many td { min-width: 5.5em; }
 details { margin-top: 18px; } summary { cursor: pointer; color: var(--accent); padding: 4px 0; }
 code, pre { font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px; overflow-x: auto; }
@@ -117,6 +119,21 @@ def table(rows: list[tuple[str, str]]) -> str:
     """Two columns of plain text: what it is, and what was found."""
     body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
     return f'<div class="scroll"><table>{body}</table></div>'
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text with a head; the first cell of a row is its name."""
+    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in rows
+    )
+    return f'<div class="scroll"><table class="many"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def folded(summary: str, body: str) -> str:
+    """HTML behind a line to open; summary is plain text."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def card(title: str, number: str, beside: str) -> str:

@@ -1,0 +1,208 @@
+"""Figure 5 at a size anyone can run: arms, sizes and budgets, lines through them, and what parity costs.
+
+    STUDY/results/*.json                 one a run; everything below is made of these
+    STUDY/report.json, report.html       `transfuse study scaling --report-only` makes them anew
+    STUDY/figures/*.svg                  the plots, one a file
+
+Runs are queued in a shared folder (`queue.py`). A budget is a number of positions D for each arm that draws; a run
+costs 6 N D. All arms see the same documents in the same order. Text alone takes the steps of the first Transfusion,
+whose texts it reads. Measures are those of `transfuse study rivals` (`arms.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+from ..presets import Recipe
+from ..presets.scales import ARMS, SCALES, arm_recipe
+from ..version import __version__
+from .arms import stream
+from .power_law import Better, Parity, Point, fit, parity
+from .queue import Planned, Survey, plan_run, short
+
+RIVAL = "chameleon"
+FIRST = "transfusion"
+"""whose steps text alone takes"""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """guard: a share that must lie above chance, its interval too, for the value to say something (footnote 16).
+
+    paper: the paper's measure of the same, as `published.MEASURES` names it
+    """
+
+    key: str
+    title: str
+    better: Better
+    guard: str | None = None
+    paper: str | None = None
+
+
+MEASURES: tuple[Measure, ...] = (
+    Measure("text_perplexity", "Perplexity of unread definitions", "lower", paper="C4"),
+    Measure("caption_perplexity", "Perplexity of unseen captions", "lower"),
+    Measure("caption_cider", "Captions: CIDEr-D", "higher", "caption_noun", "CIDEr"),
+    Measure("caption_noun", "Captions: noun right", "higher", "caption_noun"),
+    Measure("frechet", "Drawings: Fréchet distance", "lower", "noun", "FID"),
+    Measure("noun", "Drawings: noun right", "higher", "noun"),
+    Measure("both", "Drawings: noun and background right", "higher", "both", "CLIP"),
+)
+
+TARGETS: tuple[Literal["observed", "fitted"], ...] = ("observed", "fitted")
+"""the rival's result as it was, and as its line has it"""
+AXES: dict[str, tuple[str, str]] = {
+    "flops": ("theoretical_flops", "6 N D, as the paper"),
+    "same size": ("theoretical_flops", "6 N D, the rival's largest size alone"),
+    "executed": ("executed_flops", "operations executed"),
+    "seconds": ("seconds", "seconds of training"),
+}
+"""what is held against what: key of a result, words"""
+
+
+def plan_scaling(
+    folder: Path, arms: Sequence[str], sizes: Sequence[str], budgets: Sequence[float], seeds: Sequence[int]
+) -> list[Planned]:
+    """Every arm at every size with every budget and seed. Raises UserError for names that are not there."""
+    check_grid(arms=arms, sizes=sizes, budgets=budgets, seeds=seeds)
+    survey = Survey(folder)
+    recipes = {(arm, size): arm_recipe(arm, size).settled() for arm, size in product({*arms, FIRST}, sizes)}
+    assert len({stream(recipe) for recipe in recipes.values()}) == 1, "arms of one world, mixture and vocabulary"
+    runs = []
+    for arm, size, budget, seed in product(arms, sizes, budgets, seeds):
+        name = f"{arm}-{size}-{short(budget)}-seed{seed}"
+        facts = {"arm": arm, "size": size, "budget": budget, "seed": seed}
+        recipe, payer = (_seeded(recipes[one, size], seed, name) for one in (arm, _payer(recipes, arm, size)))
+        runs.append(plan_run(name, recipe, budget, payer, survey, facts))
+    return runs
+
+
+def check_grid(**axes: Sequence[Any]) -> None:
+    """Raise UserError for an empty axis of a grid, one with something twice, or a budget that is none."""
+    for name, values in axes.items():
+        if not values or len(set(values)) < len(values):
+            found = ", ".join(map(str, values)) or "none"
+            raise UserError(f"--{name}: expected at least one, and each once, found {found}")
+    for budget in axes.get("budgets", ()):
+        if budget <= 0:
+            raise UserError(f"--budgets: expected positive numbers of positions, found {budget:g}")
+
+
+def _payer(recipes: dict[tuple[str, str], Recipe], arm: str, size: str) -> str:
+    return FIRST if recipes[arm, size].model.images == "none" else arm
+
+
+def _seeded(recipe: Recipe, seed: int, name: str) -> Recipe:
+    return replace(recipe, seed=seed, preset=name)
+
+
+# --- analysis ---------------------------------------------------------------------------------------------------------
+
+
+def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Everything that the report says, from the results alone: plain JSON."""
+    order = list(ARMS)
+    arms = sorted({result["arm"] for result in results}, key=order.index)
+    ours = [arm for arm in arms if arm != RIVAL]
+    return {
+        "study": "scaling",
+        "version": __version__,
+        "results": list(results),
+        "failures": list(failures),
+        "lines": {
+            measure.key: {arm: _line(results, measure, arm) for arm in arms if _has(results, measure, arm)}
+            for measure in MEASURES
+        },
+        "parity": {
+            axis: {
+                measure.key: {arm: _parity(results, measure, arm, axis) for arm in ours if _has(results, measure, arm)}
+                for measure in MEASURES
+            }
+            for axis in AXES
+        },
+        "unet_gain": list(_unet_gain(results)),
+    }
+
+
+def _of(results: Iterable[dict[str, Any]], arm: str, measure: Measure) -> list[dict[str, Any]]:
+    return [result for result in results if result["arm"] == arm and measure.key in result]
+
+
+def _has(results: Sequence[dict[str, Any]], measure: Measure, arm: str) -> bool:
+    return bool(_of(results, arm, measure))
+
+
+def left_out(result: dict[str, Any], measure: Measure) -> str:
+    """Why a result's value says nothing of the law: no better than guessing, or as good as can be; "" if it does."""
+    if result[measure.key] <= 0:
+        return "not positive"
+    if measure.guard is not None and result[f"{measure.guard}_interval"][0] <= result[f"{measure.guard}_chance"]:
+        return f"{measure.guard.replace('_', ' ')} no better than guessing"
+    if measure.guard == measure.key and result[f"{measure.key}_interval"][1] >= 1:
+        return "can not be told from 100 %"
+    return ""
+
+
+def _points(results: Sequence[dict[str, Any]], measure: Measure, cost: str) -> list[Point]:
+    return [
+        Point(result[cost], result[measure.key], result["run"]) for result in results if not left_out(result, measure)
+    ]
+
+
+def _line(results: Sequence[dict[str, Any]], measure: Measure, arm: str) -> dict[str, Any]:
+    some = _of(results, arm, measure)
+    line = fit(_points(some, measure, "theoretical_flops"))
+    reasons = {result["run"]: why for result in some if (why := left_out(result, measure))}
+    return {"line": None if line is None else asdict(line), "left_out": reasons}
+
+
+def _as_json(ratio: Parity) -> dict[str, Any]:
+    return {**asdict(ratio), "below_one": ratio.below_one()}
+
+
+def _parity(results: Sequence[dict[str, Any]], measure: Measure, arm: str, axis: str) -> dict[str, Any]:
+    """Ratios to the rival's result as it was observed, and as its line has it."""
+    cost, _ = AXES[axis]
+    ours, rivals = (_of(results, name, measure) for name in (arm, RIVAL))
+    if not rivals:
+        nothing = _as_json(Parity(None, note="no run of the rival is done"))
+        return {"observed": nothing, "fitted": nothing}
+    dearest = max(rivals, key=lambda result: result["theoretical_flops"])
+    if axis == "same size":
+        ours, rivals = ([one for one in some if one["size"] == dearest["size"]] for some in (ours, rivals))
+    said = left_out(dearest, measure)
+    if said:
+        nothing = _as_json(Parity(None, note=f"the rival's dearest run does not count: {said}"))
+        return {"observed": nothing, "fitted": nothing}
+    found: dict[str, Any] = {}
+    for target in TARGETS:
+        mine, theirs = (_points(some, measure, cost) for some in (ours, rivals))
+        ratio = _as_json(parity(mine, theirs, measure.better, target))
+        machines = {(one["machine"]["device"], one["machine"]["threads"]) for one in [*ours, *rivals]}
+        if axis == "seconds" and len(machines) > 1:
+            note = "runs on different machines: seconds do not compare"
+            ratio["note"] = "; ".join(filter(None, [ratio["note"], note]))
+        found[target] = ratio
+    return found
+
+
+def _unet_gain(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """U-Net against linear at equal size, budget and seed (Table 7): Fréchet distances, linear over U-Net."""
+
+    def cell(result: dict[str, Any]) -> tuple[Any, ...]:
+        return result["size"], result["budget"], result["seed"]
+
+    unet = {cell(one): one for one in results if one["arm"] == "transfusion-unet"}
+    pairs = [(one, unet[cell(one)]) for one in results if one["arm"] == FIRST and cell(one) in unet]
+    for linear, other in sorted(pairs, key=lambda pair: (list(SCALES).index(pair[0]["size"]), pair[0]["budget"])):
+        yield {
+            **{name: linear[name] for name in ("size", "budget", "seed")},
+            "frechet_linear": linear["frechet"],
+            "frechet_unet": other["frechet"],
+            "ratio": linear["frechet"] / other["frechet"] if other["frechet"] > 0 else None,
+        }
