@@ -12,7 +12,7 @@ import tyro
 from ..configuration import nearest
 from ..errors import UserError
 from .parsing import parse, print_json
-from .writing import newest_export
+from .writing import default_model
 
 if TYPE_CHECKING:
     from ..studies.queue import Planned
@@ -108,13 +108,13 @@ class Ablations(Queued):
 class ImageEditing:
     """Fine-tune a trained model on 8,000 edits, and measure what it obeys before and after (section 4.4).
 
-    transfuse study image-editing --start runs/small-64/export
+    transfuse study image-editing --start small-64
     """
 
     run: Path = Path("runs/image-editing")
     """folder for the run, what is drawn, and the report; what is done is not done again"""
     start: Path | None = None
-    """export to start from; the newest under runs/ if not given"""
+    """export, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     triples: int = 8000
     """different edits"""
     epochs: float = 4.0
@@ -231,7 +231,7 @@ def _image_editing(asked: ImageEditing) -> tuple[int, dict[str, Any]]:
     else:
         tuning = Tuning(asked.triples, asked.epochs, asked.batch, asked.rate, asked.seed)
         options = Options(count=asked.count, judge_steps=asked.judge_steps)
-        start = asked.start or newest_export()
+        start = asked.start or default_model()
         code, report = run_image_editing(asked.run, start, tuning, options, asked.measures, asked.world)
     if report:
         print(summary(report))

@@ -31,9 +31,10 @@ from ..evaluation import (
     held_out_scenes,
     perplexity,
 )
-from ..evaluation.captioning import cider_d, tokenize
+from ..evaluation.captioning import cider_d
 from ..evaluation.distances import frechet
 from ..evaluation.reconstruction import frechet_distance
+from ..evaluation.words import tokenize
 from ..inference import TransfusionPipeline
 from ..model.flops import count_parameters
 from ..presets import Recipe

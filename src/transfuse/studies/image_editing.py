@@ -24,6 +24,7 @@ from ..configuration import read_json
 from ..console import say
 from ..errors import UserError
 from ..evaluation import Bench, Exhibit, Findings, Options, evaluate, model_hash, named
+from ..export import bundled_name, find_export
 from ..files import whole_file
 from ..images import read_image
 from ..inference import TransfusionPipeline
@@ -61,11 +62,12 @@ class Tuning:
 
 
 def tuning_recipe(start: Path, tuning: Tuning, world_preset: str | None = None) -> Recipe:
-    """The run that an export lies in, or a preset, made into one of edits alone.
+    """The run that an export lies in, or a preset (a bundled model's own), made into one of edits alone.
 
     Raises UserError for an export without a run beside it, unless a preset says what world it knows.
     """
     config = start.resolve().parent / "config.json"
+    world_preset = world_preset or bundled_name(start)
     if world_preset is not None:
         base = preset(world_preset)
     elif config.is_file() and is_kind(config, Recipe):
@@ -142,7 +144,7 @@ def show_image_editing(folder: Path) -> dict[str, Any]:
 def _bench(folder: Path, export: Path, world: str | None, options: Options) -> Bench:
     pipe = TransfusionPipeline.from_pretrained(export)
     scenes = replace(world_of(export, world, pipe.exported.image_size), split="train")
-    return Bench(pipe, model_hash(export), folder, scenes, options)
+    return Bench(pipe, model_hash(find_export(export)), folder, scenes, options)
 
 
 def _keep_pictures(folder: Path, before: Findings, after: Findings) -> list[dict[str, Any]]:
