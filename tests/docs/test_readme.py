@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 
 from transfuse.cli import COMMANDS
 from transfuse.cli.parsing import parse, parse_run
-from transfuse.cli.study import Rivals
+from transfuse.cli.study import STUDIES
 from transfuse.presets import PRESETS, Recipe, preset
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +49,7 @@ def started(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", [*PAGES, *sorted(LAUNCH.iterdir())], ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
     runs: dict[Path, Recipe] = {}
+    studies = []
     for words in commands(page):
         line = " ".join(words)
         if words[:1] == ["make"]:
@@ -62,9 +63,10 @@ def test_commands_exist(page: Path) -> None:
                 recipe, run, _ = parse_run("train", preset(words[2]), words[2], words[3:], None)
                 if "path/to" not in line and "--data.sources" not in line:  # data sets are not there
                     assert runs.setdefault(run, recipe.settled()) == recipe.settled(), f"{line}: {run} is another run"
-            if words[1:3] == ["study", "rivals"]:
-                parse(Rivals, words[3:], "study rivals")
-    assert runs or page.parent != LAUNCH, "a script that starts something"
+            if words[1] == "study":
+                numbers = ["0" if word.startswith('"$') else word for word in words[3:]]
+                studies.append(parse(STUDIES[words[2]][0], numbers, f"study {words[2]}"))
+    assert runs or studies or page.parent != LAUNCH, "a script that starts something"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

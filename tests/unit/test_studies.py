@@ -1,0 +1,145 @@
+"""Studies of many runs: each is done once, whatever is killed; what is said of them is right."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transfuse.cli import run
+from transfuse.studies import queue as queue_module
+from transfuse.studies.arms import Exam
+from transfuse.studies.verdicts import combined, paired
+
+QUICK = ["--pictures", "2", "--definitions", "2", "--recogniser-steps", "2"]
+SCALING = ["study", "scaling", "--arms", "transfusion", "llama", "--sizes", "xxs", "--budgets", "1e3", *QUICK]
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "results").glob("*.json")}
+
+
+def test_killed_between_training_and_measuring(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was trained is not trained again; what was measured is not measured again; the report comes from files."""
+    command = [*SCALING, "--run", str(tmp_path)]
+    trained: list[str] = []
+    train, take = queue_module.train_run, Exam.take
+
+    def counted(recipe: Any, folder: Path) -> Any:
+        trained.append(folder.name)
+        return train(recipe, folder)
+
+    def killed(exam: Exam, folder: Path) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(queue_module, "train_run", counted)
+    monkeypatch.setattr(Exam, "take", killed)
+    assert run(command) == 130
+    assert len(trained) == 1
+    assert not results(tmp_path)
+    monkeypatch.setattr(Exam, "take", take)
+    assert run(command) == 0
+    assert sorted(trained) == sorted(results(tmp_path)) == ["llama-xxs-1k-seed0", "transfusion-xxs-1k-seed0"]
+    assert not (tmp_path / "runs" / trained[0] / "checkpoints").exists(), "done: its checkpoints go"
+    assert run(command) == 0
+    assert len(trained) == 2
+    report = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.html").unlink()
+    assert run([*command, "--report-only"]) == 0
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    capsys.readouterr()
+    assert run([*command, "--list"]) == 0
+    assert capsys.readouterr().out.count("  done  ") == 2
+    assert run([*command, "--only", "llama-xs"]) == 2
+    assert 'no run "llama-xs"' in capsys.readouterr().err
+    assert run([*command, "--index", "2"]) == 2
+    assert "--index: expected 0 to 1, found 2" in capsys.readouterr().err
+
+
+def test_otherwise_measured_runs_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*SCALING, "--run", str(tmp_path), "--only", "llama-*"]
+    assert run(command) == 0
+    assert run([*command, "--pictures", "3"]) == 2
+    assert "study.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_do_each_run_once(tmp_path: Path) -> None:
+    code = "import sys; from transfuse.cli import run; sys.exit(run(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *SCALING, "--budgets", "1e3", "2e3", "--run", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert len(results(tmp_path)) == 4
+    assert sum(text.count(": measuring") for text in said) == 4
+
+
+def test_the_papers_points(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["study", "scaling", "--paper"]) == 0
+    assert "FID" in capsys.readouterr().out
+
+
+def test_verdicts() -> None:
+    same = paired([0.3, 0.3, 0.3])
+    assert (same.mean, same.low, same.high) == pytest.approx((0.3, 0.3, 0.3))
+    found = paired([1.0, 2.0, 3.0])
+    margin = 4.303 * 1.0 / math.sqrt(3)
+    assert (found.low, found.high) == pytest.approx((2 - margin, 2 + margin))
+    assert found.verdict(1.0) == "undecided", "the interval holds 0"
+    assert paired([1.0, 1.1, 0.9]).verdict(0.4) == "reproduced"
+    assert paired([1.0, 1.1, 0.9]).verdict(-0.4) == "not reproduced"
+    assert paired([1.0, 1.1, 0.9]).verdict(0.1, rounding=0.1) == "no direction"
+    assert paired([1.0]).verdict(1.0) == "undecided", "one seed says nothing"
+    values = {"a": {0: 1.0, 1: 2.0}, "b": {1: 5.0, 2: 7.0}}
+    assert combined({"a": -1, "b": 1}, values) == [3.0], "of the seeds that both have"
+    assert combined({"a": 1, "c": 1}, values) == []
+
+
+def test_ablations_differ_by_what_they_are_named_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["study", "ablations", "--size", "xxs", "--positions", "1e3", "--seeds", "0", "--run", str(tmp_path)]
+    assert run([*asked, *QUICK, "--rows", "transfusion", "causal"]) == 0
+    plain, causal = (
+        json.loads((tmp_path / "runs" / f"{name}-seed0" / "config.json").read_text())
+        for name in ("transfusion", "causal")
+    )
+    assert plain["model"].pop("image_attention") == "bidirectional"
+    assert causal["model"].pop("image_attention") == "causal"
+    assert {**plain, "preset": ""} == {**causal, "preset": ""}, "in nothing else"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {result["run"] for result in report["results"]} == {"transfusion-seed0", "causal-seed0"}
+    verdicts = capsys.readouterr().out
+    assert "undecided" in verdicts
+    assert " reproduced" not in verdicts, "one seed decides nothing"
+
+
+def test_image_editing_before_and_after(tmp_path: Path) -> None:
+    tiny = ["train", "tiny", "--run", str(tmp_path / "run"), "--loop.steps", "2", "--data.world.max-objects", "2"]
+    assert run(tiny) == 0
+    asked = ["study", "image-editing", "--start", str(tmp_path / "run" / "export"), "--run", str(tmp_path / "study")]
+    asked += ["--triples", "8", "--epochs", "1", "--batch", "4", "--count", "6", "--judge-steps", "2"]
+    assert run(asked) == 0
+    report = json.loads((tmp_path / "study" / "report.json").read_text())
+    assert report["study"] == "image-editing"
+    kept = (
+        (tmp_path / "study" / "report.json").read_text(),
+        (tmp_path / "study" / "tuning" / "metrics.jsonl").read_text(),
+    )
+    assert run(asked) == 0
+    again = (
+        (tmp_path / "study" / "report.json").read_text(),
+        (tmp_path / "study" / "tuning" / "metrics.jsonl").read_text(),
+    )
+    assert again == kept, "what is done is not done again"
