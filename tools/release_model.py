@@ -1,6 +1,8 @@
 """Makes the model that comes with the package out of its run: weights in half precision, measured, with its card.
 
-    python tools/release_model.py runs/small-64 --out evaluation
+    python tools/release_model.py runs/small-64 runs/small-64-more --out evaluation
+
+Of several runs each began where the one before had ended; the last is exported.
 
 The folder under src/transfuse/weights is replaced whole, and docs/images gets what it draws of prompts it never saw.
 What was measured lies in --out, and goes on where it stopped; the card's numbers are read from its results.json.
@@ -29,6 +31,12 @@ COUNT = 360
 SHEET = (3, 8)
 """rows and columns of README's picture"""
 
+COMMANDS = """\
+    transfuse train small-64 --run runs/small-64
+    transfuse train small-64 --run runs/small-64-more --start runs/small-64/export --seed 1 --loop.steps 2400 \\
+        --loop.ema-decay 0.998 --optimizer.learning-rate 1e-3 --optimizer.final-learning-rate 1e-5 \\
+        --optimizer.warmup 100"""
+
 CARD = """---
 pipeline_tag: any-to-any
 library_name: transfuse
@@ -38,7 +46,9 @@ license: apache-2.0
 
 A small Transfusion (Zhou et al., arXiv 2408.11039), trained from nothing by
 
-    transfuse train {preset} --run runs/{name}
+{commands}
+
+Then:
 
     import transfuse
     pipe = transfuse.load("{name}")
@@ -73,16 +83,17 @@ things coarser.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("evaluation"))
     asked = parser.parse_args()
-    recipe = read_recipe(asked.run / "config.json", Recipe)
+    recipe = read_recipe(asked.runs[-1] / "config.json", Recipe)
     folder = WEIGHTS / recipe.preset
     shutil.rmtree(folder, ignore_errors=True)
-    done(["export", str(asked.run), "--out", str(folder), "--dtype", "float16"])
+    done(["export", str(asked.runs[-1]), "--out", str(folder), "--dtype", "float16"])
     done(["evaluate", "--model", recipe.preset, "--suite", *SUITE, "--count", str(COUNT), "--out", str(asked.out)])
     report = json.loads((asked.out / "results.json").read_text())
-    totals: dict[str, Any] = read_metrics(asked.run / "metrics.jsonl")[-1]
+    last = [read_metrics(folder / "metrics.jsonl")[-1] for folder in asked.runs]
+    totals = {name: sum(line[name] for line in last) for name in ("step", "images", "flops", "seconds")}
     (folder / "README.md").write_text(card(recipe, totals, report["results"]))
     draw_sheet(recipe, Path("docs/images") / f"{recipe.preset}.png")
 
@@ -108,7 +119,7 @@ def card(recipe: Recipe, totals: dict[str, Any], results: list[dict[str, Any]]) 
     counted = count_parameters(recipe.model)
     return CARD.format(
         name=recipe.preset,
-        preset=recipe.preset,
+        commands=COMMANDS,
         nouns=len(world.noun_names),
         examples=", ".join(world.noun_names[:8]),
         count=world.max_count,

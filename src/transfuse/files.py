@@ -31,7 +31,10 @@ def whole_folder(folder: Path, what: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        shared = partial.stat().st_mode & 0o666  # safetensors' files are for their owner's eyes alone otherwise
         for path in [*partial.rglob("*"), partial]:
+            if path.is_file():
+                path.chmod(shared)
             sync(path)
         shutil.rmtree(old, ignore_errors=True)
         if place.exists():

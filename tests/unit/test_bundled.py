@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import transfuse
 from transfuse import export
 from transfuse.cli import run
+from transfuse.data.world import background_of, colours_in
 from transfuse.evaluation import model_hash
 from transfuse.export import load_export, relayout
 from transfuse.model import Transfusion
@@ -78,7 +80,19 @@ def test_half_precision_is_half_as_large_and_rounded_once(served: Path, tmp_path
     assert sizes[1] < 0.55 * sizes[0]
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "half" / name).read_bytes() == (served / name).read_bytes()
+    modes = {path.stat().st_mode for path in (tmp_path / "half").rglob("*") if path.is_file()}
+    assert len(modes) == 1, "whoever may read its config may read its weights"
     assert run(["export", str(served), "--format", "llama", "--dtype", "float16"]) == 2
+
+
+def test_the_default_draws_what_it_is_told() -> None:
+    """The bundled model, its sampler and its defaults as they are: backgrounds at least, and one caption."""
+    pipe = transfuse.load(export.DEFAULT)
+    colours = ("red", "blue", "green", "white", "black", "purple", "orange", "pink")
+    pictures = pipe([f"a strawberry on a {colour} background" for colour in colours], generator=0).images
+    right = [background_of(np.asarray(picture)) == colour for picture, colour in zip(pictures, colours, strict=True)]
+    assert sum(right) >= 7
+    assert colours_in(pipe.caption(pictures[0])[0]) == {"red"}
 
 
 def test_what_comes_with_the_package_is_whole_and_small() -> None:
