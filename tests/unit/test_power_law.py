@@ -105,6 +105,11 @@ def test_what_can_not_be_said_is_not_said() -> None:
         assert "too few points: expected 3 of different cost" in found.note
         assert found.below_one() == "undecided"
     assert parity(rivals, [], "lower").note == "the rival has no point that counts"
+    seeds = [Point(cost, value) for cost, value in ((1.0, 1.0), (1.01, 0.9), (1.02, 0.8), (3.0, 0.7))]
+    assert parity(seeds, rivals, "lower").ratio is None, (
+        "seeds of one run are one cost, whatever the slope through them"
+    )
+    assert fit(seeds[:3]) is None
     wrong = parity(law(0.3, 0.0), rivals, "lower")
     assert wrong.ratio is None
     assert "wrong sign" in wrong.note
@@ -158,7 +163,9 @@ def test_weak_points_are_left_out_by_footnote_16() -> None:
 
 
 def test_the_reference_is_the_dearest_run_or_the_mean_of_its_seeds() -> None:
-    assert reference([Point(1, 5.0), Point(10, 2.0), Point(10, 8.0)]) == Point(10, pytest.approx(4.0), "")
+    found = reference([Point(1, 5.0), Point(10, 2.0), Point(10.1, 8.0)])
+    assert found is not None
+    assert (found.cost, found.value) == pytest.approx((math.sqrt(101), 4.0))
     assert reference([]) is None
 
 

@@ -21,6 +21,8 @@ Better = Literal["higher", "lower"]
 
 LEAST = 3
 """points of different cost, without which no ratio is given: through two a line always fits"""
+ALIKE = 1.05
+"""costs that are apart by less than this factor are one: seeds of a run, whose documents differ a little in length"""
 REACH = 100.0
 """times beyond its points that a line is followed at most"""
 UNSURE = 0.05
@@ -123,13 +125,13 @@ class Bounds:
 
 
 def fit(points: Sequence[Point], draws: int = DRAWS, seed: int = 0) -> Line | None:
-    """Least squares on the logarithms; None where all points cost the same, or there are none."""
-    if len({point.cost for point in points}) < 2:
+    """Least squares on the logarithms; None where all points cost about the same, or there are none."""
+    if different(points) < 2:
         return None
     x, y = _logarithms(points)
     slope, intercept = _line(x, y)
     low = high = None
-    if draws and len(set(x)) >= LEAST:
+    if draws and different(points) >= LEAST:
         slopes, _ = _resampled(x, y, draws, np.random.default_rng(seed))
         low, high = (float(bound) for bound in np.percentile(slopes, [2.5, 97.5]))
     scatter = float(np.sqrt(np.mean((y - intercept - slope * x) ** 2)))
@@ -137,13 +139,27 @@ def fit(points: Sequence[Point], draws: int = DRAWS, seed: int = 0) -> Line | No
     return Line(slope, intercept, low, high, len(points), scatter, min(costs), max(costs))
 
 
+def different(points: Sequence[Point]) -> int:
+    """How many different costs there are, those within `ALIKE` of one another counted once."""
+    count, last = 0, 0.0
+    for cost in sorted(point.cost for point in points):
+        if cost > last * ALIKE:
+            count, last = count + 1, cost
+    return count
+
+
+def middle(points: Sequence[Point]) -> Point:
+    """The geometric mean of cost and of value: what seeds of one run say together."""
+    costs, values = _logarithms(points)
+    return Point(math.exp(costs.mean()), math.exp(values.mean()), points[0].label)
+
+
 def reference(points: Sequence[Point]) -> Point | None:
-    """What is to be equalled: the dearest run; of several at its cost (seeds) the geometric mean."""
+    """What is to be equalled: the dearest run, or the mean of those that cost as much; None for no points."""
     if not points:
         return None
     cost = max(point.cost for point in points)
-    last = [point for point in points if math.isclose(point.cost, cost, rel_tol=1e-3)]
-    return Point(cost, math.exp(sum(math.log(point.value) for point in last) / len(last)), last[0].label)
+    return middle([point for point in points if cost <= point.cost * ALIKE])
 
 
 def parity(
@@ -151,24 +167,26 @@ def parity(
     rivals: Sequence[Point],
     better: Better,
     target: Literal["observed", "fitted"] = "observed",
+    best: Point | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Parity:
     """How much of the rival's largest cost is needed for the rival's result there.
 
-    target   observed: as it scored, as the paper's numbers are found; fitted: as the rival's own line has it, which is
-             resampled as well
+    target   observed: as it scored, as the paper's numbers are found, taken as exact; fitted: as the rival's own line
+             has it, which is resampled as well
+    best     the rival's point that is to be equalled; None: its dearest
     """
-    best = reference(rivals)
+    best = best or reference(rivals)
     if best is None:
         return Parity(None, note="the rival has no point that counts")
     if target == "fitted":
-        theirs = fit(rivals, draws=0) if len({point.cost for point in rivals}) >= LEAST else None
+        theirs = fit(rivals, draws=0) if different(rivals) >= LEAST else None
         if theirs is None:
             return Parity(None, note=f"too few points of the rival for a line: {_counted(rivals)}", count=len(ours))
         best = Point(best.cost, theirs.at(best.cost), best.label)
     known = {"target": best.value, "cost": best.cost, "count": len(ours)}
-    if len({point.cost for point in ours}) < LEAST:
+    if different(ours) < LEAST:
         return Parity(None, note=f"too few points: {_counted(ours)}", **known)  # type: ignore[arg-type]
     line = fit(ours, draws=0)
     assert line is not None
@@ -201,7 +219,7 @@ def parity(
 
 
 def _counted(points: Sequence[Point]) -> str:
-    return f"expected {LEAST} of different cost, found {len({point.cost for point in points})}"
+    return f"expected {LEAST} of different cost, found {different(points)}"
 
 
 def _logarithms(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
@@ -218,10 +236,10 @@ def _resampled(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Slopes and intercepts `[draw]` of lines through points drawn with replacement, of two different costs at least.
 
-    Float64 `[draw]`; a resample that is one point again and again has no line, and is drawn anew.
+    Float64 `[draw]`; a resample that is one point, or its seeds, again and again has no line, and is drawn anew.
     """
     chosen = generator.integers(0, len(x), (draws, len(x)))
-    while len(alike := np.flatnonzero(np.ptp(x[chosen], axis=1) == 0)):
+    while len(alike := np.flatnonzero(np.ptp(x[chosen], axis=1) < math.log(ALIKE))):
         chosen[alike] = generator.integers(0, len(x), (len(alike), len(x)))
     a, b = x[chosen], y[chosen]
     from_mean = a - a.mean(1, keepdims=True)

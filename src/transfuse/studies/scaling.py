@@ -22,7 +22,7 @@ from ..presets import Recipe
 from ..presets.scales import ARMS, SCALES, arm_recipe
 from ..version import __version__
 from .arms import stream
-from .power_law import Better, Parity, Point, fit, parity
+from .power_law import Better, Parity, Point, fit, middle, parity
 from .queue import Planned, Survey, plan_run, short
 
 RIVAL = "chameleon"
@@ -175,14 +175,16 @@ def _parity(results: Sequence[dict[str, Any]], measure: Measure, arm: str, axis:
     dearest = max(rivals, key=lambda result: result["theoretical_flops"])
     if axis == "same size":
         ours, rivals = ([one for one in some if one["size"] == dearest["size"]] for some in (ours, rivals))
-    said = left_out(dearest, measure)
-    if said:
+    seeds = [one for one in rivals if (one["size"], one["budget"]) == (dearest["size"], dearest["budget"])]
+    best = _points(seeds, measure, cost)
+    if len(best) < len(seeds):
+        said = next(why for one in seeds if (why := left_out(one, measure)))
         nothing = _as_json(Parity(None, note=f"the rival's dearest run does not count: {said}"))
         return {"observed": nothing, "fitted": nothing}
     found: dict[str, Any] = {}
     for target in TARGETS:
         mine, theirs = (_points(some, measure, cost) for some in (ours, rivals))
-        ratio = _as_json(parity(mine, theirs, measure.better, target))
+        ratio = _as_json(parity(mine, theirs, measure.better, target, middle(best)))
         machines = {(one["machine"]["device"], one["machine"]["threads"]) for one in [*ours, *rivals]}
         if axis == "seconds" and len(machines) > 1:
             note = "runs on different machines: seconds do not compare"

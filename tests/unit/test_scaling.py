@@ -1,0 +1,163 @@
+"""What the scaling study says of results whose laws are known: made up here, to test the analysis, never reported."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transfuse.cli import run
+from transfuse.errors import UserError
+from transfuse.studies.queue import write_report
+from transfuse.studies.scaling import AXES, MEASURES, analyse, check_grid, plan_scaling
+from transfuse.studies.scaling_page import scaling_figures, scaling_page, summary
+
+SIZES = {"xs": 1e6, "s": 3e6, "m": 6e6}
+BUDGETS = (1e6, 4e6)
+SPEED = {"transfusion": 1e11, "chameleon": 0.5e11, "llama": 1e11}
+SHARES = ("noun", "both", "caption_noun")
+RATIO = 0.4
+
+
+def result(arm: str, size: str, budget: float, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A run whose perplexity is 100 (FLOPs / 1e13)^-0.1, Chameleon's as that of RATIO times its FLOPs."""
+    longer = 1 + 0.001 * seed
+    flops = 6 * SIZES[size] * budget * longer
+    worth = flops * (RATIO if arm == "chameleon" else 1.0) / 1e13
+    found: dict[str, Any] = {
+        "run": f"{arm}-{size}-{budget:g}-seed{seed}",
+        "arm": arm,
+        "size": size,
+        "budget": budget,
+        "seed": seed,
+        "parameters": int(SIZES[size]),
+        "positions": budget * longer,
+        "theoretical_flops": flops,
+        "executed_flops": 0.8 * flops,
+        "seconds": flops / SPEED[arm],
+        "machine": {"host": "a", "device": "cpu", "threads": 1, "precision": "float32"},
+        "text_perplexity": 100 * worth**-0.1,
+    }
+    if arm != "llama":
+        found |= {"caption_perplexity": 9 * worth**-0.1, "caption_cider": 50 * worth**0.2, "frechet": 30 * worth**-0.3}
+        found |= {name: min(0.9, 0.3 * worth**0.1) for name in SHARES}
+        found |= {f"{name}_chance": 0.01 for name in SHARES}
+    found |= {
+        f"{name}_interval": [value * 0.97, value * 1.03]
+        for name, value in list(found.items())
+        if name in {measure.key for measure in MEASURES}
+    }
+    return {**found, **changes}
+
+
+def grid(*arms: str, seeds: int = 1) -> list[dict[str, Any]]:
+    return [
+        result(arm, size, budget, seed) for arm in arms for size in SIZES for budget in BUDGETS for seed in range(seeds)
+    ]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_ratio_is_found_for_every_measure_and_way_of_counting(seeds: int) -> None:
+    report = analyse(grid("transfusion", "chameleon", seeds=seeds))
+    for measure in MEASURES:
+        for axis, times in (("flops", 1.0), ("executed", 1.0), ("seconds", 0.5)):
+            for target in ("observed", "fitted"):
+                found = report["parity"][axis][measure.key]["transfusion"][target]
+                assert found["ratio"] == pytest.approx(RATIO * times, rel=1e-6), (measure.key, axis)
+                assert found["below_one"] == "reproduced"
+        alone = report["parity"]["same size"][measure.key]["transfusion"]["observed"]
+        assert "too few points: expected 3 of different cost, found 2" in alone["note"], (
+            "two budgets, whatever the seeds"
+        )
+
+
+def test_the_rivals_dearest_run_is_the_one_of_most_flops_on_every_axis() -> None:
+    """Not the slowest: a small run on a slow machine is no result to equal."""
+    results = grid("transfusion", "chameleon")
+    slow = next(one for one in results if (one["arm"], one["size"], one["budget"]) == ("chameleon", "xs", 1e6))
+    slow["seconds"] = 1e9
+    dearest = max((one for one in results if one["arm"] == "chameleon"), key=lambda one: one["theoretical_flops"])
+    found = analyse(results)["parity"]["seconds"]["text_perplexity"]["transfusion"]["observed"]
+    assert found["target"] == pytest.approx(dearest["text_perplexity"])
+    assert found["cost"] == pytest.approx(dearest["seconds"])
+
+
+def test_what_says_nothing_is_left_out_and_named() -> None:
+    results = grid("transfusion", "chameleon")
+    results[0] |= {"noun": 0.02, "noun_interval": [0.005, 0.04], "both": 0.99, "both_interval": [0.97, 1.0]}
+    report = analyse(results)
+    name = results[0]["run"]
+    assert "no better than guessing" in report["lines"]["noun"]["transfusion"]["left_out"][name]
+    assert "no better than guessing" in report["lines"]["frechet"]["transfusion"]["left_out"][name]
+    assert "100 %" in report["lines"]["both"]["transfusion"]["left_out"][name]
+    assert report["lines"]["caption_cider"]["transfusion"]["left_out"] == {}
+    assert report["parity"]["flops"]["noun"]["transfusion"]["observed"]["count"] == len(results) / 2 - 1
+    assert report["parity"]["flops"]["noun"]["transfusion"]["observed"]["ratio"] == pytest.approx(RATIO)
+    weak = max((one for one in results if one["arm"] == "chameleon"), key=lambda one: one["theoretical_flops"])
+    weak |= {"noun": 0.0, "noun_interval": [0.0, 0.01]}
+    found = analyse(results)["parity"]["flops"]["frechet"]["transfusion"]["observed"]
+    assert found["ratio"] is None
+    assert "the rival's dearest run does not count" in found["note"]
+
+
+def test_seconds_of_different_machines_are_marked() -> None:
+    results = grid("transfusion", "chameleon")
+    results[0]["machine"] = {**results[0]["machine"], "device": "a card"}
+    report = analyse(results)["parity"]
+    assert "different machines" in report["seconds"]["frechet"]["transfusion"]["observed"]["note"]
+    assert "different machines" not in report["flops"]["frechet"]["transfusion"]["observed"]["note"]
+
+
+def test_without_the_rival_or_pictures_nothing_is_made_up() -> None:
+    report = analyse(grid("llama"))
+    assert list(report["lines"]["text_perplexity"]) == ["llama"]
+    assert report["lines"]["frechet"] == {}
+    found = report["parity"]["flops"]["text_perplexity"]["llama"]["observed"]
+    assert (found["ratio"], found["note"]) == (None, "no run of the rival is done")
+
+
+def test_the_report_is_made_of_the_results_or_of_an_earlier_report(tmp_path: Path) -> None:
+    """Figures too, and the same ones: a report that was moved elsewhere is enough."""
+    (tmp_path / "results").mkdir()
+    failed = {"run": "llama-l", "arm": "llama", "why": "step 3: a loss <of> nan"}
+    (tmp_path / "failures").mkdir()
+    (tmp_path / "failures" / "llama-l.json").write_text(json.dumps(failed))
+    for one in grid("transfusion", "chameleon", "llama"):
+        (tmp_path / "results" / f"{one['run']}.json").write_text(json.dumps(one))
+    report = write_report(tmp_path, analyse, scaling_page, scaling_figures)
+    page = (tmp_path / "report.html").read_text()
+    assert "a loss &lt;of&gt; nan" in page
+    assert page.count('<svg class="chart"') == len(MEASURES)
+    assert f"{RATIO:g} (" in summary(report)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "report.json").write_text((tmp_path / "report.json").read_text())
+    assert run(["study", "scaling", "--run", str(tmp_path / "moved"), "--report-only"]) == 0
+    for name in ("report.html", "report.json", *(f"figures/{path.name}" for path in (tmp_path / "figures").iterdir())):
+        assert (tmp_path / "moved" / name).read_text() == (tmp_path / name).read_text(), name
+    with pytest.raises(UserError, match=r"expected results of runs, or a report\.json"):
+        write_report(tmp_path / "nothing", analyse, scaling_page)
+
+
+def test_numbers_of_the_page_are_finite() -> None:
+    """In every attribute that places something."""
+    for svg in scaling_figures(analyse(grid("transfusion", "chameleon", "llama"))).values():
+        assert "nan" not in svg
+        assert "inf" not in svg.replace("infi", "")
+    assert all(math.isfinite(one["theoretical_flops"]) for one in grid("llama"))
+    assert set(AXES) == {"flops", "same size", "executed", "seconds"}
+
+
+def test_grids_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--sizes: expected at least one, and each once, found xs, xs"):
+        check_grid(sizes=("xs", "xs"))
+    with pytest.raises(UserError, match=r"--seeds: expected at least one, and each once, found none"):
+        check_grid(seeds=())
+    with pytest.raises(UserError, match=r"--budgets: expected positive numbers of positions, found -1"):
+        check_grid(budgets=(-1.0,))
+    with pytest.raises(UserError, match='size: unknown name "x"'):
+        plan_scaling(tmp_path, ("transfusion",), ("x",), (1e3,), (0,))
+    with pytest.raises(UserError, match='arm: unknown name "camel"; did you mean "chameleon"'):
+        plan_scaling(tmp_path, ("camel",), ("xs",), (1e3,), (0,))
