@@ -124,9 +124,10 @@ def bundled_models() -> tuple[str, ...]:
 
 
 def find_export(name: Path | str) -> Path:
-    """The folder that a path, or the name of a bundled model, stands for. A folder of that name comes first."""
+    """The folder that a path, or the name of a bundled model, stands for. An export of that name comes first."""
     path = Path(name)
-    return WEIGHTS / path if not path.exists() and str(name) in bundled_models() else path
+    own = any((path / file).is_file() for file in (INDEX, "model.safetensors"))
+    return WEIGHTS / path if not own and str(name) in bundled_models() else path
 
 
 def bundled_name(model: Path) -> str | None:

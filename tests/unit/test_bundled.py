@@ -49,7 +49,9 @@ def test_an_export_under_runs_comes_before_it(shelf: Path, capsys: pytest.Captur
     assert run(["generate", "a crab", "--steps", "2", "--model", export.DEFAULT]) == 0
 
 
-def test_a_name_stands_for_it_and_a_folder_of_that_name_comes_first(shelf: Path, tokenizer) -> None:
+def test_a_name_stands_for_it_and_an_export_of_that_name_comes_first(shelf: Path, tokenizer) -> None:
+    Path(export.DEFAULT).mkdir()
+    Path(export.DEFAULT, "config.json").write_text("{}")  # a run of that name is none
     assert transfuse.load(export.DEFAULT).exported.weights == shelf / "model.safetensors"
     relayout(shelf, Path(export.DEFAULT), "diffusers", torch.float16)
     assert load_export(export.DEFAULT).weights == Path(
