@@ -92,7 +92,7 @@ def test_an_edit_is_a_clean_picture_an_instruction_and_the_target(tokenizer: Tok
     assert isinstance(words, Text)
     assert isinstance(after, Image)
     assert (before.target, before.max_timestep) == (False, None), "shown, clean, and not learned"
-    assert (after.target, words.predict, document.sample) == (True, True, 40)
+    assert (after.target, words.predict, document.sample) == (True, False, 40)
     assert tokenizer.decode(words.ids) == change.instruction
     for part, scene in ((before, change.source), (after, change.target)):
         assert torch.equal(part.latent, Pixels().encode(world.render(scene)[None])[0])

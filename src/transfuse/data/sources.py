@@ -131,7 +131,8 @@ class ScenePairs:
 class EditConfig:
     """How a picture, an instruction and the picture it asks for become a document (Transfusion section 4.4).
 
-    The first picture is shown clean, and not learned. The paper gives no drop rates; these are InstructPix2Pix's.
+    The first picture is shown clean, and like the words is not learned. The paper gives no drop rates; these are
+    InstructPix2Pix's.
     """
 
     instruction_drop: float = 0.05
@@ -180,7 +181,8 @@ class SceneEdits:
     def document(self, index: int, sample: int) -> Document:
         number = index % self.epoch if self.epoch else index
         source, target = self.latents[2 * number], self.latents[2 * number + 1]
-        words = Text(self.tokenizer.encode(self.edit(number).instruction))
+        # Not learned: people say it. A model that learned to would begin captions of pictures with instructions.
+        words = Text(self.tokenizer.encode(self.edit(number).instruction), predict=False)
         document = Document([Image(source, target=False), words, Image(target)], sample=sample)
         shown = edit_shown(self.config, self.seed, sample)
         if shown == "all":
