@@ -137,12 +137,18 @@ def test_beyond_the_points_is_called_so_and_decides_nothing_alone() -> None:
     assert below.ratio > 1
     assert below.low is not None
     assert below.low > 1
-    assert below.below_one() == "not reproduced", "our cheapest point costs more than the rival"
+    assert below.below_one() == "undecided"
+    assert parity(ours, [Point(1e12, ours[1].value)], "lower").below_one() == "not reproduced", "between the points"
     # And only the line, followed beyond its dearest, says that less than 1e15 is needed.
     dear = parity(ours, [Point(1e15, ours[-1].value * 0.9)], "lower")
     assert "dearer than any point" in dear.note
     assert dear.ratio is not None
-    assert dear.ratio < 1
+    assert dear.high is not None
+    assert dear.high < 1
+    assert dear.below_one() == "undecided"
+    short = parity(ours, [Point(2e13, ours[-1].value * 0.9)], "lower")
+    assert short.extrapolated
+    assert short.below_one() == "not reproduced", "our dearest point costs more than the rival, and is worse"
 
 
 def test_a_slope_of_doubtful_sign_has_no_interval() -> None:

@@ -91,15 +91,16 @@ class Parity:
     def below_one(self) -> Literal["reproduced", "not reproduced", "undecided"]:
         """Whether less is needed than by the rival, as the paper has it of all its measures (Table 3).
 
-        Decided only where the interval lies on one side of 1, and the points do too: an answer that is read off the
-        line beyond them counts as far as the nearest point bears it out.
+        Decided only where the interval lies on one side of 1 and the points bear it out: on the line between them
+        the rival's result is reached at less than its cost, or not yet reached at more.
         """
         if self.ratio is None or self.low is None or self.high is None:
             return "undecided"
-        shown = min(max(self.needed, self.cheapest), self.dearest) / self.cost
-        if self.high < 1 and shown < 1:
+        if self.high < 1 and self.needed <= self.dearest and self.cheapest < self.cost:
             return "reproduced"
-        return "not reproduced" if self.low > 1 and shown > 1 else "undecided"
+        if self.low > 1 and self.needed >= self.cheapest and self.dearest > self.cost:
+            return "not reproduced"
+        return "undecided"
 
 
 @dataclass(frozen=True)
