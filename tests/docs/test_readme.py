@@ -21,6 +21,7 @@ from transfuse.presets import PRESETS, Recipe, preset
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 LAUNCH = ROOT / "docs" / "launch"
+SCRIPTS = sorted(path for path in LAUNCH.rglob("*") if path.is_file())
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -46,7 +47,7 @@ def started(words: list[str]) -> list[str]:
     return ["transfuse", *(word for word in asked.training_script_args if word != "--")]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted(LAUNCH.iterdir())], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
     runs: dict[Path, Recipe] = {}
     studies = []
@@ -64,9 +65,19 @@ def test_commands_exist(page: Path) -> None:
                 if "path/to" not in line and "--data.sources" not in line:  # data sets are not there
                     assert runs.setdefault(run, recipe.settled()) == recipe.settled(), f"{line}: {run} is another run"
             if words[1] == "study":
-                numbers = ["0" if word.startswith('"$') else word for word in words[3:]]
-                studies.append(parse(STUDIES[words[2]][0], numbers, f"study {words[2]}"))
-    assert runs or studies or page.parent != LAUNCH, "a script that starts something"
+                given = ["0" if word.startswith('"$') else word for word in words[3:] if word != '"$@"']
+                studies.append(parse(STUDIES[words[2]][0], given, f"study {words[2]}"))
+    assert runs or studies or page in PAGES, "a script that starts something"
+
+
+def test_scripts_of_studies_can_be_started() -> None:
+    """They are one-liners, each of another claim, and need nothing but the command."""
+    scripts = [path for path in SCRIPTS if path.parent.name == "studies"]
+    assert scripts
+    for path in scripts:
+        assert os.access(path, os.X_OK), path.name
+        assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+        assert len([words for words in commands(path) if words[:2] == ["transfuse", "study"]]) == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

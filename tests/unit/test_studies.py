@@ -7,15 +7,24 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from transfuse.cli import run
+from transfuse.studies import arms as arms_module
 from transfuse.studies import queue as queue_module
 from transfuse.studies.arms import Exam
 from transfuse.studies.verdicts import combined, paired
+from transfuse.training import DivergedError
+
+
+@pytest.fixture(autouse=True)
+def _few_surveyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms_module, "SURVEYED", 2)
+
 
 QUICK = ["--pictures", "2", "--definitions", "2", "--recogniser-steps", "2"]
 SCALING = ["study", "scaling", "--arms", "transfusion", "llama", "--sizes", "xxs", "--budgets", "1e3", *QUICK]
@@ -72,17 +81,68 @@ def test_otherwise_measured_runs_are_not_mixed(tmp_path: Path, capsys: pytest.Ca
     assert "study.json" in capsys.readouterr().err
 
 
+def started(folder: Path, *more: str) -> subprocess.Popen[str]:
+    code = "import sys; from transfuse.cli import run; sys.exit(run(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *SCALING, "--run", str(folder), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_killed_while_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`kill -9`: the claim stays behind, is taken over at once, and the run goes on from its checkpoint."""
+    long = ("--arms", "transfusion", "--budgets", "4e5")
+    child = started(tmp_path, *long)
+    checkpoints = tmp_path / "runs" / "transfusion-xxs-400k-seed0" / "checkpoints"
+    until = time.monotonic() + 240
+    while not list(checkpoints.glob("step-????????")) and time.monotonic() < until:
+        assert child.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.05)
+    child.kill()
+    child.communicate()
+    assert not results(tmp_path)
+    assert run([*SCALING, *long, "--run", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert "transfusion-xxs-400k-seed0: taken over from" in said
+    assert "going on from step" in said
+    assert len(results(tmp_path)) == 1
+
+
+def test_a_run_that_diverges_does_not_hold_the_others_up(tmp_path: Path, monkeypatch, capsys) -> None:
+    command = [*SCALING, "--run", str(tmp_path)]
+    train = queue_module.train_run
+
+    def diverging(recipe: Any, folder: Path) -> Any:
+        if folder.name.startswith("llama"):
+            raise DivergedError("step 2: a loss is nan")
+        return train(recipe, folder)
+
+    monkeypatch.setattr(queue_module, "train_run", diverging)
+    assert run(command) == 0
+    assert list(results(tmp_path)) == ["transfusion-xxs-1k-seed0"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(one["run"], one["why"]) for one in report["failures"]] == [("llama-xxs-1k-seed0", "step 2: a loss is nan")]
+    monkeypatch.setattr(queue_module, "train_run", train)
+    assert run(command) == 0
+    assert len(results(tmp_path)) == 1, "not by itself"
+    assert run([*command, "--only", "llama-*"]) == 0
+    assert len(results(tmp_path)) == 2
+    assert not json.loads((tmp_path / "report.json").read_text())["failures"]
+
+
+def test_torchruns_processes_are_refused(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "positions.json").write_text("{}")
+    monkeypatch.setattr(queue_module.Survey, "__call__", lambda self, recipe: 900.0)
+    assert run([*SCALING, "--run", str(tmp_path)]) == 2
+    assert "start the command several times instead" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_do_each_run_once(tmp_path: Path) -> None:
-    code = "import sys; from transfuse.cli import run; sys.exit(run(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *SCALING, "--budgets", "1e3", "2e3", "--run", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    both = [started(tmp_path, "--budgets", "1e3", "2e3") for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
     assert len(results(tmp_path)) == 4
     assert sum(text.count(": measuring") for text in said) == 4
 

@@ -1,0 +1,91 @@
+"""Rows of the paper's tables: written once, shown in the docs as commands, held against the paper's signs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from transfuse.cli.parsing import parse_run
+from transfuse.errors import UserError
+from transfuse.presets import preset
+from transfuse.studies.ablations import COMPARISONS, PIECES, ROWS, analyse, changed, plan_ablations
+from transfuse.studies.ablations_page import ablations_page, summary
+from transfuse.studies.published import ABLATIONS
+
+DOCS = Path(__file__).parents[2] / "docs" / "rivals.md"
+ALL = ROWS | PIECES
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_is_the_command_that_the_docs_show(name: str) -> None:
+    row = ALL[name]
+    recipe, _, _ = parse_run("train", preset(row.preset), row.preset, row.words(name)[3:], None)
+    ours = row.recipe()
+    assert (ours.model, ours.data, ours.objective, ours.optimizer) == (
+        recipe.model,
+        recipe.data,
+        recipe.objective,
+        recipe.optimizer,
+    ), "at the preset's own size"
+    shown = [re.sub(r"\s+", " ", line.split("#")[0]).strip() for line in DOCS.read_text().splitlines()]
+    assert " ".join(row.words(name)) in shown
+
+
+def test_every_number_of_the_paper_has_a_row_and_the_orderings_their_signs() -> None:
+    assert {row for rows in ABLATIONS.values() for row in rows} == set(ROWS)
+    expected = {(one.table, one.asks): one for one in COMPARISONS}
+    assert {row for one in COMPARISONS for row in one.weights} == set(ALL)
+
+    def of(table: str, part: str, measure: str) -> float:
+        (found,) = [one for (name, asks), one in expected.items() if name == table and asks.startswith(part)]
+        value = found.expected(measure)
+        assert value is not None
+        return value
+
+    assert of("Table 5", "patches of a picture that see each other, linear", "distance") == pytest.approx(-41.0)
+    assert of("Table 7", "U-Net for linear", "distance") == pytest.approx(-3.6)
+    assert of("Table 6", "how much more linear", "distance") == pytest.approx(23.2 + 0.6)
+    assert of("Table 8", "a limit", "captions") == pytest.approx(4.0)
+    costs = [of("Table 4", part, "text") for part in ("what diffusion", "the stability set alone", "what learning")]
+    assert all(cost > 0 for cost in costs), "Llama < Transfusion < stability set < Chameleon"
+    assert expected["", "Chameleon with no-qk-norm"].expected("text") is None
+
+
+def test_changes_go_where_they_are_named() -> None:
+    base = preset("transfusion-32")
+    found = changed(base, {"model.patch_size": 4, "data.pairs.image_first_max_timestep": None, "seed": 3})
+    assert (found.model.patch_size, found.data.pairs.image_first_max_timestep, found.seed) == (4, None, 3)
+    assert changed(found, {"model.patch_size": 2, "seed": 0, "data.pairs.image_first_max_timestep": 500}) == base
+    for name in ("model.patchsize", "nothing", "data.pairs.nothing"):
+        with pytest.raises(KeyError):
+            changed(base, {name: 1})
+
+
+def run(row: str, seed: int, **values: float) -> dict[str, object]:
+    facts = {"theoretical_flops": 1.0, "positions": 1.0, "steps": 1, "parameters": 1}
+    return {"run": f"{row}-seed{seed}", "arm": row, "seed": seed, **facts, **values}
+
+
+def test_verdicts_of_made_up_results() -> None:
+    distances = {"causal": (60.0, 61.0, 59.0), "transfusion": (20.0, 22.0, 19.0), "unet": (25.0, 26.5, 24.5)}
+    results = [run(row, seed, frechet=some[seed]) for row, some in distances.items() for seed in range(3)]
+    results += [run("llama", seed, text_perplexity=10.0 + seed) for seed in range(2)]
+    results += [run("transfusion-x", 0, text_perplexity=1.0)]
+    report = analyse([one for one in results if one["arm"] != "transfusion-x"])
+    found = {(one["table"], one["measure"]): one for one in report["comparisons"]}
+    assert found["Table 5", "distance"]["verdict"] == "reproduced"
+    assert found["Table 5", "distance"]["mean"] == pytest.approx(-119 / 3)
+    assert found["Table 7", "distance"]["verdict"] == "not reproduced", "the paper's U-Net is nearer"
+    assert ("Table 4", "text") not in found, "a row alone is compared with nothing"
+    page = ablations_page(report, Path())
+    assert "1 reproduced, 1 not reproduced, 0 undecided" in page
+    assert summary(report).count("\n| Table") == 2
+
+
+def test_names_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='--rows: unknown name "casual"; did you mean "causal"'):
+        plan_ablations(tmp_path, ("casual",), "xs", 1e3, (0,))
+    with pytest.raises(UserError, match="--rows: expected at least one, and each once"):
+        plan_ablations(tmp_path, ("unet", "unet"), "xs", 1e3, (0,))
