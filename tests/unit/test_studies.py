@@ -147,6 +147,28 @@ def test_two_processes_do_each_run_once(tmp_path: Path) -> None:
     assert sum(text.count(": measuring") for text in said) == 4
 
 
+@pytest.mark.slow
+def test_the_smoke_script_runs_end_to_end(tmp_path: Path) -> None:
+    """All arms, three budgets, as a user starts it; twice, and the second time nothing is left to do."""
+    script = Path(__file__).parents[2] / "docs" / "launch" / "studies" / "smoke.sh"
+    (tmp_path / "transfuse").write_text(f'#!/bin/bash\nexec {sys.executable} -m transfuse "$@"\n')
+    (tmp_path / "transfuse").chmod(0o755)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def start() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    first, folder = start(), tmp_path / "runs" / "smoke"
+    assert first.returncode == 0, first.stderr
+    assert len(results(folder)) == 4 * 3
+    assert "| Perplexity of unread definitions | transfusion |" in first.stdout
+    assert len(list((folder / "figures").glob("*.svg"))) >= 3
+    second = start()
+    assert second.returncode == 0
+    assert "measuring" not in second.stderr
+    assert second.stdout == first.stdout
+
+
 def test_the_papers_points(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["study", "scaling", "--paper"]) == 0
     assert "FID" in capsys.readouterr().out

@@ -75,7 +75,8 @@ def _others() -> Iterator[tuple[str, str]]:
 
 
 def _parity(report: dict[str, Any], axis: str) -> str:
-    head = ["", "arm", "ratio", "to its line", "paper", "below 1", "remarks"]
+    of_the_paper = axis == "flops"
+    head = ["", "arm", "ratio", "to its line", *(["paper"] if of_the_paper else []), "below 1", "remarks"]
     rows = []
     for measure in MEASURES:
         for arm, found in report["parity"][axis][measure.key].items():
@@ -86,7 +87,7 @@ def _parity(report: dict[str, Any], axis: str) -> str:
                     arm,
                     said_ratio(observed),
                     said_ratio(fitted),
-                    _printed(measure) if (axis, arm) == ("flops", "transfusion") else "",
+                    *([_printed(measure) if arm == "transfusion" else ""] if of_the_paper else []),
                     observed["below_one"],
                     observed["note"],
                 ]
