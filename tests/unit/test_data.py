@@ -71,6 +71,10 @@ def test_shares_of_order_and_drop() -> None:
     assert kinds(PairConfig(caption_drop=0))["dropped"] == 0
     assert kinds(PairConfig(caption_first=0, caption_drop=1))["captioned"] == 1
     assert kinds(PairConfig(image_first_max_timestep=None))["captioned"] > 0
+    clean = pair_document((9, 8), torch.zeros(3, 2, 2), PairConfig(caption_first=0, image_first_max_timestep=0), 0, 1)
+    assert [image.target for image in clean.images] == [False], "shown as a sampler shows it"
+    with pytest.raises(ValueError, match="image_first_max_timestep: expected at least 0, found -1"):
+        PairConfig(image_first_max_timestep=-1)
 
 
 def of_kind(source: SceneEdits, config: EditConfig) -> dict[str, int]:

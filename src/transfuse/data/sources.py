@@ -45,7 +45,8 @@ class PairConfig:
     caption_first: float = 0.8
     """share of pairs in which the caption comes first: the model draws; in the rest it captions"""
     image_first_max_timestep: int | None = 500
-    """largest timestep of an image that comes before its caption (section 4.3.4)"""
+    """largest timestep of an image that comes before its caption (section 4.3.4); None: no limit; 0: it is shown clean,
+    as a sampler shows it, and not learned"""
     caption_drop: float = 0.1
     """share of the caption-first pairs whose caption is left out, for guidance; captioning pairs keep theirs"""
 
@@ -53,6 +54,10 @@ class PairConfig:
         for name in ("caption_first", "caption_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.pairs.{name}: expected a share from 0 to 1, found {getattr(self, name)}")
+        if self.image_first_max_timestep is not None and self.image_first_max_timestep < 0:
+            raise ValueError(
+                f"data.pairs.image_first_max_timestep: expected at least 0, found {self.image_first_max_timestep}"
+            )
 
 
 Order = Literal["draw", "caption", "unconditional"]
@@ -70,7 +75,9 @@ def pair_document(text: tuple[int, ...], latent: torch.Tensor, config: PairConfi
     """One caption and one latent, ordered, capped and dropped as `pair_order` says."""
     order = pair_order(config, seed, sample)
     if order == "caption":
-        return Document([Image(latent, max_timestep=config.image_first_max_timestep), Text(text)], sample=sample)
+        cap = config.image_first_max_timestep
+        shown = Image(latent, target=False) if cap == 0 else Image(latent, max_timestep=cap)
+        return Document([shown, Text(text)], sample=sample)
     document = Document([Text(text), Image(latent)], sample=sample)
     return unconditional(document) if order == "unconditional" else document
 
