@@ -295,7 +295,9 @@ def test_mistakes(home: Path, tmp_path: Path) -> None:
     assert "prompt: expected at most 256 positions" in refused(home, "generate", "crab " * 400)
     assert "steps: expected at" in refused(home, "generate", "a crab", "--steps", "0")
     assert "expected a JSON file, found none" in refused(home, "generate", "a crab", "--model", "nowhere")
-    assert "expected an export folder, found none" in refused(tmp_path, "generate", "a crab")
+    assert "generate: prompt: expected some text" in refused(
+        tmp_path, "generate", ""
+    )  # a model is there without any run
     assert "expected a run folder, found nothing" in refused(home, "export", "nowhere")
     (home / "file").write_text("")
     assert "expected a folder to write to" in refused(home, "generate", "a", "--draw", "force", "--out", "file/x")
@@ -426,8 +428,8 @@ def test_llama_out_and_in(home: Path) -> None:
 
 def test_study(home: Path) -> None:
     assert transfuse(home, "study", "rivals", "--help").returncode == 0
-    assert "expected a study, found none; there is rivals" in refused(home, "study")
-    assert "expected a study, found other" in refused(home, "study", "other")
+    assert "scaling" in transfuse(home, "study").stdout
+    assert 'study: unknown name "scalling"; did you mean "scaling"' in refused(home, "study", "scalling")
     assert '--only: expected one of tiny, found "demo"' in refused(
         home, "study", "rivals", "--presets", "tiny", "--only", "demo"
     )
