@@ -66,6 +66,13 @@ def test_a_resumed_run_does_not_start_anew(served: Path, tmp_path: Path) -> None
         assert torch.equal(ours, theirs)
 
 
+def test_a_relative_path_is_the_same_folder_from_elsewhere(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(served.parent)
+    asked = recipe(Path(served.name)).settled()
+    monkeypatch.chdir("/")
+    assert asked == recipe(served).settled() == asked.settled()
+
+
 def test_what_is_no_model_is_refused(served: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         recipe(tmp_path).settled()

@@ -16,7 +16,7 @@ import torch
 from ..configuration import to_dict
 from ..console import say
 from ..errors import UserError
-from ..export import is_export, load_export, places
+from ..export import bundled_name, is_export, load_export, places
 from ..interchange import check_trunk, marker_rows, read_llama_config, start_from_llama
 from ..model import Transfusion
 from ..sequence import Tokenizer
@@ -34,6 +34,8 @@ def started(recipe: Recipe) -> Recipe:
     folder = Path(recipe.start)
     if not is_export(folder):
         return _with_trunk(recipe, folder)
+    if bundled_name(folder) is None:
+        folder = folder.resolve()  # the run may be gone on with, or exported, from elsewhere
     found = load_export(folder)
     name = found.autoencoder.name if found.autoencoder.factor == 1 else str(places(folder)["autoencoder"])
     parts = {
@@ -50,7 +52,7 @@ def started(recipe: Recipe) -> Recipe:
     ]
     if changed:
         say(f"{', '.join(changed)}, to start from {folder}")
-    return replace(recipe, **parts)  # type: ignore[arg-type]
+    return replace(recipe, start=str(folder), **parts)  # type: ignore[arg-type]
 
 
 def _with_trunk(recipe: Recipe, folder: Path) -> Recipe:
