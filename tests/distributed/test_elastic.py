@@ -52,7 +52,7 @@ def undisturbed(tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_ranks(tmp_path: Path, undisturbed: Path, kills: int) -> None:
     """One rank of two, at any moment: in a step, in a save, while it starts. Nothing that was saved is lost."""
     run, draw = tmp_path / "run", random.Random(0)

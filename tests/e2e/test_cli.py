@@ -341,7 +341,7 @@ def test_full_disk_is_one_line_and_loses_nothing(home: Path, tmp_path: Path) -> 
     assert not list(home.glob("limited*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) -> None:
     command = ["train", "tiny", "--loop.steps", "300", "--loop.checkpoint-every", "1000"]
     process = subprocess.Popen([*COMMAND, *command], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)

@@ -470,7 +470,7 @@ class Crowd:
 KINDS = ("drawn", "written", "streamed", "edited", "mistaken", "huge", "leaving", "slow")
 
 
-@pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_soak(served: Path, count: int) -> None:
     """Eight at a time. Every good one is answered right, no answer is an error but those asked for, and memory does
     not grow."""

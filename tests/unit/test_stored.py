@@ -154,7 +154,8 @@ def test_the_order_is_the_same_for_any_ranks_and_workers(folder: Path, rows: int
     expected = order([loader(folder, rows)], range(12))
     if rows is None:
         assert [sample for step in expected for sample, _ in step] == list(range(72))
-    for ranks, workers in [(2, 0), (3, 0), (8, 0), (1, 1), *([(1, 4)] if rows is None else [])]:
+    # Rows are planned from windows of thousands of samples, by each rank: fewer of them here.
+    for ranks, workers in [(2, 0), (3, 0), (8, 0), (1, 1), (1, 4)] if rows is None else [(3, 0), (1, 1)]:
         found = [loader(folder, rows, workers=workers, rank=rank, ranks=ranks) for rank in range(ranks)]
         assert order(found, range(12)) == expected, (ranks, workers)
 
