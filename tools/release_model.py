@@ -18,7 +18,8 @@ from typing import Any
 
 import transfuse
 from transfuse.cli import run
-from transfuse.export import WEIGHTS
+from transfuse.folders import WEIGHTS
+from transfuse.model.flops import count_parameters
 from transfuse.presets import Recipe
 from transfuse.presets.runs import read_recipe
 from transfuse.presets.sources import held_out_prompts
@@ -115,10 +116,7 @@ def done(command: list[str]) -> None:
 
 
 def card(recipe: Recipe, totals: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    from transfuse.model.flops import count_parameters
-
     world = recipe.data.world
-    counted = count_parameters(recipe.model)
     return CARD.format(
         name=recipe.preset,
         commands=COMMANDS,
@@ -128,7 +126,7 @@ def card(recipe: Recipe, totals: dict[str, Any], results: list[dict[str, Any]]) 
         kinds=world.max_objects,
         size=world.size,
         styles=", ".join(world.styles or ("all",)),
-        parameters=counted.total,
+        parameters=count_parameters(recipe.model).total,
         autoencoder=recipe.data.autoencoder,
         steps=totals["step"],
         images=totals["images"],

@@ -33,11 +33,11 @@ from .configuration import from_dict, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, SamplerConfig
 from .errors import UserError
 from .files import sha256, whole_folder
+from .folders import DIFFUSERS, INDEX, MODEL_TYPE, places
 from .model import ModelConfig, Transfusion
 from .sequence import Tokenizer
 from .version import __version__
 
-MODEL_TYPE = "transfusion"
 ARCHITECTURES = {
     "latents": "TransfusionForConditionalGeneration",
     "codes": "TransfusionChameleon",
@@ -112,66 +112,67 @@ def save_export(
     return folder
 
 
-WEIGHTS = Path(__file__).with_name("weights")
-"""models that come with the package, a folder each"""
-DEFAULT = "small-64"
-"""the bundled model that commands use where none is named and none was trained"""
+@dataclass(frozen=True)
+class Described:
+    """What an export's files say of it, its weights apart. place: where each of them is (`folders.places`)."""
+
+    place: dict[str, Path]
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    generation: GenerationConfig
+    image_size: int
+    autoencoder: dict[str, Any]
+    """name and fingerprint of the one it was trained with"""
 
 
-def bundled_models() -> tuple[str, ...]:
-    """Names of the models that come with the package."""
-    return tuple(sorted(path.parent.name for path in WEIGHTS.glob("*/config.json")))
-
-
-def find_export(name: Path | str) -> Path:
-    """The folder that a path, or the name of a bundled model, stands for. An export of that name comes first."""
-    path = Path(name)
-    own = any((path / file).is_file() for file in (INDEX, "model.safetensors"))
-    return WEIGHTS / path if not own and str(name) in bundled_models() else path
-
-
-def bundled_name(model: Path) -> str | None:
-    """The name of a bundled model, given as such or by its folder; None for any other."""
-    folder = find_export(model)
-    return folder.name if folder.parent == WEIGHTS else None
-
-
-def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Exported:
-    """Load an export folder, ours or in diffusers' layout, or a bundled model by its name. Raises UserError, one line,
-    for what is missing or does not fit."""
+def describe(folder: Path | str) -> Described:
+    """Read an export's configuration. Raises UserError, one line, for what is missing or no export."""
     place = places(Path(folder))
     config = read_json(place["config.json"])
     where = str(place["config.json"])
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise UserError(f'{where}: expected model_type "{MODEL_TYPE}", found {found!r}')
-    model_config = from_dict(ModelConfig, config.get("model"), where)
-    autoencoder = _its_autoencoder(place["autoencoder"], config, model_config, device)
+    generation = place["generation_config.json"]
+    return Described(
+        place,
+        from_dict(ModelConfig, config.get("model"), where),
+        from_dict(DiffusionConfig, config.get("diffusion"), where),
+        from_dict(GenerationConfig, read_json(generation), str(generation)),
+        int(config["image_size"]),
+        config.get("autoencoder") or {"name": "pixels", "fingerprint": "pixels"},
+    )
+
+
+def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Exported:
+    """Load an export folder, ours or in diffusers' layout, or a bundled model by its name. Raises UserError, one line,
+    for what is missing or does not fit."""
+    found = describe(folder)
+    place = found.place
+    autoencoder = _its_autoencoder(found, device)
     tokenizer = Tokenizer.load(place["tokenizer.json"])
-    if tokenizer.vocabulary > model_config.vocabulary:
+    if tokenizer.vocabulary > found.model.vocabulary:
         raise UserError(
-            f"{place['tokenizer.json']}: expected at most the model's {model_config.vocabulary} ids, "
+            f"{place['tokenizer.json']}: expected at most the model's {found.model.vocabulary} ids, "
             f"found {tokenizer.vocabulary}"
         )
-    model = Transfusion.on_meta(model_config, compute=dtype)
-    _load_weights(model, place["model.safetensors"])
+    model = Transfusion.on_meta(found.model, compute=dtype)
+    load_weights(model, place["model.safetensors"])
     return Exported(
         model.to(device=device, dtype=dtype).eval().requires_grad_(False),
-        Process(from_dict(DiffusionConfig, config.get("diffusion"), where)),
+        Process(found.diffusion),
         autoencoder,
         tokenizer,
-        int(config["image_size"]),
-        from_dict(GenerationConfig, read_json(place["generation_config.json"]), str(place["generation_config.json"])),
+        found.image_size,
+        found.generation,
         place["model.safetensors"],
     )
 
 
-def _its_autoencoder(
-    folder: Path, config: dict[str, Any], model: ModelConfig, device: torch.device | str
-) -> Autoencoder:
+def _its_autoencoder(export: Described, device: torch.device | str) -> Autoencoder:
     """The autoencoder beside a model, which must be the one it was trained with: another one's latents mean nothing."""
+    folder, model, expected = export.place["autoencoder"], export.model, export.autoencoder
     found = load_autoencoder(folder, device=device)
-    expected = config.get("autoencoder") or {"name": "pixels", "fingerprint": "pixels"}
     coded = model.images == "codes"
     wanted, there = model.latent_channels, found.channels
     if coded:
@@ -186,8 +187,8 @@ def _its_autoencoder(
     return Coded(found) if coded else found
 
 
-def _load_weights(model: Transfusion, path: Path) -> None:
-    """Put a safetensors file's weights into a meta model: every name must match, and every shape."""
+def load_weights(model: Transfusion, path: Path) -> None:
+    """Put a safetensors file's weights, in its dtype, in place of a model's: every name must match, and every shape."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if not path.is_file():
         raise UserError(f"{path}: expected the model's weights, found no file")
@@ -202,32 +203,6 @@ def _load_weights(model: Transfusion, path: Path) -> None:
             model.load_state_dict({name: file.get_tensor(name) for name in expected}, assign=True)
     except SafetensorError as error:
         raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
-
-
-DIFFUSERS = {
-    "config.json": "transformer/config.json",
-    "model.safetensors": "transformer/diffusion_pytorch_model.safetensors",
-    "generation_config.json": "transformer/generation_config.json",
-    "tokenizer.json": "tokenizer/tokenizer.json",
-    "autoencoder": "vae",
-    "README.md": "README.md",
-}
-"""where diffusers' layout has what an export consists of"""
-INDEX = "model_index.json"
-
-
-def places(folder: Path) -> dict[str, Path]:
-    """Where an export's parts are, in whichever layout it has; it may be a bundled model's name."""
-    folder = find_export(folder)
-    other = (folder / INDEX).is_file()
-    return {name: folder / (theirs if other else name) for name, theirs in DIFFUSERS.items()}
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder is an export, in either layout: of a model, as its config says."""
-    config = places(folder)["config.json"]
-    found = read_json(config) if config.is_file() else None
-    return isinstance(found, dict) and found.get("model_type") == MODEL_TYPE
 
 
 def relayout(

@@ -399,7 +399,8 @@ def test_a_server_without_a_model_ends(served: Path, tmp_path: Path) -> None:
 
 
 def test_the_http_process_needs_no_torch() -> None:
-    code = "import sys, transfuse.serving.server; assert 'torch' not in sys.modules"
+    asked = "import transfuse.cli.serving as serving; assert serving.is_export(serving.default_model())"
+    code = f"import sys, transfuse.serving.server; {asked}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import transfuse
-from transfuse import export
+from transfuse import folders
 from transfuse.cli import run
 from transfuse.data.world import background_of, colours_in
 from transfuse.evaluation import model_hash
@@ -23,11 +23,11 @@ from transfuse.studies.evaluate import world_of
 @pytest.fixture
 def shelf(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, and a package with one small model, of random weights, by the default's name."""
-    shutil.copytree(served, tmp_path / "weights" / export.DEFAULT)
-    monkeypatch.setattr(export, "WEIGHTS", tmp_path / "weights")
+    shutil.copytree(served, tmp_path / "weights" / folders.DEFAULT)
+    monkeypatch.setattr(folders, "WEIGHTS", tmp_path / "weights")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "weights" / export.DEFAULT
+    return tmp_path / "weights" / folders.DEFAULT
 
 
 def weights(model: Transfusion) -> torch.Tensor:
@@ -46,28 +46,28 @@ def test_an_export_under_runs_comes_before_it(shelf: Path, capsys: pytest.Captur
     Path("runs/mine/export/config.json").write_text("{}")
     assert run(["generate", "a crab"]) == 2
     assert "runs/mine/export/config.json: expected model_type" in capsys.readouterr().err
-    assert run(["generate", "a crab", "--steps", "2", "--model", export.DEFAULT]) == 0
+    assert run(["generate", "a crab", "--steps", "2", "--model", folders.DEFAULT]) == 0
 
 
 def test_a_name_stands_for_it_and_an_export_of_that_name_comes_first(shelf: Path, tokenizer) -> None:
-    Path(export.DEFAULT).mkdir()
-    Path(export.DEFAULT, "config.json").write_text("{}")  # a run of that name is none
-    assert transfuse.load(export.DEFAULT).exported.weights == shelf / "model.safetensors"
-    relayout(shelf, Path(export.DEFAULT), "diffusers", torch.float16)
-    assert load_export(export.DEFAULT).weights == Path(
-        export.DEFAULT, "transformer/diffusion_pytorch_model.safetensors"
+    Path(folders.DEFAULT).mkdir()
+    Path(folders.DEFAULT, "config.json").write_text("{}")  # a run of that name is none
+    assert transfuse.load(folders.DEFAULT).exported.weights == shelf / "model.safetensors"
+    relayout(shelf, Path(folders.DEFAULT), "diffusers", torch.float16)
+    assert load_export(folders.DEFAULT).weights == Path(
+        folders.DEFAULT, "transformer/diffusion_pytorch_model.safetensors"
     )
 
 
 def test_it_is_asked_about_the_world_of_its_preset(shelf: Path) -> None:
-    found, preset = world_of(Path(export.DEFAULT), None, 16), small_64().data.world
+    found, preset = world_of(Path(folders.DEFAULT), None, 16), small_64().data.world
     assert (found.nouns, found.styles, found.size) == (preset.nouns, preset.styles, 16)
     assert world_of(shelf.parent, None, 16).nouns is None, "that of a stranger is all of it"
-    assert model_hash(export.find_export(export.DEFAULT)) == model_hash(shelf)
+    assert model_hash(folders.find_export(folders.DEFAULT)) == model_hash(shelf)
 
 
 def test_without_any_it_says_what_to_do(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(export, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(folders, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert run(["generate", "a crab"]) == 2
     assert "make demo" in capsys.readouterr().err
@@ -89,7 +89,7 @@ def test_half_precision_is_half_as_large_and_rounded_once(served: Path, tmp_path
 
 def test_the_default_draws_what_it_is_told() -> None:
     """The bundled model, its sampler and its defaults as they are: backgrounds at least, and one caption."""
-    pipe = transfuse.load(export.DEFAULT)
+    pipe = transfuse.load(folders.DEFAULT)
     colours = ("red", "blue", "green", "white", "black", "purple", "orange", "pink")
     pictures = pipe([f"a strawberry on a {colour} background" for colour in colours], generator=0).images
     right = [background_of(np.asarray(picture)) == colour for picture, colour in zip(pictures, colours, strict=True)]
@@ -98,8 +98,8 @@ def test_the_default_draws_what_it_is_told() -> None:
 
 
 def test_what_comes_with_the_package_is_whole_and_small() -> None:
-    for name in export.bundled_models():
-        files = [path for path in (export.WEIGHTS / name).rglob("*") if path.is_file()]
+    for name in folders.bundled_models():
+        files = [path for path in (folders.WEIGHTS / name).rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) <= 48_000_000
-        assert (export.WEIGHTS / name / "README.md").is_file()
+        assert (folders.WEIGHTS / name / "README.md").is_file()
         assert load_export(name).generation.sampler.steps > 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
+from ..folders import is_export
 from .parsing import parse
 from .writing import default_model
 
@@ -55,8 +56,6 @@ def serve(arguments: Sequence[str]) -> int:
     if not 0 <= asked.port < 65536:
         raise UserError(f"serve: --port: expected 0 to 65535, found {asked.port}")
     model = asked.model or default_model()
-    from ..export import is_export
-
     if not is_export(model):
         raise UserError(f"{model}: expected an export folder with a config.json, found none")
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from ..errors import UserError
+from ..folders import find_export, is_export
 from ..version import __version__
 from .parsing import parse, print_json
 
@@ -42,7 +43,7 @@ def export(arguments: Sequence[str]) -> int:
     """Write a run's newest checkpoint as a model folder."""
     from tempfile import TemporaryDirectory
 
-    from ..export import find_export, is_export, relayout
+    from ..export import relayout
     from ..interchange import save_llama
     from ..presets.autoencoders import AutoencoderRecipe, build_autoencoder_trainer, export_autoencoder
     from ..presets.recipe import Recipe, averaged_model, build_trainer, export_run

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from ..errors import UserError
+from ..folders import DEFAULT, bundled_models
 from .parsing import parse, print_json
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 def default_model() -> Path:
     """What `--model` means when it is not given: the export that was made last under runs/, else the bundled model."""
-    from ..export import DEFAULT, bundled_models
-
     found = sorted(Path("runs").glob("*/export/config.json"), key=lambda path: path.stat().st_mtime)
     if found:
         return found[-1].parent

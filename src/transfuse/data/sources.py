@@ -103,6 +103,11 @@ class _Latents:
         return self._block[1][place].clone()
 
 
+def _patches(world: World, factor: int, grammar: Grammar) -> int:
+    """Of a picture of the world, through an autoencoder of that factor."""
+    return int(world.config.size // (factor * grammar.patch_size)) ** 2
+
+
 class ScenePairs:
     """Pictures of a world and their captions."""
 
@@ -121,7 +126,7 @@ class ScenePairs:
         return pair_document(text, self.latents[index], self.config, self.seed, sample)
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
-        patches = (self.world.config.size // (self.autoencoder.factor * grammar.patch_size)) ** 2
+        patches = _patches(self.world, self.autoencoder.factor, grammar)
         tokens = [
             0
             if pair_order(self.config, self.seed, sample) == "unconditional"
@@ -197,7 +202,7 @@ class SceneEdits:
         return images_alone(document) if shown == "images" else unconditional(document)
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
-        patches = (self.world.config.size // (self.factor * grammar.patch_size)) ** 2
+        patches = _patches(self.world, self.factor, grammar)
         found = []
         for index, sample in zip(indices.tolist(), samples.tolist(), strict=True):
             shown = edit_shown(self.config, self.seed, sample)

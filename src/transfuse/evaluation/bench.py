@@ -11,6 +11,7 @@ import torch
 
 from ..data.world import WorldConfig
 from ..files import sha256
+from ..folders import find_export
 from ..inference import TransfusionPipeline
 from ..version import __version__
 from .detector import Detector, keep_detector
@@ -106,7 +107,7 @@ class Measure:
 
 def model_hash(export: Path) -> str:
     """Sixteen digits of the SHA-256 over every file that decides what an exported model does."""
-    digest = hashlib.sha256()
+    digest, export = hashlib.sha256(), find_export(export)
     for path in sorted(path for path in export.rglob("*") if path.suffix in (".json", ".safetensors")):
         digest.update(f"{path.relative_to(export).as_posix()} {sha256(path)}\n".encode())
     return digest.hexdigest()[:16]

@@ -72,7 +72,7 @@ def _drawing_flops(bench: Bench, requests: list[Request]) -> float:
     """Operations of all denoising steps: every branch sees its prompt and its own patches."""
     config, engine = bench.pipe.exported.model.config, bench.pipe.engine
     side = bench.pipe.exported.image_size // bench.pipe.exported.autoencoder.factor
-    patches = (side // config.patch_size) ** 2
+    patches = engine.network.patches(side, side)
     total = 0
     for request in requests:
         prefixes = [len(lay_out(request.document, engine.grammar)) + 1]

@@ -89,7 +89,7 @@ class TransfusionPipeline:
     def warm_up(self, rows: int = 1, guidance: Guidance | None = None) -> dict[str, float]:
         """Take every path once, and keep the faster way of guidance for drawing `rows` pictures together, or the one
         given; the seconds of each (`warmup.warm_up`). Results do not depend on it."""
-        return warm_up(self.engine.network, self.request(["a"]), rows, guidance)
+        return warm_up(self.engine, self.request(["a"]), rows, guidance)
 
     def __call__(
         self,

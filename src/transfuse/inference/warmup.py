@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from .engine import Engine
 from .events import Request
-from .network import GUIDANCE, Guidance, Network
+from .network import GUIDANCE, Guidance
 
 STEPS = 4
 """denoising steps of a drawing that is timed"""
@@ -23,18 +23,18 @@ ROUNDS = 3
 """drawings of each way, in turn; their median counts"""
 
 
-def warm_up(network: Network, request: Request, rows: int = 1, guidance: Guidance | None = None) -> dict[str, float]:
+def warm_up(engine: Engine, request: Request, rows: int = 1, guidance: Guidance | None = None) -> dict[str, float]:
     """Draw `rows` pictures of a request in a cache of their own, and keep the faster way of guidance, or the one given.
 
     Gives the median seconds of each way; none where nothing was timed: one was given, the model does not denoise, or
-    the request is not guided. The engine's caches and requests are not touched.
+    the request is not guided. The engine's own cache and requests are not touched.
     """
-    images = network.config.images
+    network, images = engine.network, engine.config.images
     draw = replace(request, draw="never" if images == "none" else "force", max_tokens=2, guidance_interval=None)
     if images == "latents":
         draw = replace(draw, sampler=replace(draw.sampler, steps=min(STEPS, draw.sampler.steps)))
     requests = [replace(draw, seed=seed) for seed in range(rows)]
-    _seconds(network, requests)
+    _seconds(engine, requests)
     if guidance is not None:
         network.guidance = guidance
     if guidance is not None or images != "latents" or request.guidance_scale == 1:
@@ -43,14 +43,14 @@ def warm_up(network: Network, request: Request, rows: int = 1, guidance: Guidanc
     for _ in range(ROUNDS):
         for way in GUIDANCE:
             network.guidance = way
-            found[way].append(_seconds(network, requests))
+            found[way].append(_seconds(engine, requests))
     medians = {way: statistics.median(times) for way, times in found.items()}
     network.guidance = min(GUIDANCE, key=lambda way: medians[way])
     return {str(way): seconds for way, seconds in medians.items()}
 
 
-def _seconds(network: Network, requests: Sequence[Request]) -> float:
+def _seconds(engine: Engine, requests: Sequence[Request]) -> float:
     began = time.perf_counter()
-    for _ in Engine(network).run(requests):
+    for _ in engine.run(requests):
         pass
     return time.perf_counter() - began

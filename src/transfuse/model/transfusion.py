@@ -133,11 +133,11 @@ class Transfusion(nn.Module):
                 assert isinstance(block, Block)
                 for residual in (block.out, block.feed_forward.down):
                     residual.weight.div_(math.sqrt(2 * self.config.depth))
-            if self.patches is not None:
-                last = self.patches.leave if isinstance(self.patches, LinearPatches) else self.patches.last
-                last.weight.zero_()
-                if not isinstance(self.patches, LinearPatches):
-                    draw(self.patches.enter.weight, 0.02)
+            if isinstance(self.patches, LinearPatches):
+                self.patches.leave.weight.zero_()
+            elif self.patches is not None:
+                draw(self.patches.enter.weight, 0.02)
+                self.patches.last.weight.zero_()
         return self
 
     @classmethod

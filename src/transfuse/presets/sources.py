@@ -218,9 +218,9 @@ def _source(
 def image_size(recipe: Recipe) -> int:
     """Pixels of the side of what a model is shown, and draws unless asked for another: of its first pictures."""
     names = [SourceSpec.parse(text).name for text in recipe.data.sources]
-    opened = open_sources(recipe.data)
     if not set(names).isdisjoint(OF_THE_WORLD):
         return recipe.data.world.size
+    opened = open_sources(recipe.data)
     for spec in opened.pictures:
         return int(opened.sets[spec.name].manifest.settings["size"])
     return recipe.data.world.size

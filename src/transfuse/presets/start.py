@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..configuration import to_dict
 from ..console import say
 from ..errors import UserError
-from ..export import bundled_name, is_export, load_export, places
+from ..export import describe, load_weights
+from ..folders import bundled_name, is_export, places
 from ..interchange import check_trunk, marker_rows, read_llama_config, start_from_llama
 from ..model import Transfusion
 from ..sequence import Tokenizer
@@ -36,11 +35,11 @@ def started(recipe: Recipe) -> Recipe:
         return _with_trunk(recipe, folder)
     if bundled_name(folder) is None:
         folder = folder.resolve()  # the run may be gone on with, or exported, from elsewhere
-    found = load_export(folder)
-    name = found.autoencoder.name if found.autoencoder.factor == 1 else str(places(folder)["autoencoder"])
+    found = describe(folder)
+    name = "pixels" if found.autoencoder["name"] == "pixels" else str(found.place["autoencoder"])
     parts = {
-        "model": found.model.config,
-        "diffusion": found.process.config,
+        "model": found.model,
+        "diffusion": found.diffusion,
         "generation": found.generation,
         "data": replace(recipe.data, autoencoder=name),
     }
@@ -76,10 +75,8 @@ def begin(model: Transfusion, folder: Path, tokenizer: Tokenizer, strict: bool) 
     """Put a folder's weights into a model on the CPU; how many fitted, in words. Raises UserError where they do not."""
     if not is_export(folder):
         return str(start_from_llama(model, folder, strict, marker_rows(folder, tokenizer)))
-    found = load_export(folder)
-    if found.model.config != model.config:
+    found = describe(folder)
+    if found.model != model.config:
         raise UserError(f"{folder}: expected the network that the run began with, found another")
-    with torch.no_grad():
-        for weight, values in zip(model.parameters(), found.model.parameters(), strict=True):
-            weight.copy_(values)
+    load_weights(model, found.place["model.safetensors"])
     return f"all {len(list(model.parameters()))} weights, and none of the optimiser's"

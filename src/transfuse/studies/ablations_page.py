@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from .ablations import MEASURES
-from .page import columns, page, section
+from .page import columns, failures, made_of_report, page, section
 
 _NOTE = (
     "A difference is the mean over seeds of paired differences, with its 95 % interval (Student's t). Reproduced: "
@@ -32,10 +31,7 @@ def ablations_page(report: dict[str, Any], folder: Path) -> str:
         some = [one for one in comparisons if one["table"] == table]
         sections.append(section(table or "Not in the paper", _COST if table else "", _rows(some)))
     sections.append(section("Every run", "", _runs(results, report["failures"])))
-    footer = (
-        f"Made by Transfuse {escape(report['version'])}. Every number is in report.json; "
-        "transfuse study ablations --report-only makes this page of it anew."
-    )
+    footer = made_of_report(report["version"], "ablations")
     return page("The paper's ablations, small", f"{len(results)} runs: {said}.", sections, footer)
 
 
@@ -65,7 +61,7 @@ def _rows(comparisons: list[dict[str, Any]]) -> str:
     return columns(["", "difference", "95 %", "seeds", "paper", ""], rows)
 
 
-def _runs(results: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
+def _runs(results: list[dict[str, Any]], failed: list[dict[str, Any]]) -> str:
     head = ["", "6 N D", "positions", "steps", "parameters", *[words for _, words in MEASURES.values()]]
     rows = [
         [
@@ -78,5 +74,4 @@ def _runs(results: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
         ]
         for one in sorted(results, key=lambda one: (one["arm"], one["seed"]))
     ]
-    failed = columns(["failed", "why"], [[one["run"], one["why"]] for one in failures]) if failures else ""
-    return columns(head, rows) + failed
+    return columns(head, rows) + failures(failed)

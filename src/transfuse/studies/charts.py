@@ -37,17 +37,14 @@ def chart(title: str, curves: Sequence[Curve], x_label: str, logarithmic: bool =
         up = (scale(max(y, low)) - scale(low)) / (scale(high) - scale(low))
         return LEFT + (WIDTH - LEFT - RIGHT) * x / right_most, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up
 
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    parts = [_opened(title)]
     for y in _log_ticks(low, high) if logarithmic else _ticks(low, high):
         _, at = place(0, y)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+        parts.append(_level(at, f"{y:.6g}"))
     for x in _ticks(0, right_most):
         at, _ = place(x, high)
-        anchor = "end" if at > WIDTH - RIGHT - 12 else "middle"
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 21}" text-anchor="{anchor}">{x:.6g}</text>')
-    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">')
-    parts.append(f"{escape(x_label)}</text>")
+        parts.append(_below(at, f"{x:.6g}"))
+    parts.append(_axis(x_label))
     for curve in curves:
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in curve.points))
         parts.append(f'<polyline class="curve" style="stroke:{curve.colour}" points="{points}"/>')
@@ -79,6 +76,30 @@ def gauge(value: float, low: float, high: float, chance: float, ceiling: float) 
         f'<rect class="band" x="{2 + 196 * low:.1f}" y="5" width="{max(1.5, 196 * (high - low)):.1f}" height="12"/>'
         f"{mark(chance, 'chance')}{mark(ceiling, 'ceiling')}</svg>"
     )
+
+
+def _opened(title: str) -> str:
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+
+
+def _level(at: float, said: str) -> str:
+    """A line across at a height, and what it stands for."""
+    return (
+        f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+        f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{said}</text>'
+    )
+
+
+def _below(at: float, said: str) -> str:
+    """What a place along the lower edge stands for."""
+    anchor = "end" if at > WIDTH - RIGHT - 12 else "middle"
+    return f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 21}" text-anchor="{anchor}">{said}</text>'
+
+
+def _axis(said: str) -> str:
+    """What the lower edge counts."""
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    return f'<text class="tick" x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(said)}</text>'
 
 
 def _bounds(ys: Sequence[float], logarithmic: bool) -> tuple[float, float]:
@@ -132,11 +153,10 @@ def histogram(title: str, values: Sequence[float], x_label: str, mark: float | N
     def up(count: float) -> float:
         return base - (base - TOP) * count / (1.05 * tallest)
 
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    parts = [_opened(title)]
     for count in (tick for tick in _ticks(0, tallest) if abs(tick - round(tick)) < 1e-9):
         at = up(count)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{count:.6g}</text>')
+        parts.append(_level(at, f"{count:.6g}"))
     for number, count in enumerate(bars):
         if not count:
             continue
@@ -151,13 +171,11 @@ def histogram(title: str, values: Sequence[float], x_label: str, mark: float | N
         if whole and (x != int(x) or x == high):
             continue
         at = across(x + middle)
-        anchor = "end" if at > WIDTH - RIGHT - 12 else "middle"
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 21}" text-anchor="{anchor}">{x:.6g}</text>')
+        parts.append(_below(at, f"{x:.6g}"))
     if mark is not None:
         at = across(mark + middle)
         parts.append(f'<line class="ceiling" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{base}"/>')
-    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">')
-    return "".join([*parts, f"{escape(x_label)}</text></svg>"])
+    return "".join([*parts, _axis(x_label), "</svg>"])
 
 
 @dataclass(frozen=True)
@@ -186,17 +204,14 @@ def log_log(title: str, series: Sequence[Series], x_label: str) -> str:
         across, up = math.log(x / left) / math.log(right / left), math.log(y / low) / math.log(high / low)
         return LEFT + (WIDTH - LEFT - RIGHT) * across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up
 
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    parts = [_opened(title)]
     for y in _log_ticks(low, high):
         _, at = place(left, y)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+        parts.append(_level(at, f"{y:.6g}"))
     for x in _log_ticks(left, right):
         at, _ = place(x, low)
-        anchor = "end" if at > WIDTH - RIGHT - 12 else "middle"
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 21}" text-anchor="{anchor}">{x:.2g}</text>')
-    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">')
-    parts.append(f"{escape(x_label)}</text>")
+        parts.append(_below(at, f"{x:.2g}"))
+    parts.append(_axis(x_label))
     for one in series:
         colour = f"stroke:{one.colour}"
         if one.line is not None:

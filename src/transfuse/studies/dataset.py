@@ -34,7 +34,7 @@ from ..presets.sources import Opened, mixture, open_sources
 from ..sequence import Tokenizer, positions
 from ..version import __version__
 from .charts import histogram
-from .page import card, grid, image, page, section, table
+from .page import card, folded, grid, image, page, section, table
 from .report import percent
 
 SAMPLED, MIXED = 200_000, 5_000
@@ -243,7 +243,7 @@ def _made(found: dict[str, Any]) -> str:
     rows = [(name.replace("_", " "), str(value)) for name, value in settings.items() if name != "columns"]
     first = [(one["key"], one["reason"]) for one in found["left_out"]]
     parts = [("The first that were left out", first), ("Settings that made it", rows)]
-    return "".join(f"<details><summary>{title}</summary>{table(rows)}</details>" for title, rows in parts if rows)
+    return "".join(folded(title, table(rows)) for title, rows in parts if rows)
 
 
 def _holds(data: DataSet) -> str:

@@ -19,8 +19,8 @@ from ..console import say
 from ..data.world import WorldConfig
 from ..errors import UserError
 from ..evaluation import Bench, Drawing, Findings, Options, check_paper, evaluate, model_hash, named
-from ..export import bundled_name, find_export
 from ..files import whole_file
+from ..folders import bundled_name
 from ..inference import TransfusionPipeline
 from ..presets import Recipe, preset
 from ..presets.runs import Device, is_kind, read_recipe, resolve
@@ -50,9 +50,8 @@ def run_evaluation(
         raise UserError(f"--sweep: {error}") from None
     if "paper" in suite:
         check_paper(options)
-    pipe = TransfusionPipeline.from_pretrained(model, device=resolve(Recipe(device=device)).device)
-    scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
-    bench = Bench(pipe, model_hash(find_export(model)), out, scenes, options, drawing, batch)
+    bench = open_bench(model, out, options, world, device)
+    bench = replace(bench, drawing=drawing, batch=batch)
     found: list[Findings] = []
     for findings in evaluate(bench, measures, drawings):
         found.append(findings)
@@ -73,6 +72,13 @@ def run_evaluation(
     whole_file(out / "report.html", lambda path: path.write_text(page))
     say(f"{out / 'report.html'}: open it in a browser")
     return report
+
+
+def open_bench(model: Path, folder: Path, options: Options, world: str | None = None, device: Device = "cpu") -> Bench:
+    """An export to be measured in a folder; world as `run_evaluation` has it."""
+    pipe = TransfusionPipeline.from_pretrained(model, device=resolve(Recipe(device=device)).device)
+    scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
+    return Bench(pipe, model_hash(model), folder, scenes, options)
 
 
 def world_of(model: Path, named_preset: str | None, size: int) -> WorldConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation import Drawing, Exhibit, Findings, Measure, Result
 from .charts import Curve, chart
-from .page import grid, image, page, section
+from .page import folded, grid, image, page, section
 
 AT_ONCE = 12
 """exhibits shown at once; the others are folded away, none is left out"""
@@ -95,7 +95,7 @@ def _exhibits(exhibits: Sequence[Exhibit]) -> str:
     if not items:
         return ""
     rest = items[AT_ONCE:]
-    more = f"<details><summary>The other {len(rest)}</summary>{grid('wide', rest)}</details>" if rest else ""
+    more = folded(f"The other {len(rest)}", grid("wide", rest)) if rest else ""
     return grid("wide", items[:AT_ONCE]) + more
 
 
@@ -119,7 +119,7 @@ def _table(name: str, table: Any) -> str:
     head, *rows = table
     cells = "".join(f"<th scope='col'>{escape(str(cell))}</th>" for cell in head)
     lines = ["<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
-    return f"<details><summary>{escape(name)}</summary>{_scrolled(cells, lines)}</details>"
+    return folded(name, _scrolled(cells, lines))
 
 
 def _scrolled(head: str, rows: Sequence[str]) -> str:

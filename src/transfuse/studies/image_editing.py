@@ -23,17 +23,16 @@ import PIL.Image
 from ..configuration import read_json
 from ..console import say
 from ..errors import UserError
-from ..evaluation import Bench, Exhibit, Findings, Options, evaluate, model_hash, named
-from ..export import bundled_name, find_export
+from ..evaluation import Exhibit, Findings, Options, evaluate, named
 from ..files import whole_file
+from ..folders import bundled_name
 from ..images import read_image
-from ..inference import TransfusionPipeline
 from ..presets import Recipe, preset
 from ..presets.runs import is_kind, read_recipe
 from ..training import RESUMABLE
 from ..version import __version__
-from .evaluate import world_of
-from .page import columns, grid, image, page, section
+from .evaluate import open_bench
+from .page import columns, grid, image, made_of_report, page, section
 from .training import train_run
 
 SHOWN = 24
@@ -110,13 +109,13 @@ def run_image_editing(
     """
     chosen = named(("editing", *measures), "--measures")
     recipe = tuning_recipe(start, tuning, world)
-    bench = _bench(folder / "before", start, world, options)
+    bench = open_bench(start, folder / "before", options, world)
     found = {"before": list(evaluate(bench, chosen))}
     tuned = folder / "tuning" / "export"
     if not (tuned / "config.json").is_file() and train_run(recipe, folder / "tuning").export is None:
         return RESUMABLE, {}
     # The judges of both are the same files.
-    after = replace(_bench(folder / "before", tuned, world, options), world=bench.world)
+    after = replace(open_bench(tuned, folder / "before", options, world), world=bench.world)
     found["after"] = list(evaluate(after, chosen))
     report: dict[str, Any] = {
         "study": "image-editing",
@@ -139,12 +138,6 @@ def show_image_editing(folder: Path) -> dict[str, Any]:
     whole_file(folder / "report.html", lambda path: path.write_text(image_editing_page(report, folder)))
     say(f"{folder / 'report.html'}: open it in a browser")
     return report
-
-
-def _bench(folder: Path, export: Path, world: str | None, options: Options) -> Bench:
-    pipe = TransfusionPipeline.from_pretrained(export)
-    scenes = replace(world_of(export, world, pipe.exported.image_size), split="train")
-    return Bench(pipe, model_hash(find_export(export)), folder, scenes, options)
 
 
 def _keep_pictures(folder: Path, before: Findings, after: Findings) -> list[dict[str, Any]]:
@@ -180,10 +173,6 @@ def image_editing_page(report: dict[str, Any], folder: Path) -> str:
         f"A trained model, fine-tuned on {tuning['triples']:,} edits of the bundled world ({tuning['steps']:,} steps "
         f"of {tuning['batch']}), asked the same before and after."
     )
-    footer = (
-        f"Made by Transfuse {escape(report['version'])}. Every number is in report.json; "
-        "transfuse study image-editing --report-only makes this page of it anew."
-    )
     return page(
         "Editing by instruction, before and after fine-tuning",
         lead,
@@ -191,7 +180,7 @@ def image_editing_page(report: dict[str, Any], folder: Path) -> str:
             section("Numbers", _NUMBERS, _numbers(report["results"])),
             section("Edits", "The first ones, none picked: picture, before, after, exact.", _edits(report, folder)),
         ],
-        footer,
+        made_of_report(report["version"], "image-editing"),
     )
 
 

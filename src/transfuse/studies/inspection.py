@@ -30,7 +30,7 @@ from ..images import fit, image_files, read_image
 from ..presets.autoencoders import ImagesConfig, unseen_world
 from ..version import __version__
 from .charts import Curve, chart, histogram
-from .page import card, grid, image, page, section, table
+from .page import card, columns, folded, grid, image, page, section, table
 
 BATCH = 32
 """images encoded at once"""
@@ -54,8 +54,7 @@ _STYLE = """<style>
 .smooth img { image-rendering: auto; }
 .said-of { display: flex; gap: 14px; justify-content: space-between; margin: 0 0 10px; }
 .said-of b { font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.columns th, .columns td { width: auto; overflow-wrap: normal; } .columns td { white-space: nowrap; }
-.columns th { min-width: 5em; }
+.many td { white-space: nowrap; } .many th { min-width: 5em; }
 </style>"""
 
 _FIGURES = (
@@ -320,17 +319,7 @@ def _apart(report: dict[str, Any]) -> str:
             row[-1] = f"{_signed(figures['psnr_difference'], 2)} ({_signed(low, 2)} to {_signed(high, 2)})"
         row += [f"{figures['ssim']:.4f}", f"{figures['l1']:.2f}"]
         rows.append([*row, f"{figures['frechet']:.4g}"] if figures["frechet"] is not None else row)
-    return _columns(heads, rows)
-
-
-def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text with a head; the first cell names its row."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
-    return f'<div class="scroll"><table class="columns"><tr>{head}</tr>{body}</table></div>'
+    return columns(heads, rows)
 
 
 def _spread(report: dict[str, Any], found: Reconstruction) -> str:
@@ -340,9 +329,8 @@ def _spread(report: dict[str, Any], found: Reconstruction) -> str:
     ]
     by_image = zip(report["names"], report["psnr_by_image"], report["ssim_by_image"], strict=True)
     rows = [[name, f"{decibels:.2f}", f"{similar:.4f}"] for name, decibels, similar in by_image]
-    return (
-        grid("charts", [f'<div class="card"><h3>{title}</h3>{svg}</div>' for title, svg in panels])
-        + f"<details><summary>Every image</summary>{_columns(['image', 'PSNR, dB', 'SSIM'], rows)}</details>"
+    return grid("charts", [f'<div class="card"><h3>{title}</h3>{svg}</div>' for title, svg in panels]) + folded(
+        "Every image", columns(["image", "PSNR, dB", "SSIM"], rows)
     )
 
 
@@ -351,14 +339,14 @@ def _latents(found: Reconstruction) -> str:
         [f"channel {number}", _signed(mean, 4), f"{std:.4f}"]
         for number, (mean, std) in enumerate(zip(found.latent_mean, found.latent_std, strict=True))
     ]
-    whole = _columns(["", "mean", "standard deviation"], rows)
+    whole = columns(["", "mean", "standard deviation"], rows)
     if len(rows) <= CHANNELS_SHOWN:
         return whole
     mean, std = np.abs(found.latent_mean).max(), found.latent_std
     said = (
         f"{len(rows)} channels: no mean further from 0 than {mean:.3f}, deviations {std.min():.3f} to {std.max():.3f}."
     )
-    return f"<p>{said}</p><details><summary>Every channel</summary>{whole}</details>"
+    return f"<p>{said}</p>{folded('Every channel', whole)}"
 
 
 def _codebook(found: Reconstruction) -> str:
@@ -395,7 +383,7 @@ def _made(report: dict[str, Any]) -> str:
         ("Fréchet distance", report["features"] or "not measured: no network of features was given"),
         ("speed", f"batches of {BATCH}, the first left out where there are others; device {report['device']}"),
     ]
-    return f"{table(settings)}<details><summary>Every figure, as in report.json</summary>{table(rows)}</details>"
+    return table(settings) + folded("Every figure, as in report.json", table(rows))
 
 
 def _plain(value: Any) -> str:

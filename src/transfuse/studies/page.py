@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -134,6 +135,19 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def folded(summary: str, body: str) -> str:
     """HTML behind a line to open; summary is plain text."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def failures(runs: Sequence[dict[str, Any]]) -> str:
+    """A table of runs that came to nothing, and why; "" for none."""
+    return columns(["failed", "why"], [[one["run"], one["why"]] for one in runs]) if runs else ""
+
+
+def made_of_report(version: str, study: str) -> str:
+    """The footer of a page that `transfuse study STUDY --report-only` makes anew."""
+    return (
+        f"Made by Transfuse {escape(version)}. Every number is in report.json; "
+        f"transfuse study {study} --report-only makes this page of it anew."
+    )
 
 
 def card(title: str, number: str, beside: str) -> str:

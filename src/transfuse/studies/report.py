@@ -18,7 +18,7 @@ from ..evaluation import CaptionResult, DrawingResult
 from ..inference import Reply
 from ..presets import Recipe
 from .charts import Curve, chart, gauge, ramp, shade
-from .page import card, grid, image, page, section, table
+from .page import card, folded, grid, image, page, section, table
 
 DRAWINGS_SHOWN, CAPTIONS_SHOWN = 36, 12
 """shown at once; the rest is folded away, none is left out"""
@@ -169,7 +169,7 @@ def _share_card(title: str, value: float, interval: Sequence[float], chance: flo
 def _folded(kind: str, items: list[str], at_once: int) -> str:
     """The first items at once, the others behind a line to open."""
     shown, rest = items[:at_once], items[at_once:]
-    more = f"<details><summary>The other {len(rest)}</summary>{grid(kind, rest)}</details>" if rest else ""
+    more = folded(f"The other {len(rest)}", grid(kind, rest)) if rest else ""
     return grid(kind, shown) + more
 
 
@@ -293,10 +293,12 @@ def _made(report: dict[str, Any], recipe: Recipe) -> str:
         ("drawing", f"{report['sampler']}, {report['denoising_steps']} steps, guidance {report['guidance_scale']:g}"),
     ]
     whole = json.dumps(to_dict(recipe), indent=2)
-    return (
-        f"<pre>{escape(str(report['command']))}</pre>{table(rows)}"
-        f"<details><summary>Every number, as in report.json</summary>{table(list(_leaves(report)))}</details>"
-        f"<details><summary>The whole recipe</summary><pre>{escape(whole)}</pre></details>"
+    return "".join(
+        [
+            f"<pre>{escape(str(report['command']))}</pre>{table(rows)}",
+            folded("Every number, as in report.json", table(list(_leaves(report)))),
+            folded("The whole recipe", f"<pre>{escape(whole)}</pre>"),
+        ]
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..images import read_image
 from . import published
 from .charts import Series, legend, log_log, standalone
-from .page import columns, folded, grid, image, page, section
+from .page import columns, failures, folded, grid, image, made_of_report, page, section
 from .power_law import Line
 from .scaling import AXES, MEASURES, RIVAL, Measure
 
@@ -37,15 +37,10 @@ def scaling_page(report: dict[str, Any], folder: Path) -> str:
         section("Lines", _LINES, _plots(report)),
         *[section(f"Parity by {words}", _AXIS[axis], _parity(report, axis)) for axis, words in _others()],
         section("U-Net against linear patch layers", _UNET, _unet(report)),
-        section(
-            "What they draw", "The first prompts, none picked: the dearest run of each arm.", _drawn(report, folder)
-        ),
+        section("What they draw", _DRAWN, _drawn(report, folder)),
         section("Every run", "", _runs(report)),
     ]
-    footer = (
-        f"Made by Transfuse {escape(report['version'])}. Every number is in report.json; "
-        "transfuse study scaling --report-only makes this page of it anew."
-    )
+    footer = made_of_report(report["version"], "scaling")
     return page("Transfusion and Chameleon, at equal compute", lead, [one for one in sections if one], footer)
 
 
@@ -223,6 +218,4 @@ def _runs(report: dict[str, Any]) -> str:
                 f"{machine['device']}, {machine['threads']} threads, {machine['precision']}",
             ]
         )
-    failures = [[one["run"], one["why"]] for one in report["failures"]]
-    below = columns(["failed", "why"], failures) if failures else ""
-    return columns(head, rows) + below
+    return columns(head, rows) + failures(report["failures"])
