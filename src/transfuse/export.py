@@ -187,20 +187,26 @@ def _its_autoencoder(export: Described, device: torch.device | str) -> Autoencod
     return Coded(found) if coded else found
 
 
-def load_weights(model: Transfusion, path: Path) -> None:
-    """Put a safetensors file's weights, in its dtype, in place of a model's: every name must match, and every shape."""
+def load_weights(model: Transfusion, path: Path, strict: bool = True) -> int:
+    """Put a safetensors file's weights, in its dtype, in place of a model's; how many.
+
+    Every name must match, and every shape; or, where not strict, those are left out that do not, and the others put
+    into the model's own, in its dtype.
+    """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if not path.is_file():
         raise UserError(f"{path}: expected the model's weights, found no file")
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            for name in sorted(expected.keys() | found.keys()):
+            fitting = [name for name, shape in expected.items() if found.get(name) == shape]
+            for name in sorted(expected.keys() | found.keys()) if strict else ():
                 if expected.get(name) != found.get(name):
                     raise UserError(
                         f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
                     )
-            model.load_state_dict({name: file.get_tensor(name) for name in expected}, assign=True)
+            model.load_state_dict({name: file.get_tensor(name) for name in fitting}, strict=strict, assign=strict)
+            return len(fitting)
     except SafetensorError as error:
         raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
 

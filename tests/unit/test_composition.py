@@ -12,9 +12,10 @@ from conftest import exported, write
 from transfuse.data.world import World, WorldConfig, held_out
 from transfuse.errors import UserError
 from transfuse.evaluation import Bench, Drawing, Options, evaluate, named
-from transfuse.evaluation.composition import ASKS, Asked, composed, corrected, other_pictures, verdicts
+from transfuse.evaluation.composition import ASKS, Asked, composed, other_pictures, verdicts
 from transfuse.evaluation.detector import Detector, Seen, keep_detector, train_detector
-from transfuse.evaluation.editing import judge, untouched_psnr, world_edits
+from transfuse.evaluation.editing import JUDGED, judge, untouched_psnr, world_edits
+from transfuse.evaluation.interval import corrected
 from transfuse.inference import TransfusionPipeline
 
 WORLD = WorldConfig(size=32, nouns=6, styles=("fluent-flat",))
@@ -153,14 +154,18 @@ def test_corrected_undoes_the_errors_of_the_judge() -> None:
     true = drawn.random(4000) < 0.6
     judged = np.where(true, drawn.random(4000) < 0.9, drawn.random(4000) < 0.2)
     real, other = drawn.random(4000) < 0.9, drawn.random(4000) < 0.2
-    found = corrected(judged, real, other)
+    found = corrected((judged, real, other))
     assert found.value == pytest.approx(true.mean(), abs=0.03)
     assert found.low < true.mean() < found.high
-    few = corrected(judged, real[:40], other[:40])
+    few = corrected((judged, real[:40], other[:40]))
     assert few.high - few.low > 1.5 * (found.high - found.low)  # a judge that is less well known
-    sure = corrected(np.ones(30, bool), np.ones(30, bool), np.zeros(30, bool))
+    sure = corrected((np.ones(30, bool), np.ones(30, bool), np.zeros(30, bool)))
     assert sure.value == 1.0
     assert sure.low < 1.0
+    assert corrected((np.ones(30, bool), np.ones(30, bool), np.zeros(0, bool))).value == 1.0
+    halves = corrected((judged, real, other), (np.zeros(4000, bool), real, np.zeros(4000, bool)))
+    assert halves.value == pytest.approx(found.value / 2)
+    assert halves.high - halves.low == pytest.approx((found.high - found.low) / 2, rel=0.1)
 
 
 @pytest.fixture
@@ -175,8 +180,8 @@ def bench(tokenizer, tmp_path, few_scenes) -> Bench:
 def test_composition_and_edits_of_a_model(bench: Bench) -> None:
     found = list(evaluate(bench, named(["composition", "editing"])))
     names = [result.name for result in found[0]]
-    assert len(names) == 2 * (2 * len(ASKS) + 2)
-    assert {"overall, seen", "overall, held out", "position, held out, corrected"} <= set(names)
+    assert len(names) == 2 * (2 * len(ASKS) + 3)
+    assert {"overall, seen", "overall, held out, corrected", "position, held out, corrected"} <= set(names)
     assert all(0 <= result.low <= result.value <= result.high <= 1 for result in found[0])
     ground = {result.name: result for result in found[0] if result.name.startswith("background")}
     assert {result.ceiling for result in ground.values()} == {1.0}
@@ -184,7 +189,10 @@ def test_composition_and_edits_of_a_model(bench: Bench) -> None:
     judged = [result for result in found[0] if result.name not in ground]
     assert all("detector@" in result.implementation for result in judged)
     assert "the detector's confusion, on scenes of its own" in found[0].tables
-    assert [result.name for result in found[1]][-1].startswith("rest untouched")
+    names = [result.name for result in found[1]]
+    assert names[-1].startswith("rest untouched")
+    assert [name for name in names[:-1] if not name.endswith(", corrected")] == [*JUDGED]
+    assert all(0 <= result.low <= result.value <= result.high <= 1 for result in list(found[1])[:-1])
 
 
 def test_a_world_of_one_noun_can_not_be_composed(bench: Bench) -> None:

@@ -41,6 +41,32 @@ def test_begins_with_the_exports_weights_words_and_process(served: Path, tmp_pat
         assert torch.equal(ours, theirs)
 
 
+def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Path) -> None:
+    """Other patch layers, the same trunk: the network stays the recipe's, its trunk and its words are the export's."""
+    base = recipe(served, precision="float32", start_strict=False)
+    found = load_export(served)
+    config = replace(found.model.config, adapter="unet", patch_size=2, unet_channels=(8, 8))
+    asked = replace(base, model=config).settled()
+    assert asked.model.adapter == "unet"
+    (tmp_path / "run").mkdir()
+    trainer, tokenizer = build_trainer(resolve(asked), tmp_path / "run", Ranks(torch.device("cpu")))
+    assert tokenizer.fingerprint == found.tokenizer.fingerprint
+    theirs = dict(found.model.named_parameters())
+    ours = dict(trainer.model.named_parameters())
+    shared = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
+    assert all(torch.equal(ours[name], theirs[name]) for name in shared)
+    assert len(shared) == 3 + 6 * config.depth
+    assert ours.keys() - shared, "patch layers of its own"
+
+
+def test_a_network_that_takes_nothing_is_refused(served: Path, tmp_path: Path) -> None:
+    config = replace(load_export(served).model.config, width=48, heads=3, hidden=40)
+    asked = replace(recipe(served, start_strict=False), model=config, precision="float32").settled()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="found none of"):
+        build_trainer(resolve(asked), tmp_path / "run", Ranks(torch.device("cpu")))
+
+
 def test_a_fine_tuned_export_is_another_one_and_goes_on(served: Path, tmp_path: Path) -> None:
     """Learning changes every weight that documents reach; what was exported can be started from again."""
     first = train_run(recipe(served), tmp_path / "one")

@@ -29,7 +29,7 @@ from .bench import Bench, Measure
 from .detector import Detect, Detector, Seen
 from .drawing import draw_task
 from .generate import short_hash
-from .interval import Measured, share
+from .interval import CORRECTED, Measured, corrected, share
 from .result import Exhibit, Findings, Result
 
 LARGER = 1.25
@@ -40,9 +40,7 @@ TRIED = 80
 """scenes looked through for each that is wanted of a task; the rarest, attributes, is one in about forty"""
 JUDGED = 60
 """real pictures of each task, or more, on which the judge's own errors are measured"""
-DRAWS = 2000
 SPLITS = {"train": "seen", "heldout": "held out"}
-CORRECTED = ", corrected"
 SHOWN = 4
 """drawings shown of each task and split"""
 
@@ -148,26 +146,6 @@ def other_pictures(asked: Asked) -> np.ndarray:
     return np.roll(asked.real, max(1, len(asked.real) // 2), axis=0)
 
 
-def corrected(right: np.ndarray, real: np.ndarray, other: np.ndarray, seed: int = 0) -> Measured:
-    """The share right if the judge made no errors, from its verdicts bool `[picture]` on drawings, real pictures and
-    pictures of other prompts; the interval is over resamples of all three."""
-    generator = np.random.default_rng(seed)
-
-    def estimate(shares: Sequence[np.ndarray]) -> np.ndarray:
-        found, best, chance = shares
-        return np.clip((found - chance) / np.maximum(best - chance, 1e-9), 0, 1)
-
-    columns = (right, real, other)
-    value = float(estimate([np.asarray([column.mean()]) for column in columns])[0])
-    # Resampling says nothing of a share that is 0 or 1: half an item more on each side, as Agresti & Coull have it.
-    shares = [
-        generator.binomial(len(column), (column.sum() + 0.5) / (len(column) + 1), DRAWS) / len(column)
-        for column in columns
-    ]
-    low, high = np.percentile(estimate(shares), [2.5, 97.5])
-    return Measured(value, min(value, float(low)), max(value, float(high)), len(right))
-
-
 # --- as a measure -----------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +169,7 @@ def _numbers(bench: Bench) -> list[str]:
             *(f"{ask.name}, {name}{more}" for ask in ASKS for more in ("", CORRECTED)),
             f"background, {name}",
             f"overall, {name}",
+            f"overall, {name}{CORRECTED}",
         )
     ]
 
@@ -228,7 +207,7 @@ def _judge(
         bounds: dict[str, Any] = {"floor": float(other.mean()), "ceiling": float(real.mean())}
         title = f"{one.ask.name}, {name}"
         findings.results.append(Result.of(title, share(right), "higher", said, label, **bounds))
-        fixed = corrected(right, real, other)
+        fixed = corrected(by_task[-1])
         findings.results.append(Result.of(f"{title}{CORRECTED}", fixed, "higher", said, label, floor=0.0, ceiling=1.0))
         findings.exhibits += [
             Exhibit(one.prompts[n], [(some[n], "drawn"), (one.real[n], "real")], [_mark(one, n, right, seen)])
@@ -242,6 +221,10 @@ def _judge(
     overall = _overall([right for right, _, _ in by_task])
     bounds = {key: float(np.mean([part[at].mean() for part in by_task])) for key, at in (("ceiling", 1), ("floor", 2))}
     findings.results.append(Result.of(f"overall, {name}", overall, "higher", said, label, **bounds))
+    fixed = corrected(*by_task)
+    findings.results.append(
+        Result.of(f"overall, {name}{CORRECTED}", fixed, "higher", said, label, floor=0.0, ceiling=1.0)
+    )
 
 
 def _grounds(asked: Sequence[Asked], images: Iterable[np.ndarray]) -> np.ndarray:

@@ -7,7 +7,9 @@ The model is shown a picture and an instruction and draws. Four numbers:
     both
     rest untouched         PSNR in dB of the drawing to the target, where source and target are equal
 
-Beside them what the source scores, unchanged (chance: an editor that does nothing), and the target (the ceiling).
+Beside them what the source scores, unchanged (chance: an editor that does nothing), and the target (the ceiling). The
+first three once more with the judge's own errors taken out: what it says of targets, which are right, and of sources
+that are wrong.
 The paper shows edits and gives no number (section 4.4): these are not comparable with anything in it.
 """
 
@@ -26,7 +28,7 @@ from .bench import Bench, Measure
 from .detector import Detect, Seen
 from .drawing import pictures_task
 from .generate import Task, short_hash
-from .interval import bootstrap, share
+from .interval import CORRECTED, bootstrap, corrected, share
 from .reconstruction import BEST_PSNR, RANGE
 from .result import Exhibit, Findings, Result
 
@@ -40,12 +42,9 @@ NEAR = 0.15
 SIDE_OFF = 0.25
 """share of its side that a thing may be larger or smaller"""
 SHOWN = 24
-NAMES = (
-    "object right",
-    "instruction obeyed",
-    "object right and instruction obeyed",
-    "rest untouched, masked PSNR in dB",
-)
+JUDGED = ("object right", "instruction obeyed", "object right and instruction obeyed")
+REST = "rest untouched, masked PSNR in dB"
+NAMES = (*(name + more for name in JUDGED for more in ("", CORRECTED)), REST)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +66,11 @@ def world_edits(config: WorldConfig, count: int) -> Edits:
 
 def things_right(scene: Scene, seen: Sequence[Seen]) -> bool:
     """Whether what was seen is what the scene shows, each noun as often."""
-    wanted = Counter({thing.noun: thing.count for thing in scene.things})
-    return Counter(one.noun for one in seen) == wanted
+    return Counter(one.noun for one in seen) == _nouns(scene)
+
+
+def _nouns(scene: Scene) -> Counter[str]:
+    return Counter({thing.noun: thing.count for thing in scene.things})
 
 
 def obeyed(change: Edit, seen: Sequence[Seen], image: np.ndarray) -> bool:
@@ -165,11 +167,17 @@ def _score(bench: Bench) -> Findings:
         lambda judged: judged.obeyed,
         lambda judged: judged.things & judged.obeyed,
     )
-    for name, choose in zip(NAMES, chosen, strict=False):
+    # A source never does what is asked; its things may be right all the same.
+    others = np.array([_nouns(one.source) != _nouns(one.target) for one in edits.edits])
+    every = np.ones(len(words), bool)
+    wrong = dict(zip(JUDGED, (others, every, every), strict=True))
+    for name, choose in zip(JUDGED, chosen, strict=True):
         bounds = {"floor": float(choose(nothing).mean()), "ceiling": float(choose(best).mean())}
         results.append(Result.of(name, share(choose(found)), "higher", said, label, **bounds))
+        fixed = corrected((choose(found), choose(best), choose(nothing)[wrong[name]]))
+        results.append(Result.of(name + CORRECTED, fixed, "higher", said, label, floor=0.0, ceiling=1.0))
     if len(found.rest):
-        results.append(Result.of(NAMES[-1], bootstrap(found.rest), "higher", bench.version, label, ceiling=BEST_PSNR))
+        results.append(Result.of(REST, bootstrap(found.rest), "higher", bench.version, label, ceiling=BEST_PSNR))
     exhibits = [
         Exhibit(
             words[n],

@@ -9,6 +9,8 @@ import numpy as np
 
 AT_ONCE = 1 << 22
 """items that are drawn at once: a bound on memory"""
+CORRECTED = ", corrected"
+"""ends the names of numbers from which the judge's own errors have been taken out"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,28 @@ def share(hits: Sequence[bool] | np.ndarray) -> Measured:
     if found.value == 1:
         return Measured(1.0, 1 - margin, 1.0, found.count)
     return found
+
+
+def corrected(*tasks: tuple[np.ndarray, np.ndarray, np.ndarray], draws: int = 2000, seed: int = 0) -> Measured:
+    """The share right if the judge made no errors, the mean over tasks.
+
+    Each task gives the judge's verdicts bool `[picture]` on what is judged, on pictures that are right, and on pictures
+    that are wrong (none: it is taken to know a wrong one). The interval is over resamples of all three.
+    """
+    tasks = tuple((found, right, wrong if len(wrong) else np.zeros(1, bool)) for found, right, wrong in tasks)
+    generator = np.random.default_rng(seed)
+
+    def estimate(found: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+        return np.clip((found - wrong) / np.maximum(right - wrong, 1e-9), 0, 1)
+
+    value = float(np.mean([estimate(*(column.mean() for column in task)) for task in tasks]))
+    # Resampling says nothing of a share that is 0 or 1: half an item more on each side, as Agresti & Coull have it.
+    means = [
+        estimate(*(generator.binomial(len(c), (c.sum() + 0.5) / (len(c) + 1), draws) / len(c) for c in task))
+        for task in tasks
+    ]
+    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
+    return Measured(value, min(value, float(low)), max(value, float(high)), sum(len(found) for found, _, _ in tasks))
 
 
 def agreement_by_chance(wanted: Sequence[str]) -> float:

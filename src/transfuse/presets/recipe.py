@@ -106,7 +106,8 @@ class Recipe:
     start: str = ""
     """an export, taken whole; or the folder of a Llama-shaped Hugging Face model: its trunk and tokenizer are taken"""
     start_strict: bool = True
-    """of a Llama: refuse weights missing, unexpected or of other constants; if not, what fits is taken"""
+    """if not: of an export the words and those weights that fit the network asked for; of a Llama what fits, where
+    weights may be missing, unexpected or of other constants"""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 def started(recipe: Recipe) -> Recipe:
     """The recipe with what its start settles; what changes thereby is said.
 
-    An export brings its network, its diffusion process, its autoencoder and its settings for generation; a Llama the
-    shape of the trunk. Raises UserError for a folder that is neither, or does not fit.
+    An export brings its network, its diffusion process, its autoencoder and its settings for generation, or, where
+    `start_strict` is false, its vocabulary alone; a Llama the shape of the trunk. Raises UserError for a folder that is
+    neither, or does not fit.
     """
     folder = Path(recipe.start)
     if not is_export(folder):
@@ -36,6 +37,8 @@ def started(recipe: Recipe) -> Recipe:
     if bundled_name(folder) is None:
         folder = folder.resolve()  # the run may be gone on with, or exported, from elsewhere
     found = describe(folder)
+    if not recipe.start_strict:
+        return replace(recipe, start=str(folder), model=replace(recipe.model, vocabulary=found.model.vocabulary))
     name = "pixels" if found.autoencoder["name"] == "pixels" else str(found.place["autoencoder"])
     parts = {
         "model": found.model,
@@ -76,7 +79,10 @@ def begin(model: Transfusion, folder: Path, tokenizer: Tokenizer, strict: bool) 
     if not is_export(folder):
         return str(start_from_llama(model, folder, strict, marker_rows(folder, tokenizer)))
     found = describe(folder)
-    if found.model != model.config:
+    if strict and found.model != model.config:
         raise UserError(f"{folder}: expected the network that the run began with, found another")
-    load_weights(model, found.place["model.safetensors"])
-    return f"all {len(list(model.parameters()))} weights, and none of the optimiser's"
+    taken = load_weights(model, found.place["model.safetensors"], strict)
+    every = len(list(model.parameters()))
+    if taken == 0:
+        raise UserError(f"{folder}: expected weights that fit this network, found none of {every}")
+    return f"{'all' if taken == every else f'{taken} of'} {every} weights, and none of the optimiser's"
