@@ -1,6 +1,6 @@
 """Exports: the folder that users load and share.
 
-    config.json               model_type, architectures, network, diffusion process, image size
+    config.json               model_type, architectures, network, diffusion process, image size, what world it knows
     model.safetensors         the averaged weights
     tokenizer.json            autoencoder/        generation_config.json        README.md (model card)
 
@@ -91,8 +91,10 @@ def save_export(
     image_size: int,
     generation: GenerationConfig,
     card: str,
+    world: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an export folder; it appears whole or not at all. Raises UserError where it can not be written."""
+    """Write an export folder; it appears whole or not at all. world: the settings of the bundled world's scenes that it
+    learned from, so that it is asked about them; None: of none. Raises UserError where it can not be written."""
     with whole_folder(folder, "export") as partial:
         save_autoencoder(partial / "autoencoder", autoencoder, autoencoder.name, sample_size=image_size)
         config = {
@@ -103,6 +105,7 @@ def save_export(
             "diffusion": to_dict(diffusion),
             "image_size": image_size,
             "autoencoder": {"name": autoencoder.name, "fingerprint": fingerprint(partial / "autoencoder")},
+            "world": world,
         }
         _write_json(partial / "config.json", config)
         _write_json(partial / "generation_config.json", to_dict(generation))
@@ -123,6 +126,8 @@ class Described:
     image_size: int
     autoencoder: dict[str, Any]
     """name and fingerprint of the one it was trained with"""
+    world: dict[str, Any] | None
+    """settings of the bundled world that it learned from; None: of none, or not said"""
 
 
 def describe(folder: Path | str) -> Described:
@@ -141,6 +146,7 @@ def describe(folder: Path | str) -> Described:
         from_dict(GenerationConfig, read_json(generation), str(generation)),
         int(config["image_size"]),
         config.get("autoencoder") or {"name": "pixels", "fingerprint": "pixels"},
+        config.get("world"),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,12 @@ import torch
 import transfuse
 from transfuse import folders
 from transfuse.cli import run
-from transfuse.data.world import background_of, colours_in
+from transfuse.configuration import to_dict
+from transfuse.data.world import WorldConfig, background_of, colours_in
+from transfuse.errors import UserError
 from transfuse.evaluation import model_hash
 from transfuse.export import load_export, relayout
+from transfuse.folders import WEIGHTS
 from transfuse.model import Transfusion
 from transfuse.presets.small import small_64
 from transfuse.studies.evaluate import world_of
@@ -59,11 +64,23 @@ def test_a_name_stands_for_it_and_an_export_of_that_name_comes_first(shelf: Path
     )
 
 
-def test_it_is_asked_about_the_world_of_its_preset(shelf: Path) -> None:
-    found, preset = world_of(Path(folders.DEFAULT), None, 16), small_64().data.world
-    assert (found.nouns, found.styles, found.size) == (preset.nouns, preset.styles, 16)
-    assert world_of(shelf.parent, None, 16).nouns is None, "that of a stranger is all of it"
+def test_a_model_is_asked_about_the_world_it_knows(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever its export lies, in either layout; `--world` comes first; of a stranger's it is said that it is one."""
+    known = small_64().data.world
+    assert world_of(WEIGHTS / folders.DEFAULT, None, known.size) == known
+    config = json.loads((shelf / "config.json").read_text())
+    (shelf / "config.json").write_text(json.dumps({**config, "world": to_dict(replace(known, nouns=5))}))
+    relayout(shelf, Path("elsewhere"), "diffusers")
+    assert world_of(Path("elsewhere"), None, 16) == replace(known, nouns=5, size=16)
+    assert world_of(Path("elsewhere"), folders.DEFAULT, 16) == replace(known, size=16)
     assert model_hash(folders.find_export(folders.DEFAULT)) == model_hash(shelf)
+    assert "asked about all" not in capsys.readouterr().err
+    (shelf / "config.json").write_text(json.dumps({**config, "world": None}))
+    assert world_of(shelf, None, 16) == WorldConfig(size=16)
+    assert "asked about all of the bundled world" in capsys.readouterr().err
+    (shelf / "config.json").write_text(json.dumps({**config, "world": {"nouns": 0}}))
+    with pytest.raises(UserError, match=r"config\.json: WorldConfig.nouns"):
+        world_of(shelf, None, 16)
 
 
 def test_without_any_it_says_what_to_do(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..autoencoders import Autoencoder, Coded, bundled, open_autoencoder
+from ..configuration import to_dict
 from ..console import say
 from ..data import EditConfig, FaultLog, PairConfig, Rows, StepLoader
 from ..data.world import World, WorldConfig, caption, glosses
@@ -40,7 +41,7 @@ from ..training import (
 )
 from .autoencoders import AUTOENCODERS
 from .runs import VERSION, Device, Precision, check_split
-from .sources import OF_THE_WORLD, Opened, held_out_prompts, image_size, mixture, open_sources
+from .sources import Opened, held_out_prompts, image_size, mixture, of_the_world, open_sources
 from .start import begin, its_tokenizer, started
 
 
@@ -161,7 +162,7 @@ class Recipe:
         step = self.model.patch_size * autoencoder.factor
         opened = open_sources(self.data)
         opened.check_sizes(step)
-        if any(spec.name in OF_THE_WORLD for spec in opened.specs) and self.data.world.size % step:
+        if of_the_world(self.data) and self.data.world.size % step:
             raise UserError(
                 f"data.world.size: expected a multiple of {step} (model.patch_size x the autoencoder's factor), "
                 f"found {self.data.world.size}"
@@ -323,6 +324,7 @@ def export_weights(
         image_size(recipe),
         recipe.generation,
         _card(recipe, trainer),
+        to_dict(recipe.data.world) if of_the_world(recipe.data) else None,
     )
 
 

@@ -215,10 +215,14 @@ def _source(
     return StoredPictures(data, tokenizer, autoencoder, recipe.data.pairs, recipe.seed)
 
 
+def of_the_world(data: DataConfig) -> bool:
+    """Whether a run learns from the bundled world's scenes, among others or alone."""
+    return any(SourceSpec.parse(text).name in OF_THE_WORLD for text in data.sources)
+
+
 def image_size(recipe: Recipe) -> int:
     """Pixels of the side of what a model is shown, and draws unless asked for another: of its first pictures."""
-    names = [SourceSpec.parse(text).name for text in recipe.data.sources]
-    if not set(names).isdisjoint(OF_THE_WORLD):
+    if of_the_world(recipe.data):
         return recipe.data.world.size
     opened = open_sources(recipe.data)
     for spec in opened.pictures:

@@ -14,16 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..configuration import read_json
+from ..configuration import from_dict
 from ..console import say
 from ..data.world import WorldConfig
 from ..errors import UserError
 from ..evaluation import Bench, Drawing, Findings, Options, check_paper, evaluate, model_hash, named
+from ..export import describe
 from ..files import whole_file
-from ..folders import bundled_name
 from ..inference import TransfusionPipeline
 from ..presets import Recipe, preset
-from ..presets.runs import Device, is_kind, read_recipe, resolve
+from ..presets.runs import Device, resolve
 from ..version import __version__
 from .evaluation_page import evaluation_page, said_drawing
 
@@ -82,12 +82,14 @@ def open_bench(model: Path, folder: Path, options: Options, world: str | None = 
 
 
 def world_of(model: Path, named_preset: str | None, size: int) -> WorldConfig:
-    """The scenes of a preset, for a bundled model its own; of the run that an export lies in; or all of the bundled
-    world, at the model's size."""
-    named_preset = named_preset or bundled_name(model)
+    """The scenes of a preset; of what an export says it learned from; or all of the bundled world, at the model's size.
+
+    Raises UserError for settings of a world that there are not.
+    """
     if named_preset is not None:
         return replace(preset(named_preset).data.world, size=size)
-    config = model.resolve().parent / "config.json"
-    if config.is_file() and "data" in read_json(config) and is_kind(config, Recipe):
-        return replace(read_recipe(config, Recipe).data.world, size=size)
-    return WorldConfig(size=size)
+    found = describe(model)
+    if found.world is None:
+        say(f"{model}: does not say what scenes it knows: asked about all of the bundled world; --world asks otherwise")
+        return WorldConfig(size=size)
+    return replace(from_dict(WorldConfig, found.world, str(found.place["config.json"])), size=size)
