@@ -37,6 +37,7 @@ from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Done, Engine, ImageProgress, Request
+from transfuse.inference.quantize import Quantize, check_quantize, quantize
 from transfuse.memory import keep_freed_memory
 from transfuse.model import ModelConfig, Transfusion, pack
 from transfuse.model.flops import train_flops
@@ -181,7 +182,12 @@ def clean_rounds(*readings: Sequence[Reading]) -> list[int]:
 
 
 def compare(
-    name: str, unit: str, amount: float, found: Mapping[str, list[Reading]], sides: tuple[str, str], target: float
+    name: str,
+    unit: str,
+    amount: float,
+    found: Mapping[str, list[Reading]],
+    sides: tuple[str, str],
+    target: float | None = None,
 ) -> Row:
     """How many times as fast `sides[0]` is as `sides[1]`: the median over clean rounds of ratios taken in one round."""
     ours, peer = (found[side] for side in sides)
@@ -273,7 +279,7 @@ def our_training(scale: Scale, config: ModelConfig, dtype: torch.dtype) -> tuple
     return step, train_flops(config, collate(samples, grammar))
 
 
-def our_engine(scale: Scale, dtype: torch.dtype, context: int = 4096) -> Engine:
+def our_engine(scale: Scale, dtype: torch.dtype, context: int = 4096, kind: Quantize | None = None) -> Engine:
     tokenizer = some_tokenizer(scale)
     model = Transfusion(our_config(scale, context=context), compute=dtype).initialise(0)
     with torch.no_grad():
@@ -281,7 +287,10 @@ def our_engine(scale: Scale, dtype: torch.dtype, context: int = 4096) -> Engine:
         model.head.weight[[tokenizer.eos, tokenizer.boi]] = 0
     model = model.to(dtype).eval().requires_grad_(False)
     process = Process(DiffusionConfig(prediction="v"))
-    pack(model)  # as `transfuse.load` does
+    if kind is None:
+        pack(model)  # as `transfuse.load` does
+    else:
+        quantize(model, kind, check_quantize(kind, torch.device("cpu")))
     return Engine(Exported(model, process, Pixels(), tokenizer, scale.side, GenerationConfig()))
 
 

@@ -1,6 +1,7 @@
 """The engine: many together against one by one, against transfusion-pytorch's `sample_many`, against transformers.
 
     python benchmarks/inference.py [--quick] [--rounds 5] [--only batching,peer,llama] [--out FILE]
+    python benchmarks/inference.py --only int8       # weights in eight bits (extra: quantize) against our own float32
 
 Contenders take turns in one process, and a ratio is taken within a round, as in against_peer.py, whose networks these
 are (width 384, depth 8). float32: all but `--dtype bf16`.
@@ -162,11 +163,26 @@ def measure_llama(scale: Scale, dtype: str, rounds: int) -> Iterator[Row]:
         yield compare(name, "tokens/s", rows * scale.written, found, ("ours", "theirs"), 1.0)
 
 
+def measure_int8(scale: Scale, dtype: str, rounds: int) -> Iterator[Row]:
+    engines = {
+        "int8": our_engine(scale, DTYPES[dtype], context=1024, kind="int8"),
+        "plain": our_engine(scale, DTYPES[dtype], context=1024),
+    }
+    for kind, count in (("text", 1), ("text", 8), ("draw", 1)):
+        say(f"int8 {dtype}: {kind}, {count} at a time, weights in eight bits and as they are")
+        works = {name: together(engine, requests(scale, engine, kind, count)) for name, engine in engines.items()}
+        name = f"{kind} {dtype}, batch {count}, int8 : as it is"
+        yield compare(name, "requests/s", count, alternate(works, rounds), ("int8", "plain"))
+
+
 MEASURES: dict[str, Callable[[Scale, str, int], Iterator[Row]]] = {
     "batching": measure_batching,
     "peer": measure_peer,
     "llama": measure_llama,
+    "int8": measure_int8,
 }
+DEFAULT = ("batching", "peer", "llama")
+"""what needs no extra but the peers"""
 
 
 def main() -> None:
@@ -174,7 +190,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small networks: does it run?")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--only", default=",".join(MEASURES))
+    parser.add_argument("--only", default=",".join(DEFAULT))
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     keep_freed_memory()
