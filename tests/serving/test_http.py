@@ -105,7 +105,9 @@ def test_openai_draws_what_the_pipeline_draws(client: openai.OpenAI, pipe: Trans
     events = list(
         client.images.generate(model="small", prompt="a crab", stream=True, partial_images=3, extra_body={"seed": 7})
     )
-    assert [event.type.rsplit(".", 1)[1] for event in events] == ["partial_image"] * 3 + ["completed"]
+    kinds = [event.type.rsplit(".", 1)[1] for event in events]
+    # A preview that waits when the next one comes makes way for it: on a machine with other work fewer arrive.
+    assert kinds in [["partial_image"] * previews + ["completed"] for previews in (1, 2, 3)]
     assert np.array_equal(pixels(events[-1].b64_json), np.asarray(expected[0]))
     assert pixels(events[0].b64_json).shape == (8, 8, 3)
 
