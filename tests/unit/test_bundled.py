@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from transfuse import folders
 from transfuse.cli import run
 from transfuse.configuration import to_dict
 from transfuse.data.world import WorldConfig, background_of, colours_in
+from transfuse.devices import inference_precision, pick_device
 from transfuse.errors import UserError
 from transfuse.evaluation import model_hash
 from transfuse.export import load_export, relayout
@@ -44,6 +46,23 @@ def test_a_new_user_has_a_model(shelf: Path, capsys: pytest.CaptureFixture[str])
     assert Path("pictures/seed-0-0.png").is_file()
     assert run(["caption", "pictures/seed-0-0.png"]) == 0
     assert run(["edit", "pictures/seed-0-0.png", "make it red", "--steps", "2", "--out", "pictures"]) == 0
+
+
+def test_device_and_precision_are_asked_for(shelf: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = ["generate", "a crab", "--draw", "force", "--steps", "2"]
+    assert run([*drawn, "--precision", "bfloat16", "--device", "cpu", "--out", "rough"]) == 0
+    assert run([*drawn, "--out", "fine"]) == 0
+    rough, fine = (
+        np.asarray(PIL.Image.open(Path(folder, "seed-0-0.png")), dtype=np.int16) for folder in ("rough", "fine")
+    )
+    assert 0 < np.abs(rough - fine).max() < 64, "other roundings, the same picture"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run([*drawn, "--device", "cuda"]) == 2
+    assert "device: expected a CUDA device, found none on this machine" in capsys.readouterr().err
+    assert pick_device("auto") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == "cuda"
+    assert (inference_precision("auto", "cuda"), inference_precision("auto", "cpu")) == ("bfloat16", "float32")
 
 
 def test_an_export_under_runs_comes_before_it(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:

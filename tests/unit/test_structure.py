@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "transfuse"
-EVERYWHERE = {"errors", "console", "configuration", "files", "folders", "images", "keyed", "memory", "version"}
+EVERYWHERE = {
+    "errors",
+    "console",
+    "configuration",
+    "devices",
+    "files",
+    "folders",
+    "images",
+    "keyed",
+    "memory",
+    "version",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "sequence": set(),
     "diffusion": set(),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
 from .parsing import parse
-from .writing import load_model, read_picture, save_picture
+from .writing import WithModel, read_picture, save_picture
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -29,15 +29,13 @@ KITTY_CHUNK = 4096
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(WithModel):
     """Talk with a model in words and pictures; it decides when to draw. Pictures are shown where the terminal can
     (kitty, iTerm2, WezTerm), and saved elsewhere. /help lists what else can be typed.
 
     transfuse chat --model runs/demo/export
     """
 
-    model: Path | None = None
-    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     out: Path = Path("out")
     """folder for the pictures"""
     seed: int = 0
@@ -81,7 +79,7 @@ class _Session:
     def __init__(self, asked: Chat) -> None:
         from ..inference import Conversation
 
-        self.asked, self.pipe = asked, load_model(asked.model)
+        self.asked, self.pipe = asked, asked.load()
         self.conversation = Conversation(self.pipe)
         self.shown: list[PIL.Image.Image] = []
         self.seed, self.drawn = asked.seed, 0

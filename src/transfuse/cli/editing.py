@@ -11,14 +11,14 @@ import tyro
 
 from ..errors import UserError
 from .parsing import parse, print_json
-from .writing import load_model, read_picture, save_picture
+from .writing import WithModel, read_picture, save_picture
 
 if TYPE_CHECKING:
     import PIL.Image
 
 
 @dataclass(frozen=True)
-class Edit:
+class Edit(WithModel):
     """Change a picture: by an instruction, or by drawing it anew from part of the way, or only where a mask is white.
 
     transfuse edit picture.png "make the background red" --out pictures
@@ -28,8 +28,6 @@ class Edit:
     image: tyro.conf.Positional[Path]
     prompt: tyro.conf.Positional[str]
     """an instruction; with --strength or --mask a description of the result"""
-    model: Path | None = None
-    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     out: Path = Path("out")
     """folder for the picture"""
     strength: float | None = None
@@ -53,7 +51,7 @@ def edit(arguments: Sequence[str]) -> int:
     asked = parse(Edit, arguments, "edit")
     if not asked.prompt.strip():
         raise UserError("edit: prompt: expected some text, found an empty one")
-    pipe = load_model(asked.model)
+    pipe = asked.load()
     from ..inference.pictures import settings_of
 
     side = pipe.exported.image_size

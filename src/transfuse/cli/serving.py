@@ -5,25 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
 from ..folders import is_export
 from .parsing import parse
-from .writing import default_model
+from .writing import WithModel, default_model
 
 
 @dataclass(frozen=True)
-class Serve:
+class Serve(WithModel):
     """Serve a model over HTTP, with a page to try it, to as many as come. Ctrl-C or SIGTERM: what runs is finished
     first, a second time: at once. Keys that clients must give: TRANSFUSE_API_KEYS, separated by commas.
 
     transfuse serve --model runs/demo/export --port 8000
     """
 
-    model: Path | None = None
-    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0: all of this machine's"""
     port: int = 8000
@@ -75,6 +72,8 @@ def serve(arguments: Sequence[str]) -> int:
             asked.slots,
             guidance=None if asked.guidance == "auto" else asked.guidance,
             quantize=asked.quantize,
+            device=asked.device,
+            precision=asked.precision,
         ),
         QueueConfig(asked.max_requests, asked.max_cost, asked.deadline),
         GateConfig(keys, hosts, asked.max_body),

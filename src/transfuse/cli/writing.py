@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from ..devices import Device, Precision, inference_precision, pick_device
 from ..errors import UserError
 from ..folders import DEFAULT, bundled_models
 from .parsing import parse, print_json
@@ -29,11 +30,25 @@ def default_model() -> Path:
     return Path(DEFAULT)
 
 
-def load_model(model: Path | None) -> TransfusionPipeline:
-    """The model that `--model` names."""
-    from .. import load
+@dataclass(frozen=True, kw_only=True)
+class WithModel:
+    """What every command that runs a model asks."""
 
-    return load(str(model or default_model()))
+    model: Path | None = None
+    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
+    device: Device = "auto"
+    """where the network computes; auto: CUDA where there is one, else the CPU"""
+    precision: Precision = "auto"
+    """what it computes in; auto: bfloat16 on CUDA, float32 on the CPU"""
+
+    def load(self) -> TransfusionPipeline:
+        import torch
+
+        from .. import load
+
+        device = pick_device(self.device)
+        dtype = getattr(torch, inference_precision(self.precision, device))
+        return load(str(self.model or default_model()), device=device, dtype=dtype)
 
 
 def save_picture(picture: PIL.Image.Image, path: Path, settings: dict[str, Any]) -> str:
@@ -64,15 +79,13 @@ def read_picture(path: Path, side: int, resize: bool) -> PIL.Image.Image:
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(WithModel):
     """Go on from a prompt, in words and pictures: the model itself decides when to draw.
 
     transfuse generate "a crab on a blue background" --seed 7 --out pictures
     """
 
     prompt: tyro.conf.Positional[str]
-    model: Path | None = None
-    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     out: Path = Path("out")
     """folder for the pictures"""
     seed: int = 0
@@ -94,7 +107,7 @@ def generate(arguments: Sequence[str]) -> int:
     asked = parse(Generate, arguments, "generate")
     if not asked.prompt.strip():
         raise UserError("generate: prompt: expected some text, found an empty one")
-    pipe = load_model(asked.model)
+    pipe = asked.load()
     from dataclasses import replace
 
     from ..inference.pictures import settings_of
@@ -130,15 +143,13 @@ def generate(arguments: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Caption:
+class Caption(WithModel):
     """Describe a picture.
 
     transfuse caption picture.png
     """
 
     image: tyro.conf.Positional[Path]
-    model: Path | None = None
-    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
     resize: bool = False
     """crop the middle square and resize it to the model's size, instead of refusing it"""
     max_tokens: int = 64
@@ -149,7 +160,7 @@ class Caption:
 def caption(arguments: Sequence[str]) -> int:
     """Describe a picture."""
     asked = parse(Caption, arguments, "caption")
-    pipe = load_model(asked.model)
+    pipe = asked.load()
     picture = read_picture(asked.image, pipe.exported.image_size, asked.resize)
     text = pipe.caption(picture, max_tokens=asked.max_tokens)[0]
     if asked.json:

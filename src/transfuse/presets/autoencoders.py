@@ -22,6 +22,7 @@ from ..autoencoders.features import Features, load_features
 from ..configuration import nearest
 from ..console import say
 from ..data.world import NOUNS, World, WorldConfig
+from ..devices import Device, Precision
 from ..errors import UserError
 from ..images import fit, image_files, read_image
 from ..keyed import keyed
@@ -32,7 +33,7 @@ from ..training.autoencoder import (
     AutoencoderObjectiveConfig,
     ImageLoader,
 )
-from .runs import VERSION, Device, Precision, check_split
+from .runs import VERSION, check_split
 
 TRAINED_NOUNS = 300
 """of the bundled world's: the others are never shown to an autoencoder, so that new things can be tried on it"""

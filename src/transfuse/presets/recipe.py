@@ -18,6 +18,7 @@ from ..configuration import to_dict
 from ..console import say
 from ..data import EditConfig, FaultLog, PairConfig, Rows, StepLoader
 from ..data.world import World, WorldConfig, caption, glosses
+from ..devices import Device, Precision
 from ..diffusion import DiffusionConfig, Process
 from ..errors import UserError
 from ..export import GenerationConfig, save_export
@@ -40,7 +41,7 @@ from ..training import (
     place,
 )
 from .autoencoders import AUTOENCODERS
-from .runs import VERSION, Device, Precision, check_split
+from .runs import VERSION, check_split
 from .sources import Opened, held_out_prompts, image_size, mixture, of_the_world, open_sources
 from .start import begin, its_tokenizer, started
 

@@ -7,12 +7,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
-
-import torch
+from typing import Any, Protocol, TypeVar
 
 from ..configuration import from_dict, read_json, to_dict
 from ..console import say
+from ..devices import Device, Precision, pick_device, training_precision
 from ..errors import UserError
 from ..training import LoopConfig, Ranks
 from ..training.trackers import check_trackers
@@ -28,9 +27,6 @@ FREE = {
 
 VERSION = 1
 """of the layout of `config.json`"""
-
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class RunRecipe(Protocol):
@@ -60,19 +56,9 @@ def check_split(batch_size: int, accumulate: int) -> None:
 
 def resolve(recipe: R) -> R:
     """Settle what is "auto" for this machine, so that a resumed run does not settle it differently."""
-    device, precision = recipe.device, recipe.precision
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: expected a CUDA device, found none on this machine")
-    if precision == "auto":
-        precision = "bfloat16" if device == "cuda" or _cpu_multiplies_bfloat16() else "float32"
+    device = pick_device(recipe.device)
+    precision = training_precision(recipe.precision, device)
     return replace(recipe, device=device, precision=precision)  # type: ignore[type-var]
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    flags = Path("/proc/cpuinfo")
-    return flags.is_file() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
 
 
 def open_run(recipe: R, folder: Path) -> R:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..devices import Device, Precision, inference_precision, pick_device
 from ..errors import UserError
 from ..images import fit
 from ..memory import keep_freed_memory, out_of_memory
@@ -36,13 +37,15 @@ OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter 
 class WorkerConfig:
     """model: export folder. slots: requests that run together. positions: of the cache, a slot; None: the context of
     the model, and what a picture needs beside it. guidance: "packed" or "sequential"; None: the faster one here.
-    quantize: weights of the blocks in eight bits."""
+    quantize: weights of the blocks in eight bits. device, precision: where it computes, and in what."""
 
     model: str
     slots: int = 8
     positions: int | None = None
     guidance: Guidance | None = None
     quantize: Quantize | None = None
+    device: Device = "auto"
+    precision: Precision = "auto"
 
 
 def work(connection: Connection, config: WorkerConfig) -> None:
@@ -69,10 +72,15 @@ class Worker:
     """An engine, and who asked for what in it."""
 
     def __init__(self, config: WorkerConfig) -> None:
+        import torch
+
         from ..inference import Engine, TransfusionPipeline
 
         self.config = config
-        self.pipe = TransfusionPipeline.from_pretrained(config.model, quantize=config.quantize)
+        self.device = pick_device(config.device)
+        self.precision = inference_precision(config.precision, self.device)
+        dtype = getattr(torch, self.precision)
+        self.pipe = TransfusionPipeline.from_pretrained(config.model, dtype, self.device, config.quantize)
         self.engine = Engine(self.pipe.engine.network, config.slots, config.positions)
         self.jobs: dict[int, tuple[int, Request]] = {}
         """by the engine's number: the other side's, and what was asked"""
@@ -94,6 +102,8 @@ class Worker:
             "slots": self.config.slots,
             "steps": exported.generation.sampler.steps,
             "sampler": exported.generation.sampler.name,
+            "device": self.device,
+            "precision": self.precision,
             "quantize": self.config.quantize,
             "guidance": self.engine.network.guidance,
             "guidance_scale": exported.generation.guidance_scale,

@@ -17,13 +17,13 @@ from typing import Any
 from ..configuration import from_dict
 from ..console import say
 from ..data.world import WorldConfig
+from ..devices import Device, pick_device
 from ..errors import UserError
 from ..evaluation import Bench, Drawing, Findings, Options, check_paper, evaluate, model_hash, named
 from ..export import describe
 from ..files import whole_file
 from ..inference import TransfusionPipeline
-from ..presets import Recipe, preset
-from ..presets.runs import Device, resolve
+from ..presets import preset
 from ..version import __version__
 from .evaluation_page import evaluation_page, said_drawing
 
@@ -76,7 +76,7 @@ def run_evaluation(
 
 def open_bench(model: Path, folder: Path, options: Options, world: str | None = None, device: Device = "cpu") -> Bench:
     """An export to be measured in a folder; world as `run_evaluation` has it."""
-    pipe = TransfusionPipeline.from_pretrained(model, device=resolve(Recipe(device=device)).device)
+    pipe = TransfusionPipeline.from_pretrained(model, device=pick_device(device))
     scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
     return Bench(pipe, model_hash(model), folder, scenes, options)
 

@@ -1,0 +1,43 @@
+"""Where a network computes, and in which dtype: what "auto" means on this machine. No torch until somebody asks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from .errors import UserError
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def pick_device(asked: Device) -> Literal["cpu", "cuda"]:
+    """The device itself; auto: CUDA where there is one. Raises UserError where the one asked for is not there."""
+    if asked == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise UserError("device: expected a CUDA device, found none on this machine")
+    return "cpu"
+
+
+def training_precision(asked: Precision, device: str) -> Literal["float32", "bfloat16"]:
+    """auto: bfloat16 where it is the faster one: on CUDA, and on processors that multiply it natively."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device == "cuda" or _cpu_multiplies_bfloat16() else "float32"
+
+
+def inference_precision(asked: Precision, device: str) -> Literal["float32", "bfloat16"]:
+    """auto: bfloat16 on CUDA; float32 on the CPU, where a result is then the same bytes alone or among others."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
