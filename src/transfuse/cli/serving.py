@@ -32,6 +32,8 @@ class Serve(WithModel):
     """branches of guided drawings in one pass or one after another; auto: what a timing at the start finds faster"""
     quantize: Literal["int8", "float8"] | None = None
     """the blocks' weights in eight bits: int8 anywhere, float8 on newer NVIDIA cards (extra: quantize)"""
+    compile: bool = False
+    """compile the blocks before the first request (torch.compile): minutes the first time, kept for the next"""
     max_requests: int = 64
     """most that wait or run; one more is told to come again"""
     max_cost: int = 4_000_000
@@ -72,6 +74,7 @@ def serve(arguments: Sequence[str]) -> int:
             asked.slots,
             guidance=None if asked.guidance == "auto" else asked.guidance,
             quantize=asked.quantize,
+            compile=asked.compile,
             device=asked.device,
             precision=asked.precision,
         ),

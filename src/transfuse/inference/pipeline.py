@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..export import Exported, load_export
 from ..model import pack
 from ..sequence import Document, Image, Text
+from .compiled import compile_blocks
 from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, Request, Start, TextDelta
 from .network import Guidance
@@ -77,13 +78,18 @@ class TransfusionPipeline:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         quantize: Quantize | None = None,
+        compile: bool = False,
     ) -> TransfusionPipeline:
-        """Load an export, made ready for inference. quantize: the blocks' weights in eight bits (`quantize`)."""
+        """Load an export, made ready for inference. quantize: the blocks' weights in eight bits (`quantize`). compile:
+        the blocks by torch.compile, at the first pass or `warm_up` (`compiled`)."""
         torchao = None if quantize is None else check_quantize(quantize, torch.device(device))
         exported = load_export(path, dtype, device)
         if quantize is not None:
             to_eight_bits(exported.model, quantize, torchao)
-        pack(exported.model)
+        if compile:
+            compile_blocks(exported.model)  # which does not know oneDNN's packed weights
+        else:
+            pack(exported.model)
         return cls(exported)
 
     def warm_up(self, rows: int = 1, guidance: Guidance | None = None) -> dict[str, float]:

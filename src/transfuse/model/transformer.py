@@ -37,10 +37,25 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, dropout: torch.Generator | None = None
     ) -> Tensor:
+        q, k, v = self.before(x, rotary)
+        return self.after(x, attend(self.layer, q, k, v), dropout)
+
+    def before(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention is asked: queries `[N, H, D]`, keys and values `[N, K, D]`."""
+        # `view` and `split_with_sizes`, not `unflatten` and `split`: those are Python, felt when one token is decoded.
+        qkv = self.qkv(self.attention_norm(x) if self.pre_norm else x).view(len(x), -1, self.head_channels)
+        qk, v = qkv.split_with_sizes([self.heads + self.key_heads, self.key_heads], dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            qk = norm_heads(qk, self.query_norm, self.key_norm)
+        q, k = rotate(qk, rotary).split_with_sizes([self.heads, self.key_heads], dim=1)
+        return q, k, v
+
+    def after(self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+        """What the block makes of attention's answer `[N, H * D]`."""
         if self.pre_norm:
-            x = x + self._drop(self._attention(self.attention_norm(x), rotary, attend), dropout)
+            x = x + self._drop(self.out(attended), dropout)
             return x + self._drop(self.feed_forward(self.feed_forward_norm(x)), dropout)
-        x = x + self._drop(self.attention_norm(self._attention(x, rotary, attend)), dropout)
+        x = x + self._drop(self.attention_norm(self.out(attended)), dropout)
         return x + self._drop(self.feed_forward_norm(self.feed_forward(x)), dropout)
 
     def _drop(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -48,15 +63,6 @@ class Block(nn.Module):
             return x
         kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
         return x * kept.div_(1 - self.dropout)
-
-    def _attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        # `view` and `split_with_sizes`, not `unflatten` and `split`: those are Python, felt when one token is decoded.
-        qkv = self.qkv(x).view(len(x), -1, self.head_channels)
-        qk, v = qkv.split_with_sizes([self.heads + self.key_heads, self.key_heads], dim=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            qk = norm_heads(qk, self.query_norm, self.key_norm)
-        q, k = rotate(qk, rotary).split_with_sizes([self.heads, self.key_heads], dim=1)
-        return self.out(attend(self.layer, q, k, v))
 
 
 class Transformer(nn.Module):

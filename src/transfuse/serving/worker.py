@@ -37,13 +37,15 @@ OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter 
 class WorkerConfig:
     """model: export folder. slots: requests that run together. positions: of the cache, a slot; None: the context of
     the model, and what a picture needs beside it. guidance: "packed" or "sequential"; None: the faster one here.
-    quantize: weights of the blocks in eight bits. device, precision: where it computes, and in what."""
+    quantize: weights of the blocks in eight bits. compile: the blocks, before the first request. device, precision:
+    where it computes, and in what."""
 
     model: str
     slots: int = 8
     positions: int | None = None
     guidance: Guidance | None = None
     quantize: Quantize | None = None
+    compile: bool = False
     device: Device = "auto"
     precision: Precision = "auto"
 
@@ -80,7 +82,9 @@ class Worker:
         self.device = pick_device(config.device)
         self.precision = inference_precision(config.precision, self.device)
         dtype = getattr(torch, self.precision)
-        self.pipe = TransfusionPipeline.from_pretrained(config.model, dtype, self.device, config.quantize)
+        self.pipe = TransfusionPipeline.from_pretrained(
+            config.model, dtype, self.device, config.quantize, config.compile
+        )
         self.engine = Engine(self.pipe.engine.network, config.slots, config.positions)
         self.jobs: dict[int, tuple[int, Request]] = {}
         """by the engine's number: the other side's, and what was asked"""
@@ -105,6 +109,7 @@ class Worker:
             "device": self.device,
             "precision": self.precision,
             "quantize": self.config.quantize,
+            "compile": self.config.compile,
             "guidance": self.engine.network.guidance,
             "guidance_scale": exported.generation.guidance_scale,
             "temperature": exported.generation.temperature,
