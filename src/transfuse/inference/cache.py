@@ -133,7 +133,7 @@ class _Call:
         query = self.by_row(q.to(keys.dtype))
         if self.plain:
             assert self.mask is not None
-            few = query.reshape(len(keys), -1, q.shape[-1])
+            few = query.reshape(keys.shape[0], -1, q.shape[-1])
             scores = torch.baddbmm(self.mask, few, keys, alpha=q.shape[-1] ** -0.5)
             out = torch.bmm(scores.softmax(-1), values).view_as(query)
         else:

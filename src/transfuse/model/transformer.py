@@ -42,9 +42,12 @@ class Block(nn.Module):
 
     def before(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What attention is asked: queries `[N, H, D]`, keys and values `[N, K, D]`."""
-        # `view` and `split_with_sizes`, not `unflatten` and `split`: those are Python, felt when one token is decoded.
-        qkv = self.qkv(self.attention_norm(x) if self.pre_norm else x).view(len(x), -1, self.head_channels)
-        qk, v = qkv.split_with_sizes([self.heads + self.key_heads, self.key_heads], dim=1)
+        # `view` and `split_with_sizes`, not `unflatten`, `split` and `len`: those are Python, felt when one token is
+        # decoded.
+        asked = self.heads + self.key_heads
+        qkv = self.qkv(self.attention_norm(x) if self.pre_norm else x)
+        qkv = qkv.view(-1, asked + self.key_heads, self.head_channels)
+        qk, v = qkv.split_with_sizes([asked, self.key_heads], dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             qk = norm_heads(qk, self.query_norm, self.key_norm)
         q, k = rotate(qk, rotary).split_with_sizes([self.heads, self.key_heads], dim=1)
