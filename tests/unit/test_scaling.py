@@ -11,6 +11,7 @@ import pytest
 
 from transfuse.cli import run
 from transfuse.errors import UserError
+from transfuse.studies.charts import _log_ticks
 from transfuse.studies.queue import write_report
 from transfuse.studies.scaling import AXES, MEASURES, analyse, check_grid, plan_scaling
 from transfuse.studies.scaling_page import scaling_figures, scaling_page, summary
@@ -161,3 +162,12 @@ def test_grids_that_are_none(tmp_path: Path) -> None:
         plan_scaling(tmp_path, ("transfusion",), ("x",), (1e3,), (0,))
     with pytest.raises(UserError, match='arm: unknown name "camel"; did you mean "chameleon"'):
         plan_scaling(tmp_path, ("camel",), ("xs",), (1e3,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(169.0, 199.0), (0.5, 0.98), (6.0, 11.0), (1e12, 1e14), (3.0, 3.2), (0.9, 4.4)]
+)
+def test_an_axis_has_several_numbers_however_narrow(low: float, high: float) -> None:
+    ticks = _log_ticks(low, high)
+    assert 2 <= len(ticks) <= 9
+    assert all(low <= tick <= high for tick in ticks)

@@ -120,6 +120,8 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
+    if high / low < 5:
+        return _ticks(low, high, 4)  # of a decade's round numbers too few would lie within
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     multiples = (1,) if high / low > 300 else (1, 3) if high / low > 20 else (1, 2, 5)
     return [m * 10.0**p for p in powers for m in multiples if low <= m * 10.0**p <= high]
