@@ -1,0 +1,105 @@
+"""What holds on the CPU holds on CUDA, up to rounding. Skipped where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomised, tiny
+from torch import Tensor
+
+import transfuse
+from transfuse.diffusion import DiffusionConfig, Process
+from transfuse.model import dense, flexible
+from transfuse.presets.small import tiny as tiny_recipe
+from transfuse.sequence import Document, Grammar, collate
+from transfuse.studies.training import train_run
+from transfuse.training import ObjectiveConfig, TransfusionObjective
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _whole_products() -> Iterator[None]:
+    """Float32 means float32: no products of ten bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, of the larger one's largest value."""
+    return float((ours.cpu().double() - theirs.cpu().double()).abs().max() / theirs.abs().max().cpu())
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_flex_attention_is_the_oracle(mixed: list[Document], grammar: Grammar, dtype: torch.dtype, near: float) -> None:
+    """Output and gradients, of documents of every shape, in a run longer than a block of the mask."""
+    batch = collate(mixed * 4, grammar).to(DEVICE)
+    found = []
+    for attend in (flexible(batch), dense(batch)):
+        generator = torch.Generator().manual_seed(0)
+        drawn = (torch.randn(batch.positions, 4, 32, generator=generator) for _ in range(3))
+        q, k, v = (x.to(DEVICE, dtype).requires_grad_() for x in drawn)
+        out = attend(0, q, k, v)
+        out.square().sum().backward()
+        assert q.grad is not None
+        assert k.grad is not None
+        assert v.grad is not None
+        found.append((out.detach(), q.grad, k.grad, v.grad))
+    for ours, oracle in zip(*found, strict=True):
+        assert apart(ours, oracle) < near
+
+
+@pytest.mark.parametrize("adapter", ["linear", "unet"])
+def test_losses_and_gradients_are_those_of_the_cpu(mixed: list[Document], grammar: Grammar, adapter: str) -> None:
+    losses, gradients = [], []
+    for device in ("cpu", DEVICE):
+        model = randomised(tiny(adapter=adapter)).to(device)
+        objective = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), seed=0)
+        sums = objective.sums(model, collate(mixed, grammar).to(device)).losses
+        sums.sum().backward()
+        losses.append(sums.detach())
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert apart(losses[1], losses[0]) < 1e-4
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert apart(gradients[1][name], gradient) < 1e-3, name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_same_words_and_pictures(served: Path, compiled: bool) -> None:
+    prompts = ["a crab", "two mice on green"]
+    words, pictures = [], []
+    for device in ("cpu", DEVICE):
+        pipe = transfuse.load(str(served), device=device, compile=compiled and device == DEVICE)
+        pictures.append(np.stack(pipe(prompts, generator=1, output_type="np").images).astype(int))
+        asked = [replace(pipe.request([prompt]), draw="never", max_tokens=6) for prompt in prompts]
+        words.append([reply.text for reply in pipe.replies(asked)])
+        caption = pipe.caption(pipe("a crab", generator=2).images[0])
+        assert isinstance(caption[0], str)
+    assert words[0] == words[1]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_a_run_trains_stops_goes_on_and_is_loaded(tmp_path: Path) -> None:
+    """In bfloat16, with compiled blocks; what it exports draws on the device and on the CPU."""
+    base = tiny_recipe()
+    loop = replace(base.loop, steps=6, checkpoint_every=2, log_every=1, session_seconds=1e-9)
+    recipe = replace(base, device=DEVICE, loop=loop, parallel=replace(base.parallel, compile=True))
+    outcomes = [train_run(recipe, tmp_path).outcome]
+    recipe = replace(recipe, loop=replace(loop, session_seconds=None))
+    result = train_run(recipe, tmp_path)
+    assert [*outcomes, result.outcome] == ["stopped", "finished"]
+    assert result.export is not None
+    drawn = [
+        np.asarray(transfuse.load(str(result.export), device=device)("a crab", generator=0).images[0]).astype(int)
+        for device in ("cpu", DEVICE)
+    ]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 2
