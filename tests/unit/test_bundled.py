@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import transfuse
 from transfuse import folders
 from transfuse.cli import run
+from transfuse.cli.writing import default_model
 from transfuse.configuration import to_dict
 from transfuse.data.world import WorldConfig, background_of, colours_in
 from transfuse.devices import inference_precision, pick_device
@@ -67,10 +69,19 @@ def test_device_and_precision_are_asked_for(shelf: Path, monkeypatch, capsys: py
 
 def test_an_export_under_runs_comes_before_it(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs/mine/export").mkdir(parents=True)
-    Path("runs/mine/export/config.json").write_text("{}")
+    Path("runs/mine/export/config.json").write_text('{"model_type": "transfusion", "model": 3}')
     assert run(["generate", "a crab"]) == 2
-    assert "runs/mine/export/config.json: expected model_type" in capsys.readouterr().err
+    assert "runs/mine/export" in capsys.readouterr().err
     assert run(["generate", "a crab", "--steps", "2", "--model", folders.DEFAULT]) == 0
+
+
+def test_the_export_of_an_autoencoder_is_no_model(shelf: Path) -> None:
+    Path("runs/kl/export").mkdir(parents=True)
+    Path("runs/kl/export/config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    assert default_model() == Path(folders.DEFAULT)
+    shutil.copytree(shelf, "runs/mine/export")
+    os.utime("runs/mine/export/config.json", (1, 1))
+    assert default_model() == Path("runs/mine/export")
 
 
 def test_a_name_stands_for_it_and_an_export_of_that_name_comes_first(shelf: Path, tokenizer) -> None:

@@ -150,7 +150,7 @@ def test_finished_demo_is_not_done_again(done, monkeypatch) -> None:
     folder, kept = done
     for name in ("train_run", "keep_recogniser", "measure", "fit"):
         monkeypatch.setattr(demo_module, name, lambda *_: pytest.fail("done again"))
-    assert run_demo(folder, 99.0, effort=EFFORT) == (0, kept["report"])
+    assert run_demo(folder, 1.0, effort=EFFORT) == (0, kept["report"])
 
 
 def test_only_what_is_missing_is_done_again(done, monkeypatch) -> None:
@@ -180,7 +180,9 @@ def test_stopped_training_exits_with_75_and_goes_on(tmp_path, monkeypatch) -> No
     with monkeypatch.context() as patch:
         patch.setattr(signals.StopRequest, "__enter__", stopping)
         assert run_demo(tmp_path / "run", 1.0, recipe, EFFORT) == (RESUMABLE, {})
-    code, report = run_demo(tmp_path / "run", 5.0, effort=replace(EFFORT, pictures=2))
+    with pytest.raises(UserError, match=r"minutes: expected 1, as .* was begun with, found 5; --run begins another"):
+        run_demo(tmp_path / "run", 5.0, effort=EFFORT)
+    code, report = run_demo(tmp_path / "run", 1.0, effort=replace(EFFORT, pictures=2))
     assert (code, report["steps"], report["preset"]) == (0, 3, "tiny")
 
 

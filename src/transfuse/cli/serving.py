@@ -33,7 +33,7 @@ class Serve(WithModel):
     quantize: Literal["int8", "float8"] | None = None
     """the blocks' weights in eight bits: int8 anywhere, float8 on newer NVIDIA cards (extra: quantize)"""
     compile: bool = False
-    """compile the blocks before the first request (torch.compile): minutes the first time, kept for the next"""
+    """compile the blocks before the first request (torch.compile): half a minute or more"""
     max_requests: int = 64
     """most that wait or run; one more is told to come again"""
     max_cost: int = 4_000_000

@@ -95,7 +95,7 @@ class Ablations(Queued):
     run: Path = Path("runs/ablations")
     """folder for all runs, results and the report, shared by all processes"""
     rows: tuple[str, ...] = ()
-    """names of rows; those of Tables 4 to 8 if not given (docs/study.md has all)"""
+    """names of rows; those of Tables 4 to 8 if not given (docs/study.md lists them)"""
     size: str = "m"
     """of the trunk: xxs, xs, s, m, l, xl, xxl"""
     positions: float = 2e6
@@ -139,7 +139,10 @@ class ImageEditing:
 
 
 def study(arguments: Sequence[str]) -> int:
-    """Compare: rivals at one size, scaling over many, the paper's ablations, editing before and after."""
+    """Compare: rivals at one size, scaling over many, the paper's ablations, editing before and after.
+
+    transfuse study scaling --sizes xs s m l --budgets 1e6 2e6 4e6
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<14} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in STUDIES.items()]
         print("\n".join([study.__doc__ or "", "", *lines, "", "settings: transfuse study NAME --help"]))

@@ -134,7 +134,10 @@ def doctor(arguments: Sequence[str]) -> int:
     from ..presets.runs import resolve
 
     asked = parse(Doctor, arguments, "doctor")
-    extras = ("diffusers", "transformers", "tensorboard", "wandb", "trackio", "torchao", "open_clip", "lm_eval")
+    extras = (
+        *("diffusers", "transformers", "tensorboard", "wandb", "trackio", "torchao", "open_clip", "lm_eval", "fastapi"),
+        *("pyarrow", "sentencepiece", "s3fs", "gcsfs"),
+    )
     backends = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available} if dist.is_available() else {}
     found: dict[str, Any] = {
         "transfuse": __version__,

@@ -11,7 +11,7 @@ import tyro
 
 from ..devices import Device, Precision, inference_precision, pick_device
 from ..errors import UserError
-from ..folders import DEFAULT, bundled_models
+from ..folders import DEFAULT, bundled_models, is_export
 from .parsing import parse, print_json
 
 if TYPE_CHECKING:
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 
 def default_model() -> Path:
-    """What `--model` means when it is not given: the export that was made last under runs/, else the bundled model."""
-    found = sorted(Path("runs").glob("*/export/config.json"), key=lambda path: path.stat().st_mtime)
-    if found:
-        return found[-1].parent
+    """What `--model` means when it is not given: the model that was exported last under runs/, else the bundled one."""
+    files = sorted(Path("runs").glob("*/export/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for file in files:
+        if is_export(file.parent):  # an autoencoder's export lies there, too
+            return file.parent
     if DEFAULT not in bundled_models():
         raise UserError("--model: expected an export folder, found none under runs/: train one first (make demo)")
     return Path(DEFAULT)

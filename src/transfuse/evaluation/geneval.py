@@ -1,9 +1,9 @@
 """The original GenEval (Ghosh et al. 2023): its prompts drawn into its own folder layout, for its own scorer.
 
-    geneval/00000/metadata.jsonl             the line of evaluation_metadata.jsonl
-    geneval/00000/samples/0000.png .. 0003.png
+    geneval/guidance-G-seed-S/00000/metadata.jsonl             the line of evaluation_metadata.jsonl
+    geneval/guidance-G-seed-S/00000/samples/0000.png .. 0003.png
 
-    python evaluation/evaluate_images.py geneval --outfile results.jsonl --model-path <Mask2Former>
+    python evaluation/evaluate_images.py geneval/guidance-G-seed-S --outfile results.jsonl --model-path <Mask2Former>
     python evaluation/summary_scores.py results.jsonl
 
 Both scripts are GenEval's (https://github.com/djghosh13/geneval), which wants CUDA and packages of 2022, and so an

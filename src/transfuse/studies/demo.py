@@ -114,15 +114,15 @@ def run_demo(
 
 def _train(folder: Path, minutes: float, recipe: Recipe | None) -> dict[str, Any] | None:
     """What training took, by the name it has in the report; None if it was stopped."""
-    path = folder / "trained.json"
+    path, begun = folder / "trained.json", (folder / "config.json").is_file()
+    if begun:
+        recipe = read_recipe(folder / "config.json", Recipe)
+        _check_minutes(folder, recipe, minutes)
     if path.is_file() and (folder / "export" / "config.json").is_file():
         facts: dict[str, Any] = read_json(path)
         say(f"{folder}: trained already, {facts['steps']} steps")
         return facts
-    if (folder / "config.json").is_file():
-        recipe = read_recipe(folder / "config.json", Recipe)
-    else:
-        recipe = fit(recipe or preset("demo"), minutes)
+    recipe = recipe if begun and recipe is not None else fit(recipe or preset("demo"), minutes)
     trained = train_run(recipe, folder)
     if trained.export is None:
         return None
@@ -140,6 +140,15 @@ def _train(folder: Path, minutes: float, recipe: Recipe | None) -> dict[str, Any
     }
     path.write_text(json.dumps(facts, indent=2) + "\n")
     return facts
+
+
+def _check_minutes(folder: Path, recipe: Recipe, minutes: float) -> None:
+    """Raise UserError where a run that there is was begun with another time: its learning rate falls over that one."""
+    begun = recipe.loop.max_seconds
+    if begun is not None and begun != minutes * 60:
+        raise UserError(
+            f"minutes: expected {begun / 60:g}, as {folder} was begun with, found {minutes:g}; --run begins another"
+        )
 
 
 def fit(recipe: Recipe, minutes: float) -> Recipe:
