@@ -554,7 +554,7 @@ def test_a_damaged_package_is_refused(monkeypatch, folder) -> None:
 
 def packaged() -> tuple[Features, Tensors]:
     try:
-        return load_features("imagenet-mobilenet"), torch.load(features._packaged(), weights_only=True)
+        return load_features("imagenet-mobilenet"), torch.load(features.packaged_weights(), weights_only=True)
     except UserError as error:
         pytest.skip(str(error))
 

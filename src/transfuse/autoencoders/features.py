@@ -289,7 +289,7 @@ def load_features(path: Path | str) -> Features:
 
     Raises UserError where there is no such file, a tensor is missing, unknown or of another shape, or a head negative.
     """
-    path = _packaged() if str(path) == MOBILENET else Path(path)
+    path = packaged_weights() if str(path) == MOBILENET else Path(path)
     tensors: dict[str, Tensor] = {}
     for file in _files(path):
         part = _present_names(_read(file))
@@ -383,7 +383,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _packaged() -> Path:
+def packaged_weights() -> Path:
     """The file inside the optional package, which is found but not imported."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..autoencoders.features import MOBILENET, Features, load_features
+from ..autoencoders.features import MOBILENET, Features, load_features, packaged_weights
 from ..console import progress
 from ..errors import UserError
 from ..files import sha256
@@ -108,8 +108,8 @@ def open_features(name: str, recogniser: Recogniser | None = None, device: torch
         return RecogniserFeatures(recogniser)
     if name != MOBILENET and "inception" in Path(name).name:
         return load_inception(Path(name), device)
-    digest = "packaged" if name == MOBILENET else sha256(Path(name))[:8]
-    return ImageNetFeatures(load_features(name), digest, device)
+    weights = packaged_weights() if name == MOBILENET else Path(name)
+    return ImageNetFeatures(load_features(name), sha256(weights)[:8], device)
 
 
 def all_features(sees: Sees, picture: object, count: int) -> np.ndarray:
