@@ -125,7 +125,7 @@ class ImageEditing:
     """largest learning rate"""
     seed: int = 0
     world: str | None = None
-    """preset whose scenes are edited; those of the export's own run if not given"""
+    """preset whose scenes are edited; those that the export says it knows if not given"""
     count: int = 240
     """edits that are measured"""
     measures: tuple[str, ...] = ()

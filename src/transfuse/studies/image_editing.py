@@ -24,14 +24,14 @@ from ..configuration import read_json
 from ..console import say
 from ..errors import UserError
 from ..evaluation import Exhibit, Findings, Options, evaluate, named
+from ..export import describe
 from ..files import whole_file
-from ..folders import bundled_name
+from ..folders import DEFAULT
 from ..images import read_image
 from ..presets import Recipe, preset
-from ..presets.runs import is_kind, read_recipe
 from ..training import RESUMABLE
 from ..version import __version__
-from .evaluate import open_bench
+from .evaluate import open_bench, world_of
 from .page import columns, grid, image, made_of_report, page, section
 from .training import train_run
 
@@ -61,18 +61,11 @@ class Tuning:
 
 
 def tuning_recipe(start: Path, tuning: Tuning, world_preset: str | None = None) -> Recipe:
-    """The run that an export lies in, or a preset (a bundled model's own), made into one of edits alone.
+    """The preset that learns edits, of edits alone: of scenes that the export says it knows, or of a preset's.
 
-    Raises UserError for an export without a run beside it, unless a preset says what world it knows.
+    Raises UserError for what is no export.
     """
-    config = start.resolve().parent / "config.json"
-    world_preset = world_preset or bundled_name(start)
-    if world_preset is not None:
-        base = preset(world_preset)
-    elif config.is_file() and is_kind(config, Recipe):
-        base = replace(read_recipe(config, Recipe), start="", device="auto", precision="auto")
-    else:
-        raise UserError(f"{start}: expected an export within its run, or --world PRESET, found neither")
+    base, size = preset(DEFAULT), describe(start).image_size
     steps = tuning.steps
     return replace(
         base,
@@ -88,6 +81,7 @@ def tuning_recipe(start: Path, tuning: Tuning, world_preset: str | None = None) 
             row_length=None,
             autoencoder_weights="",
             source_fingerprints=(),
+            world=replace(world_of(start, world_preset, size), split="train"),
             edits=replace(base.data.edits, count=tuning.triples),
         ),
         optimizer=replace(
