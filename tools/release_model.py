@@ -4,8 +4,9 @@
 
 Of several runs each began where the one before had ended; the last is exported.
 
-The folder under src/transfuse/weights is replaced whole, and docs/images gets what it draws of prompts it never saw.
-What was measured lies in --out, and goes on where it stopped; the card's numbers are read from its results.json.
+The folder under src/transfuse/weights is replaced whole, docs/images gets what it draws of prompts it never saw, and
+docs/reports the page of what was measured. That lies in --out, and goes on where it stopped; the card's numbers are
+read from its results.json.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ SHEET = (3, 8)
 
 COMMANDS = """\
     transfuse train small-64 --run runs/small-64                                     6,500 steps
-    and four times `--start` the last one's export: 2,400 steps at a rate of 1e-3, and, instructions no longer learned,
-    800, 600 and 500 at 6e-4, in the last two with more captions, of pictures with little noise and with none
+    and five times `--start` the last one's export: 2,400 steps at a rate of 1e-3; 800, 600 and 500 at 6e-4, in the last
+    two with more captions, of pictures with little noise and with none; 10,000 at 1.5e-3, three pairs in ten picture
+    first, shown clean (--data.pairs.caption-first 0.7 --data.pairs.image-first-max-timestep 0 --seed 5)
 
 In the first two stages instructions were learned as words, and captions of clean pictures began with instructions: the
-last three undid that. A run of today's preset does not have to."""
+next three undid that. A run of today's preset does not have to."""
 
 CARD = """---
 pipeline_tag: any-to-any
@@ -72,7 +74,8 @@ Then:
 
 Means with 95 % intervals, beside what chance and what perfect answers (real pictures, other captions, exact targets)
 score by the same measure. "Held out" combinations were never shown in training. What each number is, and is not:
-docs/evaluation.md.
+docs/evaluation.md. The same with
+pictures: docs/reports/{name}.html.
 
 | measure | value | 95 % interval | chance | best |
 | --- | ---: | ---: | ---: | ---: |
@@ -98,6 +101,7 @@ def main() -> None:
     last = [read_metrics(folder / "metrics.jsonl")[-1] for folder in asked.runs]
     totals = {name: sum(line[name] for line in last) for name in ("step", "images", "flops", "seconds")}
     (folder / "README.md").write_text(card(recipe, totals, report["results"]))
+    shutil.copyfile(asked.out / "report.html", Path("docs/reports") / f"{recipe.preset}.html")
     draw_sheet(recipe, Path("docs/images") / f"{recipe.preset}.png")
 
 
