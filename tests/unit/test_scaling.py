@@ -104,6 +104,28 @@ def test_what_says_nothing_is_left_out_and_named() -> None:
     assert "the rival's dearest run does not count" in found["note"]
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_runs_that_a_cheaper_one_of_their_arm_beats_are_no_law(seeds: int) -> None:
+    """Networks too large for their positions, of either arm, change neither lines nor ratios; they are named."""
+    good = grid("transfusion", "chameleon", seeds=seeds)
+    waste = [
+        result(arm, size, 1e6, seed) | {"size": "xl", "run": f"waste-{arm}-{size}-{seed}", measure.key: bad}
+        for arm in ("transfusion", "chameleon")
+        for size in SIZES
+        for seed in range(seeds)
+        for measure, bad in ((MEASURES[0], 1e3),)
+    ]
+    for one in waste:
+        one["theoretical_flops"] *= 300
+    before, after = (analyse(results)["parity"]["flops"]["text_perplexity"] for results in (good, [*good, *waste]))
+    assert after["transfusion"]["observed"]["ratio"] == pytest.approx(before["transfusion"]["observed"]["ratio"])
+    lines = analyse([*good, *waste])["lines"]["text_perplexity"]
+    for arm in ("transfusion", "chameleon"):
+        reasons = lines[arm]["left_out"]
+        assert reasons.keys() == {one["run"] for one in waste if one["arm"] == arm}
+        assert all("is cheaper and better" in reason for reason in reasons.values())
+
+
 def test_seconds_of_different_machines_are_marked() -> None:
     results = grid("transfusion", "chameleon")
     results[0]["machine"] = {**results[0]["machine"], "device": "a card"}

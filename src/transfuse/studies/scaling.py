@@ -148,6 +148,33 @@ def left_out(result: dict[str, Any], measure: Measure) -> str:
     return ""
 
 
+def beaten(results: Sequence[dict[str, Any]], measure: Measure, cost: str) -> dict[str, str]:
+    """Runs of one arm that a cheaper one of it beats, and which: a network too large for its positions, say, is not
+    what the arm can do for that cost. Seeds of a size and budget count together, by their means."""
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in results:
+        cells.setdefault((result["size"], result["budget"]), []).append(result)
+    means = {cell: [_mean(some, key) for key in (cost, measure.key)] for cell, some in cells.items()}
+    sign = 1 if measure.better == "higher" else -1
+    found = {}
+    for cell, (spent, value) in means.items():
+        for (size, budget), (less, other) in means.items():
+            if less < spent and sign * other > sign * value:
+                said = f"{size} on {short(budget)} positions is cheaper and better"
+                found.update({result["run"]: said for result in cells[cell]})
+                break
+    return found
+
+
+def _mean(results: Sequence[dict[str, Any]], key: str) -> float:
+    return float(sum(result[key] for result in results)) / len(results)
+
+
+def _unbeaten(results: Sequence[dict[str, Any]], measure: Measure, cost: str) -> list[dict[str, Any]]:
+    out = beaten(results, measure, cost)
+    return [result for result in results if result["run"] not in out]
+
+
 def _points(results: Sequence[dict[str, Any]], measure: Measure, cost: str) -> list[Point]:
     return [
         Point(result[cost], result[measure.key], result["run"]) for result in results if not left_out(result, measure)
@@ -156,8 +183,9 @@ def _points(results: Sequence[dict[str, Any]], measure: Measure, cost: str) -> l
 
 def _line(results: Sequence[dict[str, Any]], measure: Measure, arm: str) -> dict[str, Any]:
     some = _of(results, arm, measure)
-    line = fit(_points(some, measure, "theoretical_flops"))
+    line = fit(_points(_unbeaten(some, measure, "theoretical_flops"), measure, "theoretical_flops"))
     reasons = {result["run"]: why for result in some if (why := left_out(result, measure))}
+    reasons = {**beaten(some, measure, "theoretical_flops"), **reasons}
     return {"line": None if line is None else asdict(line), "left_out": reasons}
 
 
@@ -172,9 +200,11 @@ def _parity(results: Sequence[dict[str, Any]], measure: Measure, arm: str, axis:
     if not rivals:
         nothing = _as_json(Parity(None, note="no run of the rival is done"))
         return {"observed": nothing, "fitted": nothing}
-    dearest = max(rivals, key=lambda result: result["theoretical_flops"])
     if axis == "same size":
-        ours, rivals = ([one for one in some if one["size"] == dearest["size"]] for some in (ours, rivals))
+        largest = max(rivals, key=lambda result: result["theoretical_flops"])["size"]
+        ours, rivals = ([one for one in some if one["size"] == largest] for some in (ours, rivals))
+    ours, rivals = (_unbeaten(some, measure, cost) for some in (ours, rivals))
+    dearest = max(rivals, key=lambda result: result["theoretical_flops"])
     seeds = [one for one in rivals if (one["size"], one["budget"]) == (dearest["size"], dearest["budget"])]
     best = _points(seeds, measure, cost)
     if len(best) < len(seeds):

@@ -50,7 +50,8 @@ _PARITY = (
 )
 _LINES = (
     "Both axes are logarithmic; bars are 95 % intervals of a run's measure over its items; hollow points say nothing "
-    "of the law (no better than guessing, or not to be told from 100 %) and are left out of the lines."
+    "of the law (no better than guessing, not to be told from 100 %, or worse than a cheaper run of the same arm) and "
+    "are left out of the lines."
 )
 _AXIS = {
     "same size": "Only runs of the rival's largest size: the ratio is one of data alone.",
