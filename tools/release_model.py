@@ -19,6 +19,7 @@ from typing import Any
 
 import transfuse
 from transfuse.cli import run
+from transfuse.export import describe
 from transfuse.folders import WEIGHTS
 from transfuse.model.flops import count_parameters
 from transfuse.presets import Recipe
@@ -73,17 +74,17 @@ Then:
     transfuse evaluate --model {name} --suite {suite} --count {measured}
 
 Means with 95 % intervals, beside what chance and what perfect answers (real pictures, other captions, exact targets)
-score by the same measure. "Held out" combinations were never shown in training. What each number is, and is not:
-docs/evaluation.md. The same with
-pictures: docs/reports/{name}.html.
+score by the same measure. "Held out" combinations were never shown in training. The same with pictures:
+docs/reports/{name}.html; what each number is, and is not: docs/evaluation.md.
 
 | measure | value | 95 % interval | chance | best |
 | --- | ---: | ---: | ---: | ---: |
 {rows}
 
 ## Limits
-It knows the things above and nothing else; other words give something between them. Shapes are coarse, and small
-things coarser.
+It knows the things above and nothing else; other words give something between them. Single things and copies are often
+right, small things and two kinds together seldom. Four instructions in ten are obeyed, and what they do not speak of
+changes, too.
 """
 
 
@@ -131,7 +132,7 @@ def card(recipe: Recipe, totals: dict[str, Any], results: list[dict[str, Any]]) 
         size=world.size,
         styles=", ".join(world.styles or ("all",)),
         parameters=count_parameters(recipe.model).total,
-        autoencoder=recipe.data.autoencoder,
+        autoencoder=describe(recipe.preset).autoencoder["name"],
         steps=totals["step"],
         images=totals["images"],
         flops=totals["flops"],
