@@ -13,7 +13,7 @@ from ..images import read_image
 from . import published
 from .charts import Series, legend, log_log, standalone
 from .page import columns, failures, folded, grid, image, made_of_report, page, section
-from .power_law import Line
+from .power_law import REACH, Line
 from .scaling import AXES, MEASURES, RIVAL, Measure
 
 COLOURS = {
@@ -95,8 +95,13 @@ def said_ratio(found: dict[str, Any]) -> str:
     """A ratio with its interval, or a dash."""
     if found["ratio"] is None:
         return "–"
-    interval = "" if found["low"] is None else f" ({found['low']:.3g} to {found['high']:.3g})"
+    interval = "" if found["low"] is None else f" ({_bound(found['low'])} to {_bound(found['high'])})"
     return f"{found['ratio']:.3g}{interval}"
+
+
+def _bound(value: float) -> str:
+    """Of an interval; far from the points a line says nothing of how far."""
+    return f"{value:.3g}" if value < REACH else f"above {REACH:g}"
 
 
 def _printed(measure: Measure) -> str:
