@@ -339,24 +339,40 @@ def train(folder: Path, workers: int, steps: int) -> Reading:
 
 
 def train_ranks(folder: Path, seconds: float, steps: int) -> Reading:
-    """Eight ranks, each with a loader of one worker, in one process that sleeps in place of a step. share: time waited
-    for all ranks one after another; of the slowest: for the slowest of each step, as if they were side by side."""
+    """Eight ranks, each a process with a loader of one worker, that meet before every step and sleep in its place.
+
+    share: time waited, the mean over ranks; of the slowest: that of the slowest of each step.
+    """
+    warm, context = steps // 4, multiprocessing.get_context("fork")
+    meet, found = context.Barrier(RANKS), context.SimpleQueue()
+    ranks = [
+        context.Process(target=one_rank, args=(rank, folder, seconds, steps + warm, meet, found))
+        for rank in range(RANKS)
+    ]
+    for rank in ranks:
+        rank.start()
+    waits = np.array([found.get() for _ in ranks])[:, warm:]
+    for rank in ranks:
+        rank.join()
+    slept, slowest = waits.shape[1] * seconds, float(waits.max(0).sum())
+    mean = float(waits.sum(1).mean())
+    return {"share": mean / (mean + slept), "of the slowest": slowest / (slowest + slept)}
+
+
+def one_rank(rank: int, folder: Path, seconds: float, steps: int, meet: Any, found: Any) -> None:
     torch.set_num_threads(1)
-    warm = steps // 4
-    recipe = demo(folder, workers=1, steps=steps + warm)
+    recipe = demo(folder, workers=1, steps=steps)
     recipe = replace(recipe, data=replace(recipe.data, batch_size=256)).settled()
-    sources, tokens, waits = open_sources(recipe.data), tokenizer(folder), []
+    waits = []
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        loaders = [build_loader(recipe, sources, tokens, Path(scratch), rank, RANKS) for rank in range(RANKS)]
-        for step in range(steps + warm):
-            times = [time.perf_counter()]
-            for loader in loaders:
-                loader(step)
-                times.append(time.perf_counter())
-            waits.append(np.diff(times))
+        load = build_loader(recipe, open_sources(recipe.data), tokenizer(folder), Path(scratch), rank, RANKS)
+        for step in range(steps):
+            meet.wait()
+            began = time.perf_counter()
+            load(step)
+            waits.append(time.perf_counter() - began)
             time.sleep(seconds)
-    waited, slowest, slept = float(np.sum(waits[warm:])), float(np.sum(np.max(waits[warm:], 1))), steps * seconds
-    return {"share": waited / (waited + slept), "of the slowest": slowest / (slowest + slept)}
+    found.put(waits)
 
 
 def wait(arguments: argparse.Namespace, scale: Mapping[str, int]) -> Jobs:
