@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -29,6 +32,14 @@ def training_precision(asked: Precision, device: str) -> Literal["float32", "bfl
     if asked != "auto":
         return asked
     return "bfloat16" if device == "cuda" or _cpu_multiplies_bfloat16() else "float32"
+
+
+def for_inference(device: Device, precision: Precision) -> tuple[Literal["cpu", "cuda"], torch.dtype]:
+    """Device and dtype that a model is loaded with. Raises UserError where the device asked for is not there."""
+    import torch
+
+    picked = pick_device(device)
+    return picked, getattr(torch, inference_precision(precision, picked))
 
 
 def inference_precision(asked: Precision, device: str) -> Literal["float32", "bfloat16"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from ..devices import Device, Precision, inference_precision, pick_device
+from ..devices import Device, Precision, for_inference
 from ..errors import UserError
 from ..folders import DEFAULT, bundled_models, is_export
 from .parsing import parse, print_json
@@ -43,12 +43,9 @@ class WithModel:
     """what it computes in; auto: bfloat16 on CUDA, float32 on the CPU"""
 
     def load(self) -> TransfusionPipeline:
-        import torch
-
         from .. import load
 
-        device = pick_device(self.device)
-        dtype = getattr(torch, inference_precision(self.precision, device))
+        device, dtype = for_inference(self.device, self.precision)
         return load(str(self.model or default_model()), device=device, dtype=dtype)
 
 

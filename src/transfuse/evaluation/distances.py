@@ -109,7 +109,7 @@ def open_features(name: str, recogniser: Recogniser | None = None, device: torch
     if name != MOBILENET and "inception" in Path(name).name:
         return load_inception(Path(name), device)
     weights = packaged_weights() if name == MOBILENET else Path(name)
-    return ImageNetFeatures(load_features(name), sha256(weights)[:8], device)
+    return ImageNetFeatures(load_features(weights), sha256(weights)[:8], device)
 
 
 def all_features(sees: Sees, picture: object, count: int) -> np.ndarray:

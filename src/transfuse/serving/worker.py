@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..devices import Device, Precision, inference_precision, pick_device
+from ..devices import Device, Precision, for_inference
 from ..errors import UserError
 from ..images import fit
 from ..memory import keep_freed_memory, out_of_memory
@@ -74,16 +74,12 @@ class Worker:
     """An engine, and who asked for what in it."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        import torch
-
         from ..inference import Engine, TransfusionPipeline
 
         self.config = config
-        self.device = pick_device(config.device)
-        self.precision = inference_precision(config.precision, self.device)
-        dtype = getattr(torch, self.precision)
+        self.device, self.dtype = for_inference(config.device, config.precision)
         self.pipe = TransfusionPipeline.from_pretrained(
-            config.model, dtype, self.device, config.quantize, config.compile
+            config.model, self.dtype, self.device, config.quantize, config.compile
         )
         self.engine = Engine(self.pipe.engine.network, config.slots, config.positions)
         self.jobs: dict[int, tuple[int, Request]] = {}
@@ -107,7 +103,7 @@ class Worker:
             "steps": exported.generation.sampler.steps,
             "sampler": exported.generation.sampler.name,
             "device": self.device,
-            "precision": self.precision,
+            "precision": str(self.dtype).removeprefix("torch."),
             "quantize": self.config.quantize,
             "compile": self.config.compile,
             "guidance": self.engine.network.guidance,

@@ -22,16 +22,16 @@ import PIL.Image
 
 from ..configuration import read_json
 from ..console import say
+from ..data.world import WorldConfig
 from ..errors import UserError
 from ..evaluation import Exhibit, Findings, Options, evaluate, named
-from ..export import describe
 from ..files import whole_file
 from ..folders import DEFAULT
 from ..images import read_image
 from ..presets import Recipe, preset
 from ..training import RESUMABLE
 from ..version import __version__
-from .evaluate import open_bench, world_of
+from .evaluate import open_bench
 from .page import columns, grid, image, made_of_report, page, section
 from .training import train_run
 
@@ -60,12 +60,9 @@ class Tuning:
         return math.ceil(self.triples * self.epochs / self.batch)
 
 
-def tuning_recipe(start: Path, tuning: Tuning, world_preset: str | None = None) -> Recipe:
-    """The preset that learns edits, of edits alone: of scenes that the export says it knows, or of a preset's.
-
-    Raises UserError for what is no export.
-    """
-    base, size = preset(DEFAULT), describe(start).image_size
+def tuning_recipe(start: Path, tuning: Tuning, world: WorldConfig) -> Recipe:
+    """The preset that learns edits, of edits of a world's scenes alone."""
+    base = preset(DEFAULT)
     steps = tuning.steps
     return replace(
         base,
@@ -81,7 +78,7 @@ def tuning_recipe(start: Path, tuning: Tuning, world_preset: str | None = None) 
             row_length=None,
             autoencoder_weights="",
             source_fingerprints=(),
-            world=replace(world_of(start, world_preset, size), split="train"),
+            world=world,
             edits=replace(base.data.edits, count=tuning.triples),
         ),
         optimizer=replace(
@@ -102,8 +99,8 @@ def run_image_editing(
     What is done is not done again. Raises UserError for what is no model, or none that draws.
     """
     chosen = named(("editing", *measures), "--measures")
-    recipe = tuning_recipe(start, tuning, world)
     bench = open_bench(start, folder / "before", options, world)
+    recipe = tuning_recipe(start, tuning, bench.world)
     found = {"before": list(evaluate(bench, chosen))}
     tuned = folder / "tuning" / "export"
     if not (tuned / "config.json").is_file() and train_run(recipe, folder / "tuning").export is None:

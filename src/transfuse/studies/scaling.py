@@ -182,10 +182,10 @@ def _points(results: Sequence[dict[str, Any]], measure: Measure, cost: str) -> l
 
 
 def _line(results: Sequence[dict[str, Any]], measure: Measure, arm: str) -> dict[str, Any]:
-    some = _of(results, arm, measure)
-    line = fit(_points(_unbeaten(some, measure, "theoretical_flops"), measure, "theoretical_flops"))
-    reasons = {result["run"]: why for result in some if (why := left_out(result, measure))}
-    reasons = {**beaten(some, measure, "theoretical_flops"), **reasons}
+    some, cost = _of(results, arm, measure), "theoretical_flops"
+    reasons = beaten(some, measure, cost)
+    line = fit(_points([result for result in some if result["run"] not in reasons], measure, cost))
+    reasons |= {result["run"]: why for result in some if (why := left_out(result, measure))}
     return {"line": None if line is None else asdict(line), "left_out": reasons}
 
 
