@@ -1,6 +1,6 @@
 """What only a GPU can show: attention against its oracle, MFU and memory of the paper's sizes, denoising and decoding.
 
-    python benchmarks/gpu.py [--only attention,training,inference] [--sizes 0.37b 0.76b 1.4b] [--out FILE]
+    python benchmarks/gpu.py [--only attention,training,inference] [--sizes 0.37b 1.4b] [--arms linear] [--out FILE]
     python benchmarks/gpu.py --quick --device cpu          # tiny shapes: does it run?
 
 **attention**: FlexAttention over a packed row of mixed documents, forward and backward, beside the dense oracle of
@@ -47,6 +47,7 @@ from transfuse.sequence import Batch, Document, Grammar, Image, Text, Tokenizer,
 from transfuse.training import EMA, ObjectiveConfig, OptimizerConfig, TransfusionObjective, build_optimizer
 from transfuse.training.hardware import memory_used, peak_of
 from transfuse.training.objective import TokenObjective
+from transfuse.training.parallel import compile_block
 
 GRAMMAR = Grammar(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
 SIDE = 32
@@ -129,7 +130,7 @@ def _causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def training(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     for size in asked.sizes:
-        for arm in ("linear", "unet", "llama"):
+        for arm in asked.arms:
             try:
                 yield _trained(asked, device, size, arm)
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -153,7 +154,7 @@ def _trained(asked: argparse.Namespace, device: torch.device, size: str, arm: st
     model = Transfusion.on_meta(config, torch.bfloat16).to_empty(device=device).initialise(0)
     for block in model.trunk.blocks:
         if not asked.quick:
-            block.compile()
+            compile_block(block)
     optimizer, ema = build_optimizer(model, OptimizerConfig()), EMA(model, 0.999)
     objective: Any = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
     if arm == "llama":
@@ -247,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--sizes", nargs="+", default=["0.37b", "0.76b", "1.4b"])
+    parser.add_argument("--arms", nargs="+", default=["linear", "unet", "llama"], choices=["linear", "unet", "llama"])
     parser.add_argument("--rows", type=int, default=4, help="of 4,096 positions, a step")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")

@@ -18,6 +18,7 @@ from torch.nn.attention import flex_attention
 from transfuse.model import Attend, Transfusion, attention, dense, flexible
 from transfuse.model.attention import block_mask
 from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate
+from transfuse.training.parallel import compile_block
 
 GRAMMAR = Grammar(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
 SIDES = st.sampled_from([2, 4, 8, 24])
@@ -146,7 +147,7 @@ def test_blocks_are_compiled_once(kv_heads: int, learning: bool, counted, monkey
     config = tiny(kv_heads=kv_heads)
     plain, model = randomised(config), randomised(config)
     for block in model.trunk.blocks:
-        block.compile(backend=counted, fullgraph=True)
+        compile_block(block, backend=counted, fullgraph=True)
     compiled = []
     for positions, count in ((1000, 6), (1300, 1), (1100, 1)):
         for batch in some_batches(count, positions):

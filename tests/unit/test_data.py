@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import randomised, tiny
 
-from transfuse.autoencoders import Pixels
+from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, Later, Pixels
 from transfuse.data import (
     EditConfig,
     Ingredient,
@@ -19,16 +20,18 @@ from transfuse.data import (
     pair_document,
 )
 from transfuse.data.world import World, WorldConfig, edit
+from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.sequence import Document, Image, Text, Tokenizer, images_alone, lay_out, unconditional
+from transfuse.training import ObjectiveConfig, TransfusionObjective
 
 COUNT = 2000
 
 
 def kinds(config: PairConfig) -> dict[str, float]:
-    latent = torch.zeros(3, 2, 2)
+    image = Image(torch.zeros(3, 2, 2))
     found = {"drawn": 0, "dropped": 0, "captioned": 0}
     for sample in range(COUNT):
-        document = pair_document((9, 8), latent, config, seed=0, sample=sample)
+        document = pair_document((9, 8), image, config, seed=0, sample=sample)
         assert document.sample == sample
         first = document.parts[0]
         if isinstance(first, Text):
@@ -47,7 +50,6 @@ def kinds(config: PairConfig) -> dict[str, float]:
 
 
 def test_latents_do_not_depend_on_the_order_they_are_asked_for(tokenizer) -> None:
-    from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder
 
     config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=4)
     autoencoder = ImageAutoencoder(config).initialise(0)
@@ -55,7 +57,7 @@ def test_latents_do_not_depend_on_the_order_they_are_asked_for(tokenizer) -> Non
 
     def latents(order):
         source = ScenePairs(world, tokenizer, autoencoder, PairConfig(), 0)
-        found = {index: source.latents[index] for index in order}
+        found = {index: source.images[index].latent for index in order}
         return [found[index] for index in sorted(found)]
 
     forwards, backwards = latents([0, 1, 31, 32, 70]), latents([70, 0, 32, 31, 1])
@@ -71,7 +73,8 @@ def test_shares_of_order_and_drop() -> None:
     assert kinds(PairConfig(caption_drop=0))["dropped"] == 0
     assert kinds(PairConfig(caption_first=0, caption_drop=1))["captioned"] == 1
     assert kinds(PairConfig(image_first_max_timestep=None))["captioned"] > 0
-    clean = pair_document((9, 8), torch.zeros(3, 2, 2), PairConfig(caption_first=0, image_first_max_timestep=0), 0, 1)
+    shown_clean = PairConfig(caption_first=0, image_first_max_timestep=0)
+    clean = pair_document((9, 8), Image(torch.zeros(3, 2, 2)), shown_clean, 0, 1)
     assert [image.target for image in clean.images] == [False], "shown as a sampler shows it"
     with pytest.raises(ValueError, match="image_first_max_timestep: expected at least 0, found -1"):
         PairConfig(image_first_max_timestep=-1)
@@ -207,3 +210,44 @@ def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="batch_size: expected a multiple of accumulate"):
         StepLoader(lambda i: Document([]), None, 5, 2)  # type: ignore[arg-type]
     assert Image(torch.zeros(3, 2, 2)).target
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int) -> None:
+    """Pictures that come as pixels, with timesteps and noise from the loader, cost what encoded ones do."""
+
+    config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=3)
+    autoencoder = ImageAutoencoder(config).initialise(0)
+    goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0, autoencoder)
+    model, world = randomised(tiny()), World(WorldConfig(size=16))
+    found = []
+    for encoder in (autoencoder, Later(autoencoder)):
+        later = isinstance(encoder, Later)
+        sources = [
+            ScenePairs(world, tokenizer, encoder, PairConfig(), 0),
+            SceneEdits(world, tokenizer, encoder, EditConfig(), 0),
+        ]
+        stream = Mixture([Ingredient(source, 1.0) for source in sources], None)
+        grammar = tokenizer.grammar(patch_size=2)
+        settings = {"workers": workers, "finish": goal.draw} if later else {}
+        (batch,) = StepLoader(stream.document, grammar, 12, **settings)(1)
+        assert bool(batch.pixels) == bool(batch.noise) == later
+        assert all(latent.is_meta == later for latent in batch.latents)
+        assert batch.to("cpu").quantities == batch.quantities
+        sums = goal.sums(model, batch.to("cpu"))
+        sums.losses.sum().backward()
+        found.append((sums.losses.detach(), model.embedding.weight.grad.clone()))
+        model.zero_grad()
+    for ahead, later in zip(*found, strict=True):
+        torch.testing.assert_close(later, ahead, atol=1e-5, rtol=1e-5)
+
+
+def test_pixels_without_an_encoder_are_refused(tokenizer) -> None:
+
+    config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=3)
+    later = Later(ImageAutoencoder(config).initialise(0))
+    source = ScenePairs(World(WorldConfig(size=16)), tokenizer, later, PairConfig(), 0)
+    (batch,) = StepLoader(lambda i: source.document(i, i), tokenizer.grammar(patch_size=2), 2)(0)
+    goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
+    with pytest.raises(ValueError, match="autoencoder: expected one, for pictures that come as pixels"):
+        goal.sums(randomised(tiny()), batch)

@@ -1,6 +1,6 @@
 """Images to latents, or codes, and back: `Pixels`, the paper's KL-VAE and VQ-VAE, and any that diffusers knows."""
 
-from .autoencoder import Autoencoder, Bottled, CodeAutoencoder, Coded, ImageAutoencoder
+from .autoencoder import Autoencoder, Bottled, CodeAutoencoder, Coded, ImageAutoencoder, Later
 from .config import AutoencoderConfig
 from .folder import bundled, load_autoencoder, open_autoencoder, save_autoencoder
 from .pixels import Pixels
@@ -12,6 +12,7 @@ __all__ = [
     "CodeAutoencoder",
     "Coded",
     "ImageAutoencoder",
+    "Later",
     "Pixels",
     "bundled",
     "load_autoencoder",

@@ -11,7 +11,7 @@ replaced by the nearest code (decoding replaces it, as latent diffusion does). A
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .config import AutoencoderConfig
 from .network import Decoder, Encoder, initialise
-from .pixels import images_to_tensor, tensor_to_images
+from .pixels import scaled, tensor_to_images
 
 LOG_VARIANCE = (-30.0, 20.0)
 """bounds within which a log variance is kept, as in latent diffusion"""
@@ -27,9 +27,6 @@ FIRST_LOG_VARIANCE = -6.0
 """where training starts"""
 MOST_PIXELS = 2**21
 """pixels encoded or decoded at once: more images are taken in parts, so that memory stays bounded"""
-
-
-Items = TypeVar("Items", np.ndarray, Tensor)
 
 
 class Autoencoder(Protocol):
@@ -92,6 +89,21 @@ class Coded:
     def decode(self, latents: Tensor) -> np.ndarray:
         """int64 codes `[image, row, column]` -> uint8 images."""
         return self.inner.decode_codes(latents)
+
+
+class Later:
+    """Of an autoencoder what a loader needs to lay pictures out that are encoded where the network trains: not what
+    encodes them. On a GPU that is a hundred times as fast as in a loader's processes."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        self.name, self.fingerprint = autoencoder.name, autoencoder.fingerprint
+        self.channels, self.factor = autoencoder.channels, autoencoder.factor
+
+    def encode(self, images: np.ndarray) -> Tensor:
+        raise NotImplementedError("pictures are encoded later")
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        raise NotImplementedError("pictures are encoded later")
 
 
 @dataclass
@@ -215,9 +227,13 @@ class ImageAutoencoder(nn.Module):
 
     def encode(self, images: np.ndarray) -> Tensor:
         self._check(images)
-        with torch.inference_mode():
-            parts = [self.normalise(self._raw(part)).float().cpu() for part in _parts(images, images[0][..., 0].size)]
-        return torch.cat(parts)
+        return self.latents(torch.from_numpy(images)).cpu()
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        """As `encode`, of a uint8 tensor `[image, row, column, 3]` on any device, to latents on the network's."""
+        size = pixels[0][..., 0].numel()
+        return torch.cat([self.normalise(self._raw(part)).float() for part in _parts(pixels, size)])
 
     def decode(self, latents: Tensor) -> np.ndarray:
         with torch.inference_mode():
@@ -228,9 +244,11 @@ class ImageAutoencoder(nn.Module):
         """uint8 images -> int64 codes `[image, row, column]`. ValueError without a codebook."""
         self._check(images)
         self._needs_codebook()
-        size = images[0][..., 0].size
+        pixels = torch.from_numpy(images)
         with torch.inference_mode():
-            return torch.cat([self.quantize.nearest(self._raw(part)).cpu() for part in _parts(images, size)])
+            return torch.cat(
+                [self.quantize.nearest(self._raw(part)).cpu() for part in _parts(pixels, images[0][..., 0].size)]
+            )
 
     def decode_codes(self, codes: Tensor) -> np.ndarray:
         """int64 codes `[image, row, column]` -> uint8 images. ValueError without a codebook."""
@@ -269,10 +287,10 @@ class ImageAutoencoder(nn.Module):
         shift = torch.tensor(mean, dtype=z.dtype, device=z.device).view(-1, 1, 1)
         return shift, config.scaling_factor / torch.tensor(std, dtype=z.dtype, device=z.device).view(-1, 1, 1)
 
-    def _raw(self, images: np.ndarray) -> Tensor:
-        """uint8 images -> latents, not yet normalised: the mean of a KL, the vectors of a VQ before the choice."""
+    def _raw(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels -> latents, not yet normalised: the mean of a KL, the vectors of a VQ before the choice."""
         weight = self.decoder.conv_in.weight
-        x = images_to_tensor(images).to(device=weight.device, dtype=weight.dtype)
+        x = scaled(pixels.to(weight.device)).to(weight.dtype)
         h = self.moments(x.contiguous(memory_format=torch.channels_last))
         return h.chunk(2, dim=1)[0] if self.config.kind == "kl" else h
 
@@ -294,7 +312,7 @@ class ImageAutoencoder(nn.Module):
             raise ValueError(f"autoencoder {self.name}: expected a codebook, found a KL autoencoder")
 
 
-def _parts(items: Items, pixels: int) -> list[Items]:
+def _parts(items: Tensor, pixels: int) -> list[Tensor]:
     """Cut images or latents, each of so many pixels, into parts of at most `MOST_PIXELS`."""
     step = max(1, MOST_PIXELS // pixels)
     return [items[start : start + step] for start in range(0, len(items), step)]

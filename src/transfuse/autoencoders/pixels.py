@@ -13,7 +13,12 @@ def images_to_tensor(images: np.ndarray) -> Tensor:
     """uint8 `[image, row, column, 3]` -> float32 `[image, 3, row, column]` in [-1, 1]."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images: expected uint8 [image, row, column, 3], found {images.dtype} {images.shape}")
-    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
+    return scaled(torch.from_numpy(images))
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """The same of a tensor, on its device."""
+    return pixels.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def tensor_to_images(x: Tensor) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from .dataset import DamagedError, DataSet
 from .faults import FaultLog
-from .loader import StepLoader
+from .loader import Finish, StepLoader, unchanged
 from .mixing import Ingredient, Mixture
 from .remote import Cache
 from .rows import Rows
@@ -22,7 +22,9 @@ __all__ = [
     "SceneEdits",
     "ScenePairs",
     "Source",
+    "Finish",
     "StepLoader",
+    "unchanged",
     "StoredPictures",
     "StoredTexts",
     "Texts",

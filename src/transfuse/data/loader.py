@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..sequence import FILL, Batch, Document, Grammar, ImageAttention, collate
+from ..sequence import FILL, LISTED, Batch, Document, Grammar, ImageAttention, collate, stacked
 from .dataset import DamagedError
 from .faults import Damage
 from .rows import Rows
@@ -43,12 +43,19 @@ class Made:
     mistake: str = ""
 
 
+Finish = Callable[[Batch], Batch]
+
+
+def unchanged(batch: Batch) -> Batch:
+    return batch
+
+
 class StepLoader:
     """`loader(step)` gives this rank's micro-batches of a step.
 
     A sample for which `document` gives None, or which is damaged, is left out; the others are where they would be
     anyway. on_faults is told of the damaged ones. With `workers`, coming steps are prepared in other processes.
-    idle_image: for `collate`, where a network is sharded.
+    idle_image: for `collate`, where a network is sharded. finish: what else is to be done to a batch ahead of its step.
     """
 
     def __init__(
@@ -64,13 +71,14 @@ class StepLoader:
         ranks: int = 1,
         on_faults: Callable[[Iterable[Damage]], None] = lambda faults: None,
         idle_image: torch.Tensor | None = None,
+        finish: Finish = unchanged,
     ) -> None:
         if batch_size < 1 or batch_size % accumulate:
             raise ValueError(f"batch_size: expected a multiple of accumulate ({accumulate}), found {batch_size}")
         self.document, self.grammar, self.image_attention = document, grammar, image_attention
         self.batch_size, self.accumulate, self.workers = batch_size, accumulate, workers
         self.rows, self.rank, self.ranks, self.on_faults = rows, rank, ranks, on_faults
-        self.idle_image = idle_image
+        self.idle_image, self.finish = idle_image, finish
         self._next: tuple[int, Future[Made], Callable[[], Future[Made]]] | None = None
         self._position: dict[str, int] = {}
 
@@ -118,7 +126,7 @@ class StepLoader:
             if found is not None:
                 documents.append(found)
         batch = collate(documents or [EMPTY], self.grammar, self.image_attention, fill, self.idle_image)
-        return batch if documents else replace(batch, idle=batch.positions)
+        return self.finish(batch if documents else replace(batch, idle=batch.positions))
 
     def _fetched(self, step: int) -> Made:
         """From other processes; the step after it is received by a thread meanwhile."""
@@ -159,9 +167,18 @@ class _Steps(Dataset[bytes]):
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors by value: torch's own way, a shared file for each, costs more than the copy of such small ones."""
+    """Tensors by value: torch's own way, a shared file for each, costs more than the copy of such small ones; and those
+    of all images in one."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
+            if value.is_meta:
+                return partial(torch.empty, device="meta"), (tuple(value.shape),)
             return torch.from_numpy, (value.numpy(),)
+        if isinstance(value, Batch):
+            return _batch, ({**vars(value), **{name: stacked(getattr(value, name)) for name in LISTED}},)
         return NotImplemented
+
+
+def _batch(fields: dict[str, Any]) -> Batch:
+    return Batch(**{**fields, **{name: tuple(fields[name]) for name in LISTED}})

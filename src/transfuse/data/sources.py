@@ -7,13 +7,13 @@ scenes[17]      # always the same document: a caption and a picture, in either o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from ..autoencoders import Autoencoder
+from ..autoencoders import Autoencoder, Later
 from ..keyed import keyed
 from ..sequence import Document, Grammar, Image, Text, Tokenizer, images_alone, positions, unconditional
 from .world import Edit, World, caption, edit
@@ -71,19 +71,27 @@ def pair_order(config: PairConfig, seed: int, sample: int) -> Order:
     return "unconditional" if draws.chance(config.caption_drop) else "draw"
 
 
-def pair_document(text: tuple[int, ...], latent: torch.Tensor, config: PairConfig, seed: int, sample: int) -> Document:
-    """One caption and one latent, ordered, capped and dropped as `pair_order` says."""
+def pair_document(text: tuple[int, ...], image: Image, config: PairConfig, seed: int, sample: int) -> Document:
+    """One caption and one image, ordered, capped and dropped as `pair_order` says."""
     order = pair_order(config, seed, sample)
     if order == "caption":
         cap = config.image_first_max_timestep
-        shown = Image(latent, target=False) if cap == 0 else Image(latent, max_timestep=cap)
+        shown = replace(image, target=False) if cap == 0 else replace(image, max_timestep=cap)
         return Document([shown, Text(text)], sample=sample)
-    document = Document([Text(text), Image(latent)], sample=sample)
+    document = Document([Text(text), image], sample=sample)
     return unconditional(document) if order == "unconditional" else document
 
 
-class _Latents:
-    """Latents of pictures by number, in the memory of the block encoded last.
+def images_of(pictures: np.ndarray, autoencoder: Autoencoder) -> list[Image]:
+    """Pictures uint8 `[image, row, column, 3]` as a document has them: encoded, or to be encoded later."""
+    if not isinstance(autoencoder, Later):
+        return [Image(latent) for latent in autoencoder.encode(pictures)]
+    shape = autoencoder.channels, *(side // autoencoder.factor for side in pictures.shape[1:3])
+    return [Image(torch.empty(shape, device="meta"), pixels=pixels) for pixels in torch.from_numpy(pictures)]
+
+
+class _Images:
+    """Pictures by number, as documents have them, in the memory of the block encoded last.
 
     A network encodes a block of pictures at once, always the same ones together, for speed: so a latent depends on its
     number alone, whatever was asked for before.
@@ -91,16 +99,17 @@ class _Latents:
 
     def __init__(self, render: Callable[[int], np.ndarray], autoencoder: Autoencoder) -> None:
         self.render, self.autoencoder = render, autoencoder
-        self.block_size = 1 if autoencoder.factor == 1 else BLOCK
-        self._block: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+        self.block_size = 1 if autoencoder.factor == 1 or isinstance(autoencoder, Later) else BLOCK
+        self._block: tuple[int, list[Image]] = (-1, [])
 
-    def __getitem__(self, number: int) -> torch.Tensor:
+    def __getitem__(self, number: int) -> Image:
         block, place = divmod(number, self.block_size)
         if self._block[0] != block:
             first = number - place
-            images = np.stack([self.render(other) for other in range(first, first + self.block_size)])
-            self._block = block, self.autoencoder.encode(images)
-        return self._block[1][place].clone()
+            pictures = np.stack([self.render(other) for other in range(first, first + self.block_size)])
+            self._block = block, images_of(pictures, self.autoencoder)
+        image = self._block[1][place]
+        return replace(image, latent=image.latent.clone())  # not the whole block with it
 
 
 def _patches(world: World, factor: int, grammar: Grammar) -> int:
@@ -119,11 +128,11 @@ class ScenePairs:
     ) -> None:
         self.world, self.tokenizer, self.autoencoder = world, tokenizer, autoencoder
         self.config, self.seed = config, seed
-        self.latents = _Latents(self._render, autoencoder)
+        self.images = _Images(self._render, autoencoder)
 
     def document(self, index: int, sample: int) -> Document:
         text = self.tokenizer.encode(caption(self.world.scene(index), index))
-        return pair_document(text, self.latents[index], self.config, self.seed, sample)
+        return pair_document(text, self.images[index], self.config, self.seed, sample)
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
         patches = _patches(self.world, self.autoencoder.factor, grammar)
@@ -188,14 +197,14 @@ class SceneEdits:
     ) -> None:
         self.world, self.tokenizer, self.config, self.seed = world, tokenizer, config, seed
         self.epoch, self.factor = config.count, autoencoder.factor
-        self.latents = _Latents(self._render, autoencoder)
+        self.images = _Images(self._render, autoencoder)
 
     def document(self, index: int, sample: int) -> Document:
         number = index % self.epoch if self.epoch else index
-        source, target = self.latents[2 * number], self.latents[2 * number + 1]
+        source, target = self.images[2 * number], self.images[2 * number + 1]
         # Not learned: people say it. A model that learned to would begin captions of pictures with instructions.
         words = Text(self.tokenizer.encode(self.edit(number).instruction), predict=False)
-        document = Document([Image(source, target=False), words, Image(target)], sample=sample)
+        document = Document([replace(source, target=False), words, target], sample=sample)
         shown = edit_shown(self.config, self.seed, sample)
         if shown == "all":
             return document

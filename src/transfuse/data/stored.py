@@ -20,7 +20,7 @@ from ..images import decode_image
 from ..sequence import Document, Grammar, Image, Text, Tokenizer, positions
 from .dataset import DataSet, Split, Stored
 from .shuffle import Shuffle
-from .sources import PairConfig, pair_document, pair_order
+from .sources import PairConfig, images_of, pair_document, pair_order
 
 BLOCK = 512
 """numbers of documents found at once"""
@@ -102,7 +102,7 @@ class StoredPictures(StoredSource):
             if isinstance(part, str):
                 parts.append(Text(self.tokenizer.encode(part)))
             else:
-                parts.append(Image(self._latent(number, stored, part)))
+                parts.append(self._image(number, stored, part))
         tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
         if tokens != stored.tokens:
             raise self.data.damaged(number, f"{tokens} tokens, not as many as the index says", stored.key)
@@ -110,7 +110,7 @@ class StoredPictures(StoredSource):
             image, text = parts
             assert isinstance(image, Image)
             assert isinstance(text, Text)
-            return pair_document(text.ids, image.latent, self.config, self.seed, sample)
+            return pair_document(text.ids, image, self.config, self.seed, sample)
         last_text = max((place for place, part in enumerate(parts) if isinstance(part, Text)), default=-1)
         cap = self.config.image_first_max_timestep
         capped = [
@@ -119,11 +119,11 @@ class StoredPictures(StoredSource):
         ]
         return Document(capped, sample=sample)
 
-    def _latent(self, number: int, stored: Stored, part: bytes | np.ndarray) -> torch.Tensor:
+    def _image(self, number: int, stored: Stored, part: bytes | np.ndarray) -> Image:
         picture = decode_picture(self.data, number, stored, part)
         if self.data.manifest.encoding is None:
-            return self.autoencoder.encode(picture[None])[0]
-        return as_latent(picture)
+            return images_of(picture[None], self.autoencoder)[0]
+        return Image(as_latent(picture))
 
 
 def as_latent(stored: np.ndarray) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from .attention import Attend, Grouped, dense, flexible, for_batch
 from .config import SIZES, ModelConfig
 from .layers import pack
+from .patches import by_shape
 from .transfusion import Output, Read, Transfusion
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Output",
     "Read",
     "Transfusion",
+    "by_shape",
     "dense",
     "flexible",
     "for_batch",

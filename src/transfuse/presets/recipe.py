@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..autoencoders import Autoencoder, Coded, bundled, open_autoencoder
+from ..autoencoders import Autoencoder, Coded, ImageAutoencoder, Later, bundled, open_autoencoder
 from ..configuration import to_dict
 from ..console import say
-from ..data import EditConfig, FaultLog, PairConfig, Rows, StepLoader
+from ..data import EditConfig, FaultLog, Finish, PairConfig, Rows, StepLoader, unchanged
 from ..data.world import World, WorldConfig, caption, glosses
 from ..devices import Device, Precision
 from ..diffusion import DiffusionConfig, Process
@@ -226,11 +226,16 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> t
     opened = open_sources(recipe.data)
     path = folder / "tokenizer.json"
     tokenizer = ranks.once(lambda: _tokenizer(recipe, opened, path)) or _tokenizer(recipe, opened, path)
-    loader = build_loader(recipe, opened, tokenizer, folder, ranks.data, ranks.datas)
-    model = build_model(recipe, folder, tokenizer, ranks)
     objective: Objective = TokenObjective(recipe.objective, recipe.seed)
+    finish: Finish = unchanged
     if recipe.model.images == "latents":
-        objective = TransfusionObjective(recipe.objective, Process(recipe.diffusion), recipe.seed)
+        encoder = recipe.open_autoencoder() if encodes_later(recipe) else None
+        assert encoder is None or isinstance(encoder, ImageAutoencoder)
+        encoder = encoder and encoder.to(ranks.device)
+        objective = TransfusionObjective(recipe.objective, Process(recipe.diffusion), recipe.seed, encoder)
+        finish = objective.draw
+    loader = build_loader(recipe, opened, tokenizer, folder, ranks.data, ranks.datas, finish)
+    model = build_model(recipe, folder, tokenizer, ranks)
     trainer = Trainer(
         model,
         objective,
@@ -242,6 +247,11 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> t
         ranks=ranks,
     )
     return trainer, tokenizer
+
+
+def encodes_later(recipe: Recipe) -> bool:
+    """Whether pictures are encoded where the network trains, not in the loader: on a GPU, for latents of a network."""
+    return recipe.device == "cuda" and recipe.model.images == "latents" and recipe.data.autoencoder != "pixels"
 
 
 def build_model(recipe: Recipe, folder: Path, tokenizer: Tokenizer, ranks: Ranks) -> Transfusion:
@@ -276,11 +286,19 @@ def _tokenizer(recipe: Recipe, opened: Opened, path: Path) -> Tokenizer:
 
 
 def build_loader(
-    recipe: Recipe, opened: Opened, tokenizer: Tokenizer, folder: Path, rank: int = 0, ranks: int = 1
+    recipe: Recipe,
+    opened: Opened,
+    tokenizer: Tokenizer,
+    folder: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    finish: Finish = unchanged,
 ) -> StepLoader:
     """The batches of a run, or one rank's part of them; damaged documents are listed in `folder`."""
     data, grammar = recipe.data, recipe.model.grammar(tokenizer)
     autoencoder = None if recipe.model.images == "none" else recipe.open_autoencoder()
+    if autoencoder is not None and encodes_later(recipe):
+        autoencoder = Later(autoencoder)
     stream = mixture(recipe, opened, tokenizer, grammar, autoencoder)
     rows = None
     if data.row_length is not None:
@@ -300,6 +318,7 @@ def build_loader(
         torch.zeros(recipe.model.latent_channels, *[recipe.model.patch_size] * 2)
         if ranks > 1 and recipe.model.images == "latents"
         else None,
+        finish,
     )
 
 

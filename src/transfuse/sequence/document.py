@@ -31,11 +31,13 @@ class Image:
                   patch size. Or codes of a VQ autoencoder, int64 `[row, column]`: each becomes a token (Chameleon).
     target        True: it is learned, by the diffusion loss (and noised for it) or as tokens. False: context, clean.
     max_timestep  the largest timestep drawn for it in training (Transfusion section 4.3.4); None: no cap.
+    pixels        uint8 `[row, column, 3]` of a picture not encoded yet: its latent is on the meta device, a shape.
     """
 
     latent: torch.Tensor
     target: bool = True
     max_timestep: int | None = None
+    pixels: torch.Tensor | None = None
 
     @property
     def coded(self) -> bool:

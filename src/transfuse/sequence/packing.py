@@ -63,6 +63,8 @@ class Batch:
     max_timestep [I]     the largest timestep drawn for each; 0 means no cap
     sources              (name, positions) of each source of documents that has one
     keys                 (sample, number of the image in its document) per image: with the seed, they fix the noise
+    pixels               uint8 `[row, column, 3]` of each image that is not encoded yet, in order; its latent is a shape
+    timesteps [I], noise one `[channel, row, column]` per image, where an objective has drawn them already
     idle                 positions at the end that only fill the run up to a round number; part of N
     """
 
@@ -81,6 +83,9 @@ class Batch:
     denoise: torch.Tensor
     max_timestep: torch.Tensor
     keys: tuple[tuple[int, int], ...]
+    pixels: tuple[torch.Tensor, ...] = ()
+    timesteps: torch.Tensor | None = None
+    noise: tuple[torch.Tensor, ...] = ()
     sources: tuple[tuple[str, int], ...] = ()
     idle: int = 0
 
@@ -103,9 +108,29 @@ class Batch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor) and name not in ("coded", "denoise", "max_timestep")
+            if isinstance(value, torch.Tensor) and name not in ("coded", "denoise", "max_timestep", "timesteps")
         }
-        return replace(self, **moved, latents=tuple(latent.to(device, non_blocking=True) for latent in self.latents))
+        moved |= {name: _moved(getattr(self, name), device) for name in LISTED}
+        return replace(self, **moved)
+
+
+LISTED = ("latents", "pixels", "noise")
+"""what a batch has one tensor of per image"""
+
+
+def stacked(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """One tensor of several of like shape, for whom every tensor costs something; others stay apart."""
+    alike = len(tensors) > 1 and len({(tensor.shape, tensor.device) for tensor in tensors}) == 1
+    return torch.stack(tensors) if alike else tensors
+
+
+def _moved(tensors: tuple[torch.Tensor, ...], device: torch.device | str) -> tuple[torch.Tensor, ...]:
+    if not tensors or {tensor.device for tensor in tensors} <= {torch.device("meta"), torch.device(device)}:
+        return tensors
+    together = stacked(tensors)
+    if isinstance(together, torch.Tensor):
+        return together.to(device, non_blocking=True).unbind(0)
+    return tuple(x if x.is_meta else x.to(device, non_blocking=True) for x in tensors)
 
 
 def collate(
@@ -162,6 +187,7 @@ def collate(
         denoise=torch.tensor([image.target for image in images], dtype=torch.bool),
         max_timestep=torch.tensor([image.max_timestep or 0 for image in images], dtype=torch.int64),
         keys=tuple(keys),
+        pixels=tuple(image.pixels for image in images if image.pixels is not None),
         sources=tuple(sorted(sources.items())),
         idle=sum(len(layout) for layout in layouts[len(documents) :]),
     )

@@ -42,6 +42,9 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
 
 MANIFEST, LATEST, VERSION = "manifest.json", "latest", 2
 
+STAGER_STAYS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+"""whether torch's stager can be used again: before (seen in 2.11), it closed itself after its first copy"""
+
 Groups = dict[str, dict[str, Tensor]]
 
 
@@ -82,9 +85,10 @@ class CheckpointFolder:
                 raise UserError(_not_written(final, str(error))) from None
 
         self.ranks.once(make_room)
-        if self._stager is None or self._thread is None:  # one for all: copies go to the same memory again
+        if self._stager is None or not STAGER_STAYS:  # one for all: copies go to the same memory again
             cuda = self.ranks.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         tensors = {name: tensor.detach().contiguous() for name, tensor in _flat(checkpoint.tensors).items()}
         files = {

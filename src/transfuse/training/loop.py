@@ -251,7 +251,7 @@ class Trainer:
             average.add("learning_rate", rate, 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        for batch in batches:
+        for batch in loaded:  # as it came: to ask the device would be to wait for it
             for name, quantity in {**batch.quantities, "flops": self.flops(batch)}.items():
                 self._counted[name] = self._counted.get(name, 0) + quantity
         self.totals["seconds"] += time.monotonic() - began

@@ -8,7 +8,7 @@ ranks), so that splitting a step never changes its loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..autoencoders import ImageAutoencoder
 from ..diffusion import Process
 from ..keyed import keyed
-from ..model import Read, Transfusion, for_batch
+from ..model import Read, Transfusion, by_shape, for_batch
 from ..sequence import Batch
 from .token_loss import token_losses
 
@@ -157,12 +158,17 @@ class Losses:
 
 
 class TransfusionObjective:
-    """Cross-entropy summed over text targets; mean squared error per image, summed over images."""
+    """Cross-entropy summed over text targets; mean squared error per image, summed over images.
+
+    autoencoder: encodes the pictures that come as pixels, on its own device.
+    """
 
     names: tuple[str, ...] = ("text", "image")
 
-    def __init__(self, config: ObjectiveConfig, process: Process, seed: int) -> None:
-        self.config, self.process, self.seed = config, process, seed
+    def __init__(
+        self, config: ObjectiveConfig, process: Process, seed: int, autoencoder: ImageAutoencoder | None = None
+    ) -> None:
+        self.config, self.process, self.seed, self.autoencoder = config, process, seed, autoencoder
         self.weights: tuple[float, ...] = (1.0, config.image_weight)
         if config.z_weight:
             self.names, self.weights = (*self.names, "z"), (*self.weights, config.z_weight)
@@ -171,10 +177,11 @@ class TransfusionObjective:
         counts = len(batch.targets), batch.image_targets
         return (*counts, len(batch.targets)) if self.config.z_weight else counts
 
-    def noise(self, batch: Batch) -> Noised:
-        """Noise a batch: t uniform in 1..T (or up to the image's cap), context images stay clean at t = 0.
+    def draw(self, batch: Batch) -> Batch:
+        """With timesteps and noise: t uniform in 1..T (or up to the image's cap), context images stay clean at t = 0.
 
-        Both draws depend on (seed, sample, image) alone, so resuming or resharding changes nothing.
+        Both draws depend on (seed, sample, image) alone, so resuming or resharding changes nothing. A loader does this
+        ahead: a draw for each image costs more time than a GPU takes for its share of a step.
         """
         timesteps = torch.zeros(len(batch.latents), dtype=torch.int64)
         noise: list[Tensor] = []
@@ -184,18 +191,39 @@ class TransfusionObjective:
                 cap = int(batch.max_timestep[number]) or self.process.config.timesteps
                 timesteps[number] = torch.randint(1, cap + 1, (), generator=generator)
             noise.append(torch.randn(latent.shape, generator=generator))
+        return replace(batch, timesteps=timesteps, noise=tuple(noise))
+
+    def noise(self, batch: Batch) -> Noised:
+        """Noise a batch, whose pictures are encoded, as `draw` says."""
+        if batch.timesteps is None:
+            batch = self.draw(batch).to(batch.tokens.device)
+        timesteps = batch.timesteps
+        assert timesteps is not None
         if len({latent.shape for latent in batch.latents}) == 1:
-            clean, drawn = torch.stack(list(batch.latents)), torch.stack(noise).to(batch.tokens.device)
+            clean, drawn = torch.stack(list(batch.latents)), torch.stack(list(batch.noise))
             t = timesteps.to(clean.device)
             noised, targets = self.process.add_noise(clean, drawn, t), self.process.target(clean, drawn, t)
             return Noised(list(noised.unbind(0)), timesteps, list(targets.unbind(0)))
-        moved = [drawn.to(batch.tokens.device) for drawn in noise]
-        triples = list(zip(batch.latents, moved, timesteps.unbind(0), strict=True))
+        triples = list(zip(batch.latents, batch.noise, timesteps.unbind(0), strict=True))
         return Noised(
             [self.process.add_noise(clean, drawn, t) for clean, drawn, t in triples],
             timesteps,
             [self.process.target(clean, drawn, t) for clean, drawn, t in triples],
         )
+
+    def encoded(self, batch: Batch) -> Batch:
+        """With the latents of what came as pixels."""
+        if not batch.pixels:
+            return batch
+        if self.autoencoder is None:
+            raise ValueError("autoencoder: expected one, for pictures that come as pixels, found none")
+        latents = list(batch.latents)
+        waiting = [number for number, latent in enumerate(latents) if latent.is_meta]
+        for group in by_shape(batch.pixels):
+            found = self.autoencoder.latents(torch.stack([batch.pixels[number] for number in group]))
+            for number, latent in zip(group, found.unbind(0), strict=True):
+                latents[waiting[number]] = latent
+        return replace(batch, latents=tuple(latents), pixels=())
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Forward pass, and both losses summed over the batch's own targets."""
@@ -217,6 +245,7 @@ class TransfusionObjective:
 
     def _losses(self, model: nn.Module, batch: Batch) -> Losses:
         assert isinstance(model, Transfusion)
+        batch = self.encoded(batch)
         noised = self.noise(batch)
         losses, predictions = model(
             batch.tokens,

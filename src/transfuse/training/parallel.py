@@ -74,7 +74,7 @@ def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Tra
         if config.activation_checkpointing != "none":
             _forget(block, config.activation_checkpointing)
         if config.compile:
-            block.compile()
+            compile_block(block)
     if ranks.mesh is not None:
         mesh = ranks.mesh["replicate", "shard"] if config.replicate > 1 else ranks.mesh["shard"]
         # The layers say themselves in which dtype they compute; gathered in it, half as much is sent.
@@ -85,6 +85,13 @@ def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Tra
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def compile_block(block: nn.Module, **options: Any) -> None:
+    """One graph for all blocks of a network: each says it is the first. Where torch looks at the number (2.11 does),
+    it would compile a graph for every block, and give up at the eighth; in training nothing needs it."""
+    block.layer = 0  # type: ignore[assignment]
+    block.compile(**options)
 
 
 def _forget(block: nn.Module, kind: Checkpointing) -> None:
