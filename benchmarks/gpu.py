@@ -7,7 +7,7 @@
 N x N (largest difference, relative to the oracle's largest value) and, by time, beside torch's own causal kernel of the
 same shape.
 
-**training**: rows of 4,096 positions, half of them captioned images of 256 patches, half text; random latents,
+**training**: one run of `--rows` x 4,096 positions, half captioned images of 256 patches, half text; random latents,
 bfloat16, blocks compiled. Linear 2 x 2 and U-Net patch layers, and a Llama of the same trunk on text alone. A step is
 forward, backward, clipping, fused AdamW, the average of the weights. MFU counts executed operations (`train_flops`).
 Peak memory is beside what `transfuse plan` says. `--profile` prints where the time goes.
@@ -93,11 +93,11 @@ def attention(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
     batch = row(positions, 8, pictures=True).to(device)
     for dtype in (torch.float32, torch.bfloat16):
         generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(batch.positions, heads, channels, generator=generator) for _ in range(4)]
-        upstream = drawn.pop().flatten(1).to(device, dtype)
+        drawn = [torch.randn(batch.positions, heads, channels, generator=generator).to(device, dtype) for _ in range(4)]
+        upstream = drawn.pop().flatten(1)
 
-        def through(attend: Any, grad: bool = True, dtype: torch.dtype = dtype, up: Tensor = upstream) -> list[Tensor]:
-            q, k, v = (x.to(device, dtype).requires_grad_(grad) for x in drawn)  # noqa: B023
+        def through(attend: Any, grad: bool = True, up: Tensor = upstream) -> list[Tensor]:
+            q, k, v = (x.detach().requires_grad_(grad) for x in drawn)  # noqa: B023
             out = attend(0, q, k, v)
             if not grad:
                 return [out]
@@ -159,14 +159,15 @@ def _trained(asked: argparse.Namespace, device: torch.device, size: str, arm: st
     objective: Any = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
     if arm == "llama":
         objective = TokenObjective(ObjectiveConfig(), 0)
-    rows = asked.rows
-    batches = [row(positions, 8, arm != "llama").to(device) for _ in range(rows)]
-    weights = torch.tensor(objective.weights, device=device)
+    positions *= asked.rows
+    batch = row(positions, 8, arm != "llama").to(device)
+    if arm != "llama":  # as a loader does ahead
+        batch = objective.draw(batch).to(device)
+    scale = torch.tensor(objective.weights, device=device)
+    scale /= torch.tensor(objective.counts(batch), device=device).clamp(min=1)
 
     def step() -> None:
-        for batch in batches:
-            counts = torch.tensor(objective.counts(batch), device=device).clamp(min=1) * rows
-            (objective.sums(model, batch).losses * weights / counts).sum().backward()
+        (objective.sums(model, batch).losses * scale).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -177,15 +178,15 @@ def _trained(asked: argparse.Namespace, device: torch.device, size: str, arm: st
         with torch.profiler.profile() as profile:
             step()
         print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=20))
-    flops, peak, used = sum(train_flops(config, batch) for batch in batches), peak_of(device), memory_used(device)
-    images = {(SIDE, SIDE): len(batches[0].latents)} if arm != "llama" else {}
-    planned = memory(config, Load(positions, int(batches[0].predict.numel()), images), Spread("one GPU"), "none").total
+    flops, peak, used = train_flops(config, batch), peak_of(device), memory_used(device)
+    images = {(SIDE, SIDE): len(batch.latents)} if arm != "llama" else {}
+    planned = memory(config, Load(positions, int(batch.predict.numel()), images), Spread("one GPU"), "none").total
     return {
         "training": f"{size} {arm}",
         "parameters": count_parameters(config).total,
-        "rows": rows,
+        "positions": positions,
         "s a step": took,
-        "positions/s": rows * positions / took,
+        "positions/s": positions / took,
         "executed flop/s": flops / took,
         "MFU": None if peak is None else flops / took / peak,
         "peak GB": None if used is None else used / 1e9,
@@ -249,7 +250,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--sizes", nargs="+", default=["0.37b", "0.76b", "1.4b"])
     parser.add_argument("--arms", nargs="+", default=["linear", "unet", "llama"], choices=["linear", "unet", "llama"])
-    parser.add_argument("--rows", type=int, default=4, help="of 4,096 positions, a step")
+    parser.add_argument("--rows", type=int, default=4, help="of 4,096 positions, in one run")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--profile", action="store_true")

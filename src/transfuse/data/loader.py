@@ -7,23 +7,21 @@ of ranks nor on that of workers.
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_all_start_methods
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..sequence import FILL, LISTED, Batch, Document, Grammar, ImageAttention, collate, stacked
+from ..sequence import FILL, Batch, Document, Grammar, ImageAttention, collate
 from .dataset import DamagedError
 from .faults import Damage
 from .rows import Rows
+from .transport import Sent, Transport
 
 AHEAD = 4
 """steps that each worker is ahead"""
@@ -131,13 +129,18 @@ class StepLoader:
     def _fetched(self, step: int) -> Made:
         """From other processes; the step after it is received by a thread meanwhile."""
         if self._next is None or self._next[0] != step:
-            steps = _Steps(self, step)
+            # A worker may be AHEAD steps ahead of the one that is unpacked.
+            transport = Transport(self.workers, AHEAD + 1)
+            steps = _Steps(self, step, transport)
             # forked, where there is a choice: then nothing of the loader needs to be pickled
             start = "fork" if "fork" in get_all_start_methods() else None
             loader = DataLoader(
                 steps, None, num_workers=self.workers, prefetch_factor=AHEAD, multiprocessing_context=start
             )
-            receive, thread = partial(_receive, iter(loader)), ThreadPoolExecutor(1, thread_name_prefix="receive")
+            receive, thread = (
+                partial(_receive, transport, iter(loader)),
+                ThreadPoolExecutor(1, thread_name_prefix="receive"),
+            )
             self._next = step, thread.submit(receive), lambda: thread.submit(receive)
         _, waiting, submit = self._next
         made = waiting.result()
@@ -145,40 +148,20 @@ class StepLoader:
         return made
 
 
-def _receive(steps: Iterator[bytes]) -> Made:
-    made: Made = pickle.loads(next(steps))
+def _receive(transport: Transport, steps: Iterator[Sent]) -> Made:
+    made: Made = transport.unpack(next(steps))
     return made
 
 
-class _Steps(Dataset[bytes]):
+class _Steps(Dataset[Sent]):
     """Steps from `first` on, for torch's workers."""
 
-    def __init__(self, loader: StepLoader, first: int) -> None:
-        self.loader, self.first = loader, first
+    def __init__(self, loader: StepLoader, first: int, transport: Transport) -> None:
+        self.loader, self.first, self.transport = loader, first, transport
 
     def __len__(self) -> int:
         return 2**40
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: int) -> Sent:
         torch.set_num_threads(1)
-        stream = io.BytesIO()
-        _Pickler(stream, protocol=5).dump(self.loader.make(self.first + index))
-        return stream.getvalue()
-
-
-class _Pickler(pickle.Pickler):
-    """Tensors by value: torch's own way, a shared file for each, costs more than the copy of such small ones; and those
-    of all images in one."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if value.is_meta:
-                return partial(torch.empty, device="meta"), (tuple(value.shape),)
-            return torch.from_numpy, (value.numpy(),)
-        if isinstance(value, Batch):
-            return _batch, ({**vars(value), **{name: stacked(getattr(value, name)) for name in LISTED}},)
-        return NotImplemented
-
-
-def _batch(fields: dict[str, Any]) -> Batch:
-    return Batch(**{**fields, **{name: tuple(fields[name]) for name in LISTED}})
+        return self.transport.pack(self.loader.make(self.first + index))

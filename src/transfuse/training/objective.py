@@ -23,6 +23,9 @@ from ..model import Read, Transfusion, by_shape, for_batch
 from ..sequence import Batch
 from .token_loss import token_losses
 
+ENCODED = 128
+"""pictures that are encoded at once"""
+
 Details = dict[str, tuple[Tensor | float, float]]
 
 
@@ -220,8 +223,12 @@ class TransfusionObjective:
         latents = list(batch.latents)
         waiting = [number for number, latent in enumerate(latents) if latent.is_meta]
         for group in by_shape(batch.pixels):
-            found = self.autoencoder.latents(torch.stack([batch.pixels[number] for number in group]))
-            for number, latent in zip(group, found.unbind(0), strict=True):
+            pictures = torch.stack([batch.pixels[number] for number in group])
+            if pictures.is_cuda:  # cuDNN plans every convolution anew for each number of images it has not met
+                fill = -len(pictures) % ENCODED
+                pictures = torch.cat([pictures, pictures[:1].expand(fill, *pictures.shape[1:])])
+            found = [self.autoencoder.latents(part) for part in pictures.split(ENCODED)]
+            for number, latent in zip(group, torch.cat(found).unbind(0), strict=False):
                 latents[waiting[number]] = latent
         return replace(batch, latents=tuple(latents), pixels=())
 
