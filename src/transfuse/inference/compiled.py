@@ -2,8 +2,8 @@
 
 Attention stays outside: it reads and writes the cache by slots. The two pieces are the same code in every block, and
 the number of positions is left open, so few graphs serve any depth, batch and mixture of writing and drawing. torch
-keeps what it compiled, for the next start, in TORCHINDUCTOR_CACHE_DIR (else a temporary folder). Meant for CUDA, where
-it saves launches; not measured there.
+keeps what it compiled, for the next start, in TORCHINDUCTOR_CACHE_DIR (else a temporary folder). On an H200 nothing was
+gained by it (docs/benchmarks.md): what is left outside is bound by launches, too.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def flexible(batch: Batch) -> Attend:
     No batch of as many positions as an earlier one compiles anything, neither the kernel alone nor a `Block` compiled
     with `attend` as an argument. Dynamo tells functions by their code and by what they close over, tensors by their
     sizes; so `attend` may be made anew for every batch, but all sizes have to follow from the number of positions.
-    `layer` is not looked at: all blocks share one graph. Not measured on CUDA.
+    `layer` is not looked at: all blocks share one graph. Against the oracle, and the clock: docs/benchmarks.md.
     """
     mask, kernel = block_mask(batch.start, batch.end), _compiled_flex_attention()
 

@@ -119,9 +119,20 @@ LISTED = ("latents", "pixels", "noise")
 
 
 def stacked(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """One tensor of several of like shape, for whom every tensor costs something; others stay apart."""
-    alike = len(tensors) > 1 and len({(tensor.shape, tensor.device) for tensor in tensors}) == 1
-    return torch.stack(tensors) if alike else tensors
+    """One tensor of several of like shape, for whom every tensor costs something; others stay apart.
+
+    If they are the rows of one, in order, as they come from a loader's process, it is that one, and nothing is copied.
+    """
+    if len(tensors) < 2 or len({(tensor.shape, tensor.device) for tensor in tensors}) > 1:
+        return tensors
+    base, first = tensors[0]._base, tensors[0]
+    if base is not None and base.shape == (len(tensors), *first.shape) and base.is_contiguous():
+        rows = (base.data_ptr() + number * first.nbytes for number in range(len(tensors)))
+        if all(
+            x._base is base and x.data_ptr() == row and x.is_contiguous() for x, row in zip(tensors, rows, strict=True)
+        ):
+            return base
+    return torch.stack(tensors)
 
 
 def _moved(tensors: tuple[torch.Tensor, ...], device: torch.device | str) -> tuple[torch.Tensor, ...]:
