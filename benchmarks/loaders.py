@@ -211,7 +211,7 @@ CONTENDERS: dict[str, tuple[str, Callable[..., Iterator[Any]]]] = {
 
 def checked(batch: Any) -> None:
     ours = not isinstance(batch, SimpleNamespace)
-    latents, words = (torch.stack(batch.latents), batch.samples) if ours else (batch.latents, batch.ids)
+    latents, words = (batch.latents, batch.samples) if ours else (batch.latents, batch.ids)
     if latents.dtype != torch.float32 or latents.shape != (BATCH, 3, 64, 64) or len(words) != BATCH:
         raise SystemExit(f"batch: expected {BATCH} documents, found {latents.dtype} {latents.shape} {len(words)}")
 

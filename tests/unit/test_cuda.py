@@ -41,13 +41,16 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_flex_attention_is_the_oracle(mixed: list[Document], grammar: Grammar, dtype: torch.dtype, near: float) -> None:
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flex_attention_is_the_oracle(
+    mixed: list[Document], grammar: Grammar, dtype: torch.dtype, near: float, kv_heads: int
+) -> None:
     """Output and gradients, of documents of every shape, in a run longer than a block of the mask."""
     batch = collate(mixed * 4, grammar).to(DEVICE)
     found = []
     for attend in (flexible(batch), dense(batch)):
         generator = torch.Generator().manual_seed(0)
-        drawn = (torch.randn(batch.positions, 4, 32, generator=generator) for _ in range(3))
+        drawn = (torch.randn(batch.positions, heads, 32, generator=generator) for heads in (4, kv_heads, kv_heads))
         q, k, v = (x.to(DEVICE, dtype).requires_grad_() for x in drawn)
         out = attend(0, q, k, v)
         out.square().sum().backward()

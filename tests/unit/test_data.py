@@ -231,7 +231,7 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
         grammar = tokenizer.grammar(patch_size=2)
         settings = {"workers": workers, "finish": goal.draw} if later else {}
         (batch,) = StepLoader(stream.document, grammar, 12, **settings)(1)
-        assert bool(batch.pixels) == bool(batch.noise) == later
+        assert bool(len(batch.pixels)) == bool(len(batch.noise)) == later
         assert all(latent.is_meta == later for latent in batch.latents)
         assert batch.to("cpu").quantities == batch.quantities
         sums = goal.sums(model, batch.to("cpu"))

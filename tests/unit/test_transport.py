@@ -5,13 +5,12 @@ from __future__ import annotations
 import multiprocessing
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from transfuse.data import transport
 from transfuse.data.transport import Transport
-from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate, stacked
+from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate
 
 GRAMMAR = Grammar(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
 
@@ -86,13 +85,3 @@ def test_from_a_forked_process(monkeypatch: pytest.MonkeyPatch) -> None:
     process.join()
     assert packed.slot is not None
     assert same(road.unpack(packed), batch(5))
-
-
-def test_rows_of_one_tensor_are_that_tensor() -> None:
-    whole = torch.arange(24).view(4, 2, 3).clone()
-    assert stacked(whole.unbind(0)) is whole
-    for rows in (whole.unbind(0)[::-1], whole.unbind(0)[:3], whole[:, :, :2].unbind(0), [x.clone() for x in whole]):
-        found = stacked(tuple(rows))
-        assert isinstance(found, torch.Tensor)
-        assert found is not whole
-        assert torch.equal(found, torch.from_numpy(np.stack([x.numpy() for x in rows])))

@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from ..sequence import LISTED, Batch, stacked
-
 SLOT = 2**26
 """bytes of address space a slot has; memory is taken as it is written to"""
 
@@ -91,17 +89,11 @@ def _places(sizes: Sequence[int]) -> list[int]:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as arrays, which are left out of the stream, and those of all images as one."""
+    """Tensors as arrays, which are left out of the stream."""
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if value.is_meta:
-                return partial(torch.empty, device="meta"), (tuple(value.shape),)
-            return torch.from_numpy, (value.contiguous().numpy(),)
-        if isinstance(value, Batch):
-            return _batch, ({**vars(value), **{name: stacked(getattr(value, name)) for name in LISTED}},)
-        return NotImplemented
-
-
-def _batch(fields: dict[str, Any]) -> Batch:
-    return Batch(**{**fields, **{name: tuple(fields[name]) for name in LISTED}})
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        if value.is_meta:
+            return partial(torch.empty, device="meta"), (tuple(value.shape),)
+        return torch.from_numpy, (value.contiguous().numpy(),)

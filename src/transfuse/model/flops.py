@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..sequence import Batch
+from ..sequence import Batch, shapes_of
 from .config import ModelConfig
 from .transfusion import Transfusion
 
@@ -63,5 +63,5 @@ def forward_flops(
 def train_flops(config: ModelConfig, batch: Batch) -> int:
     """Operations of forward and backward for a batch (backward is twice the forward)."""
     pairs = int((batch.end - batch.start).sum())
-    sizes = [(latent.shape[1], latent.shape[2]) for latent in batch.latents]
+    sizes = [(rows, columns) for _, rows, columns in shapes_of(batch.latents)]
     return 3 * forward_flops(config, batch.positions, pairs, len(batch.predict), sizes)

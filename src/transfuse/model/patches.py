@@ -1,7 +1,7 @@
 """Patch layers: image latents to vectors of the trunk, and back (Transfusion section 3.1, Tables 6 and 7).
 
-Both take a list of latents, whose sizes may differ, and give one flat run of patches `[P, C]`: image after image, row
-by row. `decode` takes the trunk's output for the same run and gives a list of predictions shaped as the latents.
+Both take latents, whose sizes may differ, and give one flat run of patches `[P, C]`: image after image, row by row.
+`decode` takes the trunk's output for the same run and gives predictions shaped as the latents.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..sequence import Images, shapes_of
 from .config import ModelConfig
 from .layers import Linear, TimestepEmbedding
 
@@ -21,15 +22,24 @@ MAX_GRID = 64
 """rows or columns of patches that learned positions reach"""
 
 
-def by_shape(latents: Sequence[Tensor]) -> list[list[int]]:
+def by_shape(latents: Images) -> list[list[int]]:
     """Numbers of the images that share a shape, so that each group is one stacked tensor."""
+    if isinstance(latents, Tensor):
+        return [list(range(len(latents)))]
     groups: dict[torch.Size, list[int]] = {}
     for number, latent in enumerate(latents):
         groups.setdefault(latent.shape, []).append(number)
     return list(groups.values())
 
 
-def in_order(groups: list[list[int]], pieces: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def _those(images: Images, group: list[int]) -> Tensor:
+    """A group of images as one tensor."""
+    if isinstance(images, Tensor):
+        return images if len(group) == len(images) else images[group]
+    return torch.stack([images[number] for number in group])
+
+
+def in_order(groups: list[list[int]], pieces: Sequence[Images]) -> list[Tensor]:
     """Undo `by_shape`: one tensor per image, in the images' own order."""
     found = {
         number: piece
@@ -51,14 +61,14 @@ class LinearPatches(nn.Module):
         self.leave = Linear(config.width, elements)
         self.positions = GridPositions(config.width) if config.patch_positions == "learned" else None
 
-    def encode(self, latents: Sequence[Tensor], timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    def encode(self, latents: Images, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
         """Latents `[channel, row, column]` each, timesteps `[I]` -> patches `[P, C]` and what `decode` needs."""
         time = self.time(timesteps, dtype)
         groups, pieces = by_shape(latents), []
         for group in groups:
-            stacked = torch.stack([latents[number] for number in group]).to(dtype)
+            stacked = _those(latents, group).to(dtype)
             windows = rearrange(stacked, "i c (r p) (q s) -> i r q (c p s)", p=self.size, s=self.size)
-            x = self.enter(windows) + time[group][:, None, None]
+            x = self.enter(windows) + _those(time, group)[:, None, None]
             if self.positions is not None:
                 x = x + self.positions(*x.shape[1:3]).to(dtype)
             pieces.append(x.flatten(1, 2))
@@ -66,22 +76,22 @@ class LinearPatches(nn.Module):
             return pieces[0].flatten(0, 1), groups
         return torch.cat(in_order(groups, pieces)), groups
 
-    def decode(self, x: Tensor, latents: Sequence[Tensor], groups: Any) -> list[Tensor]:
+    def decode(self, x: Tensor, latents: Images, groups: Any) -> Images:
         """Trunk output `[P, C]` -> one prediction `[channel, row, column]` per image, in float32."""
         windows = self.leave(x).float()
-        runs = windows.split([latent.shape[1] * latent.shape[2] // self.size**2 for latent in latents])
-        pieces = []
+        runs, pieces = _runs(windows, latents, groups, self.size), []
         for group in groups:
             rows = latents[group[0]].shape[1] // self.size
-            stacked = (
-                windows.view(len(group), -1, windows.shape[-1])
-                if len(groups) == 1
-                else torch.stack([runs[n] for n in group])
-            )
-            pieces.append(
-                rearrange(stacked, "i (r q) (c p s) -> i c (r p) (q s)", r=rows, p=self.size, s=self.size).unbind(0)
-            )
-        return in_order(groups, pieces)
+            stacked = _those(runs, group)
+            pieces.append(rearrange(stacked, "i (r q) (c p s) -> i c (r p) (q s)", r=rows, p=self.size, s=self.size))
+        return pieces[0] if len(pieces) == 1 else in_order(groups, pieces)
+
+
+def _runs(patches: Tensor, latents: Images, groups: list[list[int]], size: int) -> Images:
+    """The patches `[P, C]` of each image: one tensor `[image, patch, C]` where all images are of one group."""
+    if len(groups) == 1:
+        return patches.view(len(latents), -1, patches.shape[-1])
+    return patches.split([rows * columns // size**2 for _, rows, columns in shapes_of(latents)])
 
 
 class GridPositions(nn.Module):
@@ -188,7 +198,7 @@ class UNetPatches(nn.Module):
         self.last_norm, self.last = ChannelNorm(current), Conv(current, config.latent_channels)
         self.levels = len(levels)
 
-    def encode(self, latents: Sequence[Tensor], timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    def encode(self, latents: Images, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
         """As `LinearPatches.encode`; the state for `decode` is the time embedding and the skips of each group."""
         time = self.time(timesteps, dtype)
         groups, pieces, kept = by_shape(latents), [], []
@@ -197,24 +207,24 @@ class UNetPatches(nn.Module):
             # and what is drawn for one person must not depend on who else draws.
             groups = [[number] for number in range(len(latents))]
         for group in groups:
-            x = self.first(torch.stack([latents[number] for number in group]).to(dtype))
+            x, its_time = self.first(_those(latents, group).to(dtype)), _those(time, group)
             skips = [x]
             for module in self.down:
-                x = module(x, time[group]) if isinstance(module, ResBlock) else module(x)
+                x = module(x, its_time) if isinstance(module, ResBlock) else module(x)
                 skips.append(x)
             x = self.enter(self.enter_norm(self.down_attention(x)))
             pieces.append(rearrange(x, "i c r q -> i (r q) c"))
-            kept.append((skips, time[group], x.shape[2]))
+            kept.append((skips, its_time, x.shape[2]))
+        if len(pieces) == 1:
+            return pieces[0].flatten(0, 1), (groups, kept)
         return torch.cat(in_order(groups, pieces)), (groups, kept)
 
-    def decode(self, x: Tensor, latents: Sequence[Tensor], state: Any) -> list[Tensor]:
+    def decode(self, x: Tensor, latents: Images, state: Any) -> Images:
         """As `LinearPatches.decode`."""
         groups, kept = state
-        factor = 2 ** (self.levels - 1)
-        runs = x.split([latent.shape[1] * latent.shape[2] // factor**2 for latent in latents])
-        pieces = []
+        runs, pieces = _runs(x, latents, groups, 2 ** (self.levels - 1)), []
         for group, (skips, time, rows) in zip(groups, kept, strict=True):
-            h = rearrange(torch.stack([runs[number] for number in group]), "i (r q) c -> i c r q", r=rows)
+            h = rearrange(_those(runs, group), "i (r q) c -> i c r q", r=rows)
             h = self.up_attention(self.leave(h))
             remaining = list(skips)
             for module in self.up:
@@ -222,5 +232,5 @@ class UNetPatches(nn.Module):
                     h = module(torch.cat([h, remaining.pop()], dim=1), time)
                 else:
                     h = module(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-            pieces.append(self.last(F.silu(self.last_norm(h))).float().unbind(0))
-        return in_order(groups, pieces)
+            pieces.append(self.last(F.silu(self.last_norm(h))).float())
+        return pieces[0] if len(pieces) == 1 else in_order(groups, pieces)

@@ -11,12 +11,13 @@ plain Llama: one network, one trunk, so that a comparison compares nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..sequence import Images
 from .attention import Attend
 from .config import ModelConfig
 from .layers import HeadNorm, Linear, RMSNorm
@@ -40,7 +41,7 @@ class Output(NamedTuple):
     """
 
     logits: Tensor
-    predictions: list[Tensor]
+    predictions: Images
 
 
 class Transfusion(nn.Module):
@@ -67,7 +68,7 @@ class Transfusion(nn.Module):
         attend: Attend,
         predict: Tensor,
         patches: Tensor | None = None,
-        latents: Sequence[Tensor] = (),
+        latents: Images = (),
         timesteps: Tensor | None = None,
         dropout: torch.Generator | None = None,
         read: Read = logits,
@@ -84,15 +85,15 @@ class Transfusion(nn.Module):
         """
         x = self.embedding(tokens).to(self.compute)
         state = None
-        if latents:
+        if len(latents):
             layers = self._patch_layers()
             assert patches is not None
             assert timesteps is not None
             vectors, state = layers.encode(latents, timesteps, self.compute)
             x = vectors if len(patches) == len(tokens) else x.index_copy(0, patches, vectors)
         x = self.trunk(x, positions, attend, dropout)
-        predictions = []
-        if latents:
+        predictions: Images = []
+        if len(latents):
             assert patches is not None
             predictions = self._patch_layers().decode(x.index_select(0, patches), latents, state)
         return Output(read(self.head, x.index_select(0, predict)), predictions)

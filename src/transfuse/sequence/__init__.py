@@ -3,7 +3,7 @@
 from .document import Document, Image, Part, Text, images_alone, unconditional
 from .layout import Grammar, Layout, Span, lay_out, positions
 from .mask import ImageAttention, Visible, visible
-from .packing import FILL, LISTED, Batch, collate, concatenate, stacked
+from .packing import FILL, Batch, Images, collate, concatenate, shapes_of, stacked
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "Grammar",
     "Image",
     "ImageAttention",
-    "LISTED",
+    "Images",
     "Layout",
     "Part",
     "Span",
@@ -25,6 +25,7 @@ __all__ = [
     "concatenate",
     "images_alone",
     "lay_out",
+    "shapes_of",
     "stacked",
     "unconditional",
     "visible",

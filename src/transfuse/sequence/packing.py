@@ -23,6 +23,11 @@ FILL = 64
 """batches are filled up to a multiple of this many positions: fewer sizes for matrix kernels to be prepared for"""
 
 
+Images = torch.Tensor | Sequence[torch.Tensor]
+"""One tensor for each image, or, where all are of one shape, one tensor whose rows they are: a GPU would wait while
+hundreds of small ones are made of it and put together again."""
+
+
 def concatenate(layouts: Sequence[Layout]) -> Layout:
     """Lay several layouts end to end: documents, images and spans are renumbered, rotary positions restart."""
     if not layouts:
@@ -79,13 +84,13 @@ class Batch:
     targets: torch.Tensor
     coded: torch.Tensor
     image_targets: int
-    latents: tuple[torch.Tensor, ...]
+    latents: Images
     denoise: torch.Tensor
     max_timestep: torch.Tensor
     keys: tuple[tuple[int, int], ...]
-    pixels: tuple[torch.Tensor, ...] = ()
+    pixels: Images = ()
     timesteps: torch.Tensor | None = None
-    noise: tuple[torch.Tensor, ...] = ()
+    noise: Images = ()
     sources: tuple[tuple[str, int], ...] = ()
     idle: int = 0
 
@@ -108,40 +113,31 @@ class Batch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor) and name not in ("coded", "denoise", "max_timestep", "timesteps")
+            if isinstance(value, torch.Tensor)
+            and name not in ("coded", "denoise", "max_timestep", "timesteps", *LISTED)
         }
         moved |= {name: _moved(getattr(self, name), device) for name in LISTED}
         return replace(self, **moved)
 
 
 LISTED = ("latents", "pixels", "noise")
-"""what a batch has one tensor of per image"""
+"""what a batch has one of per image"""
 
 
-def stacked(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """One tensor of several of like shape, for whom every tensor costs something; others stay apart.
-
-    If they are the rows of one, in order, as they come from a loader's process, it is that one, and nothing is copied.
-    """
-    if len(tensors) < 2 or len({(tensor.shape, tensor.device) for tensor in tensors}) > 1:
-        return tensors
-    base, first = tensors[0]._base, tensors[0]
-    if base is not None and base.shape == (len(tensors), *first.shape) and base.is_contiguous():
-        rows = (base.data_ptr() + number * first.nbytes for number in range(len(tensors)))
-        if all(
-            x._base is base and x.data_ptr() == row and x.is_contiguous() for x, row in zip(tensors, rows, strict=True)
-        ):
-            return base
-    return torch.stack(tensors)
+def stacked(tensors: Sequence[torch.Tensor]) -> Images:
+    """One tensor of several of like shape; others stay apart."""
+    alike = len({(tensor.shape, tensor.device) for tensor in tensors}) == 1
+    return torch.stack(list(tensors)) if alike else tuple(tensors)
 
 
-def _moved(tensors: tuple[torch.Tensor, ...], device: torch.device | str) -> tuple[torch.Tensor, ...]:
-    if not tensors or {tensor.device for tensor in tensors} <= {torch.device("meta"), torch.device(device)}:
-        return tensors
-    together = stacked(tensors)
-    if isinstance(together, torch.Tensor):
-        return together.to(device, non_blocking=True).unbind(0)
-    return tuple(x if x.is_meta else x.to(device, non_blocking=True) for x in tensors)
+def shapes_of(images: Images) -> list[torch.Size]:
+    return [images.shape[1:]] * len(images) if isinstance(images, torch.Tensor) else [image.shape for image in images]
+
+
+def _moved(images: Images, device: torch.device | str) -> Images:
+    if isinstance(images, torch.Tensor):
+        return images if images.is_meta else images.to(device, non_blocking=True)
+    return tuple(image if image.is_meta else image.to(device, non_blocking=True) for image in images)
 
 
 def collate(
@@ -194,11 +190,11 @@ def collate(
         targets=torch.from_numpy(packed.token[predict + 1]),
         coded=torch.from_numpy(packed.image[predict + 1] >= 0),
         image_targets=sum(span.image.target for span in packed.spans),
-        latents=tuple(image.latent for image in images),
+        latents=stacked([image.latent for image in images]),
         denoise=torch.tensor([image.target for image in images], dtype=torch.bool),
         max_timestep=torch.tensor([image.max_timestep or 0 for image in images], dtype=torch.int64),
         keys=tuple(keys),
-        pixels=tuple(image.pixels for image in images if image.pixels is not None),
+        pixels=stacked([image.pixels for image in images if image.pixels is not None]),
         sources=tuple(sorted(sources.items())),
         idle=sum(len(layout) for layout in layouts[len(documents) :]),
     )

@@ -20,7 +20,7 @@ from ..autoencoders import ImageAutoencoder
 from ..diffusion import Process
 from ..keyed import keyed
 from ..model import Read, Transfusion, by_shape, for_batch
-from ..sequence import Batch
+from ..sequence import Batch, Images, shapes_of, stacked
 from .token_loss import token_losses
 
 ENCODED = 128
@@ -83,9 +83,9 @@ class ObjectiveConfig:
 class Noised:
     """Images as the network sees them: latents x_t, timesteps `[I]`, and the target each prediction is held against."""
 
-    latents: list[Tensor]
+    latents: Images
     timesteps: Tensor
-    targets: list[Tensor]
+    targets: Images
 
 
 class TokenObjective:
@@ -188,13 +188,13 @@ class TransfusionObjective:
         """
         timesteps = torch.zeros(len(batch.latents), dtype=torch.int64)
         noise: list[Tensor] = []
-        for number, ((sample, image), latent) in enumerate(zip(batch.keys, batch.latents, strict=True)):
+        for number, ((sample, image), shape) in enumerate(zip(batch.keys, shapes_of(batch.latents), strict=True)):
             generator = keyed(self.seed, "noise", sample, image)
             if batch.denoise[number]:
                 cap = int(batch.max_timestep[number]) or self.process.config.timesteps
                 timesteps[number] = torch.randint(1, cap + 1, (), generator=generator)
-            noise.append(torch.randn(latent.shape, generator=generator))
-        return replace(batch, timesteps=timesteps, noise=tuple(noise))
+            noise.append(torch.randn(shape, generator=generator))
+        return replace(batch, timesteps=timesteps, noise=stacked(noise))
 
     def noise(self, batch: Batch) -> Noised:
         """Noise a batch, whose pictures are encoded, as `draw` says."""
@@ -202,11 +202,9 @@ class TransfusionObjective:
             batch = self.draw(batch).to(batch.tokens.device)
         timesteps = batch.timesteps
         assert timesteps is not None
-        if len({latent.shape for latent in batch.latents}) == 1:
-            clean, drawn = torch.stack(list(batch.latents)), torch.stack(list(batch.noise))
-            t = timesteps.to(clean.device)
-            noised, targets = self.process.add_noise(clean, drawn, t), self.process.target(clean, drawn, t)
-            return Noised(list(noised.unbind(0)), timesteps, list(targets.unbind(0)))
+        if isinstance(batch.latents, Tensor) and isinstance(batch.noise, Tensor):
+            clean, drawn, t = batch.latents, batch.noise, timesteps.to(batch.latents.device)
+            return Noised(self.process.add_noise(clean, drawn, t), timesteps, self.process.target(clean, drawn, t))
         triples = list(zip(batch.latents, batch.noise, timesteps.unbind(0), strict=True))
         return Noised(
             [self.process.add_noise(clean, drawn, t) for clean, drawn, t in triples],
@@ -216,21 +214,19 @@ class TransfusionObjective:
 
     def encoded(self, batch: Batch) -> Batch:
         """With the latents of what came as pixels."""
-        if not batch.pixels:
+        if not len(batch.pixels):
             return batch
         if self.autoencoder is None:
             raise ValueError("autoencoder: expected one, for pictures that come as pixels, found none")
+        if isinstance(batch.latents, Tensor) and isinstance(batch.pixels, Tensor):
+            return replace(batch, latents=_encoded(self.autoencoder, batch.pixels), pixels=())
         latents = list(batch.latents)
         waiting = [number for number, latent in enumerate(latents) if latent.is_meta]
         for group in by_shape(batch.pixels):
-            pictures = torch.stack([batch.pixels[number] for number in group])
-            if pictures.is_cuda:  # cuDNN plans every convolution anew for each number of images it has not met
-                fill = -len(pictures) % ENCODED
-                pictures = torch.cat([pictures, pictures[:1].expand(fill, *pictures.shape[1:])])
-            found = [self.autoencoder.latents(part) for part in pictures.split(ENCODED)]
-            for number, latent in zip(group, torch.cat(found).unbind(0), strict=False):
+            found = _encoded(self.autoencoder, torch.stack([batch.pixels[number] for number in group]))
+            for number, latent in zip(group, found, strict=True):
                 latents[waiting[number]] = latent
-        return replace(batch, latents=tuple(latents), pixels=())
+        return replace(batch, latents=stacked(latents), pixels=())
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Forward pass, and both losses summed over the batch's own targets."""
@@ -267,12 +263,12 @@ class TransfusionObjective:
         )
         return Losses(losses, self._errors(predictions, noised, batch.tokens.device), noised.timesteps)
 
-    def _errors(self, predictions: list[Tensor], noised: Noised, device: torch.device) -> Tensor:
+    def _errors(self, predictions: Images, noised: Noised, device: torch.device) -> Tensor:
         """Mean squared error of each image `[I]`."""
-        if not predictions:
+        if not len(predictions):
             return torch.zeros(0, device=device)
-        if len({target.shape for target in noised.targets}) == 1:
-            return (torch.stack(predictions) - torch.stack(noised.targets)).square().flatten(1).mean(1)
+        if isinstance(predictions, Tensor) and isinstance(noised.targets, Tensor):
+            return (predictions - noised.targets).square().flatten(1).mean(1)
         pairs = zip(predictions, noised.targets, strict=True)
         return torch.stack([F.mse_loss(prediction, target) for prediction, target in pairs])
 
@@ -284,3 +280,11 @@ class TransfusionObjective:
         total = torch.zeros(bins, device=errors.device).index_add_(0, number.to(errors.device), chosen)
         count = torch.bincount(number, minlength=bins).tolist()
         return {f"image_by_timestep/{i}": (total[i], count[i]) for i in range(bins)}
+
+
+def _encoded(autoencoder: ImageAutoencoder, pictures: Tensor) -> Tensor:
+    """uint8 `[image, row, column, 3]` -> latents."""
+    count = len(pictures)
+    if pictures.is_cuda:  # cuDNN plans every convolution anew for each number of images it has not met
+        pictures = torch.cat([pictures, pictures[:1].expand(-count % ENCODED, *pictures.shape[1:])])
+    return torch.cat([autoencoder.latents(part) for part in pictures.split(ENCODED)])[:count]
