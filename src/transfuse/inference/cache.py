@@ -162,12 +162,19 @@ def cached(cache: KeyValueCache, segments: Sequence[Segment]) -> Attend:
     calls = _plan(cache, segments)
     sizes = [call.positions for call in calls]
 
+    def alone(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls[0].write(layer, k, v)
+        return calls[0].attend(layer, q).to(q.dtype)
+
+    if len(calls) == 1:  # nothing to take apart: a percent of a decoding step
+        return alone
+
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Everything is written before anything is read: segments of one pass may continue one another.
         for call, keys, values in zip(calls, k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True):
             call.write(layer, keys, values)
         outputs = [call.attend(layer, query) for call, query in zip(calls, q.split_with_sizes(sizes), strict=True)]
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(q.dtype)
+        return torch.cat(outputs).to(q.dtype)
 
     return attend
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..export import Exported
-from ..sequence import Layout, visible
+from ..sequence import Images, Layout, visible
 from .cache import KeyValueCache, Segment, cached
 from .guidance import null_prefix
 
@@ -67,7 +67,7 @@ class Network:
 
     def forward(
         self, cache: KeyValueCache, feeds: Sequence[Feed], predict: Sequence[int]
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Images]:
         """One pass over all feeds; logits at flat positions `predict`, and a prediction per image, in order."""
         tokens: list[int] = []
         positions: list[int] = []
