@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 import transfuse
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model import dense, flexible
+from transfuse.presets import Recipe
 from transfuse.presets.small import tiny as tiny_recipe
 from transfuse.sequence import Document, Grammar, collate
 from transfuse.studies.training import train_run
@@ -93,9 +94,21 @@ def test_the_same_words_and_pictures(served: Path, compiled: bool) -> None:
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
 
 
-def test_a_run_trains_stops_goes_on_and_is_loaded(tmp_path: Path) -> None:
-    """In bfloat16, with compiled blocks; what it exports draws on the device and on the CPU."""
+def latents() -> Recipe:
+    """Pictures that are encoded on the device, steps from other processes."""
     base = tiny_recipe()
+    return replace(
+        base,
+        model=replace(base.model, patch_size=4),
+        diffusion=replace(base.diffusion, clip_x0=None),
+        data=replace(base.data, autoencoder="kl-f4-small", workers=2),
+    )
+
+
+@pytest.mark.parametrize("make", [tiny_recipe, latents])
+def test_a_run_trains_stops_goes_on_and_is_loaded(tmp_path: Path, make: Callable[[], Recipe]) -> None:
+    """In bfloat16, with compiled blocks; what it exports draws on the device and on the CPU."""
+    base = make()
     loop = replace(base.loop, steps=6, checkpoint_every=2, log_every=1, session_seconds=1e-9)
     recipe = replace(base, device=DEVICE, loop=loop, parallel=replace(base.parallel, compile=True))
     outcomes = [train_run(recipe, tmp_path).outcome]

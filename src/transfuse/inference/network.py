@@ -65,9 +65,7 @@ class Network:
         """How many patches a latent of so many rows and columns is cut into."""
         return rows * columns // self.config.patch_size**2
 
-    def forward(
-        self, cache: KeyValueCache, feeds: Sequence[Feed], predict: Sequence[int]
-    ) -> tuple[Tensor, Images]:
+    def forward(self, cache: KeyValueCache, feeds: Sequence[Feed], predict: Sequence[int]) -> tuple[Tensor, Images]:
         """One pass over all feeds; logits at flat positions `predict`, and a prediction per image, in order."""
         tokens: list[int] = []
         positions: list[int] = []
