@@ -215,7 +215,6 @@ def test_bad_settings() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int) -> None:
     """Pictures that come as pixels, with timesteps and noise from the loader, cost what encoded ones do."""
-
     config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=3)
     autoencoder = ImageAutoencoder(config).initialise(0)
     goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0, autoencoder)
@@ -243,7 +242,6 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
 
 
 def test_pixels_without_an_encoder_are_refused(tokenizer) -> None:
-
     config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=3)
     later = Later(ImageAutoencoder(config).initialise(0))
     source = ScenePairs(World(WorldConfig(size=16)), tokenizer, later, PairConfig(), 0)

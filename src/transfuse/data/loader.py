@@ -137,10 +137,8 @@ class StepLoader:
             loader = DataLoader(
                 steps, None, num_workers=self.workers, prefetch_factor=AHEAD, multiprocessing_context=start
             )
-            receive, thread = (
-                partial(_receive, transport, iter(loader)),
-                ThreadPoolExecutor(1, thread_name_prefix="receive"),
-            )
+            receive = partial(_receive, transport, iter(loader))
+            thread = ThreadPoolExecutor(1, thread_name_prefix="receive")
             self._next = step, thread.submit(receive), lambda: thread.submit(receive)
         _, waiting, submit = self._next
         made = waiting.result()

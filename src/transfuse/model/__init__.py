@@ -3,7 +3,7 @@
 from .attention import Attend, Grouped, dense, flexible, for_batch
 from .config import SIZES, ModelConfig
 from .layers import pack
-from .patches import by_shape
+from .patches import by_shape, those
 from .transfusion import Output, Read, Transfusion
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "flexible",
     "for_batch",
     "pack",
+    "those",
 ]

@@ -32,7 +32,7 @@ def by_shape(latents: Images) -> list[list[int]]:
     return list(groups.values())
 
 
-def _those(images: Images, group: list[int]) -> Tensor:
+def those(images: Images, group: list[int]) -> Tensor:
     """A group of images as one tensor."""
     if isinstance(images, Tensor):
         return images if len(group) == len(images) else images[group]
@@ -66,9 +66,9 @@ class LinearPatches(nn.Module):
         time = self.time(timesteps, dtype)
         groups, pieces = by_shape(latents), []
         for group in groups:
-            stacked = _those(latents, group).to(dtype)
+            stacked = those(latents, group).to(dtype)
             windows = rearrange(stacked, "i c (r p) (q s) -> i r q (c p s)", p=self.size, s=self.size)
-            x = self.enter(windows) + _those(time, group)[:, None, None]
+            x = self.enter(windows) + those(time, group)[:, None, None]
             if self.positions is not None:
                 x = x + self.positions(*x.shape[1:3]).to(dtype)
             pieces.append(x.flatten(1, 2))
@@ -82,7 +82,7 @@ class LinearPatches(nn.Module):
         runs, pieces = _runs(windows, latents, groups, self.size), []
         for group in groups:
             rows = latents[group[0]].shape[1] // self.size
-            stacked = _those(runs, group)
+            stacked = those(runs, group)
             pieces.append(rearrange(stacked, "i (r q) (c p s) -> i c (r p) (q s)", r=rows, p=self.size, s=self.size))
         return pieces[0] if len(pieces) == 1 else in_order(groups, pieces)
 
@@ -207,7 +207,7 @@ class UNetPatches(nn.Module):
             # and what is drawn for one person must not depend on who else draws.
             groups = [[number] for number in range(len(latents))]
         for group in groups:
-            x, its_time = self.first(_those(latents, group).to(dtype)), _those(time, group)
+            x, its_time = self.first(those(latents, group).to(dtype)), those(time, group)
             skips = [x]
             for module in self.down:
                 x = module(x, its_time) if isinstance(module, ResBlock) else module(x)
@@ -224,7 +224,7 @@ class UNetPatches(nn.Module):
         groups, kept = state
         runs, pieces = _runs(x, latents, groups, 2 ** (self.levels - 1)), []
         for group, (skips, time, rows) in zip(groups, kept, strict=True):
-            h = rearrange(_those(runs, group), "i (r q) c -> i c r q", r=rows)
+            h = rearrange(those(runs, group), "i (r q) c -> i c r q", r=rows)
             h = self.up_attention(self.leave(h))
             remaining = list(skips)
             for module in self.up:

@@ -229,9 +229,11 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> t
     objective: Objective = TokenObjective(recipe.objective, recipe.seed)
     finish: Finish = unchanged
     if recipe.model.images == "latents":
-        encoder = recipe.open_autoencoder() if encodes_later(recipe) else None
-        assert encoder is None or isinstance(encoder, ImageAutoencoder)
-        encoder = encoder and encoder.to(ranks.device)
+        encoder: ImageAutoencoder | None = None
+        if encodes_later(recipe):
+            opened_autoencoder = recipe.open_autoencoder()
+            assert isinstance(opened_autoencoder, ImageAutoencoder)
+            encoder = opened_autoencoder.to(ranks.device)
         objective = TransfusionObjective(recipe.objective, Process(recipe.diffusion), recipe.seed, encoder)
         finish = objective.draw
     loader = build_loader(recipe, opened, tokenizer, folder, ranks.data, ranks.datas, finish)

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from ..autoencoders import ImageAutoencoder
 from ..diffusion import Process
 from ..keyed import keyed
-from ..model import Read, Transfusion, by_shape, for_batch
+from ..model import Read, Transfusion, by_shape, for_batch, those
 from ..sequence import Batch, Images, shapes_of, stacked
 from .token_loss import token_losses
 
 ENCODED = 128
-"""pictures that are encoded at once"""
+"""on a GPU pictures are encoded in multiples of so many"""
 
 Details = dict[str, tuple[Tensor | float, float]]
 
@@ -223,7 +223,7 @@ class TransfusionObjective:
         latents = list(batch.latents)
         waiting = [number for number, latent in enumerate(latents) if latent.is_meta]
         for group in by_shape(batch.pixels):
-            found = _encoded(self.autoencoder, torch.stack([batch.pixels[number] for number in group]))
+            found = _encoded(self.autoencoder, those(batch.pixels, group))
             for number, latent in zip(group, found, strict=True):
                 latents[waiting[number]] = latent
         return replace(batch, latents=stacked(latents), pixels=())
@@ -287,4 +287,4 @@ def _encoded(autoencoder: ImageAutoencoder, pictures: Tensor) -> Tensor:
     count = len(pictures)
     if pictures.is_cuda:  # cuDNN plans every convolution anew for each number of images it has not met
         pictures = torch.cat([pictures, pictures[:1].expand(-count % ENCODED, *pictures.shape[1:])])
-    return torch.cat([autoencoder.latents(part) for part in pictures.split(ENCODED)])[:count]
+    return autoencoder.latents(pictures)[:count]
