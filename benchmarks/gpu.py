@@ -12,8 +12,9 @@ bfloat16, blocks compiled. Linear 2 x 2 and U-Net patch layers, and a Llama of t
 forward, backward, clipping, fused AdamW, the average of the weights. MFU counts executed operations (`train_flops`).
 Peak memory is beside what `transfuse plan` says. `--profile` prints where the time goes.
 
-**inference**: a guided denoising step of 8 images of 256 patches, and greedy decoding of 1 and 8 rows, with plain and
-with compiled blocks; beside the time that reading the weights once takes at the copy rate measured here.
+**inference**: a guided denoising step of 8 images of 256 patches, and greedy decoding of 1 and 8 rows, plain, with
+compiled blocks, and as CUDA graphs, what recording them takes included; beside the time that reading the weights once
+takes at the copy rate measured here.
 
 Each part is a line of JSON as soon as it is done: one that fails says so, and the others go on.
 """
@@ -38,6 +39,7 @@ from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Engine, Request
 from transfuse.inference.compiled import compile_blocks
+from transfuse.inference.network import Network
 from transfuse.model import ModelConfig, Transfusion, dense, flexible
 from transfuse.model.activations import Load
 from transfuse.model.flops import count_parameters, train_flops
@@ -210,15 +212,16 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
     tokenizer = Tokenizer.train(["a crab on a red background", "two balloons"] * 4, 320)
     config, rate = replace(_config(asked, asked.sizes[0], "linear"), latent_channels=3), copy_rate(device, asked.quick)
     side, steps, written = (8, 4, 8) if asked.quick else (SIDE, 20, 128)
-    for compiled in (False, True):
+    for way in ("plain", "compiled", "recorded"):
         model = Transfusion.on_meta(config, torch.bfloat16).to_empty(device=device).initialise(0)
         with torch.no_grad():  # greedy writing must not end early
             model.head.weight[[tokenizer.eos, tokenizer.boi]] = 0
         model = model.to(torch.bfloat16).eval().requires_grad_(False)
-        if compiled:
+        if way == "compiled":
             compile_blocks(model, "eager" if asked.quick else "inductor")
         process = Process(DiffusionConfig(prediction="v"))
-        engine = Engine(Exported(model, process, Pixels(), tokenizer, side, GenerationConfig()))
+        exported = Exported(model, process, Pixels(), tokenizer, side, GenerationConfig())
+        engine = Engine(Network(exported, graphs=way == "recorded" and device.type == "cuda"))
         read = 2 * count_parameters(config).trunk / rate
         document = Document([Text(tuple(tokenizer.encode("a crab on a red background")))], closed=False)
 
@@ -234,7 +237,7 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
         flops = 2 * count_parameters(config).trunk * 2 * 8 * (side // 2) ** 2
         peak = peak_of(device)
         yield {
-            "inference": f"{asked.sizes[0]} linear, {'compiled' if compiled else 'plain'} blocks",
+            "inference": f"{asked.sizes[0]} linear, {way}",
             "guided denoising step of 8 images, ms": 1e3 * drawn,
             "share of peak": None if peak is None else flops / drawn / peak,
             **{f"token of {rows} rows, ms": 1e3 * timed(rows, draw=False) for rows in (1, 8)},

@@ -19,7 +19,7 @@ __all__ = ["__version__", "load"]
 
 def load(path: str, **options: Any) -> TransfusionPipeline:
     """An export folder (see `transfuse.export`), or a bundled model by name, as a pipeline; options: dtype,
-    device, quantize ("int8" or "float8"), compile."""
+    device, quantize ("int8" or "float8"), compile, graphs."""
     from .inference import TransfusionPipeline
 
     return TransfusionPipeline.from_pretrained(path, **options)

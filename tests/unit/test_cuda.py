@@ -79,12 +79,12 @@ def test_losses_and_gradients_are_those_of_the_cpu(mixed: list[Document], gramma
         assert apart(gradients[1][name], gradient) < 1e-3, name
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_same_words_and_pictures(served: Path, compiled: bool) -> None:
+@pytest.mark.parametrize("ways", [{}, {"compile": True}, {"graphs": True}, {"compile": True, "graphs": True}])
+def test_the_same_words_and_pictures(served: Path, ways: dict[str, bool]) -> None:
     prompts = ["a crab", "two mice on green"]
     words, pictures = [], []
     for device in ("cpu", DEVICE):
-        pipe = transfuse.load(str(served), device=device, compile=compiled and device == DEVICE)
+        pipe = transfuse.load(str(served), device=device, **(ways if device == DEVICE else {}))
         pictures.append(np.stack(pipe(prompts, generator=1, output_type="np").images).astype(int))
         asked = [replace(pipe.request([prompt]), draw="never", max_tokens=6) for prompt in prompts]
         words.append([reply.text for reply in pipe.replies(asked)])

@@ -174,6 +174,25 @@ def test_every_patch_size(adapter: str, patch: int) -> None:
     assert all(gradient.abs().sum() > 0 for name, gradient in gradients.items() if "embedding" not in name)
 
 
+@torch.no_grad()
+def test_a_silent_unet_is_linear_patch_layers() -> None:
+    """Beside the U-Net what the trunk says has a way of its own, or captions are never heard (docs/LOG.md)."""
+    linear, unet = (randomised(tiny(adapter=name, patch_positions="none")).patches for name in ("linear", "unet"))
+    for part in (unet.enter, unet.last):
+        part.weight.zero_()
+        part.bias.zero_()
+    linear.enter.load_state_dict(unet.linear_enter.state_dict())
+    linear.leave.load_state_dict(unet.linear_leave.state_dict())
+    linear.time.outer.weight.zero_()
+    linear.time.outer.bias.zero_()
+    latents, timesteps = [latent(8, 8), latent(4, 6), latent(8, 8, seed=1)], torch.tensor([3, 500, 990])
+    theirs, groups = linear.encode(latents, timesteps, torch.float32)
+    ours, state = unet.encode(latents, timesteps, torch.float32)
+    close(ours, theirs)
+    for mine, other in zip(unet.decode(ours, latents, state), linear.decode(ours, latents, groups), strict=True):
+        close(mine, other)
+
+
 def test_initialisation_is_a_function_of_the_seed_and_starts_at_the_variance(grammar: Grammar) -> None:
     config = tiny()
     first, again = Transfusion(config).initialise(3), Transfusion.on_meta(config).to_empty(device="cpu").initialise(3)

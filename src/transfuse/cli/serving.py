@@ -34,6 +34,8 @@ class Serve(WithModel):
     """the blocks' weights in eight bits: int8 anywhere, float8 on newer NVIDIA cards (extra: quantize)"""
     compile: bool = False
     """compile the blocks before the first request (torch.compile): half a minute or more"""
+    graphs: bool = False
+    """record passes that come again, and play them back (CUDA graphs; not measured)"""
     max_requests: int = 64
     """most that wait or run; one more is told to come again"""
     max_cost: int = 4_000_000
@@ -75,6 +77,7 @@ def serve(arguments: Sequence[str]) -> int:
             guidance=None if asked.guidance == "auto" else asked.guidance,
             quantize=asked.quantize,
             compile=asked.compile,
+            graphs=asked.graphs,
             device=asked.device,
             precision=asked.precision,
         ),

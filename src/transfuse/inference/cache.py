@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..model import Attend, ModelConfig
+from ..model import ModelConfig
+from .recordings import Recordings
 
 BLOCK = 64
 """Keys that a segment of few positions reads are rounded up to this many: rows of like length share a call."""
@@ -43,6 +44,8 @@ class KeyValueCache:
         self.shape = (config.depth, slots, config.key_heads, self.positions, config.head_channels)
         self.queries = config.heads // config.key_heads
         self.dtype, self.device = dtype, torch.device(device)
+        self.recordings = Recordings()
+        """of passes that read and write these very keys and values"""
 
     @cached_property
     def keys(self) -> Tensor:
@@ -86,13 +89,15 @@ class Segment:
 class _Call:
     """One attention call: neighbouring slots, `count` queries each, all with `length` keys from one origin on.
 
-    places: (slot, position) of each new position, where they do not lie side by side from one start on in every slot.
+    places: (slot, position) of each new position, where they do not lie side by side from one start on in every slot,
+    or where `recorded`: where they begin must not be part of a recording.
     mask: added to the scores; `[slot, 1, query, key]`, None where every query sees every key; of few queries on CPU
     `[slot * key head, queries of all its heads, key]`.
     """
 
-    def __init__(self, cache: KeyValueCache, run: Sequence[Segment], length: int) -> None:
+    def __init__(self, cache: KeyValueCache, run: Sequence[Segment], length: int, recorded: bool) -> None:
         first = run[0]
+        self.shape = first.slot, len(run), first.count, first.origin, length
         self.rows, self.count = len(run), first.count
         self.positions = self.rows * self.count
         self.plain = cache.device.type == "cpu" and self.count <= FEW
@@ -105,7 +110,7 @@ class _Call:
             keys, values = keys.flatten(1, 2).transpose(2, 3), values.flatten(1, 2)
         self.keys, self.values = keys.unbind(0), values.unbind(0)
         low += first.start
-        if len({segment.start for segment in run}) == 1:
+        if not recorded and len({segment.start for segment in run}) == 1:
             self.new_keys, self.new_values = (
                 store[:, slots, :, low : low + self.count].unbind(0) for store in (cache.keys, cache.values)
             )
@@ -157,29 +162,39 @@ def _mask(cache: KeyValueCache, run: Sequence[Segment], length: int, plain: bool
     return mask if plain else mask[:, None]
 
 
-def cached(cache: KeyValueCache, segments: Sequence[Segment]) -> Attend:
-    """An attention backend for one forward pass over the flat run of these segments, in order."""
-    calls = _plan(cache, segments)
-    sizes = [call.positions for call in calls]
+class Cached:
+    """An attention backend (`Attend`) for one forward pass over the flat run of these segments, in order.
 
-    def alone(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        calls[0].write(layer, k, v)
-        return calls[0].attend(layer, q).to(q.dtype)
+    recorded: all that differs between passes of one `shape` lies in `tensors`, so that a recorded pass takes others'.
+    """
 
-    if len(calls) == 1:  # nothing to take apart: a percent of a decoding step
-        return alone
+    def __init__(self, cache: KeyValueCache, segments: Sequence[Segment], recorded: bool = False) -> None:
+        self.calls = _plan(cache, segments, recorded)
+        self.sizes = [call.positions for call in self.calls]
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @property
+    def shape(self) -> tuple[object, ...]:
+        return tuple((*call.shape, call.mask is None) for call in self.calls)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [
+            tensor for call in self.calls for tensor in (call.mask, *(call.places or ())) if isinstance(tensor, Tensor)
+        ]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls, sizes = self.calls, self.sizes
+        if len(calls) == 1:  # nothing to take apart: a percent of a decoding step
+            calls[0].write(layer, k, v)
+            return calls[0].attend(layer, q).to(q.dtype)
         # Everything is written before anything is read: segments of one pass may continue one another.
         for call, keys, values in zip(calls, k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True):
             call.write(layer, keys, values)
         outputs = [call.attend(layer, query) for call, query in zip(calls, q.split_with_sizes(sizes), strict=True)]
         return torch.cat(outputs).to(q.dtype)
 
-    return attend
 
-
-def _plan(cache: KeyValueCache, segments: Sequence[Segment]) -> list[_Call]:
+def _plan(cache: KeyValueCache, segments: Sequence[Segment], recorded: bool) -> list[_Call]:
     """Join neighbouring slots into one call where they ask for the same: equal counts, and as many keys.
 
     How many keys it reads is a segment's own affair, never its neighbours': sums of other lengths round otherwise.
@@ -196,4 +211,4 @@ def _plan(cache: KeyValueCache, segments: Sequence[Segment]) -> list[_Call]:
         return segment.slot - number, segment.origin, segment.count, length(segment), seen
 
     runs = [[segment for _, segment in members] for _, members in groupby(enumerate(segments), kind)]
-    return [_Call(cache, run, length(run[0])) for run in runs]
+    return [_Call(cache, run, length(run[0]), recorded) for run in runs]

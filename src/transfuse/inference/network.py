@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..export import Exported
-from ..sequence import Images, Layout, visible
-from .cache import KeyValueCache, Segment, cached
+from ..model.transfusion import Output
+from ..sequence import Images, Layout, stacked, visible
+from .cache import Cached, KeyValueCache, Segment
 from .guidance import null_prefix
+from .recordings import Record, cuda_graph
 
 Guidance = Literal["packed", "sequential"]
 """the branches of guided drawings in one pass, or a pass for each"""
@@ -35,9 +37,10 @@ class Network:
     """An exported model, its grammar and the null branch's prefix; holds nothing of any request.
 
     guidance: how its engines compute the branches of guided drawings; results are the same (`warmup`).
+    record: how passes that come again are recorded; None: they are not.
     """
 
-    def __init__(self, exported: Exported) -> None:
+    def __init__(self, exported: Exported, graphs: bool = False) -> None:
         self.exported, self.model, self.tokenizer = exported, exported.model, exported.tokenizer
         self.config = self.model.config
         self.device = next(self.model.parameters()).device
@@ -48,6 +51,7 @@ class Network:
         self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
         self.barred[self.tokenizer.vocabulary :] = -torch.inf
         self.guidance: Guidance = "packed"
+        self.record: Record | None = cuda_graph if graphs else None
         self._null: tuple[KeyValueCache, Tensor] | None = None
 
     def cache(self, slots: int, positions: int) -> KeyValueCache:
@@ -74,15 +78,21 @@ class Network:
             patches.extend(len(tokens) + patch for patch in feed.patches)
             tokens.extend(feed.tokens)
             positions.extend(range(feed.segment.start, feed.segment.end))
-        output = self.model(
-            self.ids(tokens),
-            self.ids(positions),
-            cached(cache, [feed.segment for feed in feeds]),
-            self.ids(predict),
-            self.ids(patches),
-            [latent.to(self.device) for feed in feeds for latent in feed.latents],
-            self.ids([t for feed in feeds for t in feed.timesteps]),
-        )
+        latents = stacked([latent.to(self.device) for feed in feeds for latent in feed.latents])
+        timesteps = [t for feed in feeds for t in feed.timesteps]
+        recorded = self.record is not None and (isinstance(latents, Tensor) or not latents)
+        attend = Cached(cache, [feed.segment for feed in feeds], recorded)
+        ids = [self.ids(values) for values in (tokens, positions, predict, patches, timesteps)]
+
+        def work() -> Output:
+            output: Output = self.model(ids[0], ids[1], attend, ids[2], ids[3], latents, ids[4])
+            return output
+
+        if self.record is not None and recorded:
+            inputs = [*ids, *attend.tensors, *([latents] if isinstance(latents, Tensor) else [])]
+            output = cache.recordings.run(self.record, attend.shape, inputs, work)
+        else:
+            output = work()
         return output.logits.float().cpu(), output.predictions
 
     def ids(self, values: Sequence[int]) -> Tensor:

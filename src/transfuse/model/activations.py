@@ -127,7 +127,7 @@ def patch_bytes(config: ModelConfig, size: tuple[int, int], element: int) -> tup
     if config.adapter == "linear":
         return image + element * _time_elements(config.width) + vectors, vectors
     before, behind = _unet_bytes(config, pixels, element)
-    return image + before + vectors, vectors + behind
+    return 2 * image + before + vectors, vectors + behind
 
 
 def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, int]:

@@ -139,6 +139,7 @@ class Transfusion(nn.Module):
             elif self.patches is not None:
                 draw(self.patches.enter.weight, 0.02)
                 self.patches.last.weight.zero_()
+                self.patches.linear_leave.weight.zero_()
         return self
 
     @classmethod

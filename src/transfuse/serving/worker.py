@@ -37,8 +37,8 @@ OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter 
 class WorkerConfig:
     """model: export folder. slots: requests that run together. positions: of the cache, a slot; None: the context of
     the model, and what a picture needs beside it. guidance: "packed" or "sequential"; None: the faster one here.
-    quantize: weights of the blocks in eight bits. compile: the blocks, before the first request. device, precision:
-    where it computes, and in what."""
+    quantize: weights of the blocks in eight bits. compile: the blocks, before the first request. graphs: passes that
+    come again are recorded. device, precision: where it computes, and in what."""
 
     model: str
     slots: int = 8
@@ -46,6 +46,7 @@ class WorkerConfig:
     guidance: Guidance | None = None
     quantize: Quantize | None = None
     compile: bool = False
+    graphs: bool = False
     device: Device = "auto"
     precision: Precision = "auto"
 
@@ -79,7 +80,7 @@ class Worker:
         self.config = config
         self.device, self.dtype = for_inference(config.device, config.precision)
         self.pipe = TransfusionPipeline.from_pretrained(
-            config.model, self.dtype, self.device, config.quantize, config.compile
+            config.model, self.dtype, self.device, config.quantize, config.compile, config.graphs
         )
         self.engine = Engine(self.pipe.engine.network, config.slots, config.positions)
         self.jobs: dict[int, tuple[int, Request]] = {}
@@ -106,6 +107,7 @@ class Worker:
             "precision": str(self.dtype).removeprefix("torch."),
             "quantize": self.config.quantize,
             "compile": self.config.compile,
+            "graphs": self.config.graphs,
             "guidance": self.engine.network.guidance,
             "guidance_scale": exported.generation.guidance_scale,
             "temperature": exported.generation.temperature,
