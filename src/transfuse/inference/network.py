@@ -15,7 +15,7 @@ from ..model.transfusion import Output
 from ..sequence import Images, Layout, stacked, visible
 from .cache import Cached, KeyValueCache, Segment
 from .guidance import null_prefix
-from .recordings import Record, cuda_graph
+from .recordings import CudaGraphs, Record
 
 Guidance = Literal["packed", "sequential"]
 """the branches of guided drawings in one pass, or a pass for each"""
@@ -51,7 +51,7 @@ class Network:
         self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
         self.barred[self.tokenizer.vocabulary :] = -torch.inf
         self.guidance: Guidance = "packed"
-        self.record: Record | None = cuda_graph if graphs else None
+        self.record: Record | None = CudaGraphs() if graphs else None
         self._null: tuple[KeyValueCache, Tensor] | None = None
 
     def cache(self, slots: int, positions: int) -> KeyValueCache:

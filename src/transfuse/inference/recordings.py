@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +36,21 @@ def check_graphs(wanted: bool, device: torch.device) -> None:
         raise UserError(f"graphs: expected a CUDA device, found {device.type}")
 
 
-def cuda_graph(work: Work) -> tuple[Callable[[], object], Output]:
-    """The `Record` for CUDA."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = work()
-    return graph.replay, output
+class CudaGraphs:
+    """The `Record` for CUDA.
+
+    All take their memory from one pool, where one may write over what another left: outputs are copied at once.
+    """
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, work: Work) -> tuple[Callable[[], object], Output]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = work()
+        self.pool = graph.pool()
+        return graph.replay, output
 
 
 @dataclass(frozen=True, eq=False)
