@@ -75,7 +75,8 @@ figcaption { font-size: 13.5px; line-height: 1.4; margin-top: 9px; overflow-wrap
 th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 th { font-weight: 500; color: var(--soft); width: 42%; }
-.many th { width: auto; white-space: nowrap; } .many td { min-width: 5.5em; overflow-wrap: normal; }
+.many th { width: auto; } .many thead th { min-width: 4em; } .many tbody th { min-width: 11em; }
+.many td { min-width: 5.5em; overflow-wrap: normal; }
 details { margin-top: 18px; } summary { cursor: pointer; color: var(--accent); padding: 4px 0; }
 code, pre { font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px; overflow-x: auto; }
