@@ -104,7 +104,7 @@ def test_no_more_is_kept_than_said() -> None:
     assert len(kept._seen) == KEPT
 
 
-def test_what_was_given_stays(tokenizer: Tokenizer) -> None:
+def test_what_was_given_stays() -> None:
     """The next one played back leaves an earlier output alone."""
     kept, recorder, x = Recordings(), Recorder(), torch.zeros(2)
 
@@ -112,7 +112,7 @@ def test_what_was_given_stays(tokenizer: Tokenizer) -> None:
         given = x.clone() if value < 2 else torch.full((2,), value)
         return kept.run(recorder, "pass", [given], lambda: Output(given * 10, [given + 1])).logits  # type: ignore[arg-type]
 
-    run(0.0)
+    played(0.0)
     first, second, third = played(1.0), played(2.0), played(3.0)
     assert [first.tolist(), second.tolist(), third.tolist()] == [[0, 0], [20, 20], [30, 30]]
 

@@ -97,11 +97,11 @@ class _Call:
 
     def __init__(self, cache: KeyValueCache, run: Sequence[Segment], length: int, recorded: bool) -> None:
         first = run[0]
-        self.shape = first.slot, len(run), first.count, first.origin, length
         self.rows, self.count = len(run), first.count
         self.positions = self.rows * self.count
         self.plain = cache.device.type == "cpu" and self.count <= FEW
         self.mask = _mask(cache, run, length, self.plain)
+        self.shape = first.slot, self.rows, self.count, first.origin, length, self.mask is None
         self.places: tuple[Tensor, Tensor] | None = None
         # Views of every layer are taken at once: a decoding step is made of so many small operations that each counts.
         slots, low = slice(first.slot, first.slot + self.rows), first.origin
@@ -174,13 +174,11 @@ class Cached:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        return tuple((*call.shape, call.mask is None) for call in self.calls)
+        return tuple(call.shape for call in self.calls)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [
-            tensor for call in self.calls for tensor in (call.mask, *(call.places or ())) if isinstance(tensor, Tensor)
-        ]
+        return [tensor for call in self.calls for tensor in (call.mask, *(call.places or ())) if tensor is not None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         calls, sizes = self.calls, self.sizes

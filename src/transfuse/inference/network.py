@@ -80,19 +80,19 @@ class Network:
             positions.extend(range(feed.segment.start, feed.segment.end))
         latents = stacked([latent.to(self.device) for feed in feeds for latent in feed.latents])
         timesteps = [t for feed in feeds for t in feed.timesteps]
-        recorded = self.record is not None and (isinstance(latents, Tensor) or not latents)
-        attend = Cached(cache, [feed.segment for feed in feeds], recorded)
+        record = self.record if isinstance(latents, Tensor) or not latents else None
+        attend = Cached(cache, [feed.segment for feed in feeds], recorded=record is not None)
         ids = [self.ids(values) for values in (tokens, positions, predict, patches, timesteps)]
 
         def work() -> Output:
             output: Output = self.model(ids[0], ids[1], attend, ids[2], ids[3], latents, ids[4])
             return output
 
-        if self.record is not None and recorded:
-            inputs = [*ids, *attend.tensors, *([latents] if isinstance(latents, Tensor) else [])]
-            output = cache.recordings.run(self.record, attend.shape, inputs, work)
-        else:
+        if record is None:
             output = work()
+        else:
+            inputs = [*ids, *attend.tensors, *([latents] if isinstance(latents, Tensor) else [])]
+            output = cache.recordings.run(record, attend.shape, inputs, work)
         return output.logits.float().cpu(), output.predictions
 
     def ids(self, values: Sequence[int]) -> Tensor:
