@@ -73,7 +73,7 @@ def test_the_block_mask_looks_at_no_pairs() -> None:
     with Largest() as mode:
         block_mask(batch.start, batch.end)
     blocks = -(-batch.positions // attention.BLOCK)
-    assert mode.elements <= max(blocks * (blocks + 1), blocks * attention.BLOCK)
+    assert mode.elements <= max(4 * blocks**2, blocks * attention.BLOCK)
 
 
 def some_batches(count: int, positions: int) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,17 +39,21 @@ def check_graphs(wanted: bool, device: torch.device) -> None:
 class CudaGraphs:
     """The `Record` for CUDA.
 
-    All take their memory from one pool, where one may write over what another left: outputs are copied at once.
+    All take their memory from one pool, where one may write over what another left: outputs are copied at once. A pool
+    ends with the last recording in it, and torch then refuses its name: an empty one is kept as long as this is.
     """
 
-    def __init__(self) -> None:
-        self.pool: Any = None
+    @cached_property
+    def _first(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.zeros((), device="cuda")
+        return graph
 
     def __call__(self, work: Work) -> tuple[Callable[[], object], Output]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self._first.pool()):
             output = work()
-        self.pool = graph.pool()
         return graph.replay, output
 
 

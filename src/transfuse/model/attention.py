@@ -186,22 +186,31 @@ def block_mask(start: Tensor, end: Tensor) -> BlockMask:
     first = torch.arange(blocks, device=start.device) * BLOCK
     some = (starts.amin(1, keepdim=True) < first + BLOCK) & (first < ends.amax(1, keepdim=True))
     whole = (starts.amax(1, keepdim=True) <= first) & (first + BLOCK <= ends.amin(1, keepdim=True))
-    return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole),
-        *_listed(whole),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=seen,
+    some &= ~whole
+    # All four at once, in some twenty small operations: `from_kv_blocks` takes sixty more to turn two of them over.
+    counts, columns = _listed(torch.stack([some, whole, some.T, whole.T]))
+    return BlockMask(
         seq_lengths=(positions, positions),
+        kv_num_blocks=counts[0],
+        kv_indices=columns[0],
+        full_kv_num_blocks=counts[1],
+        full_kv_indices=columns[1],
+        q_num_blocks=counts[2],
+        q_indices=columns[2],
+        full_q_num_blocks=counts[3],
+        full_q_indices=columns[3],
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=seen,
     )
 
 
-def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a table `[query block, key block]` bool: how many are true in each row, and their columns, before the others.
+def _listed(tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Of tables `[table, row, column]` bool: how many are true in each row, and their columns, before the others.
 
-    With axes for batch and heads in front, int32.
+    int32, with axes for batch and heads: `[table, 1, 1, row]`, `[table, 1, 1, row, column]`.
     """
-    columns = table.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return table.sum(-1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None]
+    columns = tables.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return tables.sum(-1, dtype=torch.int32)[:, None, None], columns.to(torch.int32)[:, None, None]
 
 
 @cache
