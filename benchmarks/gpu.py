@@ -13,8 +13,8 @@ forward, backward, clipping, fused AdamW, the average of the weights. MFU counts
 Peak memory is beside what `transfuse plan` says. `--profile` prints where the time goes.
 
 **inference**: a guided denoising step of 8 images of 256 patches, and greedy decoding of 1 and 8 rows, plain, with
-compiled blocks, and as CUDA graphs, what recording them takes included; beside the time that reading the weights once
-takes at the copy rate measured here.
+compiled blocks, and as CUDA graphs, what recording (or compiling) takes apart: the first of the runs; beside the time
+that reading the weights once takes at the copy rate measured here.
 
 Each part is a line of JSON as soon as it is done: one that fails says so, and the others go on.
 """
@@ -200,6 +200,9 @@ def _trained(asked: argparse.Namespace, device: torch.device, size: str, arm: st
 # --- inference --------------------------------------------------------------------------------------------------------
 
 
+WAYS = ("plain", "compiled", "recorded")
+
+
 def copy_rate(device: torch.device, quick: bool) -> float:
     """Bytes a second that a copy reads and writes here."""
     count = 1 << (20 if quick else 30)
@@ -212,7 +215,8 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
     tokenizer = Tokenizer.train(["a crab on a red background", "two balloons"] * 4, 320)
     config, rate = replace(_config(asked, asked.sizes[0], "linear"), latent_channels=3), copy_rate(device, asked.quick)
     side, steps, written = (8, 4, 8) if asked.quick else (SIDE, 20, 128)
-    for way in ("plain", "compiled", "recorded"):
+    document = Document([Text(tuple(tokenizer.encode("a crab on a red background")))], closed=False)
+    for way in asked.ways:
         model = Transfusion.on_meta(config, torch.bfloat16).to_empty(device=device).initialise(0)
         with torch.no_grad():  # greedy writing must not end early
             model.head.weight[[tokenizer.eos, tokenizer.boi]] = 0
@@ -223,15 +227,16 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
         exported = Exported(model, process, Pixels(), tokenizer, side, GenerationConfig())
         engine = Engine(Network(exported, graphs=way == "recorded" and device.type == "cuda"))
         read = 2 * count_parameters(config).trunk / rate
-        document = Document([Text(tuple(tokenizer.encode("a crab on a red background")))], closed=False)
+        first: list[float] = []
 
-        def timed(count: int, draw: bool, engine: Engine = engine, document: Document = document) -> float:
+        def timed(count: int, draw: bool, engine: Engine = engine, first: list[float] = first) -> float:
             asked_for = Request(document, draw="force" if draw else "never", max_tokens=0 if draw else written)
             if draw:
                 sampler = SamplerConfig("dpmpp", steps=steps)
                 asked_for = replace(asked_for, size=(side, side), sampler=sampler, guidance_scale=3.0)
             requests = [replace(asked_for, seed=seed) for seed in range(count)]
-            return seconds(lambda: list(engine.run(requests)), device, warm=2, timed=3) / (steps if draw else written)
+            first.append(seconds(lambda: list(engine.run(requests)), device, warm=0, timed=1))
+            return seconds(lambda: list(engine.run(requests)), device, warm=1, timed=3) / (steps if draw else written)
 
         drawn = timed(8, draw=True)
         flops = 2 * count_parameters(config).trunk * 2 * 8 * (side // 2) ** 2
@@ -242,6 +247,7 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
             "share of peak": None if peak is None else flops / drawn / peak,
             **{f"token of {rows} rows, ms": 1e3 * timed(rows, draw=False) for rows in (1, 8)},
             "weights read once, ms": 1e3 * read,
+            "first runs (8 drawings; 1 and 8 rows of text), s": first,
         }
 
 
@@ -253,6 +259,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--sizes", nargs="+", default=["0.37b", "0.76b", "1.4b"])
     parser.add_argument("--arms", nargs="+", default=["linear", "unet", "llama"], choices=["linear", "unet", "llama"])
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--rows", type=int, default=4, help="of 4,096 positions, in one run")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")

@@ -18,7 +18,7 @@ import transfuse
 from transfuse.cli import run
 from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
-from transfuse.inference import Engine
+from transfuse.inference import Engine, ImageEnd
 from transfuse.inference.network import Network
 from transfuse.inference.recordings import KEPT, Recordings, Work
 from transfuse.model.transfusion import Output
@@ -84,6 +84,24 @@ def test_a_drawing_is_recorded_once(tokenizer: Tokenizer, arm: str, steps: int) 
     # Of the first drawing, the first step is computed; of prompt and BOI, those of the second prompt are recorded.
     assert recorder.recorded == 1 + 2
     assert recorder.played == 3 * steps - 1 + 2 * 2
+
+
+def test_runs_of_as_many_rows_play_back_what_was_recorded_before(tokenizer: Tokenizer) -> None:
+    network, recorder = recording(ARMS["linear"](tokenizer))
+    engine, recorded = Engine(network), []
+    for seed in range(4):
+        asked = [plain(seed=seed + row) for row in range(2)]
+        drawn = [event.latent for event in engine.run(asked) if isinstance(event, ImageEnd)]
+        recorded.append(recorder.recorded)
+        expected = [
+            event.latent for event in Engine(ARMS["linear"](tokenizer)).run(asked) if isinstance(event, ImageEnd)
+        ]
+        assert len(drawn) == 2
+        assert all(map(torch.equal, drawn, expected))
+    assert recorded[1] == recorded[3]
+    abandoned = engine.run([plain(seed=0), plain(seed=1)])
+    next(abandoned)
+    assert len(list(engine.run([plain(seed=0), plain(seed=1)]))) == 1 + len(list(abandoned))
 
 
 def test_writing_is_recorded_once_for_a_block_of_keys(tokenizer: Tokenizer) -> None:

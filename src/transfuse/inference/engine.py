@@ -60,6 +60,7 @@ class Engine:
         self._numbers = count()
         self._waiting: deque[Row] = deque()
         self._running: dict[int, Row] = {}
+        self._last: Engine | None = None
 
     def submit(self, request: Request) -> int:
         """Have a request run as soon as a slot is free, first come, first served; its number, which its events carry.
@@ -124,13 +125,17 @@ class Engine:
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Run a list of requests together, in a cache made for them, and give their events as they happen.
 
+        Recorded passes belong to their cache: where there are any, it is kept for the next run that it has room for.
         Rows are numbered from 0. Raises UserError before any work for a bad one, MemoryError where it does not suffice.
         """
         where = [f"request {number}" if number else "request" for number in range(len(requests))]
         rows = [accept(self.network, request, number, where[number]) for number, request in enumerate(requests)]
         if not rows:
             return
-        engine = Engine(self.network, len(rows), max(row.bound + row.beside for row in rows))
+        positions, engine = max(row.bound + row.beside for row in rows), self._last
+        if engine is None or engine.busy or len(engine.slots) != len(rows) or engine.positions < positions:
+            engine = Engine(self.network, len(rows), positions)
+        self._last = engine if self.network.record is not None else None
         engine._waiting.extend(rows)
         while engine.busy:
             for event in engine.tick():
