@@ -52,6 +52,8 @@ class GenerationConfig:
 
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=25))
     guidance_scale: float = 3.0
+    guidance_interval: tuple[float, float] | None = None
+    """noise levels at which a drawing is guided, as in `Request`; None: at all"""
     temperature: float = 0.0
     """of the text; 0 is greedy, as in the paper's evaluation"""
     top_p: float = 1.0

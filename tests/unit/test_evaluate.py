@@ -110,7 +110,7 @@ def test_numbers_are_equal_again_and_with_another_batch_size(bench: Bench, tmp_p
     assert numbers(other) == pytest.approx(numbers(first), rel=1e-4, abs=1e-9)
     assert all(isinstance(result, Result) and result.measure and result.model for some in first for result in some)
     drawn = next(some for some in first if some.measure == "drawing")
-    assert drawn.results[0].drawing == Drawing("ddim", 2, 3.0, 0)
+    assert drawn.results[0].drawing == Drawing("ddim", 2, 3.0)
     page = evaluation_page({"model_hash": "a", "version": "b"}, measures, first)
     assert page.count("<img") == 2 * 6 + 6
     assert "FD-recogniser" in page

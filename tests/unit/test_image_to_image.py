@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import exported, latent
 from test_batching import packed, plain
 from test_chameleon import asking, coded
 
+import transfuse
 from transfuse.diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from transfuse.errors import UserError
 from transfuse.images import read_settings, save_png
@@ -247,6 +249,20 @@ def test_pipeline_mistakes(pipe: TransfusionPipeline) -> None:
     ):
         with pytest.raises(UserError, match=told):
             pipe("a crab", **options)  # type: ignore[arg-type]
+
+
+def test_a_model_may_say_where_it_is_guided(served: Path, tmp_path: Path) -> None:
+    plain, folder = transfuse.load(str(served)), tmp_path / "export"
+    shutil.copytree(served, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "guidance_interval": [0.3, 0.8]}))
+    pipe = transfuse.load(str(folder))
+    assert pipe.request(["a"]).guidance_interval == (0.3, 0.8)
+    for own, other in ((None, (0.3, 0.8)), ((0.0, 1.0), None)):
+        drawn = pipe("a crab", generator=1, guidance_interval=own, output_type="latent").images[0]
+        expected = plain("a crab", generator=1, guidance_interval=other, output_type="latent").images[0]
+        assert torch.equal(drawn, expected)
+    assert not torch.equal(drawn, pipe("a crab", generator=1, output_type="latent").images[0])
 
 
 # --- settings in a PNG ---

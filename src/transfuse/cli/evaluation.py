@@ -36,6 +36,8 @@ class Evaluate:
     """ddpm, ddim or dpmpp; the model's own if not given, as are the next two"""
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    """noise levels at which drawings are guided, as shares: 0 0.8; elsewhere only the prompt counts"""
     sweep: str | None = None
     """draw with each of several values, as guidance_scale=1,1.5,3"""
     batch_size: int = 24
@@ -89,7 +91,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         asked.suite,
         asked.out,
         options,
-        Drawing(asked.sampler, asked.steps, asked.guidance_scale, asked.seed),
+        Drawing(asked.sampler, asked.steps, asked.guidance_scale, asked.guidance_interval, asked.seed),
         sweep=asked.sweep,
         world=asked.world,
         batch=asked.batch_size,

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import PIL.Image
 import torch
 
 from ..data.world import WorldConfig
 from ..files import sha256
 from ..folders import find_export
-from ..inference import TransfusionPipeline
+from ..inference import Request, TransfusionPipeline
 from ..version import __version__
 from .detector import Detector, keep_detector
 from .generate import Outcome, Task, generate
@@ -75,13 +76,18 @@ class Bench:
 
     def settled(self) -> Bench:
         """With the model's own way of drawing where none was asked for. Raises UserError for one it can not do."""
-        chosen = self.pipe.request([], self.drawing.steps, self.drawing.guidance_scale, self.drawing.sampler)
+        chosen = self.request([])
         sampler: str | None = chosen.sampler.name
         steps: int | None = chosen.sampler.steps
         if self.pipe.exported.model.config.images != "latents":
             sampler = steps = None  # it draws code by code
-        drawing = replace(self.drawing, sampler=sampler, steps=steps, guidance_scale=chosen.guidance_scale)
+        drawing = Drawing(sampler, steps, chosen.guidance_scale, chosen.guidance_interval, self.drawing.seed)
         return replace(self, drawing=drawing)
+
+    def request(self, parts: Sequence[str | PIL.Image.Image]) -> Request:
+        """To draw, or write, as is to be measured."""
+        asked = self.drawing
+        return self.pipe.request(parts, asked.steps, asked.guidance_scale, asked.sampler, asked.guidance_interval)
 
     def recogniser(self) -> Recogniser:
         """The judge of scenes with one thing: trained once for a folder and a world."""

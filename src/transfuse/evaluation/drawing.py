@@ -53,7 +53,7 @@ def pictures_task(
     def work(numbers: Sequence[int]) -> list[Made]:
         requests = [
             replace(
-                bench.pipe.request(prompt(n), drawing.steps, drawing.guidance_scale, drawing.sampler),
+                bench.request(prompt(n)),
                 draw="force",
                 max_tokens=0,
                 seed=drawing.seed + n,

@@ -21,6 +21,7 @@ class Drawing:
     sampler: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     seed: int = 0
 
     @classmethod

@@ -18,6 +18,7 @@ from statistics import median
 import torch
 
 from ..data.world import World, caption
+from ..diffusion import Sampler
 from ..inference import ImageEnd
 from ..inference.events import Request
 from ..model.flops import count_parameters, forward_flops
@@ -69,18 +70,18 @@ def _of_this_machine(device: torch.device, dtype: torch.dtype) -> tuple[float, f
 
 
 def _drawing_flops(bench: Bench, requests: list[Request]) -> float:
-    """Operations of all denoising steps: every branch sees its prompt and its own patches."""
-    config, engine = bench.pipe.exported.model.config, bench.pipe.engine
+    """Operations of all denoising steps: every branch that is computed sees its prompt and its own patches."""
+    config, engine, process = bench.pipe.exported.model.config, bench.pipe.engine, bench.pipe.exported.process
     side = bench.pipe.exported.image_size // bench.pipe.exported.autoencoder.factor
     patches = engine.network.patches(side, side)
     total = 0
     for request in requests:
-        prefixes = [len(lay_out(request.document, engine.grammar)) + 1]
-        prefixes += [len(engine.network.null_tokens)] if request.guidance_scale != 1 else []
-        for prefix in prefixes:
-            total += request.sampler.steps * forward_flops(
-                config, patches, patches * (prefix + patches), 0, [(side, side)]
-            )
+        low, high = request.guidance_interval or (0, 1)
+        shares = [t / process.config.timesteps for t in Sampler(process, request.sampler).timesteps]
+        guided = sum(low <= share <= high for share in shares) if request.guidance_scale != 1 else 0
+        branches = [(len(lay_out(request.document, engine.grammar)) + 1, len(shares))]
+        for prefix, steps in [*branches, (len(engine.network.null_tokens), guided)]:
+            total += steps * forward_flops(config, patches, patches * (prefix + patches), 0, [(side, side)])
     return float(total)
 
 
@@ -126,15 +127,7 @@ def _score(bench: Bench) -> Findings:
 
 
 def _draw(bench: Bench, prompts: list[str], device: torch.device, arithmetic: float, add: Callable[..., None]) -> None:
-    drawing = bench.drawing
-    requests = [
-        replace(
-            bench.pipe.request([prompt], drawing.steps, drawing.guidance_scale, drawing.sampler),
-            draw="force",
-            max_tokens=0,
-        )
-        for prompt in prompts
-    ]
+    requests = [replace(bench.request([prompt]), draw="force", max_tokens=0) for prompt in prompts]
 
     def draw(some: list[Request]) -> None:
         latents = [event.latent for event in bench.pipe.engine.run(some) if isinstance(event, ImageEnd)]

@@ -142,12 +142,11 @@ class TransfusionPipeline:
         before = [] if image is None or start is not None else [image]
         requests = [
             replace(
-                self.request([*before, text], num_inference_steps, guidance_scale, sampler),
+                self.request([*before, text], num_inference_steps, guidance_scale, sampler, guidance_interval),
                 draw="force",
                 max_tokens=0,
                 size=(height or self.exported.image_size, width or self.exported.image_size),
                 image_guidance_scale=image_guidance_scale,
-                guidance_interval=guidance_interval,
                 start=start,
                 seed=seed,
             )
@@ -218,6 +217,7 @@ class TransfusionPipeline:
         steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Request:
         """A request from texts and pictures with the model's own defaults. Raises UserError for a bad setting."""
         defaults = self.exported.generation
@@ -238,6 +238,7 @@ class TransfusionPipeline:
             size=(self.exported.image_size, self.exported.image_size),
             sampler=chosen,
             guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_interval=defaults.guidance_interval if guidance_interval is None else guidance_interval,
             temperature=defaults.temperature,
             top_p=defaults.top_p,
             code_temperature=defaults.code_temperature,

@@ -72,7 +72,9 @@ def said_drawing(drawing: Drawing | None) -> str:
     if drawing is None:
         return ""
     by = "code by code" if drawing.sampler is None else f"{drawing.sampler}, {drawing.steps} steps"
-    return f"{by}, guidance {drawing.guidance_scale:g}, seed {drawing.seed}"
+    interval = drawing.guidance_interval
+    where = f" at {interval[0]:g} to {interval[1]:g} of the noise" if interval else ""
+    return f"{by}, guidance {drawing.guidance_scale:g}{where}, seed {drawing.seed}"
 
 
 def _swept(results: Sequence[Result]) -> str:
