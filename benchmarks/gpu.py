@@ -225,7 +225,7 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
             compile_blocks(model, "eager" if asked.quick else "inductor")
         process = Process(DiffusionConfig(prediction="v"))
         exported = Exported(model, process, Pixels(), tokenizer, side, GenerationConfig())
-        engine = Engine(Network(exported, graphs=way == "recorded" and device.type == "cuda"))
+        engine = Engine(Network(exported, graphs=way == "recorded"))
         read = 2 * count_parameters(config).trunk / rate
         first: list[float] = []
 

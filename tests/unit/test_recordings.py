@@ -15,12 +15,11 @@ from test_batching import ARMS, POSITIONS, alone, exactly, finish, plain, some_r
 from torch import Tensor
 
 import transfuse
-from transfuse.cli import run
 from transfuse.diffusion import SamplerConfig
-from transfuse.errors import UserError
 from transfuse.inference import Engine, ImageEnd
 from transfuse.inference.network import Network
 from transfuse.inference.recordings import KEPT, Recordings, Work
+from transfuse.inference.warmup import warm_up
 from transfuse.model.transfusion import Output
 from transfuse.sequence import Tokenizer
 
@@ -135,8 +134,16 @@ def test_what_was_given_stays() -> None:
     assert [first.tolist(), second.tolist(), third.tolist()] == [[0, 0], [20, 20], [30, 30]]
 
 
-def test_without_cuda_it_is_refused(served: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="graphs: expected a CUDA device, found cpu"):
-        transfuse.load(str(served), graphs=True)
-    assert run(["serve", "--model", str(served), "--graphs", "--device", "cpu", "--port", "0"]) == 1
-    assert "graphs: expected a CUDA device, found cpu" in capsys.readouterr().err
+def test_without_cuda_nothing_is_recorded_or_kept(served: Path) -> None:
+    pipe = transfuse.load(str(served), graphs=True)
+    pipe("a crab", num_inference_steps=2)
+    assert pipe.engine.network.record is None
+    assert pipe.engine._last is None
+
+
+def test_warming_up_leaves_no_cache_behind(tokenizer: Tokenizer) -> None:
+    network, recorder = recording(ARMS["linear"](tokenizer))
+    engine = Engine(network)
+    warm_up(engine, plain(), rows=2)
+    assert recorder.played
+    assert engine._last is None

@@ -34,8 +34,8 @@ class Serve(WithModel):
     """the blocks' weights in eight bits: int8 anywhere, float8 on newer NVIDIA cards (extra: quantize)"""
     compile: bool = False
     """compile the blocks before the first request (torch.compile): half a minute or more"""
-    graphs: bool = False
-    """record passes that come again, and play them back (CUDA graphs; not measured)"""
+    graphs: bool = True
+    """on CUDA, record passes that come again, and play them back (CUDA graphs)"""
     max_requests: int = 64
     """most that wait or run; one more is told to come again"""
     max_cost: int = 4_000_000

@@ -61,6 +61,7 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._running: dict[int, Row] = {}
         self._last: Engine | None = None
+        """what `run` made last, with its cache, where passes are recorded"""
 
     def submit(self, request: Request) -> int:
         """Have a request run as soon as a slot is free, first come, first served; its number, which its events carry.
@@ -142,6 +143,10 @@ class Engine:
                 if isinstance(event, Failed):
                     raise MemoryError(f"{where[event.row]}: {event.reason}")
                 yield event
+
+    def forget(self) -> None:
+        """Give the cache back that `run` has kept."""
+        self._last = None
 
     def _join(self, row: Row) -> None:
         row.slot, row.length = self.slots.take(row.content)

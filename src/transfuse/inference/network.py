@@ -37,10 +37,10 @@ class Network:
     """An exported model, its grammar and the null branch's prefix; holds nothing of any request.
 
     guidance: how its engines compute the branches of guided drawings; results are the same (`warmup`).
-    record: how passes that come again are recorded; None: they are not.
+    record: how passes that come again are recorded (`graphs`, where there is CUDA); None: they are not.
     """
 
-    def __init__(self, exported: Exported, graphs: bool = False) -> None:
+    def __init__(self, exported: Exported, graphs: bool = True) -> None:
         self.exported, self.model, self.tokenizer = exported, exported.model, exported.tokenizer
         self.config = self.model.config
         self.device = next(self.model.parameters()).device
@@ -51,7 +51,7 @@ class Network:
         self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
         self.barred[self.tokenizer.vocabulary :] = -torch.inf
         self.guidance: Guidance = "packed"
-        self.record: Record | None = CudaGraphs() if graphs else None
+        self.record: Record | None = CudaGraphs() if graphs and self.device.type == "cuda" else None
         self._null: tuple[KeyValueCache, Tensor] | None = None
 
     def cache(self, slots: int, positions: int) -> KeyValueCache:

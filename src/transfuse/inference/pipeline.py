@@ -32,7 +32,6 @@ from .network import Guidance, Network
 from .pictures import latent_mask
 from .quantize import Quantize, check_quantize
 from .quantize import quantize as to_eight_bits
-from .recordings import check_graphs
 from .warmup import warm_up
 
 Prompt = str | Sequence["str | PIL.Image.Image"]
@@ -68,7 +67,7 @@ class Reply:
 class TransfusionPipeline:
     """A loaded model with methods to draw, caption and write. Batches freely; each result equals that of it alone."""
 
-    def __init__(self, exported: Exported, graphs: bool = False) -> None:
+    def __init__(self, exported: Exported, graphs: bool = True) -> None:
         self.exported = exported
         self.engine = Engine(Network(exported, graphs))
 
@@ -80,12 +79,11 @@ class TransfusionPipeline:
         device: torch.device | str = "cpu",
         quantize: Quantize | None = None,
         compile: bool = False,
-        graphs: bool = False,
+        graphs: bool = True,
     ) -> TransfusionPipeline:
         """Load an export, made ready for inference. quantize: the blocks' weights in eight bits (`quantize`). compile:
-        the blocks by torch.compile, at the first pass or `warm_up` (`compiled`). graphs: passes that come again are
-        recorded as CUDA graphs (`recordings`)."""
-        check_graphs(graphs, torch.device(device))
+        the blocks by torch.compile, at the first pass or `warm_up` (`compiled`). graphs: on CUDA, passes that come
+        again are recorded (`recordings`), but not with eight bits, which was never tried."""
         torchao = None if quantize is None else check_quantize(quantize, torch.device(device))
         exported = load_export(path, dtype, device)
         if quantize is not None:
@@ -94,7 +92,7 @@ class TransfusionPipeline:
             compile_blocks(exported.model)  # which does not know oneDNN's packed weights
         else:
             pack(exported.model)
-        return cls(exported, graphs)
+        return cls(exported, graphs and quantize is None)
 
     def warm_up(self, rows: int = 1, guidance: Guidance | None = None) -> dict[str, float]:
         """Take every path once, and keep the faster way of guidance for drawing `rows` pictures together, or the one

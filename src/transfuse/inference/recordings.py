@@ -1,7 +1,8 @@
 """Passes that come again are recorded, and played back: CUDA graphs.
 
 A pass starts hundreds of small kernels, and on a GPU starting them takes longer than what they compute: a token of the
-0.37B network 14.8 ms, where reading its weights takes 0.2 (docs/benchmarks.md). A recording starts them all at once.
+0.37B network 10.7 ms, where reading its weights takes 0.2. A recording starts them all at once, and takes 2.4
+(docs/benchmarks.md).
 
 It holds addresses and sizes, so it serves passes of one shape alone: a drawing has one for all its steps, writing one
 for the 64 positions that share a number of keys. What differs between them is copied into the tensors that were there
@@ -19,7 +20,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..model.transfusion import Output
 
 Work = Callable[[], Output]
@@ -28,12 +28,6 @@ Record = Callable[[Work], tuple[Callable[[], object], Output]]
 
 KEPT = 64
 """recordings, and shapes seen once, that are remembered: those used last"""
-
-
-def check_graphs(wanted: bool, device: torch.device) -> None:
-    """Raises UserError where graphs are wanted and there can be none, before any weight is read."""
-    if wanted and device.type != "cuda":
-        raise UserError(f"graphs: expected a CUDA device, found {device.type}")
 
 
 class CudaGraphs:
@@ -52,7 +46,8 @@ class CudaGraphs:
 
     def __call__(self, work: Work) -> tuple[Callable[[], object], Output]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._first.pool()):
+        # Other threads may go on using the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._first.pool(), capture_error_mode="thread_local"):
             output = work()
         return graph.replay, output
 

@@ -35,17 +35,18 @@ def warm_up(engine: Engine, request: Request, rows: int = 1, guidance: Guidance 
         draw = replace(draw, sampler=replace(draw.sampler, steps=min(STEPS, draw.sampler.steps)))
     requests = [replace(draw, seed=seed) for seed in range(rows)]
     _seconds(engine, requests)
+    medians: dict[Guidance, float] = {}
     if guidance is not None:
         network.guidance = guidance
-    if guidance is not None or images != "latents" or request.guidance_scale == 1:
-        return {}
-    found: dict[Guidance, list[float]] = {way: [] for way in GUIDANCE}
-    for _ in range(ROUNDS):
-        for way in GUIDANCE:
-            network.guidance = way
-            found[way].append(_seconds(engine, requests))
-    medians = {way: statistics.median(times) for way, times in found.items()}
-    network.guidance = min(GUIDANCE, key=lambda way: medians[way])
+    elif images == "latents" and request.guidance_scale != 1:
+        found: dict[Guidance, list[float]] = {way: [] for way in GUIDANCE}
+        for _ in range(ROUNDS):
+            for way in GUIDANCE:
+                network.guidance = way
+                found[way].append(_seconds(engine, requests))
+        medians = {way: statistics.median(times) for way, times in found.items()}
+        network.guidance = min(GUIDANCE, key=lambda way: medians[way])
+    engine.forget()
     return {str(way): seconds for way, seconds in medians.items()}
 
 

@@ -38,7 +38,7 @@ class WorkerConfig:
     """model: export folder. slots: requests that run together. positions: of the cache, a slot; None: the context of
     the model, and what a picture needs beside it. guidance: "packed" or "sequential"; None: the faster one here.
     quantize: weights of the blocks in eight bits. compile: the blocks, before the first request. graphs: passes that
-    come again are recorded. device, precision: where it computes, and in what."""
+    come again are recorded, on CUDA. device, precision: where it computes, and in what."""
 
     model: str
     slots: int = 8
@@ -46,7 +46,7 @@ class WorkerConfig:
     guidance: Guidance | None = None
     quantize: Quantize | None = None
     compile: bool = False
-    graphs: bool = False
+    graphs: bool = True
     device: Device = "auto"
     precision: Precision = "auto"
 
@@ -107,7 +107,7 @@ class Worker:
             "precision": str(self.dtype).removeprefix("torch."),
             "quantize": self.config.quantize,
             "compile": self.config.compile,
-            "graphs": self.config.graphs,
+            "graphs": self.engine.network.record is not None,
             "guidance": self.engine.network.guidance,
             "guidance_scale": exported.generation.guidance_scale,
             "temperature": exported.generation.temperature,
