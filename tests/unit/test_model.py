@@ -261,3 +261,15 @@ def test_packed_weights_change_nothing(grammar: Grammar, mixed, compute: torch.d
     assert isinstance(model.head, PackedLinear) == _can_pack(compute)
     for a, b in zip(outputs(), plain, strict=True):
         close(a, b, 1e-5 if compute == torch.float32 else 0.05)
+
+
+def test_rotary_tables_are_looked_up_when_words_are_written() -> None:
+    """The same cosines and sines, behind the model's context, too."""
+    trunk = Transfusion(tiny()).trunk
+    for positions in (torch.tensor([3, 0, 7]), torch.tensor([trunk.config.context + 5, 1])):
+        expected = rotary_table(positions, trunk.config.head_channels, trunk.config.rope_theta, torch.float32)
+        with torch.inference_mode():
+            found = trunk._rotary(positions, torch.float32)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-6)
+            assert ours.shape == theirs.shape
