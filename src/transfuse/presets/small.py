@@ -81,6 +81,8 @@ def small_64() -> Recipe:
         objective=ObjectiveConfig(image_weight=2.0),
         optimizer=replace(base.optimizer, learning_rate=1.5e-3, final_learning_rate=1e-5, warmup=300),
         loop=LoopConfig(steps=8200, ema_decay=0.999, log_every=20, sample_every=1000, checkpoint_every=500, keep=2),
+        # Where noise is strongest guidance makes every likely place of a thing a sure one, and draws too many copies.
+        generation=GenerationConfig(SamplerConfig("ddpm", steps=25), guidance_scale=5.0, guidance_interval=(0.0, 0.8)),
     )
 
 
