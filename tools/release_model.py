@@ -80,7 +80,7 @@ docs/reports/{name}.html; what each number is, and is not: docs/evaluation.md.
 
 ## Limits
 It knows the things above and nothing else; other words give something between them. It counts badly (three umbrellas
-are four), and two things are often on the wrong sides of each other: right in 57 % of combinations it never saw.
+are four), and two things are often on the wrong sides of each other ("position" above).
 Small things lose their details. Its settings for drawing were chosen among six by 120 pictures of each split.
 """
 

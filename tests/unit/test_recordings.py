@@ -86,15 +86,14 @@ def test_a_drawing_is_recorded_once(tokenizer: Tokenizer, arm: str, steps: int) 
 
 
 def test_runs_of_as_many_rows_play_back_what_was_recorded_before(tokenizer: Tokenizer) -> None:
-    network, recorder = recording(ARMS["linear"](tokenizer))
+    one = ARMS["linear"](tokenizer)
+    network, recorder = recording(one)
     engine, recorded = Engine(network), []
     for seed in range(4):
         asked = [plain(seed=seed + row) for row in range(2)]
         drawn = [event.latent for event in engine.run(asked) if isinstance(event, ImageEnd)]
         recorded.append(recorder.recorded)
-        expected = [
-            event.latent for event in Engine(ARMS["linear"](tokenizer)).run(asked) if isinstance(event, ImageEnd)
-        ]
+        expected = [event.latent for event in Engine(one).run(asked) if isinstance(event, ImageEnd)]
         assert len(drawn) == 2
         assert all(map(torch.equal, drawn, expected))
     assert recorded[1] == recorded[3]

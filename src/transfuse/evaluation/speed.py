@@ -76,11 +76,10 @@ def _drawing_flops(bench: Bench, requests: list[Request]) -> float:
     patches = engine.network.patches(side, side)
     total = 0
     for request in requests:
-        low, high = request.guidance_interval or (0, 1)
-        shares = [t / process.config.timesteps for t in Sampler(process, request.sampler).timesteps]
-        guided = sum(low <= share <= high for share in shares) if request.guidance_scale != 1 else 0
-        branches = [(len(lay_out(request.document, engine.grammar)) + 1, len(shares))]
-        for prefix, steps in [*branches, (len(engine.network.null_tokens), guided)]:
+        levels = [t / process.config.timesteps for t in Sampler(process, request.sampler).timesteps]
+        guided = sum(map(request.guided_at, levels)) if request.guidance_scale != 1 else 0
+        prompt = len(lay_out(request.document, engine.grammar)) + 1
+        for prefix, steps in ((prompt, len(levels)), (len(engine.network.null_tokens), guided)):
             total += steps * forward_flops(config, patches, patches * (prefix + patches), 0, [(side, side)])
     return float(total)
 

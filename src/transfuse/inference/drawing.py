@@ -77,8 +77,7 @@ class Denoiser:
     def _computed(self, row: Row) -> range:
         """Its branches that this step needs: none of an image that is given whole, one where it is not guided."""
         state, levels = _state(row), self.network.exported.process.config.timesteps
-        low, high = row.request.guidance_interval or (0, 1)
-        return range(0 if state.done else len(row.branches) if low <= state.t / levels <= high else 1)
+        return range(0 if state.done else len(row.branches) if row.request.guided_at(state.t / levels) else 1)
 
     def _advance(self, row: Row, predictions: list[Tensor]) -> ImageProgress:
         before, every = _state(row), row.request.preview_every

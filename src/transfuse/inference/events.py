@@ -62,6 +62,11 @@ class Request:
     preview_every: int = 0
     reuse: bool = False
 
+    def guided_at(self, level: float) -> bool:
+        """Whether `guidance_interval` has this noise level, a share of all."""
+        low, high = self.guidance_interval or (0, 1)
+        return low <= level <= high
+
 
 @dataclass(frozen=True)
 class TextDelta:
