@@ -175,9 +175,11 @@ def test_every_patch_size(adapter: str, patch: int) -> None:
 
 
 @torch.no_grad()
-def test_a_silent_unet_is_linear_patch_layers() -> None:
-    """Beside the U-Net what the trunk says has a way of its own, or captions are never heard (docs/LOG.md)."""
-    linear, unet = (randomised(tiny(adapter=name, patch_positions="none")).patches for name in ("linear", "unet"))
+@pytest.mark.parametrize("positions", ["none", "learned"])
+def test_a_silent_unet_is_linear_patch_layers(positions: str) -> None:
+    """Beside the U-Net what the trunk says has a way of its own, or captions are never heard; and learned positions
+    are not for linear layers alone, or left is never told from right (docs/LOG.md)."""
+    linear, unet = (randomised(tiny(adapter=name, patch_positions=positions)).patches for name in ("linear", "unet"))
     for part in (unet.enter, unet.last):
         part.weight.zero_()
         part.bias.zero_()
@@ -185,6 +187,8 @@ def test_a_silent_unet_is_linear_patch_layers() -> None:
     linear.leave.load_state_dict(unet.linear_leave.state_dict())
     linear.time.outer.weight.zero_()
     linear.time.outer.bias.zero_()
+    if positions == "learned":
+        linear.positions.load_state_dict(unet.positions.state_dict())
     latents, timesteps = [latent(8, 8), latent(4, 6), latent(8, 8, seed=1)], torch.tensor([3, 500, 990])
     theirs, groups = linear.encode(latents, timesteps, torch.float32)
     ours, state = unet.encode(latents, timesteps, torch.float32)

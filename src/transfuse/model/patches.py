@@ -181,6 +181,7 @@ class UNetPatches(nn.Module):
         super().__init__()
         self.size, elements = config.patch_size, config.latent_channels * config.patch_size**2
         self.linear_enter, self.linear_leave = Linear(elements, config.width), Linear(config.width, elements)
+        self.positions = GridPositions(config.width) if config.patch_positions == "learned" else None
         levels = config.unet_levels
         time = 4 * levels[0]
         self.time = TimestepEmbedding(time)
@@ -225,10 +226,11 @@ class UNetPatches(nn.Module):
                 x = module(x, its_time) if isinstance(module, ResBlock) else module(x)
                 skips.append(x)
             x = self.enter(self.enter_norm(self.down_attention(x)))
-            pieces.append(
-                (rearrange(x, "i c r q -> i r q c") + self.linear_enter(windows(stacked, self.size))).flatten(1, 2)
-            )
-            kept.append((skips, its_time, x.shape[2]))
+            x = rearrange(x, "i c r q -> i r q c") + self.linear_enter(windows(stacked, self.size))
+            if self.positions is not None:
+                x = x + self.positions(*x.shape[1:3]).to(dtype)
+            pieces.append(x.flatten(1, 2))
+            kept.append((skips, its_time, x.shape[1]))
         if len(pieces) == 1:
             return pieces[0].flatten(0, 1), (groups, kept)
         return torch.cat(in_order(groups, pieces)), (groups, kept)
