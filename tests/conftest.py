@@ -74,7 +74,7 @@ def exported(tokenizer: Tokenizer, **changes: object) -> Exported:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """Folder of an export with random weights; pictures of 8 x 8 pixels, 25 steps."""
+    """Folder of an export with random weights; pictures of 8 x 8 pixels, 20 steps."""
     made = exported(tokenizer)
     folder = tmp_path_factory.mktemp("served") / "small" / "export"
     folder.parent.mkdir()

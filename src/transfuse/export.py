@@ -50,7 +50,7 @@ ARCHITECTURES = {
 class GenerationConfig:
     """What a model does unless told otherwise."""
 
-    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=25))
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=20))
     guidance_scale: float = 3.0
     guidance_interval: tuple[float, float] | None = None
     """noise levels at which a drawing is guided, as in `Request`; None: at all"""

@@ -1,6 +1,6 @@
 """The reverse process: from noise to an image in N steps, N evaluations of the network.
 
-    sampler = Sampler(process, SamplerConfig("dpmpp", steps=25))
+    sampler = Sampler(process, SamplerConfig("dpmpp", steps=20))
     state = sampler.prepare((channels, rows, columns), torch.Generator().manual_seed(0))
     while not state.done:
         prediction = sampler.denoise(state, network)     # or batch many states' x and t, run the network once,

@@ -49,7 +49,7 @@ class Request:
     max_tokens: int = 64
     max_images: int = 1
     size: tuple[int, int] = (32, 32)
-    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=25))
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=20))
     guidance_scale: float = 3.0
     image_guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
