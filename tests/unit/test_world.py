@@ -239,6 +239,20 @@ def test_limits_on_objects_and_counts_are_kept() -> None:
     assert World(WorldConfig(nouns=24)).nouns == DISTINCT[:24]
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_kinds_that_are_wanted_come_in_their_usual_shares(split: str) -> None:
+    base = WorldConfig(nouns=24, split=split)  # type: ignore[arg-type]
+    wanted = World(replace(base, kinds=("one", "pair")))
+    found = Counter(wanted.scene(i).kind for i in range(3000))
+    assert set(found) == {"one", "pair"}
+    assert World(replace(base, kinds=("copies",))).scene(5).kind == "copies"
+    if split == "train":  # a held-out pair makes pairs of single things
+        assert found["pair"] / 3000 == pytest.approx(27 / 67, abs=0.03)
+    assert World(replace(base, kinds=("one", "copies", "pair", "group"))).scene(7) == World(base).scene(7)
+    with pytest.raises(ValueError, match=r"WorldConfig\.kinds: expected one that 1 objects and 1 copies .* found pair"):
+        World(WorldConfig(max_objects=1, max_count=1, kinds=("pair",)))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -253,6 +267,7 @@ def test_limits_on_objects_and_counts_are_kept() -> None:
         ("max_count", 0),
         ("styles", ("oil",)),
         ("backgrounds", ("mauve",)),
+        ("kinds", ("two",)),
         ("split", "test"),
         ("seed", "a"),
     ],

@@ -118,7 +118,7 @@ def composed(config: WorldConfig, split: Any, count: int) -> list[Asked]:
     The world's nouns, styles and colours in scenes of every kind, whatever kinds that world itself shows; single things
     keep its sizes. Raises UserError where so many are not found.
     """
-    wide = replace(config, split=split, max_objects=3, max_count=4, seed=config.seed + SEED_OFFSET)
+    wide = replace(config, split=split, kinds=None, max_objects=3, max_count=4, seed=config.seed + SEED_OFFSET)
     world = World(wide)
     drawn = [world.scene(index) for index in range(TRIED * count)]
     found = []

@@ -189,7 +189,7 @@ def _identity(config: WorldConfig, steps: int, seed: int) -> str:
 
 def _world(config: WorldConfig, split: Any, seed: int) -> World:
     """Its nouns, styles and backgrounds in scenes of every kind and size."""
-    return World(replace(config, split=split, max_objects=3, max_count=4, sizes=None, seed=seed))
+    return World(replace(config, split=split, kinds=None, max_objects=3, max_count=4, sizes=None, seed=seed))
 
 
 def train_detector(config: WorldConfig, steps: int = STEPS, seed: int = 0) -> Detector:

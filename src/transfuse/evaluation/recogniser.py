@@ -147,7 +147,7 @@ def keep_recogniser(path: Path, config: WorldConfig, steps: int | None = None, s
 
 def recogniser_identity(config: WorldConfig, steps: int, seed: int) -> str:
     """What a recogniser depends on; a saved one with another identity must not be used."""
-    world = to_dict(replace(config, split="train", max_objects=1, max_count=1))
+    world = to_dict(replace(config, split="train", kinds=None, max_objects=1, max_count=1))
     return json.dumps({"world": world, "steps": steps, "seed": seed, "scenes": SCENES}, sort_keys=True)
 
 
@@ -191,7 +191,7 @@ def train_recogniser(
 
 def _scenes(config: WorldConfig, count: int, seed: int, held_out_every: int) -> tuple[np.ndarray, Tensor]:
     """Single-thing scenes and the number of each one's noun; every k-th is a held-out combination (0: none is)."""
-    base = replace(config, max_objects=1, max_count=1, seed=seed)
+    base = replace(config, kinds=None, max_objects=1, max_count=1, seed=seed)
     seen, unseen = World(replace(base, split="train")), World(replace(base, split="heldout"))
     images = np.empty((count, config.size, config.size, 3), dtype=np.uint8)
     labels = torch.empty(count, dtype=torch.int64)

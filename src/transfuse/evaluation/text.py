@@ -52,7 +52,8 @@ class TextResult:
 
 @dataclass(frozen=True, eq=False)
 class Foretold:
-    """Of the learned tokens of one document, in order: nats float64 `[token]`, and whether each was the likeliest."""
+    """Of the learned tokens of one document, BOI among them, in order: nats float64 `[token]`, and whether each was the
+    likeliest."""
 
     nats: np.ndarray
     likeliest: np.ndarray
@@ -60,7 +61,8 @@ class Foretold:
 
 @torch.inference_mode()
 def foretell(exported: Exported, documents: Sequence[Document], batch: int = 32) -> list[Foretold]:
-    """What the model thinks of documents of text, at most `batch` at a time. What is not learned is context.
+    """What the model thinks of the words of documents, at most `batch` at a time. What is not learned is context, and
+    so are pictures, clean.
 
     Raises UserError for one longer than the model's context.
     """
@@ -71,10 +73,12 @@ def foretell(exported: Exported, documents: Sequence[Document], batch: int = 32)
         packed = collate(some, grammar, model.config.image_attention).to(device)
         if max(packed.documents) > model.config.context:
             raise UserError(f"text: expected at most {model.config.context} positions, found {max(packed.documents)}")
-        logits = model(packed.tokens, packed.rotary, for_batch(packed, model.compute), packed.predict).logits.float()
+        attend, clean = for_batch(packed, model.compute), torch.zeros_like(packed.max_timestep)
+        seen = packed.patches, packed.latents, clean
+        logits = model(packed.tokens, packed.rotary, attend, packed.predict, *seen).logits.float()
         nats = F.cross_entropy(logits, packed.targets, reduction="none").double().cpu().numpy()
         likeliest = (logits.argmax(-1) == packed.targets).cpu().numpy()
-        ends = np.cumsum([_learned(document) for document in some])[:-1]
+        ends = np.searchsorted(packed.predict.cpu().numpy(), np.cumsum(packed.documents)[: len(some) - 1])
         pairs = zip(np.split(nats, ends), np.split(likeliest, ends), strict=True)
         found += [Foretold(*pair) for pair in pairs]
     return found

@@ -138,6 +138,10 @@ class Transfusion(nn.Module):
                 self.patches.leave.weight.zero_()
             elif self.patches is not None:
                 draw(self.patches.enter.weight, 0.02)
+                if self.patches.positions is not None:
+                    # As strong as what the convolutions see: ten times weaker, nothing ever looked at them.
+                    draw(self.patches.positions.row, 0.2)
+                    draw(self.patches.positions.column, 0.2)
                 self.patches.last.weight.zero_()
                 self.patches.linear_leave.weight.zero_()
         return self

@@ -67,8 +67,9 @@ class WorldConfig:
 
     ``size``: pixels a side. ``nouns``: those to use; None for all, a number for that many of the easiest to tell apart
     at 32 pixels. ``max_objects``: most different things in a scene. ``max_count``: most copies of one thing; there are
-    never more than four drawings in all. ``styles``, ``backgrounds``: None for all. ``split``: "train" never shows a
-    held-out combination, "heldout" always shows one. ``seed``: another seed, other scenes; the held-out set stays.
+    never more than four drawings in all. ``styles``, ``backgrounds``: None for all. ``kinds``: of scenes, in their
+    usual shares; None for all. ``split``: "train" never shows a held-out combination, "heldout" always shows one.
+    ``seed``: another seed, other scenes; the held-out set stays.
 
     Raises ValueError, naming the field, for a value that cannot be used.
     """
@@ -80,6 +81,7 @@ class WorldConfig:
     styles: tuple[str, ...] | None = None
     backgrounds: tuple[str, ...] | None = None
     sizes: tuple[Size, ...] | None = None
+    kinds: tuple[Kind, ...] | None = None
     split: Split = "train"
     seed: int = 0
 
@@ -89,7 +91,8 @@ class WorldConfig:
         _whole("max_count", self.max_count, 1, 4)
         if isinstance(self.nouns, int):
             _whole("nouns", self.nouns, 1, len(NOUNS))
-        for field, known in (("nouns", NOUNS), ("styles", STYLES), ("backgrounds", PALETTE), ("sizes", get_args(Size))):
+        listed = {"nouns": NOUNS, "styles": STYLES, "backgrounds": PALETTE, "sizes": get_args(Size)}
+        for field, known in (*listed.items(), ("kinds", get_args(Kind))):
             value = getattr(self, field)
             if value is not None and not isinstance(value, int):
                 object.__setattr__(self, field, _names(field, value, tuple(known)))
@@ -224,6 +227,11 @@ class World:
         """Refuses a configuration that cannot show what it promises."""
         usable = self._trained if self.config.split == "train" else self._backgrounds
         self._shown = tuple(noun for noun in self.nouns if usable[noun])
+        if not self._shares():
+            raise ValueError(
+                f"WorldConfig.kinds: expected one that {self.config.max_objects} objects and {self.config.max_count} "
+                f"copies at most allow, found {', '.join(self.config.kinds or ())}"
+            )
         if self.config.split == "train" and len(self._shown) < len(self.nouns):
             lost = next(noun for noun in self.nouns if not usable[noun])
             raise ValueError(
@@ -243,11 +251,16 @@ class World:
                     f"found none among {len(self.nouns)} nouns and backgrounds {self.config.backgrounds or 'all'}"
                 )
 
-    def _kind(self, draws: Draws) -> Kind:
+    def _shares(self) -> list[tuple[Kind, int]]:
+        """How often each kind comes that can."""
         config = self.config
         several = config.max_objects > 1 and len(self._shown) > 1
         possible = {"one": True, "copies": config.max_count > 1, "pair": several, "group": several}
-        shares = [(kind, share) for kind, share in KIND_SHARES.items() if possible[kind]]
+        wanted = config.kinds or get_args(Kind)
+        return [(kind, share) for kind, share in KIND_SHARES.items() if possible[kind] and kind in wanted]
+
+    def _kind(self, draws: Draws) -> Kind:
+        shares = self._shares()
         ticket = draws.below(sum(share for _, share in shares))
         for kind, share in shares:
             ticket -= share
