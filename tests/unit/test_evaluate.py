@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 from conftest import exported, write
 
@@ -21,8 +20,8 @@ from transfuse.evaluation.choice import CHOICES, continuation, definition_questi
 from transfuse.evaluation.generate import Made, Task, generate
 from transfuse.evaluation.interval import bootstrap
 from transfuse.evaluation.pairs import Pairs, coco_pairs, ids_fingerprint
-from transfuse.evaluation.text import foretell, read_texts, windows
-from transfuse.inference import Request, TextDelta, TransfusionPipeline
+from transfuse.evaluation.text import read_texts, windows
+from transfuse.inference import TransfusionPipeline, foretell
 from transfuse.sequence import Document, Text, Tokenizer
 from transfuse.studies.evaluation_page import evaluation_page
 
@@ -244,21 +243,6 @@ def test_foretold_tokens_are_those_learned_and_context_counts(bench: Bench) -> N
     together = foretell(loaded, [Document([Text(whole)], closed=False), parts])
     np.testing.assert_allclose(together[1].nats, together[0].nats[3:], rtol=1e-4)
     assert len(foretell(loaded, [Document([Text(whole)])])[0].nats) == len(whole) + 1
-
-
-def test_words_are_foretold_from_pictures_as_they_are_written(bench: Bench) -> None:
-    """What the engine writes greedily behind a picture is the likeliest there, token by token, and not elsewhere."""
-    loaded = bench.pipe.exported
-    side = loaded.image_size
-    pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
-    pictures = [bench.pipe.part(PIL.Image.fromarray(one)) for one in pixels]
-    request = Request(Document([pictures[0]], closed=False), draw="never", max_tokens=12)
-    ids = tuple(event.token for event in bench.pipe.stream(request) if isinstance(event, TextDelta))
-    assert len(ids) > 1
-    here, there = foretell(loaded, [Document([picture, Text(ids)], closed=False) for picture in pictures])
-    assert len(here.nats) == len(there.nats) == 1 + len(ids)  # BOI is learned, too
-    assert here.likeliest[2:].all()  # the first is chosen without BOI, which is never text
-    assert abs(here.nats - there.nats)[1:].min() > 1e-5
 
 
 def test_questions_have_one_true_ending_of_like_length() -> None:

@@ -16,8 +16,7 @@ from transfuse.data.world import WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation import Bench, Options, evaluate, named
 from transfuse.evaluation.harness import full_windows, harness_model
-from transfuse.evaluation.text import foretell
-from transfuse.inference import TransfusionPipeline
+from transfuse.inference import TransfusionPipeline, foretell
 from transfuse.sequence import Document, Text, Tokenizer
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None

@@ -38,6 +38,8 @@ class Evaluate:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     """noise levels at which drawings are guided, as shares: 0 0.8; elsewhere only the prompt counts"""
+    candidates: int = 1
+    """drawn for each prompt; the model keeps the one from which it would itself likeliest write the prompt"""
     sweep: str | None = None
     """draw with each of several values, as guidance_scale=1,1.5,3"""
     batch_size: int = 24
@@ -77,7 +79,7 @@ class Evaluate:
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure a model: text, captions, drawings, composition, edits, speed; a report with all of it."""
     asked = parse(Evaluate, arguments, "evaluate")
-    for name in ("count", "batch_size"):
+    for name in ("count", "batch_size", "candidates"):
         if getattr(asked, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(asked, name)}")
     from dataclasses import fields
@@ -91,7 +93,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         asked.suite,
         asked.out,
         options,
-        Drawing(asked.sampler, asked.steps, asked.guidance_scale, asked.guidance_interval, asked.seed),
+        Drawing(**{field.name: getattr(asked, field.name) for field in fields(Drawing)}),
         sweep=asked.sweep,
         world=asked.world,
         batch=asked.batch_size,

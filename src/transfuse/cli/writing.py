@@ -90,6 +90,8 @@ class Generate(WithModel):
     steps: int | None = None
     """denoising steps; the model's own default if not given"""
     guidance_scale: float | None = None
+    candidates: int = 1
+    """answer so many times, and keep the picture that the model would itself likeliest describe by the prompt"""
     draw: Literal["auto", "force", "never"] = "auto"
     """force: a picture comes first; never: words only"""
     max_tokens: int | None = None
@@ -115,20 +117,21 @@ def generate(arguments: Sequence[str]) -> int:
         request = replace(request, max_tokens=asked.max_tokens)
     if asked.temperature is not None:
         request = replace(request, temperature=asked.temperature)
-    reply = pipe.replies([request])[0]
+    reply = pipe.replies([request], asked.candidates)[0]
+    request = replace(request, seed=reply.seed)
     parts: list[dict[str, str]] = []
     for part in reply.parts:
         if isinstance(part, str):
             parts.append({"type": "text", "text": part})
         else:
-            path = asked.out / f"seed-{asked.seed}-{sum(p['type'] == 'image' for p in parts)}.png"
+            path = asked.out / f"seed-{reply.seed}-{sum(p['type'] == 'image' for p in parts)}.png"
             saved = save_picture(part, path, settings_of(request, pipe.exported))
             parts.append({"type": "image", "path": saved})
     if asked.json:
         print_json(
             {
                 "parts": parts,
-                "seed": asked.seed,
+                "seed": reply.seed,
                 "steps": request.sampler.steps if pipe.exported.model.config.images == "latents" else None,
                 "guidance_scale": request.guidance_scale,
                 "stop": reply.done.reason,

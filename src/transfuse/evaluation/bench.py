@@ -81,7 +81,13 @@ class Bench:
         steps: int | None = chosen.sampler.steps
         if self.pipe.exported.model.config.images != "latents":
             sampler = steps = None  # it draws code by code
-        drawing = Drawing(sampler, steps, chosen.guidance_scale, chosen.guidance_interval, self.drawing.seed)
+        drawing = replace(
+            self.drawing,
+            sampler=sampler,
+            steps=steps,
+            guidance_scale=chosen.guidance_scale,
+            guidance_interval=chosen.guidance_interval,
+        )
         return replace(self, drawing=drawing)
 
     def request(self, parts: Sequence[str | PIL.Image.Image]) -> Request:

@@ -14,12 +14,12 @@ import numpy as np
 
 from ..data.world import glosses
 from ..data.world.draws import Draws
+from ..inference import foretell
 from ..sequence import Document, Text, Tokenizer
 from .bench import Bench, Measure
 from .generate import Made, Task, short_hash
 from .interval import share
 from .result import Exhibit, Findings, Result
-from .text import foretell
 
 CHOICES = 4
 NEIGHBOURS = 12

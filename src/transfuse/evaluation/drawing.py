@@ -43,10 +43,11 @@ def pictures_task(
     count: int,
     prompt: Callable[[int], Sequence[str | PIL.Image.Image]],
     facts: Callable[[int], dict[str, Any]],
+    candidates: int = 1,
 ) -> Task:
     """Every prompt answered by one picture, number n with the seed `drawing.seed + n`: it does not depend on its batch.
 
-    facts   what is kept of picture n beside it
+    facts   what is kept of picture n beside it; candidates   drawn for each, of which the model keeps one
     """
     drawing = bench.drawing
 
@@ -60,7 +61,7 @@ def pictures_task(
             )
             for n in numbers
         ]
-        replies = bench.pipe.replies(requests)
+        replies = bench.pipe.replies(requests, candidates)
         return [Made(facts(n), np.asarray(reply.images[0])) for n, reply in zip(numbers, replies, strict=True)]
 
     return Task(name, {"model": bench.model, "data": label, "drawing": to_dict(drawing)}, count, work)
@@ -76,6 +77,7 @@ def draw_task(bench: Bench, name: str, label: str, ids: Sequence[str], prompts: 
         len(prompts),
         lambda n: [prompts[n]],
         lambda n: {"id": ids[n], "prompt": prompts[n], "seed": seed + n},
+        bench.drawing.candidates,
     )
 
 

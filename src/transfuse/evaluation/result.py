@@ -22,13 +22,15 @@ class Drawing:
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
+    candidates: int = 1
+    """drawn for each prompt of words, of which the model keeps what it finds the prompt likeliest behind"""
     seed: int = 0
 
     @classmethod
     def sweep(cls, text: str, base: Drawing) -> list[Drawing]:
         """Read "guidance_scale=1,1.5,3": one drawing for each value. Raises ValueError for another name or value."""
         name, equals, values = text.partition("=")
-        kinds: dict[str, type] = {"sampler": str, "steps": int, "guidance_scale": float, "seed": int}
+        kinds: dict[str, type] = {"sampler": str, "steps": int, "guidance_scale": float, "candidates": int, "seed": int}
         if name not in kinds or not equals:
             raise ValueError(f"expected one of {', '.join(kinds)} with values, as guidance_scale=1,1.5,3, found {text}")
         settings = {item.name: getattr(base, item.name) for item in fields(base)}

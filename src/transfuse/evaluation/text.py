@@ -16,23 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from ..console import progress
 from ..data.readers import Columns, Fault, open_source
 from ..data.world import glosses
 from ..errors import UserError
 from ..export import Exported
-from ..model import for_batch
-from ..sequence import Document, Text, collate
+from ..inference import foretell
+from ..sequence import Document, Text
 from .bench import Bench, Measure
 from .generate import Made, Task, short_hash
 from .interval import Measured, bootstrap
 from .result import Exhibit, Findings, Result
 
-LOGITS = 1 << 26
-"""most logits at once: 256 MB in float32"""
 GLOSSES = "definitions"
 """what is read where no files are given"""
 PIECE = 16
@@ -48,56 +44,6 @@ class TextResult:
     documents: int
     tokens: int
     bytes: int
-
-
-@dataclass(frozen=True, eq=False)
-class Foretold:
-    """Of the learned tokens of one document, BOI among them, in order: nats float64 `[token]`, and whether each was the
-    likeliest."""
-
-    nats: np.ndarray
-    likeliest: np.ndarray
-
-
-@torch.inference_mode()
-def foretell(exported: Exported, documents: Sequence[Document], batch: int = 32) -> list[Foretold]:
-    """What the model thinks of the words of documents, at most `batch` at a time. What is not learned is context, and
-    so are pictures, clean.
-
-    Raises UserError for one longer than the model's context.
-    """
-    model, grammar = exported.model, exported.model.config.grammar(exported.tokenizer)
-    device = next(model.parameters()).device
-    found: list[Foretold] = []
-    for some in _batches(documents, batch, LOGITS // model.config.ids):
-        packed = collate(some, grammar, model.config.image_attention).to(device)
-        if max(packed.documents) > model.config.context:
-            raise UserError(f"text: expected at most {model.config.context} positions, found {max(packed.documents)}")
-        attend, clean = for_batch(packed, model.compute), torch.zeros_like(packed.max_timestep)
-        seen = packed.patches, packed.latents, clean
-        logits = model(packed.tokens, packed.rotary, attend, packed.predict, *seen).logits.float()
-        nats = F.cross_entropy(logits, packed.targets, reduction="none").double().cpu().numpy()
-        likeliest = (logits.argmax(-1) == packed.targets).cpu().numpy()
-        ends = np.searchsorted(packed.predict.cpu().numpy(), np.cumsum(packed.documents)[: len(some) - 1])
-        pairs = zip(np.split(nats, ends), np.split(likeliest, ends), strict=True)
-        found += [Foretold(*pair) for pair in pairs]
-    return found
-
-
-def _learned(document: Document) -> int:
-    return sum(len(part.ids) for part in document.parts if isinstance(part, Text) and part.predict) + document.closed
-
-
-def _batches(documents: Sequence[Document], batch: int, most: int) -> Iterator[list[Document]]:
-    """Runs of documents in order, none with more than `most` learned tokens unless it is alone."""
-    some: list[Document] = []
-    for document in documents:
-        if some and (len(some) == batch or sum(map(_learned, some)) + _learned(document) > most):
-            yield some
-            some = []
-        some.append(document)
-    if some:
-        yield some
 
 
 def perplexity(exported: Exported, texts: Sequence[str], batch: int = 32) -> TextResult:

@@ -3,6 +3,7 @@
 from .conversation import Conversation
 from .engine import Engine
 from .events import Done, Event, Failed, ImageEnd, ImageProgress, ImageStart, Request, Start, TextDelta
+from .likelihood import Foretold, foretell
 from .pipeline import Reply, TransfusionPipeline
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Engine",
     "Event",
     "Failed",
+    "Foretold",
     "ImageEnd",
     "ImageProgress",
     "ImageStart",
@@ -19,4 +21,5 @@ __all__ = [
     "Start",
     "TextDelta",
     "TransfusionPipeline",
+    "foretell",
 ]

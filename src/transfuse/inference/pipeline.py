@@ -3,6 +3,7 @@
 pipe = transfuse.load("runs/demo/export")
 pipe("a crab on a blue background", num_inference_steps=25, guidance_scale=3.0).images[0]
 pipe("a crab", image=picture, strength=0.6).images[0]      # a variation; with mask_image only where it is white
+pipe("a crab left of a star", candidates=4).images[0]      # of four, the one it would itself describe so
 pipe.edit(picture, "make the background red")
 pipe.caption(picture)
 pipe.generate("a story about a crab")        # text and images, in whatever order the model chooses
@@ -10,6 +11,7 @@ pipe.generate("a story about a crab")        # text and images, in whatever orde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from ..sequence import Document, Image, Text
 from .compiled import compile_blocks
 from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, Request, Start, TextDelta
+from .likelihood import foretell
 from .network import Guidance, Network
 from .pictures import latent_mask
 from .quantize import Quantize, check_quantize
@@ -35,6 +38,9 @@ from .quantize import quantize as to_eight_bits
 from .warmup import warm_up
 
 Prompt = str | Sequence["str | PIL.Image.Image"]
+
+CANDIDATE = 1_000_003
+"""from one candidate's seed to the next"""
 
 StepEnd = Callable[["TransfusionPipeline", int, int, dict[str, Any]], dict[str, Any] | None]
 """diffusers' callback_on_step_end: pipeline, number of the step from 0, its noise level, its tensors"""
@@ -54,6 +60,7 @@ class Reply:
 
     parts: list[str | PIL.Image.Image]
     done: Done
+    seed: int = 0
 
     @property
     def text(self) -> str:
@@ -113,6 +120,7 @@ class TransfusionPipeline:
         image_guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
+        candidates: int = 1,
         generator: torch.Generator | int | None = None,
         sampler: str | None = None,
         callback_on_step_end: StepEnd | None = None,
@@ -123,8 +131,10 @@ class TransfusionPipeline:
         image alone: prompts are instructions to change it, and it lies before them in the sequence, clean. With a
         strength or mask_image (white: draw here) prompts describe the result, and the drawing begins from the image
         (`Start`); where the mask is black its latent stays: pixels, where that is what the autoencoder makes.
-        guidance_interval: as in `Request`. callback_on_step_end(pipe, step, t, {"latents": [image, channel, row,
-        column]}) hears of every denoising step; other latents it gives back are refused.
+        guidance_interval: as in `Request`. candidates: draw each picture so many times, and keep the one from which the
+        model itself would likeliest write its prompt; `seeds` has that one's. callback_on_step_end(pipe, step, t,
+        {"latents": [image, channel, row, column]}) hears of every denoising step, of all candidates; other latents it
+        gives back are refused.
         """
         if output_type not in ("pil", "np", "latent"):
             raise UserError(f'output_type: expected "pil", "np" or "latent", found {output_type!r}')
@@ -150,7 +160,10 @@ class TransfusionPipeline:
             )
             for text, seed in zip(prompts, seeds, strict=True)
         ]
-        latents = self._latents(requests, callback_on_step_end)
+        requests = repeated(requests, candidates)
+        drawn = self._latents(requests, callback_on_step_end)
+        kept = self._likeliest(requests, drawn, candidates)
+        latents, seeds = [drawn[row] for row in kept], [requests[row].seed for row in kept]
         if output_type == "latent":
             return ImagesOutput(latents, seeds)
         arrays = [self.exported.autoencoder.decode(latent[None])[0] for latent in latents]
@@ -243,9 +256,12 @@ class TransfusionPipeline:
             code_top_p=defaults.code_top_p,
         )
 
-    def replies(self, requests: Sequence[Request]) -> list[Reply]:
-        """Run requests together and gather each row's parts."""
+    def replies(self, requests: Sequence[Request], candidates: int = 1) -> list[Reply]:
+        """Run requests together and gather each row's parts. candidates: answer each so many times, and keep the answer
+        from whose first picture the model itself would likeliest write the prompt."""
+        requests = repeated(requests, candidates)
         parts: list[list[str | PIL.Image.Image]] = [[] for _ in requests]
+        first: list[Tensor | None] = [None for _ in requests]
         done: dict[int, Done] = {}
         for event in self.engine.run(requests):
             match event:
@@ -254,11 +270,24 @@ class TransfusionPipeline:
                         parts[row][-1] += text  # type: ignore[operator]
                     else:
                         parts[row].append(text)
-                case ImageEnd(row, _, latent):
+                case ImageEnd(row, number, latent):
                     parts[row].append(self.picture(latent))
+                    first[row] = latent if number == 0 else first[row]
                 case Done(row):
                     done[row] = event
-        return [Reply(those, done[row]) for row, those in enumerate(parts)]
+        kept = self._likeliest(requests, first, candidates)
+        return [Reply(parts[row], done[row], requests[row].seed) for row in kept]
+
+    def _likeliest(self, requests: Sequence[Request], first: Sequence[Tensor | None], candidates: int) -> list[int]:
+        """Of each run of `candidates` requests the one to keep: its first picture would likeliest be described by its
+        prompt. One without a picture is kept where none has any."""
+        rows = range(0, len(requests), candidates)
+        if candidates == 1:
+            return list(rows)
+        drawn = {row: Image(latent, target=False) for row, latent in enumerate(first) if latent is not None}
+        said = [Document([image, *requests[row].document.parts], closed=False) for row, image in drawn.items()]
+        found = dict(zip(drawn, (one.nats.sum() for one in foretell(self.exported, said)), strict=True))
+        return [min(range(row, row + candidates), key=lambda one: found.get(one, math.inf)) for row in rows]
 
     def stream(self, request: Request) -> Iterator[Event]:
         """Events of one request as they happen."""
@@ -276,6 +305,19 @@ class TransfusionPipeline:
             raise UserError(f"image: expected {side}x{side} pixels, found {part.size[0]}x{part.size[1]}")
         pixels = np.asarray(part.convert("RGB"))
         return Image(self.exported.autoencoder.encode(pixels[None].copy())[0], target=False)
+
+
+def repeated(requests: Sequence[Request], candidates: int) -> list[Request]:
+    """Each request as often as it has candidates, with seeds of their own, the first as it is. Raises UserError where
+    there is no telling which is best: no words, or pictures among them."""
+    if candidates < 1:
+        raise UserError(f"candidates: expected at least 1, found {candidates}")
+    for request in requests if candidates > 1 else ():
+        if not request.document.parts or not all(
+            isinstance(part, Text) and part.ids for part in request.document.parts
+        ):
+            raise UserError("candidates: expected 1 where a prompt is not of words alone, found more")
+    return [replace(one, seed=one.seed + number * CANDIDATE) for one in requests for number in range(candidates)]
 
 
 def _seeds(generator: torch.Generator | int | None, count: int) -> list[int]:
