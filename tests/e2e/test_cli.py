@@ -99,6 +99,16 @@ def test_generate(home: Path) -> None:
     assert (home / path).read_bytes() == (home / "pictures" / Path(path).name).read_bytes(), "one seed, one picture"
 
 
+def test_generate_the_best_of_several(home: Path) -> None:
+    asked = ("generate", "a crab", "--draw", "force", "--max-tokens", "0", "--steps", "2", "--json")
+    kept = json.loads(transfuse(home, *asked, "--seed", "3", "--candidates", "3", "--out", "of-three").stdout)
+    assert kept["seed"] in (3, 1_000_006, 2_000_009)
+    alone = json.loads(transfuse(home, *asked, "--seed", str(kept["seed"]), "--out", "alone").stdout)
+    pictures = [(home / reply["parts"][0]["path"]).read_bytes() for reply in (kept, alone)]
+    assert pictures[0] == pictures[1]
+    assert "candidates: expected at least 1, found 0" in refused(home, "generate", "a crab", "--candidates", "0")
+
+
 def test_edit(home: Path) -> None:
     """By instruction, from part of the way, and where a mask is white; the PNG says how."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)

@@ -116,6 +116,18 @@ def test_numbers_are_equal_again_and_with_another_batch_size(bench: Bench, tmp_p
     assert "FD-recogniser" in page
 
 
+def test_candidates_are_drawn_and_one_is_measured(bench: Bench) -> None:
+    several = replace(bench, drawing=replace(bench.drawing, candidates=3))
+    (found,) = evaluate(several, named(["drawing"]))
+    assert all(result.drawing == Drawing("ddim", 2, 3.0, candidates=3) for result in found.results)
+    prompts = [exhibit.text for exhibit in found.exhibits]
+    kept = bench.pipe(
+        prompts, num_inference_steps=2, sampler="ddim", candidates=3, generator=0, output_type="np"
+    ).images
+    assert len(prompts) == 6
+    assert all(np.array_equal(a, exhibit.pictures[0][0]) for a, exhibit in zip(kept, found.exhibits, strict=True))
+
+
 @pytest.mark.parametrize("name", ["text", "choice", "captioning", "drawing", "composition", "editing", "autoencoder"])
 def test_the_names_of_numbers_are_known_before(bench: Bench, name: str, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
