@@ -166,7 +166,7 @@ def test_a_sweep_draws_with_each_value(bench: Bench) -> None:
     assert scales == [1.0, 3.0]
     assert found[0].results[0].value != found[1].results[0].value
     assert "<svg" in evaluation_page({"model_hash": "a", "version": "b"}, named(["drawing"]), found)
-    with pytest.raises(ValueError, match="expected one of sampler, steps, guidance_scale, seed"):
+    with pytest.raises(ValueError, match="expected one of sampler, steps, guidance_scale, candidates, seed"):
         Drawing.sweep("guidance=1", bench.drawing)
 
 

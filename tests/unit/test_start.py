@@ -42,7 +42,8 @@ def test_begins_with_the_exports_weights_words_and_process(served: Path, tmp_pat
 
 
 def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Path) -> None:
-    """Other patch layers, the same trunk: the network stays the recipe's, its trunk and its words are the export's."""
+    """Other patch layers, the same trunk: the network stays the recipe's, its trunk, its words and where patches lie are
+    the export's."""
     base = recipe(served, precision="float32", start_strict=False)
     found = load_export(served)
     config = replace(found.model.config, adapter="unet", patch_size=2, unet_channels=(8, 8))
@@ -55,7 +56,7 @@ def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Pa
     ours = dict(trainer.model.named_parameters())
     shared = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
     assert all(torch.equal(ours[name], theirs[name]) for name in shared)
-    assert len(shared) == 3 + 6 * config.depth
+    assert len(shared) == 3 + 6 * config.depth + 2  # rows and columns
     assert ours.keys() - shared, "patch layers of its own"
 
 
