@@ -42,8 +42,8 @@ def test_begins_with_the_exports_weights_words_and_process(served: Path, tmp_pat
 
 
 def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Path) -> None:
-    """Other patch layers, the same trunk: the network stays the recipe's, its trunk, its words and where patches lie are
-    the export's."""
+    """Other patch layers, the same trunk: the network stays the recipe's; its trunk, its words and the vectors of rows
+    and columns are the export's."""
     base = recipe(served, precision="float32", start_strict=False)
     found = load_export(served)
     config = replace(found.model.config, adapter="unet", patch_size=2, unet_channels=(8, 8))
