@@ -139,7 +139,7 @@ class Transfusion(nn.Module):
             elif self.patches is not None:
                 draw(self.patches.enter.weight, 0.02)
                 if self.patches.positions is not None:
-                    # As strong as what the convolutions see: ten times weaker, nothing ever looked at them.
+                    # As strong as what the convolutions give: much weaker ones are not looked at (docs/LOG.md).
                     draw(self.patches.positions.row, 0.2)
                     draw(self.patches.positions.column, 0.2)
                 self.patches.last.weight.zero_()

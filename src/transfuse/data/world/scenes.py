@@ -91,11 +91,11 @@ class WorldConfig:
         _whole("max_count", self.max_count, 1, 4)
         if isinstance(self.nouns, int):
             _whole("nouns", self.nouns, 1, len(NOUNS))
-        listed = {"nouns": NOUNS, "styles": STYLES, "backgrounds": PALETTE, "sizes": get_args(Size)}
-        for field, known in (*listed.items(), ("kinds", get_args(Kind))):
+        known = {"nouns": NOUNS, "styles": STYLES, "backgrounds": PALETTE}
+        for field, names in {**known, "sizes": get_args(Size), "kinds": get_args(Kind)}.items():
             value = getattr(self, field)
             if value is not None and not isinstance(value, int):
-                object.__setattr__(self, field, _names(field, value, tuple(known)))
+                object.__setattr__(self, field, _names(field, value, tuple(names)))
         if self.split not in get_args(Split):
             raise ValueError(f"WorldConfig.split: expected 'train' or 'heldout', found {self.split!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -227,7 +227,8 @@ class World:
         """Refuses a configuration that cannot show what it promises."""
         usable = self._trained if self.config.split == "train" else self._backgrounds
         self._shown = tuple(noun for noun in self.nouns if usable[noun])
-        if not self._shares():
+        self._shares = self._possible()
+        if not self._shares:
             raise ValueError(
                 f"WorldConfig.kinds: expected one that {self.config.max_objects} objects and {self.config.max_count} "
                 f"copies at most allow, found {', '.join(self.config.kinds or ())}"
@@ -251,7 +252,7 @@ class World:
                     f"found none among {len(self.nouns)} nouns and backgrounds {self.config.backgrounds or 'all'}"
                 )
 
-    def _shares(self) -> list[tuple[Kind, int]]:
+    def _possible(self) -> list[tuple[Kind, int]]:
         """How often each kind comes that can."""
         config = self.config
         several = config.max_objects > 1 and len(self._shown) > 1
@@ -260,9 +261,8 @@ class World:
         return [(kind, share) for kind, share in KIND_SHARES.items() if possible[kind] and kind in wanted]
 
     def _kind(self, draws: Draws) -> Kind:
-        shares = self._shares()
-        ticket = draws.below(sum(share for _, share in shares))
-        for kind, share in shares:
+        ticket = draws.below(sum(share for _, share in self._shares))
+        for kind, share in self._shares:
             ticket -= share
             if ticket < 0:
                 return kind
