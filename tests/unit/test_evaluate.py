@@ -120,6 +120,11 @@ def test_candidates_are_drawn_and_one_is_measured(bench: Bench) -> None:
     several = replace(bench, drawing=replace(bench.drawing, candidates=3))
     (found,) = evaluate(several, named(["drawing"]))
     assert all(result.drawing == Drawing("ddim", 2, 3.0, candidates=3) for result in found.results)
+    assert "seed 0, the likeliest of 3" in evaluation_page(
+        {"model_hash": "a", "version": "b"}, named(["drawing"]), [found]
+    )
+    with pytest.raises(UserError, match="editing: --candidates: expected 1, as edits have no others, found 3"):
+        list(evaluate(several, named(["editing"])))
     prompts = [exhibit.text for exhibit in found.exhibits]
     kept = bench.pipe(
         prompts, num_inference_steps=2, sampler="ddim", candidates=3, generator=0, output_type="np"

@@ -24,6 +24,7 @@ import numpy as np
 import PIL.Image
 
 from ..data.world import Edit, Scene, World, WorldConfig, background_of, edit
+from ..errors import UserError
 from .bench import Bench, Measure
 from .detector import Detect, Seen
 from .drawing import pictures_task
@@ -190,4 +191,11 @@ def _score(bench: Bench) -> Findings:
 
 
 ABOUT = "edits by instruction, with exact targets"
-EDITING = Measure("editing", ABOUT, lambda bench: None, _score, lambda bench: NAMES, True)
+
+
+def _check(bench: Bench) -> None:
+    if bench.drawing.candidates > 1:
+        raise UserError(f"editing: --candidates: expected 1, as edits have no others, found {bench.drawing.candidates}")
+
+
+EDITING = Measure("editing", ABOUT, _check, _score, lambda bench: NAMES, True)

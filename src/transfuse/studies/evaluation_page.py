@@ -74,7 +74,8 @@ def said_drawing(drawing: Drawing | None) -> str:
     by = "code by code" if drawing.sampler is None else f"{drawing.sampler}, {drawing.steps} steps"
     interval = drawing.guidance_interval
     where = f" at {interval[0]:g} to {interval[1]:g} of the noise" if interval else ""
-    return f"{by}, guidance {drawing.guidance_scale:g}{where}, seed {drawing.seed}"
+    best = f", the likeliest of {drawing.candidates}" if drawing.candidates > 1 else ""
+    return f"{by}, guidance {drawing.guidance_scale:g}{where}, seed {drawing.seed}{best}"
 
 
 def _swept(results: Sequence[Result]) -> str:
