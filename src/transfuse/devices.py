@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +48,14 @@ def inference_precision(asked: Precision, device: str) -> Literal["float32", "bf
     if asked != "auto":
         return asked
     return "bfloat16" if device == "cuda" else "float32"
+
+
+def processor_name() -> str:
+    """Of this machine's processor, as its maker calls it where the system says so: seconds depend on it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -126,9 +126,14 @@ def test_runs_that_a_cheaper_one_of_their_arm_beats_are_no_law(seeds: int) -> No
         assert all("is cheaper and better" in reason for reason in reasons.values())
 
 
-def test_seconds_of_different_machines_are_marked() -> None:
+@pytest.mark.parametrize(
+    "other", [{"device": "a card"}, {"processor": "another"}, {"threads": 2}, {"precision": "bfloat16"}]
+)
+def test_seconds_of_different_machines_are_marked(other: dict[str, Any]) -> None:
     results = grid("transfusion", "chameleon")
-    results[0]["machine"] = {**results[0]["machine"], "device": "a card"}
+    alike = analyse(results)["parity"]
+    assert "different machines" not in alike["seconds"]["frechet"]["transfusion"]["observed"]["note"]
+    results[0]["machine"] |= other
     report = analyse(results)["parity"]
     assert "different machines" in report["seconds"]["frechet"]["transfusion"]["observed"]["note"]
     assert "different machines" not in report["flops"]["frechet"]["transfusion"]["observed"]["note"]

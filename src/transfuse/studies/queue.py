@@ -32,6 +32,7 @@ import torch
 
 from ..configuration import nearest, read_json
 from ..console import say
+from ..devices import processor_name
 from ..errors import UserError
 from ..evaluation import keep_recogniser
 from ..evaluation.recogniser import Recogniser
@@ -286,6 +287,7 @@ def _machine(folder: Path) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "precision": recipe.precision,
     }

@@ -63,6 +63,8 @@ AXES: dict[str, tuple[str, str]] = {
     "seconds": ("seconds", "seconds of training"),
 }
 """what is held against what: key of a result, words"""
+PACE = ("device", "processor", "threads", "precision")
+"""facts of a result's machine in which runs must be alike for their seconds to compare"""
 
 
 def plan_scaling(
@@ -215,7 +217,7 @@ def _parity(results: Sequence[dict[str, Any]], measure: Measure, arm: str, axis:
     for target in TARGETS:
         mine, theirs = (_points(some, measure, cost) for some in (ours, rivals))
         ratio = _as_json(parity(mine, theirs, measure.better, target, middle(best)))
-        machines = {(one["machine"]["device"], one["machine"]["threads"]) for one in [*ours, *rivals]}
+        machines = {tuple(one["machine"].get(fact) for fact in PACE) for one in [*ours, *rivals]}
         if axis == "seconds" and len(machines) > 1:
             note = "runs on different machines: seconds do not compare"
             ratio["note"] = "; ".join(filter(None, [ratio["note"], note]))

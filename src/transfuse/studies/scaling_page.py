@@ -208,6 +208,11 @@ def _drawn(report: dict[str, Any], folder: Path) -> str:
     return "".join(cards) or '<p class="note">No drawings lie beside the report.</p>'
 
 
+def _where(machine: dict[str, Any]) -> str:
+    """A GPU by its name; a processor by its own, where the result says it."""
+    return str(machine.get("processor", "cpu") if machine["device"] == "cpu" else machine["device"])
+
+
 def _runs(report: dict[str, Any]) -> str:
     head = ["", "6 N D", "positions", "parameters", "seconds", *[measure.title for measure in MEASURES], "on"]
     rows = []
@@ -221,7 +226,7 @@ def _runs(report: dict[str, Any]) -> str:
                 f"{one['parameters']:,}",
                 f"{one['seconds']:,.0f}",
                 *[f"{one[measure.key]:.4g}" if measure.key in one else "" for measure in MEASURES],
-                f"{machine['device']}, {machine['threads']} threads, {machine['precision']}",
+                f"{_where(machine)}, {machine['threads']} threads, {machine['precision']}",
             ]
         )
     return columns(head, rows) + failures(report["failures"])
