@@ -74,11 +74,16 @@ def test_killed_between_training_and_measuring(tmp_path: Path, monkeypatch, caps
     assert "--index: expected 0 to 1, found 2" in capsys.readouterr().err
 
 
-def test_otherwise_measured_runs_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_otherwise_measured_runs_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [*SCALING, "--run", str(tmp_path), "--only", "llama-*"]
     assert run(command) == 0
     assert run([*command, "--pictures", "3"]) == 2
     assert "study.json" in capsys.readouterr().err
+    monkeypatch.setattr(arms_module, "glosses", lambda split: ["crab: a decapod"])  # as another version holds out
+    assert run(command) == 2
+    assert "study.json: expected --definitions 2, found 1" in capsys.readouterr().err
 
 
 def started(folder: Path, *more: str) -> subprocess.Popen[str]:

@@ -68,6 +68,10 @@ class Effort:
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
 
+    def settings(self) -> dict[str, Any]:
+        """What is pinned: definitions by their number, for another version may hold out others."""
+        return {**vars(self), "definitions": len(glosses("heldout")[: self.definitions])}
+
 
 def stream(recipe: Recipe) -> tuple[Any, ...]:
     """What makes sample i what it is, and its words what they are: arms in which it is equal see the same data."""

@@ -171,7 +171,7 @@ class Queue:
 
         Raises UserError for a folder whose runs are measured otherwise.
         """
-        pin(self.folder / "study.json", vars(self.effort))
+        pin(self.folder / "study.json", self.effort.settings())
         left = [run for run in chosen if again or self.state(run) != "failed"]
         while True:
             ready = [run for run in left if self.state(run) not in ("done", "taken")]
