@@ -86,6 +86,19 @@ def test_otherwise_measured_runs_are_not_mixed(
     assert "study.json: expected --definitions 2, found 1" in capsys.readouterr().err
 
 
+def test_drawings_of_a_study_have_one_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results are taken elsewhere without the recogniser: the one trained anew is refused, and nothing is measured."""
+    command = [*SCALING, "--run", str(tmp_path), "--only", "transfusion-*"]
+    assert run(command) == 0
+    (result,) = (tmp_path / "results").glob("*.json")
+    facts = json.loads(result.read_text())
+    result.with_stem("elsewhere").write_text(json.dumps({**facts, "judge": "01234567"}))
+    result.unlink()
+    assert run(command) == 2
+    assert f"expected that of the results there, 01234567, found {facts['judge']}" in capsys.readouterr().err
+    assert not result.exists()
+
+
 def started(folder: Path, *more: str) -> subprocess.Popen[str]:
     code = "import sys; from transfuse.cli import run; sys.exit(run(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *SCALING, "--run", str(folder), *more]

@@ -167,6 +167,7 @@ class Exam:
         autoencoder = pipe.exported.autoencoder
         reconstructed = autoencoder.decode(autoencoder.encode(self.real))
         there = self.recogniser.features(self.real)
+        facts["judge"] = self.recogniser.digest
         facts["frechet_of_reconstructions"] = frechet_distance(self.recogniser.features(reconstructed), there)
         facts["images_per_second"] = len(self.real) / drawings.seconds
         for prefix, asked in (("", drawings), ("caption_", captions)):

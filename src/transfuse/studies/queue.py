@@ -219,14 +219,22 @@ class Queue:
 
     @cached_property
     def exam(self) -> Exam:
-        """The recogniser is trained by whoever needs it first."""
+        """The recogniser is trained by whoever needs it first.
+
+        Raises UserError where another one judged the results that are there: trained anew elsewhere it sees a little
+        otherwise, and distances in what it sees do not compare.
+        """
         path, world = self.folder / "recogniser.safetensors", self.runs[0].recipe.data.world
 
         def open_judge() -> Recogniser:
             return keep_recogniser(path, world, self.effort.recogniser_steps)
 
         once(self.folder / "claims", "recogniser", path.is_file, open_judge)
-        return Exam.of(world, self.effort, open_judge())
+        judge = open_judge()
+        judges = {result["judge"] for result in _read_all(self.folder / "results") if "judge" in result}
+        if judges - {judge.digest}:
+            raise UserError(f"{path}: expected that of the results there, {', '.join(judges)}, found {judge.digest}")
+        return Exam.of(world, self.effort, judge)
 
     def listing(self) -> str:
         """Every run with its number, its state and its planned cost."""
