@@ -15,7 +15,7 @@ import torch
 
 from transfuse.cli import run
 from transfuse.data import StepLoader
-from transfuse.training import CheckpointFolder, Trainer
+from transfuse.training import CheckpointFolder, Trainer, read_metrics
 from transfuse.training.checkpoint import Groups, read, step_of
 
 COMMAND = [
@@ -142,9 +142,10 @@ def test_time_in_all_finishes_a_run(at_step, capsys) -> None:
     """Once over, it stays so: called again, the command trains no further. An export there is, and code 0, also where a
     signal came besides."""
     at_step(1, signal.SIGTERM)
-    limited = [*COMMAND, "--loop.max-seconds", "1e-9"]
+    limited = [*COMMAND, "--loop.max-seconds", "1e-9", "--loop.log-every", "5"]
     for _ in range(2):
         assert run(limited) == 0
+        assert read_metrics(Path("run/metrics.jsonl"))[-1]["step"] == 2, "all that was done is told"
         assert saved(Path("run"))[0] == 2
         assert "0 s are over at step 2 of 8" in capsys.readouterr().err
     assert Path("run/export/model.safetensors").is_file()

@@ -206,7 +206,7 @@ class Trainer:
                 if self.step <= reached:  # rolled back
                     log, average, window, before = self._open_log(), Average(), time.monotonic(), dict(self.totals)
                     continue
-                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                if self.step % self.config.log_every == 0 or self.step == self.config.steps or asked.time_over:
                     self.merge()
                     means = average.merged(self.ranks).means()
                     line = self._line(means, before, time.monotonic() - window)

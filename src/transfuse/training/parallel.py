@@ -51,7 +51,7 @@ class ParallelConfig:
     compile: bool = False
     """compile each block (torch.compile)"""
     float8: bool = False
-    """products of the blocks in 8-bit floating point (extra: torchao; NVIDIA Hopper or newer)"""
+    """products of the blocks in 8-bit floating point (extra: quantize; NVIDIA Hopper or newer)"""
 
     def __post_init__(self) -> None:
         for name in ("replicate", "tensor"):
