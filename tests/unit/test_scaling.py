@@ -75,8 +75,7 @@ def test_the_ratio_is_found_for_every_measure_and_way_of_counting(seeds: int) ->
         )
 
 
-def test_the_rivals_dearest_run_is_the_one_of_most_flops_on_every_axis() -> None:
-    """Not the slowest: a small run on a slow machine is no result to equal."""
+def test_a_small_run_on_a_slow_machine_is_no_result_to_equal() -> None:
     results = grid("transfusion", "chameleon")
     slow = next(one for one in results if (one["arm"], one["size"], one["budget"]) == ("chameleon", "xs", 1e6))
     slow["seconds"] = 1e9
@@ -124,6 +123,17 @@ def test_runs_that_a_cheaper_one_of_their_arm_beats_are_no_law(seeds: int) -> No
         reasons = lines[arm]["left_out"]
         assert reasons.keys() == {one["run"] for one in waste if one["arm"] == arm}
         assert all("is cheaper and better" in reason for reason in reasons.values())
+
+
+def test_equal_size_is_asked_where_the_rival_has_budgets() -> None:
+    """One run of a larger size, which makes no line, does not take the place of a size with several."""
+    several = [result(arm, "s", budget) for arm in ("transfusion", "chameleon") for budget in (1e6, 2e6, 4e6)]
+    larger = [result(arm, "m", 1e6) for arm in ("transfusion", "chameleon")]
+    ratios = [
+        analyse(runs)["parity"]["same size"]["frechet"]["transfusion"]["observed"]["ratio"]
+        for runs in (several, [*several, *larger])
+    ]
+    assert ratios == [pytest.approx(RATIO)] * 2
 
 
 @pytest.mark.parametrize(

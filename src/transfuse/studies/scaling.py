@@ -58,7 +58,7 @@ TARGETS: tuple[Literal["observed", "fitted"], ...] = ("observed", "fitted")
 """the rival's result as it was, and as its line has it"""
 AXES: dict[str, tuple[str, str]] = {
     "flops": ("theoretical_flops", "6 N D, as the paper"),
-    "same size": ("theoretical_flops", "6 N D, the rival's largest size alone"),
+    "same size": ("theoretical_flops", "6 N D, one size alone"),
     "executed": ("executed_flops", "operations executed"),
     "seconds": ("seconds", "seconds of training"),
 }
@@ -203,10 +203,10 @@ def _parity(results: Sequence[dict[str, Any]], measure: Measure, arm: str, axis:
         nothing = _as_json(Parity(None, note="no run of the rival is done"))
         return {"observed": nothing, "fitted": nothing}
     if axis == "same size":
-        largest = max(rivals, key=lambda result: result["theoretical_flops"])["size"]
-        ours, rivals = ([one for one in some if one["size"] == largest] for some in (ours, rivals))
+        size = _longest_studied(rivals)
+        ours, rivals = ([one for one in some if one["size"] == size] for some in (ours, rivals))
     ours, rivals = (_unbeaten(some, measure, cost) for some in (ours, rivals))
-    dearest = max(rivals, key=lambda result: result["theoretical_flops"])
+    dearest = max(rivals, key=lambda result: result[cost])
     seeds = [one for one in rivals if (one["size"], one["budget"]) == (dearest["size"], dearest["budget"])]
     best = _points(seeds, measure, cost)
     if len(best) < len(seeds):
@@ -223,6 +223,14 @@ def _parity(results: Sequence[dict[str, Any]], measure: Measure, arm: str, axis:
             ratio["note"] = "; ".join(filter(None, [ratio["note"], note]))
         found[target] = ratio
     return found
+
+
+def _longest_studied(results: Sequence[dict[str, Any]]) -> str:
+    """The size with the most budgets, the largest of several."""
+    budgets: dict[str, set[float]] = {}
+    for result in results:
+        budgets.setdefault(result["size"], set()).add(result["budget"])
+    return max(budgets, key=lambda size: (len(budgets[size]), list(SCALES).index(size)))
 
 
 def _unet_gain(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -54,7 +54,7 @@ _LINES = (
     "are left out of the lines."
 )
 _AXIS = {
-    "same size": "Only runs of the rival's largest size: the ratio is one of data alone.",
+    "same size": "Only runs of the size that the rival has at the most budgets: the ratio is one of data alone.",
     "executed": "Operations that were executed, as counted: attention over visible keys, logits where one is learned.",
     "seconds": "What a clock said. It holds for the machines of these runs, and only where nothing else ran on them.",
 }
