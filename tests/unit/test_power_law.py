@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transfuse.model.flops import count_parameters
 from transfuse.presets import preset
 from transfuse.studies import published
-from transfuse.studies.power_law import Bounds, Point, fit, parity, reference
+from transfuse.studies.power_law import Bounds, Point, fit, middle, parity, reference
 
 SLOPES = st.floats(0.02, 1.5)
 COSTS = (1e12, 3e12, 1e13, 3e13, 1e14)
@@ -55,7 +55,7 @@ def test_units_do_not_matter(slope: float, unit: float, scale: float, seed: int)
     def other(points: list[Point]) -> list[Point]:
         return [Point(point.cost * unit, point.value * scale) for point in points]
 
-    one, two = parity(ours, rivals, "lower", draws=200), parity(other(ours), other(rivals), "lower", draws=200)
+    one, two = parity(ours, rivals, "lower"), parity(other(ours), other(rivals), "lower")
     assert (one.ratio is None) == (two.ratio is None)
     assert (one.low is None) == (two.low is None)
     if one.ratio is not None:
@@ -72,20 +72,41 @@ def test_the_order_of_points_does_not_matter(order: list[int]) -> None:
     )
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
-    """95 % for many points; resamples of twelve are known to be somewhat too sure."""
-    costs = tuple(np.geomspace(1e12, 1e15, 12))
-    truth, inside, slopes = 0.4, 0, 0
-    rivals = law(-0.2, -0.2 * math.log(truth), (costs[-1],))
-    tries = 200
+@pytest.mark.parametrize("target", ["observed", "fitted"])
+@pytest.mark.parametrize(("ours", "rivals"), [(3, 3), (4, 6), (12, 4), (6, 1)])
+def test_the_interval_holds_the_truth_as_often_as_it_says(ours: int, rivals: int, target: str) -> None:
+    """95 %, with three points a line as with twelve; the rival's result is a run, with the error of a run."""
+    truth, tries, inside, slopes, given = 0.4, 600, 0, 0, 0
+    costs, others = (tuple(np.geomspace(1e12, 1e14, 12)[:: 12 // count][:count]) for count in (ours, rivals))
     for seed in range(tries):
-        ours = law(-0.2, 0.0, costs, noise=0.05, seed=seed)
-        found = parity(ours, rivals, "lower", draws=400)
-        line = fit(ours, draws=400)
-        inside += bool(found.low and found.high and found.low <= truth <= found.high)
-        slopes += bool(line and line.low and line.high and line.low <= -0.2 <= line.high)
-    assert 0.85 * tries <= inside <= tries - 1
-    assert 0.85 * tries <= slopes <= tries - 1
+        mine = law(-0.3, 0.0, costs, noise=0.03, seed=2 * seed)
+        theirs = law(-0.3, -0.3 * math.log(truth), others, noise=0.03, seed=2 * seed + 1)
+        found, line = parity(mine, theirs, "lower", target), fit(mine)  # type: ignore[arg-type]
+        assert line is not None
+        assert line.low is not None
+        assert line.high is not None
+        slopes += line.low <= -0.3 <= line.high
+        if found.low is not None and found.high is not None:
+            given += 1
+            inside += found.low <= truth <= found.high
+    assert 0.92 * tries <= slopes <= 0.98 * tries
+    if rivals == 1 and target == "fitted":
+        assert given == 0, "one point is no line"
+    else:
+        assert given > 0.9 * tries
+        assert 0.92 * given <= inside <= 0.98 * given
+
+
+def test_seeds_of_a_run_do_not_pass_for_runs_of_other_costs() -> None:
+    """Three costs, each four times: what the law misses there is missed by all four, so the margin stays that of three
+    costs."""
+    bent = [Point(cost * (1 + n / 1000), value) for n in range(4) for cost, value in ((1, 1.0), (3, 0.7), (9, 0.62))]
+    alone, line = fit(bent[:3]), fit(bent)
+    assert alone is not None
+    assert alone.high is not None
+    assert line is not None
+    assert line.high is not None
+    assert (line.high - line.slope) > 0.3 * (alone.high - alone.slope) > 0
 
 
 def test_least_squares_is_numpys() -> None:
@@ -155,7 +176,7 @@ def test_a_slope_of_doubtful_sign_has_no_interval() -> None:
     noisy = [Point(cost, value) for cost, value in zip(COSTS, (1.0, 1.3, 0.9, 1.25, 0.95), strict=True)]
     found = parity(noisy, [Point(1e13, 1.05)], "lower")
     assert found.low is None
-    assert "slope has the wrong sign" in found.note
+    assert "can not be told from none" in found.note
     assert found.below_one() == "undecided"
 
 
@@ -169,10 +190,9 @@ def test_weak_points_are_left_out_by_footnote_16() -> None:
 
 
 def test_the_reference_is_the_dearest_run_or_the_mean_of_its_seeds() -> None:
-    found = reference([Point(1, 5.0), Point(10, 2.0), Point(10.1, 8.0)])
-    assert found is not None
+    found = middle(reference([Point(1, 5.0), Point(10, 2.0), Point(10.1, 8.0)]))
     assert (found.cost, found.value) == pytest.approx((math.sqrt(101), 4.0))
-    assert reference([]) is None
+    assert reference([]) == []
 
 
 # --- the paper's own points -------------------------------------------------------------------------------------------
@@ -185,10 +205,13 @@ def test_the_papers_points_give_its_ratios(number: int) -> None:
     found = published.published_parity(measure)
     assert found.ratio == pytest.approx(published.REFITTED[number], abs=0.00051)
     assert found.count == 5
-    assert found.below_one() == "reproduced"
-    assert found.low is not None
-    assert found.high is not None
-    assert found.low < published.PRINTED[number] < found.high
+    if measure == "FID":  # four points, by no means on a line
+        assert found.low is None
+    else:
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low < published.PRINTED[number] < found.high
+    assert found.below_one() == ("reproduced" if measure == "Llama suite" else "undecided"), "five points are few"
     if number < 3:
         assert found.ratio == pytest.approx(published.PRINTED[number], rel=0.05)
 

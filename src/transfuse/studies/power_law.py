@@ -6,6 +6,10 @@
 The paper's procedure (Transfusion, section 4.2 and Figure 5): cost is 6 N D, one line for each family, and the ratio is
 the cost at which Transfusion's line equals what the largest Chameleon scored, over that Chameleon's cost. `fit` on the
 paper's own points gives its ratios (`published.py`, a test).
+
+The paper gives no interval. Here it is that of a relative potency: runs scatter about their arm's line alike in all
+arms, and Fieller's theorem gives the costs at which the two could be equal (Finney, Statistical Method in Biological
+Assay). Resampling three to seven points instead would be far too sure.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from typing import Literal
 
 import numpy as np
 
+from .verdicts import student
+
 Better = Literal["higher", "lower"]
 
 LEAST = 3
@@ -25,9 +31,6 @@ ALIKE = 1.05
 """costs that are apart by less than this factor are one: seeds of a run, whose documents differ a little in length"""
 REACH = 100.0
 """times beyond its points that a line is followed at most"""
-UNSURE = 0.05
-"""share of resamples whose slope has the wrong sign, above which there is no interval"""
-DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Point:
 class Line:
     """ln value = intercept + slope * ln cost.
 
-    low, high           95 % interval of the slope over resampled points; None for fewer than `LEAST`
+    low, high           95 % interval of the slope, Student's; None for fewer costs than `LEAST`
     scatter             root of the mean squared distance of the points, in natural logarithms
     cheapest, dearest   the costs between which the points lie
     """
@@ -70,7 +73,7 @@ class Line:
 class Parity:
     """ratio: the cost that equals the rival's result, over the rival's cost; None where there is none, and why in note.
 
-    low, high      95 % interval over resampled points; None where there is none, and why in note
+    low, high      95 % interval, Fieller's; None where there is none, and why in note
     extrapolated   the cost lies outside those of our points
     target, cost   the rival's result and what it cost; needed: the cost of the same on our line
     cheapest, dearest   costs of our points; all five are 0 where there is none
@@ -125,19 +128,18 @@ class Bounds:
         return kept, left_out
 
 
-def fit(points: Sequence[Point], draws: int = DRAWS, seed: int = 0) -> Line | None:
+def fit(points: Sequence[Point]) -> Line | None:
     """Least squares on the logarithms; None where all points cost about the same, or there are none."""
     if different(points) < 2:
         return None
-    x, y = _logarithms(points)
-    slope, intercept = _line(x, y)
+    cloud = _Cloud.of(points)
     low = high = None
-    if draws and different(points) >= LEAST:
-        slopes, _ = _resampled(x, y, draws, np.random.default_rng(seed))
-        low, high = (float(bound) for bound in np.percentile(slopes, [2.5, 97.5]))
-    scatter = float(np.sqrt(np.mean((y - intercept - slope * x) ** 2)))
+    if different(points) >= LEAST:
+        margin = student(different(points) - 2) * math.sqrt(cloud.squares / (len(points) - 2) / cloud.spread)
+        low, high = cloud.slope - margin, cloud.slope + margin
     costs = [point.cost for point in points]
-    return Line(slope, intercept, low, high, len(points), scatter, min(costs), max(costs))
+    scatter = math.sqrt(cloud.squares / len(points))
+    return Line(cloud.slope, cloud.at(0.0), low, high, len(points), scatter, min(costs), max(costs))
 
 
 def different(points: Sequence[Point]) -> int:
@@ -155,12 +157,10 @@ def middle(points: Sequence[Point]) -> Point:
     return Point(math.exp(costs.mean()), math.exp(values.mean()), points[0].label)
 
 
-def reference(points: Sequence[Point]) -> Point | None:
-    """What is to be equalled: the dearest run, or the mean of those that cost as much; None for no points."""
-    if not points:
-        return None
-    cost = max(point.cost for point in points)
-    return middle([point for point in points if cost <= point.cost * ALIKE])
+def reference(points: Sequence[Point]) -> list[Point]:
+    """What is to be equalled: the dearest run, or those that cost as much."""
+    cost = max((point.cost for point in points), default=0.0)
+    return [point for point in points if cost <= point.cost * ALIKE]
 
 
 def parity(
@@ -168,38 +168,38 @@ def parity(
     rivals: Sequence[Point],
     better: Better,
     target: Literal["observed", "fitted"] = "observed",
-    best: Point | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
+    best: Sequence[Point] | None = None,
 ) -> Parity:
     """How much of the rival's largest cost is needed for the rival's result there.
 
-    target   observed: as it scored, as the paper's numbers are found, taken as exact; fitted: as the rival's own line
-             has it, which is resampled as well
-    best     the rival's point that is to be equalled; None: its dearest
+    target   observed: as it scored, as the paper's numbers are found; fitted: as the rival's own line has it. The error
+             of either is in the interval
+    best     the rival's points that are to be equalled, seeds of one run; None: its dearest
     """
-    best = best or reference(rivals)
-    if best is None:
+    seeds = reference(rivals) if best is None else best
+    if not seeds:
         return Parity(None, note="the rival has no point that counts")
+    goal, error = middle(seeds), 1 / len(seeds)
     if target == "fitted":
-        theirs = fit(rivals, draws=0) if different(rivals) >= LEAST else None
-        if theirs is None:
+        if different(rivals) < LEAST:
             return Parity(None, note=f"too few points of the rival for a line: {_counted(rivals)}", count=len(ours))
-        best = Point(best.cost, theirs.at(best.cost), best.label)
-    known = {"target": best.value, "cost": best.cost, "count": len(ours)}
+        theirs = _Cloud.of(rivals)
+        goal = Point(goal.cost, math.exp(theirs.at(math.log(goal.cost))), goal.label)
+        error = theirs.error(math.log(goal.cost))
+    known = {"target": goal.value, "cost": goal.cost, "count": len(ours)}
     if different(ours) < LEAST:
         return Parity(None, note=f"too few points: {_counted(ours)}", **known)  # type: ignore[arg-type]
-    line = fit(ours, draws=0)
+    line = fit(ours)
     assert line is not None
     sign = 1 if better == "higher" else -1
     if line.slope * sign <= 0:
         return Parity(None, note="slope of the wrong sign: more compute does not help", **known)  # type: ignore[arg-type]
-    needed = line.cost_of(best.value)
+    needed = line.cost_of(goal.value)
     if not line.cheapest / REACH <= needed <= line.dearest * REACH:
         note = f"would lie more than {REACH:g} times beyond the points"
         return Parity(None, note=note, extrapolated=True, **known)  # type: ignore[arg-type]
     extrapolated = not line.cheapest <= needed <= line.dearest
-    low, high, unsure = _interval(ours, rivals if target == "fitted" else [], best, sign, draws, seed)
+    low, high, unsure = _interval(ours, rivals, goal, error)
     notes = []
     if extrapolated:
         side = "cheaper" if needed < line.cheapest else "dearer"
@@ -207,7 +207,7 @@ def parity(
     if unsure:
         notes.append(unsure)
     return Parity(
-        needed / best.cost,
+        needed / goal.cost,
         low,
         high,
         extrapolated,
@@ -227,41 +227,59 @@ def _logarithms(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
     return np.log([point.cost for point in points]), np.log([point.value for point in points])
 
 
-def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-    return slope, float(y.mean() - slope * x.mean())
+@dataclass(frozen=True)
+class _Cloud:
+    """Points in logarithms `x`, `y`, and the line of least squares through them.
 
-
-def _resampled(
-    x: np.ndarray, y: np.ndarray, draws: int, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Slopes and intercepts `[draw]` of lines through points drawn with replacement, of two different costs at least.
-
-    Float64 `[draw]`; a resample that is one point, or its seeds, again and again has no line, and is drawn anew.
+    spread    sum of squared distances of x from its mean
+    squares   sum of squared distances from the line
     """
-    chosen = generator.integers(0, len(x), (draws, len(x)))
-    while len(alike := np.flatnonzero(np.ptp(x[chosen], axis=1) < math.log(ALIKE))):
-        chosen[alike] = generator.integers(0, len(x), (len(alike), len(x)))
-    a, b = x[chosen], y[chosen]
-    from_mean = a - a.mean(1, keepdims=True)
-    slopes = (from_mean * (b - b.mean(1, keepdims=True))).sum(1) / (from_mean**2).sum(1)
-    return slopes, b.mean(1) - slopes * a.mean(1)
+
+    count: int
+    x: float
+    y: float
+    spread: float
+    slope: float
+    squares: float
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> _Cloud:
+        x, y = _logarithms(points)
+        spread = float(((x - x.mean()) ** 2).sum())
+        slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread
+        squares = float(((y - y.mean() - slope * (x - x.mean())) ** 2).sum())
+        return cls(len(points), float(x.mean()), float(y.mean()), spread, slope, squares)
+
+    def at(self, x: float) -> float:
+        return self.y + self.slope * (x - self.x)
+
+    def error(self, x: float) -> float:
+        """Variance of the line there, in variances of a point."""
+        return 1 / self.count + (x - self.x) ** 2 / self.spread
 
 
 def _interval(
-    ours: Sequence[Point], rivals: Sequence[Point], best: Point, sign: int, draws: int, seed: int
+    ours: Sequence[Point], rivals: Sequence[Point], goal: Point, error: float
 ) -> tuple[float | None, float | None, str]:
-    """95 % of the ratio over resamples of our points, and of the rival's where its line sets the target; or why not."""
-    generator = np.random.default_rng(seed)
-    slopes, intercepts = _resampled(*_logarithms(ours), draws, generator)
-    target = np.full(draws, math.log(best.value))
-    if rivals:
-        theirs, at_zero = _resampled(*_logarithms(rivals), draws, generator)
-        target = at_zero + theirs * math.log(best.cost)
-    right = slopes * sign > 0
-    if 1 - right.mean() > UNSURE:
-        share = 100 * (1 - right.mean())
-        return None, None, f"no interval: in {share:.0f} % of resamples the slope has the wrong sign"
-    logs = (target[right] - intercepts[right]) / slopes[right] - math.log(best.cost)
-    low, high = np.exp(np.clip(np.percentile(logs, [2.5, 97.5]), -700, 700))
-    return float(low), float(high), ""
+    """Fieller's 95 % of the ratio; or why there is none.
+
+    A cost is in it where the difference between our line and the goal is within Student's margin of its own error. The
+    variance of a point is that of all about their own lines; each cost counts once as a degree of freedom, however many
+    seeds there are, for seeds share what a law misses. error: variance of the goal, in variances of a point.
+    """
+    cloud, squares, degrees, free = _Cloud.of(ours), 0.0, 0, 0
+    for points in (ours, rivals):
+        if different(points) >= LEAST:
+            squares += _Cloud.of(points).squares
+            degrees += len(points) - 2
+            free += different(points) - 2
+    margin = student(free) ** 2 * squares / degrees
+    away = math.log(goal.value) - cloud.y
+    # (away - slope u)^2 <= margin (error + 1 / count + u^2 / spread), with u = ln cost - mean of ln cost
+    a = cloud.slope**2 - margin / cloud.spread
+    b, c = cloud.slope * away, away**2 - margin * (error + 1 / cloud.count)
+    if a <= 0:
+        return None, None, f"no interval: the slope ({cloud.slope:.2g}) can not be told from none"
+    root = math.sqrt(max(0.0, b * b - a * c))
+    low, high = (cloud.x + (b + side * root) / a - math.log(goal.cost) for side in (-1, 1))
+    return math.exp(max(low, -700.0)), math.exp(min(high, 700.0)), ""

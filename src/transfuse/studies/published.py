@@ -85,7 +85,9 @@ def table() -> str:
     """The same as Markdown."""
     lines = ["| | parity FLOP ratio, fitted to the printed points | 95 % | as printed |", "| --- |" + " ---: |" * 3]
     for measure, row in as_json().items():
-        lines.append(f"| {measure} | {row['fitted']:.3f} | {row['low']:.2g} to {row['high']:.2g} | {row['printed']} |")
+        low, high = row["low"], row["high"]
+        interval = "none" if low is None or high is None else f"{low:.2g} to {high:.2g}"
+        lines.append(f"| {measure} | {row['fitted']:.3f} | {interval} | {row['printed']} |")
     return "\n".join(lines) + "\n"
 
 

@@ -11,6 +11,7 @@ whose texts it reads. Measures are those of `transfuse study rivals` (`arms.py`)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -22,7 +23,7 @@ from ..presets import Recipe
 from ..presets.scales import ARMS, SCALES, arm_recipe
 from ..version import __version__
 from .arms import stream
-from .power_law import Better, Parity, Point, fit, middle, parity
+from .power_law import Better, Parity, Point, fit, parity
 from .queue import Planned, Survey, plan_run, short
 
 RIVAL = "chameleon"
@@ -90,9 +91,10 @@ def check_grid(**axes: Sequence[Any]) -> None:
         if not values or len(set(values)) < len(values):
             found = ", ".join(map(str, values)) or "none"
             raise UserError(f"--{name}: expected at least one, and each once, found {found}")
-    for budget in axes.get("budgets", ()):
-        if budget <= 0:
-            raise UserError(f"--budgets: expected positive numbers of positions, found {budget:g}")
+    for name in ("budgets", "positions"):
+        for budget in axes.get(name, ()):
+            if not 0 < budget < math.inf:
+                raise UserError(f"--{name}: expected positive numbers of positions, found {budget:g}")
 
 
 def _payer(recipes: dict[tuple[str, str], Recipe], arm: str, size: str) -> str:
@@ -205,6 +207,10 @@ def _parity(results: Sequence[dict[str, Any]], measure: Measure, arm: str, axis:
     if axis == "same size":
         size = _longest_studied(rivals)
         ours, rivals = ([one for one in some if one["size"] == size] for some in (ours, rivals))
+    machines = {tuple(one["machine"].get(fact) for fact in PACE) for one in [*ours, *rivals]}
+    if axis == "seconds" and len(machines) > 1:
+        nothing = _as_json(Parity(None, note="runs on different machines: seconds do not compare"))
+        return {"observed": nothing, "fitted": nothing}
     ours, rivals = (_unbeaten(some, measure, cost) for some in (ours, rivals))
     dearest = max(rivals, key=lambda result: result[cost])
     seeds = [one for one in rivals if (one["size"], one["budget"]) == (dearest["size"], dearest["budget"])]
@@ -216,12 +222,7 @@ def _parity(results: Sequence[dict[str, Any]], measure: Measure, arm: str, axis:
     found: dict[str, Any] = {}
     for target in TARGETS:
         mine, theirs = (_points(some, measure, cost) for some in (ours, rivals))
-        ratio = _as_json(parity(mine, theirs, measure.better, target, middle(best)))
-        machines = {tuple(one["machine"].get(fact) for fact in PACE) for one in [*ours, *rivals]}
-        if axis == "seconds" and len(machines) > 1:
-            note = "runs on different machines: seconds do not compare"
-            ratio["note"] = "; ".join(filter(None, [ratio["note"], note]))
-        found[target] = ratio
+        found[target] = _as_json(parity(mine, theirs, measure.better, target, best))
     return found
 
 

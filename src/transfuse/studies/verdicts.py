@@ -13,6 +13,11 @@ T_97_5 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
 """quantile 0.975 of Student's t for 1, 2, 3 ... degrees of freedom; beyond the last it is taken, which is wider"""
 
 
+def student(degrees: int) -> float:
+    """The quantile 0.975. degrees: of freedom, 1 at least."""
+    return T_97_5[min(degrees, len(T_97_5)) - 1]
+
+
 @dataclass(frozen=True)
 class Difference:
     """mean over seeds, its 95 % interval (None for one seed), and how many seeds."""
@@ -43,7 +48,7 @@ def paired(differences: Sequence[float]) -> Difference:
     if count < 2:
         return Difference(mean, None, None, count)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (count - 1))
-    margin = T_97_5[min(count - 1, len(T_97_5)) - 1] * deviation / math.sqrt(count)
+    margin = student(count - 1) * deviation / math.sqrt(count)
     return Difference(mean, mean - margin, mean + margin, count)
 
 
