@@ -64,7 +64,7 @@ def test_changes_go_where_they_are_named() -> None:
 
 
 def run(row: str, seed: int, **values: float) -> dict[str, object]:
-    facts = {"theoretical_flops": 1.0, "positions": 1.0, "steps": 1, "parameters": 1}
+    facts = {"theoretical_flops": 1.0, "positions": 1.0, "steps": 1, "parameters": 1, "size": "s", "budget": 1e6}
     return {"run": f"{row}-seed{seed}", "arm": row, "seed": seed, **facts, **values}
 
 
@@ -82,6 +82,14 @@ def test_verdicts_of_made_up_results() -> None:
     page = ablations_page(report, Path())
     assert "1 reproduced, 1 not reproduced, 0 undecided" in page
     assert summary(report).count("\n| Table") == 2
+
+
+def test_results_of_two_sizes_or_budgets_are_not_compared() -> None:
+    results = [run("causal", 0, frechet=1.0), {**run("transfusion", 0, frechet=1.0), "size": "m"}]
+    with pytest.raises(UserError, match="expected results of one size, found m, s"):
+        analyse(results)
+    with pytest.raises(UserError, match="expected results of one budget"):
+        analyse([results[0], {**results[1], "size": "s", "budget": 2e6}])
 
 
 def test_names_that_are_none(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +30,8 @@ def dead_process() -> int:
 def claim(folder: Path, generation: int, host: str, process: int, age: float = 0.0) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"a.{generation}"
-    path.write_text(json.dumps({"host": host, "process": process}))
+    home = claims._home() if host == socket.gethostname() else host
+    path.write_text(json.dumps({"host": host, "process": process, "home": home}))
     os.utime(path, (time.time() - age,) * 2)
     return path
 
@@ -55,6 +59,13 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(tmp_path: Path, caps
     with hold(tmp_path, "a") as held:
         assert held
     assert "a: taken over from" in capsys.readouterr().err
+
+
+def test_a_process_of_another_container_of_this_name_is_not_taken_for_dead(tmp_path: Path) -> None:
+    path = claim(tmp_path, 0, socket.gethostname(), dead_process())
+    path.write_text(json.dumps({**json.loads(path.read_text()), "home": "another container"}))
+    with hold(tmp_path, "a") as held:
+        assert not held
 
 
 @pytest.mark.parametrize(("age", "free"), [(0.0, False), (claims.DEAD - 60, False), (claims.DEAD + 60, True)])
@@ -96,11 +107,45 @@ def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert (tmp_path / "a.0").stat().st_mtime > 0
 
 
+def test_the_heart_goes_on_when_the_folder_was_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that fails once, in any call, must not stop the heart: another would take over."""
+    monkeypatch.setattr(claims, "BEAT", 0.02)
+    look, failed = claims.newest_claim, threading.Event()
+
+    def failing(folder: Path, name: str) -> Any:
+        if threading.current_thread() is not threading.main_thread() and not failed.is_set():
+            failed.set()
+            raise OSError(errno.ESTALE, "stale file handle")
+        return look(folder, name)
+
+    with hold(tmp_path, "a"):
+        monkeypatch.setattr(claims, "newest_claim", failing)
+        assert failed.wait(5)
+        os.utime(tmp_path / "a.0", (0, 0))
+        until = time.monotonic() + 5
+        while (tmp_path / "a.0").stat().st_mtime == 0 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert (tmp_path / "a.0").stat().st_mtime > 0
+
+
+def test_a_folder_to_look_at_alone_can_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(tmp_path, 0, "elsewhere", 1)
+
+    def refused(path: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "touch", refused)
+    found = newest_claim(tmp_path, "a")
+    assert found is not None
+    assert found.alive
+
+
 def test_whoever_was_taken_over_ends(tmp_path: Path) -> None:
     """A process that stood still must not go on writing beside the one that took over."""
     code = f"""
 import sys, time
 from pathlib import Path
+from typing import Any
 from transfuse.studies import claims
 claims.BEAT = 0.05
 folder = Path({str(tmp_path)!r})

@@ -210,6 +210,9 @@ def test_drawings_of_something_else_score_nothing() -> None:
     assert found.noun.value == found.background.value == found.both.value == 0.0
     assert found.real_noun.value == found.real_background.value == 1.0
     assert 0 < found.chance_noun < 0.5
+    pairs = list(zip(found.nouns, found.backgrounds, strict=True))
+    assert found.chance_both == agreement_by_chance(pairs), "held-out backgrounds follow from nouns: no product of two"
+    assert found.chance_both > found.chance_noun * found.chance_background
     assert found.named != found.nouns
 
 

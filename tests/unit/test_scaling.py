@@ -11,8 +11,9 @@ import pytest
 
 from transfuse.cli import run
 from transfuse.errors import UserError
+from transfuse.studies.arms import Effort
 from transfuse.studies.charts import _log_ticks
-from transfuse.studies.queue import write_report
+from transfuse.studies.queue import Queue, write_report
 from transfuse.studies.scaling import AXES, MEASURES, analyse, check_grid, plan_scaling
 from transfuse.studies.scaling_page import scaling_figures, scaling_page, summary
 
@@ -145,7 +146,9 @@ def test_seconds_of_different_machines_are_marked(other: dict[str, Any]) -> None
     assert "different machines" not in alike["seconds"]["frechet"]["transfusion"]["observed"]["note"]
     results[0]["machine"] |= other
     report = analyse(results)["parity"]
-    assert "different machines" in report["seconds"]["frechet"]["transfusion"]["observed"]["note"]
+    seconds = report["seconds"]["frechet"]["transfusion"]["observed"]
+    assert "different machines" in seconds["note"]
+    assert (seconds["ratio"], seconds["below_one"]) == (None, "undecided")
     assert "different machines" not in report["flops"]["frechet"]["transfusion"]["observed"]["note"]
 
 
@@ -175,6 +178,11 @@ def test_the_report_is_made_of_the_results_or_of_an_earlier_report(tmp_path: Pat
     assert run(["study", "scaling", "--run", str(tmp_path / "moved"), "--report-only"]) == 0
     for name in ("report.html", "report.json", *(f"figures/{path.name}" for path in (tmp_path / "figures").iterdir())):
         assert (tmp_path / "moved" / name).read_text() == (tmp_path / name).read_text(), name
+    for name in ("study.json", "report.json"):
+        (tmp_path / "moved" / name).write_text(json.dumps({**report, "study": "ablations"}))
+        with pytest.raises(UserError, match=f"{name}: expected the study scaling, found ablations"):
+            write_report(tmp_path / "moved", analyse, scaling_page)
+        (tmp_path / "moved" / name).write_text(json.dumps(report))
     with pytest.raises(UserError, match=r"expected results of runs, or a report\.json"):
         write_report(tmp_path / "nothing", analyse, scaling_page)
 
@@ -195,6 +203,10 @@ def test_grids_that_are_none(tmp_path: Path) -> None:
         check_grid(seeds=())
     with pytest.raises(UserError, match=r"--budgets: expected positive numbers of positions, found -1"):
         check_grid(budgets=(-1.0,))
+    with pytest.raises(UserError, match=r"--budgets: expected positive numbers of positions, found nan"):
+        check_grid(budgets=(1e6, math.nan))
+    with pytest.raises(UserError, match="expected runs of different names, found llama-xxs-1M-seed0 twice"):
+        Queue(tmp_path, plan_scaling(tmp_path, ("llama",), ("xxs",), (1e6, 1e6 + 1), (0,)), Effort(), {})
     with pytest.raises(UserError, match='size: unknown name "x"'):
         plan_scaling(tmp_path, ("transfusion",), ("x",), (1e3,), (0,))
     with pytest.raises(UserError, match='arm: unknown name "camel"; did you mean "chameleon"'):

@@ -86,6 +86,58 @@ def test_otherwise_measured_runs_are_not_mixed(
     assert "study.json: expected --definitions 2, found 1" in capsys.readouterr().err
 
 
+def test_a_folder_keeps_to_its_study_and_to_what_run_names_do_not_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another size, budget or study would stand in one table with what is there."""
+    command = ["study", "ablations", "--rows", "llama", "--seeds", "0", "--run", str(tmp_path), *QUICK]
+    asked = ["--size", "xxs", "--positions", "1e3"]
+    assert run([*command, *asked]) == 0
+    for other, told in (
+        (["--size", "xs", "--positions", "1e3"], "expected --size xxs, found xs"),
+        (["--size", "xxs", "--positions", "2e3"], "expected --positions 1000, found 2000"),
+    ):
+        assert run([*command, *other]) == 2
+        assert told in capsys.readouterr().err
+    assert run([*SCALING, "--run", str(tmp_path)]) == 2
+    assert "expected --study ablations, found scaling" in capsys.readouterr().err
+    assert run([*SCALING, "--run", str(tmp_path), "--report-only"]) == 2
+    assert "study.json: expected the study scaling, found ablations" in capsys.readouterr().err
+    assert list(results(tmp_path)) == ["llama-seed0"]
+
+
+def test_a_run_of_another_plan_is_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even one that is trained: its folder came from elsewhere."""
+    command = [*SCALING, "--run", str(tmp_path), "--only", "llama-*"]
+    assert run(command) == 0
+    (name,) = results(tmp_path)
+    (tmp_path / "results" / f"{name}.json").unlink()
+    config = tmp_path / "runs" / name / "config.json"
+    facts = json.loads(config.read_text())
+    config.write_text(json.dumps({**facts, "loop": {**facts["loop"], "steps": 99}}))
+    assert run(command) == 2
+    assert "loop.steps: this run has 99" in capsys.readouterr().err
+    assert not results(tmp_path)
+
+
+def test_machines_are_those_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained in two sittings on two processors, measured on a third: seconds are of the first two."""
+    command = [*SCALING, "--run", str(tmp_path), "--only", "llama-*"]
+    train, take = queue_module.train_run, Exam.take
+    for name, at in (("one", "train_run"), ("two", "take"), ("three", "")):
+        monkeypatch.setattr(queue_module, "processor_name", lambda name=name: name)
+        monkeypatch.setattr(queue_module, "train_run", _interrupted if at == "train_run" else train)
+        monkeypatch.setattr(Exam, "take", _interrupted if at == "take" else take)
+        assert run(command) == (130 if at else 0)
+    (result,) = results(tmp_path).values()
+    assert result["machine"]["processor"] == "one, then two"
+    assert result["machine"]["device"] == "cpu"
+
+
+def _interrupted(*arguments: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 def test_drawings_of_a_study_have_one_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Results are taken elsewhere without the recogniser: the one trained anew is refused, and nothing is measured."""
     command = [*SCALING, "--run", str(tmp_path), "--only", "transfusion-*"]
@@ -143,6 +195,20 @@ def test_a_run_that_diverges_does_not_hold_the_others_up(tmp_path: Path, monkeyp
     monkeypatch.setattr(queue_module, "train_run", train)
     assert run(command) == 0
     assert len(results(tmp_path)) == 1, "not by itself"
+    (tmp_path / "failures" / "llama-xxs-1k-seed0.json").rename(tmp_path / "aside")
+    queue = queue_module.Queue.state
+
+    def fails_meanwhile(self: Any, run: Any) -> Any:
+        """Another process finds out, between this one's plan and its turn."""
+        found = queue(self, run)
+        if (tmp_path / "aside").exists():
+            (tmp_path / "aside").rename(tmp_path / "failures" / "llama-xxs-1k-seed0.json")
+        return found
+
+    monkeypatch.setattr(queue_module.Queue, "state", fails_meanwhile)
+    assert run(command) == 0
+    assert len(results(tmp_path)) == 1, "not again by each process"
+    monkeypatch.setattr(queue_module.Queue, "state", queue)
     assert run([*command, "--only", "llama-*"]) == 0
     assert len(results(tmp_path)) == 2
     assert not json.loads((tmp_path / "report.json").read_text())["failures"]
@@ -225,7 +291,7 @@ def test_ablations_differ_by_what_they_are_named_for(tmp_path: Path, capsys: pyt
     assert " reproduced" not in verdicts, "one seed decides nothing"
 
 
-def test_image_editing_before_and_after(tmp_path: Path) -> None:
+def test_image_editing_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["train", "tiny", "--run", str(tmp_path / "run"), "--loop.steps", "2", "--data.world.max-objects", "2"]
     assert run(tiny) == 0
     asked = ["study", "image-editing", "--start", str(tmp_path / "run" / "export"), "--run", str(tmp_path / "study")]
@@ -243,3 +309,9 @@ def test_image_editing_before_and_after(tmp_path: Path) -> None:
         (tmp_path / "study" / "tuning" / "metrics.jsonl").read_text(),
     )
     assert again == kept, "what is done is not done again"
+    capsys.readouterr()
+    assert run([*asked, "--rate", "1e-3"]) == 2
+    assert "study.json: expected --rate 0.0005, found 0.001" in capsys.readouterr().err
+    (tmp_path / "run" / "export" / "generation_config.json").write_text('{"guidance_scale": 2.0}')
+    assert run(asked) == 2
+    assert "study.json: expected --start " in capsys.readouterr().err

@@ -173,9 +173,10 @@ def _queued(
     plan: Callable[[], list[Planned]],
     analyse: Callable[..., dict[str, Any]],
     page: Callable[[dict[str, Any], Path], str],
+    shared: dict[str, Any],
     figures: Callable[[dict[str, Any]], dict[str, str]] = lambda report: {},
 ) -> tuple[int, dict[str, Any]]:
-    """List, work or report, as asked."""
+    """List, work or report, as asked. shared: to what the folder keeps, beside how much is measured."""
     from ..studies.arms import Effort
     from ..studies.queue import Queue, write_report
 
@@ -184,7 +185,7 @@ def _queued(
     if asked.only and asked.index is not None:
         raise UserError("--index: expected it without --only, found both")
     effort = Effort(asked.pictures, asked.definitions, asked.recogniser_steps)
-    queue = Queue(asked.run, plan(), effort)
+    queue = Queue(asked.run, plan(), effort, shared)
     if asked.list_runs:
         print(queue.listing())
         return 0, {}
@@ -206,7 +207,7 @@ def _scaling(asked: Scaling) -> tuple[int, dict[str, Any]]:
     def plan() -> list[Planned]:
         return plan_scaling(asked.run, asked.arms, asked.sizes, asked.budgets, asked.seeds)
 
-    code, report = _queued(asked, plan, analyse, scaling_page, scaling_figures)
+    code, report = _queued(asked, plan, analyse, scaling_page, {"study": "scaling"}, scaling_figures)
     if report:
         print(summary(report))
     return code, report
@@ -219,7 +220,8 @@ def _ablations(asked: Ablations) -> tuple[int, dict[str, Any]]:
     def plan() -> list[Planned]:
         return plan_ablations(asked.run, asked.rows or tuple(ROWS), asked.size, asked.positions, asked.seeds)
 
-    code, report = _queued(asked, plan, analyse, ablations_page)
+    shared = {"study": "ablations", "size": asked.size, "positions": asked.positions}
+    code, report = _queued(asked, plan, analyse, ablations_page, shared)
     if report:
         print(summary(report))
     return code, report

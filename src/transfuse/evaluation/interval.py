@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +92,6 @@ def corrected(*tasks: tuple[np.ndarray, np.ndarray, np.ndarray], draws: int = 20
     return Measured(value, min(value, float(low)), max(value, float(high)), sum(len(found) for found, _, _ in tasks))
 
 
-def agreement_by_chance(wanted: Sequence[str]) -> float:
+def agreement_by_chance(wanted: Sequence[Hashable]) -> float:
     """How often an answer to another, random item would be right: what good answers to no question score."""
-    shares = np.unique(np.asarray(wanted), return_counts=True)[1] / len(wanted)
-    return float((shares**2).sum())
+    return sum((count / len(wanted)) ** 2 for count in Counter(wanted).values())

@@ -50,6 +50,7 @@ class DrawingResult:
     real_background: Measured
     chance_noun: float
     chance_background: float
+    chance_both: float
     seconds: float
 
 
@@ -67,6 +68,7 @@ class CaptionResult:
     both: Measured
     chance_noun: float
     chance_background: float
+    chance_both: float
     seconds: float
 
 
@@ -126,6 +128,7 @@ def draw_accuracy(
         real_background=share(_same([background_of(picture) for picture in real], backgrounds)),
         chance_noun=agreement_by_chance(nouns),
         chance_background=agreement_by_chance(backgrounds),
+        chance_both=agreement_by_chance(list(zip(nouns, backgrounds, strict=True))),
         seconds=seconds,
     )
 
@@ -158,6 +161,7 @@ def caption_accuracy(
         both=share(noun_right & background_right),
         chance_noun=agreement_by_chance(nouns),
         chance_background=agreement_by_chance(backgrounds),
+        chance_both=agreement_by_chance(list(zip(nouns, backgrounds, strict=True))),
         seconds=seconds,
     )
 

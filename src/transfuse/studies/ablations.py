@@ -165,7 +165,7 @@ def plan_ablations(
     folder: Path, rows: Sequence[str], size: str, positions: float, seeds: Sequence[int]
 ) -> list[Planned]:
     """Rows at one size and budget, at every seed. Raises UserError for names that are not there."""
-    check_grid(rows=rows, seeds=seeds, budgets=(positions,))
+    check_grid(rows=rows, seeds=seeds, positions=(positions,))
     known = ROWS | PIECES
     for row in rows:
         if row not in known:
@@ -182,7 +182,13 @@ def plan_ablations(
 
 
 def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Every comparison whose rows are there, by measure: plain JSON, from the results alone."""
+    """Every comparison whose rows are there, by measure: plain JSON, from the results alone.
+
+    Raises UserError for results of several sizes or budgets: a difference would not be the rows' alone.
+    """
+    for fact in ("size", "budget"):
+        if len(found := {result[fact] for result in results}) > 1:
+            raise UserError(f"ablations: expected results of one {fact}, found {', '.join(map(str, sorted(found)))}")
     return {
         "study": "ablations",
         "version": __version__,

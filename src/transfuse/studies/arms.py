@@ -21,6 +21,7 @@ import numpy as np
 
 from ..configuration import read_json
 from ..data.world import WorldConfig, glosses
+from ..devices import pick_device
 from ..errors import UserError
 from ..evaluation import (
     Measured,
@@ -35,6 +36,7 @@ from ..evaluation.captioning import cider_d
 from ..evaluation.distances import frechet
 from ..evaluation.reconstruction import frechet_distance
 from ..evaluation.words import tokenize
+from ..files import whole_file
 from ..inference import TransfusionPipeline
 from ..model.flops import count_parameters
 from ..presets import Recipe
@@ -94,9 +96,9 @@ def pin(path: Path, settings: Mapping[str, Any]) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings) + "\n")
     except OSError as error:
         raise UserError(f"{path.parent}: expected a folder to write to, found {error.strerror or error}") from None
+    whole_file(path, lambda partial: partial.write_text(json.dumps(settings) + "\n"))
 
 
 def _plain(value: Any) -> str:
@@ -138,7 +140,7 @@ class Exam:
         `NAME_chance` is what guessing scores.
         """
         recipe = read_recipe(folder / "config.json", Recipe)
-        pipe = TransfusionPipeline.from_pretrained(folder / "export", device=recipe.device)
+        pipe = TransfusionPipeline.from_pretrained(folder / "export", device=pick_device(recipe.device))
         totals = read_metrics(folder / "metrics.jsonl")[-1]
         parameters = count_parameters(recipe.model).total
         facts: dict[str, Any] = {
@@ -173,7 +175,7 @@ class Exam:
         for prefix, asked in (("", drawings), ("caption_", captions)):
             facts[f"{prefix}noun_chance"] = asked.chance_noun
             facts[f"{prefix}background_chance"] = asked.chance_background
-            facts[f"{prefix}both_chance"] = asked.chance_noun * asked.chance_background
+            facts[f"{prefix}both_chance"] = asked.chance_both
         said = [tokenize(text) for text in captions.captions]
         truths = [[tokenize(text)] for text in captions.truths]
         return drawings.images, {

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,13 @@ DEAD = 600.0
 
 @dataclass(frozen=True)
 class Claim:
-    """Number `generation` of a name's claims. idle: seconds since its last heartbeat, by the file system's clock."""
+    """Number `generation` of a name's claims. idle: seconds since its last heartbeat, by the file system's clock; home:
+    where its process has its number (`_home`)."""
 
     generation: int
     host: str
     process: int
+    home: str
     idle: float
     over: bool
     """let go"""
@@ -49,7 +52,7 @@ class Claim:
     def alive(self) -> bool:
         if self.over or self.idle > DEAD:
             return False
-        if self.host != socket.gethostname():
+        if self.home != _home():
             return True
         try:
             os.kill(self.process, 0)
@@ -74,17 +77,26 @@ def newest_claim(folder: Path, name: str) -> Claim | None:
         who = json.loads(path.read_text() or "{}")
     except ValueError:  # its process died while it wrote
         who = {}
-    return Claim(max(generations), who.get("host", "?"), who.get("process", 0), max(0.0, idle), "over" in who)
+    return Claim(
+        max(generations),
+        who.get("host", "?"),
+        who.get("process", 0),
+        who.get("home", ""),
+        max(0.0, idle),
+        "over" in who,
+    )
 
 
 def _now(folder: Path) -> float:
     """The time by the clock of the folder's file system: machines' own may differ."""
-    probe = folder / f".clock-{socket.gethostname()}-{os.getpid()}"
-    probe.touch()
+    probe = folder / f".clock-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     try:
+        probe.touch()
         return probe.stat().st_mtime
+    except PermissionError:  # a folder to look at alone
+        return time.time()
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             probe.unlink()
 
 
@@ -114,7 +126,18 @@ def hold(folder: Path, name: str) -> Iterator[bool]:
 
 
 def _me() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "process": os.getpid()}
+    return {"host": socket.gethostname(), "process": os.getpid(), "home": _home()}
+
+
+@cache
+def _home() -> str:
+    """Where numbers of processes mean the same: this machine since it was started, and this container of it, for two
+    may have one name."""
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {started} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # of systems that have no such files
+        return socket.gethostname()
 
 
 def _take(folder: Path, name: str) -> Path | None:
@@ -136,10 +159,10 @@ def _beat(folder: Path, name: str, path: Path, over: threading.Event) -> None:
     while not over.wait(BEAT):
         try:
             os.utime(path)
-        except OSError as error:
+            newest = newest_claim(folder, name)
+        except OSError as error:  # of a file system that is away for a while; the heart goes on
             say(f"{path}: heartbeat not written ({error.strerror or error})")
             continue
-        newest = newest_claim(folder, name)
         if newest is not None and folder / f"{name}.{newest.generation}" != path:
             _give_up(name)
 

@@ -1,5 +1,6 @@
 """Section 4.4 at a size anyone can run: a trained model is fine-tuned on 8,000 edits; what it obeys, before and after.
 
+    STUDY/study.json               the start, by its hash, and the settings of tuning, to which the folder keeps
     STUDY/tuning/                  the run, with its export
     STUDY/before, STUDY/after      what was drawn (`evaluation/`), and the judges
     STUDY/report.json, report.html, pictures/
@@ -31,6 +32,7 @@ from ..images import read_image
 from ..presets import Recipe, preset
 from ..training import RESUMABLE
 from ..version import __version__
+from .arms import pin
 from .evaluate import open_bench
 from .page import columns, grid, image, made_of_report, page, section
 from .training import train_run
@@ -52,8 +54,8 @@ class Tuning:
 
     def __post_init__(self) -> None:
         for name in ("triples", "epochs", "batch", "rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name}: expected more than 0, found {getattr(self, name):g}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name}: expected a number above 0, found {getattr(self, name):g}")
 
     @property
     def steps(self) -> int:
@@ -96,11 +98,13 @@ def run_image_editing(
 ) -> tuple[int, dict[str, Any]]:
     """Measure, fine-tune, measure again. Gives the exit code (75: stopped and saved) and the report.
 
-    What is done is not done again. Raises UserError for what is no model, or none that draws.
+    What is done is not done again. Raises UserError for what is no model, or none that draws; and for a folder in which
+    another start was tuned, or otherwise.
     """
     chosen = named(("editing", *measures), "--measures")
     bench = open_bench(start, folder / "before", options, world)
     recipe = tuning_recipe(start, tuning, bench.world)
+    pin(folder / "study.json", {"study": "image-editing", "start": bench.model, "world": world, **vars(tuning)})
     found = {"before": list(evaluate(bench, chosen))}
     tuned = folder / "tuning" / "export"
     if not (tuned / "config.json").is_file() and train_run(recipe, folder / "tuning").export is None:

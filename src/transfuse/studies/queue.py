@@ -1,13 +1,14 @@
 """A study's runs, taken one after another from a folder by any number of processes and machines; once each.
 
-    queue = Queue(folder, runs, effort)
+    queue = Queue(folder, runs, effort, {"study": "scaling"})
     queue.work(queue.chosen(only=("chameleon-*",)))
 
-    STUDY/study.json              what all runs share: how much is measured
+    STUDY/study.json              what all runs share: whose they are, how much is measured
     STUDY/positions.json          positions a step, by what pictures are made of
     STUDY/recogniser.safetensors  the judge of drawings, one for all
     STUDY/claims/                 who does what (`claims.py`)
     STUDY/runs/NAME/              a run like any other; its checkpoints go when it is measured
+    STUDY/runs/NAME/machines.jsonl    what its seconds depend on, a line for each time that it was trained
     STUDY/results/NAME.json       what was found, whole or not at all: the run is done
     STUDY/failures/NAME.json      why a run came to nothing; it is tried again only when asked for by name
 
@@ -22,9 +23,10 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +41,7 @@ from ..evaluation.recogniser import Recogniser
 from ..files import whole_file
 from ..model.flops import count_parameters
 from ..presets import Recipe
-from ..presets.runs import read_recipe
+from ..presets.runs import open_run
 from ..training import RESUMABLE, DivergedError
 from .arms import Effort, Exam, pin, positions_per_step
 from .claims import hold, newest_claim
@@ -128,12 +130,18 @@ def short(number: float) -> str:
 class Queue:
     """The runs of a study in the order in which they are taken, the cheapest first."""
 
-    def __init__(self, folder: Path, runs: Iterable[Planned], effort: Effort) -> None:
-        """Raises UserError under torchrun: a queue is worked on by processes that know nothing of each other."""
+    def __init__(self, folder: Path, runs: Iterable[Planned], effort: Effort, shared: Mapping[str, Any]) -> None:
+        """shared: the study's name and what the names of its runs do not tell, to which the folder keeps.
+
+        Raises UserError under torchrun: a queue is worked on by processes that know nothing of each other.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("study: expected one process, found torchrun's; start the command several times instead")
-        self.folder, self.effort = folder, effort
+        self.folder, self.effort, self.shared = folder, effort, shared
         self.runs = sorted(runs, key=lambda run: (run.flops, run.name))
+        for one, other in pairwise(sorted(run.name for run in self.runs)):
+            if one == other:
+                raise UserError(f"study: expected runs of different names, found {one} twice")
 
     def result(self, name: str) -> Path:
         return self.folder / "results" / f"{name}.json"
@@ -171,15 +179,22 @@ class Queue:
 
         Raises UserError for a folder whose runs are measured otherwise.
         """
-        pin(self.folder / "study.json", self.effort.settings())
-        left = [run for run in chosen if again or self.state(run) != "failed"]
+        settings, path = {**self.shared, **self.effort.settings()}, self.folder / "study.json"
+        once(self.folder / "claims", "study", path.is_file, lambda: pin(path, settings))
+        pin(path, settings)
+        left = list(chosen)
+
+        def over(run: Planned) -> bool:
+            """By another process, maybe, since the last look."""
+            return self.result(run.name).is_file() or (self.failure(run.name).is_file() and not again)
+
         while True:
-            ready = [run for run in left if self.state(run) not in ("done", "taken")]
+            ready = [run for run in left if not over(run) and self.state(run) != "taken"]
             if not ready:
                 break
             left.remove(ready[0])
             with hold(self.folder / "claims", ready[0].name) as held:
-                if held and not self.result(ready[0].name).is_file() and not self._do(ready[0]):
+                if held and not over(ready[0]) and not self._do(ready[0]):
                     return RESUMABLE
         taken = [run.name for run in chosen if self.state(run) == "taken"]
         if taken:
@@ -192,10 +207,10 @@ class Queue:
         done = sum(self.state(other) == "done" for other in self.runs)
         say(f"{run.name}: {run.flops:.2g} operations (6 N D), {done} of {len(self.runs)} runs are done")
         try:
+            recipe = open_run(run.recipe, folder)  # which refuses one that was begun by another plan
             if not (folder / "export" / "config.json").is_file():
-                recipe = run.recipe
-                if (folder / "config.json").is_file():  # begun elsewhere: device and precision are settled
-                    recipe = read_recipe(folder / "config.json", Recipe)
+                with (folder / "machines.jsonl").open("a") as file:
+                    file.write(json.dumps(_machine(recipe)) + "\n")
                 if train_run(recipe, folder).export is None:
                     return False
         except DivergedError as error:
@@ -207,7 +222,7 @@ class Queue:
         if len(drawn):
             zoom = max(1, 96 // drawn.shape[1])
             grid(list(drawn[:SHOWN]), SHOWN, zoom).save(folder / "drawings.png")
-        self._write(self.result(run.name), {"run": run.name, **run.facts, **facts, "machine": _machine(folder)})
+        self._write(self.result(run.name), {"run": run.name, **run.facts, **facts, "machine": _machines(folder)})
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return True
 
@@ -259,7 +274,7 @@ def write_report(
 ) -> dict[str, Any]:
     """`report.json` of all results that are there, or of those in an earlier one; and the page and figures from it.
 
-    Processes write in turn, so the last has all results. Raises UserError where there are none.
+    Processes write in turn, so the last has all results. Raises UserError where there are none, or another study's.
     """
     results, failures = _read_all(folder / "results"), _read_all(folder / "failures")
     if not results and (folder / "report.json").is_file():
@@ -271,6 +286,9 @@ def write_report(
 
     def write() -> None:
         report = analyse(_read_all(folder / "results") or results, failures)
+        for path in (folder / "study.json", folder / "report.json"):
+            if path.is_file() and (found := read_json(path).get("study")) != report["study"]:
+                raise UserError(f"{path}: expected the study {report['study']}, found {found}")
         texts = {"report.json": json.dumps(report, indent=2) + "\n", "report.html": page(report, folder)}
         texts |= {f"figures/{name}.svg": svg for name, svg in figures(report).items()}
         for name, text in texts.items():
@@ -288,14 +306,22 @@ def _read_all(folder: Path) -> list[dict[str, Any]]:
     return [read_json(path) for path in sorted(folder.glob("*.json"))]
 
 
-def _machine(folder: Path) -> dict[str, Any]:
-    """What the seconds depend on."""
-    recipe = read_recipe(folder / "config.json", Recipe)
-    cuda = recipe.device == "cuda"
+def _machine(recipe: Recipe) -> dict[str, Any]:
+    """What the seconds of training depend on, here and now. recipe: with its device settled."""
     return {
         "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name(0) if cuda else "cpu",
+        "device": torch.cuda.get_device_name(0) if recipe.device == "cuda" else "cpu",
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "precision": recipe.precision,
     }
+
+
+def _machines(folder: Path) -> dict[str, Any]:
+    """The same of all times that a run was trained; facts in which they differ one after the other."""
+    sessions = [json.loads(line) for line in (folder / "machines.jsonl").read_text().splitlines()]
+    found = {}
+    for fact in sessions[0]:
+        values = list(dict.fromkeys(one[fact] for one in sessions))
+        found[fact] = values[0] if len(values) == 1 else ", then ".join(map(str, values))
+    return found

@@ -14,6 +14,7 @@ compute.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,7 @@ def run_rivals(
 
     Gives the exit code (75: stopped and saved) and the report. Raises UserError for arms that do not go together.
     """
-    if flops <= 0 or not presets:
+    if not 0 < flops < math.inf or not presets:
         raise UserError(f"rivals: expected a budget and presets, found {flops:g} and {len(presets)}")
     if only is not None and only not in presets:
         raise UserError(f'rivals: --only: expected one of {", ".join(presets)}, found "{only}"')
@@ -73,7 +74,7 @@ def run_rivals(
             f"rivals: expected presets of one world, mixture, vocabulary and seed, found {', '.join(presets)}"
         )
     held_out_scenes(recipes[presets[0]].data.world, 1)  # a world that can not be measured is refused now
-    pin(folder / "budget.json", {"flops": flops})
+    pin(folder / "budget.json", {"flops": flops, "presets": list(presets)})
     for name in [only] if only else presets:
         if (folder / name / "export" / "config.json").is_file():
             continue
