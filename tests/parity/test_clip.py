@@ -10,6 +10,7 @@ import torch
 from conftest import exported
 
 from transfuse.data.world import WorldConfig
+from transfuse.errors import UserError
 from transfuse.evaluation import Bench, Drawing, Options, evaluate, named
 from transfuse.evaluation.clip import Clip, clip_scores
 from transfuse.inference import TransfusionPipeline
@@ -41,3 +42,5 @@ def test_a_score_is_the_cosine_of_open_clip_s_own_embeddings(tokenizer, tmp_path
     result = next(result for some in evaluate(replace(bench), named(["clip"])) for result in some)
     assert result.name == f"CLIP score, {NAME}"
     assert 0 <= result.value <= 100
+    with pytest.raises(UserError, match='--clip-model: unknown name "ViT-S-32-al"; did you mean "ViT-S-32-alt"'):
+        list(evaluate(replace(bench, options=replace(options, clip_model="ViT-S-32-al")), named(["clip"])))

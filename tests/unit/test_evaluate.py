@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +75,28 @@ def test_a_line_that_was_being_written_is_made_again(tmp_path) -> None:
         generate(tmp_path, picture_task(4, asked), batch=2)
 
 
+def test_two_processes_at_once_make_one_set(tmp_path) -> None:
+    """The second waits, and reads: no line twice, none cut off."""
+    context = multiprocessing.get_context("fork")
+    turns = [context.Process(target=generate, args=(tmp_path, slow_task(6), size)) for size in (1, 2, 3)]
+    for turn in turns:
+        turn.start()
+    for turn in turns:
+        turn.join(60)
+        assert turn.exitcode == 0
+    made = generate(tmp_path, slow_task(6), 1)
+    assert [record["number"] for record in made.records] == list(range(6))
+    assert len({record["by"] for record in made.records}) == 1
+
+
+def slow_task(count: int) -> Task:
+    def work(numbers):
+        time.sleep(0.1)
+        return [Made({"number": number, "by": os.getpid()}) for number in numbers]
+
+    return Task("slow", {}, count, work)
+
+
 def test_another_setting_is_another_folder(tmp_path) -> None:
     asked: list[int] = []
     first = picture_task(2, asked)
@@ -116,7 +141,7 @@ def test_numbers_are_equal_again_and_with_another_batch_size(bench: Bench, tmp_p
     assert "FD-recogniser" in page
 
 
-def test_candidates_are_drawn_and_one_is_measured(bench: Bench) -> None:
+def test_candidates_are_drawn_and_one_is_measured(bench: Bench, monkeypatch) -> None:
     several = replace(bench, drawing=replace(bench.drawing, candidates=3))
     (found,) = evaluate(several, named(["drawing"]))
     assert all(result.drawing == Drawing("ddim", 2, 3.0, candidates=3) for result in found.results)
@@ -125,6 +150,11 @@ def test_candidates_are_drawn_and_one_is_measured(bench: Bench) -> None:
     )
     with pytest.raises(UserError, match="editing: --candidates: expected 1, as edits have no others, found 3"):
         list(evaluate(several, named(["editing"])))
+    sweep = Drawing.sweep("candidates=1,3", bench.drawing)
+    monkeypatch.setattr(bench.pipe.engine, "run", lambda requests: pytest.fail("work was done"))
+    with pytest.raises(UserError, match="editing: --candidates: expected 1"):
+        list(evaluate(bench, named(["editing"]), sweep))
+    monkeypatch.undo()
     prompts = [exhibit.text for exhibit in found.exhibits]
     kept = bench.pipe(
         prompts, num_inference_steps=2, sampler="ddim", candidates=3, generator=0, output_type="np"
@@ -157,6 +187,23 @@ def test_the_names_of_paces_are_known_before(bench: Bench, tokenizer: Tokenizer,
     assert any("pictures" in result.name for result in found) is (images == "latents")
 
 
+def test_the_pace_of_drawing_is_that_of_all_candidates(bench: Bench, monkeypatch) -> None:
+    monkeypatch.setattr("transfuse.evaluation.speed.timed", lambda work, device: (work(), [1.0, 1.0, 1.0])[1])
+    steps: list[int] = []
+    drawn = bench.pipe.engine.run
+    for candidates in (1, 3):
+        steps.append(0)
+
+        def counted(requests, drawn=drawn):
+            steps[-1] += sum(request.draw == "force" for request in requests)
+            return drawn(requests)
+
+        monkeypatch.setattr(bench.pipe.engine, "run", counted)
+        (found,) = evaluate(replace(bench, drawing=replace(bench.drawing, candidates=candidates)), named(["speed"]))
+        assert ("each the likeliest of 3" in found.results[3].data) is (candidates == 3)
+    assert steps == [5, 15]
+
+
 def test_nothing_is_drawn_twice(bench: Bench, monkeypatch) -> None:
     list(evaluate(bench, named(["drawing"])))
     monkeypatch.setattr(bench.pipe.engine, "run", lambda requests: pytest.fail("drawn again"))
@@ -185,8 +232,11 @@ def test_what_is_missing_is_said_before_any_work(bench: Bench, monkeypatch, tmp_
     options = replace(bench.options, captions=captions, images=tmp_path)
     with pytest.raises(UserError, match=r"captions_val2014\.json.*found none; from https://cocodataset\.org"):
         list(evaluate(replace(bench, options=options), named(["captioning"])))
-    with pytest.raises(UserError, match="at least 4 pictures"):
+    with pytest.raises(UserError, match="at least 4 pictures, found 3"):
         list(evaluate(replace(bench, options=Options(count=3)), named(["drawing"])))
+    for name in ("count", "judge_steps", "stride"):
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: expected at least 1, found 0"):
+            Options(**{name: 0})
     with pytest.raises(UserError, match='unknown measure "drawings"; did you mean "drawing"'):
         named(["drawings"])
     with pytest.raises(UserError, match=r"--texts, found none"):
@@ -278,6 +328,8 @@ def test_a_continuation_is_cut_where_the_text_is(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(known.ids + rest.ids) == "a crab on a red background"
     assert tokenizer.decode(known.ids) == "a crab on"
     assert not known.predict
+    across = continuation(tokenizer, "a crab on a re", "d background").parts
+    assert tokenizer.decode(across[0].ids) == "a crab on a", "the token across the border is foretold, no other"
     empty = continuation(tokenizer, "", "a crab")
     assert tokenizer.decode(empty.parts[1].ids) == "a crab"
 

@@ -79,7 +79,7 @@ class Evaluate:
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure a model: text, captions, drawings, composition, edits, speed; a report with all of it."""
     asked = parse(Evaluate, arguments, "evaluate")
-    for name in ("count", "batch_size", "candidates"):
+    for name in ("batch_size", "candidates"):
         if getattr(asked, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(asked, name)}")
     from dataclasses import fields

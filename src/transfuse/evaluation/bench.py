@@ -11,6 +11,7 @@ import PIL.Image
 import torch
 
 from ..data.world import WorldConfig
+from ..errors import UserError
 from ..files import sha256
 from ..folders import find_export
 from ..inference import Request, TransfusionPipeline
@@ -51,6 +52,11 @@ class Options:
     tasks: tuple[str, ...] = ()
     tasks_folder: Path | None = None
     judge_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("count", "stride", "judge_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
 
 
 @dataclass(frozen=True, eq=False)

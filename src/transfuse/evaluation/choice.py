@@ -68,9 +68,8 @@ def continuation(tokenizer: Tokenizer, context: str, text: str) -> Document:
     """A document in which `text` is foretold from `context`. The two are encoded together, so that a token may not
     be cut otherwise than in running text; one that lies across the border counts as foretold."""
     whole = tokenizer.encode(context + text)
-    known = len(tokenizer.encode(context))
-    while known and tokenizer.decode(whole[:known]) != context:
-        known -= 1
+    alone = tokenizer.encode(context)
+    known = next((n for n, (one, other) in enumerate(zip(alone, whole, strict=False)) if one != other), len(alone))
     return Document([Text(whole[:known], predict=False), Text(whole[known:])], closed=False)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..configuration import nearest
 from ..console import progress
 from ..errors import UserError
 from ..files import sha256
@@ -63,6 +64,11 @@ def _check(bench: Bench) -> None:
     if options.clip is None or not options.clip.is_file():
         found = "none" if options.clip is None else f"no {options.clip}"
         raise UserError(f"--clip: expected weights of {options.clip_model} for open_clip, found {found}; from {WHERE}")
+    import open_clip
+
+    known = open_clip.list_models()
+    if options.clip_model not in known and ":" not in options.clip_model:  # local-dir:FOLDER is one, too
+        raise UserError(f'--clip-model: unknown name "{options.clip_model}"{nearest(options.clip_model, known)}')
 
 
 def _title(bench: Bench) -> str:

@@ -90,8 +90,8 @@ def drawn_pairs(bench: Bench) -> tuple[Pairs, Outcome]:
 def _check(bench: Bench) -> None:
     check_pairs(bench)
     check_features(bench.options.features)
-    if bench.options.count < LEAST:
-        raise UserError(f"drawing: --count: expected at least {LEAST} pictures, found {bench.options.count}")
+    if (found := len(bench_pairs(bench).ids)) < LEAST:
+        raise UserError(f"drawing: expected at least {LEAST} pictures, found {found} (--count, --ids)")
 
 
 def _titles(network: str) -> tuple[str, str, str, str]:

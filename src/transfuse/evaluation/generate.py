@@ -8,11 +8,13 @@
     drawings-1f0a9c3e/images/00000007.png
 
 A batch is written whole: its pictures first, then its lines, synced. What has a line is never done again; of a process
-that was killed the batch under way is lost, nothing else. Only this layer calls the model.
+that was killed the batch under way is lost, nothing else. Of two processes the second waits, and reads what the first
+has made. Only this layer calls the model.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -87,15 +89,19 @@ def generate(folder: Path, task: Task, batch: int) -> Outcome:
         if not (place / "task.json").is_file():
             text = json.dumps({"name": task.name, "count": task.count, **task.settings}, indent=2) + "\n"
             whole_file(place / "task.json", lambda path: path.write_text(text))
-        records = _whole_lines(lines)
+        records, _ = _whole_lines(lines)
         if len(records) < task.count:
-            with progress(task.name, task.count, len(records)) as bar, lines.open("a") as file:
-                while len(records) < task.count:
-                    numbers = range(len(records), min(task.count, len(records) + batch))
-                    made = task.work(numbers)
-                    _keep(place, numbers, made, file)
-                    records += [one.record for one in made]
-                    bar.advance(len(made))
+            with lines.open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                records, size = _whole_lines(lines)
+                file.truncate(size)
+                with progress(task.name, task.count, len(records)) as bar:
+                    while len(records) < task.count:
+                        numbers = range(len(records), min(task.count, len(records) + batch))
+                        made = task.work(numbers)
+                        _keep(place, numbers, made, file)
+                        records += [one.record for one in made]
+                        bar.advance(len(made))
     except OSError as error:
         raise UserError(f"{place}: expected a folder to write to, found {error.strerror or error}") from None
     return Outcome(place, records)
@@ -114,16 +120,13 @@ def _keep(place: Path, numbers: Sequence[int], made: Sequence[Made], file: Any) 
     os.fsync(file.fileno())
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The records so far. A last line without its end was being written when the process died: it is cut off."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
+def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records so far, and the bytes that they take. A last line without its end is being written, or was when the
+    process died: it is none."""
+    data = path.read_bytes() if path.is_file() else b""
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in whole.splitlines()], len(whole)
     except ValueError as error:
         raise UserError(f"{path}: expected a JSON record a line, found something else ({error})") from None
 

@@ -48,8 +48,8 @@ def _score(bench: Bench) -> Findings:
     prompts = [line["prompt"] for line in lines for _ in range(SAMPLES)]
     ids = [f"{n:05d}/{k:04d}" for n in range(len(lines)) for k in range(SAMPLES)]
     drawn = bench.make(draw_task(bench, "geneval", f"geneval {short_hash(lines)}", ids, prompts))
-    drawing = bench.drawing
-    folder = bench.folder / "geneval" / f"guidance-{drawing.guidance_scale:g}-seed-{drawing.seed}"
+    drawing, made = bench.drawing, drawn.folder.name.rpartition("-")[2]  # pictures of other models lie elsewhere
+    folder = bench.folder / "geneval" / f"guidance-{drawing.guidance_scale:g}-seed-{drawing.seed}-{made}"
     try:
         for number, line in enumerate(lines):
             place = folder / f"{number:05d}"

@@ -88,6 +88,8 @@ def evaluate(bench: Bench, measures: Sequence[Measure], sweep: Sequence[Drawing]
     """
     benches = [replace(bench, drawing=drawing).settled() for drawing in sweep or (bench.drawing,)]
     check(benches[0], measures)
+    for one in benches[1:]:
+        check(one, [measure for measure in measures if measure.draws])
     for measure in measures:
         for one in benches if measure.draws else benches[:1]:
             found = measure.score(one)

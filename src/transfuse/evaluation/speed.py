@@ -19,7 +19,6 @@ import torch
 
 from ..data.world import World, caption
 from ..diffusion import Sampler
-from ..inference import ImageEnd
 from ..inference.events import Request
 from ..model.flops import count_parameters, forward_flops
 from ..sequence import lay_out
@@ -128,17 +127,18 @@ def _score(bench: Bench) -> Findings:
 def _draw(bench: Bench, prompts: list[str], device: torch.device, arithmetic: float, add: Callable[..., None]) -> None:
     requests = [replace(bench.request([prompt]), draw="force", max_tokens=0) for prompt in prompts]
 
+    candidates = bench.drawing.candidates
+
     def draw(some: list[Request]) -> None:
-        latents = [event.latent for event in bench.pipe.engine.run(some) if isinstance(event, ImageEnd)]
-        for latent in latents:
-            bench.pipe.picture(latent)
+        bench.pipe.replies(some, candidates)
 
     seconds = timed(lambda: draw(requests), device)
     many = _pace(len(requests), seconds)
-    add(DRAWING[0], many, f"{len(requests)} pictures")
-    add(DRAWING[1], _pace(1, timed(lambda: draw(requests[:1]), device)), "one picture")
+    each_of = "" if candidates == 1 else f", each the likeliest of {candidates}"
+    add(DRAWING[0], many, f"{len(requests)} pictures{each_of}")
+    add(DRAWING[1], _pace(1, timed(lambda: draw(requests[:1]), device)), f"one picture{each_of}")
     if bench.pipe.exported.model.config.images == "latents":
-        each = _drawing_flops(bench, requests) / len(requests)
+        each = candidates * _drawing_flops(bench, requests) / len(requests)
         data = f"{each:.3g} operations a picture; machine {arithmetic:.3g} a second"
         add(DENOISING, _times(many, each / arithmetic), data, 1.0)
 
