@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +44,8 @@ ARCHITECTURES = {
     "none": "TransfusionForCausalLM",
 }
 """by what the model's images are made of"""
+MOST = 1000.0
+"""of a temperature or a guidance: beyond any use, and far from where numbers end"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,46 @@ class GenerationConfig:
     """of an image's codes, for a model that draws by codes; a greedy picture is a flat one"""
     code_top_p: float = 1.0
     max_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that no request may have."""
+        wrong = out_of_range(self)
+        if wrong:
+            raise ValueError(wrong)
+
+
+class Ways(Protocol):
+    """How to write and draw: of a model, or of a request to it."""
+
+    @property
+    def guidance_scale(self) -> float: ...
+    @property
+    def guidance_interval(self) -> tuple[float, float] | None: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def code_temperature(self) -> float: ...
+    @property
+    def code_top_p(self) -> float: ...
+    @property
+    def max_tokens(self) -> int: ...
+
+
+def out_of_range(ways: Ways) -> str:
+    """What can not be, by field: expected, found; "" where all can."""
+    for name in ("temperature", "code_temperature", "guidance_scale"):
+        if not 0 <= getattr(ways, name) <= MOST:
+            return f"{name}: expected 0 to {MOST:g}, found {getattr(ways, name)}"
+    for name in ("top_p", "code_top_p"):
+        if not 0 < getattr(ways, name) <= 1:
+            return f"{name}: expected a share above 0, at most 1, found {getattr(ways, name)}"
+    if ways.max_tokens < 0:
+        return f"max_tokens: expected at least 0, found {ways.max_tokens}"
+    if (interval := ways.guidance_interval) is not None and not 0 <= interval[0] <= interval[1] <= 1:
+        return f"guidance_interval: expected shares 0 <= low <= high <= 1, found {interval}"
+    return ""
 
 
 @dataclass
@@ -146,7 +188,7 @@ def describe(folder: Path | str) -> Described:
         from_dict(ModelConfig, config.get("model"), where),
         from_dict(DiffusionConfig, config.get("diffusion"), where),
         from_dict(GenerationConfig, read_json(generation), str(generation)),
-        int(config["image_size"]),
+        from_dict(int, config.get("image_size"), f"{where}: image_size"),
         config.get("autoencoder") or {"name": "pixels", "fingerprint": "pixels"},
         config.get("world"),
     )

@@ -21,12 +21,18 @@ def whole_folder(folder: Path, what: str) -> Iterator[Path]:
     """Gives a folder aside to write in, which takes the name of `folder`, and its place, when all is written.
 
     Raises UserError, "`folder`: `what` not written", where it can not be, and what was there stays; or where a run is
-    there, which would be lost. A process killed between two renames leaves the old one as `folder`.old.
+    there, or anything else than an earlier such folder, which would be lost. A process killed between two renames
+    leaves the old one as `folder`.old.
     """
     place = folder.resolve()
     partial, old = (place.with_name(place.name + ending) for ending in (".partial", ".old"))
     if (place / "checkpoints").exists():
         raise UserError(f"{folder}: expected a folder to write {what} to, found a run, which it would replace")
+    other = _not_a_models(place)
+    if other is not None:
+        raise UserError(
+            f"{folder}: expected a folder of its own for {what}, found {other.name} there, which would be lost"
+        )
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -46,6 +52,23 @@ def whole_folder(folder: Path, what: str) -> Iterator[Path]:
         raise UserError(f"{folder}: {what} not written ({error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _not_a_models(place: Path) -> Path | None:
+    """Something in a folder that no export, of a model or of an autoencoder, has put there; None: there is nothing."""
+    if not place.is_dir():
+        return place if place.exists() else None
+    entries = sorted(place.iterdir())
+    if not any((place / name).is_file() for name in ("config.json", "model_index.json")):
+        return entries[0] if entries else None
+    for path in entries:
+        if path.is_dir():
+            known = ("config.json", "tokenizer.json", "scheduler_config.json")  # parts, as diffusers lays them out
+            if not any((path / name).is_file() for name in known):
+                return path
+        elif path.suffix not in (".json", ".safetensors", ".jinja", ".md"):
+            return path
+    return None
 
 
 def whole_file(path: Path, write: Callable[[Path], object]) -> None:

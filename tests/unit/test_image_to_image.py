@@ -246,6 +246,9 @@ def test_pipeline_mistakes(pipe: TransfusionPipeline) -> None:
         ({"image": picture(size=7), "strength": 0.5}, "image: expected sides in multiples of 2, found 7x7"),
         ({"image": picture(size=4)}, "image: expected 8x8 pixels, found 4x4"),
         ({"image": picture(), "mask_image": picture(size=4)}, "mask: expected 8x8 pixels, as the image, found 4x4"),
+        ({"image_guidance_scale": 2.0}, "image_guidance_scale: expected an image to be changed by words, found none"),
+        ({"image": picture(), "strength": 0.5, "image_guidance_scale": 2.0}, "image_guidance_scale: .* with strength"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval: expected shares"),
     ):
         with pytest.raises(UserError, match=told):
             pipe("a crab", **options)  # type: ignore[arg-type]
@@ -263,6 +266,31 @@ def test_a_model_may_say_where_it_is_guided(served: Path, tmp_path: Path) -> Non
         expected = plain("a crab", generator=1, guidance_interval=other, output_type="latent").images[0]
         assert torch.equal(drawn, expected)
     assert not torch.equal(drawn, pipe("a crab", generator=1, output_type="latent").images[0])
+
+
+def test_a_model_may_say_how_it_samples(served: Path, tmp_path: Path) -> None:
+    """All of it: eta and the first level too, as far as they go with what is asked for."""
+    folder = tmp_path / "export"
+    shutil.copytree(served, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    own = {"name": "ddim", "steps": 10, "eta": 0.5, "first": 700}
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "sampler": own}))
+    pipe = transfuse.load(str(folder))
+    assert pipe.request(["a"]).sampler == SamplerConfig(**own)
+    assert pipe.request(["a"], steps=20).sampler == SamplerConfig("ddim", 20, 0.5, 700)
+    assert pipe.request(["a"], steps=800).sampler == SamplerConfig("ddim", 800, 0.5, 800)
+    assert pipe.request(["a"], sampler="ddim").sampler == SamplerConfig(**own)
+    assert pipe.request(["a"], sampler="dpmpp").sampler == SamplerConfig("dpmpp", 10)
+
+
+def test_an_export_that_does_not_say_its_image_size(served: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(served, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["image_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: image_size: Input should be a valid integer"):
+        transfuse.load(str(folder))
 
 
 # --- settings in a PNG ---

@@ -15,6 +15,7 @@ from transfuse.evaluation.result import Result
 from transfuse.presets import Recipe, preset
 from transfuse.studies.measures import is_best
 from transfuse.studies.training import Trained, train_run
+from transfuse.training import LoopConfig
 from transfuse.training.metrics import read_metrics
 
 
@@ -68,6 +69,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         train_run(measured(best="captioning/CIDER"), tmp_path / "c")
     with pytest.raises(UserError, match=r"^clip: expected the package open_clip|^--clip: expected weights"):
         train_run(measured(measures=("clip",)), tmp_path / "d")
+    with pytest.raises(ValueError, match=r"loop\.measure_every: expected above 0 where loop\.best"):
+        LoopConfig(best="captioning/CIDEr-D x 100")
     assert not any(read_metrics(path) for path in tmp_path.rglob("metrics.jsonl")), "all before the first step"
 
 

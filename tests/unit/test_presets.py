@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -17,7 +18,7 @@ from transfuse.inference import Engine, Request, TextDelta
 from transfuse.model import ModelConfig
 from transfuse.presets import Recipe, preset
 from transfuse.presets.recipe import build_trainer, export_run
-from transfuse.presets.runs import open_run
+from transfuse.presets.runs import open_run, run_device
 from transfuse.sequence import Document, Text, Tokenizer
 from transfuse.sequence.tokenizer import SPECIAL
 
@@ -88,18 +89,81 @@ def test_a_folder_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = tmp_path / "made"
     for text in ("one", "two"):
         with whole_folder(folder, "thing") as partial:
-            (partial / "file").write_text(text)
-        assert (folder / "file").read_text() == text
+            (partial / "config.json").write_text(text)
+        assert (folder / "config.json").read_text() == text
     with pytest.raises(UserError, match="made: thing not written"), whole_folder(folder, "thing") as partial:
         raise OSError("the disk is full")
     with pytest.raises(KeyError), whole_folder(folder, "thing") as partial:
         raise KeyError
-    assert (folder / "file").read_text() == "two", "what was there stays"
+    assert (folder / "config.json").read_text() == "two", "what was there stays"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
     monkeypatch.chdir(folder)
     with whole_folder(Path("."), "thing") as partial:
-        (partial / "file").write_text("here")
-    assert (folder / "file").read_text() == "here"
+        (partial / "config.json").write_text("here")
+    assert (folder / "config.json").read_text() == "here"
+
+
+@pytest.mark.parametrize("other", ["thesis.txt", "photos/one.jpg", "config.json.bak"])
+def test_only_an_earlier_export_is_replaced(tmp_path: Path, other: str) -> None:
+    """Not a folder of the user's, nor an export in which something else lies now."""
+    folder = tmp_path / "made"
+    (folder / other).parent.mkdir(parents=True)
+    (folder / other).write_text("years of work")
+    for _ in range(2):
+        with (
+            pytest.raises(UserError, match=f"made: expected a folder of its own for thing, found {other[:6]}"),
+            whole_folder(folder, "thing"),
+        ):
+            pytest.fail("written")
+        assert (folder / other).read_text() == "years of work"
+        (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="found thesis there"), whole_folder(_file(tmp_path), "thing"):
+        pytest.fail("written")
+
+
+def _file(folder: Path) -> Path:
+    (folder / "thesis").write_text("years of work")
+    return folder / "thesis"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"backgrounds": ("white",)}, r"data\.world: .*held-out combination, found none"),
+        ({"kinds": ("pair",), "max_objects": 1}, r"data\.world: .*kinds"),
+    ],
+)
+def test_a_world_that_can_not_be_is_refused_before_the_run(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    tiny = preset("tiny")
+    data = replace(tiny.data, world=replace(tiny.data.world, **changes))
+    with pytest.raises(UserError, match=told):
+        open_run(replace(tiny, data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_machines_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    opened = open_run(preset("tiny"), tmp_path)
+    assert opened.device == run_device(preset("tiny"), tmp_path) == "cuda"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="device: expected a CUDA device, found none"):
+        run_device(preset("tiny"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1.0),
+        ("guidance_scale", float("nan")),
+        ("top_p", 0.0),
+        ("code_top_p", 2.0),
+        ("max_tokens", -1),
+        ("guidance_interval", (0.9, 0.1)),
+    ],
+)
+def test_ways_of_drawing_that_no_request_may_have(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        replace(preset("tiny").generation, **{name: value})
 
 
 def test_words_keep_their_spaces() -> None:

@@ -109,6 +109,8 @@ def test_timesteps_respect_the_cap_and_context_is_clean(grammar: Grammar) -> Non
     capped = goal.noise(collate(documents, grammar)).timesteps
     assert capped.min() >= 1
     assert 450 < capped.max() <= 500
+    short = objective(timesteps=100)
+    assert short.noise(collate(documents, grammar)).timesteps.max() <= 100, "a limit beyond the last level is none"
     free = goal.noise(collate([Document([Image(latent(2, 2))], sample=i) for i in range(300)], grammar)).timesteps
     assert free.max() > 900
     assert free.float().mean() == pytest.approx(500, abs=60)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..diffusion import SamplerConfig
 from ..errors import UserError
-from ..export import Exported, load_export
+from ..export import Exported, load_export, out_of_range
 from ..model import pack
 from ..sequence import Document, Image, Text
 from .compiled import compile_blocks
@@ -148,6 +148,9 @@ class TransfusionPipeline:
             start = self.start(image, 1.0 if strength is None else strength, mask_image)
             height, width = image.height, image.width
         before = [] if image is None or start is not None else [image]
+        if image_guidance_scale is not None and not before:
+            found = "none" if image is None else "one with strength or mask_image, which is no part of the prompt"
+            raise UserError(f"image_guidance_scale: expected an image to be changed by words, found {found}")
         requests = [
             replace(
                 self.request([*before, text], num_inference_steps, guidance_scale, sampler, guidance_interval),
@@ -235,15 +238,17 @@ class TransfusionPipeline:
         if self.exported.model.config.images != "latents" and (steps is not None or sampler is not None):
             raise UserError("steps, sampler: expected none, for the model does not denoise, found some")
         try:
-            chosen = SamplerConfig(
-                name=sampler or defaults.sampler.name,  # type: ignore[arg-type]
-                steps=steps if steps is not None else defaults.sampler.steps,
-            )
+            chosen = defaults.sampler
+            if sampler is not None and sampler != chosen.name:
+                chosen = SamplerConfig(sampler, chosen.steps)  # type: ignore[arg-type]
+            if steps is not None:
+                first = None if chosen.first is None else max(chosen.first, steps)
+                chosen = replace(chosen, steps=steps, first=first)
         except ValueError as error:
             raise UserError(f"sampler: {error}") from None
         if chosen.steps > self.exported.process.config.timesteps:
             raise UserError(f"steps: expected at most {self.exported.process.config.timesteps}, found {chosen.steps}")
-        return Request(
+        request = Request(
             Document([self.part(part) for part in parts], closed=False),
             max_tokens=defaults.max_tokens,
             size=(self.exported.image_size, self.exported.image_size),
@@ -255,6 +260,10 @@ class TransfusionPipeline:
             code_temperature=defaults.code_temperature,
             code_top_p=defaults.code_top_p,
         )
+        wrong = out_of_range(request)
+        if wrong:
+            raise UserError(wrong)
+        return request
 
     def replies(self, requests: Sequence[Request], candidates: int = 1) -> list[Reply]:
         """Run requests together and gather each row's parts. candidates: answer each so many times, and keep the answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import UserError
+from ..export import MOST, out_of_range
 from ..sequence import Text, lay_out
 from .drawing import beside
 from .events import Request, Start
@@ -12,8 +13,6 @@ from .network import Network
 from .row import Row
 from .slots import content_of
 
-MOST = 1000.0
-"""of a temperature or a guidance: beyond any use, and far from where numbers end"""
 LONGEST_CHARACTER = 4
 """bytes, so tokens at most, of one character in UTF-8"""
 
@@ -56,21 +55,17 @@ def _check_settings(network: Network, request: Request, where: str) -> None:
         raise UserError(f"{where}: expected text alone, for the model knows no images, found {found}")
     if request.draw == "force" and request.max_images < 1:
         raise UserError(f"{where}: max_images: expected at least 1 where one is forced, found {request.max_images}")
-    for name in ("top_p", "code_top_p"):
-        if not 0 < getattr(request, name) <= 1:
-            raise UserError(f"{where}: {name}: expected a share above 0, at most 1, found {getattr(request, name)}")
-    for name in ("temperature", "code_temperature", "guidance_scale", "image_guidance_scale"):
-        value = getattr(request, name)
-        if value is not None and not 0 <= value <= MOST:
-            raise UserError(f"{where}: {name}: expected 0 to {MOST:g}, found {value}")
-    for name in ("max_tokens", "max_images", "preview_every"):
+    wrong = out_of_range(request)
+    if wrong:
+        raise UserError(f"{where}: {wrong}")
+    if (scale := request.image_guidance_scale) is not None and not 0 <= scale <= MOST:
+        raise UserError(f"{where}: image_guidance_scale: expected 0 to {MOST:g}, found {scale}")
+    for name in ("max_images", "preview_every"):
         if getattr(request, name) < 0:
             raise UserError(f"{where}: {name}: expected at least 0, found {getattr(request, name)}")
     for name in ("guidance_interval", "start"):
         if images != "latents" and getattr(request, name) is not None:
             raise UserError(f"{where}: {name}: expected none, for the model does not denoise, found one")
-    if (interval := request.guidance_interval) is not None and not 0 <= interval[0] <= interval[1] <= 1:
-        raise UserError(f"{where}: guidance_interval: expected shares 0 <= low <= high <= 1, found {interval}")
 
 
 def _check_images(network: Network, request: Request, where: str) -> None:

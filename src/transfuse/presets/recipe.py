@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..configuration import to_dict
 from ..console import say
 from ..data import EditConfig, FaultLog, Finish, PairConfig, Rows, StepLoader, unchanged
 from ..data.world import World, WorldConfig, caption, glosses
+from ..data.world.scenes import Split
 from ..devices import Device, Precision
 from ..diffusion import DiffusionConfig, Process
 from ..errors import UserError
@@ -149,6 +151,7 @@ class Recipe:
         return recipe._with("vocabulary", tokenizer.vocabulary, "as the tokenizer of the data sets has")
 
     def _fitted(self) -> Recipe:
+        check_world(self.data.world)
         autoencoder = self.open_autoencoder()
         nothing = 0.0 if self.model.images == "none" else 1.0
         if self.data.text_share == nothing:
@@ -208,6 +211,16 @@ class Recipe:
             return Coded(autoencoder)
         except ValueError as error:
             raise UserError(f"data.{error}") from None
+
+
+@cache
+def check_world(config: WorldConfig) -> None:
+    """Raise UserError for a world with nothing to learn from, or nothing that is held out."""
+    for split in get_args(Split):
+        try:
+            World(replace(config, split=split))
+        except ValueError as error:
+            raise UserError(f"data.world: {error}") from None
 
 
 def captions(config: WorldConfig, count: int) -> list[str]:

@@ -102,9 +102,9 @@ def claim_run(recipe: R, folder: Path, ranks: Ranks) -> R:
 
 
 def run_device(recipe: RunRecipe, folder: Path) -> str:
-    """Where a run computes, or will: it goes on where it began."""
+    """Where a run computes, or will: it goes on where it began. Raises UserError where there is no such device."""
     path = folder / "config.json"
-    return read_recipe(path, type(recipe)).device if path.exists() else resolve(recipe).device
+    return pick_device(read_recipe(path, type(recipe)).device if path.exists() else recipe.device)
 
 
 def read_recipe(path: Path, kind: type[R]) -> R:

@@ -74,6 +74,8 @@ class LoopConfig:
         for name in (*least, *every):
             if getattr(self, name) < least.get(name, 0):
                 raise ValueError(f"loop.{name}: expected at least {least.get(name, 0)}, found {getattr(self, name)}")
+        if self.best and not self.measure_every:
+            raise ValueError(f"loop.measure_every: expected above 0 where loop.best is {self.best!r}, found 0")
 
 
 class Loader(Protocol):

@@ -191,7 +191,8 @@ class TransfusionObjective:
         for number, ((sample, image), shape) in enumerate(zip(batch.keys, shapes_of(batch.latents), strict=True)):
             generator = keyed(self.seed, "noise", sample, image)
             if batch.denoise[number]:
-                cap = int(batch.max_timestep[number]) or self.process.config.timesteps
+                most = self.process.config.timesteps
+                cap = min(int(batch.max_timestep[number]) or most, most)
                 timesteps[number] = torch.randint(1, cap + 1, (), generator=generator)
             noise.append(torch.randn(shape, generator=generator))
         return replace(batch, timesteps=timesteps, noise=stacked(noise))
