@@ -46,7 +46,8 @@ def scaling_page(report: dict[str, Any], folder: Path) -> str:
 
 _PARITY = (
     "The 6 N D at which an arm's line equals what the dearest Chameleon scored, over that Chameleon's 6 N D: below 1, "
-    "less is needed. In brackets 95 % of resamples of the points. The paper's ratios are of its own data and sizes."
+    "less is needed. In brackets 95 % by Fieller's theorem: with few points Student's margin is wide, and the rival's "
+    "own result has an error, too. The paper's ratios are of its own data and sizes, and have no interval."
 )
 _LINES = (
     "Both axes are logarithmic; bars are 95 % intervals of a run's measure over its items; hollow points say nothing "
