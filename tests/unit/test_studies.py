@@ -112,6 +112,10 @@ def test_a_run_of_another_plan_is_not_gone_on_with(tmp_path: Path, capsys: pytes
     assert run(command) == 0
     (name,) = results(tmp_path)
     (tmp_path / "results" / f"{name}.json").unlink()
+    (tmp_path / "runs" / name / "machines.jsonl").unlink()
+    assert run(command) == 0
+    assert results(tmp_path)[name]["machine"]["processor"] == "not known", "but measured"
+    (tmp_path / "results" / f"{name}.json").unlink()
     config = tmp_path / "runs" / name / "config.json"
     facts = json.loads(config.read_text())
     config.write_text(json.dumps({**facts, "loop": {**facts["loop"], "steps": 99}}))

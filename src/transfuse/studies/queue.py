@@ -319,8 +319,10 @@ def _machine(recipe: Recipe) -> dict[str, Any]:
 
 def _machines(folder: Path) -> dict[str, Any]:
     """The same of all times that a run was trained; facts in which they differ one after the other."""
-    sessions = [json.loads(line) for line in (folder / "machines.jsonl").read_text().splitlines()]
-    found = {}
+    path, found = folder / "machines.jsonl", {}
+    if not path.is_file():  # trained outside the queue
+        return dict.fromkeys(("host", "device", "processor", "threads", "precision"), "not known")
+    sessions = [json.loads(line) for line in path.read_text().splitlines()]
     for fact in sessions[0]:
         values = list(dict.fromkeys(one[fact] for one in sessions))
         found[fact] = values[0] if len(values) == 1 else ", then ".join(map(str, values))
