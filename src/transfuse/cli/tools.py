@@ -29,7 +29,7 @@ class Export:
     run: tyro.conf.Positional[Path]
     """folder of a run, or of an export; or a bundled model's name"""
     out: Path | None = None
-    """a new folder, or an earlier export, which is replaced; the run's own export/ (or llama/, diffusers/) if not given"""
+    """a new folder, or an earlier export, which is replaced; the run's own export/ (llama/, diffusers/) if not given"""
     format: Literal["transfuse", "diffusers", "llama"] = "transfuse"
     """diffusers: the same files in diffusers' layout, loaded as any export is; llama: the trunk alone, with the
     tokenizer, as a folder that transformers opens as LlamaForCausalLM"""
