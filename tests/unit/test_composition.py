@@ -207,10 +207,13 @@ def test_geneval_s_folder(bench: Bench, tmp_path) -> None:
     options = replace(bench.options, geneval=path)
     found = list(evaluate(replace(bench, options=options), named(["geneval"])))
     assert not found[0].results
-    folder = tmp_path / "geneval" / "guidance-1-seed-0"
+    (folder,) = (tmp_path / "geneval").glob("guidance-1-seed-0-*")
     assert json.loads((folder / "00001" / "metadata.jsonl").read_text()) == lines[1]
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     assert names == [f"{n:05d}/samples/{k:04d}.png" for n in range(2) for k in range(4)]
+    other = replace(bench, options=options, model="another model")
+    list(evaluate(other, named(["geneval"])))
+    assert len(list((tmp_path / "geneval").iterdir())) == 2, "pictures of two models do not lie in one folder"
     with pytest.raises(UserError, match=r"expected evaluation_metadata\.jsonl, found none; from https://github\.com"):
         list(evaluate(bench, named(["geneval"])))
     path.write_text('{"text": "a crab"}\n')

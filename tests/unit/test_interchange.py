@@ -303,7 +303,8 @@ def test_only_safetensors_are_opened(tmp_path) -> None:
 def test_what_is_written_is_what_is_read(tmp_path) -> None:
     model, folder = ours(), tmp_path / "out"
     folder.mkdir()
-    (folder / "former").touch()
+    for former in ("config.json", "former.json"):
+        (folder / former).write_text("{}")
     save_llama(folder, model, bos=3, eos=4)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert read_llama_config(folder) == FIELDS

@@ -12,15 +12,19 @@ from conftest import exported
 from tokenizers import decoders, models
 
 from transfuse.configuration import from_dict, to_dict
+from transfuse.data.world import WorldConfig
+from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
 from transfuse.files import whole_folder
 from transfuse.inference import Engine, Request, TextDelta
 from transfuse.model import ModelConfig
 from transfuse.presets import Recipe, preset
+from transfuse.presets.autoencoders import AUTOENCODERS
 from transfuse.presets.recipe import build_trainer, export_run
-from transfuse.presets.runs import open_run, run_device
+from transfuse.presets.runs import claimed, open_run, run_device
 from transfuse.sequence import Document, Text, Tokenizer
 from transfuse.sequence.tokenizer import SPECIAL
+from transfuse.training import Ranks
 
 
 def test_the_papers_rates() -> None:
@@ -139,6 +143,65 @@ def test_a_world_that_can_not_be_is_refused_before_the_run(tmp_path: Path, chang
     with pytest.raises(UserError, match=told):
         open_run(replace(tiny, data=data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    """A job that was submitted twice must not write over the checkpoints of the one that runs."""
+    recipe = preset("tiny")
+    with claimed(recipe, tmp_path, Ranks()) as opened:
+        with (
+            pytest.raises(UserError, match="expected a run that nobody else trains, found another process at it"),
+            claimed(recipe, tmp_path, Ranks()),
+        ):
+            pytest.fail("two at once")
+        assert opened == open_run(recipe, tmp_path)
+    with claimed(recipe, tmp_path, Ranks()) as again:
+        assert again == opened, "it was let go"
+
+
+def settings_that_can_not_be() -> list[tuple[dict[str, Any], str]]:
+    return [
+        ({"optimizer": {"betas": (1.5, 0.95)}}, "optimizer.betas: expected numbers from 0"),
+        ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate: expected at least 0"),
+        ({"optimizer": {"clip": 0.0}}, "optimizer.clip: expected a number above 0"),
+        ({"objective": {"image_weight": -1.0}}, "objective.image_weight: expected at least 0"),
+        ({"objective": {"timestep_bins": 0}}, "objective.timestep_bins: expected at least 1"),
+        ({"loop": {"max_seconds": -1.0}}, "loop.max_seconds: expected at least 0"),
+        ({"loop": {"ema_decay": 1.0}}, "loop.ema_decay: expected a share"),
+        ({"model": {"hidden": -5}}, "model.hidden: expected a positive number"),
+        ({"generation": {"sampler": SamplerConfig(steps=2000)}}, "generation.sampler: steps"),
+        (
+            {"generation": {"sampler": SamplerConfig("ddim", 10, first=3000)}},
+            "generation.sampler: first: expected 1..1000",
+        ),
+        ({"data": {"world": WorldConfig(size=520), "row_length": None}}, r"data.world.size: expected at most \d+"),
+    ]
+
+
+@pytest.mark.parametrize(("changes", "told"), settings_that_can_not_be())
+def test_settings_that_can_not_be_are_one_line_before_the_run(
+    tmp_path: Path, changes: dict[str, dict[str, Any]], told: str
+) -> None:
+    recipe = preset("tiny")
+    recipe = replace(recipe, model=replace(recipe.model, patch_positions="learned"))
+    with pytest.raises((ValueError, UserError), match=f"^{told}"):
+        open_run(
+            replace(recipe, **{part: replace(getattr(recipe, part), **some) for part, some in changes.items()}),
+            tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_s_run_does_not_take_measures_of_models(tmp_path: Path) -> None:
+    recipe = next(iter(AUTOENCODERS.values()))()
+    with pytest.raises(UserError, match=r"loop\.measure_every: expected 0 for an autoencoder"):
+        open_run(replace(recipe, loop=replace(recipe.loop, measure_every=1)), tmp_path)
+
+
+def test_bytes_that_are_no_utf8_are_one_line(tokenizer: Tokenizer) -> None:
+    said = b"a \xff crab".decode(errors="surrogateescape")
+    with pytest.raises(UserError, match=r"text: expected UTF-8, found '\\udcff' in 'a \\udcff crab'"):
+        tokenizer.encode(said)
 
 
 def test_a_run_of_another_machines_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +27,16 @@ from transfuse.data import (
     StoredTexts,
 )
 from transfuse.data.build import build_set
-from transfuse.data.mixing import PATTERN
+from transfuse.data.dataset import Split
+from transfuse.data.mixing import PATTERNS
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.data.rows import pack
 from transfuse.data.world import glosses
 from transfuse.errors import UserError
-from transfuse.sequence import Text, lay_out
+from transfuse.presets import Recipe, preset
+from transfuse.presets.sources import held_out_prompts
+from transfuse.sequence import Text, Tokenizer, lay_out
 
 COUNT = 150
 
@@ -209,6 +213,34 @@ def test_rows_have_every_sample_once_and_one_size(folder: Path) -> None:
     assert {batch.positions for batch in batches} == {6 * 128}, "one shape, so nothing is compiled twice"
 
 
+def test_a_limit_of_nothing_shows_pictures_clean(folder: Path) -> None:
+    """In documents of many parts as in pairs: not as a limit of no kind, which is the most noise."""
+    source = pictures(folder / "stories", image_first_max_timestep=0)
+    shown = [image for index in range(source.epoch) for image in source.document(index, index).images]
+    assert shown
+    assert not any(image.target or image.max_timestep for image in shown)
+    pairs = pictures(folder / "pairs", image_first_max_timestep=0, caption_first=0.0)
+    assert not pairs.document(0, 0).images[0].target
+    with pytest.raises(ValueError, match="max_timestep: expected at least 1, found 0"):
+        replace(shown[0], max_timestep=0)
+
+
+@pytest.mark.parametrize("window", [7, 50, 8192])
+def test_rows_of_a_stream_that_ends(window: int) -> None:
+    """All that there is, in windows of any size; and only behind it that there is no more."""
+    mixture = Mixture([Ingredient(Numbers("a", 30), 1, 3)], None)
+    assert mixture.end == 90
+    grammar = Tokenizer.train(["a"], 300).grammar(4)
+    rows = Rows(lambda samples: mixture.lengths(samples, grammar), 4, window=window, end=mixture.end)
+    found, number = list[int](), 0
+    while len(found) < 90:
+        found += rows.row(number)
+        number += 1
+    assert sorted(found) == list(range(90))
+    with pytest.raises(UserError, match="all used up after 90 samples"):
+        rows.row(number)
+
+
 def test_98_percent_of_rows_are_used() -> None:
     """Rows of 4,096 under pictures of 256 patches with captions, and definitions, 1 : 1 in positions."""
     draws = np.random.default_rng(0)
@@ -257,7 +289,7 @@ def test_epochs_end_and_final_shares_begin(share: float, size: int, epochs: floa
     """A source is used to its limit, not one document more, in order; and afterwards the other takes its place."""
     limited = Ingredient(Numbers("a", size), share, epochs, final=0.5)
     mixture = Mixture([limited, Ingredient(Numbers("b", None), 1 - share, final=0.5)], None, final_from)
-    found = drawn(mixture, range(4 * PATTERN))
+    found = drawn(mixture, range(4 * PATTERNS[0]))
     indices = {name: [index for n, index in found if n == name] for name in "ab"}
     assert indices["a"] == list(range(len(indices["a"])))
     assert indices["b"] == list(range(len(indices["b"])))
@@ -272,6 +304,48 @@ def test_epochs_end_and_final_shares_begin(share: float, size: int, epochs: floa
         assert abs(after.count("a") - 0.5 * len(after)) <= 2
 
 
+class Long(Numbers):
+    """Documents of so many positions."""
+
+    def __init__(self, name: str, length: int) -> None:
+        super().__init__(name, None)
+        self.length = length
+
+    def lengths(self, indices, samples, grammar):
+        return np.full(len(indices), self.length)
+
+
+@pytest.mark.parametrize(
+    ("share", "text", "picture"), [(0.01, 502, 30), (0.02, 502, 30), (0.98, 12, 1040), (0.5, 12, 66)]
+)
+def test_small_shares_are_right(share: float, text: int, picture: int, grammar) -> None:
+    """Of positions, to a fiftieth: one document in a thousand is not rounded to none, or to two."""
+    mixture = Mixture(
+        [Ingredient(Long("text", text), share), Ingredient(Long("pictures", picture), 1 - share)], grammar
+    )
+    counts = mixture.phases[0].per_pattern * [text, picture]
+    for found, expected in zip(counts / counts.sum(), (share, 1 - share), strict=True):
+        assert found == pytest.approx(expected, rel=0.025)
+
+
+def test_a_share_too_small_to_keep_is_refused(grammar) -> None:
+    with pytest.raises(UserError, match=r"at least one of 100,000 samples, found one that is 1e-06"):
+        Mixture([Ingredient(Numbers("a", None), 1e-6), Ingredient(Numbers("b", None), 1)], None)
+
+
+@pytest.mark.parametrize("epochs", [None, 1.0, 2.5])
+def test_a_model_without_pictures_reads_the_same_texts(epochs: float | None) -> None:
+    """Also where the pictures would be used up."""
+    texts = Ingredient(Numbers("text", None), 0.5)
+    whole = Mixture([Ingredient(Numbers("pictures", 100), 0.5, epochs), texts], None)
+    alone = Mixture([Ingredient(None, 0.5, epochs, epoch=100), texts], None)
+    for sample in range(1000):
+        one, other = whole.document(sample), alone.document(sample)
+        assert other is None if one.source == "pictures" else other == one
+    with pytest.raises(UserError, match="pictures: expected no epochs, for it never ends"):
+        Mixture([Ingredient(None, 0.5, 1.0), texts], None)
+
+
 def test_used_up() -> None:
     mixture = Mixture([Ingredient(Numbers("a", 10), 1, 2), Ingredient(Numbers("b", 5), 1, 3)], None)
     assert mixture.end == 35
@@ -284,13 +358,44 @@ def test_used_up() -> None:
         Mixture([Ingredient(Numbers("world", None), 1, 2)], None)
 
 
+# --- what a recipe asks of its sets -----------------------------------------------------------------------------------
+
+
+def recipe_of(folder: Path, *names: str, **model) -> Recipe:
+    base = preset("tiny")
+    data = replace(base.data, sources=tuple(str(folder / name) for name in names), row_length=None)
+    return replace(base, data=data, model=replace(base.model, patch_size=4, **model))
+
+
+def test_documents_longer_than_a_sequence_may_be_are_refused(folder: Path) -> None:
+    """Pictures count: the words of these stories are few."""
+    recipe_of(folder, "stories", "text", context=600).settled()
+    with pytest.raises(UserError, match=r"stories: expected documents of at most 40 positions.*found one of \d\d"):
+        recipe_of(folder, "stories", "text", context=40).settled()
+
+
+def test_pictures_with_more_patches_than_have_positions_are_refused(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr("transfuse.model.config.MAX_GRID", 3)
+    recipe_of(folder, "stories", "text", patch_positions="none").settled()
+    with pytest.raises(UserError, match=r"stories: expected pictures of at most 12 pixels a side .*found one of \d\d"):
+        recipe_of(folder, "stories", "text", patch_positions="learned").settled()
+
+
+def test_a_damaged_document_that_is_held_out_does_not_stop_a_run(folder: Path, tmp_path: Path) -> None:
+    """Captions to draw, and the card of an export, come from the others."""
+    shutil.copytree(folder / "pairs", tmp_path / "pairs")
+    recipe = recipe_of(tmp_path, "pairs")
+    whole = held_out_prompts(recipe, 4)
+    flip(tmp_path / "pairs", 0, "heldout")
+    assert held_out_prompts(recipe, 3) == whole[1:]
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def damaged(folder: Path, tmp_path: Path) -> Path:
     """A copy of the sets in which the first document that training meets of the pairs has one byte flipped."""
-    import shutil
 
     for name in ("pairs", "text", "stories"):
         shutil.copytree(folder / name, tmp_path / name)
@@ -298,10 +403,10 @@ def damaged(folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def flip(path: Path, index: int) -> None:
-    """Flip a byte of document `index` of the part that is for training."""
+def flip(path: Path, index: int, split: Split = "train") -> None:
+    """Flip a byte of document `index` of a part."""
     data = DataSet(str(path))
-    number = data.number("train", index)
+    number = data.number(split, index)
     row = data.documents[number]
     shard = path / data.shard(number)
     content = bytearray(shard.read_bytes())
@@ -341,11 +446,11 @@ def test_too_much_damage_stops(damaged: Path, tmp_path: Path) -> None:
 
 
 def test_a_shard_that_is_gone(damaged: Path) -> None:
+    """Is not so many damaged documents: none of them would be learned from, and the run would say that all is well."""
     (damaged / "pairs" / "shards" / "shard-00001.tar").unlink()
     faults: list = []
-    order([loader(damaged, on_faults=faults.extend)], range(60))
-    assert "shards/shard-00001.tar" in {fault.shard for fault in faults}
-    assert any("found no such file" in fault.reason for fault in faults)
+    with pytest.raises(UserError, match=r"shard-00001\.tar: expected a whole data set, found no such file"):
+        order([loader(damaged, on_faults=faults.extend)], range(60))
 
 
 def test_a_pickled_set_and_tokenizer_are_themselves(folder: Path) -> None:

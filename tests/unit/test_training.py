@@ -226,15 +226,8 @@ def run_tiny(folder: Path, steps: int, stop_at: int | None = None, **changes) ->
     recipe = open_run(recipe, folder)
     one, _ = build_trainer(recipe, folder)
     one.restore()
-    if stop_at is not None:  # a run cut off: only what was saved in between remains
-        one.config = replace(one.config, steps=stop_at)
-        schedule = one.config.steps
-        one.config = replace(one.config, steps=steps)
-        average = Average()
-        while one.step < schedule:
-            one.train_step(average)
-        one.save()
-        return one
+    if stop_at is not None:  # as by a signal
+        one._ask = lambda stop, began: loop_module.Asked(stop=one.step + 1 >= stop_at)  # type: ignore[method-assign]
     one.run()
     return one
 
@@ -255,6 +248,12 @@ def test_straight_equals_resumed_bit_for_bit(tmp_path, cut: int, precision: str)
             assert torch.equal(tensor, saved[1].tensors[kind][name]), (kind, name)
     for kind in ("positions", "images", "text_targets"):
         assert straight.totals[kind] == resumed.totals[kind]
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "resumed")]
+    assert [line["step"] for line in lines[0]] == [3, 6, 9, 12]
+    clock = ("seconds", "_second", "_share", "waited")
+    known = [[{k: v for k, v in line.items() if not k.endswith(clock)} for line in some] for some in lines]
+    assert {"text", "image", "gradient_norm", "learning_rate"} <= known[0][0].keys()
+    assert known[0] == known[1], "a line is of all its steps, those before the cut too"
 
 
 def test_workers_change_nothing(tmp_path) -> None:
@@ -293,6 +292,10 @@ def test_checkpoints_keep_the_newest_and_fall_back(tmp_path) -> None:
     assert f"{file.name} does not match its hash; falling back to an older checkpoint" in complaints[0]
     (last / "manifest.json").write_text("{")
     assert store.newest()[0] == found
+    (found / "manifest.json").write_text('{"version": 99, "files": {}}')
+    with pytest.raises(UserError, match=r"step-00000003: .*expected a whole checkpoint to go on from, found none of 2"):
+        store.newest()
+    assert CheckpointFolder(tmp_path / "empty", keep=2).newest() == (None, [])
 
 
 def test_every_so_many_checkpoints_stay(tmp_path) -> None:

@@ -63,6 +63,10 @@ def export(arguments: Sequence[str]) -> int:
     if is_kind(config, AutoencoderRecipe):
         if asked.format != "transfuse":
             raise UserError(f"{asked.run}: expected a model's run for --format {name}, found an autoencoder's")
+        if asked.dtype:
+            raise UserError(
+                f"{asked.run}: expected no --dtype, for autoencoders are kept in float32, found {asked.dtype}"
+            )
         recipe = read_recipe(config, AutoencoderRecipe)
         trainer = build_autoencoder_trainer(recipe, asked.run)
         if not trainer.restore():

@@ -268,10 +268,11 @@ class DataSet:
         found = self._files.get(shard)
         if found is None or found[1] != process:
             # one of a parent's is shared with it, and closed with it: each process opens its own
+            path = self.file(self.manifest.shards[shard].file)
             try:
-                found = os.open(self.file(self.manifest.shards[shard].file), os.O_RDONLY), process
-            except UserError as error:
-                raise DamagedError(self.path, self.manifest.shards[shard].file, "(the file)", str(error)) from None
+                found = os.open(path, os.O_RDONLY), process
+            except OSError as error:
+                raise UserError(f"{path}: expected a file to read, found {error.strerror or error}") from None
             self._files[shard] = found
         self._files.move_to_end(shard)
         if len(self._files) > OPEN_SHARDS:

@@ -13,8 +13,10 @@ from ..errors import UserError
 from ..sequence import Document, Grammar
 from .sources import Source
 
-PATTERN = 1000
-"""samples after which the order of sources repeats"""
+PATTERNS = (1_000, 10_000, 100_000)
+"""samples after which the order of sources repeats: the first number in which each has `PLACES`, or the last"""
+PLACES = 25
+"""of a source in a pattern: then its share is right to a fiftieth"""
 MEASURED = 200
 """documents per source whose lengths are measured to turn token shares into sample shares"""
 
@@ -26,19 +28,21 @@ class Ingredient:
     share    of all positions (or of samples: see Mixture), relative to the others'
     epochs   after so many passes it is used up, and the others take its place; None: it goes on
     final    its share in the last stretch of a run; None: as before
+    epoch    documents in a pass of one that is left out: it is used up when it would be; None: it would go on
     """
 
     source: Source | None
     share: float
     epochs: float | None = None
     final: float | None = None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True)
 class Phase:
     """A stretch of the stream in which the shares stay: from sample `start`, with `done` documents of each source used.
 
-    pattern   number of the source of each of PATTERN samples, again and again
+    pattern   number of the source of each of some samples, again and again
     """
 
     start: int
@@ -49,7 +53,7 @@ class Phase:
 
     def place(self, sample: int) -> tuple[int, int]:
         """Number of the source of a sample, and which of its documents it is."""
-        turn, place = divmod(sample - self.start, PATTERN)
+        turn, place = divmod(sample - self.start, len(self.pattern))
         number = int(self.pattern[place])
         used = int(self.done[number])
         return number, used + turn * int(self.per_pattern[number]) + int(self.before[place, number])
@@ -59,11 +63,11 @@ class Phase:
         if not self.per_pattern[number]:
             return math.inf
         turn, rest = divmod(index - int(self.done[number]), int(self.per_pattern[number]))
-        return self.start + turn * PATTERN + int(np.flatnonzero(self.pattern == number)[rest])
+        return self.start + turn * len(self.pattern) + int(np.flatnonzero(self.pattern == number)[rest])
 
     def done_at(self, sample: int) -> np.ndarray:
         """Documents of each source used before a sample."""
-        turn, place = divmod(sample - self.start, PATTERN)
+        turn, place = divmod(sample - self.start, len(self.pattern))
         return self.done + turn * self.per_pattern + self.before[place]
 
 
@@ -141,20 +145,27 @@ class Mixture:
 
 
 def _limit(part: Ingredient) -> float:
-    if part.epochs is None or part.source is None:
+    if part.epochs is None:
         return math.inf
-    if part.source.epoch is None:
-        raise UserError(
-            f"data.sources: {part.source.name}: expected no epochs, for it never ends, found {part.epochs:g}"
-        )
-    return max(1, round(part.epochs * part.source.epoch))
+    epoch = part.epoch if part.source is None else part.source.epoch
+    if epoch is None:
+        name = "pictures" if part.source is None else part.source.name
+        raise UserError(f"data.sources: {name}: expected no epochs, for it never ends, found {part.epochs:g}")
+    return max(1, round(part.epochs * epoch))
 
 
 def _phase(start: int, done: np.ndarray, samples: np.ndarray) -> Phase:
     shares = samples / samples.sum()
+    least = float(shares[shares > 0].min())
+    length = next((length for length in PATTERNS if least * length >= PLACES), PATTERNS[-1])
+    if least * length < 1:
+        raise UserError(
+            f"data.sources: expected each to be at least one of {length:,} samples, found one that is {least:.2g} of "
+            "them; another data.text_share, or weight, changes that"
+        )
     credit = np.zeros(len(shares))
-    pattern = np.empty(PATTERN, dtype=np.int64)
-    for place in range(PATTERN):
+    pattern = np.empty(length, dtype=np.int64)
+    for place in range(length):
         credit += shares
         pattern[place] = credit.argmax()
         credit[pattern[place]] -= 1

@@ -10,6 +10,7 @@ checkpoint holds, so that going on does not mean counting from the beginning.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -28,10 +29,13 @@ class Rows:
 
     lengths     gives the positions of samples; those of length 0 take no room and are in some row all the same
     length      positions of a row
+    end         number of the first sample that there is not
     """
 
-    def __init__(self, lengths: Callable[[Sequence[int]], np.ndarray], length: int, window: int = WINDOW) -> None:
-        self.lengths, self.length, self.window = lengths, length, window
+    def __init__(
+        self, lengths: Callable[[Sequence[int]], np.ndarray], length: int, window: int = WINDOW, end: float = math.inf
+    ) -> None:
+        self.lengths, self.length, self.window, self.end = lengths, length, window, end
         self._first = 0  # the window that is counted from
         self._ends = [0]  # rows before window first, first + 1, ...
         self._packed = lru_cache(maxsize=4)(self._pack)
@@ -58,7 +62,9 @@ class Rows:
         return self._first + place, self._ends[place]
 
     def _pack(self, window: int) -> list[list[int]]:
-        samples = range(window * self.window, (window + 1) * self.window)
+        first = window * self.window
+        # Behind the end the stream says itself that there is nothing more.
+        samples = range(first, int(max(first + 1, min(first + self.window, self.end))))
         lengths = self.lengths(samples).tolist()
         longest = max(lengths)
         if longest > self.length:

@@ -71,13 +71,17 @@ def pair_order(config: PairConfig, seed: int, sample: int) -> Order:
     return "unconditional" if draws.chance(config.caption_drop) else "draw"
 
 
+def before_words(image: Image, config: PairConfig) -> Image:
+    """A picture that comes before its words: noised up to the limit, or shown clean and not learned."""
+    cap = config.image_first_max_timestep
+    return replace(image, target=False) if cap == 0 else replace(image, max_timestep=cap)
+
+
 def pair_document(text: tuple[int, ...], image: Image, config: PairConfig, seed: int, sample: int) -> Document:
     """One caption and one image, ordered, capped and dropped as `pair_order` says."""
     order = pair_order(config, seed, sample)
     if order == "caption":
-        cap = config.image_first_max_timestep
-        shown = replace(image, target=False) if cap == 0 else replace(image, max_timestep=cap)
-        return Document([shown, Text(text)], sample=sample)
+        return Document([before_words(image, config), Text(text)], sample=sample)
     document = Document([Text(text), image], sample=sample)
     return unconditional(document) if order == "unconditional" else document
 

@@ -9,7 +9,6 @@ pairs.lengths(...)                 # the positions of many, from the index alone
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from ..images import decode_image
 from ..sequence import Document, Grammar, Image, Text, Tokenizer, positions
 from .dataset import DataSet, Split, Stored
 from .shuffle import Shuffle
-from .sources import PairConfig, images_of, pair_document, pair_order
+from .sources import PairConfig, before_words, images_of, pair_document, pair_order
 
 BLOCK = 512
 """numbers of documents found at once"""
@@ -112,9 +111,8 @@ class StoredPictures(StoredSource):
             assert isinstance(text, Text)
             return pair_document(text.ids, image, self.config, self.seed, sample)
         last_text = max((place for place, part in enumerate(parts) if isinstance(part, Text)), default=-1)
-        cap = self.config.image_first_max_timestep
         capped = [
-            replace(part, max_timestep=cap) if isinstance(part, Image) and place < last_text else part
+            before_words(part, self.config) if isinstance(part, Image) and place < last_text else part
             for place, part in enumerate(parts)
         ]
         return Document(capped, sample=sample)

@@ -148,9 +148,6 @@ class TransfusionPipeline:
             start = self.start(image, 1.0 if strength is None else strength, mask_image)
             height, width = image.height, image.width
         before = [] if image is None or start is not None else [image]
-        if image_guidance_scale is not None and not before:
-            found = "none" if image is None else "one with strength or mask_image, which is no part of the prompt"
-            raise UserError(f"image_guidance_scale: expected an image to be changed by words, found {found}")
         requests = [
             replace(
                 self.request([*before, text], num_inference_steps, guidance_scale, sampler, guidance_interval),

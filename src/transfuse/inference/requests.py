@@ -60,6 +60,8 @@ def _check_settings(network: Network, request: Request, where: str) -> None:
         raise UserError(f"{where}: {wrong}")
     if (scale := request.image_guidance_scale) is not None and not 0 <= scale <= MOST:
         raise UserError(f"{where}: image_guidance_scale: expected 0 to {MOST:g}, found {scale}")
+    if request.image_guidance_scale is not None and not request.document.images and request.max_images <= 1:
+        raise UserError(f"{where}: image_guidance_scale: expected a picture before the words, found none")
     for name in ("max_images", "preview_every"):
         if getattr(request, name) < 0:
             raise UserError(f"{where}: {name}: expected at least 0, found {getattr(request, name)}")
@@ -77,8 +79,12 @@ def _check_images(network: Network, request: Request, where: str) -> None:
     factor = network.exported.autoencoder.factor * config.patch_size if config.images != "none" else 1
     if min(request.size) < 1 or any(side % factor for side in request.size):
         raise UserError(f"{where}: image size: expected positive multiples of {factor}, found {request.size}")
+    shape, _ = network.drawn(request.size)
+    if config.grid is not None and max(shape[1:]) > config.grid * config.patch_size:
+        most = config.grid * factor
+        raise UserError(f"{where}: image size: expected at most {most} pixels a side, found {request.size}")
     if request.start is not None:
-        _check_start(request.start, network.drawn(request.size)[0], where)
+        _check_start(request.start, shape, where)
 
 
 def _check_start(start: Start, shape: tuple[int, int, int], where: str) -> None:

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from ..sequence import Grammar, ImageAttention, Tokenizer
 
+MAX_GRID = 64
+"""rows, and columns, of patches that have a learned embedding"""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -60,6 +63,7 @@ class ModelConfig:
             if not ok:
                 raise ValueError(f"model.{name}: expected {expected}, found {getattr(self, name)}")
 
+        check(self.hidden is None or self.hidden > 0, "hidden", "a positive number")
         for name in ("vocabulary", "width", "depth", "heads", "context", "latent_channels"):
             check(getattr(self, name) > 0, name, "a positive number")
         check(self.width % (2 * self.heads) == 0, "width", f"a multiple of 2 x heads ({2 * self.heads})")
@@ -75,6 +79,11 @@ class ModelConfig:
         levels = self.patch_size.bit_length()
         fits = self.unet_channels is None or len(self.unet_channels) == levels
         check(fits, "unet_channels", f"{levels} numbers for patch size {self.patch_size}")
+
+    @property
+    def grid(self) -> int | None:
+        """Patches along a side of an image at most; None: any number."""
+        return MAX_GRID if self.images == "latents" and self.patch_positions == "learned" else None
 
     @property
     def head_channels(self) -> int:

@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..sequence import Images, shapes_of
-from .config import ModelConfig
+from .config import MAX_GRID, ModelConfig
 from .layers import Linear, TimestepEmbedding
-
-MAX_GRID = 64
-"""rows or columns of patches that learned positions reach"""
 
 
 def by_shape(latents: Images) -> list[list[int]]:

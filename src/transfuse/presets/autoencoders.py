@@ -76,6 +76,8 @@ class AutoencoderRecipe:
 
     def settled(self) -> AutoencoderRecipe:
         """Itself. Raises UserError where its parts do not fit together."""
+        if self.loop.measure_every:
+            raise UserError("loop.measure_every: expected 0 for an autoencoder, whose grids show it, found more")
         if self.start is not None:
             self.started_from(self.start)
         if self.data.world.size % self.model.factor:

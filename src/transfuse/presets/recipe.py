@@ -5,6 +5,7 @@ The recipe is saved with the run as `config.json`; model, data and noise can be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -18,10 +19,10 @@ from ..autoencoders import Autoencoder, Coded, ImageAutoencoder, Later, bundled,
 from ..configuration import to_dict
 from ..console import say
 from ..data import EditConfig, FaultLog, Finish, PairConfig, Rows, StepLoader, unchanged
-from ..data.world import World, WorldConfig, caption, glosses
+from ..data.world import World, WorldConfig, caption, edit, glosses
 from ..data.world.scenes import Split
 from ..devices import Device, Precision
-from ..diffusion import DiffusionConfig, Process
+from ..diffusion import DiffusionConfig, Process, Sampler
 from ..errors import UserError
 from ..export import GenerationConfig, save_export
 from ..files import whole_file
@@ -151,7 +152,7 @@ class Recipe:
         return recipe._with("vocabulary", tokenizer.vocabulary, "as the tokenizer of the data sets has")
 
     def _fitted(self) -> Recipe:
-        check_world(self.data.world)
+        check_world(self.data.world, any(spec.name == "edits" for spec in open_sources(self.data).specs))
         autoencoder = self.open_autoencoder()
         nothing = 0.0 if self.model.images == "none" else 1.0
         if self.data.text_share == nothing:
@@ -163,14 +164,7 @@ class Recipe:
             return self
         weights = "" if self.data.autoencoder == "pixels" else autoencoder.fingerprint
         fitted = replace(self, data=replace(self.data, autoencoder_weights=weights))
-        step = self.model.patch_size * autoencoder.factor
-        opened = open_sources(self.data)
-        opened.check_sizes(step)
-        if of_the_world(self.data) and self.data.world.size % step:
-            raise UserError(
-                f"data.world.size: expected a multiple of {step} (model.patch_size x the autoencoder's factor), "
-                f"found {self.data.world.size}"
-            )
+        self._check_pictures(self.model.patch_size * autoencoder.factor)
         as_it_has = f"as the autoencoder {self.data.autoencoder} has"
         if isinstance(autoencoder, Coded):
             return fitted._with("codebook", autoencoder.codebook_size, as_it_has)
@@ -180,6 +174,29 @@ class Recipe:
                 f"deviation 1 and go beyond, found {self.diffusion.clip_x0}"
             )
         return fitted._with("latent_channels", autoencoder.channels, as_it_has)
+
+    def _check_pictures(self, step: int) -> None:
+        """Raise UserError for pictures that the network can not take in patches of `step` pixels, and ways of drawing
+        that the process does not know."""
+        most = math.inf if self.model.grid is None else self.model.grid
+        opened = open_sources(self.data)
+        opened.check_sizes(step, most)
+        opened.check_positions(step, self.model.context)
+        if of_the_world(self.data) and self.data.world.size > most * step:
+            raise UserError(
+                f"data.world.size: expected at most {most * step:g} (model.patch_positions learned), found "
+                f"{self.data.world.size}"
+            )
+        if of_the_world(self.data) and self.data.world.size % step:
+            raise UserError(
+                f"data.world.size: expected a multiple of {step} (model.patch_size x the autoencoder's factor), "
+                f"found {self.data.world.size}"
+            )
+        if self.model.images == "latents":
+            try:
+                Sampler(Process(self.diffusion), self.generation.sampler)
+            except ValueError as error:
+                raise UserError(f"generation.sampler: {error}") from None
 
     def _with(self, name: str, value: int, why: str) -> Recipe:
         """With a number of the model's as something else needs it."""
@@ -214,13 +231,21 @@ class Recipe:
 
 
 @cache
-def check_world(config: WorldConfig) -> None:
-    """Raise UserError for a world with nothing to learn from, or nothing that is held out."""
-    for split in get_args(Split):
-        try:
+def check_world(config: WorldConfig, edited: bool) -> None:
+    """Raise UserError for a world with nothing to learn from, or nothing that is held out; or, if it is to be edited,
+    with scenes in which nothing can change."""
+    try:
+        for split in get_args(Split):
             World(replace(config, split=split))
-        except ValueError as error:
-            raise UserError(f"data.world: {error}") from None
+        world = World(config)
+        for number in range(PROBED if edited else 0):
+            edit(world.scene(number), world, number)
+    except ValueError as error:
+        raise UserError(f"data.world: {error}") from None
+
+
+PROBED = 100
+"""scenes of a world that are tried to be edited"""
 
 
 def captions(config: WorldConfig, count: int) -> list[str]:
@@ -317,7 +342,7 @@ def build_loader(
     stream = mixture(recipe, opened, tokenizer, grammar, autoencoder)
     rows = None
     if data.row_length is not None:
-        rows = Rows(lambda samples: stream.lengths(samples, grammar), data.row_length)
+        rows = Rows(lambda samples: stream.lengths(samples, grammar), data.row_length, end=stream.end)
     faults = FaultLog(folder, {name: len(found) for name, found in opened.sets.items()}, data.max_errors, rank)
     return StepLoader(
         stream.document,

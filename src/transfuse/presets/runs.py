@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 from ..configuration import from_dict, read_json, to_dict
 from ..console import say
@@ -74,7 +76,7 @@ def open_run(recipe: R, folder: Path) -> R:
         recipe = resolve(recipe)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
+            partial = path.with_suffix(f".partial-{os.getpid()}")
             partial.write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
             os.replace(partial, path)
         except OSError as error:
@@ -96,9 +98,35 @@ def open_run(recipe: R, folder: Path) -> R:
     return asked
 
 
-def claim_run(recipe: R, folder: Path, ranks: Ranks) -> R:
-    """`open_run` by all ranks of a run: the first one writes, and says what is wrong, once."""
-    return ranks.once(lambda: open_run(recipe, folder)) or open_run(recipe, folder)
+@contextmanager
+def claimed(recipe: R, folder: Path, ranks: Ranks) -> Iterator[R]:
+    """`open_run` by all ranks of a run, while no other command trains there: two would write over each other's
+    checkpoints. The first rank writes, and says what is wrong, once.
+
+    The lock is the process's, and goes with it, however it ends. Raises UserError where another has it, too.
+    """
+    opened = ranks.once(lambda: open_run(recipe, folder)) or open_run(recipe, folder)
+    held = ranks.once(lambda: _locked(folder))
+    try:
+        yield opened
+    finally:
+        if held is not None:
+            held.close()
+
+
+def _locked(folder: Path) -> IO[str]:
+    try:
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{folder}: expected a run that nobody else trains, found another process at it") from None
+    except OSError as error:  # a file system without locks
+        say(f"{folder}: can not be locked ({error.strerror or error}): do not train there twice at once")
+    return file
 
 
 def run_device(recipe: RunRecipe, folder: Path) -> str:

@@ -9,8 +9,11 @@ photos-64,weight=3 world s3://b/set,epochs=4,final=10
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..autoencoders import Autoencoder
 from ..configuration import nearest
@@ -26,10 +29,10 @@ from ..data import (
     StoredTexts,
     Texts,
 )
-from ..data.dataset import Split
+from ..data.dataset import DamagedError, Split
 from ..data.world import World, caption, glosses
 from ..errors import UserError
-from ..sequence import Grammar, Tokenizer
+from ..sequence import Grammar, Tokenizer, positions
 
 if TYPE_CHECKING:
     from .recipe import DataConfig, Recipe
@@ -108,8 +111,9 @@ class Opened:
                 )
         return found[0][1] if found else None
 
-    def check_sizes(self, step: int) -> None:
-        """Raise UserError for pictures that do not divide into patches of `step` pixels."""
+    def check_sizes(self, step: int, most: float) -> None:
+        """Raise UserError for pictures that do not divide into patches of `step` pixels, or have more than `most` of
+        them a side."""
         for name, data in self.sets.items():
             for side in ("rows", "columns"):
                 if (data.pictures[side] % step).any():
@@ -117,6 +121,24 @@ class Opened:
                         f"{name}: expected pictures whose sides are multiples of {step} pixels (model.patch_size x the "
                         f"autoencoder's factor), found others; build it with a --size, or --multiple, that is one"
                     )
+                if len(data.pictures) and (largest := int(data.pictures[side].max())) > most * step:
+                    raise UserError(
+                        f"{name}: expected pictures of at most {most * step:g} pixels a side (model.patch_positions "
+                        f"learned), found one of {largest}"
+                    )
+
+    def check_positions(self, step: int, context: int) -> None:
+        """Raise UserError for a document, pictures and words, that is longer than a sequence may be."""
+        for name, data in self.sets.items():
+            if not len(data.documents):
+                continue
+            words = positions(data.documents["tokens"].astype(np.int64), [])
+            longest = int((words + data.image_positions(np.arange(len(data.documents)), step)).max())
+            if longest > context:
+                raise UserError(
+                    f"{name}: expected documents of at most {context} positions (model.context), found one of "
+                    f"{longest}, its pictures' patches of {step} pixels among them"
+                )
 
     def check_lengths(self, most: int, what: str) -> None:
         """Raise UserError where the text of a document alone is longer than a sequence may be."""
@@ -165,7 +187,7 @@ def mixture(
             first = share * spec.weight / (sum(spec.weight for spec in specs) or 1.0)
             final = share * weight / (sum(last) or 1.0) if changes else None
             source = _source(recipe, opened, spec, tokenizer, autoencoder)
-            ingredients.append(Ingredient(source, first, spec.epochs, final))
+            ingredients.append(Ingredient(source, first, spec.epochs, final, _left_out(recipe, opened, spec)))
     if not ingredients or not sum(part.share for part in ingredients):
         raise UserError(f"data.sources: expected something to learn from, found only {', '.join(data.sources)}")
     measured = grammar if by_positions and ((pictures and texts) or len(ingredients) > 1) else None
@@ -215,6 +237,13 @@ def _source(
     return StoredPictures(data, tokenizer, autoencoder, recipe.data.pairs, recipe.seed)
 
 
+def _left_out(recipe: Recipe, opened: Opened, spec: SourceSpec) -> int | None:
+    """Documents in a pass of a source, whether or not a run reads it."""
+    if spec.name in opened.sets:
+        return opened.sets[spec.name].size("train")
+    return recipe.data.edits.count if spec.name == "edits" else None
+
+
 def of_the_world(data: DataConfig) -> bool:
     """Whether a run learns from the bundled world's scenes, among others or alone."""
     return any(SourceSpec.parse(text).name in OF_THE_WORLD for text in data.sources)
@@ -243,7 +272,8 @@ def held_out_prompts(recipe: Recipe, count: int) -> list[str]:
         for index in range(data.size(split)):
             number = data.number(split, index)
             if data.documents[number]["pair"]:
-                found.append(str(data.read(number).parts[1]))
+                with suppress(DamagedError):  # training says so of its own
+                    found.append(str(data.read(number).parts[1]))
             if len(found) == count:
                 break
         if found:

@@ -39,6 +39,10 @@ class Image:
     max_timestep: int | None = None
     pixels: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_timestep is not None and self.max_timestep < 1:
+            raise ValueError(f"image: max_timestep: expected at least 1, found {self.max_timestep}")
+
     @property
     def coded(self) -> bool:
         """Whether it is made of codes."""

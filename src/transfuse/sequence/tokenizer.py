@@ -113,8 +113,17 @@ class Tokenizer:
         return Grammar(self.bos, self.eos, self.boi, self.eoi, patch_size, first_code)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of plain text. A marker named in it is plain characters, so that a prompt can not inject one."""
-        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+        """Ids of plain text. A marker named in it is plain characters, so that a prompt can not inject one.
+
+        Raises UserError for half a surrogate: what a terminal or a file makes of bytes that are no UTF-8.
+        """
+        try:
+            return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+        except TypeError:
+            bad = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+            if bad is None:
+                raise
+            raise UserError(f"text: expected UTF-8, found {bad!a} in {text!a:.80}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, markers left out."""

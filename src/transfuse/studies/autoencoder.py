@@ -17,7 +17,7 @@ from ..presets.autoencoders import (
     export_autoencoder,
     image_source,
 )
-from ..presets.runs import claim_run, run_device
+from ..presets.runs import claimed, run_device
 from ..training import Trainer, join
 from .samples import grid
 from .training import run_trainer
@@ -31,8 +31,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer,
 
     Raises UserError where the folder was made by another recipe.
     """
-    with join(run_device(recipe, folder)) as ranks:
-        recipe = claim_run(recipe, folder, ranks)
+    with join(run_device(recipe, folder)) as ranks, claimed(recipe, folder, ranks) as recipe:
         trainer = build_autoencoder_trainer(recipe, folder, reconstruction_grid(recipe), ranks)
         if run_trainer(trainer, folder) == "stopped":
             return trainer, None

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..console import say
 from ..presets.recipe import Recipe, build_trainer, export_run
-from ..presets.runs import claim_run, run_device
+from ..presets.runs import claimed, run_device
 from ..training import Trainer, join
 from .measures import measuring
 from .samples import sample_grid
@@ -41,8 +41,8 @@ def train_run(recipe: Recipe, folder: Path) -> Trained:
     Raises UserError where the folder was made by another recipe.
     """
     parallel = recipe.parallel
-    with join(run_device(recipe, folder), parallel.replicate, parallel.tensor) as ranks:
-        recipe = claim_run(recipe, folder, ranks)
+    device = run_device(recipe, folder)
+    with join(device, parallel.replicate, parallel.tensor) as ranks, claimed(recipe, folder, ranks) as recipe:
         trainer, tokenizer = build_trainer(recipe, folder, ranks)
         if recipe.model.images != "none":
             trainer.sample = sample_grid(recipe, tokenizer)

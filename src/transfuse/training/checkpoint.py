@@ -167,7 +167,10 @@ class CheckpointFolder:
         return sorted(path.parent for path in self.folder.glob(f"step-*/{MANIFEST}") if path.parent.suffix == "")
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, or None; and a line about each newer one that is not."""
+        """The newest checkpoint that is whole, and a line about each newer one that is not; None where there is none.
+
+        Raises UserError where there are some, and none is whole: to begin anew would lose what the run has written.
+        """
         complaints: list[str] = []
         found = None
         for path in reversed(self.complete() if self.ranks.first else []):
@@ -175,8 +178,14 @@ class CheckpointFolder:
             if problem is None:
                 found = path
                 break
-            complaints.append(f"{path}: {problem}; falling back to an older checkpoint")
-        return self.ranks.share((found, complaints))
+            complaints.append(f"{path}: {problem}")
+        found, complaints = self.ranks.share((found, complaints))
+        if complaints and found is None:
+            raise UserError(
+                f"{complaints[0]}; expected a whole checkpoint to go on from, found none of {len(complaints)}; move "
+                f"{self.folder} away to begin anew"
+            )
+        return found, [f"{complaint}; falling back to an older checkpoint" for complaint in complaints]
 
     def open(self, path: Path) -> Metadata:
         """What is in a checkpoint: names, as group/name, and shapes."""

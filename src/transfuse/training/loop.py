@@ -74,6 +74,11 @@ class LoopConfig:
         for name in (*least, *every):
             if getattr(self, name) < least.get(name, 0):
                 raise ValueError(f"loop.{name}: expected at least {least.get(name, 0)}, found {getattr(self, name)}")
+        for name in ("max_seconds", "session_seconds"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise ValueError(f"loop.{name}: expected at least 0, found {value}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"loop.ema_decay: expected a share from 0 to below 1, found {self.ema_decay}")
         if self.best and not self.measure_every:
             raise ValueError(f"loop.measure_every: expected above 0 where loop.best is {self.best!r}, found 0")
 
@@ -131,6 +136,8 @@ class Trainer:
         self.step, self.data_offset = 0, 0
         self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "waited": 0.0}
         self.losses: dict[str, float] = {}
+        self.average = Average()
+        """of the steps since the last line of metrics.jsonl; after a restart the first rank's has all ranks' """
         self._counted: dict[str, float] = {}
         self._saved: int | None = None
         """step of the newest checkpoint"""
@@ -148,6 +155,7 @@ class Trainer:
         self.step, self.totals = progress["step"], {"waited": 0.0, **progress["totals"]}
         self.data_offset, self._counted = progress.get("data_offset", 0), {}
         self._saved = self.step
+        self.average = Average.of(progress.get("average", {})) if self.ranks.first else Average()
         self.guard.restore(progress.get("guard", {}))
         self.load.start_from(progress.get("data", {}))
         return True
@@ -194,7 +202,7 @@ class Trainer:
 
     def _run(self, stop: StopRequest) -> Asked:
         log, window, began = self._open_log(), time.monotonic(), time.monotonic()
-        average, before, asked = Average(), dict(self.totals), Asked(time_over=self._time_over())
+        before, asked = dict(self.totals), Asked(time_over=self._time_over())
         with (
             progress("train", self.config.steps, self.step) as bar,
             profiled(self.folder / "profile", self.config.profile, self.ranks.rank) as profile,
@@ -202,19 +210,19 @@ class Trainer:
         ):
             while self.step < self.config.steps and not any(asked):
                 reached = self.step
-                asked = self.train_step(average, self._ask(stop.requested, began))
+                asked = self.train_step(self.average, self._ask(stop.requested, began))
                 profile()
                 bar.advance(self.step - bar.done, " ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items()))
                 if self.step <= reached:  # rolled back
-                    log, average, window, before = self._open_log(), Average(), time.monotonic(), dict(self.totals)
+                    log, window, before = self._open_log(), time.monotonic(), dict(self.totals)
                     continue
                 if self.step % self.config.log_every == 0 or self.step == self.config.steps or asked.time_over:
                     self.merge()
-                    means = average.merged(self.ranks).means()
+                    means = self.average.merged(self.ranks).means()
                     line = self._line(means, before, time.monotonic() - window)
                     log.write(line)
                     self.trackers.log(line)
-                    average, window, before = Average(), time.monotonic(), dict(self.totals)
+                    self.average, window, before = Average(), time.monotonic(), dict(self.totals)
                 self._measure(log)
                 self._save_and_sample()
         return asked
@@ -328,6 +336,7 @@ class Trainer:
             "data": self.load.position(),
             "data_offset": self.data_offset,
             "guard": self.guard.state(),
+            "average": vars(self.average.merged(self.ranks)),
         }
         self._saved = self.step
         with self.clock.part("checkpoint", on_host=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ class Average:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
         self.counts: dict[str, float] = {}
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Mapping[str, float]]) -> Average:
+        """One from its sums and counts."""
+        average = cls()
+        average.sums.update(saved.get("sums", {}))
+        average.counts.update(saved.get("counts", {}))
+        return average
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + total

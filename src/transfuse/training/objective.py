@@ -7,6 +7,7 @@ ranks), so that splitting a step never changes its loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,6 +78,13 @@ class ObjectiveConfig:
     """of the squared logarithm of the softmax's denominator, which keeps logits from drifting (Chameleon: 1e-5)"""
     timestep_bins: int = 10
     """the diffusion loss is also logged in this many equal bins of the timestep"""
+
+    def __post_init__(self) -> None:
+        for name in ("image_weight", "z_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"objective.{name}: expected at least 0, found {getattr(self, name)}")
+        if self.timestep_bins < 1:
+            raise ValueError(f"objective.timestep_bins: expected at least 1, found {self.timestep_bins}")
 
 
 @dataclass

@@ -25,6 +25,16 @@ class OptimizerConfig:
     clip: float = 1.0
     """largest global norm of the gradient"""
 
+    def __post_init__(self) -> None:
+        for name in ("clip", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name}: expected a number above 0, found {getattr(self, name)}")
+        for name in ("learning_rate", "final_learning_rate", "warmup", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name}: expected at least 0, found {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas: expected numbers from 0 to below 1, found {self.betas}")
+
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """Rate of step number `step` (from 0) of `steps`: linear warm-up, then cosine to the final rate."""
