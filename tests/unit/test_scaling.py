@@ -126,6 +126,16 @@ def test_runs_that_a_cheaper_one_of_their_arm_beats_are_no_law(seeds: int) -> No
         assert all("is cheaper and better" in reason for reason in reasons.values())
 
 
+def test_a_run_that_guesses_beats_none() -> None:
+    """Blurs may lie nearer to real pictures than a beginner's drawings do: they are no better, and no bargain."""
+    results = grid("transfusion", "chameleon")
+    before = analyse(results)["parity"]["flops"]["frechet"]["transfusion"]["observed"]
+    blur = result("transfusion", "xs", 5e5, frechet=1.0, noun=0.01, noun_interval=[0.0, 0.02])
+    report = analyse([*results, blur])
+    assert report["lines"]["frechet"]["transfusion"]["left_out"] == {blur["run"]: "noun no better than guessing"}
+    assert report["parity"]["flops"]["frechet"]["transfusion"]["observed"] == before
+
+
 def test_equal_size_is_asked_where_the_rival_has_budgets() -> None:
     """One run of a larger size, which makes no line, does not take the place of a size with several."""
     several = [result(arm, "s", budget) for arm in ("transfusion", "chameleon") for budget in (1e6, 2e6, 4e6)]

@@ -145,24 +145,31 @@ def left_out(result: dict[str, Any], measure: Measure) -> str:
     """Why a result's value says nothing of the law: no better than guessing, or as good as can be; "" if it does."""
     if result[measure.key] <= 0:
         return "not positive"
-    if measure.guard is not None and result[f"{measure.guard}_interval"][0] <= result[f"{measure.guard}_chance"]:
-        return f"{measure.guard.replace('_', ' ')} no better than guessing"
+    if _guesses(result, measure):
+        return f"{str(measure.guard).replace('_', ' ')} no better than guessing"
     if measure.guard == measure.key and result[f"{measure.key}_interval"][1] >= 1:
         return "can not be told from 100 %"
     return ""
 
 
+def _guesses(result: dict[str, Any], measure: Measure) -> bool:
+    guard = measure.guard
+    return guard is not None and bool(result[f"{guard}_interval"][0] <= result[f"{guard}_chance"])
+
+
 def beaten(results: Sequence[dict[str, Any]], measure: Measure, cost: str) -> dict[str, str]:
     """Runs of one arm that a cheaper one of it beats, and which: a network too large for its positions, say, is not
-    what the arm can do for that cost. Seeds of a size and budget count together, by their means."""
+    what the arm can do for that cost. One that guesses beats none: the blurs it draws may lie near real pictures.
+    Seeds of a size and budget count together, by their means."""
     cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for result in results:
         cells.setdefault((result["size"], result["budget"]), []).append(result)
     means = {cell: [_mean(some, key) for key in (cost, measure.key)] for cell, some in cells.items()}
     sign = 1 if measure.better == "higher" else -1
     found = {}
+    able = {cell: means[cell] for cell, some in cells.items() if not any(_guesses(one, measure) for one in some)}
     for cell, (spent, value) in means.items():
-        for (size, budget), (less, other) in means.items():
+        for (size, budget), (less, other) in able.items():
             if less < spent and sign * other > sign * value:
                 said = f"{size} on {short(budget)} positions is cheaper and better"
                 found.update({result["run"]: said for result in cells[cell]})
