@@ -586,6 +586,19 @@ def test_jsonl_of_words_alone(tmp_path: Path) -> None:
     assert documents(read(tmp_path / "d.jsonl", caption_column="content")) == [("x",)]
 
 
+def test_a_picture_beside_text_is_a_pair(tmp_path: Path) -> None:
+    url = "data:image/png;base64," + base64.b64encode(picture(2)).decode()
+    write(tmp_path, {"a.png": picture(0), "b.png": picture(1)})
+    alone = [{"image": None, "text": "words"}, {"images": [], "text": "alone"}]
+    text = lines({"image": "a.png", "text": " a crab "}, {"text": "data", "image": url}, *alone)
+    found = read(write(tmp_path, {"d.jsonl": text}) / "d.jsonl")
+    assert documents(found) == [(picture(0), "a crab"), (picture(2), "data"), ("words",), ("alone",)]
+    assert [item.pair for item in found if isinstance(item, Raw)] == [True, True, False, False]
+    write(tmp_path, {"e.jsonl": lines({"picture": "b.png", "alt": "sea", "text": "not this"})})
+    found = read(tmp_path / "e.jsonl", image_column="picture", caption_column="alt")
+    assert documents(found) == [(picture(1), "sea")]
+
+
 FAULTY_LINES: dict[str, object] = {
     "cut": '{"text": "wor',
     "no record": ["words"],
@@ -604,6 +617,12 @@ FAULTY_LINES: dict[str, object] = {
     "damaged base64": {"parts": [{"image": "data:image/png;base64,AA*="}]},
     "lists that do not match": {"texts": ["a", None], "images": [None]},
     "lists of nothing": {"texts": [None], "images": [None]},
+    "pictures beside text": {"images": ["a.png"], "text": "eh"},
+    "pictures beside a pair": {"image": "a.png", "images": ["a.png"], "text": "eh"},
+    "a picture of a pair gone": {"image": "gone.png", "text": "eh"},
+    "a picture of a pair of another kind": {"image": {"bytes": "x"}, "text": "eh"},
+    "a picture without a caption": {"image": "a.png", "text": " "},
+    "a picture with a caption of another kind": {"image": "a.png", "text": 5},
 }
 
 

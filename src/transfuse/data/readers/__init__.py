@@ -81,7 +81,7 @@ class Columns:
     """How to find things in a source."""
 
     image_column: str = ""
-    """of a table: the column with the file's name, or bytes; none: one of the usual names"""
+    """of a table, or JSON: the column or field with the file's name, or bytes; none: one of the usual names"""
     caption_column: str = ""
     """of a table, or JSON: the column or field with the words; none: one of the usual names"""
     first_line: bool = False

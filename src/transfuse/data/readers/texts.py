@@ -1,6 +1,7 @@
-"""Plain text, and jsonl: a document a line, words alone or words and pictures interleaved.
+"""Plain text, and jsonl: a document a line, words alone, a picture and its caption, or words and pictures interleaved.
 
 {"text": "words"}
+{"image": "a.png", "text": "a crab"}                                     a pair
 {"parts": [{"text": "first"}, {"image": "a.png"}, {"text": "then"}]}     pictures by path, or as "data:...;base64,..."
 {"texts": ["first", null, "then"], "images": [null, "a.png", null]}      as OBELICS writes them
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -98,13 +100,14 @@ class JsonReader:
 
     def __init__(self, files: list[File], columns: Columns) -> None:
         self.files = files
-        self.text = columns.caption_column or "text"
+        self.image, self.text = columns.image_column or "image", columns.caption_column or "text"
         self.listing, self.total = listing(files)
         _, first = next(iter(_chunks(files[0], b"\n")), (0, b""))
         lines = [line for line in first.split(b"\n")[:100] if line.strip()]
         if not lines:
             raise UserError(f"{files[0].place}: expected a JSON document a line, found an empty file")
-        self.text_only = not any(b'"image"' in line or b'"images"' in line for line in lines)
+        names = [json.dumps(name).encode() for name in ("image", "images", self.image)]
+        self.text_only = not any(name in line for line in lines for name in names)
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:
@@ -118,11 +121,12 @@ class JsonReader:
                 continue
             key = f"{file.name}:{number}"
             try:
-                yield Raw(key, self._parts(file, parse_json(decode_text(line, "line"))))
+                yield self._document(key, file, parse_json(decode_text(line, "line")))
             except (OSError, ValueError) as error:
                 yield Fault(key, f"expected a document, found none ({error})")
 
-    def _parts(self, file: File, record: Any) -> tuple[str | bytes, ...]:
+    def _document(self, key: str, file: File, record: Any) -> Raw:
+        pair = False
         if not isinstance(record, dict):
             raise ValueError(f"a {type(record).__name__}")
         if isinstance(record.get("parts"), list):
@@ -133,13 +137,26 @@ class JsonReader:
                 raise ValueError("words and a picture in one place")
             listed = [{"image": image} if image else words for words, image in both if words or image]
         elif self.text in record:
-            listed = [record[self.text]]
+            listed = self._listed(record)
+            pair = len(listed) == 2
         else:
             raise ValueError(f"neither parts, nor texts and images, nor {self.text}")
         parts = interleaved(listed, lambda name: _image(file, name))
         if self.text_only and not all(isinstance(part, str) for part in parts):
             raise ValueError("pictures, where the first lines have none")
-        return parts
+        return Raw(key, parts, pair)
+
+    def _listed(self, record: dict[str, Any]) -> list[Any]:
+        """Words alone, or a picture and its caption. Raises ValueError where pictures would be left aside."""
+        image, words = record.get(self.image), record[self.text]
+        for name in ("image", "images"):
+            if name != self.image and record.get(name):
+                raise ValueError(f"{name} beside {self.text}: expected one picture in {self.image}, or parts")
+        if not image:
+            return [words]
+        if not isinstance(words, str) or not words.strip():
+            raise ValueError(f"a picture, and no caption in {self.text}")
+        return [{"image": image}, words]
 
 
 def _image(file: File, name: Any) -> bytes:
