@@ -743,6 +743,20 @@ def test_text_at_any_boundary_of_a_chunk(
         assert [item.key for item in found] == [f"a.txt:{i}" for i, row in enumerate(rows, 1) if row.strip()]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_paragraphs_are_read_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """Whatever the line ends are: a file is in memory a part at a time."""
+    monkeypatch.setattr(texts, "CHUNK", 100)
+    words = [f"paragraph {i},{end}and more of it" for i in range(50)]
+    write(tmp_path, {"a.txt": (2 * end).join(words)})
+    reader = open_source(str(tmp_path / "a.txt"), Columns(split="paragraph"))
+    found = [part.weight for part in reader.parts()]
+    assert sum(found) == reader.total
+    assert max(found) < 200
+    assert documents(read(reader)) == [(f"paragraph {i},\nand more of it",) for i in range(50)]
+    assert [item.key for item in read(reader)] == [f"a.txt:{3 * i + 1}" for i in range(50)]
+
+
 def test_paragraphs_far_apart_have_the_line_they_begin_at(tmp_path: Path) -> None:
     write(tmp_path, {"a.txt": "\none\n\n\n\ntwo\n\n\nthree\n"})
     keys = [item.key for item in read(tmp_path / "a.txt", split="paragraph")]

@@ -22,6 +22,8 @@ from .files import File, listing
 
 CHUNK = 1 << 18
 """bytes of lines that make a part"""
+SEPARATORS = {"line": (b"\n",), "paragraph": (b"\n\n", b"\n\r\n")}
+"""what a part may end after, whatever the line ends are"""
 
 
 def _open(file: File) -> BinaryIO:
@@ -29,24 +31,24 @@ def _open(file: File) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
 
 
-def _chunks(source: File, separator: bytes) -> Iterator[tuple[int, bytes]]:
+def _chunks(source: File, *separators: bytes) -> Iterator[tuple[int, bytes]]:
     """Stretches of a file that end after a separator, and the number of lines before each."""
-    lines, rest = 0, b""
+    lines, rest = 0, bytearray()
     try:
         with _open(source) as file:
             while block := file.read(CHUNK):
-                block = rest + block
-                cut = block.rfind(separator) + len(separator)
-                if cut < len(separator):
-                    rest = block
-                    continue
-                yield lines, block[:cut]
-                lines += block.count(b"\n", 0, cut)
-                rest = block[cut:]
+                begin = max(0, len(rest) - max(map(len, separators)) + 1)  # a separator may have begun in what is left
+                rest += block
+                found = [(rest.rfind(one, begin), len(one)) for one in separators]
+                cut = max((place + length for place, length in found if place >= 0), default=0)
+                if cut:
+                    yield lines, bytes(rest[:cut])
+                    lines += rest.count(b"\n", 0, cut)
+                    del rest[:cut]
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{source.place}: expected a readable file, found one that is not ({error})") from None
     if rest:
-        yield lines, rest
+        yield lines, bytes(rest)
 
 
 class TextReader:
@@ -63,7 +65,7 @@ class TextReader:
             if self.split == "file":
                 yield Part((file, 0, None), file.size)
             else:
-                for lines, data in _chunks(file, b"\n" if self.split == "line" else b"\n\n"):
+                for lines, data in _chunks(file, *SEPARATORS[self.split]):
                     yield Part((file, lines, data), len(data))
 
     def read(self, part: Part) -> Iterator[Raw | Fault]:
