@@ -20,7 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from conftest import write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfuse.autoencoders import ImageAutoencoder, open_autoencoder
+from transfuse.autoencoders import ImageAutoencoder, open_autoencoder, save_autoencoder
 from transfuse.cli import run
 from transfuse.console import progress
 from transfuse.data import verify
@@ -537,6 +537,36 @@ def test_an_autoencoder_that_does_not_fit(root: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=what) as caught:
             build(root / "tars", tmp_path / f"{len(list(tmp_path.iterdir()))}", settings)
         one_line(caught)
+
+
+def scale(folder: Path, factor: float) -> None:
+    """Stands for more training of an autoencoder: its latents have another spread."""
+    values = json.loads((folder / "config.json").read_text())
+    values["latents_std"] = [factor * value for value in values["latents_std"]]
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_an_autoencoder_that_was_trained_further_is_another_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    save_autoencoder(tmp_path / "ae", open_autoencoder("kl-f4-small"), "ae")
+    config = replace(CONFIG, autoencoder=str(tmp_path / "ae"))
+    with monkeypatch.context() as patch:
+        if not done:
+            patch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(Killed))
+        with nullcontext() if done else pytest.raises(Killed):
+            build(root / "tars", tmp_path / "out", config)
+    before = contents(tmp_path / "out")
+    scale(tmp_path / "ae", 2.0)
+    with pytest.raises(UserError, match=r'autoencoder_weights: expected "[0-9a-f]+", found "[0-9a-f]+"') as caught:
+        build(root / "tars", tmp_path / "out", config)
+    one_line(caught)
+    assert contents(tmp_path / "out") == before
+    scale(tmp_path / "ae", 0.5)
+    assert build(root / "tars", tmp_path / "out", config)["documents"] == 14
+    build(root / "tars", tmp_path / "straight", config)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
 @pytest.mark.parametrize(

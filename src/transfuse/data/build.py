@@ -33,7 +33,7 @@ from ..sequence import Tokenizer
 from .ahead import ahead, processes
 from .dataset import DOCUMENT, PICTURE, SUMS, VERSION, DataSet, Encoding, Manifest, Shard, to_members, to_tar
 from .faults import FREE_FAULTS
-from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, slug
+from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, encoding_of, slug
 from .readers import Part, Reader, open_source
 from .readers.sets import SetReader
 from .remote import Cache, is_remote, url_name
@@ -60,11 +60,11 @@ def build_set(
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"{out}: expected a folder outside of the source {source}, found one in it")
     reader = open_source(source, config.columns, config.size, cache)
-    settings = {"listing": reader.listing, **to_dict(config)}
+    settings, encoding = {"listing": reader.listing, **to_dict(config)}, encoding_of(config)
     name = url_name(source) if is_remote(source) else Path(source).name or source
     if (out / "manifest.json").exists():
-        return _built(out, settings)
-    _claim(out, settings)
+        return _built(out, settings | _weights(encoding))
+    _claim(out, settings | _weights(encoding))
     tokenizer = _tokenizer(reader, config, out)
     (out / "shards").mkdir(exist_ok=True)
     preparer = Preparer(config, tokenizer)
@@ -83,7 +83,7 @@ def build_set(
             bar.advance(part.weight, note=f"{writer.written} documents")
             if writer.seen >= most:
                 break
-    manifest = writer.finish(tokenizer, settings, preparer.encoding)
+    manifest = writer.finish(tokenizer, settings, encoding)
     return {**_counts(manifest), "seconds": time.monotonic() - began}
 
 
@@ -95,9 +95,14 @@ def _counts(manifest: Manifest) -> dict[str, Any]:
 # --- before the work --------------------------------------------------------------------------------------------------
 
 
+def _weights(encoding: Encoding | None) -> dict[str, Any]:
+    """What settings do not tell: a folder's name stays while its autoencoder is trained further."""
+    return {"autoencoder_weights": encoding and encoding.fingerprint}
+
+
 def _built(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     manifest = DataSet(str(out)).manifest
-    _compare(out / "manifest.json", manifest.settings, settings)
+    _compare(out / "manifest.json", manifest.settings | _weights(manifest.encoding), settings)
     shutil.rmtree(out / "building", ignore_errors=True)
     say(f"{out}: built already")
     return {**_counts(manifest), "seconds": 0.0}

@@ -129,14 +129,6 @@ class Preparer:
         self.suffix = f"{kind}.npy" if self.autoencoder else {"jpeg": "jpg"}.get(config.format, config.format)
         self.id_type = "<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4"
 
-    @property
-    def encoding(self) -> Encoding | None:
-        found = self.autoencoder
-        if found is None:
-            return None
-        codebook = found.codebook_size if isinstance(found, Coded) else None
-        return Encoding(found.name, found.fingerprint, found.factor, codebook)
-
     def texts(self, items: Iterable[Raw | Fault]) -> Iterator[list[Outcome]]:
         """Of each document that is words alone what becomes of it: several, where it is cut because it is too long."""
         for item in map(_writable, items):
@@ -215,6 +207,15 @@ class Preparer:
                 raise UserError(f"{key}: expected finite latents of {self.autoencoder.name} in float16, found others")
         np.save(stream, latent, allow_pickle=False)
         return stream.getvalue()
+
+
+def encoding_of(config: BuildConfig) -> Encoding | None:
+    """What a set is encoded with; None: it has pixels. Raises UserError for no such autoencoder, or no fit."""
+    found = _opened(config)
+    if found is None:
+        return None
+    codebook = found.codebook_size if isinstance(found, Coded) else None
+    return Encoding(found.name, found.fingerprint, found.factor, codebook)
 
 
 def _opened(config: BuildConfig) -> Autoencoder | None:
