@@ -96,8 +96,10 @@ def stories(folder: Path) -> Path:
 
 
 def prose(folder: Path) -> Path:
+    """Twelve paragraphs, some long, and five that are equal to an earlier one."""
     words = [" ".join(f"w{i * j % 17}" for j in range(5 + 9 * (i % 4))) for i in range(12)]
-    return write(folder, {"a.txt": "\n\n".join(words[:7]), "b.txt": b"caf\xe9", "c.txt": "\n\n".join(words[7:])})
+    first, last = [*words[:4], words[3], *words[4:7]], [words[2], *words[7:], words[0], words[3], words[10]]
+    return write(folder, {"a.txt": "\n\n".join(first), "b.txt": b"caf\xe9", "c.txt": "\n\n".join(last)})
 
 
 KINDS: dict[str, tuple[Callable[[Path], Path], BuildConfig]] = {
@@ -626,6 +628,38 @@ def test_duplicates_may_be_kept(root: Path, tmp_path: Path) -> None:
     assert build(root / "pictures", tmp_path / "b", replace(CONFIG, duplicates="keep"))["documents"] == PICTURES - 2
 
 
+def test_equal_texts_are_dropped_in_whole(root: Path, tmp_path: Path) -> None:
+    """Not the pieces of a text that is cut, where others begin alike."""
+    manifest = DataSet(str(root / "prose-set")).manifest
+    assert (manifest.seen, manifest.dropped, manifest.faulty) == (18, {"duplicate": 5}, 1)
+    found = listed(root / "prose-set" / "dropped.jsonl")
+    assert [key for key, _ in found] == ["a.txt:9", "c.txt:1", "c.txt:13", "c.txt:15", "c.txt:17"]
+    assert all(reason == "duplicate: equal to an earlier document" for _, reason in found)
+    kept = build(root / "prose", tmp_path / "a", replace(KINDS["prose"][1], duplicates="keep"))
+    assert (kept["dropped"], kept["documents"] > manifest.documents) == ({}, True)
+    start = "one two three four " * 6
+    write(tmp_path / "s", {"a.txt": f"{start}\n{start}five\n{start}\n" + "the same line again\n" * 300})
+    config = replace(CONFIG, vocabulary=260, max_tokens=19, columns=Columns(split="line"))
+    found = build(tmp_path / "s", tmp_path / "b", config)
+    assert (found["seen"], found["documents"], found["dropped"]) == (303, 6 + 7 + 1, {"duplicate": 300})
+
+
+def test_texts_of_an_earlier_version_are_begun_anew(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its records do not say which texts there were."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            build(root / "prose", tmp_path / "out", KINDS["prose"][1])
+    for path in (tmp_path / "out" / "building").glob("*.npz"):
+        with np.load(path) as record:
+            arrays = {name: record[name] for name in record if name != "texts"}
+        np.savez(path, **arrays)
+    build(root / "prose", tmp_path / "out", KINDS["prose"][1])
+    assert contents(tmp_path / "out") == contents(root / "prose-set")
+
+
 def test_a_picture_twice_with_other_words_is_no_duplicate(tmp_path: Path) -> None:
     write(tmp_path / "s", {f"{i}.png": png(pixels(0)) for i in range(3)} | {f"{i}.txt": f"{i}" for i in range(3)})
     assert build(tmp_path / "s", tmp_path / "out", CONFIG)["documents"] == 3
@@ -640,8 +674,8 @@ def test_count_takes_so_many_documents_of_the_source(root: Path, tmp_path: Path)
 
 
 def test_count_and_seen_are_documents_where_text_is_cut(tmp_path: Path) -> None:
-    write(tmp_path / "s", {f"{i}.txt": "some words " * 20 for i in range(4)})
-    config = replace(CONFIG, max_tokens=8)
+    write(tmp_path / "s", {f"{i}.txt": f"{i} some words " * 20 for i in range(4)})
+    config = replace(CONFIG, vocabulary=260, max_tokens=8)
     assert build(tmp_path / "s", tmp_path / "a", config)["seen"] == 4
     found = build(tmp_path / "s", tmp_path / "b", replace(config, columns=Columns(count=2)))
     assert DataSet(str(tmp_path / "b")).manifest.tokens == DataSet(str(tmp_path / "a")).manifest.tokens / 2

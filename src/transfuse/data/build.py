@@ -222,6 +222,7 @@ class Writer:
     written: int = 0
     shards: list[Shard] = field(default_factory=list)
     _hashes: set[bytes] = field(default_factory=set)
+    _texts: list[bytes] = field(default_factory=list)
     _pieces: list[bytes] = field(default_factory=list)
     _offset: int = 0
     _documents: list[tuple[int, int, int, int, bool, bytes]] = field(default_factory=list)
@@ -238,7 +239,7 @@ class Writer:
             try:
                 with np.load(path, allow_pickle=False) as found:
                     record = json.loads(bytes(found["record"]))
-                    hashes, _ = found["documents"]["hash"], found["pictures"]
+                    hashes, _ = found["texts"] if self.text_only else found["documents"]["hash"], found["pictures"]
                 shard = Shard(**record["shard"])
             except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # cut short: that shard is made again
                 break
@@ -257,6 +258,7 @@ class Writer:
         begun = self.next.piece
         if not begun:
             self.seen += 1
+            outcomes = self._unlike_earlier(outcomes)
         for piece, outcome in enumerate(outcomes[begun:], begun + 1):
             last = piece == len(outcomes)
             self.next = replace(self.next, document=self.next.document + last, piece=0 if last else piece)
@@ -265,12 +267,20 @@ class Writer:
     def end_of_part(self) -> None:
         self.next = Place(self.next.part + 1)
 
+    def _unlike_earlier(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """A document as it is, or that it is dropped: a text in whole, before it is cut into pieces."""
+        hashes = [one.hash for one in outcomes if isinstance(one, Prepared)]
+        if self.config.duplicates == "keep" or not hashes:
+            return outcomes
+        whole = hashes[0] if len(hashes) == 1 else hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
+        if whole in self._hashes:
+            return [Dropped(outcomes[0].key, "duplicate", "equal to an earlier document")]
+        self._hashes.add(whole)
+        if self.text_only:  # of pictures, the index has it
+            self._texts.append(whole)
+        return outcomes
+
     def _add(self, outcome: Outcome) -> None:
-        if isinstance(outcome, Prepared) and self.config.duplicates == "drop" and not self.text_only:
-            if outcome.hash in self._hashes:
-                outcome = Dropped(outcome.key, "duplicate", "equal to an earlier document")
-            else:
-                self._hashes.add(outcome.hash)
         if isinstance(outcome, Dropped):
             self._dropped.append(outcome)
             if outcome.faulty:
@@ -296,9 +306,8 @@ class Writer:
         """Write what is left, the index, and last the manifest."""
         if self._documents or self._dropped:
             self._flush()
-        left_out = self._left_out()
-        self._list("dropped.jsonl", [one for one in left_out if not one["faulty"]])
-        self._list("quarantine.jsonl", [one for one in left_out if one["faulty"]])
+        self._list("dropped.jsonl", faulty=False)
+        self._list("quarantine.jsonl", faulty=True)
         if not self.written:
             raise UserError(
                 f"{self.source}: expected documents, found {self.seen}, none of which can be used; why, is in "
@@ -309,7 +318,7 @@ class Writer:
             "pictures.npy": self._gather("pictures", PICTURE),
         }
         documents = np.load(self.out / "documents.npy", mmap_mode="r")
-        dropped = Counter(one["reason"] for one in left_out if not one["faulty"])
+        dropped = Counter(one["reason"] for one in self._left_out() if not one["faulty"])
         manifest = Manifest(
             version=VERSION,
             kind="text" if self.text_only else "pictures",
@@ -343,10 +352,15 @@ class Writer:
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         whole_file(self.out / SUMS, lambda partial: partial.write_text(lines))
 
-    def _list(self, name: str, left_out: list[dict[str, Any]]) -> None:
+    def _list(self, name: str, faulty: bool) -> None:
         """Write dropped.jsonl or quarantine.jsonl."""
-        lines = "".join(json.dumps({"key": one["key"], "reason": _reason(one)}) + "\n" for one in left_out)
-        whole_file(self.out / name, lambda partial: partial.write_text(lines))
+
+        def write(partial: Path) -> None:
+            chosen = (one for one in self._left_out() if one["faulty"] == faulty)
+            with partial.open("w") as file:  # line by line: of a text's lines, millions may be dropped
+                file.writelines(json.dumps({"key": one["key"], "reason": _reason(one)}) + "\n" for one in chosen)
+
+        whole_file(self.out / name, write)
 
     def _flush(self) -> None:
         number = len(self.shards)
@@ -369,11 +383,13 @@ class Writer:
             "written": self.written,
             "dropped": [to_dict(one) for one in self._dropped],
         }
-        arrays = {"documents": documents, "pictures": pictures}
+        texts = np.array(self._texts, "V16")
+        arrays = {"documents": documents, "pictures": pictures, "texts": texts}
         packed = np.frombuffer(json.dumps(record).encode(), "u1")
         whole_file(self._record(number), lambda partial: _save(partial, {**arrays, "record": packed}))
         self.shards.append(shard)
         self._pieces, self._documents, self._pictures, self._dropped, self._offset = [], [], [], [], 0
+        self._texts = []
 
     def _record(self, number: int) -> Path:
         return self.building / f"shard-{number:05d}.npz"
@@ -382,10 +398,11 @@ class Writer:
     def _records(self) -> list[Path]:
         return [self._record(number) for number in range(len(self.shards))]
 
-    def _left_out(self) -> list[dict[str, Any]]:
+    def _left_out(self) -> Iterator[dict[str, Any]]:
         """All so far, in order."""
-        written = [one for path in self._records for one in _read(path)["dropped"]]
-        return written + [to_dict(one) for one in self._dropped]
+        for path in self._records:
+            yield from _read(path)["dropped"]
+        yield from map(to_dict, self._dropped)
 
     def _gather(self, name: str, dtype: np.dtype[Any]) -> str:
         """Write the index of all shards as one array, a shard at a time; give its hash."""
@@ -414,7 +431,7 @@ class Writer:
     def _check_budget(self, last: Dropped) -> None:
         if self.faulty <= max(FREE_FAULTS, self.max_errors * self.seen):
             return
-        self._list("quarantine.jsonl", [one for one in self._left_out() if one["faulty"]])
+        self._list("quarantine.jsonl", faulty=True)
         raise UserError(
             f"{self.source}: {self.faulty} of {self.seen} documents are faulty, more than the share {self.max_errors} "
             f"that is let pass; the last: {last.key}: {last.detail}; all: {self.out / 'quarantine.jsonl'}; mend them, "

@@ -59,7 +59,7 @@ class BuildConfig:
     max_tokens: int = 500
     """drop documents with pictures that have more tokens of text; cut text alone into documents of so many"""
     duplicates: Literal["drop", "keep"] = "drop"
-    """documents that are equal to an earlier one, once stored"""
+    """documents that are equal to an earlier one, once stored; of text alone the whole, before it is cut"""
     heldout: float = 0.01
     """share that training never sees"""
     shard_size: int = 2048
