@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import shutil
 import tarfile
 import threading
 from collections import Counter, defaultdict
@@ -22,6 +24,7 @@ from conftest import write
 
 from transfuse.data import Cache, DataSet, remote
 from transfuse.data.build import Writer, build_set
+from transfuse.data.dataset import DamagedError
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns, open_source
 from transfuse.data.remote import expanded, look
@@ -195,6 +198,91 @@ def test_a_cache_too_small_for_two(web: Web, tmp_path: Path) -> None:
     build(f"{web.url}/tars/{{00000..00002}}.tar", tmp_path / "there", workers=2, gigabytes=0.0)
     assert documents(tmp_path / "there") == documents(tmp_path / "here")
     assert len(kept(tmp_path / "there")) == 1
+
+
+# --- a set that another takes the place of ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def there(web: Web, tmp_path: Path) -> DataSet:
+    """A set of five shards at a URL, of which the first has been read."""
+    build(tars(web), web.folder / "set")
+    found = DataSet(f"{web.url}/set", Cache(tmp_path / "cache"))
+    found.tokenizer()
+    found.read(0)
+    assert len(found.manifest.shards) == 5
+    return found
+
+
+def build_anew(web: Web, **changes: Any) -> DataSet:
+    shutil.rmtree(web.folder / "set")
+    build(web.folder / "tars", web.folder / "set", **changes)
+    return DataSet(str(web.folder / "set"))
+
+
+def test_a_set_built_anew_at_its_url_is_fetched_anew(web: Web, there: DataSet) -> None:
+    here = build_anew(web, format="webp")
+    found = DataSet(f"{web.url}/set", there.cache)
+    assert (found.fingerprint != there.fingerprint, found.fingerprint) == (True, here.fingerprint)
+    assert [found.read(n) for n in range(len(found))] == [here.read(n) for n in range(len(here))]
+
+
+@pytest.mark.parametrize("then", ["another", "shorter", "gone"])
+def test_a_set_that_changes_while_it_is_read_is_refused(web: Web, there: DataSet, then: str) -> None:
+    """And not taken for one with damaged documents, of which some are let pass."""
+    build_anew(web, format="webp", columns=Columns(count=9 if then == "shorter" else 0))
+    if then == "gone":
+        shutil.rmtree(web.folder / "set")
+    sent = pickle.loads(pickle.dumps(there))  # as to a worker process
+    for data in (there, sent):
+        with pytest.raises(UserError, match=f"set: expected the data set {there.fingerprint}, as .* it has") as caught:
+            data.read(len(data) - 1)
+        assert one_line(caught).startswith(f"{web.url}/set: ")
+        assert not isinstance(caught.value, DamagedError)
+        assert data.read(1).tokens
+
+
+def test_a_shard_damaged_at_its_url_is_the_same_set(web: Web, there: DataSet) -> None:
+    here, number = DataSet(str(web.folder / "set")), 20
+    path = web.folder / "set" / there.shard(number)
+    data = bytearray(path.read_bytes())
+    data[int(there.documents[number]["offset"]) + 600] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match="its content does not match its hash"):
+        there.read(number)
+    others = [n for n in range(len(there)) if n != number]
+    assert [there.read(n) for n in others] == [here.read(n) for n in others]
+    assert web.asked[f"set/{there.shard(number)}"] == 1
+
+
+def test_what_is_kept_is_read_where_the_url_can_not_be_reached(
+    web: Web, there: DataSet, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = [there.read(n) for n in range(len(there))]
+    before = web.asked.copy()
+    web.faults["set/manifest.json"] = [503] * 99
+    capfd.readouterr()
+    for _ in range(3):
+        data = DataSet(f"{web.url}/set", there.cache)
+        data.tokenizer()
+        assert [data.read(n) for n in range(len(data))] == expected
+    said = f"{web.url}/set/manifest.json: not fetched (HTTP Error 503: Service Unavailable); going on with the one that"
+    assert capfd.readouterr().err == f"{said} is kept here, which may be old\n"
+    assert web.asked - before == Counter({"set/manifest.json": 3})  # attempts of one look
+    remote._unreached.clear()
+    (web.folder / "set" / "manifest.json").unlink()
+    web.faults.clear()
+    with pytest.raises(UserError, match=r"set/manifest\.json: expected a file, found none"):
+        DataSet(f"{web.url}/set", there.cache)
+
+
+def test_pictures_that_a_changed_jsonl_names_are_fetched_anew(web: Web, tmp_path: Path) -> None:
+    write(web.folder, {"a.png": png(0), "d.jsonl": json.dumps({"image": "a.png", "text": "a crab"})})
+    for out, number, words in (("first", 0, "a crab"), ("second", 1, "another crab")):
+        write(web.folder, {"a.png": png(number), "d.jsonl": json.dumps({"image": "a.png", "text": words})})
+        build(f"{web.url}/d.jsonl", tmp_path / out)
+        build(web.folder / "d.jsonl", tmp_path / f"{out}-here")
+        assert documents(tmp_path / out) == documents(tmp_path / f"{out}-here")
 
 
 # --- a line that breaks -----------------------------------------------------------------------------------------------

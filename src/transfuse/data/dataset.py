@@ -29,10 +29,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..configuration import from_dict, read_json
+from ..configuration import from_dict
 from ..errors import UserError
+from ..files import sha256
 from ..sequence import Tokenizer
-from .remote import Cache, is_remote
+from .remote import Cache, MissingError, is_remote
 from .shuffle import Place, Shuffle
 
 VERSION = 1
@@ -122,19 +123,26 @@ class Stored:
 class DataSet:
     """Opens a folder, or any URL that fsspec knows, and reads documents by number.
 
-    Remote shards come through `cache`. Raises UserError where there is no set, or one of another version.
+    Remote files come through `cache`, the manifest anew whenever a set is opened. Raises UserError where there is no
+    set, or one of another version; later on, where another has taken its place.
     """
 
     def __init__(self, path: str, cache: Cache | None = None) -> None:
         self.path = path.rstrip("/")
         self.cache = cache or Cache()
-        manifest = self.file("manifest.json")
-        values = read_json(manifest)
+        self._open(self.file("manifest.json").read_bytes())
+
+    def _open(self, manifest: bytes) -> None:
+        try:
+            values = json.loads(manifest.decode())
+        except ValueError as error:
+            where = f"{self.path}/manifest.json"
+            raise UserError(f"{where}: expected JSON, found something else ({error})") from None
         if not isinstance(values, dict) or values.get("version") != VERSION:
             found = values.get("version") if isinstance(values, dict) else type(values).__name__
             raise UserError(f"{self.path}/manifest.json: version: expected {VERSION}, found {found}")
         self.manifest = from_dict(Manifest, values, f"{self.path}/manifest.json")
-        self.fingerprint = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
+        self._manifest, self.fingerprint = manifest, _fingerprint(manifest)
         self.documents = self._mapped("documents.npy", DOCUMENT, self.manifest.documents)
         self.pictures = self._mapped("pictures.npy", PICTURE, self.manifest.pictures)
         self._split = Shuffle(self.manifest.documents, "heldout") if self.manifest.documents else None
@@ -144,11 +152,13 @@ class DataSet:
         return self.manifest.documents
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the index, which is mapped again, and without open files, which belong to this object."""
-        return {"path": self.path, "cache": self.cache}
+        """Without the index, which is mapped again, and without open files, which belong to this object. With the
+        manifest: elsewhere, too, it is this set, whatever has taken its place."""
+        return {"path": self.path, "cache": self.cache, "manifest": self._manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.path, self.cache = state["path"], state["cache"]
+        self._open(state["manifest"])
 
     def __del__(self) -> None:
         for descriptor, owner in getattr(self, "_files", {}).values():
@@ -230,14 +240,43 @@ class DataSet:
         return np.dtype("<u2" if size == 2 * count else "<u4")
 
     def file(self, name: str) -> Path:
-        """A file of the set, here; a remote one is brought here first. Raises UserError where there is none."""
+        """A file of the set, here; a remote one is brought here first. Raises UserError where there is none,
+        or one of another set."""
         if is_remote(self.path):
-            return self.cache.file(f"{self.path}/{name}")
+            return self._fetched(name)
         path = Path(self.path, name)
         if not path.is_file():
             what = "a data set (transfuse data build makes one)" if name == "manifest.json" else "a whole data set"
             raise UserError(f"{path}: expected {what}, found no such file")
         return path
+
+    def _fetched(self, name: str) -> Path:
+        url = f"{self.path}/{name}"
+        if name == "manifest.json":
+            return self.cache.newest(url)
+
+        def check(path: Path) -> None:
+            if sha256(path) != self._sums.get(name):  # damaged, or of another set
+                self._refuse_another()
+
+        try:
+            return self.cache.file(url, of=self.fingerprint, check=check)
+        except MissingError:
+            self._refuse_another()
+            raise
+
+    def _refuse_another(self) -> None:
+        try:
+            found = _fingerprint(self.file("manifest.json").read_bytes())
+        except MissingError:
+            found = "none"
+        if found != self.fingerprint:
+            wanted = f"expected the data set {self.fingerprint}, as it was opened"
+            raise UserError(f"{self.path}: {wanted}, found {found}: it has changed")
+
+    @property
+    def _sums(self) -> dict[str, str]:
+        return self.manifest.index | {shard.file: shard.sha256 for shard in self.manifest.shards}
 
     def _mapped(self, name: str, dtype: np.dtype[Any], count: int) -> np.ndarray:
         try:
@@ -280,6 +319,10 @@ class DataSet:
             if owner == process:
                 os.close(descriptor)
         return found[0]
+
+
+def _fingerprint(manifest: bytes) -> str:
+    return hashlib.sha256(manifest).hexdigest()[:16]
 
 
 # --- a document's members ---------------------------------------------------------------------------------------------

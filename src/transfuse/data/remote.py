@@ -1,6 +1,7 @@
 """Files that lie elsewhere (https://, s3://, gs://, ...; whatever fsspec knows), kept here while there is room.
 
-    Cache().file("https://host/photos/manifest.json")                    # a path; fetched where it is not here yet
+    Cache().file("https://host/a.tar", look("https://host/a.tar"))       # a path; fetched where it is not here yet
+    Cache().newest("https://host/photos/manifest.json")                  # fetched anew, small as it is
     find("https://host/{00000..00041}.tar"), look("s3://bucket/a.tar")   # URLs; bytes and version of one
 
 Whole files are fetched, each by one process while others wait for it, and written aside first: a file in the cache is
@@ -19,7 +20,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -28,6 +29,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from ..console import say
 from ..errors import UserError
 
 PARTIAL = ".partial"
@@ -41,6 +43,9 @@ NO_HEAD = (403, 405, 501)
 """codes of servers, or of signed URLs, that answer GET alone"""
 
 Found = TypeVar("Found")
+
+_unreached: set[str] = set()
+"""URLs that this process has looked at in vain since it last fetched anything: a look costs half a minute or more"""
 
 
 class MissingError(UserError):
@@ -117,26 +122,56 @@ class Cache:
     folder: Path | None = None
     gigabytes: float = 20.0
 
-    def file(self, url: str, expected: Look | None = None) -> Path:
-        """The file here. `expected`: as it was when it was looked at; another version of it is an error.
+    def file(
+        self, url: str, expected: Look | None = None, of: str = "", check: Callable[[Path], None] = lambda path: None
+    ) -> Path:
+        """The file here. `expected`: as it was when it was looked at; another version of it is an error. `of`: version
+        of what it is a part of; a part of another one is another file. `check`: called with what was fetched just now,
+        which is not kept where it raises UserError.
 
         Raises MissingError where there is none, UserError where the extra that reaches it is missing, it can not be
         fetched, or has changed.
         """
-        folder = self.folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "transfuse")
-        known = url if expected is None else f"{url} {expected}"
-        path = folder / f"{hashlib.sha256(known.encode()).hexdigest()[:24]}-{url_name(url)}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with _held(folder / f".{path.name}.lock"):
+        path = self._path(url, "" if expected is None else str(expected), of)
+        with _held(path.with_name(f".{path.name}.lock")):
             if not path.exists():
-                _tried(url, lambda: self._fetch(url, path, expected))
+                _tried(url, lambda: self._fetch(url, path, expected, check))
         try:
             os.utime(path)
         except FileNotFoundError:  # another process made room with it just now
-            return self.file(url, expected)
+            return self.file(url, expected, of, check)
         return path
 
-    def _fetch(self, url: str, path: Path, expected: Look | None) -> None:
+    def newest(self, url: str) -> Path:
+        """A small file as it is now; where it can not be reached the one kept here, which is said once.
+
+        Raises MissingError where there is none any more, UserError where none is kept either.
+        """
+        path = self._path(url)
+        if url not in _unreached or not path.exists():
+            try:
+                _tried(url, lambda: self._fetch(url, path))
+            except MissingError:
+                raise
+            except UserError as error:
+                if not path.exists():
+                    raise
+                _unreached.add(url)
+                say(f"{error}; going on with the one that is kept here, which may be old")
+        with suppress(FileNotFoundError):
+            os.utime(path)
+        return path
+
+    def _path(self, *known: str) -> Path:
+        """Where a URL is kept, or what it was in a version."""
+        folder = self.folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "transfuse")
+        folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(" ".join(filter(None, known)).encode()).hexdigest()[:24]
+        return folder / f"{name}-{url_name(known[0])}"
+
+    def _fetch(
+        self, url: str, path: Path, expected: Look | None = None, check: Callable[[Path], None] = lambda path: None
+    ) -> None:
         with _opened(url) as (file, found):
             if expected is not None and found != expected:
                 raise UserError(f"{url}: expected {expected}, as it was, found {found}: it has changed")
@@ -147,6 +182,8 @@ class Cache:
                     if found.bytes is not None and partial.tell() != found.bytes:
                         raise ConnectionError(f"it broke off after {partial.tell()} of {found.bytes} bytes")
                     partial.flush()
+                    _unreached.clear()
+                    check(Path(partial.name))
                     os.replace(partial.name, path)
                 except BaseException:
                     os.unlink(partial.name)

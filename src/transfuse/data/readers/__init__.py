@@ -170,7 +170,7 @@ def _elsewhere(source: str, columns: Columns, cache: Cache) -> Reader:
     """Of a URL: a data set has a manifest below it; else it is a file, or stands for several."""
     if not url_name(source).lower().endswith((*TAR, *PARQUET, *JSON, *TEXT)) and "*" not in source:
         try:
-            cache.file(f"{source.rstrip('/')}/{SET[0]}")
+            cache.newest(f"{source.rstrip('/')}/{SET[0]}")
             return _of_set(source, cache)
         except MissingError:
             pass

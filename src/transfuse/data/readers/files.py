@@ -45,14 +45,14 @@ class File:
         return Path(self.place) if self.cache is None else self.cache.file(self.place, self.look)
 
     def beside(self, name: str) -> bytes:
-        """The content of another file, named relative to this one's folder. Raises OSError or ValueError where there
-        is none, UserError where it can not be reached."""
+        """The content of another file, named relative to this one's folder; elsewhere it is fetched anew where this one
+        has changed. Raises OSError or ValueError where there is none, UserError where it can not be reached."""
         if self.cache is None:
             return (Path(self.place).parent / name).read_bytes()
         if is_remote(name) or name.startswith("/") or ".." in Path(name).parts:
             raise ValueError(f"expected a name below {self.place.rpartition('/')[0]}, found {name}")
         try:
-            return self.cache.file(f"{self.place.rpartition('/')[0]}/{name}").read_bytes()
+            return self.cache.file(f"{self.place.rpartition('/')[0]}/{name}", of=str(self.look)).read_bytes()
         except MissingError as error:
             raise ValueError(str(error)) from None
 
