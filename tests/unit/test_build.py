@@ -41,7 +41,7 @@ from transfuse.data.ahead import ahead
 from transfuse.data.build import Writer, build_set
 from transfuse.data.dataset import DataSet
 from transfuse.data.prepare import BuildConfig, Preparer, bucket
-from transfuse.data.readers import Columns
+from transfuse.data.readers import UNTOLD, Columns
 from transfuse.data.verify import verify_set
 from transfuse.errors import UserError
 from transfuse.images import fit
@@ -692,6 +692,18 @@ def test_ten_faults_are_free(tmp_path: Path) -> None:
     source = table(tmp_path / "s", 12, set(range(10)))
     assert build(source, tmp_path / "out", CONFIG, max_errors=0)["faulty"] == 10
     assert len(listed(tmp_path / "out" / "quarantine.jsonl")) == 10
+
+
+def test_the_rest_of_a_file_is_more_than_one_document(tmp_path: Path) -> None:
+    """Archives cut short have lost nobody knows how many: ten of them are not let pass as ten documents are."""
+    source = tars(tmp_path / "source")
+    paths = sorted(source.glob("*.tar"))
+    os.truncate(paths[0], paths[0].stat().st_size // 2)
+    with pytest.raises(UserError, match=r"10\d of 1\d\d documents are faulty"):
+        build(source, tmp_path / "out", CONFIG)
+    found = build(source, tmp_path / "out", CONFIG, max_errors=1.0)
+    assert found["faulty"] >= UNTOLD
+    assert found["seen"] == found["documents"] + found["faulty"]
 
 
 def test_too_many_faults_stop_the_build_and_more_let_it_go_on(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     shared = replace(config, tokenizer=str(root / "scenes"), columns=Columns())
     pictures = root / "pictures"
     pictures.mkdir()
-    captions = ["a crab", BOLD, "a", "a crab", "w" * 500]
+    captions = ["a crab", BOLD, "a", "a crab", "w" * 480]
     for number, caption in enumerate([*captions, None]):
         colour = np.full((40, 30 + number, 3), 50 * (number % 3), dtype=np.uint8)
         PIL.Image.fromarray(colour).save(pictures / f"{number}.png")

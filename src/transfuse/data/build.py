@@ -284,7 +284,8 @@ class Writer:
         if isinstance(outcome, Dropped):
             self._dropped.append(outcome)
             if outcome.faulty:
-                self.faulty += 1
+                self.faulty += outcome.lost
+                self.seen += outcome.lost - 1
                 self._check_budget(outcome)
             return
         if self.text_only:

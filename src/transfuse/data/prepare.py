@@ -96,12 +96,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A document that does not go in. faulty: it is damaged or incomplete, and not merely filtered."""
+    """A document that does not go in. faulty: it is damaged or incomplete, and not merely filtered; lost: as of a
+    Fault."""
 
     key: str
     reason: str
     detail: str
     faulty: bool = False
+    lost: int = 1
 
 
 Outcome = Prepared | Dropped
@@ -133,7 +135,7 @@ class Preparer:
         """Of each document that is words alone what becomes of it: several, where it is cut because it is too long."""
         for item in map(_writable, items):
             if isinstance(item, Fault):
-                yield [Dropped(item.key, "faulty", item.reason, faulty=True)]
+                yield [Dropped(item.key, "faulty", item.reason, True, item.lost)]
                 continue
             ids = np.array(self.tokenizer.encode("\n".join(map(str, item.parts))), self.id_type)
             found: list[Outcome] = []
@@ -164,7 +166,7 @@ class Preparer:
     def _cut(self, item: Raw | Fault) -> Raw | Dropped:
         """With its pictures as pixels of the size they are stored in."""
         if isinstance(item, Fault):
-            return Dropped(item.key, "faulty", item.reason, faulty=True)
+            return Dropped(item.key, "faulty", item.reason, True, item.lost)
         config = self.config
         if item.pair:
             words = next(len(part) for part in item.parts if isinstance(part, str))

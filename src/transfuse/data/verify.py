@@ -13,7 +13,7 @@ from ..console import progress
 from ..errors import UserError
 from ..files import sha256
 from .ahead import ahead, processes
-from .dataset import SUMS, DamagedError, DataSet, Stored
+from .dataset import SUMS, DataSet, Stored
 from .stored import decode_picture
 
 CHUNK = 256
@@ -99,7 +99,7 @@ def _documents(numbers: range) -> list[str]:
     for number in numbers:
         try:
             _check(number)
-        except DamagedError as error:
+        except UserError as error:  # damaged, or its file gone
             problems.append(str(error))
     return problems
 

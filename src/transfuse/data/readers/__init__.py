@@ -41,12 +41,17 @@ class Raw:
     pair: bool = False
 
 
+UNTOLD = 100
+"""documents that the lost rest of a file counts for, which does not say how many they were"""
+
+
 @dataclass(frozen=True)
 class Fault:
-    """A document that can not be read: its name, and why."""
+    """A document that can not be read: its name, and why. lost: documents that go with it, a file's rest, say."""
 
     key: str
     reason: str
+    lost: int = 1
 
     def __post_init__(self) -> None:
         for name in ("key", "reason"):  # of names in archives, and of others' errors, some have several lines

@@ -33,6 +33,7 @@ class ParquetReader:
                 if name not in found.schema_arrow.names:
                     raise UserError(f'{file.place}: expected the column "{name}", as {files[0].name} has, found none')
         groups = [(found.metadata, range(found.metadata.num_row_groups)) for found in opened]
+        self.rows = [[metadata.row_group(number).num_rows for number in some] for metadata, some in groups]
         self.sizes = [[metadata.row_group(number).total_byte_size for number in some] for metadata, some in groups]
         self.total = sum(map(sum, self.sizes))
 
@@ -48,7 +49,8 @@ class ParquetReader:
         try:
             rows = self._open(file).read_row_group(group, columns=columns).to_pylist()
         except Exception as error:  # pyarrow's own kinds, which may not be named without it
-            yield Fault(f"{file.name}/{group}", f"expected a readable row group, found a damaged one ({error})")
+            found = f"expected a readable row group, found a damaged one ({error})"
+            yield Fault(f"{file.name}/{group}", found, max(1, self.rows[number][group]))
             return
         for place, row in enumerate(rows):
             key = f"{file.name}/{group}/{place}"

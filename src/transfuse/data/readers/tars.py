@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...images import SUFFIXES
-from . import PER_PART, Columns, Fault, Part, Raw, decode_text, interleaved, parse_json
+from . import PER_PART, UNTOLD, Columns, Fault, Part, Raw, decode_text, interleaved, parse_json
 from .files import File, listing
 from .pictures import CAPTION_COLUMNS
 
@@ -59,7 +59,7 @@ class TarReader:
             for item in items:
                 key = f"{source.name}/{item.key}"
                 if isinstance(item, Fault):
-                    yield Fault(key, item.reason)
+                    yield replace(item, key=key)
                     continue
                 try:
                     data = {suffix: os.pread(file.fileno(), size, place) for suffix, place, size in item.files}
@@ -126,7 +126,7 @@ def scan(path: Path) -> Iterator[Members | Fault]:
     except (tarfile.TarError, OSError) as error:
         # the member last met may be the one cut short: whatever there is of its document can not be trusted
         found = f"found one cut short or damaged ({error}); what follows is lost"
-        yield Fault(key or "(the file)", f"expected a tar, {found}")
+        yield Fault(key or "(the file)", f"expected a tar, {found}", UNTOLD)
 
 
 def _members(key: str, files: list[tuple[str, int, int]], seen: set[str]) -> Members | Fault:
@@ -146,5 +146,6 @@ def _rest(path: Path, offset: int) -> Iterator[Fault]:
         file.seek(offset)
         while block := file.read(1 << 20):
             if block.strip(b"\0"):
-                yield Fault("(the file)", f"expected a tar's end at byte {offset}, found more behind it, which is lost")
+                found = f"expected a tar's end at byte {offset}, found more behind it, which is lost"
+                yield Fault("(the file)", found, UNTOLD)
                 return
