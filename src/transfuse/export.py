@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,27 +71,9 @@ class GenerationConfig:
             raise ValueError(wrong)
 
 
-class Ways(Protocol):
-    """How to write and draw: of a model, or of a request to it."""
-
-    @property
-    def guidance_scale(self) -> float: ...
-    @property
-    def guidance_interval(self) -> tuple[float, float] | None: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def code_temperature(self) -> float: ...
-    @property
-    def code_top_p(self) -> float: ...
-    @property
-    def max_tokens(self) -> int: ...
-
-
-def out_of_range(ways: Ways) -> str:
-    """What can not be, by field: expected, found; "" where all can."""
+def out_of_range(ways: Any) -> str:
+    """What can not be of a GenerationConfig, or of a Request, whose fields have the same names: the field, what was
+    expected and found; "" where all can."""
     for name in ("temperature", "code_temperature", "guidance_scale"):
         if not 0 <= getattr(ways, name) <= MOST:
             return f"{name}: expected 0 to {MOST:g}, found {getattr(ways, name)}"
