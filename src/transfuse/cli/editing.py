@@ -53,6 +53,7 @@ def edit(arguments: Sequence[str]) -> int:
         raise UserError("edit: prompt: expected some text, found an empty one")
     pipe = asked.load()
     from ..inference.pictures import settings_of
+    from ..inference.requests import with_image_guidance
 
     side = pipe.exported.image_size
     picture = read_picture(asked.image, side, asked.resize)
@@ -62,10 +63,9 @@ def edit(arguments: Sequence[str]) -> int:
         start = pipe.start(picture, 1.0 if asked.strength is None else asked.strength, mask)
     parts: list[str | PIL.Image.Image] = [asked.prompt] if start else [picture, asked.prompt]
     request = replace(
-        pipe.request(parts, asked.steps, asked.guidance_scale),
+        with_image_guidance(pipe.request(parts, asked.steps, asked.guidance_scale), asked.image_guidance_scale),
         draw="force",
         max_tokens=0,
-        image_guidance_scale=asked.image_guidance_scale,
         start=start,
         seed=asked.seed,
     )

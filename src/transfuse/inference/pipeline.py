@@ -35,6 +35,7 @@ from .network import Guidance, Network
 from .pictures import latent_mask
 from .quantize import Quantize, check_quantize
 from .quantize import quantize as to_eight_bits
+from .requests import with_image_guidance
 from .warmup import warm_up
 
 Prompt = str | Sequence["str | PIL.Image.Image"]
@@ -150,11 +151,13 @@ class TransfusionPipeline:
         before = [] if image is None or start is not None else [image]
         requests = [
             replace(
-                self.request([*before, text], num_inference_steps, guidance_scale, sampler, guidance_interval),
+                with_image_guidance(
+                    self.request([*before, text], num_inference_steps, guidance_scale, sampler, guidance_interval),
+                    image_guidance_scale,
+                ),
                 draw="force",
                 max_tokens=0,
                 size=(height or self.exported.image_size, width or self.exported.image_size),
-                image_guidance_scale=image_guidance_scale,
                 start=start,
                 seed=seed,
             )

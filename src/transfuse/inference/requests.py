@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..errors import UserError
@@ -15,6 +17,14 @@ from .slots import content_of
 
 LONGEST_CHARACTER = 4
 """bytes, so tokens at most, of one character in UTF-8"""
+
+
+def with_image_guidance(request: Request, scale: float | None) -> Request:
+    """A request with `image_guidance_scale`. Raises UserError where no picture lies before its drawing, for there it
+    would do nothing (the engine lets it pass)."""
+    if scale is not None and not request.document.images and request.max_images <= 1:
+        raise UserError(f"image_guidance_scale: expected a picture before the words, found none (scale {scale:g})")
+    return replace(request, image_guidance_scale=scale)
 
 
 def accept(network: Network, request: Request, number: int, where: str) -> Row:
@@ -60,8 +70,6 @@ def _check_settings(network: Network, request: Request, where: str) -> None:
         raise UserError(f"{where}: {wrong}")
     if (scale := request.image_guidance_scale) is not None and not 0 <= scale <= MOST:
         raise UserError(f"{where}: image_guidance_scale: expected 0 to {MOST:g}, found {scale}")
-    if request.image_guidance_scale is not None and not request.document.images and request.max_images <= 1:
-        raise UserError(f"{where}: image_guidance_scale: expected a picture before the words, found none")
     for name in ("max_images", "preview_every"):
         if getattr(request, name) < 0:
             raise UserError(f"{where}: {name}: expected at least 0, found {getattr(request, name)}")

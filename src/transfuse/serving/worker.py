@@ -194,13 +194,17 @@ class Worker:
 
 def request_of(pipe: TransfusionPipeline, job: Job) -> Request:
     """What a job asks of the engine. Raises UserError, one line, for what can not be."""
+    from ..inference.requests import with_image_guidance
+
     side = pipe.exported.image_size
     parts = [part if isinstance(part, str) else picture(part, side) for part in job.parts]
     request = pipe.request(parts, job.steps, None, job.sampler)
     if job.start is not None:
         mask = None if job.mask is None else picture(np.repeat(job.mask[..., None] * np.uint8(255), 3, -1), side)
         request = replace(request, start=pipe.start(picture(job.start, side), job.strength, mask))
-    return replace(request, **job.settings)
+    settings = dict(job.settings)
+    scale = settings.pop("image_guidance_scale", None)
+    return with_image_guidance(replace(request, **settings), scale)
 
 
 def picture(pixels: np.ndarray, side: int) -> PIL.Image.Image:
