@@ -204,7 +204,8 @@ MISTAKES = [
     ),
     ("/v1/images/generations", {"prompt": "a", "seed": -1}, "seed: input should be greater than or equal to 0"),
     ("/v1/images/generations", {"prompt": "a", "guidance_interval": [0.9, 0.1]}, "guidance_interval: expected shares"),
-    ("/v1/images/generations", {"prompt": "a", "size": "4096x4096"}, "expected at most 256 positions"),
+    ("/v1/images/generations", {"prompt": "a", "size": "64x64"}, "expected at most 256 positions"),
+    ("/v1/images/generations", {"prompt": "a", "size": "520x8"}, "expected at most 128 pixels a side"),
 ]
 
 
