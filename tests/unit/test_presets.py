@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,17 +149,33 @@ def test_a_world_that_can_not_be_is_refused_before_the_run(tmp_path: Path, chang
 
 
 def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
-    """A job that was submitted twice must not write over the checkpoints of the one that runs."""
-    recipe = preset("tiny")
+    """A job that was submitted twice must not write over the checkpoints of the one that runs. A worker that outlives
+    its run does not hold the lock."""
+    recipe, context = preset("tiny"), multiprocessing.get_context("fork")
+
+    def other() -> int:
+        child = context.Process(target=_claim, args=(tmp_path,))
+        child.start()
+        child.join(60)
+        assert child.exitcode is not None
+        return child.exitcode
+
     with claimed(recipe, tmp_path, Ranks()) as opened:
-        with (
-            pytest.raises(UserError, match="expected a run that nobody else trains, found another process at it"),
-            claimed(recipe, tmp_path, Ranks()),
-        ):
-            pytest.fail("two at once")
+        assert other() == 3
+        worker = context.Process(target=time.sleep, args=(60,))
+        worker.start()
         assert opened == open_run(recipe, tmp_path)
-    with claimed(recipe, tmp_path, Ranks()) as again:
-        assert again == opened, "it was let go"
+    assert other() == 0, "it was let go"
+    worker.kill()
+    worker.join()
+
+
+def _claim(folder: Path) -> None:
+    try:
+        with claimed(preset("tiny"), folder, Ranks()):
+            pass
+    except UserError as error:
+        os._exit(3 if "expected a run that nobody else trains, found another process at it" in str(error) else 1)
 
 
 def settings_that_can_not_be() -> list[tuple[dict[str, Any], str]]:

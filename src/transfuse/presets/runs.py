@@ -120,8 +120,9 @@ def _locked(folder: Path) -> IO[str]:
     except OSError as error:
         raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Not flock, which workers would inherit, and hold for as long as they outlive a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX names both
         file.close()
         raise UserError(f"{folder}: expected a run that nobody else trains, found another process at it") from None
     except OSError as error:  # a file system without locks
