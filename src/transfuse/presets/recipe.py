@@ -235,9 +235,8 @@ def check_world(config: WorldConfig, edited: bool) -> None:
     """Raise UserError for a world with nothing to learn from, or nothing that is held out; or, if it is to be edited,
     with scenes in which nothing can change."""
     try:
-        for split in get_args(Split):
-            World(replace(config, split=split))
-        world = World(config)
+        worlds = {split: World(replace(config, split=split)) for split in get_args(Split)}
+        world = worlds[config.split]
         for number in range(PROBED if edited else 0):
             edit(world.scene(number), world, number)
     except ValueError as error:
