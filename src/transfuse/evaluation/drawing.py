@@ -88,9 +88,9 @@ def drawn_pairs(bench: Bench) -> tuple[Pairs, Outcome]:
 
 
 def _check(bench: Bench) -> None:
-    check_pairs(bench)
+    found = len(check_pairs(bench).ids)
     check_features(bench.options.features)
-    if (found := len(bench_pairs(bench).ids)) < LEAST:
+    if found < LEAST:
         raise UserError(f"drawing: expected at least {LEAST} pictures, found {found} (--count, --ids)")
 
 

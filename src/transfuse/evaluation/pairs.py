@@ -71,13 +71,13 @@ def bench_pairs(bench: Bench) -> Pairs:
     return coco_pairs(options.captions, options.images, options.count, size, options.ids)
 
 
-def check_pairs(bench: Bench) -> None:
-    """Raise UserError for files that are not there, before any work."""
+def check_pairs(bench: Bench) -> Pairs:
+    """`bench_pairs`, looked at. Raises UserError for files that are not there, before any work."""
     options = bench.options
     if options.captions is None:
         if options.ids is not None:
             raise UserError("--ids: expected --captions, whose pictures it lists, found none")
-        return
+        return bench_pairs(bench)
     if options.images is None or not options.images.is_dir():
         found = "none" if options.images is None else str(options.images)
         raise UserError(f"--images: expected the folder of pictures that {options.captions} names, found {found}")
@@ -86,6 +86,7 @@ def check_pairs(bench: Bench) -> None:
         say(f"{options.ids or options.captions}: {len(pairs.ids)} pictures, fewer than the {options.count} asked for")
     for number in (0, len(pairs.ids) - 1):
         pairs.picture(number)
+    return pairs
 
 
 def world_pairs(config: WorldConfig, count: int, split: Any = "heldout") -> Pairs:
