@@ -72,6 +72,67 @@ def test_packed_equals_unpacked(variant, grammar: Grammar, mixed) -> None:
         close(gradients[name], summed[name])
 
 
+MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
+ARMS = [
+    {"adapter": "linear"},
+    {"adapter": "linear", "timestep_at": "patch", "patch_positions": "none"},
+    {"adapter": "unet"},
+    {"adapter": "unet", "patch_size": 1, "unet_channels": (32,)},
+    {"adapter": "linear", "patch_size": 1, "kv_heads": 2, "image_attention": "causal"},
+    {"adapter": "unet", "patch_size": 4, "unet_channels": (16, 16, 32), "kv_heads": 1},
+    {"qk_norm": True, "norm_order": "swin"},
+    {"images": "codes", "codebook": 16, "patch_size": 1, "image_attention": "causal", "kv_heads": 2},
+    {"images": "none"},
+]
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ARMS, ids=str)
+@pytest.mark.parametrize("sizes", [[(8, 8)] * 5, [(8, 8), (4, 12), (8, 8), (4, 4)], [(4, 8)]], ids=str)
+def test_what_is_computed_does_not_depend_on_how_gradients_are_kept(variant, compute, sizes, tokenizer) -> None:
+    """To the last bit, with weights that learn and weights that are frozen, whichever mode comes first."""
+    config = tiny(**variant)
+    model, grammar = randomised(config, compute=compute), config.grammar(tokenizer)
+
+    def image(number: int, size: tuple[int, int]) -> Image:
+        codes = torch.randint(0, 16, size, generator=torch.Generator().manual_seed(number))
+        return Image(codes if config.images == "codes" else latent(*size, number))
+
+    parts = [(Text((10, 11)), image(n, size), Text((12, 13 + n))) for n, size in enumerate(sizes)]
+    if config.images == "none":
+        parts = [(Text(tuple(range(10, 10 + rows * columns))),) for rows, columns in sizes]
+    batch = collate([Document(part, sample=n) for n, part in enumerate(parts)], grammar, config.image_attention, 64)
+
+    def values() -> list[torch.Tensor]:
+        attend, timesteps = Grouped(batch, compute), torch.tensor([5 + 300 * key[0] for key in batch.keys])
+        inputs = batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, timesteps
+        output = model(*inputs)
+        return [output.logits, *output.predictions]
+
+    found = {}
+    for frozen in (False, True):
+        model.requires_grad_(not frozen)
+        for name, mode in MODES.items():
+            with mode():
+                found[name, frozen] = values()
+    for way, tensors in found.items():
+        for one, other in zip(tensors, found["grad", False], strict=True):
+            assert torch.equal(one, other), way
+    sum(tensor.float().square().sum() for tensor in found["grad", False]).backward()
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rotary_table_gives_what_is_made_without_it(compute, grammar: Grammar, mixed) -> None:
+    config = tiny(kv_heads=2)
+    model, batch = randomised(config, compute=compute), collate(mixed, grammar)
+    table = rotary_table(torch.arange(config.context), config.head_channels, config.rope_theta, compute)
+    latents, timesteps = batch.latents, torch.arange(len(batch.latents))
+    attend = Grouped(batch, compute)
+    inputs = batch.tokens, batch.rotary, attend, batch.predict, batch.patches, latents, timesteps
+    made, looked_up = model(*inputs), model(*inputs, table=table)
+    assert torch.equal(made.logits, looked_up.logits)
+
+
 def test_bfloat16_backend_follows_float32(grammar: Grammar, mixed) -> None:
     """The explicit bfloat16 product is the same attention: within bfloat16's own error of float32."""
     batch = collate(mixed, grammar)
@@ -353,15 +414,3 @@ def test_packed_weights_change_nothing(grammar: Grammar, mixed, compute: torch.d
     assert isinstance(model.head, PackedLinear) == _can_pack(compute)
     for a, b in zip(outputs(), plain, strict=True):
         close(a, b, 1e-5 if compute == torch.float32 else 0.05)
-
-
-def test_rotary_tables_are_looked_up_when_words_are_written() -> None:
-    """The same cosines and sines, behind the model's context, too."""
-    trunk = Transfusion(tiny()).trunk
-    for positions in (torch.tensor([3, 0, 7]), torch.tensor([trunk.config.context + 5, 1])):
-        expected = rotary_table(positions, trunk.config.head_channels, trunk.config.rope_theta, torch.float32)
-        with torch.inference_mode():
-            found = trunk._rotary(positions, torch.float32)
-        for ours, theirs in zip(found, expected, strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-6)
-            assert ours.shape == theirs.shape

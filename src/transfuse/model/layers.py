@@ -22,7 +22,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         # Not asked to become what it is: a quantised weight can not answer.
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if x.dim() == 2:
+            return F.linear(x, weight, bias)
+        # torch multiplies more dimensions in another way, with other last bits, where the weight needs no gradient.
+        return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class PackedLinear(nn.Module):
