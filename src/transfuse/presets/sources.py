@@ -194,7 +194,7 @@ def mixture(
     found = Mixture(ingredients, measured)
     samples = _samples(recipe, found, grammar)
     if any(part.final is not None for part in ingredients):
-        found = Mixture(ingredients, measured, final_from=int(samples * (1 - data.final_stretch)))
+        found.plan(final_from=int(samples * (1 - data.final_stretch)))
     if samples > found.end:
         raise UserError(
             f"data.sources: expected enough for loop.steps {recipe.loop.steps}, about {samples} samples, found "
@@ -204,17 +204,10 @@ def mixture(
 
 
 def _samples(recipe: Recipe, found: Mixture, grammar: Grammar) -> int:
-    """Samples that a run sees; about as many, where they are packed into rows."""
+    """Samples that a run sees; where they are packed into rows, those that fill its rows."""
     data = recipe.data
     count = recipe.loop.steps * data.batch_size
-    if data.row_length is None:
-        return count
-    mean = found.lengths(range(int(min(MEASURED, found.end))), grammar).mean()
-    return int(count * data.row_length / max(mean, 1))
-
-
-MEASURED = 1000
-"""samples whose mean length tells how many fit in a row"""
+    return count if data.row_length is None else found.samples_in(count * data.row_length, grammar)
 
 
 def _source(
