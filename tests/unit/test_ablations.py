@@ -65,6 +65,7 @@ def test_changes_go_where_they_are_named() -> None:
 
 def run(row: str, seed: int, **values: float) -> dict[str, object]:
     facts = {"theoretical_flops": 1.0, "positions": 1.0, "steps": 1, "parameters": 1, "size": "s", "budget": 1e6}
+    facts |= {"text_targets": 1.0, "images": 1.0}
     return {"run": f"{row}-seed{seed}", "arm": row, "seed": seed, **facts, **values}
 
 

@@ -37,6 +37,8 @@ def result(arm: str, size: str, budget: float, seed: int = 0, **changes: Any) ->
         "seed": seed,
         "parameters": int(SIZES[size]),
         "positions": budget * longer,
+        "text_targets": budget / 2,
+        "images": budget / 60,
         "theoretical_flops": flops,
         "executed_flops": 0.8 * flops,
         "seconds": flops / SPEED[arm],

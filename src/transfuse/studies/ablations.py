@@ -5,8 +5,8 @@
     COMPARISONS                          # which row against which, and what the paper found
 
 Runs are queued as those of the scaling study (`queue.py`). Each row that draws gets the same number of positions, as
-in the paper; text alone takes the steps of the row `transfusion`. Differences are paired: at one seed all rows see the
-same documents in the same order.
+in the paper, half of them text: equal positions are equal steps and equal text, whatever a picture is made of. Text
+alone takes the steps of the row `transfusion`. Differences are paired by seed.
 """
 
 from __future__ import annotations

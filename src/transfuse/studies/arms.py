@@ -76,7 +76,8 @@ class Effort:
 
 
 def stream(recipe: Recipe) -> tuple[Any, ...]:
-    """What makes sample i what it is, and its words what they are: arms in which it is equal see the same data."""
+    """What arms must share to be compared: the world, the shares of text and pictures, how pairs are shown, the
+    vocabulary and the seed. Rows may differ: text alone has half of one."""
     data = recipe.data
     mixture = data.batch_size, data.text_share, data.share_of, data.pairs
     return data.world, mixture, recipe.model.vocabulary, recipe.seed
@@ -148,6 +149,7 @@ class Exam:
             "parameters": parameters,
             "steps": recipe.loop.steps,
             **{name: totals[name] for name in ("positions", "images", "text_targets", "seconds")},
+            "definition_positions": totals.get("positions of glosses", 0),
             "theoretical_flops": 6 * parameters * totals["positions"],
             "executed_flops": totals["flops"],
             "guidance_scale": pipe.exported.generation.guidance_scale,

@@ -5,8 +5,8 @@
     STUDY/figures/*.svg                  the plots, one a file
 
 Runs are queued in a shared folder (`queue.py`). A budget is a number of positions D for each arm that draws; a run
-costs 6 N D. All arms see the same documents in the same order. Text alone takes the steps of the first Transfusion,
-whose texts it reads. Measures are those of `transfuse study rivals` (`arms.py`).
+costs 6 N D; half of the positions are text and half captioned pictures, in every arm, as in the paper. Text alone takes
+the steps of the first Transfusion and reads as much text. Measures are those of `transfuse study rivals` (`arms.py`).
 """
 
 from __future__ import annotations
