@@ -83,6 +83,18 @@ def stream(recipe: Recipe) -> tuple[Any, ...]:
     return data.world, mixture, recipe.model.vocabulary, recipe.seed
 
 
+UNEQUAL = 1.05
+"""how many times one run may read the text of another before their perplexities are not compared"""
+
+
+def text_read(result: Mapping[str, Any]) -> float:
+    """Return how much text alone a run has read: positions of definitions.
+
+    Results of earlier versions do not say. Their steps took equally many documents, so there it is the steps.
+    """
+    return float(result.get("definition_positions") or result["steps"])
+
+
 def pin(path: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings that all runs of a folder share, or hold them against those that are there.
 
