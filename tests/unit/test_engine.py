@@ -80,7 +80,16 @@ class Script:
         monkeypatch.setattr(Engine, "_choose", choose)
 
 
-@pytest.mark.parametrize("variant", [{}, {"adapter": "unet"}, {"image_attention": "causal"}, {"kv_heads": 2}], ids=str)
+VARIANTS = [
+    {},
+    {"adapter": "unet"},
+    {"image_attention": "causal"},
+    {"kv_heads": 2},
+    {"timestep_at": "patch"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_script_with_cache_equals_whole_recomputation(tokenizer: Tokenizer, monkeypatch, variant) -> None:
     """text, BOI, image, EOI, text, BOI, image: latents and every logit equal those of passes without a cache."""
     engine = Engine(exported(tokenizer, **variant))
