@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tensor": {"parallel.tensor": 2},
     "full": {"parallel.activation_checkpointing": "full"},
     "selective": {"parallel.activation_checkpointing": "selective"},
+    "timestep": {"model.timestep_at": "patch"},
     "unet": {"model.adapter": "unet", "model.unet_channels": (8, 16, 16, 16)},
     "dropout": {"model.dropout": 0.1},
     "dropout-full": {"model.dropout": 0.1, "parallel.activation_checkpointing": "full"},

@@ -28,6 +28,7 @@ def runs(tmp_path_factory) -> Path:
         "bfloat16",
         "full",
         "selective",
+        "timestep",
         "unet",
         "dropout",
         "dropout-full",
@@ -72,12 +73,16 @@ def same(one: Path, other: Path, tolerance: float) -> None:
             torch.testing.assert_close(weight, theirs[name], rtol=tolerance, atol=tolerance, msg=f"{kind} {name}")
 
 
-@pytest.mark.parametrize("name", ["shard", "accumulate", "full", "selective", "unet", "codes", "text", "uneven"])
+@pytest.mark.parametrize(
+    "name", ["shard", "accumulate", "full", "selective", "timestep", "unet", "codes", "text", "uneven"]
+)
 def test_two_equal_one(runs: Path, name: str) -> None:
     same(runs / "1" / name, runs / "2" / name, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["shard", "accumulate", "full", "selective", "unet", "codes", "text", "uneven"])
+@pytest.mark.parametrize(
+    "name", ["shard", "accumulate", "full", "selective", "timestep", "unet", "codes", "text", "uneven"]
+)
 def test_loss_and_gradient_of_equal_weights(runs: Path, name: str) -> None:
     """The first step's, before rounding has gone through Adam, which makes much of it.
 

@@ -81,6 +81,24 @@ def test_terms_are_least_at_the_truth(features: Features) -> None:
             assert float(distance(other - 1e-3 * gradient / gradient.abs().max(), truth).sum()) < float(found.sum())
 
 
+@pytest.mark.parametrize("size", [16, 48])
+def test_kl_weighs_what_it_does_in_latent_diffusion(size: int) -> None:
+    """An image's loss is sum |x - y| + 1e-6 sum KL there, and that divided by the count of its numbers here."""
+    model, objective, _ = parts("kl", adversarial_from=None)
+    images = torch.rand(2, 3, size, 2 * size, generator=torch.Generator().manual_seed(size)) * 2 - 1
+    losses = dict(
+        zip(objective.names, objective.sums(model, ImageBatch(images, (5, 6), 0)).losses.tolist(), strict=True)
+    )
+    weights = dict(zip(objective.names, objective.weights, strict=True))
+    mean, log_variance = model.autoencoder.moments(images).chunk(2, 1)
+    nats = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (0.5 * log_variance).exp()), torch.distributions.Normal(0.0, 1.0)
+    )
+    count = 3 * size * 2 * size
+    assert count * weights["l1"] == count, "the sum of the absolute differences"
+    assert losses["kl"] * weights["kl"] * count == pytest.approx(1e-6 * float(nats.detach().sum()), rel=1e-5)
+
+
 def test_a_step_that_was_left_out_revives_no_code() -> None:
     """Its vectors, which may not be finite, are forgotten, and so are those of looking for its samples."""
     model, objective, batch = parts("vq", revive_after=1)

@@ -2,8 +2,10 @@
 
     L1 + perceptual + 0.5 adversarial + 0.2 identity + 1e-6 KL            or, instead of KL, the codebook's two terms
 
-each a mean over the images of a step. The critic is trained beside it, by the same optimizer: its own loss is one more
-term, whose gradient stops at the reconstruction, as the adversarial term's gradient stops at the critic.
+each a mean over the images of a step. L1 is a mean over an image's numbers; the KL, a sum over its latent, is divided
+by the same count, so that the two weigh as in latent diffusion, which sums both. The critic is trained beside it, by
+the same optimizer: its own loss is one more term, whose gradient stops at the reconstruction, as the adversarial term's
+gradient stops at the critic.
 """
 
 from __future__ import annotations
@@ -196,7 +198,9 @@ class AutoencoderObjective:
                 terms[name] = features.distance(made, images)
         if bottled.codes is not None:
             self._vectors.append(h.detach())
-        for name in ("kl", "codebook", "commitment"):
+        if bottled.kl is not None:
+            terms["kl"] = bottled.kl / images[0].numel()  # latent diffusion sums both over an image: L1, and KL in nats
+        for name in ("codebook", "commitment"):
             if getattr(bottled, name) is not None:
                 terms[name] = getattr(bottled, name)
         if self.config.adversarial_from is not None:
