@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import transfuse
-from transfuse.autoencoders import load_autoencoder, save_autoencoder
+from transfuse.autoencoders import ImageAutoencoder, load_autoencoder, save_autoencoder
 from transfuse.autoencoders.features import Features, MobileNetV2
 from transfuse.errors import UserError
 from transfuse.presets import preset
@@ -246,6 +246,44 @@ def test_training_goes_on_from_an_autoencoder(runs: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="start: expected a trained autoencoder, found pixels"):
         train_autoencoder(replace(asked, start="pixels"), tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("quant_conv", [True, False])
+def test_channels_are_drawn_again(quant_conv: bool, tmp_path: Path) -> None:
+    """Those asked for say something else, with little noise; the others say what they did."""
+    base = recipe("kl")
+    asked = replace(base, model=replace(base.model, quant_conv=quant_conv, post_quant_conv=quant_conv))
+    before = ImageAutoencoder(asked.model).initialise(4)
+    with torch.no_grad():
+        for parameter in before.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    save_autoencoder(tmp_path / "start", before, "start")
+    asked = replace(asked, start=str(tmp_path / "start"), redraw=(3, 1)).settled()
+    model = build_autoencoder_trainer(asked, tmp_path / "run").model.autoencoder
+    images = ImageLoader(image_source(asked), 4)(0)[0].images
+    (mean, log_variance), (was, was_log_variance) = (a.moments(images).chunk(2, 1) for a in (model, before))
+    for kept in (0, 2):
+        torch.testing.assert_close(mean[:, kept], was[:, kept], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(log_variance[:, kept], was_log_variance[:, kept], atol=1e-4, rtol=1e-4)
+    for drawn in (1, 3):
+        both = torch.stack([mean[:, drawn].flatten(), was[:, drawn].flatten()]).detach()
+        assert abs(float(torch.corrcoef(both)[0, 1])) < 0.9
+        assert float(log_variance[:, drawn].detach().mean()) == pytest.approx(-6, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "redraw", "message"),
+    [
+        ("kl", None, (0,), "redraw: expected a KL autoencoder to start from, found none"),
+        ("vq", "export", (0,), "redraw: expected a KL autoencoder to start from, found a vq one"),
+        ("kl", "export", (2, 4), r"redraw: expected channels from 0 to 3, found \(2, 4\)"),
+        ("kl", "export", (-1,), r"redraw: expected channels from 0 to 3, found \(-1,\)"),
+    ],
+)
+def test_channels_that_cannot_be_drawn_again(kind, start, redraw, message, runs: Path) -> None:
+    start = start and str(runs / kind / start)
+    with pytest.raises(UserError, match=message):
+        replace(autoencoder_preset(f"{kind}-tiny"), start=start, redraw=redraw).settled()
 
 
 def transfusion(autoencoder: Path | str):

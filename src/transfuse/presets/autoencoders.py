@@ -68,6 +68,8 @@ class AutoencoderRecipe:
     device: Device = "auto"
     start: str | None = None
     """an autoencoder to go on from, bundled or a folder, in place of random weights; its trunk must be the same"""
+    redraw: tuple[int, ...] = ()
+    """latent channels of `start` that get new weights: those that `autoencoder inspect` finds to carry nothing"""
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     data: ImagesConfig = field(default_factory=ImagesConfig)
     objective: AutoencoderObjectiveConfig = field(default_factory=AutoencoderObjectiveConfig)
@@ -80,12 +82,22 @@ class AutoencoderRecipe:
             raise UserError("loop.measure_every: expected 0 for an autoencoder, whose grids show it, found more")
         if self.start is not None:
             self.started_from(self.start)
+        self._check_redraw()
         if self.data.world.size % self.model.factor:
             raise UserError(
                 f"data.world.size: expected a multiple of the autoencoder's factor ({self.model.factor}), "
                 f"found {self.data.world.size}"
             )
         return self
+
+    def _check_redraw(self) -> None:
+        if self.redraw and (self.start is None or self.model.kind != "kl"):
+            there = "none" if self.start is None else f"a {self.model.kind} one"
+            raise UserError(f"redraw: expected a KL autoencoder to start from, found {there}")
+        if any(not 0 <= channel < self.model.latent_channels for channel in self.redraw):
+            raise UserError(
+                f"redraw: expected channels from 0 to {self.model.latent_channels - 1}, found {self.redraw}"
+            )
 
     def started_from(self, name: str) -> ImageAutoencoder:
         """The autoencoder to go on from. Raises UserError where it has another trunk."""
@@ -218,6 +230,8 @@ def build_autoencoder_trainer(
     if recipe.start is not None:
         # Its statistics belong to the configuration, not to the weights; an export measures them anew.
         model.autoencoder.load_state_dict(recipe.started_from(recipe.start).state_dict())
+        if recipe.redraw:
+            model.autoencoder.redraw_channels(recipe.redraw, recipe.seed)
     model = model.to(recipe.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = AutoencoderObjective(
         recipe.objective,
