@@ -304,7 +304,7 @@ def test_pipeline_mistakes(pipe: TransfusionPipeline) -> None:
         ({"image": picture(size=4)}, "image: expected 8x8 pixels, found 4x4"),
         ({"image": picture(), "mask_image": picture(size=4)}, "mask: expected 8x8 pixels, as the image, found 4x4"),
         ({"image": picture(), "mask_image": PIL.Image.new("L", (8, 8))}, "mask: expected a transparent area to redraw"),
-        ({"image": np.zeros((8, 8))}, "image: expected an array of uint8"),
+        ({"image": np.zeros((8, 8, 3))}, "image: expected an array of uint8"),
         ({"image_guidance_scale": 2.0}, "image_guidance_scale: expected a picture before the words, found none"),
         (
             {"image": picture(), "strength": 0.5, "image_guidance_scale": 2.0},
