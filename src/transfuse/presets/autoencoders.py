@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..autoencoders import AutoencoderConfig, ImageAutoencoder, open_autoencoder, save_autoencoder
+from ..autoencoders.critic import SMALLEST
 from ..autoencoders.features import Features, load_features
 from ..configuration import nearest
 from ..console import say
@@ -86,6 +87,11 @@ class AutoencoderRecipe:
         if self.data.world.size % self.model.factor:
             raise UserError(
                 f"data.world.size: expected a multiple of the autoencoder's factor ({self.model.factor}), "
+                f"found {self.data.world.size}"
+            )
+        if self.objective.adversarial_from is not None and self.data.world.size < SMALLEST:
+            raise UserError(
+                f"data.world.size: expected at least {SMALLEST} for the critic (objective.adversarial_from), "
                 f"found {self.data.world.size}"
             )
         return self
@@ -245,7 +251,10 @@ def build_autoencoder_trainer(
     )
     data = recipe.data
     loader = ImageLoader(image_source(recipe), data.batch_size, data.accumulate, ranks.data, ranks.datas)
-    return Trainer(model, objective, loader, folder, recipe.loop, recipe.optimizer, sample=sample, ranks=ranks)
+    betas = {"critic": recipe.objective.critic_betas}
+    return Trainer(
+        model, objective, loader, folder, recipe.loop, recipe.optimizer, sample=sample, ranks=ranks, betas=betas
+    )
 
 
 def _features(recipe: AutoencoderRecipe, term: str) -> Features | None:
