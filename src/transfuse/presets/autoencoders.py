@@ -156,12 +156,14 @@ def small(kind: Literal["kl", "vq"], factor: Literal[4, 8]) -> AutoencoderRecipe
 
 def tiny(kind: Literal["kl", "vq"]) -> AutoencoderRecipe:
     """Seconds, not minutes: every term and the critic at work, and nothing learned worth looking at."""
+    base = small(kind, 4)
     return replace(
-        small(kind, 4),
+        base,
         preset=f"{kind}-tiny",
         model=AutoencoderConfig(kind=kind, widths=(8, 16), blocks=1, latent_channels=4, groups=4, codebook_size=32),
         data=ImagesConfig(WorldConfig(size=32, nouns=8), batch_size=4),
         objective=AutoencoderObjectiveConfig(adversarial_from=10, revive_after=5),
+        optimizer=replace(base.optimizer, warmup=5),
         loop=LoopConfig(steps=20, ema_decay=0.9, log_every=5, sample_every=0, checkpoint_every=10),
     )
 

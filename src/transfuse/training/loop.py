@@ -106,7 +106,7 @@ class Trainer:
     """Trains `model` on `load(step)`: the micro-batches of a step, a pure function of its number.
 
     ranks    the processes of the run; `load` gives this one's part
-    flops    operations a batch costs, for the achieved rate
+    flops    operations a batch costs, for the achieved rate; whole numbers, so that no sum of them is rounded
     betas    Adam's, of child modules of the model by name; the gradient of each of them is clipped by its own norm
     sample   called by the first rank with (averaged weights, path) to draw a grid of samples
     measure  called by the first rank with averaged weights, every `measure_every` steps; numbers by name
@@ -120,7 +120,7 @@ class Trainer:
         folder: Path,
         loop: LoopConfig,
         optimizer: OptimizerConfig,
-        flops: Callable[[Any], float] = lambda batch: 0.0,
+        flops: Callable[[Any], int] = lambda batch: 0,
         sample: Callable[[dict[str, Tensor], Path], None] | None = None,
         ranks: Ranks | None = None,
         betas: Mapping[str, tuple[float, float]] | None = None,
@@ -136,7 +136,7 @@ class Trainer:
         self.trackers = Trackers(loop.trackers if self.ranks.first else (), folder)
         self.guard, self.clock = Guard(loop.guard), Clock(self.device)
         self.step, self.data_offset = 0, 0
-        self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "waited": 0.0}
+        self.totals: dict[str, float] = {"flops": 0, "seconds": 0.0, "waited": 0.0}
         self.losses: dict[str, float] = {}
         self.average = Average()
         """of the steps since the last line of metrics.jsonl; after a restart the first rank's has all ranks' """
@@ -205,6 +205,13 @@ class Trainer:
     def _run(self, stop: StopRequest) -> Asked:
         log, window, began = self._open_log(), time.monotonic(), time.monotonic()
         before, asked = dict(self.totals), Asked(time_over=self._time_over())
+        warmup, steps = self.optimizer_config.warmup, self.config.steps
+        if self.step < steps <= warmup:
+            last = learning_rate(self.optimizer_config, steps - 1, steps)
+            say(
+                f"warning: optimizer.warmup: expected fewer steps than the run has ({steps}), found {warmup}; "
+                f"the learning rate ends at {last:.2g} and never decays"
+            )
         with (
             progress("train", self.config.steps, self.step) as bar,
             profiled(self.folder / "profile", self.config.profile, self.ranks.rank) as profile,
