@@ -110,7 +110,7 @@ def test_generate_the_best_of_several(home: Path) -> None:
 
 
 def test_edit(home: Path) -> None:
-    """By instruction, from part of the way, and where a mask is white; the PNG says how."""
+    """By instruction, from part of the way, and where a mask selects; the PNG says how."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(home / "before.png")
     mask = np.zeros((32, 32), dtype=np.uint8)
@@ -134,6 +134,15 @@ def test_edit(home: Path) -> None:
     assert told["masked"]
     assert (masked[mask == 0] == pixels[mask == 0]).all()
     assert (masked[mask == 255] != pixels[mask == 255]).any()
+    for name, colours in (("kept", pixels), ("cleared", pixels * (mask == 0)[..., None]), ("black", pixels * 0)):
+        PIL.Image.fromarray(np.dstack([colours, 255 - mask])).save(home / f"{name}.png")
+        assert (edited("--mask", f"{name}.png")[1] == masked).all(), "alpha decides, colours do not"
+    PIL.Image.new("L", (32, 32)).save(home / "black.png")
+    assert "black.png: expected a transparent area to redraw" in refused(home, *common, "--mask", "black.png")
+    PIL.Image.fromarray(mask).resize((16, 16)).save(home / "small.png")
+    for options in ((), ("--resize",)):
+        told = refused(home, *common, "--mask", "small.png", *options)
+        assert "small.png: expected 32x32 pixels, as the image, found 16x16" in told
     assert "strength: expected a share from 0 to 1, found 2.0" in refused(home, *common, "--strength", "2")
     assert "expected an image file, found none" in refused(home, *common, "--mask", "nothing.png")
     assert "expected some text, found an empty one" in refused(home, "edit", "before.png", " ")

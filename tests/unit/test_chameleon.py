@@ -299,7 +299,9 @@ def naive(
                 x.append(model.embedding.weight[place.token])
                 continue
             clouded, _, t = images[place.image]
-            entered = model.patches.enter.weight @ window(clouded, place, config.patch_size) + time_vector(model, t)
+            patch, time = window(clouded, place, config.patch_size), time_vector(model, t)
+            enter = model.patches.enter.weight
+            entered = enter @ (patch + time) if config.timestep_at == "patch" else enter @ patch + time
             x.append(entered + model.patches.positions.row[place.row] + model.patches.positions.column[place.column])
         x = trunk(model, x, places)
         for before, place in zip(x, places[1:], strict=False):
@@ -327,6 +329,7 @@ ARMS = {
     "chameleon": (chameleon(**STABLE), {"z_weight": 0.1}, {}),
     "chameleon, plain": (chameleon(kv_heads=2), {}, {}),
     "transfusion": (tiny(), {}, {}),
+    "transfusion, timestep before the linear map": (tiny(timestep_at="patch"), {}, {}),
     "transfusion, images alike": (tiny(), {"image_weight": 1.5}, {}),
     "transfusion, causal": (
         tiny(image_attention="causal", **STABLE),

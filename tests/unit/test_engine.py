@@ -80,7 +80,16 @@ class Script:
         monkeypatch.setattr(Engine, "_choose", choose)
 
 
-@pytest.mark.parametrize("variant", [{}, {"adapter": "unet"}, {"image_attention": "causal"}, {"kv_heads": 2}], ids=str)
+VARIANTS = [
+    {},
+    {"adapter": "unet"},
+    {"image_attention": "causal"},
+    {"kv_heads": 2},
+    {"timestep_at": "patch"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_script_with_cache_equals_whole_recomputation(tokenizer: Tokenizer, monkeypatch, variant) -> None:
     """text, BOI, image, EOI, text, BOI, image: latents and every logit equal those of passes without a cache."""
     engine = Engine(exported(tokenizer, **variant))
@@ -137,6 +146,20 @@ def test_cache_after_an_image_equals_a_fresh_prefill(tokenizer: Tokenizer, monke
         fresh, after = (getattr(cache, kind)[:, 0, :, :length] for cache in (caches[0], used))
         torch.testing.assert_close(after, fresh, atol=1e-5, rtol=1e-4)
         assert fresh.abs().amax((0, 1, 3)).min() > 0, "every position was written"
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, None])
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_images_of_a_few_patches(tokenizer: Tokenizer, kv_heads: int | None, attention: str) -> None:
+    """One to six patches, alone, with others and in pairs of one shape: as drawn without a cache."""
+    engine = Engine(exported(tokenizer, kv_heads=kv_heads, image_attention=attention))
+    sizes = [(2, 2), (2, 4), (6, 2), (4, 4), (4, 6)]  # patches of two by two pixels
+    requests = [request(size=size, guidance_scale=2.0, seed=seed) for size in sizes for seed in (1, 2)]
+    for asked, found in zip(requests, images(engine, *requests), strict=True):
+        expected = uncached_image(engine, PROMPT, asked.seed, 0, 2.0, (3, *asked.size))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        (alone,) = images(engine, asked)
+        torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_batched_equals_alone(tokenizer: Tokenizer) -> None:

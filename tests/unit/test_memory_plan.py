@@ -124,6 +124,7 @@ def cast_bytes(model: Transfusion, way: Checkpointing, element: int) -> int:
     for name, weight in model.named_parameters():
         first = ("embedding", "patches.positions", "patches.time.inner", "patches.first")
         enters = name == "patches.enter.weight" and model.config.adapter == "linear"
+        enters = enters and model.config.timestep_at == "hidden"
         bias = name.endswith("bias") and "norm" not in name
         again = name.startswith("trunk.blocks") and way != "none"
         kept += 0 if name.startswith(first) or enters or bias or again else weight.numel()
@@ -137,6 +138,7 @@ CASES: dict[str, tuple[ModelConfig, list[tuple[int, int]], int]] = {
     "linear": (tiny(**BASE, patch_positions="none"), [(16, 16)], 10),
     "deep": (tiny(depth=8, width=96, heads=2), [(12, 8)], 30),
     "images of two sizes": (tiny(**BASE), [(16, 16), (8, 4)], 10),
+    "timestep before the linear map": (tiny(**BASE, timestep_at="patch"), [(16, 16)], 10),
     "grouped queries": (tiny(**BASE, kv_heads=2), [(16, 16)], 30),
     "stability set": (tiny(**BASE, norm_order="swin", qk_norm=True), [(16, 16)], 30),
     "unet": (tiny(**{**UNET, "unet_channels": (32, 64)}), [(16, 16)], 10),

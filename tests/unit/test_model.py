@@ -9,12 +9,14 @@ from conftest import latent, randomised, tiny
 from transfuse.model import SIZES, Grouped, ModelConfig, Transfusion, dense
 from transfuse.model.flops import adapter_flops, count_parameters, forward_flops
 from transfuse.model.layers import rotary_table, rotate
+from transfuse.presets import preset
 from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate
 
 VARIANTS = [
     {"adapter": "linear"},
     {"adapter": "unet"},
     {"kv_heads": 2},
+    {"timestep_at": "patch"},
     {"image_attention": "causal"},
 ]
 
@@ -153,6 +155,28 @@ def test_sizes_of_the_paper(name: str, millions: float) -> None:
     count = count_parameters(ModelConfig(**SIZES[name]))
     assert count.trunk / 1e6 == pytest.approx(millions, rel=0.005)
     assert count.adapter / count.trunk < 0.0055, "Table 7: at most 0.5 %"
+
+
+@pytest.mark.parametrize(("channels", "patch"), [(8, 2), (3, 4), (16, 1)])
+def test_a_timestep_before_the_linear_map_is_as_wide_as_a_patch(channels: int, patch: int) -> None:
+    sizes = {"latent_channels": channels, "patch_size": patch, "patch_positions": "none"}
+    before, after = (count_parameters(tiny(**sizes, timestep_at=at)) for at in ("patch", "hidden"))
+    width, elements = 64, channels * patch**2
+
+    def perceptron(outputs: int) -> int:
+        return (256 + 1) * outputs + (outputs + 1) * outputs
+
+    assert before.trunk == after.trunk
+    assert before.adapter == 2 * elements * width + perceptron(elements)
+    assert after.adapter == 2 * elements * width + perceptron(width)
+
+
+def test_the_papers_presets_add_the_timestep_before_the_linear_map() -> None:
+    for name in SIZES:
+        assert preset(name).model.timestep_at == "patch"
+        assert preset(f"{name}-unet").model.timestep_at == "hidden"
+    with pytest.raises(ValueError, match=r'model\.timestep_at: expected hidden with adapter "unet", found patch'):
+        tiny(adapter="unet", timestep_at="patch")
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4, 8])

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import exported
 
 from transfuse.data import EditConfig
 from transfuse.data.world import WorldConfig
 from transfuse.errors import UserError
-from transfuse.export import load_export
+from transfuse.export import load_export, save_export
 from transfuse.presets.recipe import Recipe, build_trainer
 from transfuse.presets.runs import resolve
 from transfuse.presets.small import tiny
+from transfuse.sequence import Tokenizer
 from transfuse.studies.training import train_run
 from transfuse.training import Ranks
 
@@ -39,6 +41,22 @@ def test_begins_with_the_exports_weights_words_and_process(served: Path, tmp_pat
     assert tokenizer.fingerprint == found.tokenizer.fingerprint
     for ours, theirs in zip(trainer.model.parameters(), found.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kept", ["patch", "hidden", None])
+def test_an_export_keeps_where_its_timestep_enters(kept: str | None, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A file that does not name the place was written when there was one: after the linear map."""
+    made = exported(tokenizer, timestep_at=kept or "hidden")
+    weights, model = made.model.state_dict(), made.model.config
+    folder = save_export(
+        tmp_path / "x", weights, model, made.process.config, tokenizer, made.autoencoder, 8, made.generation, ""
+    )
+    if kept is None:
+        config = json.loads((folder / "config.json").read_text())
+        del config["model"]["timestep_at"]
+        (folder / "config.json").write_text(json.dumps(config))
+    asked = replace(recipe(folder), model=replace(model, timestep_at="patch")).settled()
+    assert asked.model == load_export(folder).model.config == model
 
 
 def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ..folders import DEFAULT, bundled_models, is_export
 from .parsing import parse, print_json
 
 if TYPE_CHECKING:
+    import numpy as np
     import PIL.Image
 
     from ..inference import TransfusionPipeline
@@ -61,19 +62,23 @@ def save_picture(picture: PIL.Image.Image, path: Path, settings: dict[str, Any])
     return str(path)
 
 
-def read_picture(path: Path, side: int, resize: bool) -> PIL.Image.Image:
+def read_picture(path: Path, side: int, resize: bool) -> np.ndarray:
     """A picture file for a model of that size. Raises UserError where it has another and is not to be fitted."""
-    import PIL.Image
+    from ..images import read_image
 
-    from ..images import fit, read_image
+    return to_side(read_image(path), path, side, resize)
 
-    pixels = read_image(path)
+
+def to_side(pixels: np.ndarray, path: Path, side: int, resize: bool) -> np.ndarray:
+    """Fit the pixels of a file to a model's size. Raises UserError as `read_picture`."""
+    from ..images import fit
+
     if resize:
         pixels = fit(pixels, side)
     height, width = pixels.shape[:2]
     if (height, width) != (side, side):
         raise UserError(f"{path}: expected {side}x{side} pixels, found {width}x{height}; --resize fits it")
-    return PIL.Image.fromarray(pixels)
+    return pixels
 
 
 @dataclass(frozen=True)

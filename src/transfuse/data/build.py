@@ -225,7 +225,7 @@ class Writer:
     _texts: list[bytes] = field(default_factory=list)
     _pieces: list[bytes] = field(default_factory=list)
     _offset: int = 0
-    _documents: list[tuple[int, int, int, int, bool, bytes]] = field(default_factory=list)
+    _documents: list[tuple[int, int, int, int, bool, bool, bytes]] = field(default_factory=list)
     _pictures: list[tuple[int, int]] = field(default_factory=list)
     _dropped: list[Dropped] = field(default_factory=list)
 
@@ -239,7 +239,10 @@ class Writer:
             try:
                 with np.load(path, allow_pickle=False) as found:
                     record = json.loads(bytes(found["record"]))
-                    hashes, _ = found["texts"] if self.text_only else found["documents"]["hash"], found["pictures"]
+                    documents, _ = found["documents"], found["pictures"]
+                    hashes = found["texts"] if self.text_only else documents["hash"]
+                if documents.dtype != DOCUMENT:  # of an earlier version
+                    break
                 shard = Shard(**record["shard"])
             except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # cut short: that shard is made again
                 break
@@ -294,7 +297,8 @@ class Writer:
         else:
             name = f"{self.written:09d}-{slug(outcome.key)}"
             piece = to_tar(to_members(name, outcome.parts, outcome.pair, self.suffix))
-        row = (self._offset, len(piece), outcome.tokens, len(self._pictures), outcome.pair, outcome.hash)
+        kind = outcome.pair, outcome.conditional
+        row = (self._offset, len(piece), outcome.tokens, len(self._pictures), *kind, outcome.hash)
         self._documents.append(row)
         self._pictures.extend(outcome.sizes)
         self._pieces.append(piece)

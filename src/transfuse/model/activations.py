@@ -125,7 +125,8 @@ def patch_bytes(config: ModelConfig, size: tuple[int, int], element: int) -> tup
     vectors = element * config.width * pixels // config.patch_size**2  # put among the tokens, and read out of the trunk
     image = element * config.latent_channels * pixels
     if config.adapter == "linear":
-        return image + element * _time_elements(config.width) + vectors, vectors
+        time = config.patch_elements if config.timestep_at == "patch" else config.width
+        return image + element * _time_elements(time) + vectors, vectors
     before, behind = _unet_bytes(config, pixels, element)
     return 2 * image + before + vectors, vectors + behind
 

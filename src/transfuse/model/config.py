@@ -44,6 +44,9 @@ class ModelConfig:
     """patch layers: one linear map each way, or U-Net down and up blocks"""
     unet_channels: tuple[int, ...] | None = None
     """U-Net channels per resolution, log2(patch_size) + 1 of them; None: the paper's 0.27B, whatever the transformer"""
+    timestep_at: Literal["hidden", "patch"] = "hidden"
+    """where linear patch layers add the timestep embedding. hidden: to the vectors `[width]` after the linear map;
+    patch: to the flat patches `[patch_size**2 * latent_channels]` before it (the paper's footnote 6)"""
     patch_positions: Literal["none", "learned"] = "none"
     """none: rotary positions in raster order only (paper); learned: a row and a column embedding is added"""
     image_attention: ImageAttention = "bidirectional"
@@ -69,6 +72,8 @@ class ModelConfig:
         check(self.width % (2 * self.heads) == 0, "width", f"a multiple of 2 x heads ({2 * self.heads})")
         check(self.heads % (self.kv_heads or self.heads) == 0, "kv_heads", f"a divisor of heads ({self.heads})")
         check(self.patch_size in (1, 2, 4, 8), "patch_size", "1, 2, 4 or 8")
+        linear = self.adapter == "linear"
+        check(linear or self.timestep_at == "hidden", "timestep_at", 'hidden with adapter "unet"')
         check(0 <= self.dropout < 1, "dropout", "a share of at least 0 and below 1")
         if self.images == "codes":
             check(self.patch_size == 1, "patch_size", '1 with images "codes"')
@@ -84,6 +89,11 @@ class ModelConfig:
     def grid(self) -> int | None:
         """Patches along a side of an image at most; None: any number."""
         return MAX_GRID if self.images == "latents" and self.patch_positions == "learned" else None
+
+    @property
+    def patch_elements(self) -> int:
+        """Elements of a flat patch of latents."""
+        return self.latent_channels * self.patch_size**2
 
     @property
     def head_channels(self) -> int:

@@ -57,13 +57,16 @@ def unwindowed(flat: Tensor, rows: int, size: int) -> Tensor:
 
 
 class LinearPatches(nn.Module):
-    """One linear map from a k x k window of latents to the width, one back; the timestep is added to every patch."""
+    """One linear map from a k x k window of latents to the width, one back.
+
+    The timestep embedding is added to every patch, before or after the first map (`ModelConfig.timestep_at`).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.size = config.patch_size
-        elements = config.latent_channels * self.size**2
-        self.time = TimestepEmbedding(config.width)
+        self.size, elements = config.patch_size, config.patch_elements
+        self.time_first = config.timestep_at == "patch"
+        self.time = TimestepEmbedding(elements if self.time_first else config.width)
         self.enter = Linear(elements, config.width)
         self.leave = Linear(config.width, elements)
         self.positions = GridPositions(config.width) if config.patch_positions == "learned" else None
@@ -74,7 +77,8 @@ class LinearPatches(nn.Module):
         groups, pieces = by_shape(latents), []
         for group in groups:
             stacked = those(latents, group).to(dtype)
-            x = self.enter(windows(stacked, self.size)) + those(time, group)[:, None, None]
+            x, its_time = windows(stacked, self.size), those(time, group)[:, None, None]
+            x = self.enter(x + its_time) if self.time_first else self.enter(x) + its_time
             if self.positions is not None:
                 x = x + self.positions(*x.shape[1:3]).to(dtype)
             pieces.append(x.flatten(1, 2))
@@ -176,7 +180,7 @@ class UNetPatches(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.size, elements = config.patch_size, config.latent_channels * config.patch_size**2
+        self.size, elements = config.patch_size, config.patch_elements
         self.linear_enter, self.linear_leave = Linear(elements, config.width), Linear(config.width, elements)
         self.positions = GridPositions(config.width) if config.patch_positions == "learned" else None
         levels = config.unet_levels

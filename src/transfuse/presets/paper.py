@@ -25,7 +25,7 @@ def paper(size: str, adapter: Literal["linear", "unet"] = "linear") -> Recipe:
     """The recipe of one of the five sizes; every number is the paper's, or fills a gap it leaves."""
     return Recipe(
         preset=size if adapter == "linear" else f"{size}-unet",
-        model=ModelConfig(**SIZES[size], adapter=adapter),
+        model=ModelConfig(**SIZES[size], adapter=adapter, timestep_at="patch" if adapter == "linear" else "hidden"),
         diffusion=DiffusionConfig(),
         data=DataConfig(
             world=WorldConfig(size=256), autoencoder="kl-f8", text_share=0.5, pairs=PairConfig(), batch_size=8192

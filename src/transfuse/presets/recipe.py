@@ -45,7 +45,7 @@ from ..training import (
 )
 from .autoencoders import AUTOENCODERS
 from .runs import VERSION, check_split
-from .sources import Opened, held_out_prompts, image_size, mixture, of_the_world, open_sources
+from .sources import Opened, held_out_prompts, image_size, mixture, of_the_world, open_sources, unseen_noise
 from .start import begin, its_tokenizer, started
 
 
@@ -274,6 +274,8 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> t
         objective = TransfusionObjective(recipe.objective, Process(recipe.diffusion), recipe.seed, encoder)
         finish = objective.draw
     loader = build_loader(recipe, opened, tokenizer, folder, ranks.data, ranks.datas, finish)
+    if recipe.model.images == "latents" and ranks.first and (unseen := unseen_noise(recipe, loader.document)):
+        say(unseen)
     model = build_model(recipe, folder, tokenizer, ranks)
     trainer = Trainer(
         model,
