@@ -386,6 +386,7 @@ def export_weights(
         recipe.generation,
         _card(recipe, trainer),
         to_dict(recipe.data.world) if of_the_world(recipe.data) else None,
+        recipe.preset,
     )
 
 
