@@ -105,11 +105,16 @@ class Mixture:
         self._add_phases(final_from)
         self._starts = [phase.start for phase in self.phases]
 
+    def mean_positions(self, grammar: Grammar) -> list[float]:
+        """Mean positions of a sample in each phase, by the mean lengths of its sources."""
+        means = self._means if grammar == self._grammar else self._mean_lengths(grammar)
+        return [float(phase.per_pattern @ means) / len(phase.pattern) for phase in self.phases]
+
     def samples_in(self, positions: float, grammar: Grammar) -> int:
-        """The number of samples that take so many positions, by the mean lengths of their sources."""
-        means, count = self._means if grammar == self._grammar else self._mean_lengths(grammar), 0.0
-        for phase, end in zip(self.phases, [*self._starts[1:], math.inf], strict=True):
-            mean = float(phase.per_pattern @ means) / len(phase.pattern)
+        """The number of samples that take so many positions."""
+        count = 0.0
+        ends = [*self._starts[1:], math.inf]
+        for phase, end, mean in zip(self.phases, ends, self.mean_positions(grammar), strict=True):
             count = phase.start + positions / max(mean, 1e-9)  # 0 where only samples that are left out remain
             if count <= end:
                 break

@@ -317,13 +317,17 @@ def averaged_model(recipe: Recipe, weights: dict[str, Tensor]) -> Transfusion:
 
 
 def _tokenizer(recipe: Recipe, opened: Opened, path: Path) -> Tokenizer:
-    """The run's: that of its data sets, or of the model it starts from, or one trained on the bundled words."""
+    """The run's own, which it writes when it begins."""
     if not path.exists():
-        tokenizer = opened.tokenizer
-        if tokenizer is None:
-            tokenizer = its_tokenizer(Path(recipe.start)) if recipe.start else train_tokenizer(recipe)
-        whole_file(path, tokenizer.save)
+        whole_file(path, new_tokenizer(recipe, opened).save)
     return Tokenizer.load(path)
+
+
+def new_tokenizer(recipe: Recipe, opened: Opened) -> Tokenizer:
+    """That of a run's data sets, or of the model it starts from, or one trained on the bundled words."""
+    if opened.tokenizer is not None:
+        return opened.tokenizer
+    return its_tokenizer(Path(recipe.start)) if recipe.start else train_tokenizer(recipe)
 
 
 def build_loader(

@@ -23,7 +23,6 @@ from ..diffusion import DiffusionConfig, SamplerConfig
 from ..export import GenerationConfig
 from ..training import OptimizerConfig
 from .demo import demo
-from .paper import paper
 from .recipe import Recipe
 
 STABILITY: dict[str, Any] = {"qk_norm": True, "norm_order": "swin"}
@@ -103,17 +102,3 @@ def llama_32() -> Recipe:
 def llama_32_stable() -> Recipe:
     """The same with Chameleon's stability set."""
     return replace(stable(llama_32()), preset="llama-32-stable")
-
-
-def paper_chameleon(size: str) -> Recipe:
-    """The paper's re-trained Chameleon: 1,024 codes of 16,384 a picture; `transfuse autoencoder train vq-f8` first."""
-    recipe = by_codes(paper(size), "vq-f8", 16384, PAPER_RATE)
-    return replace(
-        recipe, preset=f"chameleon-{size}", data=replace(recipe.data, batch_size=recipe.data.batch_size // 4)
-    )
-
-
-def paper_llama(size: str, stability: bool = False) -> Recipe:
-    """The first row of Table 4, or its third."""
-    recipe = text_only(paper(size))
-    return replace(stable(recipe, PAPER_RATE) if stability else recipe, preset=f"llama-{size}" + "-stable" * stability)
