@@ -186,9 +186,9 @@ def _trained(asked: argparse.Namespace, device: torch.device, size: str, arm: st
     return {
         "training": f"{size} {arm}",
         "parameters": count_parameters(config).total,
-        "positions": positions,
+        "positions": batch.quantities["positions"],
         "s a step": took,
-        "positions/s": positions / took,
+        "positions/s": batch.quantities["positions"] / took,
         "executed flop/s": flops / took,
         "MFU": None if peak is None else flops / took / peak,
         "peak GB": None if used is None else used / 1e9,

@@ -1,6 +1,7 @@
 """What processes of a distributed test do: torchrun starts this file with a case's name and a folder.
 
-Each case trains the preset "tiny" some other way; the first rank leaves `losses.json` and `weights.safetensors`.
+Each case trains the preset "tiny" some other way; the first rank leaves `losses.json`, `totals.json` and
+`weights.safetensors`.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ def recipe(name: str) -> Recipe | AutoencoderRecipe:
     if name in AUTOENCODERS:
         coder = AUTOENCODERS[name]()
         objective = replace(coder.objective, adversarial_from=2, revive_after=2)
-        return replace(coder, objective=objective, loop=replace(coder.loop, steps=STEPS, checkpoint_every=0))
+        loop, optimizer = replace(coder.loop, steps=STEPS, checkpoint_every=0), replace(coder.optimizer, warmup=100)
+        return replace(coder, objective=objective, loop=loop, optimizer=optimizer)
     made = replace(preset("tiny"), precision="float32")  # not what this processor is fastest with
     made = replace(made, loop=replace(made.loop, steps=STEPS, log_every=1, checkpoint_every=0))
+    made = replace(made, optimizer=replace(made.optimizer, warmup=100))  # small steps, or rounding grows
     for setting, value in CASES[name].items():
         made = changed(made, setting.split("."), value)
     return made
@@ -86,7 +89,9 @@ class Uneven:
         parts = [pictured, plain, *[[]] * 2][: self.ranks.datas]
         if self.ranks.datas == 1:
             parts = [documents]
-        return [collate(parts[self.ranks.data] or [EMPTY], loader.grammar, idle_image=loader.idle_image)]
+        own = parts[self.ranks.data]
+        batch = collate(own or [EMPTY], loader.grammar, idle_image=loader.idle_image)
+        return [batch if own else replace(batch, idle=batch.positions)]
 
     def position(self) -> dict[str, int]:
         return {}
@@ -150,6 +155,8 @@ def run(name: str, steps: int, folder: Path) -> None:
     weights = stack((key, whole(weight.detach())) for key, weight in trainer.model.named_parameters())
     averages = trainer.averaged()
     if ranks.first:
+        counted = {key: total for key, total in trainer.totals.items() if key not in ("seconds", "waited")}
+        (folder / "totals.json").write_text(json.dumps(counted))
         (folder / "losses.json").write_text(json.dumps(lines))
         save_file({key: weight.contiguous() for key, weight in weights.items()}, folder / "weights.safetensors")
         save_file({key: weight.contiguous() for key, weight in averages.items()}, folder / "averages.safetensors")

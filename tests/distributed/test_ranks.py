@@ -43,10 +43,33 @@ def runs(tmp_path_factory) -> Path:
     stopped = [f"shard:2:{moved}/2-2", f"shard:2:{moved}/2-1", f"tensor:2:{moved}/tensor-1"]
     going_on = [f"shard:4:{moved}/2-2", f"tensor:4:{moved}/1-tensor"]
     finished(torchrun(2, str(HERE / "cases.py"), str(folder / "2"), *two, *stopped, *going_on))
+    finished(torchrun(3, str(HERE / "cases.py"), str(folder / "3"), *everywhere, "accumulate", "codes"))
     cases.main(str(folder / "1"), f"shard:4:{moved}/2-1", f"shard:4:{moved}/tensor-1")
     four = [*everywhere, "replicate", "tensor", f"shard:4:{moved}/1-4"]
     finished(torchrun(4, str(HERE / "cases.py"), str(folder / "4"), *four))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("one", "others"),
+    [
+        ("shard", ["1/accumulate", "1/uneven", *(f"{n}/{name}" for n in (2, 3, 4) for name in ("shard", "uneven"))]),
+        ("shard", ["2/accumulate", "3/accumulate", "2/replicate", "4/replicate", "2/tensor", "4/tensor", "moved/2-1"]),
+        ("codes", ["2/codes", "3/codes"]),
+        ("unet", ["2/unet"]),
+    ],
+)
+def test_counts_are_equal_for_every_split(runs: Path, one: str, others: list[str]) -> None:
+    """Operations, positions, targets and images of all steps, exactly: padding is not counted."""
+
+    def totals(folder: Path) -> dict[str, float]:
+        found: dict[str, float] = json.loads((folder / "totals.json").read_text())
+        return found
+
+    expected = totals(runs / "1" / one)
+    assert expected["flops"] > 0
+    for other in others:
+        assert totals(runs / other) == expected, other
 
 
 LOSSES = ("text", "image", "tokens", "gradient_norm")

@@ -26,7 +26,8 @@ STEPS = {"transfusion": 50, "chameleon": 20}
 def recipe(name: str) -> Recipe:
     """The preset "tiny" in float32: texts and pictures; the Chameleon's are codes."""
     made = preset("tiny")
-    made = replace(made, device="cpu", precision="float32", loop=replace(made.loop, steps=STEPS[name]))
+    loop, optimizer = replace(made.loop, steps=STEPS[name]), replace(made.optimizer, warmup=100)
+    made = replace(made, device="cpu", precision="float32", loop=loop, optimizer=optimizer)
     if name == "transfusion":
         return made
     model = replace(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from conftest import randomised, tiny
+from conftest import latent, randomised, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +26,7 @@ from transfuse.data import (
 )
 from transfuse.data.world import World, WorldConfig, edit
 from transfuse.diffusion import DiffusionConfig, Process
+from transfuse.model.flops import train_flops
 from transfuse.sequence import Document, Image, Part, Text, Tokenizer, images_alone, lay_out, unconditional
 from transfuse.training import ObjectiveConfig, TransfusionObjective
 
@@ -256,6 +259,29 @@ def test_batches_are_functions_of_the_step(sources, tokenizer: Tokenizer) -> Non
             assert a.keys == b.keys
             assert all(torch.equal(x, y) for x, y in zip(a.latents, b.latents, strict=True))
     assert [s for batches in ahead for batch in batches for s in batch.samples] == list(range(24))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_step_counts_the_same_however_it_is_split(accumulate, ranks, sharded, grammar, mixed) -> None:
+    """Positions, targets, images and operations, of whole samples and of samples that are left out."""
+    config, left_out = tiny(), {3, 5, 7}
+
+    def document(sample: int) -> Document | None:
+        return None if sample in left_out else replace(mixed[sample % len(mixed)], sample=sample, source="mixed")
+
+    def counted(accumulate: int, ranks: int, idle: torch.Tensor | None) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for rank in range(ranks):
+            for batch in StepLoader(document, grammar, 8, accumulate, rank=rank, ranks=ranks, idle_image=idle)(0):
+                for name, count in {**batch.quantities, "flops": train_flops(config, batch)}.items():
+                    totals[name] = totals.get(name, 0) + count
+        return totals
+
+    expected = counted(1, 1, None)
+    assert expected["positions"] == sum(len(lay_out(d, grammar)) for d in map(document, range(8)) if d is not None)
+    assert counted(accumulate, ranks, latent(8, 8) if sharded else None) == expected
 
 
 def test_pixels_round_trip() -> None:

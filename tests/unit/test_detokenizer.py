@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -103,7 +104,7 @@ def chained(chain: dict[int, int]) -> Exported:
 
 def linked(data: bytes, then: int, start: int) -> dict[int, int]:
     ids = [start, *of_bytes(data), then]
-    return dict(zip(ids, ids[1:], strict=False))
+    return dict(itertools.pairwise(ids))
 
 
 def said(events: list[Event]) -> list[str]:
@@ -126,7 +127,7 @@ PROMPT = Document([Text((BYTES.encode("?")[0],))], closed=False)
 @pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize("most", [20, 5])
 def test_a_cut_character_comes_before_the_picture_and_at_the_end(cut: int, most: int) -> None:
-    """`ab` and some bytes of a character, a picture, `cd` and other bytes of one, the end: of the words or by number."""
+    """`ab` and part of a character, a picture, `cd` and part of another, and the end: by itself or by `max_tokens`."""
     first, second = "\U0001f600".encode()[:cut], "\u20ac".encode()[:1]
     start = PROMPT.parts[0].ids[0]
     chain = linked(b"ab" + first, BYTES.boi, start) | linked(b"cd" + second, BYTES.eos, BYTES.eoi)

@@ -21,7 +21,7 @@ from transfuse.errors import UserError
 from transfuse.files import whole_folder
 from transfuse.inference import Engine, Request, TextDelta
 from transfuse.model import ModelConfig
-from transfuse.presets import Recipe, preset
+from transfuse.presets import PRESETS, Recipe, preset
 from transfuse.presets.autoencoders import AUTOENCODERS
 from transfuse.presets.recipe import build_trainer, export_run
 from transfuse.presets.runs import claimed, open_run, run_device
@@ -42,6 +42,11 @@ def test_the_papers_rates() -> None:
         assert preset(name).optimizer.learning_rate == 3e-4
         assert not preset(name).model.qk_norm
     assert preset("chameleon-32").optimizer.learning_rate == preset("transfusion-32").optimizer.learning_rate
+
+
+def test_no_preset_is_shorter_than_its_warmup() -> None:
+    for made in (*(PRESETS[name]() for name in PRESETS), *(AUTOENCODERS[name]() for name in AUTOENCODERS)):
+        assert made.optimizer.warmup < made.loop.steps, made.preset
 
 
 def test_files_of_the_first_release_are_read() -> None:

@@ -212,6 +212,26 @@ def test_divergence_stops_before_the_optimizer_and_names_the_sample(tmp_path, gr
     assert all(torch.equal(before[name], p) for name, p in one.model.named_parameters())
 
 
+@pytest.mark.parametrize(("warmup", "warned"), [(3, False), (4, True), (5, True), (4000, True)])
+def test_a_run_shorter_than_its_warmup_is_warned(tmp_path, grammar: Grammar, capsys, warmup: int, warned: bool) -> None:
+    """One line before the first step; none where the run is over, and again where it resumes."""
+
+    def run(steps: int, optimizer: OptimizerConfig) -> list[str]:
+        loop = LoopConfig(steps, sample_every=0, log_every=1)
+        documents = [collate([Document([Text((9, 10))])], grammar)]
+        one = Trainer(randomised(tiny()), objective(), Fixed(documents), tmp_path, loop, optimizer)
+        one.restore()
+        one.run()
+        return [line for line in capsys.readouterr().err.splitlines() if "warmup" in line]
+
+    optimizer = OptimizerConfig(1e-3, warmup=warmup)
+    line = f"warning: optimizer.warmup: expected fewer steps than the run has (4), found {warmup}; "
+    line += f"the learning rate ends at {1e-3 * 4 / warmup:.2g} and never decays"
+    assert run(4, optimizer) == [line] * warned
+    assert run(4, optimizer) == []
+    assert len(run(5, optimizer)) == (warmup >= 5)
+
+
 def test_learning_rate_follows_the_paper() -> None:
     config = OptimizerConfig()
     assert learning_rate(config, 0, 250_000) == pytest.approx(3e-4 / 4000)

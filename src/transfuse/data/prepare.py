@@ -182,7 +182,7 @@ class Preparer:
                 parts.append(part)
                 continue
             try:
-                pixels = part if isinstance(part, np.ndarray) else decode_image(io.BytesIO(part), "picture")
+                pixels = part if isinstance(part, np.ndarray) else decode_image(part, "picture")
             except UserError as error:
                 return Dropped(item.key, "faulty", str(error).removeprefix("picture: "), faulty=True)
             rows, columns = pixels.shape[:2]

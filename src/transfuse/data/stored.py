@@ -8,7 +8,6 @@ pairs.lengths(...)                 # the positions of many, from the index alone
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 
 import numpy as np
@@ -156,7 +155,7 @@ def decode_picture(data: DataSet, number: int, stored: Stored, part: bytes | np.
     if isinstance(part, np.ndarray):
         return part
     try:
-        return decode_image(io.BytesIO(part), "picture")
+        return decode_image(part, "picture")
     except UserError as error:
         raise data.damaged(number, str(error).removeprefix("picture: "), stored.key) from None
 

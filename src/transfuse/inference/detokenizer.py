@@ -21,6 +21,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self._pending: list[int] = []
+        self._window: list[int] = []
+        self._given = ""
         self._restart(before)
         if self._given.endswith(REPLACEMENT):  # its last character is cut: it is not continued
             self._restart([])

@@ -1,7 +1,7 @@
 """Counting parameters and arithmetic. A multiplication and an addition are two operations.
 
 Two figures, never mixed: the paper's theoretical `6 N D`, which its scaling laws use, and what a step really executes
-(attention over visible keys only, logits only where a token is predicted).
+(attention over visible keys only, logits only where a token is predicted, nothing for padding).
 """
 
 from __future__ import annotations
@@ -61,7 +61,16 @@ def forward_flops(
 
 
 def train_flops(config: ModelConfig, batch: Batch) -> int:
-    """Operations of forward and backward for a batch (backward is twice the forward)."""
-    pairs = int((batch.end - batch.start).sum())
-    sizes = [(rows, columns) for _, rows, columns in shapes_of(batch.latents)]
-    return 3 * forward_flops(config, batch.positions, pairs, len(batch.predict), sizes)
+    """Operations of forward and backward for a batch (backward is twice the forward).
+
+    Only the documents' own positions and images count, so that the sum over a step is the same however it is split:
+    positions and images that fill a batch up are left out.
+    """
+    real = batch.positions - batch.idle
+    pairs = int((batch.end[:real] - batch.start[:real]).sum())
+    patches, sizes = int((batch.patches < real).sum()), []
+    for _, rows, columns in shapes_of(batch.latents):
+        if patches:  # an image that fills up is the last one
+            sizes.append((rows, columns))
+            patches -= rows * columns // config.patch_size**2
+    return 3 * forward_flops(config, real, pairs, len(batch.predict), sizes)

@@ -390,6 +390,7 @@ def export_weights(
         recipe.generation,
         _card(recipe, trainer),
         to_dict(recipe.data.world) if of_the_world(recipe.data) else None,
+        recipe.preset,
     )
 
 

@@ -94,6 +94,7 @@ def tiny() -> Recipe:
         preset="tiny",
         model=replace(base.model, vocabulary=512, width=64, depth=2, heads=2, hidden=128, context=256),
         data=replace(base.data, batch_size=8, world=replace(base.data.world, nouns=4)),
+        optimizer=replace(base.optimizer, warmup=5),
         loop=LoopConfig(steps=30, ema_decay=0.99, log_every=5, sample_every=0, checkpoint_every=10, keep=2),
         generation=GenerationConfig(SamplerConfig("ddim", steps=4), guidance_scale=2.0, max_tokens=16),
     )

@@ -143,7 +143,7 @@ class Exam:
         return cls(world, real, glosses("heldout")[: effort.definitions], recogniser)
 
     def distance_of_real(self) -> float:
-        """The Fréchet distance of as many other real pictures: nothing drawn can be expected to come nearer."""
+        """Return the Fréchet distance of as many other real pictures, for comparison."""
         _, _, other = held_out_scenes(self.world, len(self.real), seed=1)
         return frechet_distance(self.recogniser.features(other), self.recogniser.features(self.real))
 

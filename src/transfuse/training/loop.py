@@ -7,7 +7,7 @@ step sees is a function of its number; so weights, moments, EMA and a few number
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -106,7 +106,8 @@ class Trainer:
     """Trains `model` on `load(step)`: the micro-batches of a step, a pure function of its number.
 
     ranks    the processes of the run; `load` gives this one's part
-    flops    operations a batch costs, for the achieved rate
+    flops    operations a batch costs, for the achieved rate; whole numbers, so that no sum of them is rounded
+    betas    Adam's, of child modules of the model by name; the gradient of each of them is clipped by its own norm
     sample   called by the first rank with (averaged weights, path) to draw a grid of samples
     measure  called by the first rank with averaged weights, every `measure_every` steps; numbers by name
     """
@@ -119,22 +120,23 @@ class Trainer:
         folder: Path,
         loop: LoopConfig,
         optimizer: OptimizerConfig,
-        flops: Callable[[Any], float] = lambda batch: 0.0,
+        flops: Callable[[Any], int] = lambda batch: 0,
         sample: Callable[[dict[str, Tensor], Path], None] | None = None,
         ranks: Ranks | None = None,
+        betas: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         self.model, self.objective, self.load, self.folder = model, objective, load, folder
         self.config, self.optimizer_config = loop, optimizer
         self.flops, self.sample, self.ranks = flops, sample, ranks or Ranks()
         self.measure: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
         self.device = next(model.parameters()).device
-        self.optimizer = build_optimizer(model, optimizer)
+        self.optimizer, self.apart = build_optimizer(model, optimizer, betas), tuple(betas or ())
         self.ema = EMA(model, loop.ema_decay)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep, loop.keep_every, self.ranks)
         self.trackers = Trackers(loop.trackers if self.ranks.first else (), folder)
         self.guard, self.clock = Guard(loop.guard), Clock(self.device)
         self.step, self.data_offset = 0, 0
-        self.totals: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "waited": 0.0}
+        self.totals: dict[str, float] = {"flops": 0, "seconds": 0.0, "waited": 0.0}
         self.losses: dict[str, float] = {}
         self.average = Average()
         """of the steps since the last line of metrics.jsonl; after a restart the first rank's has all ranks' """
@@ -203,6 +205,13 @@ class Trainer:
     def _run(self, stop: StopRequest) -> Asked:
         log, window, began = self._open_log(), time.monotonic(), time.monotonic()
         before, asked = dict(self.totals), Asked(time_over=self._time_over())
+        warmup, steps = self.optimizer_config.warmup, self.config.steps
+        if self.step < steps <= warmup:
+            last = learning_rate(self.optimizer_config, steps - 1, steps)
+            say(
+                f"warning: optimizer.warmup: expected fewer steps than the run has ({steps}), found {warmup}; "
+                f"the learning rate ends at {last:.2g} and never decays"
+            )
         with (
             progress("train", self.config.steps, self.step) as bar,
             profiled(self.folder / "profile", self.config.profile, self.ranks.rank) as profile,
@@ -274,6 +283,7 @@ class Trainer:
         scale = (weights / counts.clamp(min=1)).float()
         summed, details = torch.zeros(len(counts), device=self.device), Average()
         with self.clock.part("forward_backward"):
+            self.objective.before_step(self.model, batches)
             for number, batch in enumerate(batches):
                 sum_over_copies(self.model, number == len(batches) - 1)
                 sums = self.objective.sums(self.model, batch)
@@ -282,8 +292,17 @@ class Trainer:
                 for name, (total, count) in sums.details.items():
                     details.add(name, total, count)
             sum_over_ranks(self.model, self.ranks)
-            norm = clip_gradients(list(self.model.parameters()), self.optimizer_config.clip, self.ranks)
+            norm = self._clip()
         return summed, norm, details
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients of each child module of `apart`, and of all the rest, by its norm. Returns that of all."""
+        parts: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            child = name.split(".")[0]
+            parts.setdefault(child if child in self.apart else "", []).append(parameter)
+        norms = [clip_gradients(part, self.optimizer_config.clip, self.ranks) for part in parts.values()]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def _update(self, rate: float, batches: Sequence[Any]) -> None:
         """Weights, and their averages, by the gradients."""
