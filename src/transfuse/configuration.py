@@ -38,12 +38,14 @@ def from_dict(kind: type[T], values: Any, where: str) -> T:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises UserError where it is missing or no JSON."""
+    """Read a JSON file. Raises UserError where it is missing, cannot be read or is no JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: expected a JSON file, found none") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: expected a JSON file, found none that can be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON, found something else ({error})") from None
 
 

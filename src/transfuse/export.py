@@ -1,6 +1,7 @@
 """Exports: the folder that users load and share.
 
-    config.json               model_type, architectures, network, diffusion process, image size, what world it knows
+    config.json               model_type, architectures, preset, network, diffusion process, image size, what world it
+                              knows, fingerprints of tokenizer and autoencoder
     model.safetensors         the averaged weights
     tokenizer.json            autoencoder/        generation_config.json        README.md (model card)
 
@@ -30,7 +31,8 @@ from torch import Tensor
 from .autoencoders import Autoencoder, Coded, load_autoencoder, save_autoencoder
 from .autoencoders.folder import fingerprint
 from .configuration import from_dict, read_json, to_dict
-from .diffusion import DiffusionConfig, Process, SamplerConfig
+from .console import say
+from .diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from .errors import UserError
 from .files import sha256, whole_folder
 from .folders import DIFFUSERS, INDEX, MODEL_TYPE, places
@@ -118,18 +120,22 @@ def save_export(
     generation: GenerationConfig,
     card: str,
     world: Mapping[str, Any] | None = None,
+    preset: str = "",
 ) -> Path:
     """Write an export folder; it appears whole or not at all. world: the settings of the bundled world's scenes that it
-    learned from, so that it is asked about them; None: of none. Raises UserError where it can not be written."""
+    learned from, so that it is asked about them; None: of none. preset: the recipe's name, by which commands know a
+    model that was only tried (`folders.TRIALS`). Raises UserError where it can not be written."""
     with whole_folder(folder, "export") as partial:
         save_autoencoder(partial / "autoencoder", autoencoder, autoencoder.name, sample_size=image_size)
         config = {
             "model_type": MODEL_TYPE,
             "architectures": [ARCHITECTURES[model.images]],
             "transfuse_version": __version__,
+            "preset": preset,
             "model": to_dict(model),
             "diffusion": to_dict(diffusion),
             "image_size": image_size,
+            "tokenizer": {"fingerprint": tokenizer.fingerprint},
             "autoencoder": {"name": autoencoder.name, "fingerprint": fingerprint(partial / "autoencoder")},
             "world": world,
         }
@@ -142,6 +148,14 @@ def save_export(
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The tokenizer or the autoencoder that a model was trained with, as the export's config.json records it."""
+
+    fingerprint: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class Described:
     """What an export's files say of it, its weights apart. place: where each of them is (`folders.places`)."""
 
@@ -150,8 +164,9 @@ class Described:
     diffusion: DiffusionConfig
     generation: GenerationConfig
     image_size: int
-    autoencoder: dict[str, Any]
-    """name and fingerprint of the one it was trained with"""
+    tokenizer: Origin | None
+    """None: the export was written before this was recorded"""
+    autoencoder: Origin
     world: dict[str, Any] | None
     """settings of the bundled world that it learned from; None: of none, or not said"""
 
@@ -171,7 +186,8 @@ def describe(folder: Path | str) -> Described:
         from_dict(DiffusionConfig, config.get("diffusion"), where),
         from_dict(GenerationConfig, read_json(generation), str(generation)),
         from_dict(int, config.get("image_size"), f"{where}: image_size"),
-        config.get("autoencoder") or {"name": "pixels", "fingerprint": "pixels"},
+        from_dict(Origin | None, config.get("tokenizer"), f"{where}: tokenizer"),  # type: ignore[arg-type]
+        from_dict(Origin, config.get("autoencoder"), f"{where}: autoencoder"),
         config.get("world"),
     )
 
@@ -181,24 +197,46 @@ def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
     for what is missing or does not fit."""
     found = describe(folder)
     place = found.place
+    tokenizer = _its_tokenizer(found)
     autoencoder = _its_autoencoder(found, device)
-    tokenizer = Tokenizer.load(place["tokenizer.json"])
-    if tokenizer.vocabulary > found.model.vocabulary:
+    try:
+        model, process = Transfusion.on_meta(found.model, compute=dtype), Process(found.diffusion)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{place['tokenizer.json']}: expected at most the model's {found.model.vocabulary} ids, "
-            f"found {tokenizer.vocabulary}"
-        )
-    model = Transfusion.on_meta(found.model, compute=dtype)
+            f"{place['config.json']}: model: expected one that can be built, found none ({reason})"
+        ) from None
+    if found.model.images == "latents":
+        try:
+            Sampler(process, found.generation.sampler)
+        except ValueError as error:
+            raise UserError(f"{place['generation_config.json']}: sampler: {error}") from None
     load_weights(model, place["model.safetensors"])
     return Exported(
         model.to(device=device, dtype=dtype).eval().requires_grad_(False),
-        Process(found.diffusion),
+        process,
         autoencoder,
         tokenizer,
         found.image_size,
         found.generation,
         place["model.safetensors"],
     )
+
+
+def _its_tokenizer(export: Described) -> Tokenizer:
+    """The tokenizer of an export, which must be the one its model was trained with: another one's ids mean nothing."""
+    path, ids, expected = export.place["tokenizer.json"], export.model.vocabulary, export.tokenizer
+    found = Tokenizer.load(path)
+    if expected is not None and found.fingerprint != expected.fingerprint:
+        raise UserError(
+            f"{path}: expected the tokenizer the model was trained with ({expected.fingerprint}), "
+            f"found another ({found.fingerprint}, {found.vocabulary} ids)"
+        )
+    if found.vocabulary > ids:
+        raise UserError(f"{path}: expected at most the model's {ids} ids, found {found.vocabulary}")
+    if expected is None and found.vocabulary < ids:
+        say(f"{path}: {found.vocabulary} ids for the model's {ids}; config.json does not record the right tokenizer")
+    return found
 
 
 def _its_autoencoder(export: Described, device: torch.device | str) -> Autoencoder:
@@ -209,11 +247,11 @@ def _its_autoencoder(export: Described, device: torch.device | str) -> Autoencod
     wanted, there = model.latent_channels, found.channels
     if coded:
         wanted, there = model.codebook, getattr(found, "codebook_size", None) or 0
-    if found.fingerprint != expected.get("fingerprint") or (wanted != there and model.images != "none"):
+    if found.fingerprint != expected.fingerprint or (wanted != there and model.images != "none"):
         unit = "codes" if coded else "channels"
         raise UserError(
-            f'{folder}: expected the autoencoder the model was trained with, "{expected.get("name")}" '
-            f"({expected.get('fingerprint')}, {wanted} {unit}), "
+            f'{folder}: expected the autoencoder the model was trained with, "{expected.name}" '
+            f"({expected.fingerprint}, {wanted} {unit}), "
             f'found "{found.name}" ({found.fingerprint}, {there} {unit})'
         )
     return Coded(found) if coded else found
@@ -237,10 +275,16 @@ def load_weights(model: Transfusion, path: Path, strict: bool = True) -> int:
                     raise UserError(
                         f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
                     )
-            model.load_state_dict({name: file.get_tensor(name) for name in fitting}, strict=strict, assign=strict)
-            return len(fitting)
+            tensors = {name: file.get_tensor(name) for name in fitting}
     except SafetensorError as error:
         raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{path}: tensor {name}: expected floating point, found {tensor.dtype}".replace("torch.", "")
+            )
+    model.load_state_dict(tensors, strict=strict, assign=strict)
+    return len(tensors)
 
 
 def relayout(

@@ -2,6 +2,7 @@
 
     find_export("small-64")              # the bundled model's folder, unless an export of that name lies here
     is_export(Path("runs/demo/export"))
+    trained_exports()                    # those in the run folders under runs/
     places(folder)["config.json"]        # transformer/config.json in diffusers' layout
 
 Nothing here needs torch: commands that only ask whether there is a model start at once.
@@ -10,6 +11,7 @@ Nothing here needs torch: commands that only ask whether there is a model start 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .configuration import read_json
 
@@ -29,6 +31,8 @@ WEIGHTS = Path(__file__).with_name("weights")
 """models that come with the package, a folder each"""
 DEFAULT = "small-64"
 """the bundled model that commands use where none is named and none was trained"""
+TRIALS = ("tiny",)
+"""presets that only show that everything works: their models draw nothing"""
 
 
 def bundled_models() -> tuple[str, ...]:
@@ -58,6 +62,23 @@ def places(folder: Path) -> dict[str, Path]:
 
 def is_export(folder: Path) -> bool:
     """Whether a folder is an export, in either layout: of a model, as its config says."""
+    return _export_config(folder) is not None
+
+
+def trained_exports() -> list[Path]:
+    """Exports of models in the run folders under runs/, the newest first."""
+    files = sorted(Path("runs").glob("*/export/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [file.parent for file in files if is_export(file.parent)]  # an autoencoder's export lies there, too
+
+
+def draws(folder: Path) -> bool:
+    """Whether a model draws images: a text-only one does not, nor does one of the presets in `TRIALS`."""
+    config = _export_config(folder) or {}
+    network = config.get("model")
+    return config.get("preset") not in TRIALS and not (isinstance(network, dict) and network.get("images") == "none")
+
+
+def _export_config(folder: Path) -> dict[str, Any] | None:
     config = places(folder)["config.json"]
     found = read_json(config) if config.is_file() else None
-    return isinstance(found, dict) and found.get("model_type") == MODEL_TYPE
+    return found if isinstance(found, dict) and found.get("model_type") == MODEL_TYPE else None

@@ -3,18 +3,25 @@ And PNG files that say how they were made."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
+import PIL.ImageFile
 from PIL.Image import Resampling, Transpose
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import UserError
+
+ImageSource = str | Path | bytes | BinaryIO | PIL.Image.Image | np.ndarray
+"""An image file by path, its bytes, an open file, a PIL image, or an array as `PIL.Image.fromarray` takes it."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 SUFFIXES = (
@@ -39,46 +46,92 @@ UPRIGHT = {
 ORIENTATION, BITS, PHOTOMETRIC = 274, 258, 262
 """EXIF and TIFF tags"""
 
-# `read_image` has a stricter limit and refuses. Not catch_warnings around each reading: that swaps state which all
+# `decode_image` has a stricter limit and refuses. Not catch_warnings around each reading: that swaps state which all
 # threads share, and pictures are read in many.
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read a PNG, JPEG, WebP, GIF, BMP or TIFF file: uint8 RGB `[row, column, 3]`, upright.
-
-    EXIF orientation is applied. Transparency, of a palette too, is laid on white. Grey, 1-bit, palette, CMYK and YCCK
-    become RGB; colour profiles are ignored. 16-bit grey is divided by 257 and rounded; of 16-bit colour the high byte
-    is taken, within one level of that. Of an animation or several pages, the first.
-
-    Raises UserError, one line: no file, none of these formats, damaged or cut short, more than max_pixels (known from
-    the header, before anything is decoded), or samples without a known range (floating point, 32-bit).
-    """
-    if not os.path.isfile(path):  # Path's own raises where a folder above may not be entered
-        raise UserError(f"{path}: expected an image file, found {_what_else(path)}")
-    try:
-        # an open file, not its name: by name PIL may map it into memory, and then turns some grey TIFFs wrongly, and
-        # dies with the process where the file is cut short meanwhile
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        wanted = _wanted(FORMATS)
-        raise UserError(f"{path}: expected {wanted}, found a damaged or unreadable file ({error.strerror})") from None
-    with file:
-        return decode_image(file, str(path), max_pixels)
+    """Decode an image file as `decode_image` does."""
+    return decode_image(path, str(path), max_pixels)
 
 
 def decode_image(
-    file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+    source: ImageSource, name: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> np.ndarray:
-    """As `read_image`, from an open file or bytes in memory; `name` is what an error names."""
+    """Decode any image to uint8 RGB `[row, column, 3]`: upright, in sRGB, transparency on white.
+
+    Every picture that enters comes through here, so a file, its bytes and the PIL image opened from it give the same
+    pixels. EXIF orientation is applied. Grey, 1-bit, palette, CMYK and YCCK become RGB, by the embedded colour profile
+    (ICC) where there is one; a profile of another colour space than the picture's does not describe it and is ignored,
+    except that an RGB profile also serves grey. 16-bit grey is divided by 257 and rounded; 16-bit colour keeps its high
+    byte, which is within one level of that. Of an animation or several pages, the first.
+
+    Args:
+        name: what errors call a source that is no path.
+
+    Raises:
+        UserError: one line: no file, none of these formats, damaged (its colour profile, too) or cut short, more than
+            `max_pixels` (known from the header, before anything is decoded), or samples without a known range
+            (floating point, 32-bit).
+    """
+    colours, alpha = _decode(source, name, max_pixels, formats)
+    if alpha is None:
+        return np.array(colours)
+    white = PIL.Image.new("RGB", colours.size, "white")
+    white.paste(colours, mask=alpha)
+    return np.array(white)
+
+
+def read_mask(
+    source: ImageSource,
+    size: tuple[int, int],
+    name: str = "mask",
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] = FORMATS,
+) -> np.ndarray:
+    """Decode a mask to the area to redraw: bool `[row, column]`, turned upright as the image is.
+
+    If any pixel is at all transparent, alpha alone decides and colours do not: alpha below 128 is redrawn. Otherwise
+    white is redrawn: luma above 127. A bool array is taken as it is, True being white.
+
+    Args:
+        size: rows and columns of the image, which the mask must share.
+
+    Raises:
+        UserError: one line: as `decode_image`, a mask of another size, or one that selects nothing.
+    """
+    colours, alpha = _decode(source, name, max_pixels, formats)
+    name = str(source) if isinstance(source, str | Path) else name
+    if (colours.height, colours.width) != size:
+        found = f"{colours.width}x{colours.height}"
+        raise UserError(f"{name}: expected {size[1]}x{size[0]} pixels, as the image, found {found}")
+    redrawn = np.asarray(colours.convert("L")) > 127
+    if alpha is not None and np.asarray(alpha).min() < 255:  # many programs give opaque pictures an alpha channel
+        redrawn = np.asarray(alpha) < 128
+    if not redrawn.any():
+        raise UserError(f"{name}: expected a transparent area to redraw, or a white one in an opaque mask, found none")
+    return redrawn
+
+
+def _decode(
+    source: ImageSource, name: str, max_pixels: int, formats: tuple[str, ...]
+) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
+    """Return the colours in sRGB (mode RGB) and the alpha (mode L; None: opaque), both upright."""
+    if isinstance(source, str | Path):
+        with _open(Path(source), formats) as opened:
+            return _decode(opened, str(source), max_pixels, formats)
     wanted = _wanted(formats)
     try:
+        if isinstance(source, np.ndarray):
+            source = _from_array(source, name)
+        if isinstance(source, PIL.Image.Image):
+            return _layers(source, name, max_pixels)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        if not hasattr(file, "read"):
+            raise UserError(f"{name}: expected {wanted}, found {type(file).__name__}")
         with PIL.Image.open(file, formats=formats) as image:
-            _check_header(name, image, max_pixels)
-            rgb = _to_rgb(image)
-            # asked after decoding: the decoder of TIFF turns the picture itself, and strikes the tag
-            method = UPRIGHT.get(_orientation(image))
-            return np.array(rgb if method is None else rgb.transpose(method))
+            return _layers(image, name, max_pixels)
     except (UserError, MemoryError):
         raise
     except PIL.UnidentifiedImageError:
@@ -91,6 +144,25 @@ def decode_image(
         raise UserError(f"{name}: expected {wanted}, found a damaged or unreadable file ({reason})") from None
 
 
+def _open(path: Path, formats: tuple[str, ...]) -> BinaryIO:
+    if not os.path.isfile(path):  # Path's own raises where a folder above may not be entered
+        raise UserError(f"{path}: expected an image file, found {_what_else(path)}")
+    try:
+        # an open file, not its name: PIL may map it into memory, and dies with the process if it is cut short meanwhile
+        return open(path, "rb")
+    except OSError as error:
+        found = f"a damaged or unreadable file ({error.strerror})"
+        raise UserError(f"{path}: expected {_wanted(formats)}, found {found}") from None
+
+
+def _from_array(pixels: np.ndarray, name: str) -> PIL.Image.Image:
+    try:
+        return PIL.Image.fromarray(pixels)
+    except TypeError:
+        found = f"{pixels.dtype} {list(pixels.shape)}"
+        raise UserError(f"{name}: expected an array of uint8 [row, column, 3], found {found}") from None
+
+
 def _wanted(formats: tuple[str, ...]) -> str:
     names = [{"WEBP": "WebP"}.get(name, name) for name in formats if name != "DIB"]
     return f"a {', '.join(names[:-1])} or {names[-1]} image"
@@ -98,10 +170,12 @@ def _wanted(formats: tuple[str, ...]) -> str:
 
 def fit(image: np.ndarray, size: int | tuple[int, int], smallest: int = 1) -> np.ndarray:
     """Cut the middle of that shape out of uint8 `[row, column, 3]`, as large as there is, and resize it (Lanczos,
-    antialiased) to `[size, size, 3]`, or `[rows, columns, 3]` of a pair.
+    antialiased) to `[size, size, 3]`, or `[rows, columns, 3]` of a pair. A mask, bool `[row, column]`, stays one.
 
     smallest: pixels that the shorter side must have; one from there to `size` is enlarged. Raises ValueError.
     """
+    if image.dtype == bool:
+        return fit(image * np.uint8(255), size, smallest) > 127
     rows, columns = (size, size) if isinstance(size, int) else size
     height, width = image.shape[:2]
     if min(height, width) < smallest:
@@ -147,27 +221,44 @@ def _check_header(name: str, image: PIL.Image.Image, max_pixels: int) -> None:
         raise UserError(f"{name}: expected 8 or 16 bits a sample, found {kind} (mode {image.mode})")
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Decode to mode RGB. Raises what PIL raises."""
+def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
+    """As `_decode`, from an image that PIL opened or made, which stays as it is. Raises what PIL raises."""
+    _check_header(name, image, max_pixels)
+    _load(image)
+    colours, alpha = image, None
     if image.mode.startswith("I;16"):
-        return _from_grey16(image)
-    image.load()  # first: some formats find their transparency only while decoding
-    key = image.info.get("transparency")
-    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-        # PNG, 16 bits a sample: the picture was cut to its high bytes, its transparent colour was not
-        image.info["transparency"] = tuple(value >> 8 for value in key)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    layer = image.convert("RGBA")
-    white = PIL.Image.new("RGB", layer.size, "white")
-    white.paste(layer, mask=layer.getchannel("A"))
-    return white
+        colours, alpha = _from_grey16(image)
+    elif image.has_transparency_data:
+        key = image.info.get("transparency")
+        if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+            # PNG, 16 bits a sample: the picture was cut to its high bytes, its transparent colour was not
+            colours = image.copy()
+            colours.info["transparency"] = tuple(value >> 8 for value in key)
+        layer = (colours.convert("LA") if image.mode == "La" else colours).convert("RGBA")
+        colours, alpha = layer.convert("RGB"), layer.getchannel("A")
+    if image.mode in ("1", "L", "LA", "La"):
+        colours = colours.convert("L")
+    colours = _to_srgb(colours, image.info.get("icc_profile", b""))
+    # asked after decoding: the decoder of TIFF turns the picture itself, and strikes the tag
+    method = UPRIGHT.get(_orientation(image))
+    if method is not None:
+        colours, alpha = colours.transpose(method), alpha and alpha.transpose(method)
+    return colours, alpha
 
 
-def _from_grey16(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Scale by a table: PIL's own conversion clips at 255."""
+def _load(image: PIL.Image.Image) -> None:
+    """Decode the pixels, if that is still to be done."""
+    if not isinstance(image, PIL.ImageFile.ImageFile):
+        return
+    name, image.filename = image.filename, ""  # by name PIL may map the file into memory, and turns some TIFFs wrongly
+    try:
+        image.load()
+    finally:
+        image.filename = name
+
+
+def _from_grey16(image: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
+    """Scale by a table, as PIL's own conversion clips at 255; mode L, and the alpha of a transparent value."""
     tags = getattr(image, "tag_v2", {})
     peak = 4095 if tags.get(BITS) == (12,) else 65535
     table = ((np.arange(peak + 1) * 255 + peak // 2) // peak).astype(np.uint8)
@@ -175,9 +266,42 @@ def _from_grey16(image: PIL.Image.Image) -> PIL.Image.Image:
         table = table[::-1].copy()
     values = np.asarray(image)
     key = image.info.get("transparency")
-    if isinstance(key, int):
-        table[key] = 255
-    return PIL.Image.fromarray(table[values]).convert("RGB")
+    alpha = PIL.Image.fromarray((values != key) * np.uint8(255)) if isinstance(key, int) else None
+    return PIL.Image.fromarray(table[values]), alpha
+
+
+def _to_srgb(colours: PIL.Image.Image, profile: bytes | None) -> PIL.Image.Image:
+    """Convert opaque colours to sRGB by their profile. Raises ValueError where it is damaged (PIL gives None for one
+    that is incomplete)."""
+    if colours.mode not in ("L", "CMYK"):
+        colours = colours.convert("RGB")
+    if profile != b"":
+        mode, transform = _transform(profile)
+        if transform is not None and (mode == colours.mode or (mode, colours.mode) == ("RGB", "L")):
+            return transform.apply(colours.convert(mode))
+    return colours.convert("RGB")
+
+
+@lru_cache(maxsize=32)
+def _transform(profile: bytes | None) -> tuple[str, PIL.ImageCms.ImageCmsTransform | None]:
+    """Return the mode that a profile describes, and its transform to sRGB; None where that changes nothing: the
+    profile is sRGB, as most are, or of a colour space that no picture here has. Raises ValueError."""
+    if profile is None:
+        raise ValueError("incomplete colour profile")
+    try:
+        opened = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(opened.profile.xcolor_space.strip(), "")
+        if not mode:
+            return "", None
+        transform = PIL.ImageCms.buildTransform(opened, PIL.ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (OSError, PIL.ImageCms.PyCMSError) as error:
+        raise ValueError(f"damaged colour profile: {error}") from None
+    if mode == "RGB":
+        lattice = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), -1).reshape(1, -1, 3)
+        changed = transform.apply(PIL.Image.fromarray(lattice))
+        if np.abs(np.asarray(changed, np.int16) - lattice).max() <= 1:
+            return mode, None
+    return mode, transform
 
 
 def _orientation(image: PIL.Image.Image) -> int:

@@ -29,6 +29,8 @@ from transfuse.images import read_settings
 
 COMMAND = [sys.executable, "-c", "from transfuse.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TINY = ("--model", "runs/tiny/export")
+"""the run of `home`, which is never a default"""
 
 
 @dataclass
@@ -83,7 +85,7 @@ def home(tmp_path_factory) -> Path:
 def test_generate(home: Path) -> None:
     for draw, kind in (("force", "image"), ("never", "text"), ("auto", None)):
         result = transfuse(home, "generate", "a crab", "--draw", draw, "--seed", "3", "--steps", "2",
-                           "--guidance-scale", "1.5", "--out", "pictures", "--json")  # fmt: skip
+                           "--guidance-scale", "1.5", "--out", "pictures", *TINY, "--json")  # fmt: skip
         assert result.returncode == 0, result.stderr
         reply = json.loads(result.stdout.splitlines()[-1])
         assert reply["seed"] == 3
@@ -94,29 +96,29 @@ def test_generate(home: Path) -> None:
             if part["type"] == "image":
                 assert PIL.Image.open(home / part["path"]).size == (32, 32)
     again = transfuse(home, "generate", "a crab", "--draw", "force", "--seed", "3", "--steps", "2", "--guidance-scale",
-                      "1.5", "--out", "again", "--model", "runs/tiny/export", "--json")  # fmt: skip
+                      "1.5", "--out", "again", *TINY, "--json")  # fmt: skip
     path = json.loads(again.stdout)["parts"][0]["path"]
     assert (home / path).read_bytes() == (home / "pictures" / Path(path).name).read_bytes(), "one seed, one picture"
 
 
 def test_generate_the_best_of_several(home: Path) -> None:
-    asked = ("generate", "a crab", "--draw", "force", "--max-tokens", "0", "--steps", "2", "--json")
+    asked = ("generate", "a crab", "--draw", "force", "--max-tokens", "0", "--steps", "2", "--json", *TINY)
     kept = json.loads(transfuse(home, *asked, "--seed", "3", "--candidates", "3", "--out", "of-three").stdout)
     assert kept["seed"] in (3, 1_000_006, 2_000_009)
     alone = json.loads(transfuse(home, *asked, "--seed", str(kept["seed"]), "--out", "alone").stdout)
     pictures = [(home / reply["parts"][0]["path"]).read_bytes() for reply in (kept, alone)]
     assert pictures[0] == pictures[1]
-    assert "candidates: expected at least 1, found 0" in refused(home, "generate", "a crab", "--candidates", "0")
+    assert "candidates: expected at least 1, found 0" in refused(home, "generate", "a crab", "--candidates", "0", *TINY)
 
 
 def test_edit(home: Path) -> None:
-    """By instruction, from part of the way, and where a mask is white; the PNG says how."""
+    """By instruction, from part of the way, and where a mask selects; the PNG says how."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(home / "before.png")
     mask = np.zeros((32, 32), dtype=np.uint8)
     mask[8:24, 8:24] = 255
     PIL.Image.fromarray(mask).save(home / "mask.png")
-    common = ("edit", "before.png", "make it red", "--steps", "3", "--seed", "2", "--json")
+    common = ("edit", "before.png", "make it red", "--steps", "3", "--seed", "2", "--json", *TINY)
 
     def edited(*options: str) -> tuple[dict, np.ndarray]:
         result = transfuse(home, *common, "--out", "edits" + "".join(options).replace("/", ""), *options)
@@ -134,15 +136,25 @@ def test_edit(home: Path) -> None:
     assert told["masked"]
     assert (masked[mask == 0] == pixels[mask == 0]).all()
     assert (masked[mask == 255] != pixels[mask == 255]).any()
+    for name, colours in (("kept", pixels), ("cleared", pixels * (mask == 0)[..., None]), ("black", pixels * 0)):
+        PIL.Image.fromarray(np.dstack([colours, 255 - mask])).save(home / f"{name}.png")
+        assert (edited("--mask", f"{name}.png")[1] == masked).all(), "alpha decides, colours do not"
+    PIL.Image.new("L", (32, 32)).save(home / "black.png")
+    assert "black.png: expected a transparent area to redraw" in refused(home, *common, "--mask", "black.png")
+    PIL.Image.fromarray(mask).resize((16, 16)).save(home / "small.png")
+    for options in ((), ("--resize",)):
+        told = refused(home, *common, "--mask", "small.png", *options)
+        assert "small.png: expected 32x32 pixels, as the image, found 16x16" in told
     assert "strength: expected a share from 0 to 1, found 2.0" in refused(home, *common, "--strength", "2")
     assert "expected an image file, found none" in refused(home, *common, "--mask", "nothing.png")
     assert "expected some text, found an empty one" in refused(home, "edit", "before.png", " ")
     PIL.Image.new("RGB", (50, 40)).save(home / "large.png")
-    assert "large.png: expected 32x32 pixels, found 50x40" in refused(home, "edit", "large.png", "x")
+    assert "large.png: expected 32x32 pixels, found 50x40" in refused(home, "edit", "large.png", "x", *TINY)
 
 
 def test_every_picture_says_how_it_was_made(home: Path) -> None:
-    result = transfuse(home, "generate", "a crab", "--draw", "force", "--steps", "2", "--seed", "5", "--out", "said")
+    result = transfuse(home, "generate", "a crab", "--draw", "force", "--steps", "2", "--seed", "5", "--out", "said",
+                       *TINY)  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = read_settings(home / "said" / "seed-5-0.png")
     assert {"prompt": "a crab", "seed": 5, "steps": 2, "sampler": "ddim"}.items() <= found.items()
@@ -205,11 +217,11 @@ def test_caption(home: Path) -> None:
     pixels = np.full((32, 32, 3), 200, dtype=np.uint8)
     for name in ("a.png", "a.jpg", "a.webp"):
         PIL.Image.fromarray(pixels).save(home / name)
-        result = transfuse(home, "caption", name, "--json")
+        result = transfuse(home, "caption", name, "--json", *TINY)
         assert result.returncode == 0, result.stderr
         assert isinstance(json.loads(result.stdout)["caption"], str)
     PIL.Image.fromarray(pixels).resize((50, 40)).convert("RGBA").save(home / "big.png")
-    assert transfuse(home, "caption", "big.png", "--resize").returncode == 0
+    assert transfuse(home, "caption", "big.png", "--resize", *TINY).returncode == 0
 
 
 def test_bad_images(home: Path) -> None:
@@ -233,11 +245,11 @@ def test_bad_images(home: Path) -> None:
         "none.png": "expected an image file, found none",
         ".": "expected an image file, found a folder",
     }.items():
-        line = refused(home, "caption", name)
+        line = refused(home, "caption", name, *TINY)
         assert name in line
         assert message in line
     for name in ("alpha.png", "gray.png", "gif.gif"):  # converted, as people expect
-        assert transfuse(home, "caption", name).returncode == 0
+        assert transfuse(home, "caption", name, *TINY).returncode == 0
 
 
 def test_autoencoder(home: Path) -> None:
@@ -302,7 +314,7 @@ def test_mistakes(home: Path, tmp_path: Path) -> None:
     assert "--loop.steps" in refused(home, "train", "tiny", "--loop.steps", "many")
     assert "loop.steps: this run has 30" in refused(home, "train", "tiny", "--loop.steps", "31")
     assert "expected some text, found an empty one" in refused(home, "generate", "  ")
-    assert "prompt: expected at most 256 positions" in refused(home, "generate", "crab " * 400)
+    assert "prompt: expected at most 256 positions" in refused(home, "generate", "crab " * 400, *TINY)
     assert "steps: expected at" in refused(home, "generate", "a crab", "--steps", "0")
     assert "expected a JSON file, found none" in refused(home, "generate", "a crab", "--model", "nowhere")
     assert "generate: prompt: expected some text" in refused(
@@ -310,7 +322,9 @@ def test_mistakes(home: Path, tmp_path: Path) -> None:
     )  # a model is there without any run
     assert "expected a run folder, found nothing" in refused(home, "export", "nowhere")
     (home / "file").write_text("")
-    assert "expected a folder to write to" in refused(home, "generate", "a", "--draw", "force", "--out", "file/x")
+    assert "expected a folder to write to" in refused(
+        home, "generate", "a", "--draw", "force", "--out", "file/x", *TINY
+    )
     assert "expected a folder to write to" in refused(home, "train", "tiny", "--run", "file/x")
 
 

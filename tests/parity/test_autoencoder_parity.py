@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from transfuse.autoencoders import ImageAutoencoder, load_autoencoder, save_autoencoder
+from transfuse.evaluation.reconstruction import psnr
+from transfuse.studies.inspection import inspect_autoencoder
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -127,3 +129,21 @@ def test_attention_of_old_files(tmp_path: Path) -> None:
     images, x = pictures()
     ours = load_autoencoder(tmp_path)
     torch.testing.assert_close(ours.encode(images), theirs.encode(x).latent_dist.mean * 0.18215, atol=1e-4, rtol=1e-4)
+
+
+def test_channels_of_a_diffusers_folder_are_weighed(tmp_path: Path) -> None:
+    """Latents that are not normalised by channel: each is replaced by its own mean; 2 is not read by the decoder."""
+    theirs = randomised(diffusers.AutoencoderKL(**KL["stable diffusion"], norm_num_groups=8))
+    theirs.post_quant_conv.weight[:, 2] = 0
+    theirs.save_pretrained(tmp_path / "vae")
+    images, x = pictures()
+    report = inspect_autoencoder(load_autoencoder(tmp_path / "vae"), images, ["a", "b"], tmp_path / "out")
+    assert len(report["channel_loss"]) == 4
+    assert report["channel_loss"][2]["db_lost"] == 0
+    assert "channel 2 carries nothing: without it PSNR falls by 0.00 dB, less than 0.1" in report["empty_channels"]
+    mean = theirs.encode(x).latent_dist.mean
+    decibels = []
+    for z in (mean, mean.index_copy(1, torch.tensor([1]), mean[:, 1:2].mean().expand(2, 1, *mean.shape[2:]))):
+        again = ((theirs.decode(z).sample.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        decibels.append(psnr(images, again).mean())
+    assert report["channel_loss"][1]["by_mean"] == pytest.approx(decibels[0] - decibels[1], abs=2e-3)

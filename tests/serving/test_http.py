@@ -130,6 +130,31 @@ def test_openai_edits_as_the_pipeline_does(client: openai.OpenAI, pipe: Transfus
     assert not np.array_equal(found[:, 4:], np.asarray(picture)[:, 4:])
 
 
+def test_every_mask_means_what_it_means_to_the_pipeline(client: openai.OpenAI, pipe: TransfusionPipeline) -> None:
+    """White or transparent, whatever its colours, turned by EXIF: the same bytes as from Python."""
+    content, exif = png(seed=4), PIL.Image.Exif()
+    exif[274] = 3
+    where, colours = np.zeros((8, 8), np.uint8), np.asarray(PIL.Image.open(io.BytesIO(png(seed=5))))
+    where[1:3, 2:7] = 255
+    for mask in (where, np.dstack([colours, 255 - where]), np.dstack([colours * 0, 255 - where])):
+        file = io.BytesIO()
+        PIL.Image.fromarray(mask).save(file, format="PNG", exif=exif)
+        reply = client.images.edit(
+            model="small", image=("a.png", content), mask=("m.png", file.getvalue()), prompt="x", extra_body={"seed": 3}
+        )
+        ours = pipe("x", image=content, mask_image=file.getvalue(), generator=3).images[0]
+        found = pixels(reply.data[0].b64_json)
+        assert np.array_equal(found, np.asarray(ours))
+        kept = where[::-1, ::-1] == 0
+        assert np.array_equal(found[kept], pixels(base64.b64encode(content).decode())[kept])
+    file = io.BytesIO()
+    PIL.Image.fromarray(where * 0).save(file, format="PNG")
+    with pytest.raises(openai.BadRequestError, match="mask: expected a transparent area to redraw"):
+        client.images.edit(model="small", image=("a.png", content), mask=("m.png", file.getvalue()), prompt="x")
+    with pytest.raises(openai.BadRequestError, match="mask: expected 8x8 pixels, as the image, found 9x9"):
+        client.images.edit(model="small", image=("a.png", content), mask=("m.png", png(9)), prompt="x")
+
+
 def test_openai_chats_in_words_and_pictures(client: openai.OpenAI) -> None:
     content = [{"type": "image_url", "image_url": {"url": data_url(png())}}, {"type": "text", "text": "a crab"}]
     asked = {"model": "small", "messages": [{"role": "user", "content": content}], "max_tokens": 6}

@@ -65,6 +65,7 @@ def test_changes_go_where_they_are_named() -> None:
 
 def run(row: str, seed: int, **values: float) -> dict[str, object]:
     facts = {"theoretical_flops": 1.0, "positions": 1.0, "steps": 1, "parameters": 1, "size": "s", "budget": 1e6}
+    facts |= {"text_targets": 1.0, "images": 1.0, "definition_positions": 0.5}
     return {"run": f"{row}-seed{seed}", "arm": row, "seed": seed, **facts, **values}
 
 
@@ -82,6 +83,24 @@ def test_verdicts_of_made_up_results() -> None:
     page = ablations_page(report, Path())
     assert "1 reproduced, 1 not reproduced, 0 undecided" in page
     assert summary(report).count("\n| Table") == 2
+
+
+def test_rows_that_read_unequally_much_have_no_verdict_on_text() -> None:
+    """Chameleon once read 2.5 times less text, and the difference was taken for the method's."""
+    results = [run("llama-stable", seed, text_perplexity=100.0 + seed) for seed in range(3)]
+    results += [run("chameleon", seed, text_perplexity=180.0 - seed) for seed in range(3)]
+    (equal,) = analyse(results)["comparisons"]
+    assert equal["verdict"] == "reproduced"
+    for one in results[3:]:
+        one["definition_positions"] = 0.2
+    (unequal,) = analyse(results)["comparisons"]
+    assert unequal["verdict"] == "not comparable: one reads 2.5 times the text"
+    assert unequal["mean"] == equal["mean"], "the difference stays to be seen"
+    for one in results:  # results of earlier versions tell by their steps
+        del one["definition_positions"]
+    assert analyse(results)["comparisons"][0]["verdict"] == "reproduced"
+    results[0]["steps"] = 3
+    assert analyse(results)["comparisons"][0]["verdict"] == "not comparable: one reads 3 times the text"
 
 
 def test_results_of_two_sizes_or_budgets_are_not_compared() -> None:

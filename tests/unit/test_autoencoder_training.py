@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import transfuse
-from transfuse.autoencoders import load_autoencoder, save_autoencoder
+from transfuse.autoencoders import ImageAutoencoder, load_autoencoder, save_autoencoder
+from transfuse.autoencoders.critic import PatchCritic
 from transfuse.autoencoders.features import Features, MobileNetV2
 from transfuse.errors import UserError
 from transfuse.presets import preset
@@ -81,6 +82,24 @@ def test_terms_are_least_at_the_truth(features: Features) -> None:
             assert float(distance(other - 1e-3 * gradient / gradient.abs().max(), truth).sum()) < float(found.sum())
 
 
+@pytest.mark.parametrize("size", [16, 48])
+def test_kl_weighs_what_it_does_in_latent_diffusion(size: int) -> None:
+    """An image's loss is sum |x - y| + 1e-6 sum KL there, and that divided by the count of its numbers here."""
+    model, objective, _ = parts("kl", adversarial_from=None)
+    images = torch.rand(2, 3, size, 2 * size, generator=torch.Generator().manual_seed(size)) * 2 - 1
+    losses = dict(
+        zip(objective.names, objective.sums(model, ImageBatch(images, (5, 6), 0)).losses.tolist(), strict=True)
+    )
+    weights = dict(zip(objective.names, objective.weights, strict=True))
+    mean, log_variance = model.autoencoder.moments(images).chunk(2, 1)
+    nats = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (0.5 * log_variance).exp()), torch.distributions.Normal(0.0, 1.0)
+    )
+    count = 3 * size * 2 * size
+    assert count * weights["l1"] == count, "the sum of the absolute differences"
+    assert losses["kl"] * weights["kl"] * count == pytest.approx(1e-6 * float(nats.detach().sum()), rel=1e-5)
+
+
 def test_a_step_that_was_left_out_revives_no_code() -> None:
     """Its vectors, which may not be finite, are forgotten, and so are those of looking for its samples."""
     model, objective, batch = parts("vq", revive_after=1)
@@ -117,6 +136,82 @@ def test_the_critic_waits_and_tells_apart() -> None:
         optimizer.step()
         last = float(loss)
     assert last < 0.5 * first
+
+
+def test_the_critic_is_that_of_esser() -> None:
+    """PatchGAN of three layers: 70 pixels a side, 2.76M parameters, a score for every 8 pixels."""
+    critic = PatchCritic()
+    assert sum(p.numel() for p in critic.parameters()) == pytest.approx(2.765e6, rel=1e-3)
+    field, stride = 1, 1
+    for layer in critic.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            field, stride = field + (layer.kernel_size[0] - 1) * stride, stride * layer.stride[0]
+    assert (field, stride) == (70, 8)
+    for size, scores in ((256, 30), (64, 6), (24, 1)):
+        assert critic(torch.zeros(1, 3, size, size)).shape == (1, 1, scores, scores)
+
+
+def test_an_image_too_small_for_the_critic_is_refused() -> None:
+    asked = recipe("kl")
+    with pytest.raises(UserError, match=r"data\.world\.size: expected at least 24 for the critic .*, found 16"):
+        replace(asked, data=replace(asked.data, world=replace(asked.data.world, size=16))).settled()
+
+
+def test_betas_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective\.critic_betas: expected numbers from 0 to below 1, found"):
+        recipe("vq", critic_betas=(0.5, 1.0))
+
+
+def test_the_critic_has_moments_of_its_own(tmp_path: Path) -> None:
+    """Two steps of Adam by hand, each network with its betas and its gradient clipped by its own norm."""
+    asked = recipe("kl", adversarial_from=0, critic_betas=(0.3, 0.8))
+    asked = replace(asked, optimizer=replace(asked.optimizer, clip=1e-3, betas=(0.7, 0.95), warmup=0))
+    trainer = build_autoencoder_trainer(asked, tmp_path)
+    names = ["critic.layers.0.weight", "autoencoder.encoder.conv_in.weight"]
+    named = dict(trainer.model.named_parameters())
+    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    lengths = []
+    zero_grad = trainer.optimizer.zero_grad
+
+    def keep(set_to_none: bool = True) -> None:
+        for name in names:
+            gradients[name].append(named[name].grad.clone())
+        for part in (trainer.model.critic, trainer.model.autoencoder):
+            lengths.append(float(torch.stack([p.grad.norm() for p in part.parameters() if p.grad is not None]).norm()))
+        zero_grad(set_to_none)
+
+    trainer.optimizer.zero_grad = keep
+    for _ in range(2):
+        trainer.train_step(Average())
+    assert lengths == pytest.approx([1e-3] * 4, rel=1e-2)
+    for name, (first, second) in zip(names, [(0.3, 0.8), (0.7, 0.95)], strict=True):
+        mean, square = torch.zeros(()), torch.zeros(())
+        for gradient in gradients[name]:
+            mean, square = first * mean + (1 - first) * gradient, second * square + (1 - second) * gradient**2
+        state = trainer.optimizer.state[named[name]]
+        torch.testing.assert_close(state["exp_avg"], mean, atol=1e-9, rtol=1e-4)
+        torch.testing.assert_close(state["exp_avg_sq"], square, atol=1e-14, rtol=1e-4)
+
+
+def test_the_adaptive_weight_is_that_of_the_whole_step(features: Features) -> None:
+    """However a step is split, from its means: |gradient of L1 and perceptual| over |gradient of the adversarial|."""
+    model, objective, batch = parts("vq", features, perceptual_weight=0.3)
+    whole = float(objective.sums(model, batch).details["adaptive_weight"][0]) / 4
+    halves = [ImageBatch(batch.images[a:b], batch.samples[a:b], batch.step) for a, b in ((0, 1), (1, 4))]
+    objective.before_step(model, halves)
+    split = [objective.sums(model, half).details["adaptive_weight"] for half in halves]
+    assert [count for _, count in split] == [1, 3]
+    assert [float(total) / count for total, count in split] == pytest.approx([whole] * 2, rel=1e-4)
+    _, plain, _ = parts("vq", features, perceptual_weight=0.3, adaptive=False)
+    losses = dict(zip(plain.names, plain.sums(model, batch).losses / 4, strict=True))
+    last = model.autoencoder.decoder.conv_out.weight
+    apparent, adversarial = (
+        float(torch.autograd.grad(loss, last, retain_graph=True)[0].norm())
+        for loss in (losses["l1"] + 0.3 * losses["perceptual"], losses["adversarial"])
+    )
+    assert whole == pytest.approx(apparent / (adversarial + 1e-4), rel=1e-4)
+    alone = float(objective.sums(model, halves[0]).details["adaptive_weight"][0])
+    assert alone != pytest.approx(whole, rel=0.01), "the parts alone would have had another"
 
 
 def test_adaptive_weight_evens_the_gradients() -> None:
@@ -177,10 +272,11 @@ def test_straight_is_resumed(kind: str, tmp_path: Path) -> None:
         assert straight.model.unused.any()
 
 
-def test_a_split_step_is_the_same_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adversarial_from", [0, 1000])
+def test_a_split_step_is_the_same_step(adversarial_from: int, tmp_path: Path) -> None:
     trained = []
     for accumulate in (1, 2):
-        asked = recipe("vq")
+        asked = recipe("vq", adversarial_from=adversarial_from)
         asked = replace(asked, data=replace(asked.data, accumulate=accumulate), loop=replace(asked.loop, steps=3))
         trainer = build_autoencoder_trainer(asked, tmp_path / str(accumulate))
         trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 1.0)  # Adam would blow rounding up
@@ -228,6 +324,44 @@ def test_training_goes_on_from_an_autoencoder(runs: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="start: expected a trained autoencoder, found pixels"):
         train_autoencoder(replace(asked, start="pixels"), tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("quant_conv", [True, False])
+def test_channels_are_drawn_again(quant_conv: bool, tmp_path: Path) -> None:
+    """Those asked for say something else, with little noise; the others say what they did."""
+    base = recipe("kl")
+    asked = replace(base, model=replace(base.model, quant_conv=quant_conv, post_quant_conv=quant_conv))
+    before = ImageAutoencoder(asked.model).initialise(4)
+    with torch.no_grad():
+        for parameter in before.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    save_autoencoder(tmp_path / "start", before, "start")
+    asked = replace(asked, start=str(tmp_path / "start"), redraw=(3, 1)).settled()
+    model = build_autoencoder_trainer(asked, tmp_path / "run").model.autoencoder
+    images = ImageLoader(image_source(asked), 4)(0)[0].images
+    (mean, log_variance), (was, was_log_variance) = (a.moments(images).chunk(2, 1) for a in (model, before))
+    for kept in (0, 2):
+        torch.testing.assert_close(mean[:, kept], was[:, kept], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(log_variance[:, kept], was_log_variance[:, kept], atol=1e-4, rtol=1e-4)
+    for drawn in (1, 3):
+        both = torch.stack([mean[:, drawn].flatten(), was[:, drawn].flatten()]).detach()
+        assert abs(float(torch.corrcoef(both)[0, 1])) < 0.9
+        assert float(log_variance[:, drawn].detach().mean()) == pytest.approx(-6, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "redraw", "message"),
+    [
+        ("kl", None, (0,), "redraw: expected a KL autoencoder to start from, found none"),
+        ("vq", "export", (0,), "redraw: expected a KL autoencoder to start from, found a vq one"),
+        ("kl", "export", (2, 4), r"redraw: expected channels from 0 to 3, found \(2, 4\)"),
+        ("kl", "export", (-1,), r"redraw: expected channels from 0 to 3, found \(-1,\)"),
+    ],
+)
+def test_channels_that_cannot_be_drawn_again(kind, start, redraw, message, runs: Path) -> None:
+    start = start and str(runs / kind / start)
+    with pytest.raises(UserError, match=message):
+        replace(autoencoder_preset(f"{kind}-tiny"), start=start, redraw=redraw).settled()
 
 
 def transfusion(autoencoder: Path | str):

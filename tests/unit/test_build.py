@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import io
 import itertools
@@ -44,7 +45,7 @@ from transfuse.data.prepare import BuildConfig, Preparer, bucket
 from transfuse.data.readers import UNTOLD, Columns
 from transfuse.data.verify import verify_set
 from transfuse.errors import UserError
-from transfuse.images import fit
+from transfuse.images import decode_image, fit, read_image
 from transfuse.sequence import Tokenizer
 
 CONFIG = BuildConfig(size=16, vocabulary=300, shard_size=4, heldout=0.2)
@@ -794,6 +795,48 @@ def test_buckets_of_a_folder(tmp_path: Path) -> None:
         stored = PIL.Image.open(io.BytesIO(data.read(number).parts[0]))
         assert data.sizes(number) == [expected] == [stored.size[::-1]]
         np.testing.assert_array_equal(np.array(stored), fit(pixels(1, *shape), expected))
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet", "jsonl", "data URLs"])
+def test_every_reader_decodes_as_read_image_does(tmp_path: Path, kind: str) -> None:
+    """Alpha, 16 bits, EXIF and CMYK, by every reader; a picture whose colour profile is damaged is listed."""
+    exif = PIL.Image.Exif()
+    exif[274] = 6
+    layer = np.dstack([pixels(1), pixels(2)[..., 0]])
+    made = tmp_path / "made"
+    made.mkdir()
+    PIL.Image.fromarray(layer).save(made / "a.png", exif=exif)
+    PIL.Image.fromarray(pixels(3)[..., 0] * np.uint16(257)).save(made / "b.png")
+    PIL.Image.fromarray(layer, "CMYK").save(made / "c.jpg", exif=exif)
+    PIL.Image.fromarray(pixels(4)).save(made / "d.webp", icc_profile=b"nonsense")
+    files, source = {path.name: path.read_bytes() for path in sorted(made.iterdir())}, tmp_path / "source"
+    words = {name: f"picture {name}" for name in files}
+    if kind == "folder":
+        write(source, {**files, **{f"{name[0]}.txt": text for name, text in words.items()}})
+    elif kind == "tar":
+        source.mkdir()
+        with tarfile.open(source / "a.tar", "w") as file:
+            for name, content in files.items():
+                for member, data in ((name, content), (f"{name[0]}.txt", words[name].encode())):
+                    header = tarfile.TarInfo(member)
+                    header.size = len(data)
+                    file.addfile(header, io.BytesIO(data))
+    elif kind == "parquet":
+        pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+        rows = [{"image": {"bytes": content, "path": name}, "text": words[name]} for name, content in files.items()]
+        source.mkdir()
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source / "a.parquet")
+    else:
+        urls = {name: "data:;base64," + base64.b64encode(content).decode() for name, content in files.items()}
+        rows = [{"image": name if kind == "jsonl" else urls[name], "text": words[name]} for name in files]
+        write(source, {"a.jsonl": "\n".join(map(json.dumps, rows)), **(files if kind == "jsonl" else {})})
+        source /= "a.jsonl"
+    build(source, tmp_path / "out", replace(CONFIG, heldout=0.0), max_errors=0.5)
+    data = DataSet(str(tmp_path / "out"))
+    for number, name in enumerate(("a.png", "b.png", "c.jpg")):
+        np.testing.assert_array_equal(read_image(made / name), decode_image(data.read(number).parts[0]))
+    (faulty,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert "damaged colour profile" in json.dumps(faulty)
 
 
 def test_png_keeps_every_pixel_and_tars_are_as_webdataset_reads_them(tmp_path: Path) -> None:

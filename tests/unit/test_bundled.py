@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -82,6 +83,61 @@ def test_the_export_of_an_autoencoder_is_no_model(shelf: Path) -> None:
     shutil.copytree(shelf, "runs/mine/export")
     os.utime("runs/mine/export/config.json", (1, 1))
     assert default_model() == Path("runs/mine/export")
+
+
+def trained(folder: str, shelf: Path, when: int, preset: str = "demo", images: str = "latents") -> None:
+    """An export under runs/, as a preset writes it."""
+    shutil.copytree(shelf, folder)
+    config = json.loads(Path(folder, "config.json").read_text())
+    config["preset"], config["model"]["images"] = preset, images
+    Path(folder, "config.json").write_text(json.dumps(config))
+    os.utime(Path(folder, "config.json"), (when, when))
+
+
+def test_the_default_and_the_reason_are_reported(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def chosen() -> tuple[str, str]:
+        return str(default_model()), capsys.readouterr().err
+
+    model, said = chosen()
+    assert model == folders.DEFAULT
+    assert said.startswith(
+        f"{model}: the model used, the one in the package, for there are no models under runs/; --model"
+    )
+    assert said.count("\n") == 1
+    trained("runs/trial/export", shelf, 50, "tiny")
+    trained("runs/words/export", shelf, 40, "llama-32", "none")
+    model, said = chosen()
+    assert model == folders.DEFAULT, "neither draws"
+    assert "for there are only models that draw nothing under runs/" in said
+    trained("runs/first/export", shelf, 10)
+    trained("runs/second/export", shelf, 20, "small-64")
+    model, said = chosen()
+    assert model == "runs/second/export", "the newest of those that draw"
+    assert said == f"{model}: the model used, the newest export under runs/ that draws; --model names another\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "caption", "edit", "chat"])
+def test_json_stays_clean_where_the_default_is_reported(
+    shelf: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PIL.Image.new("RGB", (8, 8)).save("a.png")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    words = {"generate": ["a crab"], "caption": ["a.png"], "edit": ["a.png", "make it red"], "chat": []}[command]
+    for model in ([], ["--model", str(shelf)]):
+        assert run([command, *words, *model, *(["--json"] if command != "chat" else [])]) == 0
+        found = capsys.readouterr()
+        assert ("the model used" in found.err) == (not model)
+        assert "the model used" not in found.out
+        for line in found.out.splitlines():
+            json.loads(line)
+
+
+def test_a_trial_is_never_the_default(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever else of the preset is changed; it is used where it is named."""
+    assert run(["train", "tiny", "--loop.steps", "1", "--model.depth", "1", "--run", "runs/mine"]) == 0
+    assert default_model() == Path(folders.DEFAULT)
+    assert run(["generate", "a crab", "--draw", "force", "--steps", "2", "--model", "runs/mine/export"]) == 0
+    assert PIL.Image.open("out/seed-0-0.png").size == (32, 32)
 
 
 def test_a_name_stands_for_it_and_an_export_of_that_name_comes_first(shelf: Path, tokenizer) -> None:

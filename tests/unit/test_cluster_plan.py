@@ -123,17 +123,18 @@ def test_time_is_operations_over_what_is_reached() -> None:
 
 def test_rows_are_counted_as_long_as_they_are() -> None:
     recipe = preset("0.37b")
-    recipe = replace(recipe, data=replace(recipe.data, row_length=4096, batch_size=512))
+    recipe = replace(recipe, data=replace(recipe.data, row_length=2048, batch_size=256))
     found = cluster_plan(recipe, 8, "h100")
-    assert found["step"]["positions"] == 512 * 4096
-    assert found["recommended"]["micro_batch_positions"] == 4096 * found["recommended"]["micro_batch"]
+    assert found["step"]["positions"] == 256 * 2048
+    assert found["recommended"]["micro_batch_positions"] == 2048 * found["recommended"]["micro_batch"]
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_line_that_starts_it(name: str) -> None:
-    launch = cluster_plan(preset(name), 8, "b200")["launch"]
-    start, settings = launch.split(f" -m transfuse -- train {name} ")
-    assert start == "torchrun --nproc-per-node 8"
+    gpus = min(8, preset(name).data.batch_size)
+    launch = cluster_plan(preset(name), gpus, "b200")["launch"]
+    start, settings = launch.split(f" train {name} ")
+    assert start == ("transfuse" if gpus == 1 else "torchrun --nproc-per-node 8 -m transfuse --")
     arguments = [part for key, value in words(settings).items() for part in (key, value)]
     recipe, folder, _ = parse_run("train", preset(name), name, arguments, None)
     assert str(folder) == f"runs/{name}"
@@ -146,7 +147,7 @@ def test_every_preset_has_a_line_that_starts_it(name: str) -> None:
         ("7b", 8, "h1000", None, 'gpu: unknown card "h1000"; did you mean "h100"'),
         ("7b", 0, "h100", None, "gpus: expected at least 1, found 0"),
         ("7b", 12, "h100", None, "gpus: expected at most 8, or whole nodes of 8, found 12"),
-        ("7b", 3, "h100", None, r"gpus: expected a divisor of data.batch_size \(8192\), found 3"),
+        ("7b", 3, "h100", None, r"gpus: expected a divisor of data.batch_size \(512\), found 3"),
         ("demo", 64, "h100", None, r"gpus: expected a divisor of data.batch_size \(32\), found 64"),
         ("7b", 8, "h100", 0.0, "mfu: expected a share above 0 and up to 1, found 0"),
         ("7b", 8, "h100", 1.5, "mfu: expected a share above 0 and up to 1, found 1.5"),

@@ -226,6 +226,6 @@ def test_diffusion_defaults_are_the_papers() -> None:
     assert preset("0.16b").objective.image_weight == 5
     assert preset("epsilon-32").objective.image_weight == 5, "the demo's own lambda is not the paper's"
     assert preset("0.16b").data.pairs.caption_first == 0.8
-    assert preset("0.16b").data.pairs.image_first_max_timestep == 500
+    assert preset("0.16b").data.pairs.image_first_max_timestep is None
     assert tiny() == tiny()
     assert latent(2, 2).shape == (3, 2, 2)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import latent, randomised, tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, Later, Pixels
 from transfuse.data import (
@@ -19,12 +21,13 @@ from transfuse.data import (
     ScenePairs,
     StepLoader,
     Texts,
+    interleaved_document,
     pair_document,
 )
 from transfuse.data.world import World, WorldConfig, edit
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model.flops import train_flops
-from transfuse.sequence import Document, Image, Text, Tokenizer, images_alone, lay_out, unconditional
+from transfuse.sequence import Document, Image, Part, Text, Tokenizer, images_alone, lay_out, unconditional
 from transfuse.training import ObjectiveConfig, TransfusionObjective
 
 COUNT = 2000
@@ -81,6 +84,70 @@ def test_shares_of_order_and_drop() -> None:
     assert [image.target for image in clean.images] == [False], "shown as a sampler shows it"
     with pytest.raises(ValueError, match="image_first_max_timestep: expected at least 0, found -1"):
         PairConfig(image_first_max_timestep=-1)
+
+
+T, A, B, U = Text((9, 8)), Image(torch.zeros(3, 2, 2)), Image(torch.ones(3, 2, 2)), Text((7,))
+EMPTY = Text(())
+KEPT = PairConfig(caption_drop=0)
+CLEAN = PairConfig(caption_drop=0, image_first_max_timestep=0)
+
+
+@pytest.mark.parametrize(
+    ("parts", "caps"),
+    [
+        ([T, A], [None]),
+        ([A, T], [500]),
+        ([T, A, U], [None]),
+        ([A, T, B], [500, None]),
+        ([A, B, T], [500, 500]),
+        ([A, B, T, A], [500, 500, None]),
+        ([T, A, U, B, U], [None, None]),
+        ([T, A, B], [None, None]),
+        ([A], [None]),
+        ([A, B], [None, None]),
+        ([EMPTY, A, T], [500]),
+        ([A, EMPTY], [None]),
+    ],
+)
+def test_only_images_before_all_text_are_capped(parts: list[Part], caps: list[int | None]) -> None:
+    """Paper 4.3.4: an image before its caption. With a limit of 0 it is context; a drawn one is learned as ever."""
+    document = interleaved_document(parts, KEPT, 0, 5)
+    assert [type(part) for part in document.parts] == [type(part) for part in parts]
+    assert [image.max_timestep for image in document.images] == caps
+    assert all(image.target for image in document.images)
+    assert (document.sample, document.predict) == (5, True)
+    clean = interleaved_document(parts, CLEAN, 0, 5)
+    assert [image.target for image in clean.images] == [cap is None for cap in caps]
+    assert not any(image.max_timestep for image in clean.images)
+
+
+@given(st.lists(st.sampled_from([T, A, U, B, EMPTY]), min_size=1, max_size=9), st.integers(0, 99), st.integers(0, 1000))
+def test_documents_lose_the_text_of_drawn_images_alone(parts: list[Part], seed: int, sample: int) -> None:
+    """A dropped document is the sampler's null branch: its last image, no text, nothing learned but the noise."""
+    whole = interleaved_document(parts, KEPT, seed, sample)
+    dropped = interleaved_document(parts, PairConfig(caption_drop=1), seed, sample)
+    asked = False
+    for part, shown in zip(parts, whole.parts, strict=True):
+        if isinstance(part, Image):
+            text_follows = any(isinstance(other, Text) and other.ids for other in parts)
+            assert shown.max_timestep == (None if asked or not text_follows else 500)
+        asked = asked or (isinstance(part, Text) and bool(part.ids))
+    last = max((place for place, part in enumerate(parts) if isinstance(part, Image)), default=0)
+    if whole.images and any(isinstance(part, Text) and part.ids for part in parts[:last]):
+        assert (dropped.parts, dropped.predict) == (unconditional(whole).parts, False)
+        assert dropped.images[0].latent is whole.images[-1].latent
+        assert dropped.images[0].max_timestep is None
+    else:
+        assert len(dropped.parts) == len(whole.parts)
+        assert dropped.predict
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.35])
+def test_documents_lose_their_text_at_the_rate_of_pairs(rate: float) -> None:
+    config = PairConfig(caption_drop=rate)
+    for parts, expected in (([T, A, U], rate), ([A, T, B], rate), ([A, T], 0)):
+        dropped = [not interleaved_document(parts, config, 3, sample).predict for sample in range(COUNT)]
+        assert np.mean(dropped) == pytest.approx(expected, abs=0.03)
 
 
 def of_kind(source: SceneEdits, config: EditConfig) -> dict[str, int]:

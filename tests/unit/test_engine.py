@@ -148,6 +148,20 @@ def test_cache_after_an_image_equals_a_fresh_prefill(tokenizer: Tokenizer, monke
         assert fresh.abs().amax((0, 1, 3)).min() > 0, "every position was written"
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, None])
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_images_of_a_few_patches(tokenizer: Tokenizer, kv_heads: int | None, attention: str) -> None:
+    """One to six patches, alone, with others and in pairs of one shape: as drawn without a cache."""
+    engine = Engine(exported(tokenizer, kv_heads=kv_heads, image_attention=attention))
+    sizes = [(2, 2), (2, 4), (6, 2), (4, 4), (4, 6)]  # patches of two by two pixels
+    requests = [request(size=size, guidance_scale=2.0, seed=seed) for size in sizes for seed in (1, 2)]
+    for asked, found in zip(requests, images(engine, *requests), strict=True):
+        expected = uncached_image(engine, PROMPT, asked.seed, 0, 2.0, (3, *asked.size))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        (alone,) = images(engine, asked)
+        torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_batched_equals_alone(tokenizer: Tokenizer) -> None:
     """Different prompts, lengths, phases, sizes, steps and samplers in one go; each row equals the same row alone."""
     engine = Engine(exported(tokenizer))

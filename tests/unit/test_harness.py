@@ -115,5 +115,6 @@ def test_a_task_from_local_files(pipe, tmp_path) -> None:
     right = [ours[2 * n + n % 2][0] == max(ours[2 * n][0], ours[2 * n + 1][0]) for n in range(6)]
     assert found["colours acc"].value == pytest.approx(np.mean(right))
     assert found["mean acc"].value == found["colours acc"].value
+    assert found["colours acc"].low < found["colours acc"].high, "also where every answer is right, or none"
     with pytest.raises(UserError, match="--tasks: expected tasks"):
         list(evaluate(replace(bench, options=replace(options, tasks=("colors",))), named(["harness"])))

@@ -211,13 +211,69 @@ def test_pixels_outside_the_mask_are_the_same_pixels(pipe: TransfusionPipeline) 
 
 
 def test_latent_mask() -> None:
-    """A latent element is drawn anew where any of its pixels is."""
-    mask = PIL.Image.new("L", (8, 4))
-    mask.putpixel((3, 1), 255)
-    assert latent_mask(mask, (4, 8), 2).tolist() == [[False, True, False, False], [False] * 4]
-    assert latent_mask(mask, (4, 8), 1).sum() == 1
-    with pytest.raises(UserError, match="mask: expected 8x8 pixels, as the image, found 8x4"):
-        latent_mask(mask, (8, 8), 1)
+    """A latent element is redrawn where any of its pixels is."""
+    mask = np.zeros((4, 8), dtype=bool)
+    mask[1, 3] = True
+    assert latent_mask(mask, 2).tolist() == [[False, True, False, False], [False] * 4]
+    assert latent_mask(mask, 1).sum() == 1
+
+
+def test_a_transparent_mask_means_one_thing(pipe: TransfusionPipeline) -> None:
+    """Its colours do not count: kept, cleared, or black where the picture stays."""
+    where = np.zeros((8, 8), dtype=bool)
+    where[1:4, 2:8] = True
+    alpha = np.where(where, 0, 255).astype(np.uint8)[..., None]
+    colours = np.asarray(picture(5))
+    layers = [np.concatenate([rgb, alpha], -1) for rgb in (colours, colours * alpha.clip(0, 1), colours * 0)]
+    for mask in (where, where * np.uint8(255), *layers, *map(PIL.Image.fromarray, layers)):
+        start = pipe.start(picture(), 0.5, mask)
+        assert start.mask is not None
+        assert (start.mask.numpy() == where).all()
+
+
+def test_a_mask_is_turned_as_the_picture_is(pipe: TransfusionPipeline, tmp_path: Path) -> None:
+    where = np.zeros((8, 16), dtype=bool)
+    where[:2, :5] = True
+    exif = PIL.Image.Exif()
+    exif[274] = 6
+    layer = np.concatenate([np.zeros((8, 16, 3), np.uint8), np.where(where, 0, 255).astype(np.uint8)[..., None]], -1)
+    PIL.Image.fromarray(np.asarray(picture(1, 16))[:8]).save(tmp_path / "image.png", exif=exif)
+    for number, mask in enumerate((layer, where * np.uint8(255))):
+        PIL.Image.fromarray(mask).save(tmp_path / f"{number}.png", exif=exif)
+        for read in (Path, PIL.Image.open, lambda path: path.read_bytes()):
+            start = pipe.start(read(tmp_path / "image.png"), 1.0, read(tmp_path / f"{number}.png"))
+            assert start.mask is not None
+            assert start.latent.shape == (3, 16, 8)
+            assert (start.mask.numpy() == where[::-1].T).all()
+
+
+@pytest.mark.parametrize("kind", ["layer", "sixteen", "turned"])
+def test_the_model_sees_one_picture_however_it_comes(pipe: TransfusionPipeline, tmp_path: Path, kind: str) -> None:
+    """Path, bytes and PIL image: the same latent, caption and edit."""
+    path, colours = tmp_path / "a.png", np.asarray(picture(3))
+    exif = PIL.Image.Exif()
+    exif[274] = 6
+    if kind == "layer":
+        PIL.Image.fromarray(np.concatenate([colours, colours[..., :1]], -1)).save(path)
+        alpha = colours[..., :1] / 255
+        expected = np.round(colours * alpha + 255 * (1 - alpha))
+    elif kind == "sixteen":
+        PIL.Image.fromarray(colours[..., 1] * np.uint16(257)).save(path)
+        expected = np.repeat(colours[..., 1:2], 3, -1)
+    else:
+        PIL.Image.fromarray(colours).save(path, exif=exif)
+        expected = colours[::-1].transpose(1, 0, 2)
+    with PIL.Image.open(path) as opened:
+        sources = [path, path.read_bytes(), opened]
+        latents = [pipe.part(source).latent for source in sources]  # type: ignore[union-attr]
+        assert ((latents[0].permute(1, 2, 0).numpy() + 1) * 127.5 - expected).__abs__().max() < 1
+        assert all(torch.equal(one, latents[0]) for one in latents)
+        assert all(torch.equal(pipe.start(one).latent, latents[0]) for one in [*sources, str(path)])
+        assert len({pipe.caption(one, max_tokens=8)[0] for one in [*sources, str(path)]}) == 1
+        assert pipe.caption(sources, max_tokens=8) == [pipe.caption(path, max_tokens=8)[0]] * 3
+        edits = [pipe.edit(one, "make it red", num_inference_steps=1, generator=0) for one in sources]
+        assert len({one.tobytes() for one in edits}) == 1
+        assert len({pipe.generate([one, "a"], max_tokens=5, draw="never").text for one in sources}) == 1
 
 
 def test_callback_on_step_end(pipe: TransfusionPipeline) -> None:
@@ -247,6 +303,8 @@ def test_pipeline_mistakes(pipe: TransfusionPipeline) -> None:
         ({"image": picture(size=7), "strength": 0.5}, "image: expected sides in multiples of 2, found 7x7"),
         ({"image": picture(size=4)}, "image: expected 8x8 pixels, found 4x4"),
         ({"image": picture(), "mask_image": picture(size=4)}, "mask: expected 8x8 pixels, as the image, found 4x4"),
+        ({"image": picture(), "mask_image": PIL.Image.new("L", (8, 8))}, "mask: expected a transparent area to redraw"),
+        ({"image": np.zeros((8, 8, 3))}, "image: expected an array of uint8"),
         ({"image_guidance_scale": 2.0}, "image_guidance_scale: expected a picture before the words, found none"),
         (
             {"image": picture(), "strength": 0.5, "image_guidance_scale": 2.0},

@@ -1,4 +1,4 @@
-"""Picture files of every kind against values known without PIL's conversions; damaged ones refused in one line."""
+"""Pictures and masks of every kind against values known without PIL's conversions; damaged ones refused in one line."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import resource
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
 import pytest
 
 from transfuse.errors import UserError
-from transfuse.images import fit, image_files, read_image
+from transfuse.images import decode_image, fit, image_files, read_image, read_mask
 
 NOISE = np.random.default_rng(7).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 CORNERS = np.array(
@@ -231,6 +233,312 @@ def test_damaged_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(path), CORNERS)
 
 
+# --- colour profiles --------------------------------------------------------------------------------------------------
+
+SRGB_TO_D50 = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
+"""linear sRGB to XYZ under D50, as the profiles of sRGB have it"""
+WIDE_TO_D50 = np.array([[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
+"""of Display P3"""
+
+
+def profile(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """An ICC profile by hand, version 2."""
+    head = struct.pack(">I4sI4s4s4s", 0, b"", 0x02400000, b"mntr", space.ljust(4), connection.ljust(4))
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += struct.pack(">4sII", name, 128 + 4 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    return struct.pack(">I", 128 + len(table) + len(body)) + head[4:] + table + body
+
+
+def fixed(values: np.ndarray) -> bytes:
+    return np.round(np.asarray(values) * 65536).astype(">i4").tobytes()
+
+
+def gamma(power: float) -> bytes:
+    return b"curv" + bytes(4) + struct.pack(">IH", 1, round(power * 256))
+
+
+def rgb_profile(to_d50: np.ndarray, power: float) -> bytes:
+    """Of primaries, the columns of a matrix, and a gamma."""
+    colours = {name + b"XYZ": b"XYZ " + bytes(4) + fixed(to_d50[:, n]) for n, name in enumerate((b"r", b"g", b"b"))}
+    return profile(b"RGB", b"XYZ", {**colours, **{name + b"TRC": gamma(power) for name in (b"r", b"g", b"b")}})
+
+
+def grey_profile(power: float) -> bytes:
+    white = b"XYZ " + bytes(4) + fixed([0.9642, 1, 0.8249])
+    return profile(b"GRAY", b"XYZ", {b"wtpt": white, b"kTRC": gamma(power)})
+
+
+def cmyk_profile() -> bytes:
+    """A press whose cyan ink is a neutral grey of L* 50, whose black is black, and whose other inks are invisible."""
+    table = bytes(range(256))
+    inks = [(cyan, black) for cyan in (0, 1) for _ in range(4) for black in (0, 1)]
+    corners = b"".join(bytes([0 if black else 128 if cyan else 255, 128, 128]) for cyan, black in inks)
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + fixed(np.eye(3)) + table * 4 + corners + table * 3
+    return profile(b"CMYK", b"Lab", {b"A2B0": lut})
+
+
+def srgb(linear: np.ndarray) -> np.ndarray:
+    linear = np.clip(linear, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_a_wide_profile_is_converted(tmp_path: Path, suffix: str) -> None:
+    """Against the matrices: gamma 1.8, Display P3's primaries."""
+    stored = np.array([[[0, 200, 60], [200, 30, 30], [90, 90, 90], [10, 250, 250], [255, 255, 255]]], dtype=np.uint8)
+    expected = srgb((stored / 255) ** 1.8 @ (np.linalg.inv(SRGB_TO_D50) @ WIDE_TO_D50).T)
+    options = {"lossless": True, "exact": True} if suffix == "webp" else {}
+    path = save(tmp_path / f"a.{suffix}", stored, icc_profile=rgb_profile(WIDE_TO_D50, 1.8), **options)
+    assert np.abs(read_image(path) - expected).max() <= 2
+    assert np.abs(expected - stored).max() > 20
+
+
+def test_a_profile_of_exchanged_channels() -> None:
+    """Stored blue, seen red, as any viewer shows it; transparency is laid on white after that."""
+    swapped = rgb_profile(SRGB_TO_D50[:, ::-1], 2.2)
+    picture = PIL.Image.new("RGBA", (2, 1), (10, 20, 240, 255))
+    picture.putpixel((1, 0), (10, 20, 240, 0))
+    picture.info["icc_profile"] = swapped
+    found = decode_image(picture).astype(int)
+    assert np.abs(found[0, 0] - srgb((np.array([240, 20, 10]) / 255) ** 2.2)).max() <= 2
+    assert found[0, 1].tolist() == [255, 255, 255]
+    palette = PIL.Image.new("P", (1, 1))
+    palette.putpalette([10, 20, 240])
+    palette.info["icc_profile"] = swapped
+    assert (decode_image(palette)[0, 0] == found[0, 0]).all()
+
+
+def test_profiles_of_grey(tmp_path: Path) -> None:
+    """Grey of gamma 1.6, of 8 and 16 bits, with alpha, and by a profile of RGB."""
+    ramp = np.arange(0, 256, 5, dtype=np.uint8)[None]
+    expected = srgb((ramp / 255) ** 1.6)
+    for kind, icc in (("grey", grey_profile(1.6)), ("rgb", rgb_profile(SRGB_TO_D50, 1.6))):
+        for name, pixels in (("8", ramp), ("16", ramp * np.uint16(257)), ("la", np.stack([ramp, ramp | 255], -1))):
+            image = read_image(save(tmp_path / f"{kind}{name}.png", pixels, icc_profile=icc))
+            assert np.abs(image[..., 0] - expected).max() <= 2, (kind, name)
+            assert (np.ptp(image.astype(int), axis=-1) <= 1).all()
+
+
+def test_a_profile_of_inks(tmp_path: Path) -> None:
+    inks = np.zeros((16, 48, 4), dtype=np.uint8)
+    inks[:, 16:32, 0], inks[:, 32:, 1] = 255, 255
+    grey = 255 * (1.055 * 0.1842 ** (1 / 2.4) - 0.055)
+    picture = PIL.Image.fromarray(inks, "CMYK")
+    for name in ("a.tif", "a.jpg"):
+        image = read_image(save(tmp_path / name, picture, icc_profile=cmyk_profile()))[8, 8::16]
+        assert np.abs(image - [[255] * 3, [grey] * 3, [255] * 3]).max() <= 6
+
+
+def test_srgb_stays_to_the_bit(tmp_path: Path) -> None:
+    own = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
+    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", NOISE, icc_profile=own)), NOISE)
+
+
+def test_a_profile_of_another_colour_space_is_ignored() -> None:
+    """As of a picture that a program converted and whose profile it kept."""
+    for icc in (cmyk_profile(), grey_profile(1.0)):
+        picture = PIL.Image.fromarray(NOISE)
+        picture.info["icc_profile"] = icc
+        np.testing.assert_array_equal(decode_image(picture), NOISE)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_a_damaged_profile_is_refused(tmp_path: Path, suffix: str) -> None:
+    whole = rgb_profile(WIDE_TO_D50, 2.2)
+    for number, icc in enumerate((b"nonsense", whole[:150], whole[:300], whole[:128] + bytes(len(whole) - 128))):
+        refused(save(tmp_path / f"{number}.{suffix}", NOISE, icc_profile=icc), "damaged colour profile")
+
+
+def test_a_profile_in_pieces_that_are_not_all_there_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", NOISE, icc_profile=rgb_profile(WIDE_TO_D50, 2.2))
+    data = path.read_bytes()
+    place = data.index(b"ICC_PROFILE\0") + 12
+    path.write_bytes(data[: place + 1] + b"\2" + data[place + 2 :])  # "1 of 2"
+    refused(path, "incomplete colour profile")
+
+
+# --- one decoder ------------------------------------------------------------------------------------------------------
+
+
+def exif_of(orientation: int) -> PIL.Image.Exif:
+    exif = PIL.Image.Exif()
+    exif[274] = orientation
+    return exif
+
+
+def sixteen_bit_key(path: Path) -> Path:
+    row = b"\0" + struct.pack(">6H", 0x1234, 0x2345, 0x3456, 0xFF00, 0, 0)
+    return png(path, 2, 1, 16, 2, row, (b"tRNS", struct.pack(">3H", 0x1234, 0x2345, 0x3456)))
+
+
+def keyed_palette() -> PIL.Image.Image:
+    picture = PIL.Image.fromarray(NOISE).quantize(20)
+    picture.info["transparency"] = 3
+    return picture
+
+
+GREY, LAYER = NOISE[..., 0], np.concatenate([NOISE, NOISE[..., :1]], -1)
+FILES: dict[str, Callable[[Path], Path]] = {
+    "alpha": lambda folder: save(folder / "a.png", LAYER),
+    "alpha of a WebP": lambda folder: save(folder / "a.webp", LAYER, lossless=True),
+    "grey with alpha": lambda folder: save(folder / "a.png", LAYER[..., 2:]),
+    "16-bit grey": lambda folder: save(folder / "a.png", GREY * np.uint16(250)),
+    "16-bit TIFF, 0 white": lambda folder: tiff(folder / "a.tif", GREY * np.uint16(200), 16, photometric=0),
+    "12-bit TIFF": lambda folder: tiff(folder / "a.tif", GREY * np.uint16(16), 12),
+    "a transparent 16-bit colour": lambda folder: sixteen_bit_key(folder / "a.png"),
+    "a transparent palette": lambda folder: save(folder / "a.gif", keyed_palette()),
+    "1 bit": lambda folder: save(folder / "a.png", GREY > 99),
+    "CMYK": lambda folder: save(folder / "a.jpg", PIL.Image.fromarray(LAYER, "CMYK")),
+    "turned JPEG": lambda folder: save(folder / "a.jpg", NOISE, exif=exif_of(5)),
+    "turned layer": lambda folder: save(folder / "a.png", LAYER, exif=exif_of(8)),
+    "turned grey TIFF": lambda folder: save(folder / "a.tif", GREY, exif=exif_of(6)),
+    "turned 16-bit TIFF": lambda folder: save(folder / "a.tif", GREY * np.uint16(9), exif=exif_of(7)),
+    "profile": lambda folder: save(folder / "a.png", NOISE, icc_profile=rgb_profile(WIDE_TO_D50, 2.2)),
+    "several frames": lambda folder: save(folder / "a.gif", NOISE, save_all=True, append_images=[keyed_palette()]),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_one_picture_has_the_same_pixels_however_it_comes(tmp_path: Path, kind: str) -> None:
+    path = FILES[kind](tmp_path)
+    expected, content = read_image(path), path.read_bytes()
+    with PIL.Image.open(path) as image:
+        for source in (str(path), content, io.BytesIO(content), image, image, PIL.Image.open(io.BytesIO(content))):
+            np.testing.assert_array_equal(decode_image(source), expected)
+        assert image.filename == str(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"])
+def test_pictures_that_never_were_files(mode: str) -> None:
+    """Half opaque red on white is the same in every mode that can say it; decoding changes nothing in the source."""
+    layer = PIL.Image.new("RGBA", (3, 2), (255, 0, 0, 128))
+    source = layer.convert("LA").convert(mode) if mode == "La" else layer.convert(mode)
+    before = source.mode, source.size, source.tobytes(), dict(source.info)
+    found = decode_image(source, "picture")
+    assert (source.mode, source.size, source.tobytes(), source.info) == before
+    if mode in ("RGBA", "RGBa", "P", "PA"):
+        expected = [255, 127, 127]
+    elif mode in ("LA", "La"):
+        expected = [165, 165, 165]  # luma 76 of red, half of it over white
+    else:
+        expected = np.asarray(source.convert("RGB"))[0, 0].tolist()
+    assert np.abs(found[1, 2].astype(int) - expected).max() <= 1
+
+
+def test_a_picture_of_sixteen_bits_with_its_orientation_in_memory() -> None:
+    picture = PIL.Image.fromarray(np.array([[0, 65535, 257]], dtype=np.uint16))
+    picture.getexif()[274] = 8
+    assert decode_image(picture)[..., 0].tolist() == [[1], [255], [0]]
+
+
+def test_arrays() -> None:
+    np.testing.assert_array_equal(decode_image(NOISE), NOISE)
+    np.testing.assert_array_equal(decode_image(NOISE[:, ::-1]), NOISE[:, ::-1])
+    np.testing.assert_array_equal(decode_image(GREY)[..., 1], GREY)
+    np.testing.assert_array_equal(decode_image(GREY > 9)[..., 2], (GREY > 9) * np.uint8(255))
+    layer = np.array([[[0, 0, 0, 0], [9, 8, 7, 255]]], dtype=np.uint8)
+    assert decode_image(layer).tolist() == [[[255, 255, 255], [9, 8, 7]]]
+
+
+def test_what_is_no_picture_is_refused_by_name() -> None:
+    for source, found in (
+        (NOISE / 255, r"an array of uint8 \[row, column, 3\], found float64 \[24, 40, 3\]"),
+        (NOISE[None], r"found uint8 \[1, 24, 40, 3\]"),
+        (GREY.astype(np.float32), "found floating point"),
+        (PIL.Image.new("F", (4, 4)), "found floating point"),
+        (PIL.Image.new("I", (4, 4)), "found 32-bit"),
+        ([NOISE], "image, found list"),
+        (None, "image, found NoneType"),
+        (b"", "found an empty file"),
+        (b"words", "found something else"),
+    ):
+        with pytest.raises(UserError, match=f"^picture: expected .*{found}"):
+            decode_image(source, "picture")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^picture: expected at most 959 pixels, found 40x24"):
+        decode_image(PIL.Image.fromarray(NOISE), "picture", max_pixels=959)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+REDRAWN = np.zeros((8, 12), dtype=bool)
+REDRAWN[1:4, 2:9] = True
+REDRAWN[6, 11] = True
+COLOURS = np.random.default_rng(5).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+
+
+def layer_mask(colours: np.ndarray, inside: int = 0, outside: int = 255) -> np.ndarray:
+    return np.concatenate([colours, np.where(REDRAWN, inside, outside)[..., None].astype(np.uint8)], -1)
+
+
+def palette_mask() -> PIL.Image.Image:
+    """Index 1 is white and transparent, 0 and 2 are opaque: white, too, and black."""
+    picture = PIL.Image.fromarray(np.where(REDRAWN, 1, 2 * (COLOURS[..., 0] > 99)).astype(np.uint8), "P")
+    picture.putpalette([255, 255, 255, 255, 255, 255, 0, 0, 0])
+    picture.info["transparency"] = 1
+    return picture
+
+
+WHITE = REDRAWN * np.uint8(255)
+MASKS: dict[str, PIL.Image.Image | np.ndarray] = {
+    "bool": REDRAWN,
+    "white": WHITE,
+    "white, 1 bit": PIL.Image.fromarray(REDRAWN),
+    "white, 16 bits": np.where(REDRAWN, 40_000, 20_000).astype(np.uint16),
+    "white, in colour": np.where(REDRAWN[..., None], [255, 250, 240], [200, 0, 60]).astype(np.uint8),
+    "white, opaque": np.stack([WHITE, WHITE, WHITE, WHITE | 255], -1),
+    "white, grey and opaque": PIL.Image.fromarray(np.stack([WHITE, WHITE | 255], -1)),
+    "transparent, colours kept": layer_mask(COLOURS),
+    "transparent, colours cleared": layer_mask(np.where(REDRAWN[..., None], 0, COLOURS).astype(np.uint8)),
+    "transparent, all black": layer_mask(COLOURS * 0),
+    "transparent, all white": layer_mask(COLOURS | 255),
+    "transparent, white where it is kept": layer_mask(np.repeat(255 - WHITE[..., None], 3, -1)),
+    "transparent, soft": layer_mask(COLOURS, 127, 128),
+    "transparent, grey": PIL.Image.fromarray(layer_mask(COLOURS)[..., 2:]),
+    "transparent, palette": palette_mask(),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_masks(tmp_path: Path, kind: str, orientation: int) -> None:
+    """Every mask of the same area selects the same area, by file, bytes and object, turned as a picture is."""
+    mask = MASKS[kind]
+    mask = mask if isinstance(mask, PIL.Image.Image) else PIL.Image.fromarray(mask)
+    expected = {1: REDRAWN, 3: REDRAWN[::-1, ::-1], 6: REDRAWN[::-1].T}[orientation]
+    for suffix in ("png",) if mask.mode in ("P", "LA") else ("png", "tif"):
+        path = save(tmp_path / f"m.{suffix}", mask, exif=exif_of(orientation))
+        for source in (path, str(path), path.read_bytes(), PIL.Image.open(path)):
+            np.testing.assert_array_equal(read_mask(source, expected.shape), expected)
+    if orientation == 1:
+        np.testing.assert_array_equal(read_mask(MASKS[kind], (8, 12)), REDRAWN)
+
+
+def test_a_transparent_colour_decides_too(tmp_path: Path) -> None:
+    """tRNS of grey: 77 is transparent; the white pixel is not."""
+    row = b"\0" + bytes([77, 255, 0])
+    path = png(tmp_path / "a.png", 3, 1, 8, 0, row, (b"tRNS", struct.pack(">H", 77)))
+    assert read_mask(path, (1, 3)).tolist() == [[True, False, False]]
+
+
+def test_masks_that_are_refused(tmp_path: Path) -> None:
+    for mask, found in (
+        (np.zeros((8, 12), np.uint8), "a transparent area to redraw, or a white one in an opaque mask, found none"),
+        (np.full((8, 12), 127, np.uint8), "found none"),
+        (np.zeros((8, 12), bool), "found none"),
+        (layer_mask(COLOURS | 255, 128, 255), "found none"),  # not opaque, and nowhere transparent enough
+        (WHITE.T, "12x8 pixels, as the image, found 8x12"),
+        (WHITE[:4], "12x8 pixels, as the image, found 12x4"),
+    ):
+        with pytest.raises(UserError, match=f"^mask: expected .*{found}"):
+            read_mask(mask, (8, 12))
+        path = save(tmp_path / "m.png", mask)
+        with pytest.raises(UserError, match=f"m.png: expected .*{found}"):
+            read_mask(path, (8, 12))
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +634,12 @@ def test_fit_is_antialiased() -> None:
     assert small.shape == (16, 16, 3)
     assert np.abs(small.astype(int) - 127.5).max() < 6
     assert (fit(np.full((30, 50, 3), 77, np.uint8), 16) == 77).all()
+
+
+def test_a_fitted_mask_is_a_mask() -> None:
+    found = fit(np.repeat(np.repeat(REDRAWN, 4, 0), 4, 1)[:, 8:40], 8)
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, REDRAWN[:, 2:10])
 
 
 def test_fit_enlarges_only_from_smallest() -> None:

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from transfuse.autoencoders import Pixels
+from transfuse.autoencoders import Pixels, open_autoencoder
 from transfuse.data.world import World, WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation.interval import Measured
-from transfuse.evaluation.reconstruction import evaluate_reconstruction, psnr
+from transfuse.evaluation.reconstruction import channel_losses, evaluate_reconstruction, psnr
 from transfuse.studies import inspection
 from transfuse.studies.charts import histogram
 from transfuse.studies.inspection import amplified, inspect_autoencoder
@@ -116,7 +116,8 @@ def test_page_shows_figures_and_needs_nothing_from_elsewhere(done) -> None:
     assert not re.search(r"https?://|@import|url\(|<script|<link|<iframe", html)
     assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', html))
     text = unescape(html)
-    shown = {name: value for name, value in report.items() if not name.endswith("by_image") and name != "held_apart"}
+    apart = ("held_apart", "channel_loss")
+    shown = {name: value for name, value in report.items() if not name.endswith("by_image") and name not in apart}
     for value in shown.values():
         for leaf in value if isinstance(value, list) else [value]:
             assert (leaf if isinstance(leaf, str) else json.dumps(leaf)) in text
@@ -185,7 +186,7 @@ def test_few_images_that_lose_nothing(images, tmp_path) -> None:
         assert (difference == 128).all()
 
 
-def test_many_channels_are_folded(images) -> None:
+def test_many_channels_are_folded(images, tmp_path) -> None:
     class Wide(Halving):
         factor, channels = 4, 48
 
@@ -195,9 +196,72 @@ def test_many_channels_are_folded(images) -> None:
         def decode(self, latents):
             return Pixels().decode(F.pixel_shuffle(latents, 4))
 
-    found = evaluate_reconstruction(Wide(), [images])
-    assert inspection._latents(found).startswith("<p>48 channels")
-    assert inspection._latents(found).count("<tr>") == 49
+    html = latents_of(Wide(), images[:2], tmp_path)
+    assert "<p>48 channels: " in html
+    assert html.count("<tr>") == 49
+
+
+def latents_of(autoencoder, images, out) -> str:
+    """The section of the page on latents."""
+    inspect_autoencoder(autoencoder, images, [str(n) for n in range(len(images))], out)
+    html = (out / "index.html").read_text()
+    part = html[html.index("<h2>Latents</h2>") :]
+    return part[: part.index("</section>")]
+
+
+class Padded(Halving):
+    """Two channels more than it needs: 1 holds what the decoder does not read, 4 nothing at all."""
+
+    channels = 5
+
+    def encode(self, images):
+        red, green, blue = super().encode(images).split(1, 1)
+        return torch.cat([red, 3 * red - 1, green, blue, torch.full_like(red, 0.25)], 1)
+
+    def decode(self, latents):
+        return super().decode(latents[:, [0, 2, 3]])
+
+
+def test_a_channel_is_worth_what_is_lost_without_it(images, tmp_path, capsys) -> None:
+    report = inspect_autoencoder(Padded(), images, [str(n) for n in range(40)], tmp_path)
+    latents, whole = Padded().encode(images), report["psnr"]
+    losses = report["channel_loss"]
+    assert len(losses) == 5
+    assert report["channel_loss_images"] == 40
+    for channel in (0, 2, 3):
+        replaced = latents.clone()
+        replaced[:, channel] = replaced[:, channel].mean()
+        lost = whole - psnr(images, Padded().decode(replaced)).mean()
+        assert losses[channel]["by_mean"] == pytest.approx(lost, abs=1e-3)
+        assert losses[channel]["by_noise"] > losses[channel]["by_mean"] > 1
+        assert losses[channel]["db_lost"] == losses[channel]["by_mean"]
+        low, high = losses[channel]["by_mean_interval"]
+        assert low < losses[channel]["by_mean"] < high
+    assert losses[1]["db_lost"] == losses[4]["db_lost"] == 0
+    lines = [f"channel {number} carries nothing: without it PSNR falls by 0.00 dB, less than 0.1" for number in (1, 4)]
+    assert report["empty_channels"] == lines
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "carries" in line] == lines
+    html = (tmp_path / "index.html").read_text()
+    assert all(f"<p>{line.capitalize()}.</p>" in html for line in lines)
+    assert f"<td>{losses[2]['by_noise']:.2f} (" in html
+
+
+def test_channels_of_a_codebook_are_weighed_before_the_choice(images, tmp_path) -> None:
+    """The decoder chooses again; a channel of which all codes hold the same is worth nothing."""
+    autoencoder = open_autoencoder("vq-f4-small")
+    with torch.no_grad():
+        autoencoder.quantize.embedding.weight[:, 1] = 0.5
+    report = inspect_autoencoder(autoencoder, images[:8], [str(n) for n in range(8)], tmp_path)
+    assert [line.split(":")[0] for line in report["empty_channels"]] == ["channel 1 carries nothing"]
+
+
+def test_every_channel_of_the_bundled_kl_is_worth_a_decibel() -> None:
+    world = World(WorldConfig(size=64, nouns=300, split="heldout"))
+    scenes = np.stack([world.render(world.scene(index)) for index in range(100, 116)])
+    losses = channel_losses(open_autoencoder("kl-f4-small"), scenes)
+    assert len(losses) == 8
+    assert min(loss.least for loss in losses) > 1
 
 
 def test_refusals(images, tmp_path) -> None:

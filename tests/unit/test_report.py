@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from transfuse.errors import UserError
 from transfuse.evaluation import recogniser as recogniser_module
@@ -163,6 +166,20 @@ def test_only_what_is_missing_is_done_again(done, monkeypatch) -> None:
     assert (folder / "report.html").is_file()
     same = ("noun_accuracy", "heldout_text_perplexity", "recogniser_seconds", "train_seconds", "steps")
     assert {name: report[name] for name in same} == {name: kept["report"][name] for name in same}
+
+
+def test_another_model_or_effort_is_measured_again(done, tmp_path) -> None:
+    """The files' times say nothing: a model may be put back with an old one."""
+    folder = tmp_path / "run"
+    shutil.copytree(done[0], folder)
+    _, report = run_demo(folder, 1.0, effort=replace(EFFORT, pictures=5))
+    assert report["pictures_measured"] == 5
+    path = folder / "export" / "model.safetensors"
+    before = path.stat()
+    save_file({name: 0.5 * value for name, value in load_file(path).items()}, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    _, other = run_demo(folder, 1.0, effort=replace(EFFORT, pictures=5))
+    assert other["heldout_text_perplexity"] != report["heldout_text_perplexity"]
 
 
 def test_stopped_training_exits_with_75_and_goes_on(tmp_path, monkeypatch) -> None:

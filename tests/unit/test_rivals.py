@@ -11,7 +11,10 @@ import pytest
 from transfuse.errors import UserError
 from transfuse.presets import PRESETS, Recipe
 from transfuse.presets import preset as real_preset
+from transfuse.presets.recipe import build_loader, train_tokenizer
 from transfuse.presets.rivals import by_codes, text_only
+from transfuse.presets.runs import resolve
+from transfuse.presets.sources import open_sources
 from transfuse.studies import arms as arms_module
 from transfuse.studies import rivals
 from transfuse.studies.arms import Effort
@@ -64,6 +67,21 @@ def test_equal_compute_one_table(tmp_path: Path) -> None:
     assert len({line.count("|") for line in table.splitlines()}) == 1, "every row has every column"
     assert "6 N D" in table
     assert PIL.Image.open(tmp_path / "drawings.png").size[1] >= 3 * 96
+
+
+def test_arms_read_equally_much_text_at_equal_positions(tmp_path: Path) -> None:
+    """A Chameleon that read 2.5 times less text was once taken for one that writes worse."""
+    read = {}
+    for name in ("transfusion-32", "chameleon-32", "llama-32"):
+        recipe = resolve(real_preset(name).settled())
+        load = build_loader(recipe, open_sources(recipe.data), train_tokenizer(recipe), tmp_path)
+        counted = [batch.quantities for step in range(40) for batch in load(step)]
+        read[name] = {key: sum(one.get(key, 0) for one in counted) for key in ("positions", "positions of glosses")}
+    ours, theirs, alone = read.values()
+    assert ours["positions"] == pytest.approx(theirs["positions"], rel=0.01), "equally many steps"
+    for arm in (ours, theirs):
+        assert arm["positions of glosses"] == pytest.approx(arm["positions"] / 2, rel=0.08), "half is text"
+    assert alone["positions"] == alone["positions of glosses"] == pytest.approx(ours["positions"] / 2, rel=0.01)
 
 
 def test_arms_that_do_not_go_together(tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ def result(arm: str, size: str, budget: float, seed: int = 0, **changes: Any) ->
         "seed": seed,
         "parameters": int(SIZES[size]),
         "positions": budget * longer,
+        "text_targets": budget / 2,
+        "definition_positions": budget * longer / 2,
+        "images": budget / 60,
         "theoretical_flops": flops,
         "executed_flops": 0.8 * flops,
         "seconds": flops / SPEED[arm],
@@ -59,6 +62,19 @@ def grid(*arms: str, seeds: int = 1) -> list[dict[str, Any]]:
     return [
         result(arm, size, budget, seed) for arm in arms for size in SIZES for budget in BUDGETS for seed in range(seeds)
     ]
+
+
+@pytest.mark.parametrize(("read", "comparable"), [(0.5, True), (0.49, True), (0.3, False)])
+def test_perplexities_of_arms_that_read_unequally_much_are_not_compared(read: float, comparable: bool) -> None:
+    results = grid("transfusion", "chameleon")
+    for one in results:
+        if one["arm"] == "chameleon":
+            one["definition_positions"] = read * one["positions"]
+    parity = analyse(results)["parity"]["flops"]
+    found = parity["text_perplexity"]["transfusion"]["observed"]
+    assert (found["ratio"] is not None) == comparable
+    assert ("1.7 times the text at equal positions: not comparable" in found["note"]) != comparable
+    assert parity["frechet"]["transfusion"]["observed"]["ratio"] is not None, "pictures are compared all the same"
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

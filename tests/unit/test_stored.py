@@ -25,6 +25,7 @@ from transfuse.data import (
     StepLoader,
     StoredPictures,
     StoredTexts,
+    Texts,
 )
 from transfuse.data.build import build_set
 from transfuse.data.dataset import Split
@@ -33,10 +34,12 @@ from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.data.rows import pack
 from transfuse.data.world import glosses
+from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.errors import UserError
 from transfuse.presets import Recipe, preset
-from transfuse.presets.sources import held_out_prompts
-from transfuse.sequence import Text, Tokenizer, lay_out
+from transfuse.presets.sources import held_out_prompts, mixture, open_sources
+from transfuse.sequence import Image, Text, Tokenizer, collate, lay_out
+from transfuse.training import ObjectiveConfig, TransfusionObjective
 
 COUNT = 150
 
@@ -60,7 +63,18 @@ def folder(tmp_path_factory) -> Path:
     (root / "stories.jsonl").write_text("\n".join(map(json.dumps, lines)))
     stories = replace(shared, buckets=True, multiple=8, columns=Columns())
     build_set(str(root / "stories.jsonl"), root / "stories", stories, workers=0)
+    lines = [{"parts": [part(letter, i) for letter in ORDERS[i % len(ORDERS)]]} for i in range(90)]
+    (root / "orders.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    build_set(str(root / "orders.jsonl"), root / "orders", replace(stories, heldout=0.0), workers=0)
     return root
+
+
+ORDERS = ("ti", "it", "tit", "iti", "iit", "titit", "i", "ii", "t")
+"""documents by kind, texts and images in order"""
+
+
+def part(letter: str, number: int) -> dict[str, str]:
+    return {"text": f"part of {number}"} if letter == "t" else {"image": f"{number % 3}.png"}
 
 
 def pictures(path: Path, **changes) -> StoredPictures:
@@ -85,6 +99,7 @@ def test_the_index_foretells_every_length(folder: Path) -> None:
     for source in (
         pictures(folder / "pairs"),
         pictures(folder / "stories"),
+        pictures(folder / "orders", caption_drop=0.5),
         StoredTexts(DataSet(str(folder / "text")), 0),
     ):
         indices = np.arange(2 * source.epoch + 7)
@@ -125,13 +140,48 @@ def test_pictures_and_words_come_back(folder: Path) -> None:
         assert torch.equal(image.latent, Pixels().encode(world.render(world.scene(number))[None])[0])
 
 
-def test_stories_keep_their_order_and_cap_what_words_follow(folder: Path) -> None:
-    source = pictures(folder / "stories")
+def test_stories_keep_their_order_and_their_images_see_all_noise(folder: Path) -> None:
+    """Text stands before all of their images; what follows an image does not cap it."""
+    source = pictures(folder / "stories", caption_drop=0.0)
     for index in range(source.epoch):
         parts = source.document(index, index).parts
         assert isinstance(parts[0], Text)
         assert isinstance(parts[-1], Text)
-        assert [part.max_timestep for part in parts if not isinstance(part, Text)] == [500] * (len(parts) - 2)
+        assert [part.max_timestep for part in parts if not isinstance(part, Text)] == [None] * (len(parts) - 2)
+
+
+def test_stored_documents_are_capped_and_dropped_by_their_order(folder: Path) -> None:
+    """Images that text asks for have no cap, and their captions are dropped at the rate of pairs."""
+    source = pictures(folder / "orders", caption_drop=0.2)
+    total, dropped = dict.fromkeys(ORDERS, 0), dict.fromkeys(ORDERS, 0)
+    for index in range(20 * source.epoch):
+        document = source.document(index, index)
+        kind = "".join("t" if isinstance(part, str) else "i" for part in source.data.read(source.number(index)).parts)
+        total[kind] += 1
+        caps = [image.max_timestep for image in document.images]
+        if document.predict:
+            before = len(kind) - len(kind.lstrip("i")) if "t" in kind else 0
+            assert ["i" if isinstance(part, Image) else "t" for part in document.parts] == list(kind)
+            assert caps == [500] * before + [None] * (kind.count("i") - before)
+        else:
+            assert (len(document.parts), caps) == (1, [None])
+            dropped[kind] += 1
+    for kind, count in dropped.items():
+        assert total[kind] >= 20
+        drawn = kind in ("ti", "tit", "iti", "titit")
+        assert count / total[kind] == pytest.approx(0.2 if drawn else 0, abs=0.08), kind
+
+
+def test_timesteps_of_stories_reach_the_last(folder: Path) -> None:
+    """What follows an image does not keep drawing's first levels from it."""
+    source = pictures(folder / "stories")
+    grammar = source.tokenizer.grammar(4)
+    batch = collate([source.document(index, index) for index in range(1000)], grammar)
+    timesteps = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0).draw(batch).timesteps
+    assert timesteps is not None
+    assert len(timesteps) > 1000
+    assert float((timesteps > 500).float().mean()) == pytest.approx(0.5, abs=0.05)
+    assert int(timesteps.max()) > 990
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -214,11 +264,16 @@ def test_rows_have_every_sample_once_and_one_size(folder: Path) -> None:
 
 
 def test_a_limit_of_nothing_shows_pictures_clean(folder: Path) -> None:
-    """In documents of many parts as in pairs: not as a limit of no kind, which is the most noise."""
-    source = pictures(folder / "stories", image_first_max_timestep=0)
+    """Those before all text, in documents of many parts as in pairs; the others are learned."""
+    source = pictures(folder / "orders", image_first_max_timestep=0, caption_drop=0.0)
+    for index in range(source.epoch):
+        parts = source.document(index, index).parts
+        first = next((place for place, part in enumerate(parts) if isinstance(part, Text)), 0)
+        found = [part.target for part in parts if not isinstance(part, Text)]
+        assert found == [place > first or first == 0 for place, part in enumerate(parts) if not isinstance(part, Text)]
+        assert not any(part.max_timestep for part in parts if not isinstance(part, Text))
     shown = [image for index in range(source.epoch) for image in source.document(index, index).images]
-    assert shown
-    assert not any(image.target or image.max_timestep for image in shown)
+    assert {image.target for image in shown} == {True, False}
     pairs = pictures(folder / "pairs", image_first_max_timestep=0, caption_first=0.0)
     assert not pairs.document(0, 0).images[0].target
     with pytest.raises(ValueError, match="max_timestep: expected at least 1, found 0"):
@@ -326,6 +381,80 @@ def test_small_shares_are_right(share: float, text: int, picture: int, grammar) 
     counts = mixture.phases[0].per_pattern * [text, picture]
     for found, expected in zip(counts / counts.sum(), (share, 1 - share), strict=True):
         assert found == pytest.approx(expected, rel=0.025)
+
+
+@pytest.fixture(scope="module")
+def heavy(folder: Path, tmp_path_factory) -> Path:
+    """Text and pairs, a few of which hold most of the words; and stories whose drawn images lose long texts."""
+    root = tmp_path_factory.mktemp("heavy")
+    draws = np.random.default_rng(1)
+    lines = [f"{i} " + "word " * int(count) for i, count in enumerate(draws.pareto(0.9, 3000).clip(0, 400))]
+    (root / "words.txt").write_text("\n".join(lines))
+    config = BuildConfig(size=8, tokenizer=str(folder / "pairs"), heldout=0.1, columns=Columns(split="line"))
+    build_set(str(root / "words.txt"), root / "text", config, workers=0)
+    __import__("PIL.Image", fromlist=["Image"]).new("RGB", (8, 8)).save(root / "a.png")
+    pairs = [{"image": "a.png", "text": line} for line in lines[:900]]
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    stories = [{"parts": [{"text": line}, {"image": "a.png"}, {"text": f"{i}"}]} for i, line in enumerate(lines[:900])]
+    (root / "stories.jsonl").write_text("\n".join(map(json.dumps, stories)))
+    for name in ("pairs", "stories"):
+        build_set(str(root / f"{name}.jsonl"), root / name, replace(config, columns=Columns()), workers=0)
+    return root
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_shares_of_heavy_tailed_documents_are_right(heavy: Path, folder: Path, share: float) -> None:
+    """Over a pass of the text, in the stream; and for pictures with such captions, by what passes of them hold."""
+    text = StoredTexts(DataSet(str(heavy / "text")), 3)
+    grammar = DataSet(str(heavy / "text")).tokenizer().grammar(4)
+    mixture = Mixture([Ingredient(pictures(folder / "pairs"), 1 - share), Ingredient(text, share)], grammar)
+    (phase,) = mixture.phases
+    count = phase.reaches(1, text.epoch)
+    lengths = mixture.lengths(range(int(count)), grammar)
+    from_text = np.array([phase.place(sample)[0] == 1 for sample in range(int(count))])
+    assert from_text.sum() == text.epoch
+    assert lengths[from_text].sum() / lengths.sum() == pytest.approx(share, abs=0.005)
+    for name in ("pairs", "stories"):
+        source = pictures(heavy / name)
+        (phase,) = Mixture([Ingredient(source, 1 - share), Ingredient(text, share)], grammar).phases
+        samples = np.arange(20 * source.epoch)
+        held = phase.per_pattern * [source.lengths(samples, samples, grammar).mean(), text.mean_length(grammar)]
+        assert held[1] / held.sum() == pytest.approx(share, abs=0.005)
+
+
+def test_the_mean_length_of_a_source_is_that_of_a_pass(heavy: Path, folder: Path, tokenizer: Tokenizer) -> None:
+    grammar = DataSet(str(heavy / "text")).tokenizer().grammar(4)
+    texts = Texts([f"word {'long ' * (200 if i % 50 == 0 else 1)}" for i in range(1000)], tokenizer, 0)
+    for source in (StoredTexts(DataSet(str(heavy / "text")), 0), texts):
+        lengths = source.lengths(np.arange(source.epoch), np.arange(source.epoch), grammar)
+        assert source.mean_length(grammar) == pytest.approx(lengths.mean(), rel=1e-12)
+    for path in (heavy / "pairs", heavy / "stories", folder / "orders", folder / "stories"):
+        images = pictures(path, caption_drop=0.3)
+        indices = np.arange(60 * images.epoch)
+        found = images.lengths(indices, indices, grammar).mean()
+        assert images.mean_length(grammar) == pytest.approx(found, rel=0.015)
+
+
+@pytest.mark.parametrize("epochs", [1.0, 2.5])
+def test_steps_that_sets_suffice_for_are_counted_from_all_their_lengths(heavy: Path, epochs: float) -> None:
+    """Packed into rows: nine tenths of what the epochs hold are allowed, eleven tenths are refused."""
+    base = recipe_of(heavy, f"text,epochs={epochs}", context=600, images="none")
+    data = DataSet(str(heavy / "text"))
+    source, tokenizer = StoredTexts(data, base.seed), data.tokenizer()
+    grammar = base.model.grammar(tokenizer)
+    total = epochs * source.epoch * source.mean_length(grammar)
+    opened = open_sources(base.data)
+    for parts, fits in ((0.9, True), (1.1, False)):
+        recipe = replace(
+            base,
+            data=replace(base.data, row_length=512, batch_size=1),
+            loop=replace(base.loop, steps=round(parts * total / 512)),
+        )
+        if fits:
+            mixture(recipe, opened, tokenizer, grammar, None)
+        else:
+            with pytest.raises(UserError, match=r"expected enough for loop\.steps"):
+                mixture(recipe, opened, tokenizer, grammar, None)
 
 
 def test_a_share_too_small_to_keep_is_refused(grammar) -> None:

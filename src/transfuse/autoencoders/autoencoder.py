@@ -10,6 +10,7 @@ replaced by the nearest code (decoding replaces it, as latent diffusion does). A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -221,6 +222,28 @@ class ImageAutoencoder(nn.Module):
                 log_variance = slice(self.config.latent_channels, None)
                 last.weight[log_variance] *= 0.1
                 last.get_parameter("bias")[log_variance] = FIRST_LOG_VARIANCE
+        return self
+
+    @torch.no_grad()
+    def redraw_channels(self, channels: Sequence[int], seed: int) -> ImageAutoencoder:
+        """Give a KL's latent `channels` new weights from `seed`, as `initialise` does. Returns self.
+
+        A channel that training left at nothing but noise stays there, since nothing is lost without it. Drawn again
+        together with one that carries much, both learn what that one carried.
+        """
+        drawn = ImageAutoencoder(replace(self.config, quant_conv=False)).initialise(seed).to(self.device)
+        last = self.encoder.conv_out
+        if self.quant_conv is not None:  # its product with the convolution before it: each channel has its own filter
+            mix = self.quant_conv.weight[:, :, 0, 0].clone()
+            last.weight.copy_(torch.einsum("oi,ichw->ochw", mix, last.weight))
+            last.get_parameter("bias").copy_(mix @ last.get_parameter("bias") + self.quant_conv.get_parameter("bias"))
+            self.quant_conv.weight[:, :, 0, 0] = torch.eye(len(mix))
+            self.quant_conv.get_parameter("bias").zero_()
+        rows = [*channels, *(channel + self.config.latent_channels for channel in channels)]
+        last.weight[rows] = drawn.encoder.conv_out.weight[rows]
+        last.get_parameter("bias")[rows] = drawn.encoder.conv_out.get_parameter("bias")[rows]
+        first, new = (a.decoder.conv_in if a.post_quant_conv is None else a.post_quant_conv for a in (self, drawn))
+        first.weight[:, list(channels)] = new.weight[:, list(channels)]
         return self
 
     # --- as others use it ---

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_BLOCKS = 100
+"""of a resolution: far more than any network has; a damaged file may say more than can be built"""
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -44,6 +47,8 @@ class AutoencoderConfig:
         for name in ("blocks", "latent_channels", "groups", "codebook_size", "code_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.blocks > MAX_BLOCKS:
+            raise ValueError(f"blocks: expected at most {MAX_BLOCKS}, found {self.blocks}")
         if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
             raise ValueError(f"widths: expected multiples of groups ({self.groups}), found {self.widths}")
         if any(not 0 <= level < len(self.widths) for level in self.attended):

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..configuration import read_json
+from ..configuration import from_dict, read_json
 from ..errors import UserError
 from ..files import whole_folder
 from .autoencoder import Autoencoder, Coded, ImageAutoencoder
@@ -64,10 +64,14 @@ def load_autoencoder(
         raise UserError(f"{where}: expected the fields of an autoencoder, found a {type(values).__name__}")
     if values.get("kind") == "pixels":
         return Pixels()
-    if values.get("_class_name") not in CLASSES:
+    if values.get("_class_name") not in tuple(CLASSES):
         raise UserError(f"{where}: _class_name: expected {' or '.join(CLASSES)}, found {values.get('_class_name')!r}")
-    with torch.device("meta"):
-        autoencoder = ImageAutoencoder(from_diffusers(values, str(where)))
+    try:
+        with torch.device("meta"):
+            autoencoder = ImageAutoencoder(from_diffusers(values, str(where)))
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{where}: expected an autoencoder that can be built, found none ({reason})") from None
     load_weights(autoencoder, folder / WEIGHTS)
     autoencoder.name = _name(folder)
     autoencoder.fingerprint = fingerprint(folder)
@@ -116,6 +120,9 @@ def fingerprint(folder: Path) -> str:
 def from_diffusers(values: dict[str, Any], where: str) -> AutoencoderConfig:
     """The configuration that diffusers' fields describe. Raises UserError for what this trunk can not be."""
     kind = CLASSES[values["_class_name"]]
+    for name in ("block_out_channels", "down_block_types", "up_block_types", "latents_mean", "latents_std"):
+        if not isinstance(values.get(name, []), list | None):
+            raise UserError(f"{where}: {name}: expected a list, found {values[name]!r:.80}")
     widths = tuple(values.get("block_out_channels", (64,)))
     for field, expected in (("in_channels", 3), ("out_channels", 3), ("act_fn", "silu"), ("norm_type", "group")):
         if values.get(field, expected) != expected:
@@ -138,28 +145,24 @@ def from_diffusers(values: dict[str, Any], where: str) -> AutoencoderConfig:
             f"{where}: up_block_types: expected attention where down_block_types has it, found it elsewhere"
         )
     latent_channels = values.get("latent_channels", 4 if kind == "kl" else 3)
-    statistics = {
-        name: None if values.get(name) is None else tuple(values[name]) for name in ("latents_mean", "latents_std")
+    fields = {
+        "kind": kind,
+        "widths": widths,
+        "blocks": values.get("layers_per_block", 1),
+        "latent_channels": latent_channels,
+        "groups": values.get("norm_num_groups", 32),
+        "attended": attended["down"],
+        "middle_attention": values.get("mid_block_add_attention", True),
+        "quant_conv": values.get("use_quant_conv", True),
+        "post_quant_conv": values.get("use_post_quant_conv", True),
+        "codebook_size": values.get("num_vq_embeddings", 256),
+        "code_channels": values.get("vq_embed_dim") or latent_channels,
+        "scaling_factor": values.get("scaling_factor", 0.18215),
+        "shift_factor": values.get("shift_factor") or 0.0,
+        "latents_mean": values.get("latents_mean"),
+        "latents_std": values.get("latents_std"),
     }
-    try:
-        return AutoencoderConfig(
-            kind=kind,  # type: ignore[arg-type]
-            widths=widths,
-            blocks=values.get("layers_per_block", 1),
-            latent_channels=latent_channels,
-            groups=values.get("norm_num_groups", 32),
-            attended=tuple(attended["down"]),
-            middle_attention=values.get("mid_block_add_attention", True),
-            quant_conv=values.get("use_quant_conv", True),
-            post_quant_conv=values.get("use_post_quant_conv", True),
-            codebook_size=values.get("num_vq_embeddings", 256),
-            code_channels=values.get("vq_embed_dim") or latent_channels,
-            scaling_factor=values.get("scaling_factor", 0.18215),
-            shift_factor=values.get("shift_factor") or 0.0,
-            **statistics,
-        )
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+    return from_dict(AutoencoderConfig, fields, where)
 
 
 def to_diffusers(config: AutoencoderConfig, sample_size: int) -> dict[str, Any]:
@@ -225,6 +228,9 @@ def load_weights(autoencoder: ImageAutoencoder, path: Path) -> None:
             found = found[:2]
         if found != expected.get(name):
             raise UserError(f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {found or 'none'}")
+        if not tensors[name].is_floating_point():
+            found_type = str(tensors[name].dtype).removeprefix("torch.")
+            raise UserError(f"{path}: tensor {name}: expected floating point, found {found_type}")
     autoencoder.load_state_dict({name: tensors[name] for name in expected}, assign=True)
 
 

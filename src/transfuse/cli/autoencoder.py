@@ -53,7 +53,7 @@ def train(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Reconstruct images and report: pictures side by side, PSNR, SSIM, Frechet distance, use of the codebook.
+    """Reconstruct images and report: pictures side by side, PSNR, SSIM, Frechet distance, what each channel is worth.
 
     transfuse autoencoder inspect runs/kl/export pictures/ --out report
     """
@@ -80,6 +80,7 @@ def inspect(arguments: Sequence[str]) -> int:
         raise UserError(f"--count: expected at least 1, found {asked.count}")
     from ..autoencoders import open_autoencoder
     from ..autoencoders.features import load_features
+    from ..evaluation.distances import LEAST
     from ..studies.inspection import inspect_autoencoder, inspected_images
 
     opened = open_autoencoder(asked.autoencoder)
@@ -89,6 +90,8 @@ def inspect(arguments: Sequence[str]) -> int:
         )
     features = None if asked.features is None else load_features(asked.features)
     images, names, held_apart = inspected_images(asked.images, asked.size, asked.count)
+    if features is not None and len(images) < LEAST:
+        raise UserError(f"{asked.images}: expected at least {LEAST} images for --features, found {len(images)}")
     report = inspect_autoencoder(opened, images, names, asked.out, features, held_apart)
     if asked.json:
         print_json({"report": str(asked.out / "index.html"), **report})

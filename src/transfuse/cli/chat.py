@@ -16,6 +16,7 @@ from .parsing import parse
 from .writing import WithModel, read_picture, save_picture
 
 if TYPE_CHECKING:
+    import numpy as np
     import PIL.Image
 
 HELP = """/image PATH   show the model a picture, with what you say next
@@ -81,7 +82,7 @@ class _Session:
 
         self.asked, self.pipe = asked, asked.load()
         self.conversation = Conversation(self.pipe)
-        self.shown: list[PIL.Image.Image] = []
+        self.shown: list[np.ndarray] = []
         self.seed, self.drawn = asked.seed, 0
         self.last: tuple[PIL.Image.Image, dict[str, Any]] | None = None
 
@@ -121,7 +122,7 @@ class _Session:
         from ..inference import ImageEnd, TextDelta
         from ..inference.pictures import settings_of
 
-        said: list[str | PIL.Image.Image] = [*self.shown, line]
+        said: list[str | np.ndarray] = [*self.shown, line]
         settings: dict[str, Any] = {"seed": self.seed, "draw": self.asked.draw}
         made = settings_of(self.conversation.request(said, **settings), self.pipe.exported)
         for event in self.conversation.say(said, **settings):

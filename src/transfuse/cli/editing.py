@@ -11,15 +11,15 @@ import tyro
 
 from ..errors import UserError
 from .parsing import parse, print_json
-from .writing import WithModel, read_picture, save_picture
+from .writing import WithModel, save_picture, to_side
 
 if TYPE_CHECKING:
-    import PIL.Image
+    import numpy as np
 
 
 @dataclass(frozen=True)
 class Edit(WithModel):
-    """Change a picture: by an instruction, or by drawing it anew from part of the way, or only where a mask is white.
+    """Change a picture: by an instruction, by redrawing it from part of the way, or only where a mask selects.
 
     transfuse edit picture.png "make the background red" --out pictures
     transfuse edit picture.png "a crab on a red background" --strength 0.6
@@ -33,7 +33,7 @@ class Edit(WithModel):
     strength: float | None = None
     """begin from the picture, noised: 1 is noise alone, 0 changes nothing"""
     mask: Path | None = None
-    """a picture of the same size, white where to draw"""
+    """a picture of the same size: its transparent area is redrawn, or, if it is opaque, the white one"""
     seed: int = 0
     steps: int | None = None
     """denoising steps; the model's own default if not given"""
@@ -47,21 +47,25 @@ class Edit(WithModel):
 
 
 def edit(arguments: Sequence[str]) -> int:
-    """Change a picture as an instruction says, or draw parts of it anew."""
+    """Change a picture as an instruction says, or redraw parts of it."""
     asked = parse(Edit, arguments, "edit")
     if not asked.prompt.strip():
         raise UserError("edit: prompt: expected some text, found an empty one")
     pipe = asked.load()
+    from ..images import fit, read_image, read_mask
     from ..inference.pictures import settings_of
     from ..inference.requests import with_image_guidance
 
     side = pipe.exported.image_size
-    picture = read_picture(asked.image, side, asked.resize)
-    mask = None if asked.mask is None else read_picture(asked.mask, side, asked.resize)
+    pixels = read_image(asked.image)
+    mask = None if asked.mask is None else read_mask(asked.mask, pixels.shape[:2])
+    if mask is not None and asked.resize:
+        mask = fit(mask, side)
+    picture = to_side(pixels, asked.image, side, asked.resize)
     start = None
     if asked.strength is not None or mask is not None:
         start = pipe.start(picture, 1.0 if asked.strength is None else asked.strength, mask)
-    parts: list[str | PIL.Image.Image] = [asked.prompt] if start else [picture, asked.prompt]
+    parts: list[str | np.ndarray] = [asked.prompt] if start else [picture, asked.prompt]
     request = replace(
         with_image_guidance(pipe.request(parts, asked.steps, asked.guidance_scale), asked.image_guidance_scale),
         draw="force",

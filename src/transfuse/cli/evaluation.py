@@ -23,7 +23,7 @@ class Evaluate:
     """
 
     model: Path | None = None
-    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
+    """export folder, or a bundled model's name; not given: the newest under runs/ that draws, else the bundled one"""
     suite: tuple[str, ...] = ("quick",)
     """quick, paper, or names of measures"""
     out: Path = Path("evaluation")

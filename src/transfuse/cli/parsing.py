@@ -58,19 +58,34 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value))
 
 
+def parse_recipe(
+    command: str, recipe: Any, options: dict[str, tuple[Any, Any, str]], arguments: Sequence[str], summary: str | None
+) -> Any:
+    """A recipe with every setting as an option, beside a command's own.
+
+    options: type, default and help of each by name. Returns an object with `recipe` and each of them as attributes.
+    """
+    # Built here, so that the command line starts without importing torch.
+    fields = [("recipe", Annotated[type(recipe), tyro.conf.arg(name="")])]
+    fields += [(name, Annotated[kind, tyro.conf.arg(help=text)]) for name, (kind, _, text) in options.items()]
+    kind = dataclasses.make_dataclass(command.title(), fields, frozen=True, namespace={"__doc__": summary})
+    defaults = {name: default for name, (_, default, _) in options.items()}
+    return parse(kind, arguments, command, kind(recipe=recipe, **defaults))
+
+
 def parse_run(
     command: str, recipe: Any, preset: str, arguments: Sequence[str], summary: str | None
 ) -> tuple[Any, Path, bool]:
     """A recipe with every setting as an option, beside --run and --json. Returns the recipe, the run's folder, json."""
-    # Built here, so that the command line starts without importing torch.
-    fields = [
-        ("recipe", Annotated[type(recipe), tyro.conf.arg(name="")]),
-        ("run", Annotated[Path, tyro.conf.arg(help="folder of the run: checkpoints, metrics, samples, export")]),
-        ("json", Annotated[bool, tyro.conf.arg(help="end with one line of JSON")]),
-    ]
-    kind = dataclasses.make_dataclass("Run", fields, frozen=True, namespace={"__doc__": summary})
-    asked = parse(kind, arguments, command, kind(recipe, Path("runs") / preset, False))
+    options = {
+        "run": (Path, Path("runs") / preset, "folder of the run: checkpoints, metrics, samples, export"),
+        "json": (bool, False, JSON),
+    }
+    asked = parse_recipe(command, recipe, options, arguments, summary)
     return asked.recipe, asked.run, asked.json
+
+
+JSON = "end with one line of JSON"
 
 
 def act(

@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import tyro
-
 from ..errors import UserError
-from .parsing import parse, print_json
+from .parsing import JSON, parse_recipe, preset_name, print_json
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What a preset costs: parameters, operations, memory; with a card, also what fits, how long, and how to start it.
-
-    transfuse plan 7b --gpus 64 --gpu h100
-    """
-
-    name: tyro.conf.Positional[str]
-    gpus: int = 1
-    """cards, on nodes of 8"""
-    gpu: str | None = None
-    """card to plan for: a100-40, a100, h100, h200, b200, l40s, rtx4090 and others; None: figures of the recipe alone"""
-    mfu: float | None = None
-    """share of the card's peak that training is taken to reach; None: 0.40, an assumption"""
-    json: bool = False
-    """end with one line of JSON"""
+OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "gpus": (int, 1, "cards, on nodes of 8"),
+    "gpu": (
+        str | None,
+        None,
+        "card to plan for: a100-40, a100, h100, h200, b200, l40s, rtx4090, ...; None: figures of the recipe alone",
+    ),
+    "mfu": (
+        float | None,
+        None,
+        "share of the card's peak that training is taken to reach; None: 0.40, an assumption",
+    ),
+    "json": (bool, False, JSON),
+}
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Parameters, operations and memory of a preset; on given GPUs also time, and the line that starts it."""
-    from ..presets import preset
+    """What a preset costs: parameters, operations, memory; with a card, also what fits, how long, and how to start it.
+
+    transfuse plan 7b --gpus 64 --gpu h100 --data.batch-size 1024
+
+    Every setting of the recipe is an option, as it is of transfuse train.
+    """
+    from ..presets import PRESETS, preset
     from ..presets.cluster import cluster_plan
     from ..presets.plan import plan as figures
 
-    asked = parse(Plan, arguments, "plan")
-    recipe = preset(asked.name)
+    named = preset_name("plan", arguments, PRESETS, plan.__doc__)
+    if named is None:
+        return 0
+    asked = parse_recipe("plan", preset(named[0]), OPTIONS, named[1], plan.__doc__)
+    recipe = asked.recipe
     if asked.gpu is None and (asked.gpus, asked.mfu) != (1, None):
         raise UserError("plan: expected a card (--gpu h100) with --gpus or --mfu, found none")
     found = figures(recipe)

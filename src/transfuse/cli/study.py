@@ -114,7 +114,7 @@ class ImageEditing:
     run: Path = Path("runs/image-editing")
     """folder for the run, what is drawn, and the report; what is done is not done again"""
     start: Path | None = None
-    """export, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
+    """export, or a bundled model's name; not given: the newest under runs/ that draws, else the bundled one"""
     triples: int = 8000
     """different edits"""
     epochs: float = 4.0

@@ -9,25 +9,33 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from ..console import say
 from ..devices import Device, Precision, for_inference
 from ..errors import UserError
-from ..folders import DEFAULT, bundled_models, is_export
+from ..folders import DEFAULT, bundled_models, draws, trained_exports
 from .parsing import parse, print_json
 
 if TYPE_CHECKING:
+    import numpy as np
     import PIL.Image
 
     from ..inference import TransfusionPipeline
 
 
 def default_model() -> Path:
-    """What `--model` means when it is not given: the model that was exported last under runs/, else the bundled one."""
-    files = sorted(Path("runs").glob("*/export/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for file in files:
-        if is_export(file.parent):  # an autoencoder's export lies there, too
-            return file.parent
+    """The model that a command uses where `--model` names none; it and the reason are reported on standard error.
+
+    It is the newest export under runs/ that draws, else the bundled model. Raises UserError where there is neither.
+    """
+    trained = trained_exports()
+    for folder in trained:
+        if draws(folder):
+            say(f"{folder}: the model used, the newest export under runs/ that draws; --model names another")
+            return folder
+    there = "only models that draw nothing" if trained else "no models"
     if DEFAULT not in bundled_models():
-        raise UserError("--model: expected an export folder, found none under runs/: train one first (make demo)")
+        raise UserError(f"--model: expected an export folder, found {there} under runs/: train one first (make demo)")
+    say(f"{DEFAULT}: the model used, the one in the package, for there are {there} under runs/; --model names another")
     return Path(DEFAULT)
 
 
@@ -36,7 +44,7 @@ class WithModel:
     """What every command that runs a model asks."""
 
     model: Path | None = None
-    """export folder, or a bundled model's name; not given: the newest under runs/, else the bundled one"""
+    """export folder, or a bundled model's name; not given: the newest under runs/ that draws, else the bundled one"""
     device: Device = "auto"
     """where the network computes; auto: CUDA where there is one, else the CPU"""
     precision: Precision = "auto"
@@ -61,19 +69,23 @@ def save_picture(picture: PIL.Image.Image, path: Path, settings: dict[str, Any])
     return str(path)
 
 
-def read_picture(path: Path, side: int, resize: bool) -> PIL.Image.Image:
+def read_picture(path: Path, side: int, resize: bool) -> np.ndarray:
     """A picture file for a model of that size. Raises UserError where it has another and is not to be fitted."""
-    import PIL.Image
+    from ..images import read_image
 
-    from ..images import fit, read_image
+    return to_side(read_image(path), path, side, resize)
 
-    pixels = read_image(path)
+
+def to_side(pixels: np.ndarray, path: Path, side: int, resize: bool) -> np.ndarray:
+    """Fit the pixels of a file to a model's size. Raises UserError as `read_picture`."""
+    from ..images import fit
+
     if resize:
         pixels = fit(pixels, side)
     height, width = pixels.shape[:2]
     if (height, width) != (side, side):
         raise UserError(f"{path}: expected {side}x{side} pixels, found {width}x{height}; --resize fits it")
-    return PIL.Image.fromarray(pixels)
+    return pixels
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,16 @@ from .loader import Finish, StepLoader, unchanged
 from .mixing import Ingredient, Mixture
 from .remote import Cache
 from .rows import Rows
-from .sources import EditConfig, PairConfig, SceneEdits, ScenePairs, Source, Texts, pair_document
+from .sources import (
+    EditConfig,
+    PairConfig,
+    SceneEdits,
+    ScenePairs,
+    Source,
+    Texts,
+    interleaved_document,
+    pair_document,
+)
 from .stored import StoredPictures, StoredTexts
 
 __all__ = [
@@ -28,5 +37,6 @@ __all__ = [
     "StoredPictures",
     "StoredTexts",
     "Texts",
+    "interleaved_document",
     "pair_document",
 ]

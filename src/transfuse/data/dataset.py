@@ -36,7 +36,7 @@ from ..sequence import Tokenizer
 from .remote import Cache, MissingError, is_remote
 from .shuffle import Place, Shuffle
 
-VERSION = 1
+VERSION = 2
 SUMS = "SHA256SUMS"
 DOCUMENT = np.dtype(
     [
@@ -45,10 +45,11 @@ DOCUMENT = np.dtype(
         ("tokens", "<u4"),
         ("first_picture", "<u8"),
         ("pair", "?"),
+        ("conditional", "?"),  # text stands before its last picture
         ("hash", "u1", (16,)),
     ]
 )
-ROW = struct.Struct("<QIIQ?16s")
+ROW = struct.Struct("<QIIQ??16s")
 """a row of DOCUMENT"""
 PICTURE = np.dtype([("rows", "<u2"), ("columns", "<u2")])
 OPEN_SHARDS = 64
@@ -140,7 +141,9 @@ class DataSet:
             raise UserError(f"{where}: expected JSON, found something else ({error})") from None
         if not isinstance(values, dict) or values.get("version") != VERSION:
             found = values.get("version") if isinstance(values, dict) else type(values).__name__
-            raise UserError(f"{self.path}/manifest.json: version: expected {VERSION}, found {found}")
+            raise UserError(
+                f"{self.path}/manifest.json: version: expected {VERSION}, found {found}; build the set again"
+            )
         self.manifest = from_dict(Manifest, values, f"{self.path}/manifest.json")
         self._manifest, self.fingerprint = manifest, _fingerprint(manifest)
         self.documents = self._mapped("documents.npy", DOCUMENT, self.manifest.documents)
@@ -196,14 +199,26 @@ class DataSet:
 
     def image_positions(self, numbers: np.ndarray, side: int) -> np.ndarray:
         """Positions `[n]` that the pictures of documents `[n]` take in patches of `side` pixels, with their markers."""
+        first, counts = self._pictures_of(numbers)
+        owners = np.repeat(np.arange(len(numbers)), counts)
+        places = np.arange(len(owners)) + np.repeat(first - (counts.cumsum() - counts), counts)
+        return np.bincount(owners, self._positions(places, side), len(numbers)).astype(np.int64)
+
+    def last_image_positions(self, numbers: np.ndarray, side: int) -> np.ndarray:
+        """The same of each document's last picture alone; every one of the documents has a picture."""
+        first, counts = self._pictures_of(numbers)
+        return self._positions(first + counts - 1, side)
+
+    def _pictures_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The place in the index of each document's first picture, and how many it has."""
         first = self.documents["first_picture"][numbers].astype(np.int64)
         last = numbers == len(self) - 1
         after = self.documents["first_picture"][np.where(last, numbers, numbers + 1)].astype(np.int64)
-        counts = np.where(last, len(self.pictures), after) - first
-        owners = np.repeat(np.arange(len(numbers)), counts)
-        chosen = self.pictures[np.arange(len(owners)) + np.repeat(first - (counts.cumsum() - counts), counts)]
-        patches = chosen["rows"].astype(np.int64) * chosen["columns"] // side**2
-        return np.bincount(owners, 2 + patches, len(numbers)).astype(np.int64)
+        return first, np.where(last, len(self.pictures), after) - first
+
+    def _positions(self, places: np.ndarray, side: int) -> np.ndarray:
+        chosen = self.pictures[places]
+        return 2 + chosen["rows"].astype(np.int64) * chosen["columns"] // side**2
 
     def shard(self, number: int) -> str:
         """Where a document lies: the name of its shard."""
@@ -293,7 +308,7 @@ class DataSet:
     def _read(self, number: int) -> tuple[bytes, int, bytes]:
         """What lies there; and, as the index has them, its tokens and its hash."""
         # unpacked at once: each field of a numpy row costs as much as all of them
-        place, size, tokens, _, _, expected = ROW.unpack(self.documents[number].tobytes())
+        place, size, tokens, _, _, _, expected = ROW.unpack(self.documents[number].tobytes())
         try:
             data = os.pread(self._descriptor(number // self.manifest.shard_size), size, place)
         except (OSError, OverflowError) as error:  # of an index that is damaged

@@ -11,14 +11,16 @@ import numpy as np
 
 from ..errors import UserError
 from ..sequence import Document, Grammar
-from .sources import Source
+from .sources import Measured, Source
 
 PATTERNS = (1_000, 10_000, 100_000)
 """samples after which the order of sources repeats: the first number in which each has `PLACES`, or the last"""
-PLACES = 25
-"""of a source in a pattern: then its share is right to a fiftieth"""
-MEASURED = 200
-"""documents per source whose lengths are measured to turn token shares into sample shares"""
+PLACES = 100
+"""of a source in a pattern: then its share is right to 1 in 200"""
+SAMPLED = 2_000
+"""documents measured of a source that never ends"""
+MOST_MEASURED = 100_000
+"""documents measured of a source that does not know its lengths"""
 
 
 @dataclass(frozen=True)
@@ -87,19 +89,44 @@ class Mixture:
         shares = [part.share for part in ingredients]
         if not ingredients or min(shares) < 0 or sum(shares) <= 0:
             raise ValueError(f"shares: expected one non-negative number per source, found {shares}")
+        if grammar is not None and any(part.source is None for part in ingredients):
+            raise ValueError("sources: expected all where shares are of positions, found one left out")
         self.ingredients = list(ingredients)
-        self._means = np.ones(len(ingredients))
-        if grammar is not None:
-            self._means = np.array([_mean_length(part.source, grammar) for part in ingredients])
+        self._grammar = grammar
+        self._means = np.ones(len(ingredients)) if grammar is None else self._mean_lengths(grammar)
         self.limits = [_limit(part) for part in ingredients]
+        self.plan(final_from)
+
+    def plan(self, final_from: int | None) -> None:
+        """Divide the stream into phases: each lasts until a source is used up, or the final shares begin."""
         self.phases: list[Phase] = []
         self.end: float = math.inf
         """samples there are, until every source is used up"""
-        self._plan(final_from)
+        self._add_phases(final_from)
         self._starts = [phase.start for phase in self.phases]
 
-    def _plan(self, final_from: int | None) -> None:
-        """The phases: until a source is used up, or the final shares begin, whichever comes first; and so on."""
+    def mean_positions(self, grammar: Grammar) -> list[float]:
+        """Mean positions of a sample in each phase, by the mean lengths of its sources."""
+        means = self._means if grammar == self._grammar else self._mean_lengths(grammar)
+        return [float(phase.per_pattern @ means) / len(phase.pattern) for phase in self.phases]
+
+    def samples_in(self, positions: float, grammar: Grammar) -> int:
+        """The number of samples that take so many positions."""
+        count = 0.0
+        ends = [*self._starts[1:], math.inf]
+        for phase, end, mean in zip(self.phases, ends, self.mean_positions(grammar), strict=True):
+            count = phase.start + positions / max(mean, 1e-9)  # 0 where only samples that are left out remain
+            if count <= end:
+                break
+            positions -= (end - phase.start) * mean
+        return int(count)
+
+    def _mean_lengths(self, grammar: Grammar) -> np.ndarray:
+        """Mean positions of each source's documents, 0 of one that is left out."""
+        sources = [part.source for part in self.ingredients]
+        return np.array([0.0 if source is None else mean_length(source, grammar) for source in sources])
+
+    def _add_phases(self, final_from: int | None) -> None:
         start, done = 0, np.zeros(len(self.ingredients), dtype=np.int64)
         final = False
         while True:
@@ -173,8 +200,9 @@ def _phase(start: int, done: np.ndarray, samples: np.ndarray) -> Phase:
     return Phase(start, done, pattern, chosen.sum(0), chosen.cumsum(0) - chosen)
 
 
-def _mean_length(source: Source | None, grammar: Grammar) -> float:
-    if source is None:
-        raise ValueError("sources: expected all where shares are of positions, found one left out")
-    count = MEASURED if source.epoch is None else min(MEASURED, source.epoch)
+def mean_length(source: Source, grammar: Grammar) -> float:
+    """Mean positions of a document: over one pass, or over the first `SAMPLED` of a source that never ends."""
+    if isinstance(source, Measured):
+        return source.mean_length(grammar)
+    count = SAMPLED if source.epoch is None else min(MOST_MEASURED, source.epoch)
     return float(source.lengths(np.arange(count), np.arange(count), grammar).mean())

@@ -22,6 +22,7 @@ from ..images import decode_image, fit
 from ..sequence import Tokenizer
 from .dataset import Encoding, digest, to_members
 from .readers import Columns, Fault, Raw
+from .sources import is_conditional
 
 MOST_SIDE = 16_384
 """pixels: the index counts to 65,535, and a bucket may be wider than `size`"""
@@ -89,6 +90,8 @@ class Prepared:
     key: str
     parts: tuple[str | bytes, ...]
     pair: bool
+    conditional: bool
+    """text stands before its last picture"""
     tokens: int
     sizes: tuple[tuple[int, int], ...]
     hash: bytes
@@ -142,7 +145,7 @@ class Preparer:
             for start in range(0, len(ids), self.config.max_tokens):
                 piece = ids[start : start + self.config.max_tokens]
                 data = piece.tobytes()
-                found.append(Prepared(item.key, (data,), False, len(piece), (), digest([("tokens", data)])))
+                found.append(Prepared(item.key, (data,), False, False, len(piece), (), digest([("tokens", data)])))
             yield found or [Dropped(item.key, "empty", "no tokens")]
 
     def pictures(self, items: Iterable[Raw | Fault]) -> Iterator[list[Outcome]]:
@@ -152,7 +155,8 @@ class Preparer:
                 yield [found]
                 continue
             sizes = tuple(part.shape[:2] for part in found.parts if isinstance(part, np.ndarray))
-            tokens = sum(len(self.tokenizer.encode(part)) for part in found.parts if isinstance(part, str))
+            counts = [len(self.tokenizer.encode(part)) if isinstance(part, str) else None for part in found.parts]
+            tokens = sum(count for count in counts if count)
             if tokens > self.config.max_tokens:
                 yield [Dropped(found.key, "too many tokens", f"{tokens} of at most {self.config.max_tokens}")]
                 continue
@@ -161,7 +165,7 @@ class Preparer:
             )
             members = to_members("", parts, found.pair, self.suffix)
             stored = tuple(part for part in parts if isinstance(part, str | bytes))
-            yield [Prepared(found.key, stored, found.pair, tokens, sizes, digest(members))]
+            yield [Prepared(found.key, stored, found.pair, is_conditional(counts), tokens, sizes, digest(members))]
 
     def _cut(self, item: Raw | Fault) -> Raw | Dropped:
         """With its pictures as pixels of the size they are stored in."""
@@ -178,7 +182,7 @@ class Preparer:
                 parts.append(part)
                 continue
             try:
-                pixels = part if isinstance(part, np.ndarray) else decode_image(io.BytesIO(part), "picture")
+                pixels = part if isinstance(part, np.ndarray) else decode_image(part, "picture")
             except UserError as error:
                 return Dropped(item.key, "faulty", str(error).removeprefix("picture: "), faulty=True)
             rows, columns = pixels.shape[:2]

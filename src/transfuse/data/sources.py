@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,6 +38,13 @@ class Source(Protocol):
         """Positions `[n]` that documents will take, by index and sample `[n]`, found without making their pictures."""
 
 
+@runtime_checkable
+class Measured(Protocol):
+    """A source that knows the mean positions of its documents over one pass."""
+
+    def mean_length(self, grammar: Grammar) -> float: ...
+
+
 @dataclass(frozen=True)
 class PairConfig:
     """How a picture and its caption become a document (Transfusion section 4.1; the drop rate is our choice)."""
@@ -48,7 +55,8 @@ class PairConfig:
     """largest timestep of an image that comes before its caption (section 4.3.4); None: no limit; 0: it is shown clean,
     as a sampler shows it, and not learned"""
     caption_drop: float = 0.1
-    """share of the caption-first pairs whose caption is left out, for guidance; captioning pairs keep theirs"""
+    """share of the caption-first pairs, and of documents of several parts whose last image has text before it, that
+    lose their text, for guidance; captioning documents keep theirs"""
 
     def __post_init__(self) -> None:
         for name in ("caption_first", "caption_drop"):
@@ -84,6 +92,37 @@ def pair_document(text: tuple[int, ...], image: Image, config: PairConfig, seed:
         return Document([before_words(image, config), Text(text)], sample=sample)
     document = Document([Text(text), image], sample=sample)
     return unconditional(document) if order == "unconditional" else document
+
+
+def interleaved_document(parts: Sequence[Text | Image], config: PairConfig, seed: int, sample: int) -> Document:
+    """Texts and images in the order they have, noised and dropped by that order.
+
+    An image with text before it is drawn: it sees every level of noise, whatever follows it. An image before all text
+    is shown as `before_words` says. In a document without text every image is drawn.
+    Of the documents with text before their last image, the share `caption_drop` becomes `unconditional(document)`: its
+    last image alone. The text after that image goes, too, because nothing follows it in the sampler's null branch.
+    """
+    tokens = [len(part.ids) if isinstance(part, Text) else None for part in parts]
+    first_text = next((place for place, count in enumerate(tokens) if count), 0)
+    shown = [
+        before_words(part, config) if isinstance(part, Image) and place < first_text else part
+        for place, part in enumerate(parts)
+    ]
+    document = Document(shown, sample=sample)
+    if is_conditional(tokens) and caption_dropped(config, seed, sample):
+        return unconditional(document)
+    return document
+
+
+def is_conditional(tokens: Sequence[int | None]) -> bool:
+    """Whether a document has text before its last image; `tokens` counts those of each part, None is an image."""
+    images = [place for place, count in enumerate(tokens) if count is None]
+    return any(tokens[: images[-1]]) if images else False
+
+
+def caption_dropped(config: PairConfig, seed: int, sample: int) -> bool:
+    """Whether a document of several parts loses its text, if it may, by the draw of (seed, sample)."""
+    return Draws("interleaved", seed, sample).chance(config.caption_drop)
 
 
 def images_of(pictures: np.ndarray, autoencoder: Autoencoder) -> list[Image]:
@@ -238,23 +277,35 @@ class Texts:
     """Text-only documents: all of them in a new order each epoch."""
 
     name = "glosses"
+    _counted: ClassVar[dict[tuple[str, tuple[str, ...]], np.ndarray]] = {}
+    """tokens of each text, by tokenizer: several sources of a process read the same texts"""
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         if not texts:
             raise ValueError("texts: expected at least one, found none")
-        self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
+        self.texts, self.tokenizer, self.seed = tuple(texts), tokenizer, seed
         self.epoch = len(texts)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def document(self, index: int, sample: int) -> Document:
-        return Document([Text(self.tokenizer.encode(self._text(index)))], sample=sample)
+        return Document([Text(self.tokenizer.encode(self.texts[self._place(index)]))], sample=sample)
+
+    def mean_length(self, grammar: Grammar) -> float:
+        """Mean positions of a document over a pass."""
+        return float(positions(self._tokens(), []).mean())
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
-        return positions(np.array([len(self.tokenizer.encode(self._text(index))) for index in indices.tolist()]), [])
+        return positions(self._tokens()[[self._place(index) for index in indices.tolist()]], [])
 
-    def _text(self, index: int) -> str:
+    def _tokens(self) -> np.ndarray:
+        key = self.tokenizer.fingerprint, self.texts
+        if key not in self._counted:
+            self._counted[key] = np.array([len(self.tokenizer.encode(text)) for text in self.texts])
+        return self._counted[key]
+
+    def _place(self, index: int) -> int:
         epoch, place = divmod(index, len(self.texts))
         if self._order[0] != epoch:
             order = torch.randperm(len(self.texts), generator=keyed(self.seed, "texts", epoch))
             self._order = (epoch, order.numpy())
-        return self.texts[self._order[1][place]]
+        return int(self._order[1][place])

@@ -8,7 +8,7 @@ pairs.lengths(...)                 # the positions of many, from the index alone
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from ..images import decode_image
 from ..sequence import Document, Grammar, Image, Text, Tokenizer, positions
 from .dataset import DataSet, Split, Stored
 from .shuffle import Shuffle
-from .sources import PairConfig, before_words, images_of, pair_document, pair_order
+from .sources import PairConfig, caption_dropped, images_of, interleaved_document, pair_document, pair_order
 
 BLOCK = 512
 """numbers of documents found at once"""
+CHUNK = 1 << 20
+"""documents whose lengths are added up at once"""
 
 
 class StoredSource:
@@ -51,6 +53,11 @@ class StoredSource:
             places[chosen] = self._order(int(epoch))(places[chosen])
         return self.data.number(self.split, places)
 
+    def _pass(self) -> Iterator[np.ndarray]:
+        """The documents of the set that one pass has, many at a time."""
+        for start in range(0, self.epoch, CHUNK):
+            yield self.data.number(self.split, np.arange(start, min(start + CHUNK, self.epoch)))
+
     def _order(self, epoch: int) -> Shuffle:
         if self._shuffle is None or self._shuffle[0] != epoch:
             self._shuffle = epoch, Shuffle(self.epoch, self.seed, self.split, epoch)
@@ -58,10 +65,7 @@ class StoredSource:
 
 
 class StoredPictures(StoredSource):
-    """Pairs, which training puts in either order, and documents of several parts, whose order stays.
-
-    Pictures that a text follows are capped in their noise as in captioning (Transfusion section 4.3.4).
-    """
+    """Pairs, which training puts in either order, and documents of several parts, whose order stays."""
 
     def __init__(
         self,
@@ -86,11 +90,33 @@ class StoredPictures(StoredSource):
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
         numbers = self.numbers(indices)
-        tokens = self.data.documents["tokens"][numbers].astype(np.int64)
-        for place in np.flatnonzero(self.data.documents["pair"][numbers]):
+        side = grammar.patch_size * self.autoencoder.factor
+        documents = self.data.documents[numbers]
+        tokens = documents["tokens"].astype(np.int64)
+        images = self.data.image_positions(numbers, side)
+        for place in np.flatnonzero(documents["pair"]):
             if pair_order(self.config, self.seed, int(samples[place])) == "unconditional":
                 tokens[place] = 0
-        return positions(tokens, []) + self.data.image_positions(numbers, grammar.patch_size * self.autoencoder.factor)
+        conditional = np.flatnonzero(documents["conditional"])
+        dropped = [i for i in conditional if caption_dropped(self.config, self.seed, int(samples[i]))]
+        tokens[dropped] = 0
+        images[dropped] = self.data.last_image_positions(numbers[dropped], side)
+        return positions(tokens, []) + images
+
+    def mean_length(self, grammar: Grammar) -> float:
+        """Mean positions of a document over a pass; of one that may lose its text, the expected ones."""
+        side, total = grammar.patch_size * self.autoencoder.factor, 0.0
+        for numbers in self._pass():
+            documents = self.data.documents[numbers]
+            tokens, images = documents["tokens"].astype(np.int64), self.data.image_positions(numbers, side)
+            total += positions(tokens, []).sum() + images.sum()
+            total -= self.config.caption_first * self.config.caption_drop * tokens[documents["pair"]].sum()
+            conditional = documents["conditional"]
+            lost = (
+                tokens[conditional] + images[conditional] - self.data.last_image_positions(numbers[conditional], side)
+            )
+            total -= self.config.caption_drop * lost.sum()
+        return total / self.epoch
 
     def document(self, index: int, sample: int) -> Document:
         """Raises DamagedError where the set is damaged there."""
@@ -110,12 +136,7 @@ class StoredPictures(StoredSource):
             assert isinstance(image, Image)
             assert isinstance(text, Text)
             return pair_document(text.ids, image, self.config, self.seed, sample)
-        last_text = max((place for place, part in enumerate(parts) if isinstance(part, Text)), default=-1)
-        capped = [
-            before_words(part, self.config) if isinstance(part, Image) and place < last_text else part
-            for place, part in enumerate(parts)
-        ]
-        return Document(capped, sample=sample)
+        return interleaved_document(parts, self.config, self.seed, sample)
 
     def _image(self, number: int, stored: Stored, part: bytes | np.ndarray) -> Image:
         picture = decode_picture(self.data, number, stored, part)
@@ -134,7 +155,7 @@ def decode_picture(data: DataSet, number: int, stored: Stored, part: bytes | np.
     if isinstance(part, np.ndarray):
         return part
     try:
-        return decode_image(io.BytesIO(part), "picture")
+        return decode_image(part, "picture")
     except UserError as error:
         raise data.damaged(number, str(error).removeprefix("picture: "), stored.key) from None
 
@@ -142,8 +163,15 @@ def decode_picture(data: DataSet, number: int, stored: Stored, part: bytes | np.
 class StoredTexts(StoredSource):
     """Documents of token ids."""
 
+    def mean_length(self, grammar: Grammar) -> float:
+        """Mean positions of a document over a pass."""
+        return sum(int(positions(self._tokens(numbers), []).sum()) for numbers in self._pass()) / self.epoch
+
     def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
-        return positions(self.data.documents["tokens"][self.numbers(indices)].astype(np.int64), [])
+        return positions(self._tokens(self.numbers(indices)), [])
+
+    def _tokens(self, numbers: np.ndarray) -> np.ndarray:
+        return self.data.documents["tokens"][numbers].astype(np.int64)
 
     def document(self, index: int, sample: int) -> Document:
         ids = self.data.read_ids(self.number(index))

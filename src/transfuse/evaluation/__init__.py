@@ -1,4 +1,4 @@
-"""Evaluation: what a model can do, in numbers with intervals, beside what is possible and what chance gives."""
+"""Evaluation: what a model can do, in numbers with intervals, next to chance and to a reference."""
 
 from .bench import Bench, Measure, Options, model_hash
 from .interval import Measured, agreement_by_chance, bootstrap, share

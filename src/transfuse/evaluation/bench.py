@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import PIL.Image
 import torch
 
+from ..configuration import to_dict
 from ..data.world import WorldConfig
 from ..errors import UserError
+from ..export import Exported
 from ..files import sha256
 from ..folders import find_export
 from ..inference import Request, TransfusionPipeline
 from ..version import __version__
 from .detector import Detector, keep_detector
-from .generate import Outcome, Task, generate
-from .recogniser import Recogniser, keep_recogniser
+from .generate import Outcome, Task, generate, short_hash
+from .recogniser import Recogniser, keep_recogniser, weights_digest
 from .result import Drawing, Findings
 
 
@@ -61,7 +64,7 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """model: a hash of the weights and all that travels with them. folder: for what is made, and for judges."""
+    """model: the name that results carry, a hash of the export's files. folder: for what is made, and for judges."""
 
     pipe: TransfusionPipeline
     model: str
@@ -76,9 +79,15 @@ class Bench:
     def device(self) -> torch.device:
         return next(self.pipe.exported.model.parameters()).device
 
+    @cached_property
+    def loaded(self) -> str:
+        """A hash of the model as it is loaded, whatever its name."""
+        return loaded_hash(self.pipe.exported)
+
     def make(self, task: Task) -> Outcome:
-        """Have the model do a task, or read what it did."""
-        return generate(self.folder / "generated", task, self.batch)
+        """Have the model do a task, or read what this version of the package had the same model do."""
+        settings = {"model": self.model, "loaded": self.loaded, "version": self.version, **task.settings}
+        return generate(self.folder / "generated", replace(task, settings=settings), self.batch)
 
     def settled(self) -> Bench:
         """With the model's own way of drawing where none was asked for. Raises UserError for one it can not do."""
@@ -113,7 +122,8 @@ class Bench:
 @dataclass(frozen=True, eq=False)
 class Measure:
     """check: raises UserError, before any work, for what is missing. numbers: names of the results that `score` gives,
-    known before any work, too. draws: a sweep repeats it with each drawing."""
+    known before any work, too. draws: a sweep repeats it with each drawing. compared: what each result's `floor` and
+    `ceiling` are, for the page."""
 
     name: str
     about: str
@@ -121,6 +131,7 @@ class Measure:
     score: Callable[[Bench], Findings]
     numbers: Callable[[Bench], Sequence[str]]
     draws: bool = False
+    compared: str = ""
 
 
 def model_hash(export: Path) -> str:
@@ -129,3 +140,20 @@ def model_hash(export: Path) -> str:
     for path in sorted(path for path in export.rglob("*") if path.suffix in (".json", ".safetensors")):
         digest.update(f"{path.relative_to(export).as_posix()} {sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def loaded_hash(exported: Exported) -> str:
+    """Eight digits of a hash of a loaded model: weights, dtype, settings, tokenizer, autoencoder, ways of drawing."""
+    model = exported.model
+    kinds = {f"{type(weight.data).__name__} {weight.dtype}" for weight in model.parameters()}
+    facts = {
+        "weights": weights_digest(model.state_dict()) if exported.weights is None else exported.fingerprint,
+        "kinds": sorted(kinds),
+        "model": to_dict(model.config),
+        "diffusion": to_dict(exported.process.config),
+        "generation": to_dict(exported.generation),
+        "image_size": exported.image_size,
+        "tokenizer": exported.tokenizer.fingerprint,
+        "autoencoder": exported.autoencoder.fingerprint,
+    }
+    return short_hash(facts)

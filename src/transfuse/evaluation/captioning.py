@@ -16,11 +16,12 @@ import numpy as np
 import PIL.Image
 
 from ..data.world import colours_in, nouns_in
+from ..errors import UserError
 from .bench import Bench, Measure
 from .generate import Made, Task
 from .interval import Measured, bootstrap, resampled, share
 from .pairs import Pairs, bench_pairs, check_pairs
-from .result import Exhibit, Findings, Result
+from .result import Exhibit, Findings, Result, extremes
 from .words import check_words, open_words
 
 ORDER = 4
@@ -29,6 +30,8 @@ SIGMA = 6.0
 """of the penalty on lengths that differ, in words"""
 MAX_TOKENS = 64
 SHOWN = 12
+LEAST = 2
+"""pictures; among one, no word is rarer than another, and every CIDEr-D is 0"""
 NAMES = ("CIDEr-D x 100", "BLEU-4 x 100")
 OF_THE_WORLD = ("nouns right", "background right")
 """of captions of the bundled world, where it is known what there is to see"""
@@ -47,9 +50,12 @@ def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
     """Of tokenized captions, one an image, and the references of each image: float64 `[image]`, 0 to 1000.
 
     Cosines of n-gram counts weighted by rarity among the images' references, clipped, less for lengths that differ,
-    averaged over n and references; times 10 as its authors have it, times 100 as everybody prints it.
+    averaged over n and references; times 10 as its authors have it, times 100 as everybody prints it. Raises ValueError
+    for fewer than `LEAST` images.
     """
     _check_lengths("cider_d", captions, references)
+    if len(captions) < LEAST:
+        raise ValueError(f"cider_d: expected at least {LEAST} images, found {len(captions)}")
     cooked = [[n_grams(reference) for reference in some] for some in references]
     images: Counter[tuple[str, ...]] = Counter()
     for some in cooked:
@@ -121,7 +127,7 @@ def caption_task(bench: Bench, pairs: Pairs) -> Task:
         said = bench.pipe.caption(pictures, max_tokens=MAX_TOKENS)
         return [Made({"id": pairs.ids[n], "said": text}) for n, text in zip(numbers, said, strict=True)]
 
-    settings = {"model": bench.model, "data": pairs.label, "max_tokens": MAX_TOKENS, "prompt": "the picture alone"}
+    settings = {"data": pairs.whole_label, "max_tokens": MAX_TOKENS, "prompt": "the picture alone"}
     return Task("captions", settings, len(pairs.ids), work)
 
 
@@ -146,19 +152,21 @@ def _score(bench: Bench) -> Findings:
             bootstrap(scores),
             "higher",
             f"{code}, n 4, sigma 6",
-            pairs.label,
+            pairs.whole_label,
             floor=float(elsewhere.mean()),
             ceiling=ceiling,
         ),
-        Result.of(NAMES[1], bleu_4(words, references), "higher", f"{code}, nearest length", pairs.label),
+        Result.of(NAMES[1], bleu_4(words, references), "higher", f"{code}, nearest length", pairs.whole_label),
     ]
     if bench.options.captions is None:
         results += _seen_right(bench, pairs, said)
-    order = np.argsort(scores)
-    shown = sorted({*order[:SHOWN].tolist(), *order[-SHOWN:].tolist()}, key=lambda n: -scores[n])
     exhibits = [
-        Exhibit(f"{said[n] or '(nothing)'}  [{scores[n]:.0f}]", [(pairs.picture(n), pairs.references[n][0])])
-        for n in shown
+        Exhibit(
+            f"{said[n] or '(nothing)'}  [{scores[n]:.0f}]",
+            [(pairs.picture(n), pairs.references[n][0])],
+            group=title,
+        )
+        for n, title in extremes(scores, SHOWN, "captions", "CIDEr-D")
     ]
     return Findings(results, exhibits)
 
@@ -173,7 +181,7 @@ def _seen_right(bench: Bench, pairs: Pairs, said: Sequence[str]) -> Iterator[Res
         )
         best = np.array([find(some[-1]) == there for some, there in zip(pairs.references, truth, strict=True)])
         bounds = {"floor": float(elsewhere.mean()), "ceiling": float(best.mean())}
-        yield Result.of(name, share(right), "higher", f"{bench.version}, words found", pairs.label, **bounds)
+        yield Result.of(name, share(right), "higher", f"{bench.version}, words found", pairs.whole_label, **bounds)
 
 
 def _numbers(bench: Bench) -> Sequence[str]:
@@ -181,8 +189,17 @@ def _numbers(bench: Bench) -> Sequence[str]:
 
 
 def _check(bench: Bench) -> None:
-    check_pairs(bench)
+    pairs = check_pairs(bench, "captioning", LEAST)
+    if len({tuple(sorted(some)) for some in pairs.references}) == 1:
+        raise UserError(
+            f"captioning: expected references that tell pictures apart, found the same of all ({pairs.name})"
+        )
     check_words(bench.options.ptb_jar)
 
 
-CAPTIONING = Measure("captioning", "CIDEr-D and BLEU-4 of captions", _check, _score, _numbers)
+COMPARED = (
+    "Chance: each caption held against the references of another picture. Reference: of CIDEr-D, the first reference "
+    "caption of each picture against its others, which a model's captions can pass; of nouns and backgrounds, captions "
+    "that the bundled world gives its own scenes."
+)
+CAPTIONING = Measure("captioning", "CIDEr-D and BLEU-4 of captions", _check, _score, _numbers, compared=COMPARED)

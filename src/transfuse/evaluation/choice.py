@@ -19,7 +19,7 @@ from ..sequence import Document, Text, Tokenizer
 from .bench import Bench, Measure
 from .generate import Made, Task, short_hash
 from .interval import share
-from .result import Exhibit, Findings, Result
+from .result import Exhibit, Findings, Result, first_of
 
 CHOICES = 4
 NEIGHBOURS = 12
@@ -84,7 +84,7 @@ def _score(bench: Bench) -> Findings:
         return [Made({"nats": nats[at * CHOICES : (at + 1) * CHOICES]}) for at in range(len(asked))]
 
     data = short_hash([[q.context, *q.choices, q.answer] for q in questions])
-    task = Task("choice", {"model": bench.model, "data": data}, len(questions), work)
+    task = Task("choice", {"data": data}, len(questions), work)
     nats = np.array([record["nats"] for record in bench.make(task).records])
     sizes = np.array([[len(text.encode()) for text in q.choices] for q in questions])
     answers = np.array([q.answer for q in questions])
@@ -96,11 +96,16 @@ def _score(bench: Bench) -> Findings:
         results.append(Result.of(name, share(right), "higher", said, label, floor=1 / CHOICES, ceiling=1.0))
     chosen = (nats / sizes).argmin(1)
     exhibits = [
-        Exhibit(q.context, marks=[(q.choices[q.answer], bool(at == q.answer), q.choices[at])])
+        Exhibit(
+            q.context,
+            marks=[(q.choices[q.answer], bool(at == q.answer), q.choices[at])],
+            group=first_of(len(questions), SHOWN, "questions"),
+        )
         for q, at in zip(questions[:SHOWN], chosen, strict=False)
     ]
     return Findings(results, exhibits)
 
 
 ABOUT = "the true ending of a definition among four"
-CHOICE = Measure("choice", ABOUT, lambda bench: None, _score, lambda bench: NAMES)
+COMPARED = "Chance: one of the endings at random. Reference: every answer right."
+CHOICE = Measure("choice", ABOUT, lambda bench: None, _score, lambda bench: NAMES, compared=COMPARED)

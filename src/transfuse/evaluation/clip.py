@@ -22,10 +22,12 @@ from .bench import Bench, Measure
 from .drawing import drawn_pairs
 from .interval import bootstrap
 from .pairs import check_pairs
-from .result import Exhibit, Findings, Result
+from .result import Exhibit, Findings, Result, extremes
 
 BATCH = 32
-SHOWN = 24
+SHOWN = 12
+LEAST = 2
+"""pictures; chance is the drawing of another prompt"""
 INSTALL = "pip install 'transfuse[eval]'"
 WHERE = "https://huggingface.co/openai/clip-vit-large-patch14, or what `open_clip.list_pretrained()` names"
 
@@ -57,7 +59,7 @@ class Clip:
 
 
 def _check(bench: Bench) -> None:
-    check_pairs(bench)
+    check_pairs(bench, "clip", LEAST)
     options = bench.options
     if importlib.util.find_spec("open_clip") is None:
         raise UserError(f"clip: expected the package open_clip, found none; install it with {INSTALL}")
@@ -97,15 +99,22 @@ def _score(bench: Bench) -> Findings:
         bootstrap(scores),
         "higher",
         implementation,
-        pairs.label,
+        pairs.whole_label,
         floor=float(clip_scores(np.roll(a, 1, 0), words).mean()),
         ceiling=float(clip_scores(b, words).mean()),
     )
-    order = np.argsort(-scores)
-    shown = [*order[: SHOWN // 2], *order[-SHOWN // 2 :]] if len(order) > SHOWN else order
     return Findings(
-        [result], [Exhibit(f"{pairs.prompts[n]}  [{scores[n]:.1f}]", [(drawn.image(n), "drawn")]) for n in shown]
+        [result],
+        [
+            Exhibit(f"{pairs.prompts[n]}  [{scores[n]:.1f}]", [(drawn.image(n), "drawn")], group=title)
+            for n, title in extremes(scores, SHOWN, "drawings", "score")
+        ],
     )
 
 
-CLIP = Measure("clip", "CLIP score of drawings with their prompts", _check, _score, lambda bench: [_title(bench)], True)
+ABOUT = "CLIP score of drawings with their prompts"
+COMPARED = (
+    "Chance: each prompt with the drawing of another. Reference: the real pictures with their prompts, which drawings "
+    "can pass."
+)
+CLIP = Measure("clip", ABOUT, _check, _score, lambda bench: [_title(bench)], True, COMPARED)

@@ -11,8 +11,8 @@ Beside them, of the same drawings: the background's colour alone.
 
 The overall score is the mean of the tasks, as GenEval has it. Each task is asked of combinations that training shows
 and of held-out ones, apart. The judge is a detector with errors of its own, so its verdict on the real pictures stands
-beside (the ceiling), and on real pictures of other prompts (chance). "Corrected" is the share that would be right if
-the judge made no errors, `(share - chance) / (ceiling - chance)` (Rogan & Gladen 1978); its interval holds them.
+beside (the reference), and on real pictures of other prompts (chance). "Corrected" is the share that would be right if
+the judge made no errors, `(share - chance) / (reference - chance)` (Rogan & Gladen 1978); its interval holds them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .detector import Detect, Detector, Seen
 from .drawing import draw_task
 from .generate import short_hash
 from .interval import CORRECTED, Measured, corrected, share
-from .result import Exhibit, Findings, Result
+from .result import Exhibit, Findings, Result, first_of
 
 LARGER = 1.25
 """a side that is so many times another is clearly larger; large things of the world are 1.6 times small ones or more"""
@@ -210,7 +210,12 @@ def _judge(
         fixed = corrected(by_task[-1])
         findings.results.append(Result.of(f"{title}{CORRECTED}", fixed, "higher", said, label, floor=0.0, ceiling=1.0))
         findings.exhibits += [
-            Exhibit(one.prompts[n], [(some[n], "drawn"), (one.real[n], "real")], [_mark(one, n, right, seen)])
+            Exhibit(
+                one.prompts[n],
+                [(some[n], "drawn"), (one.real[n], "real")],
+                [_mark(one, n, right, seen)],
+                first_of(len(right), SHOWN, f"drawings of {title}"),
+            )
             for n in range(min(SHOWN, len(right)))
         ]
     grounds = [_grounds(asked, images) for images in (drawn, [one.real for one in asked], map(other_pictures, asked))]
@@ -263,4 +268,9 @@ def _confusion(detector: Detector) -> list[list[Any]]:
     return rows
 
 
-COMPOSITION = Measure("composition", "GenEval's six tasks on the bundled world", _check, _score, _numbers, True)
+ABOUT = "GenEval's six tasks on the bundled world"
+COMPARED = (
+    "Chance: the judge's verdict on real pictures of other prompts. Reference: its verdict on the real pictures, which "
+    "a model can pass where the judge errs. Where its errors are taken out the two are 0 and 1."
+)
+COMPOSITION = Measure("composition", ABOUT, _check, _score, _numbers, True, COMPARED)

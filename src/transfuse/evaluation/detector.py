@@ -26,13 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..configuration import to_dict
 from ..console import progress
 from ..data.world import Scene, World, WorldConfig
 from ..errors import UserError
 from ..files import whole_file
 from ..keyed import keyed
-from .judge import keep_judge
+from .judge import judge_identity, keep_judge
 from .recogniser import HELD_OUT_EVERY, SEED_OFFSET, disturbed, pixels, resized, weights_digest
 
 CELL = 4
@@ -183,8 +182,7 @@ def keep_detector(path: Path, config: WorldConfig, steps: int | None = None, see
 
 
 def _identity(config: WorldConfig, steps: int, seed: int) -> str:
-    world = to_dict(_world(config, "train", 0).config)
-    return json.dumps({"world": world, "steps": steps, "seed": seed, "scenes": SCENES}, sort_keys=True)
+    return judge_identity(_world(config, "train", 0).config, steps=steps, seed=seed, scenes=SCENES)
 
 
 def _world(config: WorldConfig, split: Any, seed: int) -> World:

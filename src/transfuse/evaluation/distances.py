@@ -33,6 +33,8 @@ RESAMPLES = 24
 """for the interval of a Fréchet distance"""
 BLOCK = 1000
 """pictures whose kernels are found at once; KID is the mean over blocks, as Bińkowski et al. 2018 have it"""
+LEAST = 4
+"""pictures; fewer have no third neighbour"""
 NEIGHBOUR = 3
 """the ball around a picture reaches its third neighbour (Kynkäänniemi et al. 2019)"""
 BATCH = 32

@@ -1,7 +1,7 @@
 """How like real pictures the drawn ones are, all together: Fréchet distance, KID, precision and recall.
 
-The prompts of the data are drawn once; the pictures that belong to them are what they are compared with. Beside each
-distance stands what other real pictures, as many, are away from these: nothing drawn can be expected to come nearer.
+The prompts of the data are drawn once; the pictures that belong to them are what they are compared with. The reference
+of each number is what other real pictures, as many, score against these.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import PIL.Image
 
 from ..configuration import to_dict
-from ..errors import UserError
 from .bench import Bench, Measure
 from .distances import (
+    LEAST,
     RECOGNISER,
     all_features,
     check_features,
@@ -29,10 +29,8 @@ from .distances import (
 )
 from .generate import Made, Outcome, Task
 from .pairs import Pairs, bench_pairs, check_pairs, world_pairs
-from .result import Exhibit, Findings, Result
+from .result import Exhibit, Findings, Result, first_of
 
-LEAST = 4
-"""pictures; fewer have no third neighbour"""
 SHOWN = 24
 
 
@@ -64,7 +62,7 @@ def pictures_task(
         replies = bench.pipe.replies(requests, candidates)
         return [Made(facts(n), np.asarray(reply.images[0])) for n, reply in zip(numbers, replies, strict=True)]
 
-    return Task(name, {"model": bench.model, "data": label, "drawing": to_dict(drawing)}, count, work)
+    return Task(name, {"data": label, "drawing": to_dict(drawing)}, count, work)
 
 
 def draw_task(bench: Bench, name: str, label: str, ids: Sequence[str], prompts: Sequence[str]) -> Task:
@@ -88,10 +86,8 @@ def drawn_pairs(bench: Bench) -> tuple[Pairs, Outcome]:
 
 
 def _check(bench: Bench) -> None:
-    found = len(check_pairs(bench).ids)
+    check_pairs(bench, "drawing", LEAST)
     check_features(bench.options.features)
-    if found < LEAST:
-        raise UserError(f"drawing: expected at least {LEAST} pictures, found {found} (--count, --ids)")
 
 
 def _titles(network: str) -> tuple[str, str, str, str]:
@@ -115,7 +111,7 @@ def _score(bench: Bench) -> Findings:
     precision, recall = precision_recall(a, b)
 
     def result(title: str, found: object, better: str, key: str) -> Result:
-        return Result.of(title, found, better, said, pairs.label, ceiling=ceiling.get(key))  # type: ignore[arg-type]
+        return Result.of(title, found, better, said, pairs.whole_label, ceiling=ceiling.get(key))  # type: ignore[arg-type]
 
     titles = _titles(sees.name)
     results = [
@@ -125,10 +121,18 @@ def _score(bench: Bench) -> Findings:
         result(titles[3], recall, "higher", "recall"),
     ]
     shown = range(min(SHOWN, count))
+    title = first_of(count, SHOWN, "drawings")
     return Findings(
-        results, [Exhibit(pairs.prompts[n], [(drawn.image(n), "drawn"), (pairs.picture(n), "real")]) for n in shown]
+        results,
+        [
+            Exhibit(pairs.prompts[n], [(drawn.image(n), "drawn"), (pairs.picture(n), "real")], group=title)
+            for n in shown
+        ],
     )
 
 
 ABOUT = "Fréchet distance, KID, precision and recall of drawings"
-DRAWING = Measure("drawing", ABOUT, _check, _score, lambda bench: _titles(features_name(bench.options.features)), True)
+COMPARED = "Reference: other real pictures of the bundled world, as many, in place of the drawings, which can pass it."
+DRAWING = Measure(
+    "drawing", ABOUT, _check, _score, lambda bench: _titles(features_name(bench.options.features)), True, COMPARED
+)

@@ -7,7 +7,7 @@ The model is shown a picture and an instruction and draws. Four numbers:
     both
     rest untouched         PSNR in dB of the drawing to the target, where source and target are equal
 
-Beside them what the source scores, unchanged (chance: an editor that does nothing), and the target (the ceiling). The
+Beside them what the source scores, unchanged (chance: an editor that does nothing), and the target (reference). The
 first three once more with the judge's own errors taken out: what it says of targets, which are right, and of sources
 that are wrong.
 The paper shows edits and gives no number (section 4.4): these are not comparable with anything in it.
@@ -28,10 +28,10 @@ from ..errors import UserError
 from .bench import Bench, Measure
 from .detector import Detect, Seen
 from .drawing import pictures_task
-from .generate import Task, short_hash
+from .generate import Task, content_hash, short_hash
 from .interval import CORRECTED, bootstrap, corrected, share
 from .reconstruction import BEST_PSNR, RANGE
-from .result import Exhibit, Findings, Result
+from .result import Exhibit, Findings, Result, first_of
 
 SEED_OFFSET = 5_000_011
 SPREAD = 1
@@ -158,6 +158,7 @@ def _score(bench: Bench) -> Findings:
     edits = world_edits(config, bench.options.count)
     words = [one.instruction for one in edits.edits]
     label = f"world edits:{config.size}, {len(words)} edits, ids {short_hash([repr(one) for one in edits.edits])}"
+    label += f", pictures {content_hash(image.tobytes() for image in (*edits.sources, *edits.targets))}"
     images = bench.make(_task(bench, edits, label)).images()
     detector = bench.detector()
     found, nothing, best = (judge(edits, some, detector) for some in (images, edits.sources, edits.targets))
@@ -184,6 +185,7 @@ def _score(bench: Bench) -> Findings:
             words[n],
             [(edits.sources[n], "before"), (images[n], "drawn"), (edits.targets[n], "exact")],
             [("object right", bool(found.things[n]), ""), ("instruction obeyed", bool(found.obeyed[n]), "")],
+            first_of(len(words), SHOWN, "edits"),
         )
         for n in range(min(SHOWN, len(words)))
     ]
@@ -198,4 +200,8 @@ def _check(bench: Bench) -> None:
         raise UserError(f"editing: --candidates: expected 1, as edits have no others, found {bench.drawing.candidates}")
 
 
-EDITING = Measure("editing", ABOUT, _check, _score, lambda bench: NAMES, True)
+COMPARED = (
+    "Chance: the source, unchanged. Reference: the exact target, by the same judge. Where its errors are taken out the "
+    "two are 0 and 1."
+)
+EDITING = Measure("editing", ABOUT, _check, _score, lambda bench: NAMES, True, COMPARED)

@@ -18,7 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Made:
 class Task:
     """Something to do `count` times. `work`: numbers of items -> what was made of each, in order.
 
-    settings   everything that the records depend on, the model's hash too: another setting is another folder
+    settings   everything that the records depend on: another setting is another folder. `Bench.make` adds the model
     """
 
     name: str
@@ -80,19 +80,26 @@ def short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def content_hash(parts: Iterable[bytes]) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of the parts, each behind its length."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:12]
+
+
 def generate(folder: Path, task: Task, batch: int) -> Outcome:
     """Do what is not done yet of a task, `batch` items at a time. Raises UserError where it can not be written."""
     place = folder / task.folder
     lines = place / "items.jsonl"
     try:
         (place / "images").mkdir(parents=True, exist_ok=True)
-        if not (place / "task.json").is_file():
-            text = json.dumps({"name": task.name, "count": task.count, **task.settings}, indent=2) + "\n"
-            whole_file(place / "task.json", lambda path: path.write_text(text))
         records, _ = _whole_lines(lines)
         if len(records) < task.count:
             with lines.open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
+                text = json.dumps({"name": task.name, "count": task.count, **task.settings}, indent=2) + "\n"
+                whole_file(place / "task.json", lambda path: path.write_text(text))
                 records, size = _whole_lines(lines)
                 file.truncate(size)
                 with progress(task.name, task.count, len(records)) as bar:

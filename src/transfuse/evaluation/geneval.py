@@ -21,7 +21,7 @@ from ..errors import UserError
 from .bench import Bench, Measure
 from .drawing import draw_task
 from .generate import short_hash
-from .result import Exhibit, Findings
+from .result import Exhibit, Findings, first_of
 
 SAMPLES = 4
 SHOWN = 12
@@ -61,7 +61,8 @@ def _score(bench: Bench) -> Findings:
         raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
     say(f"geneval: {len(prompts)} pictures in {folder}; score them with GenEval's evaluate_images.py")
     first = range(0, min(SHOWN, len(lines)) * SAMPLES, SAMPLES)
-    return Findings([], [Exhibit(prompts[n], [(drawn.image(n), "drawn")]) for n in first])
+    title = first_of(len(lines), SHOWN, "prompts") + ", the first drawing of each"
+    return Findings([], [Exhibit(prompts[n], [(drawn.image(n), "drawn")], group=title) for n in first])
 
 
 ABOUT = "prompts of the original GenEval, drawn for its own scorer"

@@ -23,7 +23,8 @@ from ..inference import TransfusionPipeline
 from ..sequence import Document, Text
 from .bench import Bench, Measure
 from .choice import continuation
-from .interval import Measured
+from .generate import short_hash
+from .interval import share
 from .result import Findings, Result
 from .text import foretell, windows
 
@@ -160,11 +161,11 @@ def _score(bench: Bench) -> Findings:
         for name, values in by_name.items():
             if f"{name},none" not in scores:
                 continue
-            values.append(float(scores[f"{name},none"]))
-            spread = float(np.std([sample[name] for sample in samples])) / max(1, len(samples)) ** 0.5
-            around = Measured(values[-1], values[-1] - 1.96 * spread, values[-1] + 1.96 * spread, len(samples))
-            data = f"{task} version {found['versions'].get(task)}, {len(samples)} questions"
-            findings.results.append(Result.of(f"{task} {name}", around, "higher", said, data, ceiling=1.0))
+            right = share([sample[name] for sample in samples])
+            values.append(right.value)
+            asked = short_hash([str(sample["doc"]) for sample in samples])
+            data = f"{task} version {found['versions'].get(task)}, {len(samples)} questions, {asked}"
+            findings.results.append(Result.of(f"{task} {name}", right, "higher", said, data, ceiling=1.0))
     for name, values in by_name.items():
         if values:
             mean = float(np.mean(values))
@@ -181,4 +182,5 @@ def _numbers(bench: Bench) -> list[str]:
     ]
 
 
-HARNESS = Measure("harness", "the Llama suite through lm-evaluation-harness", _check, _score, _numbers)
+ABOUT = "the Llama suite through lm-evaluation-harness"
+HARNESS = Measure("harness", ABOUT, _check, _score, _numbers, compared="Reference: every answer right.")

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from ..configuration import to_dict
+from ..data.world import WorldConfig
+from ..data.world.sprites import SPRITE_FILE
+from ..files import sha256
+from ..version import __version__
 
 
 class Judge(Protocol):
@@ -17,6 +24,12 @@ class Judge(Protocol):
 
 
 J = TypeVar("J", bound=Judge)
+
+
+def judge_identity(world: WorldConfig, **facts: Any) -> str:
+    """Return as JSON what a judge depends on: its world and settings, the drawings of things, the package's version."""
+    package = {"version": __version__, "sprites": sha256(SPRITE_FILE)[:16]}
+    return json.dumps({"world": to_dict(world), **facts, **package}, sort_keys=True)
 
 
 def keep_judge(path: Path, identity: str, load: Callable[[Path], J], train: Callable[[], J]) -> J:

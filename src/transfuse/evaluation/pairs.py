@@ -18,6 +18,7 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..data.world import World, WorldConfig, caption
 from ..errors import UserError
 from ..images import fit, read_image
 from .bench import Bench
-from .generate import short_hash
+from .generate import content_hash, short_hash
 
 WORDINGS = 5
 """references of a scene of the bundled world, as many as COCO has; fewer where wordings coincide"""
@@ -43,18 +44,29 @@ WHERE = "https://cocodataset.org (val2014 images and annotations), or Karpathy's
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """By number: ids, one prompt, all references, and the picture uint8 `[row, column, 3]`. `label` names the data."""
+    """By number: ids, one prompt, all references, and the picture uint8 `[row, column, 3]`.
+
+    content   the bytes that picture n is made from
+    """
 
     name: str
     ids: Sequence[str]
     prompts: Sequence[str]
     references: Sequence[Sequence[str]]
     picture: Callable[[int], np.ndarray]
+    content: Callable[[int], bytes]
 
     @property
     def label(self) -> str:
+        """The prompts, by name, number and hashes: what drawings of them depend on."""
         said = f"ids {ids_fingerprint(self.ids)}, prompts {short_hash(list(self.prompts))}"
         return f"{self.name}, {len(self.ids)} pictures, {said}"
+
+    @cached_property
+    def whole_label(self) -> str:
+        """`label` with hashes of all references and of every picture's content, each of which is read for it."""
+        pictures = content_hash(self.content(number) for number in range(len(self.ids)))
+        return f"{self.label}, references {short_hash([list(some) for some in self.references])}, pictures {pictures}"
 
 
 def ids_fingerprint(ids: Sequence[str]) -> str:
@@ -71,17 +83,22 @@ def bench_pairs(bench: Bench) -> Pairs:
     return coco_pairs(options.captions, options.images, options.count, size, options.ids)
 
 
-def check_pairs(bench: Bench) -> Pairs:
-    """`bench_pairs`, looked at. Raises UserError for files that are not there, before any work."""
+def check_pairs(bench: Bench, measure: str, least: int) -> Pairs:
+    """Return `bench_pairs` for a measure that fewer than `least` pictures say nothing to.
+
+    Raises UserError, before any work, for fewer, and for files that are not there.
+    """
     options = bench.options
-    if options.captions is None:
-        if options.ids is not None:
-            raise UserError("--ids: expected --captions, whose pictures it lists, found none")
-        return bench_pairs(bench)
-    if options.images is None or not options.images.is_dir():
+    if options.captions is None and options.ids is not None:
+        raise UserError("--ids: expected --captions, whose pictures it lists, found none")
+    if options.captions is not None and (options.images is None or not options.images.is_dir()):
         found = "none" if options.images is None else str(options.images)
         raise UserError(f"--images: expected the folder of pictures that {options.captions} names, found {found}")
     pairs = bench_pairs(bench)
+    if len(pairs.ids) < least:
+        raise UserError(f"{measure}: expected at least {least} pictures, found {len(pairs.ids)} (--count, --ids)")
+    if options.captions is None:
+        return pairs
     if len(pairs.ids) < options.count:
         say(f"{options.ids or options.captions}: {len(pairs.ids)} pictures, fewer than the {options.count} asked for")
     for number in (0, len(pairs.ids) - 1):
@@ -99,7 +116,12 @@ def world_pairs(config: WorldConfig, count: int, split: Any = "heldout") -> Pair
     ]
     ids = [f"{index}:{short_hash(repr(scene))}" for index, scene in enumerate(scenes)]
     prompts = [some[0] for some in references]
-    return Pairs(f"world:{split}:{config.size}", ids, prompts, references, lambda n: world.render(scenes[n]))
+
+    def picture(number: int) -> np.ndarray:
+        return world.render(scenes[number])
+
+    name = f"world:{split}:{config.size}"
+    return Pairs(name, ids, prompts, references, picture, lambda number: picture(number).tobytes())
 
 
 def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path | None = None) -> Pairs:
@@ -126,19 +148,28 @@ def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path
         prompts = dict(list(_listed(ids, annotations, files, said).items())[:count])
         chosen = list(prompts)
     places = {key: (images / files[key], images / Path(files[key]).name) for key in chosen}
-    paths = {key: next((path for path in some if path.is_file()), None) for key, some in places.items()}
-    missing = [places[key][0] for key, path in paths.items() if path is None]
+    paths = {key: path for key, some in places.items() for path in some[::-1] if path.is_file()}
+    missing = [places[key][0] for key in chosen if key not in paths]
     if missing:
         others = f", nor of {len(missing) - 1} others" if missing[1:] else ""
         raise UserError(f"{missing[0]}: expected a picture that {annotations} names, found none{others}; from {WHERE}")
 
-    def picture(number: int) -> np.ndarray:
+    def content(number: int) -> bytes:
         path = paths[chosen[number]]
-        assert path is not None
-        return fit(read_image(path), size)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: expected a picture to read, found {error.strerror or error}") from None
 
     name = f"{annotations.stem} by {RULE if ids is None else ids.name}"
-    return Pairs(name, chosen, [prompts[key] for key in chosen], [said[key] for key in chosen], picture)
+    return Pairs(
+        name,
+        chosen,
+        [prompts[key] for key in chosen],
+        [said[key] for key in chosen],
+        lambda number: fit(read_image(paths[chosen[number]]), size),
+        content,
+    )
 
 
 def read_ids(path: Path) -> list[tuple[str, str | None]]:

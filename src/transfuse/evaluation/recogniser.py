@@ -25,13 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..configuration import to_dict
 from ..console import progress
 from ..data.world import World, WorldConfig
 from ..errors import UserError
 from ..files import whole_file
 from ..keyed import keyed
-from .judge import keep_judge
+from .judge import judge_identity, keep_judge
 
 SIDE = 32
 """pixels along a side that the network looks at; larger or smaller pictures are resized first"""
@@ -147,8 +146,8 @@ def keep_recogniser(path: Path, config: WorldConfig, steps: int | None = None, s
 
 def recogniser_identity(config: WorldConfig, steps: int, seed: int) -> str:
     """What a recogniser depends on; a saved one with another identity must not be used."""
-    world = to_dict(replace(config, split="train", kinds=None, max_objects=1, max_count=1))
-    return json.dumps({"world": world, "steps": steps, "seed": seed, "scenes": SCENES}, sort_keys=True)
+    world = replace(config, split="train", kinds=None, max_objects=1, max_count=1)
+    return judge_identity(world, steps=steps, seed=seed, scenes=SCENES)
 
 
 def train_recogniser(

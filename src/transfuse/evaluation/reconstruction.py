@@ -10,7 +10,7 @@ fewer images than the network has channels it says little. Compare only distance
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -26,6 +26,10 @@ BEST_PSNR = 100.0
 WINDOW, SIGMA = 11, 1.5
 """side and standard deviation of the Gaussian window of SSIM, in pixels"""
 K1, K2, RANGE = 0.01, 0.03, 255.0
+DECODED = 512
+"""images decoded with each kind of channel replaced, over all channels: bounds the time of `channel_losses`"""
+CARRIES_NOTHING = 0.1
+"""dB: a channel whose loss is below this carries nothing"""
 SSIM_IMAGES = 8
 """images whose structural similarity is found at once; bounds memory"""
 
@@ -73,6 +77,23 @@ class Reconstruction:
     encode_images_per_second: float
     decode_images_per_second: float
     device: str
+
+
+@dataclass(frozen=True)
+class ChannelLoss:
+    """PSNR in dB that images lose without one channel of their latents, which is replaced over all places.
+
+    by_mean    by the channel's mean over the images
+    by_noise   by Gaussian noise of the channel's mean and standard deviation over the images
+    """
+
+    by_mean: Measured
+    by_noise: Measured
+
+    @property
+    def least(self) -> float:
+        """The smaller of the two: what the channel is worth at least."""
+        return min(self.by_mean.value, self.by_noise.value)
 
 
 # --- measures of pairs ------------------------------------------------------------------------------------------------
@@ -284,3 +305,45 @@ class _Tally:
         expected = (len(images), self.autoencoder.channels, images.shape[1] // factor, images.shape[2] // factor)
         if latents.shape != expected:
             raise ValueError(f"latents of {self.autoencoder.name}: expected {expected}, found {tuple(latents.shape)}")
+
+
+@torch.inference_mode()
+def channel_losses(
+    autoencoder: Autoencoder, images: np.ndarray, batch: int = 32, advance: Callable[[int], None] = lambda count: None
+) -> list[ChannelLoss]:
+    """Return what each channel of the latents of uint8 images `[image, row, column, 3]` is worth, in order.
+
+    Measured on the first `channel_images` images; the noise is the same in every call. `advance` is called with the
+    count of images of each decoded batch.
+    """
+    images = images[: channel_images(autoencoder, len(images))]
+    latents = torch.cat(
+        [autoencoder.encode(part).detach().cpu() for part in np.split(images, range(batch, len(images), batch))]
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def decibels(replaced: Tensor) -> np.ndarray:
+        found = []
+        for start in range(0, len(images), batch):
+            part = slice(start, start + batch)
+            found.append(psnr(images[part], autoencoder.decode(replaced[part])))
+            advance(len(found[-1]))
+        return np.concatenate(found)
+
+    whole, losses = decibels(latents), []
+    for channel in range(latents.shape[1]):
+        values = latents[:, channel].double()
+        mean, deviation = values.mean(), values.std(correction=0)
+        noise = mean + deviation * torch.randn(values.shape, generator=generator, dtype=torch.float64)
+        found = []
+        for other in (mean.expand(values.shape), noise):
+            replaced = latents.clone()
+            replaced[:, channel] = other.to(latents.dtype)
+            found.append(bootstrap(whole - decibels(replaced)))
+        losses.append(ChannelLoss(*found))
+    return losses
+
+
+def channel_images(autoencoder: Autoencoder, count: int) -> int:
+    """How many of `count` images `channel_losses` measures: fewer for more channels, at least 8 where there are."""
+    return min(count, max(8, DECODED // autoencoder.channels))

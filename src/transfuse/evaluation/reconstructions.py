@@ -1,4 +1,4 @@
-"""What a model's autoencoder keeps of pictures: the most that any drawing through it can be like a real one.
+"""What a model's autoencoder keeps of pictures, without the model.
 
 PSNR, SSIM, and the Fréchet distance of reconstructions from the pictures themselves ("rFD", with FID's network rFID).
 `transfuse autoencoder inspect` shows more of an autoencoder by itself.
@@ -12,6 +12,7 @@ import numpy as np
 
 from .bench import Bench, Measure
 from .distances import (
+    LEAST,
     RECOGNISER,
     all_features,
     check_features,
@@ -30,7 +31,7 @@ SHOWN = 12
 
 
 def _check(bench: Bench) -> None:
-    check_pairs(bench)
+    check_pairs(bench, "autoencoder", LEAST)
     check_features(bench.options.features)
 
 
@@ -47,7 +48,8 @@ def _score(bench: Bench) -> Findings:
         scores = zip(psnr(pictures, rebuilt), ssim(pictures, rebuilt), rebuilt, strict=True)
         return [Made({"psnr": float(a), "ssim": float(b)}, image) for a, b, image in scores]
 
-    task = Task("reconstructions", {"model": bench.model, "data": pairs.label}, len(pairs.ids), work)
+    label = pairs.whole_label
+    task = Task("reconstructions", {"data": label}, len(pairs.ids), work)
     made = bench.make(task)
     name = bench.options.features
     sees = open_features(name, bench.recogniser() if name == RECOGNISER else None, bench.device)
@@ -58,13 +60,18 @@ def _score(bench: Bench) -> Findings:
     seen = f"{said}, features {sees.name}@{sees.digest}"
     titles = _titles(sees.name)
     results = [
-        Result.of(titles[0], bootstrap(columns["psnr"]), "higher", said, pairs.label, ceiling=BEST_PSNR),
-        Result.of(titles[1], bootstrap(columns["ssim"]), "higher", said, pairs.label, ceiling=1.0),
-        Result.of(titles[2], distance, "lower", seen, pairs.label, ceiling=0.0),
+        Result.of(titles[0], bootstrap(columns["psnr"]), "higher", said, label, ceiling=BEST_PSNR),
+        Result.of(titles[1], bootstrap(columns["ssim"]), "higher", said, label, ceiling=1.0),
+        Result.of(titles[2], distance, "lower", seen, label, ceiling=0.0),
     ]
-    worst = np.argsort(columns["psnr"])[:SHOWN].tolist()
+    worst = np.argsort(columns["psnr"], kind="stable")[:SHOWN].tolist()
+    title = f"The {len(worst)} with the lowest PSNR of {count:,} pictures"
     exhibits = [
-        Exhibit(f"{columns['psnr'][n]:.1f} dB", [(pairs.picture(n), "original"), (made.image(n), "comes back")])
+        Exhibit(
+            f"{columns['psnr'][n]:.1f} dB",
+            [(pairs.picture(n), "original"), (made.image(n), "comes back")],
+            group=title,
+        )
         for n in worst
     ]
     return Findings(results, exhibits)
@@ -72,5 +79,10 @@ def _score(bench: Bench) -> Findings:
 
 ABOUT = "PSNR, SSIM and Fréchet distance of reconstructions"
 AUTOENCODER = Measure(
-    "autoencoder", ABOUT, _check, _score, lambda bench: _titles(features_name(bench.options.features))
+    "autoencoder",
+    ABOUT,
+    _check,
+    _score,
+    lambda bench: _titles(features_name(bench.options.features)),
+    compared="Reference: the picture itself.",
 )

@@ -41,11 +41,12 @@ class Drawing:
 class Result:
     """One number, and what it takes to get it again.
 
-    low, high        95 % interval over items; None where there is none
+    low, high        95 % interval over items; None where there is none, as of one item
     count            items measured: pictures, captions, documents
     implementation   code, version, networks with the hash of their weights, settings of the measure
     data             which items, by name, number and a hash of their ids
-    floor, ceiling   what chance, and what perfect answers, score by the same measure; None where it makes no sense
+    floor, ceiling   what chance, and what a reference, score by the same measure: `Measure.compared` says which they
+                     are, and a model may pass a reference; None where it makes no sense
     measure, model, drawing   filled in by the registry; drawing is None where nothing was drawn
     """
 
@@ -65,7 +66,9 @@ class Result:
 
     @classmethod
     def of(cls, name: str, found: Measured, better: Better, implementation: str, data: str, **more: Any) -> Result:
-        return cls(name, found.value, found.low, found.high, found.count, better, implementation, data, **more)
+        alone = found.count == 1 and found.low == found.high  # resamples of one item are all that item
+        low, high = (None, None) if alone else (found.low, found.high)
+        return cls(name, found.value, low, high, found.count, better, implementation, data, **more)
 
     def to_json(self) -> dict[str, Any]:
         return to_dict(self)
@@ -76,11 +79,13 @@ class Exhibit:
     """One thing to look at: pictures `[row, column, 3]` with a line about each, words, and what was right or wrong.
 
     marks   (what was asked for, whether it was right, what was found instead or "")
+    group   the title of those it is shown with: which they are, and how they were chosen
     """
 
     text: str
     pictures: Sequence[tuple[np.ndarray, str]] = ()
     marks: Sequence[tuple[str, bool, str]] = ()
+    group: str = ""
 
 
 @dataclass(eq=False)
@@ -96,3 +101,17 @@ class Findings:
 
     def __iter__(self) -> Iterator[Result]:
         return iter(self.results)
+
+
+def first_of(count: int, shown: int, what: str) -> str:
+    """Return the title of the first `shown` of `count` items, in order."""
+    return f"All {count:,} {what}, in order" if count <= shown else f"The first {shown} of {count:,} {what}, in order"
+
+
+def extremes(scores: Sequence[float] | np.ndarray, shown: int, what: str, score: str) -> list[tuple[int, str]]:
+    """Return the `shown` items with the highest scores and as many with the lowest, each with its group's title."""
+    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable").tolist()
+    if len(order) <= 2 * shown:
+        return [(number, f"All {len(order):,} {what}, the highest {score} first") for number in order]
+    high, low = (f"The {shown} with the {end} {score} of {len(order):,} {what}" for end in ("highest", "lowest"))
+    return [*((number, high) for number in order[:shown]), *((number, low) for number in order[: -shown - 1 : -1])]

@@ -1,7 +1,7 @@
 """Does it draw what was asked, and say what it sees? Measured on combinations that training never showed.
 
 `draw_accuracy`: the background's colour is read off the border, the thing is named by a recogniser. The same two
-measures on the real pictures are the ceiling; a painter of good scenes who ignores the prompt sets the chance floor.
+measures on the real pictures are the reference; a painter of good scenes who ignores the prompt sets the chance floor.
 `caption_accuracy`: the caption must name the right noun and no other, and the right colour and no other.
 """
 

@@ -149,4 +149,5 @@ def _resident() -> int:
 
 
 ABOUT = "pace of drawing and writing, memory, and the share of the machine"
-SPEED = Measure("speed", ABOUT, lambda bench: None, _score, _numbers, True)
+COMPARED = "Reference: all the arithmetic, or memory traffic, that this machine was measured at."
+SPEED = Measure("speed", ABOUT, lambda bench: None, _score, _numbers, True, COMPARED)

@@ -27,10 +27,11 @@ from ..sequence import Document, Text
 from .bench import Bench, Measure
 from .generate import Made, Task, short_hash
 from .interval import Measured, bootstrap
-from .result import Exhibit, Findings, Result
+from .result import Exhibit, Findings, Result, extremes
 
 GLOSSES = "definitions"
 """what is read where no files are given"""
+SHOWN = 3
 PIECE = 16
 """windows of a long text that are one item: what a crash loses at most"""
 
@@ -144,11 +145,11 @@ def _add(findings: Findings, bench: Bench, name: str, data: str, task: Task) -> 
         Result.of(_titles(name)[0], found.perplexity, "lower", said, data, floor=float(vocabulary)),
         Result.of(_titles(name)[1], found.bits_per_byte, "lower", said, data),
     ]
-    worst = sorted(range(len(records)), key=lambda n: -records[n]["nats"] / records[n]["tokens"])
-    for number in (*worst[-3:][::-1], *worst[:3]):
-        record = records[number]
-        each = math.exp(record["nats"] / record["tokens"])
-        findings.exhibits.append(Exhibit(f"perplexity {each:.1f}: {record['text']}"))
+    each = [math.exp(one / count) for one, count in zip(nats, tokens, strict=True)]
+    findings.exhibits += [
+        Exhibit(f"perplexity {each[n]:.1f}: {records[n]['text']}", group=title)
+        for n, title in extremes(each, SHOWN, f"texts of {name}", "perplexity")
+    ]
 
 
 def _documents_task(bench: Bench, texts: Sequence[str]) -> Task:
@@ -163,7 +164,7 @@ def _documents_task(bench: Bench, texts: Sequence[str]) -> Task:
         ]
 
     settings = {"data": short_hash(list(texts)), "documents": len(texts), "windows": "whole documents, EOS counted"}
-    return Task("definitions", {"model": bench.model, **settings}, len(texts), work)
+    return Task("definitions", settings, len(texts), work)
 
 
 def _windows_task(bench: Bench, name: str, texts: Sequence[str]) -> Task:
@@ -189,7 +190,9 @@ def _windows_task(bench: Bench, name: str, texts: Sequence[str]) -> Task:
 
     words = "blocked" if stride == room else f"sliding by {stride}"
     settings = {"data": short_hash(list(texts)), "documents": len(texts), "windows": f"{words}, {room} tokens"}
-    return Task(f"text-{name}", {"model": bench.model, **settings}, len(pieces), work)
+    return Task(f"text-{name}", settings, len(pieces), work)
 
 
-TEXT = Measure("text", "perplexity and bits per byte on text it never read", _check, _score, _numbers)
+ABOUT = "perplexity and bits per byte on text it never read"
+COMPARED = "Chance: every token of the vocabulary as likely as any other."
+TEXT = Measure("text", ABOUT, _check, _score, _numbers, compared=COMPARED)

@@ -156,7 +156,7 @@ def _mask(cache: KeyValueCache, run: Sequence[Segment], length: int, plain: bool
         ends = torch.stack([end if segment.ends is None else segment.ends for end, segment in every])
     hidden = torch.arange(length, device=cache.device) >= ends[..., None]
     if plain:  # `[slot, query, key]`, the queries of all heads that share keys one behind another
-        hidden = hidden[:, None, None].expand(-1, cache.shape[2], cache.queries, -1, -1)
+        hidden = hidden[:, None, None].expand(-1, cache.shape[2], cache.queries, run[0].count, -1)
         hidden = hidden.flatten(2, 3).flatten(0, 1)
     mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device).masked_fill_(hidden, -torch.inf)
     return mask if plain else mask[:, None]

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import PIL.Image
-
 from ..sequence import Document, Image, Part, Text
 from .engine import Engine
 from .events import Done, Event, Failed, ImageEnd, Request, TextDelta
-from .pipeline import TransfusionPipeline
+from .pipeline import PromptPart, TransfusionPipeline
 
 
 class Conversation:
@@ -25,12 +23,12 @@ class Conversation:
         self.engine = Engine(pipe.engine.network, slots=1)
         self.parts: list[Part] = []
 
-    def request(self, parts: Sequence[str | PIL.Image.Image], **settings: Any) -> Request:
+    def request(self, parts: Sequence[PromptPart], **settings: Any) -> Request:
         """What a turn that says `parts` asks of the engine; settings are fields of `Request`."""
         said = [*self.parts, *(self.pipe.part(part) for part in parts)]
         return replace(self.pipe.request([]), document=Document(said, closed=False), reuse=True, **settings)
 
-    def say(self, parts: Sequence[str | PIL.Image.Image], **settings: Any) -> Iterator[Event]:
+    def say(self, parts: Sequence[PromptPart], **settings: Any) -> Iterator[Event]:
         """Say something, and hear the reply as it comes. A turn that is left before its end is forgotten whole.
 
         Raises UserError, and nothing is said, where the turn does not fit.

@@ -29,7 +29,7 @@ from .cache import Segment
 from .drawing import Coder, Denoiser, sample
 from .events import Done, Event, Failed, ImageEnd, ImageStart, Request, TextDelta
 from .network import Feed, Network
-from .requests import LONGEST_CHARACTER, accept
+from .requests import accept
 from .row import Row, together
 from .slots import Content, Slots, image_content
 
@@ -235,20 +235,20 @@ class Engine:
             yield from self._finish(row, "stop")
             return
         row.next_token = token
-        if token != self.grammar.boi:
-            row.written += 1
-            row.unshown.append(token)
-            # Behind what was shown: alone, the first token of a word loses its space with some tokenizers.
-            before = self.tokenizer.decode(row.shown)
-            text = self.tokenizer.decode([*row.shown, *row.unshown]).removeprefix(before)
-            if text.endswith("\ufffd") and len(row.unshown) < LONGEST_CHARACTER:
-                text = ""  # a character may take several tokens: wait for the rest of it
-            else:
-                row.shown = [*row.shown, *row.unshown][-LONGEST_CHARACTER:]
-                row.unshown.clear()
-            yield TextDelta(row.number, text, token)
+        if token == self.grammar.boi:
+            yield from self._flush(row)
+            return
+        row.written += 1
+        for written, text in row.detokenizer.add(token):
+            yield TextDelta(row.number, text, written)
+
+    def _flush(self, row: Row) -> Iterator[Event]:
+        """Give the text that waits for the rest of a character: a picture, or the end, comes first."""
+        for written, text in row.detokenizer.flush():
+            yield TextDelta(row.number, text, written)
 
     def _finish(self, row: Row, reason: str) -> Iterator[Event]:
+        yield from self._flush(row)
         self._leave(row, row.content)
         yield Done(row.number, reason, row.written, row.images, row.evaluations)
 

@@ -70,7 +70,11 @@ class Request:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """One token the row has written, and the text it completes: empty where a character takes several tokens."""
+    """One token the row has written, and the text it completes: empty where a character takes several tokens.
+
+    The tokens of one character come together, once it is complete; those of a cut one before the next image or the end,
+    as U+FFFD.
+    """
 
     row: int
     text: str

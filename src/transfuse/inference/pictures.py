@@ -5,27 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..export import Exported
 from ..sequence import Text
 from ..version import __version__
 from .events import Request
 
 
-def latent_mask(mask: PIL.Image.Image, size: tuple[int, int], factor: int) -> Tensor:
-    """What of a latent to draw anew, bool `[row, column]`: where any pixel of the mask is white.
-
-    Raises UserError for a mask of another size (rows, columns) than the image's.
-    """
-    if (mask.height, mask.width) != size:
-        raise UserError(f"mask: expected {size[1]}x{size[0]} pixels, as the image, found {mask.width}x{mask.height}")
-    white = np.asarray(mask.convert("L")) > 127
-    rows, columns = (side // factor for side in size)
-    cells = white[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor)
+def latent_mask(mask: np.ndarray, factor: int) -> Tensor:
+    """Reduce a mask of pixels to one of latent elements, bool `[row, column]`: True where any of its pixels is."""
+    rows, columns = (side // factor for side in mask.shape)
+    cells = mask[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor)
     return torch.from_numpy(cells.any((1, 3)))
 
 

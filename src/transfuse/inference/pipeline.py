@@ -2,7 +2,7 @@
 
 pipe = transfuse.load("runs/demo/export")
 pipe("a crab on a blue background", num_inference_steps=25, guidance_scale=3.0).images[0]
-pipe("a crab", image=picture, strength=0.6).images[0]      # a variation; with mask_image only where it is white
+pipe("a crab", image=picture, strength=0.6).images[0]      # a variation; with mask_image only where that says
 pipe("a crab left of a star", candidates=4).images[0]      # of four, the one it would itself describe so
 pipe.edit(picture, "make the background red")
 pipe.caption(picture)
@@ -25,6 +25,7 @@ from torch import Tensor
 from ..diffusion import SamplerConfig
 from ..errors import UserError
 from ..export import Exported, load_export, out_of_range
+from ..images import ImageSource, decode_image, read_mask
 from ..model import pack
 from ..sequence import Document, Image, Text
 from .compiled import compile_blocks
@@ -38,7 +39,9 @@ from .quantize import quantize as to_eight_bits
 from .requests import with_image_guidance
 from .warmup import warm_up
 
-Prompt = str | Sequence["str | PIL.Image.Image"]
+PromptPart = str | Path | bytes | PIL.Image.Image | np.ndarray
+"""Words, or a picture as `images.decode_image` takes it, except that a path is a `Path`: a str is words."""
+Prompt = str | Sequence[PromptPart]
 
 CANDIDATE = 1_000_003
 """from one candidate's seed to the next"""
@@ -111,9 +114,9 @@ class TransfusionPipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        image: PIL.Image.Image | None = None,
+        image: ImageSource | None = None,
         strength: float | None = None,
-        mask_image: PIL.Image.Image | None = None,
+        mask_image: ImageSource | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -130,8 +133,9 @@ class TransfusionPipeline:
         """Draw a picture for each prompt. output_type: "pil", "np" (uint8 `[row, column, 3]`) or "latent".
 
         image alone: prompts are instructions to change it, and it lies before them in the sequence, clean. With a
-        strength or mask_image (white: draw here) prompts describe the result, and the drawing begins from the image
-        (`Start`); where the mask is black its latent stays: pixels, where that is what the autoencoder makes.
+        strength or mask_image prompts describe the result, and the drawing begins from the image (`Start`). The mask
+        selects what is redrawn: its transparent area, or the white one of an opaque mask (`images.read_mask`);
+        elsewhere the image's latent stays: pixels, where that is what the autoencoder makes.
         guidance_interval: as in `Request`. candidates: draw each picture so many times, and keep the one from which the
         model itself would likeliest write its prompt; `seeds` has that one's. callback_on_step_end(pipe, step, t,
         {"latents": [image, channel, row, column]}) hears of every denoising step, of all candidates; other latents it
@@ -145,9 +149,10 @@ class TransfusionPipeline:
         if image is None and (strength is not None or mask_image is not None):
             raise UserError("image: expected one with strength or mask_image, found none")
         start = None
+        image = None if image is None else decode_image(image)
         if image is not None and (strength is not None or mask_image is not None):
             start = self.start(image, 1.0 if strength is None else strength, mask_image)
-            height, width = image.height, image.width
+            height, width = image.shape[:2]
         before = [] if image is None or start is not None else [image]
         requests = [
             replace(
@@ -189,29 +194,32 @@ class TransfusionPipeline:
                             raise ValueError("callback_on_step_end: expected the latents as they were, found others")
         return [found[row] for row in range(len(requests))]
 
-    def edit(self, image: PIL.Image.Image, instruction: str, **options: Any) -> PIL.Image.Image:
+    def edit(self, image: ImageSource, instruction: str, **options: Any) -> PIL.Image.Image:
         """The picture changed as the instruction says; options: those of a call."""
         picture: PIL.Image.Image = self(instruction, image=image, **options).images[0]
         return picture
 
-    def start(self, image: PIL.Image.Image, strength: float = 1.0, mask_image: PIL.Image.Image | None = None) -> Start:
-        """What a drawing begins from: a picture and how much of it to draw anew, white in the mask. UserError where its
-        sides do not divide into patches."""
+    def start(self, image: ImageSource, strength: float = 1.0, mask_image: ImageSource | None = None) -> Start:
+        """Encode a picture to begin a drawing from; the mask selects what is redrawn (`images.read_mask`). UserError
+        where its sides do not divide into patches, or the mask does not fit it."""
         exported = self.exported
         if exported.model.config.images != "latents":
             raise UserError("start: expected none, for the model does not denoise, found one")
         factor = exported.autoencoder.factor * exported.model.config.patch_size
-        if image.width % factor or image.height % factor:
-            raise UserError(f"image: expected sides in multiples of {factor}, found {image.width}x{image.height}")
-        latent = exported.autoencoder.encode(np.array(image.convert("RGB"))[None])[0]
-        size = image.height, image.width
-        mask = None if mask_image is None else latent_mask(mask_image, size, exported.autoencoder.factor)
-        return Start(latent, strength, mask)
+        pixels = decode_image(image)
+        height, width = pixels.shape[:2]
+        if width % factor or height % factor:
+            raise UserError(f"image: expected sides in multiples of {factor}, found {width}x{height}")
+        mask = None
+        if mask_image is not None:
+            mask = latent_mask(read_mask(mask_image, (height, width)), exported.autoencoder.factor)
+        return Start(exported.autoencoder.encode(pixels[None])[0], strength, mask)
 
-    def caption(self, images: PIL.Image.Image | Sequence[PIL.Image.Image], max_tokens: int = 64) -> list[str]:
+    def caption(self, images: ImageSource | Sequence[ImageSource], max_tokens: int = 64) -> list[str]:
         """Describe pictures, greedily; each must have the size the model was trained on."""
-        pictures = [images] if isinstance(images, PIL.Image.Image) else list(images)
-        requests = [replace(self.request([picture]), draw="never", max_tokens=max_tokens) for picture in pictures]
+        pictures = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+        pixels = [decode_image(picture) for picture in pictures]
+        requests = [replace(self.request([one]), draw="never", max_tokens=max_tokens) for one in pixels]
         return [reply.text.strip() for reply in self.replies(requests)]
 
     def generate(
@@ -227,7 +235,7 @@ class TransfusionPipeline:
 
     def request(
         self,
-        parts: Sequence[str | PIL.Image.Image],
+        parts: Sequence[PromptPart],
         steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str | None = None,
@@ -305,15 +313,16 @@ class TransfusionPipeline:
     def picture(self, latent: Tensor) -> PIL.Image.Image:
         return PIL.Image.fromarray(self.exported.autoencoder.decode(latent[None])[0])
 
-    def part(self, part: str | PIL.Image.Image) -> Text | Image:
+    def part(self, part: PromptPart) -> Text | Image:
         """A part of a document; a picture has the model's size."""
         if isinstance(part, str):
             return Text(self.exported.tokenizer.encode(part))
         side = self.exported.image_size
-        if part.size != (side, side):
-            raise UserError(f"image: expected {side}x{side} pixels, found {part.size[0]}x{part.size[1]}")
-        pixels = np.asarray(part.convert("RGB"))
-        return Image(self.exported.autoencoder.encode(pixels[None].copy())[0], target=False)
+        pixels = decode_image(part)
+        height, width = pixels.shape[:2]
+        if (height, width) != (side, side):
+            raise UserError(f"image: expected {side}x{side} pixels, found {width}x{height}")
+        return Image(self.exported.autoencoder.encode(pixels[None])[0], target=False)
 
 
 def repeated(requests: Sequence[Request], candidates: int) -> list[Request]:

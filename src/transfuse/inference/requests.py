@@ -9,14 +9,12 @@ import torch
 from ..errors import UserError
 from ..export import MOST, out_of_range
 from ..sequence import Text, lay_out
+from .detokenizer import Detokenizer
 from .drawing import beside
 from .events import Request, Start
 from .network import Network
 from .row import Row
 from .slots import content_of
-
-LONGEST_CHARACTER = 4
-"""bytes, so tokens at most, of one character in UTF-8"""
 
 
 def with_image_guidance(request: Request, scale: float | None) -> Request:
@@ -51,7 +49,7 @@ def accept(network: Network, request: Request, number: int, where: str) -> Row:
         bound=min(context, len(layout) + request.max_tokens + images + 1),
         beside=beside(network, request, patches) if draws else 0,
         seen=list(request.document.images),
-        shown=list(last.ids[-LONGEST_CHARACTER:]) if isinstance(last, Text) else [],
+        detokenizer=Detokenizer(network.tokenizer, last.ids if isinstance(last, Text) else ()),
         content=content_of(layout) if request.reuse else None,
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..diffusion import SamplerState
 from ..memory import out_of_memory
 from ..sequence import Image, Layout
+from .detokenizer import Detokenizer
 from .events import Request
 from .slots import Content
 
@@ -55,14 +56,13 @@ class Row:
     """positions for other branches of a drawing, at the far end of its slot"""
     seen: list[Image]
     """images in its prompt, and those it has drawn"""
-    shown: list[int]
-    """the last tokens whose text is out, or those of the prompt"""
+    detokenizer: Detokenizer
+    """gives the text of what it writes"""
     content: Content | None
     """what has been read, where another may go on from it"""
     slot: int = -1
     length: int = 0
     written: int = 0
-    unshown: list[int] = field(default_factory=list)
     next_token: int | None = None
     drawing: SamplerState | CodeDrawing | None = None
     branches: list[Branch] = field(default_factory=list)

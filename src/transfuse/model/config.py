@@ -9,6 +9,8 @@ from ..sequence import Grammar, ImageAttention, Tokenizer
 
 MAX_GRID = 64
 """rows, and columns, of patches that have a learned embedding"""
+MAX_DEPTH = 1000
+"""blocks: far more than any network has; a damaged file may say more than can be built"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class ModelConfig:
         check(self.hidden is None or self.hidden > 0, "hidden", "a positive number")
         for name in ("vocabulary", "width", "depth", "heads", "context", "latent_channels"):
             check(getattr(self, name) > 0, name, "a positive number")
+        check(self.depth <= MAX_DEPTH, "depth", f"at most {MAX_DEPTH}")
         check(self.width % (2 * self.heads) == 0, "width", f"a multiple of 2 x heads ({2 * self.heads})")
         check(self.heads % (self.kv_heads or self.heads) == 0, "kv_heads", f"a divisor of heads ({self.heads})")
         check(self.patch_size in (1, 2, 4, 8), "patch_size", "1, 2, 4 or 8")

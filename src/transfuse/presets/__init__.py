@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from ..configuration import nearest
 from ..errors import UserError
-from ..model import SIZES
 from .demo import demo
-from .paper import paper
+from .paper import PAPER
 from .recipe import Recipe
-from .rivals import chameleon_32, llama_32, llama_32_stable, paper_chameleon, paper_llama, transfusion_32
+from .rivals import chameleon_32, llama_32, llama_32_stable, transfusion_32
 from .small import epsilon_32, latent_64, small_64, tiny
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
@@ -24,11 +22,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "chameleon-32": chameleon_32,
     "llama-32": llama_32,
     "llama-32-stable": llama_32_stable,
-    **{size: partial(paper, size) for size in SIZES},
-    **{f"{size}-unet": partial(paper, size, "unet") for size in SIZES},
-    **{f"chameleon-{size}": partial(paper_chameleon, size) for size in SIZES},
-    **{f"llama-{size}": partial(paper_llama, size) for size in SIZES},
-    **{f"llama-{size}-stable": partial(paper_llama, size, True) for size in SIZES},
+    **PAPER,
 }
 
 

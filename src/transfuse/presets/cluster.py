@@ -6,18 +6,21 @@ than is planned; `--data.row-length` makes all micro-batches alike.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from ..autoencoders import bundled
+from ..configuration import to_dict
 from ..errors import UserError
 from ..model.activations import Checkpointing
 from ..training.hardware import ASSUMED_MFU, card
+from . import preset
 from .autoencoders import AUTOENCODERS
 from .memory_plan import Memory, Spread, memory
 from .paper import POSITIONS_PER_STEP
-from .plan import StepContents, plan
+from .plan import StepContents, fitted, plan
 from .recipe import Recipe
 
 NODE = 8
@@ -72,6 +75,7 @@ def cluster_plan(recipe: Recipe, gpus: int, gpu: str, mfu: float | None = None) 
     found = card(gpu)
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"mfu: expected a share above 0 and up to 1, found {mfu:g}")
+    recipe = fitted(recipe)
     _check(recipe, gpus)
     reached, step = mfu or ASSUMED_MFU, StepContents.of(recipe)
     executed, theoretical = step.executed_flops(recipe), plan(recipe)["train_flops_per_token"] * step.positions
@@ -157,6 +161,7 @@ def _launch(recipe: Recipe, choice: Choice) -> str:
         start = f"torchrun --nproc-per-node {gpus // nodes} {several}-m transfuse --"
     words = [
         f"{start} train {name} --run runs/{name}",
+        *_settings(recipe),
         f"--parallel.replicate {choice.spread.replicate} --parallel.tensor 1",
         f"--parallel.activation-checkpointing {choice.checkpointing}",
         f"--data.accumulate {choice.accumulate}",
@@ -165,3 +170,30 @@ def _launch(recipe: Recipe, choice: Choice) -> str:
     if autoencoder in AUTOENCODERS and autoencoder not in bundled():  # to be trained first
         words.append(f"--data.autoencoder runs/{autoencoder}/export")
     return " ".join(words)
+
+
+PLANNED = {"--data.accumulate", *(f"--parallel.{name}" for name in ("replicate", "tensor", "activation-checkpointing"))}
+"""options that a plan chooses"""
+
+
+def _settings(recipe: Recipe) -> Iterator[str]:
+    """Options of `transfuse train` by which a recipe differs from its preset."""
+    before = dict(_flat(to_dict(fitted(preset(recipe.preset)))))
+    for name, value in _flat(to_dict(recipe)):
+        option = "--" + name.replace("_", "-")
+        if value == before[name] or option in PLANNED:
+            continue
+        if isinstance(value, bool):
+            group, _, last = option.rpartition(".")
+            yield option if value else f"{group}.no-{last}" if group else f"--no-{option[2:]}"
+        else:
+            values = value if isinstance(value, list) else [value]
+            yield " ".join([option, *(shlex.quote(str(one)) for one in values)])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

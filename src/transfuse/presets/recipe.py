@@ -45,7 +45,7 @@ from ..training import (
 )
 from .autoencoders import AUTOENCODERS
 from .runs import VERSION, check_split
-from .sources import Opened, held_out_prompts, image_size, mixture, of_the_world, open_sources
+from .sources import Opened, held_out_prompts, image_size, mixture, of_the_world, open_sources, unseen_noise
 from .start import begin, its_tokenizer, started
 
 
@@ -274,6 +274,8 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> t
         objective = TransfusionObjective(recipe.objective, Process(recipe.diffusion), recipe.seed, encoder)
         finish = objective.draw
     loader = build_loader(recipe, opened, tokenizer, folder, ranks.data, ranks.datas, finish)
+    if recipe.model.images == "latents" and ranks.first and (unseen := unseen_noise(recipe, loader.document)):
+        say(unseen)
     model = build_model(recipe, folder, tokenizer, ranks)
     trainer = Trainer(
         model,
@@ -315,13 +317,17 @@ def averaged_model(recipe: Recipe, weights: dict[str, Tensor]) -> Transfusion:
 
 
 def _tokenizer(recipe: Recipe, opened: Opened, path: Path) -> Tokenizer:
-    """The run's: that of its data sets, or of the model it starts from, or one trained on the bundled words."""
+    """The run's own, which it writes when it begins."""
     if not path.exists():
-        tokenizer = opened.tokenizer
-        if tokenizer is None:
-            tokenizer = its_tokenizer(Path(recipe.start)) if recipe.start else train_tokenizer(recipe)
-        whole_file(path, tokenizer.save)
+        whole_file(path, new_tokenizer(recipe, opened).save)
     return Tokenizer.load(path)
+
+
+def new_tokenizer(recipe: Recipe, opened: Opened) -> Tokenizer:
+    """That of a run's data sets, or of the model it starts from, or one trained on the bundled words."""
+    if opened.tokenizer is not None:
+        return opened.tokenizer
+    return its_tokenizer(Path(recipe.start)) if recipe.start else train_tokenizer(recipe)
 
 
 def build_loader(
@@ -384,6 +390,7 @@ def export_weights(
         recipe.generation,
         _card(recipe, trainer),
         to_dict(recipe.data.world) if of_the_world(recipe.data) else None,
+        recipe.preset,
     )
 
 

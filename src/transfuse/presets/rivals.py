@@ -8,9 +8,10 @@ same names with a size of the paper in front (`chameleon-0.76b`) are the paper's
     llama-32-stable    text only + Chameleon's stability set
     chameleon-32       + LM loss on image tokens
 
-With `share_of="documents"` sample i is the same for all four: the same words and the same picture, in the same order;
-the text-only ones leave the pictures out. `transfuse study rivals` gives those that draw the same 6 N D, and measures
-all alike.
+As in the paper, half of the positions that an arm is trained on are text and half are captioned pictures, and a step
+has as many positions in every arm that draws. At equal positions they therefore read equally much text, while a
+Chameleon, whose pictures take four times the positions, sees fewer pictures. Text alone has half the positions a step:
+the text of the others. `transfuse study rivals` gives those that draw the same 6 N D, and measures all alike.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from ..diffusion import DiffusionConfig, SamplerConfig
 from ..export import GenerationConfig
 from ..training import OptimizerConfig
 from .demo import demo
-from .paper import paper
 from .recipe import Recipe
 
 STABILITY: dict[str, Any] = {"qk_norm": True, "norm_order": "swin"}
 """of the network; the z-loss and AdamW's settings go with it (`stable`)"""
 PAPER_RATE = 1 / 3
 """of Transfusion's learning rate that its Chameleon takes"""
+ROW = 1024
+"""positions a step of the small arms: half of it text, half captioned pictures"""
 
 
 def stable(recipe: Recipe, rate: float = 1.0) -> Recipe:
@@ -53,7 +55,7 @@ def stable(recipe: Recipe, rate: float = 1.0) -> Recipe:
 
 
 def text_only(recipe: Recipe) -> Recipe:
-    """Without pictures: those samples are left out of the steps, or, where shares are of positions, of the data."""
+    """Leave the pictures out. How many positions a step then has is the caller's to say."""
     data = replace(recipe.data, autoencoder="pixels")
     return replace(recipe, model=replace(recipe.model, images="none", latent_channels=3), data=data)
 
@@ -69,7 +71,8 @@ def by_codes(recipe: Recipe, autoencoder: str, codebook: int, rate: float = 1.0)
 def transfusion_32() -> Recipe:
     """The demo's world through the bundled KL-VAE: 16 patches of 2 x 2 of 8 x 8 x 8 latents, v prediction, lambda 5.
 
-    A quarter of the positions a Chameleon spends on the same picture, as in the paper.
+    A quarter of the positions a Chameleon spends on the same picture, as in the paper. A step is one packed row of
+    1,024 positions, half of definitions and half of captioned pictures.
     """
     base = demo()
     return replace(
@@ -77,7 +80,7 @@ def transfusion_32() -> Recipe:
         preset="transfusion-32",
         model=replace(base.model, patch_size=2, latent_channels=8, patch_positions="none"),
         diffusion=DiffusionConfig(prediction="v"),
-        data=replace(base.data, autoencoder="kl-f4-small", share_of="documents", text_share=0.1),
+        data=replace(base.data, autoencoder="kl-f4-small", text_share=0.5, row_length=ROW, batch_size=1),
         objective=replace(base.objective, image_weight=5.0),
         optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=2e-5, warmup=100, weight_decay=0.05),
         loop=replace(base.loop, checkpoint_every=200),
@@ -91,24 +94,11 @@ def chameleon_32() -> Recipe:
 
 
 def llama_32() -> Recipe:
-    """The same texts, no pictures."""
-    return replace(text_only(transfusion_32()), preset="llama-32")
+    """The text half of the others' steps, no pictures."""
+    base = text_only(transfusion_32())
+    return replace(base, preset="llama-32", data=replace(base.data, row_length=ROW // 2))
 
 
 def llama_32_stable() -> Recipe:
     """The same with Chameleon's stability set."""
     return replace(stable(llama_32()), preset="llama-32-stable")
-
-
-def paper_chameleon(size: str) -> Recipe:
-    """The paper's re-trained Chameleon: 1,024 codes of 16,384 a picture; `transfuse autoencoder train vq-f8` first."""
-    recipe = by_codes(paper(size), "vq-f8", 16384, PAPER_RATE)
-    return replace(
-        recipe, preset=f"chameleon-{size}", data=replace(recipe.data, batch_size=recipe.data.batch_size // 4)
-    )
-
-
-def paper_llama(size: str, stability: bool = False) -> Recipe:
-    """The first row of Table 4, or its third."""
-    recipe = text_only(paper(size))
-    return replace(stable(recipe, PAPER_RATE) if stability else recipe, preset=f"llama-{size}" + "-stable" * stability)

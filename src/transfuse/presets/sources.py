@@ -8,7 +8,7 @@ photos-64,weight=3 world s3://b/set,epochs=4,final=10
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ from ..data import (
 from ..data.dataset import DamagedError, Split
 from ..data.world import World, caption, glosses
 from ..errors import UserError
-from ..sequence import Grammar, Tokenizer, positions
+from ..sequence import Document, Grammar, Tokenizer, positions
 
 if TYPE_CHECKING:
     from .recipe import DataConfig, Recipe
@@ -194,7 +194,7 @@ def mixture(
     found = Mixture(ingredients, measured)
     samples = _samples(recipe, found, grammar)
     if any(part.final is not None for part in ingredients):
-        found = Mixture(ingredients, measured, final_from=int(samples * (1 - data.final_stretch)))
+        found.plan(final_from=int(samples * (1 - data.final_stretch)))
     if samples > found.end:
         raise UserError(
             f"data.sources: expected enough for loop.steps {recipe.loop.steps}, about {samples} samples, found "
@@ -204,17 +204,44 @@ def mixture(
 
 
 def _samples(recipe: Recipe, found: Mixture, grammar: Grammar) -> int:
-    """Samples that a run sees; about as many, where they are packed into rows."""
+    """Samples that a run sees; where they are packed into rows, those that fill its rows."""
     data = recipe.data
     count = recipe.loop.steps * data.batch_size
-    if data.row_length is None:
-        return count
-    mean = found.lengths(range(int(min(MEASURED, found.end))), grammar).mean()
-    return int(count * data.row_length / max(mean, 1))
+    return count if data.row_length is None else found.samples_in(count * data.row_length, grammar)
 
 
-MEASURED = 1000
-"""samples whose mean length tells how many fit in a row"""
+def unseen_noise(recipe: Recipe, document: Callable[[int], Document | None]) -> str | None:
+    """One line about the timesteps at which no image of a run is learned; None: every timestep is drawn for some.
+
+    document: gives the documents of the run's stream, by number. The first `LOOKED_AT` are looked at, or fewer: up to
+    the first image that all timesteps are drawn for. A damaged document is passed over.
+    """
+    last, data = recipe.diffusion.timesteps, recipe.data
+    count = min(LOOKED_AT, recipe.loop.steps * data.batch_size)
+    names, images, most = dict[str, None](), 0, 0
+    for sample in range(count):
+        try:
+            found = document(sample)
+        except DamagedError:
+            continue
+        if found is None or not found.images:
+            continue
+        names[found.source] = None
+        images += len(found.images)
+        most = max(most, *(image.max_timestep or last if image.target else 0 for image in found.images))
+        if most >= last:
+            return None
+    if not images:
+        return f"data.sources: no image in the first {count} documents: drawing is not learned"
+    return (
+        f"{', '.join(names)}: no image is learned at timesteps {most + 1} to {last}, where drawing begins; each of the "
+        f"{images} images in the first {count} documents stands before its text (data.pairs.image_first_max_timestep "
+        f"{data.pairs.image_first_max_timestep}, data.pairs.caption_first {data.pairs.caption_first:g})"
+    )
+
+
+LOOKED_AT = 2_000
+"""documents at the beginning of a stream"""
 
 
 def _source(

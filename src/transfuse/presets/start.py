@@ -39,7 +39,7 @@ def started(recipe: Recipe) -> Recipe:
     found = describe(folder)
     if not recipe.start_strict:
         return replace(recipe, start=str(folder), model=replace(recipe.model, vocabulary=found.model.vocabulary))
-    name = "pixels" if found.autoencoder["name"] == "pixels" else str(found.place["autoencoder"])
+    name = "pixels" if found.autoencoder.name == "pixels" else str(found.place["autoencoder"])
     parts = {
         "model": found.model,
         "diffusion": found.diffusion,

@@ -162,9 +162,6 @@ def _work(app: FastAPI, backend: Backend) -> None:
         else:
             if len(images) != 1:
                 raise UserError(f"image: expected one with strength or mask, found {len(images)}")
-            if mask is not None and mask.shape != images[0].shape[:2]:
-                found, expected = (f"{shape[1]}x{shape[0]}" for shape in (mask.shape, images[0].shape))
-                raise UserError(f"mask: expected {expected} pixels, as the image, found {found}")
             strength = 1.0 if asked.strength is None else asked.strength
             jobs = asked.jobs([], steps, start=images[0], mask=mask, strength=strength)
         return await _images(request, backend, jobs, asked, "image_edit")
@@ -207,7 +204,7 @@ async def _form(request: Request) -> tuple[EditRequest, list[np.ndarray], np.nda
     if len(masks) > 1:
         raise UserError(f"mask: expected one, found {len(masks)}")
     images = [await asyncio.to_thread(pictures.decode, content, "image") for content in files]
-    mask = await asyncio.to_thread(pictures.decode_mask, masks[0], "mask") if masks else None
+    mask = await asyncio.to_thread(pictures.decode_mask, masks[0], "mask", images[0]) if masks else None
     return asked, images, mask
 
 

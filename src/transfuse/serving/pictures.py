@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 from ..errors import UserError
-from ..images import decode_image, save_png
+from ..images import decode_image, read_mask, save_png
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16_000_000
@@ -33,19 +33,12 @@ def from_url(url: str, field: str) -> np.ndarray:
 
 def decode(content: bytes, field: str) -> np.ndarray:
     """A PNG, JPEG or WebP file of at most MAX_PIXELS, which its header tells before anything is decoded."""
-    return decode_image(io.BytesIO(content), field, MAX_PIXELS, FORMATS)
+    return decode_image(content, field, MAX_PIXELS, FORMATS)
 
 
-def decode_mask(content: bytes, field: str) -> np.ndarray:
-    """Where to draw, bool `[row, column]`: where a mask is transparent (OpenAI's way), or, without any transparency,
-    where it is white."""
-    pixels = decode(content, field)
-    with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        if image.has_transparency_data:
-            alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-            if alpha.min() < 255:  # a canvas gives an alpha channel to pictures that use none
-                return alpha < 128
-    return pixels.mean(-1) > 127
+def decode_mask(content: bytes, field: str, image: np.ndarray) -> np.ndarray:
+    """The area of `image` to redraw (`read_mask`), of a file as `decode` takes it."""
+    return read_mask(content, image.shape[:2], field, MAX_PIXELS, FORMATS)
 
 
 def png(pixels: np.ndarray, settings: dict[str, Any]) -> str:

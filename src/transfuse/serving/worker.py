@@ -23,8 +23,6 @@ from ..memory import keep_freed_memory, out_of_memory
 from .messages import Accepted, Drawing, Drawn, Ended, Failed, Job, JobMessage, Ready, Refused, Said, Started
 
 if TYPE_CHECKING:
-    import PIL.Image
-
     from ..inference import Event, Request, TransfusionPipeline
     from ..inference.network import Guidance
     from ..inference.quantize import Quantize
@@ -197,18 +195,11 @@ def request_of(pipe: TransfusionPipeline, job: Job) -> Request:
     from ..inference.requests import with_image_guidance
 
     side = pipe.exported.image_size
-    parts = [part if isinstance(part, str) else picture(part, side) for part in job.parts]
+    parts = [part if isinstance(part, str) else fit(part, side) for part in job.parts]
     request = pipe.request(parts, job.steps, None, job.sampler)
     if job.start is not None:
-        mask = None if job.mask is None else picture(np.repeat(job.mask[..., None] * np.uint8(255), 3, -1), side)
-        request = replace(request, start=pipe.start(picture(job.start, side), job.strength, mask))
+        mask = None if job.mask is None else fit(job.mask, side)
+        request = replace(request, start=pipe.start(fit(job.start, side), job.strength, mask))
     settings = dict(job.settings)
     scale = settings.pop("image_guidance_scale", None)
     return with_image_guidance(replace(request, **settings), scale)
-
-
-def picture(pixels: np.ndarray, side: int) -> PIL.Image.Image:
-    """The middle square of a picture, as large as the model's are."""
-    import PIL.Image
-
-    return PIL.Image.fromarray(fit(pixels, side))

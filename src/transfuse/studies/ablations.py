@@ -5,8 +5,8 @@
     COMPARISONS                          # which row against which, and what the paper found
 
 Runs are queued as those of the scaling study (`queue.py`). Each row that draws gets the same number of positions, as
-in the paper; text alone takes the steps of the row `transfusion`. Differences are paired: at one seed all rows see the
-same documents in the same order.
+in the paper, half of them text: equal positions are equal steps and equal text, whatever a picture is made of. Text
+alone takes the steps of the row `transfusion`. Differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..presets import Recipe, preset
 from ..presets.scales import UNET_CHANNELS, scaled
 from ..version import __version__
+from .arms import UNEQUAL, text_read
 from .published import ABLATIONS
 from .queue import Planned, Survey, plan_run
 from .scaling import FIRST, check_grid
@@ -209,6 +210,13 @@ def _compared(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
             if not differences:
                 continue
             found, expected = paired(differences), comparison.expected(measure)
+            read = [text_read(result) for result in results if result["arm"] in comparison.weights]
+            if measure == "text" and max(read) > UNEQUAL * min(read):
+                verdict = f"not comparable: one reads {max(read) / min(read):.2g} times the text"
+            elif expected is None:
+                verdict = "no direction"
+            else:
+                verdict = found.verdict(expected, comparison.rounding)
             yield {
                 "table": comparison.table,
                 "asks": comparison.asks,
@@ -216,5 +224,5 @@ def _compared(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
                 "measure": measure,
                 "paper": expected,
                 **asdict(found),
-                "verdict": "no direction" if expected is None else found.verdict(expected, comparison.rounding),
+                "verdict": verdict,
             }

@@ -62,12 +62,15 @@ def _rows(comparisons: list[dict[str, Any]]) -> str:
 
 
 def _runs(results: list[dict[str, Any]], failed: list[dict[str, Any]]) -> str:
-    head = ["", "6 N D", "positions", "steps", "parameters", *[words for _, words in MEASURES.values()]]
+    head = ["", "6 N D", "positions", "text tokens", "pictures", "steps", "parameters"]
+    head += [words for _, words in MEASURES.values()]
     rows = [
         [
             one["run"],
             f"{one['theoretical_flops']:.3g}",
             f"{one['positions']:,.0f}",
+            f"{one['text_targets']:,.0f}",
+            f"{one['images']:,.0f}",
             f"{one['steps']:,}",
             f"{one['parameters']:,}",
             *[f"{one[key]:.4g}" if key in one else "" for key, _ in MEASURES.values()],

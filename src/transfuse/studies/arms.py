@@ -76,10 +76,23 @@ class Effort:
 
 
 def stream(recipe: Recipe) -> tuple[Any, ...]:
-    """What makes sample i what it is, and its words what they are: arms in which it is equal see the same data."""
+    """What arms must share to be compared: the world, the shares of text and pictures, how pairs are shown, the
+    vocabulary and the seed. Rows may differ: text alone has half of one."""
     data = recipe.data
     mixture = data.batch_size, data.text_share, data.share_of, data.pairs
     return data.world, mixture, recipe.model.vocabulary, recipe.seed
+
+
+UNEQUAL = 1.05
+"""how many times one run may read the text of another before their perplexities are not compared"""
+
+
+def text_read(result: Mapping[str, Any]) -> float:
+    """Return how much text alone a run has read: positions of definitions.
+
+    Results of earlier versions do not say. Their steps took equally many documents, so there it is the steps.
+    """
+    return float(result.get("definition_positions") or result["steps"])
 
 
 def pin(path: Path, settings: Mapping[str, Any]) -> None:
@@ -130,7 +143,7 @@ class Exam:
         return cls(world, real, glosses("heldout")[: effort.definitions], recogniser)
 
     def distance_of_real(self) -> float:
-        """The Fréchet distance of as many other real pictures: nothing drawn can be expected to come nearer."""
+        """Return the Fréchet distance of as many other real pictures, for comparison."""
         _, _, other = held_out_scenes(self.world, len(self.real), seed=1)
         return frechet_distance(self.recogniser.features(other), self.recogniser.features(self.real))
 
@@ -148,6 +161,7 @@ class Exam:
             "parameters": parameters,
             "steps": recipe.loop.steps,
             **{name: totals[name] for name in ("positions", "images", "text_targets", "seconds")},
+            "definition_positions": totals.get("positions of glosses", 0),
             "theoretical_flops": 6 * parameters * totals["positions"],
             "executed_flops": totals["flops"],
             "guidance_scale": pipe.exported.generation.guidance_scale,

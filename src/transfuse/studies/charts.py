@@ -62,8 +62,8 @@ def ramp(first: str, last: str) -> str:
     return f'<div class="ramp"><span>{escape(first)}</span><i></i><span>{escape(last)}</span></div>'
 
 
-def gauge(value: float, low: float, high: float, chance: float, ceiling: float) -> str:
-    """A bar from 0 to 1 with the value, its interval, and marks for chance and ceiling. Said in words beside it."""
+def gauge(value: float, low: float, high: float, chance: float, reference: float) -> str:
+    """Return a bar from 0 to 1 with the value, its interval, and marks for chance and a reference."""
 
     def mark(at: float, name: str) -> str:
         x = 2 + 196 * at
@@ -74,7 +74,7 @@ def gauge(value: float, low: float, high: float, chance: float, ceiling: float) 
         '<rect class="track" x="2" y="8" width="196" height="6" rx="3"/>'
         f'<rect class="fill" x="2" y="8" width="{196 * value:.1f}" height="6" rx="3"/>'
         f'<rect class="band" x="{2 + 196 * low:.1f}" y="5" width="{max(1.5, 196 * (high - low)):.1f}" height="12"/>'
-        f"{mark(chance, 'chance')}{mark(ceiling, 'ceiling')}</svg>"
+        f"{mark(chance, 'chance')}{mark(reference, 'ceiling')}</svg>"
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..configuration import read_json
+from ..configuration import read_json, to_dict
 from ..console import say
 from ..data.world import NOUNS, glosses
 from ..errors import UserError
@@ -34,6 +34,7 @@ from ..evaluation import (
     draw_accuracy,
     held_out_scenes,
     keep_recogniser,
+    model_hash,
     perplexity,
 )
 from ..evaluation.recogniser import STEPS as RECOGNISER_STEPS
@@ -78,11 +79,12 @@ def run_demo(
     if trained is None:
         return RESUMABLE, {}
     recipe = read_recipe(folder / "config.json", Recipe)
-    export, written = folder / "export" / "config.json", folder / "report.json"
-    page = folder / "report.html"
-    if written.is_file() and page.is_file() and written.stat().st_mtime >= export.stat().st_mtime:
+    written, page = folder / "report.json", folder / "report.html"
+    made_of = {"version": __version__, "model_hash": model_hash(folder / "export"), "effort": to_dict(effort)}
+    done = read_json(written) if written.is_file() and page.is_file() else {}
+    if made_of.items() <= done.items():
         say(f"{page}: everything is done already; open it in a browser")
-        return 0, read_json(written)
+        return 0, done
     recogniser = keep_recogniser(
         folder / "recogniser.safetensors", recipe.data.world, effort.recogniser_steps, recipe.seed
     )
@@ -90,7 +92,7 @@ def run_demo(
     pipe = TransfusionPipeline.from_pretrained(folder / "export", device=recipe.device)
     report, exhibits = measure(pipe, recipe, recogniser, effort)
     report = {
-        "version": __version__,
+        **made_of,
         "command": f"transfuse demo --run {folder} --minutes {minutes:g}",
         "preset": recipe.preset,
         "seed": recipe.seed,

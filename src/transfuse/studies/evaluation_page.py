@@ -1,4 +1,4 @@
-"""The page of an evaluation: each number with its interval, floor, ceiling and origin, and what is behind it."""
+"""The page of an evaluation: each number with its interval, chance, reference and origin, and what is behind it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .charts import Curve, chart
 from .page import folded, grid, image, page, section
 
 AT_ONCE = 12
-"""exhibits shown at once; the others are folded away, none is left out"""
+"""exhibits of a group shown at once; its others are folded away, none is left out"""
 
 _STYLE = """<style>
 .numbers th { width: auto; color: var(--ink); } .numbers thead th { color: var(--soft); white-space: nowrap; }
@@ -20,6 +20,7 @@ _STYLE = """<style>
 .pair { display: flex; gap: 10px; flex-wrap: wrap; margin-bottom: 8px; }
 .pair figure { width: 112px; } .pair figcaption { color: var(--soft); font-size: 12.5px; margin-top: 3px; }
 .swept { max-width: 420px; }
+h3 { margin-top: 26px; } .card h3 { margin-top: 0; }
 </style>"""
 
 
@@ -35,16 +36,18 @@ def evaluation_page(report: dict[str, Any], measures: Sequence[Measure], found: 
                 body += f"<h3>{escape(said_drawing(findings.drawing))}</h3>"
             body += _exhibits(findings.exhibits)
             body += "".join(_table(name, table) for name, table in findings.tables.items())
-        sections.append(section(measure.name.capitalize(), f"{measure.about}.", body))
+        sections.append(section(measure.name.capitalize(), f"{measure.about}. {measure.compared}".strip(), body))
     lead = (
-        f"Model {report['model_hash']}, measured by Transfuse {report['version']}. Intervals are over items, 95 %; "
-        "chance and best are what guessing and perfect answers score by the same measure."
+        f"Model {report['model_hash']}, measured by Transfuse {report['version']}. Intervals are over items, 95 %. "
+        "Chance and reference are other answers, scored by the same measure; under each heading is which."
     )
     return page("What the model can do", lead, sections, "Each number with all that it depends on is in results.json.")
 
 
 def _numbers(results: Sequence[Result]) -> str:
-    head = "".join(f"<th scope='col'>{name}</th>" for name in ("", "value", "95 %", "chance", "best", "items", "from"))
+    head = "".join(
+        f"<th scope='col'>{name}</th>" for name in ("", "value", "95 %", "chance", "reference", "items", "from")
+    )
     rows = []
     for result in results:
         interval = "" if result.low is None or result.high is None else f"{_plain(result.low)} to {_plain(result.high)}"
@@ -94,12 +97,16 @@ def _swept(results: Sequence[Result]) -> str:
 
 
 def _exhibits(exhibits: Sequence[Exhibit]) -> str:
-    items = [_card(exhibit) for exhibit in exhibits]
-    if not items:
-        return ""
-    rest = items[AT_ONCE:]
-    more = folded(f"The other {len(rest)}", grid("wide", rest)) if rest else ""
-    return grid("wide", items[:AT_ONCE]) + more
+    """Groups under their titles."""
+    groups: dict[str, list[str]] = {}
+    for exhibit in exhibits:
+        groups.setdefault(exhibit.group, []).append(_card(exhibit))
+    body = ""
+    for title, items in groups.items():
+        rest = items[AT_ONCE:]
+        more = folded(f"The other {len(rest)}", grid("wide", rest)) if rest else ""
+        body += f"<h3>{escape(title)}</h3>{grid('wide', items[:AT_ONCE])}{more}"
+    return body
 
 
 def _card(exhibit: Exhibit) -> str:

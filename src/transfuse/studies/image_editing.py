@@ -173,24 +173,25 @@ def image_editing_page(report: dict[str, Any], folder: Path) -> str:
         lead,
         [
             section("Numbers", _NUMBERS, _numbers(report["results"])),
-            section("Edits", "The first ones, none picked: picture, before, after, exact.", _edits(report, folder)),
+            section("Edits", _EDITS.format(count=len(report["edits"])), _edits(report, folder)),
         ],
         made_of_report(report["version"], "image-editing"),
     )
 
 
 _NUMBERS = (
-    "In brackets 95 % intervals over items. Chance is what the unchanged picture scores, best what the exact one does, "
-    "by the same judge. The paper gives no number to compare with."
+    "In brackets 95 % intervals over items. Chance and reference are other answers, scored by the same measure: of "
+    "edits the unchanged picture, and the exact one. The paper gives no number to compare with."
 )
+_EDITS = "The first {count} in order: picture, before, after, exact."
 
 
 def _numbers(results: Sequence[dict[str, Any]]) -> str:
-    return columns(["", "before", "after", "chance", "best", "items"], _pairs(results))
+    return columns(["", "before", "after", "chance", "reference", "items"], _pairs(results))
 
 
 def _pairs(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Of each number: its name, before, after, chance, best, items."""
+    """Return of each number its name, before, after, chance, reference, items."""
     rows = []
     after = {(one["measure"], one["name"]): one for one in results if one["when"] == "after"}
     for one in (one for one in results if one["when"] == "before"):

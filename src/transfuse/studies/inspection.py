@@ -25,7 +25,17 @@ from ..console import Steps, progress, say
 from ..data.world import World
 from ..errors import UserError
 from ..evaluation.interval import Measured
-from ..evaluation.reconstruction import BEST_PSNR, Features, Reconstruction, evaluate_reconstruction, psnr
+from ..evaluation.reconstruction import (
+    BEST_PSNR,
+    CARRIES_NOTHING,
+    ChannelLoss,
+    Features,
+    Reconstruction,
+    channel_images,
+    channel_losses,
+    evaluate_reconstruction,
+    psnr,
+)
 from ..images import fit, image_files, read_image
 from ..presets.autoencoders import ImagesConfig, unseen_world
 from ..version import __version__
@@ -74,7 +84,8 @@ _SPREAD = (
 )
 _LATENTS = (
     "What a model of latents has to learn: over all images and places, the mean and the standard deviation of each "
-    "channel. Training goes best where they are near 0 and 1."
+    "channel. Training goes best where they are near 0 and 1. The dB lost without a channel is the fall in PSNR where "
+    "its values are replaced by their mean, or by noise of their mean and deviation, with 95 % intervals."
 )
 
 _CODEBOOK = (
@@ -101,6 +112,7 @@ def inspect_autoencoder(
         raise ValueError(f"names: expected one for each of {len(images)} images, found {len(names)}")
     found = _measured(autoencoder, images, features, "reconstruct")
     others = {name: _measured(autoencoder, some, features, name) for name, some in (held_apart or {}).items()}
+    channels = _channels(autoencoder, images)
     report = {
         "version": __version__,
         "autoencoder": found.name,
@@ -114,12 +126,20 @@ def inspect_autoencoder(
             name: {**_figures(other), **_named("psnr_difference", _difference(found.psnr, other.psnr))}
             for name, other in others.items()
         },
+        "channel_loss_images": channel_images(autoencoder, len(images)),
+        "channel_loss": [
+            {"db_lost": loss.least, **_named("by_mean", loss.by_mean), **_named("by_noise", loss.by_noise)}
+            for loss in channels
+        ],
+        "empty_channels": _empty(channels),
         "names": list(names),
         "psnr_by_image": found.psnr_by_image.tolist(),
         "ssim_by_image": found.ssim_by_image.tolist(),
         "codebook_counts": None if found.codebook_counts is None else found.codebook_counts.tolist(),
     }
-    html = _page(report, found, _triples(autoencoder, images, names, found))
+    for line in _empty(channels):
+        say(line)
+    html = _page(report, found, channels, _triples(autoencoder, images, names, found))
     _write(out, {"index.html": html, "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n"})
     return report
 
@@ -135,6 +155,21 @@ def _measured(autoencoder: Autoencoder, images: np.ndarray, features: Features |
 
     with progress(title, len(images)) as bar:
         return evaluate_reconstruction(autoencoder, batches(bar), features)
+
+
+def _channels(autoencoder: Autoencoder, images: np.ndarray) -> list[ChannelLoss]:
+    decoded = channel_images(autoencoder, len(images)) * (1 + 2 * autoencoder.channels)
+    with progress("channels", decoded) as bar:
+        return channel_losses(autoencoder, images, BATCH, bar.advance)
+
+
+def _empty(channels: Sequence[ChannelLoss]) -> list[str]:
+    """One line for each channel that carries nothing."""
+    return [
+        f"channel {number} carries nothing: without it PSNR falls by {loss.least:.2f} dB, less than {CARRIES_NOTHING}"
+        for number, loss in enumerate(channels)
+        if loss.least < CARRIES_NOTHING
+    ]
 
 
 def _figures(found: Reconstruction) -> dict[str, Any]:
@@ -227,7 +262,12 @@ def amplified(original: np.ndarray, rebuilt: np.ndarray) -> np.ndarray:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _page(report: dict[str, Any], found: Reconstruction, triples: tuple[list[str], list[str]]) -> str:
+def _page(
+    report: dict[str, Any],
+    found: Reconstruction,
+    channels: Sequence[ChannelLoss],
+    triples: tuple[list[str], list[str]],
+) -> str:
     rows, columns = report["image_size"]
     worst, regular = triples
     lead = (
@@ -240,7 +280,7 @@ def _page(report: dict[str, Any], found: Reconstruction, triples: tuple[list[str
         section(f"The {len(worst)} worst", _WORST, grid("triples", worst)),
         section("A regular sample", _REGULAR, grid("triples", regular)),
         section("Image by image", _SPREAD, _spread(report, found)),
-        section("Latents", _LATENTS, _latents(found)),
+        section("Latents", _LATENTS, _latents(found, channels)),
         section("Codebook", _CODEBOOK, _codebook(found)) if found.codebook_counts is not None else "",
         section("How it was measured", "", _made(report)),
     ]
@@ -334,19 +374,26 @@ def _spread(report: dict[str, Any], found: Reconstruction) -> str:
     )
 
 
-def _latents(found: Reconstruction) -> str:
+def _latents(found: Reconstruction, channels: Sequence[ChannelLoss]) -> str:
     rows = [
-        [f"channel {number}", _signed(mean, 4), f"{std:.4f}"]
-        for number, (mean, std) in enumerate(zip(found.latent_mean, found.latent_std, strict=True))
+        [f"channel {number}", _signed(mean, 4), f"{std:.4f}", _lost(loss.by_mean), _lost(loss.by_noise)]
+        for number, (mean, std, loss) in enumerate(zip(found.latent_mean, found.latent_std, channels, strict=True))
     ]
-    whole = columns(["", "mean", "standard deviation"], rows)
+    heads = ["", "mean", "standard deviation", "dB lost without it: its mean", "dB lost without it: noise"]
+    empty = "".join(f"<p>{escape(line.capitalize())}.</p>" for line in _empty(channels))
+    whole = columns(heads, rows)
     if len(rows) <= CHANNELS_SHOWN:
-        return whole
+        return empty + whole
     mean, std = np.abs(found.latent_mean).max(), found.latent_std
     said = (
-        f"{len(rows)} channels: no mean further from 0 than {mean:.3f}, deviations {std.min():.3f} to {std.max():.3f}."
+        f"{len(rows)} channels: no mean further from 0 than {mean:.3f}, deviations {std.min():.3f} to {std.max():.3f}, "
+        f"each worth {min(loss.least for loss in channels):.2f} dB or more."
     )
-    return f"<p>{said}</p>{folded('Every channel', whole)}"
+    return f"<p>{said}</p>{empty}{folded('Every channel', whole)}"
+
+
+def _lost(loss: Measured) -> str:
+    return f"{loss.value:.2f} ({loss.low:.2f} to {loss.high:.2f})"
 
 
 def _codebook(found: Reconstruction) -> str:
@@ -373,7 +420,7 @@ def _codebook(found: Reconstruction) -> str:
 
 
 def _made(report: dict[str, Any]) -> str:
-    long = ("names", "psnr_by_image", "ssim_by_image", "codebook_counts", "held_apart")
+    long = ("names", "psnr_by_image", "ssim_by_image", "codebook_counts", "held_apart", "channel_loss")
     rows = [(name.replace("_", " "), _plain(value)) for name, value in report.items() if name not in long]
     for name, figures in report["held_apart"].items():
         rows += [(f"{name}: {key.replace('_', ' ')}", _plain(value)) for key, value in figures.items()]
@@ -381,6 +428,10 @@ def _made(report: dict[str, Any]) -> str:
         ("PSNR", f"of each image, peak 255, at most {BEST_PSNR:g} dB; then the mean"),
         ("SSIM", "Wang et al. 2004, Gaussian window of 11 pixels and deviation 1.5, mean of red, green and blue"),
         ("Fréchet distance", report["features"] or "not measured: no network of features was given"),
+        (
+            "dB lost without a channel",
+            f"of the first {report['channel_loss_images']:,} images, each compared with itself",
+        ),
         ("speed", f"batches of {BATCH}, the first left out where there are others; device {report['device']}"),
     ]
     return table(settings) + folded("Every figure, as in report.json", table(rows))

@@ -57,7 +57,9 @@ def measuring(
                 raise UserError(f"loop.best: expected one of {', '.join(sorted(found))}, found {loop.best!r}")
             if is_best(folder / "best.json", loop.best, found[loop.best]):
                 export_weights(recipe, trainer, weights, tokenizer, folder / "best")
-                note = {"measure": loop.best, "value": found[loop.best].value, "step": trainer.step}
+                best = found[loop.best]
+                known = {"implementation": best.implementation, "data": best.data}
+                note = {"measure": loop.best, "value": best.value, "step": trainer.step, **known}
                 whole_file(folder / "best.json", lambda path: path.write_text(json.dumps(note) + "\n"))
         numbers = {name: result.value for name, result in found.items()}
         say(f"step {trainer.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
@@ -74,9 +76,12 @@ def _check(bench: Bench, measures: Sequence[Measure], best: str) -> None:
 
 
 def is_best(path: Path, name: str, result: Result) -> bool:
-    """Whether a result is better than the one noted; another number's note does not count."""
+    """Return whether a result is better than the one noted. A note of another number, or of the same by another judge,
+    on other data or as many as before, does not count."""
     noted = read_json(path) if path.is_file() else None
     if not isinstance(noted, dict) or noted.get("measure") != name:
+        return True
+    if any(noted.get(key, "") != getattr(result, key) for key in ("implementation", "data")):
         return True
     sign = 1 if result.better == "higher" else -1
     return sign * result.value > sign * float(noted["value"])

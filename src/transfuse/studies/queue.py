@@ -96,7 +96,9 @@ class Survey:
 
     def __call__(self, recipe: Recipe) -> float:
         model, data = recipe.model, recipe.data
-        key = f"{model.images}, patches of {model.patch_size}, {data.autoencoder}, {data.batch_size} a step"
+        rows = "documents" if data.row_length is None else f"rows of {data.row_length}"
+        key = f"{model.images}, patches of {model.patch_size}, {data.autoencoder}, {data.batch_size} {rows} a step"
+        key += f", text {data.text_share:g} of {data.share_of}"
 
         def known() -> dict[str, float]:
             return read_json(self.path) if self.path.is_file() else {}
@@ -179,7 +181,9 @@ class Queue:
 
         Raises UserError for a folder whose runs are measured otherwise.
         """
-        settings, path = {**self.shared, **self.effort.settings()}, self.folder / "study.json"
+        data = self.runs[0].recipe.data
+        split = {"text_share": data.text_share, "share_of": data.share_of}
+        settings, path = {**self.shared, **split, **self.effort.settings()}, self.folder / "study.json"
         once(self.folder / "claims", "study", path.is_file, lambda: pin(path, settings))
         pin(path, settings)
         left = list(chosen)

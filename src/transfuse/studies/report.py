@@ -1,4 +1,4 @@
-"""The demo's report: numbers beside their floor and ceiling, curves, and everything the model drew, said and wrote."""
+"""The demo's report: numbers next to chance and a reference, curves, and everything the model drew, said and wrote."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from ..presets import Recipe
 from .charts import Curve, chart, gauge, ramp, shade
 from .page import card, folded, grid, image, page, section, table
 
+REAL, RIGHT = "real pictures", "all right"
+"""what a share is compared with"""
 DRAWINGS_SHOWN, CAPTIONS_SHOWN = 36, 12
 """shown at once; the rest is folded away, none is left out"""
 
@@ -50,7 +52,7 @@ def write_report(
         section("Drawings", _DRAWINGS.format(count=report["pictures_measured"]), _drawings(exhibits.drawings)),
         section("From noise to picture", _STRIP.format(prompt=exhibits.strip_prompt), _strip(exhibits)),
         section("Words and pictures, as it likes", _INTERLEAVED, _interleaved(exhibits.interleaved)),
-        section("Captions", _CAPTIONS, _captions(exhibits.captions)),
+        section("Captions", _CAPTIONS.format(count=report["pictures_measured"]), _captions(exhibits.captions)),
         section("Definitions", _DEFINITIONS, _continuations(exhibits.continuations)),
         section("How it learned", _LEARNED, _curves(metrics)),
         section("Speed and machine", "", _machine(report)),
@@ -69,7 +71,7 @@ def write_report(
 _WHAT = (
     "Each noun has one background colour on which training never showed it; the first four numbers are measured on "
     "just those combinations. Their bars run from 0 to 100 %: the shaded part is the 95 % interval, the dashed mark is "
-    "chance, the solid mark the ceiling, which is what the same measure says of perfect answers."
+    "chance, the solid mark what the same measure says of the real pictures, and of captions that are all right."
 )
 _DRAWINGS = (
     "All {count} prompts in the order they came, none picked. A small network, trained apart, names the thing; the "
@@ -78,12 +80,13 @@ _DRAWINGS = (
 _STRIP = "“{prompt}”: the picture that the model expects at the end, at steps along the way."
 _INTERLEAVED = (
     "Nobody tells it to draw: after every token the model may go on with a word, a picture or the end. Its own words "
-    "are coloured."
+    "are coloured. The first three of twelve unseen captions, then three beginnings."
 )
-_CAPTIONS = "Real pictures of held-out combinations, described by the model."
+_CAPTIONS = "All {count} real pictures of held-out combinations in the order they came, described by the model."
 _DEFINITIONS = (
-    "Text alone, the likeliest token each time. The first words are among those it draws; the others are held out with "
-    "all their definitions. A model of this size learns how definitions sound, not what is true."
+    "Text alone, the token of highest probability each time. The first four words name things it draws; the others are "
+    "spread evenly over those held out, with all their definitions. A model of this size learns how definitions sound, "
+    "not what is true."
 )
 _LEARNED = (
     "Both losses come from every step of one training run. An image loss is the mean squared error of the predicted "
@@ -114,14 +117,14 @@ def _lead(report: dict[str, Any]) -> str:
 
 def _cards(report: dict[str, Any]) -> str:
     shares = [
-        ("Draws the right background", "background_accuracy", "background", report["real_background_accuracy"]),
-        ("Draws the right thing", "noun_accuracy", "noun", report["real_noun_accuracy"]),
-        ("Names the right background", "caption_background_accuracy", "background", 1.0),
-        ("Names the right thing", "caption_noun_accuracy", "noun", 1.0),
+        ("Draws the right background", "background_accuracy", "background", report["real_background_accuracy"], REAL),
+        ("Draws the right thing", "noun_accuracy", "noun", report["real_noun_accuracy"], REAL),
+        ("Names the right background", "caption_background_accuracy", "background", 1.0, RIGHT),
+        ("Names the right thing", "caption_noun_accuracy", "noun", 1.0, RIGHT),
     ]
     cards = [
-        _share_card(title, report[key], report[f"{key}_interval"], report[f"chance_{kind}_accuracy"], ceiling)
-        for title, key, kind, ceiling in shares
+        _share_card(title, report[key], report[f"{key}_interval"], report[f"chance_{kind}_accuracy"], reference, name)
+        for title, key, kind, reference, name in shares
     ]
     low, high = report["heldout_text_perplexity_interval"]
     least, most = report["bits_per_byte_interval"]
@@ -153,13 +156,13 @@ def _cards(report: dict[str, Any]) -> str:
     return grid("cards", cards)
 
 
-def _share_card(title: str, value: float, interval: Sequence[float], chance: float, ceiling: float) -> str:
+def _share_card(title: str, value: float, interval: Sequence[float], chance: float, reference: float, name: str) -> str:
     low, high = interval
     return (
         f'<div class="card"><p class="label">{escape(title)}</p><div class="number">{percent(value)}</div>'
-        f"{gauge(value, low, high, chance, ceiling)}"
+        f"{gauge(value, low, high, chance, reference)}"
         f'<p class="beside">95 % interval {percent(low)} to {percent(high)}<br>'
-        f"chance {percent(chance)}, ceiling {percent(ceiling)}</p></div>"
+        f"chance {percent(chance)}, {name} {percent(reference)}</p></div>"
     )
 
 

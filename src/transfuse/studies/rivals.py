@@ -1,4 +1,4 @@
-"""The rivals on equal terms: arms that draw get the same 6 N D, all the same data in the same order and measures.
+"""The rivals on equal terms: arms that draw get the same 6 N D, the same shares of text and pictures, one exam.
 
     runs/rivals/transfusion-32/      a run like any other, resumable, with its export
     runs/rivals/chameleon-32/
@@ -7,8 +7,8 @@
 
 Arms may be trained apart, on other cores or machines that share the folder: `--only chameleon-32`. What is finished is
 not done again. 6 N D is the paper's measure: all parameters, all positions, whatever a step really costs; what was
-executed and how long it took stand beside it. A text-only arm takes the steps of the first: the same texts, and less
-compute.
+executed and how long it took stand beside it. Arms that draw read equally much text, half of their positions. A
+text-only arm takes the steps of the first and reads as much, for less compute.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ ROWS: tuple[tuple[str, str, str], ...] = (
     ("steps", "steps", "{:,.0f}"),
     ("positions", "positions (D)", "{:,.0f}"),
     ("images", "pictures seen", "{:,.0f}"),
-    ("text_targets", "text tokens seen", "{:,.0f}"),
+    ("text_targets", "text tokens seen, captions included", "{:,.0f}"),
+    ("definition_positions", "positions of definitions", "{:,.0f}"),
     ("theoretical_flops", "6 N D", "{:.3g}"),
     ("executed_flops", "operations executed", "{:.3g}"),
     ("seconds", "seconds of training", "{:,.0f}"),

@@ -5,8 +5,8 @@
     STUDY/figures/*.svg                  the plots, one a file
 
 Runs are queued in a shared folder (`queue.py`). A budget is a number of positions D for each arm that draws; a run
-costs 6 N D. All arms see the same documents in the same order. Text alone takes the steps of the first Transfusion,
-whose texts it reads. Measures are those of `transfuse study rivals` (`arms.py`).
+costs 6 N D; half of the positions are text and half captioned pictures, in every arm, as in the paper. Text alone takes
+the steps of the first Transfusion and reads as much text. Measures are those of `transfuse study rivals` (`arms.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..presets import Recipe
 from ..presets.scales import ARMS, SCALES, arm_recipe
 from ..version import __version__
-from .arms import stream
+from .arms import UNEQUAL, stream, text_read
 from .power_law import Better, Parity, Point, fit, parity
 from .queue import Planned, Survey, plan_run, short
 
@@ -214,6 +214,12 @@ def _parity(results: Sequence[dict[str, Any]], measure: Measure, arm: str, axis:
     if axis == "same size":
         size = _longest_studied(rivals)
         ours, rivals = ([one for one in some if one["size"] == size] for some in (ours, rivals))
+    if measure.key == "text_perplexity":
+        shares = [text_read(one) / one["positions"] for one in [*ours, *rivals]]
+        if (times := max(shares) / min(shares)) > UNEQUAL:
+            note = f"one arm reads {times:.2g} times the text at equal positions: not comparable"
+            nothing = _as_json(Parity(None, note=note))
+            return {"observed": nothing, "fitted": nothing}
     machines = {tuple(one["machine"].get(fact) for fact in PACE) for one in [*ours, *rivals]}
     if axis == "seconds" and len(machines) > 1:
         nothing = _as_json(Parity(None, note="runs on different machines: seconds do not compare"))

@@ -215,7 +215,8 @@ def _where(machine: dict[str, Any]) -> str:
 
 
 def _runs(report: dict[str, Any]) -> str:
-    head = ["", "6 N D", "positions", "parameters", "seconds", *[measure.title for measure in MEASURES], "on"]
+    head = ["", "6 N D", "positions", "text tokens", "pictures", "parameters", "seconds"]
+    head += [*[measure.title for measure in MEASURES], "on"]
     rows = []
     for one in sorted(report["results"], key=lambda one: (one["arm"] == RIVAL, one["arm"], one["theoretical_flops"])):
         machine = one["machine"]
@@ -224,6 +225,8 @@ def _runs(report: dict[str, Any]) -> str:
                 one["run"],
                 f"{one['theoretical_flops']:.3g}",
                 f"{one['positions']:,.0f}",
+                f"{one['text_targets']:,.0f}",
+                f"{one['images']:,.0f}",
                 f"{one['parameters']:,}",
                 f"{one['seconds']:,.0f}",
                 *[f"{one[measure.key]:.4g}" if measure.key in one else "" for measure in MEASURES],

@@ -2,8 +2,10 @@
 
     L1 + perceptual + 0.5 adversarial + 0.2 identity + 1e-6 KL            or, instead of KL, the codebook's two terms
 
-each a mean over the images of a step. The critic is trained beside it, by the same optimizer: its own loss is one more
-term, whose gradient stops at the reconstruction, as the adversarial term's gradient stops at the critic.
+each a mean over the images of a step. L1 is a mean over an image's numbers; the KL, a sum over its latent, is divided
+by the same count, so that the two weigh as in latent diffusion, which sums both. The critic is trained in the same
+step, with moments of its own: its loss is one more term, whose gradient stops at the reconstruction, as the adversarial
+term's gradient stops at the critic.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class AutoencoderObjectiveConfig:
                            "imagenet-mobilenet" (`autoencoders.features`); None: off. The paper: LPIPS and MoCo v2.
     adversarial_from       the step from which the critic learns and is listened to; None: never
     adaptive               scale the adversarial term so that its gradient at the last layer is as long as that of L1
-                           and perceptual together (Esser et al. 2021, equation 7)
+                           and perceptual together (Esser et al. 2021, equation 7), both taken over the whole step
+    critic_betas           Adam's, of the critic (Esser et al. 2021)
     revive_after           a code that no image chose for this many steps is moved onto a vector of the step's images
     revive_until           share of the run's steps after which none is, so that the averaged weights settle
     """
@@ -46,7 +49,8 @@ class AutoencoderObjectiveConfig:
     identity_weight: float = 0.2
     adversarial_weight: float = 0.5
     adversarial_from: int | None = 50_000
-    adaptive: bool = False
+    adaptive: bool = True
+    critic_betas: tuple[float, float] = (0.5, 0.9)
     kl_weight: float = 1e-6
     codebook_weight: float = 1.0
     commitment: float = 0.25
@@ -54,6 +58,10 @@ class AutoencoderObjectiveConfig:
     revive_after: int = 200
     revive_until: float = 0.8
     """share of the run's steps"""
+
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.critic_betas):
+            raise ValueError(f"objective.critic_betas: expected numbers from 0 to below 1, found {self.critic_betas}")
 
 
 LATE = ("adversarial", "critic")
@@ -156,6 +164,9 @@ class AutoencoderObjective:
             terms |= {"adversarial": config.adversarial_weight, "critic": 1.0}
         self.names, self.weights = tuple(terms), tuple(terms.values())
         self._vectors: list[Tensor] = []  # what the encoder gave in the parts of this step, for reviving codes
+        self._ready: list[ImageBatch] = []  # parts of this step that `_scale` is for, not yet summed
+        self._scale = torch.ones(())  # the adaptive weight
+        self._kept: tuple[dict[str, Tensor], Details] | None = None  # the terms of a step's only part
 
     def counts(self, batch: ImageBatch) -> tuple[int, ...]:
         """All images; none for what has not begun yet."""
@@ -164,8 +175,43 @@ class AutoencoderObjective:
     def _early(self, batch: ImageBatch) -> bool:
         return self.config.adversarial_from is not None and batch.step < self.config.adversarial_from
 
+    def _weighs(self, batch: ImageBatch) -> bool:
+        return self.config.adaptive and self.config.adversarial_from is not None and not self._early(batch)
+
+    def before_step(self, model: nn.Module, batches: Sequence[ImageBatch]) -> None:
+        """Find the adaptive weight over all parts of all ranks, so that it does not depend on how a step is split.
+
+        The parts of a split step pass the networks once more for it; the only part of another does not.
+        """
+        assert isinstance(model, AutoencoderInTraining)
+        self._ready, self._kept = [], None
+        if not self._weighs(batches[0]):
+            return
+        last, only = model.autoencoder.decoder.conv_out.weight, len(batches) == 1
+        gradients = torch.zeros(2, *last.shape, device=last.device)
+        for batch in batches:
+            terms, details = self._terms(model, batch)
+            named = dict(zip(self.names, self.weights, strict=True))
+            apparent = [named[name] * terms[name].sum() for name in ("l1", "perceptual") if name in terms]
+            for row, loss in enumerate((torch.stack(apparent).sum(), terms["adversarial"].sum())):
+                gradients[row] += torch.autograd.grad(loss, last, retain_graph=only or row == 0)[0]
+            if only:
+                self._kept = terms, details
+        count = self.ranks.sum(torch.tensor(sum(len(batch.samples) for batch in batches), device=last.device))
+        lengths = (self.ranks.sum(gradients) / count).flatten(1).norm(dim=1)
+        self._ready, self._scale = list(batches), (lengths[0] / (lengths[1] + 1e-4)).clamp(max=1e4)
+
     def sums(self, model: nn.Module, batch: ImageBatch) -> Sums:
-        terms, details = self._terms(model, batch)
+        """As `Objective` has it. A batch that `before_step` was not given is a step by itself."""
+        weighs = self._weighs(batch)
+        if weighs and not any(batch is ready for ready in self._ready):
+            self.before_step(model, [batch])
+        kept, self._kept = self._kept, None
+        terms, details = self._terms(model, batch) if kept is None else kept
+        if weighs:
+            self._ready = [ready for ready in self._ready if ready is not batch]
+            terms["adversarial"] = terms["adversarial"] * self._scale
+            details["adaptive_weight"] = self._scale * len(batch.samples), len(batch.samples)
         return Sums(torch.stack([terms[name].sum() for name in self.names]), details)
 
     @torch.no_grad()
@@ -196,7 +242,9 @@ class AutoencoderObjective:
                 terms[name] = features.distance(made, images)
         if bottled.codes is not None:
             self._vectors.append(h.detach())
-        for name in ("kl", "codebook", "commitment"):
+        if bottled.kl is not None:
+            terms["kl"] = bottled.kl / images[0].numel()  # latent diffusion sums both over an image: L1, and KL in nats
+        for name in ("codebook", "commitment"):
             if getattr(bottled, name) is not None:
                 terms[name] = getattr(bottled, name)
         if self.config.adversarial_from is not None:
@@ -204,7 +252,7 @@ class AutoencoderObjective:
             if self._early(batch):
                 terms["adversarial"] = terms["critic"] = torch.zeros(count, device=images.device)
             else:
-                terms |= self._adversarial(model, model.critic, images, made, terms)
+                terms |= self._adversarial(model.critic, images, made)
         squared = (made.detach().clamp(-1, 1) - images).square().flatten(1).mean(1)
         details: Details = {}
         details["psnr"] = (10 * torch.log10(4 / squared.clamp_min(1e-10))).sum(), count
@@ -212,20 +260,11 @@ class AutoencoderObjective:
             details["codes_in_use"] = (model.unused < self.config.revive_after).float().mean(), 1
         return terms, details
 
-    def _adversarial(
-        self, model: AutoencoderInTraining, critic: PatchCritic, images: Tensor, made: Tensor, terms: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _adversarial(self, critic: PatchCritic, images: Tensor, made: Tensor) -> dict[str, Tensor]:
         """The hinge losses of both sides (Esser et al. 2021)."""
         frozen = {name: weight.detach() for name, weight in critic.named_parameters()}
         fooled: Tensor = torch.func.functional_call(critic, frozen, (made,))
         adversarial = -fooled.flatten(1).mean(1)
-        if self.config.adaptive and made.requires_grad:
-            last = model.autoencoder.decoder.conv_out.weight
-            apparent = torch.stack([terms[name].sum() for name in ("l1", "perceptual") if name in terms]).sum()
-            lengths = [
-                torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (apparent, adversarial.sum())
-            ]
-            adversarial = adversarial * (lengths[0] / (lengths[1] + 1e-4)).clamp(max=1e4)
         real, false = critic(images), critic(made.detach())
         hinge = 0.5 * (F.relu(1 - real).flatten(1).mean(1) + F.relu(1 + false).flatten(1).mean(1))
         return {"adversarial": adversarial, "critic": hinge}

@@ -7,7 +7,7 @@ step sees is a function of its number; so weights, moments, EMA and a few number
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -107,6 +107,7 @@ class Trainer:
 
     ranks    the processes of the run; `load` gives this one's part
     flops    operations a batch costs, for the achieved rate; whole numbers, so that no sum of them is rounded
+    betas    Adam's, of child modules of the model by name; the gradient of each of them is clipped by its own norm
     sample   called by the first rank with (averaged weights, path) to draw a grid of samples
     measure  called by the first rank with averaged weights, every `measure_every` steps; numbers by name
     """
@@ -122,13 +123,14 @@ class Trainer:
         flops: Callable[[Any], int] = lambda batch: 0,
         sample: Callable[[dict[str, Tensor], Path], None] | None = None,
         ranks: Ranks | None = None,
+        betas: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         self.model, self.objective, self.load, self.folder = model, objective, load, folder
         self.config, self.optimizer_config = loop, optimizer
         self.flops, self.sample, self.ranks = flops, sample, ranks or Ranks()
         self.measure: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
         self.device = next(model.parameters()).device
-        self.optimizer = build_optimizer(model, optimizer)
+        self.optimizer, self.apart = build_optimizer(model, optimizer, betas), tuple(betas or ())
         self.ema = EMA(model, loop.ema_decay)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep, loop.keep_every, self.ranks)
         self.trackers = Trackers(loop.trackers if self.ranks.first else (), folder)
@@ -281,6 +283,7 @@ class Trainer:
         scale = (weights / counts.clamp(min=1)).float()
         summed, details = torch.zeros(len(counts), device=self.device), Average()
         with self.clock.part("forward_backward"):
+            self.objective.before_step(self.model, batches)
             for number, batch in enumerate(batches):
                 sum_over_copies(self.model, number == len(batches) - 1)
                 sums = self.objective.sums(self.model, batch)
@@ -289,8 +292,17 @@ class Trainer:
                 for name, (total, count) in sums.details.items():
                     details.add(name, total, count)
             sum_over_ranks(self.model, self.ranks)
-            norm = clip_gradients(list(self.model.parameters()), self.optimizer_config.clip, self.ranks)
+            norm = self._clip()
         return summed, norm, details
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients of each child module of `apart`, and of all the rest, by its norm. Returns that of all."""
+        parts: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            child = name.split(".")[0]
+            parts.setdefault(child if child in self.apart else "", []).append(parameter)
+        norms = [clip_gradients(part, self.optimizer_config.clip, self.ranks) for part in parts.values()]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def _update(self, rate: float, batches: Sequence[Any]) -> None:
         """Weights, and their averages, by the gradients."""

@@ -54,6 +54,7 @@ class StepBatch(Protocol):
 class Objective(Protocol):
     """What the loop needs to train anything: named terms, their weights, their counts and their sums.
 
+    before_step(model, batches) is called on every rank with its micro-batches of a step, before their sums.
     after_step(model, step, batches) is called when the optimizer has changed the weights, `step` being the number of
     steps done.
     """
@@ -62,6 +63,8 @@ class Objective(Protocol):
     weights: tuple[float, ...]
 
     def counts(self, batch: Any) -> tuple[int, ...]: ...
+
+    def before_step(self, model: nn.Module, batches: Sequence[Any]) -> None: ...
 
     def sums(self, model: nn.Module, batch: Any) -> Sums: ...
 
@@ -128,6 +131,9 @@ class TokenObjective:
     def offenders(self, model: nn.Module, batch: Batch) -> list[int]:
         """Samples whose own loss is not finite."""
         return _documents_of(batch, ~self._losses(model, batch)[0].isfinite())
+
+    def before_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        """Nothing to do."""
 
     def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
         """Nothing to do."""
@@ -251,6 +257,9 @@ class TransfusionObjective:
         found = self._losses(model, batch)
         images = torch.nonzero(~found.image.isfinite().cpu() & batch.denoise).flatten()
         return _documents_of(batch, ~found.tokens[0].isfinite()) + [batch.keys[i][0] for i in images.tolist()]
+
+    def before_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        """Nothing to do."""
 
     def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
         """Nothing to do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,15 +46,16 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the model's parameters, fused."""
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, betas: Mapping[str, tuple[float, float]] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the model's parameters, fused. `betas`: those of child modules, by name, in place of the config's."""
     groups: dict[Any, dict[str, Any]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            own = (betas or {}).get(name.split(".")[0], config.betas)
             # Tensors sharded over different axes can not be updated in one go.
-            key = decay, getattr(parameter, "device_mesh", None)
-            groups.setdefault(key, {"params": [], "weight_decay": decay})["params"].append(parameter)
-    return torch.optim.AdamW(
-        list(groups.values()), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
-    )
+            key = decay, own, getattr(parameter, "device_mesh", None)
+            groups.setdefault(key, {"params": [], "weight_decay": decay, "betas": own})["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), lr=config.learning_rate, eps=config.eps, fused=True)

@@ -175,8 +175,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Ranks) -> Tensor:
-    """Scale gradients so that their global norm is at most `largest`. Returns the norm before, on all ranks."""
+    """Scale gradients so that their global norm is at most `largest`. Returns the norm before, on all ranks.
+
+    Without any gradient, which then no rank has, it is 0.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device)
     norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
     if ranks.mesh is None:
         norm = torch.linalg.vector_norm(norms)

@@ -20,12 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
-import PIL.Image
-
 from ..console import say
 from ..errors import UserError
 from ..files import whole_file
+from ..images import read_image
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -122,8 +120,7 @@ class TensorBoard:
         self.writer.flush()
 
     def picture(self, step: int, path: Path, prompts: str) -> None:
-        with PIL.Image.open(path) as image:
-            self.writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self.writer.add_image("samples", read_image(path), step, dataformats="HWC")
         if prompts:
             self.writer.add_text("prompts", _indented(prompts), step)
         self.writer.flush()

@@ -1,0 +1,234 @@
+"""What an evaluation keeps answers for the very inputs it was made of: pictures, weights, ways of drawing, version."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import exported, write
+
+from transfuse.cli import run
+from transfuse.data.world import World, WorldConfig, caption
+from transfuse.errors import UserError
+from transfuse.evaluation import Bench, Drawing, Exhibit, Findings, Options, Result, evaluate, keep_recogniser, named
+from transfuse.evaluation.captioning import cider_d
+from transfuse.evaluation.detector import keep_detector
+from transfuse.evaluation.interval import Measured
+from transfuse.evaluation.result import extremes, first_of
+from transfuse.inference import TransfusionPipeline
+from transfuse.sequence import Tokenizer
+from transfuse.studies.evaluation_page import evaluation_page
+from transfuse.studies.measures import is_best
+from transfuse.version import __version__
+
+WORLD = WorldConfig(size=16, nouns=4, max_objects=1, max_count=1)
+COUNT = 5
+
+
+def coco(folder: Path, captions: list[list[str]] | None = None) -> Path:
+    """A COCO file and its pictures: scenes of the world, all of one size in bytes."""
+    world = World(WorldConfig(size=64, nouns=COUNT, max_objects=1, max_count=1))
+    scenes = [world.scene(number) for number in range(COUNT)]
+    said = captions or [[caption(scene, number, seed) for seed in range(3)] for number, scene in enumerate(scenes)]
+    folder.mkdir()
+    for number, scene in enumerate(scenes):
+        PIL.Image.fromarray(world.render(scene)).save(folder / f"{number}.bmp")
+    words = [
+        {"id": 10 * n + k, "image_id": n, "caption": one} for n, some in enumerate(said) for k, one in enumerate(some)
+    ]
+    images = [{"id": n, "file_name": f"{n}.bmp"} for n in range(len(said))]
+    return write(folder, {"captions.json": json.dumps({"images": images, "annotations": words})})
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Other bytes, as many, and the old times."""
+    before = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def scored(capsys: pytest.CaptureFixture[str], data: Path, out: Path, suite: str) -> dict[str, float]:
+    files = ["--captions", str(data / "captions.json"), "--images", str(data), "--count", str(COUNT)]
+    features = ["--features", "imagenet-mobilenet"]
+    assert (
+        run(["evaluate", "--model", "small-64", "--suite", suite, *files, *features, "--out", str(out), "--json"]) == 0
+    )
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return {one["name"]: one["value"] for one in report["results"]}
+
+
+@pytest.mark.parametrize("suite", ["captioning", "autoencoder"])
+def test_other_pixels_in_files_of_the_same_size_and_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suite: str
+) -> None:
+    data = coco(tmp_path / "data")
+    first = scored(capsys, data, tmp_path / "out", suite)
+    for number in range(COUNT):
+        before = (data / f"{number}.bmp").read_bytes()
+        overwrite(data / f"{number}.bmp", before[:54] + bytes(reversed(before[54:])))  # behind the header, upside down
+    again = scored(capsys, data, tmp_path / "out", suite)
+    assert again == scored(capsys, data, tmp_path / "new", suite)
+    assert again != first
+
+
+def test_other_references_are_another_label(tmp_path: Path, capsys: pytest.CaptureFixture[str], bench: Bench) -> None:
+    data = coco(tmp_path / "data", [[f"a thing {n}", f"one thing {n}"] for n in range(COUNT)])
+    asked = replace(bench, options=Options(count=COUNT, captions=data / "captions.json", images=data))
+    (first,) = evaluate(asked, named(["captioning"]))
+    write(data, {"captions.json": (data / "captions.json").read_text().replace("one thing", "two things")})
+    (other,) = evaluate(asked, named(["captioning"]))
+    assert first.results[0].data != other.results[0].data
+
+
+@pytest.fixture
+def bench(tokenizer: Tokenizer, tmp_path: Path) -> Bench:
+    loaded = exported(tokenizer)
+    loaded.image_size = 16
+    drawing = Drawing(sampler="ddim", steps=2)
+    return Bench(TransfusionPipeline(loaded), "a model", tmp_path / "out", WORLD, Options(count=4), drawing, batch=4)
+
+
+def drawn(bench: Bench) -> list[np.ndarray]:
+    (found,) = evaluate(replace(bench, options=replace(bench.options, judge_steps=2)), named(["drawing"]))
+    return [exhibit.pictures[0][0] for exhibit in found.exhibits]
+
+
+def test_other_weights_of_the_same_name(bench: Bench, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first = drawn(bench)
+    other = exported(tokenizer)
+    other.image_size = 16
+    with_other = dict(other.model.named_parameters())
+    for weight in with_other.values():
+        weight.data.mul_(1.5)
+    changed = replace(bench, pipe=TransfusionPipeline(other))
+    found = drawn(changed)
+    assert np.array_equal(found, drawn(replace(changed, folder=tmp_path / "new")))
+    assert not np.array_equal(found, first)
+    assert np.array_equal(drawn(bench), first)
+
+
+@pytest.mark.parametrize("change", ["version", "prompts", "seed", "guidance"])
+def test_what_a_drawing_depends_on_is_drawn_again(bench: Bench, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn(bench)
+    calls: list[int] = []
+    work = bench.pipe.engine.run
+    monkeypatch.setattr(bench.pipe.engine, "run", lambda requests: (calls.append(len(requests)), work(requests))[1])
+    drawn(bench)
+    assert not calls
+    changes = {
+        "version": {"version": "transfuse of tomorrow"},
+        "prompts": {"world": replace(WORLD, seed=7)},
+        "seed": {"drawing": replace(bench.drawing, seed=1)},
+        "guidance": {"drawing": replace(bench.drawing, guidance_scale=1.5)},
+    }
+    drawn(replace(bench, **changes[change]))  # type: ignore[arg-type]
+    assert calls
+
+
+@pytest.mark.parametrize("keep", [keep_recogniser, keep_detector])
+def test_a_judge_of_another_version_is_trained_again(tmp_path: Path, keep) -> None:
+    path = tmp_path / "judge.safetensors"
+    judge = keep(path, WORLD, 2)
+    judge.identity = judge.identity.replace(__version__, "0.0.1")
+    judge.save(path)
+    assert keep(path, WORLD, 2).identity != judge.identity
+    assert type(judge).load(path).identity != judge.identity
+
+
+@pytest.mark.parametrize("change", ["implementation", "data"])
+def test_the_best_by_another_judge_or_data_does_not_count(tmp_path: Path, change: str) -> None:
+    result = Result("x", 1.0, None, None, 1, "higher", "judge@1", "world, 32 pictures")
+    note = {"measure": "m/x", "value": 2.0, "step": 1, "implementation": "judge@1", "data": "world, 32 pictures"}
+    write(tmp_path, {"best.json": json.dumps(note)})
+    assert not is_best(tmp_path / "best.json", "m/x", result)
+    assert is_best(tmp_path / "best.json", "m/x", replace(result, **{change: "another"}))
+
+
+# --- too few ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("measure", "count", "least"), [("captioning", 1, 2), ("clip", 1, 2), ("drawing", 3, 4), ("autoencoder", 1, 4)]
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_too_few_pictures_are_refused(
+    bench: Bench, tmp_path: Path, measure: str, count: int, least: int, own: bool
+) -> None:
+    options = Options(count=count)
+    if own:
+        data = coco(tmp_path / "data")
+        options = replace(options, captions=data / "captions.json", images=data)
+    line = rf"^{measure}: expected at least {least} pictures, found {count} \(--count, --ids\)$"
+    with pytest.raises(UserError, match=line):
+        list(evaluate(replace(bench, options=options), named([measure])))
+
+
+def test_references_that_are_all_the_same(bench: Bench, tmp_path: Path) -> None:
+    data = coco(tmp_path / "data", [["a photo", "a picture"], ["a picture", "a photo"], ["a photo", "a picture"]])
+    options = Options(count=3, captions=data / "captions.json", images=data)
+    with pytest.raises(UserError, match="captioning: expected references that tell pictures apart, found the same"):
+        list(evaluate(replace(bench, options=options), named(["captioning"])))
+
+
+def test_cider_needs_two_pictures() -> None:
+    with pytest.raises(ValueError, match="cider_d: expected at least 2 images, found 1"):
+        cider_d([["a", "crab"]], [[["a", "crab"]]])
+    assert cider_d([["crab"], ["star"]], [[["crab"]], [["star"]]]).min() > 0
+
+
+def test_one_item_has_no_interval(bench: Bench, tmp_path: Path) -> None:
+    write(tmp_path, {"novel.txt": "a crab is a small animal"})
+    (found,) = evaluate(replace(bench, options=Options(texts=(tmp_path / "novel.txt",))), named(["text"]))
+    assert [(one.count, one.low, one.high) for one in found] == [(1, None, None)] * 2
+    assert "novel" in evaluation_page({"model_hash": "a", "version": "b"}, named(["text"]), [found])
+    sure = Result.of("x", Measured(0.0, 0.0, 1.0, 1), "higher", "", "")
+    assert (sure.low, sure.high) == (0.0, 1.0)
+
+
+# --- titles -----------------------------------------------------------------------------------------------------------
+
+
+def test_titles_say_which_examples_are_shown() -> None:
+    assert first_of(6, 12, "edits") == "All 6 edits, in order"
+    assert first_of(2000, 12, "edits") == "The first 12 of 2,000 edits, in order"
+    scores = [3.0, 9.0, 1.0, 5.0, 7.0]
+    high, low = (f"The 2 with the {end} CIDEr-D of 5 captions" for end in ("highest", "lowest"))
+    assert extremes(scores, 2, "captions", "CIDEr-D") == [(1, high), (4, high), (2, low), (0, low)]
+    title = "All 5 captions, the highest CIDEr-D first"
+    assert extremes(scores, 3, "captions", "CIDEr-D") == [(n, title) for n in (1, 4, 3, 0, 2)]
+
+
+def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with() -> None:
+    exhibits = [Exhibit(f"said {n}", group="The first 13") for n in range(13)] + [
+        Exhibit("last", group="The worst & last")
+    ]
+    result = Result("CIDEr-D x 100", 457.0, 400.0, 500.0, 9, "higher", "", "", floor=8.0, ceiling=424.0)
+    found = Findings([result], exhibits, measure="captioning")
+    page = evaluation_page({"model_hash": "a", "version": "b"}, named(["captioning"]), [found])
+    assert "<h3>The first 13</h3>" in page
+    assert "<h3>The worst &amp; last</h3>" in page
+    assert "The other 1<" in page
+    assert (
+        "the first reference caption of each picture against its others, which a model&#x27;s captions can pass" in page
+    )
+    assert ">reference</th>" in page
+    assert ">best</th>" not in page
+    assert "perfect" not in page
+
+
+@pytest.mark.parametrize("name", ["captioning", "drawing", "composition", "editing", "autoencoder", "text", "choice"])
+def test_every_example_is_under_a_title(bench: Bench, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transfuse.evaluation.composition.JUDGED", 6)
+    monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
+    (measure,) = named([name])
+    (found,) = evaluate(replace(bench, options=Options(count=6, judge_steps=2)), [measure])
+    assert found.exhibits
+    assert all(exhibit.group for exhibit in found.exhibits)
+    assert all("Chance" in measure.compared for result in found if result.floor is not None)
+    assert all("eference" in measure.compared for result in found if result.ceiling is not None)
