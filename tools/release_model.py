@@ -80,11 +80,11 @@ Then:
 
     transfuse evaluate --model {name} --suite {suite} --count {measured}
 
-Means with 95 % intervals, beside what chance and what perfect answers (real pictures, other captions, exact targets)
-score by the same measure. "Held out" combinations were never shown in training. The same with pictures:
-docs/reports/{name}.html; what each number is, and is not: docs/evaluation.md.
+Means with 95 % intervals, beside what chance and what a reference (real pictures, other captions, exact targets) score
+by the same measure. A model can pass a reference. "Held out" combinations were never shown in training. The same with
+pictures: docs/reports/{name}.html; what each number is, and is not: docs/evaluation.md.
 
-| measure | value | 95 % interval | chance | best |
+| measure | value | 95 % interval | chance | reference |
 | --- | ---: | ---: | ---: | ---: |
 {rows}
 

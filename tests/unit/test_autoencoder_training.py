@@ -157,6 +157,11 @@ def test_an_image_too_small_for_the_critic_is_refused() -> None:
         replace(asked, data=replace(asked.data, world=replace(asked.data.world, size=16))).settled()
 
 
+def test_betas_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective\.critic_betas: expected numbers from 0 to below 1, found"):
+        recipe("vq", critic_betas=(0.5, 1.0))
+
+
 def test_the_critic_has_moments_of_its_own(tmp_path: Path) -> None:
     """Two steps of Adam by hand, each network with its betas and its gradient clipped by its own norm."""
     asked = recipe("kl", adversarial_from=0, critic_betas=(0.3, 0.8))

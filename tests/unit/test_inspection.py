@@ -19,7 +19,7 @@ from transfuse.autoencoders import Pixels, open_autoencoder
 from transfuse.data.world import World, WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation.interval import Measured
-from transfuse.evaluation.reconstruction import evaluate_reconstruction, psnr
+from transfuse.evaluation.reconstruction import channel_losses, evaluate_reconstruction, psnr
 from transfuse.studies import inspection
 from transfuse.studies.charts import histogram
 from transfuse.studies.inspection import amplified, inspect_autoencoder
@@ -254,6 +254,14 @@ def test_channels_of_a_codebook_are_weighed_before_the_choice(images, tmp_path) 
         autoencoder.quantize.embedding.weight[:, 1] = 0.5
     report = inspect_autoencoder(autoencoder, images[:8], [str(n) for n in range(8)], tmp_path)
     assert [line.split(":")[0] for line in report["empty_channels"]] == ["channel 1 carries nothing"]
+
+
+def test_every_channel_of_the_bundled_kl_is_worth_a_decibel() -> None:
+    world = World(WorldConfig(size=64, nouns=300, split="heldout"))
+    scenes = np.stack([world.render(world.scene(index)) for index in range(100, 116)])
+    losses = channel_losses(open_autoencoder("kl-f4-small"), scenes)
+    assert len(losses) == 8
+    assert min(loss.least for loss in losses) > 1
 
 
 def test_refusals(images, tmp_path) -> None:

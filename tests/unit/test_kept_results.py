@@ -198,10 +198,10 @@ def test_titles_say_which_examples_are_shown() -> None:
     assert first_of(6, 12, "edits") == "All 6 edits, in order"
     assert first_of(2000, 12, "edits") == "The first 12 of 2,000 edits, in order"
     scores = [3.0, 9.0, 1.0, 5.0, 7.0]
-    title = "Of 5 captions the 2 with the highest CIDEr-D, then the 2 with the lowest"
-    assert extremes(scores, 2, "captions", "CIDEr-D") == ([1, 4, 0, 2], title)
-    shown, title = extremes(scores, 3, "captions", "CIDEr-D")
-    assert (shown, title) == ([1, 4, 3, 0, 2], "All 5 captions, the highest CIDEr-D first")
+    high, low = (f"The 2 with the {end} CIDEr-D of 5 captions" for end in ("highest", "lowest"))
+    assert extremes(scores, 2, "captions", "CIDEr-D") == [(1, high), (4, high), (2, low), (0, low)]
+    title = "All 5 captions, the highest CIDEr-D first"
+    assert extremes(scores, 3, "captions", "CIDEr-D") == [(n, title) for n in (1, 4, 3, 0, 2)]
 
 
 def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with() -> None:

@@ -53,7 +53,7 @@ def train(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Reconstruct images and report: pictures side by side, PSNR, SSIM, Frechet distance, use of the codebook.
+    """Reconstruct images and report: pictures side by side, PSNR, SSIM, Frechet distance, what each channel is worth.
 
     transfuse autoencoder inspect runs/kl/export pictures/ --out report
     """

@@ -25,18 +25,19 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from ..configuration import read_json, to_dict
+from ..configuration import to_dict
 from ..console import progress, say
 from ..errors import UserError
 from ..files import sha256, whole_file
 from ..sequence import Tokenizer
 from .ahead import ahead, processes
-from .dataset import DOCUMENT, PICTURE, SUMS, VERSION, DataSet, Encoding, Manifest, Shard, to_members, to_tar
+from .dataset import DOCUMENT, PICTURE, SUMS, VERSION, Encoding, Manifest, Shard, to_members, to_tar
 from .faults import FREE_FAULTS
 from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, encoding_of, slug
 from .readers import Part, Reader, open_source
 from .readers.sets import SetReader
 from .remote import Cache, is_remote, url_name
+from .resume import check_built, claim, difference, listing, not_told
 
 TRAINED_ON = 300
 """parts of a source, evenly spread, that a tokenizer is trained on"""
@@ -60,12 +61,19 @@ def build_set(
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"{out}: expected a folder outside of the source {source}, found one in it")
     reader = open_source(source, config.columns, config.size, cache)
-    settings, encoding = {"listing": reader.listing, **to_dict(config)}, encoding_of(config)
+    encoding = encoding_of(config)
+    adopted = Tokenizer.adopt(config.tokenizer) if config.tokenizer else None
+    contents = reader.contents()
+    settings = {"listing": listing(contents), **to_dict(config)}
+    named = settings | not_told(encoding, None if adopted is None else adopted.fingerprint)
     name = url_name(source) if is_remote(source) else Path(source).name or source
     if (out / "manifest.json").exists():
-        return _built(out, settings | _weights(encoding))
-    _claim(out, settings | _weights(encoding))
-    tokenizer = _tokenizer(reader, config, out)
+        manifest = check_built(out, named)
+        shutil.rmtree(out / "building", ignore_errors=True)
+        say(f"{out}: built already")
+        return {**_counts(manifest), "seconds": 0.0}
+    claim(out, named, contents)
+    tokenizer = _tokenizer(reader, adopted, config.vocabulary, out)
     (out / "shards").mkdir(exist_ok=True)
     preparer = Preparer(config, tokenizer)
     writer = Writer(out, config, reader.text_only, preparer.suffix, name, max_errors)
@@ -83,6 +91,8 @@ def build_set(
             bar.advance(part.weight, note=f"{writer.written} documents")
             if writer.seen >= most:
                 break
+    if changes := difference(contents, reader.contents()):
+        raise UserError(f"{source}: changed while the set was built ({changes}); remove {out} and build it again")
     manifest = writer.finish(tokenizer, settings, encoding)
     return {**_counts(manifest), "seconds": time.monotonic() - began}
 
@@ -95,52 +105,16 @@ def _counts(manifest: Manifest) -> dict[str, Any]:
 # --- before the work --------------------------------------------------------------------------------------------------
 
 
-def _weights(encoding: Encoding | None) -> dict[str, Any]:
-    """What settings do not tell: a folder's name stays while its autoencoder is trained further."""
-    return {"autoencoder_weights": encoding and encoding.fingerprint}
-
-
-def _built(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    manifest = DataSet(str(out)).manifest
-    _compare(out / "manifest.json", manifest.settings | _weights(manifest.encoding), settings)
-    shutil.rmtree(out / "building", ignore_errors=True)
-    say(f"{out}: built already")
-    return {**_counts(manifest), "seconds": 0.0}
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Begin a build, or check that the one begun there is the same."""
-    path = out / "building" / "settings.json"
-    if path.exists():
-        _compare(path, read_json(path), settings)
-        return
-    if out.exists() and (not out.is_dir() or any(path.name != "building" for path in out.iterdir())):
-        raise UserError(f"{out}: expected an empty folder, or a data set begun before, found something else")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: expected a folder to write to, found none ({error.strerror})") from None
-    whole_file(path, lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
-
-
-def _compare(path: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
-    for name, value in asked.items():
-        if found.get(name) != value:
-            what = "another source, or one that has changed" if name == "listing" else json.dumps(found.get(name))
-            wanted = "the same source" if name == "listing" else json.dumps(value)
-            raise UserError(f"{path}: {name}: expected {wanted}, found {what}; name another folder to build anew")
-
-
-def _tokenizer(reader: Reader, config: BuildConfig, out: Path) -> Tokenizer:
+def _tokenizer(reader: Reader, adopted: Tokenizer | None, vocabulary: int, out: Path) -> Tokenizer:
     path = out / "tokenizer.json"
     if not path.exists():
-        if config.tokenizer:
-            tokenizer = Tokenizer.adopt(config.tokenizer)
+        if adopted is not None:
+            tokenizer = adopted
         elif isinstance(reader, SetReader):
             tokenizer = reader.tokenizer()
         else:
-            say(f"tokenizer: training one of {config.vocabulary} ids on the source's words")
-            tokenizer = Tokenizer.train(_words(reader), config.vocabulary)
+            say(f"tokenizer: training one of {vocabulary} ids on the source's words")
+            tokenizer = Tokenizer.train(_words(reader), vocabulary)
         whole_file(path, tokenizer.save)
     return Tokenizer.load(path)
 

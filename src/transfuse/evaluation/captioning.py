@@ -160,14 +160,13 @@ def _score(bench: Bench) -> Findings:
     ]
     if bench.options.captions is None:
         results += _seen_right(bench, pairs, said)
-    shown, title = extremes(scores, SHOWN, "captions", "CIDEr-D")
     exhibits = [
         Exhibit(
             f"{said[n] or '(nothing)'}  [{scores[n]:.0f}]",
             [(pairs.picture(n), pairs.references[n][0])],
             group=title,
         )
-        for n in shown
+        for n, title in extremes(scores, SHOWN, "captions", "CIDEr-D")
     ]
     return Findings(results, exhibits)
 

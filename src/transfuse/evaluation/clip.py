@@ -103,10 +103,12 @@ def _score(bench: Bench) -> Findings:
         floor=float(clip_scores(np.roll(a, 1, 0), words).mean()),
         ceiling=float(clip_scores(b, words).mean()),
     )
-    shown, title = extremes(scores, SHOWN, "drawings", "score")
     return Findings(
         [result],
-        [Exhibit(f"{pairs.prompts[n]}  [{scores[n]:.1f}]", [(drawn.image(n), "drawn")], group=title) for n in shown],
+        [
+            Exhibit(f"{pairs.prompts[n]}  [{scores[n]:.1f}]", [(drawn.image(n), "drawn")], group=title)
+            for n, title in extremes(scores, SHOWN, "drawings", "score")
+        ],
     )
 
 

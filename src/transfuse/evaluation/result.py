@@ -108,10 +108,10 @@ def first_of(count: int, shown: int, what: str) -> str:
     return f"All {count:,} {what}, in order" if count <= shown else f"The first {shown} of {count:,} {what}, in order"
 
 
-def extremes(scores: Sequence[float] | np.ndarray, shown: int, what: str, score: str) -> tuple[list[int], str]:
-    """Return the `shown` items with the highest scores and as many with the lowest, highest first, and their title."""
+def extremes(scores: Sequence[float] | np.ndarray, shown: int, what: str, score: str) -> list[tuple[int, str]]:
+    """Return the `shown` items with the highest scores and as many with the lowest, each with its group's title."""
     order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable").tolist()
     if len(order) <= 2 * shown:
-        return order, f"All {len(order):,} {what}, the highest {score} first"
-    title = f"Of {len(order):,} {what} the {shown} with the highest {score}, then the {shown} with the lowest"
-    return order[:shown] + order[-shown:], title
+        return [(number, f"All {len(order):,} {what}, the highest {score} first") for number in order]
+    high, low = (f"The {shown} with the {end} {score} of {len(order):,} {what}" for end in ("highest", "lowest"))
+    return [*((number, high) for number in order[:shown]), *((number, low) for number in order[: -shown - 1 : -1])]

@@ -146,8 +146,10 @@ def _add(findings: Findings, bench: Bench, name: str, data: str, task: Task) -> 
         Result.of(_titles(name)[1], found.bits_per_byte, "lower", said, data),
     ]
     each = [math.exp(one / count) for one, count in zip(nats, tokens, strict=True)]
-    shown, title = extremes(each, SHOWN, f"texts of {name}", "perplexity")
-    findings.exhibits += [Exhibit(f"perplexity {each[n]:.1f}: {records[n]['text']}", group=title) for n in shown]
+    findings.exhibits += [
+        Exhibit(f"perplexity {each[n]:.1f}: {records[n]['text']}", group=title)
+        for n, title in extremes(each, SHOWN, f"texts of {name}", "perplexity")
+    ]
 
 
 def _documents_task(bench: Bench, texts: Sequence[str]) -> Task:

@@ -47,7 +47,8 @@ def foretell(exported: Exported, documents: Sequence[Document], batch: int = 32)
             raise UserError(f"text: expected at most {model.config.context} positions, found {max(packed.documents)}")
         attend, clean = for_batch(packed, model.compute), torch.zeros_like(packed.max_timestep)
         seen = packed.patches, packed.latents, clean
-        logits = model(packed.tokens, packed.rotary, attend, packed.predict, *seen).logits.float()
+        apart = device.type == "cpu"  # as the engine reads them
+        logits = model(packed.tokens, packed.rotary, attend, packed.predict, *seen, apart=apart).logits.float()
         nats = F.cross_entropy(logits, packed.targets, reduction="none").double().cpu().numpy()
         likeliest = (logits.argmax(-1) == packed.targets).cpu().numpy()
         ends = np.searchsorted(packed.predict.cpu().numpy(), np.cumsum(packed.documents)[: len(some) - 1])

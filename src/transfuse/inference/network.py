@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..export import Exported
+from ..model.layers import rotary_table
 from ..model.transfusion import Output
 from ..sequence import Images, Layout, stacked, visible
 from .cache import Cached, KeyValueCache, Segment
@@ -50,6 +51,15 @@ class Network:
         self.barred = torch.zeros(self.config.ids)
         self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
         self.barred[self.tokenizer.vocabulary :] = -torch.inf
+        # The last bits of a convolution depend on how many images it is given, and what is drawn for one request must
+        # not depend on the others.
+        self.apart = self.config.adapter == "unet" and self.device.type == "cpu"
+        self.table = rotary_table(
+            torch.arange(self.config.context, device=self.device),
+            self.config.head_channels,
+            self.config.rope_theta,
+            self.model.compute,
+        )
         self.guidance: Guidance = "packed"
         self.record: Record | None = CudaGraphs() if graphs and self.device.type == "cuda" else None
         self._null: tuple[KeyValueCache, Tensor] | None = None
@@ -85,7 +95,9 @@ class Network:
         ids = [self.ids(values) for values in (tokens, positions, predict, patches, timesteps)]
 
         def work() -> Output:
-            output: Output = self.model(ids[0], ids[1], attend, ids[2], ids[3], latents, ids[4])
+            output: Output = self.model(
+                ids[0], ids[1], attend, ids[2], ids[3], latents, ids[4], apart=self.apart, table=self.table
+            )
             return output
 
         if record is None:

@@ -1,8 +1,8 @@
 """What a training step keeps in memory from its forward to its backward pass, in bytes. `flops` counts operations.
 
-Counted layer by layer: a product keeps its input, a norm its input and the normed input, an addition nothing. Below,
-C is the width, F the hidden width, H query and K key heads have D channels, and `element` is the size of one element of
-the residual stream (2: bfloat16, 4: float32). The weights' own copies in that dtype are counted with the weights.
+Counted layer by layer: a product keeps its input, a norm its input, an addition nothing. Below, C is the width, F the
+hidden width, H query and K key heads have D channels, and `element` is the size of one element of the residual stream
+(2: bfloat16, 4: float32). The weights' own copies in that dtype are counted with the weights.
 """
 
 from __future__ import annotations
@@ -45,14 +45,13 @@ def flex_bytes(config: ModelConfig, positions: int, element: int) -> int:
 def block_bytes(config: ModelConfig, positions: int, element: int, attention: AttentionBytes = flex_bytes) -> int:
     """One block that recomputes nothing.
 
-    6 C        of each half: the residual stream, and a norm's two products of it (pre), or what the half adds and its
-               normed form (swin)
+    4 C        of each half: the residual stream, and its normed form (pre), or what the half adds (swin)
     3 F        gate and up, and their product
     2 C        what dropout multiplied by, where there is any
     (H + K) D  queries and keys without their mean and length, where they are normed, and those in float32
     """
-    elements = 6 * config.width + 3 * config.hidden_channels + (2 * config.width if config.dropout else 0)
-    statistics = 2 * _length_bytes(element)
+    elements = 4 * config.width + 3 * config.hidden_channels + (2 * config.width if config.dropout else 0)
+    statistics = 2 * FLOAT
     if config.qk_norm:
         elements += (config.heads + config.key_heads) * config.head_channels
         statistics += 2 * FLOAT * (config.heads + config.key_heads)
@@ -85,10 +84,10 @@ def forward_bytes(
 ) -> int:
     """All that a forward pass leaves behind, up to the inputs of the head; logits are not kept.
 
-    Beside the blocks: the rotary table, the final norm's two tensors, what the head and the patch layers read.
+    Beside the blocks: the rotary table, the final norm's input, what the head and the patch layers read.
     """
     block = kept_of_block(config, load.positions, element, checkpointing, attention)
-    once = element * 2 * (config.head_channels + config.width) + _length_bytes(element)
+    once = element * (2 * config.head_channels + config.width) + FLOAT
     patches = sum(count * sum(patch_bytes(config, size, element)) for size, count in load.images.items())
     return config.depth * block + load.positions * once + load.predictions * element * config.width + patches
 
@@ -171,11 +170,6 @@ def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, in
 
 def _qkv(config: ModelConfig) -> int:
     return (config.heads + 2 * config.key_heads) * config.head_channels
-
-
-def _length_bytes(element: int) -> int:
-    """Of an `RMSNorm`, per position: the length, its inverse, and that in another dtype where there is another."""
-    return 2 * FLOAT + (element if element != FLOAT else 0)
 
 
 def _time_elements(channels: int) -> int:

@@ -79,8 +79,8 @@ class Grouped:
     Lengths are padded to a multiple of 8 and the number of documents to a multiple of 4, so that batches differ in few
     shapes: a matrix kernel is prepared, and kept in memory, for every shape it meets. Equal lengths need no padding.
 
-    In float32 a group goes through SDPA; in bfloat16 on CPU the scores are multiplied out, because SDPA's backward is
-    several times slower there (docs/benchmarks.md).
+    In float32 a group goes through SDPA; in bfloat16 on CPU attention is multiplied out (`_Explicit`), because SDPA's
+    backward is several times slower there (docs/benchmarks.md).
     """
 
     def __init__(self, batch: Batch, dtype: torch.dtype) -> None:
@@ -133,14 +133,39 @@ class Grouped:
 
 def _attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """`[document, head, position, channel]`, additive mask `[document, 1, query, key]`."""
-    documents, heads, length, channels = q.shape
+    heads, length = q.shape[1:3]
     if q.dtype == torch.bfloat16 and not q.is_cuda and length <= LONGEST_EXPLICIT:
         if k.shape[1] != heads:
             k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-        q, k, v = (x.reshape(documents * heads, length, channels) for x in (q * channels**-0.5, k, v))
-        scores = torch.bmm(q, k.transpose(1, 2)).view(documents, heads, length, length) + mask
-        return torch.bmm(scores.softmax(-1).view(-1, length, length), v).view(documents, heads, length, channels)
+        return _Explicit.apply(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != heads)
+
+
+class _Explicit(torch.autograd.Function):
+    """Attention by plain products, shapes as in `_attend_group`; scores and softmax are float32.
+
+    Scores rounded to bfloat16 would be wrong by several times what the rest of it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        shape = q.shape
+        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+        scores = torch.bmm(q.float().mul_(q.shape[-1] ** -0.5), k.float().transpose(1, 2))
+        shares = scores.view(*shape[:3], -1).add_(mask).softmax(-1).to(q.dtype).view_as(scores)
+        ctx.save_for_backward(q, k, v, shares)
+        return torch.bmm(shares, v).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, shares = ctx.saved_tensors
+        shape, gradient = gradient.shape, gradient.reshape(q.shape)
+        of_shares = torch.bmm(gradient, v.transpose(1, 2))
+        of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+        of_scores.mul_(q.shape[-1] ** -0.5)
+        of_q, of_k = torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q)
+        of_v = torch.bmm(shares.transpose(1, 2), gradient)
+        return of_q.view(shape), of_k.view(shape), of_v.view(shape), None
 
 
 def flexible(batch: Batch) -> Attend:

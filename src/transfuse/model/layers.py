@@ -22,7 +22,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         # Not asked to become what it is: a quantised weight can not answer.
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if x.dim() == 2:
+            return F.linear(x, weight, bias)
+        # torch multiplies more dimensions in another way, with other last bits, where the weight needs no gradient.
+        return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class PackedLinear(nn.Module):
@@ -75,7 +79,7 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis: length taken in float32, products in the dtype of the input."""
+    """Root-mean-square norm over the last axis, taken in float32 and rounded once, to the dtype of the input."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
@@ -83,10 +87,37 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Written out: on CPU torch's own rms_norm is made of more, and slower, steps.
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = length.square().mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
-        return x * scale.to(x.dtype) * self.weight.to(x.dtype)
+        if x.requires_grad or self.weight.requires_grad:
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return _rms_norm(x, self.weight, self.eps)[0]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed `[N, C]`, and what its vectors were multiplied by, `[N, 1]` in float32 at least."""
+    # Written out: on CPU torch's own rms_norm is made of more, and slower, steps.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = length.square().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(x, scale).mul_(weight).to(x.dtype), scale
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`_rms_norm`, which keeps its input alone for the backward pass, where autograd would keep float32 products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed, scale = _rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        scale, wide = scale.to(x.dtype), torch.promote_types(x.dtype, torch.float32)
+        unit, weighted = x * scale, gradient * weight.to(x.dtype)
+        along = (weighted * unit).mean(-1, keepdim=True, dtype=wide).to(x.dtype)
+        of_weight = (gradient * unit).flatten(0, -2).sum(0, dtype=wide).to(weight.dtype)
+        return torch.addcmul(weighted, unit, along, value=-1).mul_(scale), of_weight, None
 
 
 class HeadNorm(nn.Module):

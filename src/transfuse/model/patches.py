@@ -19,8 +19,10 @@ from .config import MAX_GRID, ModelConfig
 from .layers import Linear, TimestepEmbedding
 
 
-def by_shape(latents: Images) -> list[list[int]]:
-    """Numbers of the images that share a shape, so that each group is one stacked tensor."""
+def by_shape(latents: Images, apart: bool = False) -> list[list[int]]:
+    """Numbers of the images that share a shape, so that each group is one stacked tensor; `apart`: each one alone."""
+    if apart:
+        return [[number] for number in range(len(latents))]
     if isinstance(latents, Tensor):
         return [list(range(len(latents)))]
     groups: dict[torch.Size, list[int]] = {}
@@ -71,10 +73,13 @@ class LinearPatches(nn.Module):
         self.leave = Linear(config.width, elements)
         self.positions = GridPositions(config.width) if config.patch_positions == "learned" else None
 
-    def encode(self, latents: Images, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
-        """Latents `[channel, row, column]` each, timesteps `[I]` -> patches `[P, C]` and what `decode` needs."""
+    def encode(self, latents: Images, timesteps: Tensor, dtype: torch.dtype, apart: bool = False) -> tuple[Tensor, Any]:
+        """Latents `[channel, row, column]` each, timesteps `[I]` -> patches `[P, C]` and what `decode` needs.
+
+        Images of one shape are computed together, or, where `apart`, each alone.
+        """
         time = self.time(timesteps, dtype)
-        groups, pieces = by_shape(latents), []
+        groups, pieces = by_shape(latents, apart), []
         for group in groups:
             stacked = those(latents, group).to(dtype)
             x, its_time = windows(stacked, self.size), those(time, group)[:, None, None]
@@ -211,14 +216,10 @@ class UNetPatches(nn.Module):
                 self.up.append(Conv(current, current))
         self.last_norm, self.last = ChannelNorm(current), Conv(current, config.latent_channels)
 
-    def encode(self, latents: Images, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    def encode(self, latents: Images, timesteps: Tensor, dtype: torch.dtype, apart: bool = False) -> tuple[Tensor, Any]:
         """As `LinearPatches.encode`; the state for `decode` is the time embedding and the skips of each group."""
         time = self.time(timesteps, dtype)
-        groups, pieces, kept = by_shape(latents), [], []
-        if torch.is_inference_mode_enabled() and time.device.type == "cpu":
-            # By themselves: which kernel convolves, and with it the last bits, depends on how many images there are,
-            # and what is drawn for one person must not depend on who else draws.
-            groups = [[number] for number in range(len(latents))]
+        groups, pieces, kept = by_shape(latents, apart), [], []
         for group in groups:
             stacked, its_time = those(latents, group).to(dtype), those(time, group)
             x = self.first(stacked)

@@ -69,28 +69,29 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """All blocks and the final norm. `x [N, C], positions [N] -> [N, C]`; `dropout` draws what is dropped."""
+    """All blocks and the final norm. `x [N, C], positions [N] -> [N, C]`; `dropout` draws what is dropped.
+
+    `table` is `rotary_table` of positions 0, 1, ... in the dtype of `x`: looking values up is faster than making them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend, dropout: torch.Generator | None = None) -> Tensor:
-        rotary = self._rotary(positions, x.dtype)
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        dropout: torch.Generator | None = None,
+        table: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if table is None:
+            rotary = rotary_table(positions, self.config.head_channels, self.config.rope_theta, x.dtype)
+        else:
+            rotary = table[0].index_select(0, positions), table[1].index_select(0, positions)
         for block in self.blocks:
             x = block(x, rotary, attend, dropout)
         return self.norm(x)
-
-    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines; looked up where a CPU writes token by token, for there their making is felt."""
-        shape = self.config.head_channels, self.config.rope_theta, dtype
-        if positions.is_cuda or not torch.is_inference_mode_enabled():
-            return rotary_table(positions, *shape)
-        most = int(positions.max()) + 1
-        if dtype not in self._tables or len(self._tables[dtype][0]) < most:
-            self._tables[dtype] = rotary_table(torch.arange(max(most, self.config.context)), *shape)
-        cosine, sine = self._tables[dtype]
-        return cosine.index_select(0, positions), sine.index_select(0, positions)

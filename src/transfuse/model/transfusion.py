@@ -72,6 +72,8 @@ class Transfusion(nn.Module):
         timesteps: Tensor | None = None,
         dropout: torch.Generator | None = None,
         read: Read = logits,
+        apart: bool = False,
+        table: tuple[Tensor, Tensor] | None = None,
     ) -> Output:
         """Run a flat sequence.
 
@@ -82,6 +84,9 @@ class Transfusion(nn.Module):
         dropout                     draws what is dropped, in training; None: nothing is
         read                        what to make of the vectors at `predict` where all their logits would be too much;
                                     called in here, because only in here does FSDP have the head's weight gathered
+        apart                       each image alone through the patch layers; otherwise those of one shape together,
+                                    which is faster, but the last bits of a convolution depend on how many they are
+        table                       cosines and sines of the rotary embedding to look up, as in `Transformer`
         """
         x = self.embedding(tokens).to(self.compute)
         state = None
@@ -89,9 +94,9 @@ class Transfusion(nn.Module):
             layers = self._patch_layers()
             assert patches is not None
             assert timesteps is not None
-            vectors, state = layers.encode(latents, timesteps, self.compute)
+            vectors, state = layers.encode(latents, timesteps, self.compute, apart)
             x = vectors if len(patches) == len(tokens) else x.index_copy(0, patches, vectors)
-        x = self.trunk(x, positions, attend, dropout)
+        x = self.trunk(x, positions, attend, dropout, table=table)
         predictions: Images = []
         if len(latents):
             assert patches is not None

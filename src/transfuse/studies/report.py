@@ -80,12 +80,13 @@ _DRAWINGS = (
 _STRIP = "“{prompt}”: the picture that the model expects at the end, at steps along the way."
 _INTERLEAVED = (
     "Nobody tells it to draw: after every token the model may go on with a word, a picture or the end. Its own words "
-    "are coloured."
+    "are coloured. The first three of twelve unseen captions, then three beginnings."
 )
 _CAPTIONS = "All {count} real pictures of held-out combinations in the order they came, described by the model."
 _DEFINITIONS = (
-    "Text alone, the likeliest token each time. The first words are among those it draws; the others are held out with "
-    "all their definitions. A model of this size learns how definitions sound, not what is true."
+    "Text alone, the token of highest probability each time. The first four words name things it draws; the others are "
+    "spread evenly over those held out, with all their definitions. A model of this size learns how definitions sound, "
+    "not what is true."
 )
 _LEARNED = (
     "Both losses come from every step of one training run. An image loss is the mean squared error of the predicted "

@@ -59,6 +59,10 @@ class AutoencoderObjectiveConfig:
     revive_until: float = 0.8
     """share of the run's steps"""
 
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.critic_betas):
+            raise ValueError(f"objective.critic_betas: expected numbers from 0 to below 1, found {self.critic_betas}")
+
 
 LATE = ("adversarial", "critic")
 """terms that begin at `adversarial_from`"""

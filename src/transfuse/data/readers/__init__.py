@@ -71,10 +71,11 @@ class Reader(Protocol):
 
     text_only: bool
     """whether documents are words alone"""
-    listing: str
-    """a hash of names and sizes: a source that changes under way is noticed"""
     total: int
     """weight of all parts"""
+
+    def contents(self) -> dict[str, str]:
+        """Return hashes of all that the documents are made of, by name: what another content would change."""
 
     def parts(self) -> Iterable[Part]: ...
 

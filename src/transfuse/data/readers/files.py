@@ -6,8 +6,6 @@ file.name, file.size, file.here()                             # here(): a path; 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -15,10 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...console import progress
+from ...files import sha256
+from ..ahead import ahead
 from ..remote import Cache, Look, MissingError, find, is_remote, look, url_name
 
 LOOKERS = 16
 """URLs asked after at once"""
+UNREADABLE = "unreadable"
+"""in place of a hash"""
+HASHERS = 4
+"""files read at once"""
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,24 @@ def _below(url: str, root: str) -> str:
     return path[len(root) + 1 :] if path.startswith(f"{root}/") else url_name(url)
 
 
-def listing(files: Iterable[File]) -> tuple[str, int]:
-    """A hash of names, sizes and versions, and the sum of the sizes. Not of times, which copies lose."""
-    digest, total = hashlib.sha256(), 0
-    for file in files:
-        version = [file.look.version] if file.look is not None and file.look.version else []
-        digest.update(json.dumps([file.name, file.size, *version]).encode())
-        total += file.size
-    return digest.hexdigest(), total
+def contents(files: Iterable[File]) -> dict[str, str]:
+    """Return of each file, by its name, the SHA-256 of its bytes; of one at a URL, its size and version.
+
+    Reads every file that is here. Times are left out: an edit may keep them, and a copy loses them.
+    """
+    listed, found = list(files), {}
+    with ThreadPoolExecutor(HASHERS) as pool, progress("reading the source", len(listed)) as bar:
+        hashes = ahead(lambda file: pool.submit(_content, file), listed, 16 * HASHERS)
+        for file, content in zip(listed, hashes, strict=True):
+            found[file.name] = content
+            bar.advance()
+    return found
+
+
+def _content(file: File) -> str:
+    if file.look is not None:
+        return str(file.look)
+    try:
+        return sha256(Path(file.place))
+    except (OSError, ValueError):  # reading its document will say why
+        return UNREADABLE

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import UserError
 from . import Columns, Fault, Part, Raw
-from .files import File, listing
+from .files import File, contents
 from .pictures import CAPTION_COLUMNS, IMAGE_COLUMNS, column
 
 
@@ -16,7 +16,6 @@ class ParquetReader:
 
     def __init__(self, files: list[File], columns: Columns) -> None:
         self.files = files
-        self.listing, _ = listing(files)
         opened = [self._open(file) for file in files]
         schema = opened[0].schema_arrow
         names, where = list(schema.names), files[0].place
@@ -36,6 +35,9 @@ class ParquetReader:
         self.rows = [[metadata.row_group(number).num_rows for number in some] for metadata, some in groups]
         self.sizes = [[metadata.row_group(number).total_byte_size for number in some] for metadata, some in groups]
         self.total = sum(map(sum, self.sizes))
+
+    def contents(self) -> dict[str, str]:
+        return contents(self.files)
 
     def parts(self) -> Iterable[Part]:
         for number, sizes in enumerate(self.sizes):

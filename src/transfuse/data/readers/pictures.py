@@ -19,9 +19,11 @@ from typing import Any
 from ...errors import UserError
 from ...images import image_files
 from . import PER_PART, Columns, Fault, Part, Raw, decode_text, parse_json
-from .files import File, listing
+from .files import File, contents
 
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "filepath", "path", "file")
+TABLE = "the list of pictures and captions"
+"""stands among the names of files for the table, or for the folder's names"""
 CAPTION_COLUMNS = ("text", "caption", "TEXT", "prompt", "description")
 
 
@@ -47,13 +49,15 @@ class PictureReader:
             unnamed = [path for path in image_files(folder) if path not in named]
             missing = "expected a row of the table, found none"
             self.rows = [*rows, *(Row(path.relative_to(folder).as_posix(), "", missing) for path in unnamed)]
-        files = [folder / row.name for row in self.rows if not row.fault]
-        names, _ = listing(File.of(folder, path) for path in files)
-        beside = [path.with_suffix(".txt") for path, row in zip(files, rows, strict=False) if row.caption is None]
-        words, _ = listing(File.of(folder, path) for path in beside)
-        captions = hashlib.sha256(json.dumps([(row.name, row.caption, row.fault) for row in self.rows]).encode())
-        self.listing = hashlib.sha256(f"{names}{words}{captions.hexdigest()}".encode()).hexdigest()
         self.total = len(self.rows)
+
+    def contents(self) -> dict[str, str]:
+        """Of pictures and captions; a table goes by what its rows say."""
+        paths = [(self.folder / row.name, row.caption is None) for row in self.rows if not row.fault]
+        files = [file for path, beside in paths for file in (path, *([path.with_suffix(".txt")] if beside else []))]
+        rows = json.dumps([(row.name, row.caption, row.fault) for row in self.rows])
+        found = contents(File.of(self.folder, path) for path in files)
+        return found | {TABLE: hashlib.sha256(rows.encode()).hexdigest()}
 
     @classmethod
     def of_folder(cls, folder: Path, columns: Columns) -> PictureReader:

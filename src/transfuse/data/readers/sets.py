@@ -21,7 +21,11 @@ class SetReader:
         if data.manifest.kind == "text" or encoding is not None:
             found = "text" if encoding is None else f"what {encoding.autoencoder} makes of them"
             raise UserError(f"{data.path}: expected a data set of pictures to build from, found one of {found}")
-        self.data, self.listing, self.total = data, f"set {data.fingerprint}", len(data)
+        self.data, self.total = data, len(data)
+
+    def contents(self) -> dict[str, str]:
+        """The manifest has the hashes of all else, and every document is compared with its own."""
+        return {"manifest.json": self.data.fingerprint}
 
     def tokenizer(self) -> Tokenizer:
         return self.data.tokenizer()

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...images import SUFFIXES
 from . import PER_PART, UNTOLD, Columns, Fault, Part, Raw, decode_text, interleaved, parse_json
-from .files import File, listing
+from .files import File, contents
 from .pictures import CAPTION_COLUMNS
 
 LINK = -1
@@ -40,7 +40,10 @@ class TarReader:
 
     def __init__(self, files: list[File], columns: Columns) -> None:
         self.files, self.columns = files, columns
-        self.listing, self.total = listing(files)
+        self.total = sum(file.size for file in files)
+
+    def contents(self) -> dict[str, str]:
+        return contents(self.files)
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:

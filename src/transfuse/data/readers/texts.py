@@ -13,13 +13,17 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ...errors import UserError
 from . import Columns, Fault, Part, Raw, decode_text, interleaved, parse_json
-from .files import File, listing
+from .files import File, contents
 
+DATA = "data:"
+"""begins a picture that is in the line itself"""
 CHUNK = 1 << 18
 """bytes of lines that make a part"""
 SEPARATORS = {"line": (b"\n",), "paragraph": (b"\n\n", b"\n\r\n")}
@@ -58,7 +62,10 @@ class TextReader:
 
     def __init__(self, files: list[File], columns: Columns) -> None:
         self.files, self.split = files, columns.split
-        self.listing, self.total = listing(files)
+        self.total = sum(file.size for file in files)
+
+    def contents(self) -> dict[str, str]:
+        return contents(self.files)
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:
@@ -103,13 +110,35 @@ class JsonReader:
     def __init__(self, files: list[File], columns: Columns) -> None:
         self.files = files
         self.image, self.text = columns.image_column or "image", columns.caption_column or "text"
-        self.listing, self.total = listing(files)
+        self.total = sum(file.size for file in files)
         _, first = next(iter(_chunks(files[0], b"\n")), (0, b""))
         lines = [line for line in first.split(b"\n")[:100] if line.strip()]
         if not lines:
             raise UserError(f"{files[0].place}: expected a JSON document a line, found an empty file")
         names = [json.dumps(name).encode() for name in ("image", "images", self.image)]
         self.text_only = not any(name in line for line in lines for name in names)
+
+    def contents(self) -> dict[str, str]:
+        """With the picture files that documents name; at a URL these go by the version of the jsonl."""
+        return contents(self.files) | ({} if self.text_only else contents(self._pictures()))
+
+    def _pictures(self) -> Iterator[File]:
+        for part in self.parts():
+            file, _, data = part.what
+            if file.cache is not None:
+                continue
+            names: list[str] = []
+
+            def picture(name: Any, names: list[str] = names) -> bytes:
+                if isinstance(name, str) and not name.startswith(DATA):
+                    names.append(name)
+                return b""
+
+            for line in data.split(b"\n"):
+                with suppress(ValueError):  # a fault, once it is read
+                    self._document("", parse_json(decode_text(line, "line")), picture)
+            folder = Path(file.place).parent
+            yield from (File((Path(file.name).parent / name).as_posix(), str(folder / name), 0) for name in names)
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:
@@ -123,11 +152,12 @@ class JsonReader:
                 continue
             key = f"{file.name}:{number}"
             try:
-                yield self._document(key, file, parse_json(decode_text(line, "line")))
+                record = parse_json(decode_text(line, "line"))
+                yield self._document(key, record, lambda name: _image(file, name))
             except (OSError, ValueError) as error:
                 yield Fault(key, f"expected a document, found none ({error})")
 
-    def _document(self, key: str, file: File, record: Any) -> Raw:
+    def _document(self, key: str, record: Any, picture: Callable[[Any], bytes]) -> Raw:
         pair = False
         if not isinstance(record, dict):
             raise ValueError(f"a {type(record).__name__}")
@@ -143,7 +173,7 @@ class JsonReader:
             pair = len(listed) == 2
         else:
             raise ValueError(f"neither parts, nor texts and images, nor {self.text}")
-        parts = interleaved(listed, lambda name: _image(file, name))
+        parts = interleaved(listed, picture)
         if self.text_only and not all(isinstance(part, str) for part in parts):
             raise ValueError("pictures, where the first lines have none")
         return Raw(key, parts, pair)
@@ -164,6 +194,6 @@ class JsonReader:
 def _image(file: File, name: Any) -> bytes:
     if not isinstance(name, str):
         raise ValueError(f"image: a {type(name).__name__}")
-    if name.startswith("data:"):
+    if name.startswith(DATA):
         return base64.b64decode(name.partition(",")[2], validate=True)
     return file.beside(name)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ...errors import UserError
+from ...files import sha256
 from ..world import World, WorldConfig, caption
+from ..world.sprites import SPRITE_FILE
 from . import PER_PART, Fault, Part, Raw
 
 
@@ -17,8 +19,11 @@ class WorldReader:
     def __init__(self, count: int, size: int) -> None:
         if count < 1:
             raise UserError("world: expected how many documents to make (--count N), found none; it never ends")
-        self.size = size
-        self.listing, self.total = f"world {count} {size}", count
+        self.size, self.total = size, count
+
+    def contents(self) -> dict[str, str]:
+        """The drawings of things; count and size are settings of the build."""
+        return {SPRITE_FILE.name: sha256(SPRITE_FILE)}
 
     def parts(self) -> Iterable[Part]:
         for start in range(0, self.total, PER_PART):
