@@ -15,6 +15,7 @@ travel with it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -102,11 +103,27 @@ class Exported:
     generation: GenerationConfig
     weights: Path | None = None
     """the file it was loaded from"""
+    quantize: str | None = None
+    """the eight bits that the blocks' weights were put into; None: they are as loaded"""
+    compiled: bool = False
+    """whether the blocks are compiled"""
 
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of the hash of its weights' file; "unsaved" where there is none."""
         return "unsaved" if self.weights is None else sha256(self.weights)[:16]
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of everything that decides what the model makes of a request: its weights ("model"), its configuration and
+        that of its diffusion process, its tokenizer, its autoencoder."""
+        config = {"model": to_dict(self.model.config), "diffusion": to_dict(self.process.config)}
+        return {
+            "model": self.fingerprint,
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+            "tokenizer": self.tokenizer.fingerprint,
+            "autoencoder": self.autoencoder.fingerprint,
+        }
 
 
 def save_export(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -25,8 +26,11 @@ import PIL.Image
 import pytest
 from hostile import IMAGES
 from running import Running, memory
+from test_detokenizer import BYTES, chained, linked
 
 import transfuse
+from transfuse.cli import run
+from transfuse.export import GenerationConfig, save_export
 from transfuse.images import read_settings
 from transfuse.inference import TransfusionPipeline
 
@@ -110,6 +114,52 @@ def test_openai_draws_what_the_pipeline_draws(client: openai.OpenAI, pipe: Trans
     assert kinds in [["partial_image"] * previews + ["completed"] for previews in (1, 2, 3)]
     assert np.array_equal(pixels(events[-1].b64_json), np.asarray(expected[0]))
     assert pixels(events[0].b64_json).shape == (8, 8, 3)
+
+
+def test_a_picture_of_the_server_is_drawn_again(server: Running, served: Path, tmp_path: Path) -> None:
+    """By `generate --again`, to the same bytes: generations, an edit by words and one by a mask, and a chat."""
+    (tmp_path / "shown.png").write_bytes(png())
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    PIL.Image.fromarray(mask).save(tmp_path / "mask.png")
+    parts = [{"type": "image_url", "image_url": {"url": data_url(png())}}, {"type": "text", "text": "a crab"}]
+    chat = {"messages": [{"role": "user", "content": parts}], "modalities": ["image"], "seed": 2, "temperature": 0.5}
+    form = {"prompt": "red", "seed": 3, "num_inference_steps": 4}
+    files = [("image", ("a.png", png()))]
+    masked = [*files, ("mask", ("m.png", (tmp_path / "mask.png").read_bytes()))]
+    asked = {"prompt": "a crab", "n": 2, "seed": 7, "sampler": "ddim", "size": "8x4"}
+    drawn = server.post("/v1/images/generations", asked).json()["data"]
+    found = [(one["b64_json"], ()) for one in drawn]
+    for given, options in ((files, ()), (masked, ("--mask", "mask.png"))):
+        (edited,) = server.post("/v1/images/edits", data=form, files=given).json()["data"]
+        found.append((edited["b64_json"], ("--images", "shown.png", *options)))
+    (image,) = server.post("/v1/chat/completions", chat).json()["choices"][0]["message"]["images"]
+    found.append((image["image_url"]["url"].partition(",")[2], ("--images", "shown.png")))
+    for number, (content, options) in enumerate(found):
+        file = tmp_path / f"{number}.png"
+        file.write_bytes(base64.b64decode(content))
+        command = ["generate", "--again", str(file), "--model", str(served), "--out", str(tmp_path / "again")]
+        with contextlib.chdir(tmp_path):
+            assert run([*command, *options]) == 0
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    assert read_settings(tmp_path / "1.png")["size"] == [4, 8]
+
+
+def test_a_cut_character_is_not_lost(tmp_path: Path) -> None:
+    """Words that end within a character, before a picture and at the end, whole and streamed."""
+    start = BYTES.encode("?")[0]
+    one = chained(linked(b"ab\xc3", BYTES.boi, start) | linked(b"cd\xe2\x82", BYTES.eos, BYTES.eoi))
+    weights, config = one.model.state_dict(), one.model.config
+    defaults = GenerationConfig(guidance_scale=1.0)
+    save_export(tmp_path / "export", weights, config, one.process.config, BYTES, one.autoencoder, 8, defaults, "")
+    body = {"messages": says("?"), "content_format": "parts"}
+    with Running(tmp_path / "export") as running:
+        parts = running.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
+        assert [part.get("text") for part in parts] == ["ab\ufffd", None, "cd\ufffd"]
+        lines = running.post("/v1/chat/completions", {**body, "stream": True}).text.split("\n\n")
+        deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line.startswith("data: {")]
+        told = ["[]" if "images" in delta else delta.get("content", "") for delta in deltas]
+        assert "".join(told) == "ab\ufffd[]cd\ufffd"
 
 
 def test_openai_edits_as_the_pipeline_does(client: openai.OpenAI, pipe: TransfusionPipeline) -> None:

@@ -124,13 +124,13 @@ class _Session:
 
         said: list[str | np.ndarray] = [*self.shown, line]
         settings: dict[str, Any] = {"seed": self.seed, "draw": self.asked.draw}
-        made = settings_of(self.conversation.request(said, **settings), self.pipe.exported)
+        request = self.conversation.request(said, **settings)
         for event in self.conversation.say(said, **settings):
             match event:
                 case TextDelta(text=text):
                     print(text, end="", flush=True)
-                case ImageEnd(latent=latent):
-                    self.last = self.pipe.picture(latent), made
+                case ImageEnd(number=number, latent=latent):
+                    self.last = self.pipe.picture(latent), settings_of(request, self.pipe.exported, number)
                     self.drawn += 1
                     print()
                     self.show()

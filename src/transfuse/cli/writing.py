@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from ..console import say
-from ..devices import Device, Precision, for_inference
+from ..devices import Device, Precision, for_inference, pick_device
 from ..errors import UserError
-from ..folders import DEFAULT, bundled_models, draws, trained_exports
+from ..files import sha256
+from ..folders import DEFAULT, bundled_models, draws, places, trained_exports
 from .parsing import parse, print_json
 
 if TYPE_CHECKING:
@@ -58,15 +60,39 @@ class WithModel:
 
 
 def save_picture(picture: PIL.Image.Image, path: Path, settings: dict[str, Any]) -> str:
-    """Write a PNG that says how it was made; its path. Raises UserError where it can not be written."""
+    """Write a PNG that says how it was made; return its path.
+
+    No file is replaced: where another is at `path`, the name gets a number (`crab-2.png`); a file of equal bytes is the
+    same picture, and stays. Raises UserError where it cannot be written.
+    """
     from ..images import save_png
 
+    if path.is_dir():
+        raise UserError(f"{path}: expected a file to write, found a folder")
+    content, place, number = io.BytesIO(), path, 1
+    save_png(picture, content, settings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(picture, path, settings)
+        while not (place.is_file() and place.read_bytes() == content.getvalue()):
+            try:
+                _write_new(place, content.getvalue())
+            except FileExistsError:
+                number += 1
+                place = path.with_stem(f"{path.stem}-{number}")
     except OSError as error:
         raise UserError(f"{path.parent}: expected a folder to write to, found {error.strerror or error}") from None
-    return str(path)
+    return str(place)
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, whole or not at all. Raises FileExistsError, OSError."""
+    with path.open("xb") as file:
+        try:
+            file.write(content)
+            file.flush()
+        except BaseException:
+            path.unlink()
+            raise
 
 
 def read_picture(path: Path, side: int, resize: bool) -> np.ndarray:
@@ -90,14 +116,15 @@ def to_side(pixels: np.ndarray, path: Path, side: int, resize: bool) -> np.ndarr
 
 @dataclass(frozen=True)
 class Generate(WithModel):
-    """Go on from a prompt, in words and pictures: the model itself decides when to draw.
+    """Go on from a prompt, in words and pictures: the model itself decides when to draw. Or draw a picture again.
 
     transfuse generate "a crab on a blue background" --seed 7 --out pictures
+    transfuse generate --again pictures/seed-7-0.png --out again
     """
 
-    prompt: tyro.conf.Positional[str]
+    prompt: tyro.conf.Positional[str] = ""
     out: Path = Path("out")
-    """folder for the pictures"""
+    """folder for the pictures; no picture in it is replaced"""
     seed: int = 0
     steps: int | None = None
     """denoising steps; the model's own default if not given"""
@@ -110,15 +137,36 @@ class Generate(WithModel):
     """most tokens of text"""
     temperature: float | None = None
     """of the text; 0 is greedy"""
+    again: Path | None = None
+    """a PNG of generate, edit, chat or the server: draw it again by the settings in it, in place of a prompt"""
+    images: tuple[Path, ...] = ()
+    """with --again: the image files that it was drawn from, if there were any"""
+    mask: Path | None = None
+    """with --again: the mask that it was drawn with, if there was one"""
     json: bool = False
     """end with one line of JSON"""
 
 
+AGAIN = ("model", "out", "again", "images", "mask", "json")
+"""options that go with --again: all others are in the file"""
+
+
 def generate(arguments: Sequence[str]) -> int:
-    """Go on from a prompt, in words and pictures."""
+    """Go on from a prompt, in words and pictures, or draw a picture again."""
     asked = parse(Generate, arguments, "generate")
+    if asked.again is not None:
+        for field in fields(asked):
+            if field.name not in AGAIN and getattr(asked, field.name) != field.default:
+                raise UserError(f"generate: --again: expected no {field.name}, for the file's own is used, found one")
+        return _again(asked, asked.again)
+    if asked.images or asked.mask:
+        raise UserError(f"generate: --{'images' if asked.images else 'mask'}: expected --again with it, found none")
     if not asked.prompt.strip():
         raise UserError("generate: prompt: expected some text, found an empty one")
+    return _generate(asked)
+
+
+def _generate(asked: Generate) -> int:
     pipe = asked.load()
     from dataclasses import replace
 
@@ -136,8 +184,9 @@ def generate(arguments: Sequence[str]) -> int:
         if isinstance(part, str):
             parts.append({"type": "text", "text": part})
         else:
-            path = asked.out / f"seed-{reply.seed}-{sum(p['type'] == 'image' for p in parts)}.png"
-            saved = save_picture(part, path, settings_of(request, pipe.exported))
+            number = sum(p["type"] == "image" for p in parts)
+            settings = settings_of(request, pipe.exported, number)
+            saved = save_picture(part, asked.out / f"seed-{reply.seed}-{number}.png", settings)
             parts.append({"type": "image", "path": saved})
     if asked.json:
         print_json(
@@ -153,6 +202,50 @@ def generate(arguments: Sequence[str]) -> int:
     else:
         print("\n".join(part.get("text") or part["path"] for part in parts))
     return 0
+
+
+def _again(asked: Generate, file: Path) -> int:
+    """Draw the picture in a file by the settings in it, and save it by the same name in the folder for pictures."""
+    import numpy as np
+    import torch
+
+    from .. import load
+    from ..images import read_image, read_settings
+    from ..inference import ImageEnd
+    from ..inference.pictures import parse_settings, request_again, settings_of
+
+    settings = parse_settings(read_settings(file), str(file))
+    images = [read_image(path) for path in asked.images]
+    device, dtype = pick_device(settings.device), getattr(torch, settings.precision)
+    model = asked.model or _model_with(settings.model, file)
+    pipe = load(str(model), device=device, dtype=dtype, quantize=settings.quantize, compile=bool(settings.compiled))
+    request = request_again(settings, pipe.exported, images, asked.mask, str(file))
+    drawn = (event for event in pipe.stream(request) if isinstance(event, ImageEnd))
+    latent = next((event.latent for event in drawn if event.number == settings.image_index), None)
+    if latent is None:
+        raise UserError(f"{file}: image_index: expected an image {settings.image_index} in the reply, found none")
+    picture = pipe.picture(latent)
+    if not np.array_equal(read_image(file), np.asarray(picture)):
+        say(f"{file}: drawn again with other pixels: by another machine, version or number of threads")
+    found = settings_of(request, pipe.exported, settings.image_index)
+    path = save_picture(picture, asked.out / file.name, found)
+    if asked.json:
+        print_json({"path": path, **found})
+    else:
+        print(path)
+    return 0
+
+
+def _model_with(fingerprint: str, file: Path) -> Path:
+    """The export under runs/, or the bundled model, with these weights. Raises UserError where there is none."""
+    for model in [*trained_exports(), *map(Path, bundled_models())]:
+        weights = places(model)["model.safetensors"]
+        if weights.is_file() and sha256(weights).startswith(fingerprint):
+            say(f"{model}: the model used, whose weights drew {file}")
+            return model
+    raise UserError(
+        f"{file}: model: expected {fingerprint} under runs/ or in the package, found none; --model names it"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,28 @@
-"""Pictures at the edge of the engine: masks on the way in; on the way out, what makes a picture again."""
+"""Pictures at the edge of the engine: masks on the way in; on the way out, the settings that draw a picture again.
+
+settings = settings_of(request, pipe.exported)                   # plain JSON, complete: `images.save_png` keeps it
+request = request_again(parse_settings(settings, "a.png"), pipe.exported)                       # the same request
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..configuration import from_dict, to_dict
+from ..diffusion import Sampler, SamplerConfig
+from ..errors import UserError
 from ..export import Exported
-from ..sequence import Text
+from ..images import ImageSource, fit, read_mask
+from ..sequence import Document, Image, Part, Text
 from ..version import __version__
-from .events import Request
+from .events import Request, Start
 
 
 def latent_mask(mask: np.ndarray, factor: int) -> Tensor:
@@ -21,23 +32,207 @@ def latent_mask(mask: np.ndarray, factor: int) -> Tensor:
     return torch.from_numpy(cells.any((1, 3)))
 
 
-def settings_of(request: Request, exported: Exported) -> dict[str, Any]:
-    """What makes a request's pictures again: prompt, seed, steps, guidance, and the model's fingerprint."""
+@dataclass(frozen=True)
+class TextPart:
+    """Words of a prompt. ids: their tokens, where encoding the text would give others."""
+
+    text: str
+    ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image of a prompt: the fingerprint of its latent, and its size in pixels (rows, columns)."""
+
+    image: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that one image depends on: the request, which of its images it is, the model, and how it computes.
+
+    Fields are those of `Request` and of `SamplerConfig` by the same names; None: the model or the request has none.
+    """
+
+    prompt: str
+    """all words of the prompt, as the model reads them"""
+    parts: tuple[TextPart | ImagePart, ...]
+    seed: int
+    draw: str
+    max_tokens: int
+    max_images: int
+    size: tuple[int, int]
+    guidance_scale: float
+    temperature: float
+    top_p: float
+    reuse: bool
+    image_index: int
+    """its number among the images of the reply"""
+    model: str
+    """fingerprint of the weights; the next three as `Exported.fingerprints` has them"""
+    config: str
+    tokenizer: str
+    autoencoder: str
+    device: Literal["cpu", "cuda"]
+    precision: Literal["float32", "bfloat16", "float16", "float64"]
+    version: str
+    quantize: str | None = None
+    compiled: bool | None = None
+    image_guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    eta: float | None = None
+    first: int | None = None
+    code_temperature: float | None = None
+    code_top_p: float | None = None
+    start: str | None = None
+    """fingerprint of the latent it begins from"""
+    strength: float | None = None
+    mask: str | None = None
+    """fingerprint of the latent's mask"""
+    masked: bool | None = None
+    images_in_prompt: int | None = None
+
+
+def settings_of(request: Request, exported: Exported, image_index: int = 0) -> dict[str, Any]:
+    """Return the `Settings` of an image of a request as plain JSON, without those that are None."""
     texts = [part.ids for part in request.document.parts if isinstance(part, Text)]
-    found: dict[str, Any] = {
-        "prompt": " ".join(exported.tokenizer.decode(ids) for ids in texts),
-        "seed": request.seed,
-        "guidance_scale": request.guidance_scale,
-        "model": exported.fingerprint,
+    found = {field.name: getattr(request, field.name, None) for field in fields(Settings)}
+    found |= exported.fingerprints | {
+        "prompt": "".join(exported.tokenizer.decode(ids) for ids in texts),
+        "parts": [_described(part, exported) for part in request.document.parts],
+        "image_index": image_index,
+        "images_in_prompt": len(request.document.images) or None,
+        "device": next(exported.model.parameters()).device.type,
+        "precision": str(exported.model.compute).removeprefix("torch."),
+        "quantize": exported.quantize,
+        "compiled": exported.compiled or None,
         "version": __version__,
+        "sampler": None,
+        "start": None,
     }
     if exported.model.config.images == "latents":
-        found |= {"steps": request.sampler.steps, "sampler": request.sampler.name}
-    optional = {
-        "image_guidance_scale": request.image_guidance_scale,
-        "guidance_interval": request.guidance_interval,
-        "strength": request.start.strength if request.start else None,
-        "masked": True if request.start and request.start.mask is not None else None,
-        "images_in_prompt": len(request.document.images) or None,
-    }
-    return found | {name: value for name, value in optional.items() if value is not None}
+        found |= {"sampler" if name == "name" else name: value for name, value in to_dict(request.sampler).items()}
+        found |= {"code_temperature": None, "code_top_p": None}
+    if (start := request.start) is not None:
+        found |= {"start": _fingerprint(start.latent), "strength": start.strength}
+        found |= {} if start.mask is None else {"mask": _fingerprint(start.mask), "masked": True}
+    plain = to_dict(
+        from_dict(Settings, {name: value for name, value in found.items() if value is not None}, "settings")
+    )
+    plain["parts"] = [_without_none(part) for part in plain["parts"]]
+    return _without_none(plain)
+
+
+def parse_settings(values: dict[str, Any], where: str) -> Settings:
+    """Read settings that `settings_of` gave. Raises UserError, one line that begins with `where`."""
+    needed = [field.name for field in fields(Settings) if field.default is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise UserError(f"{where}: expected all settings of a drawing, found none for {', '.join(missing)}")
+    return from_dict(Settings, values, where)
+
+
+def request_again(
+    settings: Settings,
+    exported: Exported,
+    images: Sequence[np.ndarray] = (),
+    mask: ImageSource | None = None,
+    where: str = "settings",
+) -> Request:
+    """Return the request that settings describe.
+
+    images: those of the prompt and the one that the drawing begins from, in any order, as their files have them; mask:
+    likewise. Raises UserError, one line that begins with `where`, for another model, and for images that are missing or
+    others.
+    """
+    for name, found in exported.fingerprints.items():
+        if (expected := getattr(settings, name)) != found:
+            raise UserError(f"{where}: {name}: expected {expected}, as it was drawn with, found {found}")
+    encoded = _encoded(settings, exported, images, where)
+    parts: list[Part] = []
+    for part in settings.parts:
+        if isinstance(part, ImagePart):
+            parts.append(Image(encoded[part.image][0], target=False))
+        else:
+            parts.append(Text(exported.tokenizer.encode(part.text) if part.ids is None else part.ids))
+    same = {field.name for field in fields(Request)} - {"document", "sampler", "start"}
+    given = {name: value for name in same if (value := getattr(settings, name, None)) is not None}
+    return Request(
+        Document(parts, closed=False),
+        sampler=_sampler(settings, exported, where),
+        start=_start(settings, exported, encoded, mask, where),
+        **given,
+    )
+
+
+def _described(part: Part, exported: Exported) -> dict[str, Any]:
+    if isinstance(part, Image):
+        rows, columns = (side * exported.autoencoder.factor for side in part.latent.shape[-2:])
+        return {"image": _fingerprint(part.latent), "size": (rows, columns)}
+    text = exported.tokenizer.decode(part.ids)
+    return {"text": text, "ids": None if exported.tokenizer.encode(text) == tuple(part.ids) else part.ids}
+
+
+def _encoded(
+    settings: Settings, exported: Exported, images: Sequence[np.ndarray], where: str
+) -> dict[str, tuple[Tensor, np.ndarray]]:
+    """The latents that settings name, by their fingerprints, each with the image it was encoded from."""
+    wanted = {part.image: part.size for part in settings.parts if isinstance(part, ImagePart)}
+    wanted |= {} if settings.start is None else {settings.start: settings.size}
+    found: dict[str, tuple[Tensor, np.ndarray]] = {}
+    for size in sorted(set(wanted.values())):
+        for image in images:
+            latent = exported.autoencoder.encode(fit(image, size)[None])[0]
+            if wanted.get(_fingerprint(latent)) == size:
+                found[_fingerprint(latent)] = latent, image
+    if missing := [name for name in wanted if name not in found]:
+        names, other = ", ".join(missing), "others" if images else "none"
+        raise UserError(
+            f"{where}: images: expected those it was drawn from ({names}), found {other}; --images takes them"
+        )
+    if len(images) > len(wanted):
+        raise UserError(f"{where}: images: expected {len(wanted)}, as it was drawn from, found {len(images)}")
+    return found
+
+
+def _start(
+    settings: Settings,
+    exported: Exported,
+    encoded: dict[str, tuple[Tensor, np.ndarray]],
+    mask: ImageSource | None,
+    where: str,
+) -> Start | None:
+    area = None
+    if settings.start is not None and settings.mask is not None and mask is not None:
+        pixels = read_mask(mask, encoded[settings.start][1].shape[:2])
+        area = latent_mask(fit(pixels, settings.size), exported.autoencoder.factor)
+    found = None if mask is None else "another" if area is None else _fingerprint(area)
+    if settings.mask != found:
+        raise UserError(
+            f"{where}: mask: expected {settings.mask or 'none'}, as it was drawn with, found {found or 'none'}"
+        )
+    if settings.start is None:
+        return None
+    return Start(encoded[settings.start][0], 1.0 if settings.strength is None else settings.strength, area)
+
+
+def _sampler(settings: Settings, exported: Exported, where: str) -> SamplerConfig:
+    """The sampler; of a model that does not denoise, its own, which changes nothing."""
+    if exported.model.config.images != "latents":
+        return exported.generation.sampler
+    try:
+        values = {"name": settings.sampler, "steps": settings.steps, "eta": settings.eta, "first": settings.first}
+        return Sampler(exported.process, from_dict(SamplerConfig, values, where)).config
+    except ValueError as error:
+        raise UserError(f"{where}: sampler: {error}") from None
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    """Sixteen hexadecimal digits of the hash of a tensor's elements."""
+    return hashlib.sha256(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data).hexdigest()[:16]
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

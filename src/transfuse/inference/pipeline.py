@@ -97,6 +97,7 @@ class TransfusionPipeline:
         again are recorded (`recordings`), but not with eight bits, which was never tried."""
         torchao = None if quantize is None else check_quantize(quantize, torch.device(device))
         exported = load_export(path, dtype, device)
+        exported.quantize, exported.compiled = quantize, compile
         if quantize is not None:
             to_eight_bits(exported.model, quantize, torchao)
         if compile:

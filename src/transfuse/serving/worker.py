@@ -176,7 +176,7 @@ class Worker:
                 if request.preview_every and (preview is not None or step == total):
                     yield Drawing(number, image, step, total, None if preview is None else self.pixels(preview))
             case events.ImageEnd(number=image, latent=latent):
-                yield Drawn(number, image, self.pixels(latent), settings_of(request, self.pipe.exported))
+                yield Drawn(number, image, self.pixels(latent), settings_of(request, self.pipe.exported, image))
             case events.Done():
                 del self.jobs[event.row]
                 patches = self.engine.network.drawn(request.size)[1] if event.images else 0
