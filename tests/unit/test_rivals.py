@@ -54,7 +54,7 @@ def test_equal_compute_one_table(tmp_path: Path) -> None:
     for arm in (ours, codes):
         assert arm["theoretical_flops"] == pytest.approx(flops, rel=0.25), "whole steps of a few samples"
         assert arm["executed_flops"] > 0
-        for name in ("noun", "background", "both", "caption_noun", "caption_background"):
+        for name in ("noun", "noun_strict", "background", "both", "caption_noun", "caption_background"):
             low, high = arm[f"{name}_interval"]
             assert 0 <= low <= arm[name] <= high <= 1
         assert arm["frechet"] > 0
@@ -82,6 +82,14 @@ def test_arms_read_equally_much_text_at_equal_positions(tmp_path: Path) -> None:
     for arm in (ours, theirs):
         assert arm["positions of glosses"] == pytest.approx(arm["positions"] / 2, rel=0.08), "half is text"
     assert alone["positions"] == alone["positions of glosses"] == pytest.approx(ours["positions"] / 2, rel=0.01)
+
+
+def test_results_of_before_the_strict_judge_make_a_table() -> None:
+    old = {"noun": 0.5, "noun_interval": [0.25, 0.75]}
+    new = {**old, "noun_strict": 0.125, "noun_strict_interval": [0.0, 0.5]}
+    rows = [line for line in rivals.table({"arms": {"old": old, "new": new}}).splitlines() if "noun right" in line]
+    assert "|  | 12.5% (0.0% to 50.0%) |" in rows[0]
+    assert rows[1].count("50.0% (25.0% to 75.0%)") == 2
 
 
 def test_arms_that_do_not_go_together(tmp_path: Path) -> None:

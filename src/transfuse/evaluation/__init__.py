@@ -2,6 +2,7 @@
 
 from .bench import Bench, Measure, Options, model_hash
 from .interval import Measured, agreement_by_chance, bootstrap, share
+from .open_set import OpenSetClassifier, bundled_classifier
 from .recogniser import Recogniser, keep_recogniser, recogniser_identity, train_recogniser
 from .registry import MEASURES, SUITES, check, check_paper, evaluate, named, numbers
 from .result import Drawing, Exhibit, Findings, Result
@@ -27,10 +28,12 @@ __all__ = [
     "CaptionResult",
     "DrawingResult",
     "Measured",
+    "OpenSetClassifier",
     "Recogniser",
     "TextResult",
     "agreement_by_chance",
     "bootstrap",
+    "bundled_classifier",
     "caption_accuracy",
     "draw_accuracy",
     "held_out_scenes",

@@ -1,14 +1,15 @@
 """Does it draw what was asked, and say what it sees? Measured on combinations that training never showed.
 
-`draw_accuracy`: the background's colour is read off the border, the thing is named by a recogniser. The same two
-measures on the real pictures are the reference; a painter of good scenes who ignores the prompt sets the chance floor.
+`draw_accuracy`: the background's colour is read off the border, the thing is named twice: by a recogniser that chooses
+among the world's own nouns, and strictly, by the bundled classifier of all nouns and "none". The same measures on the
+real pictures are the reference; a painter of good scenes who ignores the prompt sets the chance floor.
 `caption_accuracy`: the caption must name the right noun and no other, and the right colour and no other.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..data.world import Scene, World, WorldConfig, background_of, caption, colo
 from ..errors import UserError
 from ..inference import TransfusionPipeline
 from .interval import Measured, agreement_by_chance, share
+from .open_set import bundled_classifier
 
 Name = Callable[[np.ndarray], list[str]]
 """uint8 images `[image, row, column, 3]` -> a noun for each; a `Recogniser`"""
@@ -31,6 +33,8 @@ class DrawingResult:
     images, real_images   uint8 `[image, row, column, 3]`: drawn, and rendered by the world
     nouns, backgrounds    what was asked for
     named, seen           the noun and the background that were found; noun_right, background_right: bool `[image]`
+    named_strictly        the noun, of all that the bundled classifier knows, that is plain to see, or None
+    noun_strict_right     bool `[image]`: that noun is the one asked for; strict_digest: the classifier's fingerprint
     seconds               for drawing alone
     """
 
@@ -43,12 +47,18 @@ class DrawingResult:
     seen: list[str]
     noun_right: np.ndarray
     background_right: np.ndarray
+    named_strictly: list[str | None]
+    noun_strict_right: np.ndarray
+    strict_digest: str
     noun: Measured
+    noun_strict: Measured
     background: Measured
     both: Measured
     real_noun: Measured
+    real_noun_strict: Measured
     real_background: Measured
     chance_noun: float
+    chance_noun_strict: float
     chance_background: float
     chance_both: float
     seconds: float
@@ -111,6 +121,9 @@ def draw_accuracy(
     images = np.stack(drawn)
     named, seen = recogniser(images), [background_of(image) for image in images]
     noun_right, background_right = _same(named, nouns), _same(seen, backgrounds)
+    strict = bundled_classifier()
+    named_strictly = strict(images)
+    noun_strict_right = _same(named_strictly, nouns)
     return DrawingResult(
         prompts,
         nouns,
@@ -121,12 +134,18 @@ def draw_accuracy(
         seen,
         noun_right,
         background_right,
+        named_strictly,
+        noun_strict_right,
+        strict.digest,
         noun=share(noun_right),
+        noun_strict=share(noun_strict_right),
         background=share(background_right),
         both=share(noun_right & background_right),
         real_noun=share(_same(recogniser(real), nouns)),
+        real_noun_strict=share(_same(strict(real), nouns)),
         real_background=share(_same([background_of(picture) for picture in real], backgrounds)),
         chance_noun=agreement_by_chance(nouns),
+        chance_noun_strict=strict.chance,
         chance_background=agreement_by_chance(backgrounds),
         chance_both=agreement_by_chance(list(zip(nouns, backgrounds, strict=True))),
         seconds=seconds,
@@ -170,5 +189,5 @@ def _asked(scenes: list[Scene]) -> tuple[list[str], list[str]]:
     return [scene.things[0].noun for scene in scenes], [scene.background for scene in scenes]
 
 
-def _same(found: list[str], wanted: list[str]) -> np.ndarray:
+def _same(found: Sequence[str | None], wanted: list[str]) -> np.ndarray:
     return np.array([one == other for one, other in zip(found, wanted, strict=True)])

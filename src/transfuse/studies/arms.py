@@ -183,7 +183,8 @@ class Exam:
         autoencoder = pipe.exported.autoencoder
         reconstructed = autoencoder.decode(autoencoder.encode(self.real))
         there = self.recogniser.features(self.real)
-        facts["judge"] = self.recogniser.digest
+        facts["judge"], facts["strict_judge"] = self.recogniser.digest, drawings.strict_digest
+        facts["noun_strict_chance"] = drawings.chance_noun_strict
         facts["frechet_of_reconstructions"] = frechet_distance(self.recogniser.features(reconstructed), there)
         facts["images_per_second"] = len(self.real) / drawings.seconds
         for prefix, asked in (("", drawings), ("caption_", captions)):
@@ -195,6 +196,7 @@ class Exam:
         return drawings.images, {
             "background": drawings.background,
             "noun": drawings.noun,
+            "noun_strict": drawings.noun_strict,
             "both": drawings.both,
             "frechet": frechet(self.recogniser.features(drawings.images), there),
             "caption_background": captions.background,

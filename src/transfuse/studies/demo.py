@@ -30,6 +30,7 @@ from ..errors import UserError
 from ..evaluation import (
     Measured,
     Recogniser,
+    bundled_classifier,
     caption_accuracy,
     draw_accuracy,
     held_out_scenes,
@@ -37,6 +38,7 @@ from ..evaluation import (
     model_hash,
     perplexity,
 )
+from ..evaluation.distances import frechet, frechet_distance
 from ..evaluation.recogniser import STEPS as RECOGNISER_STEPS
 from ..inference import ImageEnd, ImageProgress, Reply, TransfusionPipeline
 from ..presets import Recipe, preset
@@ -107,6 +109,10 @@ def run_demo(
     partial = written.with_suffix(".partial")
     partial.write_text(json.dumps(report, indent=2) + "\n")
     partial.replace(written)
+    say(
+        f"demo: drawings with the noun right: {report['noun_strict_accuracy']:.1%} named among all {len(NOUNS)} nouns "
+        f"and none, {report['noun_accuracy']:.1%} picked among its own {report['nouns']}"
+    )
     say(f"{page}: open it in a browser")
     return 0, report
 
@@ -190,18 +196,24 @@ def measure(
     interleaved, own_accord, within = _interleaved(pipe, recipe, unread)
     strip, strip_prompt, one_image = _strip(pipe, drawings.prompts[0])
     sampler = pipe.exported.generation.sampler
+    real, (_, _, others) = recogniser.features(drawings.real_images), held_out_scenes(world, effort.pictures, seed=1)
     report: dict[str, Any] = {
         "nouns": len(world.noun_names),
         "image_size": world.size,
         "pictures_measured": effort.pictures,
         **_named("background_accuracy", drawings.background),
+        **_named("noun_strict_accuracy", drawings.noun_strict),
         **_named("noun_accuracy", drawings.noun),
         **_named("both_accuracy", drawings.both),
         "real_background_accuracy": drawings.real_background.value,
+        "real_noun_strict_accuracy": drawings.real_noun_strict.value,
         "real_noun_accuracy": drawings.real_noun.value,
+        **_named("frechet_distance", frechet(recogniser.features(drawings.images), real)),
+        "frechet_distance_of_other_real_pictures": frechet_distance(recogniser.features(others), real),
         **_named("caption_noun_accuracy", captions.noun),
         **_named("caption_background_accuracy", captions.background),
         **_named("caption_both_accuracy", captions.both),
+        "chance_noun_strict_accuracy": drawings.chance_noun_strict,
         "chance_noun_accuracy": drawings.chance_noun,
         "chance_background_accuracy": drawings.chance_background,
         "draws_of_its_own_accord": own_accord,
@@ -214,6 +226,10 @@ def measure(
         "recogniser_accuracy": float(np.mean(list(recogniser.accuracy.values()))),
         "recogniser_accuracy_by_split": recogniser.accuracy,
         "recogniser_parameters": recogniser.parameters,
+        "recogniser_digest": recogniser.digest,
+        "strict_judge_digest": drawings.strict_digest,
+        "strict_judge_accuracy": bundled_classifier().accuracy,
+        "strict_judge_false_acceptance": bundled_classifier().false_acceptance,
         "images_per_second": effort.pictures / drawings.seconds,
         "seconds_for_one_image": one_image,
         "tokens_per_second": pace_many,

@@ -69,13 +69,14 @@ def write_report(
 
 
 _WHAT = (
-    "Each noun has one background colour on which training never showed it; the first four numbers are measured on "
-    "just those combinations. Their bars run from 0 to 100 %: the shaded part is the 95 % interval, the dashed mark is "
-    "chance, the solid mark what the same measure says of the real pictures, and of captions that are all right."
+    "Each noun has one background colour on which training never showed it; the shares are measured on just those "
+    "combinations. Their bars run from 0 to 100 %: the shaded part is the 95 % interval, the dashed mark is chance, the "
+    "solid mark what the same measure says of the real pictures, and of captions that are all right."
 )
 _DRAWINGS = (
-    "All {count} prompts in the order they came, none picked. A small network, trained apart, names the thing; the "
-    "background is read off the border."
+    "All {count} prompts in the order they came, none picked. A strict judge names the thing among all nouns, or finds "
+    "none plain; a second one must choose among the nouns of this world, so a blob of the right colour is enough for "
+    "it. The background is read off the border."
 )
 _STRIP = "“{prompt}”: the picture that the model expects at the end, at steps along the way."
 _INTERLEAVED = (
@@ -117,8 +118,15 @@ def _lead(report: dict[str, Any]) -> str:
 
 def _cards(report: dict[str, Any]) -> str:
     shares = [
+        (
+            "Draws the thing plainly",
+            "noun_strict_accuracy",
+            "noun_strict",
+            report["real_noun_strict_accuracy"],
+            REAL,
+        ),
+        ("Draws the right thing, of a few", "noun_accuracy", "noun", report["real_noun_accuracy"], REAL),
         ("Draws the right background", "background_accuracy", "background", report["real_background_accuracy"], REAL),
-        ("Draws the right thing", "noun_accuracy", "noun", report["real_noun_accuracy"], REAL),
         ("Names the right background", "caption_background_accuracy", "background", 1.0, RIGHT),
         ("Names the right thing", "caption_noun_accuracy", "noun", 1.0, RIGHT),
     ]
@@ -128,7 +136,14 @@ def _cards(report: dict[str, Any]) -> str:
     ]
     low, high = report["heldout_text_perplexity_interval"]
     least, most = report["bits_per_byte_interval"]
+    near, far = report["frechet_distance_interval"]
     cards += [
+        card(
+            "Fréchet distance",
+            f"{report['frechet_distance']:.2f}",
+            f"95 % interval {near:.2f} to {far:.2f}, from the real pictures of the prompts, by the second judge's "
+            f"features; other real pictures are {report['frechet_distance_of_other_real_pictures']:.2f} away",
+        ),
         card(
             "Perplexity on unread text",
             f"{report['heldout_text_perplexity']:.1f}",
@@ -186,8 +201,10 @@ def _mark(name: str, right: bool, found: str = "") -> str:
 def _drawings(found: DrawingResult) -> str:
     items = []
     for n, prompt in enumerate(found.prompts):
-        marks = _mark(found.nouns[n], bool(found.noun_right[n]), found.named[n]) + _mark(
-            found.backgrounds[n], bool(found.background_right[n]), found.seen[n]
+        marks = (
+            _mark("plain", bool(found.noun_strict_right[n]), found.named_strictly[n] or "none")
+            + _mark(found.nouns[n], bool(found.noun_right[n]), found.named[n])
+            + _mark(found.backgrounds[n], bool(found.background_right[n]), found.seen[n])
         )
         items.append(
             f'<figure class="card picture">{image(found.images[n], prompt)}<figcaption>{escape(prompt)}</figcaption>'
@@ -290,7 +307,12 @@ def _made(report: dict[str, Any], recipe: Recipe) -> str:
         ("network", f"{report['parameters']:,} parameters"),
         ("seen in training", f"{report['images_seen']:,} pictures, {report['text_tokens_seen']:,} text tokens"),
         (
-            "judge of drawings",
+            "strict judge of drawings",
+            f"{report['strict_judge_digest']}, comes with the package; a guess is right in "
+            f"{percent(report['chance_noun_strict_accuracy'])}",
+        ),
+        (
+            "judge that chooses among its nouns",
             f"{report['recogniser_parameters']:,} parameters, {percent(judge)} right on fresh scenes",
         ),
         ("drawing", f"{report['sampler']}, {report['denoising_steps']} steps, guidance {report['guidance_scale']:g}"),
