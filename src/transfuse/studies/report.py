@@ -70,8 +70,8 @@ def write_report(
 
 _WHAT = (
     "Each noun has one background colour on which training never showed it; the shares are measured on just those "
-    "combinations. Their bars run from 0 to 100 %: the shaded part is the 95 % interval, the dashed mark is chance, the "
-    "solid mark what the same measure says of the real pictures, and of captions that are all right."
+    "combinations. Their bars run from 0 to 100 %: the shaded part is the 95 % interval, the dashed mark is chance, "
+    "the solid mark what the same measure says of the real pictures, and of captions that are all right."
 )
 _DRAWINGS = (
     "All {count} prompts in the order they came, none picked. A strict judge names the thing among all nouns, or finds "
