@@ -1,6 +1,6 @@
 """Trains the strict judge of drawings that comes with the package, on the bundled world, and measures it.
 
-    OMP_NUM_THREADS=1 python tools/train_open_set.py --run runs/open-set            # about 25 minutes on one core
+    OMP_NUM_THREADS=1 python tools/train_open_set.py --run runs/open-set            # about 15 minutes on one core
     OMP_NUM_THREADS=1 python tools/train_open_set.py --run runs/open-set --install  # and into the package
 
 The same command resumes where it stopped; what it gives is a function of the seed. Learned: every noun in every style,
