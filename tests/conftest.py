@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,41 @@ def exported(tokenizer: Tokenizer, **changes: object) -> Exported:
     model = randomised(tiny(**changes)).eval().requires_grad_(False)
     process = Process(DiffusionConfig(prediction="x0", weighting="v", clip_x0=1.0))
     return Exported(model, process, Pixels(), tokenizer, 8, GenerationConfig())
+
+
+BYTES = Tokenizer.train([], 260)
+"""a token for each byte"""
+
+
+def of_bytes(data: bytes) -> list[int]:
+    """Ids of `BYTES`, whether or not the bytes make characters."""
+    alphabet = BYTES.backend.get_vocab()
+    visible = {**{byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}}
+    hidden = iter(range(256, 512))
+    visible |= {byte: chr(next(hidden)) for byte in range(256) if byte not in visible}
+    return [alphabet[visible[byte]] for byte in data]
+
+
+def chained(chain: dict[int, int]) -> Exported:
+    """A model that writes, after each token of `chain`, the next one: its blocks add nothing, its head is a table."""
+    made = exported(BYTES, vocabulary=260, norm_order="pre")
+    model, known = made.model, list(chain)
+    with torch.no_grad():
+        for block in model.trunk.blocks:
+            block.out.weight.zero_()
+            block.feed_forward.down.weight.zero_()
+        model.trunk.norm.weight.fill_(1)
+        model.embedding.weight.zero_()
+        model.head.weight.zero_()
+        for place, token in enumerate(known):
+            model.embedding.weight[token, place] = 1
+            model.head.weight[chain[token], place] = 1
+    return made
+
+
+def linked(data: bytes, then: int, start: int) -> dict[int, int]:
+    ids = [start, *of_bytes(data), then]
+    return dict(itertools.pairwise(ids))
 
 
 @pytest.fixture(scope="session")

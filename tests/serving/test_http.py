@@ -24,9 +24,9 @@ import numpy as np
 import openai
 import PIL.Image
 import pytest
+from conftest import BYTES, chained, linked
 from hostile import IMAGES
 from running import Running, memory
-from test_detokenizer import BYTES, chained, linked
 
 import transfuse
 from transfuse.cli import run

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 
 import pytest
 import tokenizers
-import torch
-from conftest import exported
+from conftest import BYTES, chained, linked, of_bytes
 from tokenizers import decoders, models
 
-from transfuse.export import Exported
 from transfuse.inference import Conversation, Done, ImageEnd, ImageStart, Request, TextDelta, TransfusionPipeline
 from transfuse.inference.detokenizer import Detokenizer
 from transfuse.inference.events import Event
 from transfuse.sequence import Document, Text, Tokenizer
 from transfuse.sequence.tokenizer import SPECIAL
 
-BYTES = Tokenizer.train([], 260)
 MERGED = Tokenizer.train(["\u20ac\u20ac\u20ac \U0001f600\U0001f600 \u00e9\u00e9 a\u00e9a\u00e9"] * 50, 300)
-
-
-def of_bytes(data: bytes) -> list[int]:
-    """A token for each byte, whether or not they make characters."""
-    alphabet = BYTES.backend.get_vocab()
-    visible = {**{byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}}
-    hidden = iter(range(256, 512))
-    visible |= {byte: chr(next(hidden)) for byte in range(256) if byte not in visible}
-    return [alphabet[visible[byte]] for byte in data]
 
 
 def streamed(detokenizer: Detokenizer, ids: Sequence[int]) -> tuple[list[int], str]:
@@ -83,28 +70,6 @@ def test_words_of_a_byte_fallback_keep_their_spaces() -> None:
     assert streamed(Detokenizer(tokenizer, [5, 6, 7, 8]), [6, 7, 8, 4])[1] == "\u20ac a"
     assert streamed(Detokenizer(tokenizer, [4]), [6, 7, 8, 6, 7, 8, 7, 5])[1] == "\u20ac\u20ac\ufffd crab"
     assert streamed(Detokenizer(tokenizer, [4]), [6, 7])[1] == "\ufffd\ufffd"
-
-
-def chained(chain: dict[int, int]) -> Exported:
-    """A model that writes, after each token of `chain`, the next one: its blocks add nothing, its head is a table."""
-    made = exported(BYTES, vocabulary=260, norm_order="pre")
-    model, known = made.model, list(chain)
-    with torch.no_grad():
-        for block in model.trunk.blocks:
-            block.out.weight.zero_()
-            block.feed_forward.down.weight.zero_()
-        model.trunk.norm.weight.fill_(1)
-        model.embedding.weight.zero_()
-        model.head.weight.zero_()
-        for place, token in enumerate(known):
-            model.embedding.weight[token, place] = 1
-            model.head.weight[chain[token], place] = 1
-    return made
-
-
-def linked(data: bytes, then: int, start: int) -> dict[int, int]:
-    ids = [start, *of_bytes(data), then]
-    return dict(itertools.pairwise(ids))
 
 
 def said(events: list[Event]) -> list[str]:

@@ -13,10 +13,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import exported
+from conftest import BYTES, chained, exported, linked
 from test_batching import packed
 from test_chameleon import coded
-from test_detokenizer import BYTES, chained, linked
 
 import transfuse
 from transfuse.cli import run
