@@ -1,0 +1,47 @@
+"""The rules of prose: docstrings are whole sentences, and the words of `tools/prose.py` stay out."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ["tools/house.py"]  # what has been rewritten so far
+
+spec = importlib.util.spec_from_file_location("prose", ROOT / "tools" / "prose.py")
+prose = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prose)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_prose_follows_the_rules(room: str) -> None:
+    path = ROOT / room
+    offences = [
+        line for file in ([path] if path.is_file() else sorted(path.rglob("*.py"))) for line in prose.offences(file)
+    ]
+    assert not offences
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ('"""Of a model what it costs."""', "fragment"),
+        ('"""the model."""', "fragment"),
+        ('"""Whether it fits."""', "fragment"),
+        ('"""Return ' + "a word and " * 12 + 'the end."""', "words, at most 25"),
+        ("x = 1  # the file lies there", "`lies`"),
+        ('raise ValueError("this can not be")', "`can not`"),
+        ("def f(asked): pass", "`asked`"),
+        ("for one in (): pass", "`one`"),
+    ],
+)
+def test_an_offence_is_found(tmp_path, source: str, wrong: str) -> None:
+    (tmp_path / "a.py").write_text(source)
+    assert any(wrong in line for line in prose.offences(tmp_path / "a.py"))
+
+
+def test_plain_prose_passes(tmp_path) -> None:
+    (tmp_path / "a.py").write_text(
+        '"""The model, `[batch, position]`."""\n\n\ndef f(x):\n    """Return x; it cannot fail."""\n'
+    )
+    assert not list(prose.offences(tmp_path / "a.py"))
