@@ -62,7 +62,9 @@ class Scale:
     depth: int = 8
     heads: int = 6
     vocabulary: int = 4096
-    wide: Mapping[str, int] = field(default_factory=lambda: {"width": 640, "depth": 9, "heads": 10, "hidden": 1664})
+    wide: Mapping[str, int] = field(
+        default_factory=lambda: {"d_model": 640, "n_layers": 9, "n_heads": 10, "d_ff": 1664}
+    )
     """our network with as many parameters as the peer's of the size above (checked: within 2 %)"""
     samples: int = 16
     text: int = 32
@@ -93,7 +95,7 @@ QUICK = Scale(
     depth=2,
     heads=2,
     vocabulary=512,
-    wide={"width": 96, "depth": 3, "heads": 3},
+    wide={"d_model": 96, "n_layers": 3, "n_heads": 3},
     samples=4,
     text=8,
     side=8,
@@ -212,9 +214,9 @@ def gemm_shapes(scale: Scale) -> list[tuple[int, int, int]]:
     rows = scale.samples * (scale.text + scale.patches + 4)
     shapes = [(scale.gemm, scale.gemm, scale.gemm)]
     for config in (our_config(scale), our_config(scale, **scale.wide)):
-        width, hidden = config.width, config.hidden_channels
+        width, hidden = config.d_model, config.ffn_dim
         shapes += [(rows, width, 3 * width), (rows, width, 2 * hidden), (rows, hidden, width)]
-        shapes += [(scale.samples * scale.text, width, config.vocabulary)]
+        shapes += [(scale.samples * scale.text, width, config.text_vocab_size)]
     return shapes
 
 
@@ -233,8 +235,8 @@ def gemm_rate(scale: Scale, dtype: torch.dtype) -> float:
 
 
 def our_config(scale: Scale, **changes: Any) -> ModelConfig:
-    sizes = {"width": scale.width, "depth": scale.depth, "heads": scale.heads, **changes}
-    return ModelConfig(vocabulary=scale.vocabulary, latent_channels=scale.channels, patch_size=2, **sizes)
+    sizes = {"d_model": scale.width, "n_layers": scale.depth, "n_heads": scale.heads, **changes}
+    return ModelConfig(text_vocab_size=scale.vocabulary, latent_channels=scale.channels, patch_size=2, **sizes)
 
 
 def our_samples(scale: Scale, tokenizer: Tokenizer) -> list[Document]:
@@ -242,7 +244,7 @@ def our_samples(scale: Scale, tokenizer: Tokenizer) -> list[Document]:
     return [
         Document(
             [
-                Text(tuple(torch.randint(8, tokenizer.vocabulary, (scale.text,), generator=generator).tolist())),
+                Text(tuple(torch.randint(8, tokenizer.vocab_size, (scale.text,), generator=generator).tolist())),
                 Image(torch.randn(scale.channels, scale.side, scale.side, generator=generator)),
             ],
             sample=number,
@@ -260,8 +262,8 @@ def some_tokenizer(scale: Scale) -> Tokenizer:
 def our_training(scale: Scale, config: ModelConfig, dtype: torch.dtype) -> tuple[Work, float]:
     """A training step as `Trainer` makes it, without files and without averaged weights; and what it executes."""
     tokenizer = some_tokenizer(scale)
-    grammar, samples = config.grammar(tokenizer), our_samples(scale, tokenizer)
-    model = Transfusion(config, compute=dtype).initialise(0).train()
+    grammar, samples = config.sequence_format(tokenizer), our_samples(scale, tokenizer)
+    model = Transfusion(config, compute_dtype=dtype).initialise(0).train()
     settings = OptimizerConfig()
     optimizer = build_optimizer(model, settings)
     objective = TransfusionObjective(ObjectiveConfig(image_weight=IMAGE_WEIGHT), Process(DiffusionConfig()), seed=0)
@@ -281,10 +283,10 @@ def our_training(scale: Scale, config: ModelConfig, dtype: torch.dtype) -> tuple
 
 def our_engine(scale: Scale, dtype: torch.dtype, context: int = 4096, kind: Quantize | None = None) -> Engine:
     tokenizer = some_tokenizer(scale)
-    model = Transfusion(our_config(scale, context=context), compute=dtype).initialise(0)
+    model = Transfusion(our_config(scale, max_seq_len=context), compute_dtype=dtype).initialise(0)
     with torch.no_grad():
         # Greedy writing must not end early: all these scores are zero, and the largest of thousands never is.
-        model.head.weight[[tokenizer.eos, tokenizer.boi]] = 0
+        model.lm_head.weight[[tokenizer.eos, tokenizer.boi]] = 0
     model = model.to(dtype).eval().requires_grad_(False)
     process = Process(DiffusionConfig(prediction="v"))
     if kind is None:
@@ -296,7 +298,7 @@ def our_engine(scale: Scale, dtype: torch.dtype, context: int = 4096, kind: Quan
 
 def prompt(scale: Scale, engine: Engine, positions: int, number: int) -> Document:
     generator = torch.Generator().manual_seed(number)
-    ids = torch.randint(8, engine.tokenizer.vocabulary, (positions,), generator=generator)
+    ids = torch.randint(8, engine.tokenizer.vocab_size, (positions,), generator=generator)
     return Document([Text(tuple(ids.tolist()))], closed=False)
 
 
@@ -473,7 +475,7 @@ def fastest(candidates: Mapping[str, Work]) -> tuple[str, Work]:
 
 
 def measure_training(scale: Scale, rounds: int, compile_seconds: int) -> Iterator[Row]:
-    rows = [scale.width, scale.wide["width"]]
+    rows = [scale.width, scale.wide["d_model"]]
     for name, dtype in DTYPES.items():
         say(f"training {name}: width {rows[0]} and {rows[1]} against the peer")
         small, small_flops = our_training(scale, our_config(scale), dtype)

@@ -96,8 +96,12 @@ def trainer_of(recipe: Recipe, scratch: str, made: int = 0) -> Trainer:
 def rows(share: float, quick: bool) -> Recipe:
     """Rows of the demo's world and words, `share` of the positions text alone."""
     base = preset("demo")
-    width = {"width": 128, "depth": 2, "heads": 2} if quick else {"width": 384, "depth": 8, "heads": 6, "hidden": 1024}
-    model = replace(base.model, patch_size=4, context=1024, **width)
+    width = (
+        {"d_model": 128, "n_layers": 2, "n_heads": 2}
+        if quick
+        else {"d_model": 384, "n_layers": 8, "n_heads": 6, "d_ff": 1024}
+    )
+    model = replace(base.model, patch_size=4, max_seq_len=1024, **width)
     sources = ("world", "glosses") if share < 1 else ("glosses",)
     data = replace(base.data, sources=sources, text_share=share, row_length=1024, batch_size=2, accumulate=1)
     return replace(base, model=model, data=data)

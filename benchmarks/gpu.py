@@ -45,13 +45,13 @@ from transfuse.model.activations import Load
 from transfuse.model.flops import count_parameters, train_flops
 from transfuse.presets.memory_plan import Spread, memory
 from transfuse.presets.paper import paper
-from transfuse.sequence import Batch, Document, Grammar, Image, Text, Tokenizer, collate
+from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate
 from transfuse.training import EMA, ObjectiveConfig, OptimizerConfig, TransfusionObjective, build_optimizer
 from transfuse.training.hardware import memory_used, peak_of
 from transfuse.training.objective import TokenObjective
 from transfuse.training.parallel import compile_block
 
-GRAMMAR = Grammar(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
+GRAMMAR = SequenceFormat(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
 SIDE = 32
 """latent elements along a side of an image of 256 patches"""
 SAID = 20
@@ -143,7 +143,7 @@ def _config(asked: argparse.Namespace, size: str, arm: str) -> ModelConfig:
     config = paper(size, "unet" if arm == "unet" else "linear").model
     config = replace(config, latent_channels=8, images="none" if arm == "llama" else "latents")
     if asked.quick:
-        config = replace(config, width=64, depth=2, heads=2, hidden=128, vocabulary=512)
+        config = replace(config, d_model=64, n_layers=2, n_heads=2, d_ff=128, text_vocab_size=512)
         config = replace(config, unet_channels=(16, 32) if arm == "unet" else None)
     return config
 
@@ -154,7 +154,7 @@ def _trained(asked: argparse.Namespace, device: torch.device, size: str, arm: st
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     model = Transfusion.on_meta(config, torch.bfloat16).to_empty(device=device).initialise(0)
-    for block in model.trunk.blocks:
+    for block in model.transformer.blocks:
         if not asked.quick:
             compile_block(block)
     optimizer, ema = build_optimizer(model, OptimizerConfig()), EMA(model, 0.999)
@@ -182,7 +182,9 @@ def _trained(asked: argparse.Namespace, device: torch.device, size: str, arm: st
         print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=20))
     flops, peak, used = train_flops(config, batch), peak_of(device), memory_used(device)
     images = {(SIDE, SIDE): len(batch.latents)} if arm != "llama" else {}
-    planned = memory(config, Load(positions, int(batch.predict.numel()), images), Spread("one GPU"), "none").total
+    planned = memory(
+        config, Load(positions, int(batch.loss_positions.numel()), images), Spread("one GPU"), "none"
+    ).total
     return {
         "training": f"{size} {arm}",
         "parameters": count_parameters(config).total,
@@ -219,14 +221,14 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
     for way in asked.ways:
         model = Transfusion.on_meta(config, torch.bfloat16).to_empty(device=device).initialise(0)
         with torch.no_grad():  # greedy writing must not end early
-            model.head.weight[[tokenizer.eos, tokenizer.boi]] = 0
+            model.lm_head.weight[[tokenizer.eos, tokenizer.boi]] = 0
         model = model.to(torch.bfloat16).eval().requires_grad_(False)
         if way == "compiled":
             compile_blocks(model, "eager" if asked.quick else "inductor")
         process = Process(DiffusionConfig(prediction="v"))
         exported = Exported(model, process, Pixels(), tokenizer, side, GenerationConfig())
         engine = Engine(Network(exported, graphs=way == "recorded"))
-        read = 2 * count_parameters(config).trunk / rate
+        read = 2 * count_parameters(config).transformer / rate
         first: list[float] = []
 
         def timed(count: int, draw: bool, engine: Engine = engine, first: list[float] = first) -> float:
@@ -239,7 +241,7 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
             return seconds(lambda: list(engine.run(requests)), device, warm=1, timed=3) / (steps if draw else written)
 
         drawn = timed(8, draw=True)
-        flops = 2 * count_parameters(config).trunk * 2 * 8 * (side // 2) ** 2
+        flops = 2 * count_parameters(config).transformer * 2 * 8 * (side // 2) ** 2
         peak = peak_of(device)
         yield {
             "inference": f"{asked.sizes[0]} linear, {way}",

@@ -132,7 +132,7 @@ def llama_text(scale: Scale, dtype: str, rows: int) -> Work:
     """transformers' `generate` of the same trunk, its default cache, SDPA: greedy, as many tokens."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    config = our_config(scale, context=1024, images="none")
+    config = our_config(scale, max_seq_len=1024, images="none")
     ours = Transfusion(config).initialise(0)
     theirs = LlamaForCausalLM(LlamaConfig(**llama_config(config), attn_implementation="sdpa"))
     theirs.load_state_dict(llama_weights(ours), strict=True)

@@ -141,7 +141,7 @@ def batch_of(pairs: Sequence[Pair]) -> SimpleNamespace:
 def step_loader(folder: Path, workers: int) -> Iterator[Any]:
     source = opened(folder)
     document = lambda sample: source.document(sample, sample)  # noqa: E731
-    loader = StepLoader(document, source.tokenizer.grammar(patch_size=8), BATCH, workers=workers)
+    loader = StepLoader(document, source.tokenizer.sequence_format(patch_size=8), BATCH, workers=workers)
     return (loader(step)[0] for step in range(1 << 40))
 
 
@@ -260,7 +260,7 @@ def resident() -> tuple[float, float]:
 
 def grow(folder: Path, planned: int, read: int) -> Reading:
     source = opened(folder)
-    grammar, stages = source.tokenizer.grammar(patch_size=8), []
+    grammar, stages = source.tokenizer.sequence_format(patch_size=8), []
     for plans, reads in ((16_384, 2000), (planned, 0), (0, read)):  # at first all is loaded, and working memory taken
         for first in range(0, plans, 8192):
             indices = np.arange(first, min(first + 8192, plans))
@@ -303,7 +303,7 @@ def start_up(folder: Path, cached: bool) -> Reading:
                 file.read()
     before, times = resident()[1], [time.perf_counter()]
     source = opened(folder)
-    grammar = source.tokenizer.grammar(patch_size=8)
+    grammar = source.tokenizer.sequence_format(patch_size=8)
     times.append(time.perf_counter())
     source.lengths(np.arange(1000), np.arange(1000), grammar)
     rows = Rows(lambda samples: source.lengths(np.asarray(samples), np.asarray(samples), grammar), length=1024)

@@ -23,7 +23,7 @@ from torch import nn
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.memory import keep_freed_memory
 from transfuse.model import ModelConfig, Transfusion
-from transfuse.sequence import Document, Grammar, Image, Text, collate
+from transfuse.sequence import Document, Image, SequenceFormat, Text, collate
 from transfuse.training import ObjectiveConfig, OptimizerConfig, TokenObjective, TransfusionObjective, build_optimizer
 
 SAMPLES, WORDS, SIDE = 32, 16, 8
@@ -35,14 +35,14 @@ STEPS = 4
 
 def step(arm: str, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
     """A training step of an arm, and the positions it takes."""
-    shared = {"width": 256, "depth": 6, "heads": 4, "hidden": 768}
+    shared = {"d_model": 256, "n_layers": 6, "n_heads": 4, "d_ff": 768}
     z = ObjectiveConfig(z_weight=1e-5)
     first_code, patch = None, 1
     if arm == "chameleon":
         config = ModelConfig(
             images="codes",
-            vocabulary=VOCABULARY,
-            codebook=CODES,
+            text_vocab_size=VOCABULARY,
+            codebook_size=CODES,
             patch_size=1,
             image_attention="causal",
             **STABLE,  # type: ignore[arg-type]
@@ -50,13 +50,13 @@ def step(arm: str, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
         )
         first_code, objective = VOCABULARY, TokenObjective(z, 0)
     elif arm == "transfusion":
-        config = ModelConfig(vocabulary=VOCABULARY + CODES, patch_size=1, **shared)  # type: ignore[arg-type]
+        config = ModelConfig(text_vocab_size=VOCABULARY + CODES, patch_size=1, **shared)  # type: ignore[arg-type]
         objective = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
     else:
         stable = STABLE if arm == "text, stability set" else {}
-        config = ModelConfig(images="none", vocabulary=VOCABULARY + CODES, **stable, **shared)  # type: ignore[arg-type]
+        config = ModelConfig(images="none", text_vocab_size=VOCABULARY + CODES, **stable, **shared)  # type: ignore[arg-type]
         objective = TokenObjective(z if stable else ObjectiveConfig(), 0)
-    batch = collate([document(arm, sample) for sample in range(SAMPLES)], Grammar(0, 1, 2, 3, patch, first_code))
+    batch = collate([document(arm, sample) for sample in range(SAMPLES)], SequenceFormat(0, 1, 2, 3, patch, first_code))
     model = Transfusion(config, dtype).initialise(0)
     optimizer = build_optimizer(model, OptimizerConfig())
 

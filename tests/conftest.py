@@ -18,7 +18,7 @@ from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.export import Exported, GenerationConfig, save_export
 from transfuse.inference.network import Network
 from transfuse.model import ModelConfig, Transfusion
-from transfuse.sequence import Batch, Document, Grammar, Image, Text, Tokenizer, collate
+from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate
 from transfuse.training import LoopConfig, ObjectiveConfig, OptimizerConfig, Trainer, TransfusionObjective
 from transfuse.training.checkpoint import Groups, read
 from transfuse.training.guard import GuardConfig
@@ -32,9 +32,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def randomised(config: ModelConfig, seed: int = 0, compute: torch.dtype = torch.float32) -> Transfusion:
+def randomised(config: ModelConfig, seed: int = 0, compute_dtype: torch.dtype = torch.float32) -> Transfusion:
     """A model in which nothing is zero: the patch decoder starts at zero, which would hide mistakes."""
-    model = Transfusion(config, compute).initialise(seed)
+    model = Transfusion(config, compute_dtype).initialise(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,11 +44,11 @@ def randomised(config: ModelConfig, seed: int = 0, compute: torch.dtype = torch.
 
 def tiny(**changes: object) -> ModelConfig:
     settings: dict[str, object] = {
-        "vocabulary": 320,
-        "width": 64,
-        "depth": 2,
-        "heads": 4,
-        "context": 256,
+        "text_vocab_size": 320,
+        "d_model": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_seq_len": 256,
         "latent_channels": 3,
         "patch_size": 2,
         "unet_channels": (16, 32),
@@ -63,8 +63,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def grammar(tokenizer: Tokenizer) -> Grammar:
-    return tokenizer.grammar(patch_size=2)
+def grammar(tokenizer: Tokenizer) -> SequenceFormat:
+    return tokenizer.sequence_format(patch_size=2)
 
 
 def exported(tokenizer: Tokenizer, **changes: object) -> Exported:
@@ -88,18 +88,18 @@ def of_bytes(data: bytes) -> list[int]:
 
 def chained(chain: dict[int, int]) -> Exported:
     """A model that writes, after each token of `chain`, the next one: its blocks add nothing, its head is a table."""
-    made = exported(BYTES, vocabulary=260, norm_order="pre")
+    made = exported(BYTES, text_vocab_size=260, norm_order="pre")
     model, known = made.model, list(chain)
     with torch.no_grad():
-        for block in model.trunk.blocks:
+        for block in model.transformer.blocks:
             block.out.weight.zero_()
             block.feed_forward.down.weight.zero_()
-        model.trunk.norm.weight.fill_(1)
+        model.transformer.norm.weight.fill_(1)
         model.embedding.weight.zero_()
-        model.head.weight.zero_()
+        model.lm_head.weight.zero_()
         for place, token in enumerate(known):
             model.embedding.weight[token, place] = 1
-            model.head.weight[chain[token], place] = 1
+            model.lm_head.weight[chain[token], place] = 1
     return made
 
 
@@ -153,7 +153,7 @@ class Numbered:
     order: which step's data a step gets, where it is not its own. asked: the steps that were asked for.
     """
 
-    grammar: Grammar
+    grammar: SequenceFormat
     factors: dict[int, float] = field(default_factory=dict)
     order: list[int] | None = None
     asked: list[int] = field(default_factory=list)
@@ -178,7 +178,7 @@ Make = Callable[..., Trainer]
 
 
 @pytest.fixture
-def make(tmp_path: Path, grammar: Grammar) -> Make:
+def make(tmp_path: Path, grammar: SequenceFormat) -> Make:
     """A trainer in a folder, gone on with if it has begun."""
 
     def build(name: str, load: Numbered | None = None, steps: int = 8, guard: GuardConfig | None = None, **loop: Any):

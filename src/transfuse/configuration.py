@@ -26,7 +26,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], values: Any, where: str) -> T:
-    """Build a dataclass from JSON values. Raises UserError: one line that names `where`, the field, what was wrong."""
+    """Build a dataclass from JSON values, in which fields may have the names of earlier versions (`renamed`).
+
+    Raises UserError: one line that names `where`, the field, and what is wrong.
+    """
+    values = _with_current_names(kind, values)
     _refuse_unknown(kind, values, where)
     try:
         return TypeAdapter(kind).validate_python(values)
@@ -56,10 +60,23 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else f"; there are {', '.join(known)}"
 
 
+def _dataclass_of(kind: Any) -> Any:
+    """Return the dataclass in a type such as `Config | None`, or the type itself."""
+    options = typing.get_args(kind) or (kind,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), kind)
+
+
+def _with_current_names(kind: Any, values: Any) -> Any:
+    kind = _dataclass_of(kind)
+    if not (dataclasses.is_dataclass(kind) and isinstance(values, dict)):
+        return values
+    types, renamed = typing.get_type_hints(kind), getattr(kind, "renamed", {})
+    named = {renamed.get(key, key): value for key, value in values.items()}
+    return {key: _with_current_names(types.get(str(key)), value) for key, value in named.items()}
+
+
 def _refuse_unknown(kind: Any, values: Any, where: str, prefix: str = "") -> None:
-    for option in typing.get_args(kind) or (kind,):
-        if dataclasses.is_dataclass(option) and isinstance(option, type):
-            kind = option
+    kind = _dataclass_of(kind)
     if not (dataclasses.is_dataclass(kind) and isinstance(values, dict)):
         return
     types = typing.get_type_hints(kind)

@@ -38,6 +38,7 @@ from .errors import UserError
 from .files import sha256, whole_folder
 from .folders import DIFFUSERS, INDEX, MODEL_TYPE, places
 from .model import ModelConfig, Transfusion
+from .model.transfusion import current_name
 from .sequence import Tokenizer
 from .version import __version__
 
@@ -217,7 +218,7 @@ def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
     tokenizer = _its_tokenizer(found)
     autoencoder = _its_autoencoder(found, device)
     try:
-        model, process = Transfusion.on_meta(found.model, compute=dtype), Process(found.diffusion)
+        model, process = Transfusion.on_meta(found.model, compute_dtype=dtype), Process(found.diffusion)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -242,17 +243,17 @@ def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
 
 def _its_tokenizer(export: Described) -> Tokenizer:
     """The tokenizer of an export, which must be the one its model was trained with: another one's ids mean nothing."""
-    path, ids, expected = export.place["tokenizer.json"], export.model.vocabulary, export.tokenizer
+    path, ids, expected = export.place["tokenizer.json"], export.model.text_vocab_size, export.tokenizer
     found = Tokenizer.load(path)
     if expected is not None and found.fingerprint != expected.fingerprint:
         raise UserError(
             f"{path}: expected the tokenizer the model was trained with ({expected.fingerprint}), "
-            f"found another ({found.fingerprint}, {found.vocabulary} ids)"
+            f"found another ({found.fingerprint}, {found.vocab_size} ids)"
         )
-    if found.vocabulary > ids:
-        raise UserError(f"{path}: expected at most the model's {ids} ids, found {found.vocabulary}")
-    if expected is None and found.vocabulary < ids:
-        say(f"{path}: {found.vocabulary} ids for the model's {ids}; config.json does not record the right tokenizer")
+    if found.vocab_size > ids:
+        raise UserError(f"{path}: expected at most the model's {ids} ids, found {found.vocab_size}")
+    if expected is None and found.vocab_size < ids:
+        say(f"{path}: {found.vocab_size} ids for the model's {ids}; config.json does not record the right tokenizer")
     return found
 
 
@@ -263,7 +264,7 @@ def _its_autoencoder(export: Described, device: torch.device | str) -> Autoencod
     coded = model.images == "codes"
     wanted, there = model.latent_channels, found.channels
     if coded:
-        wanted, there = model.codebook, getattr(found, "codebook_size", None) or 0
+        wanted, there = model.codebook_size, getattr(found, "codebook_size", None) or 0
     if found.fingerprint != expected.fingerprint or (wanted != there and model.images != "none"):
         unit = "codes" if coded else "channels"
         raise UserError(
@@ -285,14 +286,15 @@ def load_weights(model: Transfusion, path: Path, strict: bool = True) -> int:
         raise UserError(f"{path}: expected the model's weights, found no file")
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            stored = {current_name(name): name for name in file.keys()}  # noqa: SIM118
+            found = {name: tuple(file.get_slice(key).get_shape()) for name, key in stored.items()}
             fitting = [name for name, shape in expected.items() if found.get(name) == shape]
             for name in sorted(expected.keys() | found.keys()) if strict else ():
                 if expected.get(name) != found.get(name):
                     raise UserError(
                         f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
                     )
-            tensors = {name: file.get_tensor(name) for name in fitting}
+            tensors = {name: file.get_tensor(stored[name]) for name in fitting}
     except SafetensorError as error:
         raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
     for name, tensor in tensors.items():

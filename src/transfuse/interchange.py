@@ -96,8 +96,8 @@ def start_from_llama(
     tables = [name for name in (EMBEDDING, HEAD) if name in shapes]
     rows = min((shapes[name][0] for name in tables), default=0)
     for ours, theirs in (markers or {}).items():
-        if not (0 <= ours < config.vocabulary and 0 <= theirs < rows):
-            limits = f"rows of ours below {config.vocabulary}, of theirs below {rows}"
+        if not (0 <= ours < config.text_vocab_size and 0 <= theirs < rows):
+            limits = f"rows of ours below {config.text_vocab_size}, of theirs below {rows}"
             raise UserError(f"{folder}: markers: expected {limits}, found {ours} from {theirs}")
     for path in files:
         with _opened(path) as file:
@@ -127,7 +127,7 @@ def save_llama(
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             **llama_config(model.config),
-            "torch_dtype": str(model.head.weight.dtype).removeprefix("torch."),
+            "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
             # Said even where there is none: left out, they would be 1 and 2.
             "bos_token_id": bos,
             "eos_token_id": eos,
@@ -163,8 +163,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def check_trunk(config: ModelConfig, folder: Path, strict: bool) -> None:
     """Raise UserError where a trunk is not the folder's in what no shape tells: 8 heads of 64 are as 16 of 32."""
-    theirs = read_llama_config(folder, config.context)
-    ours: dict[str, float] = {"heads": config.heads, "kv_heads": config.key_heads}
+    theirs = read_llama_config(folder, config.max_seq_len)
+    ours: dict[str, float] = {"n_heads": config.n_heads, "n_kv_heads": config.kv_heads}
     if strict:
         ours |= {"rope_theta": config.rope_theta, "norm_eps": config.norm_eps}
     for field, value in ours.items():
@@ -178,8 +178,8 @@ def _check_shape(folder: Path, name: str, found: tuple[int, ...], config: ModelC
     expected = str(tuple(own.shape))
     fits = found == tuple(own.shape)
     if name in (EMBEDDING, HEAD):  # codes of an image follow our text: their rows are not for words
-        expected = f"at most {config.vocabulary} rows of {config.width}"
-        fits = len(found) == 2 and found[0] <= config.vocabulary and found[1] == config.width
+        expected = f"at most {config.text_vocab_size} rows of {config.d_model}"
+        fits = len(found) == 2 and found[0] <= config.text_vocab_size and found[1] == config.d_model
     if not fits:
         raise UserError(f"{folder}: tensor {name}: expected {expected}, found {found}")
 

@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "poisoned-copies": {"loop.guard.nonfinite": "skip", "parallel.replicate": 2},
     "codes": {
         "data.autoencoder": "vq-f4-small",
-        "model": {"images": "codes", "patch_size": 1, "image_attention": "causal", "codebook": 1024},
+        "model": {"images": "codes", "patch_size": 1, "image_attention": "causal", "codebook_size": 1024},
     },
     "text": {"model.images": "none", "data.text_share": 1.0, "data.sources": ("glosses",)},
 }
@@ -90,8 +90,8 @@ class Uneven:
         if self.ranks.datas == 1:
             parts = [documents]
         own = parts[self.ranks.data]
-        batch = collate(own or [EMPTY], loader.grammar, idle_image=loader.idle_image)
-        return [batch if own else replace(batch, idle=batch.positions)]
+        batch = collate(own or [EMPTY], loader.grammar, padding_image=loader.padding_image)
+        return [batch if own else replace(batch, n_padding=batch.positions)]
 
     def position(self) -> dict[str, int]:
         return {}

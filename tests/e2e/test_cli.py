@@ -310,7 +310,9 @@ def test_mistakes(home: Path, tmp_path: Path) -> None:
     assert 'preset: unknown name "tinny"; did you mean "tiny"' in refused(home, "train", "tinny")
     assert 'unknown command "trian"; did you mean "train"' in refused(home, "trian")
     assert '"--loop.stepz"; did you mean "--loop.steps"' in refused(home, "train", "tiny", "--loop.stepz", "3")
-    assert "model.width: expected a multiple of 2 x heads" in refused(home, "train", "tiny", "--model.width", "63")
+    assert "model.d_model: expected a multiple of 2 x n_heads" in refused(
+        home, "train", "tiny", "--model.d-model", "63"
+    )
     assert "--loop.steps" in refused(home, "train", "tiny", "--loop.steps", "many")
     assert "loop.steps: this run has 30" in refused(home, "train", "tiny", "--loop.steps", "31")
     assert "expected some text, found an empty one" in refused(home, "generate", "  ")
@@ -339,7 +341,7 @@ def test_run_without_a_complete_checkpoint(home: Path, tmp_path: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     config["model"]["widht"] = 3
     (run / "config.json").write_text(json.dumps(config))
-    assert 'unknown setting "model.widht"; did you mean "width"' in refused(tmp_path, "export", "runs/broken")
+    assert 'unknown setting "model.widht"; did you mean "d_model"' in refused(tmp_path, "export", "runs/broken")
 
 
 def test_export_command_equals_the_training_export(home: Path) -> None:
@@ -405,7 +407,8 @@ def test_plan_and_doctor(tmp_path: Path, monkeypatch) -> None:
         assert f"transfuse {name}" in help_text.stdout, "every help shows an example"
 
 
-CODES = ["--model.images", "codes", "--model.codebook", "1024", "--model.patch-size", "1", "--model.image-attention",
+CODES = ["--model.images", "codes", "--model.codebook-size", "1024", "--model.patch-size", "1",
+         "--model.image-attention",
          "causal", "--data.autoencoder", "vq-f4-small"]  # fmt: skip
 
 
@@ -427,7 +430,7 @@ def test_chameleon(home: Path) -> None:
     assert result.returncode == 0, result.stderr
     said = refused(home, "train", "tiny", "--run", "no", *CODES[:-1], "kl-f4-small")
     assert 'expected one with a codebook, found "kl-f4-small"' in said
-    assert "model.codebook: expected a positive number" in refused(home, "train", "tiny", *CODES[:2], *CODES[4:])
+    assert "model.codebook_size: expected a positive number" in refused(home, "train", "tiny", *CODES[:2], *CODES[4:])
 
 
 def test_llama_out_and_in(home: Path) -> None:
@@ -436,15 +439,18 @@ def test_llama_out_and_in(home: Path) -> None:
     assert result.returncode == 0, result.stderr
     folder = home / json.loads(result.stdout.splitlines()[-1])["export"]
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    command = ["train", "tiny", "--run", "started", "--start", str(folder), "--model.depth", "7", "--loop.steps", "1",
+    command = ["train", "tiny", "--run", "started", "--start", str(folder), "--model.n-layers", "7",
+               "--loop.steps", "1",
                "--optimizer.learning-rate", "0", "--optimizer.final-learning-rate", "0"]  # fmt: skip
     result = transfuse(home, *command)
     assert result.returncode == 0, result.stderr
     assert "depth 2" in result.stderr, "the folder's shape is taken, and said"
     assert "missing 0" in result.stderr
     theirs, ours = load_file(folder / "model.safetensors"), load_file(home / "started/export/model.safetensors")
-    assert (theirs["lm_head.weight"] == ours["head.weight"]).all()
-    assert (theirs["model.layers.1.mlp.down_proj.weight"] == ours["trunk.blocks.1.feed_forward.down.weight"]).all()
+    assert (theirs["lm_head.weight"] == ours["lm_head.weight"]).all()
+    assert (
+        theirs["model.layers.1.mlp.down_proj.weight"] == ours["transformer.blocks.1.feed_forward.down.weight"]
+    ).all()
     (folder / "model.safetensors").unlink()
     assert transfuse(home, *command).returncode == 0, "what has begun does not need it again"
     assert "expected safetensors weights, found no file" in refused(home, *command[:2], "--run", "x", *command[4:])

@@ -31,7 +31,7 @@ def recipe(name: str) -> Recipe:
     if name == "transfusion":
         return made
     model = replace(
-        made.model, images="codes", codebook=1024, patch_size=1, image_attention="causal", patch_positions="none"
+        made.model, images="codes", codebook_size=1024, patch_size=1, image_attention="causal", patch_positions="none"
     )
     return replace(made, model=model, data=replace(made.data, autoencoder="vq-f4-small"))
 

@@ -12,18 +12,18 @@ from torch.nn import functional as F
 from transfuse.model import ModelConfig, Transfusion, dense, for_batch
 from transfuse.model.chameleon import chameleon_config, chameleon_weights
 from transfuse.model.layers import HeadNorm
-from transfuse.sequence import Document, Grammar, Image, Text, collate
+from transfuse.sequence import Document, Image, SequenceFormat, Text, collate
 
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY, CODEBOOK = 64, 120
 BOS, EOS, BOI, EOI = 0, 1, 2, 3
-GRAMMAR = Grammar(BOS, EOS, BOI, EOI, patch_size=1, first_code=VOCABULARY)
+GRAMMAR = SequenceFormat(BOS, EOS, BOI, EOI, patch_size=1, first_code=VOCABULARY)
 VARIANTS = [
     {"norm_order": "pre"},
     {"norm_order": "swin"},
-    {"norm_order": "pre", "kv_heads": 2, "rope_theta": 500000.0},
-    {"norm_order": "swin", "kv_heads": 1, "hidden": 160, "rope_theta": 100.0},
+    {"norm_order": "pre", "n_kv_heads": 2, "rope_theta": 500000.0},
+    {"norm_order": "swin", "n_kv_heads": 1, "d_ff": 160, "rope_theta": 100.0},
 ]
 
 
@@ -31,8 +31,8 @@ def settings(**changes: object) -> ModelConfig:
     return tiny(
         **{
             "images": "codes",
-            "vocabulary": VOCABULARY,
-            "codebook": CODEBOOK,
+            "text_vocab_size": VOCABULARY,
+            "codebook_size": CODEBOOK,
             "patch_size": 1,
             "unet_channels": None,
             "image_attention": "causal",
@@ -101,15 +101,15 @@ def test_packed_documents_equal_chameleon_on_each_alone(variant, backend) -> Non
     ]
     batch = collate(documents, GRAMMAR, "causal", multiple=16)
     attend = dense(batch) if backend == "dense" else for_batch(batch, torch.float32)
-    logits = ours(batch.tokens, batch.rotary, attend, torch.arange(batch.positions)).logits
-    runs = list(zip(logits.split(batch.documents), batch.tokens.split(batch.documents), strict=True))
+    logits = ours(batch.input_ids, batch.position_ids, attend, torch.arange(batch.positions)).logits
+    runs = list(zip(logits.split(batch.documents), batch.input_ids.split(batch.documents), strict=True))
     assert torch.equal(runs[1][1], alone)
     for found, tokens in runs[: len(documents)]:
         assert_same(found, theirs, tokens)
 
 
 def test_text_alone() -> None:
-    ours, theirs = both(settings(images="none", codebook=0))
+    ours, theirs = both(settings(images="none", codebook_size=0))
     tokens = torch.arange(4, VOCABULARY)
     every = torch.arange(len(tokens))
     assert_same(ours(tokens, every, causal, every).logits, theirs, tokens)

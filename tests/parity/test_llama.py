@@ -16,7 +16,7 @@ from transfuse.errors import UserError
 from transfuse.interchange import marker_rows, read_llama_config, save_llama, start_from_llama
 from transfuse.model import ModelConfig, Transfusion, dense
 from transfuse.model.llama import llama_config, llama_weights
-from transfuse.sequence import Document, Grammar, Text, Tokenizer, collate
+from transfuse.sequence import Document, SequenceFormat, Text, Tokenizer, collate
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,17 +31,17 @@ KINDS = {
     "mistral": {"sliding_window": None, **rotary(1e6)},
     "qwen2": {"rms_norm_eps": 1e-5},
 }
-BATCH = collate([Document([Text(tuple(range(4, 60)))])], Grammar(0, 1, 2, 3, 2))
+BATCH = collate([Document([Text(tuple(range(4, 60)))])], SequenceFormat(0, 1, 2, 3, 2))
 
 
 def ours_of(model: Transfusion) -> Tensor:
     with torch.no_grad():
-        return model(BATCH.tokens, BATCH.rotary, dense(BATCH), torch.arange(BATCH.positions)).logits
+        return model(BATCH.input_ids, BATCH.position_ids, dense(BATCH), torch.arange(BATCH.positions)).logits
 
 
 def theirs_of(model) -> Tensor:
     with torch.no_grad():
-        return model.eval()(BATCH.tokens[None]).logits[0].float()
+        return model.eval()(BATCH.input_ids[None]).logits[0].float()
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -84,7 +84,9 @@ def started(folder: Path, strict: bool = True, markers: dict[int, int] | None = 
     return model.eval()
 
 
-@pytest.mark.parametrize("variant", [{}, {"kv_heads": 2}, {"heads": 2, "hidden": 160, "rope_theta": 500000.0}], ids=str)
+@pytest.mark.parametrize(
+    "variant", [{}, {"n_kv_heads": 2}, {"n_heads": 2, "d_ff": 160, "rope_theta": 500000.0}], ids=str
+)
 def test_logits_equal_llama(variant) -> None:
     config = tiny(**variant)
     model = randomised(config).eval()
@@ -107,14 +109,14 @@ def test_import_of_a_tied_network(tmp_path) -> None:
     model = theirs(tie_word_embeddings=True)
     ours = started(saved(model, tmp_path / "tied"))
     close(ours_of(ours), theirs_of(model))
-    assert ours.head.weight.data_ptr() != ours.embedding.weight.data_ptr()
+    assert ours.lm_head.weight.data_ptr() != ours.embedding.weight.data_ptr()
 
 
 def test_import_into_a_larger_vocabulary(tmp_path) -> None:
     model = theirs()
     folder = saved(model, tmp_path / "small")
-    before = randomised(tiny(**read_llama_config(folder) | {"vocabulary": 310}), seed=5)
-    ours = started(folder, vocabulary=310)
+    before = randomised(tiny(**read_llama_config(folder) | {"text_vocab_size": 310}), seed=5)
+    ours = started(folder, text_vocab_size=310)
     close(ours_of(ours)[:, :300], theirs_of(model))
     for name in ("embedding", "head"):
         found, initial = (getattr(network, name).weight for network in (ours, before))
@@ -126,8 +128,8 @@ def test_import_leaves_patch_layers_alone(tmp_path) -> None:
     folder = saved(theirs(), tmp_path / "llama")
     ours = started(folder)
     before = randomised(ours.config, seed=5)
-    assert ours.patches is not None
-    for name, value in ours.patches.state_dict().items():
+    assert ours.image_adapter is not None
+    for name, value in ours.image_adapter.state_dict().items():
         assert torch.equal(value, before.get_submodule("patches").state_dict()[name]), name
 
 
@@ -183,7 +185,7 @@ def test_kin_that_no_name_or_shape_would_tell_are_refused(tmp_path, kind) -> Non
 
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"kv_heads": 2, "rope_theta": 500000.0, "norm_eps": 1e-6}, {"images": "none", "hidden": 160}],
+    [{}, {"n_kv_heads": 2, "rope_theta": 500000.0, "norm_eps": 1e-6}, {"images": "none", "d_ff": 160}],
     ids=str,
 )
 def test_export_opens_in_transformers(tmp_path, variant) -> None:
@@ -208,7 +210,7 @@ def test_export_of_half_precision_and_of_no_markers(tmp_path) -> None:
 
 
 def test_export_of_a_network_of_codes_has_all_its_ids(tmp_path) -> None:
-    config = ModelConfig("codes", 320, 64, 64, 2, 4, context=256, patch_size=1, image_attention="causal")
+    config = ModelConfig("codes", 320, 64, 64, 2, 4, max_seq_len=256, patch_size=1, image_attention="causal")
     model = randomised(config).eval()
     save_llama(tmp_path / "out", model)
     close(theirs_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")), ours_of(model))
@@ -233,7 +235,7 @@ def test_a_folder_with_its_tokenizer(tmp_path) -> None:
     rows = marker_rows(folder, found)
     assert rows == {270: 0, 271: 1}
     ours, state = started(folder, markers=rows), model.state_dict()
-    for weight, name in ((ours.embedding.weight, "model.embed_tokens.weight"), (ours.head.weight, "lm_head.weight")):
+    for weight, name in ((ours.embedding.weight, "model.embed_tokens.weight"), (ours.lm_head.weight, "lm_head.weight")):
         assert torch.equal(weight[:270], state[name][:270])
         assert torch.equal(weight[270:272], state[name][:2])
         assert torch.equal(weight[272:], state[name][272:])

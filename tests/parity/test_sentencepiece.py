@@ -48,7 +48,7 @@ def test_ids_and_words(trained) -> None:
         assert list(ours.encode(text)) == theirs.encode(text), text
         if theirs.unk_id() not in theirs.encode(text):  # what is unknown is shown otherwise
             assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)), text
-    assert ours.vocabulary == theirs.get_piece_size() + 4
+    assert ours.vocab_size == theirs.get_piece_size() + 4
     assert ours.bos >= theirs.get_piece_size()
 
 

@@ -19,7 +19,7 @@ from transfuse.keyed import keyed
 from transfuse.presets import Recipe, preset
 from transfuse.presets.recipe import build_trainer, export_run, train_tokenizer
 from transfuse.presets.runs import open_run
-from transfuse.sequence import Document, Text, Tokenizer, lay_out
+from transfuse.sequence import Document, Text, Tokenizer, layout_document
 from transfuse.training import Trainer, read
 from transfuse.training.metrics import Average
 
@@ -35,7 +35,7 @@ def arm(images: str, **data: object) -> Recipe:
     if images == "codes":
         data = {"autoencoder": "vq-f4-small", **data}
         model = replace(
-            model, images="codes", codebook=1024, patch_size=1, image_attention="causal", patch_positions="none"
+            model, images="codes", codebook_size=1024, patch_size=1, image_attention="causal", patch_positions="none"
         )
     if images == "none":
         model = replace(model, images="none")
@@ -177,7 +177,7 @@ def test_shares_of_positions(images: str, share: float, build: Build, monkeypatc
     for sample in range(1000):
         document = load.document(sample)
         assert document is not None
-        layout = lay_out(document, load.grammar)
+        layout = layout_document(document, load.grammar)
         assert sum(span.patches for span in layout.spans) in (0, 16 if images == "latents" else 64)
         found[bool(document.images)] += len(layout)
     assert found[False] / sum(found.values()) == pytest.approx(share, abs=0.02)
@@ -299,8 +299,8 @@ def test_a_run_is_exported(images: str, build: Build, tokenizer_file: Path, tmp_
 
 
 def test_recipes_that_do_not_fit() -> None:
-    settled = replace(arm("codes"), model=replace(arm("codes").model, codebook=7)).settled()
-    assert settled.model.codebook == 1024, "as the autoencoder has it"
+    settled = replace(arm("codes"), model=replace(arm("codes").model, codebook_size=7)).settled()
+    assert settled.model.codebook_size == 1024, "as the autoencoder has it"
     with pytest.raises(UserError, match="no such thing"):  # its export carries one, and should not fail at the end
         arm("none", autoencoder="no such thing").settled()
     for autoencoder, found in (("pixels", "pixels"), ("kl-f4-small", "kl-f4-small")):

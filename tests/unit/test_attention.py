@@ -17,10 +17,10 @@ from torch.nn.attention import flex_attention
 
 from transfuse.model import Attend, Transfusion, attention, dense, flexible
 from transfuse.model.attention import block_mask
-from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate
+from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
 from transfuse.training.parallel import compile_block
 
-GRAMMAR = Grammar(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
+GRAMMAR = SequenceFormat(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
 SIDES = st.sampled_from([2, 4, 8, 24])
 PARTS = st.one_of(
     st.integers(1, 300).map(lambda length: Text((9,) * length)),
@@ -33,7 +33,7 @@ def layouts(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     """What positions of random documents see."""
     documents = draw(st.lists(st.lists(PARTS, max_size=4).map(Document), min_size=1, max_size=6))
     batch = collate(documents, GRAMMAR, draw(st.sampled_from(["bidirectional", "causal"])))
-    return batch.start, batch.end
+    return batch.kv_start, batch.kv_end
 
 
 @st.composite
@@ -71,7 +71,7 @@ def test_the_block_mask_is_what_torch_makes_of_all_pairs(seen: tuple[Tensor, Ten
 def test_the_block_mask_looks_at_no_pairs() -> None:
     batch = collate([Document([Text((9,) * 5000), Image(latent(16, 16))])] * 4, GRAMMAR)
     with Largest() as mode:
-        block_mask(batch.start, batch.end)
+        block_mask(batch.kv_start, batch.kv_end)
     blocks = -(-batch.positions // attention.BLOCK)
     assert mode.elements <= max(4 * blocks**2, blocks * attention.BLOCK)
 
@@ -127,7 +127,7 @@ def outputs(model: Transfusion, batch: Batch, attend: Attend) -> list[Tensor]:
     """Logits, predictions and, where they are asked for, gradients."""
     times = torch.arange(len(batch.latents))
     model.zero_grad()
-    out = model(batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, times)
+    out = model(batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches, batch.latents, times)
     if torch.is_grad_enabled():
         (out.logits.logsumexp(-1).sum() + sum(p.square().sum() for p in out.predictions)).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -144,9 +144,9 @@ def test_blocks_are_compiled_once(kv_heads: int, learning: bool, counted, monkey
         if not hasattr(flex_attention, "_validate_device"):
             pytest.skip("this PyTorch refuses gradients on CPU elsewhere")
         monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    config = tiny(kv_heads=kv_heads)
+    config = tiny(n_kv_heads=kv_heads)
     plain, model = randomised(config), randomised(config)
-    for block in model.trunk.blocks:
+    for block in model.transformer.blocks:
         compile_block(block, backend=counted, fullgraph=True)
     compiled = []
     for positions, count in ((1000, 6), (1300, 1), (1100, 1)):
@@ -180,7 +180,7 @@ def test_the_compiled_kernel_equals_dense() -> None:
         pytest.skip(reason)
     torch._dynamo.reset()
     for batch in some_batches(4, 1001):
-        mask = block_mask(batch.start, batch.end)
+        mask = block_mask(batch.kv_start, batch.kv_end)
         assert int(mask.full_kv_num_blocks.sum()) > 0
         assert int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) < mask.kv_indices.numel()
         heads = random_heads(batch, 4, 2)

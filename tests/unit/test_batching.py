@@ -24,7 +24,7 @@ from transfuse.sequence import Document, Image, Text, Tokenizer
 def packed(one: Exported) -> Exported:
     """Row-invariant, and one that draws now and then."""
     with torch.no_grad():
-        one.model.head.weight[one.tokenizer.boi] *= 3
+        one.model.lm_head.weight[one.tokenizer.boi] *= 3
     pack(one.model)
     return one
 
@@ -32,9 +32,9 @@ def packed(one: Exported) -> Exported:
 ARMS = {
     "linear": lambda tokenizer: packed(exported(tokenizer)),
     "unet": lambda tokenizer: packed(exported(tokenizer, adapter="unet")),
-    "causal": lambda tokenizer: packed(exported(tokenizer, image_attention="causal", kv_heads=2)),
+    "causal": lambda tokenizer: packed(exported(tokenizer, image_attention="causal", n_kv_heads=2)),
     "codes": lambda tokenizer: packed(coded(tokenizer)),
-    "stable codes": lambda tokenizer: packed(coded(tokenizer, kv_heads=2, **STABLE)),
+    "stable codes": lambda tokenizer: packed(coded(tokenizer, n_kv_heads=2, **STABLE)),
 }
 POSITIONS = 256
 

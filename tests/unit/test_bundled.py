@@ -134,7 +134,7 @@ def test_json_stays_clean_where_the_default_is_reported(
 
 def test_a_trial_is_never_the_default(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever else of the preset is changed; it is used where it is named."""
-    assert run(["train", "tiny", "--loop.steps", "1", "--model.depth", "1", "--run", "runs/mine"]) == 0
+    assert run(["train", "tiny", "--loop.steps", "1", "--model.n-layers", "1", "--run", "runs/mine"]) == 0
     assert default_model() == Path(folders.DEFAULT)
     assert run(["generate", "a crab", "--draw", "force", "--steps", "2", "--model", "runs/mine/export"]) == 0
     assert PIL.Image.open("out/seed-0-0.png").size == (32, 32)
@@ -179,7 +179,7 @@ def test_without_any_it_says_what_to_do(tmp_path: Path, monkeypatch, capsys: pyt
 def test_half_precision_is_half_as_large_and_rounded_once(served: Path, tmp_path: Path) -> None:
     assert run(["export", str(served), "--out", str(tmp_path / "half"), "--dtype", "float16"]) == 0
     whole, half = load_export(served), load_export(tmp_path / "half")
-    assert half.model.head.weight.dtype == torch.float32, "computed in what the loader asks for"
+    assert half.model.lm_head.weight.dtype == torch.float32, "computed in what the loader asks for"
     assert torch.equal(weights(half.model), weights(whole.model).half().float())
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (served, tmp_path / "half")]
     assert sizes[1] < 0.55 * sizes[0]

@@ -51,13 +51,23 @@ from transfuse.inference.events import Event
 from transfuse.keyed import keyed
 from transfuse.model import ModelConfig, Transfusion, dense
 from transfuse.model.layers import RMSNorm
-from transfuse.sequence import Document, Grammar, Image, Text, Tokenizer, collate, lay_out, unconditional, visible
+from transfuse.sequence import (
+    Document,
+    Image,
+    SequenceFormat,
+    Text,
+    Tokenizer,
+    collate,
+    layout_document,
+    unconditional,
+    visible,
+)
 from transfuse.training import ObjectiveConfig, TokenObjective, TransfusionObjective
 
 CODEBOOK = 24
 STABLE = {"qk_norm": True, "norm_order": "swin"}
 SEED = 11
-G = Grammar(bos=0, eos=1, boi=2, eoi=3, patch_size=1, first_code=100)
+G = SequenceFormat(bos=0, eos=1, boi=2, eoi=3, patch_size=1, first_code=100)
 
 
 def codes(rows: int, columns: int, seed: int = 0, size: int = CODEBOOK) -> Tensor:
@@ -65,7 +75,7 @@ def codes(rows: int, columns: int, seed: int = 0, size: int = CODEBOOK) -> Tenso
 
 
 def chameleon(**changes: object) -> ModelConfig:
-    own = {"images": "codes", "codebook": CODEBOOK, "patch_size": 1, "image_attention": "causal"}
+    own = {"images": "codes", "codebook_size": CODEBOOK, "patch_size": 1, "image_attention": "causal"}
     return tiny(**{**own, "unet_channels": None, "patch_positions": "none", **changes})
 
 
@@ -88,7 +98,7 @@ class Place:
     sees: int = 0
 
 
-def walk(document: Document, grammar: Grammar, look_ahead: bool = False) -> list[Place]:
+def walk(document: Document, grammar: SequenceFormat, look_ahead: bool = False) -> list[Place]:
     places, number = [Place(grammar.bos)], 0
     for part in document.parts:
         if isinstance(part, Text):
@@ -114,13 +124,13 @@ def walk(document: Document, grammar: Grammar, look_ahead: bool = False) -> list
 
 
 def test_a_document_of_codes_position_by_position() -> None:
-    layout = lay_out(Document([Text((10, 11)), Image(torch.tensor([[5, 0, 7], [1, 2, 3]])), Text((12,))]), G)
+    layout = layout_document(Document([Text((10, 11)), Image(torch.tensor([[5, 0, 7], [1, 2, 3]])), Text((12,))]), G)
     #                                 BOS  a   b  BOI  codes, row by row              EOI  c  EOS
-    assert layout.token.tolist() == [0, 10, 11, 2, 105, 100, 107, 101, 102, 103, 3, 12, 1]
-    assert layout.rotary.tolist() == list(range(13))
+    assert layout.input_ids.tolist() == [0, 10, 11, 2, 105, 100, 107, 101, 102, 103, 3, 12, 1]
+    assert layout.position_ids.tolist() == list(range(13))
     assert layout.image.tolist() == [-1] * 4 + [0] * 6 + [-1] * 3
     # from BOI, and from every code but the last; never EOI
-    assert layout.predict.tolist() == [True] * 3 + [True] * 6 + [False] + [True] * 2 + [False]
+    assert layout.loss_mask.tolist() == [True] * 3 + [True] * 6 + [False] + [True] * 2 + [False]
     assert visible(layout, "causal").end.tolist() == list(range(1, 14))
     (span,) = layout.spans
     assert (span.start, span.rows, span.columns, span.end) == (4, 2, 3, 10)
@@ -128,31 +138,31 @@ def test_a_document_of_codes_position_by_position() -> None:
 
 def test_what_is_learned_of_codes() -> None:
     picture = torch.tensor([[5, 6]])
-    context = lay_out(Document([Image(picture, target=False), Text((10,))]), G)
+    context = layout_document(Document([Image(picture, target=False), Text((10,))]), G)
     #                                  BOS BOI 105 106 EOI 10 EOS
-    assert context.predict.tolist() == [True, False, False, False, True, True, False]
-    dropped = lay_out(unconditional(Document([Text((10, 11)), Image(picture)], sample=3)), G)
-    assert dropped.token.tolist() == [0, 2, 105, 106, 3, 1]
-    assert dropped.predict.tolist() == [False, True, True, False, False, False], "the codes, and no marker"
-    prompt = lay_out(Document([Image(picture)], closed=False), G)
-    assert prompt.token.tolist() == [0, 2, 105, 106, 3]
-    assert prompt.predict.tolist() == [True, True, True, False, False]
+    assert context.loss_mask.tolist() == [True, False, False, False, True, True, False]
+    dropped = layout_document(unconditional(Document([Text((10, 11)), Image(picture)], sample=3)), G)
+    assert dropped.input_ids.tolist() == [0, 2, 105, 106, 3, 1]
+    assert dropped.loss_mask.tolist() == [False, True, True, False, False, False], "the codes, and no marker"
+    prompt = layout_document(Document([Image(picture)], closed=False), G)
+    assert prompt.input_ids.tolist() == [0, 2, 105, 106, 3]
+    assert prompt.loss_mask.tolist() == [True, True, True, False, False]
 
 
 def test_a_batch_of_codes_and_one_of_latents() -> None:
     pair = [Text((10, 11)), Image(codes(2, 3)), Image(codes(1, 1), target=False)]
     batch = collate([Document(pair, sample=4), Document([Text((12,))], sample=5)], G, "causal", multiple=16)
     assert batch.image_targets == 1
-    assert int(batch.coded.sum()) == 6
-    assert (batch.targets[batch.coded] - 100).tolist() == codes(2, 3).flatten().tolist()
-    assert (batch.targets[~batch.coded] < 100).all()
+    assert int(batch.is_image_token.sum()) == 6
+    assert (batch.targets[batch.is_image_token] - 100).tolist() == codes(2, 3).flatten().tolist()
+    assert (batch.targets[~batch.is_image_token] < 100).all()
     assert batch.quantities == {"positions": 18, "text_targets": 2 + 2 + 1 + 1 + 1, "images": 1}
     assert batch.patches.tolist() == batch.denoise.tolist() == batch.max_timestep.tolist() == []
-    assert batch.latents == batch.keys == ()
+    assert batch.latents == batch.noise_ids == ()
     assert batch.samples == (4, 5)
     patches = replace(G, patch_size=2, first_code=None)
     batch = collate([Document([Text((10,)), Image(latent(2, 4))])], patches)
-    assert not batch.coded.any()
+    assert not batch.is_image_token.any()
     assert batch.image_targets == 1
     assert len(batch.patches) == 2
 
@@ -160,10 +170,10 @@ def test_a_batch_of_codes_and_one_of_latents() -> None:
 def test_codes_and_latents_are_not_taken_for_one_another() -> None:
     for image in (Image(latent(2, 2)), Image(codes(2, 2)[None]), Image(codes(2, 2)[0])):
         with pytest.raises(ValueError, match=r"image: expected codes \[row, column\], found torch\.\w+ \("):
-            lay_out(Document([image]), G)
+            layout_document(Document([image]), G)
     for image in (Image(codes(2, 2)), Image(latent(2, 2)[0])):
         with pytest.raises(ValueError, match=r"image: expected latent \[channel, row, column\] of floats, found"):
-            lay_out(Document([image]), replace(G, first_code=None))
+            layout_document(Document([image]), replace(G, first_code=None))
 
 
 _texts = st.builds(Text, st.lists(st.integers(4, 99), max_size=5).map(tuple), st.booleans())
@@ -184,19 +194,19 @@ _documents = st.builds(
 def test_codes_agree_with_a_walk(documents: list[Document], multiple: int) -> None:
     walked = [walk(document, G) for document in documents]
     for document, places in zip(documents, walked, strict=True):
-        layout = lay_out(document, G)
-        assert layout.token.tolist() == [place.token for place in places]
+        layout = layout_document(document, G)
+        assert layout.input_ids.tolist() == [place.token for place in places]
         assert layout.image.tolist() == [place.image for place in places]
-        assert layout.predict.tolist() == [place.learned for place in places[1:]] + [False]
+        assert layout.loss_mask.tolist() == [place.learned for place in places[1:]] + [False]
     batch = collate(documents, G, "causal", multiple)
     learned = [place for places in walked for place in places[1:] if place.learned]
     assert batch.targets.tolist() == [place.token for place in learned]
-    assert batch.coded.tolist() == [place.image >= 0 for place in learned]
+    assert batch.is_image_token.tolist() == [place.image >= 0 for place in learned]
     assert batch.image_targets == sum(image.target for document in documents for image in document.images)
-    assert batch.positions - batch.idle == sum(map(len, walked))
+    assert batch.positions - batch.n_padding == sum(map(len, walked))
     assert batch.documents[: len(walked)] == tuple(map(len, walked))
     ends = [sum(map(len, walked[:n])) + place.sees for n, places in enumerate(walked) for place in places]
-    assert batch.end[: len(ends)].tolist() == ends
+    assert batch.kv_end[: len(ends)].tolist() == ends
     coded = sum(place.image >= 0 for place in learned)
     positions = sum(map(len, walked))
     assert batch.quantities == {
@@ -206,7 +216,7 @@ def test_codes_agree_with_a_walk(documents: list[Document], multiple: int) -> No
     }
     assert not len(batch.patches)
     assert not batch.latents
-    assert not batch.keys
+    assert not batch.noise_ids
 
 
 # --- the losses of every arm, written out ---
@@ -233,13 +243,13 @@ def turned(x: Tensor, position: int, theta: float) -> Tensor:
 def trunk(model: Transfusion, x: list[Tensor], places: Sequence[Place]) -> list[Tensor]:
     """All blocks, one position at a time, with nothing of their own code. Each `[C]`."""
     config = model.config
-    width, shared, channels = config.width, config.heads // config.key_heads, config.head_channels
-    for block in model.trunk.blocks:
+    width, shared, channels = config.d_model, config.n_heads // config.kv_heads, config.head_dim
+    for block in model.transformer.blocks:
         pre = config.norm_order == "pre"
         q, k, v = [], [], []
         for position, one in enumerate(x):
             heads = (block.qkv.weight @ (unit(one, block.attention_norm) if pre else one)).view(-1, channels)
-            query, key, value = heads.split([config.heads, config.key_heads, config.key_heads])
+            query, key, value = heads.split([config.n_heads, config.kv_heads, config.kv_heads])
             if config.qk_norm:
                 query, key = standard(query, block.query_norm), standard(key, block.key_norm)
             q.append(turned(query, position, config.rope_theta))
@@ -256,11 +266,11 @@ def trunk(model: Transfusion, x: list[Tensor], places: Sequence[Place]) -> list[
             out = block.feed_forward.down.weight @ (gate * gate.sigmoid() * up)
             after.append(one + (out if pre else unit(out, block.feed_forward_norm)))
         x = after
-    return [unit(one, model.trunk.norm) for one in x]
+    return [unit(one, model.transformer.norm) for one in x]
 
 
 def time_vector(model: Transfusion, timestep: int) -> Tensor:
-    layers = model.patches.time
+    layers = model.image_adapter.time
     angle = timestep * torch.exp(-math.log(10000) * torch.arange(128) / 128)  # up to 1000: rounded as the model does it
     waves = torch.cat([angle.cos(), angle.sin()]).double()
     inner = layers.inner.weight @ waves + layers.inner.bias
@@ -285,14 +295,14 @@ def noised(process: Process, document: Document, number: int) -> tuple[Tensor, T
 
 
 def naive(
-    model: Transfusion, documents: Sequence[Document], grammar: Grammar, process: Process
+    model: Transfusion, documents: Sequence[Document], grammar: SequenceFormat, process: Process
 ) -> dict[str, list[Tensor]]:
     """Each target's own loss: entropy and z of tokens, apart for codes among the details, and the error of images."""
     config, found = model.config, {name: [] for name in ("text", "codes", "z", "image")}
     weigh = process.config.weighting == "v"
     for document in documents:
         places = walk(document, grammar, config.images == "latents" and config.image_attention == "bidirectional")
-        images = [noised(process, document, n) for n in range(len(document.images))] if model.patches else []
+        images = [noised(process, document, n) for n in range(len(document.images))] if model.image_adapter else []
         x = []
         for place in places:
             if place.image < 0 or not images:
@@ -300,13 +310,17 @@ def naive(
                 continue
             clouded, _, t = images[place.image]
             patch, time = window(clouded, place, config.patch_size), time_vector(model, t)
-            enter = model.patches.enter.weight
+            enter = model.image_adapter.in_proj.weight
             entered = enter @ (patch + time) if config.timestep_at == "patch" else enter @ patch + time
-            x.append(entered + model.patches.positions.row[place.row] + model.patches.positions.column[place.column])
+            x.append(
+                entered
+                + model.image_adapter.positions.row[place.row]
+                + model.image_adapter.positions.column[place.column]
+            )
         x = trunk(model, x, places)
         for before, place in zip(x, places[1:], strict=False):
             if place.learned:
-                logits = model.head.weight @ before
+                logits = model.lm_head.weight @ before
                 denominator = logits.exp().sum().log()
                 found["text" if place.image < 0 else "codes"].append(denominator - logits[place.token])
                 found["z"].append(denominator**2)
@@ -316,7 +330,7 @@ def naive(
             squares = []
             for after, place in zip(x, places, strict=True):
                 if place.image == number:
-                    error = model.patches.leave.weight @ after - window(goal, place, config.patch_size)
+                    error = model.image_adapter.out_proj.weight @ after - window(goal, place, config.patch_size)
                     squares += list(error.square())
             weight = 1 / max(1 - float(process.alpha_bar[t]), 0.05) if weigh else 1.0
             found["image"].append(weight * sum(squares) / len(squares))
@@ -325,9 +339,9 @@ def naive(
 
 ARMS = {
     "llama": (llama(), {}, {}),
-    "llama, stable": (llama(**STABLE, kv_heads=2), {"z_weight": 0.1}, {}),
+    "llama, stable": (llama(**STABLE, n_kv_heads=2), {"z_weight": 0.1}, {}),
     "chameleon": (chameleon(**STABLE), {"z_weight": 0.1}, {}),
-    "chameleon, plain": (chameleon(kv_heads=2), {}, {}),
+    "chameleon, plain": (chameleon(n_kv_heads=2), {}, {}),
     "transfusion": (tiny(), {}, {}),
     "transfusion, timestep before the linear map": (tiny(timestep_at="patch"), {}, {}),
     "transfusion, images alike": (tiny(), {"image_weight": 1.5}, {}),
@@ -369,7 +383,7 @@ def test_losses_and_gradients_written_out(arm: str, tokenizer: Tokenizer) -> Non
     config, weights, diffusion = ARMS[arm]
     model = randomised(config)
     exact = randomised(config).double()
-    grammar, process = config.grammar(tokenizer), Process(DiffusionConfig(**diffusion))
+    grammar, process = config.sequence_format(tokenizer), Process(DiffusionConfig(**diffusion))
     goal: TokenObjective | TransfusionObjective = TokenObjective(ObjectiveConfig(**weights), SEED)
     if config.images == "latents":
         goal = TransfusionObjective(ObjectiveConfig(**weights), process, SEED)
@@ -386,7 +400,7 @@ def test_losses_and_gradients_written_out(arm: str, tokenizer: Tokenizer) -> Non
     expected = dict(zip(dict(exact.named_parameters()), gradients, strict=True))
 
     batch = collate(documents, grammar, config.image_attention, multiple=64)
-    assert batch.idle
+    assert batch.n_padding
     counts = goal.counts(batch)
     assert goal.names == tuple(terms)
     assert goal.weights == tuple(factors[name] for name in terms)
@@ -424,7 +438,9 @@ def test_dropout_is_a_function_of_seed_and_first_sample(arm: str, tokenizer: Tok
         if config.images == "latents":
             goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), seed)
         batch = collate(
-            [replace(documents[0], sample=first), *documents[1:]], config.grammar(tokenizer), config.image_attention
+            [replace(documents[0], sample=first), *documents[1:]],
+            config.sequence_format(tokenizer),
+            config.image_attention,
         )
         return goal.sums(randomised(changed), batch).losses[0].detach()
 
@@ -440,7 +456,9 @@ def test_share_that_is_dropped(norm_order: str) -> None:
     """Of what attention and the feed-forward layer give, each alone, before it is added; the rest is made up for."""
 
     def block(dropout: float) -> torch.nn.Module:
-        made = Transfusion(llama(norm_order=norm_order, dropout=dropout, width=256)).initialise(0).trunk.blocks[0]
+        made = (
+            Transfusion(llama(norm_order=norm_order, dropout=dropout, d_model=256)).initialise(0).transformer.blocks[0]
+        )
         for parameter in made.parameters():  # every channel and position alike
             parameter.detach().fill_(0.01)
         return made
@@ -517,10 +535,10 @@ def pictures(engine: Engine, *requests: Request) -> list[Tensor]:
     return [found[row] for row in range(len(requests))]
 
 
-def whole_logits(model: Transfusion, grammar: Grammar, document: Document) -> Tensor:
+def whole_logits(model: Transfusion, grammar: SequenceFormat, document: Document) -> Tensor:
     """After every position, by one pass with a dense mask and without a cache."""
     batch = collate([document], grammar, "causal")
-    return model(batch.tokens, batch.rotary, dense(batch), torch.arange(batch.positions)).logits
+    return model(batch.input_ids, batch.position_ids, dense(batch), torch.arange(batch.positions)).logits
 
 
 def uncached_codes(
@@ -534,7 +552,7 @@ def uncached_codes(
         """Logits of the code to come. One more stands in its place; nothing before it can see that."""
         drawn = Image(torch.tensor([[*chosen, 0]]))
         logits = whole_logits(engine.exported.model, engine.grammar, replace(whole, parts=[*whole.parts, drawn]))
-        return logits[-3][engine.config.vocabulary :]  # behind it are that one and EOI
+        return logits[-3][engine.config.text_vocab_size :]  # behind it are that one and EOI
 
     null, alone = replace(document, parts=[]), replace(document, parts=document.images)
     while len(chosen) < shape[0] * shape[1]:
@@ -586,7 +604,7 @@ class Script:
         monkeypatch.setattr(Engine, "_choose", choose)
 
 
-VARIANTS = [{}, {"kv_heads": 2}, STABLE]
+VARIANTS = [{}, {"n_kv_heads": 2}, STABLE]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -623,13 +641,13 @@ def test_script_of_codes_equals_whole_passes(tokenizer: Tokenizer, monkeypatch, 
 
     document = Document([*before, Image(second), Text((33,))], closed=False)
     tokens, whole = (
-        lay_out(document, engine.grammar).token,
+        layout_document(document, engine.grammar).input_ids,
         whole_logits(engine.exported.model, engine.grammar, document),
     )
     at = [3, 4, 5, 13, 14, 22, 23]  # logits were asked for after: 12, 30, 31, EOI, 32, EOI, 33
     assert tokens[at].tolist() == [12, 30, 31, eoi, 32, eoi, 33]
     found, allowed = torch.stack(script.logits), engine.network.barred == 0
-    assert not allowed[engine.config.vocabulary :].any()
+    assert not allowed[engine.config.text_vocab_size :].any()
     assert (found[:, ~allowed] == -torch.inf).all()
     assert (found[-2:, boi] == -torch.inf).all(), "no third image"
     allowed[boi] = False
@@ -724,7 +742,7 @@ def test_three_branches_of_latents(
         times[-1] = t
         attend = dense(batch)
         return model(
-            batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, times
+            batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches, batch.latents, times
         ).predictions[-1]
 
     sampler = Sampler(process, ddim)
@@ -747,8 +765,8 @@ def test_text_is_text_and_images_are_codes(tokenizer: Tokenizer, draw: str) -> N
     """A model that would like nothing better than codes in its text, and text in its images."""
     one = coded(tokenizer)
     with torch.no_grad():
-        one.model.head.weight[one.model.config.vocabulary :] *= 6
-        one.model.head.weight[tokenizer.boi] *= 20
+        one.model.lm_head.weight[one.model.config.text_vocab_size :] *= 6
+        one.model.lm_head.weight[tokenizer.boi] *= 20
     engine, boi = Engine(one), tokenizer.boi
     requests = [
         asking(draw=draw, max_tokens=60, max_images=3, temperature=2.0, code_temperature=2.0, size=(4, 4), seed=seed)
@@ -757,7 +775,7 @@ def test_text_is_text_and_images_are_codes(tokenizer: Tokenizer, draw: str) -> N
     events = list(engine.run(requests))
     tokens = {event.token for event in events if isinstance(event, TextDelta)}
     assert len(tokens) > 100
-    assert max(tokens) < tokenizer.vocabulary
+    assert max(tokens) < tokenizer.vocab_size
     assert not tokens & {tokenizer.bos, tokenizer.eoi, boi}
     drawn = [event.latent for event in events if isinstance(event, ImageEnd)]
     assert bool(drawn) == (draw == "auto")
@@ -768,7 +786,7 @@ def test_text_is_text_and_images_are_codes(tokenizer: Tokenizer, draw: str) -> N
     assert len(ends) == len(requests)
     assert all(end.images <= 3 for end in ends)
     free = (whole_logits(engine.exported.model, engine.grammar, PROMPT)[-1] / 2).softmax(-1)
-    assert free[engine.config.vocabulary :].sum() > 0.3, "without a bar there would be codes"
+    assert free[engine.config.text_vocab_size :].sum() > 0.3, "without a bar there would be codes"
 
 
 def test_events_of_codes_in_order(tokenizer: Tokenizer) -> None:
@@ -781,9 +799,9 @@ def test_events_of_codes_in_order(tokenizer: Tokenizer) -> None:
 
 def test_a_full_context_ends_a_row(tokenizer: Tokenizer) -> None:
     """An image that would not fit whole is never begun; one that just fits is drawn."""
-    one = coded(tokenizer, context=40)
+    one = coded(tokenizer, max_seq_len=40)
     with torch.no_grad():
-        one.model.head.weight[tokenizer.boi] *= 20
+        one.model.lm_head.weight[tokenizer.boi] *= 20
     engine = Engine(one)
     requests = [
         asking(Document([Text((9,) * (1 + seed))], closed=False), draw="auto", max_tokens=60, max_images=9, seed=seed)
@@ -793,7 +811,7 @@ def test_a_full_context_ends_a_row(tokenizer: Tokenizer) -> None:
         replace(asked, temperature=2.0, size=((2, 2), (4, 4), (4, 6))[n % 3], image_guidance_scale=(None, 2.0)[n % 2])
         for n, asked in enumerate(requests)
     ]
-    lengths = [len(lay_out(asked.document, engine.grammar)) for asked in requests]
+    lengths = [len(layout_document(asked.document, engine.grammar)) for asked in requests]
     ends = {}
     for event in engine.run(requests):
         if isinstance(event, Done):
@@ -857,7 +875,7 @@ def test_codes_are_drawn_by_their_probability(tokenizer: Tokenizer) -> None:
 
 def test_a_thousand_forced_images(tokenizer: Tokenizer) -> None:
     """Every one has exactly its codes, and each code has its turn."""
-    engine = Engine(coded(tokenizer, width=32, depth=1, heads=2, hidden=32))
+    engine = Engine(coded(tokenizer, d_model=32, n_layers=1, n_heads=2, d_ff=32))
     sizes, seen, drawn = [(4, 4), (6, 4), (4, 6), (6, 6), (2, 6)], torch.zeros(CODEBOOK), 0
     for batch in range(20):
         requests = [
@@ -894,7 +912,7 @@ def test_a_thousand_forced_images(tokenizer: Tokenizer) -> None:
 def test_a_model_of_text_alone(tokenizer: Tokenizer) -> None:
     one = text_only(tokenizer)
     with torch.no_grad():
-        one.model.head.weight[tokenizer.boi] *= 50
+        one.model.lm_head.weight[tokenizer.boi] *= 50
     engine, pipe = Engine(one), TransfusionPipeline(one)
     shown = Document([Image(latent(4, 4)), Text((9,))], closed=False)
     picture = PIL.Image.new("RGB", (8, 8))
@@ -945,7 +963,7 @@ def export(folder: Path, one: Exported) -> Path:
 def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """An export of a Chameleon with the bundled VQ-VAE: 16 pixels, 4 x 4 of 1024 codes."""
     autoencoder = Coded(open_autoencoder("vq-f4-small"))
-    model = randomised(chameleon(codebook=1024)).eval().requires_grad_(False)
+    model = randomised(chameleon(codebook_size=1024)).eval().requires_grad_(False)
     defaults = GenerationConfig(guidance_scale=2.0, max_tokens=8, code_temperature=0.7, code_top_p=0.9)
     one = Exported(model, Process(DiffusionConfig()), autoencoder, tokenizer, 16, defaults)
     return export(tmp_path_factory.mktemp("chameleon") / "export", one)
@@ -956,11 +974,11 @@ def test_export_of_a_chameleon(saved: Path) -> None:
     assert config["architectures"] == ["TransfusionChameleon"]
     assert config["autoencoder"]["name"] == "vq-f4-small"
     loaded = load_export(saved)
-    assert loaded.model.config == chameleon(codebook=1024)
+    assert loaded.model.config == chameleon(codebook_size=1024)
     assert isinstance(loaded.autoencoder, Coded)
     assert loaded.autoencoder.codebook_size == 1024
     assert (loaded.generation.code_temperature, loaded.generation.code_top_p) == (0.7, 0.9)
-    for name, parameter in randomised(chameleon(codebook=1024)).named_parameters():
+    for name, parameter in randomised(chameleon(codebook_size=1024)).named_parameters():
         assert torch.equal(dict(loaded.model.named_parameters())[name], parameter), name
 
     pipe = TransfusionPipeline.from_pretrained(saved)
@@ -1011,7 +1029,9 @@ def test_perplexity_of_every_kind(made: Callable[[Tokenizer], Exported], tokeniz
     texts, nats, tokens = ["a crab on a boat", "hello", "the moon is red, two crabs"], 0.0, 0
     for text in texts:
         ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
-        logits = whole_logits(loaded.model, loaded.model.config.grammar(tokenizer), Document([Text(tuple(ids[1:-1]))]))
+        logits = whole_logits(
+            loaded.model, loaded.model.config.sequence_format(tokenizer), Document([Text(tuple(ids[1:-1]))])
+        )
         for scores, following in zip(logits.double(), ids[1:], strict=False):
             nats += float(scores.exp().sum().log() - scores[following])
             tokens += 1

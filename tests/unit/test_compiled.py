@@ -44,7 +44,7 @@ def test_the_same_words_and_pictures(served: Path) -> None:
 
 def test_few_graphs_serve_any_batch_and_depth(served: Path) -> None:
     pipe, counter = TransfusionPipeline(load_export(served)), CompileCounter()
-    assert len(pipe.exported.model.trunk.blocks) > 1
+    assert len(pipe.exported.model.transformer.blocks) > 1
     compile_blocks(pipe.exported.model, counter)
     pipe.warm_up()
     written(pipe, ["a crab"])

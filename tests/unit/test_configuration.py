@@ -38,12 +38,12 @@ def test_mistakes_are_one_line() -> None:
     ):
         from_dict(Recipe, values, "here")
     values = to_dict(preset("tiny"))
-    values["model"]["width"] = "wide"
-    with pytest.raises(UserError, match=r"^here: model.width: .*found 'wide'\)$"):
+    values["model"]["d_model"] = "wide"
+    with pytest.raises(UserError, match=r"^here: model.d_model: .*found 'wide'\)$"):
         from_dict(Recipe, values, "here")
     values = to_dict(preset("tiny"))
-    values["model"]["width"] = 63
-    with pytest.raises(UserError, match=r"model\.width: expected a multiple of"):
+    values["model"]["d_model"] = 63
+    with pytest.raises(UserError, match=r"model\.d_model: expected a multiple of"):
         from_dict(Recipe, values, "here")
     with pytest.raises(UserError, match='preset: unknown name "demu"; did you mean "demo"'):
         preset("demu")
@@ -210,11 +210,11 @@ def test_broken_exports_name_what_is_wrong(tmp_path, tokenizer: Tokenizer) -> No
     for change, message in [
         ({"model_type": "llama"}, "expected model_type \"transfusion\", found 'llama'"),
         (
-            {"model": {**config["model"], "width": 128}},
+            {"model": {**config["model"], "d_model": 128}},
             r"tensor embedding\.weight: expected \(320, 128\), found \(320, 64\)",
         ),
-        ({"model": {**config["model"], "hight": 1}}, 'unknown setting "hight"; there are images, vocabulary'),
-        ({"model": {**config["model"], "vocabulary": 100}}, "expected at most the model's 100 ids"),
+        ({"model": {**config["model"], "hight": 1}}, 'unknown setting "hight"; there are images, text_vocab_size'),
+        ({"model": {**config["model"], "text_vocab_size": 100}}, "expected at most the model's 100 ids"),
     ]:
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=message):

@@ -15,7 +15,7 @@ from transfuse.errors import UserError
 from transfuse.inference import Conversation, Done, Engine, ImageEnd, TextDelta, TransfusionPipeline
 from transfuse.inference.events import Event
 from transfuse.inference.slots import Slots
-from transfuse.sequence import Document, Image, Text, Tokenizer, lay_out
+from transfuse.sequence import Document, Image, Text, Tokenizer, layout_document
 
 SETTINGS = {"max_tokens": 6, "temperature": 1.0, "code_temperature": 1.0}
 
@@ -34,7 +34,7 @@ def test_turns_equal_fresh_readings(tokenizer: Tokenizer, arm: str, draw: str, s
     known = 0
     for seed, said in enumerate((["a crab"], [shown, "two balloons"], ["on a red"], ["the moon", shown])):
         asked = talk.request(said, seed=seed, draw=draw, **SETTINGS)
-        whole = len(lay_out(asked.document, talk.engine.grammar))
+        whole = len(layout_document(asked.document, talk.engine.grammar))
         fresh = list(Engine(one).run([replace(asked, reuse=False)]))
         sizes.clear()
         heard = list(talk.say(said, seed=seed, draw=draw, **SETTINGS))
@@ -46,7 +46,7 @@ def test_turns_equal_fresh_readings(tokenizer: Tokenizer, arm: str, draw: str, s
             assert type(mine) is type(theirs)
             if isinstance(mine, ImageEnd) and isinstance(theirs, ImageEnd):
                 torch.testing.assert_close(mine.latent, theirs.latent, atol=1e-5, rtol=1e-4)
-        known = len(lay_out(Document(talk.parts, closed=False), talk.engine.grammar))
+        known = len(layout_document(Document(talk.parts, closed=False), talk.engine.grammar))
         drawn = [part for part in talk.parts[len(asked.document.parts) :] if isinstance(part, Image)]
         assert len(drawn) == done.images
 
@@ -59,7 +59,7 @@ def test_the_cache_of_a_second_turn_is_that_of_a_fresh_reading(tokenizer: Tokeni
     fresh = Engine(one, slots=1)
     fresh.submit(replace(talk.request([]), draw="never", max_tokens=0))
     fresh.tick()
-    length = len(lay_out(Document(talk.parts, closed=False), fresh.grammar)) - 1
+    length = len(layout_document(Document(talk.parts, closed=False), fresh.grammar)) - 1
     for mine, theirs in ((talk.engine.cache.keys, fresh.cache.keys), (talk.engine.cache.values, fresh.cache.values)):
         torch.testing.assert_close(mine[:, 0, :, :length], theirs[:, 0, :, :length], atol=1e-5, rtol=1e-4)
 
@@ -120,11 +120,11 @@ def test_many_conversations_share_an_engine(tokenizer: Tokenizer, arm: str, size
         while engine.busy:
             events += engine.tick()
         assert tokens(events) == tokens(expected)
-        reused += sizes[0] < len(lay_out(asked.document, engine.grammar))
+        reused += sizes[0] < len(layout_document(asked.document, engine.grammar))
         documents[number] = [*documents[number], Text(tuple(tokens(events)))]
     assert 3 <= reused < 9
     bare = plain(Document(documents[2], closed=False), draw="never", max_tokens=1)
     sizes.clear()
     engine.submit(bare)
     engine.tick()
-    assert sizes[0] == len(lay_out(bare.document, engine.grammar)), "without asking for it nothing is reused"
+    assert sizes[0] == len(layout_document(bare.document, engine.grammar)), "without asking for it nothing is reused"

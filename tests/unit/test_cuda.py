@@ -17,7 +17,7 @@ from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model import dense, flexible
 from transfuse.presets import Recipe
 from transfuse.presets.small import tiny as tiny_recipe
-from transfuse.sequence import Document, Grammar, collate
+from transfuse.sequence import Document, SequenceFormat, collate
 from transfuse.studies.training import train_run
 from transfuse.training import ObjectiveConfig, TransfusionObjective
 
@@ -44,7 +44,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_flex_attention_is_the_oracle(
-    mixed: list[Document], grammar: Grammar, dtype: torch.dtype, near: float, kv_heads: int
+    mixed: list[Document], grammar: SequenceFormat, dtype: torch.dtype, near: float, kv_heads: int
 ) -> None:
     """Output and gradients, of documents of every shape, in a run longer than a block of the mask."""
     batch = collate(mixed * 4, grammar).to(DEVICE)
@@ -64,7 +64,9 @@ def test_flex_attention_is_the_oracle(
 
 
 @pytest.mark.parametrize("adapter", ["linear", "unet"])
-def test_losses_and_gradients_are_those_of_the_cpu(mixed: list[Document], grammar: Grammar, adapter: str) -> None:
+def test_losses_and_gradients_are_those_of_the_cpu(
+    mixed: list[Document], grammar: SequenceFormat, adapter: str
+) -> None:
     losses, gradients = [], []
     for device in ("cpu", DEVICE):
         model = randomised(tiny(adapter=adapter)).to(device)

@@ -27,7 +27,7 @@ from transfuse.data import (
 from transfuse.data.world import World, WorldConfig, edit
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model.flops import train_flops
-from transfuse.sequence import Document, Image, Part, Text, Tokenizer, images_alone, lay_out, unconditional
+from transfuse.sequence import Document, Image, Part, Text, Tokenizer, images_alone, layout_document, unconditional
 from transfuse.training import ObjectiveConfig, TransfusionObjective
 
 COUNT = 2000
@@ -184,12 +184,15 @@ def test_dropped_edits_show_what_guidance_shows(tokenizer: Tokenizer) -> None:
     whole = SceneEdits(world, tokenizer, Pixels(), EditConfig(0, 0), 0).document(3, 9)
     middle = SceneEdits(world, tokenizer, Pixels(), EditConfig(1, 0), 0).document(3, 9)
     nothing = SceneEdits(world, tokenizer, Pixels(), EditConfig(0, 1), 0).document(3, 9)
-    grammar = tokenizer.grammar(8)
+    grammar = tokenizer.sequence_format(8)
     for dropped, expected in ((middle, images_alone(whole)), (nothing, unconditional(whole))):
-        assert lay_out(dropped, grammar).token.tolist() == lay_out(expected, grammar).token.tolist()
-        assert not lay_out(dropped, grammar).predict.any()
-    opened = lay_out(Document([whole.images[0]], closed=False), grammar).token.tolist()
-    assert lay_out(middle, grammar).token.tolist()[: len(opened) + 1] == [*opened, grammar.boi]
+        assert (
+            layout_document(dropped, grammar).input_ids.tolist()
+            == layout_document(expected, grammar).input_ids.tolist()
+        )
+        assert not layout_document(dropped, grammar).loss_mask.any()
+    opened = layout_document(Document([whole.images[0]], closed=False), grammar).input_ids.tolist()
+    assert layout_document(middle, grammar).input_ids.tolist()[: len(opened) + 1] == [*opened, grammar.boi]
     with pytest.raises(ValueError, match="found text only"):
         images_alone(Document([Text((5,))]))
 
@@ -197,7 +200,7 @@ def test_dropped_edits_show_what_guidance_shows(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("count", [None, 5])
 def test_edits_by_number(tokenizer: Tokenizer, count: int | None) -> None:
     """A latent does not depend on what was asked for before; lengths are the documents'; a count comes again."""
-    world, grammar = World(WorldConfig(size=16, nouns=8)), tokenizer.grammar(8)
+    world, grammar = World(WorldConfig(size=16, nouns=8)), tokenizer.sequence_format(8)
     config = EditConfig(0.3, 0.3, count)
     forwards, backwards = (SceneEdits(world, tokenizer, Pixels(), config, 0) for _ in range(2))
     numbers = list(range(40))
@@ -205,7 +208,7 @@ def test_edits_by_number(tokenizer: Tokenizer, count: int | None) -> None:
     for n in reversed(numbers):
         again = backwards.document(n, n + 100)
         assert all(torch.equal(a.latent, b.latent) for a, b in zip(ahead[n].images, again.images, strict=True))
-    expected = [len(lay_out(document, grammar)) for document in ahead]
+    expected = [len(layout_document(document, grammar)) for document in ahead]
     assert forwards.lengths(np.array(numbers), np.array(numbers) + 100, grammar).tolist() == expected
     same = torch.equal(forwards.document(2, 0).images[-1].latent, forwards.document(7, 0).images[-1].latent)
     assert same is (count == 5)
@@ -224,20 +227,20 @@ def sources(tokenizer: Tokenizer):
 
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.5])
 def test_mixture_is_in_tokens_and_even(sources, tokenizer: Tokenizer, share: float) -> None:
-    grammar = tokenizer.grammar(8)
+    grammar = tokenizer.sequence_format(8)
     mixture = Mixture(ingredients(sources, [1 - share, share]), grammar)
     tokens = {True: 0, False: 0}
     for sample in range(COUNT):
         document = mixture.document(sample)
         assert document.sample == sample
-        tokens[bool(document.images)] += len(lay_out(document, grammar))
+        tokens[bool(document.images)] += len(layout_document(document, grammar))
     assert tokens[False] / sum(tokens.values()) == pytest.approx(share, abs=0.03)
     pattern = mixture.phases[0].pattern
     assert all(abs(pattern[:n].mean() - pattern.mean()) < 2 / n for n in (50, 200, 1000))
 
 
 def test_every_document_of_a_source_comes_once_per_epoch(sources, tokenizer: Tokenizer) -> None:
-    mixture = Mixture(ingredients(sources, [0.5, 0.5]), tokenizer.grammar(8))
+    mixture = Mixture(ingredients(sources, [0.5, 0.5]), tokenizer.sequence_format(8))
     seen = []
     for sample in range(3000):
         document = mixture.document(sample)
@@ -249,14 +252,14 @@ def test_every_document_of_a_source_comes_once_per_epoch(sources, tokenizer: Tok
 
 
 def test_batches_are_functions_of_the_step(sources, tokenizer: Tokenizer) -> None:
-    grammar = tokenizer.grammar(8)
+    grammar = tokenizer.sequence_format(8)
     mixture = Mixture(ingredients(sources, [0.5, 0.5]), grammar)
     forwards, backwards = (StepLoader(mixture.document, grammar, 6, 2) for _ in range(2))
     ahead = [forwards(step) for step in range(4)]
     for step in reversed(range(4)):
         for a, b in zip(ahead[step], backwards(step), strict=True):
-            assert torch.equal(a.tokens, b.tokens)
-            assert a.keys == b.keys
+            assert torch.equal(a.input_ids, b.input_ids)
+            assert a.noise_ids == b.noise_ids
             assert all(torch.equal(x, y) for x, y in zip(a.latents, b.latents, strict=True))
     assert [s for batches in ahead for batch in batches for s in batch.samples] == list(range(24))
 
@@ -274,13 +277,15 @@ def test_a_step_counts_the_same_however_it_is_split(accumulate, ranks, sharded, 
     def counted(accumulate: int, ranks: int, idle: torch.Tensor | None) -> dict[str, int]:
         totals: dict[str, int] = {}
         for rank in range(ranks):
-            for batch in StepLoader(document, grammar, 8, accumulate, rank=rank, ranks=ranks, idle_image=idle)(0):
+            for batch in StepLoader(document, grammar, 8, accumulate, rank=rank, ranks=ranks, padding_image=idle)(0):
                 for name, count in {**batch.quantities, "flops": train_flops(config, batch)}.items():
                     totals[name] = totals.get(name, 0) + count
         return totals
 
     expected = counted(1, 1, None)
-    assert expected["positions"] == sum(len(lay_out(d, grammar)) for d in map(document, range(8)) if d is not None)
+    assert expected["positions"] == sum(
+        len(layout_document(d, grammar)) for d in map(document, range(8)) if d is not None
+    )
     assert counted(accumulate, ranks, latent(8, 8) if sharded else None) == expected
 
 
@@ -320,7 +325,7 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
             SceneEdits(world, tokenizer, encoder, EditConfig(), 0),
         ]
         stream = Mixture([Ingredient(source, 1.0) for source in sources], None)
-        grammar = tokenizer.grammar(patch_size=2)
+        grammar = tokenizer.sequence_format(patch_size=2)
         settings = {"workers": workers, "finish": goal.draw} if later else {}
         (batch,) = StepLoader(stream.document, grammar, 12, **settings)(1)
         assert bool(len(batch.pixels)) == bool(len(batch.noise)) == later
@@ -338,7 +343,7 @@ def test_pixels_without_an_encoder_are_refused(tokenizer) -> None:
     config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=3)
     later = Later(ImageAutoencoder(config).initialise(0))
     source = ScenePairs(World(WorldConfig(size=16)), tokenizer, later, PairConfig(), 0)
-    (batch,) = StepLoader(lambda i: source.document(i, i), tokenizer.grammar(patch_size=2), 2)(0)
+    (batch,) = StepLoader(lambda i: source.document(i, i), tokenizer.sequence_format(patch_size=2), 2)(0)
     goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
     with pytest.raises(ValueError, match="autoencoder: expected one, for pictures that come as pixels"):
         goal.sums(randomised(tiny()), batch)

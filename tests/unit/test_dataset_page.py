@@ -26,7 +26,7 @@ from transfuse.data.world import glosses
 from transfuse.errors import UserError
 from transfuse.presets import preset
 from transfuse.presets.sources import mixture, open_sources
-from transfuse.sequence import lay_out
+from transfuse.sequence import layout_document
 from transfuse.studies import dataset
 from transfuse.studies.dataset import inspect_sources
 
@@ -90,14 +90,14 @@ def test_figures_of_a_set_are_those_of_its_documents(done, names: list[str]) -> 
     assert list(report["sets"]) == names
     for name, found in report["sets"].items():
         data = DataSet(name)
-        tokenizer, grammar = data.tokenizer(), data.tokenizer().grammar(8)
+        tokenizer, grammar = data.tokenizer(), data.tokenizer().sequence_format(8)
         tokens, taken, sizes = [], [], Counter()
         for split in ("train", "heldout") if data.manifest.heldout else ("train",):
             source = StoredTexts(data, 0, split)
             if data.manifest.kind == "pictures":
                 source = StoredPictures(data, tokenizer, Pixels(), PairConfig(caption_drop=0.0), 0, split)
             documents = [source.document(index, index) for index in range(source.epoch)]
-            taken += [len(lay_out(document, grammar)) for document in documents]
+            taken += [len(layout_document(document, grammar)) for document in documents]
             tokens += [sum(len(getattr(part, "ids", ())) for part in document.parts) for document in documents]
             sizes.update(image.latent.shape[1:] for document in documents for image in document.images)
         assert (found["documents"], found["pictures"], found["tokens"]) == (len(tokens), sizes.total(), sum(tokens))
@@ -140,10 +140,10 @@ def stream(done):
     recipe = preset("demo")
     recipe = replace(recipe, data=replace(recipe.data, sources=done[2])).settled()
     opened = open_sources(recipe.data)
-    grammar = recipe.model.grammar(opened.tokenizer)
+    grammar = recipe.model.sequence_format(opened.tokenizer)
     found = mixture(recipe, opened, opened.tokenizer, grammar, Pixels())
     documents = [found.document(sample) for sample in range(MIXED)]
-    return [(document.source, len(lay_out(document, grammar))) for document in documents]
+    return [(document.source, len(layout_document(document, grammar))) for document in documents]
 
 
 def test_the_mixture_is_that_of_the_first_samples(done, stream) -> None:
@@ -325,7 +325,7 @@ def test_texts_longer_than_the_context_are_looked_at(folder: Path, tmp_path: Pat
     report = inspect_sources((str(tmp_path / "long"),), tmp_path / "out", "demo", 4096)
     assert (report["context"], report["needed"]) == (512, 1026)
     assert (
-        "model.context 512 is too short for its texts: 1,026 are needed"
+        "model.max_seq_len 512 is too short for its texts: 1,026 are needed"
         in (tmp_path / "out" / "index.html").read_text()
     )
 

@@ -29,7 +29,7 @@ def test_all_that_is_written_comes_once_and_in_order(tokenizer: Tokenizer) -> No
     """Tokens of any kind, most of whose bytes make no characters."""
     draws = random.Random(0)
     for _ in range(300):
-        ids = [draws.randrange(4, tokenizer.vocabulary) for _ in range(draws.randrange(1, 12))]
+        ids = [draws.randrange(4, tokenizer.vocab_size) for _ in range(draws.randrange(1, 12))]
         assert streamed(Detokenizer(tokenizer), ids) == (ids, tokenizer.decode(ids))
         before = tokenizer.encode("and \u00e9")
         assert streamed(Detokenizer(tokenizer, before), ids) == (ids, tokenizer.decode(ids))

@@ -15,7 +15,7 @@ from conftest import Make, Numbered, assert_equal, tensors
 
 from transfuse.cli import run
 from transfuse.errors import UserError
-from transfuse.sequence import Batch, Grammar
+from transfuse.sequence import Batch, SequenceFormat
 from transfuse.training import Trainer, read_metrics
 from transfuse.training.checkpoint import verify
 from transfuse.training.guard import GuardConfig
@@ -80,7 +80,7 @@ def goes_on(make: Make, trainer: Trainer, **settings: Any) -> None:
     assert lines[0][-1]["positions"] == lines[1][-1]["positions"]
 
 
-def test_full_while_the_thread_writes(make: Make, grammar: Grammar) -> None:
+def test_full_while_the_thread_writes(make: Make, grammar: SequenceFormat) -> None:
     """The checkpoint of step 6 can not be written: noticed in the step after, not at the next checkpoint."""
     load = Filling(grammar, size=50_000, patient=True)
     one = make("run", load, 14, checkpoint_every=3)
@@ -92,20 +92,20 @@ def test_full_while_the_thread_writes(make: Make, grammar: Grammar) -> None:
     goes_on(make, one, steps=14, checkpoint_every=3)
 
 
-def test_full_when_metrics_are_written(make: Make, grammar: Grammar) -> None:
+def test_full_when_metrics_are_written(make: Make, grammar: SequenceFormat) -> None:
     one = make("run", Filling(grammar), checkpoint_every=3)
     assert stopped(one).endswith("metrics.jsonl: not written (File too large); checkpoints are intact")
     goes_on(make, one, steps=8, checkpoint_every=3)
 
 
-def test_full_when_a_bad_step_is_noted(make: Make, grammar: Grammar) -> None:
+def test_full_when_a_bad_step_is_noted(make: Make, grammar: SequenceFormat) -> None:
     settings: dict[str, Any] = {"guard": GuardConfig("skip"), "checkpoint_every": 3, "log_every": 8}
     one = make("run", Filling(grammar, {5: float("nan")}), **settings)
     assert stopped(one).endswith("bad_steps.jsonl: not written (File too large); checkpoints are intact")
     goes_on(make, one, steps=8, **settings)
 
 
-def test_full_when_samples_are_drawn(make: Make, grammar: Grammar) -> None:
+def test_full_when_samples_are_drawn(make: Make, grammar: SequenceFormat) -> None:
     settings = {"sample_every": 6, "log_every": 7, "checkpoint_every": 5}
     one = make("run", Filling(grammar, size=100), **settings)
 
@@ -142,7 +142,7 @@ def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "bad_steps.jsonl", "checkpoints", "samples"])
-def test_a_name_that_is_taken(make: Make, grammar: Grammar, name: str) -> None:
+def test_a_name_that_is_taken(make: Make, grammar: SequenceFormat, name: str) -> None:
     """As a folder that can not be written to, which root would not notice."""
     one = make("run", Numbered(grammar, {3: float("nan")}), 6, GuardConfig("skip"), checkpoint_every=2, sample_every=2)
 

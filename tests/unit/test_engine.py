@@ -52,7 +52,9 @@ def uncached_image(
         batch = collate([doc], engine.grammar, model.config.image_attention)
         times = torch.zeros(len(batch.latents), dtype=torch.int64)
         times[-1] = t
-        out = model(batch.tokens, batch.rotary, dense(batch), batch.predict, batch.patches, batch.latents, times)
+        out = model(
+            batch.input_ids, batch.position_ids, dense(batch), batch.loss_positions, batch.patches, batch.latents, times
+        )
         return out.predictions[-1]
 
     while not state.done:
@@ -84,7 +86,7 @@ VARIANTS = [
     {},
     {"adapter": "unet"},
     {"image_attention": "causal"},
-    {"kv_heads": 2},
+    {"n_kv_heads": 2},
     {"timestep_at": "patch"},
 ]
 
@@ -111,11 +113,11 @@ def test_script_with_cache_equals_whole_recomputation(tokenizer: Tokenizer, monk
     every = torch.arange(batch.positions)
     zero = torch.zeros(2, dtype=torch.int64)
     whole = engine.exported.model(
-        batch.tokens, batch.rotary, dense(batch), every, batch.patches, batch.latents, zero
+        batch.input_ids, batch.position_ids, dense(batch), every, batch.patches, batch.latents, zero
     ).logits
     # logits were asked for after: 12, 30, 31, EOI, 32, EOI, 33
     at = [3, 4, 5, 5 + 1 + 16 + 1, 5 + 1 + 16 + 2, 5 + 1 + 16 + 2 + 1 + 16 + 1, 5 + 1 + 16 + 2 + 1 + 16 + 2]
-    assert [int(batch.tokens[p]) for p in at] == [12, 30, 31, engine.grammar.eoi, 32, engine.grammar.eoi, 33]
+    assert [int(batch.input_ids[p]) for p in at] == [12, 30, 31, engine.grammar.eoi, 32, engine.grammar.eoi, 33]
     found, allowed = torch.stack(script.logits), engine.network.barred == 0
     allowed[boi] = False  # barred, too, once no more images are allowed
     torch.testing.assert_close(found[:, allowed], whole[at][:, allowed], atol=1e-4, rtol=1e-4)
@@ -152,7 +154,7 @@ def test_cache_after_an_image_equals_a_fresh_prefill(tokenizer: Tokenizer, monke
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_images_of_a_few_patches(tokenizer: Tokenizer, kv_heads: int | None, attention: str) -> None:
     """One to six patches, alone, with others and in pairs of one shape: as drawn without a cache."""
-    engine = Engine(exported(tokenizer, kv_heads=kv_heads, image_attention=attention))
+    engine = Engine(exported(tokenizer, n_kv_heads=kv_heads, image_attention=attention))
     sizes = [(2, 2), (2, 4), (6, 2), (4, 4), (4, 6)]  # patches of two by two pixels
     requests = [request(size=size, guidance_scale=2.0, seed=seed) for size in sizes for seed in (1, 2)]
     for asked, found in zip(requests, images(engine, *requests), strict=True):
@@ -252,8 +254,8 @@ def test_writing_never_emits_markers_and_stops(tokenizer: Tokenizer) -> None:
 def test_model_decides_to_draw_and_goes_on_writing(tokenizer: Tokenizer) -> None:
     one = exported(tokenizer)
     with torch.no_grad():  # a head that always prefers BOI, then whatever comes next
-        one.model.head.weight[tokenizer.boi] = 0
-        one.model.head.weight[tokenizer.boi] += one.model.head.weight.abs().sum(0)
+        one.model.lm_head.weight[tokenizer.boi] = 0
+        one.model.lm_head.weight[tokenizer.boi] += one.model.lm_head.weight.abs().sum(0)
     events = list(Engine(one).run([request(draw="auto", max_tokens=5, max_images=1, temperature=5.0)]))
     done = events[-1]
     assert isinstance(done, Done)

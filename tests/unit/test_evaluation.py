@@ -78,7 +78,7 @@ def test_agreement_by_chance() -> None:
 def test_perplexity_of_a_uniform_model_is_its_vocabulary(tokenizer: Tokenizer) -> None:
     loaded = exported(tokenizer)
     with torch.no_grad():
-        loaded.model.head.weight.zero_()
+        loaded.model.lm_head.weight.zero_()
     found = perplexity(loaded, TEXTS, batch=2)
     assert found.perplexity.value == pytest.approx(320, rel=1e-4)
     size = sum(len(text.encode()) for text in TEXTS)
@@ -88,13 +88,13 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(tokenizer: Tokenizer) -
 
 def test_perplexity_equals_a_naive_loop_whatever_the_batch(tokenizer: Tokenizer) -> None:
     loaded = exported(tokenizer)
-    grammar = tokenizer.grammar(2)
+    grammar = tokenizer.sequence_format(2)
     nats, count = 0.0, 0
     for text in TEXTS:
         ids = [grammar.bos, *tokenizer.encode(text), grammar.eos]
         batch = collate([Document([Text(tokenizer.encode(text))])], grammar)
         for place in range(len(ids) - 1):
-            inputs = (batch.tokens, batch.rotary, dense(batch), torch.tensor([place]))
+            inputs = (batch.input_ids, batch.position_ids, dense(batch), torch.tensor([place]))
             scores = loaded.model(*inputs).logits
             nats += F.cross_entropy(scores.double(), torch.tensor([ids[place + 1]])).item()
             count += 1
@@ -106,7 +106,7 @@ def test_perplexity_equals_a_naive_loop_whatever_the_batch(tokenizer: Tokenizer)
 
 
 def test_perplexity_refuses_empty_and_too_long_texts(tokenizer: Tokenizer) -> None:
-    loaded = exported(tokenizer, context=8)
+    loaded = exported(tokenizer, max_seq_len=8)
     with pytest.raises(UserError, match="expected at least one"):
         perplexity(loaded, ["a", ""])
     with pytest.raises(UserError, match="at most 8 positions"):

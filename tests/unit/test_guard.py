@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from transfuse.cli import run
 from transfuse.data import StepLoader
-from transfuse.sequence import Batch, Grammar
+from transfuse.sequence import Batch, SequenceFormat
 from transfuse.training import DivergedError, Trainer, learning_rate, read_metrics
 from transfuse.training.guard import Guard, GuardConfig
 from transfuse.training.metrics import Average
@@ -40,7 +40,7 @@ def strict_metrics(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_a_skipped_step_is_as_if_it_had_never_updated(make: Make, grammar: Grammar, log_every: int) -> None:
+def test_a_skipped_step_is_as_if_it_had_never_updated(make: Make, grammar: SequenceFormat, log_every: int) -> None:
     one = make("skips", Numbered(grammar, {3: NAN}), guard=GuardConfig("skip"), log_every=log_every)
     assert one.run() == "finished"
     other = make("never")
@@ -70,7 +70,7 @@ def test_a_skipped_step_is_as_if_it_had_never_updated(make: Make, grammar: Gramm
         assert rates == pytest.approx([learning_rate(one.optimizer_config, step, 8) for step in (0, 1, 2, 4, 5, 6, 7)])
 
 
-def test_rollback_goes_on_behind_the_bad_data(make: Make, grammar: Grammar) -> None:
+def test_rollback_goes_on_behind_the_bad_data(make: Make, grammar: SequenceFormat) -> None:
     """Two bad steps: the second before the next checkpoint, so from the same one again."""
     load = Numbered(grammar, {5: NAN, 7: NAN})
     one = make("rolls", load, guard=GuardConfig("rollback"), checkpoint_every=2, keep=1)
@@ -90,7 +90,7 @@ def test_rollback_goes_on_behind_the_bad_data(make: Make, grammar: Grammar) -> N
     assert one.totals["left_out"] == 2
 
 
-def test_a_run_that_was_rolled_back_goes_on_after_a_stop(make: Make, grammar: Grammar) -> None:
+def test_a_run_that_was_rolled_back_goes_on_after_a_stop(make: Make, grammar: SequenceFormat) -> None:
     def load() -> Numbered:
         return Numbered(grammar, {3: NAN})
 
@@ -115,7 +115,7 @@ def test_a_run_that_was_rolled_back_goes_on_after_a_stop(make: Make, grammar: Gr
     assert again_load.asked == [10, 11], "the stretch that was left out stays left out"
 
 
-def test_time_that_was_rolled_back_was_spent(make: Make, grammar: Grammar) -> None:
+def test_time_that_was_rolled_back_was_spent(make: Make, grammar: SequenceFormat) -> None:
     one = make("rolls", Numbered(grammar, {3: NAN}), 4, guard=GuardConfig("rollback"), checkpoint_every=2)
 
     class Slow(Numbered):
@@ -129,14 +129,14 @@ def test_time_that_was_rolled_back_was_spent(make: Make, grammar: Grammar) -> No
     assert one.totals["seconds"] > 600
 
 
-def test_rollback_needs_a_checkpoint(make: Make, grammar: Grammar) -> None:
+def test_rollback_needs_a_checkpoint(make: Make, grammar: SequenceFormat) -> None:
     one = make("none", Numbered(grammar, {1: NAN}), guard=GuardConfig("rollback"))
     with pytest.raises(DivergedError, match="step 1: expected a checkpoint to go back to, found none"):
         one.run()
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_too_many_bad_steps_end_a_run(make: Make, grammar: Grammar, policy: Any) -> None:
+def test_too_many_bad_steps_end_a_run(make: Make, grammar: SequenceFormat, policy: Any) -> None:
     bad = {1: NAN, 2: NAN, 5: NAN}
     guard = GuardConfig(policy, most=2, window=4)
     few = make("few", Numbered(grammar, bad), 7, guard=replace(guard, window=4), checkpoint_every=1)
@@ -178,7 +178,9 @@ def test_raise_by_the_command_and_then_skip(tmp_path: Path, monkeypatch, capsys)
     assert read_metrics(Path("run/metrics.jsonl"))[-1]["left_out"] == 1
 
 
-def test_an_error_waits_for_the_checkpoint_that_is_being_written(make: Make, grammar: Grammar, monkeypatch) -> None:
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(
+    make: Make, grammar: SequenceFormat, monkeypatch
+) -> None:
     plain = Path.write_text
 
     def slow(path: Path, text: str) -> int:
@@ -194,7 +196,7 @@ def test_an_error_waits_for_the_checkpoint_that_is_being_written(make: Make, gra
     assert all(torch.equal(weight, saved[name]) for name, weight in one.model.state_dict().items())
 
 
-def spiking(make: Make, grammar: Grammar, name: str, policy: Any, stop: int | None = None) -> Trainer:
+def spiking(make: Make, grammar: SequenceFormat, name: str, policy: Any, stop: int | None = None) -> Trainer:
     guard = GuardConfig(spike=policy, window=4, sigmas=8.0)
     load = Numbered(grammar, {6: 40.0})
     one = make(name, load, steps=9, guard=guard, checkpoint_every=3)
@@ -209,7 +211,7 @@ def spiking(make: Make, grammar: Grammar, name: str, policy: Any, stop: int | No
 
 @pytest.mark.parametrize("policy", ["log", "skip", "rollback"])
 @pytest.mark.parametrize("stop", [5, 6])
-def test_resumed_right_before_a_spike(make: Make, grammar: Grammar, policy: Any, stop: int) -> None:
+def test_resumed_right_before_a_spike(make: Make, grammar: SequenceFormat, policy: Any, stop: int) -> None:
     straight = spiking(make, grammar, "straight", policy)
     spiking(make, grammar, "cut", policy, stop)
     resumed = spiking(make, grammar, "cut", policy)

@@ -24,7 +24,7 @@ INSTALLED = importlib.util.find_spec("lm_eval") is not None
 
 @pytest.fixture
 def pipe(tokenizer: Tokenizer) -> TransfusionPipeline:
-    return TransfusionPipeline(exported(tokenizer, context=32))
+    return TransfusionPipeline(exported(tokenizer, max_seq_len=32))
 
 
 @pytest.fixture

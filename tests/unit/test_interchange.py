@@ -32,13 +32,13 @@ CONFIG: dict[str, Any] = {
     "rope_theta": 500000.0,
 }
 FIELDS = {
-    "vocabulary": 300,
-    "width": 64,
-    "depth": 2,
-    "heads": 4,
-    "kv_heads": 2,
-    "hidden": 96,
-    "context": 128,
+    "text_vocab_size": 300,
+    "d_model": 64,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_ff": 96,
+    "max_seq_len": 128,
     "rope_theta": 500000.0,
     "norm_eps": 1e-6,
 }
@@ -75,11 +75,11 @@ def refused(model: Transfusion, folder: Path, match: str, **arguments: Any) -> N
 
 def test_the_fields_of_either_spelling(tmp_path) -> None:
     assert read_llama_config(folder_with(tmp_path)) == FIELDS
-    assert read_llama_config(folder_with(tmp_path), context=64) == FIELDS | {"context": 64}
+    assert read_llama_config(folder_with(tmp_path), context=64) == FIELDS | {"max_seq_len": 64}
     new = {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
     assert read_llama_config(folder_with(tmp_path, **new)) == FIELDS
     llama_2 = {"rope_theta": ..., "rope_scaling": None, "head_dim": None, "num_key_value_heads": ...}
-    assert read_llama_config(folder_with(tmp_path, **llama_2)) == FIELDS | {"rope_theta": 1e4, "kv_heads": 4}
+    assert read_llama_config(folder_with(tmp_path, **llama_2)) == FIELDS | {"rope_theta": 1e4, "n_kv_heads": 4}
     harmless = {"attention_bias": False, "hidden_act": "silu", "head_dim": 16, "model_type": "unheard-of"}
     assert read_llama_config(folder_with(tmp_path, **harmless)) == FIELDS
 
@@ -96,7 +96,7 @@ def test_the_fields_of_either_spelling(tmp_path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected None, found {'bits': 4}"),
         ({"head_dim": 32}, r"head_dim: expected .* \(64 / 4\), found 32"),
-        ({"num_key_value_heads": 3}, r"model\.kv_heads: expected a divisor of heads \(4\), found 3"),
+        ({"num_key_value_heads": 3}, r"model\.n_kv_heads: expected a divisor of n_heads \(4\), found 3"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, 'rope_scaling: expected plain .* found "linear"'),
         ({"rope_scaling": {"rope_type": "llama3"}}, 'rope_scaling: expected plain .* found "llama3"'),
         ({"rope_parameters": {"rope_type": "yarn"}}, 'rope_parameters: expected plain .* found "yarn"'),
@@ -145,8 +145,8 @@ def test_everything_lands_where_it_belongs(tmp_path) -> None:
     match = start_from_llama(model, folder_with(tmp_path))
     assert match == Match(tuple(sorted(weights)), (), ())
     assert str(match) == "matched 21\nmissing 0\nunexpected 0"
-    for name, value in randomised(tiny(**FIELDS), seed=1).trunk.state_dict().items():
-        assert torch.equal(model.trunk.state_dict()[name], value), name
+    for name, value in randomised(tiny(**FIELDS), seed=1).transformer.state_dict().items():
+        assert torch.equal(model.transformer.state_dict()[name], value), name
 
 
 def test_weights_take_the_dtype_of_the_model(tmp_path) -> None:
@@ -155,7 +155,7 @@ def test_weights_take_the_dtype_of_the_model(tmp_path) -> None:
     start_from_llama(model, folder_with(tmp_path))
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
     expected = weights["model.norm.weight"].half().bfloat16()
-    assert torch.equal(model.trunk.norm.weight, expected)
+    assert torch.equal(model.transformer.norm.weight, expected)
 
 
 def test_missing_and_unexpected_names(tmp_path) -> None:
@@ -195,16 +195,22 @@ def test_a_wrong_shape_is_refused_and_nothing_written(tmp_path, name, shape, mat
 
 
 def test_rows_of_codes_are_not_for_words(tmp_path) -> None:
-    codes = {"images": "codes", "codebook": 64, "patch_size": 1, "unet_channels": None, "image_attention": "causal"}
-    save_file(weights_of(vocabulary=301), folder_with(tmp_path) / "model.safetensors")
+    codes = {
+        "images": "codes",
+        "codebook_size": 64,
+        "patch_size": 1,
+        "unet_channels": None,
+        "image_attention": "causal",
+    }
+    save_file(weights_of(text_vocab_size=301), folder_with(tmp_path) / "model.safetensors")
     refused(ours(**codes), tmp_path, r"expected at most 300 rows of 64, found \(301, 64\)")
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"heads": 8, "kv_heads": 4}, r"model\.heads: expected 4, found 8"),
-        ({"kv_heads": None}, r"model\.kv_heads: expected 2, found 4"),
+        ({"n_heads": 8, "n_kv_heads": 4}, r"model\.n_heads: expected 4, found 8"),
+        ({"n_kv_heads": None}, r"model\.n_kv_heads: expected 2, found 4"),
         ({"norm_order": "swin"}, r"model\.norm_order: expected pre, found swin"),
     ],
     ids=str,
@@ -226,22 +232,22 @@ def test_norms_of_queries_and_keys_are_ours(tmp_path) -> None:
     model, before = ours(qk_norm=True), ours(qk_norm=True)
     assert not start_from_llama(model, tmp_path).missing
     name = "blocks.1.query_norm.weight"
-    assert torch.equal(model.trunk.state_dict()[name], before.trunk.state_dict()[name])
+    assert torch.equal(model.transformer.state_dict()[name], before.transformer.state_dict()[name])
 
 
 def test_a_tied_head_is_a_copy(tmp_path) -> None:
-    weights, model = weights_of(), ours(vocabulary=304)
+    weights, model = weights_of(), ours(text_vocab_size=304)
     del weights["lm_head.weight"]
     save_file(weights, folder_with(tmp_path) / "model.safetensors")
     refused(model, tmp_path, r"missing 1: lm_head\.weight")
     match = start_from_llama(model, folder_with(tmp_path, tie_word_embeddings=True), markers={300: 7})
     assert (match.missing, len(match.matched)) == ((), 20)
-    for weight in (model.embedding.weight, model.head.weight):
+    for weight in (model.embedding.weight, model.lm_head.weight):
         assert torch.equal(weight[:300], weights["model.embed_tokens.weight"])
         assert torch.equal(weight[300], weights["model.embed_tokens.weight"][7])
-    before = ours(vocabulary=304)
+    before = ours(text_vocab_size=304)
     assert torch.equal(model.embedding.weight[301:], before.embedding.weight[301:])
-    assert torch.equal(model.head.weight[301:], before.head.weight[301:])
+    assert torch.equal(model.lm_head.weight[301:], before.lm_head.weight[301:])
 
 
 def test_a_tied_head_that_is_in_the_file_is_read_and_one_of_no_embedding_is_missing(tmp_path) -> None:
@@ -249,7 +255,7 @@ def test_a_tied_head_that_is_in_the_file_is_read_and_one_of_no_embedding_is_miss
     save_file(weights, folder / "model.safetensors")
     model = ours()
     assert len(start_from_llama(model, folder).matched) == 21
-    assert torch.equal(model.head.weight, weights["lm_head.weight"])
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
     assert torch.equal(model.embedding.weight, weights["model.embed_tokens.weight"])
     both = ("lm_head.weight", "model.embed_tokens.weight")
     save_file({name: value for name, value in weights.items() if name not in both}, folder / "model.safetensors")
@@ -257,10 +263,13 @@ def test_a_tied_head_that_is_in_the_file_is_read_and_one_of_no_embedding_is_miss
 
 
 def test_markers_start_as_rows_of_theirs(tmp_path) -> None:
-    weights, model = weights_of(), ours(vocabulary=304)
+    weights, model = weights_of(), ours(text_vocab_size=304)
     save_file(weights, folder_with(tmp_path) / "model.safetensors")
     start_from_llama(model, tmp_path, markers={302: 1, 1: 2, 2: 1})  # as they were, not as the last copy left them
-    for weight, name in ((model.embedding.weight, "model.embed_tokens.weight"), (model.head.weight, "lm_head.weight")):
+    for weight, name in (
+        (model.embedding.weight, "model.embed_tokens.weight"),
+        (model.lm_head.weight, "lm_head.weight"),
+    ):
         assert torch.equal(weight[[302, 1, 2, 3]], weights[name][[1, 2, 1, 3]])
     for markers in ({304: 1}, {301: 300}, {-1: 1}, {301: -1}):
         refused(model, tmp_path, "markers: expected rows of ours below 304, of theirs below 300", markers=markers)
@@ -344,7 +353,7 @@ def words(path: Path, vocabulary: dict[str, int], **changes: Any) -> Path:
 
 def test_markers_are_added_behind(tmp_path) -> None:
     found = Tokenizer.adopt(words(tmp_path / "tokenizer.json", {"a": 0, "b": 1, "<|eos|>": 2}))
-    assert (found.bos, found.eos, found.boi, found.eoi, found.vocabulary) == (3, 2, 4, 5, 6)
+    assert (found.bos, found.eos, found.boi, found.eoi, found.vocab_size) == (3, 2, 4, 5, 6)
     found.save(tmp_path / "ours.json")
     again = Tokenizer.load(tmp_path / "ours.json")
     assert (again.bos, again.eos, again.boi, again.eoi) == (3, 2, 4, 5)

@@ -76,7 +76,7 @@ like_flex.register_autograd(_no_gradient, setup_context=_keep)
 
 def flex(batch: Batch, dtype: torch.dtype) -> Callable[..., Tensor]:
     key = torch.arange(batch.positions)
-    mask = (batch.start[:, None] <= key) & (key < batch.end[:, None])
+    mask = (batch.kv_start[:, None] <= key) & (key < batch.kv_end[:, None])
     return lambda layer, q, k, v: like_flex(q, k, v.contiguous(), mask)[0].flatten(1)
 
 
@@ -85,12 +85,12 @@ def grouped_bytes(documents: int, config: ModelConfig, positions: int, element: 
 
     SDPA in float32: q, k, v, output, logsumexp. bfloat16: those, with keys and values of every head, and all scores.
     """
-    rotated, values = (config.heads + config.key_heads) * config.head_channels, config.key_heads * config.head_channels
-    normed = (config.heads + 2 * config.key_heads) * config.head_channels if config.qk_norm else 0
+    rotated, values = (config.n_heads + config.kv_heads) * config.head_dim, config.kv_heads * config.head_dim
+    normed = (config.n_heads + 2 * config.kv_heads) * config.head_dim if config.qk_norm else 0
     if element == 4:
-        return positions * (element * (rotated + values + normed + config.width) + 4 * config.heads)
-    scores = config.heads * positions // documents
-    return positions * element * (4 * config.width + normed + scores)
+        return positions * (element * (rotated + values + normed + config.d_model) + 4 * config.n_heads)
+    scores = config.n_heads * positions // documents
+    return positions * element * (4 * config.d_model + normed + scores)
 
 
 def make_batch(config: ModelConfig, tokenizer: Tokenizer, sizes: list[tuple[int, int]], words: int) -> Batch:
@@ -98,7 +98,7 @@ def make_batch(config: ModelConfig, tokenizer: Tokenizer, sizes: list[tuple[int,
         Document([Text((10,) * words), *(Image(torch.ones(config.latent_channels, *size)) for size in sizes)], sample=i)
         for i in range(4)
     ]
-    return collate(documents, config.grammar(tokenizer))
+    return collate(documents, config.sequence_format(tokenizer))
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -109,7 +109,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 def checkpointed(model: Transfusion, way: Checkpointing) -> Transfusion:
     """As the engine does it: each block in a checkpoint."""
     extra = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if way == "selective" else {}
-    for block in model.trunk.blocks:
+    for block in model.transformer.blocks:
         if way != "none":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **extra)
     return model
@@ -122,30 +122,30 @@ def cast_bytes(model: Transfusion, way: Checkpointing, element: int) -> int:
         return 0
     kept = 0
     for name, weight in model.named_parameters():
-        first = ("embedding", "patches.positions", "patches.time.inner", "patches.first")
-        enters = name == "patches.enter.weight" and model.config.adapter == "linear"
+        first = ("embedding", "image_adapter.positions", "image_adapter.time.inner", "image_adapter.first")
+        enters = name == "image_adapter.in_proj.weight" and model.config.adapter == "linear"
         enters = enters and model.config.timestep_at == "hidden"
         bias = name.endswith("bias") and "norm" not in name
-        again = name.startswith("trunk.blocks") and way != "none"
+        again = name.startswith("transformer.blocks") and way != "none"
         kept += 0 if name.startswith(first) or enters or bias or again else weight.numel()
     return kept * element
 
 
-BASE: dict[str, Any] = {"width": 128, "depth": 3, "heads": 4}
+BASE: dict[str, Any] = {"d_model": 128, "n_layers": 3, "n_heads": 4}
 UNET: dict[str, Any] = {**BASE, "adapter": "unet", "patch_positions": "none"}
 CASES: dict[str, tuple[ModelConfig, list[tuple[int, int]], int]] = {
     "narrow": (tiny(), [(8, 8)], 10),
     "linear": (tiny(**BASE, patch_positions="none"), [(16, 16)], 10),
-    "deep": (tiny(depth=8, width=96, heads=2), [(12, 8)], 30),
+    "deep": (tiny(n_layers=8, d_model=96, n_heads=2), [(12, 8)], 30),
     "images of two sizes": (tiny(**BASE), [(16, 16), (8, 4)], 10),
     "timestep before the linear map": (tiny(**BASE, timestep_at="patch"), [(16, 16)], 10),
-    "grouped queries": (tiny(**BASE, kv_heads=2), [(16, 16)], 30),
+    "grouped queries": (tiny(**BASE, n_kv_heads=2), [(16, 16)], 30),
     "stability set": (tiny(**BASE, norm_order="swin", qk_norm=True), [(16, 16)], 30),
     "unet": (tiny(**{**UNET, "unet_channels": (32, 64)}), [(16, 16)], 10),
     "unet of three levels": (tiny(**{**UNET, "patch_size": 4, "unet_channels": (16, 32, 64)}), [(16, 16)], 10),
     "unet of one level": (tiny(**{**UNET, "patch_size": 1, "unet_channels": (64,)}), [(8, 8)], 10),
     "text": (tiny(**BASE, images="none"), [], 40),
-    "long text": (tiny(images="none", context=512, hidden=384), [], 400),
+    "long text": (tiny(images="none", max_seq_len=512, d_ff=384), [], 400),
 }
 
 
@@ -169,13 +169,15 @@ def measure(
     known = [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)]
     living = Living(known, batch.latents, timesteps, *((weight, weight.grad) for weight in model.parameters()))
     with living:
-        output = model(batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, timesteps)
+        output = model(
+            batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches, batch.latents, timesteps
+        )
         given = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in (output.logits, *output.predictions)}
         kept = living.now - sum(given.values())
         living.most = 0
         (output.logits.sum() + sum(prediction.sum() for prediction in output.predictions)).backward()
     images = Counter((latent.shape[1], latent.shape[2]) for latent in batch.latents)
-    return kept, living.most - sum(given.values()), Load(batch.positions, len(batch.predict), images)
+    return kept, living.most - sum(given.values()), Load(batch.positions, len(batch.loss_positions), images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -206,19 +208,21 @@ def test_the_most_of_a_whole_step_is_as_measured(
     model = checkpointed(Transfusion(config, dtype).initialise(0), way)
     batch = make_batch(config, tokenizer, sizes, words)
     attend, timesteps = flex(batch, dtype), torch.ones(len(batch.latents))
-    targets = torch.zeros(len(batch.predict), dtype=torch.int64)
+    targets = torch.zeros(len(batch.loss_positions), dtype=torch.int64)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     known = [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)]
     living = Living(known, batch.latents, timesteps, targets, *((weight, weight.grad) for weight in model.parameters()))
     with living:
-        output = model(batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, timesteps)
+        output = model(
+            batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches, batch.latents, timesteps
+        )
         text = torch.nn.functional.cross_entropy(output.logits.float(), targets)
         loss = text + sum(prediction.float().square().mean() for prediction in output.predictions)
         del output
         loss.backward()
     images = Counter((latent.shape[1], latent.shape[2]) for latent in batch.latents)
-    load = Load(batch.positions, len(batch.predict), images)
+    load = Load(batch.positions, len(batch.loss_positions), images)
     planned = memory(config, load, ALONE, way, dtype.itemsize)
     states = planned.weights + planned.gradients + planned.moments + planned.ema
     assert 0.93 < (states + living.most) / planned.total < 1.03

@@ -10,12 +10,12 @@ from transfuse.model import SIZES, Grouped, ModelConfig, Transfusion, dense
 from transfuse.model.flops import adapter_flops, count_parameters, forward_flops, train_flops
 from transfuse.model.layers import RMSNorm, rotary_table, rotate
 from transfuse.presets import preset
-from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate
+from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
 
 VARIANTS = [
     {"adapter": "linear"},
     {"adapter": "unet"},
-    {"kv_heads": 2},
+    {"n_kv_heads": 2},
     {"timestep_at": "patch"},
     {"image_attention": "causal"},
 ]
@@ -24,9 +24,11 @@ VARIANTS = [
 def run(model: Transfusion, batch: Batch, attend=None, timesteps=None):
     """Logits, predictions and gradients of a scalar that depends on all of them."""
     if timesteps is None:
-        timesteps = torch.tensor([17 * (key[0] + key[1]) for key in batch.keys], dtype=torch.int64)
-    attend = attend or Grouped(batch, model.compute)
-    output = model(batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, timesteps)
+        timesteps = torch.tensor([17 * (key[0] + key[1]) for key in batch.noise_ids], dtype=torch.int64)
+    attend = attend or Grouped(batch, model.compute_dtype)
+    output = model(
+        batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches, batch.latents, timesteps
+    )
     model.zero_grad()
     loss = output.logits.float().logsumexp(-1).sum() + sum((p.sin() * (p + 1)).sum() for p in output.predictions)
     loss.backward()
@@ -39,7 +41,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_grouped_equals_dense(variant, grammar: Grammar, mixed) -> None:
+def test_grouped_equals_dense(variant, grammar: SequenceFormat, mixed) -> None:
     config = tiny(**variant)
     model = randomised(config)
     batch = collate(mixed, grammar, config.image_attention)
@@ -54,7 +56,7 @@ def test_grouped_equals_dense(variant, grammar: Grammar, mixed) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_packed_equals_unpacked(variant, grammar: Grammar, mixed) -> None:
+def test_packed_equals_unpacked(variant, grammar: SequenceFormat, mixed) -> None:
     config = tiny(**variant)
     model = randomised(config)
     together, gradients = run(model, collate(mixed, grammar, config.image_attention))
@@ -78,10 +80,10 @@ ARMS = [
     {"adapter": "linear", "timestep_at": "patch", "patch_positions": "none"},
     {"adapter": "unet"},
     {"adapter": "unet", "patch_size": 1, "unet_channels": (32,)},
-    {"adapter": "linear", "patch_size": 1, "kv_heads": 2, "image_attention": "causal"},
-    {"adapter": "unet", "patch_size": 4, "unet_channels": (16, 16, 32), "kv_heads": 1},
+    {"adapter": "linear", "patch_size": 1, "n_kv_heads": 2, "image_attention": "causal"},
+    {"adapter": "unet", "patch_size": 4, "unet_channels": (16, 16, 32), "n_kv_heads": 1},
     {"qk_norm": True, "norm_order": "swin"},
-    {"images": "codes", "codebook": 16, "patch_size": 1, "image_attention": "causal", "kv_heads": 2},
+    {"images": "codes", "codebook_size": 16, "patch_size": 1, "image_attention": "causal", "n_kv_heads": 2},
     {"images": "none"},
 ]
 
@@ -92,7 +94,7 @@ ARMS = [
 def test_what_is_computed_does_not_depend_on_how_gradients_are_kept(variant, compute, sizes, tokenizer) -> None:
     """To the last bit, with weights that learn and weights that are frozen, whichever mode comes first."""
     config = tiny(**variant)
-    model, grammar = randomised(config, compute=compute), config.grammar(tokenizer)
+    model, grammar = randomised(config, compute_dtype=compute), config.sequence_format(tokenizer)
 
     def image(number: int, size: tuple[int, int]) -> Image:
         codes = torch.randint(0, 16, size, generator=torch.Generator().manual_seed(number))
@@ -104,8 +106,16 @@ def test_what_is_computed_does_not_depend_on_how_gradients_are_kept(variant, com
     batch = collate([Document(part, sample=n) for n, part in enumerate(parts)], grammar, config.image_attention, 64)
 
     def values() -> list[torch.Tensor]:
-        attend, timesteps = Grouped(batch, compute), torch.tensor([5 + 300 * key[0] for key in batch.keys])
-        inputs = batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, timesteps
+        attend, timesteps = Grouped(batch, compute), torch.tensor([5 + 300 * key[0] for key in batch.noise_ids])
+        inputs = (
+            batch.input_ids,
+            batch.position_ids,
+            attend,
+            batch.loss_positions,
+            batch.patches,
+            batch.latents,
+            timesteps,
+        )
         output = model(*inputs)
         return [output.logits, *output.predictions]
 
@@ -122,18 +132,18 @@ def test_what_is_computed_does_not_depend_on_how_gradients_are_kept(variant, com
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
-def test_a_rotary_table_gives_what_is_made_without_it(compute, grammar: Grammar, mixed) -> None:
-    config = tiny(kv_heads=2)
-    model, batch = randomised(config, compute=compute), collate(mixed, grammar)
-    table = rotary_table(torch.arange(config.context), config.head_channels, config.rope_theta, compute)
+def test_a_rotary_table_gives_what_is_made_without_it(compute, grammar: SequenceFormat, mixed) -> None:
+    config = tiny(n_kv_heads=2)
+    model, batch = randomised(config, compute_dtype=compute), collate(mixed, grammar)
+    table = rotary_table(torch.arange(config.max_seq_len), config.head_dim, config.rope_theta, compute)
     latents, timesteps = batch.latents, torch.arange(len(batch.latents))
     attend = Grouped(batch, compute)
-    inputs = batch.tokens, batch.rotary, attend, batch.predict, batch.patches, latents, timesteps
+    inputs = batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches, latents, timesteps
     made, looked_up = model(*inputs), model(*inputs, table=table)
     assert torch.equal(made.logits, looked_up.logits)
 
 
-def test_bfloat16_backend_follows_float32(grammar: Grammar, mixed) -> None:
+def test_bfloat16_backend_follows_float32(grammar: SequenceFormat, mixed) -> None:
     """The explicit bfloat16 product is the same attention: within bfloat16's own error of float32."""
     batch = collate(mixed, grammar)
     q, k, v = (torch.randn(batch.positions, 4, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
@@ -149,7 +159,9 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("heads", "key_heads", "channels"), [(4, 4, 16), (4, 2, 64), (3, 1, 48)])
 @pytest.mark.parametrize("sharpness", [1.0, 3.0, 6.0])
-def test_attention_in_bfloat16_is_nearly_exact(heads, key_heads, channels, sharpness, grammar: Grammar, mixed) -> None:
+def test_attention_in_bfloat16_is_nearly_exact(
+    heads, key_heads, channels, sharpness, grammar: SequenceFormat, mixed
+) -> None:
     """However far apart scores are: beside float64, outputs are wrong by what rounding them costs (0.17 %) and little
     more, gradients by a few roundings."""
     long = Document([Text(tuple(range(10, 310))), Image(latent(16, 16))])
@@ -190,7 +202,7 @@ def test_a_norm_is_rounded_once(positions: int, channels: int, size: float, dtyp
         assert torch.equal(norm(x), found)
 
 
-def test_no_leak_between_documents_and_images(grammar: Grammar) -> None:
+def test_no_leak_between_documents_and_images(grammar: SequenceFormat) -> None:
     model = randomised(tiny())
 
     def states(second: torch.Tensor, other: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -215,7 +227,7 @@ def test_no_leak_between_documents_and_images(grammar: Grammar) -> None:
     assert not torch.equal(logits, logits3)
 
 
-def test_each_image_has_its_own_timestep(grammar: Grammar) -> None:
+def test_each_image_has_its_own_timestep(grammar: SequenceFormat) -> None:
     model = randomised(tiny())
     batch = collate([Document([Image(latent(4, 4)), Text((9,)), Image(latent(4, 4))])], grammar)
     one, _ = run(model, batch, timesteps=torch.tensor([10, 20]))
@@ -225,7 +237,7 @@ def test_each_image_has_its_own_timestep(grammar: Grammar) -> None:
 
 
 @pytest.mark.parametrize("positions", ["none", "learned"])
-def test_order_of_patches_matters_and_rows_are_not_columns(grammar: Grammar, positions: str) -> None:
+def test_order_of_patches_matters_and_rows_are_not_columns(grammar: SequenceFormat, positions: str) -> None:
     model = randomised(tiny(patch_positions=positions))
 
     def predict(image: torch.Tensor) -> torch.Tensor:
@@ -238,15 +250,15 @@ def test_order_of_patches_matters_and_rows_are_not_columns(grammar: Grammar, pos
     assert not torch.allclose(predict(image), predict(image.transpose(1, 2)).transpose(1, 2), atol=1e-4)
 
 
-def test_patches_round_trip(grammar: Grammar) -> None:
+def test_patches_round_trip(grammar: SequenceFormat) -> None:
     """Encoding with an identity and decoding with its inverse gives the latent back, whatever the sizes."""
-    config = tiny(width=16, heads=1, patch_positions="none")
+    config = tiny(d_model=16, n_heads=1, patch_positions="none")
     model = Transfusion(config).initialise(0)
-    patches = model.patches
+    patches = model.image_adapter
     with torch.no_grad():
-        patches.enter.weight.zero_()
-        patches.enter.weight[:12, :12] = torch.eye(12)
-        patches.leave.weight.copy_(patches.enter.weight.T)
+        patches.in_proj.weight.zero_()
+        patches.in_proj.weight[:12, :12] = torch.eye(12)
+        patches.out_proj.weight.copy_(patches.in_proj.weight.T)
         patches.time.outer.weight.zero_()
     latents = [latent(4, 4, 1), latent(8, 2, 2), latent(4, 4, 3), latent(2, 6, 4)]
     vectors, state = patches.encode(latents, torch.zeros(4, dtype=torch.int64), torch.float32)
@@ -262,8 +274,8 @@ def test_patches_round_trip(grammar: Grammar) -> None:
 )
 def test_sizes_of_the_paper(name: str, millions: float) -> None:
     count = count_parameters(ModelConfig(**SIZES[name]))
-    assert count.trunk / 1e6 == pytest.approx(millions, rel=0.005)
-    assert count.adapter / count.trunk < 0.0055, "Table 7: at most 0.5 %"
+    assert count.transformer / 1e6 == pytest.approx(millions, rel=0.005)
+    assert count.adapter / count.transformer < 0.0055, "Table 7: at most 0.5 %"
 
 
 @pytest.mark.parametrize(("channels", "patch"), [(8, 2), (3, 4), (16, 1)])
@@ -275,7 +287,7 @@ def test_a_timestep_before_the_linear_map_is_as_wide_as_a_patch(channels: int, p
     def perceptron(outputs: int) -> int:
         return (256 + 1) * outputs + (outputs + 1) * outputs
 
-    assert before.trunk == after.trunk
+    assert before.transformer == after.transformer
     assert before.adapter == 2 * elements * width + perceptron(elements)
     assert after.adapter == 2 * elements * width + perceptron(width)
 
@@ -301,7 +313,7 @@ def test_unet_is_about_a_quarter_billion(patch: int) -> None:
 def test_every_patch_size(adapter: str, patch: int) -> None:
     config = tiny(adapter=adapter, patch_size=patch, unet_channels=(16, 16, 32, 32)[: patch.bit_length()])
     model = randomised(config)
-    batch = collate([Document([Image(latent(8, 16)), Image(latent(8, 8))])], Grammar(0, 1, 2, 3, patch))
+    batch = collate([Document([Image(latent(8, 16)), Image(latent(8, 8))])], SequenceFormat(0, 1, 2, 3, patch))
     output, gradients = run(model, batch)
     assert [tuple(p.shape) for p in output.predictions] == [(3, 8, 16), (3, 8, 8)]
     assert all(gradient.abs().sum() > 0 for name, gradient in gradients.items() if "embedding" not in name)
@@ -312,12 +324,14 @@ def test_every_patch_size(adapter: str, patch: int) -> None:
 def test_a_silent_unet_is_linear_patch_layers(positions: str) -> None:
     """Beside the U-Net what the trunk says has a way of its own, or captions are never heard; and learned positions
     are not for linear layers alone, or left is never told from right (docs/LOG.md)."""
-    linear, unet = (randomised(tiny(adapter=name, patch_positions=positions)).patches for name in ("linear", "unet"))
-    for part in (unet.enter, unet.last):
+    linear, unet = (
+        randomised(tiny(adapter=name, patch_positions=positions)).image_adapter for name in ("linear", "unet")
+    )
+    for part in (unet.in_proj, unet.last):
         part.weight.zero_()
         part.bias.zero_()
-    linear.enter.load_state_dict(unet.linear_enter.state_dict())
-    linear.leave.load_state_dict(unet.linear_leave.state_dict())
+    linear.in_proj.load_state_dict(unet.skip_in.state_dict())
+    linear.out_proj.load_state_dict(unet.skip_out.state_dict())
     linear.time.outer.weight.zero_()
     linear.time.outer.bias.zero_()
     if positions == "learned":
@@ -330,12 +344,12 @@ def test_a_silent_unet_is_linear_patch_layers(positions: str) -> None:
         close(mine, other)
 
 
-def test_initialisation_is_a_function_of_the_seed_and_starts_at_the_variance(grammar: Grammar) -> None:
+def test_initialisation_is_a_function_of_the_seed_and_starts_at_the_variance(grammar: SequenceFormat) -> None:
     config = tiny()
     first, again = Transfusion(config).initialise(3), Transfusion.on_meta(config).to_empty(device="cpu").initialise(3)
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(first.head.weight, Transfusion(config).initialise(4).head.weight)
+    assert not torch.equal(first.lm_head.weight, Transfusion(config).initialise(4).lm_head.weight)
     batch = collate([Document([Image(latent(4, 4))])], grammar)
     output, _ = run(first, batch)
     assert output.predictions[0].abs().max() == 0
@@ -354,22 +368,34 @@ def test_rotary_depends_on_distance_only() -> None:
     assert abs(float(score(3, 1) - score(4, 1))) > 1e-4
 
 
-def test_flops_equal_torchs_own_count(grammar: Grammar) -> None:
+def test_flops_equal_torchs_own_count(grammar: SequenceFormat) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     config = tiny()
-    model = randomised(config, compute=torch.bfloat16)
+    model = randomised(config, compute_dtype=torch.bfloat16)
     batch = collate([Document([Text((9,) * 5), Image(latent(4, 4))])], grammar)
     attend = Grouped(batch, torch.bfloat16)  # one document: its explicit products multiply every pair
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, torch.tensor([5]))
+        model(
+            batch.input_ids,
+            batch.position_ids,
+            attend,
+            batch.loss_positions,
+            batch.patches,
+            batch.latents,
+            torch.tensor([5]),
+        )
     pairs = batch.positions**2
-    assert forward_flops(config, batch.positions, pairs, len(batch.predict), [(4, 4)]) == counter.get_total_flops()
+    assert (
+        forward_flops(config, batch.positions, pairs, len(batch.loss_positions), [(4, 4)]) == counter.get_total_flops()
+    )
     assert adapter_flops(config, 4, 4) > 0
 
 
-@pytest.mark.parametrize("variant", [{}, {"adapter": "unet"}, {"image_attention": "causal"}, {"kv_heads": 2}], ids=str)
-def test_operations_are_the_documents_own_however_a_step_is_split(variant, grammar: Grammar, mixed) -> None:
+@pytest.mark.parametrize(
+    "variant", [{}, {"adapter": "unet"}, {"image_attention": "causal"}, {"n_kv_heads": 2}], ids=str
+)
+def test_operations_are_the_documents_own_however_a_step_is_split(variant, grammar: SequenceFormat, mixed) -> None:
     config = tiny(**variant)
 
     def count(*parts: list[Document], multiple: int = 1, idle: torch.Tensor | None = None) -> int:
@@ -385,8 +411,8 @@ def test_operations_are_the_documents_own_however_a_step_is_split(variant, gramm
 
 
 def test_bad_sizes_name_the_field() -> None:
-    with pytest.raises(ValueError, match=r"model\.width: expected a multiple of 2 x heads \(8\), found 63"):
-        tiny(width=63)
+    with pytest.raises(ValueError, match=r"model\.d_model: expected a multiple of 2 x n_heads \(8\), found 63"):
+        tiny(d_model=63)
     with pytest.raises(ValueError, match=r"model\.patch_size: expected 1, 2, 4 or 8, found 3"):
         tiny(patch_size=3)
     with pytest.raises(ValueError, match=r"model\.unet_channels"):
@@ -394,23 +420,33 @@ def test_bad_sizes_name_the_field() -> None:
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_packed_weights_change_nothing(grammar: Grammar, mixed, compute: torch.dtype) -> None:
+def test_packed_weights_change_nothing(grammar: SequenceFormat, mixed, compute: torch.dtype) -> None:
     from transfuse.model.layers import PackedLinear, _can_pack, pack
 
-    model = randomised(tiny(), compute=compute).to(compute).eval().requires_grad_(False)
+    model = randomised(tiny(), compute_dtype=compute).to(compute).eval().requires_grad_(False)
     batch = collate(mixed, grammar)
     times = torch.zeros(len(batch.latents), dtype=torch.int64)
 
     def outputs() -> list[torch.Tensor]:
         attend = Grouped(batch, compute)
         with torch.inference_mode():
-            out = model(batch.tokens, batch.rotary, attend, batch.predict, batch.patches, batch.latents, times)
-            nothing = model(batch.tokens, batch.rotary, attend, batch.predict[:0], batch.patches, batch.latents, times)
+            out = model(
+                batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches, batch.latents, times
+            )
+            nothing = model(
+                batch.input_ids,
+                batch.position_ids,
+                attend,
+                batch.loss_positions[:0],
+                batch.patches,
+                batch.latents,
+                times,
+            )
         assert nothing.logits.shape == (0, 320)
         return [out.logits.float(), *out.predictions]
 
     plain = outputs()
     pack(model)
-    assert isinstance(model.head, PackedLinear) == _can_pack(compute)
+    assert isinstance(model.lm_head, PackedLinear) == _can_pack(compute)
     for a, b in zip(outputs(), plain, strict=True):
         close(a, b, 1e-5 if compute == torch.float32 else 0.05)

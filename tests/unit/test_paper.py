@@ -57,7 +57,7 @@ def test_noise_limit_and_guidance_are_those_of_the_section(name: str) -> None:
 )
 def test_a_step_is_packed_rows(name: str, positions: int, steps: int, rate: float) -> None:
     recipe, found = preset(name), plan(preset(name))
-    assert recipe.data.row_length == recipe.model.context == 4096
+    assert recipe.data.row_length == recipe.model.max_seq_len == 4096
     assert found["positions_per_step"] == recipe.data.batch_size * 4096 == positions
     assert found["train_tokens"] == positions * steps
     assert recipe.optimizer.learning_rate == pytest.approx(rate)
@@ -73,8 +73,8 @@ def test_rows_differ_in_what_their_table_compares() -> None:
     shapes = [(models[name].adapter, models[name].patch_size) for name in table(6)]
     assert shapes == [("linear", 1), ("linear", 2), ("linear", 4), ("linear", 8), ("unet", 2), ("unet", 4), ("unet", 8)]
     assert [plan(preset(name))["patches_per_image"] for name in table(6)] == [1024, 256, 64, 16, 256, 64, 16]
-    assert {(models[name].depth, models[name].width) for name in table(7)} == {
-        (size["depth"], size["width"]) for size in SIZES.values()
+    assert {(models[name].n_layers, models[name].d_model) for name in table(7)} == {
+        (size["n_layers"], size["d_model"]) for size in SIZES.values()
     }
     assert all(models[name].adapter == "unet" for name in table(8))
     for name in ("table5-0.76b-unet-bidirectional", "table6-0.76b-unet-2", "table8-0.76b-unet-free"):

@@ -35,9 +35,9 @@ def test_settings_that_can_not_be(settings, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "ranks", "message"),
     [
-        ({}, 3, r"parallel.tensor: expected a divisor of model.heads \(4\), found 3"),
-        ({"hidden": 130}, 4, r"expected a divisor of the hidden channels \(130\), found 4"),
-        ({"kv_heads": 2}, 2, "parallel.tensor: expected 1 with model.kv_heads, found 2"),
+        ({}, 3, r"parallel.tensor: expected a divisor of model.n_heads \(4\), found 3"),
+        ({"d_ff": 130}, 4, r"expected a divisor of the hidden channels \(130\), found 4"),
+        ({"n_kv_heads": 2}, 2, "parallel.tensor: expected 1 with model.n_kv_heads, found 2"),
         ({"qk_norm": True}, 2, "parallel.tensor: expected 1 with model.qk_norm, found 2"),
         ({"dropout": 0.1}, 2, "parallel.tensor: expected 1 with model.dropout, found 2"),
     ],
@@ -90,10 +90,10 @@ def test_float8_is_an_extra(monkeypatch) -> None:
 def test_float8_rounds_products_and_little_else() -> None:
     """Emulated on CPU: near, and not the same."""
     pytest.importorskip("torchao")
-    config = ModelConfig(vocabulary=320, width=64, depth=2, heads=4, images="none")
-    plain = randomised(config, compute=torch.bfloat16)
-    rounded = parallelize(randomised(config, compute=torch.bfloat16), Ranks(), ParallelConfig(float8=True))
+    config = ModelConfig(text_vocab_size=320, d_model=64, n_layers=2, n_heads=4, images="none")
+    plain = randomised(config, compute_dtype=torch.bfloat16)
+    rounded = parallelize(randomised(config, compute_dtype=torch.bfloat16), Ranks(), ParallelConfig(float8=True))
     x, positions = torch.randn(16, 64, dtype=torch.bfloat16), torch.arange(16)
-    outputs = [model.trunk(x, positions, lambda layer, q, k, v: v.flatten(1)) for model in (plain, rounded)]
+    outputs = [model.transformer(x, positions, lambda layer, q, k, v: v.flatten(1)) for model in (plain, rounded)]
     difference = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
     assert 1e-4 < difference < 0.1

@@ -226,7 +226,7 @@ def test_the_papers_slopes() -> None:
 
 def test_the_papers_sizes_are_the_presets() -> None:
     for size, parameters in published.SIZES.items():
-        assert count_parameters(preset(size).model).trunk == parameters
+        assert count_parameters(preset(size).model).transformer == parameters
 
 
 def test_fid_is_reached_cheapest() -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import Make, Numbered
 
-from transfuse.sequence import Grammar
+from transfuse.sequence import SequenceFormat
 
 
 @pytest.mark.parametrize(("steps", "traced"), [(12, 2), (8, 1)])
@@ -24,7 +24,7 @@ def test_a_trace_of_steps(make: Make, capsys, steps: int, traced: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [3, 7])
-def test_a_run_too_short_for_a_trace_says_so(make: Make, grammar: Grammar, capsys, steps: int) -> None:
+def test_a_run_too_short_for_a_trace_says_so(make: Make, grammar: SequenceFormat, capsys, steps: int) -> None:
     one = make("run", Numbered(grammar), steps, profile=2)
     one.run()
     said = [line for line in capsys.readouterr().err.splitlines() if "trace" in line]

@@ -41,7 +41,7 @@ def pipes(served: Path) -> tuple[TransfusionPipeline, TransfusionPipeline]:
 def held(pipe: TransfusionPipeline) -> int:
     """Bytes of the weights of the blocks' linear maps, as they are kept."""
     total = 0
-    for module in pipe.exported.model.trunk.blocks.modules():
+    for module in pipe.exported.model.transformer.blocks.modules():
         if isinstance(module, PackedLinear):
             total += module.packed.numel() * module.packed.element_size()
         elif isinstance(module, Linear):
@@ -52,7 +52,7 @@ def held(pipe: TransfusionPipeline) -> int:
 
 def test_the_blocks_alone_and_a_quarter_of_them(pipes: tuple[TransfusionPipeline, TransfusionPipeline]) -> None:
     whole, small = pipes
-    assert isinstance(small.exported.model.head, PackedLinear), "what keeps its bits is packed as ever"
+    assert isinstance(small.exported.model.lm_head, PackedLinear), "what keeps its bits is packed as ever"
     assert 0.24 < held(small) / held(whole) < 0.35, "a scale an output beside one byte a weight"
 
 

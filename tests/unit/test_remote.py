@@ -74,9 +74,9 @@ def test_batches_are_the_same_with_workers_that_fetch(folder: Path, url: str, tm
     def batches(path: str, workers: int) -> list[list[int]]:
         data = DataSet(path, Cache(tmp_path / "cache"))
         source = StoredPictures(data, data.tokenizer(), Pixels(), PairConfig(), seed=0)
-        grammar = data.tokenizer().grammar(4)
+        grammar = data.tokenizer().sequence_format(4)
         loader = StepLoader(lambda n: source.document(n, n), grammar, 6, workers=workers)
-        return [batch.tokens.tolist() for step in range(10) for batch in loader(step)]
+        return [batch.input_ids.tolist() for step in range(10) for batch in loader(step)]
 
     assert batches(url, 2) == batches(url, 0) == batches(str(folder), 0)
 

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from transfuse.errors import UserError
 from transfuse.sequence import (
     Document,
-    Grammar,
     Image,
+    SequenceFormat,
     Text,
     Tokenizer,
     collate,
     concatenate,
-    lay_out,
+    layout_document,
     unconditional,
     visible,
 )
 
-G = Grammar(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
+G = SequenceFormat(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
 
 
 def image(rows: int, columns: int, **options: object) -> Image:
@@ -41,11 +41,11 @@ documents = st.builds(
 
 
 def test_the_docstring_example() -> None:
-    layout = lay_out(Document([Text((10, 11)), image(4, 4)]), G)
-    assert layout.token.tolist() == [0, 10, 11, 2, 0, 0, 0, 0, 3, 1]
-    assert layout.rotary.tolist() == list(range(10))
+    layout = layout_document(Document([Text((10, 11)), image(4, 4)]), G)
+    assert layout.input_ids.tolist() == [0, 10, 11, 2, 0, 0, 0, 0, 3, 1]
+    assert layout.position_ids.tolist() == list(range(10))
     assert layout.image.tolist() == [-1, -1, -1, -1, 0, 0, 0, 0, -1, -1]
-    assert np.flatnonzero(layout.predict).tolist() == [0, 1, 2, 8]
+    assert np.flatnonzero(layout.loss_mask).tolist() == [0, 1, 2, 8]
     see = visible(layout)
     assert see.start.tolist() == [0] * 10
     assert see.end.tolist() == [1, 2, 3, 4, 8, 8, 8, 8, 9, 10]
@@ -54,7 +54,7 @@ def test_the_docstring_example() -> None:
 @given(st.lists(documents, min_size=1, max_size=4), st.sampled_from(["bidirectional", "causal"]))
 def test_mask_equals_the_rule(docs: list[Document], attention: str) -> None:
     """The oracle: the sentence in the contract, one pair of positions at a time."""
-    layout = concatenate([lay_out(document, G) for document in docs])
+    layout = concatenate([layout_document(document, G) for document in docs])
     dense = visible(layout, attention).dense()  # type: ignore[arg-type]
     for query in range(len(layout)):
         assert dense[query].any(), "no row without a visible key"
@@ -68,12 +68,12 @@ def test_mask_equals_the_rule(docs: list[Document], attention: str) -> None:
 
 @given(documents)
 def test_what_is_predicted(document: Document) -> None:
-    layout = lay_out(document, G)
-    predict = set(np.flatnonzero(layout.predict).tolist())
+    layout = layout_document(document, G)
+    predict = set(np.flatnonzero(layout.loss_mask).tolist())
     for position in range(len(layout)):
-        if layout.image[position] >= 0 or layout.token[position] == G.boi:
+        if layout.image[position] >= 0 or layout.input_ids[position] == G.boi:
             assert position not in predict, "from BOI and from patches nothing is predicted"
-    targets = [int(layout.token[p + 1]) for p in sorted(predict)]
+    targets = [int(layout.input_ids[p + 1]) for p in sorted(predict)]
     assert G.eoi not in targets
     assert all(layout.image[p + 1] < 0 for p in predict), "a patch is never a token target"
     if document.predict:
@@ -88,14 +88,14 @@ def test_what_is_predicted(document: Document) -> None:
 @given(st.lists(documents, min_size=1, max_size=5))
 @settings(max_examples=50)
 def test_packing_renumbers_and_restarts(docs: list[Document]) -> None:
-    layouts = [lay_out(document, G) for document in docs]
+    layouts = [layout_document(document, G) for document in docs]
     packed, place, number = concatenate(layouts), 0, 0
     for which, layout in enumerate(layouts):
         part = slice(place, place + len(layout))
-        assert (packed.token[part] == layout.token).all()
-        assert (packed.rotary[part] == np.arange(len(layout))).all()
+        assert (packed.input_ids[part] == layout.input_ids).all()
+        assert (packed.position_ids[part] == np.arange(len(layout))).all()
         assert (packed.document[part] == which).all()
-        assert (packed.predict[part] == layout.predict).all()
+        assert (packed.loss_mask[part] == layout.loss_mask).all()
         for span, packed_span in zip(layout.spans, packed.spans[number:], strict=False):
             assert packed_span.start == span.start + place
             assert (packed.image[packed_span.start : packed_span.end] == number).all()
@@ -107,10 +107,10 @@ def test_packing_renumbers_and_restarts(docs: list[Document]) -> None:
 def test_batch_targets_and_keys(mixed: list[Document]) -> None:
     batch = collate(mixed, G)
     assert sum(batch.documents) == batch.positions
-    assert batch.keys == ((1, 0), (3, 0), (4, 0), (4, 1), (6, 0))
+    assert batch.noise_ids == ((1, 0), (3, 0), (4, 0), (4, 1), (6, 0))
     assert batch.max_timestep.tolist() == [0, 500, 0, 0, 0]
     assert len(batch.patches) == sum(a.shape[1] * a.shape[2] // 4 for a in batch.latents)
-    assert (batch.targets == batch.tokens[batch.predict + 1]).all()
+    assert (batch.targets == batch.input_ids[batch.loss_positions + 1]).all()
 
 
 def test_unconditional_keeps_the_last_image_and_learns_no_token() -> None:
@@ -118,16 +118,16 @@ def test_unconditional_keeps_the_last_image_and_learns_no_token() -> None:
     document = unconditional(Document([Text((5,)), image(4, 4), Text((6,)), last], sample=9))
     assert document.parts == [last]
     assert document.sample == 9
-    layout = lay_out(document, G)
-    assert layout.token.tolist() == [0, 2, 0, 3, 1]
-    assert not layout.predict.any()
+    layout = layout_document(document, G)
+    assert layout.input_ids.tolist() == [0, 2, 0, 3, 1]
+    assert not layout.loss_mask.any()
     with pytest.raises(ValueError, match="expected a document with an image"):
         unconditional(Document([Text((5,))]))
 
 
 def test_latent_must_divide_into_patches() -> None:
     with pytest.raises(ValueError, match="multiples of the patch size 2, found 3x4"):
-        lay_out(Document([image(3, 4)]), G)
+        layout_document(Document([image(3, 4)]), G)
 
 
 def test_tokenizer_round_trip_and_markers(tokenizer: Tokenizer, tmp_path) -> None:
@@ -160,9 +160,9 @@ def test_tokenizer_errors(tmp_path) -> None:
 def test_filling_up_changes_nothing_but_the_length(mixed: list[Document]) -> None:
     plain, filled = collate(mixed, G), collate(mixed, G, multiple=64)
     assert filled.positions % 64 == 0
-    assert filled.positions - filled.idle == plain.positions
-    assert torch.equal(filled.predict, plain.predict)
+    assert filled.positions - filled.n_padding == plain.positions
+    assert torch.equal(filled.loss_positions, plain.loss_positions)
     assert torch.equal(filled.targets, plain.targets)
-    assert (filled.start[plain.positions :] >= plain.positions).all()
-    assert (filled.end[: plain.positions] <= plain.positions).all()
-    assert collate(mixed, G, multiple=plain.positions).idle == 0
+    assert (filled.kv_start[plain.positions :] >= plain.positions).all()
+    assert (filled.kv_end[: plain.positions] <= plain.positions).all()
+    assert collate(mixed, G, multiple=plain.positions).n_padding == 0

@@ -13,7 +13,7 @@ from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model import dense, pack
 from transfuse.model.layers import rotary_table, rotate
 from transfuse.model.llama import llama_config
-from transfuse.sequence import Grammar, collate
+from transfuse.sequence import SequenceFormat, collate
 from transfuse.training import ObjectiveConfig, TransfusionObjective, build_optimizer
 from transfuse.training.optimizer import OptimizerConfig
 
@@ -29,13 +29,13 @@ def rms(x: torch.Tensor, norm) -> torch.Tensor:
 def test_a_block_written_out(name: str) -> None:
     """Position by position and head by head, with nothing of the block's own code."""
     config = tiny(**PIECES[name])
-    block = randomised(config).trunk.blocks[0]
-    x, heads, channels = torch.randn(5, config.width), config.heads, config.head_channels
+    block = randomised(config).transformer.blocks[0]
+    x, heads, channels = torch.randn(5, config.d_model), config.n_heads, config.head_dim
     rotary = rotary_table(torch.arange(5), channels, config.rope_theta, torch.float32)
 
     def attention(x: torch.Tensor) -> torch.Tensor:
         q, k, v = (part.view(5, -1, channels) for part in block.qkv(x).split(
-            [heads * channels, *[config.key_heads * channels] * 2], dim=-1))  # fmt: skip
+            [heads * channels, *[config.kv_heads * channels] * 2], dim=-1))  # fmt: skip
         if config.qk_norm:
             for norm, part in ((block.query_norm, q), (block.key_norm, k)):
                 for head in range(part.shape[1]):
@@ -46,7 +46,7 @@ def test_a_block_written_out(name: str) -> None:
         q, k = rotate(q, rotary), rotate(k, rotary)
         out = torch.empty(5, heads, channels)
         for head in range(heads):
-            key = head * config.key_heads // heads
+            key = head * config.kv_heads // heads
             for position in range(5):
                 scores = k[: position + 1, key] @ q[position, head] / channels**0.5
                 out[position, head] = scores.softmax(0) @ v[: position + 1, key]
@@ -68,7 +68,7 @@ def test_a_block_written_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PIECES)
-def test_packing_for_inference_changes_nothing(name: str, grammar: Grammar, mixed) -> None:
+def test_packing_for_inference_changes_nothing(name: str, grammar: SequenceFormat, mixed) -> None:
     model = randomised(tiny(**PIECES[name])).eval().requires_grad_(False)
     batch = collate(mixed, grammar)
     times = torch.zeros(len(batch.latents), dtype=torch.int64)
@@ -76,7 +76,13 @@ def test_packing_for_inference_changes_nothing(name: str, grammar: Grammar, mixe
     def logits() -> torch.Tensor:
         with torch.inference_mode():
             return model(
-                batch.tokens, batch.rotary, dense(batch), batch.predict, batch.patches, batch.latents, times
+                batch.input_ids,
+                batch.position_ids,
+                dense(batch),
+                batch.loss_positions,
+                batch.patches,
+                batch.latents,
+                times,
             ).logits
 
     plain = logits()
@@ -92,7 +98,7 @@ def test_norms_of_heads_are_not_decayed() -> None:
     assert not any(id(p) in decayed for p in norms)
 
 
-def test_z_loss_written_out(grammar: Grammar, mixed) -> None:
+def test_z_loss_written_out(grammar: SequenceFormat, mixed) -> None:
     model = randomised(tiny())
     batch = collate(mixed, grammar)
     process = Process(DiffusionConfig())
@@ -105,11 +111,17 @@ def test_z_loss_written_out(grammar: Grammar, mixed) -> None:
     torch.testing.assert_close(a, b[:2])
     noised = plain.noise(batch)
     logits = model(
-        batch.tokens, batch.rotary, dense(batch), batch.predict, batch.patches, noised.latents, noised.timesteps
+        batch.input_ids,
+        batch.position_ids,
+        dense(batch),
+        batch.loss_positions,
+        batch.patches,
+        noised.latents,
+        noised.timesteps,
     ).logits.double()
     expected = sum(float(row.exp().sum().log()) ** 2 for row in logits)
     assert float(b[2]) == pytest.approx(expected, rel=1e-4)
-    (gradient,) = torch.autograd.grad(b[2], model.head.weight)
+    (gradient,) = torch.autograd.grad(b[2], model.lm_head.weight)
     assert gradient.abs().sum() > 0
 
 

@@ -74,12 +74,12 @@ def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Pa
     ours = dict(trainer.model.named_parameters())
     shared = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
     assert all(torch.equal(ours[name], theirs[name]) for name in shared)
-    assert len(shared) == 3 + 6 * config.depth + 2  # rows and columns
+    assert len(shared) == 3 + 6 * config.n_layers + 2  # rows and columns
     assert ours.keys() - shared, "patch layers of its own"
 
 
 def test_a_network_that_takes_nothing_is_refused(served: Path, tmp_path: Path) -> None:
-    config = replace(load_export(served).model.config, width=48, heads=3, hidden=40)
+    config = replace(load_export(served).model.config, d_model=48, n_heads=3, d_ff=40)
     asked = replace(recipe(served, start_strict=False), model=config, precision="float32").settled()
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="found none of"):
@@ -122,6 +122,6 @@ def test_what_is_no_model_is_refused(served: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         recipe(tmp_path).settled()
     config = json.loads((served / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model": {**config["model"], "width": 60}}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model": {**config["model"], "d_model": 60}}))
     with pytest.raises(UserError):
         recipe(tmp_path).settled()

@@ -38,7 +38,7 @@ from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.errors import UserError
 from transfuse.presets import Recipe, preset
 from transfuse.presets.sources import held_out_prompts, mixture, open_sources
-from transfuse.sequence import Image, Text, Tokenizer, collate, lay_out
+from transfuse.sequence import Image, Text, Tokenizer, collate, layout_document
 from transfuse.training import ObjectiveConfig, TransfusionObjective
 
 COUNT = 150
@@ -85,17 +85,17 @@ def pictures(path: Path, **changes) -> StoredPictures:
 def stream(folder: Path) -> Mixture:
     texts = StoredTexts(DataSet(str(folder / "text")), 3)
     parts = [Ingredient(pictures(folder / "pairs"), 0.4), Ingredient(pictures(folder / "stories"), 0.2)]
-    return Mixture([*parts, Ingredient(texts, 0.4)], DataSet(str(folder / "pairs")).tokenizer().grammar(4))
+    return Mixture([*parts, Ingredient(texts, 0.4)], DataSet(str(folder / "pairs")).tokenizer().sequence_format(4))
 
 
 def loader(folder: Path, rows: int | None = None, **settings) -> StepLoader:
-    mixture, grammar = stream(folder), DataSet(str(folder / "pairs")).tokenizer().grammar(4)
+    mixture, grammar = stream(folder), DataSet(str(folder / "pairs")).tokenizer().sequence_format(4)
     packed = None if rows is None else Rows(lambda samples: mixture.lengths(samples, grammar), rows, window=50)
     return StepLoader(mixture.document, grammar, 6, rows=packed, **settings)
 
 
 def test_the_index_foretells_every_length(folder: Path) -> None:
-    grammar = DataSet(str(folder / "pairs")).tokenizer().grammar(4)
+    grammar = DataSet(str(folder / "pairs")).tokenizer().sequence_format(4)
     for source in (
         pictures(folder / "pairs"),
         pictures(folder / "stories"),
@@ -105,10 +105,13 @@ def test_the_index_foretells_every_length(folder: Path) -> None:
         indices = np.arange(2 * source.epoch + 7)
         found = source.lengths(indices, indices + 5, grammar)
         for index in indices.tolist():
-            assert found[index] == len(lay_out(source.document(index, index + 5), grammar)), (source.name, index)
+            assert found[index] == len(layout_document(source.document(index, index + 5), grammar)), (
+                source.name,
+                index,
+            )
     mixture = stream(folder)
     assert mixture.lengths(range(300), grammar).tolist() == [
-        len(lay_out(mixture.document(sample), grammar)) for sample in range(300)
+        len(layout_document(mixture.document(sample), grammar)) for sample in range(300)
     ]
 
 
@@ -175,7 +178,7 @@ def test_stored_documents_are_capped_and_dropped_by_their_order(folder: Path) ->
 def test_timesteps_of_stories_reach_the_last(folder: Path) -> None:
     """What follows an image does not keep drawing's first levels from it."""
     source = pictures(folder / "stories")
-    grammar = source.tokenizer.grammar(4)
+    grammar = source.tokenizer.sequence_format(4)
     batch = collate([source.document(index, index) for index in range(1000)], grammar)
     timesteps = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0).draw(batch).timesteps
     assert timesteps is not None
@@ -196,7 +199,7 @@ def order(loaders: list[StepLoader], steps: range) -> list[list[tuple[int, tuple
             [
                 (sample, tuple(ids.tolist()))
                 for batch in batches
-                for sample, ids in zip(batch.samples, batch.tokens.split(batch.documents), strict=False)
+                for sample, ids in zip(batch.samples, batch.input_ids.split(batch.documents), strict=False)
                 if sample >= 0
             ]
         )
@@ -285,7 +288,7 @@ def test_rows_of_a_stream_that_ends(window: int) -> None:
     """All that there is, in windows of any size; and only behind it that there is no more."""
     mixture = Mixture([Ingredient(Numbers("a", 30), 1, 3)], None)
     assert mixture.end == 90
-    grammar = Tokenizer.train(["a"], 300).grammar(4)
+    grammar = Tokenizer.train(["a"], 300).sequence_format(4)
     rows = Rows(lambda samples: mixture.lengths(samples, grammar), 4, window=window, end=mixture.end)
     found, number = list[int](), 0
     while len(found) < 90:
@@ -406,7 +409,7 @@ def heavy(folder: Path, tmp_path_factory) -> Path:
 def test_shares_of_heavy_tailed_documents_are_right(heavy: Path, folder: Path, share: float) -> None:
     """Over a pass of the text, in the stream; and for pictures with such captions, by what passes of them hold."""
     text = StoredTexts(DataSet(str(heavy / "text")), 3)
-    grammar = DataSet(str(heavy / "text")).tokenizer().grammar(4)
+    grammar = DataSet(str(heavy / "text")).tokenizer().sequence_format(4)
     mixture = Mixture([Ingredient(pictures(folder / "pairs"), 1 - share), Ingredient(text, share)], grammar)
     (phase,) = mixture.phases
     count = phase.reaches(1, text.epoch)
@@ -423,7 +426,7 @@ def test_shares_of_heavy_tailed_documents_are_right(heavy: Path, folder: Path, s
 
 
 def test_the_mean_length_of_a_source_is_that_of_a_pass(heavy: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    grammar = DataSet(str(heavy / "text")).tokenizer().grammar(4)
+    grammar = DataSet(str(heavy / "text")).tokenizer().sequence_format(4)
     texts = Texts([f"word {'long ' * (200 if i % 50 == 0 else 1)}" for i in range(1000)], tokenizer, 0)
     for source in (StoredTexts(DataSet(str(heavy / "text")), 0), texts):
         lengths = source.lengths(np.arange(source.epoch), np.arange(source.epoch), grammar)
@@ -438,10 +441,10 @@ def test_the_mean_length_of_a_source_is_that_of_a_pass(heavy: Path, folder: Path
 @pytest.mark.parametrize("epochs", [1.0, 2.5])
 def test_steps_that_sets_suffice_for_are_counted_from_all_their_lengths(heavy: Path, epochs: float) -> None:
     """Packed into rows: nine tenths of what the epochs hold are allowed, eleven tenths are refused."""
-    base = recipe_of(heavy, f"text,epochs={epochs}", context=600, images="none")
+    base = recipe_of(heavy, f"text,epochs={epochs}", max_seq_len=600, images="none")
     data = DataSet(str(heavy / "text"))
     source, tokenizer = StoredTexts(data, base.seed), data.tokenizer()
-    grammar = base.model.grammar(tokenizer)
+    grammar = base.model.sequence_format(tokenizer)
     total = epochs * source.epoch * source.mean_length(grammar)
     opened = open_sources(base.data)
     for parts, fits in ((0.9, True), (1.1, False)):
@@ -498,9 +501,9 @@ def recipe_of(folder: Path, *names: str, **model) -> Recipe:
 
 def test_documents_longer_than_a_sequence_may_be_are_refused(folder: Path) -> None:
     """Pictures count: the words of these stories are few."""
-    recipe_of(folder, "stories", "text", context=600).settled()
+    recipe_of(folder, "stories", "text", max_seq_len=600).settled()
     with pytest.raises(UserError, match=r"stories: expected documents of at most 40 positions.*found one of \d\d"):
-        recipe_of(folder, "stories", "text", context=40).settled()
+        recipe_of(folder, "stories", "text", max_seq_len=40).settled()
 
 
 def test_pictures_with_more_patches_than_have_positions_are_refused(folder: Path, monkeypatch) -> None:

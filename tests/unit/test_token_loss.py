@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model import Transfusion
 from transfuse.model.layers import Linear
-from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate
+from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
 from transfuse.training import ObjectiveConfig, TokenObjective, TransfusionObjective, token_loss
 
 WIDTH, IDS = 16, 50
@@ -111,7 +111,7 @@ def of_model(objective, model: Transfusion, batch: Batch):
 
 def chunked_equals_plain(objective, model: Transfusion, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     losses, details, gradients = of_model(objective, model, batch)
-    monkeypatch.setattr(token_loss, "AT_ONCE", 5 * model.config.ids)
+    monkeypatch.setattr(token_loss, "AT_ONCE", 5 * model.config.vocab_size)
     found, found_details, found_gradients = of_model(objective, model, batch)
     torch.testing.assert_close(found, losses, rtol=1e-6, atol=1e-6)
     assert found_details.keys() == details.keys()
@@ -122,7 +122,9 @@ def chunked_equals_plain(objective, model: Transfusion, batch: Batch, monkeypatc
 
 
 @pytest.mark.parametrize("z_weight", [0.0, 1e-2])
-def test_a_transfusions_losses(z_weight: float, grammar: Grammar, mixed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transfusions_losses(
+    z_weight: float, grammar: SequenceFormat, mixed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     objective = TransfusionObjective(ObjectiveConfig(z_weight=z_weight), Process(DiffusionConfig()), 0)
     batch = collate(mixed, grammar)
     assert len(batch.targets) % 5, "a last chunk of another size"
@@ -130,23 +132,23 @@ def test_a_transfusions_losses(z_weight: float, grammar: Grammar, mixed, monkeyp
 
 
 @pytest.mark.parametrize("z_weight", [0.0, 1e-2])
-def test_a_chameleons_losses(z_weight: float, grammar: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chameleons_losses(z_weight: float, grammar: SequenceFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets of both kinds, text and codes."""
-    config = tiny(images="codes", codebook=32, patch_size=1, image_attention="causal", patch_positions="none")
-    coded = replace(grammar, patch_size=1, first_code=config.vocabulary)
+    config = tiny(images="codes", codebook_size=32, patch_size=1, image_attention="causal", patch_positions="none")
+    coded = replace(grammar, patch_size=1, first_code=config.text_vocab_size)
     codes = torch.arange(16).view(4, 4)
     documents = [
         Document([Text((9, 8, 7)), Image(codes)], sample=1),
         Document([Image(codes.T), Text((6,) * 9)], sample=2),
     ]
     batch = collate(documents, coded, "causal")
-    assert 0 < int(batch.coded.sum()) < len(batch.targets)
+    assert 0 < int(batch.is_image_token.sum()) < len(batch.targets)
     objective = TokenObjective(ObjectiveConfig(z_weight=z_weight), 0)
     chunked_equals_plain(objective, randomised(config), batch, monkeypatch)
     assert objective.sums(randomised(config), batch).details.keys() == {"text", "codes"}
 
 
-def test_offenders_are_found_in_any_chunk(grammar: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offenders_are_found_in_any_chunk(grammar: SequenceFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     """A word without a finite vector spoils its own document alone; the picture of another is spoilt too."""
     model = randomised(tiny())
     with torch.no_grad():
@@ -156,16 +158,16 @@ def test_offenders_are_found_in_any_chunk(grammar: Grammar, monkeypatch: pytest.
     documents = [Document([Text((9,) * 12)], sample=number) for number in range(6)]
     documents[4] = Document([Text((9, 9, 33, 9))], sample=44)
     documents.append(Document([Text((8,)), Image(bad)], sample=77))
-    monkeypatch.setattr(token_loss, "AT_ONCE", 5 * model.config.ids)
+    monkeypatch.setattr(token_loss, "AT_ONCE", 5 * model.config.vocab_size)
     objective = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
     assert set(objective.offenders(model, collate(documents, grammar))) == {44, 77}
 
 
-def test_nothing_to_foretell(grammar: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_to_foretell(grammar: SequenceFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_loss, "AT_ONCE", 1)
     objective = TransfusionObjective(ObjectiveConfig(z_weight=1.0), Process(DiffusionConfig()), 0)
     batch = collate([Document([Image(latent(4, 4))], sample=1, predict=False)], grammar)
     model = randomised(tiny())
     losses, _, gradients = of_model(objective, model, batch)
     assert (losses[0], losses[2]) == (0, 0)
-    assert float(gradients["head.weight"].abs().sum()) == 0
+    assert float(gradients["lm_head.weight"].abs().sum()) == 0

@@ -23,7 +23,7 @@ from transfuse.model import dense
 from transfuse.presets import preset
 from transfuse.presets.recipe import build_trainer
 from transfuse.presets.runs import open_run
-from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate
+from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
 from transfuse.training import (
     Checkpoint,
     CheckpointFolder,
@@ -48,7 +48,7 @@ def objective(**diffusion) -> TransfusionObjective:
     return TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig(**diffusion)), SEED)
 
 
-def naive_losses(model, document: Document, grammar: Grammar, process: Process) -> tuple[float, int, float, int]:
+def naive_losses(model, document: Document, grammar: SequenceFormat, process: Process) -> tuple[float, int, float, int]:
     """Sums and counts of one document by the definitions: position by position, image by image, no packing."""
     batch = collate([document], grammar)
     noised, times, noises = [], [], []
@@ -62,11 +62,11 @@ def naive_losses(model, document: Document, grammar: Grammar, process: Process) 
         times.append(t)
         noised.append(process.add_noise(image.latent, noises[-1], torch.tensor(t)))
     every = torch.arange(batch.positions)
-    out = model(batch.tokens, batch.rotary, dense(batch), every, batch.patches, noised, torch.tensor(times))
+    out = model(batch.input_ids, batch.position_ids, dense(batch), every, batch.patches, noised, torch.tensor(times))
     text, texts = 0.0, 0
     for position in range(batch.positions - 1):
-        if position in batch.predict.tolist():
-            text += F.cross_entropy(out.logits[position], batch.tokens[position + 1]).item()
+        if position in batch.loss_positions.tolist():
+            text += F.cross_entropy(out.logits[position], batch.input_ids[position + 1]).item()
             texts += 1
     image_loss, images = 0.0, 0
     for number, image in enumerate(document.images):
@@ -78,7 +78,7 @@ def naive_losses(model, document: Document, grammar: Grammar, process: Process) 
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
-def test_loss_equals_a_naive_loop(prediction: str, grammar: Grammar, mixed) -> None:
+def test_loss_equals_a_naive_loop(prediction: str, grammar: SequenceFormat, mixed) -> None:
     goal = objective(prediction=prediction, weighting="v" if prediction == "x0" else "uniform")
     model = randomised(tiny())
     mixed[3] = replace(mixed[3], parts=[Image(latent(4, 4, 9), target=False), *mixed[3].parts])
@@ -92,7 +92,7 @@ def test_loss_equals_a_naive_loop(prediction: str, grammar: Grammar, mixed) -> N
     assert sum(count for _, count in sums.details.values()) == images
 
 
-def test_noise_depends_on_the_sample_alone(grammar: Grammar, mixed) -> None:
+def test_noise_depends_on_the_sample_alone(grammar: SequenceFormat, mixed) -> None:
     goal = objective()
     together = goal.noise(collate(mixed, grammar))
     reordered = goal.noise(collate(mixed[::-1], grammar))
@@ -103,7 +103,7 @@ def test_noise_depends_on_the_sample_alone(grammar: Grammar, mixed) -> None:
     assert not torch.equal(alone.timesteps[0], alone.timesteps[1]), "each image has its own timestep"
 
 
-def test_timesteps_respect_the_cap_and_context_is_clean(grammar: Grammar) -> None:
+def test_timesteps_respect_the_cap_and_context_is_clean(grammar: SequenceFormat) -> None:
     goal = objective()
     documents = [Document([Image(latent(2, 2), max_timestep=500), Text((9,))], sample=i) for i in range(300)]
     capped = goal.noise(collate(documents, grammar)).timesteps
@@ -119,7 +119,7 @@ def test_timesteps_respect_the_cap_and_context_is_clean(grammar: Grammar) -> Non
     assert torch.equal(clean.latents[0], latent(2, 2))
 
 
-def trainer(folder: Path, documents, grammar: Grammar, accumulate: int = 1, model=None, **loop) -> Trainer:
+def trainer(folder: Path, documents, grammar: SequenceFormat, accumulate: int = 1, model=None, **loop) -> Trainer:
     size = len(documents) // accumulate
     parts = [collate(documents[i * size : (i + 1) * size], grammar) for i in range(accumulate)]
     config = LoopConfig(**{"steps": 3, "sample_every": 0, "checkpoint_every": 0, "log_every": 1, **loop})
@@ -142,7 +142,7 @@ class Fixed:
         pass
 
 
-def uneven(grammar: Grammar) -> list[Document]:
+def uneven(grammar: SequenceFormat) -> list[Document]:
     """Four samples, very uneven in text and images: halves and quarters of it have wildly different counts."""
     return [
         Document([Text((9,) * 60)], sample=0),
@@ -153,7 +153,7 @@ def uneven(grammar: Grammar) -> list[Document]:
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulation_changes_nothing(tmp_path, grammar: Grammar, accumulate: int) -> None:
+def test_accumulation_changes_nothing(tmp_path, grammar: SequenceFormat, accumulate: int) -> None:
     whole, split = (trainer(tmp_path, uneven(grammar), grammar, n) for n in (1, accumulate))
     averages = Average(), Average()
     for one, average in zip((whole, split), averages, strict=True):
@@ -180,7 +180,7 @@ def test_accumulation_changes_nothing(tmp_path, grammar: Grammar, accumulate: in
     ],
     ids=["no images", "no text targets", "nothing to learn", "context image only"],
 )
-def test_a_batch_without_a_modality_is_finite(tmp_path, grammar: Grammar, documents) -> None:
+def test_a_batch_without_a_modality_is_finite(tmp_path, grammar: SequenceFormat, documents) -> None:
     one = trainer(tmp_path, documents, grammar)
     average = Average()
     one.train_step(average)
@@ -188,7 +188,7 @@ def test_a_batch_without_a_modality_is_finite(tmp_path, grammar: Grammar, docume
     assert all(bool(p.isfinite().all()) for p in one.model.parameters())
 
 
-def test_image_size_leaves_the_text_gradient_alone(tmp_path, grammar: Grammar) -> None:
+def test_image_size_leaves_the_text_gradient_alone(tmp_path, grammar: SequenceFormat) -> None:
     """Losses are means over their own targets: more patches must not dilute the text."""
     text = Document([Text((9, 8, 7))], sample=1)
     gradients = []
@@ -197,11 +197,11 @@ def test_image_size_leaves_the_text_gradient_alone(tmp_path, grammar: Grammar) -
         goal = objective()
         batch = collate([text, Document([Image(latent(side, side))], sample=2, predict=False)], grammar)
         (goal.sums(model, batch).losses[0] / goal.counts(batch)[0]).backward()
-        gradients.append(model.head.weight.grad.clone())
+        gradients.append(model.lm_head.weight.grad.clone())
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
 
-def test_divergence_stops_before_the_optimizer_and_names_the_sample(tmp_path, grammar: Grammar) -> None:
+def test_divergence_stops_before_the_optimizer_and_names_the_sample(tmp_path, grammar: SequenceFormat) -> None:
     bad = latent(4, 4, 5)
     bad[0, 0, 0] = float("nan")
     documents = [*uneven(grammar), Document([Image(bad)], sample=77)]
@@ -213,7 +213,9 @@ def test_divergence_stops_before_the_optimizer_and_names_the_sample(tmp_path, gr
 
 
 @pytest.mark.parametrize(("warmup", "warned"), [(3, False), (4, True), (5, True), (4000, True)])
-def test_a_run_shorter_than_its_warmup_is_warned(tmp_path, grammar: Grammar, capsys, warmup: int, warned: bool) -> None:
+def test_a_run_shorter_than_its_warmup_is_warned(
+    tmp_path, grammar: SequenceFormat, capsys, warmup: int, warned: bool
+) -> None:
     """One line before the first step; none where the run is over, and again where it resumes."""
 
     def run(steps: int, optimizer: OptimizerConfig) -> list[str]:
@@ -336,7 +338,7 @@ def test_a_checkpoint_holds_what_was_when_it_was_begun(tmp_path) -> None:
     assert newest(store).progress == {"totals": {"positions": 1}}
 
 
-def test_a_checkpoint_counts_what_was_counted_when_it_was_begun(tmp_path, grammar: Grammar, monkeypatch) -> None:
+def test_a_checkpoint_counts_what_was_counted_when_it_was_begun(tmp_path, grammar: SequenceFormat, monkeypatch) -> None:
     """The thread that writes is slow, and the run counts on meanwhile."""
     one, go_on, plain = trainer(tmp_path, uneven(grammar), grammar, steps=4), threading.Event(), Path.write_text
 
@@ -429,9 +431,9 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
         assert newest(store).step == 1
 
 
-def test_checkpoint_of_another_shape(tmp_path, grammar: Grammar) -> None:
+def test_checkpoint_of_another_shape(tmp_path, grammar: SequenceFormat) -> None:
     trainer(tmp_path, uneven(grammar), grammar).save()
-    other = trainer(tmp_path, uneven(grammar), grammar, model=randomised(tiny(width=96, heads=4)))
+    other = trainer(tmp_path, uneven(grammar), grammar, model=randomised(tiny(d_model=96, n_heads=4)))
     with pytest.raises(UserError, match="the checkpoint has another shape than the model"):
         other.restore()
 
@@ -518,11 +520,11 @@ def test_a_clock_on_cuda_waits_for_nothing(monkeypatch) -> None:
     assert clock.read() == {"forward_backward": 1.0}
 
 
-def test_ema_follows(tmp_path, grammar: Grammar) -> None:
+def test_ema_follows(tmp_path, grammar: SequenceFormat) -> None:
     one = trainer(tmp_path, uneven(grammar), grammar, ema_decay=0.5)
     start = {name: p.detach().clone() for name, p in one.model.named_parameters()}
     one.train_step(Average())
-    name = "head.weight"
+    name = "lm_head.weight"
     after = dict(one.model.named_parameters())[name].detach().clone()
     expected = torch.lerp(start[name], after, 1 - min(0.5, 1 / 10))
     torch.testing.assert_close(one.ema.weights[name], expected)

@@ -10,9 +10,9 @@ import torch
 
 from transfuse.data import transport
 from transfuse.data.transport import Transport
-from transfuse.sequence import Batch, Document, Grammar, Image, Text, collate
+from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
 
-GRAMMAR = Grammar(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
+GRAMMAR = SequenceFormat(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
 
 
 def batch(seed: int = 0, sides: tuple[int, ...] = (4, 4, 4)) -> Batch:

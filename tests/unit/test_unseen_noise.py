@@ -49,7 +49,7 @@ def recipe(*sources: str, pairs: PairConfig | None = None, timesteps: int = 1000
 
 def said(recipe: Recipe, tokenizer: Tokenizer) -> str | None:
     opened = open_sources(recipe.data)
-    grammar = recipe.model.grammar(tokenizer)
+    grammar = recipe.model.sequence_format(tokenizer)
     return unseen_noise(recipe, mixture(recipe, opened, tokenizer, grammar, Pixels()).document)
 
 

@@ -39,9 +39,22 @@ def parse(kind: Callable[..., T], arguments: Sequence[str], name: str, default: 
     except ValueError as error:  # a dataclass refuses a value
         raise UserError(f"{name}: {error}") from None
     if unknown:
+        option = unknown[0].split("=")[0]
+        current = current_option(parsed, option)
+        if current is not None:
+            raise UserError(f'{name}: "{option}" is now called "{current}"')
         known = [f"--{field}" for field in _fields(kind if dataclasses.is_dataclass(kind) else type(parsed), parsed)]
-        raise UserError(f'{name}: unknown argument "{unknown[0]}"{nearest(unknown[0].split("=")[0], known)}')
+        raise UserError(f'{name}: unknown argument "{unknown[0]}"{nearest(option, known)}')
     return parsed
+
+
+def current_option(value: Any, option: str) -> str | None:
+    """Return today's name of an option that had another one in version 0.1, given what was parsed; None for others."""
+    *sections, name = option.removeprefix("--").replace("-", "_").split(".")
+    for section in sections:
+        value = getattr(value, section, getattr(getattr(value, "recipe", None), section, None))
+    renamed = getattr(value, "renamed", {}).get(name)
+    return None if renamed is None else "--" + ".".join([*sections, renamed]).replace("_", "-")
 
 
 def _fields(kind: Any, value: Any, prefix: str = "") -> list[str]:

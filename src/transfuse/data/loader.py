@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..sequence import FILL, Batch, Document, Grammar, ImageAttention, collate
+from ..sequence import FILL, Batch, Document, ImageAttention, SequenceFormat, collate
 from .dataset import DamagedError
 from .faults import Damage
 from .rows import Rows
@@ -53,13 +53,13 @@ class StepLoader:
 
     A sample for which `document` gives None, or which is damaged, is left out; the others are where they would be
     anyway. on_faults is told of the damaged ones. With `workers`, coming steps are prepared in other processes.
-    idle_image: for `collate`, where a network is sharded. finish: what else is to be done to a batch ahead of its step.
+    padding_image: for `collate`, if a network is sharded. finish: what else is to be done to a batch ahead of its step.
     """
 
     def __init__(
         self,
         document: Callable[[int], Document | None],
-        grammar: Grammar,
+        grammar: SequenceFormat,
         batch_size: int,
         accumulate: int = 1,
         image_attention: ImageAttention = "bidirectional",
@@ -68,7 +68,7 @@ class StepLoader:
         rank: int = 0,
         ranks: int = 1,
         on_faults: Callable[[Iterable[Damage]], None] = lambda faults: None,
-        idle_image: torch.Tensor | None = None,
+        padding_image: torch.Tensor | None = None,
         finish: Finish = unchanged,
     ) -> None:
         if batch_size < 1 or batch_size % accumulate:
@@ -76,7 +76,7 @@ class StepLoader:
         self.document, self.grammar, self.image_attention = document, grammar, image_attention
         self.batch_size, self.accumulate, self.workers = batch_size, accumulate, workers
         self.rows, self.rank, self.ranks, self.on_faults = rows, rank, ranks, on_faults
-        self.idle_image, self.finish = idle_image, finish
+        self.padding_image, self.finish = padding_image, finish
         self._next: tuple[int, Future[Made], Callable[[], Future[Made]]] | None = None
         self._position: dict[str, int] = {}
 
@@ -123,8 +123,8 @@ class StepLoader:
                 continue
             if found is not None:
                 documents.append(found)
-        batch = collate(documents or [EMPTY], self.grammar, self.image_attention, fill, self.idle_image)
-        return self.finish(batch if documents else replace(batch, idle=batch.positions))
+        batch = collate(documents or [EMPTY], self.grammar, self.image_attention, fill, self.padding_image)
+        return self.finish(batch if documents else replace(batch, n_padding=batch.positions))
 
     def _fetched(self, step: int) -> Made:
         """From other processes; the step after it is received by a thread meanwhile."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import UserError
-from ..sequence import Document, Grammar
+from ..sequence import Document, SequenceFormat
 from .sources import Measured, Source
 
 PATTERNS = (1_000, 10_000, 100_000)
@@ -84,7 +84,7 @@ class Mixture:
     """
 
     def __init__(
-        self, ingredients: Sequence[Ingredient], grammar: Grammar | None, final_from: int | None = None
+        self, ingredients: Sequence[Ingredient], grammar: SequenceFormat | None, final_from: int | None = None
     ) -> None:
         shares = [part.share for part in ingredients]
         if not ingredients or min(shares) < 0 or sum(shares) <= 0:
@@ -105,12 +105,12 @@ class Mixture:
         self._add_phases(final_from)
         self._starts = [phase.start for phase in self.phases]
 
-    def mean_positions(self, grammar: Grammar) -> list[float]:
+    def mean_positions(self, grammar: SequenceFormat) -> list[float]:
         """Mean positions of a sample in each phase, by the mean lengths of its sources."""
         means = self._means if grammar == self._grammar else self._mean_lengths(grammar)
         return [float(phase.per_pattern @ means) / len(phase.pattern) for phase in self.phases]
 
-    def samples_in(self, positions: float, grammar: Grammar) -> int:
+    def samples_in(self, positions: float, grammar: SequenceFormat) -> int:
         """The number of samples that take so many positions."""
         count = 0.0
         ends = [*self._starts[1:], math.inf]
@@ -121,7 +121,7 @@ class Mixture:
             positions -= (end - phase.start) * mean
         return int(count)
 
-    def _mean_lengths(self, grammar: Grammar) -> np.ndarray:
+    def _mean_lengths(self, grammar: SequenceFormat) -> np.ndarray:
         """Mean positions of each source's documents, 0 of one that is left out."""
         sources = [part.source for part in self.ingredients]
         return np.array([0.0 if source is None else mean_length(source, grammar) for source in sources])
@@ -152,7 +152,7 @@ class Mixture:
         source = self.ingredients[number].source
         return None if source is None else replace(source.document(index, sample), source=source.name)
 
-    def lengths(self, samples: Sequence[int], grammar: Grammar) -> np.ndarray:
+    def lengths(self, samples: Sequence[int], grammar: SequenceFormat) -> np.ndarray:
         """Positions `[n]` of samples; 0 for those that are left out."""
         numbers, indices = np.array([self._place(sample) for sample in samples]).T
         found = np.zeros(len(samples), dtype=np.int64)
@@ -200,7 +200,7 @@ def _phase(start: int, done: np.ndarray, samples: np.ndarray) -> Phase:
     return Phase(start, done, pattern, chosen.sum(0), chosen.cumsum(0) - chosen)
 
 
-def mean_length(source: Source, grammar: Grammar) -> float:
+def mean_length(source: Source, grammar: SequenceFormat) -> float:
     """Mean positions of a document: over one pass, or over the first `SAMPLED` of a source that never ends."""
     if isinstance(source, Measured):
         return source.mean_length(grammar)

@@ -132,7 +132,7 @@ class Preparer:
         self.autoencoder = _opened(config)
         kind = "codes" if isinstance(self.autoencoder, Coded) else "latent"
         self.suffix = f"{kind}.npy" if self.autoencoder else {"jpeg": "jpg"}.get(config.format, config.format)
-        self.id_type = "<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4"
+        self.id_type = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
     def texts(self, items: Iterable[Raw | Fault]) -> Iterator[list[Outcome]]:
         """Of each document that is words alone what becomes of it: several, where it is cut because it is too long."""

@@ -15,7 +15,7 @@ import torch
 
 from ..autoencoders import Autoencoder, Later
 from ..keyed import keyed
-from ..sequence import Document, Grammar, Image, Text, Tokenizer, images_alone, positions, unconditional
+from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, images_alone, unconditional
 from .world import Edit, World, caption, edit
 from .world.draws import Draws
 
@@ -34,7 +34,7 @@ class Source(Protocol):
 
     def document(self, index: int, sample: int) -> Document: ...
 
-    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
         """Positions `[n]` that documents will take, by index and sample `[n]`, found without making their pictures."""
 
 
@@ -42,7 +42,7 @@ class Source(Protocol):
 class Measured(Protocol):
     """A source that knows the mean positions of its documents over one pass."""
 
-    def mean_length(self, grammar: Grammar) -> float: ...
+    def mean_length(self, grammar: SequenceFormat) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class _Images:
         return replace(image, latent=image.latent.clone())  # not the whole block with it
 
 
-def _patches(world: World, factor: int, grammar: Grammar) -> int:
+def _patches(world: World, factor: int, grammar: SequenceFormat) -> int:
     """Of a picture of the world, through an autoencoder of that factor."""
     return int(world.config.size // (factor * grammar.patch_size)) ** 2
 
@@ -177,7 +177,7 @@ class ScenePairs:
         text = self.tokenizer.encode(caption(self.world.scene(index), index))
         return pair_document(text, self.images[index], self.config, self.seed, sample)
 
-    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
         patches = _patches(self.world, self.autoencoder.factor, grammar)
         tokens = [
             0
@@ -185,7 +185,7 @@ class ScenePairs:
             else len(self.tokenizer.encode(caption(self.world.scene(index), index)))
             for index, sample in zip(indices.tolist(), samples.tolist(), strict=True)
         ]
-        return positions(np.array(tokens), [patches])
+        return count_positions(np.array(tokens), [patches])
 
     def _render(self, number: int) -> np.ndarray:
         return self.world.render(self.world.scene(number))
@@ -253,14 +253,14 @@ class SceneEdits:
             return document
         return images_alone(document) if shown == "images" else unconditional(document)
 
-    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
         patches = _patches(self.world, self.factor, grammar)
         found = []
         for index, sample in zip(indices.tolist(), samples.tolist(), strict=True):
             shown = edit_shown(self.config, self.seed, sample)
             number = index % self.epoch if self.epoch else index
             words = len(self.tokenizer.encode(self.edit(number).instruction)) if shown == "all" else 0
-            found.append(int(positions(np.array([words]), [patches] * (1 if shown == "nothing" else 2))[0]))
+            found.append(int(count_positions(np.array([words]), [patches] * (1 if shown == "nothing" else 2))[0]))
         return np.array(found)
 
     def edit(self, number: int) -> Edit:
@@ -290,12 +290,12 @@ class Texts:
     def document(self, index: int, sample: int) -> Document:
         return Document([Text(self.tokenizer.encode(self.texts[self._place(index)]))], sample=sample)
 
-    def mean_length(self, grammar: Grammar) -> float:
+    def mean_length(self, grammar: SequenceFormat) -> float:
         """Mean positions of a document over a pass."""
-        return float(positions(self._tokens(), []).mean())
+        return float(count_positions(self._tokens(), []).mean())
 
-    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
-        return positions(self._tokens()[[self._place(index) for index in indices.tolist()]], [])
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
+        return count_positions(self._tokens()[[self._place(index) for index in indices.tolist()]], [])
 
     def _tokens(self) -> np.ndarray:
         key = self.tokenizer.fingerprint, self.texts

@@ -16,7 +16,7 @@ import torch
 from ..autoencoders import Autoencoder, Coded
 from ..errors import UserError
 from ..images import decode_image
-from ..sequence import Document, Grammar, Image, Text, Tokenizer, positions
+from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions
 from .dataset import DataSet, Split, Stored
 from .shuffle import Shuffle
 from .sources import PairConfig, caption_dropped, images_of, interleaved_document, pair_document, pair_order
@@ -88,7 +88,7 @@ class StoredPictures(StoredSource):
             found = "latents" if encoding.codebook is None else "codes"
             raise UserError(f"{data.path}: expected what model.images needs, found {found}")
 
-    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
         numbers = self.numbers(indices)
         side = grammar.patch_size * self.autoencoder.factor
         documents = self.data.documents[numbers]
@@ -101,15 +101,15 @@ class StoredPictures(StoredSource):
         dropped = [i for i in conditional if caption_dropped(self.config, self.seed, int(samples[i]))]
         tokens[dropped] = 0
         images[dropped] = self.data.last_image_positions(numbers[dropped], side)
-        return positions(tokens, []) + images
+        return count_positions(tokens, []) + images
 
-    def mean_length(self, grammar: Grammar) -> float:
+    def mean_length(self, grammar: SequenceFormat) -> float:
         """Mean positions of a document over a pass; of one that may lose its text, the expected ones."""
         side, total = grammar.patch_size * self.autoencoder.factor, 0.0
         for numbers in self._pass():
             documents = self.data.documents[numbers]
             tokens, images = documents["tokens"].astype(np.int64), self.data.image_positions(numbers, side)
-            total += positions(tokens, []).sum() + images.sum()
+            total += count_positions(tokens, []).sum() + images.sum()
             total -= self.config.caption_first * self.config.caption_drop * tokens[documents["pair"]].sum()
             conditional = documents["conditional"]
             lost = (
@@ -163,12 +163,12 @@ def decode_picture(data: DataSet, number: int, stored: Stored, part: bytes | np.
 class StoredTexts(StoredSource):
     """Documents of token ids."""
 
-    def mean_length(self, grammar: Grammar) -> float:
+    def mean_length(self, grammar: SequenceFormat) -> float:
         """Mean positions of a document over a pass."""
-        return sum(int(positions(self._tokens(numbers), []).sum()) for numbers in self._pass()) / self.epoch
+        return sum(int(count_positions(self._tokens(numbers), []).sum()) for numbers in self._pass()) / self.epoch
 
-    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: Grammar) -> np.ndarray:
-        return positions(self._tokens(self.numbers(indices)), [])
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
+        return count_positions(self._tokens(self.numbers(indices)), [])
 
     def _tokens(self, numbers: np.ndarray) -> np.ndarray:
         return self.data.documents["tokens"][numbers].astype(np.int64)

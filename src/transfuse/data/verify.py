@@ -112,7 +112,7 @@ def checker(data: DataSet) -> Callable[[int], None]:
         expected = int(data.documents[number]["tokens"])
         if data.manifest.kind == "text":
             ids = data.read_ids(number)
-            if len(ids) != expected or (ids >= tokenizer.vocabulary).any():
+            if len(ids) != expected or (ids >= tokenizer.vocab_size).any():
                 raise data.damaged(number, f"expected {expected} tokens of the tokenizer")
             return
         stored = data.read(number)

@@ -39,7 +39,7 @@ def harness_model(pipe: TransfusionPipeline, batch: int = 32) -> Any:
     from lm_eval.api.model import LM
 
     exported = pipe.exported
-    room = exported.model.config.context - 1  # BOS takes one
+    room = exported.model.config.max_seq_len - 1  # BOS takes one
 
     class TransfusionLM(LM):
         """Log-likelihoods and greedy text of one model, `batch` requests at a time."""

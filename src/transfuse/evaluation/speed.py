@@ -21,7 +21,7 @@ from ..data.world import World, caption
 from ..diffusion import Sampler
 from ..inference.events import Request
 from ..model.flops import count_parameters, forward_flops
-from ..sequence import lay_out
+from ..sequence import layout_document
 from .bench import Bench, Measure
 from .interval import Measured
 from .result import Findings, Result
@@ -77,7 +77,7 @@ def _drawing_flops(bench: Bench, requests: list[Request]) -> float:
     for request in requests:
         levels = [t / process.config.timesteps for t in Sampler(process, request.sampler).timesteps]
         guided = sum(map(request.guided_at, levels)) if request.guidance_scale != 1 else 0
-        prompt = len(lay_out(request.document, engine.grammar)) + 1
+        prompt = len(layout_document(request.document, engine.grammar)) + 1
         for prefix, steps in ((prompt, len(levels)), (len(engine.network.null_tokens), guided)):
             total += steps * forward_flops(config, patches, patches * (prefix + patches), 0, [(side, side)])
     return float(total)
@@ -114,7 +114,9 @@ def _score(bench: Bench) -> Findings:
     add(WRITING[0], many, f"{len(prompts)} texts of up to {TOKENS} tokens")
     add(WRITING[1], one, f"one text of up to {TOKENS} tokens")
     config = model.config  # not the model's own parameters: packed for inference, they are elsewhere
-    read = weight.element_size() * (count_parameters(config).trunk - config.ids * config.width)  # an embedding is a row
+    read = weight.element_size() * (
+        count_parameters(config).transformer - config.vocab_size * config.d_model
+    )  # an embedding is a row
     data = f"{read / 1e6:.0f} MB of weights a token; memory {memory / 1e9:.1f} GB/s"
     add(WRITING[2], _times(one, read / memory), data, 1.0)
     if model.config.images != "none":

@@ -111,7 +111,7 @@ def _check(bench: Bench) -> None:
     for path in bench.options.texts:
         if not path.exists():
             raise UserError(f"{path}: expected a .txt or .jsonl file, or a folder of them, for --texts, found none")
-    room, stride = bench.pipe.exported.model.config.context - 1, bench.options.stride
+    room, stride = bench.pipe.exported.model.config.max_seq_len - 1, bench.options.stride
     if stride is not None and not 1 <= stride <= room:
         raise UserError(f"--stride: expected 1 to {room} tokens, found {stride}")
 
@@ -138,7 +138,7 @@ def _add(findings: Findings, bench: Bench, name: str, data: str, task: Task) -> 
     records = bench.make(task).records
     nats, tokens, sizes = ([record[key] for record in records] for key in ("nats", "tokens", "bytes"))
     found = _summed(nats, tokens, sizes, task.settings["documents"])
-    vocabulary = bench.pipe.exported.tokenizer.vocabulary
+    vocabulary = bench.pipe.exported.tokenizer.vocab_size
     said = f"{bench.version} {task.settings['windows']}, tokenizer {bench.pipe.exported.tokenizer.fingerprint}"
     data = f"{data}, {found.documents} documents, {found.tokens} tokens, {found.bytes} bytes"
     findings.results += [
@@ -170,7 +170,7 @@ def _documents_task(bench: Bench, texts: Sequence[str]) -> Task:
 def _windows_task(bench: Bench, name: str, texts: Sequence[str]) -> Task:
     """Texts of any length, in windows; an item is a piece of a text. Bytes are shared out among pieces by tokens."""
     exported = bench.pipe.exported
-    room = exported.model.config.context - 1
+    room = exported.model.config.max_seq_len - 1
     stride = bench.options.stride or room
     encoded = [exported.tokenizer.encode(text) for text in texts]
     cut = [list(windows(ids, room, stride)) for ids in encoded]

@@ -41,8 +41,8 @@ class KeyValueCache:
         self, config: ModelConfig, slots: int, positions: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.positions = -(-positions // BLOCK) * BLOCK
-        self.shape = (config.depth, slots, config.key_heads, self.positions, config.head_channels)
-        self.queries = config.heads // config.key_heads
+        self.shape = (config.n_layers, slots, config.kv_heads, self.positions, config.head_dim)
+        self.queries = config.n_heads // config.kv_heads
         self.dtype, self.device = dtype, torch.device(device)
         self.recordings = Recordings()
         """of passes that read and write these very keys and values"""

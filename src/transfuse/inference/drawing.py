@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..diffusion import Sampler, SamplerState
 from ..keyed import keyed
-from ..sequence import Document, lay_out
+from ..sequence import Document, layout_document
 from .cache import KeyValueCache, Segment
 from .events import ImageProgress, Request
 from .guidance import guide
@@ -166,7 +166,7 @@ def open_branches(network: Network, cache: KeyValueCache, row: Row) -> list[Feed
         null = Branch(row.slot, known, far)
     if three:
         parts = [replace(image, target=False) for image in row.seen]
-        layout = lay_out(Document(parts, closed=False), network.grammar)
+        layout = layout_document(Document(parts, closed=False), network.grammar)
         far -= len(layout) + 1 + row.patches
         feeds = [
             network.read(layout, row.slot, far),

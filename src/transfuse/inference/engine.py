@@ -49,7 +49,7 @@ class Engine:
         if positions is None:
             side = self.exported.image_size
             beside = len(network.null_tokens) + network.drawn((side, side))[1]
-            positions = self.config.context + (beside if self.config.images != "none" else 0)
+            positions = self.config.max_seq_len + (beside if self.config.images != "none" else 0)
         if min(slots, positions) < 1:
             raise UserError(f"engine: expected at least 1 slot of 1 position, found {slots} of {positions}")
         self.positions = positions
@@ -214,13 +214,13 @@ class Engine:
             row.request.draw != "never"
             and self.config.images != "none"
             and row.images < row.request.max_images
-            and row.length + 2 + row.patches <= self.config.context
+            and row.length + 2 + row.patches <= self.config.max_seq_len
         )
 
     def _choose(self, row: Row, logits: Tensor, likeliest: int) -> Iterator[Event]:
         """Choose a row's next token from its logits `[vocabulary]`, of which `likeliest` is the largest."""
         request = row.request
-        room = row.length + 1 < self.config.context
+        room = row.length + 1 < self.config.max_seq_len
         if request.draw == "force" and row.images == 0:
             row.next_token = self.grammar.boi
             return

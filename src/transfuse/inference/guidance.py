@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sequence import Document, Grammar, Image, lay_out, unconditional
+from ..sequence import Document, Image, SequenceFormat, layout_document, unconditional
 
 
 def guide(branches: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
@@ -27,10 +27,10 @@ def guide(branches: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     return out
 
 
-def null_prefix(grammar: Grammar, channels: int) -> list[int]:
+def null_prefix(grammar: SequenceFormat, channels: int) -> list[int]:
     """Tokens before the patches or codes in the null branch: the prefix of a sample whose caption was dropped."""
     image = Image(torch.zeros(channels, grammar.patch_size, grammar.patch_size))
     if grammar.first_code is not None:
         image = Image(torch.zeros(1, 1, dtype=torch.int64))
-    layout = lay_out(unconditional(Document([image])), grammar)
-    return layout.token[: layout.spans[0].start].tolist()
+    layout = layout_document(unconditional(Document([image])), grammar)
+    return layout.input_ids[: layout.spans[0].start].tolist()

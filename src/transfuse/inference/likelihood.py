@@ -38,20 +38,24 @@ def foretell(exported: Exported, documents: Sequence[Document], batch: int = 32)
 
     Raises UserError for one longer than the model's context.
     """
-    model, grammar = exported.model, exported.model.config.grammar(exported.tokenizer)
+    model, grammar = exported.model, exported.model.config.sequence_format(exported.tokenizer)
     device = next(model.parameters()).device
     found: list[Foretold] = []
-    for some in _batches(documents, batch, LOGITS // model.config.ids):
+    for some in _batches(documents, batch, LOGITS // model.config.vocab_size):
         packed = collate(some, grammar, model.config.image_attention).to(device)
-        if max(packed.documents) > model.config.context:
-            raise UserError(f"text: expected at most {model.config.context} positions, found {max(packed.documents)}")
-        attend, clean = for_batch(packed, model.compute), torch.zeros_like(packed.max_timestep)
+        if max(packed.documents) > model.config.max_seq_len:
+            raise UserError(
+                f"text: expected at most {model.config.max_seq_len} positions, found {max(packed.documents)}"
+            )
+        attend, clean = for_batch(packed, model.compute_dtype), torch.zeros_like(packed.max_timestep)
         seen = packed.patches, packed.latents, clean
         apart = device.type == "cpu"  # as the engine reads them
-        logits = model(packed.tokens, packed.rotary, attend, packed.predict, *seen, apart=apart).logits.float()
+        logits = model(
+            packed.input_ids, packed.position_ids, attend, packed.loss_positions, *seen, separate=apart
+        ).logits.float()
         nats = F.cross_entropy(logits, packed.targets, reduction="none").double().cpu().numpy()
         likeliest = (logits.argmax(-1) == packed.targets).cpu().numpy()
-        ends = np.searchsorted(packed.predict.cpu().numpy(), np.cumsum(packed.documents)[: len(some) - 1])
+        ends = np.searchsorted(packed.loss_positions.cpu().numpy(), np.cumsum(packed.documents)[: len(some) - 1])
         pairs = zip(np.split(nats, ends), np.split(likeliest, ends), strict=True)
         found += [Foretold(*pair) for pair in pairs]
     return found

@@ -45,20 +45,20 @@ class Network:
         self.exported, self.model, self.tokenizer = exported, exported.model, exported.tokenizer
         self.config = self.model.config
         self.device = next(self.model.parameters()).device
-        self.grammar = self.config.grammar(self.tokenizer)
+        self.grammar = self.config.sequence_format(self.tokenizer)
         self.null_tokens = null_prefix(self.grammar, self.config.latent_channels)
         # Added to logits of text: BOS, EOI, codes and ids that the tokenizer does not have are never chosen.
-        self.barred = torch.zeros(self.config.ids)
+        self.barred = torch.zeros(self.config.vocab_size)
         self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
-        self.barred[self.tokenizer.vocabulary :] = -torch.inf
+        self.barred[self.tokenizer.vocab_size :] = -torch.inf
         # The last bits of a convolution depend on how many images it is given, and what is drawn for one request must
         # not depend on the others.
         self.apart = self.config.adapter == "unet" and self.device.type == "cpu"
         self.table = rotary_table(
-            torch.arange(self.config.context, device=self.device),
-            self.config.head_channels,
+            torch.arange(self.config.max_seq_len, device=self.device),
+            self.config.head_dim,
             self.config.rope_theta,
-            self.model.compute,
+            self.model.compute_dtype,
         )
         self.guidance: Guidance = "packed"
         self.record: Record | None = CudaGraphs() if graphs and self.device.type == "cuda" else None
@@ -66,7 +66,7 @@ class Network:
 
     def cache(self, slots: int, positions: int) -> KeyValueCache:
         # On CPU attention over a bfloat16 cache is several times slower than over a float32 one (docs/benchmarks.md).
-        dtype = torch.float32 if self.device.type == "cpu" else self.model.compute
+        dtype = torch.float32 if self.device.type == "cpu" else self.model.compute_dtype
         return KeyValueCache(self.config, slots, positions, dtype, self.device)
 
     def drawn(self, size: tuple[int, int]) -> tuple[tuple[int, int, int], int]:
@@ -96,7 +96,7 @@ class Network:
 
         def work() -> Output:
             output: Output = self.model(
-                ids[0], ids[1], attend, ids[2], ids[3], latents, ids[4], apart=self.apart, table=self.table
+                ids[0], ids[1], attend, ids[2], ids[3], latents, ids[4], separate=self.apart, table=self.table
             )
             return output
 
@@ -116,10 +116,10 @@ class Network:
         ends = torch.from_numpy(visible(layout, self.config.image_attention).end[known:]).to(self.device)
         segment = Segment(slot, known, count, ends if count > 1 else None, origin)
         if self.grammar.first_code is not None:
-            return Feed(segment, layout.token[known:].tolist())
+            return Feed(segment, layout.input_ids[known:].tolist())
         patches = np.flatnonzero(layout.image[known:] >= 0).tolist()
         latents = [span.image.latent for span in layout.spans if span.start >= known]
-        return Feed(segment, layout.token[known:].tolist(), patches, latents, [0] * len(latents))
+        return Feed(segment, layout.input_ids[known:].tolist(), patches, latents, [0] * len(latents))
 
     def commit(self, latent: Tensor, slot: int, start: int) -> Feed:
         """A finished image, clean, where its patches or codes begin, and EOI."""

@@ -106,7 +106,7 @@ def settings_of(request: Request, exported: Exported, image_index: int = 0) -> d
         "image_index": image_index,
         "images_in_prompt": len(request.document.images) or None,
         "device": next(exported.model.parameters()).device.type,
-        "precision": str(exported.model.compute).removeprefix("torch."),
+        "precision": str(exported.model.compute_dtype).removeprefix("torch."),
         "quantize": exported.quantize,
         "compiled": exported.compiled or None,
         "version": __version__,

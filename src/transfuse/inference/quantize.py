@@ -40,4 +40,6 @@ def check_quantize(kind: Quantize, device: torch.device) -> Any:
 
 def quantize(model: Transfusion, kind: Quantize, torchao: Any) -> None:
     """Replace the weights of the blocks' linear maps, in place. torchao: as `check_quantize` gives it."""
-    torchao.quantize_(model.trunk.blocks, getattr(torchao, CONFIGS[kind])(), lambda m, _: isinstance(m, nn.Linear))
+    torchao.quantize_(
+        model.transformer.blocks, getattr(torchao, CONFIGS[kind])(), lambda m, _: isinstance(m, nn.Linear)
+    )

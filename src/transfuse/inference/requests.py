@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError
 from ..export import MOST, out_of_range
-from ..sequence import Text, lay_out
+from ..sequence import Text, layout_document
 from .detokenizer import Detokenizer
 from .drawing import beside
 from .events import Request, Start
@@ -31,9 +31,9 @@ def accept(network: Network, request: Request, number: int, where: str) -> Row:
         raise ValueError(f"{where}: expected an open document, found a closed one")
     _check_settings(network, request, where)
     _check_images(network, request, where)
-    layout = lay_out(request.document, network.grammar)
+    layout = layout_document(request.document, network.grammar)
     shape, patches = network.drawn(request.size)
-    context = network.config.context
+    context = network.config.max_seq_len
     least = len(layout) + (patches + 2 if request.draw == "force" else 1)
     if least > context:
         raise UserError(f"{where}: prompt: expected at most {context} positions with what is to come, found {least}")
@@ -79,15 +79,15 @@ def _check_settings(network: Network, request: Request, where: str) -> None:
 def _check_images(network: Network, request: Request, where: str) -> None:
     config = network.config
     for image in request.document.images:
-        if image.coded and not 0 <= int(image.latent.min()) <= int(image.latent.max()) < config.codebook:
+        if image.is_codes and not 0 <= int(image.latent.min()) <= int(image.latent.max()) < config.codebook_size:
             found = f"{int(image.latent.min())} to {int(image.latent.max())}"
-            raise UserError(f"{where}: image: expected codes from 0 to {config.codebook - 1}, found {found}")
+            raise UserError(f"{where}: image: expected codes from 0 to {config.codebook_size - 1}, found {found}")
     factor = network.exported.autoencoder.factor * config.patch_size if config.images != "none" else 1
     if min(request.size) < 1 or any(side % factor for side in request.size):
         raise UserError(f"{where}: image size: expected positive multiples of {factor}, found {request.size}")
     shape, _ = network.drawn(request.size)
-    if config.grid is not None and max(shape[1:]) > config.grid * config.patch_size:
-        most = config.grid * factor
+    if config.max_grid is not None and max(shape[1:]) > config.max_grid * config.patch_size:
+        most = config.max_grid * factor
         raise UserError(f"{where}: image size: expected at most {most} pixels a side, found {request.size}")
     if request.start is not None:
         _check_start(request.start, shape, where)

@@ -62,8 +62,8 @@ def image_content(latent: Tensor, count: int) -> Content:
 
 def content_of(layout: Layout) -> Content:
     """Of a document's positions."""
-    content: Content = layout.token.tolist()
+    content: Content = layout.input_ids.tolist()
     for span in layout.spans:
-        if not span.image.coded:
+        if not span.image.is_codes:
             content[span.start : span.end] = image_content(span.image.latent, span.patches)
     return content

@@ -1,23 +1,23 @@
-"""The networks. Wiring in `transfusion`, parts in `layers`, `attention`, `transformer` and `patches`."""
+"""The networks: wiring in `transfusion`, parts in `layers`, `attention`, `transformer` and `image_adapter`."""
 
 from .attention import Attend, Grouped, dense, flexible, for_batch
 from .config import SIZES, ModelConfig
+from .image_adapter import group_by_shape, stack_group
 from .layers import pack
-from .patches import by_shape, those
-from .transfusion import Output, Read, Transfusion
+from .transfusion import LMHeadFn, Output, Transfusion
 
 __all__ = [
     "SIZES",
     "Attend",
     "Grouped",
+    "LMHeadFn",
     "ModelConfig",
     "Output",
-    "Read",
     "Transfusion",
-    "by_shape",
     "dense",
     "flexible",
     "for_batch",
+    "group_by_shape",
     "pack",
-    "those",
+    "stack_group",
 ]

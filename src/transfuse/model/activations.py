@@ -38,8 +38,8 @@ AttentionBytes = Callable[[ModelConfig, int, int], int]
 def flex_bytes(config: ModelConfig, positions: int, element: int) -> int:
     """FlexAttention's: rotated queries and keys, values, its output, the logarithm of each softmax's denominator; where
     queries and keys are normed, what they were before, of one piece with the values. No scores."""
-    elements = _qkv(config) + config.width + (_qkv(config) if config.qk_norm else 0)
-    return positions * (element * elements + FLOAT * config.heads)
+    elements = _qkv(config) + config.d_model + (_qkv(config) if config.qk_norm else 0)
+    return positions * (element * elements + FLOAT * config.n_heads)
 
 
 def block_bytes(config: ModelConfig, positions: int, element: int, attention: AttentionBytes = flex_bytes) -> int:
@@ -50,11 +50,11 @@ def block_bytes(config: ModelConfig, positions: int, element: int, attention: At
     2 C        what dropout multiplied by, where there is any
     (H + K) D  queries and keys without their mean and length, where they are normed, and those in float32
     """
-    elements = 4 * config.width + 3 * config.hidden_channels + (2 * config.width if config.dropout else 0)
+    elements = 4 * config.d_model + 3 * config.ffn_dim + (2 * config.d_model if config.dropout else 0)
     statistics = 2 * FLOAT
     if config.qk_norm:
-        elements += (config.heads + config.key_heads) * config.head_channels
-        statistics += 2 * FLOAT * (config.heads + config.key_heads)
+        elements += (config.n_heads + config.kv_heads) * config.head_dim
+        statistics += 2 * FLOAT * (config.n_heads + config.kv_heads)
     return positions * (element * elements + statistics) + attention(config, positions, element)
 
 
@@ -69,10 +69,10 @@ def kept_of_block(
     if checkpointing == "none":
         return block_bytes(config, positions, element, attention)
     if checkpointing == "full":
-        return positions * element * config.width
-    products = _qkv(config) + 2 * config.width + 2 * config.hidden_channels  # q k v, out, gate and up, down
-    elements = config.width + products + config.width  # its input, what products give, what attention gives
-    return positions * (element * elements + FLOAT * config.heads)
+        return positions * element * config.d_model
+    products = _qkv(config) + 2 * config.d_model + 2 * config.ffn_dim  # q k v, out, gate and up, down
+    elements = config.d_model + products + config.d_model  # its input, what products give, what attention gives
+    return positions * (element * elements + FLOAT * config.n_heads)
 
 
 def forward_bytes(
@@ -87,9 +87,9 @@ def forward_bytes(
     Beside the blocks: the rotary table, the final norm's input, what the head and the patch layers read.
     """
     block = kept_of_block(config, load.positions, element, checkpointing, attention)
-    once = element * (2 * config.head_channels + config.width) + FLOAT
+    once = element * (2 * config.head_dim + config.d_model) + FLOAT
     patches = sum(count * sum(patch_bytes(config, size, element)) for size, count in load.images.items())
-    return config.depth * block + load.positions * once + load.predictions * element * config.width + patches
+    return config.n_layers * block + load.positions * once + load.predictions * element * config.d_model + patches
 
 
 def step_bytes(config: ModelConfig, load: Load, element: int, checkpointing: Checkpointing) -> int:
@@ -106,13 +106,13 @@ def backward_bytes(config: ModelConfig, positions: int, element: int, checkpoint
     The most at once is in the gated layer: the gradient of the residual stream, of the product (F), of gate and of up
     (2 F, put together from two of F), while what was kept of the product (F) is gone.
     """
-    gradients = positions * element * (2 * config.width + 4 * config.hidden_channels)
+    gradients = positions * element * (2 * config.d_model + 4 * config.ffn_dim)
     if checkpointing == "none":
         return gradients
     whole = block_bytes(config, positions, element)
     kept = kept_of_block(config, positions, element, checkpointing)
     if checkpointing == "selective" and config.norm_order == "pre":
-        kept -= positions * element * 2 * config.width  # what out and down give: kept, though nothing reads it again
+        kept -= positions * element * 2 * config.d_model  # what out and down give: kept, though nothing reads it again
     return whole - kept + gradients
 
 
@@ -121,17 +121,19 @@ def patch_bytes(config: ModelConfig, size: tuple[int, int], element: int) -> tup
     if config.images != "latents":
         return 0, 0
     pixels = size[0] * size[1]
-    vectors = element * config.width * pixels // config.patch_size**2  # put among the tokens, and read out of the trunk
+    vectors = (
+        element * config.d_model * pixels // config.patch_size**2
+    )  # put among the tokens, and read out of the trunk
     image = element * config.latent_channels * pixels
     if config.adapter == "linear":
-        time = config.patch_elements if config.timestep_at == "patch" else config.width
+        time = config.patch_dim if config.timestep_at == "patch" else config.d_model
         return image + element * _time_elements(time) + vectors, vectors
     before, behind = _unet_bytes(config, pixels, element)
     return 2 * image + before + vectors, vectors + behind
 
 
 def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, int]:
-    """The U-Net's layers down and up, walked as `UNetPatches` is built; each counts its own input."""
+    """The U-Net's layers down and up, walked as `UNetAdapter` is built; each counts its own input."""
     levels, last = config.unet_levels, len(config.unet_levels) - 1
     time = 4 * levels[0]
 
@@ -169,7 +171,7 @@ def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, in
 
 
 def _qkv(config: ModelConfig) -> int:
-    return (config.heads + 2 * config.key_heads) * config.head_channels
+    return (config.n_heads + 2 * config.kv_heads) * config.head_dim
 
 
 def _time_elements(channels: int) -> int:

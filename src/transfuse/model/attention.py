@@ -33,15 +33,15 @@ BLOCK = 128
 
 def for_batch(batch: Batch, dtype: torch.dtype) -> Attend:
     """The training backend for a batch: FlexAttention on CUDA, documents grouped by length elsewhere."""
-    if batch.tokens.is_cuda:
+    if batch.input_ids.is_cuda:
         return flexible(batch)
     return Grouped(batch, dtype)
 
 
 def dense(batch: Batch) -> Attend:
     """Every pair of positions, masked: N x N memory. The oracle the other backends are tested against."""
-    key = torch.arange(batch.positions, device=batch.tokens.device)
-    mask = (batch.start[:, None] <= key) & (key < batch.end[:, None])
+    key = torch.arange(batch.positions, device=batch.input_ids.device)
+    mask = (batch.kv_start[:, None] <= key) & (key < batch.kv_end[:, None])
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -84,7 +84,7 @@ class Grouped:
     """
 
     def __init__(self, batch: Batch, dtype: torch.dtype) -> None:
-        device = batch.tokens.device
+        device = batch.input_ids.device
         lengths = torch.tensor(batch.documents)
         starts = lengths.cumsum(0) - lengths
         uniform = len(set(batch.documents)) == 1
@@ -104,7 +104,7 @@ class Grouped:
             index.append(position.flatten())
             inverse[position[inside]] = slots + torch.nonzero(inside.flatten()).flatten()
             slots += position.numel()
-            seen = batch.end.cpu()[position] - starts[members, None]
+            seen = batch.kv_end.cpu()[position] - starts[members, None]
             hidden = offset >= torch.where(inside, seen, 1)[..., None]
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
             self.groups.append((len(members), length, mask[:, None].to(device)))
@@ -176,7 +176,7 @@ def flexible(batch: Batch) -> Attend:
     sizes; so `attend` may be made anew for every batch, but all sizes have to follow from the number of positions.
     `layer` is not looked at: all blocks share one graph. Against the oracle, and the clock: docs/benchmarks.md.
     """
-    mask, kernel = block_mask(batch.start, batch.end), _compiled_flex_attention()
+    mask, kernel = block_mask(batch.kv_start, batch.kv_end), _compiled_flex_attention()
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         v = v.contiguous()  # as in `Grouped`: a view would keep all of q, k and v until the backward pass

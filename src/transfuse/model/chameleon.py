@@ -34,9 +34,9 @@ def chameleon_config(config: ModelConfig, boi: int = SPECIAL.index(BOI)) -> dict
         "bos_token_id": None,
         "eos_token_id": None,
         "vocabulary_map": {"<image>": boi}
-        | {_code_name(code): config.vocabulary + code for code in range(config.codebook)},
+        | {_code_name(code): config.text_vocab_size + code for code in range(config.codebook_size)},
         "vq_config": {
-            "num_embeddings": config.codebook or 1,
+            "num_embeddings": config.codebook_size or 1,
             "embed_dim": 1,
             "latent_channels": 1,
             "base_channels": 32,
@@ -54,12 +54,12 @@ def chameleon_weights(model: Transfusion) -> dict[str, Tensor]:
     """
     config = model.config
     _check(config)
-    weights, own = llama_weights(model), dict(model.trunk.named_parameters())
-    for layer in range(config.depth):
+    weights, own = llama_weights(model), dict(model.transformer.named_parameters())
+    for layer in range(config.n_layers):
         for ours, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
             for name in ("weight", "bias"):
                 flat = own[f"blocks.{layer}.{ours}.{name}"].detach()
-                weights[f"model.layers.{layer}.self_attn.{theirs}.{name}"] = flat.view(-1, config.head_channels)
+                weights[f"model.layers.{layer}.self_attn.{theirs}.{name}"] = flat.view(-1, config.head_dim)
     return weights
 
 

@@ -22,17 +22,21 @@ from .transfusion import Transfusion
 class Parameters:
     """trunk: embeddings, blocks and head, as the paper counts its sizes; adapter: the patch layers, extra."""
 
-    trunk: int
+    transformer: int
     adapter: int
 
     @property
     def total(self) -> int:
-        return self.trunk + self.adapter
+        return self.transformer + self.adapter
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
     model = Transfusion.on_meta(config)
-    adapter = sum(parameter.numel() for parameter in model.patches.parameters()) if model.patches is not None else 0
+    adapter = (
+        sum(parameter.numel() for parameter in model.image_adapter.parameters())
+        if model.image_adapter is not None
+        else 0
+    )
     return Parameters(sum(parameter.numel() for parameter in model.parameters()) - adapter, adapter)
 
 
@@ -40,12 +44,12 @@ def count_parameters(config: ModelConfig) -> Parameters:
 def adapter_flops(config: ModelConfig, height: int, width: int) -> int:
     """Forward operations of the patch layers, both ways, for one image of `height x width` latent elements."""
     model = Transfusion.on_meta(config)
-    if model.patches is None:
+    if model.image_adapter is None:
         return 0
     latents = [torch.empty(config.latent_channels, height, width, device="meta")]
     with FlopCounterMode(display=False) as counter:
-        vectors, state = model.patches.encode(latents, torch.ones(1, device="meta"), torch.float32)
-        model.patches.decode(vectors, latents, state)
+        vectors, state = model.image_adapter.encode(latents, torch.ones(1, device="meta"), torch.float32)
+        model.image_adapter.decode(vectors, latents, state)
     return counter.get_total_flops()
 
 
@@ -53,10 +57,10 @@ def forward_flops(
     config: ModelConfig, positions: int, pairs: int, predictions: int, images: Sequence[tuple[int, int]]
 ) -> int:
     """Operations of one forward pass: `pairs` is the number of (query, visible key) pairs, images are latent sizes."""
-    heads = config.heads + 2 * config.key_heads
-    block = config.width * (heads * config.head_channels + config.width + 3 * config.hidden_channels)
-    trunk = config.depth * (2 * block * positions + 4 * config.width * pairs)
-    head = 2 * config.width * config.ids * predictions
+    heads = config.n_heads + 2 * config.kv_heads
+    block = config.d_model * (heads * config.head_dim + config.d_model + 3 * config.ffn_dim)
+    trunk = config.n_layers * (2 * block * positions + 4 * config.d_model * pairs)
+    head = 2 * config.d_model * config.vocab_size * predictions
     return trunk + head + sum(adapter_flops(config, *size) for size in images)
 
 
@@ -66,11 +70,11 @@ def train_flops(config: ModelConfig, batch: Batch) -> int:
     Only the documents' own positions and images count, so that the sum over a step is the same however it is split:
     positions and images that fill a batch up are left out.
     """
-    real = batch.positions - batch.idle
-    pairs = int((batch.end[:real] - batch.start[:real]).sum())
+    real = batch.positions - batch.n_padding
+    pairs = int((batch.kv_end[:real] - batch.kv_start[:real]).sum())
     patches, sizes = int((batch.patches < real).sum()), []
     for _, rows, columns in shapes_of(batch.latents):
         if patches:  # an image that fills up is the last one
             sizes.append((rows, columns))
             patches -= rows * columns // config.patch_size**2
-    return 3 * forward_flops(config, real, pairs, len(batch.predict), sizes)
+    return 3 * forward_flops(config, real, pairs, len(batch.loss_positions), sizes)

@@ -13,12 +13,12 @@ from .transfusion import Transfusion
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 NUMBERS = {
-    "vocabulary": "vocab_size",
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "context": "max_position_embeddings",
+    "text_vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "d_ff": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
 }
 """our field: theirs, of those that no config.json may lack"""
@@ -48,13 +48,13 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
 def trunk_config(config: ModelConfig) -> dict[str, Any]:
     """What the configurations of Hugging Face's Llama and Chameleon say alike."""
     return {
-        "vocab_size": config.ids,
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden_channels,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.key_heads,
-        "max_position_embeddings": config.context,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "max_position_embeddings": config.max_seq_len,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,  # where transformers 4 looks for it
         "rms_norm_eps": config.norm_eps,
@@ -77,13 +77,13 @@ def trunk_fields(values: Mapping[str, Any], context: int | None = None) -> dict[
     for name, plain in PLAIN.items():
         _check(values.get(name) in (None, plain), name, repr(plain), repr(values.get(name)))
     fields = {ours: values[theirs] for ours, theirs in NUMBERS.items()}
-    fields["context"] = context or fields["context"]
-    fields["kv_heads"] = values.get("num_key_value_heads") or fields["heads"]
+    fields["max_seq_len"] = context or fields["max_seq_len"]
+    fields["n_kv_heads"] = values.get("num_key_value_heads") or fields["n_heads"]
     head = values.get("head_dim")
-    wanted = f"hidden_size / num_attention_heads ({fields['width']} / {fields['heads']})"
-    _check(head is None or head * fields["heads"] == fields["width"], "head_dim", wanted, head)
+    wanted = f"hidden_size / num_attention_heads ({fields['d_model']} / {fields['n_heads']})"
+    _check(head is None or head * fields["n_heads"] == fields["d_model"], "head_dim", wanted, head)
     fields["rope_theta"] = _rope_theta(values)
-    _check_attention(values, fields["context"])
+    _check_attention(values, fields["max_seq_len"])
     ModelConfig(images="none", **fields)
     return fields
 
@@ -94,14 +94,14 @@ def llama_weights(model: Transfusion) -> dict[str, Tensor]:
     They are views of the model's own: what is written to them is written to the model.
     """
     config = model.config
-    sizes = [config.heads * config.head_channels, *[config.key_heads * config.head_channels] * 2]
+    sizes = [config.n_heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
     weights = {
         EMBEDDING: model.embedding.weight,
-        "model.norm.weight": model.trunk.norm.weight,
-        HEAD: model.head.weight,
+        "model.norm.weight": model.transformer.norm.weight,
+        HEAD: model.lm_head.weight,
     }
-    own = dict(model.trunk.named_parameters())
-    for layer in range(config.depth):
+    own = dict(model.transformer.named_parameters())
+    for layer in range(config.n_layers):
         ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
         query, key, value = own[ours + "qkv.weight"].split(sizes)
         gate, up = own[ours + "feed_forward.gate_up.weight"].chunk(2)

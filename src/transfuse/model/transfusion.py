@@ -1,11 +1,11 @@
-"""Transfusion (arXiv 2408.11039): one transformer over tokens and patches, two heads.
+"""Transfusion (arXiv 2408.11039): one transformer over tokens and patches, with two heads.
 
-tokens --embedding--+                          +--head-----> logits        at positions whose next token is learned
-                    +--> [N, C] --trunk--> [N, C]
-noised latents --patches.encode--+             +--patches.decode--> what the diffusion process asks for
+tokens ---------embedding--------+                                +--lm_head---------------> logits
+                                 +--> [N, C] --transformer--> [N, C]
+noised latents --image_adapter.encode--+                          +--image_adapter.decode--> predictions of the noise
 
-Without patch layers it is the paper's rival, a Chameleon (arXiv 2405.09818), whose images are tokens, or its control, a
-plain Llama: one network, one trunk, so that a comparison compares nothing else.
+Without an image adapter it is the paper's baseline, a Chameleon (arXiv 2405.09818), whose images are tokens, or a plain
+Llama: the same network, so that a comparison of the two compares nothing else.
 """
 
 from __future__ import annotations
@@ -20,24 +20,47 @@ from torch import Tensor, nn
 from ..sequence import Images
 from .attention import Attend
 from .config import ModelConfig
+from .image_adapter import Conv, GridPositions, LinearAdapter, UNetAdapter
 from .layers import HeadNorm, Linear, RMSNorm
-from .patches import Conv, GridPositions, LinearPatches, UNetPatches
 from .transformer import Block, Transformer
 
-Read = Callable[[Linear, Tensor], Tensor]
-"""What to make of the head and the vectors `[M, C]` at the M positions asked for."""
+LMHeadFn = Callable[[Linear, Tensor], Tensor]
+"""A function of the output layer and the hidden states `[M, C]`, such as a fused loss that never holds all logits."""
 
 
-def logits(head: Linear, x: Tensor) -> Tensor:
-    """`[M, C] -> [M, ids]`."""
-    return head(x)
+def logits(lm_head: Linear, x: Tensor) -> Tensor:
+    """Return the logits, `[M, C] -> [M, vocab_size]`."""
+    return lm_head(x)
+
+
+RENAMED_WEIGHTS = (
+    ("trunk.", "transformer."),
+    ("head.", "lm_head."),
+    ("patches.enter_norm.", "image_adapter.in_norm."),
+    ("patches.enter.", "image_adapter.in_proj."),
+    ("patches.leave.", "image_adapter.out_proj."),
+    ("patches.linear_enter.", "image_adapter.skip_in."),
+    ("patches.linear_leave.", "image_adapter.skip_out."),
+    ("patches.", "image_adapter."),
+)
+"""prefixes of weights in files of version 0.1, and today's"""
+
+
+def current_name(weight: str) -> str:
+    """Return a weight's name of today, given its name in a file of this or an earlier version."""
+    for old, new in RENAMED_WEIGHTS:
+        if weight.startswith(old):
+            return new + weight.removeprefix(old)
+    return weight
 
 
 class Output(NamedTuple):
-    """logits `[M, ids]` for the M positions asked for, or what `read` made of them; one prediction per latent, shaped
-    as it, float32.
+    """The result of a forward pass.
 
-    A tuple, because FSDP hooks onto the tensors that its root returns, and not every version looks into a dataclass.
+    logits        `[M, vocab_size]` for the M positions in `loss_positions`, or the result of `lm_head_fn`
+    predictions   one float32 `[channel, row, column]` per latent
+
+    It is a tuple because FSDP hooks onto the tensors its root returns, and some versions do not look into a dataclass.
     """
 
     logits: Tensor
@@ -47,73 +70,70 @@ class Output(NamedTuple):
 class Transfusion(nn.Module):
     """The network. It knows nothing of noise schedules, samplers, parallelism or files.
 
-    `compute` is the dtype of the residual stream; weights may be kept in another.
+    `compute_dtype` is the dtype of the residual stream; weights may be stored in another.
     """
 
-    def __init__(self, config: ModelConfig, compute: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.compute = compute
-        self.embedding = nn.Embedding(config.ids, config.width)
-        self.patches: LinearPatches | UNetPatches | None = None
+        self.compute_dtype = compute_dtype
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.image_adapter: LinearAdapter | UNetAdapter | None = None
         if config.images == "latents":
-            self.patches = LinearPatches(config) if config.adapter == "linear" else UNetPatches(config)
-        self.trunk = Transformer(config)
-        self.head = Linear(config.width, config.ids)
+            self.image_adapter = LinearAdapter(config) if config.adapter == "linear" else UNetAdapter(config)
+        self.transformer = Transformer(config)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
 
     def forward(
         self,
-        tokens: Tensor,
-        positions: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
         attend: Attend,
-        predict: Tensor,
+        loss_positions: Tensor,
         patches: Tensor | None = None,
         latents: Images = (),
         timesteps: Tensor | None = None,
         dropout: torch.Generator | None = None,
-        read: Read = logits,
-        apart: bool = False,
+        lm_head_fn: LMHeadFn = logits,
+        separate: bool = False,
         table: tuple[Tensor, Tensor] | None = None,
     ) -> Output:
-        """Run a flat sequence.
+        """Run a flat sequence of N positions that holds I images of P patches in all.
 
-        tokens [N], positions [N]   ids (ignored where a patch lies) and rotary positions
-        attend                      what sees what: a backend of `attention`, or an inference cache
-        predict [M]                 positions to give logits for
-        patches [P], latents, timesteps [I]   where the patches lie, the (noised) latents, and each image's timestep
-        dropout                     draws what is dropped, in training; None: nothing is
-        read                        what to make of the vectors at `predict` where all their logits would be too much;
-                                    called in here, because only in here does FSDP have the head's weight gathered
-        apart                       each image alone through the patch layers; otherwise those of one shape together,
-                                    which is faster, but the last bits of a convolution depend on how many they are
-        table                       cosines and sines of the rotary embedding to look up, as in `Transformer`
+        input_ids [N], position_ids [N]   token ids (ignored at patches) and rotary positions
+        attend                      attention: a backend of `attention`, or an inference cache
+        loss_positions [M]          positions to compute logits for
+        patches [P], latents, timesteps [I]   positions of the patches, the (noised) latents, each image's timestep
+        dropout                     generator of dropout masks in training; None disables dropout
+        lm_head_fn                  replaces the logits where all of them would take too much memory; called in here,
+                                    because FSDP has the output layer's weight gathered only during this call
+        separate                    run the image adapter on one image at a time. Stacking images of one shape is
+                                    faster, but the last bits of a convolution then depend on how many there are
+        table                       rotary cosines and sines, as in `Transformer`
+
+        Raises ValueError for latents given to a model without an image adapter.
         """
-        x = self.embedding(tokens).to(self.compute)
-        state = None
-        if len(latents):
-            layers = self._patch_layers()
-            assert patches is not None
-            assert timesteps is not None
-            vectors, state = layers.encode(latents, timesteps, self.compute, apart)
-            x = vectors if len(patches) == len(tokens) else x.index_copy(0, patches, vectors)
-        x = self.trunk(x, positions, attend, dropout, table=table)
-        predictions: Images = []
-        if len(latents):
-            assert patches is not None
-            predictions = self._patch_layers().decode(x.index_select(0, patches), latents, state)
-        return Output(read(self.head, x.index_select(0, predict)), predictions)
-
-    def _patch_layers(self) -> LinearPatches | UNetPatches:
-        if self.patches is None:
-            raise ValueError(f'latents: expected none with model.images "{self.config.images}", found some')
-        return self.patches
+        x = self.embedding(input_ids).to(self.compute_dtype)
+        if not len(latents):
+            x = self.transformer(x, position_ids, attend, dropout, table=table)
+            return Output(lm_head_fn(self.lm_head, x.index_select(0, loss_positions)), [])
+        if self.image_adapter is None:
+            raise ValueError(f'latents: expected none with model.images "{self.config.images}", found {len(latents)}')
+        assert patches is not None
+        assert timesteps is not None
+        vectors, state = self.image_adapter.encode(latents, timesteps, self.compute_dtype, separate)
+        x = vectors if len(patches) == len(input_ids) else x.index_copy(0, patches, vectors)
+        x = self.transformer(x, position_ids, attend, dropout, table=table)
+        predictions = self.image_adapter.decode(x.index_select(0, patches), latents, state)
+        return Output(lm_head_fn(self.lm_head, x.index_select(0, loss_positions)), predictions)
 
     def initialise(self, seed: int, place: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> Transfusion:
-        """Draw all weights from `seed`, on any device, materialised or not before. Returns self.
+        """Initialise all weights from `seed`, on any device, and return self.
 
-        Normal with deviation 0.02; projections into the residual stream are divided by sqrt(2 x depth); the last layer
-        of the patch decoder starts at zero, so that the first image loss is the variance of the target. `place(weight,
-        values)` puts drawn values where they belong; they are drawn whole, whatever part of them is kept.
+        Normal with deviation 0.02; projections into the residual stream are divided by sqrt(2 * n_layers); the last
+        layer of the image adapter starts at zero, so that the first image loss is the variance of the target.
+        `place(weight, values)` stores the values; a shard draws them all and keeps its part, so that every number of
+        ranks starts from the same weights.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -135,24 +155,24 @@ class Transfusion(nn.Module):
                 bias = getattr(module, "bias", None)
                 if isinstance(bias, Tensor):
                     bias.zero_()
-            for block in self.trunk.blocks:
+            for block in self.transformer.blocks:
                 assert isinstance(block, Block)
                 for residual in (block.out, block.feed_forward.down):
-                    residual.weight.div_(math.sqrt(2 * self.config.depth))
-            if isinstance(self.patches, LinearPatches):
-                self.patches.leave.weight.zero_()
-            elif self.patches is not None:
-                draw(self.patches.enter.weight, 0.02)
-                if self.patches.positions is not None:
-                    # As strong as what the convolutions give: much weaker ones are not looked at (docs/LOG.md).
-                    draw(self.patches.positions.row, 0.2)
-                    draw(self.patches.positions.column, 0.2)
-                self.patches.last.weight.zero_()
-                self.patches.linear_leave.weight.zero_()
+                    residual.weight.div_(math.sqrt(2 * self.config.n_layers))
+            if isinstance(self.image_adapter, LinearAdapter):
+                self.image_adapter.out_proj.weight.zero_()
+            elif self.image_adapter is not None:
+                draw(self.image_adapter.in_proj.weight, 0.02)
+                if self.image_adapter.positions is not None:
+                    # On the scale of the convolutions' output: much weaker ones are ignored (docs/LOG.md).
+                    draw(self.image_adapter.positions.row, 0.2)
+                    draw(self.image_adapter.positions.column, 0.2)
+                self.image_adapter.last.weight.zero_()
+                self.image_adapter.skip_out.weight.zero_()
         return self
 
     @classmethod
-    def on_meta(cls, config: ModelConfig, compute: torch.dtype = torch.float32) -> Transfusion:
-        """The network without storage: for counting, sharding, or loading weights straight into place."""
+    def on_meta(cls, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> Transfusion:
+        """Build the network on the meta device: for counting, sharding, or loading weights straight into place."""
         with torch.device("meta"):
-            return cls(config, compute)
+            return cls(config, compute_dtype)

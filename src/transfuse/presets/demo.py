@@ -26,12 +26,12 @@ def demo() -> Recipe:
     return Recipe(
         preset="demo",
         model=ModelConfig(
-            vocabulary=2048,
-            width=256,
-            depth=6,
-            heads=4,
-            hidden=768,
-            context=512,
+            text_vocab_size=2048,
+            d_model=256,
+            n_layers=6,
+            n_heads=4,
+            d_ff=768,
+            max_seq_len=512,
             latent_channels=3,
             patch_size=8,
             patch_positions="learned",

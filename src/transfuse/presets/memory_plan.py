@@ -67,8 +67,8 @@ class Units:
 def units(config: ModelConfig) -> Units:
     model = Transfusion.on_meta(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    block = sum(parameter.numel() for parameter in model.trunk.blocks[0].parameters())
-    return Units(total, block, total - config.depth * block, model.embedding.weight.numel())
+    block = sum(parameter.numel() for parameter in model.transformer.blocks[0].parameters())
+    return Units(total, block, total - config.n_layers * block, model.embedding.weight.numel())
 
 
 def memory(config: ModelConfig, load: Load, spread: Spread, checkpointing: Checkpointing, element: int = 2) -> Memory:
@@ -83,7 +83,7 @@ def memory(config: ModelConfig, load: Load, spread: Spread, checkpointing: Check
         ema=4 * part,
         gathered=_gathered(config, spread, checkpointing, element),
         activations=most,
-        logits=max(0, 12 * min(AT_ONCE, load.predictions * config.ids) - later),
+        logits=max(0, 12 * min(AT_ONCE, load.predictions * config.vocab_size) - later),
     )
 
 
@@ -102,6 +102,6 @@ def _gathered(config: ModelConfig, spread: Spread, checkpointing: Checkpointing,
         return 2 * element * count.root + (4 * element + 4) * count.block
     if element == 4:
         return 0
-    blocks = config.depth if checkpointing == "none" else 1
-    largest = max(count.embedding, 2 * config.width * config.hidden_channels)
+    blocks = config.n_layers if checkpointing == "none" else 1
+    largest = max(count.embedding, 2 * config.d_model * config.ffn_dim)
     return element * (count.root - count.embedding + blocks * count.block + largest)

@@ -42,7 +42,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     tokens = step.positions * recipe.loop.steps
     return {
         "preset": recipe.preset,
-        "parameters": count.trunk,
+        "parameters": count.transformer,
         "adapter_parameters": count.adapter,
         "total_parameters": count.total,
         "patches_per_image": patches,
@@ -115,7 +115,7 @@ def fitted(recipe: Recipe) -> Recipe:
         return recipe
     autoencoder = _autoencoder(recipe)
     if isinstance(autoencoder, Coded):
-        return replace(recipe, model=replace(recipe.model, codebook=autoencoder.codebook_size))
+        return replace(recipe, model=replace(recipe.model, codebook_size=autoencoder.codebook_size))
     return replace(recipe, model=replace(recipe.model, latent_channels=autoencoder.channels))
 
 
@@ -156,6 +156,6 @@ def _mean_positions(recipe: Recipe) -> float:
     """Mean positions of the documents of a run, by the lengths that its sources have."""
     opened = open_sources(recipe.data)
     tokenizer = new_tokenizer(recipe, opened)
-    grammar = recipe.model.grammar(tokenizer)
+    grammar = recipe.model.sequence_format(tokenizer)
     autoencoder = None if recipe.model.images == "none" else _autoencoder(recipe)
     return mixture(recipe, opened, tokenizer, grammar, autoencoder).mean_positions(grammar)[0]

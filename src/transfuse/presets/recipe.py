@@ -146,10 +146,10 @@ class Recipe:
                 f"data.sources: expected data sets with the tokenizer of {self.start}, found another; build them with "
                 f"--tokenizer {self.start}"
             )
-        opened.check_lengths(self.model.context - 2, "model.context, less two markers")
-        if self.model.vocabulary >= tokenizer.vocabulary and self.start:
+        opened.check_lengths(self.model.max_seq_len - 2, "model.max_seq_len, less two markers")
+        if self.model.text_vocab_size >= tokenizer.vocab_size and self.start:
             return recipe
-        return recipe._with("vocabulary", tokenizer.vocabulary, "as the tokenizer of the data sets has")
+        return recipe._with("text_vocab_size", tokenizer.vocab_size, "as the tokenizer of the data sets has")
 
     def _fitted(self) -> Recipe:
         check_world(self.data.world, any(spec.name == "edits" for spec in open_sources(self.data).specs))
@@ -167,7 +167,7 @@ class Recipe:
         self._check_pictures(self.model.patch_size * autoencoder.factor)
         as_it_has = f"as the autoencoder {self.data.autoencoder} has"
         if isinstance(autoencoder, Coded):
-            return fitted._with("codebook", autoencoder.codebook_size, as_it_has)
+            return fitted._with("codebook_size", autoencoder.codebook_size, as_it_has)
         if self.diffusion.clip_x0 is not None and self.data.autoencoder != "pixels":
             raise UserError(
                 f'diffusion.clip_x0: expected None with the autoencoder "{self.data.autoencoder}", whose latents have '
@@ -178,10 +178,10 @@ class Recipe:
     def _check_pictures(self, step: int) -> None:
         """Raise UserError for pictures that the network can not take in patches of `step` pixels, and ways of drawing
         that the process does not know."""
-        most = math.inf if self.model.grid is None else self.model.grid
+        most = math.inf if self.model.max_grid is None else self.model.max_grid
         opened = open_sources(self.data)
         opened.check_sizes(step, most)
-        opened.check_positions(step, self.model.context)
+        opened.check_positions(step, self.model.max_seq_len)
         if of_the_world(self.data) and self.data.world.size > most * step:
             raise UserError(
                 f"data.world.size: expected at most {most * step:g} (model.patch_positions learned), found "
@@ -254,7 +254,7 @@ def captions(config: WorldConfig, count: int) -> list[str]:
 
 def train_tokenizer(recipe: Recipe) -> Tokenizer:
     """A byte-level BPE on the run's own captions and definitions: a function of the recipe."""
-    return Tokenizer.train([*captions(recipe.data.world, 4000), *glosses("train")], recipe.model.vocabulary)
+    return Tokenizer.train([*captions(recipe.data.world, 4000), *glosses("train")], recipe.model.text_vocab_size)
 
 
 def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> tuple[Trainer, Tokenizer]:
@@ -340,7 +340,7 @@ def build_loader(
     finish: Finish = unchanged,
 ) -> StepLoader:
     """The batches of a run, or one rank's part of them; damaged documents are listed in `folder`."""
-    data, grammar = recipe.data, recipe.model.grammar(tokenizer)
+    data, grammar = recipe.data, recipe.model.sequence_format(tokenizer)
     autoencoder = None if recipe.model.images == "none" else recipe.open_autoencoder()
     if autoencoder is not None and encodes_later(recipe):
         autoencoder = Later(autoencoder)

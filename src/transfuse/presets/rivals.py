@@ -63,7 +63,7 @@ def text_only(recipe: Recipe) -> Recipe:
 def by_codes(recipe: Recipe, autoencoder: str, codebook: int, rate: float = 1.0) -> Recipe:
     """A Chameleon: pictures are codes of a VQ autoencoder, in the vocabulary, under the next-token loss."""
     base = stable(recipe, rate)
-    codes = {"images": "codes", "codebook": codebook, "patch_size": 1, "image_attention": "causal"}
+    codes = {"images": "codes", "codebook_size": codebook, "patch_size": 1, "image_attention": "causal"}
     model = replace(base.model, patch_positions="none", **codes)  # type: ignore[arg-type]
     return replace(base, model=model, data=replace(base.data, autoencoder=autoencoder))
 

@@ -27,7 +27,7 @@ FREE = {
 }
 """settings that may be others when a run goes on: what it learns from, and how, is the same"""
 
-VERSION = 1
+VERSION = 2
 """of the layout of `config.json`"""
 
 

@@ -64,15 +64,15 @@ def scaled(recipe: Recipe, size: str) -> Recipe:
     if size not in SCALES:
         raise UserError(f'size: unknown name "{size}"{nearest(size, SCALES)}')
     scale, model, optimizer = SCALES[size], recipe.model, recipe.optimizer
-    slower = min(1.0, model.width / scale.width)
+    slower = min(1.0, model.d_model / scale.width)
     return replace(
         recipe,
         model=replace(
             model,
-            width=scale.width,
-            depth=scale.depth,
-            heads=scale.width // HEAD_CHANNELS,
-            hidden=3 * scale.width,
+            d_model=scale.width,
+            n_layers=scale.depth,
+            n_heads=scale.width // HEAD_CHANNELS,
+            d_ff=3 * scale.width,
         ),
         optimizer=replace(
             optimizer,

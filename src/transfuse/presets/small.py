@@ -62,10 +62,10 @@ def small_64() -> Recipe:
         preset="small-64",
         model=replace(
             base.model,
-            width=384,
-            depth=8,
-            heads=6,
-            hidden=1024,
+            d_model=384,
+            n_layers=8,
+            n_heads=6,
+            d_ff=1024,
             adapter="unet",
             unet_channels=(64, 128),
         ),
@@ -92,7 +92,7 @@ def tiny() -> Recipe:
     return replace(
         base,
         preset="tiny",
-        model=replace(base.model, vocabulary=512, width=64, depth=2, heads=2, hidden=128, context=256),
+        model=replace(base.model, text_vocab_size=512, d_model=64, n_layers=2, n_heads=2, d_ff=128, max_seq_len=256),
         data=replace(base.data, batch_size=8, world=replace(base.data.world, nouns=4)),
         optimizer=replace(base.optimizer, warmup=5),
         loop=LoopConfig(steps=30, ema_decay=0.99, log_every=5, sample_every=0, checkpoint_every=10, keep=2),

@@ -32,7 +32,7 @@ from ..data import (
 from ..data.dataset import DamagedError, Split
 from ..data.world import World, caption, glosses
 from ..errors import UserError
-from ..sequence import Document, Grammar, Tokenizer, positions
+from ..sequence import Document, SequenceFormat, Tokenizer, count_positions
 
 if TYPE_CHECKING:
     from .recipe import DataConfig, Recipe
@@ -132,11 +132,11 @@ class Opened:
         for name, data in self.sets.items():
             if not len(data.documents):
                 continue
-            words = positions(data.documents["tokens"].astype(np.int64), [])
+            words = count_positions(data.documents["tokens"].astype(np.int64), [])
             longest = int((words + data.image_positions(np.arange(len(data.documents)), step)).max())
             if longest > context:
                 raise UserError(
-                    f"{name}: expected documents of at most {context} positions (model.context), found one of "
+                    f"{name}: expected documents of at most {context} positions (model.max_seq_len), found one of "
                     f"{longest}, its pictures' patches of {step} pixels among them"
                 )
 
@@ -168,7 +168,7 @@ def open_sources(data: DataConfig) -> Opened:
 
 
 def mixture(
-    recipe: Recipe, opened: Opened, tokenizer: Tokenizer, grammar: Grammar, autoencoder: Autoencoder | None
+    recipe: Recipe, opened: Opened, tokenizer: Tokenizer, grammar: SequenceFormat, autoencoder: Autoencoder | None
 ) -> Mixture:
     """The stream of a run. Where there is no autoencoder, a text-only model leaves pictures out.
 
@@ -203,7 +203,7 @@ def mixture(
     return found
 
 
-def _samples(recipe: Recipe, found: Mixture, grammar: Grammar) -> int:
+def _samples(recipe: Recipe, found: Mixture, grammar: SequenceFormat) -> int:
     """Samples that a run sees; where they are packed into rows, those that fill its rows."""
     data = recipe.data
     count = recipe.loop.steps * data.batch_size

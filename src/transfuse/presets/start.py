@@ -38,7 +38,9 @@ def started(recipe: Recipe) -> Recipe:
         folder = folder.resolve()  # the run may be gone on with, or exported, from elsewhere
     found = describe(folder)
     if not recipe.start_strict:
-        return replace(recipe, start=str(folder), model=replace(recipe.model, vocabulary=found.model.vocabulary))
+        return replace(
+            recipe, start=str(folder), model=replace(recipe.model, text_vocab_size=found.model.text_vocab_size)
+        )
     name = "pixels" if found.autoencoder.name == "pixels" else str(found.place["autoencoder"])
     parts = {
         "model": found.model,
@@ -58,9 +60,9 @@ def started(recipe: Recipe) -> Recipe:
 
 
 def _with_trunk(recipe: Recipe, folder: Path) -> Recipe:
-    fields: dict[str, Any] = read_llama_config(folder, recipe.model.context)
-    ids = its_tokenizer(folder).vocabulary
-    fields["vocabulary"] = max(fields["vocabulary"], ids)
+    fields: dict[str, Any] = read_llama_config(folder, recipe.model.max_seq_len)
+    ids = its_tokenizer(folder).vocab_size
+    fields["text_vocab_size"] = max(fields["text_vocab_size"], ids)
     changed = {name: value for name, value in fields.items() if getattr(recipe.model, name) != value}
     model = replace(recipe.model, **changed)
     check_trunk(model, folder, recipe.start_strict)

@@ -1,30 +1,30 @@
-"""The sequence: documents, their layout, what sees what, packing. Everything else builds on these contracts."""
+"""Sequences: documents, their layout, the attention mask, and batches. All other packages build on these contracts."""
 
+from .batch import FILL, Batch, Images, collate, concatenate, shapes_of, stacked
 from .document import Document, Image, Part, Text, images_alone, unconditional
-from .layout import Grammar, Layout, Span, lay_out, positions
+from .layout import Layout, SequenceFormat, Span, count_positions, layout_document
 from .mask import ImageAttention, Visible, visible
-from .packing import FILL, Batch, Images, collate, concatenate, shapes_of, stacked
 from .tokenizer import Tokenizer
 
 __all__ = [
-    "positions",
     "Batch",
     "Document",
     "FILL",
-    "Grammar",
     "Image",
     "ImageAttention",
     "Images",
     "Layout",
     "Part",
+    "SequenceFormat",
     "Span",
     "Text",
     "Tokenizer",
     "Visible",
     "collate",
     "concatenate",
+    "count_positions",
     "images_alone",
-    "lay_out",
+    "layout_document",
     "shapes_of",
     "stacked",
     "unconditional",

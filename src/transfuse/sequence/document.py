@@ -1,10 +1,10 @@
-"""Documents: what a training sample, a prompt or a conversation is before it becomes positions.
+"""Documents: training samples, prompts and conversations, before they become positions.
 
     Document([Text(ids of "a red crab"), Image(latent)])         draw: the caption comes first
     Document([Image(latent, max_timestep=500), Text(ids)])       caption: the image comes first, its noise is capped
-    Document([Text(ids)], closed=False)                          a prompt: no end-of-sequence, the model goes on
+    Document([Text(ids)], closed=False)                          a prompt: no end-of-sequence, the model continues
 
-A document says nothing about special tokens, masks or positions: `layout.lay_out` does, once, for everybody.
+A document has no special tokens, masks or positions: `layout.layout_document` adds them, for every caller.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Text:
-    """A run of token ids. `predict` says whether they are learned (the next-token loss falls on them)."""
+    """A run of token ids. `predict`: the next-token loss includes them."""
 
     ids: tuple[int, ...]
     predict: bool = True
@@ -25,13 +25,13 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """A picture, as the latent an autoencoder gives.
+    """An image, as an autoencoder's latent.
 
-    latent        `[channel, row, column]`, float, to be cut into patches: rows and columns must be multiples of the
-                  patch size. Or codes of a VQ autoencoder, int64 `[row, column]`: each becomes a token (Chameleon).
-    target        True: it is learned, by the diffusion loss (and noised for it) or as tokens. False: context, clean.
+    latent        `[channel, row, column]`, float; rows and columns must be multiples of the patch size. Or the codes of
+                  a VQ autoencoder, int64 `[row, column]`: each becomes a token (Chameleon).
+    target        True: the image loss includes it (it is noised, or its codes are predicted). False: clean context.
     max_timestep  the largest timestep drawn for it in training (Transfusion section 4.3.4); None: no cap.
-    pixels        uint8 `[row, column, 3]` of a picture not encoded yet: its latent is on the meta device, a shape.
+    pixels        uint8 `[row, column, 3]` of an image that is encoded later: its latent is a shape on the meta device.
     """
 
     latent: torch.Tensor
@@ -44,8 +44,8 @@ class Image:
             raise ValueError(f"image: max_timestep: expected at least 1, found {self.max_timestep}")
 
     @property
-    def coded(self) -> bool:
-        """Whether it is made of codes."""
+    def is_codes(self) -> bool:
+        """True for a VQ autoencoder's codes, False for a latent."""
         return not self.latent.is_floating_point()
 
 
@@ -56,9 +56,10 @@ Part = Text | Image
 class Document:
     """An ordered list of parts.
 
-    sample   the data set's own number for it; with the run's seed it fixes the noise its images receive.
+    sample   its number in the data set; with the run's seed it fixes the noise its images receive.
     closed   True: it ends with the end-of-sequence token. False: it is a prompt and stays open.
-    predict  False: no text of it is learned, not even the markers (the caption-dropped sample of guidance).
+    predict  False: no token is a target, not even the markers (the caption-dropped sample of guidance).
+    source   name of the data set it comes from.
     """
 
     parts: Sequence[Part]
@@ -69,14 +70,17 @@ class Document:
 
     @property
     def images(self) -> list[Image]:
+        """The image parts, in order."""
         return [part for part in self.parts if isinstance(part, Image)]
 
 
 def unconditional(document: Document) -> Document:
-    """The same document with everything before its last image taken away, and none of its text learned.
+    """Return the document without anything before its last image, and without text targets.
 
-    Training's caption drop and sampling's null branch are both this function, so the two can not drift apart:
-    what guidance subtracts is exactly what the model was shown without a caption.
+    Both training's caption drop and sampling's unconditional branch call this function, so guidance subtracts exactly
+    what the model was trained on.
+
+    Raises ValueError for a document without an image.
     """
     images = document.images
     if not images:
@@ -85,9 +89,11 @@ def unconditional(document: Document) -> Document:
 
 
 def images_alone(document: Document) -> Document:
-    """The same document with all text before its last image taken away, and none of what is left learned.
+    """Return the document's images up to the last one, without text and without text targets.
 
-    What the middle branch of guidance by images sees (Chameleon; InstructPix2Pix), in training and in sampling.
+    This is the middle branch of image guidance (Chameleon; InstructPix2Pix), in training and in sampling.
+
+    Raises ValueError for a document without an image.
     """
     images = document.images
     if not images:

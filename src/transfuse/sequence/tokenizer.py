@@ -1,7 +1,7 @@
-"""Text to ids and back, with the four markers of the grammar. A thin face on `tokenizers`.
+"""Text to ids and back, with the four markers of the sequence format. A thin layer over `tokenizers`.
 
-tokenizer = Tokenizer.train(texts, vocabulary=4096)
-tokenizer.encode("a crab")            # ids, without markers: the grammar adds them
+tokenizer = Tokenizer.train(texts, vocab_size=4096)
+tokenizer.encode("a crab")            # ids, without markers: `layout_document` adds them
 tokenizer.save(folder / "tokenizer.json")
 """
 
@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..errors import UserError
-from .layout import Grammar
+from .layout import SequenceFormat
 from .sentencepiece import from_sentencepiece
 
 BOS, EOS, BOI, EOI = "<|bos|>", "<|eos|>", "<|boi|>", "<|eoi|>"
@@ -39,17 +39,17 @@ class Tokenizer:
         self.backend.encode_special_tokens = True  # which a pickle does not keep
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocabulary: int) -> Tokenizer:
-        """Train a byte-level BPE of `vocabulary` ids in all, markers included; the same texts give the same file."""
-        if vocabulary < 260:
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Train a byte-level BPE of `vocab_size` ids, markers included; the same texts give the same file."""
+        if vocab_size < 260:
             raise UserError(
-                f"tokenizer vocabulary: expected at least 260 (256 bytes and 4 markers), found {vocabulary}"
+                f"tokenizer vocab_size: expected at least 260 (256 bytes and 4 markers), found {vocab_size}"
             )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocabulary,
+            vocab_size=vocab_size,
             special_tokens=list(SPECIAL),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -72,10 +72,10 @@ class Tokenizer:
 
     @classmethod
     def adopt(cls, path: Path | str) -> Tokenizer:
-        """Open another's tokenizer.json, or a sentencepiece `.model`; markers it lacks take the ids behind its own.
+        """Open any tokenizer.json or sentencepiece `.model`; the markers it lacks take the ids after its own.
 
-        A folder stands for the tokenizer.json in it. A network of its own may have rows for the new ids already, spare
-        ones: the vocabulary needed is the larger of the two. Raises UserError as `load`, and for ids with gaps.
+        A folder stands for the tokenizer.json in it. A pretrained network may have spare rows for the new ids: its
+        vocabulary must be the larger of the two. Raises UserError like `load`, and for ids with gaps.
         """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
@@ -97,25 +97,28 @@ class Tokenizer:
         return cls(backend)
 
     def save(self, path: Path | str) -> None:
+        """Write a `tokenizer.json`."""
         Path(path).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides which ids a text has: equal for equal tokenizers, wherever they were saved."""
+        """A hash of everything that decides a text's ids: equal for equal tokenizers, wherever they were saved."""
         text = tokenizers.Tokenizer.from_str(self.backend.to_str()).to_str()  # scores may be rounded, once
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
+        """The number of ids, markers included."""
         return self.backend.get_vocab_size()
 
-    def grammar(self, patch_size: int, first_code: int | None = None) -> Grammar:
-        return Grammar(self.bos, self.eos, self.boi, self.eoi, patch_size, first_code)
+    def sequence_format(self, patch_size: int, first_code: int | None = None) -> SequenceFormat:
+        """Return the format of sequences with this tokenizer's markers."""
+        return SequenceFormat(self.bos, self.eos, self.boi, self.eoi, patch_size, first_code)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of plain text. A marker named in it is plain characters, so that a prompt can not inject one.
+        """Return the ids of plain text. A marker's name in it is plain characters, so that a prompt cannot inject one.
 
-        Raises UserError for half a surrogate: what a terminal or a file makes of bytes that are no UTF-8.
+        Raises UserError for a lone surrogate, which terminals and files make of bytes that are not UTF-8.
         """
         try:
             return tuple(self.backend.encode(text, add_special_tokens=False).ids)
@@ -126,5 +129,5 @@ class Tokenizer:
             raise UserError(f"text: expected UTF-8, found {bad!a} in {text!a:.80}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, markers left out."""
+        """Return the text of ids, without markers."""
         return self.backend.decode(list(ids), skip_special_tokens=True)

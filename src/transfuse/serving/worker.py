@@ -95,7 +95,7 @@ class Worker:
             "name": folder.parent.name if folder.name == "export" else folder.name,
             "images": network.images,
             "image_size": exported.image_size,
-            "context": network.context,
+            "context": network.max_seq_len,
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
             "fingerprint": exported.fingerprint,
             "slots": self.config.slots,

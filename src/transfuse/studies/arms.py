@@ -80,7 +80,7 @@ def stream(recipe: Recipe) -> tuple[Any, ...]:
     vocabulary and the seed. Rows may differ: text alone has half of one."""
     data = recipe.data
     mixture = data.batch_size, data.text_share, data.share_of, data.pairs
-    return data.world, mixture, recipe.model.vocabulary, recipe.seed
+    return data.world, mixture, recipe.model.text_vocab_size, recipe.seed
 
 
 UNEQUAL = 1.05

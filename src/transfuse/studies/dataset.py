@@ -31,7 +31,7 @@ from ..files import whole_file
 from ..presets import Recipe, preset
 from ..presets.recipe import train_tokenizer
 from ..presets.sources import Opened, mixture, open_sources
-from ..sequence import Tokenizer, positions
+from ..sequence import Tokenizer, count_positions
 from ..version import __version__
 from .charts import histogram
 from .page import card, folded, grid, image, page, section, table
@@ -67,9 +67,12 @@ def inspect_sources(sources: tuple[str, ...], out: Path, preset_name: str, row_l
     recipe = preset(preset_name)
     recipe = replace(recipe, data=replace(recipe.data, sources=sources))
     opened = open_sources(recipe.data)
-    context, needed = recipe.model.context, 2 + max((one.manifest.longest for one in opened.sets.values()), default=0)
+    context, needed = (
+        recipe.model.max_seq_len,
+        2 + max((one.manifest.longest for one in opened.sets.values()), default=0),
+    )
     # a context that is too short is no reason not to look: the page says so
-    recipe = replace(recipe, model=replace(recipe.model, context=max(context, needed))).settled()
+    recipe = replace(recipe, model=replace(recipe.model, max_seq_len=max(context, needed))).settled()
     autoencoder = None if recipe.model.images == "none" else recipe.open_autoencoder()
     lengths = {one.path: _lengths(one, recipe, autoencoder) for one in opened.sets.values()}
     report: dict[str, Any] = {"version": __version__, "preset": preset_name, "context": context, "needed": needed}
@@ -99,11 +102,11 @@ def _lengths(data: DataSet, recipe: Recipe, autoencoder: Autoencoder | None) -> 
     numbers = _evenly(len(data), SAMPLED)
     tokens = data.documents["tokens"][numbers].astype(np.int64)
     if data.manifest.kind == "text":
-        return tokens, positions(tokens, [])
+        return tokens, count_positions(tokens, [])
     if autoencoder is None:
         return tokens, None
     side = recipe.model.patch_size * (data.manifest.encoding or autoencoder).factor
-    return tokens, positions(tokens, []) + data.image_positions(numbers, side)
+    return tokens, count_positions(tokens, []) + data.image_positions(numbers, side)
 
 
 def _figures(data: DataSet, tokens: np.ndarray, taken: np.ndarray | None) -> dict[str, Any]:
@@ -145,7 +148,7 @@ def _mixed(
 ) -> dict[str, Any]:
     """`mixture` and `rows` of the report. Raises UserError where the sources can not be mixed."""
     tokenizer = opened.tokenizer or train_tokenizer(recipe)
-    grammar = recipe.model.grammar(tokenizer)
+    grammar = recipe.model.sequence_format(tokenizer)
     # as of a run whose end is far: neither the shares of its last stretch count here, nor how much it needs
     opened = replace(opened, specs=tuple(replace(spec, final=None) for spec in opened.specs))
     data = replace(recipe.data, batch_size=1, accumulate=1, row_length=None)
@@ -324,5 +327,5 @@ def _mixture(report: dict[str, Any]) -> str:
     note = f"The first {found['samples']:,} samples of the preset's stream, before any shares of a last stretch. "
     note += f"Bars are shares of {found['share_of']}, marks what was asked for."
     if report["needed"] > report["context"]:
-        note += f" model.context {report['context']:,} is too short for its texts: {report['needed']:,} are needed."
+        note += f" model.max_seq_len {report['context']:,} is too short for its texts: {report['needed']:,} are needed."
     return section("Mixture", note, _bars(bars) + grid("cards", cards))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..autoencoders import ImageAutoencoder
 from ..diffusion import Process
 from ..keyed import keyed
-from ..model import Read, Transfusion, by_shape, for_batch, those
+from ..model import LMHeadFn, Transfusion, for_batch, group_by_shape, stack_group
 from ..sequence import Batch, Images, shapes_of, stacked
 from .token_loss import token_losses
 
@@ -119,7 +119,7 @@ class TokenObjective:
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Forward pass, and losses summed over the batch's own targets; text and codes apart among the details."""
         found = self._losses(model, batch)
-        entropy, coded = found[0].detach(), batch.coded
+        entropy, coded = found[0].detach(), batch.is_image_token
         details: Details = {
             name: (entropy[chosen].sum(), float(chosen.sum()))
             for name, chosen in (("text", ~coded), ("codes", coded))
@@ -141,20 +141,22 @@ class TokenObjective:
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """`[1 or 2, M]`, as `token_losses` gives them."""
         assert isinstance(model, Transfusion)
-        attend, dropout = for_batch(batch, model.compute), _dropout(model, self.seed, batch)
-        read = _token_losses(batch, self.config)
-        losses, _ = model(batch.tokens, batch.rotary, attend, batch.predict, dropout=dropout, read=read)
+        attend, dropout = for_batch(batch, model.compute_dtype), _dropout(model, self.seed, batch)
+        lm_head_fn = _token_losses(batch, self.config)
+        losses, _ = model(
+            batch.input_ids, batch.position_ids, attend, batch.loss_positions, dropout=dropout, lm_head_fn=lm_head_fn
+        )
         return losses
 
 
-def _token_losses(batch: Batch, config: ObjectiveConfig) -> Read:
+def _token_losses(batch: Batch, config: ObjectiveConfig) -> LMHeadFn:
     return partial(token_losses, targets=batch.targets, z=bool(config.z_weight))
 
 
 def _documents_of(batch: Batch, targets: Tensor) -> list[int]:
     """Sample numbers of the documents in which chosen targets `[M]` bool lie."""
     bounds = torch.tensor(batch.documents).cumsum(0)
-    documents = torch.bucketize(batch.predict.cpu()[targets.cpu()], bounds, right=True)
+    documents = torch.bucketize(batch.loss_positions.cpu()[targets.cpu()], bounds, right=True)
     return [batch.samples[document] for document in documents.tolist()]
 
 
@@ -162,7 +164,7 @@ def _dropout(model: Transfusion, seed: int, batch: Batch) -> torch.Generator | N
     """What draws dropped elements: by the batch's first sample, so that a resumed run drops the same."""
     if not model.config.dropout:
         return None
-    return keyed(seed, "dropout", batch.samples[0], device=batch.tokens.device)
+    return keyed(seed, "dropout", batch.samples[0], device=batch.input_ids.device)
 
 
 @dataclass
@@ -202,7 +204,7 @@ class TransfusionObjective:
         """
         timesteps = torch.zeros(len(batch.latents), dtype=torch.int64)
         noise: list[Tensor] = []
-        for number, ((sample, image), shape) in enumerate(zip(batch.keys, shapes_of(batch.latents), strict=True)):
+        for number, ((sample, image), shape) in enumerate(zip(batch.noise_ids, shapes_of(batch.latents), strict=True)):
             generator = keyed(self.seed, "noise", sample, image)
             if batch.denoise[number]:
                 most = self.process.config.timesteps
@@ -214,7 +216,7 @@ class TransfusionObjective:
     def noise(self, batch: Batch) -> Noised:
         """Noise a batch, whose pictures are encoded, as `draw` says."""
         if batch.timesteps is None:
-            batch = self.draw(batch).to(batch.tokens.device)
+            batch = self.draw(batch).to(batch.input_ids.device)
         timesteps = batch.timesteps
         assert timesteps is not None
         if isinstance(batch.latents, Tensor) and isinstance(batch.noise, Tensor):
@@ -237,8 +239,8 @@ class TransfusionObjective:
             return replace(batch, latents=_encoded(self.autoencoder, batch.pixels), pixels=())
         latents = list(batch.latents)
         waiting = [number for number, latent in enumerate(latents) if latent.is_meta]
-        for group in by_shape(batch.pixels):
-            found = _encoded(self.autoencoder, those(batch.pixels, group))
+        for group in group_by_shape(batch.pixels):
+            found = _encoded(self.autoencoder, stack_group(batch.pixels, group))
             for number, latent in zip(group, found, strict=True):
                 latents[waiting[number]] = latent
         return replace(batch, latents=stacked(latents), pixels=())
@@ -256,7 +258,7 @@ class TransfusionObjective:
         """Samples whose own loss is not finite."""
         found = self._losses(model, batch)
         images = torch.nonzero(~found.image.isfinite().cpu() & batch.denoise).flatten()
-        return _documents_of(batch, ~found.tokens[0].isfinite()) + [batch.keys[i][0] for i in images.tolist()]
+        return _documents_of(batch, ~found.tokens[0].isfinite()) + [batch.noise_ids[i][0] for i in images.tolist()]
 
     def before_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Nothing to do."""
@@ -269,17 +271,17 @@ class TransfusionObjective:
         batch = self.encoded(batch)
         noised = self.noise(batch)
         losses, predictions = model(
-            batch.tokens,
-            batch.rotary,
-            for_batch(batch, model.compute),
-            batch.predict,
+            batch.input_ids,
+            batch.position_ids,
+            for_batch(batch, model.compute_dtype),
+            batch.loss_positions,
             batch.patches,
             noised.latents,
-            noised.timesteps.to(batch.tokens.device),
+            noised.timesteps.to(batch.input_ids.device),
             _dropout(model, self.seed, batch),
             _token_losses(batch, self.config),
         )
-        return Losses(losses, self._errors(predictions, noised, batch.tokens.device), noised.timesteps)
+        return Losses(losses, self._errors(predictions, noised, batch.input_ids.device), noised.timesteps)
 
     def _errors(self, predictions: Images, noised: Noised, device: torch.device) -> Tensor:
         """Mean squared error of each image `[I]`."""

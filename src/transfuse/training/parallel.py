@@ -70,7 +70,7 @@ def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Tra
         share_matrices(model, ranks.mesh["tensor"])
     if config.float8:
         _to_float8(model)
-    for block in model.trunk.blocks:
+    for block in model.transformer.blocks:
         if config.activation_checkpointing != "none":
             _forget(block, config.activation_checkpointing)
         if config.compile:
@@ -78,8 +78,8 @@ def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Tra
     if ranks.mesh is not None:
         mesh = ranks.mesh["replicate", "shard"] if config.replicate > 1 else ranks.mesh["shard"]
         # The layers say themselves in which dtype they compute; gathered in it, half as much is sent.
-        policy = MixedPrecisionPolicy(model.compute, torch.float32, cast_forward_inputs=False)
-        for module in (*model.trunk.blocks, model):
+        policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
+        for module in (*model.transformer.blocks, model):
             sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
             # Losses are divided by counts of all ranks already: gradients are summed, not averaged.
             sharded.set_gradient_divide_factor(1.0)
@@ -125,7 +125,7 @@ def _to_float8(model: Transfusion) -> None:
     except ImportError:
         raise UserError("parallel.float8: expected torchao, found none; pip install 'transfuse[quantize]'") from None
     on_cpu = not torch.cuda.is_available()
-    for block in model.trunk.blocks:
+    for block in model.transformer.blocks:
         convert_to_float8_training(block, config=Float8LinearConfig(emulate=on_cpu))
 
 

@@ -53,11 +53,11 @@ def share_matrices(model: Transfusion, mesh: DeviceMesh) -> None:
     column = ColwiseParallel(input_layouts=whole)
     row = RowwiseParallel(output_layouts=rows, use_local_output=False)
     norm = SequenceParallel(sequence_dim=0)
-    for block in model.trunk.blocks:
+    for block in model.transformer.blocks:
         assert isinstance(block, Block)
         block.qkv = Parts(block.qkv, STACKED["qkv"])  # type: ignore[assignment]
         block.feed_forward.gate_up = Parts(block.feed_forward.gate_up, STACKED["gate_up"])  # type: ignore[assignment]
-        block.heads, block.key_heads = (n // mesh.size() for n in (block.heads, block.key_heads))
+        block.n_heads, block.kv_heads = block.n_heads // mesh.size(), block.kv_heads // mesh.size()
         plan = {
             "attention_norm": norm,
             "qkv": gathered,
@@ -69,14 +69,14 @@ def share_matrices(model: Transfusion, mesh: DeviceMesh) -> None:
             "feed_forward.down": row,
         }
         parallelize_module(block, mesh, plan)
-    parallelize_module(model.trunk, mesh, {"norm": norm})
+    parallelize_module(model.transformer, mesh, {"norm": norm})
     inputs = PrepareModuleInput(
         input_layouts=(whole, None, None, None),
         desired_input_layouts=(rows, None, None, None),
     )
     outputs = PrepareModuleOutput(output_layouts=(rows,), desired_output_layouts=(whole,))
-    parallelize_module(model, mesh, {"trunk": inputs})
-    parallelize_module(model, mesh, {"trunk": outputs})
+    parallelize_module(model, mesh, {"transformer": inputs})
+    parallelize_module(model, mesh, {"transformer": outputs})
 
 
 def _check(config: ModelConfig, ranks: int) -> None:
@@ -84,9 +84,9 @@ def _check(config: ModelConfig, ranks: int) -> None:
         if not ok:
             raise UserError(f"parallel.tensor: expected {expected}, found {ranks}")
 
-    check(config.heads % ranks == 0, f"a divisor of model.heads ({config.heads})")
-    check(config.hidden_channels % ranks == 0, f"a divisor of the hidden channels ({config.hidden_channels})")
-    check(config.key_heads == config.heads, "1 with model.kv_heads")
+    check(config.n_heads % ranks == 0, f"a divisor of model.n_heads ({config.n_heads})")
+    check(config.ffn_dim % ranks == 0, f"a divisor of the hidden channels ({config.ffn_dim})")
+    check(config.kv_heads == config.n_heads, "1 with model.n_kv_heads")
     check(not config.qk_norm, "1 with model.qk_norm")
     check(not config.dropout, "1 with model.dropout")
 

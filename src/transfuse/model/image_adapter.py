@@ -1,7 +1,7 @@
-"""Patch layers: image latents to vectors of the trunk, and back (Transfusion section 3.1, Tables 6 and 7).
+"""Patch layers: image latents to transformer inputs, and back (Transfusion section 3.1, Tables 6 and 7).
 
-Both take latents, whose sizes may differ, and give one flat run of patches `[P, C]`: image after image, row by row.
-`decode` takes the trunk's output for the same run and gives predictions shaped as the latents.
+`encode` takes latents, whose sizes may differ, and returns one flat run of patches `[P, C]`: image after image, row by
+row. `decode` takes the transformer's output for the same run and returns predictions shaped like the latents.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .config import MAX_GRID, ModelConfig
 from .layers import Linear, TimestepEmbedding
 
 
-def by_shape(latents: Images, apart: bool = False) -> list[list[int]]:
-    """Numbers of the images that share a shape, so that each group is one stacked tensor; `apart`: each one alone."""
-    if apart:
+def group_by_shape(latents: Images, separate: bool = False) -> list[list[int]]:
+    """Return the indices of images grouped by shape, so that each group can be stacked; `separate`: one per group."""
+    if separate:
         return [[number] for number in range(len(latents))]
     if isinstance(latents, Tensor):
         return [list(range(len(latents)))]
@@ -31,83 +31,83 @@ def by_shape(latents: Images, apart: bool = False) -> list[list[int]]:
     return list(groups.values())
 
 
-def those(images: Images, group: list[int]) -> Tensor:
-    """A group of images as one tensor."""
+def stack_group(images: Images, group: list[int]) -> Tensor:
+    """Return the images of one group as one tensor."""
     if isinstance(images, Tensor):
         return images if len(group) == len(images) else images[group]
     return torch.stack([images[number] for number in group])
 
 
-def in_order(groups: list[list[int]], pieces: Sequence[Images]) -> list[Tensor]:
-    """Undo `by_shape`: one tensor per image, in the images' own order."""
-    found = {
-        number: piece
-        for group, those in zip(groups, pieces, strict=True)
-        for number, piece in zip(group, those, strict=True)
-    }
-    return [found[number] for number in range(len(found))]
+def ungroup(groups: list[list[int]], stacks: Sequence[Images]) -> list[Tensor]:
+    """Undo `group_by_shape`: return one tensor per image, in the original order."""
+    images: dict[int, Tensor] = {}
+    for group, stack in zip(groups, stacks, strict=True):
+        images.update(zip(group, stack, strict=True))
+    return [images[number] for number in range(len(images))]
 
 
-def windows(images: Tensor, size: int) -> Tensor:
-    """Latents `[image, channel, row, column]` -> windows of `size` x `size`, `[image, row, column, elements]`."""
+def patchify(images: Tensor, size: int) -> Tensor:
+    """Cut latents `[image, channel, row, column]` into flat patches `[image, row, column, C * size**2]`."""
     return rearrange(images, "i c (r p) (q s) -> i r q (c p s)", p=size, s=size)
 
 
-def unwindowed(flat: Tensor, rows: int, size: int) -> Tensor:
-    """Undo `windows`, whose `rows` come one after another: `[image, patch, elements]` -> latents."""
+def unpatchify(flat: Tensor, rows: int, size: int) -> Tensor:
+    """Undo `patchify`: `[image, patch, C * size**2]`, `rows` rows of patches, to `[image, channel, row, column]`."""
     return rearrange(flat, "i (r q) (c p s) -> i c (r p) (q s)", r=rows, p=size, s=size)
 
 
-class LinearPatches(nn.Module):
-    """One linear map from a k x k window of latents to the width, one back.
+class LinearAdapter(nn.Module):
+    """One linear map from a k x k patch of latents to d_model, and one back.
 
     The timestep embedding is added to every patch, before or after the first map (`ModelConfig.timestep_at`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.size, elements = config.patch_size, config.patch_elements
+        self.size, elements = config.patch_size, config.patch_dim
         self.time_first = config.timestep_at == "patch"
-        self.time = TimestepEmbedding(elements if self.time_first else config.width)
-        self.enter = Linear(elements, config.width)
-        self.leave = Linear(config.width, elements)
-        self.positions = GridPositions(config.width) if config.patch_positions == "learned" else None
+        self.time = TimestepEmbedding(elements if self.time_first else config.d_model)
+        self.in_proj = Linear(elements, config.d_model)
+        self.out_proj = Linear(config.d_model, elements)
+        self.positions = GridPositions(config.d_model) if config.patch_positions == "learned" else None
 
-    def encode(self, latents: Images, timesteps: Tensor, dtype: torch.dtype, apart: bool = False) -> tuple[Tensor, Any]:
-        """Latents `[channel, row, column]` each, timesteps `[I]` -> patches `[P, C]` and what `decode` needs.
+    def encode(
+        self, latents: Images, timesteps: Tensor, dtype: torch.dtype, separate: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Map latents `[channel, row, column]` and timesteps `[I]` to vectors `[P, C]`, and a state for `decode`.
 
-        Images of one shape are computed together, or, where `apart`, each alone.
+        Images of one shape are computed together, or each by itself if `separate`.
         """
         time = self.time(timesteps, dtype)
-        groups, pieces = by_shape(latents, apart), []
+        groups, pieces = group_by_shape(latents, separate), []
         for group in groups:
-            stacked = those(latents, group).to(dtype)
-            x, its_time = windows(stacked, self.size), those(time, group)[:, None, None]
-            x = self.enter(x + its_time) if self.time_first else self.enter(x) + its_time
+            stacked = stack_group(latents, group).to(dtype)
+            x, t_emb = patchify(stacked, self.size), stack_group(time, group)[:, None, None]
+            x = self.in_proj(x + t_emb) if self.time_first else self.in_proj(x) + t_emb
             if self.positions is not None:
                 x = x + self.positions(*x.shape[1:3]).to(dtype)
             pieces.append(x.flatten(1, 2))
         if len(pieces) == 1:
             return pieces[0].flatten(0, 1), groups
-        return torch.cat(in_order(groups, pieces)), groups
+        return torch.cat(ungroup(groups, pieces)), groups
 
     def decode(self, x: Tensor, latents: Images, groups: Any) -> Images:
-        """Trunk output `[P, C]` -> one prediction `[channel, row, column]` per image, in float32."""
-        runs, pieces = _runs(self.leave(x).float(), latents, groups, self.size), []
+        """Map the transformer's output `[P, C]` to one float32 prediction `[channel, row, column]` per image."""
+        runs, pieces = _split_images(self.out_proj(x).float(), latents, groups, self.size), []
         for group in groups:
-            pieces.append(unwindowed(those(runs, group), latents[group[0]].shape[1] // self.size, self.size))
-        return pieces[0] if len(pieces) == 1 else in_order(groups, pieces)
+            pieces.append(unpatchify(stack_group(runs, group), latents[group[0]].shape[1] // self.size, self.size))
+        return pieces[0] if len(pieces) == 1 else ungroup(groups, pieces)
 
 
-def _runs(patches: Tensor, latents: Images, groups: list[list[int]], size: int) -> Images:
-    """The patches `[P, C]` of each image: one tensor `[image, patch, C]` where all images are of one group."""
+def _split_images(patches: Tensor, latents: Images, groups: list[list[int]], size: int) -> Images:
+    """Split `[P, C]` by image; one tensor `[image, patch, C]` if all images have the same shape."""
     if len(groups) == 1:
         return patches.view(len(latents), -1, patches.shape[-1])
     return patches.split([rows * columns // size**2 for _, rows, columns in shapes_of(latents)])
 
 
 class GridPositions(nn.Module):
-    """A learned vector per row and per column of patches: `(rows, columns) -> [row, column, C]`."""
+    """Learned embeddings of a patch's row and column: `(rows, columns) -> [row, column, C]`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class GridPositions(nn.Module):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Plain layer norm over the channels of `[image, channel, row, column]` (the paper's footnote 7: not adaptive)."""
+    """LayerNorm over the channels of `[image, channel, row, column]` (the paper's footnote 7: not adaptive)."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(
@@ -131,7 +131,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Conv(nn.Conv2d):
-    """A convolution in the dtype of its input, `size` wide, output as large as the input divided by `stride`."""
+    """A `size` x `size` convolution in the dtype of its input; the output's side is the input's over `stride`."""
 
     def __init__(self, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> None:
         super().__init__(inputs, outputs, size, stride, padding=size // 2)
@@ -142,7 +142,7 @@ class Conv(nn.Conv2d):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the timestep added between them, around a skip (Ho et al. 2020)."""
+    """A residual block of two convolutions, with the timestep added between them (DDPM, arXiv 2006.11239)."""
 
     def __init__(self, inputs: int, outputs: int, time_channels: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class ResBlock(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """Full attention among the positions of one feature map, inside the U-Net."""
+    """Full self-attention over the positions of one feature map, inside the U-Net."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -172,22 +172,22 @@ class ImageAttention(nn.Module):
         return x + rearrange(self.out(rearrange(out, "i h n d -> i n (h d)")), "i (r q) c -> i c r q", r=x.shape[2])
 
 
-class UNetPatches(nn.Module):
-    """U-Net down blocks before the trunk and up blocks after it, with long skips between them.
+class UNetAdapter(nn.Module):
+    """U-Net down blocks before the transformer and up blocks after it, with long skips between them.
 
-    Each level has two residual blocks on the way down and three on the way up (each fed one skip); the lowest has
-    attention. Levels are `log2(patch_size) + 1`; the last one meets the trunk's width.
+    Each level has two residual blocks on the way down and three on the way up (each takes one skip); the lowest has
+    attention. There are `log2(patch_size) + 1` levels; the last one meets the transformer's d_model.
 
-    Beside them runs a linear map each way, as in `LinearPatches`; of the paper's 0.27 billion it is a thousandth at
-    most. Without, skips answer for all but the noisiest pictures, the trunk learns to keep quiet, and pictures follow
-    captions no more than captions pictures (docs/LOG.md, 2026-11-26).
+    A linear map each way, as in `LinearAdapter`, runs in parallel; it has at most a thousandth of the paper's 0.27B
+    parameters. Without it the skips predict all but the noisiest images, the transformer's output is ignored, and
+    images do not follow their captions (docs/LOG.md, 2026-11-26).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.size, elements = config.patch_size, config.patch_elements
-        self.linear_enter, self.linear_leave = Linear(elements, config.width), Linear(config.width, elements)
-        self.positions = GridPositions(config.width) if config.patch_positions == "learned" else None
+        self.size, elements = config.patch_size, config.patch_dim
+        self.skip_in, self.skip_out = Linear(elements, config.d_model), Linear(config.d_model, elements)
+        self.positions = GridPositions(config.d_model) if config.patch_positions == "learned" else None
         levels = config.unet_levels
         time = 4 * levels[0]
         self.time = TimestepEmbedding(time)
@@ -205,8 +205,8 @@ class UNetPatches(nn.Module):
         self.down_attention, self.up_attention = ImageAttention(current), ImageAttention(current)
         # Normed, and small at first, as words are: sums of residual blocks are hundreds of times as large, and what
         # attention adds of the words would be lost among them, so that pictures would not learn to follow captions.
-        self.enter_norm = ChannelNorm(current)
-        self.enter, self.leave = Conv(current, config.width, 1), Conv(config.width, current, 1)
+        self.in_norm = ChannelNorm(current)
+        self.in_proj, self.out_proj = Conv(current, config.d_model, 1), Conv(config.d_model, current, 1)
         self.up = nn.ModuleList()
         for level, channels in reversed(list(enumerate(levels))):
             for _ in range(3):
@@ -216,41 +216,43 @@ class UNetPatches(nn.Module):
                 self.up.append(Conv(current, current))
         self.last_norm, self.last = ChannelNorm(current), Conv(current, config.latent_channels)
 
-    def encode(self, latents: Images, timesteps: Tensor, dtype: torch.dtype, apart: bool = False) -> tuple[Tensor, Any]:
-        """As `LinearPatches.encode`; the state for `decode` is the time embedding and the skips of each group."""
+    def encode(
+        self, latents: Images, timesteps: Tensor, dtype: torch.dtype, separate: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Like `LinearAdapter.encode`; the state for `decode` holds each group's timestep embedding and skips."""
         time = self.time(timesteps, dtype)
-        groups, pieces, kept = by_shape(latents, apart), [], []
+        groups, pieces, kept = group_by_shape(latents, separate), [], []
         for group in groups:
-            stacked, its_time = those(latents, group).to(dtype), those(time, group)
+            stacked, t_emb = stack_group(latents, group).to(dtype), stack_group(time, group)
             x = self.first(stacked)
             skips = [x]
             for module in self.down:
-                x = module(x, its_time) if isinstance(module, ResBlock) else module(x)
+                x = module(x, t_emb) if isinstance(module, ResBlock) else module(x)
                 skips.append(x)
-            x = self.enter(self.enter_norm(self.down_attention(x)))
-            x = rearrange(x, "i c r q -> i r q c") + self.linear_enter(windows(stacked, self.size))
+            x = self.in_proj(self.in_norm(self.down_attention(x)))
+            x = rearrange(x, "i c r q -> i r q c") + self.skip_in(patchify(stacked, self.size))
             if self.positions is not None:
                 x = x + self.positions(*x.shape[1:3]).to(dtype)
             pieces.append(x.flatten(1, 2))
-            kept.append((skips, its_time, x.shape[1]))
+            kept.append((skips, t_emb, x.shape[1]))
         if len(pieces) == 1:
             return pieces[0].flatten(0, 1), (groups, kept)
-        return torch.cat(in_order(groups, pieces)), (groups, kept)
+        return torch.cat(ungroup(groups, pieces)), (groups, kept)
 
     def decode(self, x: Tensor, latents: Images, state: Any) -> Images:
-        """As `LinearPatches.decode`."""
+        """Like `LinearAdapter.decode`."""
         groups, kept = state
-        runs, pieces = _runs(x, latents, groups, self.size), []
+        runs, pieces = _split_images(x, latents, groups, self.size), []
         for group, (skips, time, rows) in zip(groups, kept, strict=True):
-            run = those(runs, group)
+            run = stack_group(runs, group)
             h = rearrange(run, "i (r q) c -> i c r q", r=rows)
-            h = self.up_attention(self.leave(h))
+            h = self.up_attention(self.out_proj(h))
             remaining = list(skips)
             for module in self.up:
                 if isinstance(module, ResBlock):
                     h = module(torch.cat([h, remaining.pop()], dim=1), time)
                 else:
                     h = module(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-            straight = unwindowed(self.linear_leave(run), rows, self.size)
-            pieces.append(self.last(F.silu(self.last_norm(h))).float() + straight.float())
-        return pieces[0] if len(pieces) == 1 else in_order(groups, pieces)
+            skip = unpatchify(self.skip_out(run), rows, self.size)
+            pieces.append(self.last(F.silu(self.last_norm(h))).float() + skip.float())
+        return pieces[0] if len(pieces) == 1 else ungroup(groups, pieces)

@@ -1,0 +1,206 @@
+"""Many documents, one sequence: the batch a model sees.
+
+A batch is *flat*: documents follow one another in a single run of positions, and no document sees another. There is no
+padding between them; each attention backend regroups the run as it needs. The run as a whole may be padded at its end
+by one document without targets, because matrix kernels are prepared for each size they meet. Packed and unpacked give
+the same loss and gradients, because positions restart and the mask stops at each document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from .document import Document, Image, Text
+from .layout import Layout, SequenceFormat, Span, layout_document
+from .mask import ImageAttention, visible
+
+FILL = 64
+"""batches are padded to a multiple of this many positions, so that matrix kernels meet few sizes"""
+
+
+Images = torch.Tensor | Sequence[torch.Tensor]
+"""One tensor per image, or one stacked tensor if all have the same shape: splitting hundreds of small tensors and
+stacking them again would stall a GPU."""
+
+
+def concatenate(layouts: Sequence[Layout]) -> Layout:
+    """Join layouts end to end: documents, images and spans are renumbered, `position_ids` restart."""
+    if not layouts:
+        raise ValueError("concatenate: expected at least one layout, found none")
+    spans: list[Span] = []
+    document, image = [], []
+    offset = documents = 0
+    for layout in layouts:
+        document.append(layout.document + documents)
+        image.append(np.where(layout.image >= 0, layout.image + len(spans), -1))
+        spans.extend(replace(span, start=span.start + offset) for span in layout.spans)
+        offset += len(layout)
+        documents += len(layout.samples)
+    return Layout(
+        input_ids=np.concatenate([layout.input_ids for layout in layouts]),
+        position_ids=np.concatenate([layout.position_ids for layout in layouts]),
+        document=np.concatenate(document),
+        image=np.concatenate(image),
+        loss_mask=np.concatenate([layout.loss_mask for layout in layouts]),
+        spans=tuple(spans),
+        samples=tuple(sample for layout in layouts for sample in layout.samples),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A flat run of documents as tensors, ready for the model. N positions, I images, P patches, M text targets.
+
+    input_ids [N], position_ids [N]   token ids and rotary positions, int64
+    kv_start [N], kv_end [N]   the keys each position sees, as in `mask.Visible`, int64
+    documents            length of each document, in order, the padding included; they sum to N
+    samples              each document's number in the data set, without the padding
+    patches [P]          positions of the patches, image after image, row by row
+    loss_positions [M], targets [M]   positions whose next token is predicted, and that token
+    is_image_token [M]   bool: which targets are image codes
+    image_targets        number of images with a loss, diffusion or codes
+    latents              one `[channel, row, column]` per image, clean; sizes may differ; empty where images are codes
+    denoise [I]          bool: which images are targets of the diffusion loss
+    max_timestep [I]     the largest timestep drawn for each; 0 means no cap
+    noise_ids            (sample, index of the image in its document) per image: with the seed, they fix the noise
+    pixels               uint8 `[row, column, 3]` of each image that is encoded later; its latent is only a shape
+    timesteps [I], noise one `[channel, row, column]` per image, where they have been drawn already
+    sources              (name, positions) of each named source of documents
+    n_padding            positions at the end that pad the run; part of N
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    kv_start: torch.Tensor
+    kv_end: torch.Tensor
+    documents: tuple[int, ...]
+    samples: tuple[int, ...]
+    patches: torch.Tensor
+    loss_positions: torch.Tensor
+    targets: torch.Tensor
+    is_image_token: torch.Tensor
+    image_targets: int
+    latents: Images
+    denoise: torch.Tensor
+    max_timestep: torch.Tensor
+    noise_ids: tuple[tuple[int, int], ...]
+    pixels: Images = ()
+    timesteps: torch.Tensor | None = None
+    noise: Images = ()
+    sources: tuple[tuple[str, int], ...] = ()
+    n_padding: int = 0
+
+    @property
+    def positions(self) -> int:
+        """The length of the run, padding included."""
+        return len(self.input_ids)
+
+    @property
+    def quantities(self) -> dict[str, int]:
+        """The counts a run reports: positions without padding, in all and by source, text targets, image targets."""
+        return {
+            "positions": self.positions - self.n_padding,
+            "text_targets": len(self.targets) - int(self.is_image_token.sum()),
+            "images": self.image_targets,
+            **{f"positions of {name}": count for name, count in self.sources},
+        }
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on another device; the masks and timesteps that the host reads stay on the CPU."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+            and name not in ("is_image_token", "denoise", "max_timestep", "timesteps", *PER_IMAGE)
+        }
+        moved |= {name: _moved(getattr(self, name), device) for name in PER_IMAGE}
+        return replace(self, **moved)
+
+
+PER_IMAGE = ("latents", "pixels", "noise")
+"""fields with one tensor per image"""
+
+
+def stacked(tensors: Sequence[torch.Tensor]) -> Images:
+    """Stack tensors of one shape and device; return others as a tuple."""
+    alike = len({(tensor.shape, tensor.device) for tensor in tensors}) == 1
+    return torch.stack(list(tensors)) if alike else tuple(tensors)
+
+
+def shapes_of(images: Images) -> list[torch.Size]:
+    """Return the shape of each image."""
+    return [images.shape[1:]] * len(images) if isinstance(images, torch.Tensor) else [image.shape for image in images]
+
+
+def _moved(images: Images, device: torch.device | str) -> Images:
+    if isinstance(images, torch.Tensor):
+        return images if images.is_meta else images.to(device, non_blocking=True)
+    return tuple(image if image.is_meta else image.to(device, non_blocking=True) for image in images)
+
+
+def collate(
+    documents: Sequence[Document],
+    fmt: SequenceFormat,
+    image_attention: ImageAttention = "bidirectional",
+    multiple: int = 1,
+    padding_image: torch.Tensor | None = None,
+) -> Batch:
+    """Lay out and pack documents; a document without targets pads the run to a multiple of `multiple` positions.
+
+    If no document has an image, `padding_image` is laid out after them, without a loss: a sharded network must run its
+    image adapter on every rank.
+
+    Raises ValueError for no documents or a latent that does not divide into patches.
+    """
+    layouts = [layout_document(document, fmt) for document in documents]
+    length = sum(len(layout) for layout in layouts)
+    n_padding = -length % multiple
+    if padding_image is not None and not any(document.images for document in documents):
+        unseen = layout_document(
+            Document([Image(padding_image, target=False)], sample=-1, closed=False, predict=False), fmt
+        )
+        layouts.append(unseen)
+        # Inside the padding if it fits, or else up to the next multiple of FILL: a whole `multiple` may be a row.
+        n_padding = n_padding - len(unseen) if n_padding >= len(unseen) else -(length + len(unseen)) % FILL
+    if n_padding:
+        filler = Document([Text((fmt.eos,) * (n_padding - 1))], sample=-1, closed=False, predict=False)
+        layouts.append(layout_document(filler, fmt))
+    packed = concatenate(layouts)
+    see = visible(packed, image_attention)
+    loss_positions = np.flatnonzero(packed.loss_mask)
+    noise_ids = [
+        (layout.samples[0], number)
+        for layout in layouts
+        for number, span in enumerate(layout.spans)
+        if not span.image.is_codes
+    ]
+    images = [span.image for span in packed.spans if not span.image.is_codes]
+    sources: dict[str, int] = {}
+    for document, layout in zip(documents, layouts, strict=False):  # padding has none
+        if document.source:
+            sources[document.source] = sources.get(document.source, 0) + len(layout)
+    return Batch(
+        input_ids=torch.from_numpy(packed.input_ids),
+        position_ids=torch.from_numpy(packed.position_ids),
+        kv_start=torch.from_numpy(see.start),
+        kv_end=torch.from_numpy(see.end),
+        documents=tuple(len(layout) for layout in layouts),
+        samples=packed.samples[: len(documents)],
+        patches=torch.from_numpy(np.flatnonzero((packed.image >= 0) & (fmt.first_code is None))),
+        loss_positions=torch.from_numpy(loss_positions),
+        targets=torch.from_numpy(packed.input_ids[loss_positions + 1]),
+        is_image_token=torch.from_numpy(packed.image[loss_positions + 1] >= 0),
+        image_targets=sum(span.image.target for span in packed.spans),
+        latents=stacked([image.latent for image in images]),
+        denoise=torch.tensor([image.target for image in images], dtype=torch.bool),
+        max_timestep=torch.tensor([image.max_timestep or 0 for image in images], dtype=torch.int64),
+        noise_ids=tuple(noise_ids),
+        pixels=stacked([image.pixels for image in images if image.pixels is not None]),
+        sources=tuple(sorted(sources.items())),
+        n_padding=sum(len(layout) for layout in layouts[len(documents) :]),
+    )
