@@ -34,11 +34,11 @@ import torch
 from torch import nn
 
 from transfuse.autoencoders import Pixels
+from transfuse.devices import keep_freed_memory
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Done, Engine, ImageProgress, Request
 from transfuse.inference.quantize import Quantize, check_quantize, quantize
-from transfuse.memory import keep_freed_memory
 from transfuse.model import ModelConfig, Transfusion, pack
 from transfuse.model.flops import train_flops
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate

@@ -18,7 +18,7 @@ import torch
 from against_peer import alternate
 
 from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, load_autoencoder, save_autoencoder
-from transfuse.memory import keep_freed_memory
+from transfuse.devices import keep_freed_memory
 
 SHAPES = {
     "f4, widths 16-32-96, 8 x 64 px": (AutoencoderConfig(widths=(16, 32, 96), blocks=1, groups=8), 8, 64),

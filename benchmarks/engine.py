@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from transfuse.memory import keep_freed_memory
+from transfuse.devices import keep_freed_memory
 from transfuse.presets import Recipe, preset
 from transfuse.presets.recipe import build_trainer
 from transfuse.presets.runs import resolve

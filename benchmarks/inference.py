@@ -34,9 +34,9 @@ from against_peer import (
     say,
 )
 
+from transfuse.devices import keep_freed_memory
 from transfuse.diffusion import SamplerConfig
 from transfuse.inference import Done, Engine, Request
-from transfuse.memory import keep_freed_memory
 from transfuse.model import Transfusion
 from transfuse.model.llama import llama_config, llama_weights
 

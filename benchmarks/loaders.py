@@ -46,14 +46,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from transfuse.autoencoders import Pixels
-from transfuse.console import say
 from transfuse.data import DataSet, PairConfig, Rows, StepLoader, StoredPictures
 from transfuse.data.build import build_set
 from transfuse.data.dataset import DOCUMENT, PICTURE
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
+from transfuse.devices import keep_freed_memory
 from transfuse.images import decode_image
-from transfuse.memory import keep_freed_memory
+from transfuse.log import logger
 from transfuse.presets import preset
 from transfuse.presets.recipe import Recipe, build_loader, build_trainer
 from transfuse.presets.runs import open_run
@@ -88,7 +88,7 @@ def alternate(jobs: Jobs, rounds: int) -> dict[str, Any]:
         for name in [*there, *there][first : first + len(there)]:
             work, arguments = there[name]
             readings[name].append(apart(work, *arguments))
-            say(f"round {number + 1}: {name}: {readings[name][-1]}")
+            logger.info(f"round {number + 1}: {name}: {readings[name][-1]}")
     for name, found in readings.items():
         base = readings.get(PLAIN + name[name.rfind(",") :], [])
         for reading, plain in zip(found, base, strict=False):
@@ -244,7 +244,7 @@ def throughput(arguments: argparse.Namespace, scale: Mapping[str, int]) -> Jobs:
     epoch = arguments.count * 95 // 100 // BATCH  # everybody stays within one
     warm, batches = min(scale["warm"], epoch // 6), min(scale["batches"], epoch // 2)
     if find_spec("datasets"):
-        say(f"with the copy to Arrow, if there was none: {apart(draw, ARROW, 0, folder, 0, 1)}")
+        logger.info(f"with the copy to Arrow, if there was none: {apart(draw, ARROW, 0, folder, 0, 1)}")
     return {
         f"{name}, {workers} workers": (draw, (name, workers, folder, warm, batches)) if find_spec(package) else None
         for name, (package, _) in CONTENDERS.items()

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from transfuse.devices import keep_freed_memory
 from transfuse.diffusion import DiffusionConfig, Process
-from transfuse.memory import keep_freed_memory
 from transfuse.model import ModelConfig, Transfusion
 from transfuse.sequence import Document, Image, SequenceFormat, Text, collate
 from transfuse.training import ObjectiveConfig, OptimizerConfig, TokenObjective, TransfusionObjective, build_optimizer

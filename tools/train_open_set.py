@@ -31,7 +31,7 @@ from transfuse.data.world import NOUNS, PALETTE, World, WorldConfig
 from transfuse.data.world.draws import Draws
 from transfuse.evaluation.open_set import SIDE, WEIGHTS, Network, OpenSetClassifier
 from transfuse.evaluation.recogniser import resized
-from transfuse.keyed import keyed
+from transfuse.rng import generator_for
 
 STEPS, PLAIN, SPOILED, WARPED = 4500, 76, 40, 8
 """steps, and in each of them drawings that are plain, spoiled in pixels and spoiled in latents"""
@@ -113,9 +113,9 @@ def batches(begun: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]
     pools = [Scenes(size, sizes, count, SEED_OFFSET + seed) for size, sizes, count, _ in POOLS]
     shares = torch.tensor([share for *_, share in POOLS])
     for number, pool in enumerate(pools):
-        pool.decode(open_autoencoder("kl-f4-small"), DECODED, keyed(seed, "decode", number))
+        pool.decode(open_autoencoder("kl-f4-small"), DECODED, generator_for(seed, "decode", number))
     for step in range(begun, steps):
-        generator = keyed(seed, "open set", step)
+        generator = generator_for(seed, "open set", step)
         pool = pools[int(torch.multinomial(shares, 1, generator=generator))]
         chosen = torch.randint(0, len(pool.nouns), (PLAIN + SPOILED,), generator=generator)
         batch = pool.take(chosen)
@@ -226,11 +226,11 @@ def measure(classifier: OpenSetClassifier, seed: int) -> dict[str, float]:
         classifier.accuracy[name] = share((best >= classifier.threshold) & right)
         if extent != "large":
             continue
-        best, right = scores(classifier, spoil.slightly(batch, keyed(seed, "measure")), scenes.nouns)
+        best, right = scores(classifier, spoil.slightly(batch, generator_for(seed, "measure")), scenes.nouns)
         classifier.accuracy[f"{name}, slightly at fault"] = share((best >= classifier.threshold) & right)
         for found, kinds in ((unseen, spoil.UNSEEN), (trained, spoil.TRAINED)):
             for kind, maker in kinds.items():
-                best, _ = scores(classifier, maker(batch, keyed(seed, "measure", kind)), scenes.nouns)
+                best, _ = scores(classifier, maker(batch, generator_for(seed, "measure", kind)), scenes.nouns)
                 found.setdefault(kind, []).append(share(best >= classifier.threshold))
     classifier.false_acceptance = means(unseen)
     return means(trained)

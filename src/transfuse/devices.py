@@ -1,8 +1,10 @@
-"""Where a network computes, and in which dtype: what "auto" means on this machine. No torch until somebody asks."""
+"""Device, precision and memory of this machine: what "auto" means. torch is imported only when it is needed."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,43 +17,43 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-def pick_device(asked: Device) -> Literal["cpu", "cuda"]:
-    """The device itself; auto: CUDA where there is one. Raises UserError where the one asked for is not there."""
-    if asked == "cpu":
+def pick_device(device: Device) -> Literal["cpu", "cuda"]:
+    """Resolve "auto": CUDA if there is one. Raises UserError for "cuda" on a machine without."""
+    if device == "cpu":
         return "cpu"
     import torch
 
     if torch.cuda.is_available():
         return "cuda"
-    if asked == "cuda":
+    if device == "cuda":
         raise UserError("device: expected a CUDA device, found none on this machine")
     return "cpu"
 
 
-def training_precision(asked: Precision, device: str) -> Literal["float32", "bfloat16"]:
-    """auto: bfloat16 where it is the faster one: on CUDA, and on processors that multiply it natively."""
-    if asked != "auto":
-        return asked
+def training_precision(precision: Precision, device: str) -> Literal["float32", "bfloat16"]:
+    """Resolve "auto" for training: bfloat16 on CUDA and on processors that multiply it natively."""
+    if precision != "auto":
+        return precision
     return "bfloat16" if device == "cuda" or _cpu_multiplies_bfloat16() else "float32"
 
 
 def for_inference(device: Device, precision: Precision) -> tuple[Literal["cpu", "cuda"], torch.dtype]:
-    """Device and dtype that a model is loaded with. Raises UserError where the device asked for is not there."""
+    """Resolve device and dtype for inference. Raises UserError for "cuda" on a machine without."""
     import torch
 
     picked = pick_device(device)
     return picked, getattr(torch, inference_precision(precision, picked))
 
 
-def inference_precision(asked: Precision, device: str) -> Literal["float32", "bfloat16"]:
-    """auto: bfloat16 on CUDA; float32 on the CPU, where a result is then the same bytes alone or among others."""
-    if asked != "auto":
-        return asked
+def inference_precision(precision: Precision, device: str) -> Literal["float32", "bfloat16"]:
+    """Resolve "auto" for inference: bfloat16 on CUDA; float32 on the CPU, where batching then changes no bit."""
+    if precision != "auto":
+        return precision
     return "bfloat16" if device == "cuda" else "float32"
 
 
 def processor_name() -> str:
-    """Of this machine's processor, as its maker calls it where the system says so: seconds depend on it."""
+    """Return the processor's name as /proc/cpuinfo has it, or what `platform` knows."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -61,3 +63,22 @@ def processor_name() -> str:
 def _cpu_multiplies_bfloat16() -> bool:
     flags = Path("/proc/cpuinfo")
     return flags.is_file() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep blocks of up to 32 MB that torch frees, for the next tensor. Does nothing elsewhere.
+
+    By default glibc returns each block to the system and takes it again page by page, a tenth of a CPU step's time
+    (docs/benchmarks.md). The setting is for the whole process, so programs call it, not the library.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # options of mallopt(3)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_threshold, 32 << 20)  # the largest value it accepts
+        libc.mallopt(trim_threshold, -1)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return True for an out-of-memory error. torch has a class for GPUs; its CPU allocator raises RuntimeError."""
+    messages = ("out of memory", "not enough memory", "can't allocate memory")
+    no_memory = isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
+    return no_memory or isinstance(error, MemoryError)

@@ -32,11 +32,11 @@ from torch import Tensor
 from .autoencoders import Autoencoder, Coded, load_autoencoder, save_autoencoder
 from .autoencoders.folder import fingerprint
 from .configuration import from_dict, read_json, to_dict
-from .console import say
 from .diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from .errors import UserError
-from .files import sha256, whole_folder
 from .folders import DIFFUSERS, INDEX, MODEL_TYPE, places
+from .io import atomic_dir, sha256
+from .log import logger
 from .model import ModelConfig, Transfusion
 from .model.transfusion import current_name
 from .sequence import Tokenizer
@@ -143,7 +143,7 @@ def save_export(
     """Write an export folder; it appears whole or not at all. world: the settings of the bundled world's scenes that it
     learned from, so that it is asked about them; None: of none. preset: the recipe's name, by which commands know a
     model that was only tried (`folders.TRIALS`). Raises UserError where it can not be written."""
-    with whole_folder(folder, "export") as partial:
+    with atomic_dir(folder, "export") as partial:
         save_autoencoder(partial / "autoencoder", autoencoder, autoencoder.name, sample_size=image_size)
         config = {
             "model_type": MODEL_TYPE,
@@ -253,7 +253,9 @@ def _its_tokenizer(export: Described) -> Tokenizer:
     if found.vocab_size > ids:
         raise UserError(f"{path}: expected at most the model's {ids} ids, found {found.vocab_size}")
     if expected is None and found.vocab_size < ids:
-        say(f"{path}: {found.vocab_size} ids for the model's {ids}; config.json does not record the right tokenizer")
+        logger.info(
+            f"{path}: {found.vocab_size} ids for the model's {ids}; config.json does not record the right tokenizer"
+        )
     return found
 
 
@@ -313,7 +315,7 @@ def relayout(
     nothing changes; but for the network's weights where they are to have another dtype. Raises UserError where it is
     none, or can not be written."""
     found = load_export(source)  # what can not be loaded is not passed on
-    with whole_folder(folder, "export") as partial:
+    with atomic_dir(folder, "export") as partial:
         for name, path in places(source).items():
             target = partial / (DIFFUSERS[name] if layout == "diffusers" else name)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .configuration import read_json
 from .errors import UserError
-from .files import whole_folder
+from .io import atomic_dir
 from .model import ModelConfig, Transfusion
 from .model.llama import EMBEDDING, HEAD, llama_config, llama_weights, trunk_fields
 from .sequence import Tokenizer
@@ -134,7 +134,7 @@ def save_llama(
         }
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
-    with whole_folder(folder, "Llama") as partial:
+    with atomic_dir(folder, "Llama") as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         tensors = {name: weight.contiguous().cpu() for name, weight in llama_weights(model).items()}
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})

@@ -15,10 +15,10 @@ from transfuse.autoencoders import Coded, Pixels, open_autoencoder
 from transfuse.data import StepLoader
 from transfuse.data.world import World, caption, glosses
 from transfuse.errors import UserError
-from transfuse.keyed import keyed
 from transfuse.presets import Recipe, preset
 from transfuse.presets.recipe import build_trainer, export_run, train_tokenizer
 from transfuse.presets.runs import open_run
+from transfuse.rng import generator_for
 from transfuse.sequence import Document, Text, Tokenizer, layout_document
 from transfuse.training import Trainer, read
 from transfuse.training.metrics import Average
@@ -95,7 +95,7 @@ def test_every_arm_sees_the_same_stream(build: Build, tokenizer_file: Path) -> N
     }
     recipe, tokenizer = arm("latents"), Tokenizer.load(tokenizer_file)
     world, texts = World(recipe.data.world), glosses("train")
-    order = torch.randperm(len(texts), generator=keyed(recipe.seed, "texts", 0))
+    order = torch.randperm(len(texts), generator=generator_for(recipe.seed, "texts", 0))
     vq, pairs, found = Coded(open_autoencoder("vq-f4-small")), 0, {"draw": 0, "dropped": 0, "caption": 0}
     block: tuple[int, torch.Tensor] = (-1, torch.empty(0))
     for sample in range(240):

@@ -36,7 +36,6 @@ from hypothesis import strategies as st
 
 from transfuse.autoencoders import ImageAutoencoder, open_autoencoder, save_autoencoder
 from transfuse.cli import run
-from transfuse.console import progress
 from transfuse.data import verify
 from transfuse.data.ahead import ahead
 from transfuse.data.build import Writer, build_set
@@ -46,6 +45,7 @@ from transfuse.data.readers import UNTOLD, Columns
 from transfuse.data.verify import verify_set
 from transfuse.errors import UserError
 from transfuse.images import decode_image, fit, read_image
+from transfuse.log import progress
 from transfuse.sequence import Tokenizer
 
 CONFIG = BuildConfig(size=16, vocabulary=300, shard_size=4, heldout=0.2)

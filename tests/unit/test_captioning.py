@@ -15,7 +15,7 @@ from transfuse.errors import UserError
 from transfuse.evaluation.captioning import bleu_4, cider_d
 from transfuse.evaluation.pairs import world_pairs
 from transfuse.evaluation.words import JAR, MAIN, check_words, open_words, tokenize
-from transfuse.files import sha256
+from transfuse.io import sha256
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "captioning.json").read_text())
 

@@ -48,9 +48,9 @@ from transfuse.inference import (
 )
 from transfuse.inference import engine as engine_module
 from transfuse.inference.events import Event
-from transfuse.keyed import keyed
 from transfuse.model import ModelConfig, Transfusion, dense
 from transfuse.model.layers import RMSNorm
+from transfuse.rng import generator_for
 from transfuse.sequence import (
     Document,
     Image,
@@ -285,7 +285,7 @@ def window(image: Tensor, place: Place, size: int) -> Tensor:
 def noised(process: Process, document: Document, number: int) -> tuple[Tensor, Tensor, int]:
     """x_t, what must be foretold, and t, of image `number`."""
     image = document.images[number]
-    generator, t = keyed(SEED, "noise", document.sample, number), 0
+    generator, t = generator_for(SEED, "noise", document.sample, number), 0
     if image.target:
         t = int(torch.randint(1, (image.max_timestep or process.config.timesteps) + 1, (), generator=generator))
     noise = torch.randn(image.latent.shape, generator=generator).double()
@@ -474,15 +474,15 @@ def test_share_that_is_dropped(norm_order: str) -> None:
     for silent in ("out", "feed_forward.down"):
         whole = added(silent, 0.0, None)
         assert whole.std() < 1e-6 < whole.abs().min()
-        found = added(silent, 0.3, keyed(0))
+        found = added(silent, 0.3, generator_for(0))
         zero = found.abs() < 1e-7
         assert float(zero.float().mean()) == pytest.approx(0.3, abs=0.01)
         torch.testing.assert_close(found[~zero], whole[~zero] / 0.7, rtol=1e-3, atol=0)
         assert zero.float().mean(0).max() < 0.5, "by element, not by channel"
         assert zero.float().mean(1).max() < 0.5, "nor by position"
-        unused = keyed(0)
+        unused = generator_for(0)
         assert torch.equal(added(silent, 0.0, unused), whole)
-        assert torch.equal(unused.get_state(), keyed(0).get_state())
+        assert torch.equal(unused.get_state(), generator_for(0).get_state())
         assert torch.equal(added(silent, 0.3, None), whole), "never without a generator"
 
 
@@ -746,7 +746,7 @@ def test_three_branches_of_latents(
         ).predictions[-1]
 
     sampler = Sampler(process, ddim)
-    state = sampler.prepare((3, 8, 4), keyed(0, "image", 0))
+    state = sampler.prepare((3, 8, 4), generator_for(0, "image", 0))
     while not state.done:
         whole, images, null = (foretold(parts, state.x, state.t) for parts in (seen, document.images, []))
         state = sampler.step(state, null + image_scale * (images - null) + scale * (whole - images))

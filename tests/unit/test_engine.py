@@ -22,8 +22,8 @@ from transfuse.inference import (
 )
 from transfuse.inference.drawing import sample
 from transfuse.inference.network import Network
-from transfuse.keyed import keyed
 from transfuse.model import dense
+from transfuse.rng import generator_for
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate, unconditional
 
 STEPS = 3
@@ -46,7 +46,7 @@ def uncached_image(
     """The same drawing by whole forward passes: dense mask, no cache, no batching, the null branch its own document."""
     model, process = engine.exported.model, engine.exported.process
     sampler = Sampler(process, SamplerConfig("ddim", STEPS))
-    state = sampler.prepare(shape, keyed(seed, "image", number))
+    state = sampler.prepare(shape, generator_for(seed, "image", number))
 
     def predict(doc: Document, t: int) -> torch.Tensor:
         batch = collate([doc], engine.grammar, model.config.image_attention)

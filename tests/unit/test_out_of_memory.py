@@ -103,7 +103,7 @@ def test_other_mistakes_are_not_taken_for_it(tokenizer, monkeypatch) -> None:
 
 
 def test_torch_says_it_as_expected() -> None:
-    from transfuse.memory import out_of_memory
+    from transfuse.devices import out_of_memory
 
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 50)

@@ -18,8 +18,8 @@ from transfuse.configuration import from_dict, to_dict
 from transfuse.data.world import WorldConfig
 from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
-from transfuse.files import whole_folder
 from transfuse.inference import Engine, Request, TextDelta
+from transfuse.io import atomic_dir
 from transfuse.model import ModelConfig
 from transfuse.presets import PRESETS, Recipe, preset
 from transfuse.presets.autoencoders import AUTOENCODERS
@@ -100,17 +100,17 @@ def test_a_folder_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "made"
     for text in ("one", "two"):
-        with whole_folder(folder, "thing") as partial:
+        with atomic_dir(folder, "thing") as partial:
             (partial / "config.json").write_text(text)
         assert (folder / "config.json").read_text() == text
-    with pytest.raises(UserError, match="made: thing not written"), whole_folder(folder, "thing") as partial:
+    with pytest.raises(UserError, match="made: thing not written"), atomic_dir(folder, "thing") as partial:
         raise OSError("the disk is full")
-    with pytest.raises(KeyError), whole_folder(folder, "thing") as partial:
+    with pytest.raises(KeyError), atomic_dir(folder, "thing") as partial:
         raise KeyError
     assert (folder / "config.json").read_text() == "two", "what was there stays"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
     monkeypatch.chdir(folder)
-    with whole_folder(Path("."), "thing") as partial:
+    with atomic_dir(Path("."), "thing") as partial:
         (partial / "config.json").write_text("here")
     assert (folder / "config.json").read_text() == "here"
 
@@ -124,12 +124,12 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path, other: str) -> None:
     for _ in range(2):
         with (
             pytest.raises(UserError, match=f"made: expected a folder of its own for thing, found {other[:6]}"),
-            whole_folder(folder, "thing"),
+            atomic_dir(folder, "thing"),
         ):
             pytest.fail("written")
         assert (folder / other).read_text() == "years of work"
         (folder / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="found thesis there"), whole_folder(_file(tmp_path), "thing"):
+    with pytest.raises(UserError, match="found thesis there"), atomic_dir(_file(tmp_path), "thing"):
         pytest.fail("written")
 
 

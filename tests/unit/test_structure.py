@@ -12,14 +12,13 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "transfuse"
 EVERYWHERE = {
     "errors",
-    "console",
+    "io",
     "configuration",
     "devices",
-    "files",
+    "log",
     "folders",
     "images",
-    "keyed",
-    "memory",
+    "rng",
     "version",
 }
 MAY_IMPORT: dict[str, set[str]] = {

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.errors import UserError
-from transfuse.keyed import keyed
 from transfuse.model import dense
 from transfuse.presets import preset
 from transfuse.presets.recipe import build_trainer
 from transfuse.presets.runs import open_run
+from transfuse.rng import generator_for
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
 from transfuse.training import (
     Checkpoint,
@@ -53,7 +53,7 @@ def naive_losses(model, document: Document, grammar: SequenceFormat, process: Pr
     batch = collate([document], grammar)
     noised, times, noises = [], [], []
     for number, image in enumerate(document.images):
-        generator = keyed(SEED, "noise", document.sample, number)
+        generator = generator_for(SEED, "noise", document.sample, number)
         t = 0
         if image.target:
             cap = image.max_timestep or process.config.timesteps

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from ..configuration import from_dict, read_json
 from ..errors import UserError
-from ..files import whole_folder
+from ..io import atomic_dir
 from .autoencoder import Autoencoder, Coded, ImageAutoencoder
 from .config import AutoencoderConfig
 from .pixels import Pixels
@@ -84,7 +84,7 @@ def save_autoencoder(
 ) -> None:
     """Write an autoencoder's folder; it appears whole or not at all. dtype: of the weights in the file, their own if
     not given. sample_size: pixels a side it was trained on. Raises UserError where it can not be written."""
-    with whole_folder(folder, "autoencoder") as partial:
+    with atomic_dir(folder, "autoencoder") as partial:
         values: dict[str, Any] = {"kind": "pixels"}
         autoencoder = autoencoder.inner if isinstance(autoencoder, Coded) else autoencoder
         if not isinstance(autoencoder, Pixels):

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..configuration import nearest
+from ..devices import keep_freed_memory
 from ..errors import UserError
-from ..memory import keep_freed_memory
 from ..version import __version__
 from .autoencoder import autoencoder
 from .chat import chat

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import tyro
 
-from ..console import say
 from ..errors import UserError
+from ..log import logger
 from .parsing import act, parse, parse_run, preset_name, print_json
 
 
@@ -45,7 +45,7 @@ def train(arguments: Sequence[str]) -> int:
         return stopped_code(trainer.ranks)
     if not trainer.ranks.first:
         return 0
-    say(f"{export}: exported; look at it with: transfuse autoencoder inspect {export} world")
+    logger.info(f"{export}: exported; look at it with: transfuse autoencoder inspect {export} world")
     if as_json:
         print_json({"run": str(run), "step": trainer.step, "export": str(export), **trainer.totals})
     return 0

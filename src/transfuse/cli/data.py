@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..console import say
 from ..errors import UserError
+from ..log import logger
 from .parsing import act, parse, print_json
 
 
@@ -61,7 +61,7 @@ def build(arguments: Sequence[str]) -> int:
     if asked.json:
         print_json({"out": str(asked.out), **found})
     else:
-        say(f"{asked.out}: {_summary(found)}; look at it with: transfuse data inspect {asked.out}")
+        logger.info(f"{asked.out}: {_summary(found)}; look at it with: transfuse data inspect {asked.out}")
     return 0
 
 
@@ -125,11 +125,11 @@ def verify(arguments: Sequence[str]) -> int:
     if asked.json:
         print_json({"documents": found.documents, "count": found.count, "problems": found.problems})
     for problem in found.problems:
-        say(problem)
+        logger.info(problem)
     if found.count:
         raise UserError(f"{asked.set}: {found.count} problems; {found.documents} documents are whole")
     if not asked.json:
-        say(f"{asked.set}: {found.documents} documents, all whole")
+        logger.info(f"{asked.set}: {found.documents} documents, all whole")
     return 0
 
 

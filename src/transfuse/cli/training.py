@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..console import say
+from ..log import logger
 from .parsing import parse, parse_run, preset_name, print_json
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _train(recipe: Recipe, folder: Path, as_json: bool) -> int:
     if not trained.trainer.ranks.first:
         return 0
     prompt = next(iter(held_out_prompts(trained.recipe, 1)), "a crab on a blue background")
-    say(f"{trained.export}: exported; try: transfuse generate {shlex.quote(prompt)} --model {trained.export}")
+    logger.info(f"{trained.export}: exported; try: transfuse generate {shlex.quote(prompt)} --model {trained.export}")
     if as_json:
         step, totals = trained.trainer.step, trained.trainer.totals
         print_json({"run": str(folder), "step": step, "export": str(trained.export), **totals})

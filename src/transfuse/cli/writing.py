@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from ..console import say
 from ..devices import Device, Precision, for_inference, pick_device
 from ..errors import UserError
-from ..files import sha256
 from ..folders import DEFAULT, bundled_models, draws, places, trained_exports
+from ..io import sha256
+from ..log import logger
 from .parsing import parse, print_json
 
 if TYPE_CHECKING:
@@ -32,12 +32,14 @@ def default_model() -> Path:
     trained = trained_exports()
     for folder in trained:
         if draws(folder):
-            say(f"{folder}: the model used, the newest export under runs/ that draws; --model names another")
+            logger.info(f"{folder}: the model used, the newest export under runs/ that draws; --model names another")
             return folder
     there = "only models that draw nothing" if trained else "no models"
     if DEFAULT not in bundled_models():
         raise UserError(f"--model: expected an export folder, found {there} under runs/: train one first (make demo)")
-    say(f"{DEFAULT}: the model used, the one in the package, for there are {there} under runs/; --model names another")
+    logger.info(
+        f"{DEFAULT}: the model used, the one in the package, for there are {there} under runs/; --model names another"
+    )
     return Path(DEFAULT)
 
 
@@ -226,7 +228,7 @@ def _again(asked: Generate, file: Path) -> int:
         raise UserError(f"{file}: image_index: expected an image {settings.image_index} in the reply, found none")
     picture = pipe.picture(latent)
     if not np.array_equal(read_image(file), np.asarray(picture)):
-        say(f"{file}: drawn again with other pixels: by another machine, version or number of threads")
+        logger.info(f"{file}: drawn again with other pixels: by another machine, version or number of threads")
     found = settings_of(request, pipe.exported, settings.image_index)
     path = save_picture(picture, asked.out / file.name, found)
     if asked.json:
@@ -241,7 +243,7 @@ def _model_with(fingerprint: str, file: Path) -> Path:
     for model in [*trained_exports(), *map(Path, bundled_models())]:
         weights = places(model)["model.safetensors"]
         if weights.is_file() and sha256(weights).startswith(fingerprint):
-            say(f"{model}: the model used, whose weights drew {file}")
+            logger.info(f"{model}: the model used, whose weights drew {file}")
             return model
     raise UserError(
         f"{file}: model: expected {fingerprint} under runs/ or in the package, found none; --model names it"

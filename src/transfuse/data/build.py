@@ -26,9 +26,9 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ..configuration import to_dict
-from ..console import progress, say
 from ..errors import UserError
-from ..files import sha256, whole_file
+from ..io import atomic_write, sha256
+from ..log import logger, progress
 from ..sequence import Tokenizer
 from .ahead import ahead, processes
 from .dataset import DOCUMENT, PICTURE, SUMS, VERSION, Encoding, Manifest, Shard, to_members, to_tar
@@ -70,7 +70,7 @@ def build_set(
     if (out / "manifest.json").exists():
         manifest = check_built(out, named)
         shutil.rmtree(out / "building", ignore_errors=True)
-        say(f"{out}: built already")
+        logger.info(f"{out}: built already")
         return {**_counts(manifest), "seconds": 0.0}
     claim(out, named, contents)
     tokenizer = _tokenizer(reader, adopted, config.vocabulary, out)
@@ -82,7 +82,7 @@ def build_set(
     left = iter(reader.parts())
     passed = sum(part.weight for part in islice(left, writer.next.part))
     prepared = _prepared(reader, left, config, out, preparer, workers, writer.next.document)
-    with progress("build", reader.total, passed) as bar, prepared as parts:
+    with progress("build", reader.total, passed, unit="documents") as bar, prepared as parts:
         for part, found in parts:
             for outcomes in found:
                 if writer.seen < most or writer.next.piece:  # a document that was begun is brought to its end
@@ -113,9 +113,9 @@ def _tokenizer(reader: Reader, adopted: Tokenizer | None, vocabulary: int, out: 
         elif isinstance(reader, SetReader):
             tokenizer = reader.tokenizer()
         else:
-            say(f"tokenizer: training one of {vocabulary} ids on the source's words")
+            logger.info(f"tokenizer: training one of {vocabulary} ids on the source's words")
             tokenizer = Tokenizer.train(_words(reader), vocabulary)
-        whole_file(path, tokenizer.save)
+        atomic_write(path, tokenizer.save)
     return Tokenizer.load(path)
 
 
@@ -228,7 +228,7 @@ class Writer:
             self.next = Place(**record["next"])
             self.seen, self.faulty, self.written = record["seen"], record["faulty"], record["written"]
         if self.shards:
-            say(f"{self.out}: going on after {self.written} documents")
+            logger.info(f"{self.out}: going on after {self.written} documents")
 
     def add(self, outcomes: list[Outcome]) -> None:
         """What became of one document, in its turn. Raises UserError where faults are too many."""
@@ -319,7 +319,7 @@ class Writer:
         )
         text = json.dumps(to_dict(manifest), indent=1) + "\n"
         self._sum(manifest, text)
-        whole_file(self.out / "manifest.json", lambda partial: partial.write_text(text))
+        atomic_write(self.out / "manifest.json", lambda partial: partial.write_text(text))
         shutil.rmtree(self.building, ignore_errors=True)
         return manifest
 
@@ -329,7 +329,7 @@ class Writer:
         sums["tokenizer.json"] = sha256(self.out / "tokenizer.json")
         sums["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-        whole_file(self.out / SUMS, lambda partial: partial.write_text(lines))
+        atomic_write(self.out / SUMS, lambda partial: partial.write_text(lines))
 
     def _list(self, name: str, faulty: bool) -> None:
         """Write dropped.jsonl or quarantine.jsonl."""
@@ -339,7 +339,7 @@ class Writer:
             with partial.open("w") as file:  # line by line: of a text's lines, millions may be dropped
                 file.writelines(json.dumps({"key": one["key"], "reason": _reason(one)}) + "\n" for one in chosen)
 
-        whole_file(self.out / name, write)
+        atomic_write(self.out / name, write)
 
     def _flush(self) -> None:
         number = len(self.shards)
@@ -349,7 +349,7 @@ class Writer:
         file = f"shards/shard-{number:05d}.{'tokens' if self.text_only else 'tar'}"
         shard = Shard(file, len(data), hashlib.sha256(data).hexdigest())
         if data:
-            whole_file(self.out / file, lambda partial: partial.write_bytes(data))
+            atomic_write(self.out / file, lambda partial: partial.write_bytes(data))
         documents = np.zeros(len(self._documents), DOCUMENT)
         for place, (*numbers, hash_) in enumerate(self._documents):
             documents[place] = (*numbers, np.frombuffer(hash_, "u1"))
@@ -365,7 +365,7 @@ class Writer:
         texts = np.array(self._texts, "V16")
         arrays = {"documents": documents, "pictures": pictures, "texts": texts}
         packed = np.frombuffer(json.dumps(record).encode(), "u1")
-        whole_file(self._record(number), lambda partial: _save(partial, {**arrays, "record": packed}))
+        atomic_write(self._record(number), lambda partial: _save(partial, {**arrays, "record": packed}))
         self.shards.append(shard)
         self._pieces, self._documents, self._pictures, self._dropped, self._offset = [], [], [], [], 0
         self._texts = []
@@ -404,7 +404,7 @@ class Writer:
                     file.write(rows.tobytes())
                     before += pictures
 
-        whole_file(self.out / f"{name}.npy", write)
+        atomic_write(self.out / f"{name}.npy", write)
         return sha256(self.out / f"{name}.npy")
 
     def _check_budget(self, last: Dropped) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 
 from ..configuration import from_dict
 from ..errors import UserError
-from ..files import sha256
+from ..io import sha256
 from ..sequence import Tokenizer
 from .remote import Cache, MissingError, is_remote
 from .shuffle import Place, Shuffle

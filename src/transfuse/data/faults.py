@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..console import say
 from ..errors import UserError
-from ..files import append_lines
+from ..io import append_jsonl
+from ..log import logger
 
 FREE_FAULTS = 10
 """faulty documents of a source that are let pass whatever their share"""
@@ -54,8 +54,8 @@ class FaultLog:
         self._read()
         for fault in found:
             if fault not in self.met:
-                append_lines(self.path, [asdict(fault)])
-                say(f"left out: {fault.source}/{fault.shard}: {fault.key}: {fault.reason}")
+                append_jsonl(self.path, [asdict(fault)])
+                logger.info(f"left out: {fault.source}/{fault.shard}: {fault.key}: {fault.reason}")
         self._read()
         for source, count in self._counts.items():
             if count > max(FREE_FAULTS, self.share * self.sizes.get(source, 0)):

@@ -29,8 +29,8 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from ..console import say
 from ..errors import UserError
+from ..log import logger
 
 PARTIAL = ".partial"
 WAITS = (1.0, 4.0, 15.0)
@@ -157,7 +157,7 @@ class Cache:
                 if not path.exists():
                     raise
                 _unreached.add(url)
-                say(f"{error}; going on with the one that is kept here, which may be old")
+                logger.info(f"{error}; going on with the one that is kept here, which may be old")
         with suppress(FileNotFoundError):
             os.utime(path)
         return path

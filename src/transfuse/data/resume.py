@@ -13,7 +13,7 @@ from typing import Any
 
 from ..configuration import read_json
 from ..errors import UserError
-from ..files import whole_file
+from ..io import atomic_write
 from ..version import __version__
 from .dataset import DataSet, Encoding, Manifest
 from .readers.files import UNREADABLE
@@ -71,8 +71,8 @@ def claim(out: Path, settings: dict[str, Any], contents: dict[str, str]) -> None
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: expected a folder to write to, found none ({error.strerror})") from None
-    whole_file(files, lambda partial: partial.write_text(json.dumps(contents) + "\n"))
-    whole_file(path, lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
+    atomic_write(files, lambda partial: partial.write_text(json.dumps(contents) + "\n"))
+    atomic_write(path, lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n"))
 
 
 def _compare(out: Path, path: Path, found: dict[str, Any], asked: dict[str, Any], changes: str = "") -> None:

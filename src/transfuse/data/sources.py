@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..autoencoders import Autoencoder, Later
-from ..keyed import keyed
+from ..rng import generator_for
 from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, images_alone, unconditional
 from .world import Edit, World, caption, edit
 from .world.draws import Draws
@@ -306,6 +306,6 @@ class Texts:
     def _place(self, index: int) -> int:
         epoch, place = divmod(index, len(self.texts))
         if self._order[0] != epoch:
-            order = torch.randperm(len(self.texts), generator=keyed(self.seed, "texts", epoch))
+            order = torch.randperm(len(self.texts), generator=generator_for(self.seed, "texts", epoch))
             self._order = (epoch, order.numpy())
         return int(self._order[1][place])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..console import progress
 from ..errors import UserError
-from ..files import sha256
+from ..io import sha256
+from ..log import progress
 from .ahead import ahead, processes
 from .dataset import SUMS, DataSet, Stored
 from .stored import decode_picture
@@ -55,7 +55,7 @@ def verify_set(path: str, workers: int = 2) -> Verified:
         found.add(f"{path}/{SUMS}: expected a line for each file of the set, found {len(sums)}")
     chunks = [range(first, min(first + CHUNK, len(data))) for first in range(0, len(data), CHUNK)]
     steps = len(data.manifest.shards) + len(chunks)
-    with progress("verify", steps) as bar, processes(max(1, workers), _begin, path, what=path) as pool:
+    with progress("verify", steps, unit="checks") as bar, processes(max(1, workers), _begin, path, what=path) as pool:
         shards = data.manifest.shards
         for shard, digest in zip(shards, ahead(lambda one: pool.submit(_shard, one.file), shards, 8), strict=True):
             if digest != shard.sha256:

@@ -15,9 +15,9 @@ from ..configuration import to_dict
 from ..data.world import WorldConfig
 from ..errors import UserError
 from ..export import Exported
-from ..files import sha256
 from ..folders import find_export
 from ..inference import Request, TransfusionPipeline
+from ..io import sha256
 from ..version import __version__
 from .detector import Detector, keep_detector
 from .generate import Outcome, Task, generate, short_hash

@@ -15,9 +15,9 @@ import PIL.Image
 import torch
 
 from ..configuration import nearest
-from ..console import progress
 from ..errors import UserError
-from ..files import sha256
+from ..io import sha256
+from ..log import progress
 from .bench import Bench, Measure
 from .drawing import drawn_pairs
 from .interval import bootstrap
@@ -82,7 +82,7 @@ def _score(bench: Bench) -> Findings:
     pairs, drawn = drawn_pairs(bench)
     clip = Clip(bench.options.clip_model, str(bench.options.clip), bench.device)
     drawings, real, texts = [], [], []
-    with progress("clip", len(pairs.ids)) as bar:
+    with progress("clip", len(pairs.ids), unit="images") as bar:
         for start in range(0, len(pairs.ids), BATCH):
             numbers = range(start, min(len(pairs.ids), start + BATCH))
             prompts = [pairs.prompts[n] for n in numbers]

@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..console import progress
 from ..data.world import Scene, World, WorldConfig
 from ..errors import UserError
-from ..files import whole_file
-from ..keyed import keyed
+from ..io import atomic_write
+from ..log import progress
+from ..rng import generator_for
 from .judge import judge_identity, keep_judge
 from .recogniser import HELD_OUT_EVERY, SEED_OFFSET, disturbed, pixels, resized, weights_digest
 
@@ -146,7 +146,7 @@ class Detector:
             "confusion": json.dumps([[*pair, times] for pair, times in self.confusion.items()]),
         }
         state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
-        whole_file(path, lambda aside: save_file(state, aside, metadata=facts))
+        atomic_write(path, lambda aside: save_file(state, aside, metadata=facts))
 
     @classmethod
     def load(cls, path: Path) -> Detector:
@@ -203,12 +203,12 @@ def train_detector(config: WorldConfig, steps: int = STEPS, seed: int = 0) -> De
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.15)
     passes = range(steps * BATCH // len(scenes) + 1)
-    order = torch.cat([torch.randperm(len(scenes), generator=keyed(seed, "order", n)) for n in passes])
+    order = torch.cat([torch.randperm(len(scenes), generator=generator_for(seed, "order", n)) for n in passes])
     network.train()
     with progress("detector", steps) as bar:
         for step in range(steps):
             chosen = order[step * BATCH : (step + 1) * BATCH].tolist()
-            x = disturbed(pixels(images[chosen]), keyed(seed, "disturb", step))
+            x = disturbed(pixels(images[chosen]), generator_for(seed, "disturb", step))
             wanted = [torch.stack(part) for part in zip(*(targets[n] for n in chosen), strict=True)]
             loss = _loss(network(resized(x, side)), wanted)
             optimizer.zero_grad(set_to_none=True)

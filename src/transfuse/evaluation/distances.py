@@ -18,9 +18,9 @@ import torch
 from torch.nn import functional as F
 
 from ..autoencoders.features import MOBILENET, Features, load_features, packaged_weights
-from ..console import progress
 from ..errors import UserError
-from ..files import sha256
+from ..io import sha256
+from ..log import progress
 from .inception import FILE, check_inception, load_inception
 from .interval import Measured, share
 from .recogniser import Recogniser, pixels
@@ -117,7 +117,7 @@ def open_features(name: str, recogniser: Recogniser | None = None, device: torch
 def all_features(sees: Sees, picture: object, count: int) -> np.ndarray:
     """Of pictures by number, a batch at a time: float64 `[count, channel]`."""
     parts = []
-    with progress(sees.name, count) as bar:
+    with progress(sees.name, count, unit="images") as bar:
         for start in range(0, count, BATCH):
             numbers = range(start, min(count, start + BATCH))
             parts.append(sees(np.stack([picture(n) for n in numbers])))  # type: ignore[operator]

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..console import progress
 from ..errors import UserError
-from ..files import sync, whole_file
 from ..images import read_image
+from ..io import atomic_write, sync
+from ..log import progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ def generate(folder: Path, task: Task, batch: int) -> Outcome:
             with lines.open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 text = json.dumps({"name": task.name, "count": task.count, **task.settings}, indent=2) + "\n"
-                whole_file(place / "task.json", lambda path: path.write_text(text))
+                atomic_write(place / "task.json", lambda path: path.write_text(text))
                 records, size = _whole_lines(lines)
                 file.truncate(size)
                 with progress(task.name, task.count, len(records)) as bar:

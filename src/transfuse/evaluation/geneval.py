@@ -16,8 +16,8 @@ import json
 import shutil
 from typing import Any
 
-from ..console import say
 from ..errors import UserError
+from ..log import logger
 from .bench import Bench, Measure
 from .drawing import draw_task
 from .generate import short_hash
@@ -59,7 +59,7 @@ def _score(bench: Bench) -> Findings:
                 shutil.copyfile(drawn.path(number * SAMPLES + sample), place / "samples" / f"{sample:04d}.png")
     except OSError as error:
         raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
-    say(f"geneval: {len(prompts)} pictures in {folder}; score them with GenEval's evaluate_images.py")
+    logger.info(f"geneval: {len(prompts)} pictures in {folder}; score them with GenEval's evaluate_images.py")
     first = range(0, min(SHOWN, len(lines)) * SAMPLES, SAMPLES)
     title = first_of(len(lines), SHOWN, "prompts") + ", the first drawing of each"
     return Findings([], [Exhibit(prompts[n], [(drawn.image(n), "drawn")], group=title) for n in first])

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ..console import say
 from ..errors import UserError
 from ..inference import TransfusionPipeline
+from ..log import logger
 from ..sequence import Document, Text
 from .bench import Bench, Measure
 from .choice import continuation
@@ -140,7 +140,7 @@ def _score(bench: Bench) -> Findings:
     import lm_eval
 
     tasks = list(bench.options.tasks or LLAMA_SUITE)
-    say(f"harness: {', '.join(tasks)}")
+    logger.info(f"harness: {', '.join(tasks)}")
     try:
         found = lm_eval.simple_evaluate(
             model=harness_model(bench.pipe, bench.batch),

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from ..configuration import to_dict
 from ..data.world import WorldConfig
 from ..data.world.sprites import SPRITE_FILE
-from ..files import sha256
+from ..io import sha256
 from ..version import __version__
 
 

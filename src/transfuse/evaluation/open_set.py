@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import whole_file
+from ..io import atomic_write
 from .recogniser import pixels, resized, weights_digest
 
 WEIGHTS = Path(__file__).with_name("weights") / "open-set.safetensors"
@@ -104,7 +104,7 @@ class OpenSetClassifier:
             "threshold": json.dumps(self.threshold),
             "measured": json.dumps([self.accuracy, self.false_acceptance]),
         }
-        whole_file(path, lambda aside: save_file(state, aside, metadata=facts))
+        atomic_write(path, lambda aside: save_file(state, aside, metadata=facts))
 
     @classmethod
     def load(cls, path: Path) -> OpenSetClassifier:

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from ..configuration import read_json
-from ..console import say
 from ..data.world import World, WorldConfig, caption
 from ..errors import UserError
 from ..images import fit, read_image
+from ..log import logger
 from .bench import Bench
 from .generate import content_hash, short_hash
 
@@ -100,7 +100,9 @@ def check_pairs(bench: Bench, measure: str, least: int) -> Pairs:
     if options.captions is None:
         return pairs
     if len(pairs.ids) < options.count:
-        say(f"{options.ids or options.captions}: {len(pairs.ids)} pictures, fewer than the {options.count} asked for")
+        logger.info(
+            f"{options.ids or options.captions}: {len(pairs.ids)} pictures, fewer than the {options.count} asked for"
+        )
     for number in (0, len(pairs.ids) - 1):
         pairs.picture(number)
     return pairs

@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..console import progress
 from ..data.world import World, WorldConfig
 from ..errors import UserError
-from ..files import whole_file
-from ..keyed import keyed
+from ..io import atomic_write
+from ..log import progress
+from ..rng import generator_for
 from .judge import judge_identity, keep_judge
 
 SIDE = 32
@@ -119,7 +119,7 @@ class Recogniser:
             "nouns": json.dumps(self.nouns),
             "measured": json.dumps([self.accuracy, self.seconds]),
         }
-        whole_file(path, lambda aside: save_file(state, aside, metadata=facts))
+        atomic_write(path, lambda aside: save_file(state, aside, metadata=facts))
 
     @classmethod
     def load(cls, path: Path) -> Recogniser:
@@ -163,7 +163,7 @@ def train_recogniser(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.15)
     order = torch.cat(
         [
-            torch.randperm(len(labels), generator=keyed(seed, "order", n))
+            torch.randperm(len(labels), generator=generator_for(seed, "order", n))
             for n in range(steps * batch // len(labels) + 1)
         ]
     )
@@ -171,7 +171,7 @@ def train_recogniser(
     with progress("recogniser", steps) as bar:
         for step in range(steps):
             chosen = order[step * batch : (step + 1) * batch]
-            seen = _augment(pixels(images[chosen.numpy()]), keyed(seed, "augment", step))
+            seen = _augment(pixels(images[chosen.numpy()]), generator_for(seed, "augment", step))
             loss = F.cross_entropy(network(resized(seen)), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import PIL.Image
 
-from ..console import progress
 from ..data.world import Scene, World, WorldConfig, background_of, caption, colours_in, nouns_in
 from ..errors import UserError
 from ..inference import TransfusionPipeline
+from ..log import progress
 from .interval import Measured, agreement_by_chance, share
 from .open_set import bundled_classifier
 
@@ -112,7 +112,7 @@ def draw_accuracy(
     nouns, backgrounds = _asked(scenes)
     drawn: list[np.ndarray] = []
     began = time.monotonic()
-    with progress("draw", count) as bar:
+    with progress("draw", count, unit="images") as bar:
         for start in range(0, count, batch):
             some = prompts[start : start + batch]
             drawn += pipe(some, num_inference_steps=steps, generator=seed + start, output_type="np").images
@@ -160,7 +160,7 @@ def caption_accuracy(
     nouns, backgrounds = _asked(scenes)
     captions: list[str] = []
     began = time.monotonic()
-    with progress("caption", count) as bar:
+    with progress("caption", count, unit="images") as bar:
         for start in range(0, count, batch):
             some = [PIL.Image.fromarray(picture) for picture in pictures[start : start + batch]]
             captions += pipe.caption(some)

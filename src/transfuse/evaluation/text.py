@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..console import progress
 from ..data.readers import Columns, Fault, open_source
 from ..data.world import glosses
 from ..errors import UserError
 from ..export import Exported
 from ..inference import foretell
+from ..log import progress
 from ..sequence import Document, Text
 from .bench import Bench, Measure
 from .generate import Made, Task, short_hash
@@ -55,7 +55,7 @@ def perplexity(exported: Exported, texts: Sequence[str], batch: int = 32) -> Tex
     if not texts or not all(texts):
         raise UserError("perplexity: texts: expected at least one and none empty, found none or an empty one")
     nats, counts = [], []
-    with progress("perplexity", len(texts)) as bar:
+    with progress("perplexity", len(texts), unit="texts") as bar:
         for start in range(0, len(texts), batch):
             some = [_document(exported, text) for text in texts[start : start + batch]]
             found = foretell(exported, some, batch)

@@ -21,7 +21,7 @@ from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 from ..errors import UserError
-from ..files import sha256
+from ..io import sha256
 
 PACKAGE, JAR = "pycocoevalcap", "stanford-corenlp-3.4.1.jar"
 MAIN = "edu.stanford.nlp.process.PTBTokenizer"

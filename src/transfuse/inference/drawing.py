@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import Sampler, SamplerState
-from ..keyed import keyed
+from ..rng import generator_for
 from ..sequence import Document, layout_document
 from .cache import KeyValueCache, Segment
 from .events import ImageProgress, Request
@@ -36,7 +36,7 @@ class Denoiser:
     def begin(self, row: Row) -> list[Feed]:
         """Set up the drawing of the image that begins at `row.length`; what its branches read before it."""
         sampler = Sampler(self.network.exported.process, row.request.sampler)
-        generator = keyed(row.request.seed, "image", row.images)
+        generator = generator_for(row.request.seed, "image", row.images)
         start = row.request.start
         if start is None or row.images:
             row.drawing = sampler.prepare(row.shape, generator, device=self.network.device)
@@ -108,7 +108,7 @@ class Coder:
 
     def begin(self, row: Row) -> list[Feed]:
         """Set up the drawing of the image that begins at `row.length`; what its branches read before it."""
-        row.drawing = CodeDrawing(keyed(row.request.seed, "image", row.images))
+        row.drawing = CodeDrawing(generator_for(row.request.seed, "image", row.images))
         return open_branches(self.network, self.cache, row)
 
     def opened(self, row: Row, logits: list[Tensor]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..export import Exported
-from ..keyed import keyed
+from ..rng import generator_for
 from ..sequence import Image
 from .cache import Segment
 from .drawing import Coder, Denoiser, sample
@@ -229,7 +229,7 @@ class Engine:
             return
         token = likeliest
         if request.temperature > 0:
-            generator = keyed(request.seed, "token", row.length)
+            generator = generator_for(request.seed, "token", row.length)
             token = sample(logits, request.temperature, request.top_p, generator)
         if token == self.grammar.eos:
             yield from self._finish(row, "stop")

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..devices import out_of_memory
 from ..diffusion import SamplerState
-from ..memory import out_of_memory
 from ..sequence import Image, Layout
 from .detokenizer import Detokenizer
 from .events import Request

@@ -21,12 +21,12 @@ from ..autoencoders import AutoencoderConfig, ImageAutoencoder, open_autoencoder
 from ..autoencoders.critic import SMALLEST
 from ..autoencoders.features import Features, load_features
 from ..configuration import nearest
-from ..console import say
 from ..data.world import NOUNS, World, WorldConfig
 from ..devices import Device, Precision
 from ..errors import UserError
 from ..images import fit, image_files, read_image
-from ..keyed import keyed
+from ..log import logger
+from ..rng import generator_for
 from ..training import LoopConfig, OptimizerConfig, Ranks, Trainer
 from ..training.autoencoder import (
     AutoencoderInTraining,
@@ -215,7 +215,7 @@ class FolderImages:
     def __call__(self, number: int) -> np.ndarray:
         epoch, place = divmod(number, len(self.files))
         if self._order[0] != epoch:
-            drawn = torch.randperm(len(self.files), generator=keyed(self.seed, "images", epoch))
+            drawn = torch.randperm(len(self.files), generator=generator_for(self.seed, "images", epoch))
             self._order = epoch, drawn.tolist()
         for further in range(len(self.files)):
             path = self.files[self._order[1][(place + further) % len(self.files)]]
@@ -224,7 +224,7 @@ class FolderImages:
             except UserError as error:
                 if path not in self._named:
                     self._named.add(path)
-                    say(f"left out: {error}")
+                    logger.info(f"left out: {error}")
         raise UserError(f"{self.folder}: expected images, found {len(self._named)} files, none of which can be read")
 
 
@@ -264,7 +264,7 @@ def build_autoencoder_trainer(
 def _features(recipe: AutoencoderRecipe, term: str) -> Features | None:
     path = getattr(recipe.objective, term)
     if path is None:
-        say(f"{term} term: off, because objective.{term} names no network")
+        logger.info(f"{term} term: off, because objective.{term} names no network")
         return None
     return load_features(path).to(recipe.device)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..autoencoders import Autoencoder, Coded, ImageAutoencoder, Later, bundled, open_autoencoder
 from ..configuration import to_dict
-from ..console import say
 from ..data import EditConfig, FaultLog, Finish, PairConfig, Rows, StepLoader, unchanged
 from ..data.world import World, WorldConfig, caption, edit, glosses
 from ..data.world.scenes import Split
@@ -25,7 +24,8 @@ from ..devices import Device, Precision
 from ..diffusion import DiffusionConfig, Process, Sampler
 from ..errors import UserError
 from ..export import GenerationConfig, save_export
-from ..files import whole_file
+from ..io import atomic_write
+from ..log import logger
 from ..model import ModelConfig, Transfusion
 from ..model.flops import train_flops
 from ..sequence import Tokenizer
@@ -202,7 +202,7 @@ class Recipe:
         """With a number of the model's as something else needs it."""
         if getattr(self.model, name) == value:
             return self
-        say(f"model.{name}: {value}, {why}")
+        logger.info(f"model.{name}: {value}, {why}")
         model = replace(self.model, **{name: value})  # type: ignore[arg-type]
         return replace(self, model=model)
 
@@ -275,7 +275,7 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> t
         finish = objective.draw
     loader = build_loader(recipe, opened, tokenizer, folder, ranks.data, ranks.datas, finish)
     if recipe.model.images == "latents" and ranks.first and (unseen := unseen_noise(recipe, loader.document)):
-        say(unseen)
+        logger.info(unseen)
     model = build_model(recipe, folder, tokenizer, ranks)
     trainer = Trainer(
         model,
@@ -302,7 +302,7 @@ def build_model(recipe: Recipe, folder: Path, tokenizer: Tokenizer, ranks: Ranks
     if recipe.start and CheckpointFolder(folder / "checkpoints", ranks=ranks).newest()[0] is None:
         start = Path(recipe.start)
         begun = Transfusion.on_meta(recipe.model, recipe.compute).to_empty(device="cpu").initialise(recipe.seed)
-        say(f"{start}: {begin(begun, start, tokenizer, recipe.start_strict)}")
+        logger.info(f"{start}: {begin(begun, start, tokenizer, recipe.start_strict)}")
         with torch.no_grad():
             for weight, values in zip(model.parameters(), begun.parameters(), strict=True):
                 place(weight, values)
@@ -319,7 +319,7 @@ def averaged_model(recipe: Recipe, weights: dict[str, Tensor]) -> Transfusion:
 def _tokenizer(recipe: Recipe, opened: Opened, path: Path) -> Tokenizer:
     """The run's own, which it writes when it begins."""
     if not path.exists():
-        whole_file(path, new_tokenizer(recipe, opened).save)
+        atomic_write(path, new_tokenizer(recipe, opened).save)
     return Tokenizer.load(path)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from ..configuration import from_dict, read_json, to_dict
-from ..console import say
 from ..devices import Device, Precision, pick_device, training_precision
 from ..errors import UserError
+from ..log import logger
 from ..training import LoopConfig, Ranks
 from ..training.trackers import check_trackers
 
@@ -94,7 +94,7 @@ def open_run(recipe: R, folder: Path) -> R:
             )
     if differences:
         others = ", ".join(f"{name} {now!r} ({before!r})" for name, before, now in differences)
-        say(f"{folder}: goes on with settings other than those it began with, in brackets: {others}")
+        logger.info(f"{folder}: goes on with settings other than those it began with, in brackets: {others}")
     return asked
 
 
@@ -126,7 +126,7 @@ def _locked(folder: Path) -> IO[str]:
         file.close()
         raise UserError(f"{folder}: expected a run that nobody else trains, found another process at it") from None
     except OSError as error:  # a file system without locks
-        say(f"{folder}: can not be locked ({error.strerror or error}): do not train there twice at once")
+        logger.info(f"{folder}: can not be locked ({error.strerror or error}): do not train there twice at once")
     return file
 
 

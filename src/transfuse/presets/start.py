@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..configuration import to_dict
-from ..console import say
 from ..errors import UserError
 from ..export import describe, load_weights
 from ..folders import bundled_name, is_export, places
 from ..interchange import check_trunk, marker_rows, read_llama_config, start_from_llama
+from ..log import logger
 from ..model import Transfusion
 from ..sequence import Tokenizer
 
@@ -55,7 +55,7 @@ def started(recipe: Recipe) -> Recipe:
         if to_dict(getattr(recipe, part))[field] != value
     ]
     if changed:
-        say(f"{', '.join(changed)}, to start from {folder}")
+        logger.info(f"{', '.join(changed)}, to start from {folder}")
     return replace(recipe, start=str(folder), **parts)  # type: ignore[arg-type]
 
 
@@ -67,7 +67,7 @@ def _with_trunk(recipe: Recipe, folder: Path) -> Recipe:
     model = replace(recipe.model, **changed)
     check_trunk(model, folder, recipe.start_strict)
     if changed:
-        say(f"model: {', '.join(f'{name} {value}' for name, value in changed.items())}, to start from {folder}")
+        logger.info(f"model: {', '.join(f'{name} {value}' for name, value in changed.items())}, to start from {folder}")
     return replace(recipe, model=model)
 
 

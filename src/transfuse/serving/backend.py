@@ -23,8 +23,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from ..console import say
 from ..errors import UserError
+from ..log import logger
 from .messages import Accepted, Drawing, Drawn, Ended, Failed, Job, JobMessage, Ready, Refused, Said, Started
 from .metrics import Metrics
 from .worker import WorkerConfig, work
@@ -281,7 +281,9 @@ class Backend:
         while now - self._deaths[0] > 60:
             self._deaths.popleft()
         assert self.process is not None
-        say(f"serve: the worker ended (exit code {self.process.exitcode}); {len(self.tickets)} requests were with it")
+        logger.info(
+            f"serve: the worker ended (exit code {self.process.exitcode}); {len(self.tickets)} requests were with it"
+        )
         # They are read in order: only the first that was not accepted may be what it died of. Twice is no accident.
         unread = next((ticket for ticket in self.tickets.values() if not ticket.cost), None)
         if unread is not None:
@@ -297,7 +299,7 @@ class Backend:
 
     def _give_up(self, message: str) -> None:
         self.failure = message
-        say(f"serve: {message}")
+        logger.info(f"serve: {message}")
         for ticket in list(self.tickets.values()):
             self._end(ticket, Failed(ticket.number, message))
         self.stopped.set()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..console import say
+from ..log import logger
 from .backend import Backend, Unavailable
 
 Scope = MutableMapping[str, Any]
@@ -79,7 +79,7 @@ class Gate:
         except _Slow:
             pass  # the connection is closed: nobody takes what it is sent
         except Exception as error:
-            say(f"{passage.number} {type(error).__name__}: {error}")
+            logger.info(f"{passage.number} {type(error).__name__}: {error}")
             await passage.refuse(Problem(500, f"the server made a mistake; it is logged under {passage.number}"))
         finally:
             seconds = time.monotonic() - passage.began
@@ -87,7 +87,7 @@ class Gate:
             self.backend.metrics.requests.labels(route, passage.status or 499).inc()
             self.backend.metrics.seconds.labels(route).observe(seconds)
             if route not in ("/health", "/ready", "/metrics"):
-                say(f"{passage.number} {scope['method']} {route} {passage.status or 'left'} {seconds:.2f} s")
+                logger.info(f"{passage.number} {scope['method']} {route} {passage.status or 'left'} {seconds:.2f} s")
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """Raise Problem for a request that may not come in."""

@@ -10,8 +10,8 @@ from types import FrameType
 
 import uvicorn
 
-from ..console import say
 from ..errors import UserError
+from ..log import logger
 from .app import build
 from .backend import Backend, QueueConfig
 from .gate import GateConfig
@@ -32,7 +32,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is None and self.backend.facts is not None and self.backend.tickets:
-            say(f"serve: {signal.Signals(sig).name}: finishing {len(self.backend.tickets)} requests, then stopping")
+            logger.info(
+                f"serve: {signal.Signals(sig).name}: finishing {len(self.backend.tickets)} requests, then stopping"
+            )
             self._draining = asyncio.get_running_loop().create_task(self._drain())
         else:
             self.should_exit = True
@@ -65,7 +67,7 @@ def run(worker: WorkerConfig, limits: QueueConfig, gate: GateConfig, host: str, 
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
     )
-    say(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}/  (Ctrl-C stops it)")
+    logger.info(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}/  (Ctrl-C stops it)")
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again that it was stopped by
         Server(config, backend, drain).run([listening])
     return 1 if backend.failure else 0

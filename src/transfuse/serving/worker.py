@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..devices import Device, Precision, for_inference
+from ..devices import Device, Precision, for_inference, keep_freed_memory, out_of_memory
 from ..errors import UserError
 from ..images import fit
-from ..memory import keep_freed_memory, out_of_memory
 from .messages import Accepted, Drawing, Drawn, Ended, Failed, Job, JobMessage, Ready, Refused, Said, Started
 
 if TYPE_CHECKING:

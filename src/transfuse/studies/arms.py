@@ -36,8 +36,8 @@ from ..evaluation.captioning import cider_d
 from ..evaluation.distances import frechet
 from ..evaluation.reconstruction import frechet_distance
 from ..evaluation.words import tokenize
-from ..files import whole_file
 from ..inference import TransfusionPipeline
+from ..io import atomic_write
 from ..model.flops import count_parameters
 from ..presets import Recipe
 from ..presets.recipe import build_loader, train_tokenizer
@@ -111,7 +111,7 @@ def pin(path: Path, settings: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent}: expected a folder to write to, found {error.strerror or error}") from None
-    whole_file(path, lambda partial: partial.write_text(json.dumps(settings) + "\n"))
+    atomic_write(path, lambda partial: partial.write_text(json.dumps(settings) + "\n"))
 
 
 def _plain(value: Any) -> str:

@@ -24,9 +24,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..console import say
 from ..errors import UserError
-from ..files import whole_file
+from ..io import atomic_write
+from ..log import logger
 from ..training import RESUMABLE
 
 BEAT = 20.0
@@ -122,7 +122,7 @@ def hold(folder: Path, name: str) -> Iterator[bool]:
     finally:
         over.set()
         heart.join()
-        whole_file(path, lambda partial: partial.write_text(json.dumps({**_me(), "over": time.time()})))
+        atomic_write(path, lambda partial: partial.write_text(json.dumps({**_me(), "over": time.time()})))
 
 
 def _me() -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _take(folder: Path, name: str) -> Path | None:
     except FileExistsError:  # another was quicker
         return None
     if before is not None and not before.over:
-        say(f"{name}: taken over from {before}")
+        logger.info(f"{name}: taken over from {before}")
     return path
 
 
@@ -161,7 +161,7 @@ def _beat(folder: Path, name: str, path: Path, over: threading.Event) -> None:
             os.utime(path)
             newest = newest_claim(folder, name)
         except OSError as error:  # of a file system that is away for a while; the heart goes on
-            say(f"{path}: heartbeat not written ({error.strerror or error})")
+            logger.info(f"{path}: heartbeat not written ({error.strerror or error})")
             continue
         if newest is not None and folder / f"{name}.{newest.generation}" != path:
             _give_up(name)
@@ -169,5 +169,5 @@ def _beat(folder: Path, name: str, path: Path, over: threading.Event) -> None:
 
 def _give_up(name: str) -> None:
     """Two that write to one run's folder would spoil it: this one ends before it writes another byte."""
-    say(f"{name}: this process stood still for so long that another has taken over; it ends here")
+    logger.info(f"{name}: this process stood still for so long that another has taken over; it ends here")
     os._exit(RESUMABLE)

@@ -21,13 +21,13 @@ import PIL.Image
 
 from ..autoencoders import Autoencoder, Coded, open_autoencoder
 from ..configuration import to_dict
-from ..console import say
 from ..data import DamagedError, DataSet, Mixture
 from ..data.remote import is_remote
 from ..data.rows import pack
 from ..data.stored import as_latent, decode_picture
 from ..errors import UserError
-from ..files import whole_file
+from ..io import atomic_write
+from ..log import logger
 from ..presets import Recipe, preset
 from ..presets.recipe import train_tokenizer
 from ..presets.sources import Opened, mixture, open_sources
@@ -80,7 +80,7 @@ def inspect_sources(sources: tuple[str, ...], out: Path, preset_name: str, row_l
     try:
         report |= _mixed(recipe, opened, autoencoder, row_length, report["sets"])
     except UserError as error:
-        say(f"not mixed: {error}")
+        logger.info(f"not mixed: {error}")
         report |= {"mixture": None, "rows": None, "not_mixed": str(error)}
     html = _page(report, opened, lengths)
     try:
@@ -88,7 +88,7 @@ def inspect_sources(sources: tuple[str, ...], out: Path, preset_name: str, row_l
     except OSError as error:
         raise UserError(f"{out}: expected a folder to write to, found none ({error.strerror})") from None
     for name, text in (("index.html", html), ("report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")):
-        whole_file(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        atomic_write(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
     return report
 
 

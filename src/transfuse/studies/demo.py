@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from ..configuration import read_json, to_dict
-from ..console import say
 from ..data.world import NOUNS, glosses
 from ..errors import UserError
 from ..evaluation import (
@@ -41,6 +40,7 @@ from ..evaluation import (
 from ..evaluation.distances import frechet, frechet_distance
 from ..evaluation.recogniser import STEPS as RECOGNISER_STEPS
 from ..inference import ImageEnd, ImageProgress, Reply, TransfusionPipeline
+from ..log import logger
 from ..presets import Recipe, preset
 from ..presets.recipe import build_trainer
 from ..presets.runs import read_recipe, resolve
@@ -85,7 +85,7 @@ def run_demo(
     made_of = {"version": __version__, "model_hash": model_hash(folder / "export"), "effort": to_dict(effort)}
     done = read_json(written) if written.is_file() and page.is_file() else {}
     if made_of.items() <= done.items():
-        say(f"{page}: everything is done already; open it in a browser")
+        logger.info(f"{page}: everything is done already; open it in a browser")
         return 0, done
     recogniser = keep_recogniser(
         folder / "recogniser.safetensors", recipe.data.world, effort.recogniser_steps, recipe.seed
@@ -109,11 +109,11 @@ def run_demo(
     partial = written.with_suffix(".partial")
     partial.write_text(json.dumps(report, indent=2) + "\n")
     partial.replace(written)
-    say(
+    logger.info(
         f"demo: drawings with the noun right: {report['noun_strict_accuracy']:.1%} named among all {len(NOUNS)} nouns "
         f"and none, {report['noun_accuracy']:.1%} picked among its own {report['nouns']}"
     )
-    say(f"{page}: open it in a browser")
+    logger.info(f"{page}: open it in a browser")
     return 0, report
 
 
@@ -128,7 +128,7 @@ def _train(folder: Path, minutes: float, recipe: Recipe | None) -> dict[str, Any
         _check_minutes(folder, recipe, minutes)
     if path.is_file() and (folder / "export" / "config.json").is_file():
         facts: dict[str, Any] = read_json(path)
-        say(f"{folder}: trained already, {facts['steps']} steps")
+        logger.info(f"{folder}: trained already, {facts['steps']} steps")
         return facts
     recipe = recipe if begun and recipe is not None else fit(recipe or preset("demo"), minutes)
     trained = train_run(recipe, folder)
@@ -175,7 +175,7 @@ def fit(recipe: Recipe, minutes: float) -> Recipe:
     # The first steps prepare kernels, and a passing disturbance must not halve the training: the quicker ones count.
     pace = sorted(paces)[len(paces) // 4]
     steps = max(1, min(recipe.loop.steps, int(SAFETY * minutes * 60 / pace)))
-    say(f"demo: {pace * 1000:.0f} ms a step here: {steps} steps, about {steps * pace / 60:.1f} minutes")
+    logger.info(f"demo: {pace * 1000:.0f} ms a step here: {steps} steps, about {steps * pace / 60:.1f} minutes")
     return replace(recipe, loop=replace(recipe.loop, steps=steps, max_seconds=minutes * 60))
 
 

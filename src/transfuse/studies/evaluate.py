@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration import from_dict
-from ..console import say
 from ..data.world import WorldConfig
 from ..devices import Device, pick_device
 from ..errors import UserError
 from ..evaluation import Bench, Drawing, Findings, Options, check_paper, evaluate, model_hash, named
 from ..export import describe
-from ..files import whole_file
 from ..inference import TransfusionPipeline
+from ..io import atomic_write
+from ..log import logger
 from ..presets import preset
 from ..version import __version__
 from .evaluation_page import evaluation_page, said_drawing
@@ -57,7 +57,7 @@ def run_evaluation(
         found.append(findings)
         for result in findings:
             drawn = f" ({said_drawing(result.drawing)})" if result.drawing else ""
-            say(f"{findings.measure}: {result.name}{drawn}: {result.value:.4g}")
+            logger.info(f"{findings.measure}: {result.name}{drawn}: {result.value:.4g}")
     report = {
         "version": __version__,
         "model": str(model),
@@ -68,9 +68,9 @@ def run_evaluation(
     }
     out.mkdir(parents=True, exist_ok=True)
     text, page = json.dumps(report, indent=2) + "\n", evaluation_page(report, measures, found)
-    whole_file(out / "results.json", lambda path: path.write_text(text))
-    whole_file(out / "report.html", lambda path: path.write_text(page))
-    say(f"{out / 'report.html'}: open it in a browser")
+    atomic_write(out / "results.json", lambda path: path.write_text(text))
+    atomic_write(out / "report.html", lambda path: path.write_text(page))
+    logger.info(f"{out / 'report.html'}: open it in a browser")
     return report
 
 
@@ -90,6 +90,8 @@ def world_of(model: Path, named_preset: str | None, size: int) -> WorldConfig:
         return replace(preset(named_preset).data.world, size=size)
     found = describe(model)
     if found.world is None:
-        say(f"{model}: does not say what scenes it knows: asked about all of the bundled world; --world asks otherwise")
+        logger.info(
+            f"{model}: does not say what scenes it knows: asked about all of the bundled world; --world asks otherwise"
+        )
         return WorldConfig(size=size)
     return replace(from_dict(WorldConfig, found.world, str(found.place["config.json"])), size=size)

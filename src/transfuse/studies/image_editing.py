@@ -22,13 +22,13 @@ from typing import Any
 import PIL.Image
 
 from ..configuration import read_json
-from ..console import say
 from ..data.world import WorldConfig
 from ..errors import UserError
 from ..evaluation import Exhibit, Findings, Options, evaluate, named
-from ..files import whole_file
 from ..folders import DEFAULT
 from ..images import read_image
+from ..io import atomic_write
+from ..log import logger
 from ..presets import Recipe, preset
 from ..training import RESUMABLE
 from ..version import __version__
@@ -123,15 +123,15 @@ def run_image_editing(
         ],
         "edits": _keep_pictures(folder / "pictures", found["before"][0], found["after"][0]),
     }
-    whole_file(folder / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+    atomic_write(folder / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
     return 0, show_image_editing(folder)
 
 
 def show_image_editing(folder: Path) -> dict[str, Any]:
     """Make the page of `report.json` and the pictures beside it; gives the report. Raises UserError without one."""
     report: dict[str, Any] = read_json(folder / "report.json")
-    whole_file(folder / "report.html", lambda path: path.write_text(image_editing_page(report, folder)))
-    say(f"{folder / 'report.html'}: open it in a browser")
+    atomic_write(folder / "report.html", lambda path: path.write_text(image_editing_page(report, folder)))
+    logger.info(f"{folder / 'report.html'}: open it in a browser")
     return report
 
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from ..autoencoders import Autoencoder
-from ..console import Steps, progress, say
 from ..data.world import World
 from ..errors import UserError
 from ..evaluation.interval import Measured
@@ -37,6 +36,7 @@ from ..evaluation.reconstruction import (
     psnr,
 )
 from ..images import fit, image_files, read_image
+from ..log import ProgressTask, logger, progress
 from ..presets.autoencoders import ImagesConfig, unseen_world
 from ..version import __version__
 from .charts import Curve, chart, histogram
@@ -138,7 +138,7 @@ def inspect_autoencoder(
         "codebook_counts": None if found.codebook_counts is None else found.codebook_counts.tolist(),
     }
     for line in _empty(channels):
-        say(line)
+        logger.info(line)
     html = _page(report, found, channels, _triples(autoencoder, images, names, found))
     _write(out, {"index.html": html, "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n"})
     return report
@@ -148,7 +148,7 @@ def inspect_autoencoder(
 
 
 def _measured(autoencoder: Autoencoder, images: np.ndarray, features: Features | None, title: str) -> Reconstruction:
-    def batches(bar: Steps) -> Iterator[np.ndarray]:
+    def batches(bar: ProgressTask) -> Iterator[np.ndarray]:
         for start in range(0, len(images), BATCH):
             yield images[start : start + BATCH]
             bar.advance(min(BATCH, len(images) - start))
@@ -159,7 +159,7 @@ def _measured(autoencoder: Autoencoder, images: np.ndarray, features: Features |
 
 def _channels(autoencoder: Autoencoder, images: np.ndarray) -> list[ChannelLoss]:
     decoded = channel_images(autoencoder, len(images)) * (1 + 2 * autoencoder.channels)
-    with progress("channels", decoded) as bar:
+    with progress("channels", decoded, unit="images") as bar:
         return channel_losses(autoencoder, images, BATCH, bar.advance)
 
 
@@ -461,9 +461,9 @@ def inspected_images(source: str, size: int, count: int) -> tuple[np.ndarray, li
             images.append(fit(read_image(path), size, smallest=size))
             names.append(path.name)
         except UserError as error:
-            say(f"left out: {error}")
+            logger.info(f"left out: {error}")
         except ValueError as error:
-            say(f"left out: {path}: {error}")
+            logger.info(f"left out: {path}: {error}")
         if len(images) == count:
             break
     if not images:

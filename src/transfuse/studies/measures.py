@@ -14,12 +14,12 @@ from pathlib import Path
 from torch import Tensor
 
 from ..configuration import nearest, read_json
-from ..console import say
 from ..errors import UserError
 from ..evaluation import Bench, Measure, Options, check, evaluate, named, numbers
 from ..evaluation.recogniser import weights_digest
 from ..evaluation.result import Result
-from ..files import whole_file
+from ..io import atomic_write
+from ..log import logger
 from ..presets.recipe import Recipe, export_weights
 from ..presets.sources import image_size
 from ..sequence import Tokenizer
@@ -60,9 +60,9 @@ def measuring(
                 best = found[loop.best]
                 known = {"implementation": best.implementation, "data": best.data}
                 note = {"measure": loop.best, "value": best.value, "step": trainer.step, **known}
-                whole_file(folder / "best.json", lambda path: path.write_text(json.dumps(note) + "\n"))
+                atomic_write(folder / "best.json", lambda path: path.write_text(json.dumps(note) + "\n"))
         numbers = {name: result.value for name, result in found.items()}
-        say(f"step {trainer.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        logger.info(f"step {trainer.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
         return numbers
 
     return measure

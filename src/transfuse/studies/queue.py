@@ -33,12 +33,12 @@ from typing import Any, Literal
 import torch
 
 from ..configuration import nearest, read_json
-from ..console import say
 from ..devices import processor_name
 from ..errors import UserError
 from ..evaluation import keep_recogniser
 from ..evaluation.recogniser import Recogniser
-from ..files import whole_file
+from ..io import atomic_write
+from ..log import logger
 from ..model.flops import count_parameters
 from ..presets import Recipe
 from ..presets.runs import open_run
@@ -83,7 +83,7 @@ def once(claims: Path, name: str, there: Callable[[], bool], make: Callable[[], 
                 return
         if not there():
             if not said:
-                say(f"{name}: being made by {newest_claim(claims, name)}; waiting")
+                logger.info(f"{name}: being made by {newest_claim(claims, name)}; waiting")
             said = True
             time.sleep(LOOK)
 
@@ -104,9 +104,9 @@ class Survey:
             return read_json(self.path) if self.path.is_file() else {}
 
         def count() -> None:
-            say(f"counting positions: {key}")
+            logger.info(f"counting positions: {key}")
             found = {**known(), key: positions_per_step(recipe)}
-            whole_file(self.path, lambda path: path.write_text(json.dumps(found, indent=2) + "\n"))
+            atomic_write(self.path, lambda path: path.write_text(json.dumps(found, indent=2) + "\n"))
 
         once(self.claims, "positions", lambda: key in known(), count)
         return known()[key]
@@ -202,14 +202,14 @@ class Queue:
                     return RESUMABLE
         taken = [run.name for run in chosen if self.state(run) == "taken"]
         if taken:
-            say(f"{self.folder}: {', '.join(taken)} with other processes")
+            logger.info(f"{self.folder}: {', '.join(taken)} with other processes")
         return 0
 
     def _do(self, run: Planned) -> bool:
         """Train, measure, write down. False where it was stopped; what there is goes on another time."""
         folder = self.folder / "runs" / run.name
         done = sum(self.state(other) == "done" for other in self.runs)
-        say(f"{run.name}: {run.flops:.2g} operations (6 N D), {done} of {len(self.runs)} runs are done")
+        logger.info(f"{run.name}: {run.flops:.2g} operations (6 N D), {done} of {len(self.runs)} runs are done")
         try:
             recipe = open_run(run.recipe, folder)  # which refuses one that was begun by another plan
             if not (folder / "export" / "config.json").is_file():
@@ -218,10 +218,10 @@ class Queue:
                 if train_run(recipe, folder).export is None:
                     return False
         except DivergedError as error:
-            say(f"{run.name}: failed: {error}")
+            logger.info(f"{run.name}: failed: {error}")
             self._write(self.failure(run.name), {"run": run.name, **run.facts, "why": str(error)})
             return True
-        say(f"{run.name}: measuring")
+        logger.info(f"{run.name}: measuring")
         facts, drawn = self.exam.take(folder)
         if len(drawn):
             zoom = max(1, 96 // drawn.shape[1])
@@ -232,7 +232,7 @@ class Queue:
 
     def _write(self, path: Path, found: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole_file(path, lambda partial: partial.write_text(json.dumps(found, indent=2) + "\n"))
+        atomic_write(path, lambda partial: partial.write_text(json.dumps(found, indent=2) + "\n"))
         if path.parent.name == "results":
             self.failure(found["run"]).unlink(missing_ok=True)
 
@@ -298,11 +298,11 @@ def write_report(
         for name, text in texts.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole_file(path, lambda partial, text=text: partial.write_text(text))  # type: ignore[misc]
+            atomic_write(path, lambda partial, text=text: partial.write_text(text))  # type: ignore[misc]
         written.update(report)
 
     once(folder / "claims", "report", lambda: bool(written), write)
-    say(f"{folder / 'report.html'}: open it in a browser")
+    logger.info(f"{folder / 'report.html'}: open it in a browser")
     return written
 
 

@@ -20,9 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..console import say
 from ..errors import UserError
 from ..evaluation import held_out_scenes, keep_recogniser
+from ..log import logger
 from ..model.flops import count_parameters
 from ..presets import Recipe, preset
 from ..presets.runs import read_recipe
@@ -85,7 +85,7 @@ def run_rivals(
             return RESUMABLE, {}
     missing = [name for name in presets if not (folder / name / "export" / "config.json").is_file()]
     if missing:
-        say(f"{folder}: {', '.join(missing)} still to be trained; then the table is written")
+        logger.info(f"{folder}: {', '.join(missing)} still to be trained; then the table is written")
         return 0, {}
     return 0, _measure(folder, recipes, effort, flops)
 
@@ -98,7 +98,7 @@ def _budgeted(recipes: dict[str, Recipe], name: str, flops: float, folder: Path)
     payer = next(iter(recipes.values())) if recipe.model.images == "none" else recipe
     positions = positions_per_step(payer)
     steps = max(1, round(flops / (6 * count_parameters(payer.model).total * positions)))
-    say(f"{name}: {steps} steps of {positions:.0f} positions (of {payer.preset})")
+    logger.info(f"{name}: {steps} steps of {positions:.0f} positions (of {payer.preset})")
     return replace(recipe, loop=replace(recipe.loop, steps=steps, sample_every=0))
 
 
@@ -115,13 +115,13 @@ def _measure(folder: Path, recipes: dict[str, Recipe], effort: Effort, flops: fl
     }
     sheet = list(exam.real[:SHOWN])
     for name in recipes:
-        say(f"{name}: measuring")
+        logger.info(f"{name}: measuring")
         report["arms"][name], drawn = exam.take(folder / name)
         sheet += list(drawn[:SHOWN])
     grid(sheet, min(SHOWN, effort.pictures), zoom=max(1, 96 // world.size)).save(folder / "drawings.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / "report.md").write_text(table(report))
-    say(f"{folder / 'report.md'}: written")
+    logger.info(f"{folder / 'report.md'}: written")
     return report
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..console import say
+from ..log import logger
 from ..presets.recipe import Recipe, build_trainer, export_run
 from ..presets.runs import claimed, run_device
 from ..training import Trainer, join
@@ -27,10 +27,10 @@ class Trained:
 def run_trainer(trainer: Trainer, folder: Path) -> Literal["finished", "stopped"]:
     """Go on where the run is, and say so."""
     if trainer.restore():
-        say(f"{folder}: going on from step {trainer.step}")
+        logger.info(f"{folder}: going on from step {trainer.step}")
     outcome = trainer.run()
     if outcome == "stopped":
-        say(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
+        logger.info(f"{folder}: stopped at step {trainer.step} and saved; the same command goes on")
     return outcome
 
 

@@ -24,7 +24,7 @@ from ..autoencoders.features import Features
 from ..autoencoders.network import initialise
 from ..autoencoders.pixels import images_to_tensor
 from ..errors import UserError
-from ..keyed import keyed
+from ..rng import generator_for
 from .objective import Details, Sums
 from .ranks import Ranks
 
@@ -230,7 +230,9 @@ class AutoencoderObjective:
         noise = None
         if model.autoencoder.config.kind == "kl":
             shape = (h.shape[1] // 2, *h.shape[2:])
-            drawn = [torch.randn(shape, generator=keyed(self.seed, "posterior", sample)) for sample in batch.samples]
+            drawn = [
+                torch.randn(shape, generator=generator_for(self.seed, "posterior", sample)) for sample in batch.samples
+            ]
             noise = torch.stack(drawn).to(h)
         bottled = model.autoencoder.bottleneck(h, noise)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -288,7 +290,7 @@ class AutoencoderObjective:
             return
         vectors = [h for those in self.ranks.gather([h.cpu() for h in own]) for h in those]
         found = torch.cat([h.movedim(1, -1).flatten(0, -2) for h in vectors])
-        order = torch.randperm(len(found), generator=keyed(self.seed, "revive", step))[: len(dead)]
+        order = torch.randperm(len(found), generator=generator_for(self.seed, "revive", step))[: len(dead)]
         dead = dead[: len(order)]
         codebook.embedding.weight[dead] = found[order].to(codebook.embedding.weight)
         model.unused[dead] = 0

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ..errors import UserError
-from ..files import sha256, sync, whole_file
+from ..io import atomic_write, sha256, sync
 from .parallel import place
 from .ranks import Ranks
 from .tensor_parallel import restacked, stacked_name
@@ -149,7 +149,7 @@ class CheckpointFolder:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             sync(self.folder)
-            whole_file(self.folder / LATEST, lambda path: path.write_text(final.name + "\n"))
+            atomic_write(self.folder / LATEST, lambda path: path.write_text(final.name + "\n"))
             self._drop_old(final)
         except BaseException:
             if self.ranks.first:

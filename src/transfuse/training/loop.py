@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..console import progress, say
 from ..errors import UserError
-from ..files import append_lines
+from ..io import append_jsonl
+from ..log import logger, progress
 from .checkpoint import Checkpoint, CheckpointFolder
 from .clock import Clock
 from .ema import EMA
@@ -148,7 +148,7 @@ class Trainer:
         """Go on from the newest whole checkpoint, if there is one."""
         path, complaints = self.checkpoints.newest()
         for complaint in complaints:
-            say(complaint)
+            logger.info(complaint)
         if path is None:
             return False
         found = self.checkpoints.open(path)
@@ -198,7 +198,7 @@ class Trainer:
                 ) from None
             self.ranks.wait()
         if asked.time_over and self.step < self.config.steps:
-            say(f"train: {self.config.max_seconds:.0f} s are over at step {self.step} of {self.config.steps}")
+            logger.info(f"train: {self.config.max_seconds:.0f} s are over at step {self.step} of {self.config.steps}")
         stopped = (asked.stop or asked.session_over) and not asked.time_over and self.step < self.config.steps
         return "stopped" if stopped else "finished"
 
@@ -208,7 +208,7 @@ class Trainer:
         warmup, steps = self.optimizer_config.warmup, self.config.steps
         if self.step < steps <= warmup:
             last = learning_rate(self.optimizer_config, steps - 1, steps)
-            say(
+            logger.info(
                 f"warning: optimizer.warmup: expected fewer steps than the run has ({steps}), found {warmup}; "
                 f"the learning rate ends at {last:.2g} and never decays"
             )
@@ -409,11 +409,11 @@ class Trainer:
             samples = sorted({s for batch in batches for s in self.objective.offenders(self.model, batch)})
             samples = sorted({sample for found in self.ranks.gather(samples) for sample in found})
         line = {"step": self.step, "data_step": data_step, **vars(verdict), "samples": samples}
-        self.ranks.once(lambda: append_lines(self.folder / "bad_steps.jsonl", [line]))
+        self.ranks.once(lambda: append_jsonl(self.folder / "bad_steps.jsonl", [line]))
         where = f"samples {samples}; " if samples else ""
         if verdict.action == "raise":
             raise DivergedError(f"step {self.step}: {verdict.reason}; {where}no weight was changed")
-        say(f"step {self.step}: {verdict.reason}; {where}{verdict.action}")
+        logger.info(f"step {self.step}: {verdict.reason}; {where}{verdict.action}")
 
     def _roll_back(self, data_step: int) -> None:
         """To the newest checkpoint, and on from there with the data behind `data_step`."""

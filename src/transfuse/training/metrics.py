@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import append_lines, whole_file
+from ..io import append_jsonl, atomic_write
 from .ranks import Ranks
 
 
@@ -27,10 +27,10 @@ class MetricsLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-        self.ranks.once(lambda: whole_file(path, rewrite))
+        self.ranks.once(lambda: atomic_write(path, rewrite))
 
     def write(self, line: dict[str, Any]) -> None:
-        self.ranks.once(lambda: append_lines(self.path, [line]))
+        self.ranks.once(lambda: append_jsonl(self.path, [line]))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

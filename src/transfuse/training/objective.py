@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from ..autoencoders import ImageAutoencoder
 from ..diffusion import Process
-from ..keyed import keyed
 from ..model import LMHeadFn, Transfusion, for_batch, group_by_shape, stack_group
+from ..rng import generator_for
 from ..sequence import Batch, Images, shapes_of, stacked
 from .token_loss import token_losses
 
@@ -164,7 +164,7 @@ def _dropout(model: Transfusion, seed: int, batch: Batch) -> torch.Generator | N
     """What draws dropped elements: by the batch's first sample, so that a resumed run drops the same."""
     if not model.config.dropout:
         return None
-    return keyed(seed, "dropout", batch.samples[0], device=batch.input_ids.device)
+    return generator_for(seed, "dropout", batch.samples[0], device=batch.input_ids.device)
 
 
 @dataclass
@@ -205,7 +205,7 @@ class TransfusionObjective:
         timesteps = torch.zeros(len(batch.latents), dtype=torch.int64)
         noise: list[Tensor] = []
         for number, ((sample, image), shape) in enumerate(zip(batch.noise_ids, shapes_of(batch.latents), strict=True)):
-            generator = keyed(self.seed, "noise", sample, image)
+            generator = generator_for(self.seed, "noise", sample, image)
             if batch.denoise[number]:
                 most = self.process.config.timesteps
                 cap = min(int(batch.max_timestep[number]) or most, most)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from ..console import say
+from ..log import logger
 
 SKIPPED, WARM = 5, 2
 """steps before a trace begins, in which kernels are prepared; and those in which the profiler itself warms up"""
@@ -36,9 +36,9 @@ def profiled(folder: Path, steps: int, rank: int) -> Iterator[Callable[[], None]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             found.export_chrome_trace(str(path))
-            say(f"{path}: {traced} steps, to be opened in a browser at ui.perfetto.dev")
+            logger.info(f"{path}: {traced} steps, to be opened in a browser at ui.perfetto.dev")
         except OSError as error:
-            say(f"{path}: not written ({error.strerror or error})")
+            logger.info(f"{path}: not written ({error.strerror or error})")
 
     def step() -> None:
         nonlocal done
@@ -49,4 +49,4 @@ def profiled(folder: Path, steps: int, rank: int) -> Iterator[Callable[[], None]
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
         yield step
     if traced < 1:
-        say(f"{path}: no trace, for it begins behind {SKIPPED + WARM} steps and there were only {done}")
+        logger.info(f"{path}: no trace, for it begins behind {SKIPPED + WARM} steps and there were only {done}")

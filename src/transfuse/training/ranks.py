@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..console import quiet
 from ..errors import UserError
+from ..log import set_quiet
 from .signals import RESUMABLE
 
 T = TypeVar("T")
@@ -154,11 +154,11 @@ def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, timeout=PATIENCE)
-    quiet(rank > 0)
+    set_quiet(rank > 0)
     try:
         yield arrange(here, replicate, tensor)
     finally:
-        quiet(False)
+        set_quiet(False)
         dist.destroy_process_group()
 
 

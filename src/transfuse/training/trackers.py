@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ..console import say
 from ..errors import UserError
-from ..files import whole_file
 from ..images import read_image
+from ..io import atomic_write
+from ..log import logger
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -102,7 +102,7 @@ class Trackers:
         except Exception as error:  # of any kind: it is another's code, and another's server
             if name not in self._failed:
                 reason = " ".join(str(error).split())[:300]
-                say(f"loop.trackers: {name}: {type(error).__name__}: {reason}; metrics.jsonl has everything")
+                logger.info(f"loop.trackers: {name}: {type(error).__name__}: {reason}; metrics.jsonl has everything")
             self._failed.add(name)
 
 
@@ -181,7 +181,7 @@ def _id(folder: Path) -> str:
     path = folder / "tracker-id"
     if not path.exists():
         name = re.sub(r"[^\w-]+", "-", folder.resolve().name)
-        whole_file(path, lambda partial: partial.write_text(f"{name}-{secrets.token_hex(4)}\n"))
+        atomic_write(path, lambda partial: partial.write_text(f"{name}-{secrets.token_hex(4)}\n"))
     return path.read_text().strip()
 
 

@@ -19,8 +19,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ...console import say
 from ...errors import UserError
+from ...log import logger
 from ..dataset import DataSet
 from ..remote import Cache, MissingError, is_remote, url_name
 from .files import File, remote_files
@@ -120,7 +120,7 @@ def open_source(source: str, columns: Columns, size: int = 64, cache: Cache | No
             return _of_files(source, files, columns)
         for name in ("metadata.jsonl", "metadata.csv"):
             if (path / name).is_file():
-                return PictureReader(path, table(path / name, columns), columns, whole_folder=True)
+                return PictureReader(path, table(path / name, columns), columns, atomic_dir=True)
         try:
             return PictureReader.of_folder(path, columns)
         except UserError:
@@ -161,7 +161,7 @@ def _of_files(source: str, files: list[File], columns: Columns, expected: str = 
         some = [file for file in files if file.name.lower().endswith(endings)]
         if some:
             if len(some) < len(files) or Path(source).is_dir():
-                say(f"{source}: taking its {len(some)} {endings[0]} files; what else is there is left aside")
+                logger.info(f"{source}: taking its {len(some)} {endings[0]} files; what else is there is left aside")
             return reader(some, columns)
     raise UserError(f"{source}: {expected}, found {'a file' if len(files) == 1 else 'files'} of another kind")
 

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...console import progress
-from ...files import sha256
+from ...io import sha256
+from ...log import progress
 from ..ahead import ahead
 from ..remote import Cache, Look, MissingError, find, is_remote, look, url_name
 
@@ -86,7 +86,7 @@ def contents(files: Iterable[File]) -> dict[str, str]:
     Reads every file that is here. Times are left out: an edit may keep them, and a copy loses them.
     """
     listed, found = list(files), {}
-    with ThreadPoolExecutor(HASHERS) as pool, progress("reading the source", len(listed)) as bar:
+    with ThreadPoolExecutor(HASHERS) as pool, progress("reading the source", len(listed), unit="files") as bar:
         hashes = ahead(lambda file: pool.submit(_content, file), listed, 16 * HASHERS)
         for file, content in zip(listed, hashes, strict=True):
             found[file.name] = content

@@ -38,13 +38,13 @@ class Row:
 
 
 class PictureReader:
-    """Documents are the rows, in their order. whole_folder: pictures in the folder that no row names are faults."""
+    """Documents are the rows, in their order. atomic_dir: pictures in the folder that no row names are faults."""
 
     text_only = False
 
-    def __init__(self, folder: Path, rows: list[Row], columns: Columns, whole_folder: bool = False) -> None:
+    def __init__(self, folder: Path, rows: list[Row], columns: Columns, atomic_dir: bool = False) -> None:
         self.folder, self.rows, self.first_line = folder, rows, columns.first_line
-        if whole_folder:
+        if atomic_dir:
             named = {folder / row.name for row in rows}
             unnamed = [path for path in image_files(folder) if path not in named]
             missing = "expected a row of the table, found none"

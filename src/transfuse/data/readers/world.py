@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ...errors import UserError
-from ...files import sha256
+from ...io import sha256
 from ..world import World, WorldConfig, caption
 from ..world.sprites import SPRITE_FILE
 from . import PER_PART, Fault, Part, Raw

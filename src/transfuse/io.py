@@ -17,7 +17,7 @@ from .errors import UserError
 
 
 @contextmanager
-def whole_folder(folder: Path, what: str) -> Iterator[Path]:
+def atomic_dir(folder: Path, what: str) -> Iterator[Path]:
     """Gives a folder aside to write in, which takes the name of `folder`, and its place, when all is written.
 
     Raises UserError, "`folder`: `what` not written", where it can not be, and what was there stays; or where a run is
@@ -71,7 +71,7 @@ def _not_a_models(place: Path) -> Path | None:
     return None
 
 
-def whole_file(path: Path, write: Callable[[Path], object]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a path aside, sync, rename: `path` is there whole or not at all. UserError where it can not."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -85,7 +85,7 @@ def whole_file(path: Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"{path}: not written ({error}); what was there is intact, call again to go on") from None
 
 
-def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+def append_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Add lines of JSON to a file; one that a kill or a full disk has cut short is ended first. UserError where it can
     not."""
     text = "".join(json.dumps(line) + "\n" for line in lines).encode()

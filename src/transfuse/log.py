@@ -1,0 +1,79 @@
+"""Messages and progress on standard error; standard output is for results.
+
+`logger` is Python's `logging.getLogger("transfuse")`, at level INFO, so that a program that imports Transfuse controls
+it as any other. Progress is a bar on a terminal, and a line every 15 seconds elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY = 15.0  # seconds between lines of progress where standard error is not a terminal
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+logger = logging.getLogger("transfuse")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints through the console of the progress bar, which would otherwise be torn apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), markup=False)
+
+
+logger.addHandler(_ConsoleHandler())
+logger.setLevel(logging.INFO)
+logger.propagate = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Hide progress and everything below an error, or show it again: one process of a run speaks."""
+    console.quiet = quiet
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+
+
+class ProgressTask:
+    """A count of steps; `note` is a short state, such as a loss, shown next to it."""
+
+    def __init__(self, title: str, total: int, start: int, bar: Progress | None) -> None:
+        self.title, self.total, self.done, self.start = title, total, start, start
+        self.bar, self.note = bar, ""
+        self.task = bar.add_task(title, total=total, completed=start, note="") if bar else None
+        self.began = self.last = time.monotonic()
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Add `count` finished steps."""
+        self.done += count
+        self.note = self.note if note is None else note
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.done, note=self.note)
+        elif time.monotonic() - self.last > LINE_EVERY:
+            self.last = time.monotonic()
+            left = (self.last - self.began) / max(1, self.done - self.start) * (self.total - self.done)
+            logger.info(f"{self.title}: {self.done}/{self.total}  {self.note}  about {left:.0f} s left")
+
+
+@contextmanager
+def progress(title: str, total: int, start: int = 0, unit: str = "steps") -> Iterator[ProgressTask]:
+    """Show progress over `total` steps, of which `start` are already done."""
+    if not sys.stderr.isatty():
+        logger.info(f"{title}: {total - start} {unit} to do")
+        yield ProgressTask(title, total, start, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield ProgressTask(title, total, start, bar)
