@@ -34,11 +34,11 @@ from against_peer import (
     say,
 )
 
+from transfuse.convert.hf_llama import llama_config, llama_weights
 from transfuse.devices import keep_freed_memory
 from transfuse.diffusion import SamplerConfig
 from transfuse.inference import Done, Engine, Request
 from transfuse.model import Transfusion
-from transfuse.model.llama import llama_config, llama_weights
 
 REQUESTS = 16
 """that come together"""

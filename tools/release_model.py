@@ -19,7 +19,7 @@ from typing import Any
 
 import transfuse
 from transfuse.cli import run
-from transfuse.configuration import to_dict
+from transfuse.config import to_dict
 from transfuse.export import describe
 from transfuse.folders import WEIGHTS
 from transfuse.model.flops import count_parameters

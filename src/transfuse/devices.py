@@ -53,7 +53,7 @@ def inference_precision(precision: Precision, device: str) -> Literal["float32",
 
 
 def processor_name() -> str:
-    """Return the processor's name as /proc/cpuinfo has it, or what `platform` knows."""
+    """Return the processor's name from /proc/cpuinfo, or from `platform`."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,16 +1,16 @@
 """Exports: the folder that users load and share.
 
-    config.json               model_type, architectures, preset, network, diffusion process, image size, what world it
-                              knows, fingerprints of tokenizer and autoencoder
+    config.json               model_type, architectures, preset, network, diffusion process, image size, the scenes it
+                              learned, fingerprints of tokenizer and autoencoder
     model.safetensors         the averaged weights
     tokenizer.json            autoencoder/        generation_config.json        README.md (model card)
 
-The same files in diffusers' layout, whose `vae` and `scheduler` diffusers opens, are a model, too (`relayout`):
+Diffusers' layout of the same files, whose `vae` and `scheduler` diffusers opens, loads as well (`relayout`):
 
     model_index.json    transformer/    vae/    scheduler/    tokenizer/
 
-safetensors only: nothing a user downloads is unpickled. The tokenizer and the autoencoder a model was trained with
-travel with it.
+Weights are safetensors: nothing a user downloads is unpickled. The tokenizer and the autoencoder that a model was
+trained with are part of the export.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .autoencoders import Autoencoder, Coded, load_autoencoder, save_autoencoder
 from .autoencoders.folder import fingerprint
-from .configuration import from_dict, read_json, to_dict
+from .config import from_dict, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from .errors import UserError
 from .folders import DIFFUSERS, INDEX, MODEL_TYPE, places
@@ -47,53 +47,50 @@ ARCHITECTURES = {
     "codes": "TransfusionChameleon",
     "none": "TransfusionForCausalLM",
 }
-"""by what the model's images are made of"""
-MOST = 1000.0
-"""of a temperature or a guidance: beyond any use, and far from where numbers end"""
+"""by `ModelConfig.images`"""
+MAX_SCALE = 1000.0  # of a temperature or a guidance scale: beyond any use, far below overflow
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What a model does unless told otherwise."""
+    """A model's default settings for generation. Raises ValueError, naming the field, for values out of range."""
 
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=20))
     guidance_scale: float = 3.0
     guidance_interval: tuple[float, float] | None = None
-    """noise levels at which a drawing is guided, as in `Request`; None: at all"""
+    """noise levels, as shares of T, at which images are guided (`Request`); None: all"""
     temperature: float = 0.0
-    """of the text; 0 is greedy, as in the paper's evaluation"""
+    """sampling temperature of text; 0 is greedy, as in the paper's evaluation"""
     top_p: float = 1.0
     code_temperature: float = 1.0
-    """of an image's codes, for a model that draws by codes; a greedy picture is a flat one"""
+    """sampling temperature of image codes; greedy sampling draws flat images"""
     code_top_p: float = 1.0
     max_tokens: int = 64
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, for a value that no request may have."""
         wrong = out_of_range(self)
         if wrong:
             raise ValueError(wrong)
 
 
-def out_of_range(ways: Any) -> str:
-    """What can not be of a GenerationConfig, or of a Request, whose fields have the same names: the field, what was
-    expected and found; "" where all can."""
+def out_of_range(settings: Any) -> str:
+    """Return what is wrong with a GenerationConfig or a Request (field, expected, found), or ""."""
     for name in ("temperature", "code_temperature", "guidance_scale"):
-        if not 0 <= getattr(ways, name) <= MOST:
-            return f"{name}: expected 0 to {MOST:g}, found {getattr(ways, name)}"
+        if not 0 <= getattr(settings, name) <= MAX_SCALE:
+            return f"{name}: expected 0 to {MAX_SCALE:g}, found {getattr(settings, name)}"
     for name in ("top_p", "code_top_p"):
-        if not 0 < getattr(ways, name) <= 1:
-            return f"{name}: expected a share above 0, at most 1, found {getattr(ways, name)}"
-    if ways.max_tokens < 0:
-        return f"max_tokens: expected at least 0, found {ways.max_tokens}"
-    if (interval := ways.guidance_interval) is not None and not 0 <= interval[0] <= interval[1] <= 1:
+        if not 0 < getattr(settings, name) <= 1:
+            return f"{name}: expected a share above 0, at most 1, found {getattr(settings, name)}"
+    if settings.max_tokens < 0:
+        return f"max_tokens: expected at least 0, found {settings.max_tokens}"
+    if (interval := settings.guidance_interval) is not None and not 0 <= interval[0] <= interval[1] <= 1:
         return f"guidance_interval: expected shares 0 <= low <= high <= 1, found {interval}"
     return ""
 
 
 @dataclass
 class Exported:
-    """A model with all it needs to write and draw."""
+    """A model with its tokenizer, autoencoder and settings, ready to write and draw."""
 
     model: Transfusion
     process: Process
@@ -105,19 +102,18 @@ class Exported:
     weights: Path | None = None
     """the file it was loaded from"""
     quantize: str | None = None
-    """the eight bits that the blocks' weights were put into; None: they are as loaded"""
+    """8-bit format of the blocks' weights; None: not quantised"""
     compiled: bool = False
-    """whether the blocks are compiled"""
+    """True if the blocks are compiled"""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of the hash of its weights' file; "unsaved" where there is none."""
+        """The first 16 hexadecimal digits of the SHA-256 of the weights' file; "unsaved" without a file."""
         return "unsaved" if self.weights is None else sha256(self.weights)[:16]
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Of everything that decides what the model makes of a request: its weights ("model"), its configuration and
-        that of its diffusion process, its tokenizer, its autoencoder."""
+        """Hashes of all that decides a request's result: weights, configuration, tokenizer, autoencoder."""
         config = {"model": to_dict(self.model.config), "diffusion": to_dict(self.process.config)}
         return {
             "model": self.fingerprint,
@@ -140,9 +136,13 @@ def save_export(
     world: Mapping[str, Any] | None = None,
     preset: str = "",
 ) -> Path:
-    """Write an export folder; it appears whole or not at all. world: the settings of the bundled world's scenes that it
-    learned from, so that it is asked about them; None: of none. preset: the recipe's name, by which commands know a
-    model that was only tried (`folders.TRIALS`). Raises UserError where it can not be written."""
+    """Write an export folder; it appears whole or not at all.
+
+    world: settings of the bundled scenes the model learned from, for its evaluation; None: none.
+    preset: the recipe's name; commands do not choose models of the presets in `folders.TRIALS`.
+
+    Raises UserError if it cannot be written.
+    """
     with atomic_dir(folder, "export") as partial:
         save_autoencoder(partial / "autoencoder", autoencoder, autoencoder.name, sample_size=image_size)
         config = {
@@ -167,7 +167,7 @@ def save_export(
 
 @dataclass(frozen=True)
 class Origin:
-    """The tokenizer or the autoencoder that a model was trained with, as the export's config.json records it."""
+    """The tokenizer or autoencoder that a model was trained with, as recorded in config.json."""
 
     fingerprint: str
     name: str = ""
@@ -175,7 +175,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Described:
-    """What an export's files say of it, its weights apart. place: where each of them is (`folders.places`)."""
+    """The configuration of an export, without its weights. place: the paths of its parts (`folders.places`)."""
 
     place: dict[str, Path]
     model: ModelConfig
@@ -183,20 +183,20 @@ class Described:
     generation: GenerationConfig
     image_size: int
     tokenizer: Origin | None
-    """None: the export was written before this was recorded"""
+    """None in exports that do not record it"""
     autoencoder: Origin
     world: dict[str, Any] | None
-    """settings of the bundled world that it learned from; None: of none, or not said"""
+    """settings of the bundled scenes it learned from; None: none, or not recorded"""
 
 
 def describe(folder: Path | str) -> Described:
-    """Read an export's configuration. Raises UserError, one line, for what is missing or no export."""
+    """Read an export's configuration. Raises UserError for a missing file or a folder that is not an export."""
     place = places(Path(folder))
     config = read_json(place["config.json"])
     where = str(place["config.json"])
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f'{where}: expected model_type "{MODEL_TYPE}", found {found!r}')
+        model_type = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f'{where}: expected model_type "{MODEL_TYPE}", found {model_type!r}')
     generation = place["generation_config.json"]
     return Described(
         place,
@@ -211,22 +211,24 @@ def describe(folder: Path | str) -> Described:
 
 
 def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Exported:
-    """Load an export folder, ours or in diffusers' layout, or a bundled model by its name. Raises UserError, one line,
-    for what is missing or does not fit."""
-    found = describe(folder)
-    place = found.place
-    tokenizer = _its_tokenizer(found)
-    autoencoder = _its_autoencoder(found, device)
+    """Load an export folder, in either layout, or a bundled model by name.
+
+    Raises UserError for missing files and parts that do not fit together.
+    """
+    export = describe(folder)
+    place = export.place
+    tokenizer = _load_tokenizer(export)
+    autoencoder = _load_autoencoder(export, device)
     try:
-        model, process = Transfusion.on_meta(found.model, compute_dtype=dtype), Process(found.diffusion)
+        model, process = Transfusion.on_meta(export.model, compute_dtype=dtype), Process(export.diffusion)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{place['config.json']}: model: expected one that can be built, found none ({reason})"
         ) from None
-    if found.model.images == "latents":
+    if export.model.images == "latents":
         try:
-            Sampler(process, found.generation.sampler)
+            Sampler(process, export.generation.sampler)
         except ValueError as error:
             raise UserError(f"{place['generation_config.json']}: sampler: {error}") from None
     load_weights(model, place["model.safetensors"])
@@ -235,53 +237,55 @@ def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
         process,
         autoencoder,
         tokenizer,
-        found.image_size,
-        found.generation,
+        export.image_size,
+        export.generation,
         place["model.safetensors"],
     )
 
 
-def _its_tokenizer(export: Described) -> Tokenizer:
-    """The tokenizer of an export, which must be the one its model was trained with: another one's ids mean nothing."""
+def _load_tokenizer(export: Described) -> Tokenizer:
+    """Load an export's tokenizer, which must be the one its model was trained with."""
     path, ids, expected = export.place["tokenizer.json"], export.model.text_vocab_size, export.tokenizer
-    found = Tokenizer.load(path)
-    if expected is not None and found.fingerprint != expected.fingerprint:
+    tokenizer = Tokenizer.load(path)
+    if expected is not None and tokenizer.fingerprint != expected.fingerprint:
         raise UserError(
             f"{path}: expected the tokenizer the model was trained with ({expected.fingerprint}), "
-            f"found another ({found.fingerprint}, {found.vocab_size} ids)"
+            f"found another ({tokenizer.fingerprint}, {tokenizer.vocab_size} ids)"
         )
-    if found.vocab_size > ids:
-        raise UserError(f"{path}: expected at most the model's {ids} ids, found {found.vocab_size}")
-    if expected is None and found.vocab_size < ids:
+    if tokenizer.vocab_size > ids:
+        raise UserError(f"{path}: expected at most the model's {ids} ids, found {tokenizer.vocab_size}")
+    if expected is None and tokenizer.vocab_size < ids:
         logger.info(
-            f"{path}: {found.vocab_size} ids for the model's {ids}; config.json does not record the right tokenizer"
+            f"{path}: {tokenizer.vocab_size} ids for the model's {ids}; config.json does not record the right tokenizer"
         )
-    return found
+    return tokenizer
 
 
-def _its_autoencoder(export: Described, device: torch.device | str) -> Autoencoder:
-    """The autoencoder beside a model, which must be the one it was trained with: another one's latents mean nothing."""
+def _load_autoencoder(export: Described, device: torch.device | str) -> Autoencoder:
+    """Load an export's autoencoder, which must be the one its model was trained with."""
     folder, model, expected = export.place["autoencoder"], export.model, export.autoencoder
-    found = load_autoencoder(folder, device=device)
-    coded = model.images == "codes"
-    wanted, there = model.latent_channels, found.channels
-    if coded:
-        wanted, there = model.codebook_size, getattr(found, "codebook_size", None) or 0
-    if found.fingerprint != expected.fingerprint or (wanted != there and model.images != "none"):
-        unit = "codes" if coded else "channels"
+    autoencoder = load_autoencoder(folder, device=device)
+    codes = model.images == "codes"
+    wanted, size = model.latent_channels, autoencoder.channels
+    if codes:
+        wanted, size = model.codebook_size, getattr(autoencoder, "codebook_size", None) or 0
+    if autoencoder.fingerprint != expected.fingerprint or (wanted != size and model.images != "none"):
+        unit = "codes" if codes else "channels"
         raise UserError(
             f'{folder}: expected the autoencoder the model was trained with, "{expected.name}" '
             f"({expected.fingerprint}, {wanted} {unit}), "
-            f'found "{found.name}" ({found.fingerprint}, {there} {unit})'
+            f'found "{autoencoder.name}" ({autoencoder.fingerprint}, {size} {unit})'
         )
-    return Coded(found) if coded else found
+    return Coded(autoencoder) if codes else autoencoder
 
 
 def load_weights(model: Transfusion, path: Path, strict: bool = True) -> int:
-    """Put a safetensors file's weights, in its dtype, in place of a model's; how many.
+    """Load a safetensors file's weights into a model and return their number.
 
-    Every name must match, and every shape; or, where not strict, those are left out that do not, and the others put
-    into the model's own, in its dtype.
+    strict: every name and shape must match, and the weights keep the file's dtype. Otherwise weights that do not match
+    are skipped, and the others are copied into the model's dtype.
+
+    Raises UserError for a file that is missing, damaged or does not match.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if not path.is_file():
@@ -289,13 +293,12 @@ def load_weights(model: Transfusion, path: Path, strict: bool = True) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             stored = {current_name(name): name for name in file.keys()}  # noqa: SIM118
-            found = {name: tuple(file.get_slice(key).get_shape()) for name, key in stored.items()}
-            fitting = [name for name, shape in expected.items() if found.get(name) == shape]
-            for name in sorted(expected.keys() | found.keys()) if strict else ():
-                if expected.get(name) != found.get(name):
-                    raise UserError(
-                        f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
-                    )
+            shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in stored.items()}
+            fitting = [name for name, shape in expected.items() if shapes.get(name) == shape]
+            for name in sorted(expected.keys() | shapes.keys()) if strict else ():
+                shape, stored_shape = expected.get(name, "none"), shapes.get(name, "none")
+                if shape != stored_shape:
+                    raise UserError(f"{path}: tensor {name}: expected {shape}, found {stored_shape}")
             tensors = {name: file.get_tensor(stored[name]) for name in fitting}
     except SafetensorError as error:
         raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
@@ -311,10 +314,12 @@ def load_weights(model: Transfusion, path: Path, strict: bool = True) -> int:
 def relayout(
     source: Path, folder: Path, layout: Literal["transfuse", "diffusers"], dtype: torch.dtype | None = None
 ) -> Path:
-    """Write an export in the other layout, or the same: the very files, under other names, so that there and back
-    nothing changes; but for the network's weights where they are to have another dtype. Raises UserError where it is
-    none, or can not be written."""
-    found = load_export(source)  # what can not be loaded is not passed on
+    """Write an export in either layout.
+
+    Files are copied under the layout's names, so that a round trip changes no byte; `dtype` converts the network's
+    weights. Raises UserError for a folder that is not an export or cannot be written.
+    """
+    export = load_export(source)  # refuses what cannot be loaded
     with atomic_dir(folder, "export") as partial:
         for name, path in places(source).items():
             target = partial / (DIFFUSERS[name] if layout == "diffusers" else name)
@@ -326,8 +331,8 @@ def relayout(
                 copy(path, target)
         if layout == "diffusers":
             (partial / "scheduler").mkdir()
-            _write_json(partial / INDEX, _model_index(ARCHITECTURES[found.model.config.images], partial / "vae"))
-            _write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(found.process.config))
+            _write_json(partial / INDEX, _model_index(ARCHITECTURES[export.model.config.images], partial / "vae"))
+            _write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(export.process.config))
     return folder
 
 
@@ -343,7 +348,7 @@ def _model_index(architecture: str, vae: Path) -> dict[str, Any]:
 
 
 def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
-    """The process as diffusers' schedulers know it: any of them can be made of this."""
+    """Return the process as a configuration of diffusers' schedulers."""
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": config.timesteps,

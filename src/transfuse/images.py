@@ -1,5 +1,4 @@
-"""Picture files, as people have them, to arrays: any common format, mode and orientation; never a half-read picture.
-And PNG files that say how they were made."""
+"""Image files to arrays, in any common format, mode and orientation; and PNG files that record how they were made."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp"),
     *(".gif", ".bmp", ".dib", ".tif", ".tiff"),
 )
-"""what `image_files` takes in a folder, in lower case; a file named by itself may have any"""
+"""suffixes that `image_files` accepts in a folder, in lower case; a single file may have any"""
 MAX_PIXELS = 64_000_000
 SETTINGS = "transfuse"
 """the text chunk of a PNG that holds its settings, as JSON"""
@@ -42,17 +41,16 @@ UPRIGHT = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""what sets a picture upright, by its EXIF orientation"""
+"""the transposition that turns an image upright, by its EXIF orientation"""
 ORIENTATION, BITS, PHOTOMETRIC = 274, 258, 262
 """EXIF and TIFF tags"""
 
-# `decode_image` has a stricter limit and refuses. Not catch_warnings around each reading: that swaps state which all
-# threads share, and pictures are read in many.
+# `decode_image` has a stricter limit. A global filter, because catch_warnings changes state that all threads share.
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode an image file as `decode_image` does."""
+    """Decode an image file, like `decode_image`."""
     return decode_image(path, str(path), max_pixels)
 
 
@@ -61,19 +59,18 @@ def decode_image(
 ) -> np.ndarray:
     """Decode any image to uint8 RGB `[row, column, 3]`: upright, in sRGB, transparency on white.
 
-    Every picture that enters comes through here, so a file, its bytes and the PIL image opened from it give the same
-    pixels. EXIF orientation is applied. Grey, 1-bit, palette, CMYK and YCCK become RGB, by the embedded colour profile
-    (ICC) where there is one; a profile of another colour space than the picture's does not describe it and is ignored,
-    except that an RGB profile also serves grey. 16-bit grey is divided by 257 and rounded; 16-bit colour keeps its high
-    byte, which is within one level of that. Of an animation or several pages, the first.
+    Every input image is decoded here, so a file, its bytes and the PIL image opened from it give the same pixels. EXIF
+    orientation is applied. Grey, 1-bit, palette, CMYK and YCCK become RGB, by the embedded colour profile (ICC), if
+    there is one; a profile of another colour space is ignored, except that an RGB profile also serves grey. 16-bit grey
+    is divided by 257 and rounded; 16-bit colour keeps its high byte, which is within one level of that. Of an animation
+    or several pages, the first is read.
 
     Args:
-        name: what errors call a source that is no path.
+        name: the name in errors of a source that is not a path.
 
     Raises:
-        UserError: one line: no file, none of these formats, damaged (its colour profile, too) or cut short, more than
-            `max_pixels` (known from the header, before anything is decoded), or samples without a known range
-            (floating point, 32-bit).
+        UserError: one line: no file, none of these formats, damaged (image or colour profile) or truncated, more than
+            `max_pixels` (by the header, before decoding), or samples without a known range (floating point, 32-bit).
     """
     colours, alpha = _decode(source, name, max_pixels, formats)
     if alpha is None:
@@ -93,19 +90,20 @@ def read_mask(
     """Decode a mask to the area to redraw: bool `[row, column]`, turned upright as the image is.
 
     If any pixel is at all transparent, alpha alone decides and colours do not: alpha below 128 is redrawn. Otherwise
-    white is redrawn: luma above 127. A bool array is taken as it is, True being white.
+    white is redrawn: luma above 127. True in a bool array is white.
 
     Args:
         size: rows and columns of the image, which the mask must share.
 
     Raises:
-        UserError: one line: as `decode_image`, a mask of another size, or one that selects nothing.
+        UserError: one line: like `decode_image`; a mask of another size, or one that selects nothing.
     """
     colours, alpha = _decode(source, name, max_pixels, formats)
     name = str(source) if isinstance(source, str | Path) else name
     if (colours.height, colours.width) != size:
-        found = f"{colours.width}x{colours.height}"
-        raise UserError(f"{name}: expected {size[1]}x{size[0]} pixels, as the image, found {found}")
+        raise UserError(
+            f"{name}: expected {size[1]}x{size[0]} pixels, as the image, found {colours.width}x{colours.height}"
+        )
     redrawn = np.asarray(colours.convert("L")) > 127
     if alpha is not None and np.asarray(alpha).min() < 255:  # many programs give opaque pictures an alpha channel
         redrawn = np.asarray(alpha) < 128
@@ -135,8 +133,8 @@ def _decode(
     except (UserError, MemoryError):
         raise
     except PIL.UnidentifiedImageError:
-        found = "something else" if file.seek(0, os.SEEK_END) else "an empty file"
-        raise UserError(f"{name}: expected {wanted}, found {found}") from None
+        content = "something else" if file.seek(0, os.SEEK_END) else "an empty file"
+        raise UserError(f"{name}: expected {wanted}, found {content}") from None
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{name}: expected at most {max_pixels} pixels, found more ({error})") from None
     except Exception as error:  # a damaged file can make a decoder raise anything: struct.error, IndexError, ...
@@ -145,22 +143,22 @@ def _decode(
 
 
 def _open(path: Path, formats: tuple[str, ...]) -> BinaryIO:
-    if not os.path.isfile(path):  # Path's own raises where a folder above may not be entered
+    if not os.path.isfile(path):  # Path.is_file raises if a parent folder may not be entered
         raise UserError(f"{path}: expected an image file, found {_what_else(path)}")
     try:
-        # an open file, not its name: PIL may map it into memory, and dies with the process if it is cut short meanwhile
+        # An open file, because PIL may memory-map a named one, and a file truncated meanwhile would kill the process.
         return open(path, "rb")
     except OSError as error:
-        found = f"a damaged or unreadable file ({error.strerror})"
-        raise UserError(f"{path}: expected {_wanted(formats)}, found {found}") from None
+        reason = f"a damaged or unreadable file ({error.strerror})"
+        raise UserError(f"{path}: expected {_wanted(formats)}, found {reason}") from None
 
 
 def _from_array(pixels: np.ndarray, name: str) -> PIL.Image.Image:
     try:
         return PIL.Image.fromarray(pixels)
     except TypeError:
-        found = f"{pixels.dtype} {list(pixels.shape)}"
-        raise UserError(f"{name}: expected an array of uint8 [row, column, 3], found {found}") from None
+        array = f"{pixels.dtype} {list(pixels.shape)}"
+        raise UserError(f"{name}: expected an array of uint8 [row, column, 3], found {array}") from None
 
 
 def _wanted(formats: tuple[str, ...]) -> str:
@@ -169,10 +167,14 @@ def _wanted(formats: tuple[str, ...]) -> str:
 
 
 def fit(image: np.ndarray, size: int | tuple[int, int], smallest: int = 1) -> np.ndarray:
-    """Cut the middle of that shape out of uint8 `[row, column, 3]`, as large as there is, and resize it (Lanczos,
-    antialiased) to `[size, size, 3]`, or `[rows, columns, 3]` of a pair. A mask, bool `[row, column]`, stays one.
+    """Crop the largest centred area of the target's shape and resize it (Lanczos, antialiased).
 
-    smallest: pixels that the shorter side must have; one from there to `size` is enlarged. Raises ValueError.
+    Args:
+        image: uint8 `[row, column, 3]`, or a mask, bool `[row, column]`, which stays bool.
+        size: the target's side, or its (rows, columns), in pixels.
+        smallest: least pixels of the shorter side; an image between this and `size` is enlarged.
+
+    Raises ValueError for an image with a shorter side below `smallest`.
     """
     if image.dtype == bool:
         return fit(image * np.uint8(255), size, smallest) > 127
@@ -190,10 +192,10 @@ def fit(image: np.ndarray, size: int | tuple[int, int], smallest: int = 1) -> np
 
 
 def image_files(source: Path) -> list[Path]:
-    """The picture files in a folder and its folders, by known suffix, sorted; or the one file that `source` is.
+    """Return the image files in a folder and its subfolders, by suffix, sorted; or `source` itself if it is a file.
 
-    What is hidden (a name that begins with a dot) is left out; links to folders are not followed; a link to a file
-    that is gone is listed, so that reading it says so. Raises UserError where there is nothing.
+    Hidden files are left out and links to folders are not followed; a broken link is listed, so that reading it raises
+    an error. Raises UserError if there are none.
     """
     if os.path.isfile(source):
         return [source]
@@ -222,7 +224,7 @@ def _check_header(name: str, image: PIL.Image.Image, max_pixels: int) -> None:
 
 
 def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
-    """As `_decode`, from an image that PIL opened or made, which stays as it is. Raises what PIL raises."""
+    """Like `_decode`, for an image that PIL opened or made, which is not modified. Raises PIL's errors."""
     _check_header(name, image, max_pixels)
     _load(image)
     colours, alpha = image, None
@@ -231,7 +233,7 @@ def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Ima
     elif image.has_transparency_data:
         key = image.info.get("transparency")
         if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-            # PNG, 16 bits a sample: the picture was cut to its high bytes, its transparent colour was not
+            # PNG with 16 bits a sample: PIL keeps the high bytes of the pixels, but not of the transparent colour
             colours = image.copy()
             colours.info["transparency"] = tuple(value >> 8 for value in key)
         layer = (colours.convert("LA") if image.mode == "La" else colours).convert("RGBA")
@@ -239,7 +241,7 @@ def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Ima
     if image.mode in ("1", "L", "LA", "La"):
         colours = colours.convert("L")
     colours = _to_srgb(colours, image.info.get("icc_profile", b""))
-    # asked after decoding: the decoder of TIFF turns the picture itself, and strikes the tag
+    # Read after decoding, because PIL's TIFF decoder applies the orientation itself and removes the tag.
     method = UPRIGHT.get(_orientation(image))
     if method is not None:
         colours, alpha = colours.transpose(method), alpha and alpha.transpose(method)
@@ -247,10 +249,10 @@ def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Ima
 
 
 def _load(image: PIL.Image.Image) -> None:
-    """Decode the pixels, if that is still to be done."""
+    """Decode the pixels if they have not been decoded yet."""
     if not isinstance(image, PIL.ImageFile.ImageFile):
         return
-    name, image.filename = image.filename, ""  # by name PIL may map the file into memory, and turns some TIFFs wrongly
+    name, image.filename = image.filename, ""  # PIL may memory-map a named file, and turns some TIFFs wrongly
     try:
         image.load()
     finally:
@@ -258,7 +260,7 @@ def _load(image: PIL.Image.Image) -> None:
 
 
 def _from_grey16(image: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
-    """Scale by a table, as PIL's own conversion clips at 255; mode L, and the alpha of a transparent value."""
+    """Return mode L, scaled by a table (PIL's own conversion clips at 255), and the alpha of a transparent value."""
     tags = getattr(image, "tag_v2", {})
     peak = 4095 if tags.get(BITS) == (12,) else 65535
     table = ((np.arange(peak + 1) * 255 + peak // 2) // peak).astype(np.uint8)
@@ -271,8 +273,7 @@ def _from_grey16(image: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Ima
 
 
 def _to_srgb(colours: PIL.Image.Image, profile: bytes | None) -> PIL.Image.Image:
-    """Convert opaque colours to sRGB by their profile. Raises ValueError where it is damaged (PIL gives None for one
-    that is incomplete)."""
+    """Convert opaque colours to sRGB by their profile. Raises ValueError for a damaged one (None: incomplete)."""
     if colours.mode not in ("L", "CMYK"):
         colours = colours.convert("RGB")
     if profile != b"":
@@ -284,8 +285,11 @@ def _to_srgb(colours: PIL.Image.Image, profile: bytes | None) -> PIL.Image.Image
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes | None) -> tuple[str, PIL.ImageCms.ImageCmsTransform | None]:
-    """Return the mode that a profile describes, and its transform to sRGB; None where that changes nothing: the
-    profile is sRGB, as most are, or of a colour space that no picture here has. Raises ValueError."""
+    """Return the mode that a profile describes, and its transform to sRGB.
+
+    The transform is None if it changes nothing: the profile is sRGB, as most are, or of an unsupported colour space.
+    Raises ValueError for a damaged profile.
+    """
     if profile is None:
         raise ValueError("incomplete colour profile")
     try:
@@ -305,7 +309,7 @@ def _transform(profile: bytes | None) -> tuple[str, PIL.ImageCms.ImageCmsTransfo
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-    """1 to 8; 1, upright, where the EXIF data are damaged: they are no reason to refuse a picture."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if the EXIF data are damaged."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:
@@ -317,25 +321,27 @@ def _what_else(path: Path) -> str:
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise UserError(f"{error.filename}: expected a readable folder, found one that is not ({error.strerror})") from None
+    raise UserError(
+        f"{error.filename}: expected a readable folder, found an unreadable one ({error.strerror})"
+    ) from None
 
 
 def save_png(picture: PIL.Image.Image, file: Path | BinaryIO, settings: dict[str, Any]) -> None:
-    """Write a PNG with its settings in it. Raises OSError."""
+    """Write a PNG with its settings in a text chunk. Raises OSError."""
     info = PngInfo()
     info.add_itxt(SETTINGS, json.dumps(settings, ensure_ascii=False))
     picture.save(file, format="PNG", pnginfo=info)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a PNG that `save_png` wrote. Raises UserError, one line, where there are none."""
+    """Return the settings in a PNG written by `save_png`. Raises UserError if there are none."""
     try:
         with PIL.Image.open(path, formats=["PNG"]) as image:
-            image.load()  # text behind the pixels counts too
-            found = json.loads(getattr(image, "text", {})[SETTINGS])
+            image.load()  # reads text chunks after the pixels, too
+            settings = json.loads(getattr(image, "text", {})[SETTINGS])
     except (OSError, KeyError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         reason = "none" if isinstance(error, KeyError) else type(error).__name__
         raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found {reason}") from None
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found something else")
-    return found
+    return settings

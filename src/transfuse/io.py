@@ -1,4 +1,4 @@
-"""Writing so that a crash or a full disk leaves the old state or the new one, never half of one under its name."""
+"""Atomic writes: a crash or a full disk leaves the old file or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from .errors import UserError
 
 @contextmanager
 def atomic_dir(folder: Path, what: str) -> Iterator[Path]:
-    """Gives a folder aside to write in, which takes the name of `folder`, and its place, when all is written.
+    """Yield a temporary folder that replaces `folder` when the block ends without an error.
 
-    Raises UserError, "`folder`: `what` not written", where it can not be, and what was there stays; or where a run is
-    there, or anything else than an earlier such folder, which would be lost. A process killed between two renames
-    leaves the old one as `folder`.old.
+    A process killed between the two renames leaves the old one as `folder`.old.
+
+    Raises UserError, "`folder`: `what` not written", if writing fails; the old folder stays. Also refuses to replace a
+    run, or anything but an earlier folder of this kind.
     """
     place = folder.resolve()
     partial, old = (place.with_name(place.name + ending) for ending in (".partial", ".old"))
@@ -30,14 +31,12 @@ def atomic_dir(folder: Path, what: str) -> Iterator[Path]:
         raise UserError(f"{folder}: expected a folder to write {what} to, found a run, which it would replace")
     other = _not_a_models(place)
     if other is not None:
-        raise UserError(
-            f"{folder}: expected a folder of its own for {what}, found {other.name} there, which would be lost"
-        )
+        raise UserError(f"{folder}: expected a folder for {what} alone, found {other.name} there, which would be lost")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        shared = partial.stat().st_mode & 0o666  # safetensors' files are for their owner's eyes alone otherwise
+        shared = partial.stat().st_mode & 0o666  # safetensors makes files that only their owner can read
         for path in [*partial.rglob("*"), partial]:
             if path.is_file():
                 path.chmod(shared)
@@ -55,7 +54,7 @@ def atomic_dir(folder: Path, what: str) -> Iterator[Path]:
 
 
 def _not_a_models(place: Path) -> Path | None:
-    """Something in a folder that no export, of a model or of an autoencoder, has put there; None: there is nothing."""
+    """Return an entry of a folder that no export (of a model or an autoencoder) contains, or None."""
     if not place.is_dir():
         return place if place.exists() else None
     entries = sorted(place.iterdir())
@@ -72,7 +71,7 @@ def _not_a_models(place: Path) -> Path | None:
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a path aside, sync, rename: `path` is there whole or not at all. UserError where it can not."""
+    """Call `write` with a temporary path, sync it and rename it to `path`. Raises UserError if writing fails."""
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)
@@ -82,12 +81,14 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             partial.unlink()
-        raise UserError(f"{path}: not written ({error}); what was there is intact, call again to go on") from None
+        raise UserError(f"{path}: not written ({error}); the old file is intact; call again to continue") from None
 
 
 def append_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Add lines of JSON to a file; one that a kill or a full disk has cut short is ended first. UserError where it can
-    not."""
+    """Append lines of JSON to a file, after ending a line that a kill or a full disk cut short.
+
+    Raises UserError if writing fails.
+    """
     text = "".join(json.dumps(line) + "\n" for line in lines).encode()
     try:
         with path.open("ab+") as file:
@@ -100,13 +101,13 @@ def append_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file, or a folder's list of names, on the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

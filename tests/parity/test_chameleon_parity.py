@@ -9,8 +9,8 @@ import torch
 from conftest import randomised, tiny
 from torch.nn import functional as F
 
+from transfuse.convert.hf_chameleon import chameleon_config, chameleon_weights
 from transfuse.model import ModelConfig, Transfusion, dense, for_batch
-from transfuse.model.chameleon import chameleon_config, chameleon_weights
 from transfuse.model.layers import HeadNorm
 from transfuse.sequence import Document, Image, SequenceFormat, Text, collate
 

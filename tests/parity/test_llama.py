@@ -12,10 +12,10 @@ import torch
 from conftest import WORDS, randomised, tiny
 from torch import Tensor
 
+from transfuse.convert.hf_llama import llama_config, llama_weights
+from transfuse.convert.llama_folder import marker_rows, read_llama_config, save_llama, start_from_llama
 from transfuse.errors import UserError
-from transfuse.interchange import marker_rows, read_llama_config, save_llama, start_from_llama
 from transfuse.model import ModelConfig, Transfusion, dense
-from transfuse.model.llama import llama_config, llama_weights
 from transfuse.sequence import Document, SequenceFormat, Text, Tokenizer, collate
 
 transformers = pytest.importorskip("transformers")
@@ -149,7 +149,7 @@ def test_a_window_narrower_than_the_context_is_refused_and_a_wider_one_is_none(t
     folder = saved(model, tmp_path / "mistral")
     with pytest.raises(UserError, match=r"sliding_window: expected none, or at least .* \(128\), found 64"):
         read_llama_config(folder)
-    fields = read_llama_config(folder, context=64)
+    fields = read_llama_config(folder, max_seq_len=64)
     ours = randomised(tiny(**fields), seed=5).eval()
     start_from_llama(ours, folder)
     close(ours_of(ours), theirs_of(model))

@@ -11,7 +11,7 @@ import torch
 from conftest import exported, latent, tiny
 
 import transfuse
-from transfuse.configuration import from_dict, read_json, to_dict
+from transfuse.config import from_dict, read_json, to_dict
 from transfuse.diffusion import DiffusionConfig
 from transfuse.errors import UserError
 from transfuse.export import GenerationConfig, load_export, save_export

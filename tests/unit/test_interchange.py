@@ -13,10 +13,10 @@ from conftest import randomised, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from transfuse.convert.hf_llama import llama_weights
+from transfuse.convert.llama_folder import Match, marker_rows, read_llama_config, save_llama, start_from_llama
 from transfuse.errors import UserError
-from transfuse.interchange import Match, marker_rows, read_llama_config, save_llama, start_from_llama
 from transfuse.model import Transfusion
-from transfuse.model.llama import llama_weights
 from transfuse.sequence import Tokenizer
 
 CONFIG: dict[str, Any] = {
@@ -75,7 +75,7 @@ def refused(model: Transfusion, folder: Path, match: str, **arguments: Any) -> N
 
 def test_the_fields_of_either_spelling(tmp_path) -> None:
     assert read_llama_config(folder_with(tmp_path)) == FIELDS
-    assert read_llama_config(folder_with(tmp_path), context=64) == FIELDS | {"max_seq_len": 64}
+    assert read_llama_config(folder_with(tmp_path), max_seq_len=64) == FIELDS | {"max_seq_len": 64}
     new = {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
     assert read_llama_config(folder_with(tmp_path, **new)) == FIELDS
     llama_2 = {"rope_theta": ..., "rope_scaling": None, "head_dim": None, "num_key_value_heads": ...}
@@ -329,7 +329,7 @@ def test_what_is_written_is_what_is_read(tmp_path) -> None:
 
 def test_what_can_not_be_written(tmp_path, monkeypatch) -> None:
     for changes in ({"qk_norm": True}, {"norm_order": "swin"}):
-        with pytest.raises(UserError, match="out: model: expected a Llama trunk, found qk_norm or norm_order swin"):
+        with pytest.raises(UserError, match="out: model: expected a Llama, found qk_norm or norm_order swin"):
             save_llama(tmp_path / "out", ours(**changes))
     save_llama(tmp_path / "out", ours(), bos=3)
     former = (tmp_path / "out" / "config.json").read_text()

@@ -14,7 +14,7 @@ import tokenizers
 from conftest import exported
 from tokenizers import decoders, models
 
-from transfuse.configuration import from_dict, to_dict
+from transfuse.config import from_dict, to_dict
 from transfuse.data.world import WorldConfig
 from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
@@ -123,7 +123,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path, other: str) -> None:
     (folder / other).write_text("years of work")
     for _ in range(2):
         with (
-            pytest.raises(UserError, match=f"made: expected a folder of its own for thing, found {other[:6]}"),
+            pytest.raises(UserError, match=f"made: expected a folder for thing alone, found {other[:6]}"),
             atomic_dir(folder, "thing"),
         ):
             pytest.fail("written")

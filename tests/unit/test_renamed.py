@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from transfuse.cli import run
-from transfuse.configuration import from_dict, read_json, to_dict
+from transfuse.config import from_dict, read_json, to_dict
 from transfuse.export import load_export
 from transfuse.folders import WEIGHTS
 from transfuse.model import ModelConfig, Transfusion

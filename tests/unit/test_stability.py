@@ -9,10 +9,10 @@ import torch
 from conftest import randomised, tiny
 from torch.nn import functional as F
 
+from transfuse.convert.hf_llama import llama_config
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model import dense, pack
 from transfuse.model.layers import rotary_table, rotate
-from transfuse.model.llama import llama_config
 from transfuse.sequence import SequenceFormat, collate
 from transfuse.training import ObjectiveConfig, TransfusionObjective, build_optimizer
 from transfuse.training.optimizer import OptimizerConfig
@@ -128,5 +128,5 @@ def test_z_loss_written_out(grammar: SequenceFormat, mixed) -> None:
 def test_llama_can_not_be_a_chameleon() -> None:
     llama_config(tiny())
     for fields in (PIECES["qk_norm"], PIECES["swin"]):
-        with pytest.raises(ValueError, match="expected a Llama trunk"):
+        with pytest.raises(ValueError, match="expected a Llama"):
             llama_config(replace(tiny(), **fields))

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "transfuse"
 EVERYWHERE = {
     "errors",
     "io",
-    "configuration",
+    "config",
     "devices",
     "log",
     "folders",
@@ -28,12 +28,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"sequence"},
     "data": {"sequence", "autoencoders"},
     "export": {"sequence", "model", "diffusion", "autoencoders"},
-    "interchange": {"sequence", "model"},
+    "convert": {"sequence", "model"},
     "training": {"sequence", "model", "diffusion", "autoencoders", "data"},
     "inference": {"sequence", "model", "diffusion", "autoencoders", "export"},
     "serving": {"inference", "model"},
     "evaluation": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "inference"},
-    "presets": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "interchange", "training"},
+    "presets": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "convert", "training"},
 }
 MAY_IMPORT["studies"] = {*MAY_IMPORT, "studies"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, ""}

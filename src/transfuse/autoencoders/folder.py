@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..configuration import from_dict, read_json
+from ..config import from_dict, read_json
 from ..errors import UserError
 from ..io import atomic_dir
 from .autoencoder import Autoencoder, Coded, ImageAutoencoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from ..configuration import nearest
+from ..config import nearest
 from ..devices import keep_freed_memory
 from ..errors import UserError
 from ..version import __version__

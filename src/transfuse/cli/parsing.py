@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ..configuration import nearest
+from ..config import nearest
 from ..errors import UserError
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..configuration import nearest
+from ..config import nearest
 from ..errors import UserError
 from .parsing import parse, print_json
 from .writing import default_model

@@ -43,8 +43,8 @@ def export(arguments: Sequence[str]) -> int:
     """Write a run's newest checkpoint as a model folder."""
     from tempfile import TemporaryDirectory
 
+    from ..convert.llama_folder import save_llama
     from ..export import relayout
-    from ..interchange import save_llama
     from ..presets.autoencoders import AutoencoderRecipe, build_autoencoder_trainer, export_autoencoder
     from ..presets.recipe import Recipe, averaged_model, build_trainer, export_run
     from ..presets.runs import is_kind, read_recipe

@@ -25,7 +25,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from ..configuration import to_dict
+from ..config import to_dict
 from ..errors import UserError
 from ..io import atomic_write, sha256
 from ..log import logger, progress

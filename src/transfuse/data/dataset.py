@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..configuration import from_dict
+from ..config import from_dict
 from ..errors import UserError
 from ..io import sha256
 from ..sequence import Tokenizer

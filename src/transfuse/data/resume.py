@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..configuration import read_json
+from ..config import read_json
 from ..errors import UserError
 from ..io import atomic_write
 from ..version import __version__

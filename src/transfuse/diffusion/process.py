@@ -143,7 +143,7 @@ class Process:
         return 1 / (sigma**2).clamp(min=V_WEIGHT_FLOOR)
 
     def _amplitudes(self, x: Tensor, other: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) as `[image, 1, 1, 1]` (or `[1, 1, 1]`) beside x."""
+        """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) as `[image, 1, 1, 1]` or `[1, 1, 1]`."""
         t = self._timesteps(t)
         if x.shape != other.shape:
             raise ValueError(f"images: expected two of one shape, found {list(x.shape)} and {list(other.shape)}")

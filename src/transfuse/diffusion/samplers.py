@@ -27,7 +27,7 @@ SamplerName = Literal["ddpm", "ddim", "dpmpp"]
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Which sampler, and for how long.
+    """The sampler and its number of steps.
 
     name: "ddpm" (ancestral, arXiv 2006.11239; most likely the paper's), "ddim" (arXiv 2010.02502) or "dpmpp"
         (DPM-Solver++ 2M, arXiv 2211.01095: good images in the fewest steps).
@@ -54,12 +54,12 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class SamplerState:
-    """One image on its way; never changed in place.
+    """The state of one image during sampling; immutable.
 
     x: x_t, `[channel, row, column]`. timesteps: the levels at which the network is evaluated, descending. rng: state of
-    the CPU generator of this image's step noise. index: evaluations made so far. x0: the latest estimate of the clean
-    image (None at first): what the 2M rule remembers, and a picture to show meanwhile. given: a clean image, and bool
-    `[row, column]`, True where it is to be drawn anew; the rest of it stays (None: nothing is given).
+    the CPU generator of this image's step noise. index: evaluations so far. x0: the latest estimate of the clean image
+    (None at first), used by the 2M rule and as a preview. given: a clean image, and bool `[row, column]`, True where it
+    is redrawn; the rest of it is kept (None: the whole image is drawn).
     """
 
     x: Tensor
@@ -71,17 +71,17 @@ class SamplerState:
 
     @property
     def t(self) -> int:
-        """The noise level of x, 0..T: what the network is told. 0 once done, for the image is then clean."""
+        """The noise level of x, 0..T, and the network's timestep; 0 once done, because the image is clean."""
         return 0 if self.done else self.timesteps[self.index]
 
     @property
     def total(self) -> int:
-        """How many evaluations the whole chain takes."""
+        """The number of evaluations of the whole chain."""
         return len(self.timesteps)
 
     @property
     def done(self) -> bool:
-        """Whether x is the finished image."""
+        """True if x is the finished image."""
         return self.index == self.total
 
 
@@ -114,7 +114,7 @@ def ddpm_step(x_t: Tensor, x0: Tensor, alpha_bar_t: float, alpha_bar_s: float, n
 def ddim_step(
     x_t: Tensor, x0: Tensor, alpha_bar_t: float, alpha_bar_s: float, eta: float, noise: Tensor | None
 ) -> Tensor:
-    """Return x_s with the share eta of its noise drawn anew (arXiv 2010.02502, eqs. 12 and 16); eta = 1 is DDPM.
+    """Return x_s with the share eta of its noise drawn again (arXiv 2010.02502, eqs. 12 and 16); eta = 1 is DDPM.
 
     The noise kept is the one that x_t and x0 imply, so that a clipped x0 and x_t still agree. noise: as in `ddpm_step`.
     """
@@ -189,7 +189,7 @@ class Sampler:
         elif start.shape != shape:
             raise ValueError(f"start: expected shape {list(shape)}, found {list(start.shape)}")
         x = start.to(torch.promote_types(start.dtype, torch.float32))
-        # Step noise has a stream of its own, or one image's would be the next image's x.
+        # Step noise has a separate stream, or one image's would be the next image's x.
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         return SamplerState(x, self.timesteps, torch.Generator().manual_seed(seed).get_state())
 
@@ -199,7 +199,7 @@ class Sampler:
         """Return the state of an image that begins as another, clean one: noised, with a share of the steps left.
 
         strength: that share, 0..1; 1 begins from noise alone, the same as `prepare`'s, 0 is the image, and done.
-        mask: bool `[row, column]`, True where it is drawn anew. The rest is the image, as noisy as each level says, and
+        mask: bool `[row, column]`, True where it is redrawn. The rest is the image, as noisy as each level says, and
         in the end the image itself, exactly.
 
         Raises ValueError for a strength out of its range or a mask of another size.

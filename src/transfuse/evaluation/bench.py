@@ -11,7 +11,7 @@ from pathlib import Path
 import PIL.Image
 import torch
 
-from ..configuration import to_dict
+from ..config import to_dict
 from ..data.world import WorldConfig
 from ..errors import UserError
 from ..export import Exported

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from ..configuration import nearest
+from ..config import nearest
 from ..errors import UserError
 from ..io import sha256
 from ..log import progress

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..configuration import to_dict
+from ..config import to_dict
 from .bench import Bench, Measure
 from .distances import (
     LEAST,

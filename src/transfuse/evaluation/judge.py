@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ..configuration import to_dict
+from ..config import to_dict
 from ..data.world import WorldConfig
 from ..data.world.sprites import SPRITE_FILE
 from ..io import sha256

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ..configuration import read_json
+from ..config import read_json
 from ..data.world import World, WorldConfig, caption
 from ..errors import UserError
 from ..images import fit, read_image

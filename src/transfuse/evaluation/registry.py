@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..configuration import nearest
+from ..config import nearest
 from ..errors import UserError
 from .bench import Bench, Measure, Options
 from .captioning import CAPTIONING

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..configuration import to_dict
+from ..config import to_dict
 from .interval import Measured
 
 Better = Literal["higher", "lower"]

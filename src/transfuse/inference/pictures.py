@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..configuration import from_dict, to_dict
+from ..config import from_dict, to_dict
 from ..diffusion import Sampler, SamplerConfig
 from ..errors import UserError
 from ..export import Exported

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import UserError
-from ..export import MOST, out_of_range
+from ..export import MAX_SCALE, out_of_range
 from ..sequence import Text, layout_document
 from .detokenizer import Detokenizer
 from .drawing import beside
@@ -66,8 +66,8 @@ def _check_settings(network: Network, request: Request, where: str) -> None:
     wrong = out_of_range(request)
     if wrong:
         raise UserError(f"{where}: {wrong}")
-    if (scale := request.image_guidance_scale) is not None and not 0 <= scale <= MOST:
-        raise UserError(f"{where}: image_guidance_scale: expected 0 to {MOST:g}, found {scale}")
+    if (scale := request.image_guidance_scale) is not None and not 0 <= scale <= MAX_SCALE:
+        raise UserError(f"{where}: image_guidance_scale: expected 0 to {MAX_SCALE:g}, found {scale}")
     for name in ("max_images", "preview_every"):
         if getattr(request, name) < 0:
             raise UserError(f"{where}: {name}: expected at least 0, found {getattr(request, name)}")

@@ -1,8 +1,8 @@
-"""What a training step keeps in memory from its forward to its backward pass, in bytes. `flops` counts operations.
+"""Activation memory: the bytes that a training step keeps from its forward to its backward pass.
 
-Counted layer by layer: a product keeps its input, a norm its input, an addition nothing. Below, C is the width, F the
-hidden width, H query and K key heads have D channels, and `element` is the size of one element of the residual stream
-(2: bfloat16, 4: float32). The weights' own copies in that dtype are counted with the weights.
+Counted layer by layer: a product keeps its input, a norm its input, an addition nothing. C is d_model, F is d_ff, there
+are H query and K key heads of D channels, and `element` is the bytes of one element of the residual stream (2:
+bfloat16, 4: float32). Copies of the weights in that dtype are counted with the weights.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from .config import ModelConfig
 from .layers import TimestepEmbedding
 
 Checkpointing = Literal["none", "selective", "full"]
-"""what of a block is kept: all that its derivative needs; products and attention alone; its input alone"""
+"""what a block keeps: everything its backward pass needs; only products and attention; only its input"""
 
 FLOAT = 4
-"""bytes of what is kept in float32 whatever the residual stream is: statistics of norms and of attention"""
+"""bytes of an element that is always float32: statistics of norms and of attention"""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one forward pass carries: positions, those that predict a token, and how many images of which latent size
-    (rows, columns)."""
+    """The size of a forward pass: positions, predicted tokens, and images by latent size (rows, columns)."""
 
     positions: int
     predictions: int
@@ -32,23 +31,25 @@ class Load:
 
 
 AttentionBytes = Callable[[ModelConfig, int, int], int]
-"""(config, positions, element) -> bytes that attention in one block keeps, the product that made q, k and v included"""
+"""(config, positions, element) -> bytes that one block's attention keeps, including the output of the qkv product"""
 
 
 def flex_bytes(config: ModelConfig, positions: int, element: int) -> int:
-    """FlexAttention's: rotated queries and keys, values, its output, the logarithm of each softmax's denominator; where
-    queries and keys are normed, what they were before, of one piece with the values. No scores."""
+    """Return FlexAttention's bytes: rotated queries and keys, values, output, and each softmax's log denominator.
+
+    With q/k norm the unnormed queries and keys stay, too, in one tensor with the values. Scores are never stored.
+    """
     elements = _qkv(config) + config.d_model + (_qkv(config) if config.qk_norm else 0)
     return positions * (element * elements + FLOAT * config.n_heads)
 
 
 def block_bytes(config: ModelConfig, positions: int, element: int, attention: AttentionBytes = flex_bytes) -> int:
-    """One block that recomputes nothing.
+    """Return the bytes of one block without recomputation.
 
-    4 C        of each half: the residual stream, and its normed form (pre), or what the half adds (swin)
+    4 C        in each half: the residual stream, and its normed form (pre) or the half's output (swin)
     3 F        gate and up, and their product
-    2 C        what dropout multiplied by, where there is any
-    (H + K) D  queries and keys without their mean and length, where they are normed, and those in float32
+    2 C        dropout masks, with dropout
+    (H + K) D  normalised queries and keys, with q/k norm; their statistics are float32
     """
     elements = 4 * config.d_model + 3 * config.ffn_dim + (2 * config.d_model if config.dropout else 0)
     statistics = 2 * FLOAT
@@ -65,13 +66,13 @@ def kept_of_block(
     checkpointing: Checkpointing,
     attention: AttentionBytes = flex_bytes,
 ) -> int:
-    """One block's share of what a forward pass leaves behind, by activation checkpointing."""
+    """Return the bytes that one block keeps until the backward pass, by activation checkpointing."""
     if checkpointing == "none":
         return block_bytes(config, positions, element, attention)
     if checkpointing == "full":
         return positions * element * config.d_model
     products = _qkv(config) + 2 * config.d_model + 2 * config.ffn_dim  # q k v, out, gate and up, down
-    elements = config.d_model + products + config.d_model  # its input, what products give, what attention gives
+    elements = config.d_model + products + config.d_model  # its input, the products' outputs, attention's output
     return positions * (element * elements + FLOAT * config.n_heads)
 
 
@@ -82,9 +83,9 @@ def forward_bytes(
     checkpointing: Checkpointing,
     attention: AttentionBytes = flex_bytes,
 ) -> int:
-    """All that a forward pass leaves behind, up to the inputs of the head; logits are not kept.
+    """Return all bytes kept by a forward pass, up to the inputs of the output layer; logits are not kept.
 
-    Beside the blocks: the rotary table, the final norm's input, what the head and the patch layers read.
+    Besides the blocks these are the rotary table, the final norm's input, and the inputs of both heads.
     """
     block = kept_of_block(config, load.positions, element, checkpointing, attention)
     once = element * (2 * config.head_dim + config.d_model) + FLOAT
@@ -93,18 +94,21 @@ def forward_bytes(
 
 
 def step_bytes(config: ModelConfig, load: Load, element: int, checkpointing: Checkpointing) -> int:
-    """The most there is at once: when the backward pass enters the trunk, and the patch layers behind it are done with;
-    or when the forward pass ends, where those keep more than a block takes."""
+    """Return the peak of a step.
+
+    It is reached when the backward pass enters the transformer and has freed the decoder's patch layers, or at the end
+    of the forward pass, if those keep more than a block needs.
+    """
     done = sum(count * patch_bytes(config, size, element)[1] for size, count in load.images.items())
     block = backward_bytes(config, load.positions, element, checkpointing)
     return forward_bytes(config, load, element, checkpointing) + max(0, block - done)
 
 
 def backward_bytes(config: ModelConfig, positions: int, element: int, checkpointing: Checkpointing) -> int:
-    """What the backward pass takes on top while it is in a block: what it computes again there, and its gradients.
+    """Return the extra bytes of the backward pass inside a block: recomputed activations and gradients.
 
-    The most at once is in the gated layer: the gradient of the residual stream, of the product (F), of gate and of up
-    (2 F, put together from two of F), while what was kept of the product (F) is gone.
+    The peak is in the gated layer: gradients of the residual stream, of the product (F), and of gate and up (2 F,
+    concatenated from two of F), after the product itself (F) has been freed.
     """
     gradients = positions * element * (2 * config.d_model + 4 * config.ffn_dim)
     if checkpointing == "none":
@@ -112,37 +116,39 @@ def backward_bytes(config: ModelConfig, positions: int, element: int, checkpoint
     whole = block_bytes(config, positions, element)
     kept = kept_of_block(config, positions, element, checkpointing)
     if checkpointing == "selective" and config.norm_order == "pre":
-        kept -= positions * element * 2 * config.d_model  # what out and down give: kept, though nothing reads it again
+        kept -= (
+            positions * element * 2 * config.d_model
+        )  # outputs of `out` and `down` are kept, though nothing reads them again
     return whole - kept + gradients
 
 
 def patch_bytes(config: ModelConfig, size: tuple[int, int], element: int) -> tuple[int, int]:
-    """What the patch layers keep of one image of `size` latent elements: before the trunk, and behind it."""
+    """Return the bytes the patch layers keep of one image of `size`, before and after the transformer."""
     if config.images != "latents":
         return 0, 0
     pixels = size[0] * size[1]
     vectors = (
         element * config.d_model * pixels // config.patch_size**2
-    )  # put among the tokens, and read out of the trunk
+    )  # inserted among the tokens, and selected from the output
     image = element * config.latent_channels * pixels
     if config.adapter == "linear":
         time = config.patch_dim if config.timestep_at == "patch" else config.d_model
         return image + element * _time_elements(time) + vectors, vectors
-    before, behind = _unet_bytes(config, pixels, element)
-    return 2 * image + before + vectors, vectors + behind
+    before, after = _unet_bytes(config, pixels, element)
+    return 2 * image + before + vectors, vectors + after
 
 
 def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, int]:
-    """The U-Net's layers down and up, walked as `UNetAdapter` is built; each counts its own input."""
+    """Return the bytes of the U-Net's down and up layers, in the order of `UNetAdapter`; each counts its input."""
     levels, last = config.unet_levels, len(config.unet_levels) - 1
     time = 4 * levels[0]
 
     def residual(inputs: int, outputs: int, pixels: int) -> int:
-        """Each half keeps its input, that normed, and that through SiLU; and the timestep through SiLU is kept."""
+        """Each half keeps its input, the normed input, and SiLU of that; SiLU of the timestep is kept, too."""
         return pixels * (element * 3 * (inputs + outputs) + 4 * FLOAT) + element * time
 
     def attention(channels: int, pixels: int) -> int:
-        """Its input, that normed, q, k, v, what attention gives, and statistics of the norm and of the softmax."""
+        """Input, normed input, q, k, v, output, and the statistics of the norm and of the softmax."""
         return pixels * (element * 6 * channels + FLOAT * (2 + max(1, channels // 64)))
 
     skips, current = [levels[0]], levels[0]
@@ -157,7 +163,7 @@ def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, in
             down += here * element * current
             skips.append(current)
     lowest = pixels // 4**last
-    # And the last norm's input, what it gives, and its statistics.
+    # Plus the last norm's input, output and statistics.
     down += attention(current, lowest) + lowest * (2 * element * current + 2 * FLOAT)
     up = attention(current, lowest)
     for level, channels in reversed(list(enumerate(levels))):
@@ -175,5 +181,5 @@ def _qkv(config: ModelConfig) -> int:
 
 
 def _time_elements(channels: int) -> int:
-    """Of a `TimestepEmbedding`, per image: sinusoids, what comes of them, that through SiLU."""
+    """Elements of a `TimestepEmbedding` per image: the sinusoids, the first layer's output, and SiLU of that."""
     return TimestepEmbedding.sinusoids + 2 * channels

@@ -3,7 +3,7 @@
     attend(layer, q, k, v) -> output        q [N, H, D]; k, v [N, K, D]; output [N, H * D]
 
 `dense` is the reference: one table of N x N, for tests. `Grouped` is what a CPU trains with: documents of like length
-are computed together, so nothing is spent on pairs of positions that can not see each other. `flexible` is for CUDA:
+are computed together, so no time is spent on pairs of positions that cannot see each other. `flexible` is for CUDA:
 FlexAttention over the flat run. All three read the same two integers per position (`sequence.mask`).
 """
 
@@ -28,18 +28,18 @@ LONGEST_EXPLICIT = 1024
 """Up to this document length bfloat16 on CPU multiplies the scores out; longer ones would take too much memory."""
 
 BLOCK = 128
-"""queries, and keys, in a block of FlexAttention's mask: its own default"""
+"""queries, and keys, in a block of FlexAttention's mask (its default)"""
 
 
 def for_batch(batch: Batch, dtype: torch.dtype) -> Attend:
-    """The training backend for a batch: FlexAttention on CUDA, documents grouped by length elsewhere."""
+    """Return the training backend for a batch: FlexAttention on CUDA, documents grouped by length elsewhere."""
     if batch.input_ids.is_cuda:
         return flexible(batch)
     return Grouped(batch, dtype)
 
 
 def dense(batch: Batch) -> Attend:
-    """Every pair of positions, masked: N x N memory. The oracle the other backends are tested against."""
+    """Attend over all pairs of positions with a mask, in N x N memory: the oracle for the other backends."""
     key = torch.arange(batch.positions, device=batch.input_ids.device)
     mask = (batch.kv_start[:, None] <= key) & (key < batch.kv_end[:, None])
 
@@ -52,9 +52,9 @@ def dense(batch: Batch) -> Attend:
 
 
 class _Select(torch.autograd.Function):
-    """`x[index]`, where `inverse` leads back: the gradient is a selection too, which is much faster than adding up.
+    """`x[index]` with a known `inverse`: its gradient is a selection too, much faster than an index_add.
 
-    `blank` lists rows of the output that stand for nothing, `blank_back` rows of the input that do: both stay zero.
+    `blank` lists padding rows of the output, `back` padding rows of the input: both are zero.
     """
 
     @staticmethod
@@ -74,9 +74,9 @@ class _Select(torch.autograd.Function):
 
 
 class Grouped:
-    """Documents of like length side by side: groups of `[document, length]` slots.
+    """Attention over documents grouped by length, as `[document, length]` slots.
 
-    Lengths are padded to a multiple of 8 and the number of documents to a multiple of 4, so that batches differ in few
+    Lengths are padded to a multiple of 8 and the number of documents to a multiple of 4, so that batches have few
     shapes: a matrix kernel is prepared, and kept in memory, for every shape it meets. Equal lengths need no padding.
 
     In float32 a group goes through SDPA; in bfloat16 on CPU attention is multiplied out (`_Explicit`), because SDPA's
@@ -99,7 +99,7 @@ class Grouped:
             members = torch.cat([members, members[:1].expand(len(real) - len(members))])
             offset = torch.arange(length)
             inside = (offset < lengths[members, None]) & real[:, None]
-            # A padding slot repeats its document's first position, which sees itself: no row is without a key.
+            # A padding slot repeats its document's first position, which sees itself: no softmax is empty.
             position = torch.where(inside, starts[members, None] + offset, starts[members, None])
             index.append(position.flatten())
             inverse[position[inside]] = slots + torch.nonzero(inside.flatten()).flatten()
@@ -142,9 +142,9 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Explicit(torch.autograd.Function):
-    """Attention by plain products, shapes as in `_attend_group`; scores and softmax are float32.
+    """Attention by plain matrix products, with shapes as in `_attend_group`; scores and softmax are float32.
 
-    Scores rounded to bfloat16 would be wrong by several times what the rest of it is.
+    Rounding the scores to bfloat16 would add several times the error of everything else.
     """
 
     @staticmethod
@@ -169,12 +169,12 @@ class _Explicit(torch.autograd.Function):
 
 
 def flexible(batch: Batch) -> Attend:
-    """FlexAttention over the flat run, for CUDA: its backward refuses CPU. The block mask is built once a batch.
+    """FlexAttention over the flat run, for CUDA (its backward does not support CPU). One block mask per batch.
 
-    No batch of as many positions as an earlier one compiles anything, neither the kernel alone nor a `Block` compiled
-    with `attend` as an argument. Dynamo tells functions by their code and by what they close over, tensors by their
-    sizes; so `attend` may be made anew for every batch, but all sizes have to follow from the number of positions.
-    `layer` is not looked at: all blocks share one graph. Against the oracle, and the clock: docs/benchmarks.md.
+    A batch with the same number of positions as an earlier one compiles nothing, neither the kernel nor a compiled
+    `Block` that takes `attend` as an argument: Dynamo compares functions by code and closure and tensors by size, so a
+    new `attend` per batch is fine, but all sizes must follow from the number of positions. `layer` is ignored, so that
+    all blocks share one graph. Compared with the oracle and timed in docs/benchmarks.md.
     """
     mask, kernel = block_mask(batch.kv_start, batch.kv_end), _compiled_flex_attention()
 
@@ -188,14 +188,14 @@ def flexible(batch: Batch) -> Attend:
 
 
 def block_mask(start: Tensor, end: Tensor) -> BlockMask:
-    """What FlexAttention skips, masks, or computes unmasked, in blocks of `BLOCK` queries by `BLOCK` keys.
+    """Return the blocks of `BLOCK` x `BLOCK` that FlexAttention skips, masks, or computes unmasked.
 
     start [N], end [N]   the keys each position sees, itself among them
 
-    The same as `create_block_mask` gives, without a look at N x N pairs: memory is N + blocks x blocks. Keys seen by
-    neighbouring positions overlap or touch, for each sees itself; so all those seen from a block of queries are one
-    interval, from the least start to the largest end, and those seen by every query of it are another, from the
-    largest start to the least end. Tables have a column for every block, seen or not, so that sizes follow from N.
+    The result equals `create_block_mask`, in memory N + blocks x blocks instead of N x N. The keys of neighbouring
+    positions overlap or touch, because each sees itself; so the keys seen by any query of a block are one interval,
+    from the least start to the largest end, and the keys seen by every query are another, from the largest start to the
+    least end. Tables have a column for every block, visible or not, so that sizes follow from N.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -204,16 +204,16 @@ def block_mask(start: Tensor, end: Tensor) -> BlockMask:
 
     positions = len(start)
     blocks = -(-positions // BLOCK)
-    # What only fills the last block up sees nothing: no block of keys is wholly seen from there.
+    # Padding of the last block sees nothing, so no block of keys is fully visible from it.
     fill = (0, blocks * BLOCK - positions)
     starts = F.pad(start, fill, value=positions).view(blocks, BLOCK)
     ends = F.pad(end, fill, value=0).view(blocks, BLOCK)
     first = torch.arange(blocks, device=start.device) * BLOCK
-    some = (starts.amin(1, keepdim=True) < first + BLOCK) & (first < ends.amax(1, keepdim=True))
+    partly = (starts.amin(1, keepdim=True) < first + BLOCK) & (first < ends.amax(1, keepdim=True))
     whole = (starts.amax(1, keepdim=True) <= first) & (first + BLOCK <= ends.amin(1, keepdim=True))
-    some &= ~whole
-    # All four at once, in some twenty small operations: `from_kv_blocks` takes sixty more to turn two of them over.
-    counts, columns = _listed(torch.stack([some, whole, some.T, whole.T]))
+    partly &= ~whole
+    # All four at once take about twenty small operations; `from_kv_blocks` needs sixty more to transpose two of them.
+    counts, columns = _listed(torch.stack([partly, whole, partly.T, whole.T]))
     return BlockMask(
         seq_lengths=(positions, positions),
         kv_num_blocks=counts[0],
@@ -230,7 +230,7 @@ def block_mask(start: Tensor, end: Tensor) -> BlockMask:
 
 
 def _listed(tables: Tensor) -> tuple[Tensor, Tensor]:
-    """Of tables `[table, row, column]` bool: how many are true in each row, and their columns, before the others.
+    """Return each row's number of true columns in bool tables `[table, row, column]`, and its columns, true ones first.
 
     int32, with axes for batch and heads: `[table, 1, 1, row]`, `[table, 1, 1, row, column]`.
     """
@@ -240,7 +240,7 @@ def _listed(tables: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    """One for all batches. Sizes are fixed when first met, and left open once a second number of positions comes."""
+    """Return the kernel shared by all batches; a second number of positions makes its sizes dynamic."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

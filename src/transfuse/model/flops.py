@@ -20,17 +20,23 @@ from .transfusion import Transfusion
 
 @dataclass(frozen=True)
 class Parameters:
-    """trunk: embeddings, blocks and head, as the paper counts its sizes; adapter: the patch layers, extra."""
+    """Numbers of parameters.
+
+    transformer   embeddings, blocks and output layer, as the paper counts its sizes
+    adapter       the patch layers
+    """
 
     transformer: int
     adapter: int
 
     @property
     def total(self) -> int:
+        """All parameters."""
         return self.transformer + self.adapter
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
+    """Count the parameters of a network without building it."""
     model = Transfusion.on_meta(config)
     adapter = (
         sum(parameter.numel() for parameter in model.image_adapter.parameters())
@@ -59,9 +65,9 @@ def forward_flops(
     """Operations of one forward pass: `pairs` is the number of (query, visible key) pairs, images are latent sizes."""
     heads = config.n_heads + 2 * config.kv_heads
     block = config.d_model * (heads * config.head_dim + config.d_model + 3 * config.ffn_dim)
-    trunk = config.n_layers * (2 * block * positions + 4 * config.d_model * pairs)
+    transformer = config.n_layers * (2 * block * positions + 4 * config.d_model * pairs)
     head = 2 * config.d_model * config.vocab_size * predictions
-    return trunk + head + sum(adapter_flops(config, *size) for size in images)
+    return transformer + head + sum(adapter_flops(config, *size) for size in images)
 
 
 def train_flops(config: ModelConfig, batch: Batch) -> int:

@@ -20,7 +20,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not asked to become what it is: a quantised weight can not answer.
+        # No `.to` of the same dtype: quantised weights do not support it.
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if x.dim() == 2:
@@ -30,9 +30,9 @@ class Linear(nn.Linear):
 
 
 class PackedLinear(nn.Module):
-    """A linear map for inference on CPU, its weight laid out once as oneDNN likes it: up to three times as fast.
+    """A linear map for CPU inference whose weight is stored in oneDNN's layout: up to three times as fast.
 
-    Plain products lay the weight out anew, or read it badly, at every call. Only oneDNN's own operators accept it.
+    A plain product converts the weight at every call, or reads it inefficiently. Only oneDNN's operators accept it.
     """
 
     def __init__(self, linear: Linear) -> None:
@@ -49,9 +49,9 @@ class PackedLinear(nn.Module):
 
 
 def pack(module: nn.Module) -> None:
-    """Make a module ready for inference on CPU, in place: linear maps packed where oneDNN can, norms folded into them.
+    """Prepare a module for CPU inference, in place: pack linear maps where oneDNN can, and fold norms into them.
 
-    A module whose norms feed one linear map each lists the pairs in `normed`. Quantised weights stay as they are.
+    A module whose norms feed one linear map each lists the pairs in `normed`. Quantised weights are left alone.
     """
     names = ("_reorder_linear_weight", "_linear_pointwise")
     if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)):
@@ -69,12 +69,12 @@ def pack(module: nn.Module) -> None:
 
 
 def _plain(linear: Linear) -> bool:
-    """Whether its weight is an ordinary tensor, and not one of a kind that holds something else, as eight bits."""
+    """Return True for an ordinary weight, False for a tensor subclass such as a quantised one."""
     return type(linear.weight.data) is Tensor
 
 
 def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of a dtype here: bfloat16 it does not on processors without AVX-512 (or newer)."""
+    """Return True if oneDNN packs weights of this dtype here: bfloat16 needs AVX-512 or newer."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -121,7 +121,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class HeadNorm(nn.Module):
-    """A LayerNorm for each of some heads, with weights and biases of its own: `norm_heads` applies it."""
+    """The weights and biases of one LayerNorm per head; `norm_heads` applies them."""
 
     def __init__(self, heads: int, channels: int, eps: float) -> None:
         super().__init__()
@@ -132,9 +132,9 @@ class HeadNorm(nn.Module):
 
 
 def norm_heads(x: Tensor, *norms: HeadNorm) -> Tensor:
-    """LayerNorm of each head's vector of `[N, H, D]`; the norms' heads side by side are the H.
+    """Apply LayerNorm to each head of `[N, H, D]`; H is the sum of the norms' heads.
 
-    All at once, queries and keys: on CPU two smaller ones and putting them together cost half as much again.
+    One call for queries and keys: on CPU two calls and a concatenation cost half as much again.
     """
     weight = torch.cat([norm.weight for norm in norms]).to(x.dtype).view(x.shape[1:])
     bias = torch.cat([norm.bias for norm in norms]).to(x.dtype).view(x.shape[1:])

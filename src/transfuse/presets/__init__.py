@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..configuration import nearest
+from ..config import nearest
 from ..errors import UserError
 from .demo import demo
 from .paper import PAPER

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..autoencoders import AutoencoderConfig, ImageAutoencoder, open_autoencoder, save_autoencoder
 from ..autoencoders.critic import SMALLEST
 from ..autoencoders.features import Features, load_features
-from ..configuration import nearest
+from ..config import nearest
 from ..data.world import NOUNS, World, WorldConfig
 from ..devices import Device, Precision
 from ..errors import UserError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from ..autoencoders import bundled
-from ..configuration import to_dict
+from ..config import to_dict
 from ..errors import UserError
 from ..model.activations import Checkpointing
 from ..training.hardware import ASSUMED_MFU, card

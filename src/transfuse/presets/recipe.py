@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..autoencoders import Autoencoder, Coded, ImageAutoencoder, Later, bundled, open_autoencoder
-from ..configuration import to_dict
+from ..config import to_dict
 from ..data import EditConfig, FaultLog, Finish, PairConfig, Rows, StepLoader, unchanged
 from ..data.world import World, WorldConfig, caption, edit, glosses
 from ..data.world.scenes import Split

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
-from ..configuration import from_dict, read_json, to_dict
+from ..config import from_dict, read_json, to_dict
 from ..devices import Device, Precision, pick_device, training_precision
 from ..errors import UserError
 from ..log import logger

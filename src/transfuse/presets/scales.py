@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..configuration import nearest
+from ..config import nearest
 from ..errors import UserError
 from .recipe import Recipe
 from .rivals import chameleon_32, llama_32, transfusion_32

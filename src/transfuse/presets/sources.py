@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..autoencoders import Autoencoder
-from ..configuration import nearest
+from ..config import nearest
 from ..data import (
     Cache,
     DataSet,

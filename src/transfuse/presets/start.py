@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..configuration import to_dict
+from ..config import to_dict
+from ..convert.llama_folder import check_transformer, marker_rows, read_llama_config, start_from_llama
 from ..errors import UserError
 from ..export import describe, load_weights
 from ..folders import bundled_name, is_export, places
-from ..interchange import check_trunk, marker_rows, read_llama_config, start_from_llama
 from ..log import logger
 from ..model import Transfusion
 from ..sequence import Tokenizer
@@ -65,7 +65,7 @@ def _with_trunk(recipe: Recipe, folder: Path) -> Recipe:
     fields["text_vocab_size"] = max(fields["text_vocab_size"], ids)
     changed = {name: value for name, value in fields.items() if getattr(recipe.model, name) != value}
     model = replace(recipe.model, **changed)
-    check_trunk(model, folder, recipe.start_strict)
+    check_transformer(model, folder, recipe.start_strict)
     if changed:
         logger.info(f"model: {', '.join(f'{name} {value}' for name, value in changed.items())}, to start from {folder}")
     return replace(recipe, model=model)

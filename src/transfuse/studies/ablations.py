@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..configuration import nearest
+from ..config import nearest
 from ..errors import UserError
 from ..presets import Recipe, preset
 from ..presets.scales import UNET_CHANNELS, scaled

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..configuration import read_json
+from ..config import read_json
 from ..data.world import WorldConfig, glosses
 from ..devices import pick_device
 from ..errors import UserError

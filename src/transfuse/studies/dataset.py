@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 
 from ..autoencoders import Autoencoder, Coded, open_autoencoder
-from ..configuration import to_dict
+from ..config import to_dict
 from ..data import DamagedError, DataSet, Mixture
 from ..data.remote import is_remote
 from ..data.rows import pack

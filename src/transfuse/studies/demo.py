@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..configuration import read_json, to_dict
+from ..config import read_json, to_dict
 from ..data.world import NOUNS, glosses
 from ..errors import UserError
 from ..evaluation import (

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..configuration import from_dict
+from ..config import from_dict
 from ..data.world import WorldConfig
 from ..devices import Device, pick_device
 from ..errors import UserError

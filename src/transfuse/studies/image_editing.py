@@ -21,7 +21,7 @@ from typing import Any
 
 import PIL.Image
 
-from ..configuration import read_json
+from ..config import read_json
 from ..data.world import WorldConfig
 from ..errors import UserError
 from ..evaluation import Exhibit, Findings, Options, evaluate, named

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..configuration import nearest, read_json
+from ..config import nearest, read_json
 from ..errors import UserError
 from ..evaluation import Bench, Measure, Options, check, evaluate, named, numbers
 from ..evaluation.recogniser import weights_digest

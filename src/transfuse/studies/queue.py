@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..configuration import nearest, read_json
+from ..config import nearest, read_json
 from ..devices import processor_name
 from ..errors import UserError
 from ..evaluation import keep_recogniser

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..configuration import to_dict
+from ..config import to_dict
 from ..errors import UserError
 from ..evaluation import CaptionResult, DrawingResult
 from ..inference import Reply

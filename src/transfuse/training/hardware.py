@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..configuration import nearest
+from ..config import nearest
 from ..errors import UserError
 
 ASSUMED_MFU = 0.40

@@ -1,15 +1,15 @@
-"""Models of others: start from a Llama-shaped Hugging Face folder, and write one that transformers opens.
+"""Start from a Llama-shaped Hugging Face folder, and write one that transformers opens.
 
     config.json                                              the shape
     model.safetensors, or model.safetensors.index.json       the weights, whole or in shards
     tokenizer.json                                           the tokenizer, to which our markers are added
 
-fields = read_llama_config(folder)                           # of ModelConfig
+fields = read_llama_config(folder)                           # fields of ModelConfig
 tokenizer = Tokenizer.adopt(folder / "tokenizer.json")
 start_from_llama(model, folder, markers=marker_rows(folder, tokenizer))
 save_llama(other, model, tokenizer.bos, tokenizer.eos, tokenizer)
 
-safetensors only: nothing is unpickled. What both sides must agree on is named in `model.llama`.
+safetensors only: nothing is unpickled. `hf_llama` maps names and fields.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .configuration import read_json
-from .errors import UserError
-from .io import atomic_dir
-from .model import ModelConfig, Transfusion
-from .model.llama import EMBEDDING, HEAD, llama_config, llama_weights, trunk_fields
-from .sequence import Tokenizer
+from ..config import read_json
+from ..errors import UserError
+from ..io import atomic_dir
+from ..model import ModelConfig, Transfusion
+from ..sequence import Tokenizer
+from .hf_llama import EMBEDDING, HEAD, llama_config, llama_weights, transformer_fields
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BUFFERS = ".rotary_emb.inv_freq"
-"""end of names that old files hold and no one needs"""
+BUFFERS = ".rotary_emb.inv_freq"  # suffix of tensors in old files that are not weights
 
 
 @dataclass(frozen=True)
 class Match:
-    """What a folder gave, in Hugging Face's names. Printed, it is a line each."""
+    """The weights of a folder against a model's, by Hugging Face's names. `str` gives one line each.
+
+    matched      weights copied into the model
+    missing      weights of the transformer that the folder lacks; they keep their values
+    unexpected   weights of the folder that the transformer does not have
+    """
 
     matched: tuple[str, ...]
     missing: tuple[str, ...]
-    """weights of the trunk that the folder lacks; they keep their values"""
     unexpected: tuple[str, ...]
-    """weights of the folder that the trunk has no place for"""
 
     def __str__(self) -> str:
         lines = [f"matched {len(self.matched)}"]
@@ -54,13 +56,13 @@ class Match:
         return "\n".join(lines)
 
 
-def read_llama_config(folder: Path, context: int | None = None) -> dict[str, Any]:
-    """The fields of `ModelConfig` that describe a folder's trunk. context: positions asked for; theirs if not given.
+def read_llama_config(folder: Path, max_seq_len: int | None = None) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` that describe a folder's transformer.
 
-    Raises UserError, one line, for what our trunk can not be.
+    `max_seq_len` replaces the folder's own length, if given. Raises UserError for a model that ours cannot be.
     """
     try:
-        return trunk_fields(_config(folder), context)
+        return transformer_fields(_config(folder), max_seq_len)
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
 
@@ -68,15 +70,16 @@ def read_llama_config(folder: Path, context: int | None = None) -> dict[str, Any
 def start_from_llama(
     model: Transfusion, folder: Path, strict: bool = True, markers: Mapping[int, int] | None = None
 ) -> Match:
-    """Put a folder's weights into a model, in the model's dtype. Patch layers and norms of queries and keys stay.
+    """Copy a folder's weights into a model, in the model's dtype. The image adapter and q/k norms keep their values.
 
-    strict: a folder that lacks a weight of the trunk, or has one more, or other constants, is refused; if not, what
-    fits is taken. A tied head starts as a copy of the embedding, and is a matrix of its own from then on. Rows of our
-    vocabulary behind theirs keep their values, but for `markers`, row of ours: row of theirs that it starts as.
-    Raises UserError, one line, before the first weight is written.
+    strict: refuse a folder that lacks a weight of the transformer, has one more, or has other constants; otherwise copy
+    what fits. A tied output layer starts as a copy of the embedding and is untied from then on. Rows of the vocabulary
+    after the folder's keep their values, except `markers` (our row: the row of theirs it is copied from).
+
+    Raises UserError before the first weight is written.
     """
     config = model.config
-    check_trunk(config, folder, strict)
+    check_transformer(config, folder, strict)
     own, files = llama_weights(model), _weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
@@ -89,16 +92,17 @@ def start_from_llama(
         tuple(sorted(name for name in shapes.keys() - own.keys() if not name.endswith(BUFFERS))),
     )
     if strict and (match.missing or match.unexpected):
-        found = "; ".join(str(match).splitlines()[1:])
-        raise UserError(f"{folder}: expected the weights of a Llama and no others, found {found}")
+        raise UserError(
+            f"{folder}: expected the weights of a Llama and no others, found {'; '.join(str(match).splitlines()[1:])}"
+        )
     for name in match.matched:
         _check_shape(folder, name, shapes[name], config, own[name])
     tables = [name for name in (EMBEDDING, HEAD) if name in shapes]
     rows = min((shapes[name][0] for name in tables), default=0)
-    for ours, theirs in (markers or {}).items():
-        if not (0 <= ours < config.text_vocab_size and 0 <= theirs < rows):
+    for row, source in (markers or {}).items():
+        if not (0 <= row < config.text_vocab_size and 0 <= source < rows):
             limits = f"rows of ours below {config.text_vocab_size}, of theirs below {rows}"
-            raise UserError(f"{folder}: markers: expected {limits}, found {ours} from {theirs}")
+            raise UserError(f"{folder}: markers: expected {limits}, found {row} from {source}")
     for path in files:
         with _opened(path) as file:
             for name in sorted(own.keys() & file.keys()):
@@ -118,9 +122,11 @@ def save_llama(
     eos: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Write embedding, trunk and head as a `LlamaForCausalLM`; the folder appears whole or not at all. bos, eos: ids.
+    """Write embedding, transformer and output layer as a `LlamaForCausalLM`; bos and eos are token ids.
 
-    Patch layers stay behind. Raises UserError where Llama can not be the trunk, or the folder not be written.
+    The image adapter is left out. The folder appears whole or not at all.
+
+    Raises UserError for a transformer that is not a Llama, or a folder that cannot be written.
     """
     try:
         values = {
@@ -128,7 +134,7 @@ def save_llama(
             "model_type": "llama",
             **llama_config(model.config),
             "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-            # Said even where there is none: left out, they would be 1 and 2.
+            # Written even if None: without them transformers assumes 1 and 2.
             "bos_token_id": bos,
             "eos_token_id": eos,
         }
@@ -144,13 +150,13 @@ def save_llama(
 
 
 def marker_rows(folder: Path, tokenizer: Tokenizer) -> dict[int, int]:
-    """Row of ours: row of theirs, for the markers that both have: where a sequence begins, and where it ends."""
+    """Map our rows of the embedding to the folder's, for the markers that both have (begin and end of sequence)."""
     values, rows = _config(folder), {}
     for ours, field in ((tokenizer.bos, "bos_token_id"), (tokenizer.eos, "eos_token_id")):
-        theirs = values.get(field)
-        theirs = theirs[0] if isinstance(theirs, list) and theirs else theirs
-        if isinstance(theirs, int):
-            rows[ours] = theirs
+        token_id = values.get(field)
+        token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
+        if isinstance(token_id, int):
+            rows[ours] = token_id
     return rows
 
 
@@ -161,35 +167,35 @@ def _config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def check_trunk(config: ModelConfig, folder: Path, strict: bool) -> None:
-    """Raise UserError where a trunk is not the folder's in what no shape tells: 8 heads of 64 are as 16 of 32."""
-    theirs = read_llama_config(folder, config.max_seq_len)
+def check_transformer(config: ModelConfig, folder: Path, strict: bool) -> None:
+    """Raise UserError if the folder's transformer differs in fields that shapes do not show, such as the heads."""
+    expected = read_llama_config(folder, config.max_seq_len)
     ours: dict[str, float] = {"n_heads": config.n_heads, "n_kv_heads": config.kv_heads}
     if strict:
         ours |= {"rope_theta": config.rope_theta, "norm_eps": config.norm_eps}
     for field, value in ours.items():
-        if value != theirs[field]:
-            raise UserError(f"{folder}: model.{field}: expected {theirs[field]}, found {value}")
+        if value != expected[field]:
+            raise UserError(f"{folder}: model.{field}: expected {expected[field]}, found {value}")
     if config.norm_order != "pre":
         raise UserError(f"{folder}: model.norm_order: expected pre, found {config.norm_order}")
 
 
-def _check_shape(folder: Path, name: str, found: tuple[int, ...], config: ModelConfig, own: Tensor) -> None:
+def _check_shape(folder: Path, name: str, shape: tuple[int, ...], config: ModelConfig, own: Tensor) -> None:
     expected = str(tuple(own.shape))
-    fits = found == tuple(own.shape)
-    if name in (EMBEDDING, HEAD):  # codes of an image follow our text: their rows are not for words
+    fits = shape == tuple(own.shape)
+    if name in (EMBEDDING, HEAD):  # image codes follow the text ids in the table
         expected = f"at most {config.text_vocab_size} rows of {config.d_model}"
-        fits = len(found) == 2 and found[0] <= config.text_vocab_size and found[1] == config.d_model
+        fits = len(shape) == 2 and shape[0] <= config.text_vocab_size and shape[1] == config.d_model
     if not fits:
-        raise UserError(f"{folder}: tensor {name}: expected {expected}, found {found}")
+        raise UserError(f"{folder}: tensor {name}: expected {expected}, found {shape}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        found = "only a pickled .bin" if any(folder.glob("*.bin")) else "no file"
-        raise UserError(f"{folder / WEIGHTS}: expected safetensors weights, found {found}")
+        instead = "only a pickled .bin" if any(folder.glob("*.bin")) else "no file"
+        raise UserError(f"{folder / WEIGHTS}: expected safetensors weights, found {instead}")
     index = read_json(folder / INDEX)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict):

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses beside the code they configure, to JSON and back without loss.
+"""Configuration: frozen dataclasses next to the code they configure, to JSON and back without loss.
 
 Unknown keys are refused, with the nearest known one named; so is a value of another type.
 """
@@ -54,7 +54,7 @@ def read_json(path: Path) -> Any:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """A hint such as `; did you mean "demo"?`, or the list of what there is."""
+    """Return a hint such as `; did you mean "demo"?`, or the list of known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f'; did you mean "{close[0]}"?' if close else f"; there are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""The trunk in the words of Hugging Face's Llama: same mathematics, other names, split matrices. No files here."""
+"""The transformer as Hugging Face's Llama: the same mathematics under other names, with split matrices."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import ModelConfig
-from .transfusion import Transfusion
+from ..model import ModelConfig, Transfusion
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -21,12 +20,12 @@ NUMBERS = {
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-"""our field: theirs, of those that no config.json may lack"""
+"""our field: theirs, of those that every config.json must have"""
 
 PLAIN: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
-"""fields of theirs that, where given, must say this"""
+"""fields of theirs that must have this value, if given"""
 
-KIN = {
+OTHER_MATHEMATICS = {
     "ernie4_5": "rotates neighbouring channels",
     "gemma": "norms of 1 + weight",
     "granite": "multipliers",
@@ -35,18 +34,18 @@ KIN = {
     "minicpm": "multipliers",
     "smollm3": "layers without positions",
 }
-"""model types with Llama's fields and names but other mathematics: nothing else would tell that they do not fit"""
+"""model types with Llama's fields and names but other mathematics, which nothing else in the files shows"""
 
 
 def llama_config(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of `transformers.LlamaConfig` for the text side of a model. ValueError where Llama can not be it."""
+    """Return the arguments of `transformers.LlamaConfig` for a model. Raises ValueError if it is not a Llama."""
     if config.qk_norm or config.norm_order != "pre":
-        raise ValueError("model: expected a Llama trunk, found qk_norm or norm_order swin")
-    return trunk_config(config)
+        raise ValueError("model: expected a Llama, found qk_norm or norm_order swin")
+    return shared_config(config)
 
 
-def trunk_config(config: ModelConfig) -> dict[str, Any]:
-    """What the configurations of Hugging Face's Llama and Chameleon say alike."""
+def shared_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields that Hugging Face's Llama and Chameleon have in common."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -65,19 +64,25 @@ def trunk_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def trunk_fields(values: Mapping[str, Any], context: int | None = None) -> dict[str, Any]:
-    """The fields of `ModelConfig` that a Hugging Face config.json describes: `llama_config` the other way round.
+def transformer_fields(values: Mapping[str, Any], max_seq_len: int | None = None) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` for a Hugging Face config.json, the inverse of `llama_config`.
 
-    context: positions asked for; theirs if not given. ValueError, one line, for what our trunk can not be.
+    `max_seq_len` replaces the file's own length, if given. Raises ValueError for a model that ours cannot be.
     """
     kind = values.get("model_type")
-    _check(kind not in KIN, "model_type", "one with Llama's mathematics", f'"{kind}" ({KIN.get(str(kind))})')
+    reason = OTHER_MATHEMATICS.get(str(kind))
+    _check(
+        kind not in OTHER_MATHEMATICS,
+        "model_type",
+        "one with Llama's mathematics",
+        f'"{kind}" ({reason})',
+    )
     for name in NUMBERS.values():
         _check(isinstance(values.get(name), int | float), name, "a number", repr(values.get(name)))
     for name, plain in PLAIN.items():
         _check(values.get(name) in (None, plain), name, repr(plain), repr(values.get(name)))
-    fields = {ours: values[theirs] for ours, theirs in NUMBERS.items()}
-    fields["max_seq_len"] = context or fields["max_seq_len"]
+    fields = {field: values[hf_name] for field, hf_name in NUMBERS.items()}
+    fields["max_seq_len"] = max_seq_len or fields["max_seq_len"]
     fields["n_kv_heads"] = values.get("num_key_value_heads") or fields["n_heads"]
     head = values.get("head_dim")
     wanted = f"hidden_size / num_attention_heads ({fields['d_model']} / {fields['n_heads']})"
@@ -89,9 +94,9 @@ def trunk_fields(values: Mapping[str, Any], context: int | None = None) -> dict[
 
 
 def llama_weights(model: Transfusion) -> dict[str, Tensor]:
-    """The weights of embedding, trunk and head under `LlamaForCausalLM`'s names; patch layers are left out.
+    """Return the weights under `LlamaForCausalLM`'s names, without the image adapter.
 
-    They are views of the model's own: what is written to them is written to the model.
+    They are views: writing to them writes to the model.
     """
     config = model.config
     sizes = [config.n_heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
@@ -102,25 +107,25 @@ def llama_weights(model: Transfusion) -> dict[str, Tensor]:
     }
     own = dict(model.transformer.named_parameters())
     for layer in range(config.n_layers):
-        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
+        ours, prefix = f"blocks.{layer}.", f"model.layers.{layer}."
         query, key, value = own[ours + "qkv.weight"].split(sizes)
         gate, up = own[ours + "feed_forward.gate_up.weight"].chunk(2)
         weights |= {
-            theirs + "input_layernorm.weight": own[ours + "attention_norm.weight"],
-            theirs + "self_attn.q_proj.weight": query,
-            theirs + "self_attn.k_proj.weight": key,
-            theirs + "self_attn.v_proj.weight": value,
-            theirs + "self_attn.o_proj.weight": own[ours + "out.weight"],
-            theirs + "post_attention_layernorm.weight": own[ours + "feed_forward_norm.weight"],
-            theirs + "mlp.gate_proj.weight": gate,
-            theirs + "mlp.up_proj.weight": up,
-            theirs + "mlp.down_proj.weight": own[ours + "feed_forward.down.weight"],
+            prefix + "input_layernorm.weight": own[ours + "attention_norm.weight"],
+            prefix + "self_attn.q_proj.weight": query,
+            prefix + "self_attn.k_proj.weight": key,
+            prefix + "self_attn.v_proj.weight": value,
+            prefix + "self_attn.o_proj.weight": own[ours + "out.weight"],
+            prefix + "post_attention_layernorm.weight": own[ours + "feed_forward_norm.weight"],
+            prefix + "mlp.gate_proj.weight": gate,
+            prefix + "mlp.up_proj.weight": up,
+            prefix + "mlp.down_proj.weight": own[ours + "feed_forward.down.weight"],
         }
     return {name: weight.detach() for name, weight in weights.items()}
 
 
 def _rope_theta(values: Mapping[str, Any]) -> float:
-    """Of either spelling: transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`."""
+    """Read either spelling: transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`."""
     theta = values.get("rope_theta")
     for name in ("rope_scaling", "rope_parameters"):
         rope = values.get(name) or {}
@@ -131,11 +136,11 @@ def _rope_theta(values: Mapping[str, Any]) -> float:
         share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1
         _check(share == 1, "partial_rotary_factor", "1", share)
         theta = rope.get("rope_theta", theta)
-    return float(theta or 10000)  # Llama 2's files do not say
+    return float(theta or 10000)  # the default of Llama 2, whose files leave it out
 
 
 def _check_attention(values: Mapping[str, Any], context: int) -> None:
-    """Every layer must see all of the context."""
+    """Raise ValueError unless every layer attends to the whole context."""
     kinds = values.get("layer_types") or ["full_attention", "sliding_attention"]
     window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
     if window is not None and "sliding_attention" in kinds:
@@ -144,6 +149,6 @@ def _check_attention(values: Mapping[str, Any], context: int) -> None:
     _check(not other, "layer_types", "full_attention", other)
 
 
-def _check(ok: bool, name: str, expected: str, found: Any) -> None:
+def _check(ok: bool, name: str, expected: str, value: Any) -> None:
     if not ok:
-        raise ValueError(f"{name}: expected {expected}, found {found}")
+        raise ValueError(f"{name}: expected {expected}, found {value}")

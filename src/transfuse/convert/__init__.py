@@ -1,0 +1,1 @@
+"""Other libraries' formats: Hugging Face's Llama and Chameleon."""
