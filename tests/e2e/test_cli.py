@@ -339,9 +339,9 @@ def test_run_without_a_complete_checkpoint(home: Path, tmp_path: Path) -> None:
     (run / "checkpoints" / "step-00000005").mkdir(parents=True)
     assert "expected a complete checkpoint, found none" in refused(tmp_path, "export", "runs/broken")
     config = json.loads((run / "config.json").read_text())
-    config["model"]["widht"] = 3
+    config["model"]["n_layrs"] = 3
     (run / "config.json").write_text(json.dumps(config))
-    assert 'unknown setting "model.widht"; did you mean "d_model"' in refused(tmp_path, "export", "runs/broken")
+    assert 'unknown setting "model.n_layrs"; did you mean "n_layers"' in refused(tmp_path, "export", "runs/broken")
 
 
 def test_export_command_equals_the_training_export(home: Path) -> None:
@@ -444,7 +444,7 @@ def test_llama_out_and_in(home: Path) -> None:
                "--optimizer.learning-rate", "0", "--optimizer.final-learning-rate", "0"]  # fmt: skip
     result = transfuse(home, *command)
     assert result.returncode == 0, result.stderr
-    assert "depth 2" in result.stderr, "the folder's shape is taken, and said"
+    assert "n_layers 2" in result.stderr, "the folder's shape is taken, and said"
     assert "missing 0" in result.stderr
     theirs, ours = load_file(folder / "model.safetensors"), load_file(home / "started/export/model.safetensors")
     assert (theirs["lm_head.weight"] == ours["lm_head.weight"]).all()

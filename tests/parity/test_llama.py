@@ -118,7 +118,7 @@ def test_import_into_a_larger_vocabulary(tmp_path) -> None:
     before = randomised(tiny(**read_llama_config(folder) | {"text_vocab_size": 310}), seed=5)
     ours = started(folder, text_vocab_size=310)
     close(ours_of(ours)[:, :300], theirs_of(model))
-    for name in ("embedding", "head"):
+    for name in ("embedding", "lm_head"):
         found, initial = (getattr(network, name).weight for network in (ours, before))
         assert torch.equal(found[300:], initial[300:])
         assert not torch.equal(found[:300], initial[:300])
@@ -130,7 +130,7 @@ def test_import_leaves_patch_layers_alone(tmp_path) -> None:
     before = randomised(ours.config, seed=5)
     assert ours.image_adapter is not None
     for name, value in ours.image_adapter.state_dict().items():
-        assert torch.equal(value, before.get_submodule("patches").state_dict()[name]), name
+        assert torch.equal(value, before.get_submodule("image_adapter").state_dict()[name]), name
 
 
 def test_import_reads_either_spelling_of_the_rotary_base(tmp_path) -> None:

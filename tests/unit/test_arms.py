@@ -150,17 +150,17 @@ def test_texts_come_in_the_same_step(build: Build) -> None:
     for latents, codes, texts in zip(*steps.values(), strict=True):
         for a, b, c in zip(latents, codes, texts, strict=True):
             assert a.samples == b.samples
-            ends, pictured = np.cumsum(a.documents), {sample for sample, _ in a.keys}
+            ends, pictured = np.cumsum(a.documents), {sample for sample, _ in a.noise_ids}
             alone = tuple(sample for sample in a.samples if sample not in pictured)
             assert c.samples == (alone or (-1,))
             left_out += len(pictured)
             ids = [
-                a.tokens[end - length : end].tolist()
+                a.input_ids[end - length : end].tolist()
                 for sample, end, length in zip(a.samples, ends, a.documents, strict=False)
                 if sample in alone
             ]
             ends = np.cumsum(c.documents)
-            assert ids == [c.tokens[e - n : e].tolist() for e, n in zip(ends, c.documents, strict=True)][: len(alone)]
+            assert ids == [c.input_ids[e - n : e].tolist() for e, n in zip(ends, c.documents, strict=True)][: len(alone)]
             if not alone:
                 assert c.quantities["text_targets"] == 0
             assert a.quantities["text_targets"] == b.quantities["text_targets"]

@@ -49,7 +49,7 @@ def test_a_batch_arrives_as_it_was_sent(sides: tuple[int, ...], slot: int, monke
     assert (packed.slot is None) == (slot == 64)
     found = road.unpack(packed)
     assert same(found, sent)
-    assert all(x.data_ptr() % 16 == 0 for x in (found.tokens, found.predict)) or packed.slot is None
+    assert all(x.data_ptr() % 16 == 0 for x in (found.input_ids, found.loss_positions)) or packed.slot is None
 
 
 def test_what_was_unpacked_stays_when_its_slot_is_written_to_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,5 +19,5 @@ from ..model import Transfusion
 def compile_blocks(model: Transfusion, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile a loaded model's blocks, in place; at the first pass, not yet now."""
     for block in model.transformer.blocks:
-        for name in ("before", "after"):
+        for name in ("project_qkv", "finish"):
             setattr(block, name, torch.compile(getattr(block, name), dynamic=True, fullgraph=True, backend=backend))
