@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import exported
 
-from transfuse.data.world import WorldConfig
+from emoji_scenes import WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation import Bench, Drawing, Options, evaluate, named
 from transfuse.evaluation.clip import Clip, clip_scores

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from transfuse.data.world import WorldConfig
+from emoji_scenes import WorldConfig
 from transfuse.evaluation.pairs import world_pairs
 from transfuse.evaluation.words import open_words
 

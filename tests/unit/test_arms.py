@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from emoji_scenes import World, caption, glosses
 from transfuse.autoencoders import Coded, Pixels, open_autoencoder
 from transfuse.data import StepLoader
-from transfuse.data.world import World, caption, glosses
 from transfuse.errors import UserError
 from transfuse.keyed import keyed
 from transfuse.presets import Recipe, preset

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import transfuse
+from emoji_scenes import WorldConfig, background_of, colours_in
 from transfuse import folders
 from transfuse.cli import run
 from transfuse.cli.writing import default_model
 from transfuse.configuration import to_dict
-from transfuse.data.world import WorldConfig, background_of, colours_in
 from transfuse.devices import inference_precision, pick_device
 from transfuse.errors import UserError
 from transfuse.evaluation import model_hash

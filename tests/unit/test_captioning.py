@@ -10,7 +10,7 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 
-from transfuse.data.world import WorldConfig
+from emoji_scenes import WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation.captioning import bleu_4, cider_d
 from transfuse.evaluation.pairs import world_pairs

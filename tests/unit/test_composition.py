@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import exported, write
 
-from transfuse.data.world import World, WorldConfig, held_out
+from emoji_scenes import World, WorldConfig, held_out
 from transfuse.errors import UserError
 from transfuse.evaluation import Bench, Drawing, Options, evaluate, named
 from transfuse.evaluation.composition import ASKS, Asked, composed, other_pictures, verdicts

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import exported, write
 
+from emoji_scenes import WorldConfig
 from transfuse.cli import run
-from transfuse.data.world import WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation import MEASURES, SUITES, Bench, Drawing, Findings, Options, Result, evaluate, named
 from transfuse.evaluation import numbers as before

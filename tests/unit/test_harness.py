@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import exported, write
 
-from transfuse.data.world import WorldConfig
+from emoji_scenes import WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation import Bench, Options, evaluate, named
 from transfuse.evaluation.harness import full_windows, harness_model

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from emoji_scenes import World, WorldConfig
 from transfuse.autoencoders import Pixels, open_autoencoder
-from transfuse.data.world import World, WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation.interval import Measured
 from transfuse.evaluation.reconstruction import channel_losses, evaluate_reconstruction, psnr

@@ -12,8 +12,8 @@ import PIL.Image
 import pytest
 from conftest import exported, write
 
+from emoji_scenes import World, WorldConfig, caption
 from transfuse.cli import run
-from transfuse.data.world import World, WorldConfig, caption
 from transfuse.errors import UserError
 from transfuse.evaluation import Bench, Drawing, Exhibit, Findings, Options, Result, evaluate, keep_recogniser, named
 from transfuse.evaluation.captioning import cider_d

@@ -14,8 +14,8 @@ import tokenizers
 from conftest import exported
 from tokenizers import decoders, models
 
+from emoji_scenes import WorldConfig
 from transfuse.configuration import from_dict, to_dict
-from transfuse.data.world import WorldConfig
 from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
 from transfuse.files import whole_folder

@@ -13,11 +13,12 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from emoji_scenes import Edit, World, caption, edit
+from emoji_scenes.draws import Draws
+
 from ..autoencoders import Autoencoder, Later
 from ..keyed import keyed
 from ..sequence import Document, Grammar, Image, Text, Tokenizer, images_alone, positions, unconditional
-from .world import Edit, World, caption, edit
-from .world.draws import Draws
 
 BLOCK = 32
 """pictures that a network encodes together"""

@@ -11,8 +11,9 @@ from pathlib import Path
 import PIL.Image
 import torch
 
+from emoji_scenes import WorldConfig
+
 from ..configuration import to_dict
-from ..data.world import WorldConfig
 from ..errors import UserError
 from ..export import Exported
 from ..files import sha256

@@ -15,7 +15,8 @@ from itertools import islice
 import numpy as np
 import PIL.Image
 
-from ..data.world import colours_in, nouns_in
+from emoji_scenes import colours_in, nouns_in
+
 from ..errors import UserError
 from .bench import Bench, Measure
 from .generate import Made, Task

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.world import glosses
-from ..data.world.draws import Draws
+from emoji_scenes import glosses
+from emoji_scenes.draws import Draws
+
 from ..inference import foretell
 from ..sequence import Document, Text, Tokenizer
 from .bench import Bench, Measure

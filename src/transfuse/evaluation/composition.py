@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.world import Scene, World, WorldConfig, background_of, caption
+from emoji_scenes import Scene, World, WorldConfig, background_of, caption
+
 from ..errors import UserError
 from .bench import Bench, Measure
 from .detector import Detect, Detector, Seen

@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emoji_scenes import Scene, World, WorldConfig
+
 from ..console import progress
-from ..data.world import Scene, World, WorldConfig
 from ..errors import UserError
 from ..files import whole_file
 from ..keyed import keyed

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..data.world import Edit, Scene, World, WorldConfig, background_of, edit
+from emoji_scenes import Edit, Scene, World, WorldConfig, background_of, edit
+
 from ..errors import UserError
 from .bench import Bench, Measure
 from .detector import Detect, Seen

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from emoji_scenes import World, WorldConfig, caption
+
 from ..configuration import read_json
 from ..console import say
-from ..data.world import World, WorldConfig, caption
 from ..errors import UserError
 from ..images import fit, read_image
 from .bench import Bench

@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emoji_scenes import World, WorldConfig
+
 from ..console import progress
-from ..data.world import World, WorldConfig
 from ..errors import UserError
 from ..files import whole_file
 from ..keyed import keyed

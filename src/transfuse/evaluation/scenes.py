@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import PIL.Image
 
+from emoji_scenes import Scene, World, WorldConfig, background_of, caption, colours_in, nouns_in
+
 from ..console import progress
-from ..data.world import Scene, World, WorldConfig, background_of, caption, colours_in, nouns_in
 from ..errors import UserError
 from ..inference import TransfusionPipeline
 from .interval import Measured, agreement_by_chance, share

@@ -17,7 +17,8 @@ from statistics import median
 
 import torch
 
-from ..data.world import World, caption
+from emoji_scenes import World, caption
+
 from ..diffusion import Sampler
 from ..inference.events import Request
 from ..model.flops import count_parameters, forward_flops

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from emoji_scenes import glosses
+
 from ..console import progress
 from ..data.readers import Columns, Fault, open_source
-from ..data.world import glosses
 from ..errors import UserError
 from ..export import Exported
 from ..inference import foretell

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from emoji_scenes import WorldConfig, glosses
+
 from ..configuration import read_json
-from ..data.world import WorldConfig, glosses
 from ..devices import pick_device
 from ..errors import UserError
 from ..evaluation import (

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from emoji_scenes import NOUNS, glosses
+
 from ..configuration import read_json, to_dict
 from ..console import say
-from ..data.world import NOUNS, glosses
 from ..errors import UserError
 from ..evaluation import (
     Measured,

@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from emoji_scenes import WorldConfig
+
 from ..configuration import from_dict
 from ..console import say
-from ..data.world import WorldConfig
 from ..devices import Device, pick_device
 from ..errors import UserError
 from ..evaluation import Bench, Drawing, Findings, Options, check_paper, evaluate, model_hash, named

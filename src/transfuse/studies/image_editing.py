@@ -21,9 +21,10 @@ from typing import Any
 
 import PIL.Image
 
+from emoji_scenes import WorldConfig
+
 from ..configuration import read_json
 from ..console import say
-from ..data.world import WorldConfig
 from ..errors import UserError
 from ..evaluation import Exhibit, Findings, Options, evaluate, named
 from ..files import whole_file

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from emoji_scenes import World
+
 from ..autoencoders import Autoencoder
 from ..console import Steps, progress, say
-from ..data.world import World
 from ..errors import UserError
 from ..evaluation.interval import Measured
 from ..evaluation.reconstruction import (
