@@ -11,7 +11,7 @@ import pytest
 
 from emoji_scenes import WorldConfig
 from transfuse.evaluation.pairs import world_pairs
-from transfuse.evaluation.words import open_words
+from transfuse.evaluation.ptb_tokenizer import open_words
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "captioning.json").read_text())
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from emoji_scenes import World, WorldConfig
 from transfuse.autoencoders import Pixels
 from transfuse.evaluation import reconstruction
-from transfuse.evaluation.interval import bootstrap
+from transfuse.evaluation.confidence import bootstrap
 from transfuse.evaluation.reconstruction import (
     BEST_PSNR,
     absolute_error,

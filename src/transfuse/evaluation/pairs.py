@@ -30,7 +30,7 @@ from ..configuration import read_json
 from ..console import say
 from ..errors import UserError
 from ..images import fit, read_image
-from .bench import Bench
+from .bench import EvalContext
 from .generate import content_hash, short_hash
 
 WORDINGS = 5
@@ -75,7 +75,7 @@ def ids_fingerprint(ids: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{key}\n" for key in ids).encode()).hexdigest()[:12]
 
 
-def bench_pairs(bench: Bench) -> Pairs:
+def bench_pairs(bench: EvalContext) -> Pairs:
     """The user's, or the bundled world's."""
     options, size = bench.options, bench.pipe.exported.image_size
     if options.captions is None:
@@ -84,7 +84,7 @@ def bench_pairs(bench: Bench) -> Pairs:
     return coco_pairs(options.captions, options.images, options.count, size, options.ids)
 
 
-def check_pairs(bench: Bench, measure: str, least: int) -> Pairs:
+def check_pairs(bench: EvalContext, measure: str, least: int) -> Pairs:
     """Return `bench_pairs` for a measure that fewer than `least` pictures say nothing to.
 
     Raises UserError, before any work, for fewer, and for files that are not there.

@@ -20,7 +20,7 @@ from emoji_scenes import Scene, World, WorldConfig, background_of, caption, colo
 from ..console import progress
 from ..errors import UserError
 from ..inference import TransfusionPipeline
-from .interval import Measured, agreement_by_chance, share
+from .confidence import Estimate, agreement_by_chance, share
 from .open_set import bundled_classifier
 
 Name = Callable[[np.ndarray], list[str]]
@@ -51,13 +51,13 @@ class DrawingResult:
     named_strictly: list[str | None]
     noun_strict_right: np.ndarray
     strict_digest: str
-    noun: Measured
-    noun_strict: Measured
-    background: Measured
-    both: Measured
-    real_noun: Measured
-    real_noun_strict: Measured
-    real_background: Measured
+    noun: Estimate
+    noun_strict: Estimate
+    background: Estimate
+    both: Estimate
+    real_noun: Estimate
+    real_noun_strict: Estimate
+    real_background: Estimate
     chance_noun: float
     chance_noun_strict: float
     chance_background: float
@@ -74,9 +74,9 @@ class CaptionResult:
     truths: list[str]
     noun_right: np.ndarray
     background_right: np.ndarray
-    noun: Measured
-    background: Measured
-    both: Measured
+    noun: Estimate
+    background: Estimate
+    both: Estimate
     chance_noun: float
     chance_background: float
     chance_both: float

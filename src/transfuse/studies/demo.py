@@ -29,7 +29,7 @@ from ..configuration import read_json, to_dict
 from ..console import say
 from ..errors import UserError
 from ..evaluation import (
-    Measured,
+    Estimate,
     Recogniser,
     bundled_classifier,
     caption_accuracy,
@@ -243,7 +243,7 @@ def measure(
     return report, Exhibits(drawings, captions, continuations, interleaved, strip, strip_prompt)
 
 
-def _named(name: str, found: Measured) -> dict[str, Any]:
+def _named(name: str, found: Estimate) -> dict[str, Any]:
     return {name: found.value, f"{name}_interval": [found.low, found.high]}
 
 
