@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from transfuse.data.world import World, WorldConfig, caption
+from emoji_scenes import World, WorldConfig, caption
 
 
 def rate(world: World, count: int) -> float:

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-#: The world's own folder. Its tables are imported from here rather than as transfuse.data.world, so that building needs
+#: The world's own folder. Its tables are imported from here rather than as emoji_scenes, so that building needs
 #: neither torch nor the package installed.
-WORLD = Path(__file__).resolve().parents[1] / "src/transfuse/data/world"
+WORLD = Path(__file__).resolve().parents[1] / "src/emoji_scenes"
 sys.path.insert(0, str(WORLD))
 
 from nouns import NOUNS  # noqa: E402

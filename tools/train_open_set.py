@@ -26,9 +26,9 @@ from spoil import Batch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emoji_scenes import NOUNS, PALETTE, World, WorldConfig
+from emoji_scenes.draws import Draws
 from transfuse.autoencoders import Autoencoder, open_autoencoder
-from transfuse.data.world import NOUNS, PALETTE, World, WorldConfig
-from transfuse.data.world.draws import Draws
 from transfuse.evaluation.open_set import SIDE, WEIGHTS, Network, OpenSetClassifier
 from transfuse.evaluation.recogniser import resized
 from transfuse.rng import generator_for

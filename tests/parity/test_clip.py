@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import exported
 
-from transfuse.data.world import WorldConfig
+from emoji_scenes import WorldConfig
 from transfuse.errors import UserError
-from transfuse.evaluation import Bench, Drawing, Options, evaluate, named
+from transfuse.evaluation import Drawing, EvalConfig, EvalContext, evaluate, named
 from transfuse.evaluation.clip import Clip, clip_scores
 from transfuse.inference import TransfusionPipeline
 
@@ -37,8 +37,8 @@ def test_a_score_is_the_cosine_of_open_clip_s_own_embeddings(tokenizer, tmp_path
     loaded = exported(tokenizer)
     loaded.image_size = 16
     world = WorldConfig(size=16, nouns=4, max_objects=1, max_count=1)
-    options = Options(count=3, clip=tmp_path / "clip.pt", clip_model=NAME)
-    bench = Bench(TransfusionPipeline(loaded), "a", tmp_path, world, options, Drawing(sampler="ddim", steps=1))
+    options = EvalConfig(count=3, clip=tmp_path / "clip.pt", clip_model=NAME)
+    bench = EvalContext(TransfusionPipeline(loaded), "a", tmp_path, world, options, Drawing(sampler="ddim", steps=1))
     result = next(result for some in evaluate(replace(bench), named(["clip"])) for result in some)
     assert result.name == f"CLIP score, {NAME}"
     assert 0 <= result.value <= 100

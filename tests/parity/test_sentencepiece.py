@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from transfuse.data.world import World, WorldConfig, caption, glosses
+from emoji_scenes import World, WorldConfig, caption, glosses
 from transfuse.errors import UserError
 from transfuse.sequence import Tokenizer
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from transfuse.data.world import WorldConfig
+from emoji_scenes import WorldConfig
 from transfuse.evaluation.pairs import world_pairs
-from transfuse.evaluation.words import open_words
+from transfuse.evaluation.ptb_tokenizer import open_words
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "captioning.json").read_text())
 

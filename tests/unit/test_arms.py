@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from emoji_scenes import World, caption, glosses
 from transfuse.autoencoders import Coded, Pixels, open_autoencoder
 from transfuse.data import StepLoader
-from transfuse.data.world import World, caption, glosses
 from transfuse.errors import UserError
 from transfuse.presets import Recipe, preset
 from transfuse.presets.recipe import build_trainer, export_run, train_tokenizer
@@ -160,7 +160,9 @@ def test_texts_come_in_the_same_step(build: Build) -> None:
                 if sample in alone
             ]
             ends = np.cumsum(c.documents)
-            assert ids == [c.input_ids[e - n : e].tolist() for e, n in zip(ends, c.documents, strict=True)][: len(alone)]
+            assert (
+                ids == [c.input_ids[e - n : e].tolist() for e, n in zip(ends, c.documents, strict=True)][: len(alone)]
+            )
             if not alone:
                 assert c.quantities["text_targets"] == 0
             assert a.quantities["text_targets"] == b.quantities["text_targets"]

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import transfuse
+from emoji_scenes import WorldConfig, background_of, colours_in
 from transfuse import folders
 from transfuse.cli import run
 from transfuse.cli.writing import default_model
 from transfuse.config import to_dict
-from transfuse.data.world import WorldConfig, background_of, colours_in
 from transfuse.devices import inference_precision, pick_device
 from transfuse.errors import UserError
 from transfuse.evaluation import model_hash
@@ -134,7 +134,7 @@ def test_json_stays_clean_where_the_default_is_reported(
 
 def test_a_trial_is_never_the_default(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever else of the preset is changed; it is used where it is named."""
-    assert run(["train", "tiny", "--loop.steps", "1", "--model.n-layers", "1", "--run", "runs/mine"]) == 0
+    assert run(["train", "tiny", "--loop.steps", "1", "--model.depth", "1", "--run", "runs/mine"]) == 0
     assert default_model() == Path(folders.DEFAULT)
     assert run(["generate", "a crab", "--draw", "force", "--steps", "2", "--model", "runs/mine/export"]) == 0
     assert PIL.Image.open("out/seed-0-0.png").size == (32, 32)

@@ -10,11 +10,11 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 
-from transfuse.data.world import WorldConfig
+from emoji_scenes import WorldConfig
 from transfuse.errors import UserError
-from transfuse.evaluation.captioning import bleu_4, cider_d
+from transfuse.evaluation.captions import bleu_4, cider_d
 from transfuse.evaluation.pairs import world_pairs
-from transfuse.evaluation.words import JAR, MAIN, check_words, open_words, tokenize
+from transfuse.evaluation.ptb_tokenizer import JAR, MAIN, check_words, open_words, tokenize
 from transfuse.io import sha256
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "captioning.json").read_text())

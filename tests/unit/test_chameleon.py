@@ -88,7 +88,7 @@ def llama(**changes: object) -> ModelConfig:
 
 @dataclass
 class Place:
-    """A position, found by walking along the document: nothing of `lay_out`. sees: the end of the keys it sees."""
+    """A position, found by walking along the document, without the layout. sees: the end of the keys it sees."""
 
     token: int
     learned: bool = False

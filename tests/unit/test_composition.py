@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from conftest import exported, write
 
-from transfuse.data.world import World, WorldConfig, held_out
+from emoji_scenes import World, WorldConfig, held_out
 from transfuse.errors import UserError
-from transfuse.evaluation import Bench, Drawing, Options, evaluate, named
+from transfuse.evaluation import Drawing, EvalConfig, EvalContext, evaluate, named
 from transfuse.evaluation.composition import ASKS, Asked, composed, other_pictures, verdicts
+from transfuse.evaluation.confidence import corrected
 from transfuse.evaluation.detector import Detector, Seen, keep_detector, train_detector
-from transfuse.evaluation.editing import JUDGED, judge, untouched_psnr, world_edits
-from transfuse.evaluation.interval import corrected
+from transfuse.evaluation.edits import JUDGED, judge, untouched_psnr, world_edits
 from transfuse.inference import TransfusionPipeline
 
 WORLD = WorldConfig(size=32, nouns=6, styles=("fluent-flat",))
@@ -169,15 +169,15 @@ def test_corrected_undoes_the_errors_of_the_judge() -> None:
 
 
 @pytest.fixture
-def bench(tokenizer, tmp_path, few_scenes) -> Bench:
+def bench(tokenizer, tmp_path, few_scenes) -> EvalContext:
     loaded = exported(tokenizer)
     loaded.image_size = 16
     drawing = Drawing(sampler="ddim", steps=1, guidance_scale=1.0)
-    options = Options(count=12, judge_steps=2)
-    return Bench(TransfusionPipeline(loaded), "a", tmp_path, replace(SINGLE, size=16), options, drawing, batch=8)
+    options = EvalConfig(count=12, judge_steps=2)
+    return EvalContext(TransfusionPipeline(loaded), "a", tmp_path, replace(SINGLE, size=16), options, drawing, batch=8)
 
 
-def test_composition_and_edits_of_a_model(bench: Bench) -> None:
+def test_composition_and_edits_of_a_model(bench: EvalContext) -> None:
     found = list(evaluate(bench, named(["composition", "editing"])))
     names = [result.name for result in found[0]]
     assert len(names) == 2 * (2 * len(ASKS) + 3)
@@ -195,13 +195,13 @@ def test_composition_and_edits_of_a_model(bench: Bench) -> None:
     assert all(0 <= result.low <= result.value <= result.high <= 1 for result in list(found[1])[:-1])
 
 
-def test_a_world_of_one_noun_can_not_be_composed(bench: Bench) -> None:
+def test_a_world_of_one_noun_can_not_be_composed(bench: EvalContext) -> None:
     alone = replace(bench, world=WorldConfig(size=16, nouns=1))
     with pytest.raises(UserError, match="composition: two objects: expected 60 scenes of the world, found 0"):
         list(evaluate(alone, named(["composition"])))
 
 
-def test_geneval_s_folder(bench: Bench, tmp_path) -> None:
+def test_geneval_s_folder(bench: EvalContext, tmp_path) -> None:
     lines = [{"tag": "single_object", "prompt": "a crab"}, {"tag": "colors", "prompt": "a red balloon"}]
     path = write(tmp_path, {"metadata.jsonl": "".join(json.dumps(line) + "\n" for line in lines)}) / "metadata.jsonl"
     options = replace(bench.options, geneval=path)
@@ -221,7 +221,7 @@ def test_geneval_s_folder(bench: Bench, tmp_path) -> None:
         list(evaluate(replace(bench, options=options), named(["geneval"])))
 
 
-def test_reconstructions_and_speed_of_a_model(bench: Bench) -> None:
+def test_reconstructions_and_speed_of_a_model(bench: EvalContext) -> None:
     found = {result.name: result for some in evaluate(bench, named(["autoencoder", "speed"])) for result in some}
     assert found["PSNR in dB"].value == 100  # pixels come back as they are
     assert found["rFD-recogniser"].value == pytest.approx(0, abs=1e-6)

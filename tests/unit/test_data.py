@@ -11,6 +11,7 @@ from conftest import latent, randomised, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emoji_scenes import World, WorldConfig, edit
 from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, Later, Pixels
 from transfuse.data import (
     EditConfig,
@@ -24,7 +25,6 @@ from transfuse.data import (
     interleaved_document,
     pair_document,
 )
-from transfuse.data.world import World, WorldConfig, edit
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model.flops import train_flops
 from transfuse.sequence import Document, Image, Part, Text, Tokenizer, images_alone, layout_document, unconditional

@@ -17,12 +17,12 @@ import PIL.Image
 import pytest
 import torch
 
+from emoji_scenes import glosses
 from transfuse.autoencoders import Pixels, open_autoencoder
 from transfuse.data import DataSet, PairConfig, Rows, StoredPictures, StoredTexts
 from transfuse.data.build import build_set
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
-from transfuse.data.world import glosses
 from transfuse.errors import UserError
 from transfuse.presets import preset
 from transfuse.presets.sources import mixture, open_sources

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from transfuse.data.world import WorldConfig
+from emoji_scenes import WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation.clip import clip_scores
 from transfuse.evaluation.distances import (

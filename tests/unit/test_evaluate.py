@@ -14,14 +14,24 @@ import numpy as np
 import pytest
 from conftest import exported, write
 
+from emoji_scenes import WorldConfig
 from transfuse.cli import run
-from transfuse.data.world import WorldConfig
 from transfuse.errors import UserError
-from transfuse.evaluation import MEASURES, SUITES, Bench, Drawing, Findings, Options, Result, evaluate, named
+from transfuse.evaluation import (
+    METRICS,
+    SUITES,
+    Drawing,
+    EvalConfig,
+    EvalContext,
+    MetricResult,
+    Result,
+    evaluate,
+    named,
+)
 from transfuse.evaluation import numbers as before
-from transfuse.evaluation.choice import CHOICES, continuation, definition_questions
+from transfuse.evaluation.confidence import bootstrap
 from transfuse.evaluation.generate import Made, Task, generate
-from transfuse.evaluation.interval import bootstrap
+from transfuse.evaluation.multiple_choice import CHOICES, continuation, definition_questions
 from transfuse.evaluation.pairs import Pairs, coco_pairs, ids_fingerprint
 from transfuse.evaluation.text import read_texts, windows
 from transfuse.inference import TransfusionPipeline, foretell
@@ -113,19 +123,19 @@ def test_another_setting_is_another_folder(tmp_path) -> None:
 
 
 @pytest.fixture
-def bench(tokenizer: Tokenizer, tmp_path: Path) -> Bench:
+def bench(tokenizer: Tokenizer, tmp_path: Path) -> EvalContext:
     loaded = exported(tokenizer)
     loaded.image_size = 16
-    options = Options(count=6, judge_steps=2)
+    options = EvalConfig(count=6, judge_steps=2)
     drawing = Drawing(sampler="ddim", steps=2)
-    return Bench(TransfusionPipeline(loaded), "a model", tmp_path / "first", WORLD, options, drawing, batch=4)
+    return EvalContext(TransfusionPipeline(loaded), "a model", tmp_path / "first", WORLD, options, drawing, batch=4)
 
 
-def numbers(found: list[Findings]) -> dict[str, float]:
+def numbers(found: list[MetricResult]) -> dict[str, float]:
     return {f"{some.measure} {result.name}": result.value for some in found for result in some}
 
 
-def test_numbers_are_equal_again_and_with_another_batch_size(bench: Bench, tmp_path, monkeypatch) -> None:
+def test_numbers_are_equal_again_and_with_another_batch_size(bench: EvalContext, tmp_path, monkeypatch) -> None:
     measures = named(["text", "choice", "captioning", "drawing"])
     monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
     first = list(evaluate(bench, measures))
@@ -141,7 +151,7 @@ def test_numbers_are_equal_again_and_with_another_batch_size(bench: Bench, tmp_p
     assert "FD-recogniser" in page
 
 
-def test_candidates_are_drawn_and_one_is_measured(bench: Bench, monkeypatch) -> None:
+def test_candidates_are_drawn_and_one_is_measured(bench: EvalContext, monkeypatch) -> None:
     several = replace(bench, drawing=replace(bench.drawing, candidates=3))
     (found,) = evaluate(several, named(["drawing"]))
     assert all(result.drawing == Drawing("ddim", 2, 3.0, candidates=3) for result in found.results)
@@ -164,7 +174,7 @@ def test_candidates_are_drawn_and_one_is_measured(bench: Bench, monkeypatch) -> 
 
 
 @pytest.mark.parametrize("name", ["text", "choice", "captioning", "drawing", "composition", "editing", "autoencoder"])
-def test_the_names_of_numbers_are_known_before(bench: Bench, name: str, monkeypatch, tmp_path) -> None:
+def test_the_names_of_numbers_are_known_before(bench: EvalContext, name: str, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
     monkeypatch.setattr("transfuse.evaluation.composition.JUDGED", 6)
     write(tmp_path, {"novel.txt": "a crab is a small animal " * 20})
@@ -175,7 +185,9 @@ def test_the_names_of_numbers_are_known_before(bench: Bench, name: str, monkeypa
 
 
 @pytest.mark.parametrize("images", ["latents", "none"])
-def test_the_names_of_paces_are_known_before(bench: Bench, tokenizer: Tokenizer, monkeypatch, images: str) -> None:
+def test_the_names_of_paces_are_known_before(
+    bench: EvalContext, tokenizer: Tokenizer, monkeypatch, images: str
+) -> None:
     monkeypatch.setattr("transfuse.evaluation.speed.timed", lambda work, device: (work(), [1.0, 1.0, 1.0])[1])
     asked = bench
     if images == "none":
@@ -187,7 +199,7 @@ def test_the_names_of_paces_are_known_before(bench: Bench, tokenizer: Tokenizer,
     assert any("pictures" in result.name for result in found) is (images == "latents")
 
 
-def test_the_pace_of_drawing_is_that_of_all_candidates(bench: Bench, monkeypatch) -> None:
+def test_the_pace_of_drawing_is_that_of_all_candidates(bench: EvalContext, monkeypatch) -> None:
     monkeypatch.setattr("transfuse.evaluation.speed.timed", lambda work, device: (work(), [1.0, 1.0, 1.0])[1])
     steps: list[int] = []
     drawn = bench.pipe.engine.run
@@ -204,13 +216,13 @@ def test_the_pace_of_drawing_is_that_of_all_candidates(bench: Bench, monkeypatch
     assert steps == [5, 15]
 
 
-def test_nothing_is_drawn_twice(bench: Bench, monkeypatch) -> None:
+def test_nothing_is_drawn_twice(bench: EvalContext, monkeypatch) -> None:
     list(evaluate(bench, named(["drawing"])))
     monkeypatch.setattr(bench.pipe.engine, "run", lambda requests: pytest.fail("drawn again"))
     list(evaluate(bench, named(["drawing"])))
 
 
-def test_a_sweep_draws_with_each_value(bench: Bench) -> None:
+def test_a_sweep_draws_with_each_value(bench: EvalContext) -> None:
     sweep = Drawing.sweep("guidance_scale=1,3", bench.drawing)
     found = list(evaluate(bench, named(["drawing", "captioning"]), sweep))
     assert [some.measure for some in found] == ["drawing", "drawing", "captioning"]
@@ -222,10 +234,10 @@ def test_a_sweep_draws_with_each_value(bench: Bench) -> None:
         Drawing.sweep("guidance=1", bench.drawing)
 
 
-def test_what_is_missing_is_said_before_any_work(bench: Bench, monkeypatch, tmp_path) -> None:
+def test_what_is_missing_is_said_before_any_work(bench: EvalContext, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(bench.pipe.engine, "run", lambda requests: pytest.fail("work was done"))
     with pytest.raises(UserError, match="--features: expected"):
-        list(evaluate(replace(bench, options=Options(features="nowhere.pth")), named(["captioning", "drawing"])))
+        list(evaluate(replace(bench, options=EvalConfig(features="nowhere.pth")), named(["captioning", "drawing"])))
     with pytest.raises(UserError, match=r"open_clip|--clip"):
         list(evaluate(bench, named(["captioning", "clip"])))
     captions = tmp_path / "captions_val2014.json"
@@ -233,24 +245,26 @@ def test_what_is_missing_is_said_before_any_work(bench: Bench, monkeypatch, tmp_
     with pytest.raises(UserError, match=r"captions_val2014\.json.*found none; from https://cocodataset\.org"):
         list(evaluate(replace(bench, options=options), named(["captioning"])))
     with pytest.raises(UserError, match="at least 4 pictures, found 3"):
-        list(evaluate(replace(bench, options=Options(count=3)), named(["drawing"])))
+        list(evaluate(replace(bench, options=EvalConfig(count=3)), named(["drawing"])))
     for name in ("count", "judge_steps", "stride"):
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: expected at least 1, found 0"):
-            Options(**{name: 0})
+            EvalConfig(**{name: 0})
     with pytest.raises(UserError, match='unknown measure "drawings"; did you mean "drawing"'):
         named(["drawings"])
     with pytest.raises(UserError, match=r"--texts, found none"):
-        list(evaluate(replace(bench, options=Options(texts=(tmp_path / "c4.jsonl",))), named(["text"])))
+        list(evaluate(replace(bench, options=EvalConfig(texts=(tmp_path / "c4.jsonl",))), named(["text"])))
 
 
 def test_suites_name_measures() -> None:
-    assert set().union(*SUITES.values()) <= set(MEASURES)
+    assert set().union(*SUITES.values()) <= set(METRICS)
     assert [measure.name for measure in named(["choice", "quick"])].count("choice") == 1
-    assert all(measure.about for measure in MEASURES.values())
+    assert all(measure.about for measure in METRICS.values())
 
 
 def test_a_text_model_is_not_asked_to_draw(tokenizer: Tokenizer, tmp_path) -> None:
-    bench = Bench(TransfusionPipeline(exported(tokenizer, images="none")), "a", tmp_path, WORLD, Options(count=3))
+    bench = EvalContext(
+        TransfusionPipeline(exported(tokenizer, images="none")), "a", tmp_path, WORLD, EvalConfig(count=3)
+    )
     assert [some.measure for some in evaluate(bench, named(["choice"]))] == ["choice"]
     with pytest.raises(UserError, match="drawing: expected a model that knows images"):
         list(evaluate(bench, named(["choice", "drawing"])))
@@ -271,7 +285,7 @@ def test_windows_cover_every_token_once() -> None:
         list(windows(tokens, 5, 6))
 
 
-def test_a_long_text_is_measured_in_blocks_or_slides(bench: Bench, tmp_path) -> None:
+def test_a_long_text_is_measured_in_blocks_or_slides(bench: EvalContext, tmp_path) -> None:
     text = "a crab on a red background and the moon above a small boat on blue, hello, world. " * 60
     path = write(tmp_path / "in", {"prose.txt": text}) / "prose.txt"
     found = {}
@@ -303,7 +317,7 @@ def test_texts_of_files(tmp_path) -> None:
         read_texts(files / "bad.jsonl")
 
 
-def test_foretold_tokens_are_those_learned_and_context_counts(bench: Bench) -> None:
+def test_foretold_tokens_are_those_learned_and_context_counts(bench: EvalContext) -> None:
     loaded = bench.pipe.exported
     whole = loaded.tokenizer.encode("a crab on a red background")
     parts = Document([Text(whole[:3], predict=False), Text(whole[3:])], closed=False)
@@ -434,7 +448,7 @@ def test_a_list_of_ids_is_followed(tmp_path) -> None:
         ("3\n5\n8\n", r"5\.png: expected a picture that .*captions\.json names, found none, nor of 1 others; from"),
     ],
 )
-def test_lists_that_do_not_fit_are_one_line(bench: Bench, tmp_path, text: str | None, line: str) -> None:
+def test_lists_that_do_not_fit_are_one_line(bench: EvalContext, tmp_path, text: str | None, line: str) -> None:
     coco(tmp_path, [3, 5, 8])
     write(tmp_path, {"3.png": b""} | ({} if text is None else {"ids.txt": text}))
     options = replace(bench.options, captions=tmp_path / "captions.json", images=tmp_path, ids=tmp_path / "ids.txt")
@@ -448,7 +462,7 @@ def test_lists_that_do_not_fit_are_one_line(bench: Bench, tmp_path, text: str | 
 def test_interval_of_many_items_takes_little_memory(monkeypatch) -> None:
     values = np.random.default_rng(0).normal(30, 4, 900)
     whole = bootstrap(values)
-    monkeypatch.setattr("transfuse.evaluation.interval.AT_ONCE", 5000)
+    monkeypatch.setattr("transfuse.evaluation.confidence.AT_ONCE", 5000)
     assert bootstrap(values) == whole
 
 

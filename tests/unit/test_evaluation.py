@@ -11,7 +11,7 @@ import torch
 from conftest import exported
 from torch.nn import functional as F
 
-from transfuse.data.world import World, WorldConfig, caption, held_out
+from emoji_scenes import World, WorldConfig, caption, held_out
 from transfuse.errors import UserError
 from transfuse.evaluation import (
     Recogniser,

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from emoji_scenes.sprites import sprites
 from transfuse.autoencoders import Pixels, features
 from transfuse.autoencoders.features import Features, load_features
-from transfuse.data.world.sprites import sprites
 from transfuse.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from emoji_scenes import World, WorldConfig
 from transfuse.autoencoders import Pixels, open_autoencoder
-from transfuse.data.world import World, WorldConfig
 from transfuse.errors import UserError
-from transfuse.evaluation.interval import Measured
+from transfuse.evaluation.confidence import Estimate
 from transfuse.evaluation.reconstruction import channel_losses, evaluate_reconstruction, psnr
 from transfuse.studies import inspection
 from transfuse.studies.charts import histogram
@@ -103,7 +103,7 @@ def test_sets_apart_are_measured_beside_the_first(done) -> None:
 
 
 def test_interval_of_a_difference_adds_in_squares() -> None:
-    found = inspection._difference(Measured(30.0, 27.0, 33.0, 9), Measured(20.0, 16.0, 24.0, 9))
+    found = inspection._difference(Estimate(30.0, 27.0, 33.0, 9), Estimate(20.0, 16.0, 24.0, 9))
     assert (found.value, found.low, found.high) == (-10.0, -15.0, -5.0)
 
 

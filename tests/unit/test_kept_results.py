@@ -12,13 +12,23 @@ import PIL.Image
 import pytest
 from conftest import exported, write
 
+from emoji_scenes import World, WorldConfig, caption
 from transfuse.cli import run
-from transfuse.data.world import World, WorldConfig, caption
 from transfuse.errors import UserError
-from transfuse.evaluation import Bench, Drawing, Exhibit, Findings, Options, Result, evaluate, keep_recogniser, named
-from transfuse.evaluation.captioning import cider_d
+from transfuse.evaluation import (
+    Drawing,
+    EvalConfig,
+    EvalContext,
+    Example,
+    MetricResult,
+    Result,
+    evaluate,
+    keep_recogniser,
+    named,
+)
+from transfuse.evaluation.captions import cider_d
+from transfuse.evaluation.confidence import Estimate
 from transfuse.evaluation.detector import keep_detector
-from transfuse.evaluation.interval import Measured
 from transfuse.evaluation.result import extremes, first_of
 from transfuse.inference import TransfusionPipeline
 from transfuse.sequence import Tokenizer
@@ -77,9 +87,11 @@ def test_other_pixels_in_files_of_the_same_size_and_time(
     assert again != first
 
 
-def test_other_references_are_another_label(tmp_path: Path, capsys: pytest.CaptureFixture[str], bench: Bench) -> None:
+def test_other_references_are_another_label(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bench: EvalContext
+) -> None:
     data = coco(tmp_path / "data", [[f"a thing {n}", f"one thing {n}"] for n in range(COUNT)])
-    asked = replace(bench, options=Options(count=COUNT, captions=data / "captions.json", images=data))
+    asked = replace(bench, options=EvalConfig(count=COUNT, captions=data / "captions.json", images=data))
     (first,) = evaluate(asked, named(["captioning"]))
     write(data, {"captions.json": (data / "captions.json").read_text().replace("one thing", "two things")})
     (other,) = evaluate(asked, named(["captioning"]))
@@ -87,19 +99,21 @@ def test_other_references_are_another_label(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.fixture
-def bench(tokenizer: Tokenizer, tmp_path: Path) -> Bench:
+def bench(tokenizer: Tokenizer, tmp_path: Path) -> EvalContext:
     loaded = exported(tokenizer)
     loaded.image_size = 16
     drawing = Drawing(sampler="ddim", steps=2)
-    return Bench(TransfusionPipeline(loaded), "a model", tmp_path / "out", WORLD, Options(count=4), drawing, batch=4)
+    return EvalContext(
+        TransfusionPipeline(loaded), "a model", tmp_path / "out", WORLD, EvalConfig(count=4), drawing, batch=4
+    )
 
 
-def drawn(bench: Bench) -> list[np.ndarray]:
+def drawn(bench: EvalContext) -> list[np.ndarray]:
     (found,) = evaluate(replace(bench, options=replace(bench.options, judge_steps=2)), named(["drawing"]))
     return [exhibit.pictures[0][0] for exhibit in found.exhibits]
 
 
-def test_other_weights_of_the_same_name(bench: Bench, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_other_weights_of_the_same_name(bench: EvalContext, tokenizer: Tokenizer, tmp_path: Path) -> None:
     first = drawn(bench)
     other = exported(tokenizer)
     other.image_size = 16
@@ -114,7 +128,9 @@ def test_other_weights_of_the_same_name(bench: Bench, tokenizer: Tokenizer, tmp_
 
 
 @pytest.mark.parametrize("change", ["version", "prompts", "seed", "guidance"])
-def test_what_a_drawing_depends_on_is_drawn_again(bench: Bench, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_drawing_depends_on_is_drawn_again(
+    bench: EvalContext, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn(bench)
     calls: list[int] = []
     work = bench.pipe.engine.run
@@ -158,9 +174,9 @@ def test_the_best_by_another_judge_or_data_does_not_count(tmp_path: Path, change
 )
 @pytest.mark.parametrize("own", [False, True])
 def test_too_few_pictures_are_refused(
-    bench: Bench, tmp_path: Path, measure: str, count: int, least: int, own: bool
+    bench: EvalContext, tmp_path: Path, measure: str, count: int, least: int, own: bool
 ) -> None:
-    options = Options(count=count)
+    options = EvalConfig(count=count)
     if own:
         data = coco(tmp_path / "data")
         options = replace(options, captions=data / "captions.json", images=data)
@@ -169,9 +185,9 @@ def test_too_few_pictures_are_refused(
         list(evaluate(replace(bench, options=options), named([measure])))
 
 
-def test_references_that_are_all_the_same(bench: Bench, tmp_path: Path) -> None:
+def test_references_that_are_all_the_same(bench: EvalContext, tmp_path: Path) -> None:
     data = coco(tmp_path / "data", [["a photo", "a picture"], ["a picture", "a photo"], ["a photo", "a picture"]])
-    options = Options(count=3, captions=data / "captions.json", images=data)
+    options = EvalConfig(count=3, captions=data / "captions.json", images=data)
     with pytest.raises(UserError, match="captioning: expected references that tell pictures apart, found the same"):
         list(evaluate(replace(bench, options=options), named(["captioning"])))
 
@@ -182,12 +198,12 @@ def test_cider_needs_two_pictures() -> None:
     assert cider_d([["crab"], ["star"]], [[["crab"]], [["star"]]]).min() > 0
 
 
-def test_one_item_has_no_interval(bench: Bench, tmp_path: Path) -> None:
+def test_one_item_has_no_interval(bench: EvalContext, tmp_path: Path) -> None:
     write(tmp_path, {"novel.txt": "a crab is a small animal"})
-    (found,) = evaluate(replace(bench, options=Options(texts=(tmp_path / "novel.txt",))), named(["text"]))
+    (found,) = evaluate(replace(bench, options=EvalConfig(texts=(tmp_path / "novel.txt",))), named(["text"]))
     assert [(one.count, one.low, one.high) for one in found] == [(1, None, None)] * 2
     assert "novel" in evaluation_page({"model_hash": "a", "version": "b"}, named(["text"]), [found])
-    sure = Result.of("x", Measured(0.0, 0.0, 1.0, 1), "higher", "", "")
+    sure = Result.of("x", Estimate(0.0, 0.0, 1.0, 1), "higher", "", "")
     assert (sure.low, sure.high) == (0.0, 1.0)
 
 
@@ -205,11 +221,11 @@ def test_titles_say_which_examples_are_shown() -> None:
 
 
 def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with() -> None:
-    exhibits = [Exhibit(f"said {n}", group="The first 13") for n in range(13)] + [
-        Exhibit("last", group="The worst & last")
+    exhibits = [Example(f"said {n}", group="The first 13") for n in range(13)] + [
+        Example("last", group="The worst & last")
     ]
     result = Result("CIDEr-D x 100", 457.0, 400.0, 500.0, 9, "higher", "", "", floor=8.0, ceiling=424.0)
-    found = Findings([result], exhibits, measure="captioning")
+    found = MetricResult([result], exhibits, measure="captioning")
     page = evaluation_page({"model_hash": "a", "version": "b"}, named(["captioning"]), [found])
     assert "<h3>The first 13</h3>" in page
     assert "<h3>The worst &amp; last</h3>" in page
@@ -223,11 +239,11 @@ def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with(
 
 
 @pytest.mark.parametrize("name", ["captioning", "drawing", "composition", "editing", "autoencoder", "text", "choice"])
-def test_every_example_is_under_a_title(bench: Bench, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_example_is_under_a_title(bench: EvalContext, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transfuse.evaluation.composition.JUDGED", 6)
     monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
     (measure,) = named([name])
-    (found,) = evaluate(replace(bench, options=Options(count=6, judge_steps=2)), [measure])
+    (found,) = evaluate(replace(bench, options=EvalConfig(count=6, judge_steps=2)), [measure])
     assert found.exhibits
     assert all(exhibit.group for exhibit in found.exhibits)
     assert all("Chance" in measure.compared for result in found if result.floor is not None)

@@ -11,7 +11,7 @@ import PIL.ImageDraw
 import PIL.ImageFilter
 import pytest
 
-from transfuse.data.world import NOUNS, PALETTE, Scene, World, WorldConfig
+from emoji_scenes import NOUNS, PALETTE, Scene, World, WorldConfig
 from transfuse.errors import UserError
 from transfuse.evaluation import bundled_classifier, draw_accuracy, held_out_scenes
 from transfuse.evaluation.open_set import WEIGHTS, OpenSetClassifier

@@ -23,10 +23,10 @@ from conftest import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emoji_scenes import World, WorldConfig, caption
 from transfuse.cli import run
 from transfuse.data.prepare import BuildConfig, Dropped, Outcome, Preparer
 from transfuse.data.readers import Columns, Fault, Raw, Reader, open_source, tars, texts
-from transfuse.data.world import World, WorldConfig, caption
 from transfuse.errors import UserError
 from transfuse.sequence import Tokenizer
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from emoji_scenes import World, WorldConfig
 from transfuse.autoencoders import Pixels
-from transfuse.data.world import World, WorldConfig
 from transfuse.evaluation import reconstruction
-from transfuse.evaluation.interval import bootstrap
+from transfuse.evaluation.confidence import bootstrap
 from transfuse.evaluation.reconstruction import (
     BEST_PSNR,
     absolute_error,

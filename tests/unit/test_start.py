@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import exported
 
+from emoji_scenes import WorldConfig
 from transfuse.data import EditConfig
-from transfuse.data.world import WorldConfig
 from transfuse.errors import UserError
 from transfuse.export import load_export, save_export
 from transfuse.presets.recipe import Recipe, build_trainer

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emoji_scenes import glosses
 from transfuse.autoencoders import Pixels
 from transfuse.data import (
     DataSet,
@@ -33,7 +34,6 @@ from transfuse.data.mixing import PATTERNS
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.data.rows import pack
-from transfuse.data.world import glosses
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.errors import UserError
 from transfuse.presets import Recipe, preset
@@ -131,7 +131,7 @@ def test_each_document_once_an_epoch_and_none_that_is_held_out(folder: Path) -> 
 
 def test_pictures_and_words_come_back(folder: Path) -> None:
     """A pair that is drawn, captioned or unconditional is the scene and its caption, to the bit."""
-    from transfuse.data.world import World, WorldConfig, caption
+    from emoji_scenes import World, WorldConfig, caption
 
     world, source = World(WorldConfig(size=16)), pictures(folder / "pairs", caption_first=1.0, caption_drop=0.0)
     for index in range(20):

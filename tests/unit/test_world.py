@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfuse.data.world import (
+from emoji_scenes import (
     DISTINCT,
     NOUNS,
     PALETTE,
@@ -33,10 +33,10 @@ from transfuse.data.world import (
     nouns_in,
     questions,
 )
-from transfuse.data.world.editing import EditKind
-from transfuse.data.world.layout import SIDES, Place
-from transfuse.data.world.palette import visible_on
-from transfuse.data.world.sprites import SPRITE_FILE, sprites
+from emoji_scenes.editing import EditKind
+from emoji_scenes.layout import SIDES, Place
+from emoji_scenes.palette import visible_on
+from emoji_scenes.sprites import SPRITE_FILE, sprites
 
 ROOT = Path(__file__).resolve().parents[2]
 indices = st.integers(min_value=0, max_value=2**40)

@@ -84,10 +84,10 @@ def evaluate(arguments: Sequence[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(asked, name)}")
     from dataclasses import fields
 
-    from ..evaluation import Drawing, Options
+    from ..evaluation import Drawing, EvalConfig
     from ..studies.evaluate import run_evaluation
 
-    options = Options(**{field.name: getattr(asked, field.name) for field in fields(Options)})
+    options = EvalConfig(**{field.name: getattr(asked, field.name) for field in fields(EvalConfig)})
     report = run_evaluation(
         asked.model or default_model(),
         asked.suite,

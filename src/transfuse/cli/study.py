@@ -228,14 +228,14 @@ def _ablations(asked: Ablations) -> tuple[int, dict[str, Any]]:
 
 
 def _image_editing(asked: ImageEditing) -> tuple[int, dict[str, Any]]:
-    from ..evaluation import Options
+    from ..evaluation import EvalConfig
     from ..studies.image_editing import Tuning, run_image_editing, show_image_editing, summary
 
     if asked.report_only:
         code, report = 0, show_image_editing(asked.run)
     else:
         tuning = Tuning(asked.triples, asked.epochs, asked.batch, asked.rate, asked.seed)
-        options = Options(count=asked.count, judge_steps=asked.judge_steps)
+        options = EvalConfig(count=asked.count, judge_steps=asked.judge_steps)
         start = asked.start or default_model()
         code, report = run_image_editing(asked.run, start, tuning, options, asked.measures, asked.world)
     if report:

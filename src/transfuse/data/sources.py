@@ -13,11 +13,12 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from emoji_scenes import Edit, World, caption, edit
+from emoji_scenes.draws import Draws
+
 from ..autoencoders import Autoencoder, Later
 from ..rng import generator_for
 from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, images_alone, unconditional
-from .world import Edit, World, caption, edit
-from .world.draws import Draws
 
 BLOCK = 32
 """pictures that a network encodes together"""

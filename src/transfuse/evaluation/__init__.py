@@ -1,23 +1,23 @@
 """Evaluation: what a model can do, in numbers with intervals, next to chance and to a reference."""
 
-from .bench import Bench, Measure, Options, model_hash
-from .interval import Measured, agreement_by_chance, bootstrap, share
+from .bench import EvalConfig, EvalContext, Metric, model_hash
+from .confidence import Estimate, agreement_by_chance, bootstrap, share
 from .open_set import OpenSetClassifier, bundled_classifier
 from .recogniser import Recogniser, keep_recogniser, recogniser_identity, train_recogniser
-from .registry import MEASURES, SUITES, check, check_paper, evaluate, named, numbers
-from .result import Drawing, Exhibit, Findings, Result
+from .registry import METRICS, SUITES, check, check_paper, evaluate, named, numbers
+from .result import Drawing, Example, MetricResult, Result
 from .scenes import CaptionResult, DrawingResult, caption_accuracy, draw_accuracy, held_out_scenes
 from .text import TextResult, perplexity
 
 __all__ = [
-    "MEASURES",
+    "METRICS",
     "SUITES",
-    "Bench",
+    "EvalContext",
     "Drawing",
-    "Exhibit",
-    "Findings",
-    "Measure",
-    "Options",
+    "Example",
+    "MetricResult",
+    "Metric",
+    "EvalConfig",
     "Result",
     "check",
     "check_paper",
@@ -27,7 +27,7 @@ __all__ = [
     "numbers",
     "CaptionResult",
     "DrawingResult",
-    "Measured",
+    "Estimate",
     "OpenSetClassifier",
     "Recogniser",
     "TextResult",

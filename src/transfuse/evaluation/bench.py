@@ -11,8 +11,9 @@ from pathlib import Path
 import PIL.Image
 import torch
 
+from emoji_scenes import WorldConfig
+
 from ..config import to_dict
-from ..data.world import WorldConfig
 from ..errors import UserError
 from ..export import Exported
 from ..folders import find_export
@@ -22,11 +23,11 @@ from ..version import __version__
 from .detector import Detector, keep_detector
 from .generate import Outcome, Task, generate, short_hash
 from .recogniser import Recogniser, keep_recogniser, weights_digest
-from .result import Drawing, Findings
+from .result import Drawing, MetricResult
 
 
 @dataclass(frozen=True)
-class Options:
+class EvalConfig:
     """What the user may choose; every file is local, nothing is ever fetched.
 
     count          pictures drawn, captioned, edited by each measure, and questions asked
@@ -63,14 +64,14 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class EvalContext:
     """model: the name that results carry, a hash of the export's files. folder: for what is made, and for judges."""
 
     pipe: TransfusionPipeline
     model: str
     folder: Path
     world: WorldConfig
-    options: Options = field(default_factory=Options)
+    options: EvalConfig = field(default_factory=EvalConfig)
     drawing: Drawing = field(default_factory=Drawing)
     batch: int = 24
     version: str = f"transfuse {__version__}"
@@ -89,7 +90,7 @@ class Bench:
         settings = {"model": self.model, "loaded": self.loaded, "version": self.version, **task.settings}
         return generate(self.folder / "generated", replace(task, settings=settings), self.batch)
 
-    def settled(self) -> Bench:
+    def settled(self) -> EvalContext:
         """With the model's own way of drawing where none was asked for. Raises UserError for one it can not do."""
         chosen = self.request([])
         sampler: str | None = chosen.sampler.name
@@ -120,16 +121,16 @@ class Bench:
 
 
 @dataclass(frozen=True, eq=False)
-class Measure:
+class Metric:
     """check: raises UserError, before any work, for what is missing. numbers: names of the results that `score` gives,
     known before any work, too. draws: a sweep repeats it with each drawing. compared: what each result's `floor` and
     `ceiling` are, for the page."""
 
     name: str
     about: str
-    check: Callable[[Bench], object]
-    score: Callable[[Bench], Findings]
-    numbers: Callable[[Bench], Sequence[str]]
+    check: Callable[[EvalContext], object]
+    score: Callable[[EvalContext], MetricResult]
+    numbers: Callable[[EvalContext], Sequence[str]]
     draws: bool = False
     compared: str = ""
 

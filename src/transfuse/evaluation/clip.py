@@ -18,11 +18,11 @@ from ..config import nearest
 from ..errors import UserError
 from ..io import sha256
 from ..log import progress
-from .bench import Bench, Measure
+from .bench import EvalContext, Metric
+from .confidence import bootstrap
 from .drawing import drawn_pairs
-from .interval import bootstrap
 from .pairs import check_pairs
-from .result import Exhibit, Findings, Result, extremes
+from .result import Example, MetricResult, Result, extremes
 
 BATCH = 32
 SHOWN = 12
@@ -58,7 +58,7 @@ class Clip:
         return self.model.encode_image(images).cpu().numpy(), self.model.encode_text(words).cpu().numpy()
 
 
-def _check(bench: Bench) -> None:
+def _check(bench: EvalContext) -> None:
     check_pairs(bench, "clip", LEAST)
     options = bench.options
     if importlib.util.find_spec("open_clip") is None:
@@ -73,11 +73,11 @@ def _check(bench: Bench) -> None:
         raise UserError(f'--clip-model: unknown name "{options.clip_model}"{nearest(options.clip_model, known)}')
 
 
-def _title(bench: Bench) -> str:
+def _title(bench: EvalContext) -> str:
     return f"CLIP score, {bench.options.clip_model}"
 
 
-def _score(bench: Bench) -> Findings:
+def _score(bench: EvalContext) -> MetricResult:
     assert bench.options.clip is not None
     pairs, drawn = drawn_pairs(bench)
     clip = Clip(bench.options.clip_model, str(bench.options.clip), bench.device)
@@ -103,10 +103,10 @@ def _score(bench: Bench) -> Findings:
         floor=float(clip_scores(np.roll(a, 1, 0), words).mean()),
         ceiling=float(clip_scores(b, words).mean()),
     )
-    return Findings(
+    return MetricResult(
         [result],
         [
-            Exhibit(f"{pairs.prompts[n]}  [{scores[n]:.1f}]", [(drawn.image(n), "drawn")], group=title)
+            Example(f"{pairs.prompts[n]}  [{scores[n]:.1f}]", [(drawn.image(n), "drawn")], group=title)
             for n, title in extremes(scores, SHOWN, "drawings", "score")
         ],
     )
@@ -117,4 +117,4 @@ COMPARED = (
     "Chance: each prompt with the drawing of another. Reference: the real pictures with their prompts, which drawings "
     "can pass."
 )
-CLIP = Measure("clip", ABOUT, _check, _score, lambda bench: [_title(bench)], True, COMPARED)
+CLIP = Metric("clip", ABOUT, _check, _score, lambda bench: [_title(bench)], True, COMPARED)

@@ -23,14 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from ..data.world import Scene, World, WorldConfig, background_of, caption
+from emoji_scenes import Scene, World, WorldConfig, background_of, caption
+
 from ..errors import UserError
-from .bench import Bench, Measure
+from .bench import EvalContext, Metric
+from .confidence import CORRECTED, Estimate, corrected, share
 from .detector import Detect, Detector, Seen
 from .drawing import draw_task
 from .generate import short_hash
-from .interval import CORRECTED, Measured, corrected, share
-from .result import Exhibit, Findings, Result, first_of
+from .result import Example, MetricResult, Result, first_of
 
 LARGER = 1.25
 """a side that is so many times another is clearly larger; large things of the world are 1.6 times small ones or more"""
@@ -149,19 +150,19 @@ def other_pictures(asked: Asked) -> np.ndarray:
 # --- as a measure -----------------------------------------------------------------------------------------------------
 
 
-def _asked(bench: Bench, split: str) -> tuple[int, list[Asked]]:
+def _asked(bench: EvalContext, split: str) -> tuple[int, list[Asked]]:
     """How many prompts of each task are drawn, and the scenes, of which the judge sees more."""
     each = max(2, bench.options.count // len(ASKS))
     config = replace(bench.world, size=bench.pipe.exported.image_size)
     return each, composed(config, split, max(each, JUDGED))
 
 
-def _check(bench: Bench) -> None:
+def _check(bench: EvalContext) -> None:
     for split in SPLITS:
         _asked(bench, split)
 
 
-def _numbers(bench: Bench) -> list[str]:
+def _numbers(bench: EvalContext) -> list[str]:
     return [
         title
         for name in SPLITS.values()
@@ -174,9 +175,9 @@ def _numbers(bench: Bench) -> list[str]:
     ]
 
 
-def _score(bench: Bench) -> Findings:
+def _score(bench: EvalContext) -> MetricResult:
     detector = bench.detector()
-    findings = Findings([])
+    findings = MetricResult([])
     for split, name in SPLITS.items():
         each, asked = _asked(bench, split)
         prompts = [prompt for one in asked for prompt in one.prompts[:each]]
@@ -189,8 +190,8 @@ def _score(bench: Bench) -> Findings:
 
 
 def _judge(
-    findings: Findings,
-    bench: Bench,
+    findings: MetricResult,
+    bench: EvalContext,
     name: str,
     label: str,
     asked: Sequence[Asked],
@@ -210,7 +211,7 @@ def _judge(
         fixed = corrected(by_task[-1])
         findings.results.append(Result.of(f"{title}{CORRECTED}", fixed, "higher", said, label, floor=0.0, ceiling=1.0))
         findings.exhibits += [
-            Exhibit(
+            Example(
                 one.prompts[n],
                 [(some[n], "drawn"), (one.real[n], "real")],
                 [_mark(one, n, right, seen)],
@@ -238,7 +239,7 @@ def _grounds(asked: Sequence[Asked], images: Iterable[np.ndarray]) -> np.ndarray
     return np.array([background_of(image) == scene.background for scene, image in pairs])
 
 
-def _overall(tasks: Sequence[np.ndarray]) -> Measured:
+def _overall(tasks: Sequence[np.ndarray]) -> Estimate:
     """The mean of the tasks' shares, with the interval of independent tasks."""
     value = float(np.mean([right.mean() for right in tasks]))
     # A task in which all agree still has a variance: that of half an item on each side.
@@ -246,7 +247,7 @@ def _overall(tasks: Sequence[np.ndarray]) -> Measured:
     variance = sum(p * (1 - p) / len(right) for p, right in zip(shares, tasks, strict=True)) / len(tasks) ** 2
     margin = 1.96 * float(np.sqrt(variance))
     count = sum(len(right) for right in tasks)
-    return Measured(value, max(0.0, value - margin), min(1.0, value + margin), count)
+    return Estimate(value, max(0.0, value - margin), min(1.0, value + margin), count)
 
 
 def _mark(one: Asked, n: int, right: np.ndarray, seen: list[list[Seen]]) -> tuple[str, bool, str]:
@@ -273,4 +274,4 @@ COMPARED = (
     "Chance: the judge's verdict on real pictures of other prompts. Reference: its verdict on the real pictures, which "
     "a model can pass where the judge errs. Where its errors are taken out the two are 0 and 1."
 )
-COMPOSITION = Measure("composition", ABOUT, _check, _score, _numbers, True, COMPARED)
+COMPOSITION = Metric("composition", ABOUT, _check, _score, _numbers, True, COMPARED)

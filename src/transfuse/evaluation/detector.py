@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.world import Scene, World, WorldConfig
+from emoji_scenes import Scene, World, WorldConfig
+
 from ..errors import UserError
 from ..io import atomic_write
 from ..log import progress

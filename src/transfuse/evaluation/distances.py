@@ -21,8 +21,8 @@ from ..autoencoders.features import MOBILENET, Features, load_features, packaged
 from ..errors import UserError
 from ..io import sha256
 from ..log import progress
+from .confidence import Estimate, share
 from .inception import FILE, check_inception, load_inception
-from .interval import Measured, share
 from .recogniser import Recogniser, pixels
 from .reconstruction import frechet_distance
 
@@ -117,7 +117,7 @@ def open_features(name: str, recogniser: Recogniser | None = None, device: torch
 def all_features(sees: Sees, picture: object, count: int) -> np.ndarray:
     """Of pictures by number, a batch at a time: float64 `[count, channel]`."""
     parts = []
-    with progress(sees.name, count, unit="images") as bar:
+    with progress(sees.name, count) as bar:
         for start in range(0, count, BATCH):
             numbers = range(start, min(count, start + BATCH))
             parts.append(sees(np.stack([picture(n) for n in numbers])))  # type: ignore[operator]
@@ -128,7 +128,7 @@ def all_features(sees: Sees, picture: object, count: int) -> np.ndarray:
 # --- distances --------------------------------------------------------------------------------------------------------
 
 
-def frechet(drawn: np.ndarray, real: np.ndarray, resamples: int = RESAMPLES) -> Measured:
+def frechet(drawn: np.ndarray, real: np.ndarray, resamples: int = RESAMPLES) -> Estimate:
     """The squared Fréchet distance of features `[image, channel]`, with a normal interval.
 
     Its width is 1.96 standard deviations over resamples of both sets; their mean is not used, since drawing a picture
@@ -141,10 +141,10 @@ def frechet(drawn: np.ndarray, real: np.ndarray, resamples: int = RESAMPLES) -> 
         for _ in range(resamples)
     ]
     margin = 1.96 * float(np.std(found, ddof=1))
-    return Measured(value, max(0.0, value - margin), value + margin, len(drawn))
+    return Estimate(value, max(0.0, value - margin), value + margin, len(drawn))
 
 
-def kernel_distance(drawn: np.ndarray, real: np.ndarray) -> Measured:
+def kernel_distance(drawn: np.ndarray, real: np.ndarray) -> Estimate:
     """KID: the squared maximum mean discrepancy with the kernel `(x.y / channels + 1)^3`, without bias; may be below 0.
 
     Sets of more than `BLOCK` pictures are cut into blocks, of which it is the mean. The interval is the jackknife's.
@@ -157,7 +157,7 @@ def kernel_distance(drawn: np.ndarray, real: np.ndarray) -> Measured:
     found = [_discrepancy(drawn[block], real[block]) for block in blocks]
     value = float(np.mean([value for value, _ in found]))
     margin = 1.96 * float(np.sqrt(np.mean([variance for _, variance in found]) / len(found)))
-    return Measured(value, value - margin, value + margin, len(drawn))
+    return Estimate(value, value - margin, value + margin, len(drawn))
 
 
 def _discrepancy(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -175,7 +175,7 @@ def _discrepancy(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return float(value), float(variance)
 
 
-def precision_recall(drawn: np.ndarray, real: np.ndarray) -> tuple[Measured, Measured]:
+def precision_recall(drawn: np.ndarray, real: np.ndarray) -> tuple[Estimate, Estimate]:
     """The share of drawn pictures within the ball of some real one, and of real ones within that of a drawn one."""
     if min(len(drawn), len(real)) <= NEIGHBOUR:
         raise ValueError(f"precision_recall: expected more than {NEIGHBOUR} pictures, found {len(drawn)}, {len(real)}")

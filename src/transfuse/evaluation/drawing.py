@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from ..config import to_dict
-from .bench import Bench, Measure
+from .bench import EvalContext, Metric
 from .distances import (
     LEAST,
     RECOGNISER,
@@ -29,13 +29,13 @@ from .distances import (
 )
 from .generate import Made, Outcome, Task
 from .pairs import Pairs, bench_pairs, check_pairs, world_pairs
-from .result import Exhibit, Findings, Result, first_of
+from .result import Example, MetricResult, Result, first_of
 
 SHOWN = 24
 
 
 def pictures_task(
-    bench: Bench,
+    bench: EvalContext,
     name: str,
     label: str,
     count: int,
@@ -65,7 +65,7 @@ def pictures_task(
     return Task(name, {"data": label, "drawing": to_dict(drawing)}, count, work)
 
 
-def draw_task(bench: Bench, name: str, label: str, ids: Sequence[str], prompts: Sequence[str]) -> Task:
+def draw_task(bench: EvalContext, name: str, label: str, ids: Sequence[str], prompts: Sequence[str]) -> Task:
     """Every prompt drawn once."""
     seed = bench.drawing.seed
     return pictures_task(
@@ -79,13 +79,13 @@ def draw_task(bench: Bench, name: str, label: str, ids: Sequence[str], prompts: 
     )
 
 
-def drawn_pairs(bench: Bench) -> tuple[Pairs, Outcome]:
+def drawn_pairs(bench: EvalContext) -> tuple[Pairs, Outcome]:
     """The data, and its prompts drawn: what `drawing` and `clip` score."""
     pairs = bench_pairs(bench)
     return pairs, bench.make(draw_task(bench, "drawings", pairs.label, pairs.ids, pairs.prompts))
 
 
-def _check(bench: Bench) -> None:
+def _check(bench: EvalContext) -> None:
     check_pairs(bench, "drawing", LEAST)
     check_features(bench.options.features)
 
@@ -94,7 +94,7 @@ def _titles(network: str) -> tuple[str, str, str, str]:
     return distance_name(network), distance_name(network, "KID", "KD"), "precision", "recall"
 
 
-def _score(bench: Bench) -> Findings:
+def _score(bench: EvalContext) -> MetricResult:
     pairs, drawn = drawn_pairs(bench)
     name = bench.options.features
     sees = open_features(name, bench.recogniser() if name == RECOGNISER else None, bench.device)
@@ -122,10 +122,10 @@ def _score(bench: Bench) -> Findings:
     ]
     shown = range(min(SHOWN, count))
     title = first_of(count, SHOWN, "drawings")
-    return Findings(
+    return MetricResult(
         results,
         [
-            Exhibit(pairs.prompts[n], [(drawn.image(n), "drawn"), (pairs.picture(n), "real")], group=title)
+            Example(pairs.prompts[n], [(drawn.image(n), "drawn"), (pairs.picture(n), "real")], group=title)
             for n in shown
         ],
     )
@@ -133,6 +133,6 @@ def _score(bench: Bench) -> Findings:
 
 ABOUT = "Fréchet distance, KID, precision and recall of drawings"
 COMPARED = "Reference: other real pictures of the bundled world, as many, in place of the drawings, which can pass it."
-DRAWING = Measure(
+DRAWING = Metric(
     "drawing", ABOUT, _check, _score, lambda bench: _titles(features_name(bench.options.features)), True, COMPARED
 )

@@ -44,7 +44,7 @@ class Made:
 class Task:
     """Something to do `count` times. `work`: numbers of items -> what was made of each, in order.
 
-    settings   everything that the records depend on: another setting is another folder. `Bench.make` adds the model
+    settings   everything that the records depend on: another setting, another folder; `EvalContext.make` adds the model
     """
 
     name: str

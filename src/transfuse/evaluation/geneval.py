@@ -18,17 +18,17 @@ from typing import Any
 
 from ..errors import UserError
 from ..log import logger
-from .bench import Bench, Measure
+from .bench import EvalContext, Metric
 from .drawing import draw_task
 from .generate import short_hash
-from .result import Exhibit, Findings, first_of
+from .result import Example, MetricResult, first_of
 
 SAMPLES = 4
 SHOWN = 12
 WHERE = "https://github.com/djghosh13/geneval (prompts/evaluation_metadata.jsonl)"
 
 
-def _prompts(bench: Bench) -> list[dict[str, Any]]:
+def _prompts(bench: EvalContext) -> list[dict[str, Any]]:
     """The lines of the file. Raises UserError where it is missing, or has none with a prompt."""
     path = bench.options.geneval
     if path is None or not path.is_file():
@@ -43,7 +43,7 @@ def _prompts(bench: Bench) -> list[dict[str, Any]]:
     raise UserError(f'{path}: expected JSON lines with a "prompt", found none')
 
 
-def _score(bench: Bench) -> Findings:
+def _score(bench: EvalContext) -> MetricResult:
     lines = _prompts(bench)
     prompts = [line["prompt"] for line in lines for _ in range(SAMPLES)]
     ids = [f"{n:05d}/{k:04d}" for n in range(len(lines)) for k in range(SAMPLES)]
@@ -62,8 +62,8 @@ def _score(bench: Bench) -> Findings:
     logger.info(f"geneval: {len(prompts)} pictures in {folder}; score them with GenEval's evaluate_images.py")
     first = range(0, min(SHOWN, len(lines)) * SAMPLES, SAMPLES)
     title = first_of(len(lines), SHOWN, "prompts") + ", the first drawing of each"
-    return Findings([], [Exhibit(prompts[n], [(drawn.image(n), "drawn")], group=title) for n in first])
+    return MetricResult([], [Example(prompts[n], [(drawn.image(n), "drawn")], group=title) for n in first])
 
 
 ABOUT = "prompts of the original GenEval, drawn for its own scorer"
-GENEVAL = Measure("geneval", ABOUT, _prompts, _score, lambda bench: (), True)
+GENEVAL = Metric("geneval", ABOUT, _prompts, _score, lambda bench: (), True)

@@ -21,11 +21,11 @@ from ..errors import UserError
 from ..inference import TransfusionPipeline
 from ..log import logger
 from ..sequence import Document, Text
-from .bench import Bench, Measure
-from .choice import continuation
+from .bench import EvalContext, Metric
+from .confidence import share
 from .generate import short_hash
-from .interval import share
-from .result import Findings, Result
+from .multiple_choice import continuation
+from .result import MetricResult, Result
 from .text import foretell, windows
 
 LLAMA_SUITE = ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")
@@ -115,7 +115,7 @@ def _until(text: str, stops: str | Sequence[str]) -> str:
 # --- as a measure -----------------------------------------------------------------------------------------------------
 
 
-def _check(bench: Bench) -> None:
+def _check(bench: EvalContext) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"harness: expected the package lm_eval, found none; install it with {INSTALL}")
     folder = bench.options.tasks_folder
@@ -127,7 +127,7 @@ def _check(bench: Bench) -> None:
             raise UserError(f"--tasks: expected tasks of lm-evaluation-harness, or files for them, found {task}")
 
 
-def _manager(bench: Bench) -> Any:
+def _manager(bench: EvalContext) -> Any:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ.setdefault(name, "1")
     from lm_eval.tasks import TaskManager
@@ -136,7 +136,7 @@ def _manager(bench: Bench) -> Any:
     return TaskManager(include_path=None if folder is None else str(folder))
 
 
-def _score(bench: Bench) -> Findings:
+def _score(bench: EvalContext) -> MetricResult:
     import lm_eval
 
     tasks = list(bench.options.tasks or LLAMA_SUITE)
@@ -154,7 +154,7 @@ def _score(bench: Bench) -> Findings:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"harness: expected the tasks' data sets on this machine, found none ({reason})") from None
     said = f"lm_eval {lm_eval.__version__}, {bench.version}, 0-shot"
-    findings = Findings([])
+    findings = MetricResult([])
     by_name: dict[str, list[float]] = {"acc": [], "acc_norm": []}
     for task in tasks:
         scores, samples = found["results"][task], found["samples"][task]
@@ -175,7 +175,7 @@ def _score(bench: Bench) -> Findings:
     return findings
 
 
-def _numbers(bench: Bench) -> list[str]:
+def _numbers(bench: EvalContext) -> list[str]:
     """Both of each task: which a task has, its file alone knows."""
     return [
         f"{task} {name}" for task in (*(bench.options.tasks or LLAMA_SUITE), "mean") for name in ("acc", "acc_norm")
@@ -183,4 +183,4 @@ def _numbers(bench: Bench) -> list[str]:
 
 
 ABOUT = "the Llama suite through lm-evaluation-harness"
-HARNESS = Measure("harness", ABOUT, _check, _score, _numbers, compared="Reference: every answer right.")
+HARNESS = Metric("harness", ABOUT, _check, _score, _numbers, compared="Reference: every answer right.")

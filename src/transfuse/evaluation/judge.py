@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from emoji_scenes import WorldConfig
+from emoji_scenes.sprites import SPRITE_FILE
+
 from ..config import to_dict
-from ..data.world import WorldConfig
-from ..data.world.sprites import SPRITE_FILE
 from ..io import sha256
 from ..version import __version__
 

@@ -24,12 +24,13 @@ from typing import Any
 
 import numpy as np
 
+from emoji_scenes import World, WorldConfig, caption
+
 from ..config import read_json
-from ..data.world import World, WorldConfig, caption
 from ..errors import UserError
 from ..images import fit, read_image
 from ..log import logger
-from .bench import Bench
+from .bench import EvalContext
 from .generate import content_hash, short_hash
 
 WORDINGS = 5
@@ -74,7 +75,7 @@ def ids_fingerprint(ids: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{key}\n" for key in ids).encode()).hexdigest()[:12]
 
 
-def bench_pairs(bench: Bench) -> Pairs:
+def bench_pairs(bench: EvalContext) -> Pairs:
     """The user's, or the bundled world's."""
     options, size = bench.options, bench.pipe.exported.image_size
     if options.captions is None:
@@ -83,7 +84,7 @@ def bench_pairs(bench: Bench) -> Pairs:
     return coco_pairs(options.captions, options.images, options.count, size, options.ids)
 
 
-def check_pairs(bench: Bench, measure: str, least: int) -> Pairs:
+def check_pairs(bench: EvalContext, measure: str, least: int) -> Pairs:
     """Return `bench_pairs` for a measure that fewer than `least` pictures say nothing to.
 
     Raises UserError, before any work, for fewer, and for files that are not there.

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.world import World, WorldConfig
+from emoji_scenes import World, WorldConfig
+
 from ..errors import UserError
 from ..io import atomic_write
 from ..log import progress

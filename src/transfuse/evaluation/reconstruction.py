@@ -1,7 +1,7 @@
 """What an image autoencoder keeps of a picture: PSNR, SSIM, absolute error, Fréchet distance, use of its codebook.
 
     found = evaluate_reconstruction(autoencoder, batches)      # batches of uint8 images [image, row, column, 3]
-    found.psnr                                                 # Measured(value=31.4, low=31.2, high=31.6, count=500)
+    found.psnr                                                 # Estimate(value=31.4, low=31.2, high=31.6, count=500)
 
 A Fréchet distance needs a network that sees, `features`, and depends on that network and on the number of images: with
 fewer images than the network has channels it says little. Compare only distances that agree in both.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..autoencoders import Autoencoder, CodeAutoencoder, Pixels
-from .interval import Measured, bootstrap
+from .confidence import Estimate, bootstrap
 
 BEST_PSNR = 100.0
 """dB given to equal images, and the most that any image gets: a mean over images stays finite"""
@@ -61,9 +61,9 @@ class Reconstruction:
 
     name: str
     count: int
-    psnr: Measured
-    ssim: Measured
-    l1: Measured
+    psnr: Estimate
+    ssim: Estimate
+    l1: Estimate
     frechet: float | None
     features: str | None
     codebook_size: int | None
@@ -87,8 +87,8 @@ class ChannelLoss:
     by_noise   by Gaussian noise of the channel's mean and standard deviation over the images
     """
 
-    by_mean: Measured
-    by_noise: Measured
+    by_mean: Estimate
+    by_noise: Estimate
 
     @property
     def least(self) -> float:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .bench import Bench, Measure
+from .bench import EvalContext, Metric
+from .confidence import bootstrap
 from .distances import (
     LEAST,
     RECOGNISER,
@@ -22,15 +23,14 @@ from .distances import (
     open_features,
 )
 from .generate import Made, Task
-from .interval import bootstrap
 from .pairs import bench_pairs, check_pairs
 from .reconstruction import BEST_PSNR, psnr, ssim
-from .result import Exhibit, Findings, Result
+from .result import Example, MetricResult, Result
 
 SHOWN = 12
 
 
-def _check(bench: Bench) -> None:
+def _check(bench: EvalContext) -> None:
     check_pairs(bench, "autoencoder", LEAST)
     check_features(bench.options.features)
 
@@ -39,7 +39,7 @@ def _titles(network: str) -> tuple[str, str, str]:
     return "PSNR in dB", "SSIM", distance_name(network, "rFID", "rFD")
 
 
-def _score(bench: Bench) -> Findings:
+def _score(bench: EvalContext) -> MetricResult:
     pairs, autoencoder = bench_pairs(bench), bench.pipe.exported.autoencoder
 
     def work(numbers: Sequence[int]) -> list[Made]:
@@ -67,18 +67,18 @@ def _score(bench: Bench) -> Findings:
     worst = np.argsort(columns["psnr"], kind="stable")[:SHOWN].tolist()
     title = f"The {len(worst)} with the lowest PSNR of {count:,} pictures"
     exhibits = [
-        Exhibit(
+        Example(
             f"{columns['psnr'][n]:.1f} dB",
             [(pairs.picture(n), "original"), (made.image(n), "comes back")],
             group=title,
         )
         for n in worst
     ]
-    return Findings(results, exhibits)
+    return MetricResult(results, exhibits)
 
 
 ABOUT = "PSNR, SSIM and Fréchet distance of reconstructions"
-AUTOENCODER = Measure(
+AUTOENCODER = Metric(
     "autoencoder",
     ABOUT,
     _check,

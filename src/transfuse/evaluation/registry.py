@@ -10,26 +10,26 @@ from dataclasses import replace
 
 from ..config import nearest
 from ..errors import UserError
-from .bench import Bench, Measure, Options
-from .captioning import CAPTIONING
-from .choice import CHOICE
+from .bench import EvalConfig, EvalContext, Metric
+from .captions import CAPTIONING
 from .clip import CLIP
 from .clip import WHERE as CLIP_WEIGHTS
 from .composition import COMPOSITION
 from .distances import MOBILENET, RECOGNISER
 from .drawing import DRAWING
-from .editing import EDITING
+from .edits import EDITING
 from .geneval import GENEVAL
 from .geneval import WHERE as GENEVAL_PROMPTS
 from .harness import HARNESS
 from .inception import FILE, URL
+from .multiple_choice import CHOICE
 from .pairs import WHERE as COCO
 from .reconstructions import AUTOENCODER
-from .result import Drawing, Findings
+from .result import Drawing, MetricResult
 from .speed import SPEED
 from .text import TEXT
 
-MEASURES: dict[str, Measure] = {
+METRICS: dict[str, Metric] = {
     measure.name: measure
     for measure in (TEXT, CHOICE, HARNESS, CAPTIONING, DRAWING, CLIP, COMPOSITION, GENEVAL, EDITING, AUTOENCODER, SPEED)
 }
@@ -42,7 +42,7 @@ TEXT_ONLY = ("text", "choice", "harness", "speed")
 """measures of models that know no images"""
 
 
-def check_paper(options: Options) -> None:
+def check_paper(options: EvalConfig) -> None:
     """Raise UserError for a file without which a measure of the paper would fall back on the bundled world."""
     needed = {
         "texts": "held-out C4 and Wikipedia as .jsonl; from https://huggingface.co/datasets/allenai/c4 and others",
@@ -58,17 +58,17 @@ def check_paper(options: Options) -> None:
         raise UserError(f"--suite paper: --features: expected {FILE}, found {options.features}; from {URL}")
 
 
-def named(names: Sequence[str], where: str = "--suite") -> list[Measure]:
+def named(names: Sequence[str], where: str = "--suite") -> list[Metric]:
     """Measures of suites and names, each once, in order. Raises UserError with the nearest name."""
-    found: dict[str, Measure] = {}
+    found: dict[str, Metric] = {}
     for name in names:
-        if name not in SUITES and name not in MEASURES:
-            raise UserError(f'{where}: unknown measure "{name}"{nearest(name, [*SUITES, *MEASURES])}')
-        found |= {one: MEASURES[one] for one in SUITES.get(name, (name,))}
+        if name not in SUITES and name not in METRICS:
+            raise UserError(f'{where}: unknown measure "{name}"{nearest(name, [*SUITES, *METRICS])}')
+        found |= {one: METRICS[one] for one in SUITES.get(name, (name,))}
     return list(found.values())
 
 
-def check(bench: Bench, measures: Sequence[Measure]) -> None:
+def check(bench: EvalContext, measures: Sequence[Metric]) -> None:
     """Raises UserError for what is missing, and for measures that a model without images has not."""
     for measure in measures:
         if bench.pipe.exported.model.config.images == "none" and measure.name not in TEXT_ONLY:
@@ -76,12 +76,12 @@ def check(bench: Bench, measures: Sequence[Measure]) -> None:
         measure.check(bench)
 
 
-def numbers(bench: Bench, measures: Sequence[Measure]) -> list[str]:
+def numbers(bench: EvalContext, measures: Sequence[Metric]) -> list[str]:
     """What measures will give, as MEASURE/NUMBER, before any work."""
     return [f"{measure.name}/{name}" for measure in measures for name in measure.numbers(bench)]
 
 
-def evaluate(bench: Bench, measures: Sequence[Measure], sweep: Sequence[Drawing] = ()) -> Iterator[Findings]:
+def evaluate(bench: EvalContext, measures: Sequence[Metric], sweep: Sequence[Drawing] = ()) -> Iterator[MetricResult]:
     """Check everything, then measure: findings of one measure after the other, of each drawing of a sweep in turn.
 
     Raises UserError before any work, as `check`.

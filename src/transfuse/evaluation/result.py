@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..config import to_dict
-from .interval import Measured
+from .confidence import Estimate
 
 Better = Literal["higher", "lower"]
 
@@ -45,7 +45,7 @@ class Result:
     count            items measured: pictures, captions, documents
     implementation   code, version, networks with the hash of their weights, settings of the measure
     data             which items, by name, number and a hash of their ids
-    floor, ceiling   what chance, and what a reference, score by the same measure: `Measure.compared` says which they
+    floor, ceiling   what chance, and what a reference, score by the same measure: `Metric.compared` says which they
                      are, and a model may pass a reference; None where it makes no sense
     measure, model, drawing   filled in by the registry; drawing is None where nothing was drawn
     """
@@ -65,7 +65,7 @@ class Result:
     drawing: Drawing | None = None
 
     @classmethod
-    def of(cls, name: str, found: Measured, better: Better, implementation: str, data: str, **more: Any) -> Result:
+    def of(cls, name: str, found: Estimate, better: Better, implementation: str, data: str, **more: Any) -> Result:
         alone = found.count == 1 and found.low == found.high  # resamples of one item are all that item
         low, high = (None, None) if alone else (found.low, found.high)
         return cls(name, found.value, low, high, found.count, better, implementation, data, **more)
@@ -75,7 +75,7 @@ class Result:
 
 
 @dataclass(frozen=True, eq=False)
-class Exhibit:
+class Example:
     """One thing to look at: pictures `[row, column, 3]` with a line about each, words, and what was right or wrong.
 
     marks   (what was asked for, whether it was right, what was found instead or "")
@@ -89,11 +89,11 @@ class Exhibit:
 
 
 @dataclass(eq=False)
-class Findings:
+class MetricResult:
     """What a measure found. `tables`: rows of further numbers under a head, such as a confusion, by name."""
 
     results: list[Result]
-    exhibits: list[Exhibit] = field(default_factory=list)
+    exhibits: list[Example] = field(default_factory=list)
     tables: dict[str, list[list[Any]]] = field(default_factory=dict)
     measure: str = ""
     drawing: Drawing | None = None

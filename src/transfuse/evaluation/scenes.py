@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import PIL.Image
 
-from ..data.world import Scene, World, WorldConfig, background_of, caption, colours_in, nouns_in
+from emoji_scenes import Scene, World, WorldConfig, background_of, caption, colours_in, nouns_in
+
 from ..errors import UserError
 from ..inference import TransfusionPipeline
 from ..log import progress
-from .interval import Measured, agreement_by_chance, share
+from .confidence import Estimate, agreement_by_chance, share
 from .open_set import bundled_classifier
 
 Name = Callable[[np.ndarray], list[str]]
@@ -50,13 +51,13 @@ class DrawingResult:
     named_strictly: list[str | None]
     noun_strict_right: np.ndarray
     strict_digest: str
-    noun: Measured
-    noun_strict: Measured
-    background: Measured
-    both: Measured
-    real_noun: Measured
-    real_noun_strict: Measured
-    real_background: Measured
+    noun: Estimate
+    noun_strict: Estimate
+    background: Estimate
+    both: Estimate
+    real_noun: Estimate
+    real_noun_strict: Estimate
+    real_background: Estimate
     chance_noun: float
     chance_noun_strict: float
     chance_background: float
@@ -73,9 +74,9 @@ class CaptionResult:
     truths: list[str]
     noun_right: np.ndarray
     background_right: np.ndarray
-    noun: Measured
-    background: Measured
-    both: Measured
+    noun: Estimate
+    background: Estimate
+    both: Estimate
     chance_noun: float
     chance_background: float
     chance_both: float

@@ -17,14 +17,15 @@ from statistics import median
 
 import torch
 
-from ..data.world import World, caption
+from emoji_scenes import World, caption
+
 from ..diffusion import Sampler
 from ..inference.events import Request
 from ..model.flops import count_parameters, forward_flops
 from ..sequence import layout_document
-from .bench import Bench, Measure
-from .interval import Measured
-from .result import Findings, Result
+from .bench import EvalContext, Metric
+from .confidence import Estimate
+from .result import MetricResult, Result
 
 WRITING = ("tokens a second, many at once", "tokens a second, alone", "MBU, writing alone")
 DRAWING = ("pictures a second, many at once", "pictures a second, alone")
@@ -49,12 +50,12 @@ def timed(work: Callable[[], object], device: torch.device) -> list[float]:
     return found[1:]
 
 
-def _pace(amount: float, seconds: list[float]) -> Measured:
-    return Measured(amount / median(seconds), amount / max(seconds), amount / min(seconds), len(seconds))
+def _pace(amount: float, seconds: list[float]) -> Estimate:
+    return Estimate(amount / median(seconds), amount / max(seconds), amount / min(seconds), len(seconds))
 
 
-def _times(found: Measured, factor: float) -> Measured:
-    return Measured(found.value * factor, found.low * factor, found.high * factor, found.count)
+def _times(found: Estimate, factor: float) -> Estimate:
+    return Estimate(found.value * factor, found.low * factor, found.high * factor, found.count)
 
 
 def _of_this_machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -68,7 +69,7 @@ def _of_this_machine(device: torch.device, dtype: torch.dtype) -> tuple[float, f
     return 2 * side**3 / multiplied, 2 * COPIED[device.type] / copied  # read and written
 
 
-def _drawing_flops(bench: Bench, requests: list[Request]) -> float:
+def _drawing_flops(bench: EvalContext, requests: list[Request]) -> float:
     """Operations of all denoising steps: every branch that is computed sees its prompt and its own patches."""
     config, engine, process = bench.pipe.exported.model.config, bench.pipe.engine, bench.pipe.exported.process
     side = bench.pipe.exported.image_size // bench.pipe.exported.autoencoder.factor
@@ -83,13 +84,13 @@ def _drawing_flops(bench: Bench, requests: list[Request]) -> float:
     return float(total)
 
 
-def _numbers(bench: Bench) -> list[str]:
+def _numbers(bench: EvalContext) -> list[str]:
     images = bench.pipe.exported.model.config.images
     drawing = [] if images == "none" else [*DRAWING, *([DENOISING] if images == "latents" else [])]
     return [*WRITING, *drawing, MEMORY]
 
 
-def _score(bench: Bench) -> Findings:
+def _score(bench: EvalContext) -> MetricResult:
     exported = bench.pipe.exported
     model = exported.model
     weight, device = next(model.parameters()), bench.device
@@ -100,10 +101,10 @@ def _score(bench: Bench) -> Findings:
     arithmetic, memory = _of_this_machine(device, weight.dtype)
     results: list[Result] = []
 
-    def add(name: str, found: Measured, data: str, ceiling: float | None = None) -> None:
+    def add(name: str, found: Estimate, data: str, ceiling: float | None = None) -> None:
         results.append(Result.of(name, found, "higher", said, data, ceiling=ceiling))
 
-    def write(count: int) -> Measured:
+    def write(count: int) -> Estimate:
         words = [world.nouns[n % len(world.nouns)] for n in range(count)]
         ahead = [replace(bench.pipe.request([f"{w}:"]), draw="never", max_tokens=TOKENS) for w in words]
         written: list[int] = []
@@ -123,10 +124,12 @@ def _score(bench: Bench) -> Findings:
         _draw(bench, prompts, device, arithmetic, add)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident()
     results.append(Result(MEMORY, peak / 1e9, None, None, 1, "lower", said, "this process so far"))
-    return Findings(results)
+    return MetricResult(results)
 
 
-def _draw(bench: Bench, prompts: list[str], device: torch.device, arithmetic: float, add: Callable[..., None]) -> None:
+def _draw(
+    bench: EvalContext, prompts: list[str], device: torch.device, arithmetic: float, add: Callable[..., None]
+) -> None:
     requests = [replace(bench.request([prompt]), draw="force", max_tokens=0) for prompt in prompts]
 
     candidates = bench.drawing.candidates
@@ -152,4 +155,4 @@ def _resident() -> int:
 
 ABOUT = "pace of drawing and writing, memory, and the share of the machine"
 COMPARED = "Reference: all the arithmetic, or memory traffic, that this machine was measured at."
-SPEED = Measure("speed", ABOUT, lambda bench: None, _score, _numbers, True, COMPARED)
+SPEED = Metric("speed", ABOUT, lambda bench: None, _score, _numbers, True, COMPARED)

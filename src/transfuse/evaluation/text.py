@@ -17,17 +17,18 @@ from pathlib import Path
 
 import numpy as np
 
+from emoji_scenes import glosses
+
 from ..data.readers import Columns, Fault, open_source
-from ..data.world import glosses
 from ..errors import UserError
 from ..export import Exported
 from ..inference import foretell
 from ..log import progress
 from ..sequence import Document, Text
-from .bench import Bench, Measure
+from .bench import EvalContext, Metric
+from .confidence import Estimate, bootstrap
 from .generate import Made, Task, short_hash
-from .interval import Measured, bootstrap
-from .result import Exhibit, Findings, Result, extremes
+from .result import Example, MetricResult, Result, extremes
 
 GLOSSES = "definitions"
 """what is read where no files are given"""
@@ -40,8 +41,8 @@ PIECE = 16
 class TextResult:
     """perplexity: e to the mean nats per token, EOS among them; bits_per_byte: all bits over the texts' UTF-8 bytes."""
 
-    perplexity: Measured
-    bits_per_byte: Measured
+    perplexity: Estimate
+    bits_per_byte: Estimate
     documents: int
     tokens: int
     bytes: int
@@ -71,7 +72,7 @@ def _document(exported: Exported, text: str) -> Document:
 
 def _summed(nats: Sequence[float], tokens: Sequence[int], sizes: Sequence[float], documents: int) -> TextResult:
     mean, bits = bootstrap(nats, tokens), bootstrap(np.asarray(nats) / math.log(2), sizes)
-    exponential = Measured(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.count)
+    exponential = Estimate(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.count)
     return TextResult(exponential, bits, documents, int(sum(tokens)), round(sum(sizes)))
 
 
@@ -107,7 +108,7 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def _check(bench: Bench) -> None:
+def _check(bench: EvalContext) -> None:
     for path in bench.options.texts:
         if not path.exists():
             raise UserError(f"{path}: expected a .txt or .jsonl file, or a folder of them, for --texts, found none")
@@ -120,12 +121,12 @@ def _titles(name: str) -> tuple[str, str]:
     return f"perplexity of {name}", f"bits per byte of {name}"
 
 
-def _numbers(bench: Bench) -> list[str]:
+def _numbers(bench: EvalContext) -> list[str]:
     return [title for path in bench.options.texts or (Path(GLOSSES),) for title in _titles(path.stem)]
 
 
-def _score(bench: Bench) -> Findings:
-    findings = Findings([])
+def _score(bench: EvalContext) -> MetricResult:
+    findings = MetricResult([])
     if not bench.options.texts:
         _add(findings, bench, GLOSSES, "glosses:heldout", _documents_task(bench, glosses("heldout")))
     for path in bench.options.texts:
@@ -134,7 +135,7 @@ def _score(bench: Bench) -> Findings:
     return findings
 
 
-def _add(findings: Findings, bench: Bench, name: str, data: str, task: Task) -> None:
+def _add(findings: MetricResult, bench: EvalContext, name: str, data: str, task: Task) -> None:
     records = bench.make(task).records
     nats, tokens, sizes = ([record[key] for record in records] for key in ("nats", "tokens", "bytes"))
     found = _summed(nats, tokens, sizes, task.settings["documents"])
@@ -147,12 +148,12 @@ def _add(findings: Findings, bench: Bench, name: str, data: str, task: Task) -> 
     ]
     each = [math.exp(one / count) for one, count in zip(nats, tokens, strict=True)]
     findings.exhibits += [
-        Exhibit(f"perplexity {each[n]:.1f}: {records[n]['text']}", group=title)
+        Example(f"perplexity {each[n]:.1f}: {records[n]['text']}", group=title)
         for n, title in extremes(each, SHOWN, f"texts of {name}", "perplexity")
     ]
 
 
-def _documents_task(bench: Bench, texts: Sequence[str]) -> Task:
+def _documents_task(bench: EvalContext, texts: Sequence[str]) -> Task:
     """Texts that fit the context, whole."""
     exported = bench.pipe.exported
 
@@ -167,7 +168,7 @@ def _documents_task(bench: Bench, texts: Sequence[str]) -> Task:
     return Task("definitions", settings, len(texts), work)
 
 
-def _windows_task(bench: Bench, name: str, texts: Sequence[str]) -> Task:
+def _windows_task(bench: EvalContext, name: str, texts: Sequence[str]) -> Task:
     """Texts of any length, in windows; an item is a piece of a text. Bytes are shared out among pieces by tokens."""
     exported = bench.pipe.exported
     room = exported.model.config.max_seq_len - 1
@@ -195,4 +196,4 @@ def _windows_task(bench: Bench, name: str, texts: Sequence[str]) -> Task:
 
 ABOUT = "perplexity and bits per byte on text it never read"
 COMPARED = "Chance: every token of the vocabulary as likely as any other."
-TEXT = Measure("text", ABOUT, _check, _score, _numbers, compared=COMPARED)
+TEXT = Metric("text", ABOUT, _check, _score, _numbers, compared=COMPARED)

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emoji_scenes import NOUNS, World, WorldConfig
+
 from ..autoencoders import AutoencoderConfig, ImageAutoencoder, open_autoencoder, save_autoencoder
 from ..autoencoders.critic import SMALLEST
 from ..autoencoders.features import Features, load_features
 from ..config import nearest
-from ..data.world import NOUNS, World, WorldConfig
 from ..devices import Device, Precision
 from ..errors import UserError
 from ..images import fit, image_files, read_image

@@ -17,8 +17,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
+from emoji_scenes import WorldConfig
+
 from ..data import PairConfig
-from ..data.world import WorldConfig
 from ..diffusion import DiffusionConfig, SamplerConfig
 from ..export import GenerationConfig
 from ..model import SIZES, ModelConfig

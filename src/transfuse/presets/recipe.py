@@ -15,11 +15,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from emoji_scenes import World, WorldConfig, caption, edit, glosses
+from emoji_scenes.scenes import Split
+
 from ..autoencoders import Autoencoder, Coded, ImageAutoencoder, Later, bundled, open_autoencoder
 from ..config import to_dict
 from ..data import EditConfig, FaultLog, Finish, PairConfig, Rows, StepLoader, unchanged
-from ..data.world import World, WorldConfig, caption, edit, glosses
-from ..data.world.scenes import Split
 from ..devices import Device, Precision
 from ..diffusion import DiffusionConfig, Process, Sampler
 from ..errors import UserError

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emoji_scenes import World, caption, glosses
+
 from ..autoencoders import Autoencoder
 from ..config import nearest
 from ..data import (
@@ -30,7 +32,6 @@ from ..data import (
     Texts,
 )
 from ..data.dataset import DamagedError, Split
-from ..data.world import World, caption, glosses
 from ..errors import UserError
 from ..sequence import Document, SequenceFormat, Tokenizer, count_positions
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from emoji_scenes import WorldConfig, glosses
+
 from ..config import read_json
-from ..data.world import WorldConfig, glosses
 from ..devices import pick_device
 from ..errors import UserError
 from ..evaluation import (
-    Measured,
+    Estimate,
     Recogniser,
     bootstrap,
     caption_accuracy,
@@ -32,10 +33,10 @@ from ..evaluation import (
     held_out_scenes,
     perplexity,
 )
-from ..evaluation.captioning import cider_d
+from ..evaluation.captions import cider_d
 from ..evaluation.distances import frechet
+from ..evaluation.ptb_tokenizer import tokenize
 from ..evaluation.reconstruction import frechet_distance
-from ..evaluation.words import tokenize
 from ..inference import TransfusionPipeline
 from ..io import atomic_write
 from ..model.flops import count_parameters
@@ -167,7 +168,7 @@ class Exam:
             "guidance_scale": pipe.exported.generation.guidance_scale,
         }
         text = perplexity(pipe.exported, self.definitions)
-        found: dict[str, Measured] = {"text_perplexity": text.perplexity, "bits_per_byte": text.bits_per_byte}
+        found: dict[str, Estimate] = {"text_perplexity": text.perplexity, "bits_per_byte": text.bits_per_byte}
         drawn = np.empty((0, *self.real.shape[1:]), dtype=np.uint8)
         if recipe.model.images != "none":
             drawn, pictured = self._pictures(pipe, facts)
@@ -176,7 +177,7 @@ class Exam:
             facts |= {name: measured.value, f"{name}_interval": [measured.low, measured.high]}
         return facts, drawn
 
-    def _pictures(self, pipe: TransfusionPipeline, facts: dict[str, Any]) -> tuple[np.ndarray, dict[str, Measured]]:
+    def _pictures(self, pipe: TransfusionPipeline, facts: dict[str, Any]) -> tuple[np.ndarray, dict[str, Estimate]]:
         """Drawings, and what a model that knows pictures is asked beside text; adds to the facts."""
         drawings = draw_accuracy(pipe, self.world, len(self.real), self.recogniser)
         captions = caption_accuracy(pipe, self.world, len(self.real))

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..data.world import World
+from emoji_scenes import World
+
 from ..presets.autoencoders import (
     AutoencoderRecipe,
     averaged_autoencoder,

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from emoji_scenes import NOUNS, glosses
+
 from ..config import read_json, to_dict
-from ..data.world import NOUNS, glosses
 from ..errors import UserError
 from ..evaluation import (
-    Measured,
+    Estimate,
     Recogniser,
     bundled_classifier,
     caption_accuracy,
@@ -242,7 +243,7 @@ def measure(
     return report, Exhibits(drawings, captions, continuations, interleaved, strip, strip_prompt)
 
 
-def _named(name: str, found: Measured) -> dict[str, Any]:
+def _named(name: str, found: Estimate) -> dict[str, Any]:
     return {name: found.value, f"{name}_interval": [found.low, found.high]}
 
 

@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from emoji_scenes import WorldConfig
+
 from ..config import from_dict
-from ..data.world import WorldConfig
 from ..devices import Device, pick_device
 from ..errors import UserError
-from ..evaluation import Bench, Drawing, Findings, Options, check_paper, evaluate, model_hash, named
+from ..evaluation import Drawing, EvalConfig, EvalContext, MetricResult, check_paper, evaluate, model_hash, named
 from ..export import describe
 from ..inference import TransfusionPipeline
 from ..io import atomic_write
@@ -32,7 +33,7 @@ def run_evaluation(
     model: Path,
     suite: Sequence[str],
     out: Path,
-    options: Options,
+    options: EvalConfig,
     drawing: Drawing,
     sweep: str | None = None,
     world: str | None = None,
@@ -52,7 +53,7 @@ def run_evaluation(
         check_paper(options)
     bench = open_bench(model, out, options, world, device)
     bench = replace(bench, drawing=drawing, batch=batch)
-    found: list[Findings] = []
+    found: list[MetricResult] = []
     for findings in evaluate(bench, measures, drawings):
         found.append(findings)
         for result in findings:
@@ -74,11 +75,13 @@ def run_evaluation(
     return report
 
 
-def open_bench(model: Path, folder: Path, options: Options, world: str | None = None, device: Device = "cpu") -> Bench:
+def open_bench(
+    model: Path, folder: Path, options: EvalConfig, world: str | None = None, device: Device = "cpu"
+) -> EvalContext:
     """An export to be measured in a folder; world as `run_evaluation` has it."""
     pipe = TransfusionPipeline.from_pretrained(model, device=pick_device(device))
     scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
-    return Bench(pipe, model_hash(model), folder, scenes, options)
+    return EvalContext(pipe, model_hash(model), folder, scenes, options)
 
 
 def world_of(model: Path, named_preset: str | None, size: int) -> WorldConfig:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from ..evaluation import Drawing, Exhibit, Findings, Measure, Result
+from ..evaluation import Drawing, Example, Metric, MetricResult, Result
 from .charts import Curve, chart
 from .page import folded, grid, image, page, section
 
@@ -24,7 +24,7 @@ h3 { margin-top: 26px; } .card h3 { margin-top: 0; }
 </style>"""
 
 
-def evaluation_page(report: dict[str, Any], measures: Sequence[Measure], found: Sequence[Findings]) -> str:
+def evaluation_page(report: dict[str, Any], measures: Sequence[Metric], found: Sequence[MetricResult]) -> str:
     """The whole document. found: one of a measure for each drawing of a sweep."""
     sections = [_STYLE]
     for measure in measures:
@@ -96,7 +96,7 @@ def _swept(results: Sequence[Result]) -> str:
     return grid("charts", panels) if panels else ""
 
 
-def _exhibits(exhibits: Sequence[Exhibit]) -> str:
+def _exhibits(exhibits: Sequence[Example]) -> str:
     """Groups under their titles."""
     groups: dict[str, list[str]] = {}
     for exhibit in exhibits:
@@ -109,7 +109,7 @@ def _exhibits(exhibits: Sequence[Exhibit]) -> str:
     return body
 
 
-def _card(exhibit: Exhibit) -> str:
+def _card(exhibit: Example) -> str:
     pictures = "".join(
         f"<figure>{image(pixels, said)}<figcaption>{escape(said)}</figcaption></figure>"
         for pixels, said in exhibit.pictures

@@ -21,10 +21,11 @@ from typing import Any
 
 import PIL.Image
 
+from emoji_scenes import WorldConfig
+
 from ..config import read_json
-from ..data.world import WorldConfig
 from ..errors import UserError
-from ..evaluation import Exhibit, Findings, Options, evaluate, named
+from ..evaluation import EvalConfig, Example, MetricResult, evaluate, named
 from ..folders import DEFAULT
 from ..images import read_image
 from ..io import atomic_write
@@ -94,7 +95,7 @@ def tuning_recipe(start: Path, tuning: Tuning, world: WorldConfig) -> Recipe:
 
 
 def run_image_editing(
-    folder: Path, start: Path, tuning: Tuning, options: Options, measures: Sequence[str], world: str | None = None
+    folder: Path, start: Path, tuning: Tuning, options: EvalConfig, measures: Sequence[str], world: str | None = None
 ) -> tuple[int, dict[str, Any]]:
     """Measure, fine-tune, measure again. Gives the exit code (75: stopped and saved) and the report.
 
@@ -135,7 +136,7 @@ def show_image_editing(folder: Path) -> dict[str, Any]:
     return report
 
 
-def _keep_pictures(folder: Path, before: Findings, after: Findings) -> list[dict[str, Any]]:
+def _keep_pictures(folder: Path, before: MetricResult, after: MetricResult) -> list[dict[str, Any]]:
     """PNGs of the first edits: source, drawn before and after, exact. Gives what the page says of each."""
     folder.mkdir(parents=True, exist_ok=True)
     edits = []
@@ -147,7 +148,7 @@ def _keep_pictures(folder: Path, before: Findings, after: Findings) -> list[dict
     return edits
 
 
-def _marks(exhibit: Exhibit) -> dict[str, bool]:
+def _marks(exhibit: Example) -> dict[str, bool]:
     return {asked: right for asked, right, _ in exhibit.marks}
 
 

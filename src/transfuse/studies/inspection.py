@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from emoji_scenes import World
+
 from ..autoencoders import Autoencoder
-from ..data.world import World
 from ..errors import UserError
-from ..evaluation.interval import Measured
+from ..evaluation.confidence import Estimate
 from ..evaluation.reconstruction import (
     BEST_PSNR,
     CARRIES_NOTHING,
@@ -159,7 +160,7 @@ def _measured(autoencoder: Autoencoder, images: np.ndarray, features: Features |
 
 def _channels(autoencoder: Autoencoder, images: np.ndarray) -> list[ChannelLoss]:
     decoded = channel_images(autoencoder, len(images)) * (1 + 2 * autoencoder.channels)
-    with progress("channels", decoded, unit="images") as bar:
+    with progress("channels", decoded) as bar:
         return channel_losses(autoencoder, images, BATCH, bar.advance)
 
 
@@ -190,16 +191,16 @@ def _figures(found: Reconstruction) -> dict[str, Any]:
     }
 
 
-def _named(name: str, found: Measured) -> dict[str, Any]:
+def _named(name: str, found: Estimate) -> dict[str, Any]:
     return {name: found.value, f"{name}_interval": [found.low, found.high]}
 
 
-def _difference(first: Measured, other: Measured) -> Measured:
+def _difference(first: Estimate, other: Estimate) -> Estimate:
     """`other - first` of two independent means, its interval from theirs (Zou and Donner 2008)."""
     value = other.value - first.value
     below = math.hypot(other.value - other.low, first.high - first.value)
     above = math.hypot(other.high - other.value, first.value - first.low)
-    return Measured(value, value - below, value + above, other.count)
+    return Estimate(value, value - below, value + above, other.count)
 
 
 def _write(out: Path, files: dict[str, str]) -> None:
@@ -392,7 +393,7 @@ def _latents(found: Reconstruction, channels: Sequence[ChannelLoss]) -> str:
     return f"<p>{said}</p>{empty}{folded('Every channel', whole)}"
 
 
-def _lost(loss: Measured) -> str:
+def _lost(loss: Estimate) -> str:
     return f"{loss.value:.2f} ({loss.low:.2f} to {loss.high:.2f})"
 
 

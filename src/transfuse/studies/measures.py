@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import nearest, read_json
 from ..errors import UserError
-from ..evaluation import Bench, Measure, Options, check, evaluate, named, numbers
+from ..evaluation import EvalConfig, EvalContext, Metric, check, evaluate, named, numbers
 from ..evaluation.recogniser import weights_digest
 from ..evaluation.result import Result
 from ..io import atomic_write
@@ -39,10 +39,10 @@ def measuring(
     pipe_of = pipelines(recipe, tokenizer)
     world = replace(recipe.data.world, size=image_size(recipe), split="train")
 
-    def bench_of(weights: dict[str, Tensor]) -> Bench:
-        options = Options(count=loop.measure_count)
+    def bench_of(weights: dict[str, Tensor]) -> EvalContext:
+        options = EvalConfig(count=loop.measure_count)
         # By the weights, not the step: after a rollback a step may come again with others.
-        return Bench(pipe_of(weights), weights_digest(weights), folder / "measures", world, options)
+        return EvalContext(pipe_of(weights), weights_digest(weights), folder / "measures", world, options)
 
     first = trainer.averaged()
     trainer.ranks.once(lambda: _check(bench_of(first), measures, loop.best))
@@ -68,7 +68,7 @@ def measuring(
     return measure
 
 
-def _check(bench: Bench, measures: Sequence[Measure], best: str) -> None:
+def _check(bench: EvalContext, measures: Sequence[Metric], best: str) -> None:
     check(bench, measures)
     known = numbers(bench, measures)
     if best and best not in known:

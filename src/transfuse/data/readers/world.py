@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from emoji_scenes import World, WorldConfig, caption
+from emoji_scenes.sprites import SPRITE_FILE
+
 from ...errors import UserError
 from ...io import sha256
-from ..world import World, WorldConfig, caption
-from ..world.sprites import SPRITE_FILE
 from . import PER_PART, Fault, Part, Raw
 
 

@@ -15,14 +15,15 @@ from itertools import islice
 import numpy as np
 import PIL.Image
 
-from ..data.world import colours_in, nouns_in
+from emoji_scenes import colours_in, nouns_in
+
 from ..errors import UserError
-from .bench import Bench, Measure
+from .bench import EvalContext, Metric
+from .confidence import Estimate, bootstrap, resampled, share
 from .generate import Made, Task
-from .interval import Measured, bootstrap, resampled, share
 from .pairs import Pairs, bench_pairs, check_pairs
-from .result import Exhibit, Findings, Result, extremes
-from .words import check_words, open_words
+from .ptb_tokenizer import check_words, open_words
+from .result import Example, MetricResult, Result, extremes
 
 ORDER = 4
 """longest n-grams"""
@@ -83,12 +84,12 @@ def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
     return 1000 * scores
 
 
-def bleu_4(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Measured:
+def bleu_4(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Estimate:
     """Of the whole set, 0 to 100, with its interval over images. The nearest reference's length counts for each."""
     _check_lengths("bleu_4", captions, references)
     counted = np.array([_matches(words, some) for words, some in zip(captions, references, strict=True)])
     low, high = np.percentile(resampled(counted, _bleu), [2.5, 97.5])
-    return Measured(float(_bleu(counted.sum(0)[None])[0]), float(low), float(high), len(captions))
+    return Estimate(float(_bleu(counted.sum(0)[None])[0]), float(low), float(high), len(captions))
 
 
 def _matches(words: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -119,7 +120,7 @@ def _check_lengths(measure: str, captions: Sequence[object], references: Sequenc
 # --- as a measure -----------------------------------------------------------------------------------------------------
 
 
-def caption_task(bench: Bench, pairs: Pairs) -> Task:
+def caption_task(bench: EvalContext, pairs: Pairs) -> Task:
     """Every picture described greedily, as in the paper; nothing is said before it."""
 
     def work(numbers: Sequence[int]) -> list[Made]:
@@ -131,7 +132,7 @@ def caption_task(bench: Bench, pairs: Pairs) -> Task:
     return Task("captions", settings, len(pairs.ids), work)
 
 
-def _score(bench: Bench) -> Findings:
+def _score(bench: EvalContext) -> MetricResult:
     pairs = bench_pairs(bench)
     said = [record["said"] for record in bench.make(caption_task(bench, pairs)).records]
     cut = open_words(bench.options.ptb_jar)
@@ -161,17 +162,17 @@ def _score(bench: Bench) -> Findings:
     if bench.options.captions is None:
         results += _seen_right(bench, pairs, said)
     exhibits = [
-        Exhibit(
+        Example(
             f"{said[n] or '(nothing)'}  [{scores[n]:.0f}]",
             [(pairs.picture(n), pairs.references[n][0])],
             group=title,
         )
         for n, title in extremes(scores, SHOWN, "captions", "CIDEr-D")
     ]
-    return Findings(results, exhibits)
+    return MetricResult(results, exhibits)
 
 
-def _seen_right(bench: Bench, pairs: Pairs, said: Sequence[str]) -> Iterator[Result]:
+def _seen_right(bench: EvalContext, pairs: Pairs, said: Sequence[str]) -> Iterator[Result]:
     """How often a caption names the things there are, all of them and no others; and the background's colour."""
     for name, find in zip(OF_THE_WORLD, (nouns_in, colours_in), strict=True):
         truth = [find(some[0]) for some in pairs.references]
@@ -184,11 +185,11 @@ def _seen_right(bench: Bench, pairs: Pairs, said: Sequence[str]) -> Iterator[Res
         yield Result.of(name, share(right), "higher", f"{bench.version}, words found", pairs.whole_label, **bounds)
 
 
-def _numbers(bench: Bench) -> Sequence[str]:
+def _numbers(bench: EvalContext) -> Sequence[str]:
     return (*NAMES, *OF_THE_WORLD) if bench.options.captions is None else NAMES
 
 
-def _check(bench: Bench) -> None:
+def _check(bench: EvalContext) -> None:
     pairs = check_pairs(bench, "captioning", LEAST)
     if len({tuple(sorted(some)) for some in pairs.references}) == 1:
         raise UserError(
@@ -202,4 +203,4 @@ COMPARED = (
     "caption of each picture against its others, which a model's captions can pass; of nouns and backgrounds, captions "
     "that the bundled world gives its own scenes."
 )
-CAPTIONING = Measure("captioning", "CIDEr-D and BLEU-4 of captions", _check, _score, _numbers, compared=COMPARED)
+CAPTIONING = Metric("captioning", "CIDEr-D and BLEU-4 of captions", _check, _score, _numbers, compared=COMPARED)

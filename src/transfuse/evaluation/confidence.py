@@ -15,7 +15,7 @@ CORRECTED = ", corrected"
 
 
 @dataclass(frozen=True)
-class Measured:
+class Estimate:
     """A mean over `count` items with its 95 % interval, `low` to `high`."""
 
     value: float
@@ -29,7 +29,7 @@ def bootstrap(
     counts: Sequence[float] | np.ndarray | None = None,
     draws: int = 2000,
     seed: int = 0,
-) -> Measured:
+) -> Estimate:
     """`sum(totals) / sum(counts)` over items (counts: all 1 unless given), and the percentile interval over resamples.
 
     Raises ValueError for no items, or lengths that differ.
@@ -40,7 +40,7 @@ def bootstrap(
         raise ValueError(f"bootstrap: expected items and as many counts, found {sums.shape} and {weights.shape}")
     means = resampled(np.stack([sums, weights], axis=1), lambda found: found[:, 0] / found[:, 1], draws, seed)
     low, high = np.percentile(means, [2.5, 97.5])
-    return Measured(float(sums.sum() / weights.sum()), float(low), float(high), len(sums))
+    return Estimate(float(sums.sum() / weights.sum()), float(low), float(high), len(sums))
 
 
 def resampled(
@@ -56,7 +56,7 @@ def resampled(
     return np.concatenate(found)
 
 
-def share(hits: Sequence[bool] | np.ndarray) -> Measured:
+def share(hits: Sequence[bool] | np.ndarray) -> Estimate:
     """The share of hits in [0, 1] with its interval.
 
     Where all items agree a bootstrap would claim certainty; the "rule of three" says how far the truth may still be.
@@ -64,13 +64,13 @@ def share(hits: Sequence[bool] | np.ndarray) -> Measured:
     found = bootstrap(np.asarray(hits, dtype=np.float64))
     margin = min(1.0, 3 / found.count)
     if found.value == 0:
-        return Measured(0.0, 0.0, margin, found.count)
+        return Estimate(0.0, 0.0, margin, found.count)
     if found.value == 1:
-        return Measured(1.0, 1 - margin, 1.0, found.count)
+        return Estimate(1.0, 1 - margin, 1.0, found.count)
     return found
 
 
-def corrected(*tasks: tuple[np.ndarray, np.ndarray, np.ndarray], draws: int = 2000, seed: int = 0) -> Measured:
+def corrected(*tasks: tuple[np.ndarray, np.ndarray, np.ndarray], draws: int = 2000, seed: int = 0) -> Estimate:
     """The share right if the judge made no errors, the mean over tasks.
 
     Each task gives the judge's verdicts bool `[picture]` on what is judged, on pictures that are right, and on pictures
@@ -89,7 +89,7 @@ def corrected(*tasks: tuple[np.ndarray, np.ndarray, np.ndarray], draws: int = 20
         for task in tasks
     ]
     low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
-    return Measured(value, min(value, float(low)), max(value, float(high)), sum(len(found) for found, _, _ in tasks))
+    return Estimate(value, min(value, float(low)), max(value, float(high)), sum(len(found) for found, _, _ in tasks))
 
 
 def agreement_by_chance(wanted: Sequence[Hashable]) -> float:

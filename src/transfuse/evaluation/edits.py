@@ -23,15 +23,16 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..data.world import Edit, Scene, World, WorldConfig, background_of, edit
+from emoji_scenes import Edit, Scene, World, WorldConfig, background_of, edit
+
 from ..errors import UserError
-from .bench import Bench, Measure
+from .bench import EvalContext, Metric
+from .confidence import CORRECTED, bootstrap, corrected, share
 from .detector import Detect, Seen
 from .drawing import pictures_task
 from .generate import Task, content_hash, short_hash
-from .interval import CORRECTED, bootstrap, corrected, share
 from .reconstruction import BEST_PSNR, RANGE
-from .result import Exhibit, Findings, Result, first_of
+from .result import Example, MetricResult, Result, first_of
 
 SEED_OFFSET = 5_000_011
 SPREAD = 1
@@ -122,7 +123,7 @@ def untouched_psnr(drawn: np.ndarray, source: np.ndarray, target: np.ndarray) ->
 # --- as a measure -----------------------------------------------------------------------------------------------------
 
 
-def _task(bench: Bench, edits: Edits, label: str) -> Task:
+def _task(bench: EvalContext, edits: Edits, label: str) -> Task:
     return pictures_task(
         bench,
         "edits",
@@ -153,7 +154,7 @@ def judge(edits: Edits, images: np.ndarray, detector: Detect) -> _Judged:
     )
 
 
-def _score(bench: Bench) -> Findings:
+def _score(bench: EvalContext) -> MetricResult:
     config = replace(bench.world, size=bench.pipe.exported.image_size)
     edits = world_edits(config, bench.options.count)
     words = [one.instruction for one in edits.edits]
@@ -181,7 +182,7 @@ def _score(bench: Bench) -> Findings:
     if len(found.rest):
         results.append(Result.of(REST, bootstrap(found.rest), "higher", bench.version, label, ceiling=BEST_PSNR))
     exhibits = [
-        Exhibit(
+        Example(
             words[n],
             [(edits.sources[n], "before"), (images[n], "drawn"), (edits.targets[n], "exact")],
             [("object right", bool(found.things[n]), ""), ("instruction obeyed", bool(found.obeyed[n]), "")],
@@ -189,13 +190,13 @@ def _score(bench: Bench) -> Findings:
         )
         for n in range(min(SHOWN, len(words)))
     ]
-    return Findings(results, exhibits)
+    return MetricResult(results, exhibits)
 
 
 ABOUT = "edits by instruction, with exact targets"
 
 
-def _check(bench: Bench) -> None:
+def _check(bench: EvalContext) -> None:
     if bench.drawing.candidates > 1:
         raise UserError(f"editing: --candidates: expected 1, as edits have no others, found {bench.drawing.candidates}")
 
@@ -204,4 +205,4 @@ COMPARED = (
     "Chance: the source, unchanged. Reference: the exact target, by the same judge. Where its errors are taken out the "
     "two are 0 and 1."
 )
-EDITING = Measure("editing", ABOUT, _check, _score, lambda bench: NAMES, True, COMPARED)
+EDITING = Metric("editing", ABOUT, _check, _score, lambda bench: NAMES, True, COMPARED)

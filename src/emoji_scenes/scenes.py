@@ -120,7 +120,7 @@ def _names(field: str, value: object, known: tuple[str, ...]) -> tuple[str, ...]
         raise ValueError(f"WorldConfig.{field}: expected one or more names, found {value!r}")
     for name in value:
         if name not in known:
-            hint = ", ".join(known) if len(known) < 20 else f"one of the {len(known)} in transfuse.data.world.NOUNS"
+            hint = ", ".join(known) if len(known) < 20 else f"one of the {len(known)} in emoji_scenes.NOUNS"
             raise ValueError(f"WorldConfig.{field}: expected {hint}, found {name!r}")
     if len(set(value)) < len(value):
         raise ValueError(f"WorldConfig.{field}: expected each name once, found {value!r}")

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.world import glosses
-from ..data.world.draws import Draws
+from emoji_scenes import glosses
+from emoji_scenes.draws import Draws
+
 from ..inference import foretell
 from ..sequence import Document, Text, Tokenizer
-from .bench import Bench, Measure
+from .bench import EvalContext, Metric
+from .confidence import share
 from .generate import Made, Task, short_hash
-from .interval import share
-from .result import Exhibit, Findings, Result, first_of
+from .result import Example, MetricResult, Result, first_of
 
 CHOICES = 4
 NEIGHBOURS = 12
@@ -73,7 +74,7 @@ def continuation(tokenizer: Tokenizer, context: str, text: str) -> Document:
     return Document([Text(whole[:known], predict=False), Text(whole[known:])], closed=False)
 
 
-def _score(bench: Bench) -> Findings:
+def _score(bench: EvalContext) -> MetricResult:
     questions = definition_questions(bench.options.count)
     exported = bench.pipe.exported
 
@@ -96,16 +97,16 @@ def _score(bench: Bench) -> Findings:
         results.append(Result.of(name, share(right), "higher", said, label, floor=1 / CHOICES, ceiling=1.0))
     chosen = (nats / sizes).argmin(1)
     exhibits = [
-        Exhibit(
+        Example(
             q.context,
             marks=[(q.choices[q.answer], bool(at == q.answer), q.choices[at])],
             group=first_of(len(questions), SHOWN, "questions"),
         )
         for q, at in zip(questions[:SHOWN], chosen, strict=False)
     ]
-    return Findings(results, exhibits)
+    return MetricResult(results, exhibits)
 
 
 ABOUT = "the true ending of a definition among four"
 COMPARED = "Chance: one of the endings at random. Reference: every answer right."
-CHOICE = Measure("choice", ABOUT, lambda bench: None, _score, lambda bench: NAMES, compared=COMPARED)
+CHOICE = Metric("choice", ABOUT, lambda bench: None, _score, lambda bench: NAMES, compared=COMPARED)

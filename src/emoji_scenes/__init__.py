@@ -1,6 +1,6 @@
 """The bundled world: endless pictures of well-known things with exact words about them.
 
-    from transfuse.data.world import World, WorldConfig, caption, edit, held_out, questions
+    from emoji_scenes import World, WorldConfig, caption, edit, held_out, questions
 
     world = World(WorldConfig(size=64, nouns=24))     # the 24 nouns easiest to tell apart
     scene = world.scene(7)                            # always the same scene for 7
