@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .autoencoders import Autoencoder, Coded, load_autoencoder, save_autoencoder
+from .autoencoders import Autoencoder, VQTokenizer, load_autoencoder, save_autoencoder
 from .autoencoders.folder import fingerprint
 from .config import from_dict, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
@@ -276,7 +276,7 @@ def _load_autoencoder(export: Described, device: torch.device | str) -> Autoenco
             f"({expected.fingerprint}, {wanted} {unit}), "
             f'found "{autoencoder.name}" ({autoencoder.fingerprint}, {size} {unit})'
         )
-    return Coded(autoencoder) if codes else autoencoder
+    return VQTokenizer(autoencoder) if codes else autoencoder
 
 
 def load_weights(model: Transfusion, path: Path, strict: bool = True) -> int:

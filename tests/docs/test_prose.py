@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = [  # what has been rewritten so far
     "tools/house.py",
-    *(f"src/transfuse/{room}" for room in ("convert", "model", "sequence", "diffusion")),
+    *(f"src/transfuse/{room}" for room in ("autoencoders", "convert", "diffusion", "model", "sequence")),
     *(f"src/transfuse/{name}.py" for name in ("config", "devices", "export", "folders", "images", "io", "log", "rng")),
 ]
 

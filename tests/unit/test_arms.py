@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from emoji_scenes import World, caption, glosses
-from transfuse.autoencoders import Coded, Pixels, open_autoencoder
+from transfuse.autoencoders import Pixels, VQTokenizer, open_autoencoder
 from transfuse.data import StepLoader
 from transfuse.errors import UserError
 from transfuse.presets import Recipe, preset
@@ -96,7 +96,7 @@ def test_every_arm_sees_the_same_stream(build: Build, tokenizer_file: Path) -> N
     recipe, tokenizer = arm("latents"), Tokenizer.load(tokenizer_file)
     world, texts = World(recipe.data.world), glosses("train")
     order = torch.randperm(len(texts), generator=generator_for(recipe.seed, "texts", 0))
-    vq, pairs, found = Coded(open_autoencoder("vq-f4-small")), 0, {"draw": 0, "dropped": 0, "caption": 0}
+    vq, pairs, found = VQTokenizer(open_autoencoder("vq-f4-small")), 0, {"draw": 0, "dropped": 0, "caption": 0}
     block: tuple[int, torch.Tensor] = (-1, torch.empty(0))
     for sample in range(240):
         transfusion, chameleon, llama = (streams[images](sample) for images in ARMS)
@@ -174,7 +174,7 @@ def test_texts_come_in_the_same_step(build: Build) -> None:
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_shares_of_positions(images: str, share: float, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a picture takes: 16 patches, or 64 codes."""
-    monkeypatch.setattr(Coded, "encode", lambda self, images: torch.zeros(len(images), 8, 8, dtype=torch.int64))
+    monkeypatch.setattr(VQTokenizer, "encode", lambda self, images: torch.zeros(len(images), 8, 8, dtype=torch.int64))
     load, found = loader(build(arm(images, text_share=share), "run")), {True: 0, False: 0}
     for sample in range(1000):
         document = load.document(sample)

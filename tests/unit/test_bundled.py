@@ -134,7 +134,7 @@ def test_json_stays_clean_where_the_default_is_reported(
 
 def test_a_trial_is_never_the_default(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever else of the preset is changed; it is used where it is named."""
-    assert run(["train", "tiny", "--loop.steps", "1", "--model.depth", "1", "--run", "runs/mine"]) == 0
+    assert run(["train", "tiny", "--loop.steps", "1", "--model.n-layers", "1", "--run", "runs/mine"]) == 0
     assert default_model() == Path(folders.DEFAULT)
     assert run(["generate", "a crab", "--draw", "force", "--steps", "2", "--model", "runs/mine/export"]) == 0
     assert PIL.Image.open("out/seed-0-0.png").size == (32, 32)

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from transfuse.autoencoders import (
     AutoencoderConfig,
-    Coded,
     ImageAutoencoder,
     Pixels,
+    VQTokenizer,
     open_autoencoder,
     save_autoencoder,
 )
@@ -502,12 +502,12 @@ PROMPT = Document([Text((10, 11, 12))], closed=False)
 
 
 @cache
-def small_vq() -> Coded:
+def small_vq() -> VQTokenizer:
     """Two pixels a code."""
     config = AutoencoderConfig(
         "vq", widths=(8, 16), blocks=1, groups=4, latent_channels=4, codebook_size=CODEBOOK, code_channels=4
     )
-    return Coded(ImageAutoencoder(config).initialise(0).eval().requires_grad_(False))
+    return VQTokenizer(ImageAutoencoder(config).initialise(0).eval().requires_grad_(False))
 
 
 def coded(tokenizer: Tokenizer, **changes: object) -> Exported:
@@ -962,7 +962,7 @@ def export(folder: Path, one: Exported) -> Path:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """An export of a Chameleon with the bundled VQ-VAE: 16 pixels, 4 x 4 of 1024 codes."""
-    autoencoder = Coded(open_autoencoder("vq-f4-small"))
+    autoencoder = VQTokenizer(open_autoencoder("vq-f4-small"))
     model = randomised(chameleon(codebook_size=1024)).eval().requires_grad_(False)
     defaults = GenerationConfig(guidance_scale=2.0, max_tokens=8, code_temperature=0.7, code_top_p=0.9)
     one = Exported(model, Process(DiffusionConfig()), autoencoder, tokenizer, 16, defaults)
@@ -975,7 +975,7 @@ def test_export_of_a_chameleon(saved: Path) -> None:
     assert config["autoencoder"]["name"] == "vq-f4-small"
     loaded = load_export(saved)
     assert loaded.model.config == chameleon(codebook_size=1024)
-    assert isinstance(loaded.autoencoder, Coded)
+    assert isinstance(loaded.autoencoder, VQTokenizer)
     assert loaded.autoencoder.codebook_size == 1024
     assert (loaded.generation.code_temperature, loaded.generation.code_top_p) == (0.7, 0.9)
     for name, parameter in randomised(chameleon(codebook_size=1024)).named_parameters():
@@ -1018,14 +1018,14 @@ def test_an_autoencoder_that_is_not_its_own(saved: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r'found "vq-f4-small" \(\w+, 1024 codes\)'):
         load_export(other)
     with pytest.raises(ValueError, match='expected one with a codebook, found "kl-f4-small"'):
-        Coded(open_autoencoder("kl-f4-small"))
+        VQTokenizer(open_autoencoder("kl-f4-small"))
 
 
 @pytest.mark.parametrize("made", [text_only, coded])
 def test_perplexity_of_every_kind(made: Callable[[Tokenizer], Exported], tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Of an export, by whole passes of one text at a time; the softmax is over codes too."""
     loaded = load_export(export(tmp_path / "export", made(tokenizer)))
-    assert type(loaded.autoencoder) is (Coded if made is coded else Pixels)
+    assert type(loaded.autoencoder) is (VQTokenizer if made is coded else Pixels)
     texts, nats, tokens = ["a crab on a boat", "hello", "the moon is red, two crabs"], 0.0, 0
     for text in texts:
         ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]

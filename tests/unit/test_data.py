@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emoji_scenes import World, WorldConfig, edit
-from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, Later, Pixels
+from transfuse.autoencoders import AutoencoderConfig, DeferredEncoder, ImageAutoencoder, Pixels
 from transfuse.data import (
     EditConfig,
     Ingredient,
@@ -318,8 +318,8 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
     goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0, autoencoder)
     model, world = randomised(tiny()), World(WorldConfig(size=16))
     found = []
-    for encoder in (autoencoder, Later(autoencoder)):
-        later = isinstance(encoder, Later)
+    for encoder in (autoencoder, DeferredEncoder(autoencoder)):
+        later = isinstance(encoder, DeferredEncoder)
         sources = [
             ScenePairs(world, tokenizer, encoder, PairConfig(), 0),
             SceneEdits(world, tokenizer, encoder, EditConfig(), 0),
@@ -341,7 +341,7 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
 
 def test_pixels_without_an_encoder_are_refused(tokenizer) -> None:
     config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=3)
-    later = Later(ImageAutoencoder(config).initialise(0))
+    later = DeferredEncoder(ImageAutoencoder(config).initialise(0))
     source = ScenePairs(World(WorldConfig(size=16)), tokenizer, later, PairConfig(), 0)
     (batch,) = StepLoader(lambda i: source.document(i, i), tokenizer.sequence_format(patch_size=2), 2)(0)
     goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)

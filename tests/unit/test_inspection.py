@@ -37,7 +37,7 @@ class Halving:
         return Pixels().decode(F.interpolate(latents, scale_factor=2.0))
 
 
-class Coded(Halving):
+class VQTokenizer(Halving):
     """Latents are levels of grey: 8 of 32 codes are used at most."""
 
     name, codebook_size = "coded", 32
@@ -164,7 +164,7 @@ def test_difference_is_signed_around_grey() -> None:
 
 
 def test_codebook_has_its_section(images, tmp_path) -> None:
-    report = inspect_autoencoder(Coded(), images, [str(n) for n in range(40)], tmp_path)
+    report = inspect_autoencoder(VQTokenizer(), images, [str(n) for n in range(40)], tmp_path)
     assert sum(report["codebook_counts"]) == 40 * 16 * 16
     assert report["codebook_use"] <= 8 / 32
     assert 1 <= report["codebook_perplexity"] <= 8

@@ -54,7 +54,7 @@ def test_files_of_the_first_release_are_read() -> None:
     for name in ("demo", "tiny", "epsilon-32"):
         values = to_dict(preset(name))
         values["model"]["unet_channels"] = [576, 1216]
-        for new in ("images", "codebook", "dropout"):
+        for new in ("images", "codebook_size", "dropout"):
             del values["model"][new]
         for new in ("share_of", "autoencoder_weights"):
             del values["data"][new]
@@ -123,7 +123,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path, other: str) -> None:
     (folder / other).write_text("years of work")
     for _ in range(2):
         with (
-            pytest.raises(UserError, match=f"made: expected a folder of its own for thing, found {other[:6]}"),
+            pytest.raises(UserError, match=f"made: expected a folder for thing alone, found {other[:6]}"),
             atomic_dir(folder, "thing"),
         ):
             pytest.fail("written")
@@ -192,7 +192,7 @@ def settings_that_can_not_be() -> list[tuple[dict[str, Any], str]]:
         ({"objective": {"timestep_bins": 0}}, "objective.timestep_bins: expected at least 1"),
         ({"loop": {"max_seconds": -1.0}}, "loop.max_seconds: expected at least 0"),
         ({"loop": {"ema_decay": 1.0}}, "loop.ema_decay: expected a share"),
-        ({"model": {"hidden": -5}}, "model.hidden: expected a positive number"),
+        ({"model": {"d_ff": -5}}, "model.d_ff: expected a positive number"),
         ({"generation": {"sampler": SamplerConfig(steps=2000)}}, "generation.sampler: steps"),
         (
             {"generation": {"sampler": SamplerConfig("ddim", 10, first=3000)}},

@@ -36,7 +36,7 @@ class Halving:
         return Pixels().decode(F.interpolate(latents, scale_factor=2.0))
 
 
-class Coded(Halving):
+class VQTokenizer(Halving):
     """Every latent is one of 64 colours, four levels of each primary; code 63, white, is never chosen."""
 
     name, codebook_size = "coded", 64
@@ -249,8 +249,8 @@ def test_lossy_is_what_the_measures_say(images) -> None:
 
 
 def test_codebook_is_measured(images) -> None:
-    found = evaluate_reconstruction(Coded(), [images[:7], images[7:]])
-    codes = Coded().codes(images)
+    found = evaluate_reconstruction(VQTokenizer(), [images[:7], images[7:]])
+    codes = VQTokenizer().codes(images)
     assert (found.codebook_use, found.codebook_perplexity) == pytest.approx(codebook_use(codes, 64))
     np.testing.assert_array_equal(found.codebook_counts, torch.bincount(codes.flatten(), minlength=64))
     assert found.codebook_use < 1

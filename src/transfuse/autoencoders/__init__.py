@@ -1,6 +1,6 @@
 """Images to latents, or codes, and back: `Pixels`, the paper's KL-VAE and VQ-VAE, and any that diffusers knows."""
 
-from .autoencoder import Autoencoder, Bottled, CodeAutoencoder, Coded, ImageAutoencoder, Later
+from .autoencoder import Autoencoder, BottleneckOutput, CodeAutoencoder, DeferredEncoder, ImageAutoencoder, VQTokenizer
 from .config import AutoencoderConfig
 from .folder import bundled, load_autoencoder, open_autoencoder, save_autoencoder
 from .pixels import Pixels
@@ -8,11 +8,11 @@ from .pixels import Pixels
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
-    "Bottled",
+    "BottleneckOutput",
     "CodeAutoencoder",
-    "Coded",
+    "VQTokenizer",
     "ImageAutoencoder",
-    "Later",
+    "DeferredEncoder",
     "Pixels",
     "bundled",
     "load_autoencoder",

@@ -1,11 +1,11 @@
-"""The image autoencoders of the paper (Transfusion, Appendix A): a KL-VAE and a VQ-VAE, one but for the bottleneck.
+"""The paper's image autoencoders (Transfusion, Appendix A): a KL-VAE and a VQ-VAE with the same encoder and decoder.
 
     autoencoder = load_autoencoder("runs/kl-f4/export")          # or a folder that diffusers wrote
     latents = autoencoder.encode(images)                         # uint8 [n, row, column, 3] -> normalised latents
     images = autoencoder.decode(latents)
 
-What a Transfusion sees is a normalised latent: of the Gaussian its mean, of the VQ-VAE the vector *before* it is
-replaced by the nearest code (decoding replaces it, as latent diffusion does). A Chameleon sees `codes`.
+A Transfusion trains on normalised latents: the Gaussian's mean, or the VQ-VAE's vectors *before* they are replaced by
+the nearest codes (decoding replaces them, as in latent diffusion). A Chameleon trains on `codes`.
 """
 
 from __future__ import annotations
@@ -23,53 +23,53 @@ from .network import Decoder, Encoder, initialise
 from .pixels import scaled, tensor_to_images
 
 LOG_VARIANCE = (-30.0, 20.0)
-"""bounds within which a log variance is kept, as in latent diffusion"""
+"""bounds of the log variance, as in latent diffusion"""
 FIRST_LOG_VARIANCE = -6.0
-"""where training starts"""
-MOST_PIXELS = 2**21
-"""pixels encoded or decoded at once: more images are taken in parts, so that memory stays bounded"""
+"""log variance at initialisation"""
+MAX_PIXELS = 2**21
+"""pixels encoded or decoded at once; larger batches are split, which bounds memory"""
 
 
 class Autoencoder(Protocol):
-    """What everybody else may know of an autoencoder."""
+    """The interface of an autoencoder to the rest of the code."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def fingerprint(self) -> str:
-        """Names the weights: a hash; equal for equal autoencoders."""
+        """A hash of the weights, equal for equal autoencoders."""
 
     @property
     def channels(self) -> int:
-        """of a latent"""
+        """Channels of a latent."""
 
     @property
     def factor(self) -> int:
-        """pixels per latent element, along each side"""
+        """Pixels per latent element, along each side."""
 
     def encode(self, images: np.ndarray) -> Tensor:
-        """uint8 images `[image, row, column, 3]` -> float32 latents `[image, channel, row, column]`, of unit scale."""
+        """Encode uint8 `[image, row, column, 3]` to float32 latents `[image, channel, row, column]` of unit scale."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Back to uint8 images."""
+        """Decode latents to uint8 `[image, row, column, 3]`."""
 
 
 class CodeAutoencoder(Autoencoder, Protocol):
-    """One with a codebook; `codebook_size` is None where there is none after all."""
+    """An autoencoder that may have a codebook; without one `codebook_size` is None."""
 
     @property
     def codebook_size(self) -> int | None: ...
 
     def codes(self, images: np.ndarray) -> Tensor:
-        """uint8 images -> int64 codes `[image, row, column]`."""
+        """Encode uint8 images to int64 codes `[image, row, column]`."""
 
     def decode_codes(self, codes: Tensor) -> np.ndarray:
-        """int64 codes `[image, row, column]` -> uint8 images."""
+        """Decode int64 codes `[image, row, column]` to uint8 images."""
 
 
-class Coded:
-    """A VQ autoencoder whose latents are its codes, int64 `[image, row, column]`: what a Chameleon sees.
+class VQTokenizer:
+    """A VQ autoencoder whose latents are its codes, int64 `[image, row, column]`, for a Chameleon.
 
     Raises ValueError for an autoencoder without a codebook.
     """
@@ -84,32 +84,34 @@ class Coded:
         self.channels, self.factor = autoencoder.channels, autoencoder.factor
 
     def encode(self, images: np.ndarray) -> Tensor:
-        """uint8 images `[image, row, column, 3]` -> int64 codes `[image, row, column]`."""
+        """Encode uint8 `[image, row, column, 3]` to int64 codes `[image, row, column]`."""
         return self.inner.codes(images)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """int64 codes `[image, row, column]` -> uint8 images."""
+        """Decode int64 codes `[image, row, column]` to uint8 images."""
         return self.inner.decode_codes(latents)
 
 
-class Later:
-    """Of an autoencoder what a loader needs to lay pictures out that are encoded where the network trains: not what
-    encodes them. On a GPU that is a hundred times as fast as in a loader's processes."""
+class DeferredEncoder:
+    """The metadata of an autoencoder without its weights, for loaders whose images the trainer encodes on the GPU.
+
+    There, encoding is a hundred times as fast as in a loader's processes.
+    """
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self.name, self.fingerprint = autoencoder.name, autoencoder.fingerprint
         self.channels, self.factor = autoencoder.channels, autoencoder.factor
 
     def encode(self, images: np.ndarray) -> Tensor:
-        raise NotImplementedError("pictures are encoded later")
+        raise NotImplementedError("the trainer encodes images")
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        raise NotImplementedError("pictures are encoded later")
+        raise NotImplementedError("the trainer encodes images")
 
 
 @dataclass
-class Bottled:
-    """What passed the bottleneck: `z` for the decoder; loss terms `[image]`; codes `[image, row, column]` of a VQ."""
+class BottleneckOutput:
+    """The bottleneck's output: `z` for the decoder, loss terms `[image]`, and codes `[image, row, column]` of a VQ."""
 
     z: Tensor
     kl: Tensor | None = None
@@ -119,27 +121,27 @@ class Bottled:
 
 
 class Codebook(nn.Module):
-    """Vectors to choose from, `embedding` `[size, channel]`."""
+    """A codebook: `embedding` holds vectors `[size, channel]`."""
 
     def __init__(self, size: int, channels: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size, channels)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """The code nearest to each vector of `[image, channel, row, column]`: int64 `[image, row, column]`."""
+        """Return the nearest codes, int64 `[image, row, column]`, of vectors `[image, channel, row, column]`."""
         flat = z.detach().movedim(1, -1).flatten(0, -2).float()
         codes = self.embedding.weight.detach().float()
-        # |z - e|^2 without |z|^2, which is the same for every e
+        # |z - e|^2 without |z|^2, which does not depend on e
         distance = torch.addmm(codes.square().sum(-1), flat, codes.t(), alpha=-2)
         return distance.argmin(-1).view(z.shape[0], *z.shape[2:])
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """`[image, row, column]` -> `[image, channel, row, column]`."""
+        """Return the vectors of codes, `[image, row, column]` to `[image, channel, row, column]`."""
         return self.embedding(codes).movedim(-1, 1)
 
 
 class ImageAutoencoder(nn.Module):
-    """A KL-VAE or VQ-VAE. `name` and `fingerprint` are set where it is loaded; a network in training has none."""
+    """A KL-VAE or VQ-VAE. Loading sets `name` and `fingerprint`; a network in training has none."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -169,46 +171,46 @@ class ImageAutoencoder(nn.Module):
 
     @property
     def codebook_size(self) -> int | None:
-        """Number of codes; None where there is no codebook."""
+        """Number of codes; None without a codebook."""
         return self.config.codebook_size if self.config.kind == "vq" else None
 
     # --- as a network ---
 
     def moments(self, x: Tensor) -> Tensor:
-        """Images in [-1, 1] -> what enters the bottleneck: mean and log variance of a KL, vectors of a VQ."""
+        """Encode images in [-1, 1] to the bottleneck's input: mean and log variance of a KL, vectors of a VQ."""
         h = self.encoder(x)
         return h if self.quant_conv is None else self.quant_conv(h)
 
-    def bottleneck(self, h: Tensor, noise: Tensor | None = None) -> Bottled:
-        """The KL's sample `mean + std * noise` (its mean without noise), or the VQ's nearest vectors, with losses.
+    def bottleneck(self, h: Tensor, noise: Tensor | None = None) -> BottleneckOutput:
+        """Return the KL's sample `mean + std * noise` (the mean without noise) or the VQ's nearest vectors, and losses.
 
-        kl          sum over an image's latent of the divergence from N(0, 1), in nats
-        codebook    mean squared distance of the chosen vectors to the encoder's, which are held; commitment: the same,
-                    the codebook held (van den Oord et al. 2017, equation 3, without beta)
+        kl           divergence from N(0, 1), summed over an image's latent, in nats
+        codebook     mean squared distance of the chosen vectors to the encoder's, which get no gradient
+        commitment   the same distance without a gradient to the codebook (arXiv 1711.00937, equation 3, without beta)
         """
         if self.config.kind == "kl":
             mean, log_variance = h.chunk(2, dim=1)
             log_variance = log_variance.clamp(*LOG_VARIANCE)
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
-            return Bottled(mean if noise is None else mean + (0.5 * log_variance).exp() * noise, kl=kl)
+            return BottleneckOutput(mean if noise is None else mean + (0.5 * log_variance).exp() * noise, kl=kl)
         codes = self.quantize.nearest(h)
         chosen = self.quantize.vectors(codes)
-        return Bottled(
-            h + (chosen - h).detach(),  # the gradient passes the choice as if it were the identity
+        return BottleneckOutput(
+            h + (chosen - h).detach(),  # straight-through gradient
             codebook=(chosen - h.detach()).square().flatten(1).mean(1),
             commitment=(chosen.detach() - h).square().flatten(1).mean(1),
             codes=codes,
         )
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        """What left the bottleneck -> images, about in [-1, 1]."""
+        """Decode the bottleneck's output to images, roughly in [-1, 1]."""
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def initialise(self, seed: int) -> ImageAutoencoder:
-        """Draw all weights from `seed`. Returns self.
+        """Initialise all weights from `seed` and return self.
 
-        Images start near grey, codes spread like what the encoder first gives, and a KL all but without noise: with it
-        the first thousand steps teach little.
+        Images start near grey, codes spread like the encoder's first output, and a KL starts almost without noise,
+        which would waste the first thousand steps.
         """
         initialise(self, seed)
         with torch.no_grad():
@@ -226,14 +228,16 @@ class ImageAutoencoder(nn.Module):
 
     @torch.no_grad()
     def redraw_channels(self, channels: Sequence[int], seed: int) -> ImageAutoencoder:
-        """Give a KL's latent `channels` new weights from `seed`, as `initialise` does. Returns self.
+        """Give a KL's latent `channels` new weights from `seed`, as `initialise` does, and return self.
 
-        A channel that training left at nothing but noise stays there, since nothing is lost without it. Drawn again
-        together with one that carries much, both learn what that one carried.
+        A channel that carries nothing but noise never recovers, because the decoder ignores it. If it is redrawn
+        together with one that carries much, the two share what that one carried.
         """
         drawn = ImageAutoencoder(replace(self.config, quant_conv=False)).initialise(seed).to(self.device)
         last = self.encoder.conv_out
-        if self.quant_conv is not None:  # its product with the convolution before it: each channel has its own filter
+        if (
+            self.quant_conv is not None
+        ):  # folded into the convolution before it, so that each channel has its own filter
             mix = self.quant_conv.weight[:, :, 0, 0].clone()
             last.weight.copy_(torch.einsum("oi,ichw->ochw", mix, last.weight))
             last.get_parameter("bias").copy_(mix @ last.get_parameter("bias") + self.quant_conv.get_parameter("bias"))
@@ -246,25 +250,27 @@ class ImageAutoencoder(nn.Module):
         first.weight[:, list(channels)] = new.weight[:, list(channels)]
         return self
 
-    # --- as others use it ---
+    # --- the interface `Autoencoder` ---
 
     def encode(self, images: np.ndarray) -> Tensor:
+        """Encode uint8 `[image, row, column, 3]` to normalised latents. Raises ValueError for other input."""
         self._check(images)
         return self.latents(torch.from_numpy(images)).cpu()
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
-        """As `encode`, of a uint8 tensor `[image, row, column, 3]` on any device, to latents on the network's."""
+        """Encode a uint8 tensor `[image, row, column, 3]` on any device to latents on the network's device."""
         size = pixels[0][..., 0].numel()
         return torch.cat([self.normalise(self._raw(part)).float() for part in _parts(pixels, size)])
 
     def decode(self, latents: Tensor) -> np.ndarray:
+        """Decode normalised latents to uint8 `[image, row, column, 3]`."""
         with torch.inference_mode():
             size = latents[0][0].numel() * self.factor**2
             return np.concatenate([tensor_to_images(self._decoded(part)) for part in _parts(latents, size)])
 
     def codes(self, images: np.ndarray) -> Tensor:
-        """uint8 images -> int64 codes `[image, row, column]`. ValueError without a codebook."""
+        """Encode uint8 images to int64 codes `[image, row, column]`. Raises ValueError without a codebook."""
         self._check(images)
         self._needs_codebook()
         pixels = torch.from_numpy(images)
@@ -274,7 +280,7 @@ class ImageAutoencoder(nn.Module):
             )
 
     def decode_codes(self, codes: Tensor) -> np.ndarray:
-        """int64 codes `[image, row, column]` -> uint8 images. ValueError without a codebook."""
+        """Decode int64 codes `[image, row, column]` to uint8 images. Raises ValueError without a codebook."""
         self._needs_codebook()
         with torch.inference_mode():
             return self.decode(self.normalise(self.quantize.vectors(codes.to(self.device))))
@@ -284,16 +290,17 @@ class ImageAutoencoder(nn.Module):
         return self.decoder.conv_in.weight.device
 
     def normalise(self, z: Tensor) -> Tensor:
-        """A latent as the encoder gives it -> of mean 0 and deviation 1, by the statistics of the configuration."""
+        """Scale the encoder's latents to mean 0 and deviation 1, by the configuration's statistics."""
         shift, scale = self._statistics(z)
         return (z - shift) * scale
 
     def denormalise(self, z: Tensor) -> Tensor:
+        """Undo `normalise`."""
         shift, scale = self._statistics(z)
         return z / scale + shift
 
     def with_statistics(self, mean: Tensor, std: Tensor) -> ImageAutoencoder:
-        """Normalise by these from now on, `[channel]` each. Returns self."""
+        """Set the statistics for normalisation, `[channel]` each, and return self."""
         self.config = replace(
             self.config,
             latents_mean=tuple(mean.tolist()),
@@ -311,7 +318,7 @@ class ImageAutoencoder(nn.Module):
         return shift, config.scaling_factor / torch.tensor(std, dtype=z.dtype, device=z.device).view(-1, 1, 1)
 
     def _raw(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels -> latents, not yet normalised: the mean of a KL, the vectors of a VQ before the choice."""
+        """Encode uint8 pixels to latents before normalisation: a KL's mean, or a VQ's vectors before quantisation."""
         weight = self.decoder.conv_in.weight
         x = scaled(pixels.to(weight.device)).to(weight.dtype)
         h = self.moments(x.contiguous(memory_format=torch.channels_last))
@@ -336,6 +343,6 @@ class ImageAutoencoder(nn.Module):
 
 
 def _parts(items: Tensor, pixels: int) -> list[Tensor]:
-    """Cut images or latents, each of so many pixels, into parts of at most `MOST_PIXELS`."""
-    step = max(1, MOST_PIXELS // pixels)
+    """Split images or latents, each of `pixels` pixels, into batches of at most `MAX_PIXELS`."""
+    step = max(1, MAX_PIXELS // pixels)
     return [items[start : start + step] for start in range(0, len(items), step)]

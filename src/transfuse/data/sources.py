@@ -16,7 +16,7 @@ import torch
 from emoji_scenes import Edit, World, caption, edit
 from emoji_scenes.draws import Draws
 
-from ..autoencoders import Autoencoder, Later
+from ..autoencoders import Autoencoder, DeferredEncoder
 from ..rng import generator_for
 from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, images_alone, unconditional
 
@@ -128,7 +128,7 @@ def caption_dropped(config: PairConfig, seed: int, sample: int) -> bool:
 
 def images_of(pictures: np.ndarray, autoencoder: Autoencoder) -> list[Image]:
     """Pictures uint8 `[image, row, column, 3]` as a document has them: encoded, or to be encoded later."""
-    if not isinstance(autoencoder, Later):
+    if not isinstance(autoencoder, DeferredEncoder):
         return [Image(latent) for latent in autoencoder.encode(pictures)]
     shape = autoencoder.channels, *(side // autoencoder.factor for side in pictures.shape[1:3])
     return [Image(torch.empty(shape, device="meta"), pixels=pixels) for pixels in torch.from_numpy(pictures)]
@@ -143,7 +143,7 @@ class _Images:
 
     def __init__(self, render: Callable[[int], np.ndarray], autoencoder: Autoencoder) -> None:
         self.render, self.autoencoder = render, autoencoder
-        self.block_size = 1 if autoencoder.factor == 1 or isinstance(autoencoder, Later) else BLOCK
+        self.block_size = 1 if autoencoder.factor == 1 or isinstance(autoencoder, DeferredEncoder) else BLOCK
         self._block: tuple[int, list[Image]] = (-1, [])
 
     def __getitem__(self, number: int) -> Image:

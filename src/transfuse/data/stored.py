@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..autoencoders import Autoencoder, Coded
+from ..autoencoders import Autoencoder, VQTokenizer
 from ..errors import UserError
 from ..images import decode_image
 from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions
@@ -84,7 +84,7 @@ class StoredPictures(StoredSource):
                 f"{data.path}: expected latents of {autoencoder.name} ({autoencoder.fingerprint}), as data.autoencoder "
                 f"says, found those of {encoding.autoencoder} ({encoding.fingerprint})"
             )
-        if encoding is not None and (encoding.codebook is not None) != isinstance(autoencoder, Coded):
+        if encoding is not None and (encoding.codebook is not None) != isinstance(autoencoder, VQTokenizer):
             found = "latents" if encoding.codebook is None else "codes"
             raise UserError(f"{data.path}: expected what model.images needs, found {found}")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..autoencoders import Autoencoder, Coded, ImageAutoencoder, bundled
+from ..autoencoders import Autoencoder, ImageAutoencoder, VQTokenizer, bundled
 from ..errors import UserError
 from ..model.activations import Load
 from ..model.flops import count_parameters, forward_flops
@@ -114,7 +114,7 @@ def fitted(recipe: Recipe) -> Recipe:
     if recipe.model.images == "none":
         return recipe
     autoencoder = _autoencoder(recipe)
-    if isinstance(autoencoder, Coded):
+    if isinstance(autoencoder, VQTokenizer):
         return replace(recipe, model=replace(recipe.model, codebook_size=autoencoder.codebook_size))
     return replace(recipe, model=replace(recipe.model, latent_channels=autoencoder.channels))
 
@@ -126,7 +126,7 @@ def _autoencoder(recipe: Recipe) -> Autoencoder:
         return recipe.open_autoencoder()
     with torch.device("meta"):
         found = ImageAutoencoder(AUTOENCODERS[name]().model)
-    return Coded(found) if recipe.model.images == "codes" else found
+    return VQTokenizer(found) if recipe.model.images == "codes" else found
 
 
 def _side(recipe: Recipe) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from emoji_scenes import World, WorldConfig, caption, edit, glosses
 from emoji_scenes.scenes import Split
 
-from ..autoencoders import Autoencoder, Coded, ImageAutoencoder, Later, bundled, open_autoencoder
+from ..autoencoders import Autoencoder, DeferredEncoder, ImageAutoencoder, VQTokenizer, bundled, open_autoencoder
 from ..config import to_dict
 from ..data import EditConfig, FaultLog, Finish, PairConfig, Rows, StepLoader, unchanged
 from ..devices import Device, Precision
@@ -167,7 +167,7 @@ class Recipe:
         fitted = replace(self, data=replace(self.data, autoencoder_weights=weights))
         self._check_pictures(self.model.patch_size * autoencoder.factor)
         as_it_has = f"as the autoencoder {self.data.autoencoder} has"
-        if isinstance(autoencoder, Coded):
+        if isinstance(autoencoder, VQTokenizer):
             return fitted._with("codebook_size", autoencoder.codebook_size, as_it_has)
         if self.diffusion.clip_x0 is not None and self.data.autoencoder != "pixels":
             raise UserError(
@@ -226,7 +226,7 @@ class Recipe:
         if self.model.images != "codes":
             return autoencoder
         try:
-            return Coded(autoencoder)
+            return VQTokenizer(autoencoder)
         except ValueError as error:
             raise UserError(f"data.{error}") from None
 
@@ -344,7 +344,7 @@ def build_loader(
     data, grammar = recipe.data, recipe.model.sequence_format(tokenizer)
     autoencoder = None if recipe.model.images == "none" else recipe.open_autoencoder()
     if autoencoder is not None and encodes_later(recipe):
-        autoencoder = Later(autoencoder)
+        autoencoder = DeferredEncoder(autoencoder)
     stream = mixture(recipe, opened, tokenizer, grammar, autoencoder)
     rows = None
     if data.row_length is not None:

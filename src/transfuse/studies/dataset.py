@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..autoencoders import Autoencoder, Coded, open_autoencoder
+from ..autoencoders import Autoencoder, VQTokenizer, open_autoencoder
 from ..config import to_dict
 from ..data import DamagedError, DataSet, Mixture
 from ..data.remote import is_remote
@@ -274,7 +274,7 @@ def _decoder(data: DataSet) -> Autoencoder | None:
         with suppress(UserError):
             found = open_autoencoder(name)
             if encoding and found.fingerprint == encoding.fingerprint:
-                return found if encoding.codebook is None else Coded(found)
+                return found if encoding.codebook is None else VQTokenizer(found)
     return None
 
 
