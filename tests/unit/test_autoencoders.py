@@ -50,7 +50,7 @@ def test_batched_is_single(kind: str, monkeypatch) -> None:
     whole = autoencoder.encode(pictures)
     assert whole.shape == (5, 4, 8, 8)
     assert whole.dtype == torch.float32
-    monkeypatch.setattr(module, "MOST_PIXELS", 2 * 16 * 16)  # parts of two
+    monkeypatch.setattr(module, "MAX_PIXELS", 2 * 16 * 16)  # parts of two
     torch.testing.assert_close(autoencoder.encode(pictures), whole, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(autoencoder.encode(pictures[3:4]), whole[3:4], atol=1e-5, rtol=1e-5)
     again = autoencoder.decode(whole)
@@ -166,7 +166,7 @@ def broken(folder: Path, what: str) -> None:
     [
         ("class", "_class_name: expected AutoencoderKL or VQModel, found 'AutoencoderDC'"),
         ("channels", "in_channels: expected 3, found 4"),
-        ("attention", "up_block_types: expected attention where down_block_types has it"),
+        ("attention", "up_block_types: expected attention at the levels of down_block_types"),
         ("groups", r"widths: expected multiples of groups \(3\), found \(8, 16\)"),
         ("tensor", r"tensor decoder.conv_in.weight: expected \(16, 4, 3, 3\), found \(1, 2, 3, 3\)"),
         ("missing", r"tensor encoder.conv_out.bias: expected \(8,\), found none"),
