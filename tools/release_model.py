@@ -14,8 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 
 import transfuse
 from transfuse.cli import run
@@ -117,11 +124,29 @@ def main() -> None:
 
 
 def draw_sheet(recipe: Recipe, path: Path) -> None:
-    """Draw the first held-out prompts, with seeds counted up from 0; the prompts lie beside the picture."""
+    """Draw the first held-out prompts with seeds from 0, and write a sheet, the prompts and a labelled grid."""
     prompts = held_out_prompts(recipe, SHEET[0] * SHEET[1])
     images = transfuse.load(recipe.preset)(prompts, generator=0, output_type="np").images
     grid(images, SHEET[1], zoom=2).save(path, optimize=True)
     path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
+    label(images[:12], prompts[:12]).save(path.with_name(f"{path.stem}-labelled.png"), optimize=True)
+
+
+def label(images: Sequence[np.ndarray], prompts: Sequence[str], columns: int = 4, side: int = 192) -> PIL.Image.Image:
+    """Lay images out in a grid with gutters, each above its prompt. Images are uint8 `[row, column, 3]`."""
+    gutter, text = 16, 44
+    font = PIL.ImageFont.load_default(size=13)
+    rows = -(-len(images) // columns)
+    size = (columns * (side + gutter) + gutter, rows * (side + text + gutter) + gutter)
+    sheet = PIL.Image.new("RGB", size, "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for number, (pixels, prompt) in enumerate(zip(images, prompts, strict=True)):
+        x = gutter + number % columns * (side + gutter)
+        y = gutter + number // columns * (side + text + gutter)
+        sheet.paste(PIL.Image.fromarray(pixels).resize((side, side), PIL.Image.Resampling.BICUBIC), (x, y))
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline="#cccccc")
+        draw.multiline_text((x, y + side + 5), textwrap.fill(prompt, 31), fill="#333333", font=font, spacing=3)
+    return sheet
 
 
 def done(command: list[str]) -> None:
