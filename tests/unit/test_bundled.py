@@ -22,12 +22,12 @@ from transfuse.cli.writing import default_model
 from transfuse.config import to_dict
 from transfuse.devices import inference_precision, pick_device
 from transfuse.errors import UserError
+from transfuse.evaluate import world_of
 from transfuse.evaluation import model_hash
 from transfuse.export import load_export, relayout
 from transfuse.folders import WEIGHTS
 from transfuse.model import Transfusion
 from transfuse.presets.small import small_64
-from transfuse.studies.evaluate import world_of
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from emoji_scenes import WorldConfig
 
 from ..config import read_json
 from ..errors import UserError
-from ..evaluation import EvalConfig, Example, MetricResult, evaluate, named
+from ..evaluate import open_bench
+from ..evaluation import Example, MetricResult, EvalConfig, evaluate, named
 from ..folders import DEFAULT
 from ..images import read_image
 from ..io import atomic_write
@@ -34,7 +35,6 @@ from ..presets import Recipe, preset
 from ..training import RESUMABLE
 from ..version import __version__
 from .arms import pin
-from .evaluate import open_bench
 from .page import columns, grid, image, made_of_report, page, section
 from .training import train_run
 
