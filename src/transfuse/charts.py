@@ -49,7 +49,7 @@ def new_chart(x_label: str, y_label: str = "") -> tuple[Figure, Axes]:
 
 
 def svg_of(figure: Figure, standalone: bool = False) -> str:
-    """Return a chart as SVG: transparent and in the page's colours, or `standalone` on white as a file of its own."""
+    """Return a chart as SVG: transparent and in the page's colours, or `standalone` on white as a separate file."""
     import matplotlib
 
     stream = io.StringIO()

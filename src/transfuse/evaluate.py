@@ -17,17 +17,16 @@ from typing import Any
 from emoji_scenes import WorldConfig
 
 from .charts import ACCENT, line_chart
-from .configuration import from_dict
-from .console import say
+from .config import from_dict
 from .devices import Device, pick_device
 from .errors import UserError
 from .evaluation import (
-    Bench,
     Drawing,
-    Exhibit,
-    Findings,
-    Measure,
-    Options,
+    EvalConfig,
+    EvalContext,
+    Example,
+    Metric,
+    MetricResult,
     Result,
     check_paper,
     evaluate,
@@ -35,8 +34,9 @@ from .evaluation import (
     named,
 )
 from .export import describe
-from .files import whole_file
 from .inference import TransfusionPipeline
+from .io import atomic_write
+from .log import logger
 from .presets import preset
 from .report import Bar, Bars, Block, Card, Cards, Charts, Details, Page, Section, Table, plain, write_page
 from .version import __version__
@@ -46,14 +46,14 @@ def run_evaluation(
     model: Path,
     suite: Sequence[str],
     out: Path,
-    options: Options,
+    options: EvalConfig,
     drawing: Drawing,
     sweep: str | None = None,
     world: str | None = None,
     batch: int = 24,
     device: Device = "auto",
 ) -> dict[str, Any]:
-    """Measure an export; write numbers and page; return the report.
+    """Metric an export; write numbers and page; return the report.
 
     world   a preset whose scenes are shown; None: the model's own
 
@@ -68,12 +68,12 @@ def run_evaluation(
     if "paper" in suite:
         check_paper(options)
     bench = replace(open_bench(model, out, options, world, device), drawing=drawing, batch=batch)
-    measured: list[Findings] = []
+    measured: list[MetricResult] = []
     for findings in evaluate(bench, measures, drawings):
         measured.append(findings)
         for result in findings:
             how = f" ({describe_drawing(result.drawing)})" if result.drawing else ""
-            say(f"{findings.measure}: {result.name}{how}: {result.value:.4g}")
+            logger.info(f"{findings.measure}: {result.name}{how}: {result.value:.4g}")
     report = {
         "version": __version__,
         "model": str(model),
@@ -84,17 +84,19 @@ def run_evaluation(
     }
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2) + "\n"
-    whole_file(out / "results.json", lambda path: path.write_text(text))
+    atomic_write(out / "results.json", lambda path: path.write_text(text))
     write_page(out / "report.html", evaluation_page(report, measures, measured))
-    say(f"{out / 'report.html'}: open it in a browser")
+    logger.info(f"{out / 'report.html'}: open it in a browser")
     return report
 
 
-def open_bench(model: Path, folder: Path, options: Options, world: str | None = None, device: Device = "cpu") -> Bench:
+def open_bench(
+    model: Path, folder: Path, options: EvalConfig, world: str | None = None, device: Device = "cpu"
+) -> EvalContext:
     """Open an export for measuring in a folder; `world` as in `run_evaluation`."""
     pipe = TransfusionPipeline.from_pretrained(model, device=pick_device(device))
     scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
-    return Bench(pipe, model_hash(model), folder, scenes, options)
+    return EvalContext(pipe, model_hash(model), folder, scenes, options)
 
 
 def world_of(model: Path, preset_name: str | None, size: int) -> WorldConfig:
@@ -106,7 +108,9 @@ def world_of(model: Path, preset_name: str | None, size: int) -> WorldConfig:
         return replace(preset(preset_name).data.world, size=size)
     export = describe(model)
     if export.world is None:
-        say(f"{model}: does not record its training scenes: asked about all bundled ones; --world PRESET names others")
+        logger.info(
+            f"{model}: does not record its training scenes: asked about all bundled ones; --world PRESET names others"
+        )
         return WorldConfig(size=size)
     return replace(from_dict(WorldConfig, export.world, str(export.place["config.json"])), size=size)
 
@@ -114,7 +118,7 @@ def world_of(model: Path, preset_name: str | None, size: int) -> WorldConfig:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def evaluation_page(report: dict[str, Any], measures: Sequence[Measure], measured: Sequence[Findings]) -> Page:
+def evaluation_page(report: dict[str, Any], measures: Sequence[Metric], measured: Sequence[MetricResult]) -> Page:
     """Return the page: one bar a measure, then each measure's examples and numbers, then how they were made."""
     model = Path(report["model"])
     name = model.parent.name if model.name == "export" else model.name
@@ -133,8 +137,8 @@ def evaluation_page(report: dict[str, Any], measures: Sequence[Measure], measure
         ]
         sections.append(Section(measure.name.capitalize(), f"{measure.about}. {measure.compared}".strip(), blocks))
         origins += [
-            [f"{measure.name}: {one.name}", one.implementation, describe_drawing(one.drawing), one.data]
-            for one in results
+            [f"{measure.name}: {result.name}", result.implementation, describe_drawing(result.drawing), result.data]
+            for result in results
         ]
     provenance = Details("Code, settings and data of each number", [Table(["", "code", "drawing", "data"], origins)])
     facts = [["model", str(model)], ["hash of its files", report["model_hash"]], ["version", report["version"]]]
@@ -154,12 +158,12 @@ def _bar(result: Result, name: str) -> Bar:
 
 
 def _numbers(results: Sequence[Result]) -> Table:
-    rows = []
+    rows, names = [], [result.name for result in results]
     for result in results:
         interval = "" if result.low is None or result.high is None else f"{plain(result.low)} to {plain(result.high)}"
         bounds = ["" if bound is None else plain(bound) for bound in (result.floor, result.ceiling)]
         arrow = "↑" if result.better == "higher" else "↓"
-        swept = f" ({describe_drawing(result.drawing)})" if sum(one.name == result.name for one in results) > 1 else ""
+        swept = f" ({describe_drawing(result.drawing)})" if names.count(result.name) > 1 else ""
         rows.append([result.name + swept, f"{plain(result.value)} {arrow}", interval, *bounds, f"{result.count:,}"])
     return Table(["", "value", "95 %", "chance", "reference", "items"], rows)
 
@@ -189,7 +193,7 @@ def _sweep(results: Sequence[Result]) -> list[Block]:
     return [Charts(charts)] if charts else []
 
 
-def _examples(examples: Sequence[Exhibit], heading: str) -> list[Block]:
+def _examples(examples: Sequence[Example], heading: str) -> list[Block]:
     """Return the examples in groups, each under its title."""
     groups: dict[str, list[Card]] = {}
     for example in examples:

@@ -21,7 +21,7 @@ import numpy as np
 import PIL.Image
 
 from .errors import UserError
-from .files import whole_file
+from .io import atomic_write
 from .version import __version__
 
 MISSING_CHARTS = "Charts need matplotlib: pip install 'transfuse[report]'."
@@ -194,7 +194,7 @@ def write_page(path: Path, page: Page) -> Path:
     """Write a page, atomically. Raises UserError where the file cannot be written."""
     html = render(page)
     try:
-        whole_file(path, lambda partial: partial.write_text(html, encoding="utf-8"))
+        atomic_write(path, lambda partial: partial.write_text(html, encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: expected a file that can be written ({error.strerror or error})") from None
     return path

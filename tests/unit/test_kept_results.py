@@ -230,7 +230,7 @@ def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with(
     assert "<h3>The worst &amp; last</h3>" in page
     assert "The other 1<" in page
     assert (
-        "the first reference caption of each picture against its others, which a model&#x27;s captions can pass" in page
+        "the first reference caption of each picture against its others, which a model&#39;s captions can pass" in page
     )
     assert ">reference</th>" in page
     assert ">best</th>" not in page

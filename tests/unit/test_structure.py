@@ -37,8 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "inference"},
     "presets": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "convert", "training"},
 }
-MAY_IMPORT["evaluate"] = {*MAY_IMPORT}
-MAY_IMPORT["studies"] = {*MAY_IMPORT, "studies"}
+MAY_IMPORT["studies"] = {*MAY_IMPORT, "studies", "evaluate"}
+for entry in ("evaluate", "demo", "inspect_data", "inspect_autoencoder"):
+    MAY_IMPORT[entry] = {*MAY_IMPORT, "studies"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, ""}
 
 

@@ -26,7 +26,7 @@ from emoji_scenes import WorldConfig
 from ..config import read_json
 from ..errors import UserError
 from ..evaluate import open_bench
-from ..evaluation import Example, MetricResult, EvalConfig, evaluate, named
+from ..evaluation import EvalConfig, Example, MetricResult, evaluate, named
 from ..folders import DEFAULT
 from ..images import read_image
 from ..io import atomic_write
