@@ -18,10 +18,21 @@ from transfuse.errors import UserError
 from transfuse.evaluation import held_out_scenes
 from transfuse.model.flops import count_parameters
 from transfuse.presets import preset
-from transfuse.report import Bar, Bars, Details, Page, Section, Table
+from transfuse.report import Bar, Bars, Page, Section, Table
 from transfuse.version import __version__
 
-from .common import Shared, StudyRun, comparable, failures_block, parse, plan_run, run_script, run_study, write_report
+from .common import (
+    Shared,
+    StudyRun,
+    comparable,
+    drawings_block,
+    failures_block,
+    parse,
+    plan_run,
+    run_script,
+    run_study,
+    write_report,
+)
 from .evaluation import with_variant
 
 
@@ -130,14 +141,18 @@ def baselines_page(report: dict[str, Any], folder: Path) -> Page:
         for name, result in variants_of(report).items():
             if key in result:
                 low, high = result[f"{key}_interval"]
-                bars.append(Bar(f"{words}: {name}", result[key], low, high, result.get(f"{key}_chance"), None, better))
+                reference = result.get("frechet_of_other_real_images") if key == "frechet" else None
+                chance = result.get(f"{key}_chance")
+                bars.append(Bar(f"{words}: {name}", result[key], low, high, chance, reference, better))
     numbers = Table(["", *variants_of(report)], rows_of(report))
     return Page(
         "Transfusion and its baselines",
         "Equal compute (6 N D), equal shares of text and images, one evaluation.",
         [Bars(bars)],
-        [Section("All numbers", "In brackets 95 % intervals over items.", [numbers])],
-        [Details("Failures", failures_block(report))],
+        [
+            Section("Drawings", "The first prompts in order.", [drawings_block(folder, list(variants_of(report)))]),
+            Section("All numbers", "In brackets 95 % intervals over items.", [numbers, *failures_block(report)]),
+        ],
     )
 
 

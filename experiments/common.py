@@ -41,6 +41,7 @@ from transfuse.config import nearest, read_json
 from transfuse.devices import processor_name
 from transfuse.errors import UserError
 from transfuse.evaluation import Recogniser, keep_recogniser
+from transfuse.images import read_image
 from transfuse.io import atomic_write
 from transfuse.log import logger
 from transfuse.model.flops import count_parameters
@@ -48,7 +49,7 @@ from transfuse.presets import Recipe
 from transfuse.presets.recipe import build_loader, train_tokenizer
 from transfuse.presets.runs import open_run, resolve
 from transfuse.presets.sources import open_sources
-from transfuse.report import Block, Page, Table, write_page
+from transfuse.report import Block, Card, Cards, Page, Table, Text, write_page
 from transfuse.studies.samples import grid
 from transfuse.studies.training import train_run
 from transfuse.training import RESUMABLE, DivergedError
@@ -105,9 +106,12 @@ def parse(kind: Callable[..., T], arguments: Sequence[str], name: str) -> T:
 def run_script(main: Callable[[Sequence[str]], tuple[int, dict[str, Any]]]) -> NoReturn:
     """Run an experiment as a script: `python -m experiments.scaling`."""
     try:
-        sys.exit(main(sys.argv[1:])[0])
+        code, report = main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"error: {error}")
+    if "--json" in sys.argv and not code:
+        print(json.dumps(report))
+    sys.exit(code)
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------
@@ -406,6 +410,15 @@ def write_report(
         write_page(folder / "report.html", page(report, folder))
     logger.info(f"{folder / 'report.html'}: open it in a browser")
     return report
+
+
+def drawings_block(folder: Path, names: Sequence[str]) -> Block:
+    """Return the contact sheets of runs, where they are next to the report."""
+    paths = {name: folder / "runs" / name / "drawings.png" for name in names}
+    cards = [
+        Card(images=[(np.asarray(read_image(path)), "")], title=name) for name, path in paths.items() if path.is_file()
+    ]
+    return Cards(cards, layout="full") if cards else Text("No drawings are next to the report.")
 
 
 def failures_block(report: dict[str, Any]) -> list[Block]:

@@ -93,7 +93,7 @@ def _evaluate_images(
     pipe: TransfusionPipeline, world: WorldConfig, size: EvalSize, judge: Recogniser
 ) -> tuple[np.ndarray, dict[str, Estimate], dict[str, Any]]:
     """Return drawings, measures with intervals, and further facts of a model that draws."""
-    _, _, real = held_out_scenes(world, size.pictures)
+    (_, _, real), (_, _, others) = (held_out_scenes(world, size.pictures, seed=seed) for seed in (0, 1))
     drawings = draw_accuracy(pipe, world, size.pictures, judge)
     captions = caption_accuracy(pipe, world, size.pictures)
     autoencoder, features = pipe.exported.autoencoder, judge.features(real)
@@ -103,6 +103,7 @@ def _evaluate_images(
         "strict_judge": drawings.strict_digest,
         "noun_strict_chance": drawings.chance_noun_strict,
         "frechet_of_reconstructions": frechet_distance(judge.features(reconstructed), features),
+        "frechet_of_other_real_images": frechet_distance(judge.features(others), features),
         "images_per_second": size.pictures / drawings.seconds,
     }
     for prefix, answers in (("", drawings), ("caption_", captions)):

@@ -21,10 +21,9 @@ from typing import Any, Literal
 import numpy as np
 
 from transfuse.charts import ACCENT, SOFT, VIOLET, WARM, new_chart, svg_of
-from transfuse.images import read_image
 from transfuse.io import atomic_write
 from transfuse.presets.scales import ARMS, SCALES, arm_recipe
-from transfuse.report import Bar, Bars, Block, Card, Cards, Charts, Details, Page, Section, Table, Text
+from transfuse.report import Bar, Bars, Block, Charts, Details, Page, Section, Table, Text
 from transfuse.version import __version__
 
 from . import paper_results
@@ -33,6 +32,7 @@ from .common import (
     StudyRun,
     check_grid,
     comparable,
+    drawings_block,
     failures_block,
     parse,
     plan_run,
@@ -324,9 +324,11 @@ def scaling_page(report: dict[str, Any], folder: Path) -> Page:
     ]
     charts = [(measure.title, svg) for measure in MEASURES if (svg := plot(report, measure))]
     sections.insert(1, Section("Power laws", _LINES, [Charts(charts), Details("Slopes", [_slopes(report)])]))
+    by_cost = sorted(results, key=lambda result: result["theoretical_flops"])
+    largest = list({result["variant"]: result["run"] for result in by_cost}.values())
     sections += [
         Section("U-Net and linear patch layers", _UNET, [_unet_table(report)]),
-        Section("Drawings", "The first prompts in order, by the largest runs.", [_drawings(report, folder)]),
+        Section("Drawings", "The first prompts in order, by the largest runs.", [drawings_block(folder, largest)]),
     ]
     runs = [Details("Every run", [_runs_table(report)]), *failures_block(report)]
     return Page("Transfusion and Chameleon at equal compute", lead, [*summary, Text(_PARITY)], sections, runs)
@@ -395,17 +397,6 @@ def _unet_table(report: dict[str, Any]) -> Table:
         for pair in report["unet_gain"]
     ]
     return Table(["", "linear", "U-Net", "linear over U-Net"], rows)
-
-
-def _drawings(report: dict[str, Any], folder: Path) -> Block:
-    cards = []
-    for variant in COLOURS:
-        runs = [result for result in report["results"] if result["variant"] == variant]
-        top = max(runs, key=lambda result: result["theoretical_flops"], default={"run": ""})
-        path = folder / "runs" / top["run"] / "drawings.png"
-        if path.is_file():
-            cards.append(Card(images=[(np.asarray(read_image(path)), "")], title=top["run"]))
-    return Cards(cards, layout="full") if cards else Text("No drawings are next to the report.")
 
 
 def _runs_table(report: dict[str, Any]) -> Table:

@@ -367,9 +367,7 @@ def demo_page(report: dict[str, Any], exhibits: Exhibits, recipe: Recipe, metric
     )
     count, drawings = report["pictures_measured"], Cards(_drawing_cards(exhibits.drawings), "", "pictures", 36)
     sections = [
-        Section(
-            "Drawings", _DRAWINGS.format(count=count), [Cards(_drawing_cards(exhibits.drawings), "", "pictures", 36)]
-        ),
+        Section("Drawings", _DRAWINGS.format(count=count), [drawings]),
         Section(
             "From noise to image",
             "The image the model expects at the end, at steps along the way.",

@@ -108,9 +108,7 @@ def world_of(model: Path, preset_name: str | None, size: int) -> WorldConfig:
         return replace(preset(preset_name).data.world, size=size)
     export = describe(model)
     if export.world is None:
-        logger.info(
-            f"{model}: does not record its training scenes: asked about all bundled ones; --world PRESET names others"
-        )
+        logger.info(f"{model}: records no training scenes; using all bundled ones (--world PRESET names others)")
         return WorldConfig(size=size)
     return replace(from_dict(WorldConfig, export.world, str(export.place["config.json"])), size=size)
 

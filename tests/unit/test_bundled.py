@@ -160,10 +160,10 @@ def test_a_model_is_asked_about_the_world_it_knows(shelf: Path, capsys: pytest.C
     assert world_of(Path("elsewhere"), None, 16) == replace(known, nouns=5, size=16)
     assert world_of(Path("elsewhere"), folders.DEFAULT, 16) == replace(known, size=16)
     assert model_hash(folders.find_export(folders.DEFAULT)) == model_hash(shelf)
-    assert "asked about all" not in capsys.readouterr().err
+    assert "using all bundled ones" not in capsys.readouterr().err
     (shelf / "config.json").write_text(json.dumps({**config, "world": None}))
     assert world_of(shelf, None, 16) == WorldConfig(size=16)
-    assert "asked about all of the bundled world" in capsys.readouterr().err
+    assert "using all bundled ones" in capsys.readouterr().err
     (shelf / "config.json").write_text(json.dumps({**config, "world": {"nouns": 0}}))
     with pytest.raises(UserError, match=r"config\.json: WorldConfig.nouns"):
         world_of(shelf, None, 16)
