@@ -91,7 +91,7 @@ class Shared:
     """end with one line of JSON"""
 
     @property
-    def size(self) -> EvalSize:
+    def eval_size(self) -> EvalSize:
         return EvalSize(self.pictures, self.definitions, self.recogniser_steps)
 
 
@@ -374,7 +374,7 @@ def run_study(
     """List, work or report, as the options say; return the exit code and the report, {} without one."""
     if options.report_only:
         return 0, write(options.run)
-    study = Study(options.run, plan(), options.size, settings)
+    study = Study(options.run, plan(), options.eval_size, settings)
     if options.list_runs:
         print(study.listing())
         return 0, {}

@@ -142,7 +142,7 @@ def evaluation_page(report: dict[str, Any], measures: Sequence[Metric], measured
     facts = [["model", str(model)], ["hash of its files", report["model_hash"]], ["version", report["version"]]]
     return Page(
         name,
-        "What the model can do: the first number of each measure. Intervals are over items, 95 %; chance and reference "
+        "What the model can do: the first number of each measure. Intervals are 95\u202f% over items; chance and reference "
         "are other answers scored the same way.",
         [Bars(headlines)],
         sections,

@@ -207,7 +207,7 @@ def _png(pixels: np.ndarray) -> str:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}\u202f%"
 
 
 def plain(value: float) -> str:
