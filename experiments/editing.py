@@ -44,31 +44,7 @@ VIEWS = ("source", "before", "after", "exact")
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """The settings of fine-tuning; the learning rate decays to a hundredth."""
-
-    triples: int = 8000
-    """different edits"""
-    epochs: float = 4.0
-    """passes over them"""
-    batch: int = 32
-    """edits per step"""
-    rate: float = 5e-4
-    """largest learning rate"""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("triples", "epochs", "batch", "rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name}: expected a number above 0, found {getattr(self, name):g}")
-
-    @property
-    def steps(self) -> int:
-        return math.ceil(self.triples * self.epochs / self.batch)
-
-
-@dataclass(frozen=True)
-class Editing(Tuning):
+class Editing:
     """Fine-tune a trained model on 8,000 edits, and measure what it obeys before and after (section 4.4).
 
     transfuse study editing --start small-64
@@ -78,6 +54,15 @@ class Editing(Tuning):
     """folder of the training run, the drawings and the report"""
     start: Path | None = None
     """export, or a bundled model's name; by default the newest under runs/ that draws, or the bundled one"""
+    triples: int = 8000
+    """different edits"""
+    epochs: float = 4.0
+    """passes over them"""
+    batch: int = 32
+    """edits per step"""
+    rate: float = 5e-4
+    """largest learning rate; it decays to a hundredth"""
+    seed: int = 0
     world: str | None = None
     """preset whose scenes are edited; by default those that the export records"""
     count: int = 240
@@ -91,31 +76,40 @@ class Editing(Tuning):
     json: bool = False
     """end with one line of JSON"""
 
+    def __post_init__(self) -> None:
+        for name in ("triples", "epochs", "batch", "rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name}: expected a number above 0, found {getattr(self, name):g}")
 
-def tuning_recipe(start: Path, tuning: Tuning, world: WorldConfig) -> Recipe:
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.triples * self.epochs / self.batch)
+
+
+def tuning_recipe(start: Path, options: Editing, world: WorldConfig) -> Recipe:
     """Return the default preset, started from an export and trained on edits alone."""
-    base, steps = preset(DEFAULT), tuning.steps
+    base, steps = preset(DEFAULT), options.steps
     return replace(
         base,
         preset="image-editing",
-        seed=tuning.seed,
+        seed=options.seed,
         start=str(start),
         data=replace(
             base.data,
             sources=("edits",),
             text_share=0.0,
-            batch_size=tuning.batch,
+            batch_size=options.batch,
             accumulate=1,
             row_length=None,
             autoencoder_weights="",
             source_fingerprints=(),
             world=world,
-            edits=replace(base.data.edits, count=tuning.triples),
+            edits=replace(base.data.edits, count=options.triples),
         ),
         optimizer=replace(
             base.optimizer,
-            learning_rate=tuning.rate,
-            final_learning_rate=tuning.rate / 100,
+            learning_rate=options.rate,
+            final_learning_rate=options.rate / 100,
             warmup=min(base.optimizer.warmup, steps // 10),
         ),
         loop=replace(base.loop, steps=steps, max_seconds=None, sample_every=0, measure_every=0, best=""),

@@ -231,16 +231,16 @@ def _parity(results: Sequence[dict[str, Any]], measure: Measure, variant: str, a
     machines = {tuple(run["machine"].get(fact) for fact in PACE) for run in [*ours, *baseline]}
     if axis == "seconds" and len(machines) > 1:
         return _no_ratio("runs on different machines: seconds do not compare")
-    ours, baseline = (
-        [run for run in runs if run["run"] not in beaten(runs, measure, cost)] for runs in (ours, baseline)
-    )
+    for runs in (ours, baseline):
+        weak = beaten(runs, measure, cost)
+        runs[:] = [run for run in runs if run["run"] not in weak]
     top = max(baseline, key=lambda run: run[cost])
     seeds = [run for run in baseline if (run["size"], run["budget"]) == (top["size"], top["budget"])]
     for run in seeds:
         if why := why_left_out(run, measure):
             return _no_ratio(f"the baseline's largest run does not count: {why}")
-    points = [_points(runs, measure, cost) for runs in (ours, baseline, seeds)]
-    return {target: _as_json(parity(*points[:2], measure.better, target, points[2])) for target in TARGETS}
+    our_points, baseline_points, best = (_points(runs, measure, cost) for runs in (ours, baseline, seeds))
+    return {target: _as_json(parity(our_points, baseline_points, measure.better, target, best)) for target in TARGETS}
 
 
 def _no_ratio(note: str) -> dict[str, Any]:
@@ -289,8 +289,8 @@ def plot(report: dict[str, Any], measure: Measure, standalone: bool = False) -> 
             hollow = result["run"] in fitted["left_out"]
             low, high = result[f"{measure.key}_interval"]
             bars = None if hollow else [[max(0.0, y - max(low, y / 1e3))], [max(0.0, high - y)]]
-            style = {"markerfacecolor": "none"} if hollow else {}
-            axes.errorbar(x, y, yerr=bars, fmt="o", markersize=4, color=colour, label=label, **style)
+            inside = "none" if hollow else colour
+            axes.errorbar(x, y, yerr=bars, fmt="o", markersize=4, color=colour, markerfacecolor=inside, label=label)
             drawn, label = True, "_"
         if fitted["line"] is not None:
             line = Line(**fitted["line"])

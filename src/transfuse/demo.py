@@ -378,7 +378,7 @@ def demo_page(report: dict[str, Any], exhibits: Exhibits, recipe: Recipe, metric
         Section("Definitions", _DEFINITIONS, [Cards([Card(a, reply=[b]) for a, b in exhibits.continuations])]),
         Section("Training", _TRAINING, [Charts(_curves(metrics))]),
     ]
-    provenance = [
+    provenance: list[Block] = [
         Text(str(report["command"]), code=True),
         Details("Every number, as in report.json", [Table([], list(leaves(report)))]),
         Details("The whole recipe", [Text(json.dumps(to_dict(recipe), indent=2), code=True)]),
@@ -419,10 +419,10 @@ def _summary(report: dict[str, Any]) -> list[Block]:
         ("Names the right noun", "caption_noun_accuracy", "noun", ""),
         ("Names the right background", "caption_background_accuracy", "background", ""),
     ]
-    items = [
-        Bar(name, report[key], *report[f"{key}_interval"], report[f"chance_{chance}_accuracy"], report.get(real, 1.0))
-        for name, key, chance, real in bars
-    ]
+    items = []
+    for name, key, chance, real in bars:
+        low, high = report[f"{key}_interval"]
+        items.append(Bar(name, report[key], low, high, report[f"chance_{chance}_accuracy"], report.get(real, 1.0)))
     others = report["frechet_distance_of_other_real_pictures"]
     tokens, alone = report["tokens_per_second"], report["tokens_per_second_alone"]
     for name, key, reference in (
@@ -430,7 +430,8 @@ def _summary(report: dict[str, Any]) -> list[Block]:
         ("Perplexity of unseen definitions", "heldout_text_perplexity", None),
         ("Bits per byte of them", "bits_per_byte", None),
     ):
-        items.append(Bar(name, report[key], *report[f"{key}_interval"], None, reference, "lower"))
+        low, high = report[f"{key}_interval"]
+        items.append(Bar(name, report[key], low, high, None, reference, "lower"))
     numbers = [
         (
             "Draws unasked",

@@ -142,8 +142,8 @@ def evaluation_page(report: dict[str, Any], measures: Sequence[Metric], measured
     facts = [["model", str(model)], ["hash of its files", report["model_hash"]], ["version", report["version"]]]
     return Page(
         name,
-        "What the model can do: the first number of each measure. Intervals are 95\u202f% over items; chance and reference "
-        "are other answers scored the same way.",
+        "What the model can do: the first number of each measure. Intervals are 95\u202f% over items; chance and "
+        "reference are other answers scored the same way.",
         [Bars(headlines)],
         sections,
         [provenance, Details("The model", [Table([], facts)])],

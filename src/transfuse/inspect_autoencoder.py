@@ -280,11 +280,14 @@ def autoencoder_page(
 def _summary(report: dict[str, Any]) -> list[Block]:
     threads = report["threads"]
     where = f"on {threads} thread{'' if threads == 1 else 's'}" if report["device"] == "cpu" else report["device"]
-    bars = [
-        Bar("PSNR, dB", report["psnr"], *report["psnr_interval"], reference=BEST_PSNR),
-        Bar("SSIM", report["ssim"], *report["ssim_interval"], reference=1.0),
-        Bar("L1, of 255", report["l1"], *report["l1_interval"], better="lower"),
-    ]
+    bars = []
+    for name, key, reference, better in (
+        ("PSNR, dB", "psnr", BEST_PSNR, "higher"),
+        ("SSIM", "ssim", 1.0, "higher"),
+        ("L1, of 255", "l1", None, "lower"),
+    ):
+        low, high = report[f"{key}_interval"]
+        bars.append(Bar(name, report[key], low, high, None, reference, better))
     numbers = [
         ("Latent", *_latent_size(report)),
         ("Encodes", f"{report['encode_images_per_second']:,.1f}", f"images per second {where}"),
