@@ -148,7 +148,7 @@ def baselines_page(report: dict[str, Any], folder: Path) -> Page:
     return Page(
         "Transfusion and its baselines",
         "Equal compute (6 N D), equal shares of text and images, one evaluation.",
-        [Bars(bars)],
+        [Bars(bars, "a variant", "other real images")],
         [
             Section("Drawings", "The first prompts in order.", [drawings_block(folder, list(variants_of(report)))]),
             Section("All numbers", "In brackets 95 % intervals over items.", [numbers, *failures_block(report)]),

@@ -197,8 +197,8 @@ def editing_page(report: dict[str, Any], folder: Path) -> Page:
     return Page(
         f"{report['start']}: editing by instruction",
         f"Before and after fine-tuning on {tuning['triples']:,} edits of emoji scenes ({tuning['steps']:,} steps of "
-        f"{tuning['batch']}). Chance is the unchanged image, the reference the exact one.",
-        [Bars(bars)],
+        f"{tuning['batch']}). Chance is the unchanged image.",
+        [Bars(bars, "the model", "the exact image")],
         [*examples, Section("All numbers", "In brackets 95 % intervals over items.", [numbers])],
     )
 

@@ -318,7 +318,7 @@ def scaling_page(report: dict[str, Any], folder: Path) -> Page:
             if ratio["ratio"] is not None:
                 name = f"{variant}: {measure.title}"
                 bars.append(Bar(name, ratio["ratio"], ratio["low"], ratio["high"], reference=1.0, better="lower"))
-    summary: list[Block] = [Bars(bars)] if bars else []
+    summary: list[Block] = [Bars(bars, "parity ratio", "parity")] if bars else []
     sections = [
         Section(f"Parity by {title}", about, [_parity_table(report, axis)]) for axis, (_, title, about) in AXES.items()
     ]

@@ -287,7 +287,7 @@ def _summary(report: dict[str, Any]) -> list[Block]:
         ("L1, of 255", "l1", None, "lower"),
     ):
         low, high = report[f"{key}_interval"]
-        bars.append(Bar(name, report[key], low, high, None, reference, better))
+        bars.append(Bar(name, report[key], low, high, None, reference, better, percentage=False))
     numbers = [
         ("Latent", *_latent_size(report)),
         ("Encodes", f"{report['encode_images_per_second']:,.1f}", f"images per second {where}"),
@@ -299,7 +299,7 @@ def _summary(report: dict[str, Any]) -> list[Block]:
     if report["codebook_size"] is not None:
         note = f"of {report['codebook_size']:,}; perplexity {report['codebook_perplexity']:,.1f}"
         numbers.append(("Codes used", percent(report["codebook_use"]), note))
-    return [Bars(bars), Numbers(numbers)]
+    return [Bars(bars, "this autoencoder", "equal images"), Numbers(numbers)]
 
 
 def _latent_size(report: dict[str, Any]) -> tuple[str, str]:

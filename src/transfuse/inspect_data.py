@@ -227,7 +227,7 @@ def _mixture(report: dict[str, Any]) -> list[Block]:
     if mixture is None:
         return [Text(f"These sources cannot be mixed under this preset. {report['not_mixed']}")]
     shares = f"share_of_{mixture['share_of']}"
-    bars = [Bar(name, part[shares], reference=part["asked"]) for name, part in mixture["sources"].items()]
+    bars = [Bar(Path(name).name, part[shares], reference=part["asked"]) for name, part in mixture["sources"].items()]
     table = [
         [
             name,
@@ -238,10 +238,7 @@ def _mixture(report: dict[str, Any]) -> list[Block]:
         ]
         for name, part in mixture["sources"].items()
     ]
-    note = (
-        f"The first {mixture['samples']:,} samples of the preset's stream, before any annealing of weights. Bars are "
-        f"shares of {mixture['share_of']}; the reference is the weight asked for."
-    )
+    note = f"The first {mixture['samples']:,} samples of the preset's stream, before any annealing of weights."
     numbers = [("Positions a sample", f"{mixture['mean_positions']:,.1f}", f"the longest has {rows['longest']:,}")]
     if rows["rows"] is None:
         numbers.append(("Rows", "none", f"of {rows['length']:,} positions: the longest document does not fit"))
@@ -253,7 +250,12 @@ def _mixture(report: dict[str, Any]) -> list[Block]:
     if report["needed"] > report["context"]:
         note += f" model.max_seq_len {report['context']:,} is too short for its texts: {report['needed']:,} are needed."
     head = ["source", "share of positions", "share of samples", "weight", "passes"]
-    return [Bars(bars), Text(note), Numbers(numbers), Table(head, table)]
+    return [
+        Bars(bars, f"share of {mixture['share_of']}", "weight asked for"),
+        Text(note),
+        Numbers(numbers),
+        Table(head, table),
+    ]
 
 
 def _set_numbers(figures: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -31,8 +31,8 @@ MISSING_CHARTS = "Charts need matplotlib: pip install 'transfuse[report]'."
 class Bar:
     """One number as a bar, with its 95 % interval and marks for chance and a reference.
 
-    A bar whose numbers are all between 0 and 1 shows a share. Other bars end at their largest number; where their
-    numbers differ by more than a factor of 20 the scale is logarithmic.
+    A bar whose numbers are all between 0 and 1 ends at 1. Other bars end at their largest number; where their numbers
+    differ by more than a factor of 20 the scale is logarithmic. `percentage` writes shares as percentages.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Bar:
     chance: float | None = None
     reference: float | None = None
     better: str = "higher"
+    percentage: bool = True
 
     @property
     def _numbers(self) -> list[float]:
@@ -64,20 +65,19 @@ class Bar:
         return round(min(100.0, max(0.0, 100 * number / top)), 2) if top > 0 else 0.0
 
     def format(self, number: float) -> str:
-        return percent(number) if self.is_share else plain(number)
+        return percent(number) if self.is_share and self.percentage else plain(number)
 
     @property
     def text(self) -> str:
         return self.format(self.value)
 
-    @property
-    def description(self) -> str:
-        """The interval, chance, reference and direction in words."""
+    def describe(self, reference: str = "reference") -> str:
+        """Return the interval, chance, reference and direction in words."""
         parts = []
         if self.low is not None and self.high is not None:
             parts.append(f"{self.format(self.low)} to {self.format(self.high)}")
         parts += [f"chance {self.format(self.chance)}"] if self.chance is not None else []
-        parts += [f"reference {self.format(self.reference)}"] if self.reference is not None else []
+        parts += [f"{reference} {self.format(self.reference)}"] if self.reference is not None else []
         parts += ["lower is better"] if self.better == "lower" else []
         parts += ["log scale"] if self.is_logarithmic else []
         return ", ".join(parts)
@@ -101,8 +101,20 @@ class Card:
 
 @dataclass(frozen=True)
 class Bars:
+    """Bars under a legend that says what a bar and the reference are."""
+
     items: Sequence[Bar]
+    label: str = "this model"
+    reference: str = "reference"
     kind: str = "bars"
+
+    @property
+    def legend(self) -> list[tuple[str, str]]:
+        """The marks that occur, each with its words."""
+        words = {"low": ("interval", "95\u202f% interval"), "chance": ("chance", "chance")}
+        words["reference"] = ("reference", self.reference)
+        used = [mark for name, mark in words.items() if any(getattr(bar, name) is not None for bar in self.items)]
+        return [("fill", self.label), *used]
 
 
 @dataclass(frozen=True)

@@ -221,11 +221,11 @@ def test_steps_fit_the_time_and_the_preset() -> None:
 def test_bars_place_their_numbers() -> None:
     share = Bar("accuracy", 0.5, 0.4, 0.6, chance=0.1, reference=1.0)
     assert (share.text, share.at(share.value), share.at(0.1)) == ("50.0\u202f%", 50.0, 10.0)
-    assert share.description == "40.0\u202f% to 60.0\u202f%, chance 10.0\u202f%, reference 100.0\u202f%"
+    assert share.describe() == "40.0\u202f% to 60.0\u202f%, chance 10.0\u202f%, reference 100.0\u202f%"
     distance = Bar("distance", 20.0, reference=5.0, better="lower")
     assert distance.at(5.0) * 4 == pytest.approx(distance.at(20.0), abs=0.05)
     wide = Bar("perplexity", 10.0, chance=8192.0, better="lower")
-    assert wide.description == "chance 8,192.0, lower is better, log scale"
+    assert wide.describe() == "chance 8,192.0, lower is better, log scale"
     assert 0 < wide.at(10.0) < wide.at(8192.0) < 100
     assert Bar("nothing", 0.0, better="lower").at(0.0) == 0.0
 
