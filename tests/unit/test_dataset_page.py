@@ -307,7 +307,7 @@ def test_what_can_not_be_mixed_or_decoded_is_looked_at_all_the_same(encoded: dic
     html = (tmp_path / "out" / "index.html").read_text()
     assert "kl-f4-small (0123456789ab), which is not here" in html
     assert not shown(tmp_path / "out")
-    assert html.count("<figcaption>") == 3
+    assert html.count('<p class="text">') == 3
 
 
 def test_a_model_of_text_alone(names: list[str], tmp_path: Path) -> None:
