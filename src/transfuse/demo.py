@@ -359,7 +359,8 @@ def _machine(recipe: Recipe) -> dict[str, Any]:
 def demo_page(report: dict[str, Any], exhibits: Exhibits, recipe: Recipe, metrics: Sequence[dict[str, Any]]) -> Page:
     """Return the demo's page. report: as in `report.json`; metrics: the lines of `metrics.jsonl`."""
     machine = report["machine"]
-    where = f"{machine['threads']} processor thread(s)" if machine["device"] == "cpu" else machine["device"]
+    threads = "one processor thread" if machine["threads"] == 1 else f"{machine['threads']} processor threads"
+    where = threads if machine["device"] == "cpu" else machine["device"]
     lead = (
         f"One transformer that draws, captions and writes: {report['parameters'] / 1e6:.1f} million parameters, "
         f"trained from scratch for {report['train_seconds'] / 60:.1f} minutes on {where} with "
