@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process
+from transfuse.evaluate import evaluation_page
 from transfuse.export import Exported, GenerationConfig, save_export
 from transfuse.inference.network import Network
 from transfuse.model import ModelConfig, Transfusion
+from transfuse.report import render
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate
 from transfuse.training import LoopConfig, ObjectiveConfig, OptimizerConfig, Trainer, TransfusionObjective
 from transfuse.training.checkpoint import Groups, read
@@ -40,6 +42,11 @@ def randomised(config: ModelConfig, seed: int = 0, compute_dtype: torch.dtype = 
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     return model
+
+
+def evaluation_html(measures: list[Any], measured: list[Any]) -> str:
+    """The page of `transfuse evaluate` for a model named "m"."""
+    return render(evaluation_page({"model": "m", "model_hash": "a", "version": "b"}, measures, measured))
 
 
 def tiny(**changes: object) -> ModelConfig:

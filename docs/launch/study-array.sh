@@ -7,8 +7,9 @@
 #SBATCH --requeue
 #SBATCH --output=%x-%A-%a.log
 
-# One run of a study each, all in one folder that every node sees:   sbatch docs/launch/study-array.sh
-# `--list` in place of `--index` shows the numbers. A job that is cut off goes on from its checkpoint when it comes again.
+# Each job of the array does every 48th run of a study, all in one folder that every node sees:
+#   sbatch docs/launch/study-array.sh
+# A job that is cut off resumes from its checkpoint when it is started again.
 set -euo pipefail
 
-transfuse study scaling --run runs/scaling --index "$SLURM_ARRAY_TASK_ID"
+transfuse study scaling --run runs/scaling --index "$SLURM_ARRAY_TASK_ID" --of 48

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -66,7 +67,9 @@ def test_commands_exist(page: Path) -> None:
                     assert runs.setdefault(run, recipe.settled()) == recipe.settled(), f"{line}: {run} is another run"
             if words[1] == "study":
                 given = ["0" if word.startswith('"$') else word for word in words[3:] if word != '"$@"']
-                studies.append(parse(STUDIES[words[2]][0], given, f"study {words[2]}"))
+                assert words[2] in STUDIES, line
+                options = getattr(importlib.import_module(f"experiments.{words[2]}"), words[2].capitalize())
+                studies.append(parse(options, given, f"study {words[2]}"))
     assert runs or studies or page in PAGES, "a script that starts something"
 
 

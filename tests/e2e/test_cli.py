@@ -457,10 +457,9 @@ def test_llama_out_and_in(home: Path) -> None:
 
 
 def test_study(home: Path) -> None:
-    assert transfuse(home, "study", "rivals", "--help").returncode == 0
+    assert transfuse(home, "study", "baselines", "--help").returncode == 0
     assert "scaling" in transfuse(home, "study").stdout
     assert 'study: unknown name "scalling"; did you mean "scaling"' in refused(home, "study", "scalling")
-    assert '--only: expected one of tiny, found "demo"' in refused(
-        home, "study", "rivals", "--presets", "tiny", "--only", "demo"
-    )
-    assert not (home / "runs" / "rivals").exists()
+    assert "study: rivals is now called baselines" in refused(home, "study", "rivals")
+    assert "expected a budget and presets" in refused(home, "study", "baselines", "--flops", "0")
+    assert not (home / "runs" / "baselines").exists()

@@ -10,7 +10,7 @@ import torch
 
 from transfuse.autoencoders import ImageAutoencoder, load_autoencoder, save_autoencoder
 from transfuse.evaluation.reconstruction import psnr
-from transfuse.studies.inspection import inspect_autoencoder
+from transfuse.inspect_autoencoder import inspect_autoencoder
 
 diffusers = pytest.importorskip("diffusers")
 

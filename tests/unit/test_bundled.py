@@ -22,12 +22,12 @@ from transfuse.cli.writing import default_model
 from transfuse.config import to_dict
 from transfuse.devices import inference_precision, pick_device
 from transfuse.errors import UserError
+from transfuse.evaluate import world_of
 from transfuse.evaluation import model_hash
 from transfuse.export import load_export, relayout
 from transfuse.folders import WEIGHTS
 from transfuse.model import Transfusion
 from transfuse.presets.small import small_64
-from transfuse.studies.evaluate import world_of
 
 
 @pytest.fixture
@@ -160,10 +160,10 @@ def test_a_model_is_asked_about_the_world_it_knows(shelf: Path, capsys: pytest.C
     assert world_of(Path("elsewhere"), None, 16) == replace(known, nouns=5, size=16)
     assert world_of(Path("elsewhere"), folders.DEFAULT, 16) == replace(known, size=16)
     assert model_hash(folders.find_export(folders.DEFAULT)) == model_hash(shelf)
-    assert "asked about all" not in capsys.readouterr().err
+    assert "using all bundled ones" not in capsys.readouterr().err
     (shelf / "config.json").write_text(json.dumps({**config, "world": None}))
     assert world_of(shelf, None, 16) == WorldConfig(size=16)
-    assert "asked about all of the bundled world" in capsys.readouterr().err
+    assert "using all bundled ones" in capsys.readouterr().err
     (shelf / "config.json").write_text(json.dumps({**config, "world": {"nouns": 0}}))
     with pytest.raises(UserError, match=r"config\.json: WorldConfig.nouns"):
         world_of(shelf, None, 16)

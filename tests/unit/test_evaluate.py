@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import time
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import exported, write
+from conftest import evaluation_html, exported, write
 
 from emoji_scenes import WorldConfig
 from transfuse.cli import run
@@ -36,7 +37,6 @@ from transfuse.evaluation.pairs import Pairs, coco_pairs, ids_fingerprint
 from transfuse.evaluation.text import read_texts, windows
 from transfuse.inference import TransfusionPipeline, foretell
 from transfuse.sequence import Document, Text, Tokenizer
-from transfuse.studies.evaluation_page import evaluation_page
 
 WORLD = WorldConfig(size=16, nouns=4, max_objects=1, max_count=1)
 
@@ -146,7 +146,7 @@ def test_numbers_are_equal_again_and_with_another_batch_size(bench: EvalContext,
     assert all(isinstance(result, Result) and result.measure and result.model for some in first for result in some)
     drawn = next(some for some in first if some.measure == "drawing")
     assert drawn.results[0].drawing == Drawing("ddim", 2, 3.0)
-    page = evaluation_page({"model_hash": "a", "version": "b"}, measures, first)
+    page = evaluation_html(measures, first)
     assert page.count("<img") == 2 * 6 + 6
     assert "FD-recogniser" in page
 
@@ -155,9 +155,7 @@ def test_candidates_are_drawn_and_one_is_measured(bench: EvalContext, monkeypatc
     several = replace(bench, drawing=replace(bench.drawing, candidates=3))
     (found,) = evaluate(several, named(["drawing"]))
     assert all(result.drawing == Drawing("ddim", 2, 3.0, candidates=3) for result in found.results)
-    assert "seed 0, the likeliest of 3" in evaluation_page(
-        {"model_hash": "a", "version": "b"}, named(["drawing"]), [found]
-    )
+    assert "seed 0, the best of 3 by the model's own score" in unescape(evaluation_html(named(["drawing"]), [found]))
     with pytest.raises(UserError, match="editing: --candidates: expected 1, as edits have no others, found 3"):
         list(evaluate(several, named(["editing"])))
     sweep = Drawing.sweep("candidates=1,3", bench.drawing)
@@ -229,7 +227,7 @@ def test_a_sweep_draws_with_each_value(bench: EvalContext) -> None:
     scales = [some.results[0].drawing.guidance_scale for some in found[:2] if some.results[0].drawing]
     assert scales == [1.0, 3.0]
     assert found[0].results[0].value != found[1].results[0].value
-    assert "<svg" in evaluation_page({"model_hash": "a", "version": "b"}, named(["drawing"]), found)
+    assert "<svg" in evaluation_html(named(["drawing"]), found)
     with pytest.raises(ValueError, match="expected one of sampler, steps, guidance_scale, candidates, seed"):
         Drawing.sweep("guidance=1", bench.drawing)
 

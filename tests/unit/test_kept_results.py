@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import exported, write
+from conftest import evaluation_html, exported, write
 
 from emoji_scenes import World, WorldConfig, caption
 from transfuse.cli import run
@@ -32,7 +32,6 @@ from transfuse.evaluation.detector import keep_detector
 from transfuse.evaluation.result import extremes, first_of
 from transfuse.inference import TransfusionPipeline
 from transfuse.sequence import Tokenizer
-from transfuse.studies.evaluation_page import evaluation_page
 from transfuse.studies.measures import is_best
 from transfuse.version import __version__
 
@@ -202,7 +201,7 @@ def test_one_item_has_no_interval(bench: EvalContext, tmp_path: Path) -> None:
     write(tmp_path, {"novel.txt": "a crab is a small animal"})
     (found,) = evaluate(replace(bench, options=EvalConfig(texts=(tmp_path / "novel.txt",))), named(["text"]))
     assert [(one.count, one.low, one.high) for one in found] == [(1, None, None)] * 2
-    assert "novel" in evaluation_page({"model_hash": "a", "version": "b"}, named(["text"]), [found])
+    assert "novel" in evaluation_html(named(["text"]), [found])
     sure = Result.of("x", Estimate(0.0, 0.0, 1.0, 1), "higher", "", "")
     assert (sure.low, sure.high) == (0.0, 1.0)
 
@@ -226,12 +225,12 @@ def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with(
     ]
     result = Result("CIDEr-D x 100", 457.0, 400.0, 500.0, 9, "higher", "", "", floor=8.0, ceiling=424.0)
     found = MetricResult([result], exhibits, measure="captioning")
-    page = evaluation_page({"model_hash": "a", "version": "b"}, named(["captioning"]), [found])
+    page = evaluation_html(named(["captioning"]), [found])
     assert "<h3>The first 13</h3>" in page
     assert "<h3>The worst &amp; last</h3>" in page
     assert "The other 1<" in page
     assert (
-        "the first reference caption of each picture against its others, which a model&#x27;s captions can pass" in page
+        "the first reference caption of each picture against its others, which a model&#39;s captions can pass" in page
     )
     assert ">reference</th>" in page
     assert ">best</th>" not in page

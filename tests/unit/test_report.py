@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -14,14 +15,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from transfuse import demo as demo_module
+from transfuse.charts import ACCENT, WARM, has_charts, histogram, line_chart
+from transfuse.demo import Effort, demo_page, fit, run_demo
 from transfuse.errors import UserError
 from transfuse.evaluation import recogniser as recogniser_module
 from transfuse.presets import preset
-from transfuse.studies import demo as demo_module
-from transfuse.studies.charts import Curve, chart
-from transfuse.studies.demo import Effort, fit, run_demo
-from transfuse.studies.page import image
-from transfuse.studies.report import write_report
+from transfuse.report import Bar, Bars, Card, Cards, Charts, Page, Section, Table, render
 from transfuse.training import RESUMABLE, read_metrics
 
 EFFORT = Effort(pictures=6, definitions=6, recogniser_steps=4)
@@ -59,18 +59,18 @@ NEEDED = (
 def done(tmp_path_factory):
     """A whole demo of seconds: its folder, report and what there was to see."""
     kept = {}
-    original = demo_module.write_report
+    original = demo_module.demo_page
 
-    def keeping(path, report, exhibits, recipe, metrics):
+    def keeping(report, exhibits, recipe, metrics):
         kept.update(report=report, exhibits=exhibits, recipe=recipe, metrics=metrics)
-        return original(path, report, exhibits, recipe, metrics)
+        return original(report, exhibits, recipe, metrics)
 
     folder = tmp_path_factory.mktemp("demo") / "run"
-    demo_module.write_report = keeping
+    demo_module.demo_page = keeping
     try:
         code, report = run_demo(folder, 1.0, preset("tiny"), EFFORT)
     finally:
-        demo_module.write_report = original
+        demo_module.demo_page = original
     assert code == 0
     assert report == kept["report"]
     return folder, kept
@@ -124,14 +124,14 @@ def test_page_needs_nothing_from_elsewhere(done) -> None:
     links = Links()
     links.feed(html)
     assert links.found
-    assert all(link.startswith("data:image/png;base64,") for link in links.found)
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links.found)
     assert not {"script", "link", "iframe", "object", "embed"} & set(links.tags)
-    assert not re.search(r"https?://|@import|url\(", html)
+    assert not re.search(r"https?://|@import|url\((?!#)", html)
     assert links.alts
     assert all(links.alts)
 
 
-def test_page_escapes_what_models_and_people_write(done, tmp_path) -> None:
+def test_page_escapes_what_models_and_people_write(done) -> None:
     _, kept = done
     evil = "<script>alert('x')</script>\"&"
     seen = kept["exhibits"]
@@ -147,7 +147,7 @@ def test_page_escapes_what_models_and_people_write(done, tmp_path) -> None:
         strip_prompt=evil,
     )
     report = {**kept["report"], "command": evil, "preset": evil}
-    html = write_report(tmp_path / "r.html", report, exhibits, kept["recipe"], kept["metrics"]).read_text()
+    html = render(demo_page(report, exhibits, kept["recipe"], kept["metrics"]))
     assert "<script" not in html
     assert "&lt;script&gt;" in html
     links = Links()
@@ -203,7 +203,7 @@ def test_stopped_training_exits_with_75_and_goes_on(tmp_path, monkeypatch) -> No
     with monkeypatch.context() as patch:
         patch.setattr(signals.StopRequest, "__enter__", stopping)
         assert run_demo(tmp_path / "run", 1.0, recipe, EFFORT) == (RESUMABLE, {})
-    with pytest.raises(UserError, match=r"minutes: expected 1, as .* was begun with, found 5; --run begins another"):
+    with pytest.raises(UserError, match=r"minutes: expected 1, with which .* was started, found 5; use another --run"):
         run_demo(tmp_path / "run", 5.0, effort=EFFORT)
     code, report = run_demo(tmp_path / "run", 1.0, effort=replace(EFFORT, pictures=2))
     assert (code, report["steps"], report["preset"]) == (0, 3, "tiny")
@@ -218,11 +218,43 @@ def test_steps_fit_the_time_and_the_preset() -> None:
         run_demo(None, 0.0)  # type: ignore[arg-type]
 
 
-def test_chart_is_a_drawing_or_nothing() -> None:
-    assert chart("t", [Curve("a", [(1, 2.0)], "red")], "step") == ""
-    flat = chart("<t>", [Curve("a", [(1, 2.0), (5, 2.0)], "red")], "step")
-    assert "&lt;t&gt;" in flat
-    assert "nan" not in flat
-    steep = chart("t", [Curve("a", [(1, 0.0), (5, 1e-3), (9, 1e3)], "red")], "step", logarithmic=True)
-    assert steep.count("<polyline") == 1
-    assert 'alt="a &quot;b&quot;"' in image(np.zeros((2, 2, 3), dtype=np.uint8), 'a "b"')
+def test_bars_place_their_numbers() -> None:
+    share = Bar("accuracy", 0.5, 0.4, 0.6, chance=0.1, reference=1.0)
+    assert (share.text, share.at(share.value), share.at(0.1)) == ("50.0\u202f%", 50.0, 10.0)
+    assert share.describe() == "40.0\u202f% to 60.0\u202f%, chance 10.0\u202f%, reference 100.0\u202f%"
+    distance = Bar("distance", 20.0, reference=5.0, better="lower")
+    assert distance.at(5.0) * 4 == pytest.approx(distance.at(20.0), abs=0.05)
+    wide = Bar("perplexity", 10.0, chance=8192.0, better="lower")
+    assert wide.describe() == "chance 8,192.0, lower is better, log scale"
+    assert 0 < wide.at(10.0) < wide.at(8192.0) < 100
+    assert Bar("nothing", 0.0, better="lower").at(0.0) == 0.0
+
+
+def test_a_page_shows_its_summary_first_and_folds_what_is_long() -> None:
+    cards = Cards([Card(f"card {n}", marks=[("noun", n > 0, "a <b>")]) for n in range(3)], "Group <i>", shown=2)
+    page = Page("m", "lead", [Bars([Bar("x", 0.2)])], [Section("S & T", "", [cards])], [Table(["a"], [["b"]])])
+    html = render(page)
+    assert html.index('class="bars"') < html.index("S &amp; T") < html.index("How this was made")
+    assert "The other 1</summary>" in html
+    assert html.count("found a &lt;b&gt;") == 1
+    assert "Group &lt;i&gt;" in html
+
+
+def test_charts_follow_the_theme_and_need_nothing_from_elsewhere() -> None:
+    assert line_chart([("a", [(1, 2.0)], ACCENT)], "step") == ""
+    svg = line_chart([("<a>", [(1, 2.0), (5, 3.0)], ACCENT), ("b", [(1, 0.0), (2, 1.0), (3, 9.0)], WARM)], "step", True)
+    assert "&lt;a&gt;" in svg
+    assert "var(--accent)" in svg
+    assert not re.search(r"#17706a|http|<style|nan", svg)
+    assert histogram([], "dB") == ""
+    for values in ([25.0], [1.0, 1.0 + 1e-12], [0.8, 0.9, 1.0], [-3.0, 4.0], range(1, 334)):
+        assert histogram(list(values), "dB").startswith("<svg")
+
+
+def test_without_matplotlib_a_page_names_the_extra(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    has_charts.cache_clear()
+    svg = line_chart([("a", [(1, 2.0), (5, 3.0)], ACCENT)], "step")
+    has_charts.cache_clear()
+    assert svg == ""
+    assert "pip install &#39;transfuse[report]&#39;" in render(Page("m", "", [Charts([("Loss", svg)])]))

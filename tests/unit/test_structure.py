@@ -20,6 +20,8 @@ EVERYWHERE = {
     "images",
     "rng",
     "version",
+    "report",
+    "charts",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "sequence": set(),
@@ -35,7 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "inference"},
     "presets": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "convert", "training"},
 }
-MAY_IMPORT["studies"] = {*MAY_IMPORT, "studies"}
+MAY_IMPORT["studies"] = {*MAY_IMPORT, "studies", "evaluate"}
+for entry in ("evaluate", "demo", "inspect_data", "inspect_autoencoder"):
+    MAY_IMPORT[entry] = {*MAY_IMPORT, "studies"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, ""}
 
 
@@ -103,11 +107,12 @@ def test_files_and_functions_fit_in_a_sitting() -> None:
 def test_the_core_imports_no_extra() -> None:
     """Nothing on the default path may need an optional package."""
     extras = "transfusion_pytorch torchvision triton transformers diffusers tensorboard wandb trackio"
-    extras += " torchao open_clip lm_eval"
+    extras += " torchao open_clip lm_eval matplotlib"
     code = f"""
 import sys
 for name in {extras.split()!r}: sys.modules[name] = None
 import transfuse.cli, transfuse.presets.recipe, transfuse.inference, transfuse.studies.samples, transfuse.evaluation
+import transfuse.evaluate
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

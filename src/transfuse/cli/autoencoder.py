@@ -81,7 +81,7 @@ def inspect(arguments: Sequence[str]) -> int:
     from ..autoencoders import open_autoencoder
     from ..autoencoders.features import load_features
     from ..evaluation.distances import LEAST
-    from ..studies.inspection import inspect_autoencoder, inspected_images
+    from ..inspect_autoencoder import inspect_autoencoder, inspected_images
 
     opened = open_autoencoder(asked.autoencoder)
     if asked.size < opened.factor or asked.size % opened.factor:

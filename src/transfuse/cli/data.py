@@ -93,7 +93,7 @@ class Inspect:
 
 def inspect(arguments: Sequence[str]) -> int:
     asked = parse(Inspect, arguments, "data inspect")
-    from ..studies.dataset import inspect_sources
+    from ..inspect_data import inspect_sources
 
     report = inspect_sources(asked.sources, asked.out, asked.preset, asked.row_length)
     if asked.json:

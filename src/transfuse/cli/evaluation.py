@@ -84,8 +84,8 @@ def evaluate(arguments: Sequence[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(asked, name)}")
     from dataclasses import fields
 
+    from ..evaluate import run_evaluation
     from ..evaluation import Drawing, EvalConfig
-    from ..studies.evaluate import run_evaluation
 
     options = EvalConfig(**{field.name: getattr(asked, field.name) for field in fields(EvalConfig)})
     report = run_evaluation(

@@ -69,7 +69,7 @@ class Demo:
 
 def demo(arguments: Sequence[str]) -> int:
     """Train a small model on this machine, draw, caption, write, report (about 9 minutes)."""
-    from ..studies.demo import run_demo
+    from ..demo import run_demo
 
     asked = parse(Demo, arguments, "demo")
     code, report = run_demo(asked.run, asked.minutes)

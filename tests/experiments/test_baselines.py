@@ -1,13 +1,15 @@
-"""The study of the rivals, with tiny arms: budgets, equal data, one report."""
+"""The baselines study, with tiny variants: budgets, equal data, one report."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import PIL.Image
 import pytest
 
+from experiments import baselines, common
 from transfuse.errors import UserError
 from transfuse.presets import PRESETS, Recipe
 from transfuse.presets import preset as real_preset
@@ -15,16 +17,13 @@ from transfuse.presets.recipe import build_loader, train_tokenizer
 from transfuse.presets.rivals import by_codes, text_only
 from transfuse.presets.runs import resolve
 from transfuse.presets.sources import open_sources
-from transfuse.studies import arms as arms_module
-from transfuse.studies import rivals
-from transfuse.studies.arms import Effort
 
-ARMS = ("ours", "codes", "text")
-EFFORT = Effort(pictures=6, definitions=2, recogniser_steps=3)
+VARIANTS = ("ours", "codes", "text")
+SIZE = ("--pictures", "6", "--definitions", "2", "--recogniser-steps", "3")
 
 
-def arms(name: str) -> Recipe:
-    if name not in ARMS:
+def variants(name: str) -> Recipe:
+    if name not in VARIANTS:
         return real_preset(name)
     base = real_preset("tiny")
     base = replace(base, preset=name, data=replace(base.data, share_of="documents", text_share=0.5))
@@ -35,38 +34,41 @@ def arms(name: str) -> Recipe:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "preset", arms)
-    monkeypatch.setattr(arms_module, "SURVEYED", 4)
+    monkeypatch.setattr(baselines, "preset", variants)
+    monkeypatch.setattr(common, "SURVEYED", 4)
 
 
 def test_equal_compute_one_table(tmp_path: Path) -> None:
     flops = 3e9
-    code, report = rivals.run_rivals(tmp_path, flops, ARMS, EFFORT, only="codes")
-    assert (code, report) == (0, {}), "the others are still to be trained"
-    began = (tmp_path / "codes" / "export" / "config.json").stat().st_mtime
-    code, report = rivals.run_rivals(tmp_path, flops, ARMS, EFFORT)
+
+    def study(*words: str, flops: float = flops) -> tuple[int, dict[str, Any]]:
+        return baselines.main(["--run", str(tmp_path), "--flops", str(flops), "--presets", *VARIANTS, *SIZE, *words])
+
+    code, report = study("--only", "codes")
+    assert (code, len(report["results"])) == (0, 1)
+    began = (tmp_path / "runs" / "codes" / "export" / "config.json").stat().st_mtime
+    code, report = study()
     assert code == 0
-    assert report["flops"] == flops
-    with pytest.raises(UserError, match=r"budget\.json: expected --flops 3e"):
-        rivals.run_rivals(tmp_path, 2 * flops, ARMS, EFFORT)
-    assert (tmp_path / "codes" / "export" / "config.json").stat().st_mtime == began, "what is finished stays"
-    ours, codes, text = (report["arms"][name] for name in ARMS)
-    for arm in (ours, codes):
-        assert arm["theoretical_flops"] == pytest.approx(flops, rel=0.25), "whole steps of a few samples"
-        assert arm["executed_flops"] > 0
+    with pytest.raises(UserError, match=r"study\.json: expected --flops 3e"):
+        study(flops=2 * flops)
+    assert (tmp_path / "runs" / "codes" / "export" / "config.json").stat().st_mtime == began, "what is finished stays"
+    ours, codes, text = (baselines.variants_of(report)[name] for name in VARIANTS)
+    for variant in (ours, codes):
+        assert variant["theoretical_flops"] == pytest.approx(flops, rel=0.25), "whole steps of a few samples"
+        assert variant["executed_flops"] > 0
         for name in ("noun", "noun_strict", "background", "both", "caption_noun", "caption_background"):
-            low, high = arm[f"{name}_interval"]
-            assert 0 <= low <= arm[name] <= high <= 1
-        assert arm["frechet"] > 0
+            low, high = variant[f"{name}_interval"]
+            assert 0 <= low <= variant[name] <= high <= 1
+        assert variant["frechet"] > 0
     assert ours["images"] > codes["images"], "64 codes cost more than 16 patches"
     assert text["steps"] == ours["steps"], "the same texts"
     assert "noun" not in text
     assert text["images"] == 0
-    assert text["text_targets"] < ours["text_targets"], "captions are left out with the pictures"
-    table = (tmp_path / "report.md").read_text()
+    assert text["text_targets"] < ours["text_targets"], "captions are left out with the images"
+    table = baselines.table(report)
     assert len({line.count("|") for line in table.splitlines()}) == 1, "every row has every column"
     assert "6 N D" in table
-    assert PIL.Image.open(tmp_path / "drawings.png").size[1] >= 3 * 96
+    assert (tmp_path / "report.html").read_text().count("<img") == 2, "the drawings of both"
 
 
 def test_arms_read_equally_much_text_at_equal_positions(tmp_path: Path) -> None:
@@ -84,19 +86,19 @@ def test_arms_read_equally_much_text_at_equal_positions(tmp_path: Path) -> None:
     assert alone["positions"] == alone["positions of glosses"] == pytest.approx(ours["positions"] / 2, rel=0.01)
 
 
-def test_results_of_before_the_strict_judge_make_a_table() -> None:
+def test_a_report_of_before_variants_makes_a_table() -> None:
+    committed = json.loads((Path(__file__).parents[2] / "docs" / "reports" / "rivals.json").read_text())
+    assert "| transfusion-32 | chameleon-32 | llama-32 |" in baselines.table(committed)
     old = {"noun": 0.5, "noun_interval": [0.25, 0.75]}
     new = {**old, "noun_strict": 0.125, "noun_strict_interval": [0.0, 0.5]}
-    rows = [line for line in rivals.table({"arms": {"old": old, "new": new}}).splitlines() if "noun right" in line]
+    rows = [line for line in baselines.table({"arms": {"old": old, "new": new}}).splitlines() if "noun right" in line]
     assert "|  | 12.5% (0.0% to 50.0%) |" in rows[0]
     assert rows[1].count("50.0% (25.0% to 75.0%)") == 2
 
 
-def test_arms_that_do_not_go_together(tmp_path: Path) -> None:
+def test_presets_that_do_not_compare(tmp_path: Path) -> None:
     assert "latent-64" in PRESETS
     with pytest.raises(UserError, match="presets of one world, mixture, vocabulary and seed"):
-        rivals.run_rivals(tmp_path, 1e9, ("ours", "latent-64"), EFFORT)
-    with pytest.raises(UserError, match='--only: expected one of ours, found "codes"'):
-        rivals.run_rivals(tmp_path, 1e9, ("ours",), EFFORT, only="codes")
+        baselines.plan_baselines(tmp_path, 1e9, ("ours", "latent-64"))
     with pytest.raises(UserError, match="expected a budget"):
-        rivals.run_rivals(tmp_path, 0, ARMS, EFFORT)
+        baselines.plan_baselines(tmp_path, 0, VARIANTS)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.ablations import COMPARISONS, PIECES, ROWS, ablations_page, analyse, changed, plan_ablations, summary
+from experiments.paper_results import ABLATIONS
 from transfuse.cli.parsing import parse_run
 from transfuse.errors import UserError
 from transfuse.presets import preset
-from transfuse.studies.ablations import COMPARISONS, PIECES, ROWS, analyse, changed, plan_ablations
-from transfuse.studies.ablations_page import ablations_page, summary
-from transfuse.studies.published import ABLATIONS
+from transfuse.report import render
 
 DOCS = Path(__file__).parents[2] / "docs" / "rivals.md"
 ALL = ROWS | PIECES
@@ -44,10 +44,10 @@ def test_every_number_of_the_paper_has_a_row_and_the_orderings_their_signs() -> 
         assert value is not None
         return value
 
-    assert of("Table 5", "patches of a picture that see each other, linear", "distance") == pytest.approx(-41.0)
+    assert of("Table 5", "bidirectional attention within an image, linear", "distance") == pytest.approx(-41.0)
     assert of("Table 7", "U-Net for linear", "distance") == pytest.approx(-3.6)
     assert of("Table 6", "how much more linear", "distance") == pytest.approx(23.2 + 0.6)
-    assert of("Table 8", "a limit", "captions") == pytest.approx(4.0)
+    assert of("Table 8", "a noise cap", "captions") == pytest.approx(4.0)
     costs = [of("Table 4", part, "text") for part in ("what diffusion", "the stability set alone", "what learning")]
     assert all(cost > 0 for cost in costs), "Llama < Transfusion < stability set < Chameleon"
     assert expected["", "Chameleon with no-qk-norm"].expected("text") is None
@@ -66,7 +66,7 @@ def test_changes_go_where_they_are_named() -> None:
 def run(row: str, seed: int, **values: float) -> dict[str, object]:
     facts = {"theoretical_flops": 1.0, "positions": 1.0, "steps": 1, "parameters": 1, "size": "s", "budget": 1e6}
     facts |= {"text_targets": 1.0, "images": 1.0, "definition_positions": 0.5}
-    return {"run": f"{row}-seed{seed}", "arm": row, "seed": seed, **facts, **values}
+    return {"run": f"{row}-seed{seed}", "variant": row, "seed": seed, **facts, **values}
 
 
 def test_verdicts_of_made_up_results() -> None:
@@ -74,13 +74,13 @@ def test_verdicts_of_made_up_results() -> None:
     results = [run(row, seed, frechet=some[seed]) for row, some in distances.items() for seed in range(3)]
     results += [run("llama", seed, text_perplexity=10.0 + seed) for seed in range(2)]
     results += [run("transfusion-x", 0, text_perplexity=1.0)]
-    report = analyse([one for one in results if one["arm"] != "transfusion-x"])
+    report = analyse([one for one in results if one["variant"] != "transfusion-x"])
     found = {(one["table"], one["measure"]): one for one in report["comparisons"]}
-    assert found["Table 5", "distance"]["verdict"] == "reproduced"
+    assert found["Table 5", "distance"]["significance"] == "reproduced"
     assert found["Table 5", "distance"]["mean"] == pytest.approx(-119 / 3)
-    assert found["Table 7", "distance"]["verdict"] == "not reproduced", "the paper's U-Net is nearer"
+    assert found["Table 7", "distance"]["significance"] == "not reproduced", "the paper's U-Net is nearer"
     assert ("Table 4", "text") not in found, "a row alone is compared with nothing"
-    page = ablations_page(report, Path())
+    page = render(ablations_page(report, Path()))
     assert "1 reproduced, 1 not reproduced, 0 undecided" in page
     assert summary(report).count("\n| Table") == 2
 
@@ -90,17 +90,17 @@ def test_rows_that_read_unequally_much_have_no_verdict_on_text() -> None:
     results = [run("llama-stable", seed, text_perplexity=100.0 + seed) for seed in range(3)]
     results += [run("chameleon", seed, text_perplexity=180.0 - seed) for seed in range(3)]
     (equal,) = analyse(results)["comparisons"]
-    assert equal["verdict"] == "reproduced"
+    assert equal["significance"] == "reproduced"
     for one in results[3:]:
         one["definition_positions"] = 0.2
     (unequal,) = analyse(results)["comparisons"]
-    assert unequal["verdict"] == "not comparable: one reads 2.5 times the text"
+    assert unequal["significance"] == "not comparable: one reads 2.5 times the text"
     assert unequal["mean"] == equal["mean"], "the difference stays to be seen"
     for one in results:  # results of earlier versions tell by their steps
         del one["definition_positions"]
-    assert analyse(results)["comparisons"][0]["verdict"] == "reproduced"
+    assert analyse(results)["comparisons"][0]["significance"] == "reproduced"
     results[0]["steps"] = 3
-    assert analyse(results)["comparisons"][0]["verdict"] == "not comparable: one reads 3 times the text"
+    assert analyse(results)["comparisons"][0]["significance"] == "not comparable: one reads 3 times the text"
 
 
 def test_results_of_two_sizes_or_budgets_are_not_compared() -> None:

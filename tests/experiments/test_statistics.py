@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments import paper_results
+from experiments.statistics import Bounds, Point, fit, geometric_mean, largest, parity
 from transfuse.model.flops import count_parameters
 from transfuse.presets import preset
-from transfuse.studies import published
-from transfuse.studies.power_law import Bounds, Point, fit, middle, parity, reference
 
 SLOPES = st.floats(0.02, 1.5)
 COSTS = (1e12, 3e12, 1e13, 3e13, 1e14)
@@ -38,7 +38,7 @@ def test_the_ratio_of_two_laws_is_found(slope: float, intercept: float, ratio: f
         assert found.low == pytest.approx(ratio, rel=1e-5)
         assert found.high == pytest.approx(ratio, rel=1e-5)
         assert not found.extrapolated
-        assert found.below_one() == "reproduced"
+        assert found.is_cheaper() == "reproduced"
 
 
 @given(
@@ -124,8 +124,8 @@ def test_what_can_not_be_said_is_not_said() -> None:
         found = parity(few, rivals, "lower")
         assert found.ratio is None
         assert "too few points: expected 3 of different cost" in found.note
-        assert found.below_one() == "undecided"
-    assert parity(rivals, [], "lower").note == "the rival has no point that counts"
+        assert found.is_cheaper() == "undecided"
+    assert parity(rivals, [], "lower").note == "the baseline has no point that counts"
     seeds = [Point(cost, value) for cost, value in ((1.0, 1.0), (1.01, 0.9), (1.02, 0.8), (3.0, 0.7))]
     assert parity(seeds, rivals, "lower").ratio is None, (
         "seeds of one run are one cost, whatever the slope through them"
@@ -139,7 +139,7 @@ def test_what_can_not_be_said_is_not_said() -> None:
     assert far.ratio is None
     assert "more than 100 times beyond the points" in far.note
     few_rivals = parity(law(-0.3, 0.0), law(-0.3, 0.1, COSTS[:2]), "lower", "fitted")
-    assert "too few points of the rival" in few_rivals.note
+    assert "too few points of the baseline" in few_rivals.note
     assert fit([]) is None
     assert fit([Point(1.0, 1.0), Point(1.0, 2.0)]) is None
 
@@ -149,35 +149,35 @@ def test_beyond_the_points_is_called_so_and_decides_nothing_alone() -> None:
     cheap = parity(ours, [Point(1e15, ours[0].value * 1.2)], "lower")
     assert cheap.extrapolated
     assert "cheaper than any point" in cheap.note
-    assert cheap.below_one() == "reproduced", "the cheapest point is cheaper than the rival, and better"
+    assert cheap.is_cheaper() == "reproduced", "the cheapest point is cheaper than the rival, and better"
     assert cheap.ratio is not None
-    assert cheap.needed < cheap.cheapest
+    assert cheap.needed < cheap.smallest
     # Only the line, followed below its cheapest point, says that more is needed than 1e11.
     below = parity(ours, [Point(1e11, ours[0].value * 1.05)], "lower")
     assert below.ratio is not None
     assert below.ratio > 1
     assert below.low is not None
     assert below.low > 1
-    assert below.below_one() == "undecided"
-    assert parity(ours, [Point(1e12, ours[1].value)], "lower").below_one() == "not reproduced", "between the points"
+    assert below.is_cheaper() == "undecided"
+    assert parity(ours, [Point(1e12, ours[1].value)], "lower").is_cheaper() == "not reproduced", "between the points"
     # And only the line, followed beyond its dearest, says that less than 1e15 is needed.
     dear = parity(ours, [Point(1e15, ours[-1].value * 0.9)], "lower")
-    assert "dearer than any point" in dear.note
+    assert "more expensive than any point" in dear.note
     assert dear.ratio is not None
     assert dear.high is not None
     assert dear.high < 1
-    assert dear.below_one() == "undecided"
+    assert dear.is_cheaper() == "undecided"
     short = parity(ours, [Point(2e13, ours[-1].value * 0.9)], "lower")
     assert short.extrapolated
-    assert short.below_one() == "not reproduced", "our dearest point costs more than the rival, and is worse"
+    assert short.is_cheaper() == "not reproduced", "our dearest point costs more than the rival, and is worse"
 
 
 def test_a_slope_of_doubtful_sign_has_no_interval() -> None:
     noisy = [Point(cost, value) for cost, value in zip(COSTS, (1.0, 1.3, 0.9, 1.25, 0.95), strict=True)]
     found = parity(noisy, [Point(1e13, 1.05)], "lower")
     assert found.low is None
-    assert "can not be told from none" in found.note
-    assert found.below_one() == "undecided"
+    assert "cannot be distinguished from 0" in found.note
+    assert found.is_cheaper() == "undecided"
 
 
 def test_weak_points_are_left_out_by_footnote_16() -> None:
@@ -185,51 +185,51 @@ def test_weak_points_are_left_out_by_footnote_16() -> None:
     assert [point.label for point in kept] == ["a"]
     assert [(point.label, why) for point, why in out] == [("b", "above 100"), ("c", "not positive")]
     assert Bounds(least=17).split([Point(1, 16.9)])[1][0][1] == "below 17"
-    rules = {name: bounds for name, (_, bounds) in published.MEASURES.items()}
+    rules = {name: bounds for name, (_, bounds) in paper_results.MEASURES.items()}
     assert (rules["FID"].most, rules["CLIP"].least, rules["CIDEr"].least) == (100, 17, 4)
 
 
 def test_the_reference_is_the_dearest_run_or_the_mean_of_its_seeds() -> None:
-    found = middle(reference([Point(1, 5.0), Point(10, 2.0), Point(10.1, 8.0)]))
+    found = geometric_mean(largest([Point(1, 5.0), Point(10, 2.0), Point(10.1, 8.0)]))
     assert (found.cost, found.value) == pytest.approx((math.sqrt(101), 4.0))
-    assert reference([]) == []
+    assert largest([]) == []
 
 
 # --- the paper's own points -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(6), ids=list(published.MEASURES))
+@pytest.mark.parametrize("number", range(6), ids=list(paper_results.MEASURES))
 def test_the_papers_points_give_its_ratios(number: int) -> None:
     """As far as they can: text to a twentieth of what was printed; of images the printed points are not Figure 5's."""
-    measure = list(published.MEASURES)[number]
-    found = published.published_parity(measure)
-    assert found.ratio == pytest.approx(published.REFITTED[number], abs=0.00051)
+    measure = list(paper_results.MEASURES)[number]
+    found = paper_results.paper_parity(measure)
+    assert found.ratio == pytest.approx(paper_results.REFITTED[number], abs=0.00051)
     assert found.count == 5
     if measure == "FID":  # four points, by no means on a line
         assert found.low is None
     else:
         assert found.low is not None
         assert found.high is not None
-        assert found.low < published.PRINTED[number] < found.high
-    assert found.below_one() == ("reproduced" if measure == "Llama suite" else "undecided"), "five points are few"
+        assert found.low < paper_results.PRINTED[number] < found.high
+    assert found.is_cheaper() == ("reproduced" if measure == "Llama suite" else "undecided"), "five points are few"
     if number < 3:
-        assert found.ratio == pytest.approx(published.PRINTED[number], rel=0.05)
+        assert found.ratio == pytest.approx(paper_results.PRINTED[number], rel=0.05)
 
 
 def test_the_papers_slopes() -> None:
     wanted = (-0.172, -0.190, 0.088, 0.384, -0.160, 0.066)
-    for measure, slope in zip(published.MEASURES, wanted, strict=True):
-        line = fit(published.points(published.LINEAR, measure))
+    for measure, slope in zip(paper_results.MEASURES, wanted, strict=True):
+        line = fit(paper_results.points(paper_results.LINEAR, measure))
         assert line is not None
         assert line.slope == pytest.approx(slope, abs=0.00051)
 
 
 def test_the_papers_sizes_are_the_presets() -> None:
-    for size, parameters in published.SIZES.items():
+    for size, parameters in paper_results.SIZES.items():
         assert count_parameters(preset(size).model).transformer == parameters
 
 
 def test_fid_is_reached_cheapest() -> None:
     """The sixth of the orderings that a small run is held against: below 1 in all, least in FID."""
-    ratios = {measure: published.published_parity(measure).ratio for measure in published.MEASURES}
+    ratios = {measure: paper_results.paper_parity(measure).ratio for measure in paper_results.MEASURES}
     assert min(ratios, key=lambda name: ratios[name] or 9) == "FID"

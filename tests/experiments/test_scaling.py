@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
+from experiments import ablations
+from experiments.common import EvalSize, Study, check_grid, read_result, write_report
+from experiments.scaling import AXES, MEASURES, analyse, plan_scaling, plot, scaling_page, summary, write
 from transfuse.cli import run
 from transfuse.errors import UserError
-from transfuse.studies.arms import Effort
-from transfuse.studies.charts import _log_ticks
-from transfuse.studies.queue import Queue, write_report
-from transfuse.studies.scaling import AXES, MEASURES, analyse, check_grid, plan_scaling
-from transfuse.studies.scaling_page import scaling_figures, scaling_page, summary
+from transfuse.report import render
 
 SIZES = {"xs": 1e6, "s": 3e6, "m": 6e6}
 BUDGETS = (1e6, 4e6)
@@ -31,7 +30,7 @@ def result(arm: str, size: str, budget: float, seed: int = 0, **changes: Any) ->
     worth = flops * (RATIO if arm == "chameleon" else 1.0) / 1e13
     found: dict[str, Any] = {
         "run": f"{arm}-{size}-{budget:g}-seed{seed}",
-        "arm": arm,
+        "variant": arm,
         "size": size,
         "budget": budget,
         "seed": seed,
@@ -68,7 +67,7 @@ def grid(*arms: str, seeds: int = 1) -> list[dict[str, Any]]:
 def test_perplexities_of_arms_that_read_unequally_much_are_not_compared(read: float, comparable: bool) -> None:
     results = grid("transfusion", "chameleon")
     for one in results:
-        if one["arm"] == "chameleon":
+        if one["variant"] == "chameleon":
             one["definition_positions"] = read * one["positions"]
     parity = analyse(results)["parity"]["flops"]
     found = parity["text_perplexity"]["transfusion"]["observed"]
@@ -85,7 +84,7 @@ def test_the_ratio_is_found_for_every_measure_and_way_of_counting(seeds: int) ->
             for target in ("observed", "fitted"):
                 found = report["parity"][axis][measure.key]["transfusion"][target]
                 assert found["ratio"] == pytest.approx(RATIO * times, rel=1e-6), (measure.key, axis)
-                assert found["below_one"] == "reproduced"
+                assert found["is_cheaper"] == "reproduced"
         alone = report["parity"]["same size"][measure.key]["transfusion"]["observed"]
         assert "too few points: expected 3 of different cost, found 2" in alone["note"], (
             "two budgets, whatever the seeds"
@@ -94,9 +93,9 @@ def test_the_ratio_is_found_for_every_measure_and_way_of_counting(seeds: int) ->
 
 def test_a_small_run_on_a_slow_machine_is_no_result_to_equal() -> None:
     results = grid("transfusion", "chameleon")
-    slow = next(one for one in results if (one["arm"], one["size"], one["budget"]) == ("chameleon", "xs", 1e6))
+    slow = next(one for one in results if (one["variant"], one["size"], one["budget"]) == ("chameleon", "xs", 1e6))
     slow["seconds"] = 1e9
-    dearest = max((one for one in results if one["arm"] == "chameleon"), key=lambda one: one["theoretical_flops"])
+    dearest = max((one for one in results if one["variant"] == "chameleon"), key=lambda one: one["theoretical_flops"])
     found = analyse(results)["parity"]["seconds"]["text_perplexity"]["transfusion"]["observed"]
     assert found["target"] == pytest.approx(dearest["text_perplexity"])
     assert found["cost"] == pytest.approx(dearest["seconds"])
@@ -113,11 +112,11 @@ def test_what_says_nothing_is_left_out_and_named() -> None:
     assert report["lines"]["caption_cider"]["transfusion"]["left_out"] == {}
     assert report["parity"]["flops"]["noun"]["transfusion"]["observed"]["count"] == len(results) / 2 - 1
     assert report["parity"]["flops"]["noun"]["transfusion"]["observed"]["ratio"] == pytest.approx(RATIO)
-    weak = max((one for one in results if one["arm"] == "chameleon"), key=lambda one: one["theoretical_flops"])
+    weak = max((one for one in results if one["variant"] == "chameleon"), key=lambda one: one["theoretical_flops"])
     weak |= {"noun": 0.0, "noun_interval": [0.0, 0.01]}
     found = analyse(results)["parity"]["flops"]["frechet"]["transfusion"]["observed"]
     assert found["ratio"] is None
-    assert "the rival's dearest run does not count" in found["note"]
+    assert "the baseline's largest run does not count" in found["note"]
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -138,7 +137,7 @@ def test_runs_that_a_cheaper_one_of_their_arm_beats_are_no_law(seeds: int) -> No
     lines = analyse([*good, *waste])["lines"]["text_perplexity"]
     for arm in ("transfusion", "chameleon"):
         reasons = lines[arm]["left_out"]
-        assert reasons.keys() == {one["run"] for one in waste if one["arm"] == arm}
+        assert reasons.keys() == {one["run"] for one in waste if one["variant"] == arm}
         assert all("is cheaper and better" in reason for reason in reasons.values())
 
 
@@ -174,7 +173,7 @@ def test_seconds_of_different_machines_are_marked(other: dict[str, Any]) -> None
     report = analyse(results)["parity"]
     seconds = report["seconds"]["frechet"]["transfusion"]["observed"]
     assert "different machines" in seconds["note"]
-    assert (seconds["ratio"], seconds["below_one"]) == (None, "undecided")
+    assert (seconds["ratio"], seconds["is_cheaper"]) == (None, "undecided")
     assert "different machines" not in report["flops"]["frechet"]["transfusion"]["observed"]["note"]
 
 
@@ -183,21 +182,21 @@ def test_without_the_rival_or_pictures_nothing_is_made_up() -> None:
     assert list(report["lines"]["text_perplexity"]) == ["llama"]
     assert report["lines"]["frechet"] == {}
     found = report["parity"]["flops"]["text_perplexity"]["llama"]["observed"]
-    assert (found["ratio"], found["note"]) == (None, "no run of the rival is done")
+    assert (found["ratio"], found["note"]) == (None, "no run of the baseline is done")
 
 
 def test_the_report_is_made_of_the_results_or_of_an_earlier_report(tmp_path: Path) -> None:
     """Figures too, and the same ones: a report that was moved elsewhere is enough."""
     (tmp_path / "results").mkdir()
-    failed = {"run": "llama-l", "arm": "llama", "why": "step 3: a loss <of> nan"}
+    failed = {"run": "llama-l", "variant": "llama", "why": "step 3: a loss <of> nan"}
     (tmp_path / "failures").mkdir()
     (tmp_path / "failures" / "llama-l.json").write_text(json.dumps(failed))
     for one in grid("transfusion", "chameleon", "llama"):
         (tmp_path / "results" / f"{one['run']}.json").write_text(json.dumps(one))
-    report = write_report(tmp_path, analyse, scaling_page, scaling_figures)
+    report = write(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "a loss &lt;of&gt; nan" in page
-    assert page.count('<svg class="chart"') == len(MEASURES)
+    assert page.count("<svg") == len(MEASURES)
     assert f"{RATIO:g} (" in summary(report)
     (tmp_path / "moved").mkdir()
     (tmp_path / "moved" / "report.json").write_text((tmp_path / "report.json").read_text())
@@ -215,7 +214,9 @@ def test_the_report_is_made_of_the_results_or_of_an_earlier_report(tmp_path: Pat
 
 def test_numbers_of_the_page_are_finite() -> None:
     """In every attribute that places something."""
-    for svg in scaling_figures(analyse(grid("transfusion", "chameleon", "llama"))).values():
+    report = analyse(grid("transfusion", "chameleon", "llama"))
+    for svg in [plot(report, measure) for measure in MEASURES]:
+        assert svg
         assert "nan" not in svg
         assert "inf" not in svg.replace("infi", "")
     assert all(math.isfinite(one["theoretical_flops"]) for one in grid("llama"))
@@ -232,17 +233,25 @@ def test_grids_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--budgets: expected positive numbers of positions, found nan"):
         check_grid(budgets=(1e6, math.nan))
     with pytest.raises(UserError, match="expected runs of different names, found llama-xxs-1M-seed0 twice"):
-        Queue(tmp_path, plan_scaling(tmp_path, ("llama",), ("xxs",), (1e6, 1e6 + 1), (0,)), Effort(), {})
+        Study(tmp_path, plan_scaling(tmp_path, ("llama",), ("xxs",), (1e6, 1e6 + 1), (0,)), EvalSize(), {})
     with pytest.raises(UserError, match='size: unknown name "x"'):
         plan_scaling(tmp_path, ("transfusion",), ("x",), (1e3,), (0,))
     with pytest.raises(UserError, match='arm: unknown name "camel"; did you mean "chameleon"'):
         plan_scaling(tmp_path, ("camel",), ("xs",), (1e3,), (0,))
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(169.0, 199.0), (0.5, 0.98), (6.0, 11.0), (1e12, 1e14), (3.0, 3.2), (0.9, 4.4)]
-)
-def test_an_axis_has_several_numbers_however_narrow(low: float, high: float) -> None:
-    ticks = _log_ticks(low, high)
-    assert 2 <= len(ticks) <= 9
-    assert all(low <= tick <= high for tick in ticks)
+@pytest.mark.parametrize("study", ["scaling", "ablations", "ablations-patches"])
+def test_committed_results_stay_readable(study: str) -> None:
+    """Results from before `arm` was called `variant`, those of several seeds and sizes."""
+    folder = Path(__file__).parents[2] / "docs" / "reports" / study / "results"
+    results = [read_result(path) for path in sorted(folder.glob("*.json"))]
+    assert results
+    assert all("variant" in one and "arm" not in one for one in results)
+    if study == "scaling":
+        report = analyse(results)
+        assert "variant" in render(scaling_page(report, folder.parent))
+        assert "| Perplexity of unseen definitions | transfusion |" in summary(report)
+    else:
+        report = ablations.analyse(results)
+        assert "Table " in render(ablations.ablations_page(report, folder.parent))
+        assert report["comparisons"]

@@ -13,21 +13,21 @@ from typing import Any
 
 import pytest
 
+from experiments import common, evaluation
+from experiments.statistics import paired, weighted_sums
 from transfuse.cli import run
-from transfuse.studies import arms as arms_module
-from transfuse.studies import queue as queue_module
-from transfuse.studies.arms import Exam
-from transfuse.studies.verdicts import combined, paired
+from transfuse.errors import UserError
+from transfuse.presets import preset
 from transfuse.training import DivergedError
 
 
 @pytest.fixture(autouse=True)
 def _few_surveyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arms_module, "SURVEYED", 2)
+    monkeypatch.setattr(common, "SURVEYED", 2)
 
 
 QUICK = ["--pictures", "2", "--definitions", "2", "--recogniser-steps", "2"]
-SCALING = ["study", "scaling", "--arms", "transfusion", "llama", "--sizes", "xxs", "--budgets", "1e3", *QUICK]
+SCALING = ["study", "scaling", "--variants", "transfusion", "llama", "--sizes", "xxs", "--budgets", "1e3", *QUICK]
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -38,21 +38,21 @@ def test_killed_between_training_and_measuring(tmp_path: Path, monkeypatch, caps
     """What was trained is not trained again; what was measured is not measured again; the report comes from files."""
     command = [*SCALING, "--run", str(tmp_path)]
     trained: list[str] = []
-    train, take = queue_module.train_run, Exam.take
+    train, take = common.train_run, common.evaluate_run
 
     def counted(recipe: Any, folder: Path) -> Any:
         trained.append(folder.name)
         return train(recipe, folder)
 
-    def killed(exam: Exam, folder: Path) -> Any:
+    def killed(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(queue_module, "train_run", counted)
-    monkeypatch.setattr(Exam, "take", killed)
+    monkeypatch.setattr(common, "train_run", counted)
+    monkeypatch.setattr(common, "evaluate_run", killed)
     assert run(command) == 130
     assert len(trained) == 1
     assert not results(tmp_path)
-    monkeypatch.setattr(Exam, "take", take)
+    monkeypatch.setattr(common, "evaluate_run", take)
     assert run(command) == 0
     assert sorted(trained) == sorted(results(tmp_path)) == ["llama-xxs-1k-seed0", "transfusion-xxs-1k-seed0"]
     assert not (tmp_path / "runs" / trained[0] / "checkpoints").exists(), "done: its checkpoints go"
@@ -70,8 +70,8 @@ def test_killed_between_training_and_measuring(tmp_path: Path, monkeypatch, caps
     assert capsys.readouterr().out.count("  done  ") == 2
     assert run([*command, "--only", "llama-xs"]) == 2
     assert 'no run "llama-xs"' in capsys.readouterr().err
-    assert run([*command, "--index", "2"]) == 2
-    assert "--index: expected 0 to 1, found 2" in capsys.readouterr().err
+    assert run([*command, "--index", "2", "--of", "2"]) == 2
+    assert "--index: expected 0 to 1 as --of is 2, without --only; found 2" in capsys.readouterr().err
 
 
 def test_otherwise_measured_runs_are_not_mixed(
@@ -81,7 +81,7 @@ def test_otherwise_measured_runs_are_not_mixed(
     assert run(command) == 0
     assert run([*command, "--pictures", "3"]) == 2
     assert "study.json" in capsys.readouterr().err
-    monkeypatch.setattr(arms_module, "glosses", lambda split: ["crab: a decapod"])  # as another version holds out
+    monkeypatch.setattr(evaluation, "glosses", lambda split: ["crab: a decapod"])  # as another version holds out
     assert run(command) == 2
     assert "study.json: expected --definitions 2, found 1" in capsys.readouterr().err
 
@@ -127,11 +127,11 @@ def test_a_run_of_another_plan_is_not_gone_on_with(tmp_path: Path, capsys: pytes
 def test_machines_are_those_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained in two sittings on two processors, measured on a third: seconds are of the first two."""
     command = [*SCALING, "--run", str(tmp_path), "--only", "llama-*"]
-    train, take = queue_module.train_run, Exam.take
+    train, take = common.train_run, common.evaluate_run
     for name, at in (("one", "train_run"), ("two", "take"), ("three", "")):
-        monkeypatch.setattr(queue_module, "processor_name", lambda name=name: name)
-        monkeypatch.setattr(queue_module, "train_run", _interrupted if at == "train_run" else train)
-        monkeypatch.setattr(Exam, "take", _interrupted if at == "take" else take)
+        monkeypatch.setattr(common, "processor_name", lambda name=name: name)
+        monkeypatch.setattr(common, "train_run", _interrupted if at == "train_run" else train)
+        monkeypatch.setattr(common, "evaluate_run", _interrupted if at == "take" else take)
         assert run(command) == (130 if at else 0)
     (result,) = results(tmp_path).values()
     assert result["machine"]["processor"] == "one, then two"
@@ -151,7 +151,7 @@ def test_drawings_of_a_study_have_one_judge(tmp_path: Path, capsys: pytest.Captu
     result.with_stem("elsewhere").write_text(json.dumps({**facts, "judge": "01234567"}))
     result.unlink()
     assert run(command) == 2
-    assert f"expected that of the results there, 01234567, found {facts['judge']}" in capsys.readouterr().err
+    assert f"expected the judge of the results there, 01234567, found {facts['judge']}" in capsys.readouterr().err
     assert not result.exists()
 
 
@@ -164,8 +164,8 @@ def started(folder: Path, *more: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_killed_while_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`kill -9`: the claim stays behind, is taken over at once, and the run goes on from its checkpoint."""
-    long = ("--arms", "transfusion", "--budgets", "4e5")
+    """`kill -9`: the system releases the lock, and the run resumes from its checkpoint."""
+    long = ("--variants", "transfusion", "--budgets", "4e5")
     child = started(tmp_path, *long)
     checkpoints = tmp_path / "runs" / "transfusion-xxs-400k-seed0" / "checkpoints"
     until = time.monotonic() + 240
@@ -177,42 +177,40 @@ def test_killed_while_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not results(tmp_path)
     assert run([*SCALING, *long, "--run", str(tmp_path)]) == 0
     said = capsys.readouterr().err
-    assert "transfusion-xxs-400k-seed0: taken over from" in said
     assert "going on from step" in said
     assert len(results(tmp_path)) == 1
 
 
 def test_a_run_that_diverges_does_not_hold_the_others_up(tmp_path: Path, monkeypatch, capsys) -> None:
     command = [*SCALING, "--run", str(tmp_path)]
-    train = queue_module.train_run
+    train = common.train_run
 
     def diverging(recipe: Any, folder: Path) -> Any:
         if folder.name.startswith("llama"):
             raise DivergedError("step 2: a loss is nan")
         return train(recipe, folder)
 
-    monkeypatch.setattr(queue_module, "train_run", diverging)
+    monkeypatch.setattr(common, "train_run", diverging)
     assert run(command) == 0
     assert list(results(tmp_path)) == ["transfusion-xxs-1k-seed0"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(one["run"], one["why"]) for one in report["failures"]] == [("llama-xxs-1k-seed0", "step 2: a loss is nan")]
-    monkeypatch.setattr(queue_module, "train_run", train)
+    monkeypatch.setattr(common, "train_run", train)
     assert run(command) == 0
     assert len(results(tmp_path)) == 1, "not by itself"
     (tmp_path / "failures" / "llama-xxs-1k-seed0.json").rename(tmp_path / "aside")
-    queue = queue_module.Queue.state
+    lock = common.try_lock
 
-    def fails_meanwhile(self: Any, run: Any) -> Any:
-        """Another process finds out, between this one's plan and its turn."""
-        found = queue(self, run)
+    def fails_meanwhile(folder: Path, name: str) -> Any:
+        """Another process fails, between this one's plan and its turn."""
         if (tmp_path / "aside").exists():
             (tmp_path / "aside").rename(tmp_path / "failures" / "llama-xxs-1k-seed0.json")
-        return found
+        return lock(folder, name)
 
-    monkeypatch.setattr(queue_module.Queue, "state", fails_meanwhile)
+    monkeypatch.setattr(common, "try_lock", fails_meanwhile)
     assert run(command) == 0
     assert len(results(tmp_path)) == 1, "not again by each process"
-    monkeypatch.setattr(queue_module.Queue, "state", queue)
+    monkeypatch.setattr(common, "try_lock", lock)
     assert run([*command, "--only", "llama-*"]) == 0
     assert len(results(tmp_path)) == 2
     assert not json.loads((tmp_path / "report.json").read_text())["failures"]
@@ -221,7 +219,7 @@ def test_a_run_that_diverges_does_not_hold_the_others_up(tmp_path: Path, monkeyp
 def test_torchruns_processes_are_refused(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "positions.json").write_text("{}")
-    monkeypatch.setattr(queue_module.Survey, "__call__", lambda self, recipe: 900.0)
+    monkeypatch.setattr(common, "surveyed", lambda folder, recipe: 900.0)
     assert run([*SCALING, "--run", str(tmp_path)]) == 2
     assert "start the command several times instead" in capsys.readouterr().err
 
@@ -249,7 +247,7 @@ def test_the_smoke_script_runs_end_to_end(tmp_path: Path) -> None:
     first, folder = start(), tmp_path / "runs" / "smoke"
     assert first.returncode == 0, first.stderr
     assert len(results(folder)) == 4 * 3
-    assert "| Perplexity of unread definitions | transfusion |" in first.stdout
+    assert "| Perplexity of unseen definitions | transfusion |" in first.stdout
     assert len(list((folder / "figures").glob("*.svg"))) >= 3
     second = start()
     assert second.returncode == 0
@@ -266,16 +264,16 @@ def test_verdicts() -> None:
     same = paired([0.3, 0.3, 0.3])
     assert (same.mean, same.low, same.high) == pytest.approx((0.3, 0.3, 0.3))
     found = paired([1.0, 2.0, 3.0])
-    margin = 4.303 * 1.0 / math.sqrt(3)
+    margin = 4.302653 * 1.0 / math.sqrt(3)
     assert (found.low, found.high) == pytest.approx((2 - margin, 2 + margin))
-    assert found.verdict(1.0) == "undecided", "the interval holds 0"
-    assert paired([1.0, 1.1, 0.9]).verdict(0.4) == "reproduced"
-    assert paired([1.0, 1.1, 0.9]).verdict(-0.4) == "not reproduced"
-    assert paired([1.0, 1.1, 0.9]).verdict(0.1, rounding=0.1) == "no direction"
-    assert paired([1.0]).verdict(1.0) == "undecided", "one seed says nothing"
+    assert found.significance(1.0) == "undecided", "the interval holds 0"
+    assert paired([1.0, 1.1, 0.9]).significance(0.4) == "reproduced"
+    assert paired([1.0, 1.1, 0.9]).significance(-0.4) == "not reproduced"
+    assert paired([1.0, 1.1, 0.9]).significance(0.1, rounding=0.1) == "no direction"
+    assert paired([1.0]).significance(1.0) == "undecided", "one seed says nothing"
     values = {"a": {0: 1.0, 1: 2.0}, "b": {1: 5.0, 2: 7.0}}
-    assert combined({"a": -1, "b": 1}, values) == [3.0], "of the seeds that both have"
-    assert combined({"a": 1, "c": 1}, values) == []
+    assert weighted_sums({"a": -1, "b": 1}, values) == [3.0], "of the seeds that both have"
+    assert weighted_sums({"a": 1, "c": 1}, values) == []
 
 
 def test_ablations_differ_by_what_they_are_named_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,7 +296,7 @@ def test_ablations_differ_by_what_they_are_named_for(tmp_path: Path, capsys: pyt
 def test_image_editing_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["train", "tiny", "--run", str(tmp_path / "run"), "--loop.steps", "2", "--data.world.max-objects", "2"]
     assert run(tiny) == 0
-    asked = ["study", "image-editing", "--start", str(tmp_path / "run" / "export"), "--run", str(tmp_path / "study")]
+    asked = ["study", "editing", "--start", str(tmp_path / "run" / "export"), "--run", str(tmp_path / "study")]
     asked += ["--triples", "8", "--epochs", "1", "--batch", "4", "--count", "6", "--judge-steps", "2"]
     assert run(asked) == 0
     report = json.loads((tmp_path / "study" / "report.json").read_text())
@@ -319,3 +317,45 @@ def test_image_editing_before_and_after(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "run" / "export" / "generation_config.json").write_text('{"guidance_scale": 2.0}')
     assert run(asked) == 2
     assert "study.json: expected --start " in capsys.readouterr().err
+
+
+def test_a_lock_is_held_by_one_and_released(tmp_path: Path) -> None:
+    with common.try_lock(tmp_path, "a") as first, common.try_lock(tmp_path, "a") as second:
+        assert (first, second) == (True, False)
+        with common.try_lock(tmp_path, "ab") as other:
+            assert other, "names that begin alike are two"
+    with common.try_lock(tmp_path, "a") as again:
+        assert again
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="expected a folder to write to"):
+        common.lock(tmp_path / "file", "a")
+
+
+def test_jobs_of_an_array_share_the_runs(tmp_path: Path) -> None:
+    runs = [common.StudyRun(f"run-{n}", preset("tiny"), {}, 1.0) for n in range(5)]
+    study = common.Study(tmp_path, runs, common.EvalSize(), {})
+    jobs = [{run.name for run in study.chosen(index=index, of=2)} for index in range(2)]
+    assert jobs[0] | jobs[1] == {run.name for run in runs}
+    assert not jobs[0] & jobs[1]
+    with pytest.raises(UserError, match="--index: expected 0 to 1"):
+        study.chosen(only=("run-1",), index=0, of=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["rivals"], "rivals is now called baselines"),
+        (["image-editing"], "image-editing is now called editing"),
+        (["scaling", "--arms", "llama"], "--arms is now called --variants"),
+    ],
+)
+def test_old_names_are_refused_with_the_new_ones(words: list[str], told: str, capsys) -> None:
+    assert run(["study", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_outside_a_checkout_the_command_says_so(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.modules["transfuse.cli.study"], "__file__", str(tmp_path / "a" / "b" / "c" / "study.py"))
+    monkeypatch.chdir(tmp_path)
+    assert run(["study", "scaling"]) == 2
+    assert "clone the repository" in capsys.readouterr().err

@@ -2,4 +2,4 @@
 # Table 3 at one size: Transfusion draws, captions and writes better than Chameleon at equal 6 N D.
 set -euo pipefail
 
-transfuse study rivals --run runs/rivals --flops 2e14 "$@"
+transfuse study baselines --run runs/baselines --flops 2e14 "$@"

@@ -1,13 +1,12 @@
-"""What the paper printed (Transfusion, arXiv 2408.11039, Tables 3 to 8): to compare with, never to be taken for ours.
+"""The paper's printed results (Transfusion, arXiv 2408.11039, Tables 3 to 8).
 
-Table 3's Transfusion-7B is text of the 7B row; its pictures were drawn with guidance 5. Table 7's were with guidance
-3, as those of the four smaller sizes, so the fits of image measures take Table 7's. Nothing else of Figure 5 was
-printed as a number.
+Table 3's Transfusion-7B drew its images with guidance 5; Table 7's images, like those of the four smaller sizes, were
+drawn with guidance 3, so the fits of image measures use Table 7. The paper prints no other number of Figure 5.
 """
 
 from __future__ import annotations
 
-from .power_law import Better, Bounds, Parity, Point, parity
+from .statistics import Better, Bounds, Parity, Point, parity
 
 SIZES: dict[str, float] = {
     "0.16b": 162_423_552,
@@ -27,7 +26,7 @@ MEASURES: dict[str, tuple[Better, Bounds]] = {
     "FID": ("lower", Bounds(most=100)),
     "CLIP": ("higher", Bounds(least=17)),
 }
-"""which way is better, and footnote 16: points of weak small models that the paper leaves out"""
+"""the better direction, and the bounds of footnote 16: the paper leaves out points of weak small models"""
 
 Row = tuple[float, ...]
 
@@ -38,7 +37,7 @@ LINEAR: dict[str, Row] = {
     "1.4b": (9.5, 5.4, 53.8, 19.1, 19.4, 24.3),
     "7b": (7.72, 4.28, 61.5, 27.2, 18.6, 25.9),
 }
-"""Table 7; of the largest, text and captions as Table 3 has them, to one digit more"""
+"""Table 7; text and captions of the largest from Table 3, which prints one more digit"""
 UNET: dict[str, Row] = {
     "0.16b": (14.4, 8.5, 45.7, 15.3, 18.8, 23.9),
     "0.37b": (11.8, 6.9, 48.8, 21.1, 18.1, 24.9),
@@ -52,37 +51,37 @@ CHAMELEON_7B: Row = (8.41, 4.69, 59.1, 18.0, 29.6, 24.3)
 PRINTED: Row = (0.489, 0.526, 0.600, 0.218, 0.029, 0.319)
 """Table 3: parity FLOP ratios"""
 REFITTED: Row = (0.491, 0.506, 0.598, 0.234, 0.023, 0.249)
-"""what the printed points give by the paper's procedure; those of images differ, for Figure 5's points were others"""
+"""the ratios of the printed points by the paper's procedure; those of images differ, as Figure 5 has other points"""
 
 
 def flops(size: str) -> float:
-    """6 N D of a size."""
+    """Return 6 N D of a size."""
     return 6 * SIZES[size] * TOKENS
 
 
 def points(table: dict[str, Row], measure: str) -> list[Point]:
-    """The points of a table that count, as footnote 16 has it."""
+    """Return the points of a table that count by footnote 16."""
     column = list(MEASURES).index(measure)
     return MEASURES[measure][1].split([Point(flops(size), row[column], size) for size, row in table.items()])[0]
 
 
-def published_parity(measure: str) -> Parity:
-    """The parity FLOP ratio that the printed points give: linear Transfusion to Chameleon-7B."""
-    rival = [Point(flops("7b"), CHAMELEON_7B[list(MEASURES).index(measure)], "7b")]
-    return parity(points(LINEAR, measure), rival, MEASURES[measure][0])
+def paper_parity(measure: str) -> Parity:
+    """Return the parity FLOP ratio of the printed points: linear Transfusion to Chameleon-7B."""
+    chameleon = [Point(flops("7b"), CHAMELEON_7B[list(MEASURES).index(measure)], "7b")]
+    return parity(points(LINEAR, measure), chameleon, MEASURES[measure][0])
 
 
 def as_json() -> dict[str, dict[str, float | None]]:
-    """By measure: the ratio fitted to the printed points with its interval, and the ratio that the paper printed."""
-    found = {}
+    """Return by measure the ratio fitted to the printed points with its interval, and the printed ratio."""
+    ratios = {}
     for measure, printed in zip(MEASURES, PRINTED, strict=True):
-        ratio = published_parity(measure)
-        found[measure] = {"fitted": ratio.ratio, "low": ratio.low, "high": ratio.high, "printed": printed}
-    return found
+        ratio = paper_parity(measure)
+        ratios[measure] = {"fitted": ratio.ratio, "low": ratio.low, "high": ratio.high, "printed": printed}
+    return ratios
 
 
 def table() -> str:
-    """The same as Markdown."""
+    """Return the same as a Markdown table."""
     lines = ["| | parity FLOP ratio, fitted to the printed points | 95 % | as printed |", "| --- |" + " ---: |" * 3]
     for measure, row in as_json().items():
         low, high = row["low"], row["high"]
@@ -122,5 +121,5 @@ ABLATIONS: dict[str, dict[str, dict[str, float]]] = {
         "unet": {"text": 10.3, "captions": 29.4, "distance": 16.5, "likeness": 25.4},
     },
 }
-"""Rows at 0.76 billion parameters, by the names of `ablations.ROWS`: perplexity of C4, CIDEr, FID, CLIP score. Here a
-row has the limit of Table 8 unless its name says otherwise; in the paper the rows of Tables 5 to 7 have none."""
+"""Rows at 0.76 billion parameters, by the names of `ablations.ROWS`: perplexity of C4, CIDEr, FID, CLIP score. Our rows
+have the noise cap of Table 8 unless their name says otherwise; in the paper the rows of Tables 5 to 7 have none."""

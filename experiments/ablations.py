@@ -1,0 +1,317 @@
+"""Tables 4 to 8 of the paper at any size: each row is a preset with a few changed settings, at several seeds.
+
+    python -m experiments.ablations --size s --positions 2e6 --seeds 0 1 2     or: transfuse study ablations ...
+
+Each row that draws gets the same number of positions, half of them text, as in the paper: equal positions are equal
+steps and equal text, whatever an image is made of. Text alone takes the steps of the row `transfusion`. Differences are
+paired by seed and compared with the paper's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from transfuse.config import nearest
+from transfuse.errors import UserError
+from transfuse.presets import Recipe, preset
+from transfuse.presets.scales import UNET_CHANNELS, scaled
+from transfuse.report import Details, Page, Section, Table
+from transfuse.version import __version__
+
+from .common import Shared, StudyRun, check_grid, failures_block, parse, plan_run, run_script, run_study, write_report
+from .evaluation import unequal_text
+from .paper_results import ABLATIONS
+from .statistics import paired, weighted_sums
+
+FIRST = "transfusion"
+"""the row whose steps text alone takes"""
+
+
+@dataclass(frozen=True)
+class Ablations(Shared):
+    """Train the rows of the paper's Tables 4 to 8 at several seeds, and compare each difference with the paper's.
+
+    transfuse study ablations --size s --positions 2e6 --seeds 0 1 2
+
+    Any number of processes may run this command on one folder.
+    """
+
+    run: Path = Path("runs/ablations")
+    """folder of all runs, results and the report"""
+    rows: tuple[str, ...] = ()
+    """names of rows; those of Tables 4 to 8 if not given (docs/study.md lists them)"""
+    size: str = "m"
+    """of the transformer: xxs, xs, s, m, l, xl, xxl"""
+    positions: float = 2e6
+    """D of each row that draws"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """differences are paired by seed; a single one gives no interval"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A preset with changed settings, by dotted names."""
+
+    preset: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def recipe(self, size: str = "m") -> Recipe:
+        return changed(scaled(preset(self.preset), size), self.changes)
+
+    def words(self, name: str) -> list[str]:
+        """Return the words of the command that trains this row alone, in the run folder `runs/name`."""
+        words = ["transfuse", "train", self.preset, *(["--run", f"runs/{name}"] if self.changes else [])]
+        for setting, value in self.changes.items():
+            option = setting.replace("_", "-")
+            if value is False:
+                part, _, last = option.rpartition(".")
+                words.append(f"--{part}.no-{last}")
+            else:
+                words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+        return words
+
+
+def changed(recipe: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a nested dataclass with changed fields, such as `{"model.patch_size": 4}`. Raises KeyError."""
+    own: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        if head not in {item.name for item in fields(recipe)}:
+            raise KeyError(name)
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            own[head] = value
+    for head, inner in nested.items():
+        assert is_dataclass(getattr(recipe, head))
+        own[head] = changed(getattr(recipe, head), inner)
+    return replace(recipe, **own)
+
+
+def _unet(*channels: int) -> dict[str, Any]:
+    return {"model.adapter": "unet", "model.unet_channels": channels or UNET_CHANNELS}
+
+
+_TRANSFUSION, _CHAMELEON = "transfusion-32", "chameleon-32"
+_CAUSAL = {"model.image_attention": "causal"}
+
+ROWS: dict[str, Row] = {
+    "transfusion": Row(_TRANSFUSION),
+    "llama": Row("llama-32"),
+    "llama-stable": Row("llama-32-stable"),
+    "chameleon": Row(_CHAMELEON),
+    "causal": Row(_TRANSFUSION, _CAUSAL),
+    "unet": Row(_TRANSFUSION, _unet()),
+    "causal-unet": Row(_TRANSFUSION, {**_CAUSAL, **_unet()}),
+    "patch1": Row(_TRANSFUSION, {"model.patch_size": 1}),
+    "patch4": Row(_TRANSFUSION, {"model.patch_size": 4}),
+    "patch8": Row(_TRANSFUSION, {"model.patch_size": 8}),
+    "patch4-unet": Row(_TRANSFUSION, {"model.patch_size": 4, **_unet(48, 64, 128)}),
+    "patch8-unet": Row(_TRANSFUSION, {"model.patch_size": 8, **_unet(32, 48, 64, 128)}),
+    "no-limit-unet": Row(_TRANSFUSION, {"data.pairs.image_first_max_timestep": None, **_unet()}),
+}
+"""Tables 4 to 8"""
+
+PIECES: dict[str, Row] = {
+    "no-qk-norm": Row(_CHAMELEON, {"model.qk_norm": False}),
+    "norm-order-pre": Row(_CHAMELEON, {"model.norm_order": "pre"}),
+    "z-weight-0": Row(_CHAMELEON, {"objective.z_weight": 0}),
+    "dropout-0.1": Row(_CHAMELEON, {"model.dropout": 0.1}),
+    "eps-1e-8": Row(_CHAMELEON, {"optimizer.eps": 1e-8}),
+}
+"""Chameleon's stability measures one by one; the paper has no rows for them, so they have no direction"""
+
+MEASURES: dict[str, tuple[str, str]] = {
+    "text": ("text_perplexity", "perplexity of unseen definitions (C4)"),
+    "captions": ("caption_cider", "CIDEr-D of captions (CIDEr)"),
+    "distance": ("frechet", "Fréchet distance (FID)"),
+    "likeness": ("both", "drawn as asked (CLIP)"),
+}
+"""key of a result, and words with the paper's corresponding measure in brackets"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows with weights: `{"a": -1, "b": 1}` compares b - a here with b - a in the paper's table."""
+
+    table: str
+    asks: str
+    weights: Mapping[str, float]
+
+    def expected(self, measure: str) -> float | None:
+        """Return the paper's difference; None where it has no such numbers."""
+        rows = ABLATIONS.get(self.table, {})
+        if not all(measure in rows.get(row, {}) for row in self.weights):
+            return None
+        return sum(weight * rows[row][measure] for row, weight in self.weights.items())
+
+    @property
+    def rounding(self) -> float:
+        """The largest difference that printing one decimal can make."""
+        return 0.05 * sum(map(abs, self.weights.values()))
+
+
+def _from(table: str, before: str, after: str, asks: str) -> Comparison:
+    return Comparison(table, asks, {before: -1, after: 1})
+
+
+COMPARISONS: tuple[Comparison, ...] = (
+    _from("Table 4", "llama", "transfusion", "what diffusion costs text"),
+    _from("Table 4", "llama", "llama-stable", "what Chameleon's stability set costs text"),
+    _from("Table 4", "llama-stable", "chameleon", "what learning images as tokens costs text"),
+    _from("Table 4", "transfusion", "llama-stable", "the stability set alone against Transfusion"),
+    _from("Table 5", "causal", "transfusion", "bidirectional attention within an image, linear"),
+    _from("Table 5", "causal-unet", "unet", "bidirectional attention within an image, U-Net"),
+    _from("Table 6", "patch1", "transfusion", "patches of 2 x 2 for 1 x 1, linear"),
+    _from("Table 6", "transfusion", "patch4", "4 x 4 for 2 x 2, linear"),
+    _from("Table 6", "patch4", "patch8", "8 x 8 for 4 x 4, linear"),
+    _from("Table 6", "unet", "patch4-unet", "4 x 4 for 2 x 2, U-Net"),
+    _from("Table 6", "patch4-unet", "patch8-unet", "8 x 8 for 4 x 4, U-Net"),
+    Comparison(
+        "Table 6",
+        "how much more linear layers change from 2 x 2 to 8 x 8 than U-Net",
+        {"transfusion": -1, "patch8": 1, "unet": 1, "patch8-unet": -1},
+    ),
+    _from("Table 7", "transfusion", "unet", "U-Net for linear patch layers"),
+    _from("Table 8", "no-limit-unet", "unet", "a noise cap where the image comes first"),
+    *(_from("", "chameleon", name, f"Chameleon with {name}") for name in PIECES),
+)
+
+
+def plan_ablations(
+    folder: Path, rows: Sequence[str], size: str, positions: float, seeds: Sequence[int]
+) -> list[StudyRun]:
+    """Plan rows at one size and budget, at every seed. Raises UserError for unknown names."""
+    check_grid(rows=rows, seeds=seeds, positions=(positions,))
+    known = ROWS | PIECES
+    for row in rows:
+        if row not in known:
+            raise UserError(f'--rows: unknown name "{row}"{nearest(row, known)}')
+    recipes = {row: known[row].recipe(size).settled() for row in {*rows, FIRST}}
+    runs = []
+    for row, seed in product(rows, seeds):
+        recipe = replace(recipes[row], seed=seed, preset=f"{row}-{size}")
+        budget_model = recipes[FIRST] if recipe.model.images == "none" else recipe
+        facts = {"variant": row, "size": size, "budget": positions, "seed": seed}
+        runs.append(plan_run(folder, f"{row}-seed{seed}", recipe, positions, budget_model, facts))
+    return runs
+
+
+def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Return the report, as JSON: every comparison whose rows have results, by measure.
+
+    Raises UserError for results of several sizes or budgets, whose differences are not those of the rows alone.
+    """
+    for fact in ("size", "budget"):
+        if len(values := {result[fact] for result in results}) > 1:
+            raise UserError(f"ablations: expected results of one {fact}, found {', '.join(map(str, sorted(values)))}")
+    return {
+        "study": "ablations",
+        "version": __version__,
+        "results": list(results),
+        "failures": list(failures),
+        "comparisons": list(_compare(results)),
+    }
+
+
+def _compare(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    for comparison, (measure, (key, _)) in product(COMPARISONS, MEASURES.items()):
+        values: dict[str, dict[int, float]] = {}
+        for result in results:
+            if key in result:
+                values.setdefault(result["variant"], {})[result["seed"]] = result[key]
+        differences = weighted_sums(comparison.weights, values)
+        if not differences:
+            continue
+        difference, expected = paired(differences), comparison.expected(measure)
+        factor = unequal_text([result for result in results if result["variant"] in comparison.weights])
+        if measure == "text" and factor:
+            significance = f"not comparable: one reads {factor:.2g} times the text"
+        elif expected is None:
+            significance = "no direction"
+        else:
+            significance = difference.significance(expected, comparison.rounding)
+        yield {
+            "table": comparison.table,
+            "asks": comparison.asks,
+            "weights": dict(comparison.weights),
+            "measure": measure,
+            "paper": expected,
+            **asdict(difference),
+            "significance": significance,
+        }
+
+
+_NOTE = (
+    "A difference is the mean over seeds of paired differences with its 95 % interval (Student's t). Reproduced: the "
+    "interval is on the paper's side of 0; not reproduced: on the other side; undecided: it contains 0, or there is a "
+    "single seed; no direction: the paper has no such row, or its difference is within rounding. The paper has "
+    "0.76 billion parameters and other data: only directions compare."
+)
+
+
+def ablations_page(report: dict[str, Any], folder: Path) -> Page:
+    """Return the page: counts, then the differences of each table, then every run."""
+    comparisons, results = report["comparisons"], report["results"]
+    counts = Counter(each["significance"] for each in comparisons)
+    listed = ", ".join(f"{counts[name]} {name}" for name in ("reproduced", "not reproduced", "undecided"))
+    sections = []
+    for table in dict.fromkeys(each["table"] for each in comparisons):
+        rows = [_row(each) for each in comparisons if each["table"] == table]
+        head = ["", "difference", "95 %", "seeds", "paper", ""]
+        sections.append(Section(table or "Not in the paper", "", [Table(head, rows)]))
+    head = ["", "6 N D", "positions", "text tokens", "images", "steps", "parameters"]
+    runs = []
+    for result in sorted(results, key=lambda run: (run["variant"], run["seed"])):
+        names = ("positions", "text_targets", "images", "steps", "parameters")
+        values = [f"{result[key]:.4g}" if key in result else "" for key, _ in MEASURES.values()]
+        counted = [f"{result[name]:,.0f}" for name in names]
+        runs.append([result["run"], f"{result['theoretical_flops']:.3g}", *counted, *values])
+    every = Details("Every run", [Table([*head, *[words for _, words in MEASURES.values()]], runs)])
+    lead = f"{len(results)} runs: {listed}. {_NOTE}"
+    return Page("The paper's ablations, small", lead, [], sections, [every, *failures_block(report)])
+
+
+def _row(comparison: dict[str, Any]) -> list[str]:
+    low, high, paper = comparison["low"], comparison["high"], comparison["paper"]
+    return [
+        f"{comparison['asks']}: {MEASURES[comparison['measure']][1]}",
+        f"{comparison['mean']:+.3g}",
+        "" if low is None else f"{low:+.3g} to {high:+.3g}",
+        str(comparison["count"]),
+        "" if paper is None else f"{paper:+.1f}",
+        comparison["significance"],
+    ]
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return every comparison as a row of a Markdown table."""
+    lines = ["| table | | difference | 95 % | paper | |", "| --- | --- | ---: | --- | ---: | --- |"]
+    for each in report["comparisons"]:
+        name, mean, interval, _, paper, significance = _row(each)
+        lines.append(f"| {each['table']} | {name} | {mean} | {interval} | {paper} | {significance} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """Run the study; return the exit code and the report."""
+    options = parse(Ablations, arguments, "ablations")
+
+    def plan() -> list[StudyRun]:
+        return plan_ablations(options.run, options.rows or tuple(ROWS), options.size, options.positions, options.seeds)
+
+    settings = {"study": "ablations", "size": options.size, "positions": options.positions}
+    code, report = run_study(options, plan, settings, lambda folder: write_report(folder, analyse, ablations_page))
+    if report:
+        print(summary(report))
+    return code, report
+
+
+if __name__ == "__main__":
+    run_script(main)

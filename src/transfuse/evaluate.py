@@ -1,0 +1,205 @@
+"""`transfuse evaluate`: measure an exported model and write the numbers and a page that shows examples.
+
+out/generated/          what the model generated, keyed by everything it depends on; nothing is generated twice
+out/*.safetensors       the judges' weights
+out/results.json        every number, and what is needed to reproduce it
+out/report.html         the same to look at, with the images and texts
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from emoji_scenes import WorldConfig
+
+from .charts import ACCENT, line_chart
+from .config import from_dict
+from .devices import Device, pick_device
+from .errors import UserError
+from .evaluation import (
+    Drawing,
+    EvalConfig,
+    EvalContext,
+    Example,
+    Metric,
+    MetricResult,
+    Result,
+    check_paper,
+    evaluate,
+    model_hash,
+    named,
+)
+from .export import describe
+from .inference import TransfusionPipeline
+from .io import atomic_write
+from .log import logger
+from .presets import preset
+from .report import Bar, Bars, Block, Card, Cards, Charts, Details, Page, Section, Table, plain, write_page
+from .version import __version__
+
+
+def run_evaluation(
+    model: Path,
+    suite: Sequence[str],
+    out: Path,
+    options: EvalConfig,
+    drawing: Drawing,
+    sweep: str | None = None,
+    world: str | None = None,
+    batch: int = 24,
+    device: Device = "auto",
+) -> dict[str, Any]:
+    """Metric an export; write numbers and page; return the report.
+
+    world   a preset whose scenes are shown; None: the model's own
+
+    Raises:
+        UserError: something is missing in the model, the files or the names; raised before any work.
+    """
+    measures = named(suite)
+    try:
+        drawings = Drawing.sweep(sweep, drawing) if sweep else []
+    except ValueError as error:
+        raise UserError(f"--sweep: {error}") from None
+    if "paper" in suite:
+        check_paper(options)
+    bench = replace(open_bench(model, out, options, world, device), drawing=drawing, batch=batch)
+    measured: list[MetricResult] = []
+    for findings in evaluate(bench, measures, drawings):
+        measured.append(findings)
+        for result in findings:
+            how = f" ({describe_drawing(result.drawing)})" if result.drawing else ""
+            logger.info(f"{findings.measure}: {result.name}{how}: {result.value:.4g}")
+    report = {
+        "version": __version__,
+        "model": str(model),
+        "model_hash": bench.model,
+        "suite": list(suite),
+        "results": [result.to_json() for findings in measured for result in findings],
+        "tables": {findings.measure: findings.tables for findings in measured if findings.tables},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=2) + "\n"
+    atomic_write(out / "results.json", lambda path: path.write_text(text))
+    write_page(out / "report.html", evaluation_page(report, measures, measured))
+    logger.info(f"{out / 'report.html'}: open it in a browser")
+    return report
+
+
+def open_bench(
+    model: Path, folder: Path, options: EvalConfig, world: str | None = None, device: Device = "cpu"
+) -> EvalContext:
+    """Open an export for measuring in a folder; `world` as in `run_evaluation`."""
+    pipe = TransfusionPipeline.from_pretrained(model, device=pick_device(device))
+    scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
+    return EvalContext(pipe, model_hash(model), folder, scenes, options)
+
+
+def world_of(model: Path, preset_name: str | None, size: int) -> WorldConfig:
+    """Return the scenes of a preset, or those an export records, or all bundled scenes, at the model's size.
+
+    Raises UserError for recorded settings that the bundled scenes do not have.
+    """
+    if preset_name is not None:
+        return replace(preset(preset_name).data.world, size=size)
+    export = describe(model)
+    if export.world is None:
+        logger.info(f"{model}: records no training scenes; using all bundled ones (--world PRESET names others)")
+        return WorldConfig(size=size)
+    return replace(from_dict(WorldConfig, export.world, str(export.place["config.json"])), size=size)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def evaluation_page(report: dict[str, Any], measures: Sequence[Metric], measured: Sequence[MetricResult]) -> Page:
+    """Return the page: one bar a measure, then each measure's examples and numbers, then how they were made."""
+    model = Path(report["model"])
+    name = model.parent.name if model.name == "export" else model.name
+    headlines, sections, origins = [], [], []
+    for measure in measures:
+        runs = [findings for findings in measured if findings.measure == measure.name]
+        results = [result for findings in runs for result in findings]
+        headlines += [_bar(result, f"{measure.name}: {result.name}") for result in results[:1]]
+        blocks: list[Block] = []
+        for findings in runs:
+            heading = f"{describe_drawing(findings.drawing)}. " if len(runs) > 1 else ""
+            blocks += _examples(findings.exhibits, heading)
+        blocks += [_numbers(results), *_sweep(results)]
+        blocks += [
+            Details(name, [Table(*_as_text(table))]) for findings in runs for name, table in findings.tables.items()
+        ]
+        sections.append(Section(measure.name.capitalize(), f"{measure.about}. {measure.compared}".strip(), blocks))
+        origins += [
+            [f"{measure.name}: {result.name}", result.implementation, describe_drawing(result.drawing), result.data]
+            for result in results
+        ]
+    provenance = Details("Code, settings and data of each number", [Table(["", "code", "drawing", "data"], origins)])
+    facts = [["model", str(model)], ["hash of its files", report["model_hash"]], ["version", report["version"]]]
+    return Page(
+        name,
+        "What the model can do: the first number of each measure. Intervals are 95\u202f% over items; chance and "
+        "reference are other answers scored the same way.",
+        [Bars(headlines)],
+        sections,
+        [provenance, Details("The model", [Table([], facts)])],
+        f"Made by Transfuse {report['version']}. Every number is in results.json with all that it depends on.",
+    )
+
+
+def _bar(result: Result, name: str) -> Bar:
+    return Bar(name, result.value, result.low, result.high, result.floor, result.ceiling, result.better)
+
+
+def _numbers(results: Sequence[Result]) -> Table:
+    rows, names = [], [result.name for result in results]
+    for result in results:
+        interval = "" if result.low is None or result.high is None else f"{plain(result.low)} to {plain(result.high)}"
+        bounds = ["" if bound is None else plain(bound) for bound in (result.floor, result.ceiling)]
+        arrow = "↑" if result.better == "higher" else "↓"
+        swept = f" ({describe_drawing(result.drawing)})" if names.count(result.name) > 1 else ""
+        rows.append([result.name + swept, f"{plain(result.value)} {arrow}", interval, *bounds, f"{result.count:,}"])
+    return Table(["", "value", "95 %", "chance", "reference", "items"], rows)
+
+
+def describe_drawing(drawing: Drawing | None) -> str:
+    """Return how images were generated, in words; "" where none were."""
+    if drawing is None:
+        return ""
+    by = "code by code" if drawing.sampler is None else f"{drawing.sampler}, {drawing.steps} steps"
+    interval = drawing.guidance_interval
+    where = f" at {interval[0]:g} to {interval[1]:g} of the noise" if interval else ""
+    best = f", the best of {drawing.candidates} by the model's own score" if drawing.candidates > 1 else ""
+    return f"{by}, guidance {drawing.guidance_scale:g}{where}, seed {drawing.seed}{best}"
+
+
+def _sweep(results: Sequence[Result]) -> list[Block]:
+    """Return a chart of each number over the guidance scale, if more than one scale was tried."""
+    charts = []
+    for name in dict.fromkeys(result.name for result in results):
+        points = sorted(
+            (result.drawing.guidance_scale, result.value)
+            for result in results
+            if result.name == name and result.drawing is not None and result.drawing.guidance_scale is not None
+        )
+        if len({x for x, _ in points}) > 1:
+            charts.append((f"{name} by guidance scale", line_chart([(name, points, ACCENT)], "guidance scale")))
+    return [Charts(charts)] if charts else []
+
+
+def _examples(examples: Sequence[Example], heading: str) -> list[Block]:
+    """Return the examples in groups, each under its title."""
+    groups: dict[str, list[Card]] = {}
+    for example in examples:
+        card = Card(example.text, example.pictures, example.marks)
+        groups.setdefault(heading + example.group, []).append(card)
+    return [Cards(cards, title) for title, cards in groups.items()]
+
+
+def _as_text(table: list[list[Any]]) -> tuple[list[str], list[list[str]]]:
+    head, *rows = [[str(cell) for cell in row] for row in table]
+    return head, rows

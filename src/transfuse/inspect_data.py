@@ -1,0 +1,349 @@
+"""`transfuse data inspect`: data sets before a run learns from them; their documents, lengths, and mixture.
+
+report = inspect_sources(("photos-64", "glosses"), Path("inspection"), "demo", row_length=4096)
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from .autoencoders import Autoencoder, VQTokenizer, open_autoencoder
+from .charts import histogram
+from .config import to_dict
+from .data import DamagedError, DataSet, Mixture
+from .data.remote import is_remote
+from .data.rows import pack
+from .data.stored import as_latent, decode_picture
+from .errors import UserError
+from .io import atomic_write
+from .log import logger
+from .presets import Recipe, preset
+from .presets.recipe import train_tokenizer
+from .presets.sources import Opened, mixture, open_sources
+from .report import (
+    Bar,
+    Bars,
+    Block,
+    Card,
+    Cards,
+    Charts,
+    Details,
+    Numbers,
+    Page,
+    Section,
+    Table,
+    Text,
+    percent,
+    write_page,
+)
+from .sequence import Tokenizer, count_positions
+from .version import __version__
+
+SAMPLED, MIXED = 200_000, 5_000
+"""documents or images of a set that are counted, evenly spread; samples of the stream"""
+SHEET, TEXTS, FETCHED, SIZES, LINES = 40, 12, 4, 8, 5
+"""shown: images, documents of text, shards fetched of a remote set, sizes, lines of what was left out"""
+WORDS, TOKENS, SIDE = 160, 90, 192
+"""characters of a caption, tokens of a text; pixels an image is shrunk to"""
+
+
+def inspect_sources(sources: tuple[str, ...], out: Path, preset_name: str, row_length: int) -> dict[str, Any]:
+    """Inspect data sets and their mixture under a preset; write `index.html` and `report.json`, which is returned.
+
+    Why sources cannot be mixed is part of the report.
+
+    Raises:
+        UserError: no such source or preset, sets that do not go together, images that do not fit the preset's patches,
+            or a folder that cannot be written.
+    """
+    recipe = preset(preset_name)
+    recipe = replace(recipe, data=replace(recipe.data, sources=sources))
+    opened = open_sources(recipe.data)
+    context, needed = (
+        recipe.model.max_seq_len,
+        2 + max((data.manifest.longest for data in opened.sets.values()), default=0),
+    )
+    # The page reports a context that is too short; it does not prevent the inspection.
+    recipe = replace(recipe, model=replace(recipe.model, max_seq_len=max(context, needed))).settled()
+    autoencoder = None if recipe.model.images == "none" else recipe.open_autoencoder()
+    lengths = {data.path: _lengths(data, recipe, autoencoder) for data in opened.sets.values()}
+    report: dict[str, Any] = {"version": __version__, "preset": preset_name, "context": context, "needed": needed}
+    report["sets"] = {data.path: _figures(data, *lengths[data.path]) for data in opened.sets.values()}
+    try:
+        report |= _mixed(recipe, opened, autoencoder, row_length, report["sets"])
+    except UserError as error:
+        logger.info(f"not mixed: {error}")
+        report |= {"mixture": None, "rows": None, "not_mixed": str(error)}
+    page, text = data_page(report, opened, lengths), json.dumps(report, indent=2, allow_nan=False) + "\n"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: expected a folder to write to, found none ({error.strerror})") from None
+    write_page(out / "index.html", page)
+    atomic_write(out / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+    return report
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    """Return at most `most` numbers below `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
+
+
+def _lengths(data: DataSet, recipe: Recipe, autoencoder: Autoencoder | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return text tokens and positions of evenly spread documents; None for positions if the preset takes no images."""
+    numbers = _evenly(len(data), SAMPLED)
+    tokens = data.documents["tokens"][numbers].astype(np.int64)
+    if data.manifest.kind == "text":
+        return tokens, count_positions(tokens, [])
+    if autoencoder is None:
+        return tokens, None
+    side = recipe.model.patch_size * (data.manifest.encoding or autoencoder).factor
+    return tokens, count_positions(tokens, []) + data.image_positions(numbers, side)
+
+
+def _figures(data: DataSet, tokens: np.ndarray, taken: np.ndarray | None) -> dict[str, Any]:
+    manifest = data.manifest
+    names = ("kind", "documents", "pictures", "tokens", "heldout", "seen", "dropped", "faulty", "source", "settings")
+    lists = [name for name, count in (("dropped", manifest.dropped), ("quarantine", manifest.faulty)) if count]
+    return {
+        "fingerprint": data.fingerprint,
+        **{name: getattr(manifest, name) for name in names},
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards) + data.documents.nbytes + data.pictures.nbytes,
+        "encoding": None if manifest.encoding is None else to_dict(manifest.encoding),
+        "tokens_per_document": _distribution(tokens),
+        "positions_per_document": None if taken is None else _distribution(taken),
+        "sizes": _sizes(data.pictures),
+        "left_out": [line for name in lists for line in _first_lines(data.file(f"{name}.jsonl"))],
+    }
+
+
+def _first_lines(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in islice(file, LINES)]
+
+
+def _distribution(values: np.ndarray) -> dict[str, float]:
+    most = int(np.percentile(values, 95, method="inverted_cdf"))
+    return {
+        "documents": len(values),
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "percentile_95": most,
+        "longest": int(values.max()),
+    }
+
+
+def _sizes(pictures: np.ndarray) -> list[list[int]]:
+    """Return (rows, columns, count) of each size, the most frequent first."""
+    counts = Counter(pictures[_evenly(len(pictures), SAMPLED)].tolist())
+    return [[rows, columns, count] for (rows, columns), count in counts.most_common()]
+
+
+def _mixed(
+    recipe: Recipe, opened: Opened, autoencoder: Autoencoder | None, row_length: int, sets: dict[str, Any]
+) -> dict[str, Any]:
+    """Return `mixture` and `rows` of the report. Raises UserError where the sources cannot be mixed."""
+    tokenizer = opened.tokenizer or train_tokenizer(recipe)
+    grammar = recipe.model.sequence_format(tokenizer)
+    # The stream of a run whose end is far: annealed weights and the number of samples needed do not matter here.
+    opened = replace(opened, specs=tuple(replace(spec, final=None) for spec in opened.specs))
+    data = replace(recipe.data, batch_size=1, accumulate=1, row_length=None)
+    recipe = replace(recipe, data=data, loop=replace(recipe.loop, steps=1))
+    stream = mixture(recipe, opened, tokenizer, grammar, autoencoder)
+    lengths = stream.lengths(range(int(min(MIXED, stream.end))), grammar)
+    ends_after = int(stream.end) if isfinite(stream.end) else None
+    whole = {"samples": len(lengths), "share_of": data.share_of, "mean_positions": float(lengths.mean())}
+    sources = _sources(stream, opened, lengths)
+    known = [sets[name]["positions_per_document"] for name in sources if name in sets]
+    longest = max([int(lengths.max()), *(spread["longest"] for spread in known if spread)])
+    rows = len(pack(lengths.tolist(), row_length)) if longest <= row_length else None
+    used = float(lengths.sum() / (rows * row_length)) if rows else None
+    packed = {"length": row_length, "longest": longest, "rows": rows, "used": used}
+    return {"mixture": {**whole, "ends_after": ends_after, "sources": sources}, "rows": packed, "not_mixed": None}
+
+
+def _sources(stream: Mixture, opened: Opened, lengths: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Return each source's part of the first samples, whose lengths are given, and its weight (`asked`)."""
+    ends = [*(phase.start for phase in stream.phases[1:]), len(lengths)]
+    numbers = np.array(
+        [
+            phase.place(sample)[0]
+            for phase, end in zip(stream.phases, ends, strict=True)
+            for sample in range(phase.start, min(end, len(lengths)))
+        ]
+    )
+    total = sum(part.share for part in stream.ingredients)
+    sources = {}
+    for number, part in enumerate(stream.ingredients):
+        chosen = lengths[numbers == number]
+        # Images come first in a mixture, and only they are ever left out of it.
+        sources[part.source.name if part.source is not None else opened.pictures[number].name] = {
+            "asked": part.share / total,
+            "samples": len(chosen),
+            "positions": int(chosen.sum()),
+            "share_of_documents": len(chosen) / len(lengths),
+            "share_of_positions": float(chosen.sum() / lengths.sum()),
+            "passes": len(chosen) / part.source.epoch if part.source is not None and part.source.epoch else None,
+        }
+    return sources
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def data_page(report: dict[str, Any], opened: Opened, lengths: dict[str, tuple[np.ndarray, np.ndarray | None]]) -> Page:
+    """Return the page: the mixture's shares first, then each data set with examples, then settings."""
+    sections, provenance = [], []
+    for data in opened.sets.values():
+        figures = report["sets"][data.path]
+        blocks = [Numbers(_set_numbers(figures)), *_examples(data), Charts(_charts(figures, *lengths[data.path]))]
+        sections.append(Section(data.name, f"{data.path}, built from {figures['source']}.", blocks))
+        left_out = [[line["key"], line["reason"]] for line in figures["left_out"]]
+        settings = {"fingerprint": figures["fingerprint"], **figures["settings"], **figures["settings"]["columns"]}
+        rows = [[name.replace("_", " "), str(value)] for name, value in settings.items() if name != "columns"]
+        if left_out:
+            provenance.append(Details(f"{data.name}: the first that were left out", [Table([], left_out)]))
+        provenance.append(Details(f"{data.name}: settings that made it", [Table([], rows)]))
+    names = ", ".join(spec.name.rstrip("/").rsplit("/", 1)[-1] for spec in opened.specs)
+    lead = f"What is in the data, and what the preset {report['preset']} makes of it."
+    footer = f"Made by Transfuse {report['version']}. Every number was counted in the sets as they are on disk."
+    return Page(f"Data: {names}", lead, _mixture(report), sections, provenance, footer)
+
+
+def _mixture(report: dict[str, Any]) -> list[Block]:
+    """Return the first screen: each source's share with a mark for its weight, and how its samples fill rows."""
+    mixture, rows = report["mixture"], report["rows"]
+    if mixture is None:
+        return [Text(f"These sources cannot be mixed under this preset. {report['not_mixed']}")]
+    shares = f"share_of_{mixture['share_of']}"
+    bars = [Bar(Path(name).name, part[shares], reference=part["asked"]) for name, part in mixture["sources"].items()]
+    table = [
+        [
+            name,
+            percent(part["share_of_positions"]),
+            percent(part["share_of_documents"]),
+            percent(part["asked"]),
+            f"{part['passes']:.2g}" if part["passes"] else "",
+        ]
+        for name, part in mixture["sources"].items()
+    ]
+    note = f"The first {mixture['samples']:,} samples of the preset's stream, before any annealing of weights."
+    numbers = [("Positions a sample", f"{mixture['mean_positions']:,.1f}", f"the longest has {rows['longest']:,}")]
+    if rows["rows"] is None:
+        numbers.append(("Rows", "none", f"of {rows['length']:,} positions: the longest document does not fit"))
+    else:
+        numbers.append(("Rows", f"{rows['rows']:,}", f"of {rows['length']:,} positions, as data.row_length packs"))
+        numbers.append(("Filled", percent(rows["used"]), "of these rows; the rest is padding"))
+    if mixture["ends_after"] is not None:
+        numbers.append(("Used up after", f"{mixture['ends_after']:,}", "samples, by the epochs allowed"))
+    if report["needed"] > report["context"]:
+        note += f" model.max_seq_len {report['context']:,} is too short for its texts: {report['needed']:,} are needed."
+    head = ["source", "share of positions", "share of samples", "weight", "passes"]
+    return [
+        Bars(bars, f"share of {mixture['share_of']}", "weight asked for"),
+        Text(note),
+        Numbers(numbers),
+        Table(head, table),
+    ]
+
+
+def _set_numbers(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    sizes, mean = figures["sizes"], figures["tokens_per_document"]["mean"]
+    left_out = {**figures["dropped"], **({"faulty": figures["faulty"]} if figures["faulty"] else {})}
+    reasons = "".join(f"; {count:,} {reason}" for reason, count in left_out.items())
+    shown = f"all {sizes[0][0]} × {sizes[0][1]} pixels" if len(sizes) == 1 else f"of {len(sizes)} sizes"
+    return [
+        ("Documents", f"{figures['documents']:,}", f"{figures['heldout']:,} held out from training"),
+        *([("Images", f"{figures['pictures']:,}", shown)] if sizes else []),
+        ("Tokens of text", f"{figures['tokens']:,}", f"{mean:,.1f} a document"),
+        ("On disk", f"{figures['bytes'] / 1e6:,.1f} MB", f"shards: {figures['shards']:,}"),
+        ("Left out", f"{sum(left_out.values()):,}", f"of {figures['seen']:,} seen{reasons}"),
+    ]
+
+
+def _charts(figures: dict[str, Any], tokens: np.ndarray, taken: np.ndarray | None) -> list[tuple[str, str]]:
+    """Return histograms of the lengths in tokens and in positions."""
+    charts = []
+    for title, values in (("Tokens per document", tokens), ("Positions per document", taken)):
+        if values is not None:
+            spread = figures[title.lower().replace(" ", "_")]
+            charts.append(
+                (
+                    f"{title}: mean {spread['mean']:,.1f} (the line), median {spread['median']:,g}, 95 % at most "
+                    f"{spread['percentile_95']:,}, longest {spread['longest']:,}",
+                    histogram(values, title.split()[0].lower()),
+                )
+            )
+    return charts
+
+
+def _examples(data: DataSet) -> list[Block]:
+    """Return documents evenly spread over the set; of a remote set over a few shards, which are fetched whole."""
+    manifest, encoding, text = data.manifest, data.manifest.encoding, data.manifest.kind == "text"
+    shards, size = len(manifest.shards), manifest.shard_size
+    chosen = _evenly(shards, FETCHED if is_remote(data.path) else shards)
+    count = TEXTS if text else min(SHEET, max(TEXTS, SHEET * len(data) // max(1, manifest.pictures)))
+    places = _evenly(len(data) - (shards - len(chosen)) * size, count)
+    tokenizer, decoder = data.tokenizer(), _decoder(data)
+    numbers = chosen[places // size] * size + places % size
+    cards = [_document(data, number, tokenizer, decoder) for number in numbers.tolist()]
+    pairs = bool(data.documents["pair"][numbers].all())
+    note = f"{len(cards)} documents, evenly spread over the set."
+    note += "" if text or pairs else " ▢ marks an image; the first four are shown."
+    if encoding:
+        note += f" Decoder: {encoding.autoencoder} ({encoding.fingerprint}){'' if decoder else ', which is not here'}."
+    sizes = _sizes(data.pictures)
+    blocks: list[Block] = [Text(note), Cards(cards, "", "pictures" if pairs else "wide", SHEET)]
+    if len(sizes) > 1:
+        rows = [[f"{height} × {width}", f"{number:,}"] for height, width, number in sizes[:SIZES]]
+        blocks.append(Details(f"Sizes: {len(sizes)}", [Table(["rows × columns", "images"], rows)]))
+    return blocks
+
+
+def _decoder(data: DataSet) -> Autoencoder | None:
+    """Return the autoencoder that made a set of latents or codes, by name or path; None if it is not here."""
+    encoding = data.manifest.encoding
+    for name in (encoding.autoencoder, data.manifest.settings["autoencoder"]) if encoding else ():
+        with suppress(UserError):
+            autoencoder = open_autoencoder(name)
+            if encoding and autoencoder.fingerprint == encoding.fingerprint:
+                return autoencoder if encoding.codebook is None else VQTokenizer(autoencoder)
+    return None
+
+
+def _document(data: DataSet, number: int, tokenizer: Tokenizer, decoder: Autoencoder | None) -> Card:
+    """Return the beginning of a text; or the first images of a document and its words."""
+    try:
+        if data.manifest.kind == "text":
+            ids = data.read_ids(number)
+            # The cut may split a character.
+            words = tokenizer.decode(ids[:TOKENS].tolist()).rstrip("\ufffd") + ("…" if len(ids) > TOKENS else "")
+            return Card(words)
+        stored = data.read(number)
+        images = [decode_picture(data, number, stored, part) for part in stored.parts if not isinstance(part, str)]
+    except DamagedError as error:
+        return Card(f"Damaged: {error}")
+    words = " ".join(part if isinstance(part, str) else "▢" for part in stored.parts[stored.pair :])
+    words = words if len(words) <= WORDS else words[:WORDS].rstrip() + "…"
+    shown = [_pixels(image, decoder) for image in images[:4] if decoder or image.dtype == np.uint8]
+    return Card(words, [(image, "") for image in shown])
+
+
+def _pixels(picture: np.ndarray, decoder: Autoencoder | None) -> np.ndarray:
+    """Return a stored image as uint8 `[row, column, 3]`, at most SIDE pixels a side."""
+    if decoder is not None:
+        picture = decoder.decode(as_latent(picture)[None])[0]
+    small = PIL.Image.fromarray(picture)
+    small.thumbnail((SIDE, SIDE))
+    return np.asarray(small)

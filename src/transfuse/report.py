@@ -1,0 +1,237 @@
+"""HTML pages of results: the data of a page, the charts on it, and one template that shows both.
+
+    page = Page("small-64", "What the model can do.", [Bars([Bar("accuracy", 0.8, 0.7, 0.9, chance=0.1)])])
+    write_page(Path("report.html"), page)
+
+A page needs no network and no script. It reads on a phone and a desktop, in light and dark. Jinja2 renders it
+(`report.html.jinja`); `charts.py` draws its charts.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from .errors import UserError
+from .io import atomic_write
+from .version import __version__
+
+MISSING_CHARTS = "Charts need matplotlib: pip install 'transfuse[report]'."
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One number as a bar, with its 95 % interval and marks for chance and a reference.
+
+    A bar whose numbers are all between 0 and 1 ends at 1. Other bars end at their largest number; where their numbers
+    differ by more than a factor of 20 the scale is logarithmic. `percentage` writes shares as percentages.
+    """
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    reference: float | None = None
+    better: str = "higher"
+    percentage: bool = True
+
+    @property
+    def _numbers(self) -> list[float]:
+        return [v for v in (self.value, self.low, self.high, self.chance, self.reference) if v is not None]
+
+    @property
+    def is_share(self) -> bool:
+        return self.better == "higher" and all(0 <= number <= 1 for number in self._numbers)
+
+    @property
+    def is_logarithmic(self) -> bool:
+        return not self.is_share and min(self._numbers) > 0 and max(self._numbers) > 20 * min(self._numbers)
+
+    def at(self, number: float) -> float:
+        """Return the place of a number along the bar, in percent of its length."""
+        top = 1.0 if self.is_share else 1.05 * max(self._numbers)
+        if self.is_logarithmic:
+            bottom = min(self._numbers) / 2
+            return round(100 * float(np.log(number / bottom) / np.log(top / bottom)), 2)
+        return round(min(100.0, max(0.0, 100 * number / top)), 2) if top > 0 else 0.0
+
+    def format(self, number: float) -> str:
+        return percent(number) if self.is_share and self.percentage else plain(number)
+
+    @property
+    def text(self) -> str:
+        return self.format(self.value)
+
+    def describe(self, reference: str = "reference") -> str:
+        """Return the interval, chance, reference and direction in words."""
+        parts = []
+        if self.low is not None and self.high is not None:
+            parts.append(f"{self.format(self.low)} to {self.format(self.high)}")
+        parts += [f"chance {self.format(self.chance)}"] if self.chance is not None else []
+        parts += [f"{reference} {self.format(self.reference)}"] if self.reference is not None else []
+        parts += ["lower is better"] if self.better == "lower" else []
+        parts += ["log scale"] if self.is_logarithmic else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Card:
+    """One example: images `[row, column, 3]` with captions, text, what the model replied, and what was right.
+
+    reply   texts and images in the order the model made them
+    marks   (what was asked for, whether it was right, what the judge found instead or "")
+    """
+
+    text: str = ""
+    images: Sequence[tuple[np.ndarray, str]] = ()
+    marks: Sequence[tuple[str, bool, str]] = ()
+    reply: Sequence[str | np.ndarray] = ()
+    title: str = ""
+    badge: str = ""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars under a legend that says what a bar and the reference are."""
+
+    items: Sequence[Bar]
+    label: str = "this model"
+    reference: str = "reference"
+    kind: str = "bars"
+
+    @property
+    def legend(self) -> list[tuple[str, str]]:
+        """The marks that occur, each with its words."""
+        words = {"low": ("interval", "95\u202f% interval"), "chance": ("chance", "chance")}
+        words["reference"] = ("reference", self.reference)
+        used = [mark for name, mark in words.items() if any(getattr(bar, name) is not None for bar in self.items)]
+        return [("fill", self.label), *used]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Large numbers: (label, value, note)."""
+
+    items: Sequence[tuple[str, str, str]]
+    kind: str = "numbers"
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Examples; the first `shown` are visible, the others folded. layout: "pictures" (small), "wide" or "full"."""
+
+    items: Sequence[Card]
+    title: str = ""
+    layout: str = "wide"
+    shown: int = 12
+    kind: str = "cards"
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Charts: (title, SVG of `draw`)."""
+
+    items: Sequence[tuple[str, str]]
+    kind: str = "charts"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a head; the first cell of a row is its name."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    code: bool = False
+    kind: str = "text"
+
+
+@dataclass(frozen=True)
+class Details:
+    """Blocks that a reader unfolds."""
+
+    summary: str
+    blocks: Sequence[Block]
+    kind: str = "details"
+
+
+Block = Bars | Numbers | Cards | Charts | Table | Text | Details
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    note: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: its summary fills the first screen; provenance comes last and folded."""
+
+    title: str
+    lead: str
+    summary: Sequence[Block]
+    sections: Sequence[Section] = ()
+    provenance: Sequence[Block] = ()
+    footer: str = field(default=f"Made by Transfuse {__version__}.")
+
+
+def render(page: Page) -> str:
+    """Return a page as HTML; all text is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["png"] = _png
+    return environment.get_template("report.html.jinja").render(page=page, missing_charts=MISSING_CHARTS)
+
+
+def write_page(path: Path, page: Page) -> Path:
+    """Write a page, atomically. Raises UserError where the file cannot be written."""
+    html = render(page)
+    try:
+        atomic_write(path, lambda partial: partial.write_text(html, encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: expected a file that can be written ({error.strerror or error})") from None
+    return path
+
+
+def _png(pixels: np.ndarray) -> str:
+    stream = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(stream, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}\u202f%"
+
+
+def plain(value: float) -> str:
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every value of a nested report with its name, for a table of all numbers."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{name} {key}".strip().replace("_", " "))
+    elif isinstance(value, list):
+        yield name, ", ".join(inner if isinstance(inner, str) else json.dumps(inner) for inner in value)
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value)
