@@ -43,8 +43,8 @@ from transfuse.inference.network import Network
 from transfuse.model import ModelConfig, Transfusion, dense, flexible
 from transfuse.model.activations import Load
 from transfuse.model.flops import count_parameters, train_flops
-from transfuse.presets.memory_plan import Spread, memory
-from transfuse.presets.paper import paper
+from transfuse.plan import Spread, memory
+from transfuse.recipes.paper import paper
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate
 from transfuse.training import EMA, ObjectiveConfig, OptimizerConfig, TransfusionObjective, build_optimizer
 from transfuse.training.hardware import memory_used, peak_of

@@ -18,9 +18,10 @@ from typing import Any
 
 from transfuse.config import nearest
 from transfuse.errors import UserError
-from transfuse.presets import Recipe, preset
-from transfuse.presets.scales import UNET_CHANNELS, scaled
+from transfuse.recipes import Recipe, preset
+from transfuse.recipes.scales import UNET_CHANNELS, scaled
 from transfuse.report import Block, Details, Numbers, Page, Section, Table, Text
+from transfuse.runs import resolve
 from transfuse.version import __version__
 
 from .common import Shared, StudyRun, check_grid, failures_block, parse, plan_run, run_script, run_study, write_report
@@ -193,7 +194,7 @@ def plan_ablations(
     for row in rows:
         if row not in known:
             raise UserError(f'--rows: unknown name "{row}"{nearest(row, known)}')
-    recipes = {row: known[row].recipe(size).settled() for row in {*rows, FIRST}}
+    recipes = {row: resolve(known[row].recipe(size), here=False).recipe for row in {*rows, FIRST}}
     runs = []
     for row, seed in product(rows, seeds):
         recipe = replace(recipes[row], seed=seed, preset=f"{row}-{size}")

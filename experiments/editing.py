@@ -30,9 +30,9 @@ from transfuse.evaluation import EvalConfig, MetricResult, evaluate, named
 from transfuse.folders import DEFAULT
 from transfuse.images import read_image
 from transfuse.log import logger
-from transfuse.presets import Recipe, preset
+from transfuse.recipes import Recipe, preset
 from transfuse.report import Bar, Bars, Card, Cards, Page, Section, Table, write_page
-from transfuse.studies.training import train_run
+from transfuse.train import train
 from transfuse.training import RESUMABLE
 from transfuse.version import __version__
 
@@ -129,7 +129,7 @@ def run_editing(options: Editing, start: Path) -> tuple[int, dict[str, Any]]:
     pin(folder / "study.json", {"study": "image-editing", "start": before.model, **settings})
     results = {"before": list(evaluate(before, metrics))}
     tuned = folder / "tuning" / "export"
-    if not (tuned / "config.json").is_file() and train_run(recipe, folder / "tuning").export is None:
+    if not (tuned / "config.json").is_file() and train(recipe, folder / "tuning").export is None:
         return RESUMABLE, {}
     # Both models are measured in one folder, with the same judges.
     after = replace(open_bench(tuned, folder / "before", config, options.world), world=before.world)

@@ -28,8 +28,8 @@ from transfuse.evaluation.ptb_tokenizer import tokenize
 from transfuse.evaluation.reconstruction import frechet_distance
 from transfuse.inference import TransfusionPipeline
 from transfuse.model.flops import count_parameters
-from transfuse.presets import Recipe
-from transfuse.presets.runs import read_recipe
+from transfuse.recipes import Recipe
+from transfuse.runs import read_recipe
 from transfuse.training import read_metrics
 
 UNEQUAL = 1.05

@@ -37,7 +37,7 @@ from .export import describe
 from .inference import TransfusionPipeline
 from .io import atomic_write
 from .log import logger
-from .presets import preset
+from .recipes import preset
 from .report import Bar, Bars, Block, Card, Cards, Charts, Details, Page, Section, Table, plain, write_page
 from .version import __version__
 

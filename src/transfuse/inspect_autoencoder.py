@@ -38,7 +38,7 @@ from .evaluation.reconstruction import (
 from .images import fit, image_files, read_image
 from .io import atomic_write
 from .log import ProgressTask, logger, progress
-from .presets.autoencoders import ImagesConfig, unseen_world
+from .recipes.autoencoders import ImagesConfig
 from .report import (
     Bar,
     Bars,
@@ -56,6 +56,7 @@ from .report import (
     percent,
     write_page,
 )
+from .train_autoencoder import unseen_world
 from .version import __version__
 
 BATCH = 32

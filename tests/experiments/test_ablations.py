@@ -11,7 +11,7 @@ from experiments.ablations import COMPARISONS, PIECES, ROWS, ablations_page, ana
 from experiments.paper_results import ABLATIONS
 from transfuse.cli.parsing import parse_run
 from transfuse.errors import UserError
-from transfuse.presets import preset
+from transfuse.recipes import preset
 from transfuse.report import render
 
 DOCS = Path(__file__).parents[2] / "docs" / "rivals.md"

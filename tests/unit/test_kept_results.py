@@ -31,8 +31,8 @@ from transfuse.evaluation.confidence import Estimate
 from transfuse.evaluation.detector import keep_detector
 from transfuse.evaluation.result import extremes, first_of
 from transfuse.inference import TransfusionPipeline
+from transfuse.runs.measures import is_best
 from transfuse.sequence import Tokenizer
-from transfuse.studies.measures import is_best
 from transfuse.version import __version__
 
 WORLD = WorldConfig(size=16, nouns=4, max_objects=1, max_count=1)

@@ -35,11 +35,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"sequence", "model", "diffusion", "autoencoders", "export"},
     "serving": {"inference", "model"},
     "evaluation": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "inference"},
-    "presets": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "convert", "training"},
+    "recipes": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "training"},
 }
-MAY_IMPORT["studies"] = {*MAY_IMPORT, "studies", "evaluate"}
+MAY_IMPORT["runs"] = {*MAY_IMPORT} - {"serving"}
+MAY_IMPORT["plan"] = {*MAY_IMPORT} - {"serving"}
+MAY_IMPORT["train"] = {*MAY_IMPORT} - {"serving", "plan"}
+MAY_IMPORT["train_autoencoder"] = {*MAY_IMPORT} - {"serving", "plan"}
 for entry in ("evaluate", "demo", "inspect_data", "inspect_autoencoder"):
-    MAY_IMPORT[entry] = {*MAY_IMPORT, "studies"}
+    MAY_IMPORT[entry] = {*MAY_IMPORT}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, ""}
 
 
@@ -111,7 +114,7 @@ def test_the_core_imports_no_extra() -> None:
     code = f"""
 import sys
 for name in {extras.split()!r}: sys.modules[name] = None
-import transfuse.cli, transfuse.presets.recipe, transfuse.inference, transfuse.studies.samples, transfuse.evaluation
+import transfuse.cli, transfuse.train, transfuse.inference, transfuse.runs.samples, transfuse.evaluation
 import transfuse.evaluate
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -31,8 +31,8 @@ def train(arguments: Sequence[str]) -> int:
 
     Every setting is an option. The same command goes on from the newest checkpoint; Ctrl-C saves and exits with 75.
     """
-    from ..presets.autoencoders import AUTOENCODERS, autoencoder_preset
-    from ..studies.autoencoder import train_autoencoder
+    from ..recipes.autoencoders import AUTOENCODERS, autoencoder_preset
+    from ..train_autoencoder import train_autoencoder
     from ..training import stopped_code
 
     named = preset_name("autoencoder train", arguments, AUTOENCODERS, train.__doc__)
