@@ -38,8 +38,7 @@ from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Engine, Request
-from transfuse.inference.compiled import compile_blocks
-from transfuse.inference.network import Network
+from transfuse.inference.model_runner import ModelRunner, compile_blocks
 from transfuse.model import ModelConfig, Transfusion, dense, flexible
 from transfuse.model.activations import Load
 from transfuse.model.flops import count_parameters, train_flops
@@ -227,7 +226,7 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
             compile_blocks(model, "eager" if asked.quick else "inductor")
         process = Process(DiffusionConfig(prediction="v"))
         exported = Exported(model, process, Pixels(), tokenizer, side, GenerationConfig())
-        engine = Engine(Network(exported, graphs=way == "recorded"))
+        engine = Engine(ModelRunner(exported, graphs=way == "recorded"))
         read = 2 * count_parameters(config).transformer / rate
         first: list[float] = []
 

@@ -73,13 +73,13 @@ def _drawing_flops(bench: EvalContext, requests: list[Request]) -> float:
     """Operations of all denoising steps: every branch that is computed sees its prompt and its own patches."""
     config, engine, process = bench.pipe.exported.model.config, bench.pipe.engine, bench.pipe.exported.process
     side = bench.pipe.exported.image_size // bench.pipe.exported.autoencoder.factor
-    patches = engine.network.patches(side, side)
+    patches = engine.runner.patches(side, side)
     total = 0
     for request in requests:
         levels = [t / process.config.timesteps for t in Sampler(process, request.sampler).timesteps]
         guided = sum(map(request.guided_at, levels)) if request.guidance_scale != 1 else 0
         prompt = len(layout_document(request.document, engine.grammar)) + 1
-        for prefix, steps in ((prompt, len(levels)), (len(engine.network.null_tokens), guided)):
+        for prefix, steps in ((prompt, len(levels)), (len(engine.runner.null_tokens), guided)):
             total += steps * forward_flops(config, patches, patches * (prefix + patches), 0, [(side, side)])
     return float(total)
 

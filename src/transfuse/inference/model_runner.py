@@ -1,31 +1,31 @@
-"""The model as the engine sees it: one flat pass over new positions of many sequences, and what all of them share."""
+"""The model as the engine runs it: one flat forward pass over new positions of many sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..export import Exported
+from ..model import Transfusion
 from ..model.layers import rotary_table
 from ..model.transfusion import Output
-from ..sequence import Images, Layout, stacked, visible
-from .cache import Cached, KeyValueCache, Segment
-from .guidance import null_prefix
-from .recordings import CudaGraphs, Record
+from ..sequence import Document, Image, Images, Layout, SequenceFormat, layout_document, stacked, unconditional, visible
+from .cuda_graphs import CudaGraphs, Record
+from .kv_cache import Cached, KeyValueCache, Segment
 
 Guidance = Literal["packed", "sequential"]
-"""the branches of guided drawings in one pass, or a pass for each"""
+"""compute the branches of guided images in one pass, or in one pass each"""
 GUIDANCE: tuple[Guidance, ...] = ("packed", "sequential")
 
 
 @dataclass(eq=False)
-class Feed:
-    """New positions of one sequence for a pass; images lie at `patches` (offsets within the feed)."""
+class StepInput:
+    """New positions of one sequence for a pass; `patches` are offsets of image patches within `tokens`."""
 
     segment: Segment
     tokens: Sequence[int]
@@ -34,7 +34,7 @@ class Feed:
     timesteps: Sequence[int] = ()
 
 
-class Network:
+class ModelRunner:
     """An exported model, its grammar and the null branch's prefix; holds nothing of any request.
 
     guidance: how its engines compute the branches of guided drawings; results are the same (`warmup`).
@@ -48,9 +48,9 @@ class Network:
         self.grammar = self.config.sequence_format(self.tokenizer)
         self.null_tokens = null_prefix(self.grammar, self.config.latent_channels)
         # Added to logits of text: BOS, EOI, codes and ids that the tokenizer does not have are never chosen.
-        self.barred = torch.zeros(self.config.vocab_size)
-        self.barred[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
-        self.barred[self.tokenizer.vocab_size :] = -torch.inf
+        self.logit_mask = torch.zeros(self.config.vocab_size)
+        self.logit_mask[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
+        self.logit_mask[self.tokenizer.vocab_size :] = -torch.inf
         # The last bits of a convolution depend on how many images it is given, and what is drawn for one request must
         # not depend on the others.
         self.apart = self.config.adapter == "unet" and self.device.type == "cpu"
@@ -79,7 +79,9 @@ class Network:
         """How many patches a latent of so many rows and columns is cut into."""
         return rows * columns // self.config.patch_size**2
 
-    def forward(self, cache: KeyValueCache, feeds: Sequence[Feed], predict: Sequence[int]) -> tuple[Tensor, Images]:
+    def forward(
+        self, cache: KeyValueCache, feeds: Sequence[StepInput], predict: Sequence[int]
+    ) -> tuple[Tensor, Images]:
         """One pass over all feeds; logits at flat positions `predict`, and a prediction per image, in order."""
         tokens: list[int] = []
         positions: list[int] = []
@@ -110,18 +112,18 @@ class Network:
     def ids(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
-    def read(self, layout: Layout, slot: int, origin: int = 0, known: int = 0) -> Feed:
+    def read(self, layout: Layout, slot: int, origin: int = 0, known: int = 0) -> StepInput:
         """A laid-out document, but for its first `known` positions, whose images are clean, at timestep 0."""
         count = len(layout) - known
         ends = torch.from_numpy(visible(layout, self.config.image_attention).end[known:]).to(self.device)
         segment = Segment(slot, known, count, ends if count > 1 else None, origin)
         if self.grammar.first_code is not None:
-            return Feed(segment, layout.input_ids[known:].tolist())
+            return StepInput(segment, layout.input_ids[known:].tolist())
         patches = np.flatnonzero(layout.image[known:] >= 0).tolist()
         latents = [span.image.latent for span in layout.spans if span.start >= known]
-        return Feed(segment, layout.input_ids[known:].tolist(), patches, latents, [0] * len(latents))
+        return StepInput(segment, layout.input_ids[known:].tolist(), patches, latents, [0] * len(latents))
 
-    def commit(self, latent: Tensor, slot: int, start: int) -> Feed:
+    def commit(self, latent: Tensor, slot: int, start: int) -> StepInput:
         """A finished image, clean, where its patches or codes begin, and EOI."""
         if self.grammar.first_code is not None:
             # The last code has been chosen, not read.
@@ -129,20 +131,41 @@ class Network:
                 start + latent.numel() - 1,
                 [int(latent[-1, -1]) + self.grammar.first_code, self.grammar.eoi],
             )
-            return Feed(Segment(slot, start, 2, self.ids([start + 1, start + 2])), tokens)
+            return StepInput(Segment(slot, start, 2, self.ids([start + 1, start + 2])), tokens)
         count = self.patches(*latent.shape[1:])
         ends = torch.full((count + 1,), start + count, dtype=torch.int64, device=self.device)
         if self.config.image_attention == "causal":
             ends = torch.arange(start + 1, start + count + 2, device=self.device)
         ends[-1] = start + count + 1
         segment = Segment(slot, start, count + 1, ends)
-        return Feed(segment, [0] * count + [self.grammar.eoi], range(count), [latent], [0])
+        return StepInput(segment, [0] * count + [self.grammar.eoi], range(count), [latent], [0])
 
     def null_branch(self) -> tuple[KeyValueCache, Tensor]:
         """The null branch starts with the same few tokens for everybody: read once. Its cache, and logits behind it."""
         if self._null is None:
             cache, count = self.cache(1, len(self.null_tokens)), len(self.null_tokens)
             segment = Segment(0, 0, count, torch.arange(1, count + 1, device=self.device))
-            logits, _ = self.forward(cache, [Feed(segment, self.null_tokens)], [count - 1])
+            logits, _ = self.forward(cache, [StepInput(segment, self.null_tokens)], [count - 1])
             self._null = cache, logits[0]
         return self._null
+
+
+def null_prefix(grammar: SequenceFormat, channels: int) -> list[int]:
+    """Return the tokens before the image in the null branch, as in a training sample without its caption."""
+    image = Image(torch.zeros(channels, grammar.patch_size, grammar.patch_size))
+    if grammar.first_code is not None:
+        image = Image(torch.zeros(1, 1, dtype=torch.int64))
+    layout = layout_document(unconditional(Document([image])), grammar)
+    return layout.input_ids[: layout.spans[0].start].tolist()
+
+
+def compile_blocks(model: Transfusion, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile a loaded model's blocks in place with torch.compile, when they first run.
+
+    Only the code before and after attention is compiled: attention reads and writes the cache by slots. Both parts are
+    the same code in every block and leave the number of positions open, so few graphs serve any depth and batch. torch
+    keeps compiled code for the next start in TORCHINDUCTOR_CACHE_DIR. For its effect see docs/benchmarks.md.
+    """
+    for block in model.transformer.blocks:
+        for name in ("project_qkv", "finish"):
+            setattr(block, name, torch.compile(getattr(block, name), dynamic=True, fullgraph=True, backend=backend))

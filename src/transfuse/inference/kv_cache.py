@@ -1,17 +1,18 @@
-"""The key-value cache: what has been read is never computed again.
+"""The key-value cache, and the allocator of its slots.
 
-Slots of a fixed number of positions, taken once: that is all the memory there will ever be, and nothing in it moves
-when a sequence comes or goes. A forward pass is a list of `Segment`s: new positions of some slots, written where they
-belong and attending to everything their sequence has seen. Writing an image's patches again overwrites them in place,
-so a denoising step costs the patches alone, and never makes the cache longer.
+The cache is a fixed number of slots of a fixed number of positions, allocated once; nothing moves when a sequence joins
+or leaves. A forward pass is a list of `Segment`s: new positions of some slots, written in place, attending to all that
+their sequence has cached. An image's patches are overwritten at each denoising step, so a step costs the patches alone
+and the cache does not grow.
 
-On CPU in float32 what a segment gets does not depend, to the last bit, on the other segments of the pass: only those
-that ask for the same are computed in one call, and each call is made of kernels whose rows do not see each other.
+On CPU in float32 a segment's result does not depend, to the last bit, on the other segments of the pass: only segments
+of equal shape share an attention call, and each call uses kernels whose rows are independent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -21,20 +22,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model import ModelConfig
-from .recordings import Recordings
+from ..sequence import Layout
+from .cuda_graphs import GraphCache
 
 BLOCK = 64
-"""Keys that a segment of few positions reads are rounded up to this many: rows of like length share a call."""
+"""The number of keys read by a short segment is rounded up to a multiple of this, so that more rows share a call."""
 
 FEW = 3
-"""Up to so many positions a segment's attention on CPU is two plain products. torch's own kernel keeps these few scores
-where a vector may not begin, and its result then depends on which thread it was."""
+"""On CPU the attention of segments up to this length is two plain matrix products: in torch's own kernel these rows
+of scores may be misaligned, and the result then depends on the thread that computed it."""
 
 
 class KeyValueCache:
     """Keys and values of `slots` sequences: two `[depth, slot, head, position, D]`, `positions` rounded up to `BLOCK`.
 
-    They take memory when first used, and on most systems page by page.
+    Their memory is allocated when first used, and on most systems page by page.
     """
 
     def __init__(
@@ -44,8 +46,8 @@ class KeyValueCache:
         self.shape = (config.n_layers, slots, config.kv_heads, self.positions, config.head_dim)
         self.queries = config.n_heads // config.kv_heads
         self.dtype, self.device = dtype, torch.device(device)
-        self.recordings = Recordings()
-        """of passes that read and write these very keys and values"""
+        self.recordings = GraphCache()
+        """captured graphs of passes that read and write these keys and values"""
 
     @cached_property
     def keys(self) -> Tensor:
@@ -56,15 +58,15 @@ class KeyValueCache:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def clear(self, slot: int, start: int, end: int) -> None:
-        """Forget positions of a slot, up to the end of the block: whoever was there leaves no NaN, and no trace."""
+        """Zero positions of a slot, to the end of the block, so that no NaN of an earlier sequence remains."""
         end = -(-end // BLOCK) * BLOCK
         for store in (self.keys, self.values):
             store[:, slot, :, start:end].zero_()
 
     def copy(self, slot: int, start: int, other: KeyValueCache, count: int) -> None:
-        """Take the first positions of another cache's only sequence over, to `start`."""
-        for store, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            store[:, slot, :, start : start + count] = theirs[:, 0, :, :count]
+        """Copy the first `count` positions of another cache's only sequence to `start`."""
+        for store, source in ((self.keys, other.keys), (self.values, other.values)):
+            store[:, slot, :, start : start + count] = source[:, 0, :, :count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,3 +212,68 @@ def _plan(cache: KeyValueCache, segments: Sequence[Segment], recorded: bool) -> 
 
     runs = [[segment for _, segment in members] for _, members in groupby(enumerate(segments), kind)]
     return [_Call(cache, run, length(run[0]), recorded) for run in runs]
+
+
+PrefixKeys = list[Hashable]
+"""One hashable value per position of a sequence: equal prefixes have equal keys and values in the cache."""
+
+
+class SlotAllocator:
+    """Assign sequences to a fixed number of cache slots.
+
+    A sequence may leave its prefix in its slot for reuse. It is kept until another sequence needs the slot, and never
+    makes one wait.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free: list[int] = list(range(count))  # slots with a kept prefix stand in order of release
+        self._kept: dict[int, PrefixKeys] = {}
+
+    def __len__(self) -> int:
+        """The number of free slots."""
+        return len(self._free)
+
+    def allocate(self, prefix_keys: PrefixKeys | None) -> tuple[int, int]:
+        """Reserve a slot and return `(slot, reused)`.
+
+        `reused` is the number of leading positions already in the slot; at least one position is left to compute.
+        Prefers the slot with the longest shared prefix, then the lowest empty slot (neighbours share attention calls),
+        then the one released first. None: nothing is reused.
+
+        Raises ValueError if no slot is free.
+        """
+        shared = {slot: _common(self._kept.get(slot, []), prefix_keys or []) for slot in self._free}
+        best = max(self._free, key=lambda slot: shared[slot])
+        if not shared[best]:
+            empty = [slot for slot in self._free if slot not in self._kept]
+            best = min(empty) if empty else self._free[0]
+        self._free.remove(best)
+        self._kept.pop(best, None)
+        return best, shared[best]
+
+    def free(self, slot: int, prefix_keys: PrefixKeys | None) -> None:
+        """Release a slot, keeping the positions that `prefix_keys` describes for reuse."""
+        self._free.append(slot)
+        if prefix_keys:
+            self._kept[slot] = prefix_keys
+
+
+def _common(kept: PrefixKeys, prefix_keys: PrefixKeys) -> int:
+    """Return the number of equal leading positions; an image is equal as a whole or not at all."""
+    most = min(len(kept), len(prefix_keys) - 1)
+    return next((number for number in range(most) if kept[number] != prefix_keys[number]), max(most, 0))
+
+
+def image_keys(latent: Tensor, count: int) -> PrefixKeys:
+    """Return the prefix keys of the `count` patches of a clean image."""
+    digest = hashlib.blake2b(latent.contiguous().cpu().numpy().tobytes(), digest_size=16)
+    return [(digest.digest(), tuple(latent.shape), number) for number in range(count)]
+
+
+def prefix_keys_of(layout: Layout) -> PrefixKeys:
+    """Return the prefix keys of a document's positions."""
+    prefix_keys: PrefixKeys = layout.input_ids.tolist()
+    for span in layout.spans:
+        if not span.image.is_codes:
+            prefix_keys[span.start : span.end] = image_keys(span.image.latent, span.patches)
+    return prefix_keys

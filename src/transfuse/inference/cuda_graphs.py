@@ -61,7 +61,7 @@ class Recording:
     output: Output
 
 
-class Recordings:
+class GraphCache:
     """Those of one cache, by the shape of the pass."""
 
     def __init__(self) -> None:
