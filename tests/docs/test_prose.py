@@ -10,6 +10,8 @@ ROOMS = [  # what has been rewritten so far
     "tools/house.py",
     *(f"src/transfuse/{room}" for room in ("autoencoders", "convert", "diffusion", "model", "sequence")),
     *(f"src/transfuse/{name}.py" for name in ("config", "devices", "export", "folders", "images", "io", "log", "rng")),
+    *(f"src/transfuse/{room}" for room in ("recipes", "runs")),
+    *(f"src/transfuse/{name}.py" for name in ("plan", "train", "train_autoencoder")),
     *(f"src/transfuse/{name}.py" for name in ("charts", "demo", "evaluate", "report", "cli/study")),
     *(f"src/transfuse/inspect_{name}.py" for name in ("data", "autoencoder")),
     "experiments",

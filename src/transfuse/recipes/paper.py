@@ -1,4 +1,4 @@
-"""The paper's runs: its sizes, and each row of its Tables 3 to 9 as a preset of its own (`TABLES`).
+"""The paper's runs: its sizes, and each row of its Tables 3 to 9 as a preset by itself (`TABLES`).
 
 250,000 steps of about 2M positions, half of them text: 512 rows of 4,096 into which documents are packed. Epsilon
 prediction on 8-channel latents of an eighth of the resolution, 256 patches an image, 250 ancestral steps. They need an

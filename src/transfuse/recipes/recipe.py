@@ -74,7 +74,7 @@ class DataConfig:
 
     sources: tuple[str, ...] = ("world", "glosses")
     """ "world" (captioned scenes), "edits" (instructions to change scenes), "glosses" (definitions), data sets (folders
-    or URLs that transfuse data build made); each may have settings behind commas: photos,weight=2,epochs=4,final=10"""
+    or URLs that transfuse data build made); each may have settings after commas: photos,weight=2,epochs=4,final=10"""
     source_fingerprints: tuple[str, ...] = ()
     """fingerprints of the data sets, filled in when a run begins; resuming requires the same"""
     final_stretch: float = 0.01

@@ -34,7 +34,7 @@ ROW = 1024
 
 
 def stable(recipe: Recipe, rate: float = 1.0) -> Recipe:
-    """With Chameleon's stability set (section 2.3 of its paper, as far as Transfusion's baseline has it).
+    """With Chameleon's stability set (section 2.3 of its paper, as far as Transfusion's baseline uses it).
 
     QK-norm, norms of what is added, z-loss 1e-5, AdamW's eps 1e-5; no dropout. The paper's runs also take a third of
     the learning rate (`rate`), 1e-4 for 3e-4; small ones learn better without (after 250 steps of `chameleon-32`

@@ -50,7 +50,7 @@ def small_64() -> Recipe:
     """The bundled model: 64 pixels, 24 nouns in one style, up to three copies and two kinds of things, and edits.
 
     19M parameters, U-Net patch layers on the bundled KL-VAE's latents, 64 patches of 2 x 2 a picture, x0 prediction:
-    things lie anywhere, and convolutions know them wherever they lie (linear layers drew shifted copies one over the
+    things may be anywhere, and convolutions know them in any place (linear layers drew shifted copies one over the
     other). Three pairs in ten show their picture first, clean, and are captioned. Twelve minutes on an H200
     (--data.workers 14 --parallel.compile). Batches are a GPU's: two CPU cores take one of 32 documents
     (--data.batch-size 32) a second.

@@ -198,23 +198,23 @@ def mixture(
     if not ingredients or not sum(part.share for part in ingredients):
         raise UserError(f"data.sources: expected something to learn from, found only {', '.join(data.sources)}")
     measured = form if by_positions and ((pictures and texts) or len(ingredients) > 1) else None
-    found = Mixture(ingredients, measured)
-    samples = _samples(recipe, found, form)
+    stream = Mixture(ingredients, measured)
+    samples = _samples(recipe, stream, form)
     if any(part.final is not None for part in ingredients):
-        found.plan(final_from=int(samples * (1 - data.final_stretch)))
-    if samples > found.end:
+        stream.plan(final_from=int(samples * (1 - data.final_stretch)))
+    if samples > stream.end:
         raise UserError(
             f"data.sources: expected enough for loop.steps {recipe.loop.steps}, about {samples} samples, found "
-            f"{int(found.end)} in the epochs allowed; allow more, or ask for fewer steps"
+            f"{int(stream.end)} in the epochs allowed; allow more, or ask for fewer steps"
         )
-    return found
+    return stream
 
 
-def _samples(recipe: Recipe, found: Mixture, form: SequenceFormat) -> int:
+def _samples(recipe: Recipe, stream: Mixture, form: SequenceFormat) -> int:
     """Return the number of samples a run reads; of a packed run, those that fill its rows."""
     data = recipe.data
     count = recipe.loop.steps * data.batch_size
-    return count if data.row_length is None else found.samples_in(count * data.row_length, form)
+    return count if data.row_length is None else stream.samples_in(count * data.row_length, form)
 
 
 def unseen_noise(recipe: Recipe, document: Callable[[int], Document | None]) -> str | None:
@@ -228,14 +228,14 @@ def unseen_noise(recipe: Recipe, document: Callable[[int], Document | None]) -> 
     names, images, most = dict[str, None](), 0, 0
     for sample in range(count):
         try:
-            found = document(sample)
+            read = document(sample)
         except DamagedError:
             continue
-        if found is None or not found.images:
+        if read is None or not read.images:
             continue
-        names[found.source] = None
-        images += len(found.images)
-        most = max(most, *(image.max_timestep or last if image.target else 0 for image in found.images))
+        names[read.source] = None
+        images += len(read.images)
+        most = max(most, *(image.max_timestep or last if image.target else 0 for image in read.images))
         if most >= last:
             return None
     if not images:
