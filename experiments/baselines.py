@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emoji_scenes.accuracy import held_out_scenes
 from transfuse.errors import UserError
-from transfuse.evaluation import held_out_scenes
 from transfuse.model.flops import count_parameters
 from transfuse.recipes import preset
 from transfuse.report import Bar, Bars, Page, Section, Table

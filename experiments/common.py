@@ -37,10 +37,10 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 
+from emoji_scenes.classifier import Recogniser, keep_recogniser
 from transfuse.config import nearest, read_json
 from transfuse.devices import processor_name
 from transfuse.errors import UserError
-from transfuse.evaluation import Recogniser, keep_recogniser
 from transfuse.images import read_image
 from transfuse.io import atomic_write
 from transfuse.log import logger

@@ -22,6 +22,7 @@ from typing import Any
 import PIL.Image
 
 from emoji_scenes import WorldConfig
+from emoji_scenes.scorer import SceneScorer
 from transfuse.cli.writing import default_model
 from transfuse.config import read_json
 from transfuse.errors import UserError
@@ -124,7 +125,8 @@ def run_editing(options: Editing, start: Path) -> tuple[int, dict[str, Any]]:
     folder, config = options.run, EvalConfig(count=options.count, judge_steps=options.judge_steps)
     metrics = named(("editing", *options.measures), "--measures")
     before = open_bench(start, folder / "before", config, options.world)
-    recipe = tuning_recipe(start, options, before.world)
+    assert isinstance(before.scorer, SceneScorer)
+    recipe = tuning_recipe(start, options, before.scorer.world)
     settings = {name: getattr(options, name) for name in ("world", "triples", "epochs", "batch", "rate", "seed")}
     pin(folder / "study.json", {"study": "image-editing", "start": before.model, **settings})
     results = {"before": list(evaluate(before, metrics))}
@@ -132,7 +134,7 @@ def run_editing(options: Editing, start: Path) -> tuple[int, dict[str, Any]]:
     if not (tuned / "config.json").is_file() and train(recipe, folder / "tuning").export is None:
         return RESUMABLE, {}
     # Both models are measured in one folder, with the same judges.
-    after = replace(open_bench(tuned, folder / "before", config, options.world), world=before.world)
+    after = replace(open_bench(tuned, folder / "before", config, options.world), scorer=before.scorer)
     results["after"] = list(evaluate(after, metrics))
     tuning = {name: value for name, value in settings.items() if name != "world"}
     report: dict[str, Any] = {

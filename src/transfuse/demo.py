@@ -24,26 +24,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from emoji_scenes import NOUNS, glosses
-
 from .charts import ACCENT, VIOLET, WARM, line_chart
 from .config import read_json, to_dict
-from .errors import UserError
-from .evaluation import (
+from .data.bundled import (
+    NOUNS,
+    RECOGNISER_STEPS,
     CaptionResult,
     DrawingResult,
-    Estimate,
     Recogniser,
     bundled_classifier,
     caption_accuracy,
     draw_accuracy,
+    glosses,
     held_out_scenes,
     keep_recogniser,
-    model_hash,
-    perplexity,
 )
-from .evaluation.distances import frechet, frechet_distance
-from .evaluation.recogniser import STEPS as RECOGNISER_STEPS
+from .errors import UserError
+from .evaluation import Estimate, model_hash, perplexity
+from .evaluation.image_quality import frechet
+from .evaluation.reconstruction import frechet_distance
 from .inference import ImageEnd, ImageProgress, Reply, TransfusionPipeline
 from .io import atomic_write
 from .log import logger

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from emoji_scenes import World
-
 from .autoencoders import Autoencoder
 from .charts import ACCENT, WARM, histogram, line_chart
+from .data.bundled import World
 from .errors import UserError
 from .evaluation.confidence import Estimate
 from .evaluation.reconstruction import (

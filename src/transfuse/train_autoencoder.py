@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emoji_scenes import NOUNS, World, WorldConfig
-
 from .autoencoders import ImageAutoencoder, open_autoencoder, save_autoencoder
 from .autoencoders.critic import SMALLEST
 from .autoencoders.features import Features, load_features
+from .data.bundled import NOUNS, World, WorldConfig
 from .errors import UserError
 from .images import fit, image_files, read_image
 from .log import logger

@@ -11,7 +11,7 @@ from conftest import assert_equal, tensors
 
 import transfuse
 from transfuse.errors import UserError
-from transfuse.evaluation.result import Result
+from transfuse.evaluation import Result
 from transfuse.recipes import Recipe, preset
 from transfuse.runs.measures import is_best
 from transfuse.train import Trained, train

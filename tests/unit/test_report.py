@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from emoji_scenes import classifier as recogniser_module
 from transfuse import demo as demo_module
 from transfuse.charts import ACCENT, WARM, has_charts, histogram, line_chart
 from transfuse.demo import Effort, demo_page, fit, run_demo
 from transfuse.errors import UserError
-from transfuse.evaluation import recogniser as recogniser_module
 from transfuse.recipes import preset
 from transfuse.report import Bar, Bars, Card, Cards, Charts, Page, Section, Table, render
 from transfuse.training import RESUMABLE, read_metrics

@@ -15,6 +15,7 @@ EVERYWHERE = {
     "io",
     "config",
     "devices",
+    "draws",
     "log",
     "folders",
     "images",
@@ -92,6 +93,30 @@ def test_sequence_holds_no_network() -> None:
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
         }, path
+
+
+def test_one_module_alone_imports_emoji_scenes() -> None:
+    """Everything else reaches the bundled data set by its name in `data.bundled`."""
+    importers = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(name.split(".")[0] == "emoji_scenes" for name in names):
+                importers.add(path.relative_to(SOURCE).as_posix())
+    assert importers == {"data/bundled.py"}
+
+
+def test_evaluation_works_without_emoji_scenes() -> None:
+    """Metrics for any data set remain; those of the bundled data set are not offered."""
+    code = """
+import sys
+sys.modules["emoji_scenes"] = None
+from transfuse.evaluation import EvalConfig, all_metrics, named
+assert "composition" not in all_metrics() and "clip" in all_metrics()
+assert [metric.name for metric in named(["captioning", "drawing"])] == ["captioning", "drawing"]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_files_and_functions_fit_in_a_sitting() -> None:

@@ -80,7 +80,7 @@ def inspect(arguments: Sequence[str]) -> int:
         raise UserError(f"--count: expected at least 1, found {asked.count}")
     from ..autoencoders import open_autoencoder
     from ..autoencoders.features import load_features
-    from ..evaluation.distances import LEAST
+    from ..evaluation.image_quality import LEAST
     from ..inspect_autoencoder import inspect_autoencoder, inspected_images
 
     opened = open_autoencoder(asked.autoencoder)

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
-from emoji_scenes import WorldConfig
-
 from ..autoencoders import AutoencoderConfig
 from ..config import nearest
+from ..data.bundled import WorldConfig
 from ..devices import Device, Precision
 from ..errors import UserError
 from ..training import LoopConfig, OptimizerConfig

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from emoji_scenes import WorldConfig
-
 from ..data import PairConfig
+from ..data.bundled import WorldConfig
 from ..diffusion import DiffusionConfig, SamplerConfig
 from ..export import GenerationConfig
 from ..model import ModelConfig

@@ -17,9 +17,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from emoji_scenes import WorldConfig
-
 from ..data import PairConfig
+from ..data.bundled import WorldConfig
 from ..diffusion import DiffusionConfig, SamplerConfig
 from ..export import GenerationConfig
 from ..model import SIZES, ModelConfig

@@ -10,10 +10,9 @@ from typing import Literal
 
 import torch
 
-from emoji_scenes import WorldConfig
-
 from ..config import nearest
 from ..data import EditConfig, PairConfig
+from ..data.bundled import WorldConfig
 from ..devices import Device, Precision
 from ..diffusion import DiffusionConfig
 from ..errors import UserError

@@ -15,10 +15,11 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config import nearest, read_json
+from ..data.bundled import SceneScorer
 from ..errors import UserError
 from ..evaluation import EvalConfig, EvalContext, Metric, check, evaluate, named, numbers
-from ..evaluation.recogniser import weights_digest
-from ..evaluation.result import Result
+from ..evaluation.generate import weights_digest
+from ..evaluation.context import Result
 from ..io import atomic_write
 from ..log import logger
 from ..training import Trainer
@@ -40,7 +41,7 @@ def measuring(
     def context_of(weights: dict[str, Tensor]) -> EvalContext:
         config = EvalConfig(count=loop.measure_count)
         # Keyed by the weights, not the step: after a rollback a step comes again with other weights.
-        return EvalContext(pipeline_of(run, weights), weights_digest(weights), folder / "measures", world, config)
+        return EvalContext(pipeline_of(run, weights), weights_digest(weights), folder / "measures", SceneScorer(world), config)
 
     first = trainer.averaged()
     trainer.ranks.once(lambda: _check(context_of(first), metrics, loop.best))

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from emoji_scenes import World, WorldConfig, caption, glosses
+from ..data.bundled import World, WorldConfig, caption, glosses
 
 from ..autoencoders import Autoencoder
 from ..data import (

@@ -1,12 +1,12 @@
-"""A judge of scenes with several things: a small network that finds each of them, names it and says how large it is.
+"""A detector of scenes with several things: a small network that finds each, names it and measures its size.
 
     detector = train_detector(world_config)          # some minutes on two cores
     detector(images)[0]                              # [Seen("crab", 0.31, 0.52, 0.40), Seen("balloon", ...)]
     detector.accuracy                                # {"found": 0.97, "named": 0.96, "invented": 0.01}, on fresh scenes
 
-For every cell of a coarse grid it says whether the middle of a thing is there, which noun it is, and its side (as Zhou
-et al. 2019, "Objects as points"). It is trained apart from the models it judges, on scenes that the world renders,
-held-out combinations too, at every size and number, disturbed as the recogniser's are.
+For each cell of a coarse grid it predicts whether the centre of a thing is there, its noun, and its side (Zhou et al.
+2019, "Objects as points"). It is trained apart from the models it judges, on rendered scenes, held-out combinations
+included, at every size and number, disturbed as the classifier's are.
 """
 
 from __future__ import annotations
@@ -21,35 +21,41 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoji_scenes import Scene, World, WorldConfig
+from transfuse.evaluation.generate import weights_digest
+from transfuse.evaluation.image_quality import pixels
+from transfuse.log import progress
+from transfuse.rng import generator_for
 
-from ..errors import UserError
-from ..io import atomic_write
-from ..log import progress
-from ..rng import generator_for
-from .judge import judge_identity, keep_judge
-from .recogniser import HELD_OUT_EVERY, SEED_OFFSET, disturbed, pixels, resized, weights_digest
+from .classifier import (
+    HELD_OUT_EVERY,
+    SEED_OFFSET,
+    disturbed,
+    judge_identity,
+    keep_judge,
+    load_network,
+    resized,
+    save_network,
+)
+from .scenes import Scene, World, WorldConfig
 
 CELL = 4
-"""pixels along a side of a cell, where the network looks"""
+"""Pixels per side of a grid cell, at the resolution the network sees."""
 STEPS, BATCH = 600, 32
 SCENES, TEST_SCENES = 12_000, 600
 APART = 0.35
-"""two middles nearer than this share of the sum of their sides are one thing's: scenes have no overlaps"""
+"""Two centres closer than this share of the sum of their sides belong to one thing: things never overlap."""
 NEAR = 0.5
-"""a thing is found where its middle lies within this share of its side, or 1.5 cells"""
+"""A thing counts as found when a detection is within this share of its side, or 1.5 cells."""
 THRESHOLDS = tuple(round(0.15 + 0.05 * n, 2) for n in range(14))
-"""of confidence, of which the one is kept that counts best on scenes for tuning"""
+"""Confidence thresholds; the one that counts things best on tuning scenes is kept."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A thing that was found: its middle and its side, as shares of the frame."""
+    """A detection: its noun, and its centre and side as shares of the frame."""
 
     noun: str
     x: float
@@ -59,11 +65,11 @@ class Seen:
 
 
 Detect = Callable[[np.ndarray], list[list[Seen]]]
-"""uint8 images `[image, row, column, 3]` -> the things in each, surest first; a `Detector`"""
+"""Maps uint8 images `[image, row, column, 3]` to the detections in each, most confident first; a `Detector`."""
 
 
 class _Network(nn.Module):
-    """Three resolutions down, read together at the first; about 0.7M parameters."""
+    """Three resolutions, joined at the finest; about 0.7M parameters."""
 
     def __init__(self, nouns: int) -> None:
         super().__init__()
@@ -75,7 +81,7 @@ class _Network(nn.Module):
         nn.init.constant_(self.head.bias[:1], -3.0)  # type: ignore[index]  # most cells are empty
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[image, 3, side, side]` in [-1, 1] -> `[image, 2 + noun, row, column]` of cells: middle, log side, nouns."""
+        """Map `[image, 3, side, side]` in [-1, 1] to cells `[image, 2 + noun, row, column]`: centre, side, nouns."""
         fine = self.stem(x)
         middle = self.middle(fine)
         coarse = self.coarse(middle)
@@ -94,10 +100,11 @@ def _network(nouns: int) -> _Network:
 
 @dataclass(eq=False)
 class Detector:
-    """accuracy, on fresh scenes: "found", the share of things found where they are; "named", found and rightly named;
-    "invented", things found that are not there, for each that is.
+    """A detector for the things in scenes, with its errors on fresh scenes.
 
-    confusion   (what it is, what it was taken for) -> times; "nothing" stands for missed and for invented
+    accuracy    "found": share of things found in their place; "named": found and rightly named; "invented": detections
+                of nothing, per thing
+    confusion   counts by (truth, prediction); "nothing" stands for a missed or an invented thing
     """
 
     nouns: tuple[str, ...]
@@ -116,7 +123,7 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, batch: int = 64) -> list[list[Seen]]:
-        """The things in each of the images, uint8 `[image, row, column, 3]`, surest first."""
+        """Return the detections in each image, uint8 `[image, row, column, 3]`, most confident first."""
         return [
             [seen for seen in all_of if seen.confidence >= self.threshold]
             for start in range(0, len(images), batch)
@@ -125,18 +132,18 @@ class Detector:
 
     def _candidates(self, images: np.ndarray) -> list[list[Seen]]:
         self.network.eval()
-        found = self.network(resized(pixels(images), self.side))
-        heat = found[:, 0].sigmoid()
+        cells_of = self.network(resized(pixels(images), self.side))
+        heat = cells_of[:, 0].sigmoid()
         peaks = heat == F.max_pool2d(heat[:, None], 3, stride=1, padding=1)[:, 0]
         heat = heat * peaks
         cells = heat.shape[-1]
         seen: list[list[Seen]] = [[] for _ in images]
         for image, row, column in (heat >= THRESHOLDS[0]).nonzero().tolist():
-            at = found[image, :, row, column]
+            at = cells_of[image, :, row, column]
             noun = self.nouns[int(at[2:].argmax())]
             middle = (column + 0.5) / cells, (row + 0.5) / cells
             seen[image].append(Seen(noun, *middle, float(at[1].exp()), float(heat[image, row, column])))
-        return [_distinct(some) for some in seen]
+        return [_distinct(detections) for detections in seen]
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -146,37 +153,34 @@ class Detector:
             "measured": json.dumps([self.side, self.threshold, self.accuracy, self.seconds]),
             "confusion": json.dumps([[*pair, times] for pair, times in self.confusion.items()]),
         }
-        state = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
-        atomic_write(path, lambda aside: save_file(state, aside, metadata=facts))
+        save_network(path, self.network.state_dict(), facts)
 
     @classmethod
     def load(cls, path: Path) -> Detector:
-        """Read what `save` wrote. Raises UserError for any other file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-                side, threshold, accuracy, seconds = json.loads(facts["measured"])
-                confusion = {(a, b): times for a, b, times in json.loads(facts["confusion"])}
-                nouns = tuple(json.loads(facts["nouns"]))
-                network = _network(len(nouns))
-                network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: expected a saved detector, found something else ({reason})") from None
-        return cls(nouns, side, network.eval(), threshold, facts["identity"], accuracy, confusion, seconds)
+        """Read a file of `save`. Raises UserError for any other file."""
+
+        def read(facts: dict[str, str], state: dict[str, Tensor]) -> Detector:
+            side, threshold, accuracy, seconds = json.loads(facts["measured"])
+            confusion = {(a, b): times for a, b, times in json.loads(facts["confusion"])}
+            nouns = tuple(json.loads(facts["nouns"]))
+            network = _network(len(nouns))
+            network.load_state_dict(state)
+            return cls(nouns, side, network.eval(), threshold, facts["identity"], accuracy, confusion, seconds)
+
+        return load_network(path, "a saved detector", read)
 
 
 def _distinct(seen: list[Seen]) -> list[Seen]:
-    """Surest first, without those that are where a surer one is."""
+    """Return detections by confidence, without those at the place of a more confident one."""
     kept: list[Seen] = []
-    for one in sorted(seen, key=lambda one: -one.confidence):
-        if all(max(abs(one.x - o.x), abs(one.y - o.y)) > APART * (one.side + o.side) for o in kept):
-            kept.append(one)
+    for thing in sorted(seen, key=lambda thing: -thing.confidence):
+        if all(max(abs(thing.x - o.x), abs(thing.y - o.y)) > APART * (thing.side + o.side) for o in kept):
+            kept.append(thing)
     return kept
 
 
 def keep_detector(path: Path, config: WorldConfig, steps: int | None = None, seed: int = 0) -> Detector:
-    """The detector saved in a file where it is of this world, else a new one, which is saved there."""
+    """Return the detector saved in a file if it is of these scenes; otherwise train one and save it there."""
     steps = steps or STEPS
     identity = _identity(config, steps, seed)
     return keep_judge(path, identity, Detector.load, lambda: train_detector(config, steps, seed))
@@ -187,12 +191,12 @@ def _identity(config: WorldConfig, steps: int, seed: int) -> str:
 
 
 def _world(config: WorldConfig, split: Any, seed: int) -> World:
-    """Its nouns, styles and backgrounds in scenes of every kind and size."""
+    """Return scenes of every kind and size with the nouns, styles and backgrounds of `config`."""
     return World(replace(config, split=split, kinds=None, max_objects=3, max_count=4, sizes=None, seed=seed))
 
 
 def train_detector(config: WorldConfig, steps: int = STEPS, seed: int = 0) -> Detector:
-    """Train a detector for a world's nouns, whatever number of things that world shows: a function of its arguments."""
+    """Train a detector of the nouns of `config` in scenes of any number of things: a function of its arguments."""
     began = time.monotonic()
     side = 32 if config.size <= 32 else 64
     nouns = config.noun_names
@@ -226,14 +230,14 @@ def train_detector(config: WorldConfig, steps: int = STEPS, seed: int = 0) -> De
 
 
 def _scenes(config: WorldConfig, count: int, seed: int) -> tuple[np.ndarray, list[Scene]]:
-    """Scenes of every kind and their pictures; one in `HELD_OUT_EVERY` shows a held-out combination."""
+    """Return images of scenes of every kind; one in `HELD_OUT_EVERY` is a held-out combination."""
     seen, unseen = _world(config, "train", seed), _world(config, "heldout", seed)
     scenes = [(seen if n % HELD_OUT_EVERY else unseen).scene(n) for n in range(count)]
     return np.stack([seen.render(scene) for scene in scenes]), scenes
 
 
 def _target(scene: Scene, nouns: Sequence[str], cells: int) -> list[Tensor]:
-    """heat `[row, column]`: 1 in the cell of a middle, less around it; noun there, else -1; log side."""
+    """Return heat `[row, column]` (1 in a centre's cell, less around it), noun numbers (-1: none), and log sides."""
     heat, side = torch.zeros(cells, cells), torch.zeros(cells, cells)
     noun = torch.full((cells, cells), -1, dtype=torch.int64)
     at = torch.arange(cells) + 0.5
@@ -251,34 +255,34 @@ def _target(scene: Scene, nouns: Sequence[str], cells: int) -> list[Tensor]:
     return [heat, noun, side]
 
 
-def _loss(found: Tensor, wanted: Sequence[Tensor]) -> Tensor:
-    """Focal loss of the middles, reduced around them (Law & Deng 2018, equation 1); of names and sides where one is."""
+def _loss(output: Tensor, wanted: Sequence[Tensor]) -> Tensor:
+    """Return the focal loss of centres (Law & Deng 2018, equation 1) plus the losses of nouns and sides."""
     heat, noun, side = wanted
-    logit = found[:, 0]
+    logit = output[:, 0]
     chance = logit.sigmoid()
     at = heat == 1
     hit = -(1 - chance).square() * F.logsigmoid(logit) * at
     miss = -((1 - heat) ** 4) * chance.square() * F.logsigmoid(-logit) * ~at
     middles = (hit.sum() + miss.sum()) / at.sum().clamp_min(1)
     there = noun >= 0
-    names = F.cross_entropy(found[:, 2:].permute(0, 2, 3, 1)[there], noun[there], label_smoothing=0.05)
-    return middles + names + 2 * F.smooth_l1_loss(found[:, 1][there], side[there])
+    names = F.cross_entropy(output[:, 2:].permute(0, 2, 3, 1)[there], noun[there], label_smoothing=0.05)
+    return middles + names + 2 * F.smooth_l1_loss(output[:, 1][there], side[there])
 
 
 @torch.inference_mode()
 def _tune(detector: Detector, images: np.ndarray, scenes: Sequence[Scene]) -> None:
     """Keep the threshold with which the number of things is right most often."""
     counts = np.array([sum(thing.count for thing in scene.things) for scene in scenes])
-    sure = [[seen.confidence for seen in some] for some in detector(images)]
-    right = [np.mean([sum(c >= t for c in some) for some in sure] == counts) for t in THRESHOLDS]
+    confidences = [[seen.confidence for seen in detections] for detections in detector(images)]
+    right = [np.mean([sum(c >= t for c in image) for image in confidences] == counts) for t in THRESHOLDS]
     detector.threshold = THRESHOLDS[int(np.argmax(right))]
 
 
 def _examine(detector: Detector, images: np.ndarray, scenes: Sequence[Scene]) -> None:
     """Measure accuracy and confusion on scenes it was neither trained nor tuned on."""
     confusion: Counter[tuple[str, str]] = Counter()
-    for scene, found in zip(scenes, detector(images), strict=True):
-        left = list(found)
+    for scene, detections in zip(scenes, detector(images), strict=True):
+        left = list(detections)
         for noun, x, y, side in ((t.noun, *p.centre, p.side) for t in scene.things for p in t.places):
             reach = max(NEAR * side, 1.5 * CELL / detector.side)
             near = [seen for seen in left if max(abs(seen.x - x), abs(seen.y - y)) <= reach]

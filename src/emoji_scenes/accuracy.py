@@ -1,9 +1,9 @@
-"""Does it draw what was asked, and say what it sees? Measured on combinations that training never showed.
+"""The accuracy of drawings and captions on combinations that training never showed.
 
-`draw_accuracy`: the background's colour is read off the border, the thing is named twice: by a recogniser that chooses
-among the world's own nouns, and strictly, by the bundled classifier of all nouns and "none". The same measures on the
-real pictures are the reference; a painter of good scenes who ignores the prompt sets the chance floor.
-`caption_accuracy`: the caption must name the right noun and no other, and the right colour and no other.
+`draw_accuracy` reads the background's colour off the border. Two classifiers name the thing: one chooses among the
+configuration's own nouns, the strict one among all nouns and "none". The same scores on real images are the reference;
+good scenes that ignore the prompt set chance. `caption_accuracy`: a caption must name the right noun and no other, and
+the right colour and no other.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 import PIL.Image
 
-from emoji_scenes import Scene, World, WorldConfig, background_of, caption, colours_in, nouns_in
+from transfuse.errors import UserError
+from transfuse.evaluation.confidence import Estimate, agreement_by_chance, share
+from transfuse.inference import TransfusionPipeline
+from transfuse.log import progress
 
-from ..errors import UserError
-from ..inference import TransfusionPipeline
-from ..log import progress
-from .confidence import Estimate, agreement_by_chance, share
+from . import Scene, World, WorldConfig, background_of, caption, colours_in, nouns_in
 from .open_set import bundled_classifier
 
 Name = Callable[[np.ndarray], list[str]]
-"""uint8 images `[image, row, column, 3]` -> a noun for each; a `Recogniser`"""
+"""Maps uint8 images `[image, row, column, 3]` to a noun for each; a `Recogniser`."""
 
 
 @dataclass(eq=False)
 class DrawingResult:
-    """Drawings of held-out prompts, and how right they are. Lists and arrays are by prompt, in order.
+    """Drawings of held-out prompts and their accuracy; lists and arrays are by prompt, in order.
 
     images, real_images   uint8 `[image, row, column, 3]`: drawn, and rendered by the world
     nouns, backgrounds    what was asked for
@@ -67,7 +67,7 @@ class DrawingResult:
 
 @dataclass(eq=False)
 class CaptionResult:
-    """Captions of held-out pictures `[image, row, column, 3]`, and how right they are; `truths` are the world's own."""
+    """Captions of held-out images `[image, row, column, 3]` and their accuracy; `truths` are the scenes' captions."""
 
     images: np.ndarray
     captions: list[str]
@@ -84,9 +84,9 @@ class CaptionResult:
 
 
 def held_out_scenes(config: WorldConfig, count: int, seed: int = 0) -> tuple[list[Scene], list[str], np.ndarray]:
-    """`count` scenes of the world's held-out split, their captions, and pictures uint8 `[image, row, column, 3]`.
+    """Return `count` held-out scenes, their captions, and images uint8 `[image, row, column, 3]`.
 
-    Raises UserError for a world with more than one thing in a scene: these measures know only one.
+    Raises UserError for scenes with more than one thing: these scores know only one.
     """
     if config.max_objects > 1 or config.max_count > 1:
         raise UserError("evaluation: world: expected scenes of one thing (max_objects 1, max_count 1), found more")
@@ -108,16 +108,16 @@ def draw_accuracy(
     batch: int = 24,
     steps: int | None = None,
 ) -> DrawingResult:
-    """Draw `count` held-out prompts and judge them; `steps`: denoising steps, the model's own default if not given."""
+    """Draw `count` held-out prompts and score them; `steps`: denoising steps, the model's default unless given."""
     scenes, prompts, real = held_out_scenes(world_config, count, seed)
     nouns, backgrounds = _asked(scenes)
     drawn: list[np.ndarray] = []
     began = time.monotonic()
     with progress("draw", count, unit="images") as bar:
         for start in range(0, count, batch):
-            some = prompts[start : start + batch]
-            drawn += pipe(some, num_inference_steps=steps, generator=seed + start, output_type="np").images
-            bar.advance(len(some))
+            chunk = prompts[start : start + batch]
+            drawn += pipe(chunk, num_inference_steps=steps, generator=seed + start, output_type="np").images
+            bar.advance(len(chunk))
     seconds = time.monotonic() - began
     images = np.stack(drawn)
     named, seen = recogniser(images), [background_of(image) for image in images]
@@ -156,16 +156,16 @@ def draw_accuracy(
 def caption_accuracy(
     pipe: TransfusionPipeline, world_config: WorldConfig, count: int, seed: int = 0, batch: int = 24
 ) -> CaptionResult:
-    """Caption `count` held-out pictures, greedily, and judge the words."""
+    """Caption `count` held-out images greedily and score the words."""
     scenes, truths, pictures = held_out_scenes(world_config, count, seed)
     nouns, backgrounds = _asked(scenes)
     captions: list[str] = []
     began = time.monotonic()
     with progress("caption", count, unit="images") as bar:
         for start in range(0, count, batch):
-            some = [PIL.Image.fromarray(picture) for picture in pictures[start : start + batch]]
-            captions += pipe.caption(some)
-            bar.advance(len(some))
+            chunk = [PIL.Image.fromarray(picture) for picture in pictures[start : start + batch]]
+            captions += pipe.caption(chunk)
+            bar.advance(len(chunk))
     seconds = time.monotonic() - began
     known = world_config.noun_names
     noun_right = np.array([nouns_in(text, known) == {noun} for text, noun in zip(captions, nouns, strict=True)])
@@ -190,5 +190,5 @@ def _asked(scenes: list[Scene]) -> tuple[list[str], list[str]]:
     return [scene.things[0].noun for scene in scenes], [scene.background for scene in scenes]
 
 
-def _same(found: Sequence[str | None], wanted: list[str]) -> np.ndarray:
-    return np.array([one == other for one, other in zip(found, wanted, strict=True)])
+def _same(named: Sequence[str | None], wanted: list[str]) -> np.ndarray:
+    return np.array([name == noun for name, noun in zip(named, wanted, strict=True)])
