@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from transfuse.devices import keep_freed_memory
-from transfuse.presets import Recipe, preset
-from transfuse.presets.recipe import build_trainer
-from transfuse.presets.runs import resolve
+from transfuse.recipes import Recipe, preset
+from transfuse.runs import resolve
 from transfuse.sequence import Batch
+from transfuse.train import build_trainer
 from transfuse.training import Trainer
 from transfuse.training.metrics import Average, MetricsLog
 
@@ -87,7 +87,7 @@ class Made:
 
 
 def trainer_of(recipe: Recipe, scratch: str, made: int = 0) -> Trainer:
-    trainer, _ = build_trainer(resolve(recipe), Path(tempfile.mkdtemp(dir=scratch)))
+    trainer = build_trainer(resolve(recipe), Path(tempfile.mkdtemp(dir=scratch)))
     if made:
         trainer.load = Made([list(trainer.load(step)) for step in range(made)])
     return trainer

@@ -38,13 +38,12 @@ from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Engine, Request
-from transfuse.inference.compiled import compile_blocks
-from transfuse.inference.network import Network
+from transfuse.inference.model_runner import ModelRunner, compile_blocks
 from transfuse.model import ModelConfig, Transfusion, dense, flexible
 from transfuse.model.activations import Load
 from transfuse.model.flops import count_parameters, train_flops
-from transfuse.presets.memory_plan import Spread, memory
-from transfuse.presets.paper import paper
+from transfuse.plan import Spread, memory
+from transfuse.recipes.paper import paper
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate
 from transfuse.training import EMA, ObjectiveConfig, OptimizerConfig, TransfusionObjective, build_optimizer
 from transfuse.training.hardware import memory_used, peak_of
@@ -227,7 +226,7 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
             compile_blocks(model, "eager" if asked.quick else "inductor")
         process = Process(DiffusionConfig(prediction="v"))
         exported = Exported(model, process, Pixels(), tokenizer, side, GenerationConfig())
-        engine = Engine(Network(exported, graphs=way == "recorded"))
+        engine = Engine(ModelRunner(exported, graphs=way == "recorded"))
         read = 2 * count_parameters(config).transformer / rate
         first: list[float] = []
 

@@ -54,11 +54,10 @@ from transfuse.data.readers import Columns
 from transfuse.devices import keep_freed_memory
 from transfuse.images import decode_image
 from transfuse.log import logger
-from transfuse.presets import preset
-from transfuse.presets.recipe import Recipe, build_loader, build_trainer
-from transfuse.presets.runs import open_run
-from transfuse.presets.sources import open_sources
+from transfuse.recipes import Recipe, preset
+from transfuse.runs import open_run, resolve
 from transfuse.sequence import Image, Text, Tokenizer
+from transfuse.train import build_loader, build_trainer
 from transfuse.training.metrics import read_metrics
 
 BATCH, BUFFER, RANKS = 32, 1000, 8
@@ -331,7 +330,7 @@ def train(folder: Path, workers: int, steps: int) -> Reading:
     """Without the first sixth of the steps, in which workers start and kernels are prepared."""
     keep_freed_memory()  # as the command line does
     with tempfile.TemporaryDirectory(dir=folder.parent) as run:
-        trainer, _ = build_trainer(open_run(demo(folder, workers, steps), Path(run)), Path(run))
+        trainer = build_trainer(open_run(demo(folder, workers, steps), Path(run)), Path(run))
         trainer.run()
         first, *_, last = read_metrics(Path(run, "metrics.jsonl"))
     seconds = last["seconds"] - first["seconds"]
@@ -362,10 +361,10 @@ def train_ranks(folder: Path, seconds: float, steps: int) -> Reading:
 def one_rank(rank: int, folder: Path, seconds: float, steps: int, meet: Any, found: Any) -> None:
     torch.set_num_threads(1)
     recipe = demo(folder, workers=1, steps=steps)
-    recipe = replace(recipe, data=replace(recipe.data, batch_size=256)).settled()
+    run = resolve(replace(recipe, data=replace(recipe.data, batch_size=256)))
     waits = []
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        load = build_loader(recipe, open_sources(recipe.data), tokenizer(folder), Path(scratch), rank, RANKS)
+        load = build_loader(run, Path(scratch), rank, RANKS)
         for step in range(steps):
             meet.wait()
             began = time.perf_counter()

@@ -18,9 +18,10 @@ from typing import Any
 
 from transfuse.config import nearest
 from transfuse.errors import UserError
-from transfuse.presets import Recipe, preset
-from transfuse.presets.scales import UNET_CHANNELS, scaled
-from transfuse.report import Details, Page, Section, Table
+from transfuse.recipes import Recipe, preset
+from transfuse.recipes.scales import UNET_CHANNELS, scaled
+from transfuse.report import Block, Details, Numbers, Page, Section, Table, Text
+from transfuse.runs import resolve
 from transfuse.version import __version__
 
 from .common import Shared, StudyRun, check_grid, failures_block, parse, plan_run, run_script, run_study, write_report
@@ -193,7 +194,7 @@ def plan_ablations(
     for row in rows:
         if row not in known:
             raise UserError(f'--rows: unknown name "{row}"{nearest(row, known)}')
-    recipes = {row: known[row].recipe(size).settled() for row in {*rows, FIRST}}
+    recipes = {row: resolve(known[row].recipe(size), here=False).recipe for row in {*rows, FIRST}}
     runs = []
     for row, seed in product(rows, seeds):
         recipe = replace(recipes[row], seed=seed, preset=f"{row}-{size}")
@@ -260,7 +261,10 @@ def ablations_page(report: dict[str, Any], folder: Path) -> Page:
     """Return the page: counts, then the differences of each table, then every run."""
     comparisons, results = report["comparisons"], report["results"]
     counts = Counter(each["significance"] for each in comparisons)
-    listed = ", ".join(f"{counts[name]} {name}" for name in ("reproduced", "not reproduced", "undecided"))
+    numbers = [
+        (name.capitalize(), str(counts[name]), f"of {len(comparisons)} differences")
+        for name in ("reproduced", "not reproduced", "undecided")
+    ]
     sections = []
     for table in dict.fromkeys(each["table"] for each in comparisons):
         rows = [_row(each) for each in comparisons if each["table"] == table]
@@ -274,8 +278,9 @@ def ablations_page(report: dict[str, Any], folder: Path) -> Page:
         counted = [f"{result[name]:,.0f}" for name in names]
         runs.append([result["run"], f"{result['theoretical_flops']:.3g}", *counted, *values])
     every = Details("Every run", [Table([*head, *[words for _, words in MEASURES.values()]], runs)])
-    lead = f"{len(results)} runs: {listed}. {_NOTE}"
-    return Page("The paper's ablations, small", lead, [], sections, [every, *failures_block(report)])
+    lead = f"{len(results)} runs of one size and budget; each difference against the paper's."
+    first: list[Block] = [Numbers(numbers), Text(_NOTE)]
+    return Page("The paper's ablations, small", lead, first, sections, [every, *failures_block(report)])
 
 
 def _row(comparison: dict[str, Any]) -> list[str]:

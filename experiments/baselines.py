@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emoji_scenes.accuracy import held_out_scenes
 from transfuse.errors import UserError
-from transfuse.evaluation import held_out_scenes
 from transfuse.model.flops import count_parameters
-from transfuse.presets import preset
+from transfuse.recipes import preset
 from transfuse.report import Bar, Bars, Page, Section, Table
+from transfuse.runs import resolve
 from transfuse.version import __version__
 
 from .common import (
@@ -80,7 +81,7 @@ def plan_baselines(folder: Path, flops: float, presets: Sequence[str]) -> list[S
     """Plan one run of each preset with equal 6 N D. Raises UserError for presets that do not compare."""
     if not 0 < flops < float("inf") or not presets:
         raise UserError(f"baselines: expected a budget and presets, found {flops:g} and {len(presets)}")
-    recipes = {name: preset(name).settled() for name in presets}
+    recipes = {name: resolve(preset(name), here=False).recipe for name in presets}
     if len({comparable(recipe) for recipe in recipes.values()}) > 1:
         raise UserError(
             f"baselines: expected presets of one world, mixture, vocabulary and seed, found {', '.join(presets)}"

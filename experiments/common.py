@@ -37,21 +37,19 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 
+from emoji_scenes.classifier import Recogniser, keep_recogniser
 from transfuse.config import nearest, read_json
 from transfuse.devices import processor_name
 from transfuse.errors import UserError
-from transfuse.evaluation import Recogniser, keep_recogniser
 from transfuse.images import read_image
 from transfuse.io import atomic_write
 from transfuse.log import logger
 from transfuse.model.flops import count_parameters
-from transfuse.presets import Recipe
-from transfuse.presets.recipe import build_loader, train_tokenizer
-from transfuse.presets.runs import open_run, resolve
-from transfuse.presets.sources import open_sources
+from transfuse.recipes import Recipe
 from transfuse.report import Block, Card, Cards, Page, Table, Text, write_page
-from transfuse.studies.samples import grid
-from transfuse.studies.training import train_run
+from transfuse.runs import open_run, resolve
+from transfuse.runs.samples import grid
+from transfuse.train import build_loader, train
 from transfuse.training import RESUMABLE, DivergedError
 
 from .evaluation import EvalSize, evaluate_run, read_result, with_variant
@@ -145,9 +143,9 @@ def comparable(recipe: Recipe) -> tuple[Any, ...]:
 
 def positions_per_step(recipe: Recipe) -> float:
     """Return the mean over the first steps of a settled recipe; it depends on its data, not on its size or seed."""
-    recipe = resolve(recipe)
+    run = resolve(recipe)
     with tempfile.TemporaryDirectory() as scratch:
-        load = build_loader(recipe, open_sources(recipe.data), train_tokenizer(recipe), Path(scratch))
+        load = build_loader(run, Path(scratch))
         return sum(batch.quantities["positions"] for step in range(SURVEYED) for batch in load(step)) / SURVEYED
 
 
@@ -314,11 +312,11 @@ class Study:
         folder = self.folder / "runs" / run.name
         logger.info(f"{run.name}: {run.flops:.2g} FLOPs (6 N D)")
         try:
-            recipe = open_run(run.recipe, folder)  # refuses a folder made by another plan
+            recipe = open_run(run.recipe, folder).recipe  # refuses a folder made by another plan
             if not (folder / "export" / "config.json").is_file():
                 with (folder / "machines.jsonl").open("a") as file:
                     file.write(json.dumps(_machine(recipe)) + "\n")
-                if train_run(recipe, folder).export is None:
+                if train(recipe, folder).export is None:
                     return False
         except DivergedError as error:
             logger.info(f"{run.name}: failed: {error}")

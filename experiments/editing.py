@@ -22,6 +22,7 @@ from typing import Any
 import PIL.Image
 
 from emoji_scenes import WorldConfig
+from emoji_scenes.scorer import SceneScorer
 from transfuse.cli.writing import default_model
 from transfuse.config import read_json
 from transfuse.errors import UserError
@@ -30,9 +31,9 @@ from transfuse.evaluation import EvalConfig, MetricResult, evaluate, named
 from transfuse.folders import DEFAULT
 from transfuse.images import read_image
 from transfuse.log import logger
-from transfuse.presets import Recipe, preset
+from transfuse.recipes import Recipe, preset
 from transfuse.report import Bar, Bars, Card, Cards, Page, Section, Table, write_page
-from transfuse.studies.training import train_run
+from transfuse.train import train
 from transfuse.training import RESUMABLE
 from transfuse.version import __version__
 
@@ -124,15 +125,16 @@ def run_editing(options: Editing, start: Path) -> tuple[int, dict[str, Any]]:
     folder, config = options.run, EvalConfig(count=options.count, judge_steps=options.judge_steps)
     metrics = named(("editing", *options.measures), "--measures")
     before = open_bench(start, folder / "before", config, options.world)
-    recipe = tuning_recipe(start, options, before.world)
+    assert isinstance(before.scorer, SceneScorer)
+    recipe = tuning_recipe(start, options, before.scorer.world)
     settings = {name: getattr(options, name) for name in ("world", "triples", "epochs", "batch", "rate", "seed")}
     pin(folder / "study.json", {"study": "image-editing", "start": before.model, **settings})
     results = {"before": list(evaluate(before, metrics))}
     tuned = folder / "tuning" / "export"
-    if not (tuned / "config.json").is_file() and train_run(recipe, folder / "tuning").export is None:
+    if not (tuned / "config.json").is_file() and train(recipe, folder / "tuning").export is None:
         return RESUMABLE, {}
     # Both models are measured in one folder, with the same judges.
-    after = replace(open_bench(tuned, folder / "before", config, options.world), world=before.world)
+    after = replace(open_bench(tuned, folder / "before", config, options.world), scorer=before.scorer)
     results["after"] = list(evaluate(after, metrics))
     tuning = {name: value for name, value in settings.items() if name != "world"}
     report: dict[str, Any] = {

@@ -10,26 +10,20 @@ from typing import Any
 import numpy as np
 
 from emoji_scenes import WorldConfig, glosses
+from emoji_scenes.accuracy import caption_accuracy, draw_accuracy, held_out_scenes
+from emoji_scenes.classifier import Recogniser
 from transfuse.config import read_json
 from transfuse.devices import pick_device
 from transfuse.errors import UserError
-from transfuse.evaluation import (
-    Estimate,
-    Recogniser,
-    bootstrap,
-    caption_accuracy,
-    draw_accuracy,
-    held_out_scenes,
-    perplexity,
-)
+from transfuse.evaluation import Estimate, bootstrap, perplexity
 from transfuse.evaluation.captions import cider_d
-from transfuse.evaluation.distances import frechet
+from transfuse.evaluation.image_quality import frechet
 from transfuse.evaluation.ptb_tokenizer import tokenize
 from transfuse.evaluation.reconstruction import frechet_distance
 from transfuse.inference import TransfusionPipeline
 from transfuse.model.flops import count_parameters
-from transfuse.presets import Recipe
-from transfuse.presets.runs import read_recipe
+from transfuse.recipes import Recipe
+from transfuse.runs import read_recipe
 from transfuse.training import read_metrics
 
 UNEQUAL = 1.05

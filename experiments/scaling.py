@@ -22,8 +22,9 @@ import numpy as np
 
 from transfuse.charts import ACCENT, SOFT, VIOLET, WARM, new_chart, svg_of
 from transfuse.io import atomic_write
-from transfuse.presets.scales import ARMS, SCALES, arm_recipe
+from transfuse.recipes.scales import ARMS, SCALES, arm_recipe
 from transfuse.report import Bar, Bars, Block, Charts, Details, Page, Section, Table, Text
+from transfuse.runs import resolve
 from transfuse.version import __version__
 
 from . import paper_results
@@ -109,7 +110,10 @@ def plan_scaling(
 ) -> list[StudyRun]:
     """Plan every variant at every size, budget and seed. Raises UserError for unknown names."""
     check_grid(variants=variants, sizes=sizes, budgets=budgets, seeds=seeds)
-    recipes = {(name, size): arm_recipe(name, size).settled() for name, size in product({*variants, FIRST}, sizes)}
+    recipes = {
+        (name, size): resolve(arm_recipe(name, size), here=False).recipe
+        for name, size in product({*variants, FIRST}, sizes)
+    }
     assert len({comparable(recipe) for recipe in recipes.values()}) == 1, "variants of one mixture and vocabulary"
     runs = []
     for variant, size, budget, seed in product(variants, sizes, budgets, seeds):

@@ -17,7 +17,7 @@ from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.evaluate import evaluation_page
 from transfuse.export import Exported, GenerationConfig, save_export
-from transfuse.inference.network import Network
+from transfuse.inference.model_runner import ModelRunner
 from transfuse.model import ModelConfig, Transfusion
 from transfuse.report import render
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate
@@ -219,13 +219,13 @@ def assert_equal(ours: Groups, theirs: Groups) -> None:
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Positions of every pass of the engine's network, as they come."""
     found: list[int] = []
-    original = Network.forward
+    original = ModelRunner.forward
 
     def count(self, cache, feeds, predict):
         found.append(sum(feed.segment.count for feed in feeds))
         return original(self, cache, feeds, predict)
 
-    monkeypatch.setattr(Network, "forward", count)
+    monkeypatch.setattr(ModelRunner, "forward", count)
     return found
 
 

@@ -30,10 +30,9 @@ from transfuse.config import to_dict
 from transfuse.export import describe
 from transfuse.folders import WEIGHTS
 from transfuse.model.flops import count_parameters
-from transfuse.presets import Recipe, preset
-from transfuse.presets.runs import read_recipe
-from transfuse.presets.sources import held_out_prompts
-from transfuse.studies.samples import grid
+from transfuse.recipes import Recipe, preset
+from transfuse.runs import open_sources, read_recipe
+from transfuse.runs.samples import grid
 from transfuse.training import read_metrics
 
 SUITE = ("composition", "captioning", "editing", "drawing", "text", "choice", "autoencoder")
@@ -125,7 +124,7 @@ def main() -> None:
 
 def draw_sheet(recipe: Recipe, path: Path) -> None:
     """Draw the first held-out prompts with seeds from 0, and write a sheet, the prompts and a labelled grid."""
-    prompts = held_out_prompts(recipe, SHEET[0] * SHEET[1])
+    prompts = open_sources(recipe.data).held_out_prompts(SHEET[0] * SHEET[1])
     images = transfuse.load(recipe.preset)(prompts, generator=0, output_type="np").images
     grid(images, SHEET[1], zoom=2).save(path, optimize=True)
     path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emoji_scenes import NOUNS, PALETTE, World, WorldConfig
-from emoji_scenes.draws import Draws
+from emoji_scenes.classifier import PooledNetwork, resized
+from emoji_scenes.open_set import SIDE, WEIGHTS, OpenSetClassifier, open_set_network
 from transfuse.autoencoders import Autoencoder, open_autoencoder
-from transfuse.evaluation.open_set import SIDE, WEIGHTS, Network, OpenSetClassifier
-from transfuse.evaluation.recogniser import resized
+from transfuse.draws import Draws
 from transfuse.rng import generator_for
 
 STEPS, PLAIN, SPOILED, WARPED = 4500, 76, 40, 8
@@ -77,10 +77,10 @@ def main() -> None:
     print(path, path.stat().st_size, "bytes,", OpenSetClassifier.load(path).digest)
 
 
-def train(checkpoint: Path, steps: int, seed: int) -> Network:
+def train(checkpoint: Path, steps: int, seed: int) -> PooledNetwork:
     """Train, or resume from the checkpoint."""
     torch.manual_seed(seed)
-    network = Network(len(NOUNS))
+    network = open_set_network(len(NOUNS))
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     parts, begun = (network, optimizer, schedule), 0

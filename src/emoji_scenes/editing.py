@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from .draws import Draws
+from transfuse.draws import Draws
+
 from .language import RELATION_PHRASES, article, phrase
 from .layout import SIDES, UNITS, Place, Size, anywhere, place, side_of
 from .nouns import NOUNS
@@ -101,7 +102,7 @@ def _remove(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | Non
 
 
 def _add(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | None:
-    """One thing more, where there is room; beside a single thing its relation to it is said."""
+    """Add a thing where there is room; with a single thing in the scene, name their relation."""
     drawn = _drawn(scene, world, draws)
     taken = [spot for thing in scene.things for spot in thing.places]
     if drawn is None or len(scene.things) >= 3 or len(taken) >= 4:
@@ -117,8 +118,8 @@ def _add(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | None:
         relation = _relation(spot, taken[0])
         if relation is None:
             return None
-        said = f"add {phrase(new)} {RELATION_PHRASES[relation][0]} {_the(scene.things[0])}"
-        return said, Scene((new, *scene.things), scene.background, relation)
+        instruction = f"add {phrase(new)} {RELATION_PHRASES[relation][0]} {_the(scene.things[0])}"
+        return instruction, Scene((new, *scene.things), scene.background, relation)
     wording = (f"add {phrase(new)}", f"put {phrase(new)} in the free space", f"draw {phrase(new)} as well")
     return draws.pick(wording), replace(scene, things=(*scene.things, new), relation=None)
 
@@ -144,7 +145,7 @@ def _resize(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | Non
 
 
 def _relation(new: Place, old: Place) -> Relation | None:
-    """How a square lies to another, where one word says it: clear of it on one side, and level with it."""
+    """Return the relation of one square to another: clear of it on one side and level with it; None if unclear."""
     (new_x, new_y), (old_x, old_y) = new.centre, old.centre
     if abs(new_y - old_y) <= 0.2 and not (new.x < old.x + old.side and old.x < new.x + new.side):
         return "left of" if new_x < old_x else "right of"

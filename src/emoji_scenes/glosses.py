@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from .draws import stable_hash
+from transfuse.draws import stable_hash
 
 GLOSS_FILE = Path(__file__).with_name("glosses.txt.gz")
 #: One word in this many is held out, with all its definitions.

@@ -1,6 +1,6 @@
-"""What is said about scenes: captions, instructions to change them, questions with exact answers, nouns found in text.
+"""Captions of scenes, questions with exact answers, and the nouns and colours that a text names.
 
-Everything said is true of the scene, and every function is pure: equal arguments give equal words.
+Every sentence is true of its scene, and every function is pure: equal arguments give equal words.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
-from .draws import Draws
+from transfuse.draws import Draws
+
 from .nouns import NOUNS
 from .palette import PALETTE
 from .scenes import Relation, Scene, Thing
 
 NUMBERS = ("no", "one", "two", "three", "four")
 
-#: How a thing's position is said.
+#: The phrase for a position.
 POSITION_PHRASES = {
     "top left": "in the top left corner",
     "top": "at the top",
@@ -29,7 +30,7 @@ POSITION_PHRASES = {
     "bottom": "at the bottom",
     "bottom right": "in the bottom right corner",
 }
-#: A relation as it is said, and the one that says the same from the other side.
+#: The phrase for a relation, and the inverse relation.
 RELATION_PHRASES: dict[Relation, tuple[str, Relation]] = {
     "left of": ("to the left of", "right of"),
     "right of": ("to the right of", "left of"),
@@ -128,19 +129,19 @@ def caption(scene: Scene, index: int = 0, seed: int = 0) -> str:
             first, second, relation = second, first, RELATION_PHRASES[relation][1]
         words |= {"x": phrase(first), "y": phrase(second), "relation": RELATION_PHRASES[relation][0]}
         words["other"] = _OTHER.get(relation, "next to it")
-        said = draws.pick(PAIR)
+        template = draws.pick(PAIR)
     elif scene.kind == "group":
         things = list(scene.things)
         order = [things.pop(draws.below(len(things))) for _ in range(len(things))]
         words["x"] = listed([phrase(thing) for thing in order])
-        said = draws.pick(GROUP)
+        template = draws.pick(GROUP)
     else:
-        # Nothing stands beside it, so its size may be said or not: people ask for "a crab" and mean any.
+        # With nothing to compare to, its size may be left out: people ask for "a crab" and mean any.
         words["x"] = phrase(scene.things[0], sized=draws.chance(0.5))
         where = f" {POSITION_PHRASES[scene.position]}" if scene.position else ""
         words |= {"where": where, "where_after": f",{where}" if where else ""}
-        said = draws.pick(ONE if scene.kind == "one" else COPIES)
-    return said.format(**words)
+        template = draws.pick(ONE if scene.kind == "one" else COPIES)
+    return template.format(**words)
 
 
 def questions(scene: Scene, index: int = 0, seed: int = 0, nouns: Collection[str] | None = None) -> list[Question]:
@@ -149,27 +150,27 @@ def questions(scene: Scene, index: int = 0, seed: int = 0, nouns: Collection[str
     ``nouns``: those from which the thing asked about in vain ("Is there a crab?" "no") is drawn; all unless given.
     """
     draws = Draws("question", seed, index)
-    asked = [_what(scene, draws), _background(scene, draws)]
-    asked += [_how_many(thing, draws) for thing in scene.things]
+    pairs = [_what(scene, draws), _background(scene, draws)]
+    pairs += [_how_many(thing, draws) for thing in scene.things]
     present = {thing.noun for thing in scene.things}
-    asked.append(_is_there(draws.pick(sorted(present)), "yes", draws))
+    pairs.append(_is_there(draws.pick(sorted(present)), "yes", draws))
     absent = [noun for noun in (NOUNS if nouns is None else nouns) if noun not in present]
     if absent:
-        asked.append(_is_there(draws.pick(absent), "no", draws))
-    asked += [
+        pairs.append(_is_there(draws.pick(absent), "no", draws))
+    pairs += [
         Question(f"Is the {thing.noun} small or large?", thing.size)
         for thing in scene.things
         if thing.count == 1 and thing.size != "medium"
     ]
     if scene.relation is not None:
         first, second = scene.things
-        said, other = RELATION_PHRASES[scene.relation]
-        asked.append(Question(f"What is {said} the {second.noun}?", NOUNS[first.noun].a))
-        asked.append(Question(f"What is {RELATION_PHRASES[other][0]} the {first.noun}?", NOUNS[second.noun].a))
+        relation, inverse = RELATION_PHRASES[scene.relation]
+        pairs.append(Question(f"What is {relation} the {second.noun}?", NOUNS[first.noun].a))
+        pairs.append(Question(f"What is {RELATION_PHRASES[inverse][0]} the {first.noun}?", NOUNS[second.noun].a))
     if scene.position is not None:
         where = POSITION_PHRASES[scene.position]
-        asked.append(Question(f"Where is the {scene.things[0].noun}?", where))
-    return asked
+        pairs.append(Question(f"Where is the {scene.things[0].noun}?", where))
+    return pairs
 
 
 def _what(scene: Scene, draws: Draws) -> Question:
@@ -220,8 +221,8 @@ def nouns_in(text: str, nouns: Collection[str] | None = None) -> set[str]:
     The longest match wins, over the whole table: "a hot dog" names a hot dog and no dog, whatever ``nouns`` holds.
     """
     pattern, forms = _finder()
-    found = {forms[match] for match in pattern.findall(" ".join(text.lower().split()))}
-    return found if nouns is None else found & set(nouns)
+    named = {forms[match] for match in pattern.findall(" ".join(text.lower().split()))}
+    return named if nouns is None else named & set(nouns)
 
 
 def colours_in(text: str) -> set[str]:

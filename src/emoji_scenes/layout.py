@@ -1,4 +1,4 @@
-"""Where things go: squares that stay inside the frame and never overlap.
+"""The places of things: squares that stay inside the frame and never overlap.
 
 Everything here counts in whole units of 1/256 of the frame, so that it is exact; ``Place`` gives shares of the frame.
 Sides are multiples of 1/32, which keeps the number of different sprite sizes, and so the cache, small.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .draws import Draws
+from transfuse.draws import Draws
 
 Size = Literal["small", "medium", "large"]
 
@@ -65,7 +65,7 @@ class Place:
         return min(int(self.x * size + 0.5), size - side), min(int(self.y * size + 0.5), size - side), side
 
     def apart(self, other: Place) -> bool:
-        """Whether two squares keep their distance."""
+        """Return whether two squares keep their distance."""
         gap = GAP / UNITS
         return (
             self.x + self.side + gap <= other.x
@@ -75,7 +75,7 @@ class Place:
         )
 
     def inside(self) -> bool:
-        """Whether the square keeps its distance from the frame's edge."""
+        """Return whether the square keeps its distance from the frame's edge."""
         low, high = MARGIN / UNITS, 1 - MARGIN / UNITS
         return low <= self.x and low <= self.y and self.x + self.side <= high and self.y + self.side <= high
 
@@ -99,7 +99,7 @@ def anywhere(side: int, draws: Draws) -> int:
     return draws.between(MARGIN, UNITS - MARGIN - side)
 
 
-def one(draws: Draws, sizes: tuple[Size, ...]) -> tuple[list[Size], list[tuple[Place, ...]], str | None]:
+def single(draws: Draws, sizes: tuple[Size, ...]) -> tuple[list[Size], list[tuple[Place, ...]], str | None]:
     """One thing of one of these sizes; small and medium ones are now and then put in a nameable place."""
     often: tuple[Size, ...] = ("small", "medium", "medium", "large", "large")
     size: Size = draws.pick([size for size in often if size in sizes])

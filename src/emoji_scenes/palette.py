@@ -46,7 +46,7 @@ def background_of(image: NDArray[np.uint8]) -> str:
 
 
 def visible_on(sprite: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """For each palette colour in order, whether a sprite (uint8 RGBA [height, width, 4]) can be seen on it."""
+    """Return for each palette colour in order whether a sprite (uint8 RGBA [height, width, 4]) can be seen on it."""
     opaque = sprite[..., :3][sprite[..., 3] >= 128].astype(np.float32)
     if not len(opaque):
         return np.zeros(len(_NAMES), dtype=bool)

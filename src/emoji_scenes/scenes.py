@@ -13,8 +13,9 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .draws import Draws, stable_hash
-from .layout import Place, Size, copies, group, one, pair
+from transfuse.draws import Draws, stable_hash
+
+from .layout import Place, Size, copies, group, pair, single
 from .nouns import DISTINCT, NOUNS
 from .palette import PALETTE
 from .sprites import STYLES, sprites
@@ -63,7 +64,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What a world shows.
+    """The settings of a `World`.
 
     ``size``: pixels a side. ``nouns``: those to use; None for all, a number for that many of the easiest to tell apart
     at 32 pixels. ``max_objects``: most different things in a scene. ``max_count``: most copies of one thing; there are
@@ -139,13 +140,13 @@ def held_out_background(noun: str) -> str:
 
 
 def held_out_pair(first: str, second: str) -> bool:
-    """Whether training never shows these two nouns together: one pair in ten, fixed for ever by the names."""
+    """Return whether training never shows these two nouns together: one pair in ten, fixed for ever by the names."""
     low, high = sorted((first, second))
     return stable_hash(f"{low} with {high}") % PAIRS_PER_HELD_OUT == 0
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether the scene shows a noun on its held-out background, or a held-out pair of nouns."""
+    """Return whether the scene shows a noun on its held-out background, or a held-out pair of nouns."""
     nouns = [thing.noun for thing in scene.things]
     return any(held_out_background(noun) == scene.background for noun in nouns) or any(
         held_out_pair(first, second) for first, second in combinations(nouns, 2)
@@ -181,7 +182,7 @@ class World:
         return World, (self.config,)
 
     def sees(self, noun: str, style: str, background: str) -> bool:
-        """Whether a noun drawn in a style can be seen on a background."""
+        """Return whether a noun drawn in a style can be seen on a background."""
         return background in self._sprites.seen_on[noun, style]
 
     def styles_on(self, noun: str, background: str) -> tuple[str, ...]:
@@ -189,7 +190,7 @@ class World:
         return self._styles.get((noun, background), ())
 
     def allows(self, scene: Scene) -> bool:
-        """Whether this world's split may show the scene: training shows nothing that is held out."""
+        """Return whether this world's split may show the scene: training shows nothing that is held out."""
         return self.config.split == "heldout" or not held_out(scene)
 
     def scene(self, index: int) -> Scene:
@@ -253,7 +254,7 @@ class World:
                 )
 
     def _possible(self) -> list[tuple[Kind, int]]:
-        """How often each kind comes that can."""
+        """Return the shares of the kinds that this configuration can show."""
         config = self.config
         several = config.max_objects > 1 and len(self._shown) > 1
         possible = {"one": True, "copies": config.max_count > 1, "pair": several, "group": several}
@@ -322,14 +323,14 @@ class World:
         position: str | None = None
         counts = [1] * len(nouns)
         if kind == "one":
-            sizes, places, position = one(draws, self.config.sizes or get_args(Size))
+            sizes, places, position = single(draws, self.config.sizes or get_args(Size))
         elif kind == "copies":
             counts = [draws.between(2, self.config.max_count)]
             sizes, places = copies(counts[0], draws)
         elif kind == "pair":
-            said: Relation = draws.pick(get_args(Relation))
-            relation = said
-            sizes, places = pair(said, draws)
+            drawn: Relation = draws.pick(get_args(Relation))
+            relation = drawn
+            sizes, places = pair(drawn, draws)
         else:
             if len(nouns) == 2 and self.config.max_count > 1:
                 counts[draws.below(2)] = draws.between(2, min(3, self.config.max_count))

@@ -45,8 +45,10 @@ class Sprites:
             offsets = file["offsets"].tolist()
             visible = file["visible"].tolist()
         if colours != list(PALETTE) or styles != STYLES:
-            expected, found = (list(PALETTE), STYLES), (colours, styles)
-            raise ValueError(f"{path}: expected colours and styles {expected}, found {found}; run tools/build_world.py")
+            expected = f"{list(PALETTE)} {STYLES}"
+            raise ValueError(
+                f"{path}: expected colours and styles {expected}, found {colours} {styles}; run tools/build_world.py"
+            )
         self._span: dict[tuple[str, str], tuple[int, int]] = {}
         self.seen_on: dict[tuple[str, str], frozenset[str]] = {}
         of: dict[str, list[str]] = {noun: [] for noun in NOUNS}
@@ -67,9 +69,9 @@ class Sprites:
     def scaled(self, noun: str, style: str, side: int) -> Scaled:
         """The drawing at ``side`` x ``side`` pixels, antialiased, its colours multiplied by alpha."""
         key = (noun, style, side)
-        found = self._scaled.get(key)
-        if found is not None:
-            return found
+        cached = self._scaled.get(key)
+        if cached is not None:
+            return cached
         image = self._half(noun, style) if side <= HALF // 2 else self._decode(noun, style).convert("RGBa")
         pixels = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
         # Lanczos may overshoot: a colour multiplied by alpha can never exceed alpha.
@@ -87,11 +89,11 @@ class Sprites:
 
         "RGBa" holds colours multiplied by alpha. Averaging those leaves no fringe of the invisible pixels' colour.
         """
-        found = self._halves.get((noun, style))
-        if found is None:
+        cached = self._halves.get((noun, style))
+        if cached is None:
             whole = self._decode(noun, style).convert("RGBa")
-            found = self._halves[noun, style] = whole.resize((HALF, HALF), Image.Resampling.BOX)
-        return found
+            cached = self._halves[noun, style] = whole.resize((HALF, HALF), Image.Resampling.BOX)
+        return cached
 
     def _keep(self, key: tuple[str, str, int], made: Scaled) -> None:
         self._scaled[key] = made

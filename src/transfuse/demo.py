@@ -24,32 +24,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from emoji_scenes import NOUNS, glosses
-
 from .charts import ACCENT, VIOLET, WARM, line_chart
 from .config import read_json, to_dict
-from .errors import UserError
-from .evaluation import (
+from .data.bundled import (
+    NOUNS,
+    RECOGNISER_STEPS,
     CaptionResult,
     DrawingResult,
-    Estimate,
     Recogniser,
     bundled_classifier,
     caption_accuracy,
     draw_accuracy,
+    glosses,
     held_out_scenes,
     keep_recogniser,
-    model_hash,
-    perplexity,
 )
-from .evaluation.distances import frechet, frechet_distance
-from .evaluation.recogniser import STEPS as RECOGNISER_STEPS
+from .errors import UserError
+from .evaluation import Estimate, model_hash, perplexity
+from .evaluation.image_quality import frechet
+from .evaluation.reconstruction import frechet_distance
 from .inference import ImageEnd, ImageProgress, Reply, TransfusionPipeline
 from .io import atomic_write
 from .log import logger
-from .presets import Recipe, preset
-from .presets.recipe import build_trainer
-from .presets.runs import read_recipe, resolve
+from .recipes import Recipe, preset
 from .report import (
     Bar,
     Bars,
@@ -67,8 +64,9 @@ from .report import (
     percent,
     write_page,
 )
-from .studies.samples import grid
-from .studies.training import train_run
+from .runs import read_recipe, resolve
+from .runs.samples import grid
+from .train import build_trainer, train
 from .training import RESUMABLE, read_metrics
 from .training.metrics import Average
 from .version import __version__
@@ -169,7 +167,7 @@ def _train(folder: Path, minutes: float, recipe: Recipe | None) -> dict[str, Any
         logger.info(f"{folder}: trained already, {facts['steps']} steps")
         return facts
     recipe = recipe if begun and recipe is not None else fit(recipe or preset("demo"), minutes)
-    trained = train_run(recipe, folder)
+    trained = train(recipe, folder)
     if trained.export is None:
         return None
     totals = trained.trainer.totals
@@ -205,7 +203,7 @@ def fit(recipe: Recipe, minutes: float) -> Recipe:
     """
     average, paces = Average(), []
     with tempfile.TemporaryDirectory() as scratch:
-        trainer, _ = build_trainer(resolve(recipe), Path(scratch))
+        trainer = build_trainer(resolve(recipe), Path(scratch))
         for _ in range(20):
             began = time.monotonic()
             trainer.train_step(average)

@@ -14,10 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from emoji_scenes import WorldConfig
-
 from .charts import ACCENT, line_chart
 from .config import from_dict
+from .data.bundled import SceneScorer, WorldConfig
 from .devices import Device, pick_device
 from .errors import UserError
 from .evaluation import (
@@ -37,7 +36,7 @@ from .export import describe
 from .inference import TransfusionPipeline
 from .io import atomic_write
 from .log import logger
-from .presets import preset
+from .recipes import preset
 from .report import Bar, Bars, Block, Card, Cards, Charts, Details, Page, Section, Table, plain, write_page
 from .version import __version__
 
@@ -96,7 +95,7 @@ def open_bench(
     """Open an export for measuring in a folder; `world` as in `run_evaluation`."""
     pipe = TransfusionPipeline.from_pretrained(model, device=pick_device(device))
     scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
-    return EvalContext(pipe, model_hash(model), folder, scenes, options)
+    return EvalContext(pipe, model_hash(model), folder, SceneScorer(scenes), options)
 
 
 def world_of(model: Path, preset_name: str | None, size: int) -> WorldConfig:

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from emoji_scenes import World
-
 from .autoencoders import Autoencoder
 from .charts import ACCENT, WARM, histogram, line_chart
+from .data.bundled import World
 from .errors import UserError
 from .evaluation.confidence import Estimate
 from .evaluation.reconstruction import (
@@ -38,7 +37,7 @@ from .evaluation.reconstruction import (
 from .images import fit, image_files, read_image
 from .io import atomic_write
 from .log import ProgressTask, logger, progress
-from .presets.autoencoders import ImagesConfig, unseen_world
+from .recipes.autoencoders import ImagesConfig
 from .report import (
     Bar,
     Bars,
@@ -56,6 +55,7 @@ from .report import (
     percent,
     write_page,
 )
+from .train_autoencoder import unseen_world
 from .version import __version__
 
 BATCH = 32

@@ -27,9 +27,7 @@ from .data.stored import as_latent, decode_picture
 from .errors import UserError
 from .io import atomic_write
 from .log import logger
-from .presets import Recipe, preset
-from .presets.recipe import train_tokenizer
-from .presets.sources import Opened, mixture, open_sources
+from .recipes import Recipe, preset
 from .report import (
     Bar,
     Bars,
@@ -46,6 +44,8 @@ from .report import (
     percent,
     write_page,
 )
+from .runs import Sources, open_sources, resolve, train_tokenizer
+from .runs.sources import mixture
 from .sequence import Tokenizer, count_positions
 from .version import __version__
 
@@ -74,8 +74,10 @@ def inspect_sources(sources: tuple[str, ...], out: Path, preset_name: str, row_l
         2 + max((data.manifest.longest for data in opened.sets.values()), default=0),
     )
     # The page reports a context that is too short; it does not prevent the inspection.
-    recipe = replace(recipe, model=replace(recipe.model, max_seq_len=max(context, needed))).settled()
-    autoencoder = None if recipe.model.images == "none" else recipe.open_autoencoder()
+    recipe = replace(recipe, model=replace(recipe.model, max_seq_len=max(context, needed)))
+    run = resolve(recipe, here=False)
+    recipe = run.recipe
+    autoencoder = None if recipe.model.images == "none" else run.autoencoder
     lengths = {data.path: _lengths(data, recipe, autoencoder) for data in opened.sets.values()}
     report: dict[str, Any] = {"version": __version__, "preset": preset_name, "context": context, "needed": needed}
     report["sets"] = {data.path: _figures(data, *lengths[data.path]) for data in opened.sets.values()}
@@ -151,7 +153,7 @@ def _sizes(pictures: np.ndarray) -> list[list[int]]:
 
 
 def _mixed(
-    recipe: Recipe, opened: Opened, autoencoder: Autoencoder | None, row_length: int, sets: dict[str, Any]
+    recipe: Recipe, opened: Sources, autoencoder: Autoencoder | None, row_length: int, sets: dict[str, Any]
 ) -> dict[str, Any]:
     """Return `mixture` and `rows` of the report. Raises UserError where the sources cannot be mixed."""
     tokenizer = opened.tokenizer or train_tokenizer(recipe)
@@ -173,7 +175,7 @@ def _mixed(
     return {"mixture": {**whole, "ends_after": ends_after, "sources": sources}, "rows": packed, "not_mixed": None}
 
 
-def _sources(stream: Mixture, opened: Opened, lengths: np.ndarray) -> dict[str, dict[str, Any]]:
+def _sources(stream: Mixture, opened: Sources, lengths: np.ndarray) -> dict[str, dict[str, Any]]:
     """Return each source's part of the first samples, whose lengths are given, and its weight (`asked`)."""
     ends = [*(phase.start for phase in stream.phases[1:]), len(lengths)]
     numbers = np.array(
@@ -202,7 +204,9 @@ def _sources(stream: Mixture, opened: Opened, lengths: np.ndarray) -> dict[str, 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def data_page(report: dict[str, Any], opened: Opened, lengths: dict[str, tuple[np.ndarray, np.ndarray | None]]) -> Page:
+def data_page(
+    report: dict[str, Any], opened: Sources, lengths: dict[str, tuple[np.ndarray, np.ndarray | None]]
+) -> Page:
     """Return the page: the mixture's shares first, then each data set with examples, then settings."""
     sections, provenance = [], []
     for data in opened.sets.values():

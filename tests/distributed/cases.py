@@ -17,11 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from transfuse.data.loader import EMPTY
-from transfuse.presets import Recipe, preset
-from transfuse.presets.autoencoders import AUTOENCODERS, AutoencoderRecipe, build_autoencoder_trainer
-from transfuse.presets.recipe import build_trainer
-from transfuse.presets.runs import open_run
+from transfuse.recipes import Recipe, preset
+from transfuse.recipes.autoencoders import AUTOENCODERS, AutoencoderRecipe
+from transfuse.runs import open_run
 from transfuse.sequence import Batch, collate
+from transfuse.train import build_trainer
+from transfuse.train_autoencoder import build_autoencoder_trainer, open_autoencoder_run
 from transfuse.training import ParallelConfig, Ranks, join
 from transfuse.training.metrics import Average
 from transfuse.training.parallel import local, whole
@@ -129,14 +130,14 @@ def run(name: str, steps: int, folder: Path) -> None:
     """Train a case up to a step, from the folder's newest checkpoint if there is one; save. Losses and norms of each
     step, and all weights, are left in the folder."""
     opened, ranks = recipe(name), ranks_for(name)
+    begin: Any = open_run if isinstance(opened, Recipe) else open_autoencoder_run
     if ranks.first:
-        open_run(opened, folder)
+        begin(opened, folder)
     ranks.wait()
-    opened = open_run(opened, folder)
     if isinstance(opened, Recipe):
-        trainer, _ = build_trainer(opened, folder, ranks)
+        trainer = build_trainer(open_run(opened, folder), folder, ranks)
     else:
-        trainer = build_autoencoder_trainer(opened, folder, ranks=ranks)
+        trainer = build_autoencoder_trainer(open_autoencoder_run(opened, folder), folder, ranks=ranks)
     if name == "uneven":
         trainer.load = Uneven(trainer.load, ranks)  # type: ignore[assignment]
     if name.startswith("poisoned"):

@@ -17,7 +17,8 @@ from torch.distributed.run import get_args_parser
 from transfuse.cli import COMMANDS
 from transfuse.cli.parsing import parse, parse_run
 from transfuse.cli.study import STUDIES
-from transfuse.presets import PRESETS, Recipe, preset
+from transfuse.recipes import PRESETS, Recipe, preset
+from transfuse.runs import resolve
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -64,7 +65,8 @@ def test_commands_exist(page: Path) -> None:
             if words[1] == "train":  # every switch is one, and its value is allowed
                 recipe, run, _ = parse_run("train", preset(words[2]), words[2], words[3:], None)
                 if "path/to" not in line and "--data.sources" not in line:  # data sets are not there
-                    assert runs.setdefault(run, recipe.settled()) == recipe.settled(), f"{line}: {run} is another run"
+                    resolved = resolve(recipe, here=False).recipe
+                    assert runs.setdefault(run, resolved) == resolved, f"{line}: {run} is another run"
             if words[1] == "study":
                 given = ["0" if word.startswith('"$') else word for word in words[3:] if word != '"$@"']
                 assert words[2] in STUDIES, line

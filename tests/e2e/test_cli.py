@@ -379,9 +379,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
-    assert "the same command goes on" in errors
+    assert "the same command resumes it" in errors
     resumed = transfuse(tmp_path, *command, "--json")
-    assert "going on from step" in resumed.stderr
+    assert "resumed from step" in resumed.stderr
     assert json.loads(resumed.stdout)["step"] == 300
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == sorted(set(steps))

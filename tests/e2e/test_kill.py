@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from transfuse.presets import preset
-from transfuse.presets.recipe import build_trainer
-from transfuse.presets.runs import open_run
+from transfuse.recipes import preset
+from transfuse.runs import open_run
+from transfuse.train import build_trainer
 from transfuse.training import CheckpointFolder, Trainer
 from transfuse.training.checkpoint import step_of
 

@@ -92,7 +92,7 @@ def test_a_signal_ends_the_step_and_saves(straight: Groups, at_step) -> None:
 
 def test_a_session_is_over(straight: Groups, at_step, capsys) -> None:
     assert run([*COMMAND, "--loop.session-seconds", "0"]) == 75
-    assert "run: stopped at step 1 and saved; the same command goes on" in capsys.readouterr().err
+    assert "run: stopped at step 1 and saved; the same command resumes it" in capsys.readouterr().err
     assert_goes_on(straight)
 
 

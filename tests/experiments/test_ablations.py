@@ -11,7 +11,7 @@ from experiments.ablations import COMPARISONS, PIECES, ROWS, ablations_page, ana
 from experiments.paper_results import ABLATIONS
 from transfuse.cli.parsing import parse_run
 from transfuse.errors import UserError
-from transfuse.presets import preset
+from transfuse.recipes import preset
 from transfuse.report import render
 
 DOCS = Path(__file__).parents[2] / "docs" / "rivals.md"
@@ -81,7 +81,8 @@ def test_verdicts_of_made_up_results() -> None:
     assert found["Table 7", "distance"]["significance"] == "not reproduced", "the paper's U-Net is nearer"
     assert ("Table 4", "text") not in found, "a row alone is compared with nothing"
     page = render(ablations_page(report, Path()))
-    assert "1 reproduced, 1 not reproduced, 0 undecided" in page
+    numbers = re.findall(r'class="label">([^<]*)</p><p class="number">(\d+)', page)
+    assert numbers == [("Reproduced", "1"), ("Not reproduced", "1"), ("Undecided", "0")]
     assert summary(report).count("\n| Table") == 2
 
 

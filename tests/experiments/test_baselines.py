@@ -11,12 +11,11 @@ import pytest
 
 from experiments import baselines, common
 from transfuse.errors import UserError
-from transfuse.presets import PRESETS, Recipe
-from transfuse.presets import preset as real_preset
-from transfuse.presets.recipe import build_loader, train_tokenizer
-from transfuse.presets.rivals import by_codes, text_only
-from transfuse.presets.runs import resolve
-from transfuse.presets.sources import open_sources
+from transfuse.recipes import PRESETS, Recipe
+from transfuse.recipes import preset as real_preset
+from transfuse.recipes.rivals import by_codes, text_only
+from transfuse.runs import resolve
+from transfuse.train import build_loader
 
 VARIANTS = ("ours", "codes", "text")
 SIZE = ("--pictures", "6", "--definitions", "2", "--recogniser-steps", "3")
@@ -75,8 +74,7 @@ def test_arms_read_equally_much_text_at_equal_positions(tmp_path: Path) -> None:
     """A Chameleon that read 2.5 times less text was once taken for one that writes worse."""
     read = {}
     for name in ("transfusion-32", "chameleon-32", "llama-32"):
-        recipe = resolve(real_preset(name).settled())
-        load = build_loader(recipe, open_sources(recipe.data), train_tokenizer(recipe), tmp_path)
+        load = build_loader(resolve(real_preset(name)), tmp_path)
         counted = [batch.quantities for step in range(40) for batch in load(step)]
         read[name] = {key: sum(one.get(key, 0) for one in counted) for key in ("positions", "positions of glosses")}
     ours, theirs, alone = read.values()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from experiments import paper_results
 from experiments.statistics import Bounds, Point, fit, geometric_mean, largest, parity
 from transfuse.model.flops import count_parameters
-from transfuse.presets import preset
+from transfuse.recipes import preset
 
 SLOPES = st.floats(0.02, 1.5)
 COSTS = (1e12, 3e12, 1e13, 3e13, 1e14)

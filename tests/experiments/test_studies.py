@@ -17,7 +17,7 @@ from experiments import common, evaluation
 from experiments.statistics import paired, weighted_sums
 from transfuse.cli import run
 from transfuse.errors import UserError
-from transfuse.presets import preset
+from transfuse.recipes import preset
 from transfuse.training import DivergedError
 
 
@@ -38,7 +38,7 @@ def test_killed_between_training_and_measuring(tmp_path: Path, monkeypatch, caps
     """What was trained is not trained again; what was measured is not measured again; the report comes from files."""
     command = [*SCALING, "--run", str(tmp_path)]
     trained: list[str] = []
-    train, take = common.train_run, common.evaluate_run
+    train, take = common.train, common.evaluate_run
 
     def counted(recipe: Any, folder: Path) -> Any:
         trained.append(folder.name)
@@ -47,7 +47,7 @@ def test_killed_between_training_and_measuring(tmp_path: Path, monkeypatch, caps
     def killed(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "train_run", counted)
+    monkeypatch.setattr(common, "train", counted)
     monkeypatch.setattr(common, "evaluate_run", killed)
     assert run(command) == 130
     assert len(trained) == 1
@@ -127,10 +127,10 @@ def test_a_run_of_another_plan_is_not_gone_on_with(tmp_path: Path, capsys: pytes
 def test_machines_are_those_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained in two sittings on two processors, measured on a third: seconds are of the first two."""
     command = [*SCALING, "--run", str(tmp_path), "--only", "llama-*"]
-    train, take = common.train_run, common.evaluate_run
-    for name, at in (("one", "train_run"), ("two", "take"), ("three", "")):
+    train, take = common.train, common.evaluate_run
+    for name, at in (("one", "train"), ("two", "take"), ("three", "")):
         monkeypatch.setattr(common, "processor_name", lambda name=name: name)
-        monkeypatch.setattr(common, "train_run", _interrupted if at == "train_run" else train)
+        monkeypatch.setattr(common, "train", _interrupted if at == "train" else train)
         monkeypatch.setattr(common, "evaluate_run", _interrupted if at == "take" else take)
         assert run(command) == (130 if at else 0)
     (result,) = results(tmp_path).values()
@@ -177,25 +177,25 @@ def test_killed_while_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not results(tmp_path)
     assert run([*SCALING, *long, "--run", str(tmp_path)]) == 0
     said = capsys.readouterr().err
-    assert "going on from step" in said
+    assert "resumed from step" in said
     assert len(results(tmp_path)) == 1
 
 
 def test_a_run_that_diverges_does_not_hold_the_others_up(tmp_path: Path, monkeypatch, capsys) -> None:
     command = [*SCALING, "--run", str(tmp_path)]
-    train = common.train_run
+    train = common.train
 
     def diverging(recipe: Any, folder: Path) -> Any:
         if folder.name.startswith("llama"):
             raise DivergedError("step 2: a loss is nan")
         return train(recipe, folder)
 
-    monkeypatch.setattr(common, "train_run", diverging)
+    monkeypatch.setattr(common, "train", diverging)
     assert run(command) == 0
     assert list(results(tmp_path)) == ["transfusion-xxs-1k-seed0"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(one["run"], one["why"]) for one in report["failures"]] == [("llama-xxs-1k-seed0", "step 2: a loss is nan")]
-    monkeypatch.setattr(common, "train_run", train)
+    monkeypatch.setattr(common, "train", train)
     assert run(command) == 0
     assert len(results(tmp_path)) == 1, "not by itself"
     (tmp_path / "failures" / "llama-xxs-1k-seed0.json").rename(tmp_path / "aside")

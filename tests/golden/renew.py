@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from transfuse.presets import Recipe, preset
-from transfuse.presets.recipe import build_trainer
-from transfuse.presets.runs import open_run
+from transfuse.recipes import Recipe, preset
+from transfuse.runs import open_run
+from transfuse.train import build_trainer
 from transfuse.training.metrics import Average
 
 PATH = Path(__file__).parent / "losses-50.json"
@@ -40,7 +40,7 @@ def losses(made: Recipe, steps: int) -> dict[str, list[float]]:
     """Raw losses and the gradient's norm, by step, on one thread."""
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        trainer, _ = build_trainer(open_run(made, Path(folder)), Path(folder))
+        trainer = build_trainer(open_run(made, Path(folder)), Path(folder))
         for _ in range(steps):
             average = Average()
             trainer.train_step(average)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from renew import PATH, STEPS, losses, recipe
 
-from transfuse.presets import Recipe
+from transfuse.recipes import Recipe
 
 EARLY, LATE = 2e-6, 1e-5
 """relative differences let pass in the first ten steps, and after"""

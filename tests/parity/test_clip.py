@@ -10,6 +10,7 @@ import torch
 from conftest import exported
 
 from emoji_scenes import WorldConfig
+from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation import Drawing, EvalConfig, EvalContext, evaluate, named
 from transfuse.evaluation.clip import Clip, clip_scores
@@ -38,7 +39,9 @@ def test_a_score_is_the_cosine_of_open_clip_s_own_embeddings(tokenizer, tmp_path
     loaded.image_size = 16
     world = WorldConfig(size=16, nouns=4, max_objects=1, max_count=1)
     options = EvalConfig(count=3, clip=tmp_path / "clip.pt", clip_model=NAME)
-    bench = EvalContext(TransfusionPipeline(loaded), "a", tmp_path, world, options, Drawing(sampler="ddim", steps=1))
+    bench = EvalContext(
+        TransfusionPipeline(loaded), "a", tmp_path, SceneScorer(world), options, Drawing(sampler="ddim", steps=1)
+    )
     result = next(result for some in evaluate(replace(bench), named(["clip"])) for result in some)
     assert result.name == f"CLIP score, {NAME}"
     assert 0 <= result.value <= 100

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from test_distances import pictures, random_inception, vectors
 
-from transfuse.evaluation.distances import frechet, kernel_distance, precision_recall
+from transfuse.evaluation.image_quality import frechet, kernel_distance, precision_recall
 from transfuse.evaluation.inception import InceptionFeatures
 
 pytest.importorskip("torch_fidelity")
@@ -44,7 +44,7 @@ def test_features_and_distances(tmp_path) -> None:
     other = FeatureExtractorInceptionV3("inception", ["2048"], str(tmp_path / "inception.pth"))
     sees = InceptionFeatures(network, "drawn")
     sets = [pictures(seed) for seed in (1, 2)]
-    a, b = (sees(images) for images in sets)
+    a, b = (sees.features(images) for images in sets)
     for found, images in zip((a, b), sets, strict=True):
         expected = other(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())[0]
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from emoji_scenes import WorldConfig
-from transfuse.evaluation.pairs import world_pairs
+from emoji_scenes.scorer import SceneScorer
 from transfuse.evaluation.ptb_tokenizer import open_words
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "captioning.json").read_text())
@@ -27,6 +27,6 @@ def test_stanford_s_words_are_the_stored_ones_and_ours() -> None:
     assert theirs(texts) == [tokens.split() for _, tokens in GOLDEN["tokens"]]
     references = [text for some in GOLDEN["references"] for text in some]
     assert theirs(references) == [line.split() for some in GOLDEN["reference_tokens"] for line in some]
-    scenes = world_pairs(WorldConfig(size=16), 300).references
+    scenes = SceneScorer(WorldConfig()).pairs(300, 16).references
     captions = [text for some in scenes for text in some]
     assert theirs(captions) == ours(captions)

@@ -15,11 +15,11 @@ from emoji_scenes import World, caption, glosses
 from transfuse.autoencoders import Pixels, VQTokenizer, open_autoencoder
 from transfuse.data import StepLoader
 from transfuse.errors import UserError
-from transfuse.presets import Recipe, preset
-from transfuse.presets.recipe import build_trainer, export_run, train_tokenizer
-from transfuse.presets.runs import open_run
+from transfuse.recipes import Recipe, preset
 from transfuse.rng import generator_for
+from transfuse.runs import open_run, resolve, train_tokenizer
 from transfuse.sequence import Document, Text, Tokenizer, layout_document
+from transfuse.train import build_trainer, export_run
 from transfuse.training import Trainer, read
 from transfuse.training.metrics import Average
 
@@ -65,9 +65,9 @@ def build(tokenizer_file: Path, tmp_path: Path) -> Build:
 
     def make(recipe: Recipe, name: str) -> Trainer:
         folder = tmp_path / name
-        recipe = open_run(recipe, folder)
+        folder.mkdir(exist_ok=True)
         shutil.copy(tokenizer_file, folder / "tokenizer.json")
-        trainer, _ = build_trainer(recipe, folder)
+        trainer = build_trainer(open_run(recipe, folder), folder)
         trainer.restore()
         return trainer
 
@@ -292,7 +292,7 @@ def test_a_run_is_exported(images: str, build: Build, tokenizer_file: Path, tmp_
     recipe = arm(images)
     trainer = build(recipe, "run")
     trainer.train_step(Average())
-    folder = export_run(recipe, trainer, Tokenizer.load(tokenizer_file), tmp_path / "export")
+    folder = export_run(resolve(recipe, tokenizer_file), trainer, tmp_path / "export")
     pipe = TransfusionPipeline.from_pretrained(folder)
     if images == "codes":
         assert pipe("a crab", generator=0).images[0].size == (32, 32)
@@ -301,10 +301,10 @@ def test_a_run_is_exported(images: str, build: Build, tokenizer_file: Path, tmp_
 
 
 def test_recipes_that_do_not_fit() -> None:
-    settled = replace(arm("codes"), model=replace(arm("codes").model, codebook_size=7)).settled()
+    settled = resolve(replace(arm("codes"), model=replace(arm("codes").model, codebook_size=7))).recipe
     assert settled.model.codebook_size == 1024, "as the autoencoder has it"
     with pytest.raises(UserError, match="no such thing"):  # its export carries one, and should not fail at the end
-        arm("none", autoencoder="no such thing").settled()
+        resolve(arm("none", autoencoder="no such thing"))
     for autoencoder, found in (("pixels", "pixels"), ("kl-f4-small", "kl-f4-small")):
         with pytest.raises(UserError, match=f'data.autoencoder: expected one with a codebook, found "{found}"'):
-            arm("codes", autoencoder=autoencoder).settled()
+            resolve(arm("codes", autoencoder=autoencoder))

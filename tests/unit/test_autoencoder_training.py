@@ -13,18 +13,17 @@ from transfuse.autoencoders import ImageAutoencoder, load_autoencoder, save_auto
 from transfuse.autoencoders.critic import PatchCritic
 from transfuse.autoencoders.features import Features, MobileNetV2
 from transfuse.errors import UserError
-from transfuse.presets import preset
-from transfuse.presets.autoencoders import (
-    AutoencoderRecipe,
+from transfuse.recipes import preset
+from transfuse.recipes.autoencoders import AutoencoderRecipe, autoencoder_preset
+from transfuse.runs import resolve, settle_device
+from transfuse.train import train
+from transfuse.train_autoencoder import (
     FolderImages,
-    autoencoder_preset,
     build_autoencoder_trainer,
-    image_source,
+    resolve_autoencoder,
+    train_autoencoder,
     unseen_world,
 )
-from transfuse.presets.runs import resolve
-from transfuse.studies.autoencoder import train_autoencoder
-from transfuse.studies.training import train_run
 from transfuse.training.autoencoder import AutoencoderInTraining, AutoencoderObjective, ImageBatch, ImageLoader
 from transfuse.training.metrics import Average
 
@@ -37,7 +36,7 @@ def features() -> Features:
 
 def recipe(kind: str = "kl", **objective) -> AutoencoderRecipe:
     base = autoencoder_preset(f"{kind}-tiny")
-    return resolve(replace(base, objective=replace(base.objective, **objective)))
+    return settle_device(replace(base, objective=replace(base.objective, **objective)))
 
 
 def parts(
@@ -46,7 +45,7 @@ def parts(
     asked = recipe(kind, **fields)
     model = AutoencoderInTraining(asked.model, True).initialise(0)
     objective = AutoencoderObjective(asked.objective, kind, 1000, 0, features, features)
-    loader = ImageLoader(image_source(asked), 4)
+    loader = ImageLoader(resolve_autoencoder(asked).image, 4)
     return model, objective, replace(loader(step)[0], step=step)
 
 
@@ -154,7 +153,7 @@ def test_the_critic_is_that_of_esser() -> None:
 def test_an_image_too_small_for_the_critic_is_refused() -> None:
     asked = recipe("kl")
     with pytest.raises(UserError, match=r"data\.world\.size: expected at least 24 for the critic .*, found 16"):
-        replace(asked, data=replace(asked.data, world=replace(asked.data.world, size=16))).settled()
+        resolve_autoencoder(replace(asked, data=replace(asked.data, world=replace(asked.data.world, size=16))))
 
 
 def test_betas_out_of_range_are_refused() -> None:
@@ -166,7 +165,7 @@ def test_the_critic_has_moments_of_its_own(tmp_path: Path) -> None:
     """Two steps of Adam by hand, each network with its betas and its gradient clipped by its own norm."""
     asked = recipe("kl", adversarial_from=0, critic_betas=(0.3, 0.8))
     asked = replace(asked, optimizer=replace(asked.optimizer, clip=1e-3, betas=(0.7, 0.95), warmup=0))
-    trainer = build_autoencoder_trainer(asked, tmp_path)
+    trainer = build_autoencoder_trainer(resolve_autoencoder(asked), tmp_path)
     names = ["critic.layers.0.weight", "autoencoder.encoder.conv_in.weight"]
     named = dict(trainer.model.named_parameters())
     gradients: dict[str, list[torch.Tensor]] = {name: [] for name in names}
@@ -251,13 +250,13 @@ def test_dead_codes_are_revived() -> None:
 def test_straight_is_resumed(kind: str, tmp_path: Path) -> None:
     """With the critic at work and codes being revived: weights, average, moments and counts are the same to the bit."""
     asked = recipe(kind)
-    straight = build_autoencoder_trainer(asked, tmp_path / "a")
+    straight = build_autoencoder_trainer(resolve_autoencoder(asked), tmp_path / "a")
     straight.run()
-    first = build_autoencoder_trainer(asked, tmp_path / "b")
+    first = build_autoencoder_trainer(resolve_autoencoder(asked), tmp_path / "b")
     for _ in range(13):
         first.train_step(Average())
     first.save()
-    second = build_autoencoder_trainer(asked, tmp_path / "b")
+    second = build_autoencoder_trainer(resolve_autoencoder(asked), tmp_path / "b")
     assert second.restore()
     assert second.step == 13
     second.run()
@@ -278,7 +277,7 @@ def test_a_split_step_is_the_same_step(adversarial_from: int, tmp_path: Path) ->
     for accumulate in (1, 2):
         asked = recipe("vq", adversarial_from=adversarial_from)
         asked = replace(asked, data=replace(asked.data, accumulate=accumulate), loop=replace(asked.loop, steps=3))
-        trainer = build_autoencoder_trainer(asked, tmp_path / str(accumulate))
+        trainer = build_autoencoder_trainer(resolve_autoencoder(asked), tmp_path / str(accumulate))
         trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 1.0)  # Adam would blow rounding up
         for _ in range(3):
             trainer.train_step(Average())
@@ -301,7 +300,7 @@ def test_latents_of_an_export_are_normal(runs: Path) -> None:
     for kind in ("kl", "vq"):
         autoencoder = load_autoencoder(runs / kind / "export")
         assert autoencoder.name == f"{kind}-tiny"
-        source = image_source(autoencoder_preset(f"{kind}-tiny"))
+        source = resolve_autoencoder(autoencoder_preset(f"{kind}-tiny")).image
         latents = autoencoder.encode(np.stack([source(n) for n in range(512)]))
         assert latents.mean((0, 2, 3)).abs().max() < 1e-3
         assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
@@ -311,7 +310,7 @@ def test_training_goes_on_from_an_autoencoder(runs: Path, tmp_path: Path) -> Non
     """Its weights are where the run starts; one of another trunk is refused before anything is written."""
     export = runs / "vq" / "export"
     asked = replace(recipe("vq"), start=str(export))
-    trainer = build_autoencoder_trainer(asked, tmp_path / "a")
+    trainer = build_autoencoder_trainer(resolve_autoencoder(asked), tmp_path / "a")
     started = load_autoencoder(export).state_dict()
     assert all((weight == started[name]).all() for name, weight in trainer.model.autoencoder.state_dict().items())
     assert all((trainer.ema.weights[f"autoencoder.{name}"] == weight).all() for name, weight in started.items())
@@ -336,9 +335,9 @@ def test_channels_are_drawn_again(quant_conv: bool, tmp_path: Path) -> None:
         for parameter in before.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     save_autoencoder(tmp_path / "start", before, "start")
-    asked = replace(asked, start=str(tmp_path / "start"), redraw=(3, 1)).settled()
-    model = build_autoencoder_trainer(asked, tmp_path / "run").model.autoencoder
-    images = ImageLoader(image_source(asked), 4)(0)[0].images
+    asked = replace(asked, start=str(tmp_path / "start"), redraw=(3, 1))
+    model = build_autoencoder_trainer(resolve_autoencoder(asked), tmp_path / "run").model.autoencoder
+    images = ImageLoader(resolve_autoencoder(asked).image, 4)(0)[0].images
     (mean, log_variance), (was, was_log_variance) = (a.moments(images).chunk(2, 1) for a in (model, before))
     for kept in (0, 2):
         torch.testing.assert_close(mean[:, kept], was[:, kept], atol=1e-4, rtol=1e-4)
@@ -361,7 +360,7 @@ def test_channels_are_drawn_again(quant_conv: bool, tmp_path: Path) -> None:
 def test_channels_that_cannot_be_drawn_again(kind, start, redraw, message, runs: Path) -> None:
     start = start and str(runs / kind / start)
     with pytest.raises(UserError, match=message):
-        replace(autoencoder_preset(f"{kind}-tiny"), start=start, redraw=redraw).settled()
+        resolve_autoencoder(replace(autoencoder_preset(f"{kind}-tiny"), start=start, redraw=redraw))
 
 
 def transfusion(autoencoder: Path | str):
@@ -377,7 +376,7 @@ def transfusion(autoencoder: Path | str):
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_a_transfusion_draws_through_it(kind: str, runs: Path, tmp_path: Path) -> None:
-    export = train_run(transfusion(runs / kind / "export"), tmp_path / "run").export
+    export = train(transfusion(runs / kind / "export"), tmp_path / "run").export
     pipe = transfuse.load(str(export))
     assert pipe.exported.autoencoder.name == f"{kind}-tiny"
     assert pipe.exported.model.config.latent_channels == pipe.exported.autoencoder.channels
@@ -387,7 +386,7 @@ def test_a_transfusion_draws_through_it(kind: str, runs: Path, tmp_path: Path) -
 
 
 def test_the_wrong_autoencoder_is_named(runs: Path, tmp_path: Path) -> None:
-    export = train_run(transfusion(runs / "kl" / "export"), tmp_path / "run").export
+    export = train(transfusion(runs / "kl" / "export"), tmp_path / "run").export
     assert export is not None
     train_autoencoder(replace(autoencoder_preset("kl-tiny"), seed=5), tmp_path / "other")
     save_autoencoder(export / "autoencoder", load_autoencoder(tmp_path / "other" / "export"), "another")
@@ -398,7 +397,7 @@ def test_the_wrong_autoencoder_is_named(runs: Path, tmp_path: Path) -> None:
 def test_pixel_clipping_is_refused_for_latents(runs: Path) -> None:
     wrong = replace(transfusion(runs / "kl" / "export"), diffusion=preset("tiny").diffusion)
     with pytest.raises(UserError, match=r"diffusion\.clip_x0: expected None with the autoencoder"):
-        wrong.settled()
+        resolve(wrong)
 
 
 def test_a_folder_of_images(tmp_path: Path, capsys) -> None:
@@ -436,7 +435,7 @@ def test_a_step_of_the_paper_preset(tmp_path: Path) -> None:
     asked = autoencoder_preset("kl-f8")
     asked = replace(asked, objective=replace(asked.objective, adversarial_from=0), device="cpu")
     asked = replace(asked, data=replace(asked.data, batch_size=1), optimizer=replace(asked.optimizer, warmup=1))
-    trainer = build_autoencoder_trainer(asked, tmp_path)
+    trainer = build_autoencoder_trainer(resolve_autoencoder(asked), tmp_path)
     noise = torch.rand(1, 3, 64, 64) * 2 - 1
     trainer.load = lambda step: [ImageBatch(noise, (step,), step)]
     before = {name: weight.clone() for name, weight in trainer.model.autoencoder.named_parameters()}

@@ -18,7 +18,8 @@ from transfuse.autoencoders import (
     save_autoencoder,
 )
 from transfuse.errors import UserError
-from transfuse.presets.autoencoders import AUTOENCODERS, autoencoder_preset
+from transfuse.recipes.autoencoders import AUTOENCODERS, autoencoder_preset
+from transfuse.train_autoencoder import resolve_autoencoder
 
 SMALL = AutoencoderConfig(widths=(8, 16), blocks=1, latent_channels=4, groups=4, codebook_size=32, code_channels=4)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -206,6 +207,6 @@ def test_presets_build() -> None:
     for name in AUTOENCODERS:
         recipe = autoencoder_preset(name)
         assert recipe.preset == name
-        assert recipe.settled() == recipe
+        assert resolve_autoencoder(recipe, here=False).recipe == recipe
     with pytest.raises(UserError, match='did you mean "kl-f4-small"'):
         autoencoder_preset("kl-f4-smal")

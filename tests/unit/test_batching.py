@@ -101,19 +101,19 @@ def test_any_schedule_gives_what_each_request_gives_alone(tokenizer: Tokenizer, 
     told_of: dict[int, list[list[object]]] = {}
     cancelled: dict[int, int] = {}
     left = 12
-    for tick in range(400):
+    for step in range(400):
         while left and draws.random() < 0.4:
             asked = some_request(draws, one.model.config.images == "codes")
             number = engine.submit(asked)
             requests[number], told_of[number] = asked, []
             left -= 1
             if draws.random() < 1 / 3:
-                cancelled[number] = tick + draws.randrange(12)
+                cancelled[number] = step + draws.randrange(12)
         for number, at in cancelled.items():
-            if at == tick:
+            if at == step:
                 engine.cancel(number)
-        for event in engine.tick():
-            assert cancelled.get(event.row, tick + 1) > tick, "nothing more is heard of a cancelled one"
+        for event in engine.step():
+            assert cancelled.get(event.row, step + 1) > step, "nothing more is heard of a cancelled one"
             told_of[event.row].append(exactly(event))
         if not left and not engine.busy:
             break
@@ -143,7 +143,7 @@ def plain(document: Document | None = None, **changes: object) -> Request:
 def finish(engine: Engine) -> list[Event]:
     events = []
     while engine.busy:
-        events += engine.tick()
+        events += engine.step()
     return events
 
 
@@ -172,7 +172,7 @@ def test_first_come_first_served_and_nobody_waits_for_ever(tokenizer: Tokenizer)
         if count < 20:
             engine.submit(plain(sampler=SamplerConfig("ddim", 9 if count < 2 else 1), seed=count))
             count += 1
-        begun += [event.row for event in engine.tick() if isinstance(event, ImageStart)]
+        begun += [event.row for event in engine.step() if isinstance(event, ImageStart)]
     begun += [event.row for event in finish(engine) if isinstance(event, ImageStart)]
     assert begun == list(range(20))
 
@@ -234,13 +234,13 @@ def test_memory_comes_back(tokenizer: Tokenizer, arm: str, ticks: int | None) ->
         finish(engine)
     else:
         for _ in range(ticks):
-            engine.tick()
+            engine.step()
         assert engine.busy
         for number in numbers:
             engine.cancel(number)
     assert not engine.busy
     assert len(engine.slots) == 2
-    assert engine.tick() == []
+    assert engine.step() == []
     assert tensors() <= before  # fewer where another test's went meanwhile
     engine.cancel(numbers[0])  # an end and a cancel may cross
 
@@ -263,11 +263,11 @@ def test_a_tick_is_one_pass_to_write_and_one_to_draw(tokenizer: Tokenizer, sizes
     """Whatever the phases, and the null prefix is read once for all."""
     engine = Engine(ARMS["linear"](tokenizer), slots=8, positions=POSITIONS)
     draws, null, most = random.Random(0), 0, 0
-    for tick in range(60):
-        if tick < 16:
+    for step in range(60):
+        if step < 16:
             engine.submit(replace(some_request(draws, False), guidance_scale=2.0))
         sizes.clear()
-        engine.tick()
+        engine.step()
         null += 2 in sizes and len(sizes) == 3
         assert len(sizes) <= 2 + (2 in sizes)
         most = max(most, len(sizes))

@@ -27,7 +27,7 @@ from transfuse.evaluation import model_hash
 from transfuse.export import load_export, relayout
 from transfuse.folders import WEIGHTS
 from transfuse.model import Transfusion
-from transfuse.presets.small import small_64
+from transfuse.recipes.small import small_64
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from emoji_scenes import WorldConfig
+from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation.captions import bleu_4, cider_d
-from transfuse.evaluation.pairs import world_pairs
 from transfuse.evaluation.ptb_tokenizer import JAR, MAIN, check_words, open_words, tokenize
 from transfuse.io import sha256
 
@@ -46,7 +46,7 @@ def test_bleu_4_equals_the_original() -> None:
 
 def test_worse_captions_score_less() -> None:
     """A true one, one of another wording, one with another noun, another picture's, none: in this order."""
-    pairs = world_pairs(WorldConfig(size=16, nouns=8, max_objects=1, max_count=1), 60)
+    pairs = SceneScorer(WorldConfig(nouns=8, max_objects=1, max_count=1)).pairs(60, 16)
     references = [[tokenize(text) for text in some[1:]] for some in pairs.references]
     true = [tokenize(some[0]) for some in pairs.references]
     nouns = [name for name in WorldConfig(nouns=8).noun_names if " " not in name]

@@ -44,7 +44,7 @@ from transfuse.inference import (
     Request,
     TextDelta,
     TransfusionPipeline,
-    drawing,
+    image_decoding,
 )
 from transfuse.inference import engine as engine_module
 from transfuse.inference.events import Event
@@ -577,13 +577,13 @@ class Chosen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.logits: list[Tensor] = []
-        original = drawing.sample
+        original = image_decoding.sample
 
         def sample(logits, temperature, top_p, generator):
             self.logits.append(logits.clone())
             return original(logits, temperature, top_p, generator)
 
-        for module in (drawing, engine_module):
+        for module in (image_decoding, engine_module):
             monkeypatch.setattr(module, "sample", sample)
 
 
@@ -646,7 +646,7 @@ def test_script_of_codes_equals_whole_passes(tokenizer: Tokenizer, monkeypatch, 
     )
     at = [3, 4, 5, 13, 14, 22, 23]  # logits were asked for after: 12, 30, 31, EOI, 32, EOI, 33
     assert tokens[at].tolist() == [12, 30, 31, eoi, 32, eoi, 33]
-    found, allowed = torch.stack(script.logits), engine.network.barred == 0
+    found, allowed = torch.stack(script.logits), engine.runner.logit_mask == 0
     assert not allowed[engine.config.text_vocab_size :].any()
     assert (found[:, ~allowed] == -torch.inf).all()
     assert (found[-2:, boi] == -torch.inf).all(), "no third image"

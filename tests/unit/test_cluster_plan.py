@@ -13,9 +13,8 @@ import pytest
 from transfuse.cli import run
 from transfuse.cli.parsing import parse_run
 from transfuse.errors import UserError
-from transfuse.presets import PRESETS, preset
-from transfuse.presets.cluster import SPARE, cluster_plan
-from transfuse.presets.plan import StepContents, plan
+from transfuse.plan import SPARE, StepContents, cluster_plan, plan
+from transfuse.recipes import PRESETS, preset
 from transfuse.training.hardware import ALIASES, CARDS, card, peak_flops
 
 PARALLEL = ("--parallel.replicate", "--parallel.tensor", "--parallel.activation-checkpointing")

@@ -10,12 +10,13 @@ import pytest
 from conftest import exported, write
 
 from emoji_scenes import World, WorldConfig, held_out
+from emoji_scenes.composition import ASKS, Asked, composed, other_pictures, verdicts
+from emoji_scenes.detector import Detector, Seen, keep_detector, train_detector
+from emoji_scenes.edit_scores import JUDGED, judge, untouched_psnr, world_edits
+from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation import Drawing, EvalConfig, EvalContext, evaluate, named
-from transfuse.evaluation.composition import ASKS, Asked, composed, other_pictures, verdicts
 from transfuse.evaluation.confidence import corrected
-from transfuse.evaluation.detector import Detector, Seen, keep_detector, train_detector
-from transfuse.evaluation.edits import JUDGED, judge, untouched_psnr, world_edits
 from transfuse.inference import TransfusionPipeline
 
 WORLD = WorldConfig(size=32, nouns=6, styles=("fluent-flat",))
@@ -25,7 +26,7 @@ SINGLE = replace(WORLD, max_objects=1, max_count=1, sizes=("large",))
 @pytest.fixture
 def few_scenes(monkeypatch) -> None:
     """A detector that is not to be any good is examined on fewer."""
-    monkeypatch.setattr("transfuse.evaluation.detector.TEST_SCENES", 30)
+    monkeypatch.setattr("emoji_scenes.detector.TEST_SCENES", 30)
 
 
 def oracle(scenes, pictures):
@@ -47,7 +48,7 @@ def oracle(scenes, pictures):
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transfuse.evaluation.detector.TEST_SCENES", 120)
+        patch.setattr("emoji_scenes.detector.TEST_SCENES", 120)
         return train_detector(replace(WORLD, nouns=3), steps=110)
 
 
@@ -174,7 +175,9 @@ def bench(tokenizer, tmp_path, few_scenes) -> EvalContext:
     loaded.image_size = 16
     drawing = Drawing(sampler="ddim", steps=1, guidance_scale=1.0)
     options = EvalConfig(count=12, judge_steps=2)
-    return EvalContext(TransfusionPipeline(loaded), "a", tmp_path, replace(SINGLE, size=16), options, drawing, batch=8)
+    return EvalContext(
+        TransfusionPipeline(loaded), "a", tmp_path, SceneScorer(replace(SINGLE, size=16)), options, drawing, batch=8
+    )
 
 
 def test_composition_and_edits_of_a_model(bench: EvalContext) -> None:
@@ -196,7 +199,7 @@ def test_composition_and_edits_of_a_model(bench: EvalContext) -> None:
 
 
 def test_a_world_of_one_noun_can_not_be_composed(bench: EvalContext) -> None:
-    alone = replace(bench, world=WorldConfig(size=16, nouns=1))
+    alone = replace(bench, scorer=SceneScorer(WorldConfig(size=16, nouns=1)))
     with pytest.raises(UserError, match="composition: two objects: expected 60 scenes of the world, found 0"):
         list(evaluate(alone, named(["composition"])))
 

@@ -15,9 +15,9 @@ from transfuse.config import from_dict, read_json, to_dict
 from transfuse.diffusion import DiffusionConfig
 from transfuse.errors import UserError
 from transfuse.export import GenerationConfig, load_export, save_export
-from transfuse.presets import PRESETS, Recipe, preset
-from transfuse.presets.plan import plan
-from transfuse.presets.runs import open_run
+from transfuse.plan import plan
+from transfuse.recipes import PRESETS, Recipe, preset
+from transfuse.runs import open_run, resolve
 from transfuse.sequence import Tokenizer
 from transfuse.training.guard import GuardConfig
 
@@ -61,9 +61,9 @@ def test_json_files(tmp_path) -> None:
 
 
 def test_a_run_folder_belongs_to_its_recipe(tmp_path) -> None:
-    recipe = open_run(preset("tiny"), tmp_path)
+    recipe = open_run(preset("tiny"), tmp_path).recipe
     assert recipe.precision != "auto"
-    assert open_run(preset("tiny"), tmp_path) == recipe
+    assert open_run(preset("tiny"), tmp_path).recipe == recipe
     other = replace(preset("tiny"), seed=3)
     with pytest.raises(UserError, match=r"config\.json: seed: this run has 0, the command asks for 3"):
         open_run(other, tmp_path)
@@ -71,7 +71,7 @@ def test_a_run_folder_belongs_to_its_recipe(tmp_path) -> None:
 
 def test_what_may_be_another_when_a_run_goes_on(tmp_path, capsys) -> None:
     """What is asked for now counts, and is said; the file says how the run began."""
-    recipe = open_run(preset("tiny"), tmp_path)
+    recipe = open_run(preset("tiny"), tmp_path).recipe
     written = (tmp_path / "config.json").read_text()
     assert capsys.readouterr().err == ""
     loop = replace(recipe.loop, keep=7, profile=2, session_seconds=9.0, guard=GuardConfig("skip", most=3))
@@ -81,11 +81,12 @@ def test_what_may_be_another_when_a_run_goes_on(tmp_path, capsys) -> None:
         data=replace(recipe.data, workers=2, accumulate=4),
         parallel=replace(recipe.parallel, activation_checkpointing="full"),
     )
-    assert open_run(asked, tmp_path) == asked
+    assert open_run(asked, tmp_path).recipe == asked
     assert capsys.readouterr().err == (
-        f"{tmp_path}: goes on with settings other than those it began with, in brackets: data.accumulate 4 (1), "
-        "data.workers 2 (0), loop.keep 7 (2), loop.session_seconds 9.0 (None), loop.guard.nonfinite 'skip' ('raise'), "
-        "loop.guard.most 3 (10), loop.profile 2 (0), parallel.activation_checkpointing 'full' ('none')\n"
+        f"{tmp_path}: resumes with changed settings: data.accumulate 4 (was 1), "
+        "data.workers 2 (was 0), loop.keep 7 (was 2), loop.session_seconds 9.0 (was None), "
+        "loop.guard.nonfinite 'skip' (was 'raise'), "
+        "loop.guard.most 3 (was 10), loop.profile 2 (was 0), parallel.activation_checkpointing 'full' (was 'none')\n"
     )
     assert (tmp_path / "config.json").read_text() == written
 
@@ -103,7 +104,7 @@ def test_what_may_be_another_when_a_run_goes_on(tmp_path, capsys) -> None:
     ],
 )
 def test_what_may_not(tmp_path, part: str, name: str, value: object) -> None:
-    recipe = open_run(preset("tiny"), tmp_path)
+    recipe = open_run(preset("tiny"), tmp_path).recipe
     asked = replace(recipe, **{part: replace(getattr(recipe, part), **{name: value})})
     before, now = (to_dict(one)[part][name] for one in (recipe, asked))
     said = f"config.json: {part}.{name}: this run has {before!r}, the command asks for {now!r}; give the same settings"
@@ -112,8 +113,8 @@ def test_what_may_not(tmp_path, part: str, name: str, value: object) -> None:
 
 
 def test_a_run_goes_on_in_its_own_precision_or_not_at_all(tmp_path) -> None:
-    begun = open_run(replace(preset("tiny"), precision="bfloat16"), tmp_path)
-    assert open_run(preset("tiny"), tmp_path) == begun, "auto is what it is"
+    begun = open_run(replace(preset("tiny"), precision="bfloat16"), tmp_path).recipe
+    assert open_run(preset("tiny"), tmp_path).recipe == begun, "auto is what it is"
     with pytest.raises(UserError, match="precision: this run has 'bfloat16', the command asks for 'float32'"):
         open_run(replace(begun, precision="float32"), tmp_path)
 
@@ -124,14 +125,14 @@ def test_recipes_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "run").exists()
     recipe = preset("tiny")
     with pytest.raises(UserError, match=r'autoencoder: expected pixels.*found "nowhere"'):
-        replace(recipe, data=replace(recipe.data, autoencoder="nowhere")).settled()
+        resolve(replace(recipe, data=replace(recipe.data, autoencoder="nowhere")))
     with pytest.raises(UserError, match=r"data\.world\.size: expected a multiple of 8 .*found 36"):
-        replace(recipe, data=replace(recipe.data, world=replace(recipe.data.world, size=36))).settled()
+        resolve(replace(recipe, data=replace(recipe.data, world=replace(recipe.data.world, size=36))))
 
 
 def test_channels_follow_the_autoencoder(capsys) -> None:
     recipe = preset("tiny")
-    settled = replace(recipe, model=replace(recipe.model, latent_channels=4)).settled()
+    settled = resolve(replace(recipe, model=replace(recipe.model, latent_channels=4))).recipe
     assert settled.model.latent_channels == 3
     assert "model.latent_channels: 3, as the autoencoder pixels has" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from test_chameleon import codes
 from transfuse.errors import UserError
 from transfuse.inference import Conversation, Done, Engine, ImageEnd, TextDelta, TransfusionPipeline
 from transfuse.inference.events import Event
-from transfuse.inference.slots import Slots
+from transfuse.inference.kv_cache import SlotAllocator
 from transfuse.sequence import Document, Image, Text, Tokenizer, layout_document
 
 SETTINGS = {"max_tokens": 6, "temperature": 1.0, "code_temperature": 1.0}
@@ -58,7 +58,7 @@ def test_the_cache_of_a_second_turn_is_that_of_a_fresh_reading(tokenizer: Tokeni
     list(talk.say(["two balloons"], draw="never", **SETTINGS))
     fresh = Engine(one, slots=1)
     fresh.submit(replace(talk.request([]), draw="never", max_tokens=0))
-    fresh.tick()
+    fresh.step()
     length = len(layout_document(Document(talk.parts, closed=False), fresh.grammar)) - 1
     for mine, theirs in ((talk.engine.cache.keys, fresh.cache.keys), (talk.engine.cache.values, fresh.cache.values)):
         torch.testing.assert_close(mine[:, 0, :, :length], theirs[:, 0, :, :length], atol=1e-5, rtol=1e-4)
@@ -83,20 +83,20 @@ def test_a_turn_that_is_left_is_forgotten(tokenizer: Tokenizer) -> None:
 
 def test_what_is_left_in_a_slot(tokenizer: Tokenizer) -> None:
     """The slot with the longest equal beginning; else an empty one, the lowest; else the one left longest ago."""
-    slots = Slots(3)
-    assert slots.take(None) == (0, 0)
-    assert slots.take([1, 2, 3]) == (1, 0)
-    slots.give_back(1, [1, 2, 3, 4])
-    slots.give_back(0, None)
-    assert slots.take([1, 2, 3, 9]) == (1, 3)
-    slots.give_back(1, [1, 2, 3, 9])
-    assert slots.take([1, 2]) == (1, 1), "one is left to read, for its logits"
-    slots.give_back(1, [1, 2])
-    assert slots.take([1]) == (0, 0)
-    slots.give_back(0, [7, 8])
-    assert slots.take(None) == (2, 0)
-    assert slots.take(None) == (1, 0), "the one left longest ago"
-    assert slots.take([7, 8, 9]) == (0, 2)
+    slots = SlotAllocator(3)
+    assert slots.allocate(None) == (0, 0)
+    assert slots.allocate([1, 2, 3]) == (1, 0)
+    slots.free(1, [1, 2, 3, 4])
+    slots.free(0, None)
+    assert slots.allocate([1, 2, 3, 9]) == (1, 3)
+    slots.free(1, [1, 2, 3, 9])
+    assert slots.allocate([1, 2]) == (1, 1), "one is left to read, for its logits"
+    slots.free(1, [1, 2])
+    assert slots.allocate([1]) == (0, 0)
+    slots.free(0, [7, 8])
+    assert slots.allocate(None) == (2, 0)
+    assert slots.allocate(None) == (1, 0), "the one left longest ago"
+    assert slots.allocate([7, 8, 9]) == (0, 2)
     assert len(slots) == 0
 
 
@@ -118,7 +118,7 @@ def test_many_conversations_share_an_engine(tokenizer: Tokenizer, arm: str, size
         engine.submit(asked)
         events = []
         while engine.busy:
-            events += engine.tick()
+            events += engine.step()
         assert tokens(events) == tokens(expected)
         reused += sizes[0] < len(layout_document(asked.document, engine.grammar))
         documents[number] = [*documents[number], Text(tuple(tokens(events)))]
@@ -126,5 +126,5 @@ def test_many_conversations_share_an_engine(tokenizer: Tokenizer, arm: str, size
     bare = plain(Document(documents[2], closed=False), draw="never", max_tokens=1)
     sizes.clear()
     engine.submit(bare)
-    engine.tick()
+    engine.step()
     assert sizes[0] == len(layout_document(bare.document, engine.grammar)), "without asking for it nothing is reused"

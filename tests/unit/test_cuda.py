@@ -15,10 +15,10 @@ from torch import Tensor
 import transfuse
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model import dense, flexible
-from transfuse.presets import Recipe
-from transfuse.presets.small import tiny as tiny_recipe
+from transfuse.recipes import Recipe
+from transfuse.recipes.small import tiny as tiny_recipe
 from transfuse.sequence import Document, SequenceFormat, collate
-from transfuse.studies.training import train_run
+from transfuse.train import train
 from transfuse.training import ObjectiveConfig, TransfusionObjective
 
 DEVICE = "cuda"
@@ -113,9 +113,9 @@ def test_a_run_trains_stops_goes_on_and_is_loaded(tmp_path: Path, make: Callable
     base = make()
     loop = replace(base.loop, steps=6, checkpoint_every=2, log_every=1, session_seconds=1e-9)
     recipe = replace(base, device=DEVICE, loop=loop, parallel=replace(base.parallel, compile=True))
-    outcomes = [train_run(recipe, tmp_path).outcome]
+    outcomes = [train(recipe, tmp_path).outcome]
     recipe = replace(recipe, loop=replace(loop, session_seconds=None))
-    result = train_run(recipe, tmp_path)
+    result = train(recipe, tmp_path)
     assert [*outcomes, result.outcome] == ["stopped", "finished"]
     assert result.export is not None
     drawn = [

@@ -26,8 +26,9 @@ from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.errors import UserError
 from transfuse.inspect_data import inspect_sources
-from transfuse.presets import preset
-from transfuse.presets.sources import mixture, open_sources
+from transfuse.recipes import preset
+from transfuse.runs import open_sources, resolve
+from transfuse.runs.sources import mixture
 from transfuse.sequence import layout_document
 
 BOLD = "a <b>bold</b> crab & \"friend\" <img src='http://x/'>"
@@ -138,7 +139,7 @@ def test_what_was_left_out_is_counted_and_named(done, names: list[str]) -> None:
 def stream(done):
     """The stream of a run with the preset, and the lengths of its first documents by source."""
     recipe = preset("demo")
-    recipe = replace(recipe, data=replace(recipe.data, sources=done[2])).settled()
+    recipe = resolve(replace(recipe, data=replace(recipe.data, sources=done[2])), here=False).recipe
     opened = open_sources(recipe.data)
     grammar = recipe.model.sequence_format(opened.tokenizer)
     found = mixture(recipe, opened, opened.tokenizer, grammar, Pixels())

@@ -11,19 +11,18 @@ import pytest
 import torch
 
 from emoji_scenes import WorldConfig
+from emoji_scenes.classifier import train_recogniser
+from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation.clip import clip_scores
-from transfuse.evaluation.distances import (
-    Sees,
+from transfuse.evaluation.image_quality import (
+    ImageFeatures,
     check_features,
     frechet,
     kernel_distance,
-    open_features,
     precision_recall,
 )
 from transfuse.evaluation.inception import Inception, InceptionFeatures, check_inception, enlarged
-from transfuse.evaluation.pairs import world_pairs
-from transfuse.evaluation.recogniser import train_recogniser
 
 
 def random_inception() -> Inception:
@@ -56,7 +55,7 @@ def vectors() -> tuple[np.ndarray, np.ndarray]:
 
 def test_inception_features_equal_torch_fidelity() -> None:
     sees = InceptionFeatures(random_inception(), "drawn")
-    a, b = sees(pictures(1)), sees(pictures(2))
+    a, b = sees.features(pictures(1)), sees.features(pictures(2))
     expected = [0.0, 0.005433910060673952, 0.09350085258483887, 5.781764030456543]
     np.testing.assert_allclose(a[0, :4], expected, atol=1e-4)
     assert a.mean() == pytest.approx(1.924997329711914, rel=1e-5)
@@ -97,11 +96,10 @@ def test_kernel_distance_has_no_bias_and_an_honest_interval() -> None:
     assert np.mean([one.low < 0 < one.high for one in found]) > 0.88
 
 
-def test_kernel_distance_of_many_is_a_mean_over_blocks(monkeypatch) -> None:
+def test_kernel_distance_of_many_is_a_mean_over_blocks() -> None:
     a, b = vectors()
-    monkeypatch.setattr("transfuse.evaluation.distances.BLOCK", 100)
     parts = [kernel_distance(a[start : start + 100], b[start : start + 100]).value for start in (0, 100, 200)]
-    assert kernel_distance(a, b).value == pytest.approx(np.mean(parts))
+    assert kernel_distance(a, b, block=100).value == pytest.approx(np.mean(parts))
 
 
 def test_precision_and_recall_of_a_narrow_and_of_a_wide_set() -> None:
@@ -120,15 +118,16 @@ NEAR = WorldConfig(size=32, nouns=6, max_objects=1, max_count=1)
 
 
 @pytest.fixture(scope="module")
-def sees() -> Sees:
-    return open_features("recogniser", train_recogniser(NEAR, steps=30, batch=32, test_scenes=16))
+def sees() -> ImageFeatures:
+    return train_recogniser(NEAR, steps=30, batch=32, test_scenes=16)
 
 
 @pytest.mark.parametrize("damage", ["blur", "noise", "swap"])
-def test_more_damage_is_farther_away(damage: str, sees: Sees) -> None:
+def test_more_damage_is_farther_away(damage: str, sees: ImageFeatures) -> None:
     far = WorldConfig(size=32, nouns=("castle", "church"), max_objects=1, max_count=1)
     real, other = (
-        np.stack([pairs.picture(n) for n in range(160)]) for pairs in (world_pairs(NEAR, 160), world_pairs(far, 160))
+        np.stack([pairs.picture(n) for n in range(160)])
+        for pairs in (SceneScorer(NEAR).pairs(160, 32), SceneScorer(far).pairs(160, 32))
     )
     noise = np.random.default_rng(0).normal(size=real.shape)
     sets = []
@@ -143,7 +142,7 @@ def test_more_damage_is_farther_away(damage: str, sees: Sees) -> None:
                 torch.from_numpy(real).permute(0, 3, 1, 2).float(), kernel, 1, amount, count_include_pad=False
             )
             sets.append(x.permute(0, 2, 3, 1).numpy().astype(np.uint8))
-    features = [sees(images) for images in sets]
+    features = [sees.features(images) for images in sets]
     for distances in (
         [frechet(some, features[0], 2).value for some in features],
         [kernel_distance(some, features[0]).value for some in features],

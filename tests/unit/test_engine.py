@@ -20,8 +20,8 @@ from transfuse.inference import (
     TextDelta,
     TransfusionPipeline,
 )
-from transfuse.inference.drawing import sample
-from transfuse.inference.network import Network
+from transfuse.inference.image_decoding import sample
+from transfuse.inference.model_runner import ModelRunner
 from transfuse.model import dense
 from transfuse.rng import generator_for
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate, unconditional
@@ -118,10 +118,10 @@ def test_script_with_cache_equals_whole_recomputation(tokenizer: Tokenizer, monk
     # logits were asked for after: 12, 30, 31, EOI, 32, EOI, 33
     at = [3, 4, 5, 5 + 1 + 16 + 1, 5 + 1 + 16 + 2, 5 + 1 + 16 + 2 + 1 + 16 + 1, 5 + 1 + 16 + 2 + 1 + 16 + 2]
     assert [int(batch.input_ids[p]) for p in at] == [12, 30, 31, engine.grammar.eoi, 32, engine.grammar.eoi, 33]
-    found, allowed = torch.stack(script.logits), engine.network.barred == 0
+    found, allowed = torch.stack(script.logits), engine.runner.logit_mask == 0
     allowed[boi] = False  # barred, too, once no more images are allowed
     torch.testing.assert_close(found[:, allowed], whole[at][:, allowed], atol=1e-4, rtol=1e-4)
-    assert (found[:, engine.network.barred != 0] == -torch.inf).all()
+    assert (found[:, engine.runner.logit_mask != 0] == -torch.inf).all()
     assert found[-1, boi] == -torch.inf
     assert found[0, boi] > -torch.inf
 
@@ -130,13 +130,13 @@ def test_cache_after_an_image_equals_a_fresh_prefill(tokenizer: Tokenizer, monke
     engine = Engine(exported(tokenizer))
     Script(monkeypatch, {0: [engine.grammar.boi, 33]})
     caches = []
-    original = Network.cache
+    original = ModelRunner.cache
 
     def keep(self, slots, positions):
         caches.append(original(self, slots, positions))
         return caches[-1]
 
-    monkeypatch.setattr(Network, "cache", keep)
+    monkeypatch.setattr(ModelRunner, "cache", keep)
     events = list(engine.run([request(draw="auto", max_tokens=9)]))
     drawn = next(e.latent for e in events if isinstance(e, ImageEnd))
     document = Document([Text((10, 11, 12)), Image(drawn, target=False), Text((33,))], closed=False)

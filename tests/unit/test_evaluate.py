@@ -16,23 +16,24 @@ import pytest
 from conftest import evaluation_html, exported, write
 
 from emoji_scenes import WorldConfig
+from emoji_scenes.scorer import SceneScorer, definition_questions
 from transfuse.cli import run
 from transfuse.errors import UserError
 from transfuse.evaluation import (
-    METRICS,
     SUITES,
     Drawing,
     EvalConfig,
     EvalContext,
     MetricResult,
     Result,
+    all_metrics,
     evaluate,
     named,
 )
 from transfuse.evaluation import numbers as before
 from transfuse.evaluation.confidence import bootstrap
 from transfuse.evaluation.generate import Made, Task, generate
-from transfuse.evaluation.multiple_choice import CHOICES, continuation, definition_questions
+from transfuse.evaluation.multiple_choice import CHOICES, continuation
 from transfuse.evaluation.pairs import Pairs, coco_pairs, ids_fingerprint
 from transfuse.evaluation.text import read_texts, windows
 from transfuse.inference import TransfusionPipeline, foretell
@@ -128,7 +129,9 @@ def bench(tokenizer: Tokenizer, tmp_path: Path) -> EvalContext:
     loaded.image_size = 16
     options = EvalConfig(count=6, judge_steps=2)
     drawing = Drawing(sampler="ddim", steps=2)
-    return EvalContext(TransfusionPipeline(loaded), "a model", tmp_path / "first", WORLD, options, drawing, batch=4)
+    return EvalContext(
+        TransfusionPipeline(loaded), "a model", tmp_path / "first", SceneScorer(WORLD), options, drawing, batch=4
+    )
 
 
 def numbers(found: list[MetricResult]) -> dict[str, float]:
@@ -137,7 +140,7 @@ def numbers(found: list[MetricResult]) -> dict[str, float]:
 
 def test_numbers_are_equal_again_and_with_another_batch_size(bench: EvalContext, tmp_path, monkeypatch) -> None:
     measures = named(["text", "choice", "captioning", "drawing"])
-    monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
+    monkeypatch.setattr(SceneScorer, "texts", lambda scorer: ["a crab: an animal", "two: 1 and 1"] * 3)
     first = list(evaluate(bench, measures))
     again = list(evaluate(replace(bench, folder=tmp_path / "again"), measures))
     assert numbers(again) == numbers(first)
@@ -173,8 +176,8 @@ def test_candidates_are_drawn_and_one_is_measured(bench: EvalContext, monkeypatc
 
 @pytest.mark.parametrize("name", ["text", "choice", "captioning", "drawing", "composition", "editing", "autoencoder"])
 def test_the_names_of_numbers_are_known_before(bench: EvalContext, name: str, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
-    monkeypatch.setattr("transfuse.evaluation.composition.JUDGED", 6)
+    monkeypatch.setattr(SceneScorer, "texts", lambda scorer: ["a crab: an animal", "two: 1 and 1"] * 3)
+    monkeypatch.setattr("emoji_scenes.composition.JUDGED", 6)
     write(tmp_path, {"novel.txt": "a crab is a small animal " * 20})
     for changes in ({}, {"texts": (tmp_path / "novel.txt",)}):
         asked = replace(bench, options=replace(bench.options, **changes))
@@ -210,7 +213,7 @@ def test_the_pace_of_drawing_is_that_of_all_candidates(bench: EvalContext, monke
 
         monkeypatch.setattr(bench.pipe.engine, "run", counted)
         (found,) = evaluate(replace(bench, drawing=replace(bench.drawing, candidates=candidates)), named(["speed"]))
-        assert ("each the likeliest of 3" in found.results[3].data) is (candidates == 3)
+        assert ("each the best of 3" in found.results[3].data) is (candidates == 3)
     assert steps == [5, 15]
 
 
@@ -254,14 +257,14 @@ def test_what_is_missing_is_said_before_any_work(bench: EvalContext, monkeypatch
 
 
 def test_suites_name_measures() -> None:
-    assert set().union(*SUITES.values()) <= set(METRICS)
+    assert set().union(*SUITES.values()) <= set(all_metrics())
     assert [measure.name for measure in named(["choice", "quick"])].count("choice") == 1
-    assert all(measure.about for measure in METRICS.values())
+    assert all(measure.about for measure in all_metrics().values())
 
 
 def test_a_text_model_is_not_asked_to_draw(tokenizer: Tokenizer, tmp_path) -> None:
     bench = EvalContext(
-        TransfusionPipeline(exported(tokenizer, images="none")), "a", tmp_path, WORLD, EvalConfig(count=3)
+        TransfusionPipeline(exported(tokenizer, images="none")), "a", tmp_path, SceneScorer(WORLD), EvalConfig(count=3)
     )
     assert [some.measure for some in evaluate(bench, named(["choice"]))] == ["choice"]
     with pytest.raises(UserError, match="drawing: expected a model that knows images"):

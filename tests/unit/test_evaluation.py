@@ -12,19 +12,10 @@ from conftest import exported
 from torch.nn import functional as F
 
 from emoji_scenes import World, WorldConfig, caption, held_out
+from emoji_scenes.accuracy import caption_accuracy, draw_accuracy, held_out_scenes
+from emoji_scenes.classifier import Recogniser, recogniser_identity, train_recogniser
 from transfuse.errors import UserError
-from transfuse.evaluation import (
-    Recogniser,
-    agreement_by_chance,
-    bootstrap,
-    caption_accuracy,
-    draw_accuracy,
-    held_out_scenes,
-    perplexity,
-    recogniser_identity,
-    share,
-    train_recogniser,
-)
+from transfuse.evaluation import agreement_by_chance, bootstrap, perplexity, share
 from transfuse.model import dense
 from transfuse.sequence import Document, Text, Tokenizer, collate
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import exported, write
 
 from emoji_scenes import WorldConfig
+from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation import EvalConfig, EvalContext, evaluate, named
 from transfuse.evaluation.harness import full_windows, harness_model
@@ -82,7 +83,7 @@ def test_rolling_windows_are_the_harness_own() -> None:
 
 
 def test_a_missing_package_is_named(pipe, tmp_path, monkeypatch) -> None:
-    bench = EvalContext(pipe, "a", tmp_path, WorldConfig(size=16, nouns=4))
+    bench = EvalContext(pipe, "a", tmp_path, SceneScorer(WorldConfig(size=16, nouns=4)))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"expected the package lm_eval, found none; install it with pip install"):
         list(evaluate(bench, named(["harness"])))
@@ -109,7 +110,7 @@ def test_a_task_from_local_files(pipe, tmp_path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write(tmp_path, {"colours.jsonl": lines, "tasks/colours.yaml": TASK.format(file=tmp_path / "colours.jsonl")})
     options = EvalConfig(tasks=("colours",), tasks_folder=tmp_path / "tasks")
-    bench = EvalContext(pipe, "a", tmp_path, WorldConfig(size=16, nouns=4), options)
+    bench = EvalContext(pipe, "a", tmp_path, SceneScorer(WorldConfig(size=16, nouns=4)), options)
     found = {result.name: result for some in evaluate(bench, named(["harness"])) for result in some}
     ours = harness_model(pipe).loglikelihood(asked(*((r["question"], " " + c) for r in rows for c in r["choices"])))
     right = [ours[2 * n + n % 2][0] == max(ours[2 * n][0], ours[2 * n + 1][0]) for n in range(6)]

@@ -13,6 +13,9 @@ import pytest
 from conftest import evaluation_html, exported, write
 
 from emoji_scenes import World, WorldConfig, caption
+from emoji_scenes.classifier import keep_recogniser
+from emoji_scenes.detector import keep_detector
+from emoji_scenes.scorer import SceneScorer
 from transfuse.cli import run
 from transfuse.errors import UserError
 from transfuse.evaluation import (
@@ -23,16 +26,14 @@ from transfuse.evaluation import (
     MetricResult,
     Result,
     evaluate,
-    keep_recogniser,
     named,
 )
 from transfuse.evaluation.captions import cider_d
 from transfuse.evaluation.confidence import Estimate
-from transfuse.evaluation.detector import keep_detector
-from transfuse.evaluation.result import extremes, first_of
+from transfuse.evaluation.context import extremes, first_of
 from transfuse.inference import TransfusionPipeline
+from transfuse.runs.measures import is_best
 from transfuse.sequence import Tokenizer
-from transfuse.studies.measures import is_best
 from transfuse.version import __version__
 
 WORLD = WorldConfig(size=16, nouns=4, max_objects=1, max_count=1)
@@ -103,8 +104,27 @@ def bench(tokenizer: Tokenizer, tmp_path: Path) -> EvalContext:
     loaded.image_size = 16
     drawing = Drawing(sampler="ddim", steps=2)
     return EvalContext(
-        TransfusionPipeline(loaded), "a model", tmp_path / "out", WORLD, EvalConfig(count=4), drawing, batch=4
+        TransfusionPipeline(loaded),
+        "a model",
+        tmp_path / "out",
+        SceneScorer(WORLD),
+        EvalConfig(count=4),
+        drawing,
+        batch=4,
     )
+
+
+def test_files_of_the_user_need_no_scorer(bench: EvalContext, tmp_path: Path) -> None:
+    data = coco(tmp_path / "data", [[f"a thing {n}", f"one thing {n}"] for n in range(COUNT)])
+    files = EvalConfig(count=COUNT, captions=data / "captions.json", images=data)
+    (result,) = evaluate(replace(bench, scorer=None, options=files), named(["captioning"]))
+    assert [number.name for number in result] == ["CIDEr-D x 100", "BLEU-4 x 100"]
+    for name in ("text", "choice", "captioning"):
+        with pytest.raises(UserError, match="expected a data set with a scorer, found none"):
+            list(evaluate(replace(bench, scorer=None), named([name])))
+    for name in ("composition", "editing"):
+        with pytest.raises(UserError, match="expected a model of the bundled scenes"):
+            list(evaluate(replace(bench, scorer=None), named([name])))
 
 
 def drawn(bench: EvalContext) -> list[np.ndarray]:
@@ -138,7 +158,7 @@ def test_what_a_drawing_depends_on_is_drawn_again(
     assert not calls
     changes = {
         "version": {"version": "transfuse of tomorrow"},
-        "prompts": {"world": replace(WORLD, seed=7)},
+        "prompts": {"scorer": SceneScorer(replace(WORLD, seed=7))},
         "seed": {"drawing": replace(bench.drawing, seed=1)},
         "guidance": {"drawing": replace(bench.drawing, guidance_scale=1.5)},
     }
@@ -239,8 +259,8 @@ def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with(
 
 @pytest.mark.parametrize("name", ["captioning", "drawing", "composition", "editing", "autoencoder", "text", "choice"])
 def test_every_example_is_under_a_title(bench: EvalContext, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transfuse.evaluation.composition.JUDGED", 6)
-    monkeypatch.setattr("transfuse.evaluation.text.glosses", lambda split: ["a crab: an animal", "two: 1 and 1"] * 3)
+    monkeypatch.setattr("emoji_scenes.composition.JUDGED", 6)
+    monkeypatch.setattr(SceneScorer, "texts", lambda scorer: ["a crab: an animal", "two: 1 and 1"] * 3)
     (measure,) = named([name])
     (found,) = evaluate(replace(bench, options=EvalConfig(count=6, judge_steps=2)), [measure])
     assert found.exhibits

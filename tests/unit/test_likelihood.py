@@ -44,7 +44,7 @@ def test_what_is_written_behind_a_picture_is_the_likeliest_there(tokenizer: Toke
     """Token by token, greedily; and elsewhere it is not as likely."""
     pipe = TransfusionPipeline(coded(tokenizer) if arm == "codes" else exported(tokenizer, adapter=arm))
     with torch.no_grad():  # what the engine would never choose is never the likeliest
-        pipe.exported.model.lm_head.weight[pipe.engine.network.barred.isinf()] = 0
+        pipe.exported.model.lm_head.weight[pipe.engine.runner.logit_mask.isinf()] = 0
         pipe.exported.model.lm_head.weight[tokenizer.boi] = 0
     pictures = [shown(pipe, seed) for seed in (0, 1)]
     request = Request(Document([pictures[0]], closed=False), draw="never", max_tokens=12)

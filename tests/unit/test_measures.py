@@ -11,10 +11,10 @@ from conftest import assert_equal, tensors
 
 import transfuse
 from transfuse.errors import UserError
-from transfuse.evaluation.result import Result
-from transfuse.presets import Recipe, preset
-from transfuse.studies.measures import is_best
-from transfuse.studies.training import Trained, train_run
+from transfuse.evaluation import Result
+from transfuse.recipes import Recipe, preset
+from transfuse.runs.measures import is_best
+from transfuse.train import Trained, train
 from transfuse.training import LoopConfig
 from transfuse.training.metrics import read_metrics
 
@@ -28,7 +28,7 @@ def measured(**loop: object) -> Recipe:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
     folder = tmp_path_factory.mktemp("measured") / "run"
-    return train_run(measured(best="captioning/CIDEr-D x 100"), folder), folder
+    return train(measured(best="captioning/CIDEr-D x 100"), folder), folder
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -47,28 +47,28 @@ def test_numbers_in_the_metrics_and_the_best_kept(trained: tuple[Trained, Path])
 
 
 def test_training_is_the_same_without(trained: tuple[Trained, Path], tmp_path: Path) -> None:
-    plain = train_run(measured(measure_every=0), tmp_path / "run")
+    plain = train(measured(measure_every=0), tmp_path / "run")
     assert_equal(tensors(plain.trainer), tensors(trained[0].trainer))
 
 
 def test_stopped_and_gone_on_with(trained: tuple[Trained, Path], tmp_path: Path) -> None:
     recipe = measured(best="captioning/CIDEr-D x 100")
-    first = train_run(replace(recipe, loop=replace(recipe.loop, session_seconds=0.0)), tmp_path / "run")
+    first = train(replace(recipe, loop=replace(recipe.loop, session_seconds=0.0)), tmp_path / "run")
     assert first.outcome == "stopped"
-    train_run(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run")
     assert lines(tmp_path / "run") == lines(trained[1])
     assert (tmp_path / "run" / "best.json").read_text() == (trained[1] / "best.json").read_text()
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'^loop.measures: unknown measure "captionin"; did you mean "captioning"'):
-        train_run(measured(measures=("captionin",)), tmp_path / "a")
+        train(measured(measures=("captionin",)), tmp_path / "a")
     with pytest.raises(UserError, match=r'^loop.best: unknown number "drawing/FID".*captioning/BLEU-4 x 100'):
-        train_run(measured(best="drawing/FID"), tmp_path / "b")
+        train(measured(best="drawing/FID"), tmp_path / "b")
     with pytest.raises(UserError, match=r'unknown number "captioning/CIDER"; did you mean "captioning/CIDEr-D x 100"'):
-        train_run(measured(best="captioning/CIDER"), tmp_path / "c")
+        train(measured(best="captioning/CIDER"), tmp_path / "c")
     with pytest.raises(UserError, match=r"^clip: expected the package open_clip|^--clip: expected weights"):
-        train_run(measured(measures=("clip",)), tmp_path / "d")
+        train(measured(measures=("clip",)), tmp_path / "d")
     with pytest.raises(ValueError, match=r"loop\.measure_every: expected above 0 where loop\.best"):
         LoopConfig(best="captioning/CIDEr-D x 100")
     assert not any(read_metrics(path) for path in tmp_path.rglob("metrics.jsonl")), "all before the first step"

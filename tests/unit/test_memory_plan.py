@@ -18,8 +18,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from transfuse.model import ModelConfig, Transfusion, for_batch
 from transfuse.model.activations import AttentionBytes, Checkpointing, Load, flex_bytes, forward_bytes
-from transfuse.presets import preset
-from transfuse.presets.memory_plan import Spread, memory
+from transfuse.plan import Spread, memory
+from transfuse.recipes import preset
 from transfuse.sequence import Batch, Document, Image, Text, Tokenizer, collate
 from transfuse.training import EMA, OptimizerConfig, build_optimizer
 

@@ -12,9 +12,9 @@ import PIL.ImageFilter
 import pytest
 
 from emoji_scenes import NOUNS, PALETTE, Scene, World, WorldConfig
+from emoji_scenes.accuracy import draw_accuracy, held_out_scenes
+from emoji_scenes.open_set import WEIGHTS, OpenSetClassifier, bundled_classifier
 from transfuse.errors import UserError
-from transfuse.evaluation import bundled_classifier, draw_accuracy, held_out_scenes
-from transfuse.evaluation.open_set import WEIGHTS, OpenSetClassifier
 
 ALL = WorldConfig(size=32, max_objects=1, max_count=1, sizes=("large",), seed=41)
 DEMO = replace(ALL, nouns=16, styles=("fluent-flat",))

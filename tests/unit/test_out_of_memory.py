@@ -10,7 +10,7 @@ from conftest import exported
 from test_chameleon import coded
 
 from transfuse.inference import Done, Engine, Event, Failed, ImageEnd, TextDelta, TransfusionPipeline
-from transfuse.inference.network import Network
+from transfuse.inference.model_runner import ModelRunner
 from transfuse.model import pack
 
 PROMPTS = ["a crab", "two balloons on a red background", "the moon is above", "hello"]
@@ -25,7 +25,7 @@ def pipe(request, tokenizer) -> TransfusionPipeline:
 
 def limit(monkeypatch: pytest.MonkeyPatch, most: int, never: int | None = None) -> list[int]:
     """A pass of more positions fails as torch does, and every one of the request in slot `never`. Their sizes."""
-    original, sizes = Network.forward, []
+    original, sizes = ModelRunner.forward, []
 
     def forward(self, cache, feeds, predict):
         count = sum(feed.segment.count for feed in feeds)
@@ -36,7 +36,7 @@ def limit(monkeypatch: pytest.MonkeyPatch, most: int, never: int | None = None) 
         sizes.append(count)
         return original(self, cache, feeds, predict)
 
-    monkeypatch.setattr(Network, "forward", forward)
+    monkeypatch.setattr(ModelRunner, "forward", forward)
     return sizes
 
 
@@ -61,7 +61,7 @@ def drive(engine: Engine, pipe: TransfusionPipeline) -> list[Event]:
         engine.submit(request)
     found = []
     while engine.busy:
-        found += engine.tick()
+        found += engine.step()
     return found
 
 
@@ -97,7 +97,7 @@ def test_other_mistakes_are_not_taken_for_it(tokenizer, monkeypatch) -> None:
     def broken(*_):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(Network, "forward", broken)
+    monkeypatch.setattr(ModelRunner, "forward", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         pipe("a crab", num_inference_steps=2)
 

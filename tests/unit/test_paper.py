@@ -13,12 +13,11 @@ from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, save_aut
 from transfuse.cli import run
 from transfuse.cli.parsing import parse_run
 from transfuse.model import SIZES
-from transfuse.presets import PRESETS, Recipe, preset
-from transfuse.presets.cluster import cluster_plan
-from transfuse.presets.plan import plan
-from transfuse.presets.recipe import build_loader, new_tokenizer
-from transfuse.presets.sources import open_sources
+from transfuse.plan import cluster_plan, plan
+from transfuse.recipes import PRESETS, Recipe, preset
+from transfuse.runs import Run, open_recipe_autoencoder, open_sources, train_tokenizer
 from transfuse.sequence import Tokenizer
+from transfuse.train import build_loader
 
 
 def table(number: int) -> list[str]:
@@ -102,7 +101,8 @@ def autoencoder(tmp_path_factory) -> str:
 
 def measured(recipe: Recipe, tokenizer: Tokenizer, folder: Path, steps: int) -> tuple[float, float, float]:
     """Mean positions and images of a step, and the share of positions in text alone."""
-    loader = build_loader(recipe, open_sources(recipe.data), tokenizer, folder)
+    run = Run(recipe, open_sources(recipe.data), open_recipe_autoencoder(recipe), tokenizer)
+    loader = build_loader(run, folder)
     positions = images = text = 0
     for step in range(steps):
         for batch in loader(step):
@@ -129,7 +129,7 @@ def test_a_plan_counts_what_a_loader_gives(changes: dict, steps: int, own: Token
 
 @pytest.fixture(scope="module")
 def own() -> Tokenizer:
-    return new_tokenizer(preset("tiny"), open_sources(preset("tiny").data))
+    return train_tokenizer(preset("tiny"))
 
 
 def test_a_plan_counts_what_the_papers_loader_gives(autoencoder: str, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ from transfuse.errors import UserError
 from transfuse.inference import Engine, Request, TextDelta
 from transfuse.io import atomic_dir
 from transfuse.model import ModelConfig
-from transfuse.presets import PRESETS, Recipe, preset
-from transfuse.presets.autoencoders import AUTOENCODERS
-from transfuse.presets.recipe import build_trainer, export_run
-from transfuse.presets.runs import claimed, open_run, run_device
+from transfuse.recipes import PRESETS, Recipe, preset
+from transfuse.recipes.autoencoders import AUTOENCODERS
+from transfuse.runs import held, open_run, resolve, run_device
 from transfuse.sequence import Document, Text, Tokenizer
 from transfuse.sequence.tokenizer import SPECIAL
+from transfuse.train import build_trainer, export_run
+from transfuse.train_autoencoder import open_autoencoder_run
 from transfuse.training import Ranks
 
 
@@ -70,12 +71,13 @@ def test_a_run_keeps_its_autoencoder(tmp_path: Path) -> None:
     recipe = replace(
         recipe, model=replace(recipe.model, patch_size=2), data=replace(recipe.data, autoencoder="kl-f4-small")
     )
-    opened = open_run(recipe, tmp_path)
+    run = open_run(recipe, tmp_path)
+    opened = run.recipe
     assert len(opened.data.autoencoder_weights) == 12
-    assert open_run(recipe, tmp_path) == opened
+    assert open_run(recipe, tmp_path).recipe == opened
     changed = replace(opened, data=replace(opened.data, autoencoder_weights="0" * 12))
     with pytest.raises(UserError, match="expected kl-f4-small with the weights 000000000000, as the run began, found"):
-        build_trainer(changed, tmp_path)
+        resolve(changed)
 
 
 def test_nothing_to_learn_from_is_refused() -> None:
@@ -83,16 +85,17 @@ def test_nothing_to_learn_from_is_refused() -> None:
     for images, share in (("none", 0.0), ("latents", 1.0)):
         model = replace(tiny.model, images=images)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=r"data\.text_share: expected another share with model\.images"):
-            replace(tiny, model=model, data=replace(tiny.data, text_share=share)).settled()
+            resolve(replace(tiny, model=model, data=replace(tiny.data, text_share=share)))
 
 
 def test_a_run_is_not_replaced_by_an_export(tmp_path: Path) -> None:
     recipe = preset("tiny")
-    trainer, tokenizer = build_trainer(open_run(recipe, tmp_path / "run"), tmp_path / "run")
+    run = open_run(recipe, tmp_path / "run")
+    trainer = build_trainer(run, tmp_path / "run")
     trainer.totals |= {"positions": 0, "images": 0}
     trainer.save()
     with pytest.raises(UserError, match="expected a folder to write export to, found a run"):
-        export_run(recipe, trainer, tokenizer, tmp_path / "run")
+        export_run(run, trainer, tmp_path / "run")
     assert trainer.checkpoints.complete()
 
 
@@ -165,11 +168,12 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
         assert child.exitcode is not None
         return child.exitcode
 
-    with claimed(recipe, tmp_path, Ranks()) as opened:
+    opened = open_run(recipe, tmp_path).recipe
+    with held(tmp_path, Ranks()):
         assert other() == 3
         worker = context.Process(target=time.sleep, args=(60,))
         worker.start()
-        assert opened == open_run(recipe, tmp_path)
+        assert opened == open_run(recipe, tmp_path).recipe
     assert other() == 0, "it was let go"
     worker.kill()
     worker.join()
@@ -177,7 +181,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
 
 def _claim(folder: Path) -> None:
     try:
-        with claimed(preset("tiny"), folder, Ranks()):
+        with held(folder, Ranks()):
             pass
     except UserError as error:
         os._exit(3 if "expected a run that nobody else trains, found another process at it" in str(error) else 1)
@@ -219,7 +223,7 @@ def test_settings_that_can_not_be_are_one_line_before_the_run(
 def test_an_autoencoder_s_run_does_not_take_measures_of_models(tmp_path: Path) -> None:
     recipe = next(iter(AUTOENCODERS.values()))()
     with pytest.raises(UserError, match=r"loop\.measure_every: expected 0 for an autoencoder"):
-        open_run(replace(recipe, loop=replace(recipe.loop, measure_every=1)), tmp_path)
+        open_autoencoder_run(replace(recipe, loop=replace(recipe.loop, measure_every=1)), tmp_path)
 
 
 def test_bytes_that_are_no_utf8_are_one_line(tokenizer: Tokenizer) -> None:
@@ -230,7 +234,7 @@ def test_bytes_that_are_no_utf8_are_one_line(tokenizer: Tokenizer) -> None:
 
 def test_a_run_of_another_machines_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    opened = open_run(preset("tiny"), tmp_path)
+    opened = open_run(preset("tiny"), tmp_path).recipe
     assert opened.device == run_device(preset("tiny"), tmp_path) == "cuda"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="device: expected a CUDA device, found none"):

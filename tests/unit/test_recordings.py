@@ -17,8 +17,8 @@ from torch import Tensor
 import transfuse
 from transfuse.diffusion import SamplerConfig
 from transfuse.inference import Engine, ImageEnd
-from transfuse.inference.network import Network
-from transfuse.inference.recordings import KEPT, Recordings, Work
+from transfuse.inference.cuda_graphs import KEPT, GraphCache, Work
+from transfuse.inference.model_runner import ModelRunner
 from transfuse.inference.warmup import warm_up
 from transfuse.model.transfusion import Output
 from transfuse.sequence import Tokenizer
@@ -47,8 +47,8 @@ class Recorder:
         return replay, output
 
 
-def recording(one: object) -> tuple[Network, Recorder]:
-    network, recorder = Network(one), Recorder()  # type: ignore[arg-type]
+def recording(one: object) -> tuple[ModelRunner, Recorder]:
+    network, recorder = ModelRunner(one), Recorder()  # type: ignore[arg-type]
     network.record = recorder  # type: ignore[assignment]
     return network, recorder
 
@@ -66,7 +66,7 @@ def test_any_schedule_gives_what_each_request_gives_alone(tokenizer: Tokenizer, 
             asked = some_request(draws, coded)
             number = engine.submit(asked)
             requests[number], told[number] = asked, []
-        for event in engine.tick():
+        for event in engine.step():
             told[event.row].append(exactly(event))
     assert recorder.played > recorder.recorded > 0
     for number, asked in requests.items():
@@ -105,7 +105,7 @@ def test_runs_of_as_many_rows_play_back_what_was_recorded_before(tokenizer: Toke
 def test_writing_is_recorded_once_for_a_block_of_keys(tokenizer: Tokenizer) -> None:
     network, recorder = recording(ARMS["linear"](tokenizer))
     with torch.no_grad():
-        network.barred[tokenizer.eos] = -torch.inf
+        network.logit_mask[tokenizer.eos] = -torch.inf
     engine = Engine(network, slots=1, positions=POSITIONS)
     engine.submit(plain(draw="never", max_tokens=150))
     finish(engine)
@@ -113,7 +113,7 @@ def test_writing_is_recorded_once_for_a_block_of_keys(tokenizer: Tokenizer) -> N
 
 
 def test_no_more_is_kept_than_said() -> None:
-    kept, recorder = Recordings(), Recorder()
+    kept, recorder = GraphCache(), Recorder()
     for size in [*range(KEPT + 1)] * 2:
         kept.run(recorder, "pass", [torch.zeros(size)], lambda: Output(torch.zeros(1), []))  # type: ignore[arg-type]
     assert not recorder.recorded, "each had been forgotten when it came again"
@@ -122,7 +122,7 @@ def test_no_more_is_kept_than_said() -> None:
 
 def test_what_was_given_stays() -> None:
     """The next one played back leaves an earlier output alone."""
-    kept, recorder, x = Recordings(), Recorder(), torch.zeros(2)
+    kept, recorder, x = GraphCache(), Recorder(), torch.zeros(2)
 
     def played(value: float) -> Tensor:
         given = x.clone() if value < 2 else torch.full((2,), value)
@@ -136,7 +136,7 @@ def test_what_was_given_stays() -> None:
 def test_without_cuda_nothing_is_recorded_or_kept(served: Path) -> None:
     pipe = transfuse.load(str(served), graphs=True)
     pipe("a crab", num_inference_steps=2)
-    assert pipe.engine.network.record is None
+    assert pipe.engine.runner.record is None
     assert pipe.engine._last is None
 
 

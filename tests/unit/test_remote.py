@@ -118,14 +118,13 @@ def test_what_is_not_there(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_run_with_a_remote_set(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transfuse.presets import preset
-    from transfuse.presets.runs import open_run
-    from transfuse.presets.sources import image_size
+    from transfuse.recipes import preset
+    from transfuse.runs import open_run
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     recipe = preset("tiny")
     asked = replace(recipe, data=replace(recipe.data, sources=(url, "glosses")))
     settled = open_run(asked, tmp_path / "run")
     assert settled.data.source_fingerprints == (DataSet(url).fingerprint,)
-    assert image_size(settled) == 16
+    assert settled.image_size == 16
     assert sizes(tmp_path / "transfuse") > 0

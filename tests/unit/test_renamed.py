@@ -10,7 +10,7 @@ from transfuse.export import load_export
 from transfuse.folders import WEIGHTS
 from transfuse.model import ModelConfig, Transfusion
 from transfuse.model.transfusion import current_name
-from transfuse.presets import Recipe, preset
+from transfuse.recipes import Recipe, preset
 
 
 def test_a_configuration_with_earlier_names_loads() -> None:

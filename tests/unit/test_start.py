@@ -14,11 +14,11 @@ from emoji_scenes import WorldConfig
 from transfuse.data import EditConfig
 from transfuse.errors import UserError
 from transfuse.export import load_export, save_export
-from transfuse.presets.recipe import Recipe, build_trainer
-from transfuse.presets.runs import resolve
-from transfuse.presets.small import tiny
+from transfuse.recipes import Recipe
+from transfuse.recipes.small import tiny
+from transfuse.runs import resolve
 from transfuse.sequence import Tokenizer
-from transfuse.studies.training import train_run
+from transfuse.train import build_trainer, train
 from transfuse.training import Ranks
 
 
@@ -31,14 +31,15 @@ def recipe(start: Path, **changes: object) -> Recipe:
 
 
 def test_begins_with_the_exports_weights_words_and_process(served: Path, tmp_path: Path) -> None:
-    asked = recipe(served, precision="float32").settled()
+    run = resolve(recipe(served, precision="float32"))
+    asked = run.recipe
     found = load_export(served)
     assert asked.model == found.model.config
     assert asked.diffusion == found.process.config
     assert asked.generation == found.generation
     (tmp_path / "run").mkdir()
-    trainer, tokenizer = build_trainer(resolve(asked), tmp_path / "run", Ranks(torch.device("cpu")))
-    assert tokenizer.fingerprint == found.tokenizer.fingerprint
+    trainer = build_trainer(run, tmp_path / "run", Ranks(torch.device("cpu")))
+    assert run.tokenizer.fingerprint == found.tokenizer.fingerprint
     for ours, theirs in zip(trainer.model.parameters(), found.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -55,7 +56,7 @@ def test_an_export_keeps_where_its_timestep_enters(kept: str | None, tokenizer: 
         config = json.loads((folder / "config.json").read_text())
         del config["model"]["timestep_at"]
         (folder / "config.json").write_text(json.dumps(config))
-    asked = replace(recipe(folder), model=replace(model, timestep_at="patch")).settled()
+    asked = resolve(replace(recipe(folder), model=replace(model, timestep_at="patch"))).recipe
     assert asked.model == load_export(folder).model.config == model
 
 
@@ -65,11 +66,12 @@ def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Pa
     base = recipe(served, precision="float32", start_strict=False)
     found = load_export(served)
     config = replace(found.model.config, adapter="unet", patch_size=2, unet_channels=(8, 8))
-    asked = replace(base, model=config).settled()
+    run = resolve(replace(base, model=config))
+    asked = run.recipe
     assert asked.model.adapter == "unet"
     (tmp_path / "run").mkdir()
-    trainer, tokenizer = build_trainer(resolve(asked), tmp_path / "run", Ranks(torch.device("cpu")))
-    assert tokenizer.fingerprint == found.tokenizer.fingerprint
+    trainer = build_trainer(run, tmp_path / "run", Ranks(torch.device("cpu")))
+    assert run.tokenizer.fingerprint == found.tokenizer.fingerprint
     theirs = dict(found.model.named_parameters())
     ours = dict(trainer.model.named_parameters())
     shared = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
@@ -80,15 +82,15 @@ def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Pa
 
 def test_a_network_that_takes_nothing_is_refused(served: Path, tmp_path: Path) -> None:
     config = replace(load_export(served).model.config, d_model=48, n_heads=3, d_ff=40)
-    asked = replace(recipe(served, start_strict=False), model=config, precision="float32").settled()
+    run = resolve(replace(recipe(served, start_strict=False), model=config, precision="float32"))
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="found none of"):
-        build_trainer(resolve(asked), tmp_path / "run", Ranks(torch.device("cpu")))
+        build_trainer(run, tmp_path / "run", Ranks(torch.device("cpu")))
 
 
 def test_a_fine_tuned_export_is_another_one_and_goes_on(served: Path, tmp_path: Path) -> None:
     """Learning changes every weight that documents reach; what was exported can be started from again."""
-    first = train_run(recipe(served), tmp_path / "one")
+    first = train(recipe(served), tmp_path / "one")
     assert first.outcome == "finished"
     assert first.export is not None
     before, after = load_export(served), load_export(first.export)
@@ -97,31 +99,29 @@ def test_a_fine_tuned_export_is_another_one_and_goes_on(served: Path, tmp_path: 
     unchanged = [name for name, weight in before.model.named_parameters() if torch.equal(weight, weights[name])]
     assert not unchanged
     assert "instructions to change scenes" in (first.export / "README.md").read_text()
-    assert train_run(recipe(first.export), tmp_path / "two").outcome == "finished"
+    assert train(recipe(first.export), tmp_path / "two").outcome == "finished"
 
 
 def test_a_resumed_run_does_not_start_anew(served: Path, tmp_path: Path) -> None:
-    straight = train_run(recipe(served), tmp_path / "straight").trainer
-    short = train_run(
-        replace(recipe(served), loop=replace(recipe(served).loop, session_seconds=1e-9)), tmp_path / "cut"
-    )
+    straight = train(recipe(served), tmp_path / "straight").trainer
+    short = train(replace(recipe(served), loop=replace(recipe(served).loop, session_seconds=1e-9)), tmp_path / "cut")
     assert short.outcome == "stopped"
-    resumed = train_run(recipe(served), tmp_path / "cut").trainer
+    resumed = train(recipe(served), tmp_path / "cut").trainer
     for ours, theirs in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_a_relative_path_is_the_same_folder_from_elsewhere(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(served.parent)
-    asked = recipe(Path(served.name)).settled()
+    asked = resolve(recipe(Path(served.name))).recipe
     monkeypatch.chdir("/")
-    assert asked == recipe(served).settled() == asked.settled()
+    assert asked == resolve(recipe(served)).recipe == resolve(asked).recipe
 
 
 def test_what_is_no_model_is_refused(served: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
-        recipe(tmp_path).settled()
+        resolve(recipe(tmp_path))
     config = json.loads((served / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model": {**config["model"], "d_model": 60}}))
     with pytest.raises(UserError):
-        recipe(tmp_path).settled()
+        resolve(recipe(tmp_path))

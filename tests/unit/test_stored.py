@@ -36,8 +36,9 @@ from transfuse.data.readers import Columns
 from transfuse.data.rows import pack
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.errors import UserError
-from transfuse.presets import Recipe, preset
-from transfuse.presets.sources import held_out_prompts, mixture, open_sources
+from transfuse.recipes import Recipe, preset
+from transfuse.runs import open_sources, resolve
+from transfuse.runs.sources import mixture
 from transfuse.sequence import Image, Text, Tokenizer, collate, layout_document
 from transfuse.training import ObjectiveConfig, TransfusionObjective
 
@@ -501,25 +502,26 @@ def recipe_of(folder: Path, *names: str, **model) -> Recipe:
 
 def test_documents_longer_than_a_sequence_may_be_are_refused(folder: Path) -> None:
     """Pictures count: the words of these stories are few."""
-    recipe_of(folder, "stories", "text", max_seq_len=600).settled()
+    resolve(recipe_of(folder, "stories", "text", max_seq_len=600))
     with pytest.raises(UserError, match=r"stories: expected documents of at most 40 positions.*found one of \d\d"):
-        recipe_of(folder, "stories", "text", max_seq_len=40).settled()
+        resolve(recipe_of(folder, "stories", "text", max_seq_len=40))
 
 
 def test_pictures_with_more_patches_than_have_positions_are_refused(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr("transfuse.model.config.MAX_GRID", 3)
-    recipe_of(folder, "stories", "text", patch_positions="none").settled()
+    resolve(recipe_of(folder, "stories", "text", patch_positions="none"))
     with pytest.raises(UserError, match=r"stories: expected pictures of at most 12 pixels a side .*found one of \d\d"):
-        recipe_of(folder, "stories", "text", patch_positions="learned").settled()
+        resolve(recipe_of(folder, "stories", "text", patch_positions="learned"))
 
 
 def test_a_damaged_document_that_is_held_out_does_not_stop_a_run(folder: Path, tmp_path: Path) -> None:
     """Captions to draw, and the card of an export, come from the others."""
     shutil.copytree(folder / "pairs", tmp_path / "pairs")
     recipe = recipe_of(tmp_path, "pairs")
-    whole = held_out_prompts(recipe, 4)
+    sources = open_sources(recipe.data)
+    whole = sources.held_out_prompts(4)
     flip(tmp_path / "pairs", 0, "heldout")
-    assert held_out_prompts(recipe, 3) == whole[1:]
+    assert sources.held_out_prompts(3) == whole[1:]
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ EVERYWHERE = {
     "io",
     "config",
     "devices",
+    "draws",
     "log",
     "folders",
     "images",
@@ -35,11 +36,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"sequence", "model", "diffusion", "autoencoders", "export"},
     "serving": {"inference", "model"},
     "evaluation": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "inference"},
-    "presets": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "convert", "training"},
+    "recipes": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "training"},
 }
-MAY_IMPORT["studies"] = {*MAY_IMPORT, "studies", "evaluate"}
+MAY_IMPORT["runs"] = {*MAY_IMPORT} - {"serving"}
+MAY_IMPORT["plan"] = {*MAY_IMPORT} - {"serving"}
+MAY_IMPORT["train"] = {*MAY_IMPORT} - {"serving", "plan"}
+MAY_IMPORT["train_autoencoder"] = {*MAY_IMPORT} - {"serving", "plan"}
 for entry in ("evaluate", "demo", "inspect_data", "inspect_autoencoder"):
-    MAY_IMPORT[entry] = {*MAY_IMPORT, "studies"}
+    MAY_IMPORT[entry] = {*MAY_IMPORT}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, ""}
 
 
@@ -91,6 +95,30 @@ def test_sequence_holds_no_network() -> None:
         }, path
 
 
+def test_one_module_alone_imports_emoji_scenes() -> None:
+    """Everything else reaches the bundled data set by its name in `data.bundled`."""
+    importers = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(name.split(".")[0] == "emoji_scenes" for name in names):
+                importers.add(path.relative_to(SOURCE).as_posix())
+    assert importers == {"data/bundled.py"}
+
+
+def test_evaluation_works_without_emoji_scenes() -> None:
+    """Metrics for any data set remain; those of the bundled data set are not offered."""
+    code = """
+import sys
+sys.modules["emoji_scenes"] = None
+from transfuse.evaluation import EvalConfig, all_metrics, named
+assert "composition" not in all_metrics() and "clip" in all_metrics()
+assert [metric.name for metric in named(["captioning", "drawing"])] == ["captioning", "drawing"]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_files_and_functions_fit_in_a_sitting() -> None:
     long = []
     for path in SOURCE.rglob("*.py"):
@@ -111,7 +139,7 @@ def test_the_core_imports_no_extra() -> None:
     code = f"""
 import sys
 for name in {extras.split()!r}: sys.modules[name] = None
-import transfuse.cli, transfuse.presets.recipe, transfuse.inference, transfuse.studies.samples, transfuse.evaluation
+import transfuse.cli, transfuse.train, transfuse.inference, transfuse.runs.samples, transfuse.evaluation
 import transfuse.evaluate
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,9 +16,9 @@ import PIL.Image
 import pytest
 
 from transfuse.errors import UserError
-from transfuse.presets import preset
-from transfuse.presets.recipe import build_trainer
-from transfuse.presets.runs import open_run
+from transfuse.recipes import preset
+from transfuse.runs import open_run
+from transfuse.train import build_trainer
 from transfuse.training import Ranks, Trainer, read_metrics
 
 
@@ -27,7 +27,7 @@ def run_tracked(folder: Path, *names: str, steps: int = 6, stop_at: int | None =
     recipe = preset("tiny")
     loop = replace(recipe.loop, steps=steps, log_every=2, checkpoint_every=4, sample_every=4 if sample else 0)
     recipe = open_run(replace(recipe, loop=replace(loop, trackers=names)), folder)
-    trainer, _ = build_trainer(recipe, folder)
+    trainer = build_trainer(recipe, folder)
     trainer.restore()
     if sample:
         trainer.sample = draw
@@ -163,7 +163,7 @@ def test_one_rank_speaks(tmp_path: Path, stubs) -> None:
     recipe = preset("tiny")
     recipe = open_run(replace(recipe, loop=replace(recipe.loop, trackers=("wandb",))), tmp_path)
     build_trainer(recipe, tmp_path)
-    trainer, _ = build_trainer(recipe, tmp_path, Ranks(rank=1, count=2))
+    trainer = build_trainer(recipe, tmp_path, Ranks(rank=1, count=2))
     trainer.trackers.open(0)
     trainer.trackers.log({"step": 1, "text": 1.0})
     assert not stubs

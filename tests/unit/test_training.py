@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.errors import UserError
 from transfuse.model import dense
-from transfuse.presets import preset
-from transfuse.presets.recipe import build_trainer
-from transfuse.presets.runs import open_run
+from transfuse.recipes import preset
 from transfuse.rng import generator_for
+from transfuse.runs import open_run
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
+from transfuse.train import build_trainer
 from transfuse.training import (
     Checkpoint,
     CheckpointFolder,
@@ -246,7 +246,7 @@ def run_tiny(folder: Path, steps: int, stop_at: int | None = None, **changes) ->
     recipe = preset("tiny")
     recipe = replace(recipe, loop=replace(recipe.loop, steps=steps, checkpoint_every=4, log_every=3), **changes)
     recipe = open_run(recipe, folder)
-    one, _ = build_trainer(recipe, folder)
+    one = build_trainer(recipe, folder)
     one.restore()
     if stop_at is not None:  # as by a signal
         one._ask = lambda stop, began: loop_module.Asked(stop=one.step + 1 >= stop_at)  # type: ignore[method-assign]

@@ -13,11 +13,11 @@ from transfuse.autoencoders import Pixels
 from transfuse.data import DataSet, PairConfig
 from transfuse.data.build import build_set
 from transfuse.data.prepare import BuildConfig
-from transfuse.presets import Recipe, preset
-from transfuse.presets.recipe import build_trainer
-from transfuse.presets.runs import open_run
-from transfuse.presets.sources import mixture, open_sources, unseen_noise
+from transfuse.recipes import Recipe, preset
+from transfuse.runs import open_run, open_sources, unseen_noise
+from transfuse.runs.sources import mixture
 from transfuse.sequence import Tokenizer
+from transfuse.train import build_trainer
 
 FIRST = PairConfig(caption_first=0)
 

@@ -11,7 +11,7 @@ import torch
 from conftest import exported
 
 from transfuse.inference import TransfusionPipeline
-from transfuse.inference.network import GUIDANCE, Feed, Network
+from transfuse.inference.model_runner import GUIDANCE, ModelRunner, StepInput
 from transfuse.inference.pipeline import Engine
 from transfuse.model import pack
 from transfuse.sequence import Tokenizer
@@ -38,7 +38,7 @@ def test_both_ways_give_the_same_bytes(pipe: TransfusionPipeline) -> None:
     ]
     found = {}
     for way in GUIDANCE:
-        pipe.engine.network.guidance = way
+        pipe.engine.runner.guidance = way
         found[way] = pipe._latents(requests, None)
     for one, other in zip(found["packed"], found["sequential"], strict=True):
         assert torch.equal(one, other)
@@ -47,25 +47,25 @@ def test_both_ways_give_the_same_bytes(pipe: TransfusionPipeline) -> None:
 @pytest.mark.parametrize(("cost", "faster"), [("call", "packed"), ("feeds", "sequential")])
 def test_the_faster_way_is_kept(pipe: TransfusionPipeline, monkeypatch, cost: str, faster: str) -> None:
     """On a clock that counts calls, or that a pass of several branches takes long, whatever this machine does."""
-    clock, plain = [0.0], Network.forward
+    clock, plain = [0.0], ModelRunner.forward
 
-    def forward(self: Network, cache: Any, feeds: list[Feed], predict: Any) -> Any:
+    def forward(self: ModelRunner, cache: Any, feeds: list[StepInput], predict: Any) -> Any:
         denoising = bool(feeds[0].patches)
         clock[0] += 1.0 if cost == "call" else float(denoising and len(feeds) > 1) * 3
         return plain(self, cache, feeds, predict)
 
-    monkeypatch.setattr(Network, "forward", forward)
+    monkeypatch.setattr(ModelRunner, "forward", forward)
     monkeypatch.setattr("transfuse.inference.warmup.time.perf_counter", lambda: clock[0])
     before = pipe("a crab", num_inference_steps=3, guidance_scale=3.0, generator=5, output_type="latent").images[0]
     seconds = pipe.warm_up()
-    assert min(seconds, key=seconds.__getitem__) == faster == pipe.engine.network.guidance
+    assert min(seconds, key=seconds.__getitem__) == faster == pipe.engine.runner.guidance
     after = pipe("a crab", num_inference_steps=3, guidance_scale=3.0, generator=5, output_type="latent").images[0]
     assert torch.equal(before, after)
 
 
 def test_what_is_not_timed(tokenizer: Tokenizer, pipe: TransfusionPipeline) -> None:
     assert pipe.warm_up(guidance="sequential") == {}
-    assert pipe.engine.network.guidance == "sequential"
+    assert pipe.engine.runner.guidance == "sequential"
     words = TransfusionPipeline(exported(tokenizer, images="none"))
     assert words.warm_up() == {}
     pipe.exported.generation = replace(pipe.exported.generation, guidance_scale=1.0)
@@ -73,10 +73,10 @@ def test_what_is_not_timed(tokenizer: Tokenizer, pipe: TransfusionPipeline) -> N
 
 
 def test_it_leaves_a_running_engine_alone(pipe: TransfusionPipeline) -> None:
-    engine = Engine(pipe.engine.network, slots=1)
+    engine = Engine(pipe.engine.runner, slots=1)
     engine.submit(replace(pipe.request(["a crab"], 3), draw="force", max_tokens=0))
-    engine.tick()
+    engine.step()
     pipe.warm_up(rows=2)
     while engine.busy:
-        events = engine.tick()
+        events = engine.step()
     assert type(events[-1]).__name__ == "Done"

@@ -31,8 +31,8 @@ def train(arguments: Sequence[str]) -> int:
 
     Every setting is an option. The same command goes on from the newest checkpoint; Ctrl-C saves and exits with 75.
     """
-    from ..presets.autoencoders import AUTOENCODERS, autoencoder_preset
-    from ..studies.autoencoder import train_autoencoder
+    from ..recipes.autoencoders import AUTOENCODERS, autoencoder_preset
+    from ..train_autoencoder import train_autoencoder
     from ..training import stopped_code
 
     named = preset_name("autoencoder train", arguments, AUTOENCODERS, train.__doc__)
@@ -80,7 +80,7 @@ def inspect(arguments: Sequence[str]) -> int:
         raise UserError(f"--count: expected at least 1, found {asked.count}")
     from ..autoencoders import open_autoencoder
     from ..autoencoders.features import load_features
-    from ..evaluation.distances import LEAST
+    from ..evaluation.image_quality import LEAST
     from ..inspect_autoencoder import inspect_autoencoder, inspected_images
 
     opened = open_autoencoder(asked.autoencoder)

@@ -54,7 +54,7 @@ def edit(arguments: Sequence[str]) -> int:
     pipe = asked.load()
     from ..images import fit, read_image, read_mask
     from ..inference.pictures import settings_of
-    from ..inference.requests import with_image_guidance
+    from ..inference.sequence_state import with_image_guidance
 
     side = pipe.exported.image_size
     pixels = read_image(asked.image)

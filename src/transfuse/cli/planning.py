@@ -31,9 +31,9 @@ def plan(arguments: Sequence[str]) -> int:
 
     Every setting of the recipe is an option, as it is of transfuse train.
     """
-    from ..presets import PRESETS, preset
-    from ..presets.cluster import cluster_plan
-    from ..presets.plan import plan as figures
+    from ..plan import cluster_plan
+    from ..plan import plan as figures
+    from ..recipes import PRESETS, preset
 
     named = preset_name("plan", arguments, PRESETS, plan.__doc__)
     if named is None:

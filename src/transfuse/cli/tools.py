@@ -45,9 +45,11 @@ def export(arguments: Sequence[str]) -> int:
 
     from ..convert.llama_folder import save_llama
     from ..export import relayout
-    from ..presets.autoencoders import AutoencoderRecipe, build_autoencoder_trainer, export_autoencoder
-    from ..presets.recipe import Recipe, averaged_model, build_trainer, export_run
-    from ..presets.runs import is_kind, read_recipe
+    from ..recipes import Recipe
+    from ..recipes.autoencoders import AutoencoderRecipe
+    from ..runs import is_kind, read_recipe, resolve
+    from ..train import averaged_model, build_trainer, export_run
+    from ..train_autoencoder import build_autoencoder_trainer, export_autoencoder, resolve_autoencoder
 
     asked = parse(Export, arguments, "export")
     asked = replace(asked, run=find_export(asked.run))
@@ -67,22 +69,22 @@ def export(arguments: Sequence[str]) -> int:
             raise UserError(
                 f"{asked.run}: expected no --dtype, for autoencoders are kept in float32, found {asked.dtype}"
             )
-        recipe = read_recipe(config, AutoencoderRecipe)
-        trainer = build_autoencoder_trainer(recipe, asked.run)
+        autoencoder_run = resolve_autoencoder(read_recipe(config, AutoencoderRecipe))
+        trainer = build_autoencoder_trainer(autoencoder_run, asked.run)
         if not trainer.restore():
             raise missing
-        export_autoencoder(recipe, trainer, out)
+        export_autoencoder(autoencoder_run, trainer, out)
     else:
-        model_recipe = read_recipe(config, Recipe)
-        trainer, tokenizer = build_trainer(model_recipe, asked.run)
+        run = resolve(read_recipe(config, Recipe), asked.run / "tokenizer.json")
+        trainer = build_trainer(run, asked.run)
         if not trainer.restore():
             raise missing
         if asked.format == "llama":
-            model = averaged_model(model_recipe, trainer.averaged())
-            save_llama(out, model, tokenizer.bos, tokenizer.eos, tokenizer)
+            model = averaged_model(run.recipe, trainer.averaged())
+            save_llama(out, model, run.tokenizer.bos, run.tokenizer.eos, run.tokenizer)
         else:
             with TemporaryDirectory() as aside:
-                made = export_run(model_recipe, trainer, tokenizer, Path(aside) / "export")
+                made = export_run(run, trainer, Path(aside) / "export")
                 relayout(made, out, asked.format, _dtype(asked))
     if asked.json:
         print_json({"export": str(out), "step": trainer.step})
@@ -134,8 +136,8 @@ def doctor(arguments: Sequence[str]) -> int:
     import torch
     import torch.distributed as dist
 
-    from ..presets.recipe import Recipe
-    from ..presets.runs import resolve
+    from ..recipes import Recipe
+    from ..runs import settle_device
 
     asked = parse(Doctor, arguments, "doctor")
     extras = (
@@ -150,7 +152,7 @@ def doctor(arguments: Sequence[str]) -> int:
         "threads": torch.get_num_threads(),
         "cards": [_card(torch.cuda.get_device_name(number)) for number in range(torch.cuda.device_count())],
         "processes_speak_by": [name for name, available in backends.items() if available()],
-        "precision": resolve(Recipe()).precision,
+        "precision": settle_device(Recipe()).precision,
         "free_disk_gigabytes": round(shutil.disk_usage(".").free / 2**30, 1),
         "folder_writable": os.access(".", os.W_OK),
         "optional": {name: importlib.util.find_spec(name) is not None for name in extras},

@@ -12,7 +12,7 @@ from ..log import logger
 from .parsing import parse, parse_run, preset_name, print_json
 
 if TYPE_CHECKING:
-    from ..presets import Recipe
+    from ..recipes import Recipe
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -25,7 +25,7 @@ def train(arguments: Sequence[str]) -> int:
 
     torchrun --nproc-per-node 8 -m transfuse -- train demo --run runs/mine
     """
-    from ..presets import PRESETS, preset
+    from ..recipes import PRESETS, preset
 
     named = preset_name("train", arguments, PRESETS, train.__doc__)
     if named is None:
@@ -35,16 +35,15 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _train(recipe: Recipe, folder: Path, as_json: bool) -> int:
-    from ..presets.sources import held_out_prompts
-    from ..studies.training import train_run
+    from ..train import train as train_model
     from ..training import stopped_code
 
-    trained = train_run(recipe, folder)
+    trained = train_model(recipe, folder)
     if trained.export is None:
         return stopped_code(trained.trainer.ranks)
     if not trained.trainer.ranks.first:
         return 0
-    prompt = next(iter(held_out_prompts(trained.recipe, 1)), "a crab on a blue background")
+    prompt = next(iter(trained.run.held_out_prompts(1)), "a crab on a blue background")
     logger.info(f"{trained.export}: exported; try: transfuse generate {shlex.quote(prompt)} --model {trained.export}")
     if as_json:
         step, totals = trained.trainer.step, trained.trainer.totals

@@ -13,12 +13,11 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from emoji_scenes import Edit, World, caption, edit
-from emoji_scenes.draws import Draws
-
 from ..autoencoders import Autoencoder, DeferredEncoder
+from ..draws import Draws
 from ..rng import generator_for
 from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, images_alone, unconditional
+from . import bundled
 
 BLOCK = 32
 """pictures that a network encodes together"""
@@ -156,7 +155,7 @@ class _Images:
         return replace(image, latent=image.latent.clone())  # not the whole block with it
 
 
-def _patches(world: World, factor: int, grammar: SequenceFormat) -> int:
+def _patches(world: bundled.World, factor: int, grammar: SequenceFormat) -> int:
     """Of a picture of the world, through an autoencoder of that factor."""
     return int(world.config.size // (factor * grammar.patch_size)) ** 2
 
@@ -168,14 +167,14 @@ class ScenePairs:
     epoch = None
 
     def __init__(
-        self, world: World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: PairConfig, seed: int
+        self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: PairConfig, seed: int
     ) -> None:
         self.world, self.tokenizer, self.autoencoder = world, tokenizer, autoencoder
         self.config, self.seed = config, seed
         self.images = _Images(self._render, autoencoder)
 
     def document(self, index: int, sample: int) -> Document:
-        text = self.tokenizer.encode(caption(self.world.scene(index), index))
+        text = self.tokenizer.encode(bundled.caption(self.world.scene(index), index))
         return pair_document(text, self.images[index], self.config, self.seed, sample)
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
@@ -183,7 +182,7 @@ class ScenePairs:
         tokens = [
             0
             if pair_order(self.config, self.seed, sample) == "unconditional"
-            else len(self.tokenizer.encode(caption(self.world.scene(index), index)))
+            else len(self.tokenizer.encode(bundled.caption(self.world.scene(index), index)))
             for index, sample in zip(indices.tolist(), samples.tolist(), strict=True)
         ]
         return count_positions(np.array(tokens), [patches])
@@ -237,7 +236,7 @@ class SceneEdits:
     name = "edits"
 
     def __init__(
-        self, world: World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: EditConfig, seed: int
+        self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: EditConfig, seed: int
     ) -> None:
         self.world, self.tokenizer, self.config, self.seed = world, tokenizer, config, seed
         self.epoch, self.factor = config.count, autoencoder.factor
@@ -264,9 +263,9 @@ class SceneEdits:
             found.append(int(count_positions(np.array([words]), [patches] * (1 if shown == "nothing" else 2))[0]))
         return np.array(found)
 
-    def edit(self, number: int) -> Edit:
+    def edit(self, number: int) -> bundled.Edit:
         """The edit of a number: a function of it and the world."""
-        return edit(self.world.scene(number), self.world, number)
+        return bundled.edit(self.world.scene(number), self.world, number)
 
     def _render(self, number: int) -> np.ndarray:
         """Sources have even numbers, their targets the next ones."""

@@ -1,45 +1,46 @@
-"""Evaluation: what a model can do, in numbers with intervals, next to chance and to a reference."""
+"""Evaluation: what a model can do, in numbers with intervals, next to chance and to a reference.
 
-from .bench import EvalConfig, EvalContext, Metric, model_hash
+context = EvalContext(pipe, "a model", folder, scorer)       # scorer: what a data set brings, or None
+for result in evaluate(context, named(["quick"])): ...
+"""
+
 from .confidence import Estimate, agreement_by_chance, bootstrap, share
-from .open_set import OpenSetClassifier, bundled_classifier
-from .recogniser import Recogniser, keep_recogniser, recogniser_identity, train_recogniser
-from .registry import METRICS, SUITES, check, check_paper, evaluate, named, numbers
-from .result import Drawing, Example, MetricResult, Result
-from .scenes import CaptionResult, DrawingResult, caption_accuracy, draw_accuracy, held_out_scenes
+from .context import (
+    Drawing,
+    EvalConfig,
+    EvalContext,
+    Example,
+    Metric,
+    MetricResult,
+    Result,
+    Scorer,
+    model_hash,
+)
+from .registry import METRICS, SUITES, all_metrics, check, check_paper, evaluate, named, numbers
 from .text import TextResult, perplexity
 
 __all__ = [
     "METRICS",
     "SUITES",
-    "EvalContext",
     "Drawing",
-    "Example",
-    "MetricResult",
-    "Metric",
+    "Estimate",
     "EvalConfig",
+    "EvalContext",
+    "Example",
+    "Metric",
+    "MetricResult",
     "Result",
+    "Scorer",
+    "TextResult",
+    "agreement_by_chance",
+    "all_metrics",
+    "bootstrap",
     "check",
     "check_paper",
     "evaluate",
     "model_hash",
     "named",
     "numbers",
-    "CaptionResult",
-    "DrawingResult",
-    "Estimate",
-    "OpenSetClassifier",
-    "Recogniser",
-    "TextResult",
-    "agreement_by_chance",
-    "bootstrap",
-    "bundled_classifier",
-    "caption_accuracy",
-    "draw_accuracy",
-    "held_out_scenes",
-    "keep_recogniser",
     "perplexity",
-    "recogniser_identity",
     "share",
-    "train_recogniser",
 ]

@@ -1,7 +1,7 @@
-"""CLIP score: does a drawing go with its prompt, in the eyes of a CLIP (Hessel et al. 2021; Transfusion section 4.1)?
+"""CLIP score: the agreement of drawings with their prompts (Hessel et al. 2021; Transfusion section 4.1).
 
-100 x the cosine of picture and prompt, not below 0, as a mean over drawings. It needs open_clip (an extra) and its
-weights as a local file; which CLIP it was is part of the number, since each has its own scale.
+The mean over drawings of 100 x the cosine of image and prompt, at least 0. It needs open_clip (the extra `eval`) and
+its weights as a local file. The result names the CLIP, since each has its own scale.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ from ..config import nearest
 from ..errors import UserError
 from ..io import sha256
 from ..log import progress
-from .bench import EvalContext, Metric
 from .confidence import bootstrap
-from .drawing import drawn_pairs
+from .context import EvalContext, Example, Metric, MetricResult, Result, extremes
+from .image_quality import drawn_pairs
 from .pairs import check_pairs
-from .result import Example, MetricResult, Result, extremes
 
 BATCH = 32
 SHOWN = 12
 LEAST = 2
-"""pictures; chance is the drawing of another prompt"""
+"""Fewest images: chance is the drawing of another prompt."""
 INSTALL = "pip install 'transfuse[eval]'"
 WHERE = "https://huggingface.co/openai/clip-vit-large-patch14, or what `open_clip.list_pretrained()` names"
 
 
 def clip_scores(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Of embeddings `[n, channel]` of pictures and of their texts, of any length: float64 `[n]`, 0 to 100."""
-    a, b = (np.asarray(one, dtype=np.float64) for one in (pictures, texts))
+    """Return float64 `[n]`, 0 to 100, of embeddings `[n, channel]` of images and their texts, of any norm."""
+    a, b = (np.asarray(embeddings, dtype=np.float64) for embeddings in (pictures, texts))
     cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return 100 * np.maximum(cosine, 0)
 
@@ -52,20 +51,20 @@ class Clip:
 
     @torch.inference_mode()
     def embed(self, pictures: Sequence[np.ndarray], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures uint8 `[row, column, 3]` and texts -> `[n, channel]` each; CLIP's own resize, antialiased."""
+        """Return embeddings `[n, channel]` of images uint8 `[row, column, 3]` and of texts, by CLIP's preprocessing."""
         images = torch.stack([self.prepare(PIL.Image.fromarray(picture)) for picture in pictures]).to(self.device)
         words = self.tokenizer(list(texts)).to(self.device)
         return self.model.encode_image(images).cpu().numpy(), self.model.encode_text(words).cpu().numpy()
 
 
-def _check(bench: EvalContext) -> None:
-    check_pairs(bench, "clip", LEAST)
-    options = bench.options
+def _check(context: EvalContext) -> None:
+    check_pairs(context, "clip", LEAST)
+    options = context.options
     if importlib.util.find_spec("open_clip") is None:
         raise UserError(f"clip: expected the package open_clip, found none; install it with {INSTALL}")
     if options.clip is None or not options.clip.is_file():
-        found = "none" if options.clip is None else f"no {options.clip}"
-        raise UserError(f"--clip: expected weights of {options.clip_model} for open_clip, found {found}; from {WHERE}")
+        given = "none" if options.clip is None else f"no {options.clip}"
+        raise UserError(f"--clip: expected weights of {options.clip_model} for open_clip, found {given}; from {WHERE}")
     import open_clip
 
     known = open_clip.list_models()
@@ -73,29 +72,29 @@ def _check(bench: EvalContext) -> None:
         raise UserError(f'--clip-model: unknown name "{options.clip_model}"{nearest(options.clip_model, known)}')
 
 
-def _title(bench: EvalContext) -> str:
-    return f"CLIP score, {bench.options.clip_model}"
+def _title(context: EvalContext) -> str:
+    return f"CLIP score, {context.options.clip_model}"
 
 
-def _score(bench: EvalContext) -> MetricResult:
-    assert bench.options.clip is not None
-    pairs, drawn = drawn_pairs(bench)
-    clip = Clip(bench.options.clip_model, str(bench.options.clip), bench.device)
+def _score(context: EvalContext) -> MetricResult:
+    assert context.options.clip is not None
+    pairs, drawn = drawn_pairs(context)
+    clip = Clip(context.options.clip_model, str(context.options.clip), context.device)
     drawings, real, texts = [], [], []
     with progress("clip", len(pairs.ids), unit="images") as bar:
         for start in range(0, len(pairs.ids), BATCH):
             numbers = range(start, min(len(pairs.ids), start + BATCH))
             prompts = [pairs.prompts[n] for n in numbers]
-            seen, said = clip.embed([drawn.image(n) for n in numbers], prompts)
-            drawings.append(seen)
-            texts.append(said)
+            images, words = clip.embed([drawn.image(n) for n in numbers], prompts)
+            drawings.append(images)
+            texts.append(words)
             real.append(clip.embed([pairs.picture(n) for n in numbers], prompts)[0])
             bar.advance(len(numbers))
     a, b, words = (np.concatenate(parts) for parts in (drawings, real, texts))
     scores = clip_scores(a, words)
-    implementation = f"{bench.version}, open_clip {bench.options.clip_model}@{sha256(bench.options.clip)[:8]}"
+    implementation = f"{context.version}, open_clip {context.options.clip_model}@{sha256(context.options.clip)[:8]}"
     result = Result.of(
-        _title(bench),
+        _title(context),
         bootstrap(scores),
         "higher",
         implementation,
@@ -117,4 +116,4 @@ COMPARED = (
     "Chance: each prompt with the drawing of another. Reference: the real pictures with their prompts, which drawings "
     "can pass."
 )
-CLIP = Metric("clip", ABOUT, _check, _score, lambda bench: [_title(bench)], True, COMPARED)
+CLIP = Metric("clip", ABOUT, _check, _score, lambda context: [_title(context)], True, COMPARED)

@@ -1,30 +1,31 @@
-"""The first layer: what a model is asked to do is done once, written down, and read by as many measures as like.
+"""Model outputs, made once, stored, and shared by all metrics. Only this layer calls the model.
 
-    drawn = generate(folder, task, batch=32)       # draws what is not there yet
-    drawn.records[7], drawn.image(7)
+    outcome = generate(folder, task, batch=32)     # makes what is missing
+    outcome.records[7], outcome.image(7)
 
-    drawings-1f0a9c3e/task.json          everything that the records depend on; its hash is in the folder's name
-    drawings-1f0a9c3e/items.jsonl        a line for each item, in order
+    drawings-1f0a9c3e/task.json          everything the records depend on; its hash is in the folder's name
+    drawings-1f0a9c3e/items.jsonl        one line per item, in order
     drawings-1f0a9c3e/images/00000007.png
 
-A batch is written whole: its pictures first, then its lines, synced. What has a line is never done again; of a process
-that was killed the batch under way is lost, nothing else. Of two processes the second waits, and reads what the first
-has made. Only this layer calls the model.
+A batch is written whole: its images first, then its lines, synced. An item with a line is never made again; a killed
+process loses only its current batch. A second process waits, then reads what the first one made.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import torch
+from filelock import FileLock
+from torch import Tensor
 
 from ..errors import UserError
 from ..images import read_image
@@ -34,7 +35,7 @@ from ..log import progress
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """What the model made of one item: plain JSON, and a picture uint8 `[row, column, 3]` if it drew one."""
+    """The output for one item: plain JSON, and an image uint8 `[row, column, 3]` if one was drawn."""
 
     record: dict[str, Any]
     image: np.ndarray | None = None
@@ -42,9 +43,9 @@ class Made:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Something to do `count` times. `work`: numbers of items -> what was made of each, in order.
+    """Work on `count` items. `work` maps item numbers to outputs, in order.
 
-    settings   everything that the records depend on: another setting, another folder; `EvalContext.make` adds the model
+    settings   everything the records depend on: other settings go to another folder. `EvalContext.make` adds the model
     """
 
     name: str
@@ -59,77 +60,84 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The records of a task, by number of the item."""
+    """The records and images of a task, by item number."""
 
     folder: Path
     records: list[dict[str, Any]] = field(repr=False)
 
     def path(self, number: int) -> Path:
-        return _picture(self.folder, number)
+        return _image_path(self.folder, number)
 
     def image(self, number: int) -> np.ndarray:
         return read_image(self.path(number))
 
-    def images(self, numbers: Sequence[int] | None = None) -> np.ndarray:
-        """uint8 `[image, row, column, 3]` of all items, or of some."""
-        return np.stack([self.image(n) for n in (range(len(self.records)) if numbers is None else numbers)])
+    def images(self) -> np.ndarray:
+        """Return all images, uint8 `[image, row, column, 3]`."""
+        return np.stack([self.image(number) for number in range(len(self.records))])
 
 
 def short_hash(value: Any) -> str:
-    """Eight hexadecimal digits of the SHA-256 of a plain JSON value."""
+    """Return eight hexadecimal digits of the SHA-256 of a plain JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def content_hash(parts: Iterable[bytes]) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of the parts, each behind its length."""
+    """Return twelve hexadecimal digits of the SHA-256 of the parts, each preceded by its length."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:12]
 
 
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return eight digits of a hash of a network's weights, in order, of any dtype and on any device."""
+    digest = hashlib.sha256()
+    for tensor in weights.values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
 def generate(folder: Path, task: Task, batch: int) -> Outcome:
-    """Do what is not done yet of a task, `batch` items at a time. Raises UserError where it can not be written."""
+    """Make the missing items of a task, `batch` at a time. Raises UserError where the folder cannot be written."""
     place = folder / task.folder
     lines = place / "items.jsonl"
     try:
         (place / "images").mkdir(parents=True, exist_ok=True)
-        records, _ = _whole_lines(lines)
+        records, _ = _complete_lines(lines)
         if len(records) < task.count:
-            with lines.open("a") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            with FileLock(place / "items.lock"), lines.open("a") as file:
                 text = json.dumps({"name": task.name, "count": task.count, **task.settings}, indent=2) + "\n"
                 atomic_write(place / "task.json", lambda path: path.write_text(text))
-                records, size = _whole_lines(lines)
+                records, size = _complete_lines(lines)
                 file.truncate(size)
                 with progress(task.name, task.count, len(records)) as bar:
                     while len(records) < task.count:
                         numbers = range(len(records), min(task.count, len(records) + batch))
                         made = task.work(numbers)
-                        _keep(place, numbers, made, file)
-                        records += [one.record for one in made]
+                        _write(place, numbers, made, file)
+                        records += [item.record for item in made]
                         bar.advance(len(made))
     except OSError as error:
         raise UserError(f"{place}: expected a folder to write to, found {error.strerror or error}") from None
     return Outcome(place, records)
 
 
-def _keep(place: Path, numbers: Sequence[int], made: Sequence[Made], file: Any) -> None:
+def _write(place: Path, numbers: Sequence[int], made: Sequence[Made], file: Any) -> None:
+    """Write a batch: images first, then the lines that say they are complete."""
     if len(made) != len(numbers):
         raise ValueError(f"{place.name}: expected {len(numbers)} things made, found {len(made)}")
-    for number, one in zip(numbers, made, strict=True):
-        if one.image is not None:
-            path = _picture(place, number)
-            PIL.Image.fromarray(one.image).save(path)
+    for number, item in zip(numbers, made, strict=True):
+        if item.image is not None:
+            path = _image_path(place, number)
+            PIL.Image.fromarray(item.image).save(path)
             sync(path)
-    file.write("".join(json.dumps(one.record) + "\n" for one in made))
+    file.write("".join(json.dumps(item.record) + "\n" for item in made))
     file.flush()
     os.fsync(file.fileno())
 
 
-def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records so far, and the bytes that they take. A last line without its end is being written, or was when the
-    process died: it is none."""
+def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the records so far and their size in bytes; a last line without its newline is incomplete."""
     data = path.read_bytes() if path.is_file() else b""
     whole = data[: data.rfind(b"\n") + 1]
     try:
@@ -138,5 +146,5 @@ def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         raise UserError(f"{path}: expected a JSON record a line, found something else ({error})") from None
 
 
-def _picture(place: Path, number: int) -> Path:
+def _image_path(place: Path, number: int) -> Path:
     return place / "images" / f"{number:08d}.png"

@@ -6,8 +6,8 @@
     python evaluation/evaluate_images.py geneval/guidance-G-seed-S --outfile results.jsonl --model-path <Mask2Former>
     python evaluation/summary_scores.py results.jsonl
 
-Both scripts are GenEval's (https://github.com/djghosh13/geneval), which wants CUDA and packages of 2022, and so an
-environment of its own. It gives the number; this gives none.
+Both scripts are GenEval's (https://github.com/djghosh13/geneval), which wants CUDA and packages of 2022, and so a
+separate environment. It gives the number; this gives none.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from typing import Any
 
 from ..errors import UserError
 from ..log import logger
-from .bench import EvalContext, Metric
-from .drawing import draw_task
+from .context import EvalContext, Example, Metric, MetricResult, first_of
 from .generate import short_hash
-from .result import Example, MetricResult, first_of
+from .image_quality import draw_prompts
 
 SAMPLES = 4
 SHOWN = 12
 WHERE = "https://github.com/djghosh13/geneval (prompts/evaluation_metadata.jsonl)"
 
 
-def _prompts(bench: EvalContext) -> list[dict[str, Any]]:
+def _prompts(context: EvalContext) -> list[dict[str, Any]]:
     """The lines of the file. Raises UserError where it is missing, or has none with a prompt."""
-    path = bench.options.geneval
+    path = context.options.geneval
     if path is None or not path.is_file():
-        found = "none" if path is None else f"no {path}"
-        raise UserError(f"--geneval: expected evaluation_metadata.jsonl, found {found}; from {WHERE}")
+        given = "none" if path is None else f"no {path}"
+        raise UserError(f"--geneval: expected evaluation_metadata.jsonl, found {given}; from {WHERE}")
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         if lines and all(isinstance(line["prompt"], str) for line in lines):
@@ -43,13 +42,13 @@ def _prompts(bench: EvalContext) -> list[dict[str, Any]]:
     raise UserError(f'{path}: expected JSON lines with a "prompt", found none')
 
 
-def _score(bench: EvalContext) -> MetricResult:
-    lines = _prompts(bench)
+def _score(context: EvalContext) -> MetricResult:
+    lines = _prompts(context)
     prompts = [line["prompt"] for line in lines for _ in range(SAMPLES)]
     ids = [f"{n:05d}/{k:04d}" for n in range(len(lines)) for k in range(SAMPLES)]
-    drawn = bench.make(draw_task(bench, "geneval", f"geneval {short_hash(lines)}", ids, prompts))
-    drawing, made = bench.drawing, drawn.folder.name.rpartition("-")[2]  # pictures of other models lie elsewhere
-    folder = bench.folder / "geneval" / f"guidance-{drawing.guidance_scale:g}-seed-{drawing.seed}-{made}"
+    drawn = draw_prompts(context, "geneval", f"geneval {short_hash(lines)}", ids, prompts)
+    drawing, made = context.drawing, drawn.folder.name.rpartition("-")[2]  # other models have other folders
+    folder = context.folder / "geneval" / f"guidance-{drawing.guidance_scale:g}-seed-{drawing.seed}-{made}"
     try:
         for number, line in enumerate(lines):
             place = folder / f"{number:05d}"
@@ -66,4 +65,4 @@ def _score(bench: EvalContext) -> MetricResult:
 
 
 ABOUT = "prompts of the original GenEval, drawn for its own scorer"
-GENEVAL = Metric("geneval", ABOUT, _prompts, _score, lambda bench: (), True)
+GENEVAL = Metric("geneval", ABOUT, _prompts, _score, lambda context: (), True)

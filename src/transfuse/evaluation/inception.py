@@ -4,7 +4,7 @@ It is not torchvision's: average pools leave the padding out, the last block tak
 TensorFlow 1 did (no half pixel), and there are 1008 classes. Only the 2048 pooled features are used here.
 
     sees = load_inception("weights-inception-2015-12-05-6726825d.pth")
-    sees(images)                    # uint8 [image, row, column, 3] -> float64 [image, 2048]
+    sees.features(images)                    # uint8 [image, row, column, 3] -> float64 [image, 2048]
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ CHANNELS = 2048
 
 Kernel = int | tuple[int, int]
 Plan = tuple[tuple[str, int, int | tuple[int, int], int, int | tuple[int, int]], ...]
-"""convolutions in a row: name, output channels, kernel, stride, padding"""
+"""Consecutive convolutions: name, output channels, kernel, stride, padding."""
 
 
 class Convolution(nn.Module):
-    """Convolution, norm, ReLU, with the names of the file: `conv.weight`, `bn.*`."""
+    """Convolution, norm and ReLU, with the names of the file: `conv.weight`, `bn.*`."""
 
     def __init__(self, inputs: int, outputs: int, kernel: Kernel, stride: int, padding: Kernel) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Convolution(nn.Module):
 
 
 class Branches(nn.Module):
-    """Rows of convolutions that read the same map, their outputs side by side; the last row may begin with a pool.
+    """Parallel rows of convolutions with concatenated outputs; the last row may begin with a pool.
 
     A row that ends in two plans with names that end in `a` and `b` forks: both read what came before.
     """
@@ -153,7 +153,7 @@ def _block_e(inputs: int, pool: str) -> Branches:
 
 
 class Inception(nn.Module):
-    """uint8 `[image, 3, row, column]` -> float32 `[image, 2048]`."""
+    """Inception-v3 without its classifier: uint8 `[image, 3, row, column]` to float32 `[image, 2048]`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Inception(nn.Module):
 
 
 def enlarged(x: Tensor, side: int) -> Tensor:
-    """Bilinear as TensorFlow 1: output pixel n lies at `n * size / side`, not half a pixel off, and is not smoothed."""
+    """Resize bilinearly as TensorFlow 1: output pixel n is at `n * size / side`, no half-pixel shift, no smoothing."""
     for dimension in (-2, -1):
         size = x.shape[dimension]
         at = torch.arange(side, dtype=torch.float32, device=x.device) * (size / side)
@@ -198,7 +198,7 @@ def enlarged(x: Tensor, side: int) -> Tensor:
 
 
 class InceptionFeatures:
-    """A network that sees, with a name and the hash of its weights."""
+    """The network as `image_quality.ImageFeatures`."""
 
     name = "inception-2015-12-05"
     channels = CHANNELS
@@ -207,24 +207,24 @@ class InceptionFeatures:
         self.network, self.digest = network.eval().requires_grad_(False), digest
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> np.ndarray:
+    def features(self, images: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(images).permute(0, 3, 1, 2)
         return self.network(x.to(self.network.Conv2d_1a_3x3.conv.weight.device)).double().cpu().numpy()
 
 
 def check_inception(path: Path) -> str:
-    """The hash of the file with FID's weights. UserError says which file it must be, and where people get it."""
+    """Return the hash of the file with FID's weights. Raises UserError, with its source, for another file."""
     expected = FILE.removesuffix(".pth").rpartition("-")[2]
     if not path.is_file():
         raise UserError(f"{path}: expected {FILE} (SHA-256 {expected}...), found no file; people get it from {URL}")
-    found = sha256(path)
-    if not found.startswith(expected):
-        raise UserError(f"{path}: expected SHA-256 {expected}..., found {found[:16]}...; people get it from {URL}")
-    return found
+    digest = sha256(path)
+    if not digest.startswith(expected):
+        raise UserError(f"{path}: expected SHA-256 {expected}..., found {digest[:16]}...; people get it from {URL}")
+    return digest
 
 
 def load_inception(path: Path, device: torch.device | str = "cpu") -> InceptionFeatures:
-    """Read FID's weights; the file's hash is checked first, and nothing but tensors is unpickled."""
+    """Read FID's weights after checking the file's hash; only tensors are unpickled."""
     digest = check_inception(path)
     network = Inception()
     weights = torch.load(path, map_location="cpu", weights_only=True)

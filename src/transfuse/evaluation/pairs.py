@@ -1,6 +1,6 @@
-"""Pictures and what was said about each: what is drawn, captioned, and compared with.
+"""Pairs of prompts and images: what is drawn, captioned, and compared with.
 
-The bundled world's held-out scenes, or files the user has: `captions_val2014.json` as COCO ships it, Karpathy's
+Held-out pairs of the data set's scorer, or files the user has: `captions_val2014.json` as COCO ships it, Karpathy's
 `dataset_coco.json` (its test split), and the folder of pictures. Which items are taken, and which caption is the
 prompt, is in a list that the user gives (`read_ids`), or follows from a rule that stays as it is (`RULE`):
 
@@ -17,24 +17,20 @@ import csv
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emoji_scenes import World, WorldConfig, caption
-
 from ..config import read_json
 from ..errors import UserError
 from ..images import fit, read_image
 from ..log import logger
-from .bench import EvalContext
+from .context import EvalContext
 from .generate import content_hash, short_hash
 
-WORDINGS = 5
-"""references of a scene of the bundled world, as many as COCO has; fewer where wordings coincide"""
 RULE = "rule 1"
 """changed with the rule, should it ever be: numbers of two rules do not compare"""
 ID_COLUMNS, PROMPT_COLUMNS = ("image_id", "coco_id", "cocoid", "id"), ("text", "caption", "prompt")
@@ -60,14 +56,15 @@ class Pairs:
     @property
     def label(self) -> str:
         """The prompts, by name, number and hashes: what drawings of them depend on."""
-        said = f"ids {ids_fingerprint(self.ids)}, prompts {short_hash(list(self.prompts))}"
-        return f"{self.name}, {len(self.ids)} pictures, {said}"
+        hashes = f"ids {ids_fingerprint(self.ids)}, prompts {short_hash(list(self.prompts))}"
+        return f"{self.name}, {len(self.ids)} pictures, {hashes}"
 
     @cached_property
     def whole_label(self) -> str:
         """`label` with hashes of all references and of every picture's content, each of which is read for it."""
         pictures = content_hash(self.content(number) for number in range(len(self.ids)))
-        return f"{self.label}, references {short_hash([list(some) for some in self.references])}, pictures {pictures}"
+        references = short_hash([list(wordings) for wordings in self.references])
+        return f"{self.label}, references {references}, pictures {pictures}"
 
 
 def ids_fingerprint(ids: Sequence[str]) -> str:
@@ -75,27 +72,27 @@ def ids_fingerprint(ids: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{key}\n" for key in ids).encode()).hexdigest()[:12]
 
 
-def bench_pairs(bench: EvalContext) -> Pairs:
-    """The user's, or the bundled world's."""
-    options, size = bench.options, bench.pipe.exported.image_size
+def context_pairs(context: EvalContext) -> Pairs:
+    """Return the user's captions and images, or the scorer's. Raises UserError where there are neither."""
+    options, size = context.options, context.pipe.exported.image_size
     if options.captions is None:
-        return world_pairs(replace(bench.world, size=size), options.count)
+        return context.needs_scorer("--captions").pairs(options.count, size)
     assert options.images is not None
     return coco_pairs(options.captions, options.images, options.count, size, options.ids)
 
 
-def check_pairs(bench: EvalContext, measure: str, least: int) -> Pairs:
-    """Return `bench_pairs` for a measure that fewer than `least` pictures say nothing to.
+def check_pairs(context: EvalContext, measure: str, least: int) -> Pairs:
+    """Return `context_pairs` for a measure that fewer than `least` pictures say nothing to.
 
     Raises UserError, before any work, for fewer, and for files that are not there.
     """
-    options = bench.options
+    options = context.options
     if options.captions is None and options.ids is not None:
         raise UserError("--ids: expected --captions, whose pictures it lists, found none")
     if options.captions is not None and (options.images is None or not options.images.is_dir()):
-        found = "none" if options.images is None else str(options.images)
-        raise UserError(f"--images: expected the folder of pictures that {options.captions} names, found {found}")
-    pairs = bench_pairs(bench)
+        given = "none" if options.images is None else str(options.images)
+        raise UserError(f"--images: expected the folder of pictures that {options.captions} names, found {given}")
+    pairs = context_pairs(context)
     if len(pairs.ids) < least:
         raise UserError(f"{measure}: expected at least {least} pictures, found {len(pairs.ids)} (--count, --ids)")
     if options.captions is None:
@@ -109,24 +106,6 @@ def check_pairs(bench: EvalContext, measure: str, least: int) -> Pairs:
     return pairs
 
 
-def world_pairs(config: WorldConfig, count: int, split: Any = "heldout") -> Pairs:
-    """Scenes of a split of the world, as many as asked for, each with several wordings of what it shows."""
-    world = World(replace(config, split=split))
-    scenes = [world.scene(index) for index in range(count)]
-    references = [
-        list(dict.fromkeys(caption(scene, index, seed) for seed in range(WORDINGS)))
-        for index, scene in enumerate(scenes)
-    ]
-    ids = [f"{index}:{short_hash(repr(scene))}" for index, scene in enumerate(scenes)]
-    prompts = [some[0] for some in references]
-
-    def picture(number: int) -> np.ndarray:
-        return world.render(scenes[number])
-
-    name = f"world:{split}:{config.size}"
-    return Pairs(name, ids, prompts, references, picture, lambda number: picture(number).tobytes())
-
-
 def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path | None = None) -> Pairs:
     """COCO's or Karpathy's captions; pictures are cut to their middle square and resized to `size`, antialiased.
 
@@ -137,21 +116,21 @@ def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path
         raise UserError(f"{annotations}: expected captions_val2014.json or dataset_coco.json, found none; from {WHERE}")
     table = read_json(annotations)
     try:
-        files, said = _karpathy(table) if "sentences" in table["images"][0] else _coco(table)
+        files, captions = _karpathy(table) if "sentences" in table["images"][0] else _coco(table)
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{annotations}: expected COCO's or Karpathy's captions, found something else ({error})"
         ) from None
     if ids is None:
-        chosen = sorted((key for key in files if said.get(key)), key=_rank)[:count]
+        chosen = sorted((key for key in files if captions.get(key)), key=_rank)[:count]
         if not chosen:
             raise UserError(f"{annotations}: expected pictures with captions, found none")
-        prompts = {key: min(said[key], key=lambda words: _rank(f"{key}:{words}")) for key in chosen}
+        prompts = {key: min(captions[key], key=lambda words: _rank(f"{key}:{words}")) for key in chosen}
     else:
-        prompts = dict(list(_listed(ids, annotations, files, said).items())[:count])
+        prompts = dict(list(_listed(ids, annotations, files, captions).items())[:count])
         chosen = list(prompts)
     places = {key: (images / files[key], images / Path(files[key]).name) for key in chosen}
-    paths = {key: path for key, some in places.items() for path in some[::-1] if path.is_file()}
+    paths = {key: path for key, candidates in places.items() for path in candidates[::-1] if path.is_file()}
     missing = [places[key][0] for key in chosen if key not in paths]
     if missing:
         others = f", nor of {len(missing) - 1} others" if missing[1:] else ""
@@ -169,7 +148,7 @@ def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path
         name,
         chosen,
         [prompts[key] for key in chosen],
-        [said[key] for key in chosen],
+        [captions[key] for key in chosen],
         lambda number: fit(read_image(paths[chosen[number]]), size),
         content,
     )
@@ -184,7 +163,7 @@ def read_ids(path: Path) -> list[tuple[str, str | None]]:
         raise UserError(f"--ids: {path}: expected a list of pictures' ids, found none ({error})") from None
     reader = csv.reader(io.StringIO(text, newline=""))
     at_id, at_prompt = 0, -1
-    found: dict[str, str | None] = {}
+    listed: dict[str, str | None] = {}
     for row in reader:
         where = f"--ids: {path}: line {reader.line_num}"
         if not "".join(row).strip():
@@ -196,19 +175,19 @@ def read_ids(path: Path) -> list[tuple[str, str | None]]:
         if not key.isdecimal():
             raise UserError(f"{where}: expected a picture's id, found {','.join(row):.60}")
         key = str(int(key))
-        if key in found:
+        if key in listed:
             raise UserError(f"{where}: expected each picture once, found {key} again")
-        found[key] = " ".join(row[at_prompt].split()) if 0 <= at_prompt < len(row) else None
-    if not found:
+        listed[key] = " ".join(row[at_prompt].split()) if 0 <= at_prompt < len(row) else None
+    if not listed:
         raise UserError(f"--ids: {path}: expected pictures' ids, found an empty list")
-    return list(found.items())
+    return list(listed.items())
 
 
 def _columns(row: list[str], where: str) -> tuple[int, int]:
-    """Of a table's head, where the ids are, and the prompts; -1: it has none."""
+    """Return the columns of ids and prompts in a table's header; -1 for no prompts."""
     head = [name.strip().lower() for name in row]
     at_id, at_prompt = (
-        next((head.index(name) for name in some if name in head), -1) for some in (ID_COLUMNS, PROMPT_COLUMNS)
+        next((head.index(name) for name in names if name in head), -1) for names in (ID_COLUMNS, PROMPT_COLUMNS)
     )
     if at_id < 0:
         wanted = f"an id a line, or a column {' or '.join(ID_COLUMNS)}"
@@ -216,17 +195,17 @@ def _columns(row: list[str], where: str) -> tuple[int, int]:
     return at_id, at_prompt
 
 
-def _listed(ids: Path, annotations: Path, files: dict[str, str], said: dict[str, list[str]]) -> dict[str, str]:
+def _listed(ids: Path, annotations: Path, files: dict[str, str], captions: dict[str, list[str]]) -> dict[str, str]:
     """Prompts by id, in the order of the list. Raises UserError where the captions' file has not what it names."""
     listed = read_ids(ids)
-    unknown = [key for key, _ in listed if key not in files or not said.get(key)]
+    unknown = [key for key, _ in listed if key not in files or not captions.get(key)]
     if unknown:
         raise UserError(
             f"--ids: {ids}: expected pictures of {annotations}, found {len(unknown)} it has not, the first {unknown[0]}"
         )
     prompts = {}
     for key, words in listed:
-        own = {" ".join(caption.split()): caption for caption in said[key]}
+        own = {" ".join(caption.split()): caption for caption in captions[key]}
         if words is not None and words not in own:
             raise UserError(f"--ids: {ids}: expected a caption of picture {key} in {annotations}, found {words!r:.60}")
         prompts[key] = min(own.values(), key=lambda text: _rank(f"{key}:{text}")) if words is None else own[words]
@@ -235,16 +214,18 @@ def _listed(ids: Path, annotations: Path, files: dict[str, str], said: dict[str,
 
 def _coco(table: dict[str, Any]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """File and captions by the picture's id."""
-    said: dict[str, list[str]] = {}
+    captions: dict[str, list[str]] = {}
     for record in sorted(table["annotations"], key=lambda record: record["id"]):
-        said.setdefault(str(record["image_id"]), []).append(record["caption"].strip())
-    return {str(image["id"]): image["file_name"] for image in table["images"]}, said
+        captions.setdefault(str(record["image_id"]), []).append(record["caption"].strip())
+    return {str(image["id"]): image["file_name"] for image in table["images"]}, captions
 
 
 def _karpathy(table: dict[str, Any]) -> tuple[dict[str, str], dict[str, list[str]]]:
     images = [image for image in table["images"] if image["split"] == KARPATHY]
     files = {str(image["cocoid"]): f"{image.get('filepath', '.')}/{image['filename']}" for image in images}
-    return files, {str(image["cocoid"]): [one["raw"].strip() for one in image["sentences"]] for image in images}
+    return files, {
+        str(image["cocoid"]): [sentence["raw"].strip() for sentence in image["sentences"]] for image in images
+    }
 
 
 def _rank(key: str) -> str:

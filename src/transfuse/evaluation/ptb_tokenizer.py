@@ -1,4 +1,4 @@
-"""Captions cut into words as COCO does it: lower case, clitics apart, punctuation left out.
+"""Captions split into words as COCO's code does: lower case, clitics apart, without punctuation.
 
     cut = open_words("")                                     # our own, which needs no Java
     cut = open_words("stanford-corenlp-3.4.1.jar")           # Stanford's, by java; or "pycocoevalcap", which brings it
@@ -43,7 +43,7 @@ class Words:
 
 
 def open_words(jar: str) -> Words:
-    """jar: "" for our own; the path of a jar with Stanford's; or "pycocoevalcap", the installed package that has one.
+    """Open our own tokenizer (""), Stanford's (the path of a jar), or the jar of the package "pycocoevalcap".
 
     Raises UserError as `check_words`; its words where java fails.
     """
@@ -59,12 +59,12 @@ def check_words(jar: str) -> tuple[str, Path]:
         return "", Path()
     path = Path(jar)
     if jar == PACKAGE:
-        found = importlib.util.find_spec(PACKAGE)
-        if found is None or not found.submodule_search_locations:
+        spec = importlib.util.find_spec(PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 f"--ptb-jar: expected the package {PACKAGE}, found none; install it with pip, or give a jar"
             )
-        path = Path(next(iter(found.submodule_search_locations)), "tokenizer", JAR)
+        path = Path(next(iter(spec.submodule_search_locations)), "tokenizer", JAR)
     wanted = f"--ptb-jar: expected {JAR} with Stanford's PTBTokenizer, as {PACKAGE} brings it"
     if not path.is_file():
         raise UserError(f"{wanted}, found no {path}")
@@ -84,13 +84,13 @@ def _stanford(java: str, jar: Path, texts: Sequence[str]) -> list[list[str]]:
     lines = [" ".join(text.split()) for text in texts]
     command = [java, "-cp", str(jar), MAIN, *FLAGS]
     try:
-        found = subprocess.run(command, input="".join(f"{line}\n" for line in lines).encode(), capture_output=True)
+        process = subprocess.run(command, input="".join(f"{line}\n" for line in lines).encode(), capture_output=True)
     except OSError as error:
         raise UserError(f"--ptb-jar: {java}: expected java, found what does not run ({error.strerror})") from None
-    said = found.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
-    if found.returncode:
-        raise UserError(f"--ptb-jar: {java}: expected words, found exit code {found.returncode} ({said[0]})")
-    cut = found.stdout.decode().split("\n")[:-1]
+    message = process.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+    if process.returncode:
+        raise UserError(f"--ptb-jar: {java}: expected words, found exit code {process.returncode} ({message[0]})")
+    cut = process.stdout.decode().split("\n")[:-1]
     if len(cut) != len(lines):
         raise UserError(f"--ptb-jar: {java}: expected a line of words for each of {len(lines)}, found {len(cut)}")
     return [[word for word in line.split(" ") if word and word not in STANFORD_DROPPED] for line in cut]

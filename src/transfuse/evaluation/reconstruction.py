@@ -1,7 +1,7 @@
-"""What an image autoencoder keeps of a picture: PSNR, SSIM, absolute error, Fréchet distance, use of its codebook.
+"""Reconstruction quality of an image autoencoder: PSNR, SSIM, absolute error, Fréchet distance, use of its codebook.
 
-    found = evaluate_reconstruction(autoencoder, batches)      # batches of uint8 images [image, row, column, 3]
-    found.psnr                                                 # Estimate(value=31.4, low=31.2, high=31.6, count=500)
+    result = evaluate_reconstruction(autoencoder, batches)      # batches of uint8 images [image, row, column, 3]
+    result.psnr                                                # Estimate(value=31.4, low=31.2, high=31.6, count=500)
 
 A Fréchet distance needs a network that sees, `features`, and depends on that network and on the number of images: with
 fewer images than the network has channels it says little. Compare only distances that agree in both.
@@ -41,12 +41,12 @@ class Features(Protocol):
     def name(self) -> str: ...
 
     def pooled(self, images: Tensor) -> Tensor:
-        """float32 `[image, 3, row, column]` in [-1, 1] -> `[image, channel]`."""
+        """Map float32 `[image, 3, row, column]` in [-1, 1] to `[image, channel]`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """How well images come back, and what lies between. Arrays are by image, in order.
+    """Reconstruction quality and statistics of the latents; arrays are by image, in order.
 
     psnr                  dB, at most `BEST_PSNR`: the mean over images of `psnr_by_image`
     ssim                  at most 1, the mean over images of `ssim_by_image`
@@ -110,7 +110,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Structural similarity of uint8 `[image, row, column, 3]`: float64 `[image]` in [-1, 1].
 
-    Wang et al. 2004: Gaussian windows that lie wholly in the image, biased variances; the mean over windows, then over
+    Wang et al. 2004: Gaussian windows wholly inside the image, biased variances; the mean over windows, then over
     red, green and blue. ValueError for images smaller than a window.
     """
     _check_pairs("ssim", a, b)
@@ -118,7 +118,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         raise ValueError(f"ssim: expected images of at least {WINDOW} x {WINDOW}, found {a.shape[1]} x {a.shape[2]}")
     down, across = _windows(a.shape[1]), _windows(a.shape[2]).T
     c1, c2 = (K1 * RANGE) ** 2, (K2 * RANGE) ** 2
-    found = []
+    values = []
     for start in range(0, len(a), SSIM_IMAGES):
         x, y = (
             torch.from_numpy(images[start : start + SSIM_IMAGES].astype(np.float64, order="C")).permute(0, 3, 1, 2)
@@ -128,8 +128,8 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         variances = down @ (x.square() + y.square()) @ across - mean_x.square() - mean_y.square()
         covariance = down @ (x * y) @ across - mean_x * mean_y
         luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
-        found.append((luminance * (2 * covariance + c2) / (variances + c2)).mean((1, 2, 3)))
-    return torch.cat(found).numpy()
+        values.append((luminance * (2 * covariance + c2) / (variances + c2)).mean((1, 2, 3)))
+    return torch.cat(values).numpy()
 
 
 def absolute_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -149,7 +149,7 @@ def _check_pairs(measure: str, a: np.ndarray, b: np.ndarray) -> None:
 
 
 def _windows(side: int) -> Tensor:
-    """float64 `[side - WINDOW + 1, side]`: row r is the Gaussian window that starts at pixel r.
+    """Return float64 `[side - WINDOW + 1, side]`: row r is the Gaussian window that starts at pixel r.
 
     As a matrix, since double precision convolves many times slower than it multiplies.
     """
@@ -196,7 +196,7 @@ def codebook_use(codes: np.ndarray | Tensor, size: int) -> tuple[float, float]:
 
 
 def _counts(codes: np.ndarray | Tensor, size: int) -> np.ndarray:
-    """How often each code occurs: int64 `[size]`."""
+    """Return how often each code occurs, int64 `[size]`."""
     flat = np.asarray(codes.cpu() if isinstance(codes, Tensor) else codes).ravel()
     if not np.issubdtype(flat.dtype, np.integer) or not len(flat) or flat.min() < 0 or flat.max() >= size:
         span = f"{flat.dtype} {flat.min()} to {flat.max()}" if len(flat) else "none"
@@ -227,7 +227,7 @@ def evaluate_reconstruction(
 
 
 class _Tally:
-    """What is kept from batch to batch: numbers and features, never pictures."""
+    """Running sums over batches: numbers and features, never images."""
 
     def __init__(self, autoencoder: Autoencoder, features: Features | None) -> None:
         self.autoencoder, self.features = autoencoder, features
@@ -323,27 +323,27 @@ def channel_losses(
     generator = torch.Generator().manual_seed(0)
 
     def decibels(replaced: Tensor) -> np.ndarray:
-        found = []
+        values = []
         for start in range(0, len(images), batch):
             part = slice(start, start + batch)
-            found.append(psnr(images[part], autoencoder.decode(replaced[part])))
-            advance(len(found[-1]))
-        return np.concatenate(found)
+            values.append(psnr(images[part], autoencoder.decode(replaced[part])))
+            advance(len(values[-1]))
+        return np.concatenate(values)
 
     whole, losses = decibels(latents), []
     for channel in range(latents.shape[1]):
         values = latents[:, channel].double()
         mean, deviation = values.mean(), values.std(correction=0)
         noise = mean + deviation * torch.randn(values.shape, generator=generator, dtype=torch.float64)
-        found = []
+        pair = []
         for other in (mean.expand(values.shape), noise):
             replaced = latents.clone()
             replaced[:, channel] = other.to(latents.dtype)
-            found.append(bootstrap(whole - decibels(replaced)))
-        losses.append(ChannelLoss(*found))
+            pair.append(bootstrap(whole - decibels(replaced)))
+        losses.append(ChannelLoss(*pair))
     return losses
 
 
 def channel_images(autoencoder: Autoencoder, count: int) -> int:
-    """How many of `count` images `channel_losses` measures: fewer for more channels, at least 8 where there are."""
+    """Return how many of `count` images `channel_losses` uses: fewer for more channels, at least 8 if available."""
     return min(count, max(8, DECODED // autoencoder.channels))

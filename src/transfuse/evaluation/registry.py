@@ -1,6 +1,8 @@
-"""Every measure by name, the suites, and the one function that runs them: from the command line, or while training.
+"""The metrics by name, the suites, and `evaluate`, which runs them: from the command line, or during training.
 
-results = evaluate(bench, suite("quick"))       # all checks first, then the work; what is done is not done again
+    for result in evaluate(context, named(["quick"])): ...      # all checks first, then the work
+
+To add a metric, write a file with a `Metric` (context.py) and add it to `METRICS`.
 """
 
 from __future__ import annotations
@@ -9,41 +11,42 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..config import nearest
+from ..data.bundled import data_set_metrics
 from ..errors import UserError
-from .bench import EvalConfig, EvalContext, Metric
 from .captions import CAPTIONING
 from .clip import CLIP
 from .clip import WHERE as CLIP_WEIGHTS
-from .composition import COMPOSITION
-from .distances import MOBILENET, RECOGNISER
-from .drawing import DRAWING
-from .edits import EDITING
+from .context import Drawing, EvalConfig, EvalContext, Metric, MetricResult
 from .geneval import GENEVAL
 from .geneval import WHERE as GENEVAL_PROMPTS
 from .harness import HARNESS
+from .image_quality import AUTOENCODER, CLASSIFIER, DRAWING, MOBILENET
 from .inception import FILE, URL
 from .multiple_choice import CHOICE
 from .pairs import WHERE as COCO
-from .reconstructions import AUTOENCODER
-from .result import Drawing, MetricResult
 from .speed import SPEED
 from .text import TEXT
 
 METRICS: dict[str, Metric] = {
-    measure.name: measure
-    for measure in (TEXT, CHOICE, HARNESS, CAPTIONING, DRAWING, CLIP, COMPOSITION, GENEVAL, EDITING, AUTOENCODER, SPEED)
+    metric.name: metric for metric in (TEXT, CHOICE, HARNESS, CAPTIONING, DRAWING, CLIP, GENEVAL, AUTOENCODER, SPEED)
 }
+"""The metrics for any data set; `all_metrics` adds those that data sets bring."""
 SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("text", "choice", "captioning", "drawing", "composition", "speed"),
     "paper": ("text", "harness", "captioning", "drawing", "clip", "geneval"),
 }
-"""quick: what needs nothing but the package. paper: Transfusion's own measures, on files that the user has"""
+"""quick: the metrics that need only the package. paper: Transfusion's own metrics, on files that the user has."""
 TEXT_ONLY = ("text", "choice", "harness", "speed")
-"""measures of models that know no images"""
+"""The metrics for models without images."""
+
+
+def all_metrics() -> dict[str, Metric]:
+    """Return every metric by name: those for any data set, and those that installed data sets bring."""
+    return {**METRICS, **data_set_metrics()}
 
 
 def check_paper(options: EvalConfig) -> None:
-    """Raise UserError for a file without which a measure of the paper would fall back on the bundled world."""
+    """Raise UserError for a missing file without which a metric of the paper would use the bundled data set."""
     needed = {
         "texts": "held-out C4 and Wikipedia as .jsonl; from https://huggingface.co/datasets/allenai/c4 and others",
         "captions": f"captions_val2014.json or dataset_coco.json; from {COCO}",
@@ -54,48 +57,48 @@ def check_paper(options: EvalConfig) -> None:
     for name, what in needed.items():
         if not getattr(options, name):
             raise UserError(f"--suite paper: --{name}: expected {what}, found none")
-    if options.features in (RECOGNISER, MOBILENET):
+    if options.features in (CLASSIFIER, MOBILENET):
         raise UserError(f"--suite paper: --features: expected {FILE}, found {options.features}; from {URL}")
 
 
 def named(names: Sequence[str], where: str = "--suite") -> list[Metric]:
-    """Measures of suites and names, each once, in order. Raises UserError with the nearest name."""
-    found: dict[str, Metric] = {}
+    """Return the metrics of suites and names, each once, in order. Raises UserError with the nearest name."""
+    known, chosen = all_metrics(), dict[str, Metric]()
     for name in names:
-        if name not in SUITES and name not in METRICS:
-            raise UserError(f'{where}: unknown measure "{name}"{nearest(name, [*SUITES, *METRICS])}')
-        found |= {one: METRICS[one] for one in SUITES.get(name, (name,))}
-    return list(found.values())
+        if name not in SUITES and name not in known:
+            raise UserError(f'{where}: unknown measure "{name}"{nearest(name, [*SUITES, *known])}')
+        chosen |= {metric: known[metric] for metric in SUITES.get(name, (name,)) if metric in known}
+    return list(chosen.values())
 
 
-def check(bench: EvalContext, measures: Sequence[Metric]) -> None:
-    """Raises UserError for what is missing, and for measures that a model without images has not."""
-    for measure in measures:
-        if bench.pipe.exported.model.config.images == "none" and measure.name not in TEXT_ONLY:
-            raise UserError(f"{measure.name}: expected a model that knows images, found one of text alone")
-        measure.check(bench)
+def check(context: EvalContext, metrics: Sequence[Metric]) -> None:
+    """Raise UserError for missing inputs, and for image metrics of a model without images."""
+    for metric in metrics:
+        if context.pipe.exported.model.config.images == "none" and metric.name not in TEXT_ONLY:
+            raise UserError(f"{metric.name}: expected a model that knows images, found one of text alone")
+        metric.check(context)
 
 
-def numbers(bench: EvalContext, measures: Sequence[Metric]) -> list[str]:
-    """What measures will give, as MEASURE/NUMBER, before any work."""
-    return [f"{measure.name}/{name}" for measure in measures for name in measure.numbers(bench)]
+def numbers(context: EvalContext, metrics: Sequence[Metric]) -> list[str]:
+    """Return the names of all results as METRIC/NUMBER, before any work."""
+    return [f"{metric.name}/{name}" for metric in metrics for name in metric.numbers(context)]
 
 
-def evaluate(bench: EvalContext, measures: Sequence[Metric], sweep: Sequence[Drawing] = ()) -> Iterator[MetricResult]:
-    """Check everything, then measure: findings of one measure after the other, of each drawing of a sweep in turn.
+def evaluate(context: EvalContext, metrics: Sequence[Metric], sweep: Sequence[Drawing] = ()) -> Iterator[MetricResult]:
+    """Check everything, then yield the results of each metric, for each drawing of a sweep in turn.
 
-    Raises UserError before any work, as `check`.
+    Raises UserError before any work, as `check` does.
     """
-    benches = [replace(bench, drawing=drawing).settled() for drawing in sweep or (bench.drawing,)]
-    check(benches[0], measures)
-    for one in benches[1:]:
-        check(one, [measure for measure in measures if measure.draws])
-    for measure in measures:
-        for one in benches if measure.draws else benches[:1]:
-            found = measure.score(one)
-            found.measure, found.drawing = measure.name, one.drawing if measure.draws else None
-            found.results = [
-                replace(result, measure=found.measure, model=one.model, drawing=found.drawing)
-                for result in found.results
+    contexts = [replace(context, drawing=drawing).resolved() for drawing in sweep or (context.drawing,)]
+    check(contexts[0], metrics)
+    for other in contexts[1:]:
+        check(other, [metric for metric in metrics if metric.draws])
+    for metric in metrics:
+        for current in contexts if metric.draws else contexts[:1]:
+            result = metric.score(current)
+            result.measure, result.drawing = metric.name, current.drawing if metric.draws else None
+            result.results = [
+                replace(number, measure=metric.name, model=current.model, drawing=result.drawing)
+                for number in result.results
             ]
-            yield found
+            yield result

@@ -20,7 +20,7 @@ class Conversation:
 
     def __init__(self, pipe: TransfusionPipeline) -> None:
         self.pipe = pipe
-        self.engine = Engine(pipe.engine.network, slots=1)
+        self.engine = Engine(pipe.engine.runner, slots=1)
         self.parts: list[Part] = []
 
     def request(self, parts: Sequence[PromptPart], **settings: Any) -> Request:
@@ -39,7 +39,7 @@ class Conversation:
         words: list[int] = []
         try:
             while self.engine.busy:
-                for event in self.engine.tick():
+                for event in self.engine.step():
                     match event:
                         case TextDelta(token=token):
                             words.append(token)

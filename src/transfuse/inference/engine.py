@@ -4,11 +4,11 @@
     denoise step   the patches of every drawing row, guided, one sampler step each; never longer in the cache
     commit         the finished image is written to the cache clean, at timestep 0, with EOI behind it; writing goes on
 
-A tick is one LM forward pass for all rows that write, and one denoise pass for all rows that draw. A Chameleon draws by
+A step is one LM forward pass for all rows that write, and one denoise pass for all rows that draw. A Chameleon draws by
 codes: instead of a denoise step, one code of every drawing row, from guided logits of codes alone, until there are
 exactly as many as the image has; text is chosen from ids of text alone.
 
-Rows join and leave at any tick. Noise and tokens are drawn by (seed, image) and (seed, position), and what a pass gives
+Rows join and leave at any step. Noise and tokens are drawn by (seed, image) and (seed, position), and what a pass gives
 a row does not depend on the others in it; so neither does the row. docs/inference.md says where to the last bit.
 """
 
@@ -25,13 +25,11 @@ from ..errors import UserError
 from ..export import Exported
 from ..rng import generator_for
 from ..sequence import Image
-from .cache import Segment
-from .drawing import Coder, Denoiser, sample
 from .events import Done, Event, Failed, ImageEnd, ImageStart, Request, TextDelta
-from .network import Feed, Network
-from .requests import accept
-from .row import Row, together
-from .slots import Content, Slots, image_content
+from .image_decoding import CodeDecoder, LatentDecoder, sample
+from .kv_cache import PrefixKeys, Segment, SlotAllocator, image_keys
+from .model_runner import ModelRunner, StepInput
+from .sequence_state import SequenceState, accept, split_on_oom
 
 
 class Engine:
@@ -42,24 +40,26 @@ class Engine:
     model's context, and the null branch of an image as large as it was trained on.
     """
 
-    def __init__(self, exported: Exported | Network, slots: int = 8, positions: int | None = None) -> None:
-        network = exported if isinstance(exported, Network) else Network(exported)
-        self.network, self.exported = network, network.exported
-        self.config, self.grammar, self.tokenizer = network.config, network.grammar, network.tokenizer
+    def __init__(self, exported: Exported | ModelRunner, slots: int = 8, positions: int | None = None) -> None:
+        runner = exported if isinstance(exported, ModelRunner) else ModelRunner(exported)
+        self.runner, self.exported = runner, runner.exported
+        self.config, self.grammar, self.tokenizer = runner.config, runner.grammar, runner.tokenizer
         if positions is None:
             side = self.exported.image_size
-            beside = len(network.null_tokens) + network.drawn((side, side))[1]
-            positions = self.config.max_seq_len + (beside if self.config.images != "none" else 0)
+            cfg_len = len(runner.null_tokens) + runner.drawn((side, side))[1]
+            positions = self.config.max_seq_len + (cfg_len if self.config.images != "none" else 0)
         if min(slots, positions) < 1:
             raise UserError(f"engine: expected at least 1 slot of 1 position, found {slots} of {positions}")
         self.positions = positions
-        self.slots = Slots(slots)
-        self.cache = network.cache(slots, positions)
-        self.drawer = Denoiser(network, self.cache) if self.grammar.first_code is None else Coder(network, self.cache)
+        self.slots = SlotAllocator(slots)
+        self.cache = runner.cache(slots, positions)
+        self.drawer = (
+            LatentDecoder(runner, self.cache) if self.grammar.first_code is None else CodeDecoder(runner, self.cache)
+        )
         self._used: set[int] = set()
         self._numbers = count()
-        self._waiting: deque[Row] = deque()
-        self._running: dict[int, Row] = {}
+        self._waiting: deque[SequenceState] = deque()
+        self._running: dict[int, SequenceState] = {}
         self._last: Engine | None = None
         """what `run` made last, with its cache, where passes are recorded"""
 
@@ -68,11 +68,11 @@ class Engine:
 
         Raises UserError, one line, for one that can not be, or that no slot could ever hold.
         """
-        row = accept(self.network, request, next(self._numbers), "request")
-        if row.bound + row.beside > self.positions:
+        row = accept(self.runner, request, next(self._numbers), "request")
+        if row.max_len + row.cfg_len > self.positions:
             raise UserError(
                 f"request: expected at most {self.positions} positions in all, as a slot of the cache has, "
-                f"found {row.bound} to write and draw in and {row.beside} to guide by"
+                f"found {row.max_len} to write and draw in and {row.cfg_len} to guide by"
             )
         self._waiting.append(row)
         return row.number
@@ -94,23 +94,23 @@ class Engine:
         return bool(self._running or self._waiting)
 
     @torch.inference_mode()
-    def admit(self) -> list[int]:
-        """Give free slots to those who wait; their numbers. A tick begins with it, too."""
+    def schedule(self) -> list[int]:
+        """Give free slots to those who wait; their numbers. A step begins with it, too."""
         rows = [self._waiting.popleft() for _ in range(min(len(self._waiting), len(self.slots)))]
         for row in rows:
             self._join(row)
         return [row.number for row in rows]
 
     @torch.inference_mode()
-    def tick(self) -> list[Event]:
+    def step(self) -> list[Event]:
         """Take one step of every running request, and say what happened.
 
         Where memory does not suffice for all at once, they are computed in parts; one that is too large alone fails.
         """
-        self.admit()
+        self.schedule()
         rows = sorted(self._running.values(), key=lambda row: row.slot)  # neighbours are computed together
         events: list[Event] = []
-        for writing, logits in together([row for row in rows if row.drawing is None], self._read):
+        for writing, logits in split_on_oom([row for row in rows if row.drawing is None], self._read):
             events += self._write(writing, logits)
         drawing = [row for row in rows if row.drawing is not None and not row.too_large]
         for row, progress in self.drawer.step(drawing):
@@ -130,16 +130,16 @@ class Engine:
         Rows are numbered from 0. Raises UserError before any work for a bad one, MemoryError where it does not suffice.
         """
         where = [f"request {number}" if number else "request" for number in range(len(requests))]
-        rows = [accept(self.network, request, number, where[number]) for number, request in enumerate(requests)]
+        rows = [accept(self.runner, request, number, where[number]) for number, request in enumerate(requests)]
         if not rows:
             return
-        positions, engine = max(row.bound + row.beside for row in rows), self._last
+        positions, engine = max(row.max_len + row.cfg_len for row in rows), self._last
         if engine is None or engine.busy or len(engine.slots) != len(rows) or engine.positions < positions:
-            engine = Engine(self.network, len(rows), positions)
-        self._last = engine if self.network.record is not None else None
+            engine = Engine(self.runner, len(rows), positions)
+        self._last = engine if self.runner.record is not None else None
         engine._waiting.extend(rows)
         while engine.busy:
-            for event in engine.tick():
+            for event in engine.step():
                 if isinstance(event, Failed):
                     raise MemoryError(f"{where[event.row]}: {event.reason}")
                 yield event
@@ -148,36 +148,36 @@ class Engine:
         """Give the cache back that `run` has kept."""
         self._last = None
 
-    def _join(self, row: Row) -> None:
-        row.slot, row.length = self.slots.take(row.content)
+    def _join(self, row: SequenceState) -> None:
+        row.slot, row.length = self.slots.allocate(row.prefix_keys)
         if row.slot in self._used:  # one that is new is clear, and its memory, on most systems, not even taken
-            self.cache.clear(row.slot, row.length, row.bound)
-            self.cache.clear(row.slot, self.cache.positions - row.beside, self.cache.positions)
+            self.cache.clear(row.slot, row.length, row.max_len)
+            self.cache.clear(row.slot, self.cache.positions - row.cfg_len, self.cache.positions)
         self._used.add(row.slot)
         self._running[row.number] = row
 
-    def _leave(self, row: Row, content: Content | None) -> None:
+    def _leave(self, row: SequenceState, prefix_keys: PrefixKeys | None) -> None:
         del self._running[row.number]
-        self.slots.give_back(row.slot, content)
+        self.slots.free(row.slot, prefix_keys)
 
-    def _read(self, rows: Sequence[Row]) -> Tensor:
+    def _read(self, rows: Sequence[SequenceState]) -> Tensor:
         """One LM pass: every row reads its feed; logits `[row, id]` behind it."""
         feeds = [self._feed(row) for row in rows]
-        beside = [(row, other) for row in rows for other in self._branches(row)]
-        passed = [*feeds, *(feed for _, feed in beside)]
+        others = [(row, other) for row in rows for other in self._branches(row)]
+        passed = [*feeds, *(feed for _, feed in others)]
         last = [end - 1 for end in accumulate(feed.segment.count for feed in passed)]
-        logits, _ = self.network.forward(self.cache, passed, last)
+        logits, _ = self.runner.forward(self.cache, passed, last)
         for row, feed, scores in zip(rows, feeds, logits, strict=False):
-            if row.content is not None and feed.segment.start >= len(row.layout):
-                row.content += [row.next_token] if row.finished is None else self._content(row.finished)
+            if row.prefix_keys is not None and feed.segment.start >= len(row.layout):
+                row.prefix_keys += [row.next_token] if row.finished is None else self._content(row.finished)
             row.length, row.finished = feed.segment.end, None
             if row.drawing is not None:
                 # Of a branch that is read beside, what is behind its last feed, BOI.
-                behind = [found for (other, _), found in zip(beside, logits[len(rows) :], strict=True) if other is row]
-                self.drawer.opened(row, [scores, *behind[-1:]])
-        return logits[: len(rows)] + self.network.barred
+                behind = [found for (other, _), found in zip(others, logits[len(rows) :], strict=True) if other is row]
+                self.drawer.on_boi(row, [scores, *behind[-1:]])
+        return logits[: len(rows)] + self.runner.logit_mask
 
-    def _write(self, rows: Sequence[Row], logits: Tensor) -> Iterator[Event]:
+    def _write(self, rows: Sequence[SequenceState], logits: Tensor) -> Iterator[Event]:
         """Rows that are not about to draw choose their next token."""
         writers = [number for number, row in enumerate(rows) if not self._may_draw(row)]
         if writers:
@@ -189,27 +189,27 @@ class Engine:
             else:
                 yield from self._choose(row, scores, likeliest)
 
-    def _feed(self, row: Row) -> Feed:
+    def _feed(self, row: SequenceState) -> StepInput:
         """What a writing row gives the model next: its prompt, its chosen token, or a finished image and EOI."""
         if row.length < len(row.layout):
-            return self.network.read(row.layout, row.slot, known=row.length)
+            return self.runner.read(row.layout, row.slot, known=row.length)
         if row.finished is not None:
-            return self.network.commit(row.finished, row.slot, row.length)
+            return self.runner.commit(row.finished, row.slot, row.length)
         assert row.next_token is not None
-        return Feed(Segment(row.slot, row.length, 1), [row.next_token])
+        return StepInput(Segment(row.slot, row.length, 1), [row.next_token])
 
-    def _branches(self, row: Row) -> list[Feed]:
+    def _branches(self, row: SequenceState) -> list[StepInput]:
         """Where a row is about to read BOI, what the other branches of the drawing read."""
         reads_token = row.length >= len(row.layout) and row.finished is None
-        return self.drawer.begin(row) if reads_token and row.next_token == self.grammar.boi else []
+        return self.drawer.start(row) if reads_token and row.next_token == self.grammar.boi else []
 
-    def _content(self, latent: Tensor) -> Content:
+    def _content(self, latent: Tensor) -> PrefixKeys:
         """Of a finished image and EOI."""
         if self.grammar.first_code is not None:
             return [*(latent.flatten() + self.grammar.first_code).tolist(), self.grammar.eoi]
-        return [*image_content(latent, self.network.patches(*latent.shape[1:])), self.grammar.eoi]
+        return [*image_keys(latent, self.runner.patches(*latent.shape[1:])), self.grammar.eoi]
 
-    def _may_draw(self, row: Row) -> bool:
+    def _may_draw(self, row: SequenceState) -> bool:
         return (
             row.request.draw != "never"
             and self.config.images != "none"
@@ -217,7 +217,7 @@ class Engine:
             and row.length + 2 + row.patches <= self.config.max_seq_len
         )
 
-    def _choose(self, row: Row, logits: Tensor, likeliest: int) -> Iterator[Event]:
+    def _choose(self, row: SequenceState, logits: Tensor, likeliest: int) -> Iterator[Event]:
         """Choose a row's next token from its logits `[vocabulary]`, of which `likeliest` is the largest."""
         request = row.request
         room = row.length + 1 < self.config.max_seq_len
@@ -242,17 +242,17 @@ class Engine:
         for written, text in row.detokenizer.add(token):
             yield TextDelta(row.number, text, written)
 
-    def _flush(self, row: Row) -> Iterator[Event]:
+    def _flush(self, row: SequenceState) -> Iterator[Event]:
         """Give the text that waits for the rest of a character: a picture, or the end, comes first."""
         for written, text in row.detokenizer.flush():
             yield TextDelta(row.number, text, written)
 
-    def _finish(self, row: Row, reason: str) -> Iterator[Event]:
+    def _finish(self, row: SequenceState, reason: str) -> Iterator[Event]:
         yield from self._flush(row)
-        self._leave(row, row.content)
+        self._leave(row, row.prefix_keys)
         yield Done(row.number, reason, row.written, row.images, row.evaluations)
 
-    def _end_image(self, row: Row, latent: Tensor) -> Iterator[Event]:
+    def _end_image(self, row: SequenceState, latent: Tensor) -> Iterator[Event]:
         row.seen.append(Image(latent, target=False))
         yield ImageEnd(row.number, row.images, latent)
         row.images += 1

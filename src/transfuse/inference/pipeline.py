@@ -28,15 +28,14 @@ from ..export import Exported, load_export, out_of_range
 from ..images import ImageSource, decode_image, read_mask
 from ..model import pack
 from ..sequence import Document, Image, Text
-from .compiled import compile_blocks
 from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, Request, Start, TextDelta
 from .likelihood import foretell
-from .network import Guidance, Network
+from .model_runner import Guidance, ModelRunner, compile_blocks
 from .pictures import latent_mask
 from .quantize import Quantize, check_quantize
 from .quantize import quantize as to_eight_bits
-from .requests import with_image_guidance
+from .sequence_state import with_image_guidance
 from .warmup import warm_up
 
 PromptPart = str | Path | bytes | PIL.Image.Image | np.ndarray
@@ -80,7 +79,7 @@ class TransfusionPipeline:
 
     def __init__(self, exported: Exported, graphs: bool = True) -> None:
         self.exported = exported
-        self.engine = Engine(Network(exported, graphs))
+        self.engine = Engine(ModelRunner(exported, graphs))
 
     @classmethod
     def from_pretrained(

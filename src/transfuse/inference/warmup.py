@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from .engine import Engine
 from .events import Request
-from .network import GUIDANCE, Guidance
+from .model_runner import GUIDANCE, Guidance
 
 STEPS = 4
 """denoising steps of a drawing that is timed"""
@@ -29,7 +29,7 @@ def warm_up(engine: Engine, request: Request, rows: int = 1, guidance: Guidance 
     Gives the median seconds of each way; none where nothing was timed: one was given, the model does not denoise, or
     the request is not guided. The engine's own cache and requests are not touched.
     """
-    network, images = engine.network, engine.config.images
+    runner, images = engine.runner, engine.config.images
     draw = replace(request, draw="never" if images == "none" else "force", max_tokens=2, guidance_interval=None)
     if images == "latents":
         draw = replace(draw, sampler=replace(draw.sampler, steps=min(STEPS, draw.sampler.steps)))
@@ -37,15 +37,15 @@ def warm_up(engine: Engine, request: Request, rows: int = 1, guidance: Guidance 
     _seconds(engine, requests)
     medians: dict[Guidance, float] = {}
     if guidance is not None:
-        network.guidance = guidance
+        runner.guidance = guidance
     elif images == "latents" and request.guidance_scale != 1:
         found: dict[Guidance, list[float]] = {way: [] for way in GUIDANCE}
         for _ in range(ROUNDS):
             for way in GUIDANCE:
-                network.guidance = way
+                runner.guidance = way
                 found[way].append(_seconds(engine, requests))
         medians = {way: statistics.median(times) for way, times in found.items()}
-        network.guidance = min(GUIDANCE, key=lambda way: medians[way])
+        runner.guidance = min(GUIDANCE, key=lambda way: medians[way])
     engine.forget()
     return {str(way): seconds for way, seconds in medians.items()}
 

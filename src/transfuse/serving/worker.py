@@ -23,8 +23,8 @@ from .messages import Accepted, Drawing, Drawn, Ended, Failed, Job, JobMessage, 
 
 if TYPE_CHECKING:
     from ..inference import Event, Request, TransfusionPipeline
-    from ..inference.network import Guidance
     from ..inference.quantize import Quantize
+    from ..inference.runner import Guidance
 
 
 OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter text"
@@ -79,7 +79,7 @@ class Worker:
         self.pipe = TransfusionPipeline.from_pretrained(
             config.model, self.dtype, self.device, config.quantize, config.compile, config.graphs
         )
-        self.engine = Engine(self.pipe.engine.network, config.slots, config.positions)
+        self.engine = Engine(self.pipe.engine.runner, config.slots, config.positions)
         self.jobs: dict[int, tuple[int, Request]] = {}
         """by the engine's number: the other side's, and what was asked"""
         self.pipe.warm_up(config.slots, config.guidance)
@@ -87,14 +87,14 @@ class Worker:
     def facts(self) -> dict[str, Any]:
         from ..model import Transfusion
 
-        exported, network = self.pipe.exported, self.pipe.exported.model.config
+        exported, runner = self.pipe.exported, self.pipe.exported.model.config
         folder = Path(self.config.model).resolve()
-        whole = Transfusion.on_meta(network)  # of the one that computes, some weights are packed away
+        whole = Transfusion.on_meta(runner)  # of the one that computes, some weights are packed away
         return {
             "name": folder.parent.name if folder.name == "export" else folder.name,
-            "images": network.images,
+            "images": runner.images,
             "image_size": exported.image_size,
-            "context": network.max_seq_len,
+            "context": runner.max_seq_len,
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
             "fingerprint": exported.fingerprint,
             "slots": self.config.slots,
@@ -104,8 +104,8 @@ class Worker:
             "precision": str(self.dtype).removeprefix("torch."),
             "quantize": self.config.quantize,
             "compile": self.config.compile,
-            "graphs": self.engine.network.record is not None,
-            "guidance": self.engine.network.guidance,
+            "graphs": self.engine.runner.record is not None,
+            "guidance": self.engine.runner.guidance,
             "guidance_scale": exported.generation.guidance_scale,
             "temperature": exported.generation.temperature,
             "max_tokens": exported.generation.max_tokens,
@@ -121,10 +121,10 @@ class Worker:
                 for said in self.hear(*message):
                     connection.send([said])
             # Said before the tick, so that the other side knows who was running, should this process not live on.
-            started = [self.jobs[number][0] for number in self.engine.admit()]
+            started = [self.jobs[number][0] for number in self.engine.schedule()]
             if started:
                 connection.send([Started(number) for number in started])
-            messages = [said for event in self.engine.tick() for said in self.tell(event)]
+            messages = [said for event in self.engine.step() for said in self.tell(event)]
             if messages:
                 connection.send(messages)
 
@@ -178,7 +178,7 @@ class Worker:
                 yield Drawn(number, image, self.pixels(latent), settings_of(request, self.pipe.exported, image))
             case events.Done():
                 del self.jobs[event.row]
-                patches = self.engine.network.drawn(request.size)[1] if event.images else 0
+                patches = self.engine.runner.drawn(request.size)[1] if event.images else 0
                 count = patches * event.images
                 yield Ended(number, event.reason, event.text_tokens, count, event.network_evaluations)
             case events.Failed(reason=reason):
@@ -191,7 +191,7 @@ class Worker:
 
 def request_of(pipe: TransfusionPipeline, job: Job) -> Request:
     """What a job asks of the engine. Raises UserError, one line, for what can not be."""
-    from ..inference.requests import with_image_guidance
+    from ..inference.sequence_state import with_image_guidance
 
     side = pipe.exported.image_size
     parts = [part if isinstance(part, str) else fit(part, side) for part in job.parts]

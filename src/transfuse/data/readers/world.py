@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from emoji_scenes import World, WorldConfig, caption
-from emoji_scenes.sprites import SPRITE_FILE
-
 from ...errors import UserError
 from ...io import sha256
+from ..bundled import SPRITE_FILE, World, WorldConfig, caption
 from . import PER_PART, Fault, Part, Raw
 
 

@@ -1,0 +1,81 @@
+"""The data set that comes with this distribution, by name: the only module of `transfuse` that imports `emoji_scenes`.
+
+    from ..data.bundled import World, WorldConfig        # emoji_scenes is imported here, not with `transfuse.data`
+
+Everything else works without `emoji_scenes`: training, evaluation and serving on data sets of the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emoji_scenes import NOUNS, Edit, World, WorldConfig, caption, edit, glosses
+    from emoji_scenes.accuracy import CaptionResult, DrawingResult, caption_accuracy, draw_accuracy, held_out_scenes
+    from emoji_scenes.classifier import RECOGNISER_STEPS, Recogniser, keep_recogniser
+    from emoji_scenes.open_set import bundled_classifier
+    from emoji_scenes.scenes import Split
+    from emoji_scenes.scorer import SceneScorer
+    from emoji_scenes.sprites import SPRITE_FILE
+
+MODULES = {
+    "emoji_scenes": ("NOUNS", "Edit", "World", "WorldConfig", "caption", "edit", "glosses"),
+    "emoji_scenes.accuracy": (
+        "CaptionResult",
+        "DrawingResult",
+        "caption_accuracy",
+        "draw_accuracy",
+        "held_out_scenes",
+    ),
+    "emoji_scenes.classifier": ("RECOGNISER_STEPS", "Recogniser", "keep_recogniser"),
+    "emoji_scenes.open_set": ("bundled_classifier",),
+    "emoji_scenes.scenes": ("Split",),
+    "emoji_scenes.scorer": ("SceneScorer",),
+    "emoji_scenes.sprites": ("SPRITE_FILE",),
+}
+"""The names that `transfuse` uses, by the module that defines them."""
+
+__all__ = [
+    "NOUNS",
+    "RECOGNISER_STEPS",
+    "SPRITE_FILE",
+    "CaptionResult",
+    "DrawingResult",
+    "Edit",
+    "Recogniser",
+    "SceneScorer",
+    "Split",
+    "World",
+    "WorldConfig",
+    "bundled_classifier",
+    "caption",
+    "caption_accuracy",
+    "data_set_metrics",
+    "draw_accuracy",
+    "edit",
+    "glosses",
+    "held_out_scenes",
+    "keep_recogniser",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `emoji_scenes` when one of its names is first used."""
+    for module, names in MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def data_set_metrics() -> Mapping[str, Any]:
+    """Return the `evaluation.Metric`s that data sets bring, by name; none where `emoji_scenes` is not installed."""
+    try:
+        if find_spec("emoji_scenes") is None:
+            return {}
+    except ValueError:  # a blocked module: None in sys.modules
+        return {}
+    metrics: Mapping[str, Any] = import_module("emoji_scenes.metrics").METRICS
+    return metrics

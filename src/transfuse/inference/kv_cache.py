@@ -1,0 +1,279 @@
+"""The key-value cache, and the allocator of its slots.
+
+The cache is a fixed number of slots of a fixed number of positions, allocated once; nothing moves when a sequence joins
+or leaves. A forward pass is a list of `Segment`s: new positions of some slots, written in place, attending to all that
+their sequence has cached. An image's patches are overwritten at each denoising step, so a step costs the patches alone
+and the cache does not grow.
+
+On CPU in float32 a segment's result does not depend, to the last bit, on the other segments of the pass: only segments
+of equal shape share an attention call, and each call uses kernels whose rows are independent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model import ModelConfig
+from ..sequence import Layout
+from .cuda_graphs import GraphCache
+
+BLOCK = 64
+"""The number of keys read by a short segment is rounded up to a multiple of this, so that more rows share a call."""
+
+FEW = 3
+"""On CPU the attention of segments up to this length is two plain matrix products: in torch's own kernel these rows
+of scores may be misaligned, and the result then depends on the thread that computed it."""
+
+
+class KeyValueCache:
+    """Keys and values of `slots` sequences: two `[depth, slot, head, position, D]`, `positions` rounded up to `BLOCK`.
+
+    Their memory is allocated when first used, and on most systems page by page.
+    """
+
+    def __init__(
+        self, config: ModelConfig, slots: int, positions: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.positions = -(-positions // BLOCK) * BLOCK
+        self.shape = (config.n_layers, slots, config.kv_heads, self.positions, config.head_dim)
+        self.queries = config.n_heads // config.kv_heads
+        self.dtype, self.device = dtype, torch.device(device)
+        self.recordings = GraphCache()
+        """captured graphs of passes that read and write these keys and values"""
+
+    @cached_property
+    def keys(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def values(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    def clear(self, slot: int, start: int, end: int) -> None:
+        """Zero positions of a slot, to the end of the block, so that no NaN of an earlier sequence remains."""
+        end = -(-end // BLOCK) * BLOCK
+        for store in (self.keys, self.values):
+            store[:, slot, :, start:end].zero_()
+
+    def copy(self, slot: int, start: int, other: KeyValueCache, count: int) -> None:
+        """Copy the first `count` positions of another cache's only sequence to `start`."""
+        for store, source in ((self.keys, other.keys), (self.values, other.values)):
+            store[:, slot, :, start : start + count] = source[:, 0, :, :count]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """`count` new positions of a sequence, from `start` on. The sequence lies in a slot from `origin` on; all else is
+    counted from there.
+
+    ends: the end (exclusive) of the keys each position sees, `[count]` int64; None: all see to the segment's end, as
+    the patches of one image do (and a single token)."""
+
+    slot: int
+    start: int
+    count: int
+    ends: Tensor | None = None
+    origin: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+class _Call:
+    """One attention call: neighbouring slots, `count` queries each, all with `length` keys from one origin on.
+
+    places: (slot, position) of each new position, where they do not lie side by side from one start on in every slot,
+    or where `recorded`: where they begin must not be part of a recording.
+    mask: added to the scores; `[slot, 1, query, key]`, None where every query sees every key; of few queries on CPU
+    `[slot * key head, queries of all its heads, key]`.
+    """
+
+    def __init__(self, cache: KeyValueCache, run: Sequence[Segment], length: int, recorded: bool) -> None:
+        first = run[0]
+        self.rows, self.count = len(run), first.count
+        self.positions = self.rows * self.count
+        self.plain = cache.device.type == "cpu" and self.count <= FEW
+        self.mask = _mask(cache, run, length, self.plain)
+        self.shape = first.slot, self.rows, self.count, first.origin, length, self.mask is None
+        self.places: tuple[Tensor, Tensor] | None = None
+        # Views of every layer are taken at once: a decoding step is made of so many small operations that each counts.
+        slots, low = slice(first.slot, first.slot + self.rows), first.origin
+        keys, values = (store[:, slots, :, low : low + length] for store in (cache.keys, cache.values))
+        if self.plain:
+            keys, values = keys.flatten(1, 2).transpose(2, 3), values.flatten(1, 2)
+        self.keys, self.values = keys.unbind(0), values.unbind(0)
+        low += first.start
+        if not recorded and len({segment.start for segment in run}) == 1:
+            self.new_keys, self.new_values = (
+                store[:, slots, :, low : low + self.count].unbind(0) for store in (cache.keys, cache.values)
+            )
+            return
+        where = [(one.slot, one.origin + one.start + number) for one in run for number in range(self.count)]
+        rows_at, starts_at = torch.tensor(where, device=cache.device).unbind(1)
+        self.places = rows_at, starts_at
+        self.new_keys, self.new_values = cache.keys.unbind(0), cache.values.unbind(0)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """`[row * count, head, D] -> [row, head, count, D]`, a view."""
+        return x.view(-1, self.count, *x.shape[1:]).transpose(1, 2)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put new keys and values `[row * count, head, D]` into the cache."""
+        for store, new in ((self.new_keys[layer], k), (self.new_values[layer], v)):
+            if self.places is None:
+                store.copy_(self.by_row(new))
+            else:
+                store[self.places[0], :, self.places[1]] = new.to(store.dtype)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """`[row * count, head, D] -> [row * count, head * D]`, in the dtype of the cache."""
+        keys, values = self.keys[layer], self.values[layer]
+        query = self.by_row(q.to(keys.dtype))
+        if self.plain:
+            assert self.mask is not None
+            few = query.reshape(keys.shape[0], -1, q.shape[-1])
+            scores = torch.baddbmm(self.mask, few, keys, alpha=q.shape[-1] ** -0.5)
+            out = torch.bmm(scores.softmax(-1), values).view_as(query)
+        else:
+            gqa = q.shape[1] != keys.shape[1]
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, enable_gqa=gqa)
+        return out.transpose(1, 2).reshape(self.positions, -1)
+
+
+def _mask(cache: KeyValueCache, run: Sequence[Segment], length: int, plain: bool) -> Tensor | None:
+    if all(segment.ends is None for segment in run) and run[0].count > FEW:
+        return None
+    ends = torch.tensor([[segment.end] for segment in run], device=cache.device)
+    if any(segment.ends is not None for segment in run):
+        every = zip(ends.expand(-1, run[0].count), run, strict=True)
+        ends = torch.stack([end if segment.ends is None else segment.ends for end, segment in every])
+    hidden = torch.arange(length, device=cache.device) >= ends[..., None]
+    if plain:  # `[slot, query, key]`, the queries of all heads that share keys one behind another
+        hidden = hidden[:, None, None].expand(-1, cache.shape[2], cache.queries, run[0].count, -1)
+        hidden = hidden.flatten(2, 3).flatten(0, 1)
+    mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device).masked_fill_(hidden, -torch.inf)
+    return mask if plain else mask[:, None]
+
+
+class Cached:
+    """An attention backend (`Attend`) for one forward pass over the flat run of these segments, in order.
+
+    recorded: all that differs between passes of one `shape` lies in `tensors`, so that a recorded pass takes others'.
+    """
+
+    def __init__(self, cache: KeyValueCache, segments: Sequence[Segment], recorded: bool = False) -> None:
+        self.calls = _plan(cache, segments, recorded)
+        self.sizes = [call.positions for call in self.calls]
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        return tuple(call.shape for call in self.calls)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for call in self.calls for tensor in (call.mask, *(call.places or ())) if tensor is not None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls, sizes = self.calls, self.sizes
+        if len(calls) == 1:  # nothing to take apart: a percent of a decoding step
+            calls[0].write(layer, k, v)
+            return calls[0].attend(layer, q).to(q.dtype)
+        # Everything is written before anything is read: segments of one pass may continue one another.
+        for call, keys, values in zip(calls, k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True):
+            call.write(layer, keys, values)
+        outputs = [call.attend(layer, query) for call, query in zip(calls, q.split_with_sizes(sizes), strict=True)]
+        return torch.cat(outputs).to(q.dtype)
+
+
+def _plan(cache: KeyValueCache, segments: Sequence[Segment], recorded: bool) -> list[_Call]:
+    """Join neighbouring slots into one call where they ask for the same: equal counts, and as many keys.
+
+    How many keys it reads is a segment's own affair, never its neighbours': sums of other lengths round otherwise.
+    """
+
+    def length(segment: Segment) -> int:
+        if segment.count > FEW:
+            return segment.end
+        return min(-(-segment.end // BLOCK) * BLOCK, cache.positions - segment.origin)
+
+    def kind(numbered: tuple[int, Segment]) -> tuple[int, int, int, int, bool]:
+        number, segment = numbered
+        seen = segment.count > FEW and segment.ends is None
+        return segment.slot - number, segment.origin, segment.count, length(segment), seen
+
+    runs = [[segment for _, segment in members] for _, members in groupby(enumerate(segments), kind)]
+    return [_Call(cache, run, length(run[0]), recorded) for run in runs]
+
+
+PrefixKeys = list[Hashable]
+"""One hashable value per position of a sequence: equal prefixes have equal keys and values in the cache."""
+
+
+class SlotAllocator:
+    """Assign sequences to a fixed number of cache slots.
+
+    A sequence may leave its prefix in its slot for reuse. It is kept until another sequence needs the slot, and never
+    makes one wait.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free: list[int] = list(range(count))  # slots with a kept prefix stand in order of release
+        self._kept: dict[int, PrefixKeys] = {}
+
+    def __len__(self) -> int:
+        """The number of free slots."""
+        return len(self._free)
+
+    def allocate(self, prefix_keys: PrefixKeys | None) -> tuple[int, int]:
+        """Reserve a slot and return `(slot, reused)`.
+
+        `reused` is the number of leading positions already in the slot; at least one position is left to compute.
+        Prefers the slot with the longest shared prefix, then the lowest empty slot (neighbours share attention calls),
+        then the one released first. None: nothing is reused.
+
+        Raises ValueError if no slot is free.
+        """
+        shared = {slot: _common(self._kept.get(slot, []), prefix_keys or []) for slot in self._free}
+        best = max(self._free, key=lambda slot: shared[slot])
+        if not shared[best]:
+            empty = [slot for slot in self._free if slot not in self._kept]
+            best = min(empty) if empty else self._free[0]
+        self._free.remove(best)
+        self._kept.pop(best, None)
+        return best, shared[best]
+
+    def free(self, slot: int, prefix_keys: PrefixKeys | None) -> None:
+        """Release a slot, keeping the positions that `prefix_keys` describes for reuse."""
+        self._free.append(slot)
+        if prefix_keys:
+            self._kept[slot] = prefix_keys
+
+
+def _common(kept: PrefixKeys, prefix_keys: PrefixKeys) -> int:
+    """Return the number of equal leading positions; an image is equal as a whole or not at all."""
+    most = min(len(kept), len(prefix_keys) - 1)
+    return next((number for number in range(most) if kept[number] != prefix_keys[number]), max(most, 0))
+
+
+def image_keys(latent: Tensor, count: int) -> PrefixKeys:
+    """Return the prefix keys of the `count` patches of a clean image."""
+    digest = hashlib.blake2b(latent.contiguous().cpu().numpy().tobytes(), digest_size=16)
+    return [(digest.digest(), tuple(latent.shape), number) for number in range(count)]
+
+
+def prefix_keys_of(layout: Layout) -> PrefixKeys:
+    """Return the prefix keys of a document's positions."""
+    prefix_keys: PrefixKeys = layout.input_ids.tolist()
+    for span in layout.spans:
+        if not span.image.is_codes:
+            prefix_keys[span.start : span.end] = image_keys(span.image.latent, span.patches)
+    return prefix_keys

@@ -1,0 +1,104 @@
+"""Transfusion, its rival Chameleon, and the text-only Llama between them: equal trunk, equal data, equal compute.
+
+Table 4 of the paper takes the one apart into the other, and each row is a preset, here for 32 pixels and two cores; the
+same names with a size of the paper in front (`chameleon-0.76b`) are the paper's own runs.
+
+    llama-32           text only
+    transfusion-32     + diffusion
+    llama-32-stable    text only + Chameleon's stability set
+    chameleon-32       + LM loss on image tokens
+
+As in the paper, half of the positions that an arm is trained on are text and half are captioned pictures, and a step
+has as many positions in every arm that draws. At equal positions they therefore read equally much text, while a
+Chameleon, whose pictures take four times the positions, sees fewer pictures. Text alone has half the positions a step:
+the text of the others. `transfuse study rivals` gives those that draw the same 6 N D, and measures all alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..diffusion import DiffusionConfig, SamplerConfig
+from ..export import GenerationConfig
+from ..training import OptimizerConfig
+from .demo import demo
+from .recipe import Recipe
+
+STABILITY: dict[str, Any] = {"qk_norm": True, "norm_order": "swin"}
+"""of the network; the z-loss and AdamW's settings go with it (`stable`)"""
+PAPER_RATE = 1 / 3
+"""of Transfusion's learning rate that its Chameleon takes"""
+ROW = 1024
+"""positions a step of the small arms: half of it text, half captioned pictures"""
+
+
+def stable(recipe: Recipe, rate: float = 1.0) -> Recipe:
+    """With Chameleon's stability set (section 2.3 of its paper, as far as Transfusion's baseline uses it).
+
+    QK-norm, norms of what is added, z-loss 1e-5, AdamW's eps 1e-5; no dropout. The paper's runs also take a third of
+    the learning rate (`rate`), 1e-4 for 3e-4; small ones learn better without (after 250 steps of `chameleon-32`
+    cross-entropy of codes 3.92, with it 4.27), and a rival should be at its best.
+    """
+    optimizer = recipe.optimizer
+    return replace(
+        recipe,
+        model=replace(recipe.model, **STABILITY),
+        objective=replace(recipe.objective, z_weight=1e-5),
+        optimizer=replace(
+            optimizer,
+            eps=1e-5,
+            learning_rate=optimizer.learning_rate * rate,
+            final_learning_rate=optimizer.final_learning_rate * rate,
+        ),
+    )
+
+
+def text_only(recipe: Recipe) -> Recipe:
+    """Leave the pictures out. How many positions a step then has is the caller's to say."""
+    data = replace(recipe.data, autoencoder="pixels")
+    return replace(recipe, model=replace(recipe.model, images="none", latent_channels=3), data=data)
+
+
+def by_codes(recipe: Recipe, autoencoder: str, codebook: int, rate: float = 1.0) -> Recipe:
+    """A Chameleon: pictures are codes of a VQ autoencoder, in the vocabulary, under the next-token loss."""
+    base = stable(recipe, rate)
+    codes = {"images": "codes", "codebook_size": codebook, "patch_size": 1, "image_attention": "causal"}
+    model = replace(base.model, patch_positions="none", **codes)  # type: ignore[arg-type]
+    return replace(base, model=model, data=replace(base.data, autoencoder=autoencoder))
+
+
+def transfusion_32() -> Recipe:
+    """The demo's world through the bundled KL-VAE: 16 patches of 2 x 2 of 8 x 8 x 8 latents, v prediction, lambda 5.
+
+    A quarter of the positions a Chameleon spends on the same picture, as in the paper. A step is one packed row of
+    1,024 positions, half of definitions and half of captioned pictures.
+    """
+    base = demo()
+    return replace(
+        base,
+        preset="transfusion-32",
+        model=replace(base.model, patch_size=2, latent_channels=8, patch_positions="none"),
+        diffusion=DiffusionConfig(prediction="v"),
+        data=replace(base.data, autoencoder="kl-f4-small", text_share=0.5, row_length=ROW, batch_size=1),
+        objective=replace(base.objective, image_weight=5.0),
+        optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=2e-5, warmup=100, weight_decay=0.05),
+        loop=replace(base.loop, checkpoint_every=200),
+        generation=GenerationConfig(SamplerConfig("ddim", steps=25), guidance_scale=3.0),
+    )
+
+
+def chameleon_32() -> Recipe:
+    """The same, 64 codes of the bundled VQ-VAE a picture (1,024 of them), drawn at temperature 1."""
+    return replace(by_codes(transfusion_32(), "vq-f4-small", 1024), preset="chameleon-32")
+
+
+def llama_32() -> Recipe:
+    """The text half of the others' steps, no pictures."""
+    base = text_only(transfusion_32())
+    return replace(base, preset="llama-32", data=replace(base.data, row_length=ROW // 2))
+
+
+def llama_32_stable() -> Recipe:
+    """The same with Chameleon's stability set."""
+    return replace(stable(llama_32()), preset="llama-32-stable")

@@ -1,0 +1,154 @@
+"""A run folder: `config.json` holds the recipe, and one process at a time trains in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+from ..config import from_dict, read_json, to_dict
+from ..devices import Device, Precision, pick_device, training_precision
+from ..errors import UserError
+from ..io import atomic_write
+from ..log import logger
+from ..recipes.recipe import VERSION
+from ..training import LoopConfig, Ranks
+
+try:  # POSIX only
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
+FREE = {
+    "parallel",
+    *(f"data.{name}" for name in ("accumulate", "workers", "cache_gigabytes")),
+    *(f"loop.{name}" for name in ("keep", "keep_every", "checkpoint_every", "log_every", "sample_every")),
+    *(f"loop.{name}" for name in ("measure_every", "measures", "measure_count", "best")),
+    *(f"loop.{name}" for name in ("session_seconds", "guard", "profile", "trackers")),
+}
+"""settings that may change when a run is resumed, as they do not change what it learns"""
+
+
+class RunRecipe(Protocol):
+    """A frozen dataclass that defines a run, of a model or of an autoencoder."""
+
+    @property
+    def device(self) -> Device: ...
+
+    @property
+    def precision(self) -> Precision: ...
+
+    @property
+    def loop(self) -> LoopConfig: ...
+
+
+R = TypeVar("R", bound=RunRecipe)
+
+
+def settle_device(recipe: R, folder: Path | None = None) -> R:
+    """Replace "auto" in device and precision: by what the run in `folder` uses, else by what suits this machine."""
+    path = None if folder is None else folder / "config.json"
+    if path is not None and path.exists():
+        saved = read_recipe(path, type(recipe))
+        same = {name: getattr(saved, name) for name in ("device", "precision") if getattr(recipe, name) == "auto"}
+        return replace(recipe, **same)  # type: ignore[type-var]
+    device = pick_device(recipe.device)
+    precision = training_precision(recipe.precision, device)
+    return replace(recipe, device=device, precision=precision)  # type: ignore[type-var]
+
+
+def run_device(recipe: RunRecipe, folder: Path) -> str:
+    """Return the device a run uses: the one it began with. Raises UserError if this machine has none."""
+    path = folder / "config.json"
+    return pick_device(read_recipe(path, type(recipe)).device if path.exists() else recipe.device)
+
+
+def record_recipe(recipe: RunRecipe, folder: Path) -> None:
+    """Write `config.json` of a new run, or check that an earlier run has the same recipe.
+
+    Settings in FREE may differ; they are logged, and `config.json` stays as the run began.
+
+    Raises UserError that names the first other setting that differs.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
+        atomic_write(path, lambda partial: partial.write_text(json.dumps(to_dict(recipe), indent=2) + "\n"))
+        return
+    saved = read_recipe(path, type(recipe))
+    differences = list(_differences(to_dict(saved), to_dict(recipe)))
+    for name, before, now in differences:
+        if not _is_free(name):
+            raise UserError(
+                f"{path}: {name}: this run has {before!r}, the command asks for {now!r}; give the same settings to "
+                "resume, or another --run folder to start a new run"
+            )
+    if differences:
+        changes = ", ".join(f"{name} {now!r} (was {before!r})" for name, before, now in differences)
+        logger.info(f"{folder}: resumes with changed settings: {changes}")
+
+
+@contextmanager
+def held(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold a run folder while training, so that two commands cannot overwrite each other's checkpoints.
+
+    The lock belongs to the first rank's process and ends with it. Raises UserError if another process holds it.
+    """
+    lock = ranks.once(lambda: _lock(folder))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _lock(folder: Path) -> IO[str] | None:
+    try:
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
+    if fcntl is None:
+        return file
+    try:
+        # Not flock: loader workers would inherit it and keep it after a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX names both
+        file.close()
+        raise UserError(f"{folder}: expected a run that nobody else trains, found another process at it") from None
+    except OSError as error:  # a file system without locks
+        logger.info(f"{folder}: cannot be locked ({error.strerror or error}): do not train there twice at once")
+    return file
+
+
+def read_recipe(path: Path, kind: type[R]) -> R:
+    """Read the recipe of a run. Raises UserError for a missing file, another version or another kind of run."""
+    values = read_json(path)
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise UserError(f"{path}: version: expected {VERSION}, found {version}")
+    return from_dict(kind, values, str(path))
+
+
+def is_kind(path: Path, kind: type[RunRecipe]) -> bool:
+    """Return True if a run's `config.json` has the settings of this kind of recipe."""
+    values = read_json(path)
+    return isinstance(values, dict) and values.keys() == {field.name for field in fields(kind)}  # type: ignore[arg-type]
+
+
+def _differences(saved: Any, given: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(saved, dict) and isinstance(given, dict):
+        for key in saved:
+            yield from _differences(saved[key], given.get(key), f"{name}.{key}" if name else key)
+    elif saved != given:
+        yield name, saved, given
+
+
+def _is_free(name: str) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:count]) in FREE for count in range(1, len(parts) + 1))

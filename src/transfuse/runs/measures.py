@@ -1,0 +1,87 @@
+"""Metrics while a run trains: any of `transfuse evaluate`, on few samples; and the best weights by one of them.
+
+run/measures/     samples, captions and judges, as `transfuse evaluate` keeps them
+run/best/         an export of the best weights so far
+run/best.json     the number they are best by, and its step
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..config import nearest, read_json
+from ..data.bundled import SceneScorer
+from ..errors import UserError
+from ..evaluation import EvalConfig, EvalContext, Metric, check, evaluate, named, numbers
+from ..evaluation.generate import weights_digest
+from ..evaluation.context import Result
+from ..io import atomic_write
+from ..log import logger
+from ..training import Trainer
+from .resolve import Run
+from .samples import pipeline_of
+
+
+def measuring(
+    run: Run, trainer: Trainer, folder: Path, export_best: Callable[[dict[str, Tensor]], object]
+) -> Callable[[dict[str, Tensor]], dict[str, float]]:
+    """Return a function from averaged weights to numbers by "METRIC/NUMBER". All ranks must call this.
+
+    Raises UserError, before training begins, for an unknown name, or if a metric lacks something.
+    """
+    loop = run.recipe.loop
+    metrics = named(loop.measures, "loop.measures")
+    world = replace(run.recipe.data.world, size=run.image_size, split="train")
+
+    def context_of(weights: dict[str, Tensor]) -> EvalContext:
+        config = EvalConfig(count=loop.measure_count)
+        # Keyed by the weights, not the step: after a rollback a step comes again with other weights.
+        return EvalContext(pipeline_of(run, weights), weights_digest(weights), folder / "measures", SceneScorer(world), config)
+
+    first = trainer.averaged()
+    trainer.ranks.once(lambda: _check(context_of(first), metrics, loop.best))
+
+    def measure(weights: dict[str, Tensor]) -> dict[str, float]:
+        results: dict[str, Result] = {}
+        for outcome in evaluate(context_of(weights), metrics):
+            results |= {f"{outcome.measure}/{result.name}": result for result in outcome}
+        if loop.best:
+            best = results.get(loop.best)
+            if best is None:  # a number that the metric has for some data alone
+                raise UserError(f"loop.best: expected one of {', '.join(sorted(results))}, found {loop.best!r}")
+            if is_best(folder / "best.json", loop.best, best):
+                export_best(weights)
+                note = {"measure": loop.best, "value": best.value, "step": trainer.step}
+                note |= {"implementation": best.implementation, "data": best.data}
+                atomic_write(folder / "best.json", lambda path: path.write_text(json.dumps(note) + "\n"))
+        values = {name: result.value for name, result in results.items()}
+        logger.info(f"step {trainer.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        return values
+
+    return measure
+
+
+def _check(context: EvalContext, metrics: Sequence[Metric], best: str) -> None:
+    check(context, metrics)
+    known = numbers(context, metrics)
+    if best and best not in known:
+        raise UserError(f'loop.best: unknown number "{best}"{nearest(best, known)}')
+
+
+def is_best(path: Path, name: str, result: Result) -> bool:
+    """Return True if a result is better than the one in `best.json`.
+
+    A note of another number, judge, data set or sample count does not count.
+    """
+    noted = read_json(path) if path.is_file() else None
+    if not isinstance(noted, dict) or noted.get("measure") != name:
+        return True
+    if any(noted.get(key, "") != getattr(result, key) for key in ("implementation", "data")):
+        return True
+    sign = 1 if result.better == "higher" else -1
+    return sign * result.value > sign * float(noted["value"])

@@ -1,0 +1,248 @@
+"""Training a model, from its recipe to its export: `transfuse train`, the demo and every experiment come through here.
+
+    trained = train(preset("tiny"), Path("runs/tiny"))        # or resumes the run in that folder
+    trained.export                                            # runs/tiny/export
+
+A recipe is resolved into a `Run`, which has opened all that the recipe names; from it come the model, the loader, the
+trainer and the export.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .autoencoders import DeferredEncoder, ImageAutoencoder
+from .config import to_dict
+from .data import FaultLog, Finish, Rows, StepLoader, unchanged
+from .export import save_export
+from .log import logger
+from .model import Transfusion
+from .model.flops import train_flops
+from .recipes import Recipe
+from .runs import Run, held, open_run, run_device, unseen_noise
+from .runs.measures import measuring
+from .runs.samples import averaged_model, sample_grid
+from .runs.start import init_from
+from .training import (
+    CheckpointFolder,
+    Objective,
+    Ranks,
+    TokenObjective,
+    Trainer,
+    TransfusionObjective,
+    join,
+    parallelize,
+    place,
+)
+
+__all__ = [
+    "Trained",
+    "averaged_model",
+    "build_loader",
+    "build_model",
+    "build_trainer",
+    "export_run",
+    "run_trainer",
+    "train",
+]
+
+
+@dataclass(eq=False)
+class Trained:
+    """A run that has been trained, or stopped and saved."""
+
+    run: Run
+    trainer: Trainer
+    outcome: Literal["finished", "stopped"]
+    """stopped: saved, to be resumed by the same command"""
+    export: Path | None
+    """the exported model; None for a stopped run"""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, resolved."""
+        return self.run.recipe
+
+
+def train(recipe: Recipe, folder: Path) -> Trained:
+    """Train a recipe in a run folder, or resume the run there, and export the averaged weights to `folder/export`.
+
+    Runs in as many processes as torchrun started. Raises UserError if the folder was made by another recipe.
+    """
+    parallel = recipe.parallel
+    with join(run_device(recipe, folder), parallel.replicate, parallel.tensor) as ranks:
+        # The first rank writes the folder and reports mistakes; then the others open it.
+        run = ranks.once(lambda: open_run(recipe, folder)) or open_run(recipe, folder)
+        with held(folder, ranks):
+            trainer = build_trainer(run, folder, ranks)
+            if run.recipe.model.images != "none":
+                trainer.sample = sample_grid(run)
+            if run.recipe.loop.measure_every:
+                trainer.measure = measuring(
+                    run, trainer, folder, lambda weights: export_weights(run, trainer, weights, folder / "best")
+                )
+            outcome = run_trainer(trainer, folder)
+            if outcome == "stopped":
+                return Trained(run, trainer, outcome, None)
+            return Trained(run, trainer, outcome, export_run(run, trainer, folder / "export"))
+
+
+def run_trainer(trainer: Trainer, folder: Path) -> Literal["finished", "stopped"]:
+    """Restore the newest checkpoint, if any, and train until the run is finished or stopped."""
+    if trainer.restore():
+        logger.info(f"{folder}: resumed from step {trainer.step}")
+    outcome = trainer.run()
+    if outcome == "stopped":
+        logger.info(f"{folder}: stopped at step {trainer.step} and saved; the same command resumes it")
+    return outcome
+
+
+def build_trainer(run: Run, folder: Path, ranks: Ranks | None = None) -> Trainer:
+    """Return the trainer of a run: model, loss, loader and loop. Raises UserError if the parts do not fit."""
+    recipe = run.recipe
+    ranks = ranks or Ranks(torch.device(recipe.device))
+    objective: Objective = TokenObjective(recipe.objective, recipe.seed)
+    finish: Finish = unchanged
+    if recipe.model.images == "latents":
+        encoder: ImageAutoencoder | None = None
+        if encodes_later(recipe):
+            assert isinstance(run.autoencoder, ImageAutoencoder)
+            encoder = copy.deepcopy(run.autoencoder).to(ranks.device)
+        objective = TransfusionObjective(recipe.objective, run.process, recipe.seed, encoder)
+        finish = objective.draw
+    loader = build_loader(run, folder, ranks.data, ranks.datas, finish)
+    if recipe.model.images == "latents" and ranks.first and (warning := unseen_noise(recipe, loader.document)):
+        logger.info(warning)
+    return Trainer(
+        build_model(run, folder, ranks),
+        objective,
+        loader,
+        folder,
+        recipe.loop,
+        recipe.optimizer,
+        flops=lambda batch: train_flops(recipe.model, batch),
+        ranks=ranks,
+    )
+
+
+def encodes_later(recipe: Recipe) -> bool:
+    """Return True if images are encoded by the trainer, on its GPU, instead of in the loader."""
+    return recipe.device == "cuda" and recipe.model.images == "latents" and recipe.data.autoencoder != "pixels"
+
+
+def build_model(run: Run, folder: Path, ranks: Ranks) -> Transfusion:
+    """Return the network with its initial weights, or this rank's shards of it; they do not depend on the ranks."""
+    recipe = run.recipe
+    model = parallelize(Transfusion.on_meta(recipe.model, recipe.compute), ranks, recipe.parallel)
+    model.to_empty(device=ranks.device).initialise(recipe.seed, place)
+    if recipe.start and CheckpointFolder(folder / "checkpoints", ranks=ranks).newest()[0] is None:
+        start = Path(recipe.start)
+        whole = Transfusion.on_meta(recipe.model, recipe.compute).to_empty(device="cpu").initialise(recipe.seed)
+        logger.info(f"{start}: {init_from(whole, start, run.tokenizer, recipe.start_strict)}")
+        with torch.no_grad():
+            for weight, values in zip(model.parameters(), whole.parameters(), strict=True):
+                place(weight, values)
+    return model
+
+
+def build_loader(run: Run, folder: Path, rank: int = 0, ranks: int = 1, finish: Finish = unchanged) -> StepLoader:
+    """Return the batches of a run, or one rank's part of them; damaged documents are listed in `folder`."""
+    recipe, data, form = run.recipe, run.recipe.data, run.format
+    autoencoder = None if recipe.model.images == "none" else run.autoencoder
+    if autoencoder is not None and encodes_later(recipe):
+        autoencoder = DeferredEncoder(autoencoder)
+    stream = run.mixture(autoencoder)
+    rows = None
+    if data.row_length is not None:
+        rows = Rows(lambda samples: stream.lengths(samples, form), data.row_length, end=stream.end)
+    sizes = {name: len(data_set) for name, data_set in run.sources.sets.items()}
+    idle_image = None
+    if ranks > 1 and recipe.model.images == "latents":
+        idle_image = torch.zeros(recipe.model.latent_channels, *[recipe.model.patch_size] * 2)
+    return StepLoader(
+        stream.document,
+        form,
+        data.batch_size,
+        data.accumulate,
+        recipe.model.image_attention,
+        data.workers,
+        rows,
+        rank,
+        ranks,
+        FaultLog(folder, sizes, data.max_errors, rank).add,
+        idle_image,
+        finish,
+    )
+
+
+def export_run(run: Run, trainer: Trainer, folder: Path) -> Path:
+    """Export a trainer's averaged weights: the first rank writes, all ranks must call it."""
+    weights = trainer.averaged()
+    trainer.merge()
+    trainer.ranks.once(lambda: export_weights(run, trainer, weights, folder))
+    return folder
+
+
+def export_weights(run: Run, trainer: Trainer, weights: dict[str, Tensor], folder: Path) -> Path:
+    """Export averaged weights from this process."""
+    recipe = run.recipe
+    return save_export(
+        folder,
+        weights,
+        recipe.model,
+        recipe.diffusion,
+        run.tokenizer,
+        run.autoencoder,
+        run.image_size,
+        recipe.generation,
+        _model_card(run, trainer),
+        to_dict(recipe.data.world) if recipe.data.of_the_world else None,
+        recipe.preset,
+    )
+
+
+def _model_card(run: Run, trainer: Trainer) -> str:
+    recipe, images = run.recipe, run.recipe.model.images
+    kind = {"latents": "Transfusion", "codes": "Chameleon", "none": "text-only"}[images]
+    data = ", ".join(_data_described(run))
+    call = f'("{next(iter(run.held_out_prompts(1)), "a crab")}").images[0]'
+    if images == "none":
+        call = '.generate("crab:").text'
+    start = f"\n- Started from the weights in {Path(recipe.start).name}, whose licence holds." if recipe.start else ""
+    return f"""---
+pipeline_tag: {"text-generation" if images == "none" else "any-to-any"}
+library_name: transfuse
+{"" if recipe.start else "license: apache-2.0" + chr(10)}---
+# A {kind} model trained with the preset "{recipe.preset}"
+
+- Data: {data}.{start}
+- Autoencoder: {"none" if images == "none" else recipe.data.autoencoder}.
+- Training: {trainer.step} steps, {int(trainer.totals["positions"])} positions, {int(trainer.totals["images"])} images,
+  {trainer.totals["flops"]:.3g} operations, {trainer.totals["seconds"]:.0f} seconds.
+- Limits: it knows {data}; nothing else.
+
+    import transfuse
+    transfuse.load("this folder"){call}
+"""
+
+
+def _data_described(run: Run) -> Iterator[str]:
+    """Yield a phrase for each source of a run."""
+    sources, world = run.sources, run.recipe.data.world
+    for spec in [*(sources.pictures if run.recipe.model.images != "none" else []), *sources.texts]:
+        if spec.name == "world":
+            yield f"scenes of the bundled world at {world.size} pixels ({len(world.noun_names)} nouns)"
+        elif spec.name == "edits":
+            yield "instructions to change scenes, with what they ask for"
+        elif spec.name == "glosses":
+            yield "WordNet definitions"
+        else:
+            data = sources.sets[spec.name]
+            yield f"the data set {data.name} ({len(data)} documents of {data.manifest.source})"
