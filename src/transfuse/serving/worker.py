@@ -23,8 +23,8 @@ from .messages import Accepted, Drawing, Drawn, Ended, Failed, Job, JobMessage, 
 
 if TYPE_CHECKING:
     from ..inference import Event, Request, TransfusionPipeline
+    from ..inference.model_runner import Guidance
     from ..inference.quantize import Quantize
-    from ..inference.runner import Guidance
 
 
 OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter text"

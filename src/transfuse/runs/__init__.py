@@ -1,0 +1,21 @@
+"""Runs: a recipe resolved into what it names, and the folder it trains in."""
+
+from .folder import held, is_kind, read_recipe, run_device, settle_device
+from .resolve import Run, open_recipe_autoencoder, open_run, resolve, train_tokenizer
+from .sources import Sources, open_sources, unseen_noise
+
+__all__ = [
+    "Run",
+    "Sources",
+    "held",
+    "is_kind",
+    "open_recipe_autoencoder",
+    "open_run",
+    "open_sources",
+    "read_recipe",
+    "resolve",
+    "run_device",
+    "settle_device",
+    "train_tokenizer",
+    "unseen_noise",
+]

@@ -1,0 +1,239 @@
+"""`run = resolve(recipe)`: everything a recipe names, opened once and checked, as one value.
+
+    run = resolve(preset("demo"))
+    run.recipe           the recipe, with the settings that its data sets, autoencoder and `start` determine
+    run.sources          data sets and the bundled world
+    run.autoencoder      images to latents, or to codes for a Chameleon
+    run.tokenizer        of the run's folder, its data sets or `start`, else trained on the bundled text
+    run.process          diffusion
+
+All that trains, samples, exports and plans takes a `Run` and opens nothing itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from ..data.bundled import World, caption, edit, glosses
+
+from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
+from ..data import Mixture
+from ..diffusion import Process, Sampler
+from ..errors import UserError
+from ..io import atomic_write
+from ..log import logger
+from ..recipes.autoencoders import AUTOENCODERS
+from ..recipes.recipe import Recipe
+from ..sequence import SequenceFormat, Tokenizer
+from ..training.trackers import check_trackers
+from .folder import record_recipe, settle_device
+from .sources import Sources, mixture, open_sources
+from .start import init_tokenizer, resolve_init
+
+TOKENIZER_CAPTIONS = 4000  # captions of the bundled world that a tokenizer is trained on, next to the definitions
+EDITED = 100  # scenes of a world whose edits are tried before training
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A recipe and what it names, opened."""
+
+    recipe: Recipe
+    sources: Sources
+    autoencoder: Autoencoder
+    """of a text-only model, pixels"""
+    saved_tokenizer: Tokenizer | None = None
+    """tokenizer of the run's folder, or of `start`"""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run's folder, else of its data sets or `start`, else one trained on the bundled text."""
+        return self.saved_tokenizer or self.sources.tokenizer or train_tokenizer(self.recipe, self.sources.world)
+
+    @cached_property
+    def process(self) -> Process:
+        """The diffusion process."""
+        return Process(self.recipe.diffusion)
+
+    @cached_property
+    def image_size(self) -> int:
+        """Side, in pixels, of the images the model is trained on and draws by default."""
+        return self.sources.image_size()
+
+    @property
+    def format(self) -> SequenceFormat:
+        """The layout of documents as sequences."""
+        return self.recipe.model.sequence_format(self.tokenizer)
+
+    def mixture(self, autoencoder: Autoencoder | None) -> Mixture:
+        """Return the stream of documents, with images through `autoencoder`, or without images."""
+        return mixture(self.recipe, self.sources, self.tokenizer, self.format, autoencoder)
+
+    def held_out_prompts(self, count: int) -> list[str]:
+        """Return captions that training never shows; an empty list if there are no captions."""
+        return self.sources.held_out_prompts(count)
+
+
+def resolve(recipe: Recipe, tokenizer: Path | None = None, here: bool = True) -> Run:
+    """Open everything a recipe names, once, and fill in the settings that follow from it.
+
+    Args:
+        recipe: the recipe to resolve.
+        tokenizer: `tokenizer.json` of the run's folder, used if it exists.
+        here: whether "auto" in device and precision becomes what suits this machine.
+
+    Raises:
+        UserError: something is missing, or the parts do not fit together.
+    """
+    if recipe.start:
+        recipe = resolve_init(recipe)
+    sources = open_sources(recipe.data)
+    recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))
+    saved = init_tokenizer(Path(recipe.start)) if recipe.start else None
+    recipe = _with_vocabulary(recipe, sources, saved)
+    _check_world(sources)
+    autoencoder = open_recipe_autoencoder(recipe)
+    recipe = _with_autoencoder(recipe, sources, autoencoder)
+    if here:
+        recipe = settle_device(recipe)
+    if tokenizer is not None and tokenizer.exists():
+        saved = Tokenizer.load(tokenizer)
+    elif sources.tokenizer is not None:
+        saved = None
+    return Run(recipe, sources, autoencoder, saved)
+
+
+def open_run(recipe: Recipe, folder: Path) -> Run:
+    """Resolve a recipe and begin a run in `folder`, or resume the one that is there.
+
+    Writes `config.json` and `tokenizer.json` of a new run. Raises UserError if the folder has a run of another recipe,
+    or a tracker's package is missing.
+    """
+    check_trackers(recipe.loop.trackers)
+    tokenizer = folder / "tokenizer.json"
+    run = resolve(settle_device(recipe, folder), tokenizer)
+    record_recipe(run.recipe, folder)
+    if not tokenizer.exists():
+        atomic_write(tokenizer, run.tokenizer.save)
+    return run
+
+
+def train_tokenizer(recipe: Recipe, world: World | None = None) -> Tokenizer:
+    """Train a byte-level BPE on captions and definitions of the bundled world: a function of the recipe."""
+    world = world or World(recipe.data.world)
+    captions: Sequence[str] = [caption(world.scene(index), index) for index in range(TOKENIZER_CAPTIONS)]
+    return Tokenizer.train([*captions, *glosses("train")], recipe.model.text_vocab_size)
+
+
+def open_recipe_autoencoder(recipe: Recipe) -> Autoencoder:
+    """Open the autoencoder of a recipe: for a Chameleon, one of codes.
+
+    Raises UserError for an unknown name, weights other than the run began with, or a missing codebook.
+    """
+    name = recipe.data.autoencoder
+    if name in AUTOENCODERS and name not in bundled():
+        raise UserError(
+            f'data.autoencoder: "{name}" is a preset, to be trained first (transfuse autoencoder train {name}); '
+            "then give its export folder"
+        )
+    autoencoder = open_autoencoder(name)
+    expected = recipe.data.autoencoder_weights
+    if expected not in ("", autoencoder.fingerprint):
+        raise UserError(
+            f"data.autoencoder: expected {name} with the weights {expected}, as the run began, "
+            f"found {autoencoder.fingerprint}"
+        )
+    if recipe.model.images != "codes":
+        return autoencoder
+    try:
+        return VQTokenizer(autoencoder)
+    except ValueError as error:
+        raise UserError(f"data.{error}") from None
+
+
+def _with_vocabulary(recipe: Recipe, sources: Sources, init: Tokenizer | None) -> Recipe:
+    """Return the recipe with the vocabulary of its data sets."""
+    tokenizer = sources.tokenizer
+    if tokenizer is None:
+        return recipe
+    if init is not None and tokenizer.fingerprint != init.fingerprint:
+        raise UserError(
+            f"data.sources: expected data sets with the tokenizer of {recipe.start}, found another; build them with "
+            f"--tokenizer {recipe.start}"
+        )
+    sources.check_lengths(recipe.model.max_seq_len - 2, "model.max_seq_len, less two markers")
+    if recipe.model.text_vocab_size >= tokenizer.vocab_size and recipe.start:
+        return recipe
+    return _with_model(recipe, "text_vocab_size", tokenizer.vocab_size, "as the tokenizer of the data sets has")
+
+
+def _check_world(sources: Sources) -> None:
+    """Raise UserError for a bundled world, if it is used, with nothing to show, hold out or edit."""
+    names = [spec.name for spec in sources.specs]
+    if not {"world", "edits"} & set(names):
+        return
+    try:
+        world, _ = sources.world, sources.heldout
+        for number in range(EDITED if "edits" in names else 0):
+            edit(world.scene(number), world, number)
+    except ValueError as error:
+        raise UserError(f"data.world: {error}") from None
+
+
+def _with_autoencoder(recipe: Recipe, sources: Sources, autoencoder: Autoencoder) -> Recipe:
+    """Return the recipe with the channels, or codes, of its autoencoder. Raises UserError if they do not fit."""
+    model, name = recipe.model, recipe.data.autoencoder
+    empty = 0.0 if model.images == "none" else 1.0
+    if recipe.data.text_share == empty:
+        raise UserError(
+            f'data.text_share: expected another share with model.images "{model.images}", found {empty:g}: '
+            "there would be nothing of that kind to learn from"
+        )
+    if model.images == "none":
+        return recipe
+    weights = "" if name == "pixels" else autoencoder.fingerprint
+    recipe = replace(recipe, data=replace(recipe.data, autoencoder_weights=weights))
+    _check_images(recipe, sources, model.patch_size * autoencoder.factor)
+    reason = f"as the autoencoder {name} has"
+    if isinstance(autoencoder, VQTokenizer):
+        return _with_model(recipe, "codebook_size", autoencoder.codebook_size, reason)
+    if recipe.diffusion.clip_x0 is not None and name != "pixels":
+        raise UserError(
+            f'diffusion.clip_x0: expected None with the autoencoder "{name}", whose latents have deviation 1 and go '
+            f"beyond, found {recipe.diffusion.clip_x0}"
+        )
+    return _with_model(recipe, "latent_channels", autoencoder.channels, reason)
+
+
+def _check_images(recipe: Recipe, sources: Sources, step: int) -> None:
+    """Raise UserError for images that do not divide into patches of `step` pixels, and for an unknown sampler."""
+    model, size = recipe.model, recipe.data.world.size
+    most = math.inf if model.max_grid is None else model.max_grid
+    sources.check_sizes(step, most)
+    sources.check_positions(step, model.max_seq_len)
+    if recipe.data.of_the_world and size > most * step:
+        raise UserError(
+            f"data.world.size: expected at most {most * step:g} (model.patch_positions learned), found {size}"
+        )
+    if recipe.data.of_the_world and size % step:
+        raise UserError(
+            f"data.world.size: expected a multiple of {step} (model.patch_size x the autoencoder's factor), "
+            f"found {size}"
+        )
+    if model.images == "latents":
+        try:
+            Sampler(Process(recipe.diffusion), recipe.generation.sampler)
+        except ValueError as error:
+            raise UserError(f"generation.sampler: {error}") from None
+
+
+def _with_model(recipe: Recipe, name: str, value: int, reason: str) -> Recipe:
+    """Return the recipe with one setting of the model changed, and log the change."""
+    if getattr(recipe.model, name) == value:
+        return recipe
+    logger.info(f"model.{name}: {value}, {reason}")
+    return replace(recipe, model=replace(recipe.model, **{name: value}))  # type: ignore[arg-type]
