@@ -27,7 +27,7 @@ from transfuse.presets.recipe import build_trainer, export_run
 from transfuse.presets.runs import claimed, open_run, run_device
 from transfuse.sequence import Document, Text, Tokenizer
 from transfuse.sequence.tokenizer import SPECIAL
-from transfuse.training import Ranks
+from transfuse.training import Distributed
 
 
 def test_the_papers_rates() -> None:
@@ -165,7 +165,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
         assert child.exitcode is not None
         return child.exitcode
 
-    with claimed(recipe, tmp_path, Ranks()) as opened:
+    with claimed(recipe, tmp_path, Distributed()) as opened:
         assert other() == 3
         worker = context.Process(target=time.sleep, args=(60,))
         worker.start()
@@ -177,7 +177,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
 
 def _claim(folder: Path) -> None:
     try:
-        with claimed(preset("tiny"), folder, Ranks()):
+        with claimed(preset("tiny"), folder, Distributed()):
             pass
     except UserError as error:
         os._exit(3 if "expected a run that nobody else trains, found another process at it" in str(error) else 1)

@@ -28,8 +28,8 @@ from ..errors import UserError
 from ..images import fit, image_files, read_image
 from ..log import logger
 from ..rng import generator_for
-from ..training import LoopConfig, OptimizerConfig, Ranks, Trainer
-from ..training.autoencoder import (
+from ..training import Distributed, LoopConfig, OptimizerConfig, Trainer
+from ..training.autoencoder_loss import (
     AutoencoderInTraining,
     AutoencoderObjective,
     AutoencoderObjectiveConfig,
@@ -233,10 +233,10 @@ def build_autoencoder_trainer(
     recipe: AutoencoderRecipe,
     folder: Path,
     sample: Callable[[dict[str, Tensor], Path], None] | None = None,
-    ranks: Ranks | None = None,
+    ranks: Distributed | None = None,
 ) -> Trainer:
     """Put network, data, objective and loop together for a resolved recipe. Every rank has all of the network."""
-    ranks = ranks or Ranks(torch.device(recipe.device))
+    ranks = ranks or Distributed(torch.device(recipe.device))
     model = AutoencoderInTraining(recipe.model, recipe.objective.adversarial_from is not None).initialise(recipe.seed)
     if recipe.start is not None:
         # Its statistics belong to the configuration, not to the weights; an export measures them anew.

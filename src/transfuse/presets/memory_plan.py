@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from ..model import ModelConfig, Transfusion
 from ..model.activations import Checkpointing, Load, forward_bytes, step_bytes
-from ..training.token_loss import AT_ONCE
+from ..training.loss import MAX_LOGITS
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def memory(config: ModelConfig, load: Load, spread: Spread, checkpointing: Check
         ema=4 * part,
         gathered=_gathered(config, spread, checkpointing, element),
         activations=most,
-        logits=max(0, 12 * min(AT_ONCE, load.predictions * config.vocab_size) - later),
+        logits=max(0, 12 * min(MAX_LOGITS, load.predictions * config.vocab_size) - later),
     )
 
 

@@ -32,12 +32,12 @@ from ..model.flops import train_flops
 from ..sequence import Tokenizer
 from ..training import (
     CheckpointFolder,
+    Distributed,
     LoopConfig,
     Objective,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
-    Ranks,
     TokenObjective,
     Trainer,
     TransfusionObjective,
@@ -258,12 +258,12 @@ def train_tokenizer(recipe: Recipe) -> Tokenizer:
     return Tokenizer.train([*captions(recipe.data.world, 4000), *glosses("train")], recipe.model.text_vocab_size)
 
 
-def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> tuple[Trainer, Tokenizer]:
+def build_trainer(recipe: Recipe, folder: Path, ranks: Distributed | None = None) -> tuple[Trainer, Tokenizer]:
     """Put model, data, objective and loop together for a resolved recipe. Raises UserError where they do not fit."""
-    ranks = ranks or Ranks(torch.device(recipe.device))
+    ranks = ranks or Distributed(torch.device(recipe.device))
     opened = open_sources(recipe.data)
     path = folder / "tokenizer.json"
-    tokenizer = ranks.once(lambda: _tokenizer(recipe, opened, path)) or _tokenizer(recipe, opened, path)
+    tokenizer = ranks.on_rank0(lambda: _tokenizer(recipe, opened, path)) or _tokenizer(recipe, opened, path)
     objective: Objective = TokenObjective(recipe.objective, recipe.seed)
     finish: Finish = unchanged
     if recipe.model.images == "latents":
@@ -273,7 +273,7 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks | None = None) -> t
             assert isinstance(opened_autoencoder, ImageAutoencoder)
             encoder = opened_autoencoder.to(ranks.device)
         objective = TransfusionObjective(recipe.objective, Process(recipe.diffusion), recipe.seed, encoder)
-        finish = objective.draw
+        finish = objective.sample_noise
     loader = build_loader(recipe, opened, tokenizer, folder, ranks.data, ranks.datas, finish)
     if recipe.model.images == "latents" and ranks.first and (unseen := unseen_noise(recipe, loader.document)):
         logger.info(unseen)
@@ -296,7 +296,7 @@ def encodes_later(recipe: Recipe) -> bool:
     return recipe.device == "cuda" and recipe.model.images == "latents" and recipe.data.autoencoder != "pixels"
 
 
-def build_model(recipe: Recipe, folder: Path, tokenizer: Tokenizer, ranks: Ranks) -> Transfusion:
+def build_model(recipe: Recipe, folder: Path, tokenizer: Tokenizer, ranks: Distributed) -> Transfusion:
     """The network with its first weights, or this rank's shards of it: the same for any number of ranks."""
     model = parallelize(Transfusion.on_meta(recipe.model, recipe.compute), ranks, recipe.parallel)
     model.to_empty(device=ranks.device).initialise(recipe.seed, place)
@@ -372,7 +372,7 @@ def export_run(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, folder: P
     """Write the averaged weights of a trainer as an export: the first rank does, all must call it."""
     weights = trainer.averaged()
     trainer.merge()
-    trainer.ranks.once(lambda: export_weights(recipe, trainer, weights, tokenizer, folder))
+    trainer.ranks.on_rank0(lambda: export_weights(recipe, trainer, weights, tokenizer, folder))
     return folder
 
 

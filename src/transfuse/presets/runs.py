@@ -15,8 +15,8 @@ from ..config import from_dict, read_json, to_dict
 from ..devices import Device, Precision, pick_device, training_precision
 from ..errors import UserError
 from ..log import logger
-from ..training import LoopConfig, Ranks
-from ..training.trackers import check_trackers
+from ..training import Distributed, LoopConfig
+from ..training.metrics import check_trackers
 
 FREE = {
     "parallel",
@@ -99,14 +99,14 @@ def open_run(recipe: R, folder: Path) -> R:
 
 
 @contextmanager
-def claimed(recipe: R, folder: Path, ranks: Ranks) -> Iterator[R]:
+def claimed(recipe: R, folder: Path, ranks: Distributed) -> Iterator[R]:
     """`open_run` by all ranks of a run, while no other command trains there: two would write over each other's
     checkpoints. The first rank writes, and says what is wrong, once.
 
     The lock is the process's, and goes with it, however it ends. Raises UserError where another has it, too.
     """
-    opened = ranks.once(lambda: open_run(recipe, folder)) or open_run(recipe, folder)
-    held = ranks.once(lambda: _locked(folder))
+    opened = ranks.on_rank0(lambda: open_run(recipe, folder)) or open_run(recipe, folder)
+    held = ranks.on_rank0(lambda: _locked(folder))
     try:
         yield opened
     finally:

@@ -36,7 +36,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer,
         trainer = build_autoencoder_trainer(recipe, folder, reconstruction_grid(recipe), ranks)
         if run_trainer(trainer, folder) == "stopped":
             return trainer, None
-        ranks.once(lambda: export_autoencoder(recipe, trainer, folder / "export"))
+        ranks.on_rank0(lambda: export_autoencoder(recipe, trainer, folder / "export"))
     return trainer, folder / "export"
 
 

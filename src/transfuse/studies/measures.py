@@ -45,7 +45,7 @@ def measuring(
         return EvalContext(pipe_of(weights), weights_digest(weights), folder / "measures", world, options)
 
     first = trainer.averaged()
-    trainer.ranks.once(lambda: _check(bench_of(first), measures, loop.best))
+    trainer.ranks.on_rank0(lambda: _check(bench_of(first), measures, loop.best))
 
     def measure(weights: dict[str, Tensor]) -> dict[str, float]:
         bench = bench_of(weights)

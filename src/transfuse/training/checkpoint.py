@@ -33,9 +33,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ..errors import UserError
 from ..io import atomic_write, sha256, sync
-from .parallel import place
-from .ranks import Ranks
-from .tensor_parallel import restacked, stacked_name
+from .distributed import Distributed
+from .parallel import place, restacked, stacked_name
 
 # One process is a case like any other; the warning comes from a thread, where it can not be caught.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
@@ -60,9 +59,9 @@ class Checkpoint:
 class CheckpointFolder:
     """The checkpoints of one run: of the newest, `keep` stay, and every one whose step divides by `keep_every`."""
 
-    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0, ranks: Ranks | None = None) -> None:
+    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0, ranks: Distributed | None = None) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Distributed()
         self._stager: DefaultStager | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._written: tuple[Path, Future[None]] | None = None
@@ -84,7 +83,7 @@ class CheckpointFolder:
             except OSError as error:
                 raise UserError(_not_written(final, str(error))) from None
 
-        self.ranks.once(make_room)
+        self.ranks.on_rank0(make_room)
         if self._stager is None or not STAGER_STAYS:  # one for all: copies go to the same memory again
             cuda = self.ranks.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
@@ -123,7 +122,7 @@ class CheckpointFolder:
                 written.result()
             except (OSError, UserError, CheckpointException) as error:
                 problem = _not_written(final, _reason(error))
-        self.ranks.agree(problem)
+        self.ranks.all_agree(problem)
 
     def settle(self) -> None:
         """Let what was begun come to its end, whichever, on this rank alone: an error is about to end the run."""
@@ -179,7 +178,7 @@ class CheckpointFolder:
                 found = path
                 break
             complaints.append(f"{path}: {problem}")
-        found, complaints = self.ranks.share((found, complaints))
+        found, complaints = self.ranks.broadcast((found, complaints))
         if complaints and found is None:
             raise UserError(
                 f"{complaints[0]}; expected a whole checkpoint to go on from, found none of {len(complaints)}; move "
@@ -190,7 +189,7 @@ class CheckpointFolder:
     def open(self, path: Path) -> Metadata:
         """What is in a checkpoint: names, as group/name, and shapes."""
         found = HuggingFaceStorageReader(str(path)).read_metadata() if self.ranks.first else None
-        return cast(Metadata, self.ranks.share(found))
+        return cast(Metadata, self.ranks.broadcast(found))
 
     def load(self, path: Path, found: Metadata, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
         """Fill tensors, whole or sharded, with those of a checkpoint that `newest` gave, in which `open` found what

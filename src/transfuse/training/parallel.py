@@ -1,27 +1,133 @@
-"""How a network is spread over processes, compiled and made to remember less: none of it in the model's own files.
+"""How a network is spread over processes, compiled and checkpointed; the model's own files know nothing of it.
 
 The order matters: tensor parallel, activation checkpointing, compilation, sharding; then storage, weights, optimizer.
+
+Tensor parallel shares every matrix among the ranks of a group, and the positions between matrices:
+
+    norm [N / T, C] -> gather -> qkv, gate_up: a T-th of the heads and of the hidden channels, for all N
+                              -> out, down: sums over the ranks, scattered by position -> [N / T, C]
+
+(Megatron, arXiv 1909.08053, for the matrices; arXiv 2205.05198 for the positions of norms and residual stream.) Before
+and after the transformer all ranks of a group compute the same.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..errors import UserError
-from ..model import Transfusion
+from ..model import ModelConfig, Transfusion
 from ..model.activations import Checkpointing
 from ..model.attention import Attend
-from .ranks import Ranks
-from .tensor_parallel import share_matrices
+from ..model.layers import Linear
+from ..model.transformer import Block
+from .distributed import Distributed
+
+STACKED = {"qkv": 3, "gate_up": 2}
+"""matrices that are several, one above the other: each rank needs a piece of every one of them"""
+
+
+class Parts(nn.Module):
+    """A stacked matrix as the linear maps it is made of, outputs side by side: `[N, C] -> [N, parts * D]`."""
+
+    def __init__(self, stacked: Linear, count: int) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.parts = nn.ModuleList(Linear(stacked.in_features, stacked.out_features // count) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def share_matrices(model: Transfusion, mesh: DeviceMesh) -> None:
+    """Cut the trunk's matrices over a mesh of one axis. Raises UserError where the network can not be cut so."""
+    _check(model.config, mesh.size())
+    whole, rows = Replicate(), Shard(0)
+    gathered = PrepareModuleInput(input_layouts=(rows,), desired_input_layouts=(whole,))
+    column = ColwiseParallel(input_layouts=whole)
+    row = RowwiseParallel(output_layouts=rows, use_local_output=False)
+    norm = SequenceParallel(sequence_dim=0)
+    for block in model.transformer.blocks:
+        assert isinstance(block, Block)
+        block.qkv = Parts(block.qkv, STACKED["qkv"])  # type: ignore[assignment]
+        block.feed_forward.gate_up = Parts(block.feed_forward.gate_up, STACKED["gate_up"])  # type: ignore[assignment]
+        block.n_heads, block.kv_heads = block.n_heads // mesh.size(), block.kv_heads // mesh.size()
+        plan = {
+            "attention_norm": norm,
+            "qkv": gathered,
+            "qkv.parts.*": column,
+            "out": row,
+            "feed_forward_norm": norm,
+            "feed_forward": gathered,
+            "feed_forward.gate_up.parts.*": column,
+            "feed_forward.down": row,
+        }
+        parallelize_module(block, mesh, plan)
+    parallelize_module(model.transformer, mesh, {"norm": norm})
+    inputs = PrepareModuleInput(
+        input_layouts=(whole, None, None, None),
+        desired_input_layouts=(rows, None, None, None),
+    )
+    outputs = PrepareModuleOutput(output_layouts=(rows,), desired_output_layouts=(whole,))
+    parallelize_module(model, mesh, {"transformer": inputs})
+    parallelize_module(model, mesh, {"transformer": outputs})
+
+
+def _check(config: ModelConfig, ranks: int) -> None:
+    def check(ok: bool, expected: str) -> None:
+        if not ok:
+            raise UserError(f"parallel.tensor: expected {expected}, found {ranks}")
+
+    check(config.n_heads % ranks == 0, f"a divisor of model.n_heads ({config.n_heads})")
+    check(config.ffn_dim % ranks == 0, f"a divisor of the hidden channels ({config.ffn_dim})")
+    check(config.kv_heads == config.n_heads, "1 with model.n_kv_heads")
+    check(not config.qk_norm, "1 with model.qk_norm")
+    check(not config.dropout, "1 with model.dropout")
+
+
+def stacked_name(name: str) -> str:
+    """The name a part's weight has where the matrix is not cut; others are their own."""
+    head, _, tail = name.partition(".parts.")
+    return f"{head}.{tail.split('.', 1)[1]}" if tail else name
+
+
+def restacked(name: str, tensor: Tensor, found: list[Tensor]) -> Tensor:
+    """What belongs in a tensor of this name, from the stacked matrix, or from its parts in order."""
+    if not tensor.ndim:
+        return found[0]
+    whole = torch.cat(found)
+    if stacked_name(name) == name:
+        return whole
+    number = int(name.partition(".parts.")[2].split(".", 1)[0])
+    return whole[number * len(tensor) : (number + 1) * len(tensor)]
+
+
+def stack(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """By the names of a network that is not cut: parts, which must be whole and in order, put together again."""
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors:
+        found.setdefault(stacked_name(name), []).append(tensor)
+    return {name: those[0] if len(those) == 1 else torch.cat(those) for name, those in found.items()}
+
 
 # Predictions are views of one tensor, and nothing changes them in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -61,7 +167,7 @@ class ParallelConfig:
             raise ValueError(f"parallel.float8: expected False with parallel.tensor {self.tensor}, found True")
 
 
-def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Transfusion:
+def parallelize(model: Transfusion, ranks: Distributed, config: ParallelConfig) -> Transfusion:
     """Make a network on the meta device ready for these ranks. Returns it; storage and weights come afterwards.
 
     Raises UserError where the network can not be spread so.
@@ -135,7 +241,7 @@ def sum_over_copies(model: nn.Module, last: bool) -> None:
         model.set_requires_all_reduce(last)
 
 
-def sum_over_ranks(model: nn.Module, ranks: Ranks) -> None:
+def sum_over_ranks(model: nn.Module, ranks: Distributed) -> None:
     """Add the gradients of a network up that every rank has the whole of; sharded ones have done so already."""
     if ranks.mesh is None or isinstance(model, FSDPModule):
         return
@@ -174,7 +280,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Ranks) -> Tensor:
+def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Distributed) -> Tensor:
     """Scale gradients so that their global norm is at most `largest`. Returns the norm before, on all ranks.
 
     Without any gradient, which then no rank has, it is 0.
@@ -192,7 +298,7 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Ranks)
     return norm
 
 
-def _copies(tensor: Tensor, ranks: Ranks) -> int:
+def _copies(tensor: Tensor, ranks: Distributed) -> int:
     """How many ranks hold the same shard."""
     if not isinstance(tensor, DTensor):
         return ranks.count

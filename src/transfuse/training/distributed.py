@@ -1,20 +1,23 @@
-"""The processes of a run: which this one is, and what all of them agree on.
+"""The processes of a run: this one's rank, collectives, and signals that stop the run.
 
-    python -m transfuse train demo                                  one process, rank 0 of 1: nothing is sent anywhere
-    torchrun --nproc-per-node 8 -m transfuse train demo             eight
+    python -m transfuse train demo                                  one process, rank 0 of 1: nothing is sent
+    torchrun --nproc-per-node 8 -m transfuse train demo             eight processes
 
-A run has replicate x shard x tensor processes. Those of one `tensor` group work on the same data; the others, the
-*data ranks*, each on their part of every step.
+A run has replicate x shard x tensor processes. Those of one `tensor` group work on the same data; the others, the data
+ranks, each work on their part of every step.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -25,25 +28,55 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import UserError
 from ..log import set_quiet
-from .signals import RESUMABLE
+
+RESUMABLE = 75
+"""exit code of a run that was stopped and saved: the same command resumes it (EX_TEMPFAIL)"""
+
+
+class StopRequest:
+    """A context that turns SIGINT, SIGTERM and SIGUSR1 into a request to stop after the current step.
+
+    `requested` is True from the first signal on; a second Ctrl-C raises KeyboardInterrupt.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            for number in self.signals:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=30)
-"""how long a rank waits for the others"""
+TIMEOUT = timedelta(minutes=30)  # how long a rank waits for the others
 
 AXES = ("replicate", "shard", "tensor")
 
 
 @dataclass(frozen=True, eq=False)
-class Ranks:
-    """Number `rank` of `count` processes.
+class Distributed:
+    """The process group of a run: this is process `rank` of `count`.
 
-    mesh            named axes `replicate`, `shard`, `tensor`; None where there is one process
-    data, datas     number of this data rank, and how many there are
-    elastic         started by torchrun, which starts all of them again where one fails
-    objects, saving groups on the processor: for Python objects, and for checkpoints, which a thread writes meanwhile
-    peers           the data ranks that hold the same part of the network's matrices as this one
+    mesh            device mesh with axes `replicate`, `shard`, `tensor`; None for a single process
+    data, datas     this data rank, and the number of data ranks
+    elastic         started by torchrun, which restarts all processes if one fails
+    objects, saving CPU groups for Python objects, and for checkpoints written by a thread
+    peers           the data ranks that hold the same part of the network's matrices
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -59,17 +92,17 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes what is written once, and speaks."""
+        """True for the process that writes files and messages."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """In place, over the data ranks."""
+        """Sum a tensor over the data ranks, in place."""
         if self.mesh is not None:
             dist.all_reduce(tensor, group=self.peers)
         return tensor
 
     def sum_all(self, tensor: Tensor) -> Tensor:
-        """In place, over all ranks."""
+        """Sum a tensor over all ranks, in place."""
         if self.mesh is not None:
             dist.all_reduce(tensor)
         return tensor
@@ -78,7 +111,7 @@ class Ranks:
         """Every data rank's, in order."""
         return self._all(value)[:: self.count // self.datas]
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first rank's, on all."""
         if self.mesh is None:
             return value
@@ -91,7 +124,7 @@ class Ranks:
         """Until all have come here."""
         self.gather(None)
 
-    def agree(self, problem: str) -> None:
+    def all_agree(self, problem: str) -> None:
         """Stop all ranks where any has a problem: UserError on the first, which says it, an exit on the others. All
         must call it; so none waits for one that is gone."""
         found = next(filter(None, self._all(problem)), "")
@@ -100,7 +133,7 @@ class Ranks:
         if found:
             raise SystemExit(2)
 
-    def once(self, action: Callable[[], T]) -> T | None:
+    def on_rank0(self, action: Callable[[], T]) -> T | None:
         """Have the first rank do something, whose result it alone gets; all must call it, and all stop where that
         raises UserError."""
         problem, result = "", None
@@ -109,7 +142,7 @@ class Ranks:
                 result = action()
         except UserError as error:
             problem = str(error)
-        self.agree(problem)
+        self.all_agree(problem)
         return result
 
     def _all(self, value: T) -> list[T]:
@@ -121,14 +154,14 @@ class Ranks:
         return found
 
 
-def stopped_code(ranks: Ranks) -> int:
+def stopped_code(ranks: Distributed) -> int:
     """What a run that was stopped and saved exits with. To torchrun any code but 0 is a failure, after which it would
     start all ranks again."""
     return 0 if ranks.elastic else RESUMABLE
 
 
 @contextmanager
-def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Ranks]:
+def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Distributed]:
     """The ranks that torchrun (or another launcher that sets its variables) started; one where it did not.
 
     Raises UserError where so many processes do not make up `replicate` copies of groups of `tensor`.
@@ -141,7 +174,7 @@ def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Ranks]:
             f"parallel: expected a multiple of {replicate * tensor} processes (replicate x tensor), found {count}"
         )
     if "RANK" not in os.environ or count == 1:
-        yield Ranks(torch.device(device))
+        yield Distributed(torch.device(device))
         return
     rank, cuda = int(os.environ["RANK"]), device == "cuda"
     here = torch.device(device, int(os.environ.get("LOCAL_RANK", rank))) if cuda else torch.device(device)
@@ -151,9 +184,9 @@ def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Ranks]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(_meet(shared, rank, count), shared)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     else:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     set_quiet(rank > 0)
     try:
         yield arrange(here, replicate, tensor)
@@ -169,7 +202,7 @@ def _meet(store: dist.Store, rank: int, count: int) -> str:
     under the names that new ones look for: without a word of their own the new ones wait for the dead.
     """
     mine = uuid4().hex
-    deadline = time.monotonic() + PATIENCE.total_seconds()
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
     others = set(range(1, count)) if rank == 0 else set()
     store.set(f"hello/{rank}", mine)
     while time.monotonic() < deadline:
@@ -185,14 +218,14 @@ def _meet(store: dist.Store, rank: int, count: int) -> str:
                 store.set(f"here/{word}/{rank}", "")
                 return word
         time.sleep(0.05)
-    raise RuntimeError(f"rank {rank}: the other ranks did not come within {PATIENCE}")
+    raise RuntimeError(f"rank {rank}: the other ranks did not come within {TIMEOUT}")
 
 
-def arrange(device: torch.device, replicate: int, tensor: int) -> Ranks:
+def arrange(device: torch.device, replicate: int, tensor: int) -> Distributed:
     """The processes of the default group in a mesh of replicate x shard x tensor."""
     rank, count = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh(device.type, (replicate, count // (replicate * tensor), tensor), mesh_dim_names=AXES)
     peers = mesh["replicate", "shard"]._flatten("data").get_group()
     objects, saving = (dist.new_group(backend="gloo", timeout=timedelta(hours=2)) for _ in range(2))
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
-    return Ranks(device, rank, count, mesh, rank // tensor, count // tensor, elastic, objects, saving, peers)
+    return Distributed(device, rank, count, mesh, rank // tensor, count // tensor, elastic, objects, saving, peers)

@@ -25,8 +25,8 @@ from ..autoencoders.network import initialise
 from ..autoencoders.pixels import images_to_tensor
 from ..errors import UserError
 from ..rng import generator_for
-from .objective import Details, Sums
-from .ranks import Ranks
+from .distributed import Distributed
+from .loss import Details, LossSums
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class AutoencoderInTraining(nn.Module):
 
 
 class AutoencoderObjective:
-    """Sums over images of every term. names and weights: those that are on."""
+    """LossSums over images of every term. names and weights: those that are on."""
 
     def __init__(
         self,
@@ -146,9 +146,9 @@ class AutoencoderObjective:
         perceptual: Features | None = None,
         identity: Features | None = None,
         bfloat16: bool = False,
-        ranks: Ranks | None = None,
+        ranks: Distributed | None = None,
     ) -> None:
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Distributed()
         self.config, self.seed, self.steps, self.bfloat16 = config, seed, steps, bfloat16
         self.perceptual, self.identity = perceptual, identity
         terms = {"l1": 1.0}
@@ -201,7 +201,7 @@ class AutoencoderObjective:
         lengths = (self.ranks.sum(gradients) / count).flatten(1).norm(dim=1)
         self._ready, self._scale = list(batches), (lengths[0] / (lengths[1] + 1e-4)).clamp(max=1e4)
 
-    def sums(self, model: nn.Module, batch: ImageBatch) -> Sums:
+    def loss(self, model: nn.Module, batch: ImageBatch) -> LossSums:
         """As `Objective` has it. A batch that `before_step` was not given is a step by itself."""
         weighs = self._weighs(batch)
         if weighs and not any(batch is ready for ready in self._ready):
@@ -212,10 +212,10 @@ class AutoencoderObjective:
             self._ready = [ready for ready in self._ready if ready is not batch]
             terms["adversarial"] = terms["adversarial"] * self._scale
             details["adaptive_weight"] = self._scale * len(batch.samples), len(batch.samples)
-        return Sums(torch.stack([terms[name].sum() for name in self.names]), details)
+        return LossSums(torch.stack([terms[name].sum() for name in self.names]), details)
 
     @torch.no_grad()
-    def offenders(self, model: nn.Module, batch: ImageBatch) -> list[int]:
+    def nonfinite_samples(self, model: nn.Module, batch: ImageBatch) -> list[int]:
         terms, _ = self._terms(model, batch)
         wrong = ~torch.stack([terms[name] for name in self.names]).isfinite().all(0)
         return [batch.samples[number] for number in torch.nonzero(wrong).flatten().tolist()]
