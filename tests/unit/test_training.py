@@ -314,7 +314,7 @@ def test_checkpoints_keep_the_newest_and_fall_back(tmp_path) -> None:
     (last / "manifest.json").write_text("{")
     assert store.newest()[0] == found
     (found / "manifest.json").write_text('{"version": 99, "files": {}}')
-    with pytest.raises(UserError, match=r"step-00000003: .*expected a whole checkpoint to go on from, found none of 2"):
+    with pytest.raises(UserError, match=r"step-00000003: .*complete checkpoint to resume from, found none of 2"):
         store.newest()
     assert CheckpointFolder(tmp_path / "empty", keep=2).newest() == (None, [])
 

@@ -34,12 +34,12 @@ RESUMABLE = 75
 
 
 class StopRequest:
-    """A context that turns SIGINT, SIGTERM and SIGUSR1 into a request to stop after the current step.
+    """A context that turns SIGINT, SIGTERM and SIGUSR1 (not on Windows) into a request to stop after the current step.
 
     `requested` is True from the first signal on; a second Ctrl-C raises KeyboardInterrupt.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
     def __init__(self) -> None:
         self.requested = False
@@ -108,34 +108,39 @@ class Distributed:
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Every data rank's, in order."""
+        """Return the values of all data ranks, in order."""
         return self._all(value)[:: self.count // self.datas]
 
     def broadcast(self, value: T) -> T:
-        """The first rank's, on all."""
+        """Return rank 0's value on every rank."""
         if self.mesh is None:
             return value
-        found: list[Any] = [value]
-        dist.broadcast_object_list(found, src=0, group=self.objects)
-        shared: T = found[0]
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, group=self.objects)
+        shared: T = values[0]
         return shared
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait for all ranks."""
         self.gather(None)
 
     def all_agree(self, problem: str) -> None:
-        """Stop all ranks where any has a problem: UserError on the first, which says it, an exit on the others. All
-        must call it; so none waits for one that is gone."""
-        found = next(filter(None, self._all(problem)), "")
-        if found and self.first:
-            raise UserError(found)
-        if found:
+        """Stop all ranks if any of them has a problem (an empty string is none). Every rank must call this.
+
+        Raises:
+            UserError: on rank 0, with the first problem; the other ranks exit with code 2.
+        """
+        first = next(filter(None, self._all(problem)), "")
+        if first and self.first:
+            raise UserError(first)
+        if first:
             raise SystemExit(2)
 
     def on_rank0(self, action: Callable[[], T]) -> T | None:
-        """Have the first rank do something, whose result it alone gets; all must call it, and all stop where that
-        raises UserError."""
+        """Run `action` on rank 0 and return its result there, None elsewhere.
+
+        Every rank must call this; all ranks stop if the action raises UserError.
+        """
         problem, result = "", None
         try:
             if self.first:
@@ -146,30 +151,29 @@ class Distributed:
         return result
 
     def _all(self, value: T) -> list[T]:
-        """Every rank's, in order."""
+        """Return the values of all ranks, in order."""
         if self.mesh is None:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value, group=self.objects)
-        return found
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.objects)
+        return values
 
 
 def stopped_code(ranks: Distributed) -> int:
-    """What a run that was stopped and saved exits with. To torchrun any code but 0 is a failure, after which it would
-    start all ranks again."""
+    """Return the exit code of a stopped, saved run: 0 under torchrun, which would restart after any other."""
     return 0 if ranks.elastic else RESUMABLE
 
 
 @contextmanager
 def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Distributed]:
-    """The ranks that torchrun (or another launcher that sets its variables) started; one where it did not.
+    """Join the process group of torchrun (or of a launcher that sets its variables); without one, a single process.
 
-    Raises UserError where so many processes do not make up `replicate` copies of groups of `tensor`.
+    Raises UserError if the number of processes is not a multiple of `replicate * tensor`.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count % (replicate * tensor):
         if os.environ.get("RANK", "0") != "0":
-            raise SystemExit(2)  # the first one says it
+            raise SystemExit(2)  # rank 0 prints the error
         raise UserError(
             f"parallel: expected a multiple of {replicate * tensor} processes (replicate x tensor), found {count}"
         )
@@ -196,10 +200,10 @@ def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Distribut
 
 
 def _meet(store: dist.Store, rank: int, count: int) -> str:
-    """A word that the ranks which start now agree on, and none that started before.
+    """Return a store prefix shared by the ranks of this restart only.
 
-    torchrun (seen with 2.13) keeps one store for all its restarts. In it are the addresses of ranks that were killed,
-    under the names that new ones look for: without a word of their own the new ones wait for the dead.
+    torchrun (seen with 2.13) keeps one store for all restarts. It holds the addresses of killed ranks, for which new
+    ranks would wait without a fresh prefix.
     """
     mine = uuid4().hex
     deadline = time.monotonic() + TIMEOUT.total_seconds()
@@ -214,15 +218,15 @@ def _meet(store: dist.Store, rank: int, count: int) -> str:
             return mine
         if rank and store.check([f"welcome/{rank}"]):
             hello, word = store.get(f"welcome/{rank}").decode().split()
-            if hello == mine:  # not one to a rank of the same number, before
+            if hello == mine:  # and not meant for this rank of an earlier restart
                 store.set(f"here/{word}/{rank}", "")
                 return word
         time.sleep(0.05)
-    raise RuntimeError(f"rank {rank}: the other ranks did not come within {TIMEOUT}")
+    raise RuntimeError(f"rank {rank}: the other ranks did not start within {TIMEOUT}")
 
 
 def arrange(device: torch.device, replicate: int, tensor: int) -> Distributed:
-    """The processes of the default group in a mesh of replicate x shard x tensor."""
+    """Arrange the processes of the default group in a mesh of replicate x shard x tensor."""
     rank, count = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh(device.type, (replicate, count // (replicate * tensor), tensor), mesh_dim_names=AXES)
     peers = mesh["replicate", "shard"]._flatten("data").get_group()

@@ -45,6 +45,8 @@ Action = Literal["raise", "log", "skip", "rollback"]
 
 @dataclass(frozen=True)
 class Verdict:
+    """A bad step: its kind, the reason in words, and the action to take."""
+
     """A bad step: its kind, a one-line reason, and the action to take."""
 
     kind: Literal["nonfinite", "spike"]
@@ -90,7 +92,7 @@ class Guard:
         if action in ("skip", "rollback"):
             self.left_out = [*(earlier for earlier in self.left_out if step - earlier < self.config.window), step]
             if len(self.left_out) > self.config.most:
-                reason += f"; step number {len(self.left_out)} to be left out, more than loop.guard.most lets pass"
+                reason += f"; step number {len(self.left_out)} to be left out, more than loop.guard.most allows"
                 action = "raise"
         return Verdict(kind, reason, action)
 

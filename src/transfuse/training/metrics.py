@@ -34,9 +34,9 @@ from .distributed import Distributed
 
 
 class MetricsLog:
-    """Appends lines to a file. Opened at a step, it drops the lines a killed run wrote after its last checkpoint.
+    """Appends lines to `metrics.jsonl`. Opening it at a step drops later lines of a killed run.
 
-    The first rank writes; all must call.
+    Rank 0 writes, but every rank must call the methods.
     """
 
     def __init__(self, path: Path, step: int, ranks: Distributed | None = None) -> None:
@@ -50,11 +50,13 @@ class MetricsLog:
         self.ranks.on_rank0(lambda: atomic_write(path, rewrite))
 
     def write(self, line: dict[str, Any]) -> None:
+        """Append one line."""
+        """Append one line."""
         self.ranks.on_rank0(lambda: append_jsonl(self.path, [line]))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a line cut short by a kill is left out."""
+    """Return all complete lines; one cut short by a kill is skipped."""
     lines = []
     if path.is_file():
         for text in path.read_text().splitlines():
@@ -66,7 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Average:
-    """LossSums and counts by name, so that means are over targets, not over steps."""
+    """Sums and counts by name, for means over targets rather than over steps."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
@@ -74,35 +76,42 @@ class Average:
 
     @classmethod
     def of(cls, saved: Mapping[str, Mapping[str, float]]) -> Average:
-        """One from its sums and counts."""
+        """Return an average with the sums and counts of a checkpoint."""
         average = cls()
         average.sums.update(saved.get("sums", {}))
         average.counts.update(saved.get("counts", {}))
         return average
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:
+        """Add a sum over `count` targets."""
+        """Add a sum over `count` targets."""
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def include(self, other: Average) -> None:
+        """Add the sums and counts of another average."""
+        """Add all sums and counts of another average."""
         for name, total in other.sums.items():
             self.add(name, total, other.counts[name])
 
     def merged(self, ranks: Distributed) -> Average:
-        """Of all data ranks; all must call it."""
+        """Return the average over all data ranks, each of which must call this."""
         merged, own = Average(), Average()
         own.sums, own.counts = {name: float(total) for name, total in self.sums.items()}, self.counts
-        for one in ranks.gather(own):
-            merged.include(one)
+        for average in ranks.gather(own):
+            merged.include(average)
         return merged
 
     def means(self) -> dict[str, float]:
-        """Names without a single target are left out."""
+        """Return the mean of each name with at least one target."""
         return {name: float(self.sums[name]) / count for name, count in self.counts.items() if count}
 
 
 class Clock:
-    """LossSums seconds by part. On CUDA it marks the stream, and reads marks only once the device has passed them."""
+    """Seconds spent in named parts of the code.
+
+    On CUDA it records events in the stream and reads them once the device has passed them, so it never waits.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_device = device.type == "cuda"
@@ -111,7 +120,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str, on_host: bool = False) -> Iterator[None]:
-        """What runs in this context. on_host: count the time until the host has done its part."""
+        """Time the code in this context; with `on_host` on the host's clock, even on CUDA."""
         self._look()
         began = time.monotonic()
         if self.on_device and not on_host:
@@ -125,7 +134,7 @@ class Clock:
             self._add(name, time.monotonic() - began)
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last time, but for what the device has not passed yet."""
+        """Return seconds by part since the last call, without events that the device has not passed yet."""
         self._look()
         seconds, self.seconds = self.seconds, {}
         return seconds
@@ -145,6 +154,8 @@ MODULES: dict[TrackerName, str] = {"tensorboard": "torch.utils.tensorboard", "wa
 
 
 class Tracker(Protocol):
+    """A service that receives metrics and sample grids."""
+
     def log(self, step: int, numbers: dict[str, float]) -> None: ...
 
     def picture(self, step: int, path: Path, prompts: str) -> None: ...
@@ -153,17 +164,19 @@ class Tracker(Protocol):
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
-    """Raises UserError where a package is missing: better before the training than after it."""
+    """Raise UserError if a tracker's package is missing, before training starts."""
     for name in names:
         try:
             importlib.import_module(MODULES[name])
         except ImportError as error:
-            found = "none" if error.name == name else f"one that does not start ({error})"
-            raise UserError(f"loop.trackers: expected {name}, found {found}; pip install 'transfuse[{name}]'") from None
+            problem = "none" if error.name == name else f"a package that does not import ({error})"
+            raise UserError(
+                f"loop.trackers: expected {name}, found {problem}; pip install 'transfuse[{name}]'"
+            ) from None
 
 
 class Trackers:
-    """All trackers of a run, open between `open` and the end of the context. Only the first rank names any."""
+    """The trackers of a run, open from `open` to the end of the context; ranks other than 0 have none."""
 
     def __init__(self, names: Sequence[TrackerName], folder: Path) -> None:
         self.names, self.folder = names, folder
@@ -171,27 +184,28 @@ class Trackers:
         self._failed: set[TrackerName] = set()
 
     def open(self, step: int) -> None:
-        """Go on behind a step; what is open is closed first."""
+        """Open all trackers to resume after a step; open ones are closed first."""
         self.close(failed=False)
         for name in self.names:
             self._try(name, self._start, name, step)
 
     def log(self, line: dict[str, Any]) -> None:
-        """The numbers of a line of `metrics.jsonl`."""
+        """Send the numbers of a line of metrics.jsonl."""
         numbers = {name: value for name, value in line.items() if name != "step" and _is_number(value)}
         for name, tracker in self._open.items():
             self._try(name, tracker.log, line["step"], numbers)
 
     def picture(self, step: int, path: Path) -> None:
-        """A grid of samples, if one was drawn, and the prompts in the text file beside it, if there is one."""
+        """Send a sample grid, if the file exists, with the prompts from its .txt file."""
         if not path.exists():
             return
-        beside = path.with_suffix(".txt")
-        prompts = beside.read_text() if beside.exists() else ""
+        text = path.with_suffix(".txt")
+        prompts = text.read_text() if text.exists() else ""
         for name, tracker in self._open.items():
             self._try(name, tracker.picture, step, path, prompts)
 
     def close(self, failed: bool) -> None:
+        """Close all trackers; `failed` marks the run as failed where the service knows that."""
         while self._open:
             name, tracker = self._open.popitem()
             self._try(name, tracker.close, failed)
@@ -213,7 +227,7 @@ class Trackers:
     def _try(self, name: TrackerName, act: Callable[..., None], *given: Any) -> None:
         try:
             act(*given)
-        except Exception as error:  # of any kind: it is another's code, and another's server
+        except Exception as error:  # a tracker's own code or server may raise anything
             if name not in self._failed:
                 reason = " ".join(str(error).split())[:300]
                 logger.info(f"loop.trackers: {name}: {type(error).__name__}: {reason}; metrics.jsonl has everything")
@@ -221,6 +235,8 @@ class Trackers:
 
 
 class TensorBoard:
+    """Writes to RUN/tensorboard."""
+
     def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -244,7 +260,7 @@ class TensorBoard:
 
 
 class Remote:
-    """Weights & Biases and Trackio, whose modules are used alike."""
+    """A tracker with the interface that Weights & Biases and Trackio share."""
 
     def __init__(self, module: Any, run: Any) -> None:
         self.module, self.run = module, run
@@ -260,13 +276,15 @@ class Remote:
 
 
 class WeightsAndBiases(Remote):
+    """Writes to the project $WANDB_PROJECT, or "transfuse"."""
+
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", "transfuse")
         name = _id(folder)
         run = wandb.init(project=project, id=name, name=name, dir=str(folder), config=config, resume="allow")
-        # Its own count of steps never goes back, as a run does that goes on from a checkpoint.
+        # Its step count cannot go back as a resumed run does, so steps are an ordinary metric.
         run.define_metric("*", step_metric="step")
         super().__init__(wandb, run)
 
@@ -278,6 +296,8 @@ class WeightsAndBiases(Remote):
 
 
 class Trackio(Remote):
+    """Writes to the project "transfuse" on this machine."""
+
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         import trackio
 
@@ -291,7 +311,7 @@ class Trackio(Remote):
 
 
 def _id(folder: Path) -> str:
-    """The run's name with others: its folder's, and something that no other run's has; kept in the folder."""
+    """Return the run's name at a service: its folder's name and a random suffix, stored in RUN/tracker-id."""
     path = folder / "tracker-id"
     if not path.exists():
         name = re.sub(r"[^\w-]+", "-", folder.resolve().name)
@@ -304,5 +324,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _indented(text: str) -> str:
-    """As it stands, in Markdown."""
+    """Return text as a Markdown code block."""
     return "\n".join(f"    {line}" for line in text.splitlines())

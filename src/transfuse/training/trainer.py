@@ -388,7 +388,7 @@ class Trainer:
         return MetricsLog(self.folder / "metrics.jsonl", self.step, self.ranks)
 
     def _line(self, means: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:
-        """Return a line of metrics.jsonl for the last `seconds`: means, totals, rates, and shares of this rank's time."""
+        """Return a line of metrics.jsonl for the last `seconds`: means, totals, rates, shares of this rank's time."""
         rates = {
             f"{name}_per_second": (value - before.get(name, 0)) / seconds
             for name, value in self.totals.items()
@@ -434,7 +434,7 @@ class Trainer:
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, allocate: set[str]) -> dict[str, Tensor]:
     """Return the optimizer's state by parameter name, as plain tensors, so that no pickle is needed.
 
-    Missing moments named in `allocate` are created with their parameter's memory layout, which the fused optimizer needs.
+    Missing moments named in `allocate` are created with their parameter's memory layout, as the fused optimizer needs.
     """
     moments = {}
     for name, parameter in model.named_parameters():
