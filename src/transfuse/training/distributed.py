@@ -39,7 +39,7 @@ class StopRequest:
     `requested` is True from the first signal on; a second Ctrl-C raises KeyboardInterrupt.
     """
 
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    signals = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.requested = False
