@@ -272,7 +272,7 @@ def our_training(scale: Scale, config: ModelConfig, dtype: torch.dtype) -> tuple
         batch = collate(samples, grammar)
         counts = objective.counts(batch)
         scales = torch.tensor([w / max(1, count) for w, count in zip(objective.weights, counts, strict=True)])
-        sums = objective.sums(model, batch)
+        sums = objective.loss(model, batch)
         (sums.losses.float() * scales).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()

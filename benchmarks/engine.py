@@ -47,7 +47,7 @@ def bare(trainer: Trainer) -> Callable[[], None]:
         batches = trainer.load(done)
         counts = torch.tensor([objective.counts(batch) for batch in batches]).sum(0)
         for batch in batches:
-            (objective.sums(model, batch).losses * weights / counts.clamp(min=1)).sum().backward()
+            (objective.loss(model, batch).losses * weights / counts.clamp(min=1)).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), trainer.optimizer_config.clip)
         optimizer.step()
         optimizer.zero_grad()

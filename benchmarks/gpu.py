@@ -47,7 +47,7 @@ from transfuse.recipes.paper import paper
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate
 from transfuse.training import EMA, ObjectiveConfig, OptimizerConfig, TransfusionObjective, build_optimizer
 from transfuse.training.hardware import memory_used, peak_of
-from transfuse.training.objective import TokenObjective
+from transfuse.training.loss import TokenObjective
 from transfuse.training.parallel import compile_block
 
 GRAMMAR = SequenceFormat(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
@@ -163,12 +163,12 @@ def _trained(asked: argparse.Namespace, device: torch.device, size: str, arm: st
     positions *= asked.rows
     batch = row(positions, 8, arm != "llama").to(device)
     if arm != "llama":  # as a loader does ahead
-        batch = objective.draw(batch).to(device)
+        batch = objective.sample_noise(batch).to(device)
     scale = torch.tensor(objective.weights, device=device)
     scale /= torch.tensor(objective.counts(batch), device=device).clamp(min=1)
 
     def step() -> None:
-        (objective.sums(model, batch).losses * scale).sum().backward()
+        (objective.loss(model, batch).losses * scale).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

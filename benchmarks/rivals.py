@@ -61,7 +61,7 @@ def step(arm: str, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
     optimizer = build_optimizer(model, OptimizerConfig())
 
     def work() -> None:
-        sums = objective.sums(model, batch)
+        sums = objective.loss(model, batch)
         (sums.losses / torch.tensor(objective.counts(batch))).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -37,7 +37,7 @@ from .runs.resolve import open_recipe_autoencoder, train_tokenizer
 from .runs.sources import mixture, open_sources
 from .runs.start import init_tokenizer
 from .training.hardware import ASSUMED_MFU, card
-from .training.token_loss import AT_ONCE
+from .training.loss import MAX_LOGITS
 
 TEXT_POSITIONS = 12  # positions of a caption and its markers: an estimate
 NODE = 8  # GPUs of a node
@@ -247,7 +247,7 @@ def memory(config: ModelConfig, load: Load, spread: Spread, checkpointing: Check
         ema=4 * part,
         gathered=_gathered_bytes(config, spread, checkpointing, element),
         activations=most,
-        logits=max(0, 12 * min(AT_ONCE, load.predictions * config.vocab_size) - later),
+        logits=max(0, 12 * min(MAX_LOGITS, load.predictions * config.vocab_size) - later),
     )
 
 

@@ -32,8 +32,8 @@ from .runs.samples import averaged_model, sample_grid
 from .runs.start import init_from
 from .training import (
     CheckpointFolder,
+    Distributed,
     Objective,
-    Ranks,
     TokenObjective,
     Trainer,
     TransfusionObjective,
@@ -79,7 +79,7 @@ def train(recipe: Recipe, folder: Path) -> Trained:
     parallel = recipe.parallel
     with join(run_device(recipe, folder), parallel.replicate, parallel.tensor) as ranks:
         # The first rank writes the folder and reports mistakes; then the others open it.
-        run = ranks.once(lambda: open_run(recipe, folder)) or open_run(recipe, folder)
+        run = ranks.on_rank0(lambda: open_run(recipe, folder)) or open_run(recipe, folder)
         with held(folder, ranks):
             trainer = build_trainer(run, folder, ranks)
             if run.recipe.model.images != "none":
@@ -104,10 +104,10 @@ def run_trainer(trainer: Trainer, folder: Path) -> Literal["finished", "stopped"
     return outcome
 
 
-def build_trainer(run: Run, folder: Path, ranks: Ranks | None = None) -> Trainer:
+def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> Trainer:
     """Return the trainer of a run: model, loss, loader and loop. Raises UserError if the parts do not fit."""
     recipe = run.recipe
-    ranks = ranks or Ranks(torch.device(recipe.device))
+    ranks = ranks or Distributed(torch.device(recipe.device))
     objective: Objective = TokenObjective(recipe.objective, recipe.seed)
     finish: Finish = unchanged
     if recipe.model.images == "latents":
@@ -116,7 +116,7 @@ def build_trainer(run: Run, folder: Path, ranks: Ranks | None = None) -> Trainer
             assert isinstance(run.autoencoder, ImageAutoencoder)
             encoder = copy.deepcopy(run.autoencoder).to(ranks.device)
         objective = TransfusionObjective(recipe.objective, run.process, recipe.seed, encoder)
-        finish = objective.draw
+        finish = objective.sample_noise
     loader = build_loader(run, folder, ranks.data, ranks.datas, finish)
     if recipe.model.images == "latents" and ranks.first and (warning := unseen_noise(recipe, loader.document)):
         logger.info(warning)
@@ -137,7 +137,7 @@ def encodes_later(recipe: Recipe) -> bool:
     return recipe.device == "cuda" and recipe.model.images == "latents" and recipe.data.autoencoder != "pixels"
 
 
-def build_model(run: Run, folder: Path, ranks: Ranks) -> Transfusion:
+def build_model(run: Run, folder: Path, ranks: Distributed) -> Transfusion:
     """Return the network with its initial weights, or this rank's shards of it; they do not depend on the ranks."""
     recipe = run.recipe
     model = parallelize(Transfusion.on_meta(recipe.model, recipe.compute), ranks, recipe.parallel)
@@ -186,7 +186,7 @@ def export_run(run: Run, trainer: Trainer, folder: Path) -> Path:
     """Export a trainer's averaged weights: the first rank writes, all ranks must call it."""
     weights = trainer.averaged()
     trainer.merge()
-    trainer.ranks.once(lambda: export_weights(run, trainer, weights, folder))
+    trainer.ranks.on_rank0(lambda: export_weights(run, trainer, weights, folder))
     return folder
 
 

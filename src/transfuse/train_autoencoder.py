@@ -23,9 +23,9 @@ from .rng import generator_for
 from .runs.folder import held, record_recipe, run_device, settle_device
 from .runs.samples import grid
 from .train import run_trainer
-from .training import Ranks, Trainer, join
-from .training.autoencoder import AutoencoderInTraining, AutoencoderObjective, ImageLoader
-from .training.trackers import check_trackers
+from .training import Distributed, Trainer, join
+from .training.autoencoder_loss import AutoencoderInTraining, AutoencoderObjective, ImageLoader
+from .training.metrics import check_trackers
 
 MEASURED = 512  # training images whose latents give the statistics that the export normalises by
 SHOWN = 8  # images in a grid of reconstructions
@@ -102,12 +102,12 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer,
     Raises UserError if the folder was made by another recipe.
     """
     with join(run_device(recipe, folder)) as ranks:
-        run = ranks.once(lambda: open_autoencoder_run(recipe, folder)) or open_autoencoder_run(recipe, folder)
+        run = ranks.on_rank0(lambda: open_autoencoder_run(recipe, folder)) or open_autoencoder_run(recipe, folder)
         with held(folder, ranks):
             trainer = build_autoencoder_trainer(run, folder, reconstruction_grid(run), ranks)
             if run_trainer(trainer, folder) == "stopped":
                 return trainer, None
-            ranks.once(lambda: export_autoencoder(run, trainer, folder / "export"))
+            ranks.on_rank0(lambda: export_autoencoder(run, trainer, folder / "export"))
     return trainer, folder / "export"
 
 
@@ -115,11 +115,11 @@ def build_autoencoder_trainer(
     run: AutoencoderRun,
     folder: Path,
     sample: Callable[[dict[str, Tensor], Path], None] | None = None,
-    ranks: Ranks | None = None,
+    ranks: Distributed | None = None,
 ) -> Trainer:
     """Return the trainer of a run: network, loss, loader and loop. Every rank has the whole network."""
     recipe, data = run.recipe, run.recipe.data
-    ranks = ranks or Ranks(torch.device(recipe.device))
+    ranks = ranks or Distributed(torch.device(recipe.device))
     model = AutoencoderInTraining(recipe.model, recipe.objective.adversarial_from is not None).initialise(recipe.seed)
     if run.start is not None:
         # Its statistics belong to the configuration, not to the weights; the export measures them again.

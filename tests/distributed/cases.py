@@ -23,11 +23,10 @@ from transfuse.runs import open_run
 from transfuse.sequence import Batch, collate
 from transfuse.train import build_trainer
 from transfuse.train_autoencoder import build_autoencoder_trainer, open_autoencoder_run
-from transfuse.training import ParallelConfig, Ranks, join
+from transfuse.training import Distributed, ParallelConfig, join
+from transfuse.training.distributed import arrange
 from transfuse.training.metrics import Average
-from transfuse.training.parallel import local, whole
-from transfuse.training.ranks import arrange
-from transfuse.training.tensor_parallel import stack
+from transfuse.training.parallel import local, stack, whole
 
 STEPS = 4
 
@@ -78,7 +77,7 @@ def changed(value: Any, names: list[str], to: Any) -> Any:
 class Uneven:
     """Gives the first rank all images of a step and the others none, the second rank nearly all of the text."""
 
-    def __init__(self, load: Any, ranks: Ranks) -> None:
+    def __init__(self, load: Any, ranks: Distributed) -> None:
         self.load, self.ranks = load, ranks
 
     def __call__(self, step: int) -> list[Batch]:
@@ -103,7 +102,7 @@ class Uneven:
 class Poisoned:
     """In steps 1 and 3 a picture of the step's last samples, so of the last rank's, is not finite."""
 
-    def __init__(self, load: Any, ranks: Ranks) -> None:
+    def __init__(self, load: Any, ranks: Distributed) -> None:
         self.load, self.ranks = load, ranks
 
     def __call__(self, step: int) -> list[Batch]:
@@ -119,9 +118,9 @@ class Poisoned:
     def start_from(self, position: dict[str, int]) -> None: ...
 
 
-def ranks_for(name: str) -> Ranks:
+def ranks_for(name: str) -> Distributed:
     if not dist.is_initialized():
-        return Ranks()
+        return Distributed()
     parallel = getattr(recipe(name), "parallel", ParallelConfig())
     return arrange(torch.device("cpu"), parallel.replicate, parallel.tensor)
 

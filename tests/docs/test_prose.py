@@ -8,7 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = [  # what has been rewritten so far
     "tools/house.py",
-    *(f"src/transfuse/{room}" for room in ("autoencoders", "convert", "diffusion", "evaluation", "model", "sequence")),
+    *(
+        f"src/transfuse/{room}"
+        for room in ("autoencoders", "convert", "diffusion", "evaluation", "model", "sequence", "training")
+    ),
     # composition.py has the title of a table in `results.json`, which keeps its words.
     *(str(path.relative_to(ROOT)) for path in (ROOT / "src/emoji_scenes").glob("*.py") if path.stem != "composition"),
     "src/transfuse/data/bundled.py",

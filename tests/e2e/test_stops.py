@@ -134,7 +134,7 @@ def test_a_worker_that_is_killed(straight: Groups, at_step, capfd) -> None:
         assert run([*COMMAND, "--data.workers", "1"]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("transfuse: ")]
     assert line.startswith("transfuse: data.workers: DataLoader worker")
-    assert line.endswith("too little memory; the same command goes on")
+    assert line.endswith("memory ran out; the same command resumes the run")
     assert_goes_on(straight)
 
 

@@ -24,7 +24,7 @@ from transfuse.train_autoencoder import (
     train_autoencoder,
     unseen_world,
 )
-from transfuse.training.autoencoder import AutoencoderInTraining, AutoencoderObjective, ImageBatch, ImageLoader
+from transfuse.training.autoencoder_loss import AutoencoderInTraining, AutoencoderObjective, ImageBatch, ImageLoader
 from transfuse.training.metrics import Average
 
 
@@ -58,7 +58,7 @@ def test_every_term_teaches(kind: str, features: Features) -> None:
     assert set(objective.names) == {"l1", "perceptual", "identity", "adversarial", "critic"} | bottleneck
     for number, name in enumerate(objective.names):
         model.zero_grad()
-        objective.sums(model, batch).losses[number].backward()
+        objective.loss(model, batch).losses[number].backward()
         lengths = {
             part: sum(float(p.grad.norm()) for p in module.parameters() if p.grad is not None)
             for part, module in (("autoencoder", model.autoencoder), ("critic", model.critic))
@@ -87,7 +87,7 @@ def test_kl_weighs_what_it_does_in_latent_diffusion(size: int) -> None:
     model, objective, _ = parts("kl", adversarial_from=None)
     images = torch.rand(2, 3, size, 2 * size, generator=torch.Generator().manual_seed(size)) * 2 - 1
     losses = dict(
-        zip(objective.names, objective.sums(model, ImageBatch(images, (5, 6), 0)).losses.tolist(), strict=True)
+        zip(objective.names, objective.loss(model, ImageBatch(images, (5, 6), 0)).losses.tolist(), strict=True)
     )
     weights = dict(zip(objective.names, objective.weights, strict=True))
     mean, log_variance = model.autoencoder.moments(images).chunk(2, 1)
@@ -102,9 +102,9 @@ def test_kl_weighs_what_it_does_in_latent_diffusion(size: int) -> None:
 def test_a_step_that_was_left_out_revives_no_code() -> None:
     """Its vectors, which may not be finite, are forgotten, and so are those of looking for its samples."""
     model, objective, batch = parts("vq", revive_after=1)
-    objective.sums(model, replace(batch, images=batch.images * float("nan")))
-    objective.offenders(model, batch)
-    objective.sums(model, batch)
+    objective.loss(model, replace(batch, images=batch.images * float("nan")))
+    objective.nonfinite_samples(model, batch)
+    objective.loss(model, batch)
     vectors = objective._vectors[-1]
     model.unused += 1
     objective.after_step(model, 1, [batch])
@@ -118,7 +118,7 @@ def test_a_step_that_was_left_out_revives_no_code() -> None:
 
 def test_the_critic_waits_and_tells_apart() -> None:
     model, objective, batch = parts("kl", step=9)  # adversarial_from is 10
-    losses = dict(zip(objective.names, objective.sums(model, batch).losses.tolist(), strict=True))
+    losses = dict(zip(objective.names, objective.loss(model, batch).losses.tolist(), strict=True))
     assert losses["adversarial"] == losses["critic"] == 0
     counts = dict(zip(objective.names, objective.counts(batch), strict=True))
     assert counts["adversarial"] == counts["critic"] == 0, "no loss of 0 is logged, or taken for what is usual"
@@ -127,10 +127,10 @@ def test_the_critic_waits_and_tells_apart() -> None:
     model, objective, batch = parts("kl")
     optimizer = torch.optim.Adam(model.critic.parameters(), 1e-3)
     number = objective.names.index("critic")
-    first = last = float(objective.sums(model, batch).losses[number])
+    first = last = float(objective.loss(model, batch).losses[number])
     for _ in range(15):
         optimizer.zero_grad()
-        loss = objective.sums(model, batch).losses[number]
+        loss = objective.loss(model, batch).losses[number]
         loss.backward()
         optimizer.step()
         last = float(loss)
@@ -195,21 +195,21 @@ def test_the_critic_has_moments_of_its_own(tmp_path: Path) -> None:
 def test_the_adaptive_weight_is_that_of_the_whole_step(features: Features) -> None:
     """However a step is split, from its means: |gradient of L1 and perceptual| over |gradient of the adversarial|."""
     model, objective, batch = parts("vq", features, perceptual_weight=0.3)
-    whole = float(objective.sums(model, batch).details["adaptive_weight"][0]) / 4
+    whole = float(objective.loss(model, batch).details["adaptive_weight"][0]) / 4
     halves = [ImageBatch(batch.images[a:b], batch.samples[a:b], batch.step) for a, b in ((0, 1), (1, 4))]
     objective.before_step(model, halves)
-    split = [objective.sums(model, half).details["adaptive_weight"] for half in halves]
+    split = [objective.loss(model, half).details["adaptive_weight"] for half in halves]
     assert [count for _, count in split] == [1, 3]
     assert [float(total) / count for total, count in split] == pytest.approx([whole] * 2, rel=1e-4)
     _, plain, _ = parts("vq", features, perceptual_weight=0.3, adaptive=False)
-    losses = dict(zip(plain.names, plain.sums(model, batch).losses / 4, strict=True))
+    losses = dict(zip(plain.names, plain.loss(model, batch).losses / 4, strict=True))
     last = model.autoencoder.decoder.conv_out.weight
     apparent, adversarial = (
         float(torch.autograd.grad(loss, last, retain_graph=True)[0].norm())
         for loss in (losses["l1"] + 0.3 * losses["perceptual"], losses["adversarial"])
     )
     assert whole == pytest.approx(apparent / (adversarial + 1e-4), rel=1e-4)
-    alone = float(objective.sums(model, halves[0]).details["adaptive_weight"][0])
+    alone = float(objective.loss(model, halves[0]).details["adaptive_weight"][0])
     assert alone != pytest.approx(whole, rel=0.01), "the parts alone would have had another"
 
 
@@ -217,7 +217,7 @@ def test_adaptive_weight_evens_the_gradients() -> None:
     lengths = {}
     for adaptive in (False, True):
         model, objective, batch = parts("kl", adaptive=adaptive)
-        losses = objective.sums(model, batch).losses
+        losses = objective.loss(model, batch).losses
         last = model.autoencoder.decoder.conv_out.weight
         for name in ("l1", "adversarial"):
             (gradient,) = torch.autograd.grad(losses[objective.names.index(name)], last, retain_graph=True)
@@ -232,7 +232,7 @@ def test_dead_codes_are_revived() -> None:
     with torch.no_grad():
         codes[8:] = 1000.0  # nobody will choose them
     for step in (1, 2):
-        objective.sums(model, batch)
+        objective.loss(model, batch)
         objective.after_step(model, step, [batch])
     assert float(codes.max()) < 1000
     vectors = model.autoencoder.moments(batch.images).movedim(1, -1).flatten(0, -2)
@@ -241,7 +241,7 @@ def test_dead_codes_are_revived() -> None:
     with torch.no_grad():
         codes[8:] = 1000.0
     for step in (998, 999, 1000):  # the end of the run is left to settle
-        objective.sums(model, batch)
+        objective.loss(model, batch)
         objective.after_step(model, step, [batch])
     assert float(codes.max()) == 1000
 

@@ -405,7 +405,7 @@ def test_losses_and_gradients_written_out(arm: str, tokenizer: Tokenizer) -> Non
     assert goal.names == tuple(terms)
     assert goal.weights == tuple(factors[name] for name in terms)
     assert counts == tuple(map(len, terms.values()))
-    sums = goal.sums(model, batch)
+    sums = goal.loss(model, batch)
     for loss, losses in zip(sums.losses.tolist(), terms.values(), strict=True):
         assert loss == pytest.approx(float(sum(losses).detach()), rel=1e-5)
     if config.images != "latents":
@@ -442,7 +442,7 @@ def test_dropout_is_a_function_of_seed_and_first_sample(arm: str, tokenizer: Tok
             config.sequence_format(tokenizer),
             config.image_attention,
         )
-        return goal.sums(randomised(changed), batch).losses[0].detach()
+        return goal.loss(randomised(changed), batch).losses[0].detach()
 
     plain, one = losses(0.0), losses(0.1)
     assert torch.equal(losses(0.0, seed=1, first=99), plain), "no dropout at all"

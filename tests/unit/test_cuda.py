@@ -71,7 +71,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(
     for device in ("cpu", DEVICE):
         model = randomised(tiny(adapter=adapter)).to(device)
         objective = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), seed=0)
-        sums = objective.sums(model, collate(mixed, grammar).to(device)).losses
+        sums = objective.loss(model, collate(mixed, grammar).to(device)).losses
         sums.sum().backward()
         losses.append(sums.detach())
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})

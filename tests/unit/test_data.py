@@ -331,7 +331,7 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
         assert bool(len(batch.pixels)) == bool(len(batch.noise)) == later
         assert all(latent.is_meta == later for latent in batch.latents)
         assert batch.to("cpu").quantities == batch.quantities
-        sums = goal.sums(model, batch.to("cpu"))
+        sums = goal.loss(model, batch.to("cpu"))
         sums.losses.sum().backward()
         found.append((sums.losses.detach(), model.embedding.weight.grad.clone()))
         model.zero_grad()
@@ -346,4 +346,4 @@ def test_pixels_without_an_encoder_are_refused(tokenizer) -> None:
     (batch,) = StepLoader(lambda i: source.document(i, i), tokenizer.sequence_format(patch_size=2), 2)(0)
     goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
     with pytest.raises(ValueError, match="autoencoder: expected one, for pictures that come as pixels"):
-        goal.sums(randomised(tiny()), batch)
+        goal.loss(randomised(tiny()), batch)

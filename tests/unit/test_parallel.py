@@ -14,9 +14,8 @@ from torch import nn
 from transfuse.errors import UserError
 from transfuse.model import ModelConfig, Transfusion
 from transfuse.model.layers import Linear
-from transfuse.training import ParallelConfig, Ranks, parallelize
-from transfuse.training.parallel import clip_gradients
-from transfuse.training.tensor_parallel import Parts, _check, restacked, stack, stacked_name
+from transfuse.training import Distributed, ParallelConfig, parallelize
+from transfuse.training.parallel import Parts, _check, clip_gradients, restacked, stack, stacked_name
 
 
 @pytest.mark.parametrize(
@@ -74,7 +73,7 @@ def test_clipping_is_torchs(largest: float) -> None:
         one.grad = torch.randn_like(one)
         two.grad = one.grad.clone()
     expected = nn.utils.clip_grad_norm_(model.parameters(), largest)
-    assert clip_gradients(list(other.parameters()), largest, Ranks()) == expected
+    assert clip_gradients(list(other.parameters()), largest, Distributed()) == expected
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one.grad, two.grad)
 
@@ -84,7 +83,7 @@ def test_float8_is_an_extra(monkeypatch) -> None:
     with pytest.raises(
         UserError, match=r"parallel.float8: expected torchao, found none; pip install 'transfuse\[quantize\]'"
     ):
-        parallelize(Transfusion.on_meta(tiny()), Ranks(), ParallelConfig(float8=True))
+        parallelize(Transfusion.on_meta(tiny()), Distributed(), ParallelConfig(float8=True))
 
 
 def test_float8_rounds_products_and_little_else() -> None:
@@ -92,7 +91,7 @@ def test_float8_rounds_products_and_little_else() -> None:
     pytest.importorskip("torchao")
     config = ModelConfig(text_vocab_size=320, d_model=64, n_layers=2, n_heads=4, images="none")
     plain = randomised(config, compute_dtype=torch.bfloat16)
-    rounded = parallelize(randomised(config, compute_dtype=torch.bfloat16), Ranks(), ParallelConfig(float8=True))
+    rounded = parallelize(randomised(config, compute_dtype=torch.bfloat16), Distributed(), ParallelConfig(float8=True))
     x, positions = torch.randn(16, 64, dtype=torch.bfloat16), torch.arange(16)
     outputs = [model.transformer(x, positions, lambda layer, q, k, v: v.flatten(1)) for model in (plain, rounded)]
     difference = (outputs[0] - outputs[1]).norm() / outputs[0].norm()

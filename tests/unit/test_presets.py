@@ -28,7 +28,7 @@ from transfuse.sequence import Document, Text, Tokenizer
 from transfuse.sequence.tokenizer import SPECIAL
 from transfuse.train import build_trainer, export_run
 from transfuse.train_autoencoder import open_autoencoder_run
-from transfuse.training import Ranks
+from transfuse.training import Distributed
 
 
 def test_the_papers_rates() -> None:
@@ -169,7 +169,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
         return child.exitcode
 
     opened = open_run(recipe, tmp_path).recipe
-    with held(tmp_path, Ranks()):
+    with held(tmp_path, Distributed()):
         assert other() == 3
         worker = context.Process(target=time.sleep, args=(60,))
         worker.start()
@@ -181,7 +181,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path) -> None:
 
 def _claim(folder: Path) -> None:
     try:
-        with held(folder, Ranks()):
+        with held(folder, Distributed()):
             pass
     except UserError as error:
         os._exit(3 if "expected a run that nobody else trains, found another process at it" in str(error) else 1)

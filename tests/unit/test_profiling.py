@@ -16,7 +16,7 @@ def test_a_trace_of_steps(make: Make, capsys, steps: int, traced: int) -> None:
     one = make("run", steps=steps, profile=2)
     one.run()
     path = one.folder / "profile" / "rank-0.json"
-    assert f"rank-0.json: {traced} steps, to be opened" in capsys.readouterr().err
+    assert f"rank-0.json: {traced} steps, open it" in capsys.readouterr().err
     names = [event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]]
     assert sum(name.startswith("ProfilerStep#") for name in names) >= traced
     assert any("addmm" in name or "mm" in name for name in names)
@@ -29,5 +29,5 @@ def test_a_run_too_short_for_a_trace_says_so(make: Make, grammar: SequenceFormat
     one.run()
     said = [line for line in capsys.readouterr().err.splitlines() if "trace" in line]
     (line,) = said
-    assert line.endswith(f"rank-0.json: no trace, for it begins behind 7 steps and there were only {steps}")
+    assert line.endswith(f"rank-0.json: no trace: it begins after 7 steps, and the run had only {steps}")
     assert not (one.folder / "profile").exists()

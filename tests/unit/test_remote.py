@@ -125,6 +125,6 @@ def test_a_run_with_a_remote_set(url: str, tmp_path: Path, monkeypatch: pytest.M
     recipe = preset("tiny")
     asked = replace(recipe, data=replace(recipe.data, sources=(url, "glosses")))
     settled = open_run(asked, tmp_path / "run")
-    assert settled.data.source_fingerprints == (DataSet(url).fingerprint,)
+    assert settled.recipe.data.source_fingerprints == (DataSet(url).fingerprint,)
     assert settled.image_size == 16
     assert sizes(tmp_path / "transfuse") > 0

@@ -189,11 +189,11 @@ def test_another_model_or_effort_is_measured_again(done, tmp_path) -> None:
 
 
 def test_stopped_training_exits_with_75_and_goes_on(tmp_path, monkeypatch) -> None:
-    from transfuse.training import signals
+    from transfuse.training import distributed
 
     recipe = preset("tiny")
     recipe = replace(recipe, loop=replace(recipe.loop, steps=3, checkpoint_every=0))
-    original = signals.StopRequest.__enter__
+    original = distributed.StopRequest.__enter__
 
     def stopping(self):
         original(self)
@@ -201,7 +201,7 @@ def test_stopped_training_exits_with_75_and_goes_on(tmp_path, monkeypatch) -> No
         return self
 
     with monkeypatch.context() as patch:
-        patch.setattr(signals.StopRequest, "__enter__", stopping)
+        patch.setattr(distributed.StopRequest, "__enter__", stopping)
         assert run_demo(tmp_path / "run", 1.0, recipe, EFFORT) == (RESUMABLE, {})
     with pytest.raises(UserError, match=r"minutes: expected 1, with which .* was started, found 5; use another --run"):
         run_demo(tmp_path / "run", 5.0, effort=EFFORT)

@@ -107,7 +107,7 @@ def test_z_loss_written_out(grammar: SequenceFormat, mixed) -> None:
     assert with_z.names == ("text", "image", "z")
     assert with_z.weights == (1.0, 5.0, 1e-5)
     assert with_z.counts(batch) == (*plain.counts(batch), len(batch.targets))
-    a, b = plain.sums(model, batch).losses, with_z.sums(model, batch).losses
+    a, b = plain.loss(model, batch).losses, with_z.loss(model, batch).losses
     torch.testing.assert_close(a, b[:2])
     noised = plain.noise(batch)
     logits = model(

@@ -19,7 +19,7 @@ from transfuse.recipes.small import tiny
 from transfuse.runs import resolve
 from transfuse.sequence import Tokenizer
 from transfuse.train import build_trainer, train
-from transfuse.training import Ranks
+from transfuse.training import Distributed
 
 
 def recipe(start: Path, **changes: object) -> Recipe:
@@ -38,7 +38,7 @@ def test_begins_with_the_exports_weights_words_and_process(served: Path, tmp_pat
     assert asked.diffusion == found.process.config
     assert asked.generation == found.generation
     (tmp_path / "run").mkdir()
-    trainer = build_trainer(run, tmp_path / "run", Ranks(torch.device("cpu")))
+    trainer = build_trainer(run, tmp_path / "run", Distributed(torch.device("cpu")))
     assert run.tokenizer.fingerprint == found.tokenizer.fingerprint
     for ours, theirs in zip(trainer.model.parameters(), found.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -70,7 +70,7 @@ def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Pa
     asked = run.recipe
     assert asked.model.adapter == "unet"
     (tmp_path / "run").mkdir()
-    trainer = build_trainer(run, tmp_path / "run", Ranks(torch.device("cpu")))
+    trainer = build_trainer(run, tmp_path / "run", Distributed(torch.device("cpu")))
     assert run.tokenizer.fingerprint == found.tokenizer.fingerprint
     theirs = dict(found.model.named_parameters())
     ours = dict(trainer.model.named_parameters())
@@ -85,7 +85,7 @@ def test_a_network_that_takes_nothing_is_refused(served: Path, tmp_path: Path) -
     run = resolve(replace(recipe(served, start_strict=False), model=config, precision="float32"))
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="found none of"):
-        build_trainer(run, tmp_path / "run", Ranks(torch.device("cpu")))
+        build_trainer(run, tmp_path / "run", Distributed(torch.device("cpu")))
 
 
 def test_a_fine_tuned_export_is_another_one_and_goes_on(served: Path, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_timesteps_of_stories_reach_the_last(folder: Path) -> None:
     source = pictures(folder / "stories")
     grammar = source.tokenizer.sequence_format(4)
     batch = collate([source.document(index, index) for index in range(1000)], grammar)
-    timesteps = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0).draw(batch).timesteps
+    timesteps = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0).sample_noise(batch).timesteps
     assert timesteps is not None
     assert len(timesteps) > 1000
     assert float((timesteps > 500).float().mean()) == pytest.approx(0.5, abs=0.05)

@@ -14,7 +14,8 @@ from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model import Transfusion
 from transfuse.model.layers import Linear
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
-from transfuse.training import ObjectiveConfig, TokenObjective, TransfusionObjective, token_loss
+from transfuse.training import ObjectiveConfig, TokenObjective, TransfusionObjective
+from transfuse.training import loss as loss_module
 
 WIDTH, IDS = 16, 50
 
@@ -31,7 +32,7 @@ def problem(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Linear, Tens
 def losses_and_gradients(rows: int, z: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, and gradients of a sum in which every one of them has a weight of its own."""
     head, x, targets = problem(rows, dtype)
-    losses = token_loss.token_losses(head, x, targets, z)
+    losses = loss_module.token_losses(head, x, targets, z)
     (losses * torch.linspace(0.1, 1, losses.numel()).view_as(losses)).sum().backward()
     assert x.grad is not None
     assert head.weight.grad is not None
@@ -46,7 +47,7 @@ def test_chunks_change_nothing(rows: int, z: bool, dtype: torch.dtype, monkeypat
     assert expected[0].shape == (1 + z, rows)
     assert expected[0].dtype == torch.float32
     assert expected[2].dtype == torch.float32
-    monkeypatch.setattr(token_loss, "AT_ONCE", 7 * IDS + 1)  # seven rows: 7 are one chunk, 8 two, 30 a rest of two
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", 7 * IDS + 1)  # seven rows: 7 are one chunk, 8 two, 30 a rest of two
     found = losses_and_gradients(rows, z, dtype)
     # A chunk's part of the weight's gradient is rounded to bfloat16, then added up in float32.
     rounded = 1e-6 if dtype == torch.float32 else 2**-8
@@ -68,7 +69,7 @@ def test_at_small_sizes_it_is_the_plain_computation() -> None:
 
 def test_one_row_may_have_more_ids_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = losses_and_gradients(3, True, torch.float32)
-    monkeypatch.setattr(token_loss, "AT_ONCE", IDS - 1)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", IDS - 1)
     for a, b in zip(losses_and_gradients(3, True, torch.float32), expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -90,12 +91,12 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 def test_all_logits_never_exist_at_once(z: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in the forward pass nor backwards; between the two a chunk's vectors are all that is kept."""
     rows, bound = 1000, 100 * IDS
-    for at_once, largest in ((token_loss.AT_ONCE, rows * IDS), (bound, rows * WIDTH)):
-        monkeypatch.setattr(token_loss, "AT_ONCE", at_once)
+    for at_once, largest in ((loss_module.MAX_LOGITS, rows * IDS), (bound, rows * WIDTH)):
+        monkeypatch.setattr(loss_module, "MAX_LOGITS", at_once)
         head, x, targets = problem(rows)
         saved = Saved()
         with Largest() as made, saved:
-            token_loss.token_losses(head, x, targets, z).sum().backward()
+            loss_module.token_losses(head, x, targets, z).sum().backward()
         assert made.elements == largest  # in chunks, the gradient of the vectors
         assert saved.elements == (rows * IDS if at_once > bound else bound // IDS * WIDTH)
 
@@ -103,7 +104,7 @@ def test_all_logits_never_exist_at_once(z: bool, monkeypatch: pytest.MonkeyPatch
 def of_model(objective, model: Transfusion, batch: Batch):
     """Losses, details, and gradients of all terms together."""
     model.zero_grad()
-    sums = objective.sums(model, batch)
+    sums = objective.loss(model, batch)
     sums.losses.sum().backward()
     details = {name: (float(total), count) for name, (total, count) in sums.details.items()}
     return sums.losses.detach(), details, {name: p.grad for name, p in model.named_parameters()}
@@ -111,7 +112,7 @@ def of_model(objective, model: Transfusion, batch: Batch):
 
 def chunked_equals_plain(objective, model: Transfusion, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     losses, details, gradients = of_model(objective, model, batch)
-    monkeypatch.setattr(token_loss, "AT_ONCE", 5 * model.config.vocab_size)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", 5 * model.config.vocab_size)
     found, found_details, found_gradients = of_model(objective, model, batch)
     torch.testing.assert_close(found, losses, rtol=1e-6, atol=1e-6)
     assert found_details.keys() == details.keys()
@@ -145,7 +146,7 @@ def test_a_chameleons_losses(z_weight: float, grammar: SequenceFormat, monkeypat
     assert 0 < int(batch.is_image_token.sum()) < len(batch.targets)
     objective = TokenObjective(ObjectiveConfig(z_weight=z_weight), 0)
     chunked_equals_plain(objective, randomised(config), batch, monkeypatch)
-    assert objective.sums(randomised(config), batch).details.keys() == {"text", "codes"}
+    assert objective.loss(randomised(config), batch).details.keys() == {"text", "codes"}
 
 
 def test_offenders_are_found_in_any_chunk(grammar: SequenceFormat, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +159,13 @@ def test_offenders_are_found_in_any_chunk(grammar: SequenceFormat, monkeypatch: 
     documents = [Document([Text((9,) * 12)], sample=number) for number in range(6)]
     documents[4] = Document([Text((9, 9, 33, 9))], sample=44)
     documents.append(Document([Text((8,)), Image(bad)], sample=77))
-    monkeypatch.setattr(token_loss, "AT_ONCE", 5 * model.config.vocab_size)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", 5 * model.config.vocab_size)
     objective = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
-    assert set(objective.offenders(model, collate(documents, grammar))) == {44, 77}
+    assert set(objective.nonfinite_samples(model, collate(documents, grammar))) == {44, 77}
 
 
 def test_nothing_to_foretell(grammar: SequenceFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_loss, "AT_ONCE", 1)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", 1)
     objective = TransfusionObjective(ObjectiveConfig(z_weight=1.0), Process(DiffusionConfig()), 0)
     batch = collate([Document([Image(latent(4, 4))], sample=1, predict=False)], grammar)
     model = randomised(tiny())

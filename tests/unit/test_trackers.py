@@ -19,7 +19,7 @@ from transfuse.errors import UserError
 from transfuse.recipes import preset
 from transfuse.runs import open_run
 from transfuse.train import build_trainer
-from transfuse.training import Ranks, Trainer, read_metrics
+from transfuse.training import Distributed, Trainer, read_metrics
 
 
 def run_tracked(folder: Path, *names: str, steps: int = 6, stop_at: int | None = None, sample: bool = False) -> Trainer:
@@ -163,7 +163,7 @@ def test_one_rank_speaks(tmp_path: Path, stubs) -> None:
     recipe = preset("tiny")
     recipe = open_run(replace(recipe, loop=replace(recipe.loop, trackers=("wandb",))), tmp_path)
     build_trainer(recipe, tmp_path)
-    trainer = build_trainer(recipe, tmp_path, Ranks(rank=1, count=2))
+    trainer = build_trainer(recipe, tmp_path, Distributed(rank=1, count=2))
     trainer.trackers.open(0)
     trainer.trackers.log({"step": 1, "text": 1.0})
     assert not stubs

@@ -36,10 +36,9 @@ from transfuse.training import (
     learning_rate,
     read_metrics,
 )
-from transfuse.training import loop as loop_module
+from transfuse.training import trainer as trainer_module
 from transfuse.training.checkpoint import read, step_of, verify
-from transfuse.training.clock import Clock
-from transfuse.training.metrics import Average, MetricsLog
+from transfuse.training.metrics import Average, Clock, MetricsLog
 
 SEED = 11
 
@@ -83,7 +82,7 @@ def test_loss_equals_a_naive_loop(prediction: str, grammar: SequenceFormat, mixe
     model = randomised(tiny())
     mixed[3] = replace(mixed[3], parts=[Image(latent(4, 4, 9), target=False), *mixed[3].parts])
     batch = collate(mixed, grammar)
-    sums = goal.sums(model, batch)
+    sums = goal.loss(model, batch)
     naive = [naive_losses(model, document, grammar, goal.process) for document in mixed]
     text, texts, image, images = (sum(column) for column in zip(*naive, strict=True))
     assert goal.counts(batch) == (texts, images)
@@ -196,7 +195,7 @@ def test_image_size_leaves_the_text_gradient_alone(tmp_path, grammar: SequenceFo
         model = randomised(tiny())
         goal = objective()
         batch = collate([text, Document([Image(latent(side, side))], sample=2, predict=False)], grammar)
-        (goal.sums(model, batch).losses[0] / goal.counts(batch)[0]).backward()
+        (goal.loss(model, batch).losses[0] / goal.counts(batch)[0]).backward()
         gradients.append(model.lm_head.weight.grad.clone())
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
@@ -249,7 +248,7 @@ def run_tiny(folder: Path, steps: int, stop_at: int | None = None, **changes) ->
     one = build_trainer(recipe, folder)
     one.restore()
     if stop_at is not None:  # as by a signal
-        one._ask = lambda stop, began: loop_module.Asked(stop=one.step + 1 >= stop_at)  # type: ignore[method-assign]
+        one._stop_flags = lambda stop, began: trainer_module.StopFlags(stop=one.step + 1 >= stop_at)  # type: ignore[method-assign]
     one.run()
     return one
 
@@ -315,7 +314,7 @@ def test_checkpoints_keep_the_newest_and_fall_back(tmp_path) -> None:
     (last / "manifest.json").write_text("{")
     assert store.newest()[0] == found
     (found / "manifest.json").write_text('{"version": 99, "files": {}}')
-    with pytest.raises(UserError, match=r"step-00000003: .*expected a whole checkpoint to go on from, found none of 2"):
+    with pytest.raises(UserError, match=r"step-00000003: .*complete checkpoint to resume from, found none of 2"):
         store.newest()
     assert CheckpointFolder(tmp_path / "empty", keep=2).newest() == (None, [])
 
@@ -469,8 +468,8 @@ def test_metrics_tell_where_the_time_went(tmp_path) -> None:
 
 
 def test_metrics_of_a_card(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(loop_module, "peak_of", lambda device: 1e12)
-    monkeypatch.setattr(loop_module, "memory_used", lambda device: 3 << 29)
+    monkeypatch.setattr(trainer_module, "peak_of", lambda device: 1e12)
+    monkeypatch.setattr(trainer_module, "memory_used", lambda device: 3 << 29)
     one = run_tiny(tmp_path / "run", 6)
     for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
         assert line["mfu"] == pytest.approx(line["flops_per_second"] / 1e12)

@@ -17,7 +17,7 @@ from ..data.bundled import WorldConfig
 from ..devices import Device, Precision
 from ..errors import UserError
 from ..training import LoopConfig, OptimizerConfig
-from ..training.autoencoder import AutoencoderObjectiveConfig
+from ..training.autoencoder_loss import AutoencoderObjectiveConfig
 from .recipe import VERSION, check_split
 
 TRAINED_NOUNS = 300  # of the bundled world; autoencoders are tested on the others

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..io import atomic_write
 from ..log import logger
 from ..recipes.recipe import VERSION
-from ..training import LoopConfig, Ranks
+from ..training import LoopConfig, Distributed
 
 try:  # POSIX only
     import fcntl
@@ -95,12 +95,12 @@ def record_recipe(recipe: RunRecipe, folder: Path) -> None:
 
 
 @contextmanager
-def held(folder: Path, ranks: Ranks) -> Iterator[None]:
+def held(folder: Path, ranks: Distributed) -> Iterator[None]:
     """Hold a run folder while training, so that two commands cannot overwrite each other's checkpoints.
 
     The lock belongs to the first rank's process and ends with it. Raises UserError if another process holds it.
     """
-    lock = ranks.once(lambda: _lock(folder))
+    lock = ranks.on_rank0(lambda: _lock(folder))
     try:
         yield
     finally:

@@ -44,7 +44,7 @@ def measuring(
         return EvalContext(pipeline_of(run, weights), weights_digest(weights), folder / "measures", SceneScorer(world), config)
 
     first = trainer.averaged()
-    trainer.ranks.once(lambda: _check(context_of(first), metrics, loop.best))
+    trainer.ranks.on_rank0(lambda: _check(context_of(first), metrics, loop.best))
 
     def measure(weights: dict[str, Tensor]) -> dict[str, float]:
         results: dict[str, Result] = {}

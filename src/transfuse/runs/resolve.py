@@ -29,7 +29,7 @@ from ..log import logger
 from ..recipes.autoencoders import AUTOENCODERS
 from ..recipes.recipe import Recipe
 from ..sequence import SequenceFormat, Tokenizer
-from ..training.trackers import check_trackers
+from ..training.metrics import check_trackers
 from .folder import record_recipe, settle_device
 from .sources import Sources, mixture, open_sources
 from .start import init_tokenizer, resolve_init

@@ -1,14 +1,12 @@
 """Training: one loop, objectives that plug into it, checkpoints, metrics."""
 
 from .checkpoint import Checkpoint, CheckpointFolder, read, verify
-from .ema import EMA
-from .loop import DivergedError, LoopConfig, Trainer
+from .distributed import RESUMABLE, Distributed, join, stopped_code
+from .loss import LossSums, Objective, ObjectiveConfig, TokenObjective, TransfusionObjective
 from .metrics import read_metrics
-from .objective import Objective, ObjectiveConfig, Sums, TokenObjective, TransfusionObjective
-from .optimizer import OptimizerConfig, build_optimizer, learning_rate
+from .optimizer import EMA, OptimizerConfig, build_optimizer, learning_rate
 from .parallel import ParallelConfig, parallelize, place
-from .ranks import Ranks, join, stopped_code
-from .signals import RESUMABLE
+from .trainer import DivergedError, LoopConfig, Trainer
 
 __all__ = [
     "RESUMABLE",
@@ -21,8 +19,8 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
-    "Ranks",
-    "Sums",
+    "Distributed",
+    "LossSums",
     "Trainer",
     "TokenObjective",
     "TransfusionObjective",

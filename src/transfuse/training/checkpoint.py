@@ -1,15 +1,15 @@
-"""Checkpoints that survive a kill at any moment, written by all ranks at once while they train on.
+"""Checkpoints that survive a kill at any moment, written by all ranks in the background.
 
     checkpoints/step-00001000/
-        shard-00001-model-00001-of-00003.safetensors   what rank 0 holds of weights, averages (2) and moments (3)
+        shard-00001-model-00001-of-00003.safetensors   rank 0's shard of weights; 2: averages, 3: moments
         ...                                            the other ranks' shards
         progress.json
-        manifest.json                                  sizes and hashes of the others, written last
-    checkpoints/latest                                 the newest one's name
+        manifest.json                                  sizes and hashes of the other files, written last
+    checkpoints/latest                                 name of the newest checkpoint
 
-Tensors are copied at once; a thread writes the copies (torch.distributed.checkpoint, in its safetensors format) in a
-folder with another name, every file and the folder synced, the manifest last, then renames it: a checkpoint is there
-whole or not at all. Nothing in it is pickled, so loading one can not run code; any number of ranks can.
+Tensors are copied first; a thread writes the copies (torch.distributed.checkpoint, as safetensors) to a temporary
+folder, syncs every file, writes the manifest last and renames the folder, so a checkpoint is complete or absent.
+Nothing is pickled, so loading cannot run code. Any number of ranks can load a checkpoint.
 """
 
 from __future__ import annotations
@@ -33,24 +33,23 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ..errors import UserError
 from ..io import atomic_write, sha256, sync
-from .parallel import place
-from .ranks import Ranks
-from .tensor_parallel import restacked, stacked_name
+from .distributed import Distributed
+from .parallel import place, restacked, stacked_name
 
-# One process is a case like any other; the warning comes from a thread, where it can not be caught.
+# A single process is a normal case; the warning comes from a thread, where it cannot be caught.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
 
 MANIFEST, LATEST, VERSION = "manifest.json", "latest", 2
 
 STAGER_STAYS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-"""whether torch's stager can be used again: before (seen in 2.11), it closed itself after its first copy"""
+"""True if torch's stager can be reused; in 2.11 it closes itself after its first copy"""
 
 Groups = dict[str, dict[str, Tensor]]
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds: named groups of named tensors, and progress as plain numbers and strings."""
+    """Named groups of named tensors, and progress as plain numbers and strings."""
 
     step: int
     tensors: Groups
@@ -58,20 +57,19 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: of the newest, `keep` stay, and every one whose step divides by `keep_every`."""
+    """The checkpoints of a run: the `keep` newest are kept, and those of steps divisible by `keep_every`."""
 
-    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0, ranks: Ranks | None = None) -> None:
+    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0, ranks: Distributed | None = None) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Distributed()
         self._stager: DefaultStager | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._written: tuple[Path, Future[None]] | None = None
 
     def begin(self, checkpoint: Checkpoint) -> Path:
-        """Copy a checkpoint's tensors and leave the writing to a thread; the one before it is waited for.
+        """Wait for the previous checkpoint, copy this one's tensors, and write them in a thread.
 
-        All ranks must call it. Raises UserError where that one, or this, could not be written: nothing half-written
-        stays.
+        Every rank must call this. Raises UserError if either checkpoint cannot be written; partial files are removed.
         """
         self.wait()
         final = self.folder / f"step-{checkpoint.step:08d}"
@@ -84,8 +82,8 @@ class CheckpointFolder:
             except OSError as error:
                 raise UserError(_not_written(final, str(error))) from None
 
-        self.ranks.once(make_room)
-        if self._stager is None or not STAGER_STAYS:  # one for all: copies go to the same memory again
+        self.ranks.on_rank0(make_room)
+        if self._stager is None or not STAGER_STAYS:  # reused, so that copies go to the same memory
             cuda = self.ranks.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
         if self._thread is None:
@@ -93,8 +91,8 @@ class CheckpointFolder:
         tensors = {name: tensor.detach().contiguous() for name, tensor in _flat(checkpoint.tensors).items()}
         files = {
             name: number
-            for number, (group, those) in enumerate(checkpoint.tensors.items(), start=1)
-            for name in _flat({group: those})
+            for number, (group, members) in enumerate(checkpoint.tensors.items(), start=1)
+            for name in _flat({group: members})
         }
         saving = dcp.async_save(
             tensors,
@@ -104,18 +102,18 @@ class CheckpointFolder:
             no_dist=self.ranks.mesh is None,
         )
         assert isinstance(saving, Future)
-        progress = json.dumps({"step": checkpoint.step, **checkpoint.progress})  # now: the run goes on counting
+        progress = json.dumps({"step": checkpoint.step, **checkpoint.progress})  # now: the run keeps counting
         self._written = final, self._thread.submit(self._finish, saving, partial, final, progress)
         return final
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """`begin`, and wait."""
+        """Write a checkpoint and wait for it."""
         path = self.begin(checkpoint)
         self.wait()
         return path
 
     def wait(self) -> None:
-        """Until what was begun is written, by all ranks; all must call it. Raises UserError where it could not be."""
+        """Wait until all ranks have written; every rank must call this. Raises UserError if one could not."""
         problem = ""
         if self._written is not None:
             (final, written), self._written = self._written, None
@@ -123,20 +121,20 @@ class CheckpointFolder:
                 written.result()
             except (OSError, UserError, CheckpointException) as error:
                 problem = _not_written(final, _reason(error))
-        self.ranks.agree(problem)
+        self.ranks.all_agree(problem)
 
     def settle(self) -> None:
-        """Let what was begun come to its end, whichever, on this rank alone: an error is about to end the run."""
+        """Wait for this rank's writing, whatever its result, before an error ends the run."""
         if self._written is not None:
             wait([self._written[1]])
 
     @property
     def failed(self) -> bool:
-        """Whether `wait` would raise, were it called now."""
+        """True if `wait` would raise now."""
         return self._written is not None and self._written[1].done() and self._written[1].exception() is not None
 
     def _finish(self, saving: Future[Any], partial: Path, final: Path, progress: str) -> None:
-        """Once all ranks have written, the first one makes a checkpoint of it."""
+        """Complete the checkpoint on rank 0 once all ranks have written."""
         try:
             saving.result()
             if not self.ranks.first:
@@ -157,54 +155,53 @@ class CheckpointFolder:
             raise
 
     def _drop_old(self, newest: Path) -> None:
-        # One of a later step is damaged, and the run went on from before it: it counts no more.
+        # Later checkpoints are damaged ones, before which the run resumed; they do not count.
         for old in [path for path in self.complete() if step_of(path) <= step_of(newest)][: -self.keep]:
             if not self.keep_every or step_of(old) % self.keep_every:
                 shutil.rmtree(old, ignore_errors=True)
 
     def complete(self) -> list[Path]:
-        """Folders that have a manifest, oldest first."""
+        """Return the folders with a manifest, oldest first."""
         return sorted(path.parent for path in self.folder.glob(f"step-*/{MANIFEST}") if path.parent.suffix == "")
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, and a line about each newer one that is not; None where there is none.
+        """Return the newest complete checkpoint (None if there are none) and a line about each damaged newer one.
 
-        Raises UserError where there are some, and none is whole: to begin anew would lose what the run has written.
+        Raises UserError if all are damaged, because starting again would lose the run's work.
         """
         complaints: list[str] = []
-        found = None
+        newest = None
         for path in reversed(self.complete() if self.ranks.first else []):
             problem = verify(path)
             if problem is None:
-                found = path
+                newest = path
                 break
             complaints.append(f"{path}: {problem}")
-        found, complaints = self.ranks.share((found, complaints))
-        if complaints and found is None:
+        newest, complaints = self.ranks.broadcast((newest, complaints))
+        if complaints and newest is None:
             raise UserError(
-                f"{complaints[0]}; expected a whole checkpoint to go on from, found none of {len(complaints)}; move "
-                f"{self.folder} away to begin anew"
+                f"{complaints[0]}; expected a complete checkpoint to resume from, found none of {len(complaints)}; "
+                f"move {self.folder} away to start again"
             )
-        return found, [f"{complaint}; falling back to an older checkpoint" for complaint in complaints]
+        return newest, [f"{complaint}; falling back to an older checkpoint" for complaint in complaints]
 
     def open(self, path: Path) -> Metadata:
-        """What is in a checkpoint: names, as group/name, and shapes."""
-        found = HuggingFaceStorageReader(str(path)).read_metadata() if self.ranks.first else None
-        return cast(Metadata, self.ranks.share(found))
+        """Return the metadata of a checkpoint: tensor names (group/name) and shapes."""
+        metadata = HuggingFaceStorageReader(str(path)).read_metadata() if self.ranks.first else None
+        return cast(Metadata, self.ranks.broadcast(metadata))
 
-    def load(self, path: Path, found: Metadata, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-        """Fill tensors, whole or sharded, with those of a checkpoint that `newest` gave, in which `open` found what
-        there is. Returns its progress.
+    def load(self, path: Path, metadata: Metadata, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Read a checkpoint into tensors, sharded or not, and return its progress.
 
-        Raises UserError where a name or a shape is another one.
+        `metadata` is the result of `open`. Raises UserError if names or shapes differ.
         """
         tensors = _flat(into)
         shapes = {
             name: tuple(value.size)
-            for name, value in found.state_dict_metadata.items()
+            for name, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
-        # Saved with tensor parallel and loaded without, or the other way round: rare, so one by one is quick enough.
+        # Only if tensor parallel changed between saving and loading; rare, so tensors are read one by one.
         for name in [name for name in tensors if name not in shapes]:
             other = {n: torch.empty(shapes[n]) for n in sorted(shapes) if stacked_name(n) == stacked_name(name)}
             if other:
@@ -229,28 +226,28 @@ class CheckpointFolder:
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint that `verify` has passed, whole, in memory."""
+    """Return a verified checkpoint, unsharded, in memory."""
     folder, groups = CheckpointFolder(path.parent), Groups()
-    found = folder.open(path)
-    for key, value in found.state_dict_metadata.items():
+    metadata = folder.open(path)
+    for key, value in metadata.state_dict_metadata.items():
         assert isinstance(value, TensorStorageMetadata)
         group, name = key.split("/", 1)
         groups.setdefault(group, {})[name] = torch.empty(value.size, dtype=value.properties.dtype)
-    progress = folder.load(path, found, groups)
+    progress = folder.load(path, metadata, groups)
     return Checkpoint(progress.pop("step"), groups, progress)
 
 
 def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{group}/{name}": tensor for group, those in groups.items() for name, tensor in those.items()}
+    return {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
 
 
 def step_of(path: Path) -> int:
-    """The step a checkpoint's folder is named after."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def verify(path: Path) -> str | None:
-    """None where every file has the size and hash of the manifest, else what is wrong."""
+    """Return None if every file has the size and hash in the manifest, else what is wrong."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         version, expected = manifest["version"], manifest["files"]
@@ -276,7 +273,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first mistake of those that ranks made."""
+    """Return the message of the first error among ranks."""
     if isinstance(error, CheckpointException):
         rank, (inner, _) = min(error.failures.items())
         return f"rank {rank}: {inner}" if len(error.failures) > 1 or rank else str(inner)

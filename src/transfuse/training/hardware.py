@@ -1,33 +1,40 @@
-"""Graphics cards: how fast they multiply at best, and how much they hold.
+"""Graphics cards (peak operations and memory), and traces of a few steps.
 
-From the makers' data sheets: NVIDIA A100 (2021), H100 (2023: SXM, PCIe, NVL), H200 (2024, SXM), HGX B200 (2024), L40S
-(2023), L4 (2023), RTX A6000 (2020), and the white papers of Ampere, Ada and Blackwell for GeForce (dense, with sums in
-float32). Sheets that give a figure "with sparsity" give twice the dense one, which stands here. Memory is what the card
-is sold with, in units of 2^30 bytes, less a sixteenth where error correction takes it (L4, L40S); the driver keeps
-another 1 or 2 %.
+Figures are from the makers' data sheets: NVIDIA A100 (2021), H100 (2023: SXM, PCIe, NVL), H200 (2024, SXM), HGX B200
+(2024), L40S (2023), L4 (2023), RTX A6000 (2020), and the white papers of Ampere, Ada and Blackwell for GeForce (dense,
+with float32 sums). Figures "with sparsity" are halved. Memory is what the card is sold with, in units of 2^30 bytes,
+less a sixteenth if error correction takes it (L4, L40S); the driver keeps another 1 or 2 %.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from ..config import nearest
 from ..errors import UserError
+from ..log import logger
 
 ASSUMED_MFU = 0.40
-"""share of the peak that training reaches: an assumption, usual for billions of parameters; small ones reach less"""
+"""assumed model FLOPs utilisation, usual for billions of parameters; small models reach less"""
 
 
 @dataclass(frozen=True)
 class Card:
-    """flops: dense bfloat16 operations a second at most. memory: bytes. device: pattern of the driver's name for it."""
+    """A graphics card."""
 
     flops: float
+    """peak dense bfloat16 operations per second"""
     memory: int
+    """bytes"""
     device: str
+    """pattern of the driver's name for it"""
 
 
 CARDS: dict[str, Card] = {
@@ -49,7 +56,7 @@ ALIASES = {"a100": "a100-80"}
 
 
 def card(name: str) -> Card:
-    """The card of a name, in any case. Raises UserError with the nearest name, or the list."""
+    """Return the card of that name, in any case. Raises UserError with the nearest known names."""
     key = ALIASES.get(name.lower(), name.lower())
     if key not in CARDS:
         raise UserError(f'gpu: unknown card "{name}"{nearest(name, [*CARDS, *ALIASES])}')
@@ -57,19 +64,60 @@ def card(name: str) -> Card:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Operations a second of a card by the name `torch.cuda.get_device_name()` gives; None where it is not known.
+    """Return the peak operations per second by `torch.cuda.get_device_name()`; None for unknown cards.
 
-    Names must be met whole: a slice of a card (MIG) or a laptop's has another peak.
+    The whole name must match, because a slice of a card (MIG) or a laptop's card has another peak.
     """
     name = device_name.removeprefix("NVIDIA ").strip()
-    return next((found.flops for found in CARDS.values() if re.fullmatch(found.device, name)), None)
+    return next((known.flops for known in CARDS.values() if re.fullmatch(known.device, name)), None)
 
 
 def peak_of(device: torch.device) -> float | None:
-    """`peak_flops` of a device; None where it is no card, or not a known one."""
+    """Return the peak operations per second of a device; None for a CPU or an unknown card."""
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def memory_used(device: torch.device) -> int | None:
-    """Most bytes that tensors took at a time, since the start; None where the device is no card."""
+    """Return the peak memory of tensors since the start, in bytes; None for a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+SKIPPED, WARM = 5, 2
+"""steps before a trace, in which kernels are prepared, and steps in which the profiler warms up"""
+
+
+@contextmanager
+def profiled(folder: Path, steps: int, rank: int) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each step; it writes a Chrome trace of `steps` steps to `folder/rank-N.json`.
+
+    A run that ends earlier writes a shorter trace, or none, and logs that.
+    """
+    if not steps:
+        yield lambda: None
+        return
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+
+    path, done, traced = folder / f"rank-{rank}.json", 0, 0
+
+    def write(traces: profile) -> None:
+        nonlocal traced
+        traced = done - SKIPPED - WARM
+        if traced < 1:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            traces.export_chrome_trace(str(path))
+            logger.info(f"{path}: {traced} steps, open it at ui.perfetto.dev")
+        except OSError as error:
+            logger.info(f"{path}: not written ({error.strerror or error})")
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        profiler.step()
+
+    plan = schedule(wait=SKIPPED, warmup=WARM, active=steps, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
+        yield step
+    if traced < 1:
+        logger.info(f"{path}: no trace: it begins after {SKIPPED + WARM} steps, and the run had only {done}")

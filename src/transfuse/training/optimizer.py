@@ -1,4 +1,4 @@
-"""AdamW, its schedule and its groups (Transfusion section 4.1)."""
+"""AdamW with its schedule and groups (Transfusion section 4.1), and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .parallel import local
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The paper's settings are the defaults."""
+    """Settings of AdamW; the defaults are the paper's. Raises ValueError, naming the field, for values out of range."""
 
     learning_rate: float = 3e-4
     final_learning_rate: float = 1.5e-5
@@ -22,7 +24,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """on matrices; norms and biases are not decayed"""
+    """weight decay of matrices; norms and biases have none"""
     clip: float = 1.0
     """largest global norm of the gradient"""
 
@@ -38,7 +40,7 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Rate of step number `step` (from 0) of `steps`: linear warm-up, then cosine to the final rate."""
+    """Return the rate of step `step` (from 0) of `steps`: linear warm-up, then cosine decay to the final rate."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
@@ -49,13 +51,32 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, betas: Mapping[str, tuple[float, float]] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over the model's parameters, fused. `betas`: those of child modules, by name, in place of the config's."""
+    """Return fused AdamW over the model's parameters; `betas` overrides the config's by name of a child module."""
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
             own = (betas or {}).get(name.split(".")[0], config.betas)
-            # Tensors sharded over different axes can not be updated in one go.
+            # Tensors sharded over different axes cannot be updated in one call.
             key = decay, own, getattr(parameter, "device_mesh", None)
             groups.setdefault(key, {"params": [], "weight_decay": decay, "betas": own})["params"].append(parameter)
     return torch.optim.AdamW(list(groups.values()), lr=config.learning_rate, eps=config.eps, fused=True)
+
+
+class EMA:
+    """An exponential moving average of every parameter, the weights that are exported and sampled from.
+
+    The decay is `min(decay, (1 + step) / (10 + step))`. In a sharded network each rank averages its shards.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Include the weights after step `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = dict(model.named_parameters())
+        averages = [local(weight) for weight in self.weights.values()]
+        torch._foreach_lerp_(averages, [local(current[name].detach()) for name in self.weights], 1 - decay)

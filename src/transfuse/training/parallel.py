@@ -1,29 +1,135 @@
-"""How a network is spread over processes, compiled and made to remember less: none of it in the model's own files.
+"""Parallelism, compilation and activation checkpointing of a network, apart from the model's own files.
 
 The order matters: tensor parallel, activation checkpointing, compilation, sharding; then storage, weights, optimizer.
+
+Tensor parallel shares every matrix among the ranks of a group, and the positions between matrices:
+
+    norm [N / T, C] -> gather -> qkv, gate_up: a T-th of the heads and of the hidden channels, for all N
+                              -> out, down: sums over the ranks, scattered by position -> [N / T, C]
+
+(Megatron, arXiv 1909.08053, for the matrices; arXiv 2205.05198 for the positions of norms and residual stream.) Before
+and after the transformer all ranks of a group compute the same.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..errors import UserError
-from ..model import Transfusion
+from ..model import ModelConfig, Transfusion
 from ..model.activations import Checkpointing
 from ..model.attention import Attend
-from .ranks import Ranks
-from .tensor_parallel import share_matrices
+from ..model.layers import Linear
+from ..model.transformer import Block
+from .distributed import Distributed
 
-# Predictions are views of one tensor, and nothing changes them in place.
+STACKED = {"qkv": 3, "gate_up": 2}
+"""number of matrices stacked in each of these; each rank needs a piece of every one"""
+
+
+class Parts(nn.Module):
+    """A stacked matrix split into separate linear maps, outputs concatenated: `[N, C] -> [N, parts * D]`."""
+
+    def __init__(self, stacked: Linear, count: int) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.parts = nn.ModuleList(Linear(stacked.in_features, stacked.out_features // count) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def share_matrices(model: Transfusion, mesh: DeviceMesh) -> None:
+    """Shard the transformer's matrices over a one-axis mesh. Raises UserError if they do not divide."""
+    _check(model.config, mesh.size())
+    whole, rows = Replicate(), Shard(0)
+    gathered = PrepareModuleInput(input_layouts=(rows,), desired_input_layouts=(whole,))
+    column = ColwiseParallel(input_layouts=whole)
+    row = RowwiseParallel(output_layouts=rows, use_local_output=False)
+    norm = SequenceParallel(sequence_dim=0)
+    for block in model.transformer.blocks:
+        assert isinstance(block, Block)
+        block.qkv = Parts(block.qkv, STACKED["qkv"])  # type: ignore[assignment]
+        block.feed_forward.gate_up = Parts(block.feed_forward.gate_up, STACKED["gate_up"])  # type: ignore[assignment]
+        block.n_heads, block.kv_heads = block.n_heads // mesh.size(), block.kv_heads // mesh.size()
+        plan = {
+            "attention_norm": norm,
+            "qkv": gathered,
+            "qkv.parts.*": column,
+            "out": row,
+            "feed_forward_norm": norm,
+            "feed_forward": gathered,
+            "feed_forward.gate_up.parts.*": column,
+            "feed_forward.down": row,
+        }
+        parallelize_module(block, mesh, plan)
+    parallelize_module(model.transformer, mesh, {"norm": norm})
+    inputs = PrepareModuleInput(
+        input_layouts=(whole, None, None, None),
+        desired_input_layouts=(rows, None, None, None),
+    )
+    outputs = PrepareModuleOutput(output_layouts=(rows,), desired_output_layouts=(whole,))
+    parallelize_module(model, mesh, {"transformer": inputs})
+    parallelize_module(model, mesh, {"transformer": outputs})
+
+
+def _check(config: ModelConfig, ranks: int) -> None:
+    def check(ok: bool, expected: str) -> None:
+        if not ok:
+            raise UserError(f"parallel.tensor: expected {expected}, found {ranks}")
+
+    check(config.n_heads % ranks == 0, f"a divisor of model.n_heads ({config.n_heads})")
+    check(config.ffn_dim % ranks == 0, f"a divisor of the hidden channels ({config.ffn_dim})")
+    check(config.kv_heads == config.n_heads, "1 with model.n_kv_heads")
+    check(not config.qk_norm, "1 with model.qk_norm")
+    check(not config.dropout, "1 with model.dropout")
+
+
+def stacked_name(name: str) -> str:
+    """Return the name of a part's weight in an unsplit network; other names are unchanged."""
+    head, _, tail = name.partition(".parts.")
+    return f"{head}.{tail.split('.', 1)[1]}" if tail else name
+
+
+def restacked(name: str, tensor: Tensor, saved: list[Tensor]) -> Tensor:
+    """Return the values of a tensor of this name from the saved stacked matrix, or from its parts in order."""
+    if not tensor.ndim:
+        return saved[0]
+    stacked = torch.cat(saved)
+    if stacked_name(name) == name:
+        return stacked
+    number = int(name.partition(".parts.")[2].split(".", 1)[0])
+    return stacked[number * len(tensor) : (number + 1) * len(tensor)]
+
+
+def stack(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return tensors under the names of an unsplit network, with parts (unsharded, in order) concatenated."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors:
+        parts.setdefault(stacked_name(name), []).append(tensor)
+    return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for name, pieces in parts.items()}
+
+
+# Predictions are views of one tensor, which nothing changes in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 KEPT = [
@@ -35,23 +141,23 @@ KEPT = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.higher_order.flex_attention,
 ]
-"""what selective checkpointing keeps: the dear ones"""
+"""operations whose results selective checkpointing keeps, because they are expensive"""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a run is spread over processes. It changes how fast a run is and what fits, not what is learned."""
+    """Placement of a run on processes; it changes speed and memory, not results."""
 
     replicate: int = 1
-    """copies of the network; each is sharded over the processes that make up one (1: FSDP, more: HSDP)"""
+    """number of copies of the network, each sharded over its processes (1: FSDP, more: HSDP)"""
     tensor: int = 1
-    """processes that share every block's matrices, and the data (tensor parallel)"""
+    """number of processes that share every block's matrices and work on the same data (tensor parallel)"""
     activation_checkpointing: Checkpointing = "none"
-    """what the backward pass computes again rather than remember; selective: all but products and attention"""
+    """activations recomputed in the backward pass; selective: all but matrix products and attention"""
     compile: bool = False
     """compile each block (torch.compile)"""
     float8: bool = False
-    """products of the blocks in 8-bit floating point (extra: quantize; NVIDIA Hopper or newer)"""
+    """matrix products of the blocks in 8-bit floating point (extra: quantize; NVIDIA Hopper or newer)"""
 
     def __post_init__(self) -> None:
         for name in ("replicate", "tensor"):
@@ -61,10 +167,10 @@ class ParallelConfig:
             raise ValueError(f"parallel.float8: expected False with parallel.tensor {self.tensor}, found True")
 
 
-def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Transfusion:
-    """Make a network on the meta device ready for these ranks. Returns it; storage and weights come afterwards.
+def parallelize(model: Transfusion, ranks: Distributed, config: ParallelConfig) -> Transfusion:
+    """Prepare a network on the meta device for these ranks and return it; storage and weights follow.
 
-    Raises UserError where the network can not be spread so.
+    Raises UserError if the network cannot be split as configured.
     """
     if ranks.mesh is not None and config.tensor > 1:
         share_matrices(model, ranks.mesh["tensor"])
@@ -77,32 +183,32 @@ def parallelize(model: Transfusion, ranks: Ranks, config: ParallelConfig) -> Tra
             compile_block(block)
     if ranks.mesh is not None:
         mesh = ranks.mesh["replicate", "shard"] if config.replicate > 1 else ranks.mesh["shard"]
-        # The layers say themselves in which dtype they compute; gathered in it, half as much is sent.
+        # Layers cast their inputs themselves; gathering weights in that dtype halves the traffic.
         policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
         for module in (*model.transformer.blocks, model):
             sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
-            # Losses are divided by counts of all ranks already: gradients are summed, not averaged.
+            # Losses are already divided by counts of all ranks, so gradients are summed, not averaged.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
     return model
 
 
 def compile_block(block: nn.Module, **options: Any) -> None:
-    """One graph for all blocks of a network: each says it is the first. Where torch looks at the number (2.11 does),
-    it would compile a graph for every block, and give up at the eighth; in training nothing needs it."""
+    """Compile a block so that all blocks of a network share one graph."""
+    # torch 2.11 specialises on the layer number, and would compile a graph per block and stop at the eighth.
     block.layer = 0  # type: ignore[assignment]
     block.compile(**options)
 
 
 def _forget(block: nn.Module, kind: Checkpointing) -> None:
-    """Have a block's backward pass compute again what it needs: all, or all but the results of KEPT."""
+    """Make a block's backward pass recompute its activations: all, or all but the results of KEPT."""
     forward = block.forward
 
     def again(x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, dropout: torch.Generator | None) -> Tensor:
         state = None if dropout is None else dropout.get_state()
 
         def run(x: Tensor) -> Tensor:
-            if dropout is not None and state is not None:  # the second time, what is dropped must be the same
+            if dropout is not None and state is not None:  # the recomputation must drop the same elements
                 dropout.set_state(state)
             return forward(x, rotary, attend, dropout)
 
@@ -114,12 +220,12 @@ def _forget(block: nn.Module, kind: Checkpointing) -> None:
 
 
 def _selective() -> Any:
-    # A function of the module, for torch.compile looks it up by name.
+    # At module level, because torch.compile looks it up by name.
     return create_selective_checkpoint_contexts(KEPT)
 
 
 def _to_float8(model: Transfusion) -> None:
-    """The blocks' linear maps by torchao's, which scale each operand to 8 bits on the way."""
+    """Replace the blocks' linear maps by torchao's, which scale each operand to 8 bits."""
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
@@ -130,32 +236,32 @@ def _to_float8(model: Transfusion) -> None:
 
 
 def sum_over_copies(model: nn.Module, last: bool) -> None:
-    """Copies of a sharded network add their gradients up in the step's last micro-batch only."""
+    """Sum gradients over the copies of a sharded network only in the step's last micro-batch."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
 
 
-def sum_over_ranks(model: nn.Module, ranks: Ranks) -> None:
-    """Add the gradients of a network up that every rank has the whole of; sharded ones have done so already."""
+def sum_over_ranks(model: nn.Module, ranks: Distributed) -> None:
+    """Sum the gradients of an unsharded network over ranks; a sharded one has done so in its backward pass."""
     if ranks.mesh is None or isinstance(model, FSDPModule):
         return
     parameters = list(model.parameters())
-    there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int64)
-    for parameter, ranks_with in zip(parameters, ranks.sum(there.to(parameters[0].device)).tolist(), strict=True):
-        if ranks_with and parameter.grad is None:  # where no rank has one, the optimizer passes it by
+    has_grad = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int64)
+    for parameter, ranks_with in zip(parameters, ranks.sum(has_grad.to(parameters[0].device)).tolist(), strict=True):
+        if ranks_with and parameter.grad is None:  # without any gradient, the optimizer skips it
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     together = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, found in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(found.view(gradient.shape))
+    for gradient, summed in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view(gradient.shape))
 
 
 def place(weight: Tensor, values: Tensor) -> None:
-    """Put values, whole and the same on every rank, into a weight, or this rank's shard of them into its own."""
+    """Copy unsharded values, the same on every rank, into a weight or into this rank's shard of it."""
     if isinstance(weight, DTensor):
         mesh, coordinate = weight.device_mesh, weight.device_mesh.get_coordinate()
         assert coordinate is not None
-        for axis in reversed(range(mesh.ndim)):  # tensor parallel cuts first, sharding cuts its pieces
+        for axis in reversed(range(mesh.ndim)):  # tensor parallel splits first, FSDP shards its pieces
             placement = weight.placements[axis]
             if not placement.is_replicate():
                 pieces = values.chunk(mesh.size(axis), placement.dim)  # type: ignore[attr-defined]
@@ -165,20 +271,17 @@ def place(weight: Tensor, values: Tensor) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard, sharing its storage; a tensor that is not sharded is its own."""
+    """Return this rank's shard, sharing its storage; an unsharded tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All shards put together, on every rank; all must call it."""
+    """Return the unsharded tensor; every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Ranks) -> Tensor:
-    """Scale gradients so that their global norm is at most `largest`. Returns the norm before, on all ranks.
-
-    Without any gradient, which then no rank has, it is 0.
-    """
+def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Distributed) -> Tensor:
+    """Scale gradients to a global norm of at most `largest`. Return the norm before, 0 without gradients."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros((), device=parameters[0].device)
@@ -192,8 +295,8 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Ranks)
     return norm
 
 
-def _copies(tensor: Tensor, ranks: Ranks) -> int:
-    """How many ranks hold the same shard."""
+def _copies(tensor: Tensor, ranks: Distributed) -> int:
+    """Return the number of ranks that hold the same shard."""
     if not isinstance(tensor, DTensor):
         return ranks.count
     mesh = tensor.device_mesh

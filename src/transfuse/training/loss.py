@@ -1,8 +1,12 @@
-"""What is minimised: `L = L_LM + lambda * L_DDPM` (Transfusion section 3.1), each a mean over its own targets.
+"""Losses: `L = L_LM + lambda * L_DDPM` (Transfusion section 3.1), each a mean over its own targets.
 
-The rival and the control minimise the next-token loss alone, over text and codes alike (Chameleon) or text (Llama).
-An objective gives *sums* and *counts*; the loop divides by counts taken over the whole step (all micro-batches, all
-ranks), so that splitting a step never changes its loss.
+The baselines minimise the next-token loss alone, over text and codes alike (Chameleon) or over text (Llama). An
+objective returns sums and counts; the trainer divides by counts of the whole step (all micro-batches, all ranks), so
+that splitting a step never changes its loss.
+
+The token loss never holds all logits at once: 32,000 ids at 100,000 targets are 13 GB in float32, and as much again for
+their gradient. Above `MAX_LOGITS` they are computed in chunks of rows, and again in the backward pass, for one more
+product of the output layer.
 """
 
 from __future__ import annotations
@@ -16,31 +20,65 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..autoencoders import ImageAutoencoder
 from ..diffusion import Process
 from ..model import LMHeadFn, Transfusion, for_batch, group_by_shape, stack_group
+from ..model.layers import Linear
 from ..rng import generator_for
 from ..sequence import Batch, Images, shapes_of, stacked
-from .token_loss import token_losses
 
-ENCODED = 128
-"""on a GPU pictures are encoded in multiples of so many"""
+MAX_LOGITS = 2**26
+"""logits that may exist at once: 256 MiB in float32, plus some copies"""
+
+
+def token_losses(head: Linear, x: Tensor, targets: Tensor, z: bool) -> Tensor:
+    """Return the losses of each target in float32: cross-entropy `[1, M]`, or cross-entropy and z `[2, M]`.
+
+    x [M, C], targets [M]   hidden states, in any dtype, and the next tokens
+    z                       add z-loss, the squared log of the softmax's denominator, which keeps logits from drifting
+
+    Chunks give the same losses; gradients of the output layer's weight are summed chunk by chunk in its dtype.
+    """
+    if len(x) * head.out_features <= MAX_LOGITS:
+        return _losses(head, x, targets, z)
+    rows = max(1, MAX_LOGITS // head.out_features)
+    parts = [
+        # Nothing in `_losses` draws random numbers, so no generator state is kept.
+        checkpoint(_losses, head, *chunk, z, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(x.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _losses(head: Linear, x: Tensor, targets: Tensor, z: bool) -> Tensor:
+    logits = head(x).float()
+    if not z:
+        # Stacked, not `[None]`, because FSDP warns about views in its root's output.
+        return torch.stack([F.cross_entropy(logits, targets, reduction="none")])
+    denominator = logits.logsumexp(-1)  # computed once for both terms: the logits are the largest tensor of a step
+    return torch.stack([denominator - logits.gather(-1, targets[:, None])[:, 0], denominator.square()])
+
+
+ENCODE_MULTIPLE = 128  # images per call of the autoencoder on a GPU, a multiple of this
 
 Details = dict[str, tuple[Tensor | float, float]]
 
 
 @dataclass
-class Sums:
-    """Summed losses `[term]` with gradient, and details to log: name -> (sum, count), without. A sum may stay a tensor:
-    to ask a device for its value is to wait for it."""
+class LossSums:
+    """Summed losses `[term]` with gradient, and details to log: name -> (sum, count), without.
+
+    A sum may be a tensor, because reading its value would wait for the device.
+    """
 
     losses: Tensor
     details: Details = field(default_factory=dict)
 
 
 class StepBatch(Protocol):
-    """What the loop needs of a batch: who is in it, how much of what (named, to be summed up), and to move it."""
+    """The trainer's view of a batch: its samples, named quantities to be summed, and a move to the device."""
 
     @property
     def samples(self) -> tuple[int, ...]: ...
@@ -52,11 +90,11 @@ class StepBatch(Protocol):
 
 
 class Objective(Protocol):
-    """What the loop needs to train anything: named terms, their weights, their counts and their sums.
+    """The trainer's view of a training goal: named loss terms with weights, target counts and summed losses.
 
-    before_step(model, batches) is called on every rank with its micro-batches of a step, before their sums.
-    after_step(model, step, batches) is called when the optimizer has changed the weights, `step` being the number of
-    steps done.
+    before_step(model, batches)        called on every rank with its micro-batches of a step, before their losses
+    after_step(model, step, batches)   called after the optimizer's update; `step` is the number of steps done
+    nonfinite_samples(model, batch)    the samples whose own loss is not finite
     """
 
     names: tuple[str, ...]
@@ -66,19 +104,21 @@ class Objective(Protocol):
 
     def before_step(self, model: nn.Module, batches: Sequence[Any]) -> None: ...
 
-    def sums(self, model: nn.Module, batch: Any) -> Sums: ...
+    def loss(self, model: nn.Module, batch: Any) -> LossSums: ...
 
-    def offenders(self, model: nn.Module, batch: Any) -> list[int]: ...
+    def nonfinite_samples(self, model: nn.Module, batch: Any) -> list[int]: ...
 
     def after_step(self, model: nn.Module, step: int, batches: Sequence[Any]) -> None: ...
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
+    """Weights of the loss terms. Raises ValueError, naming the field, for values out of range."""
+
     image_weight: float = 5.0
-    """lambda: weight of the diffusion loss beside the text loss"""
+    """lambda: weight of the diffusion loss; the text loss has weight 1 (paper: 5)"""
     z_weight: float = 0.0
-    """of the squared logarithm of the softmax's denominator, which keeps logits from drifting (Chameleon: 1e-5)"""
+    """weight of z-loss, the squared log of the softmax's denominator (Chameleon: 1e-5)"""
     timestep_bins: int = 10
     """the diffusion loss is also logged in this many equal bins of the timestep"""
 
@@ -92,7 +132,7 @@ class ObjectiveConfig:
 
 @dataclass
 class Noised:
-    """Images as the network sees them: latents x_t, timesteps `[I]`, and the target each prediction is held against."""
+    """Noised images: latents x_t, timesteps `[I]`, and the targets of the predictions."""
 
     latents: Images
     timesteps: Tensor
@@ -100,9 +140,9 @@ class Noised:
 
 
 class TokenObjective:
-    """Plain next-token loss: cross-entropy summed over all targets, text and codes of one joint vocabulary.
+    """Next-token loss: cross-entropy summed over all targets, text and codes of a joint vocabulary.
 
-    The softmax is over the whole vocabulary at every position, as in Chameleon: text competes with codes.
+    The softmax covers the whole vocabulary at every position, as in Chameleon, so text competes with codes.
     """
 
     names: tuple[str, ...] = ("tokens",)
@@ -116,30 +156,30 @@ class TokenObjective:
     def counts(self, batch: Batch) -> tuple[int, ...]:
         return (len(batch.targets),) * len(self.names)
 
-    def sums(self, model: nn.Module, batch: Batch) -> Sums:
-        """Forward pass, and losses summed over the batch's own targets; text and codes apart among the details."""
-        found = self._losses(model, batch)
-        entropy, coded = found[0].detach(), batch.is_image_token
+    def loss(self, model: nn.Module, batch: Batch) -> LossSums:
+        """Return losses summed over the batch's targets; the details split text and codes."""
+        losses = self._losses(model, batch)
+        entropy, codes = losses[0].detach(), batch.is_image_token
         details: Details = {
             name: (entropy[chosen].sum(), float(chosen.sum()))
-            for name, chosen in (("text", ~coded), ("codes", coded))
+            for name, chosen in (("text", ~codes), ("codes", codes))
             if bool(chosen.any())
         }
-        return Sums(torch.stack([term.sum() for term in found]), details)
+        return LossSums(torch.stack([term.sum() for term in losses]), details)
 
     @torch.no_grad()
-    def offenders(self, model: nn.Module, batch: Batch) -> list[int]:
-        """Samples whose own loss is not finite."""
+    def nonfinite_samples(self, model: nn.Module, batch: Batch) -> list[int]:
+        """Return the samples whose own loss is not finite."""
         return _documents_of(batch, ~self._losses(model, batch)[0].isfinite())
 
     def before_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """`[1 or 2, M]`, as `token_losses` gives them."""
+        """Return the losses of each target `[1 or 2, M]` (`token_losses`)."""
         assert isinstance(model, Transfusion)
         attend, dropout = for_batch(batch, model.compute_dtype), _dropout(model, self.seed, batch)
         lm_head_fn = _token_losses(batch, self.config)
@@ -154,14 +194,14 @@ def _token_losses(batch: Batch, config: ObjectiveConfig) -> LMHeadFn:
 
 
 def _documents_of(batch: Batch, targets: Tensor) -> list[int]:
-    """Sample numbers of the documents in which chosen targets `[M]` bool lie."""
+    """Return the sample numbers of the documents with a chosen target (bool `[M]`)."""
     bounds = torch.tensor(batch.documents).cumsum(0)
     documents = torch.bucketize(batch.loss_positions.cpu()[targets.cpu()], bounds, right=True)
     return [batch.samples[document] for document in documents.tolist()]
 
 
 def _dropout(model: Transfusion, seed: int, batch: Batch) -> torch.Generator | None:
-    """What draws dropped elements: by the batch's first sample, so that a resumed run drops the same."""
+    """Return the generator of dropout masks, keyed by the batch's first sample so that resuming is exact."""
     if not model.config.dropout:
         return None
     return generator_for(seed, "dropout", batch.samples[0], device=batch.input_ids.device)
@@ -169,7 +209,7 @@ def _dropout(model: Transfusion, seed: int, batch: Batch) -> torch.Generator | N
 
 @dataclass
 class Losses:
-    """Those of tokens `[1 or 2, M]`, mean squared error of each image `[I]`, its timestep `[I]`."""
+    """Token losses `[1 or 2, M]`, mean squared error of each image `[I]`, and its timestep `[I]`."""
 
     tokens: Tensor
     image: Tensor
@@ -179,7 +219,7 @@ class Losses:
 class TransfusionObjective:
     """Cross-entropy summed over text targets; mean squared error per image, summed over images.
 
-    autoencoder: encodes the pictures that come as pixels, on its own device.
+    autoencoder: encodes images that arrive as pixels, on its device.
     """
 
     names: tuple[str, ...] = ("text", "image")
@@ -196,11 +236,11 @@ class TransfusionObjective:
         counts = len(batch.targets), batch.image_targets
         return (*counts, len(batch.targets)) if self.config.z_weight else counts
 
-    def draw(self, batch: Batch) -> Batch:
-        """With timesteps and noise: t uniform in 1..T (or up to the image's cap), context images stay clean at t = 0.
+    def sample_noise(self, batch: Batch) -> Batch:
+        """Return the batch with timesteps and noise: t uniform in 1..T (or up to the cap), 0 for context images.
 
-        Both draws depend on (seed, sample, image) alone, so resuming or resharding changes nothing. A loader does this
-        ahead: a draw for each image costs more time than a GPU takes for its share of a step.
+        Both depend on (seed, sample, image) alone, so resuming or resharding changes nothing. Loaders call this ahead
+        of the step, because sampling image by image takes longer than a GPU needs for its share of a step.
         """
         timesteps = torch.zeros(len(batch.latents), dtype=torch.int64)
         noise: list[Tensor] = []
@@ -214,61 +254,61 @@ class TransfusionObjective:
         return replace(batch, timesteps=timesteps, noise=stacked(noise))
 
     def noise(self, batch: Batch) -> Noised:
-        """Noise a batch, whose pictures are encoded, as `draw` says."""
+        """Add noise to a batch of encoded images, by its timesteps and noise, which are sampled if it has none."""
         if batch.timesteps is None:
-            batch = self.draw(batch).to(batch.input_ids.device)
+            batch = self.sample_noise(batch).to(batch.input_ids.device)
         timesteps = batch.timesteps
         assert timesteps is not None
         if isinstance(batch.latents, Tensor) and isinstance(batch.noise, Tensor):
-            clean, drawn, t = batch.latents, batch.noise, timesteps.to(batch.latents.device)
-            return Noised(self.process.add_noise(clean, drawn, t), timesteps, self.process.target(clean, drawn, t))
+            x0, noise, t = batch.latents, batch.noise, timesteps.to(batch.latents.device)
+            return Noised(self.process.add_noise(x0, noise, t), timesteps, self.process.target(x0, noise, t))
         triples = list(zip(batch.latents, batch.noise, timesteps.unbind(0), strict=True))
         return Noised(
-            [self.process.add_noise(clean, drawn, t) for clean, drawn, t in triples],
+            [self.process.add_noise(x0, noise, t) for x0, noise, t in triples],
             timesteps,
-            [self.process.target(clean, drawn, t) for clean, drawn, t in triples],
+            [self.process.target(x0, noise, t) for x0, noise, t in triples],
         )
 
-    def encoded(self, batch: Batch) -> Batch:
-        """With the latents of what came as pixels."""
+    def encode(self, batch: Batch) -> Batch:
+        """Return the batch with latents for images that arrived as pixels; ValueError without an autoencoder."""
         if not len(batch.pixels):
             return batch
         if self.autoencoder is None:
-            raise ValueError("autoencoder: expected one, for pictures that come as pixels, found none")
+            raise ValueError("autoencoder: expected one, because images arrive as pixels, found none")
         if isinstance(batch.latents, Tensor) and isinstance(batch.pixels, Tensor):
-            return replace(batch, latents=_encoded(self.autoencoder, batch.pixels), pixels=())
+            return replace(batch, latents=_encode_pixels(self.autoencoder, batch.pixels), pixels=())
         latents = list(batch.latents)
         waiting = [number for number, latent in enumerate(latents) if latent.is_meta]
         for group in group_by_shape(batch.pixels):
-            found = _encoded(self.autoencoder, stack_group(batch.pixels, group))
-            for number, latent in zip(group, found, strict=True):
+            encoded = _encode_pixels(self.autoencoder, stack_group(batch.pixels, group))
+            for number, latent in zip(group, encoded, strict=True):
                 latents[waiting[number]] = latent
         return replace(batch, latents=stacked(latents), pixels=())
 
-    def sums(self, model: nn.Module, batch: Batch) -> Sums:
-        """Forward pass, and both losses summed over the batch's own targets."""
-        found = self._losses(model, batch)
-        weighted = (found.image * self.process.weight(found.timesteps).to(found.image))[batch.denoise]
-        entropy, *z = [term.sum() for term in found.tokens]
-        bins = self._bins(found.image.detach(), found.timesteps, batch)
-        return Sums(torch.stack([entropy, weighted.sum(), *z]), bins)
+    def loss(self, model: nn.Module, batch: Batch) -> LossSums:
+        """Return both losses summed over the batch's targets; the details are image errors by timestep."""
+        losses = self._losses(model, batch)
+        weighted = (losses.image * self.process.weight(losses.timesteps).to(losses.image))[batch.denoise]
+        entropy, *z = [term.sum() for term in losses.tokens]
+        bins = self._bins(losses.image.detach(), losses.timesteps, batch)
+        return LossSums(torch.stack([entropy, weighted.sum(), *z]), bins)
 
     @torch.no_grad()
-    def offenders(self, model: nn.Module, batch: Batch) -> list[int]:
-        """Samples whose own loss is not finite."""
-        found = self._losses(model, batch)
-        images = torch.nonzero(~found.image.isfinite().cpu() & batch.denoise).flatten()
-        return _documents_of(batch, ~found.tokens[0].isfinite()) + [batch.noise_ids[i][0] for i in images.tolist()]
+    def nonfinite_samples(self, model: nn.Module, batch: Batch) -> list[int]:
+        """Return the samples whose own loss is not finite."""
+        losses = self._losses(model, batch)
+        images = torch.nonzero(~losses.image.isfinite().cpu() & batch.denoise).flatten()
+        return _documents_of(batch, ~losses.tokens[0].isfinite()) + [batch.noise_ids[i][0] for i in images.tolist()]
 
     def before_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def _losses(self, model: nn.Module, batch: Batch) -> Losses:
         assert isinstance(model, Transfusion)
-        batch = self.encoded(batch)
+        batch = self.encode(batch)
         noised = self.noise(batch)
         losses, predictions = model(
             batch.input_ids,
@@ -284,7 +324,7 @@ class TransfusionObjective:
         return Losses(losses, self._errors(predictions, noised, batch.input_ids.device), noised.timesteps)
 
     def _errors(self, predictions: Images, noised: Noised, device: torch.device) -> Tensor:
-        """Mean squared error of each image `[I]`."""
+        """Return the mean squared error of each image `[I]`."""
         if not len(predictions):
             return torch.zeros(0, device=device)
         if isinstance(predictions, Tensor) and isinstance(noised.targets, Tensor):
@@ -293,7 +333,7 @@ class TransfusionObjective:
         return torch.stack([F.mse_loss(prediction, target) for prediction, target in pairs])
 
     def _bins(self, errors: Tensor, timesteps: Tensor, batch: Batch) -> Details:
-        """Unweighted image error by bin of the timestep."""
+        """Return the unweighted image error in equal bins of the timestep."""
         bins = self.config.timestep_bins
         number = (timesteps[batch.denoise] - 1) * bins // self.process.config.timesteps
         chosen = errors.float()[batch.denoise]
@@ -302,9 +342,9 @@ class TransfusionObjective:
         return {f"image_by_timestep/{i}": (total[i], count[i]) for i in range(bins)}
 
 
-def _encoded(autoencoder: ImageAutoencoder, pictures: Tensor) -> Tensor:
-    """uint8 `[image, row, column, 3]` -> latents."""
+def _encode_pixels(autoencoder: ImageAutoencoder, pictures: Tensor) -> Tensor:
+    """Encode uint8 `[image, row, column, 3]` to latents."""
     count = len(pictures)
-    if pictures.is_cuda:  # cuDNN plans every convolution anew for each number of images it has not met
-        pictures = torch.cat([pictures, pictures[:1].expand(-count % ENCODED, *pictures.shape[1:])])
+    if pictures.is_cuda:  # cuDNN plans every convolution again for each new number of images
+        pictures = torch.cat([pictures, pictures[:1].expand(-count % ENCODE_MULTIPLE, *pictures.shape[1:])])
     return autoencoder.latents(pictures)[:count]

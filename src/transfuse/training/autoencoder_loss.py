@@ -1,10 +1,10 @@
-"""What an autoencoder learns by (Transfusion, Appendix A):
+"""The loss of an autoencoder (Transfusion, Appendix A):
 
     L1 + perceptual + 0.5 adversarial + 0.2 identity + 1e-6 KL            or, instead of KL, the codebook's two terms
 
-each a mean over the images of a step. L1 is a mean over an image's numbers; the KL, a sum over its latent, is divided
-by the same count, so that the two weigh as in latent diffusion, which sums both. The critic is trained in the same
-step, with moments of its own: its loss is one more term, whose gradient stops at the reconstruction, as the adversarial
+Each term is a mean over the images of a step. L1 is a mean over pixels; the KL is summed over the latent and divided by
+the number of pixel values, which gives both the relative weight of latent diffusion, where both are sums. The critic is
+trained in the same step: its loss is one more term, whose gradient stops at the reconstruction, as the adversarial
 term's gradient stops at the critic.
 """
 
@@ -25,22 +25,22 @@ from ..autoencoders.network import initialise
 from ..autoencoders.pixels import images_to_tensor
 from ..errors import UserError
 from ..rng import generator_for
-from .objective import Details, Sums
-from .ranks import Ranks
+from .distributed import Distributed
+from .loss import Details, LossSums
 
 
 @dataclass(frozen=True)
 class AutoencoderObjectiveConfig:
-    """Weights of the terms, the paper's by default.
+    """Weights of the terms; the defaults are the paper's.
 
-    perceptual, identity   the networks the two terms compare features of: a local file or folder, or
-                           "imagenet-mobilenet" (`autoencoders.features`); None: off. The paper: LPIPS and MoCo v2.
-    adversarial_from       the step from which the critic learns and is listened to; None: never
-    adaptive               scale the adversarial term so that its gradient at the last layer is as long as that of L1
-                           and perceptual together (Esser et al. 2021, equation 7), both taken over the whole step
-    critic_betas           Adam's, of the critic (Esser et al. 2021)
-    revive_after           a code that no image chose for this many steps is moved onto a vector of the step's images
-    revive_until           share of the run's steps after which none is, so that the averaged weights settle
+    perceptual, identity   feature networks of the two terms: a local file or folder, or "imagenet-mobilenet"
+                           (`autoencoders.features`); None: off. The paper: LPIPS and MoCo v2.
+    adversarial_from       first step with a critic; None: never
+    adaptive               scale the adversarial term to the gradient norm, at the last layer, of L1 and perceptual
+                           together (VQGAN, arXiv 2012.09841, equation 7), both over the whole step
+    critic_betas           Adam's betas for the critic (VQGAN)
+    revive_after           codes that no image chose for this many steps are moved onto encoder outputs
+    revive_until           fraction of the run after which no code is revived, so that the averaged weights settle
     """
 
     perceptual: str | None = None
@@ -57,7 +57,6 @@ class AutoencoderObjectiveConfig:
     """beta, weight of the encoder's part of the codebook loss"""
     revive_after: int = 200
     revive_until: float = 0.8
-    """share of the run's steps"""
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.critic_betas):
@@ -65,12 +64,12 @@ class AutoencoderObjectiveConfig:
 
 
 LATE = ("adversarial", "critic")
-"""terms that begin at `adversarial_from`"""
+"""terms that start at `adversarial_from`"""
 
 
 @dataclass
 class ImageBatch:
-    """Images `[image, 3, row, column]` in [-1, 1] of a step, by the data set's numbers."""
+    """Images `[image, 3, row, column]` in [-1, 1] of a step, and their numbers in the data set."""
 
     images: Tensor
     samples: tuple[int, ...]
@@ -78,16 +77,21 @@ class ImageBatch:
 
     @property
     def quantities(self) -> dict[str, int]:
+        """Counts to sum over the run."""
         return {"images": len(self.samples), "pixels": self.images[:, 0].numel()}
 
     def to(self, device: torch.device | str) -> ImageBatch:
+        """Return the batch on a device."""
         images = self.images.to(device).contiguous(memory_format=torch.channels_last)
         return ImageBatch(images, self.samples, self.step)
 
 
 @dataclass(frozen=True)
 class ImageLoader:
-    """`loader(step)`: this rank's images of a step, numbers `step * batch_size` and on, in `accumulate` parts."""
+    """`loader(step)` returns this rank's images of a step in `accumulate` micro-batches.
+
+    A step holds the images from number `step * batch_size` on.
+    """
 
     image: Callable[[int], np.ndarray]
     batch_size: int
@@ -96,7 +100,7 @@ class ImageLoader:
     ranks: int = 1
 
     def __call__(self, step: int) -> list[ImageBatch]:
-        """Raises UserError where there are not as many images for every part of every rank."""
+        """Raises UserError if the batch size does not divide into equal micro-batches."""
         count = self.accumulate * self.ranks
         if self.batch_size % count:
             expected = f"a multiple of {count} (data.accumulate x processes)"
@@ -107,18 +111,18 @@ class ImageLoader:
         return [ImageBatch(images_to_tensor(np.stack([self.image(n) for n in part])), part, step) for part in parts]
 
     def position(self) -> dict[str, int]:
-        """Nothing: any step is found at once."""
+        """Return nothing, because any step is found at once."""
         return {}
 
     def start_from(self, position: dict[str, int]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class AutoencoderInTraining(nn.Module):
-    """An autoencoder, its critic, and how long each code has not been chosen: all that a checkpoint must hold."""
+    """An autoencoder, its critic, and the age of each code since it was last chosen: the state of a checkpoint."""
 
     unused: Tensor
-    """steps since each code was chosen last, int64 `[codebook_size]`"""
+    """steps since each code was last chosen, int64 `[codebook_size]`"""
 
     def __init__(self, config: AutoencoderConfig, adversarial: bool) -> None:
         super().__init__()
@@ -128,6 +132,7 @@ class AutoencoderInTraining(nn.Module):
         self.register_buffer("unused", torch.zeros(size, dtype=torch.int64))
 
     def initialise(self, seed: int) -> AutoencoderInTraining:
+        """Set the first weights and return the module."""
         self.autoencoder.initialise(seed)
         if self.critic is not None:
             initialise(self.critic, seed + 1)
@@ -135,7 +140,7 @@ class AutoencoderInTraining(nn.Module):
 
 
 class AutoencoderObjective:
-    """Sums over images of every term. names and weights: those that are on."""
+    """Sums every active term over images; `names` and `weights` list the active ones."""
 
     def __init__(
         self,
@@ -146,9 +151,9 @@ class AutoencoderObjective:
         perceptual: Features | None = None,
         identity: Features | None = None,
         bfloat16: bool = False,
-        ranks: Ranks | None = None,
+        ranks: Distributed | None = None,
     ) -> None:
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Distributed()
         self.config, self.seed, self.steps, self.bfloat16 = config, seed, steps, bfloat16
         self.perceptual, self.identity = perceptual, identity
         terms = {"l1": 1.0}
@@ -163,13 +168,13 @@ class AutoencoderObjective:
         if config.adversarial_from is not None:
             terms |= {"adversarial": config.adversarial_weight, "critic": 1.0}
         self.names, self.weights = tuple(terms), tuple(terms.values())
-        self._vectors: list[Tensor] = []  # what the encoder gave in the parts of this step, for reviving codes
-        self._ready: list[ImageBatch] = []  # parts of this step that `_scale` is for, not yet summed
+        self._vectors: list[Tensor] = []  # encoder outputs of this step, for reviving codes
+        self._ready: list[ImageBatch] = []  # micro-batches that `_scale` is valid for
         self._scale = torch.ones(())  # the adaptive weight
-        self._kept: tuple[dict[str, Tensor], Details] | None = None  # the terms of a step's only part
+        self._kept: tuple[dict[str, Tensor], Details] | None = None  # the terms of a step's only micro-batch
 
     def counts(self, batch: ImageBatch) -> tuple[int, ...]:
-        """All images; none for what has not begun yet."""
+        """Return the number of images for each term, 0 for terms that have not started."""
         return tuple(0 if name in LATE and self._early(batch) else len(batch.samples) for name in self.names)
 
     def _early(self, batch: ImageBatch) -> bool:
@@ -179,9 +184,9 @@ class AutoencoderObjective:
         return self.config.adaptive and self.config.adversarial_from is not None and not self._early(batch)
 
     def before_step(self, model: nn.Module, batches: Sequence[ImageBatch]) -> None:
-        """Find the adaptive weight over all parts of all ranks, so that it does not depend on how a step is split.
+        """Compute the adaptive weight over all micro-batches and ranks, so that it does not depend on the split.
 
-        The parts of a split step pass the networks once more for it; the only part of another does not.
+        Micro-batches of a split step need one more forward pass for it; a single one does not.
         """
         assert isinstance(model, AutoencoderInTraining)
         self._ready, self._kept = [], None
@@ -201,8 +206,8 @@ class AutoencoderObjective:
         lengths = (self.ranks.sum(gradients) / count).flatten(1).norm(dim=1)
         self._ready, self._scale = list(batches), (lengths[0] / (lengths[1] + 1e-4)).clamp(max=1e4)
 
-    def sums(self, model: nn.Module, batch: ImageBatch) -> Sums:
-        """As `Objective` has it. A batch that `before_step` was not given is a step by itself."""
+    def loss(self, model: nn.Module, batch: ImageBatch) -> LossSums:
+        """Return the summed losses. A batch that `before_step` has not seen counts as a whole step."""
         weighs = self._weighs(batch)
         if weighs and not any(batch is ready for ready in self._ready):
             self.before_step(model, [batch])
@@ -212,16 +217,17 @@ class AutoencoderObjective:
             self._ready = [ready for ready in self._ready if ready is not batch]
             terms["adversarial"] = terms["adversarial"] * self._scale
             details["adaptive_weight"] = self._scale * len(batch.samples), len(batch.samples)
-        return Sums(torch.stack([terms[name].sum() for name in self.names]), details)
+        return LossSums(torch.stack([terms[name].sum() for name in self.names]), details)
 
     @torch.no_grad()
-    def offenders(self, model: nn.Module, batch: ImageBatch) -> list[int]:
+    def nonfinite_samples(self, model: nn.Module, batch: ImageBatch) -> list[int]:
+        """Return the images with a loss that is not finite."""
         terms, _ = self._terms(model, batch)
         wrong = ~torch.stack([terms[name] for name in self.names]).isfinite().all(0)
         return [batch.samples[number] for number in torch.nonzero(wrong).flatten().tolist()]
 
     def _terms(self, model: nn.Module, batch: ImageBatch) -> tuple[dict[str, Tensor], Details]:
-        """Each term of each image, `[image]`; and details to log."""
+        """Return each term per image `[image]`, and details to log."""
         assert isinstance(model, AutoencoderInTraining)
         images, count = batch.images, len(batch.samples)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -245,7 +251,7 @@ class AutoencoderObjective:
         if bottled.codes is not None:
             self._vectors.append(h.detach())
         if bottled.kl is not None:
-            terms["kl"] = bottled.kl / images[0].numel()  # latent diffusion sums both over an image: L1, and KL in nats
+            terms["kl"] = bottled.kl / images[0].numel()  # latent diffusion sums both L1 and KL (in nats) over an image
         for name in ("codebook", "commitment"):
             if getattr(bottled, name) is not None:
                 terms[name] = getattr(bottled, name)
@@ -263,7 +269,7 @@ class AutoencoderObjective:
         return terms, details
 
     def _adversarial(self, critic: PatchCritic, images: Tensor, made: Tensor) -> dict[str, Tensor]:
-        """The hinge losses of both sides (Esser et al. 2021)."""
+        """Return the hinge losses of generator and critic (arXiv 2012.09841)."""
         frozen = {name: weight.detach() for name, weight in critic.named_parameters()}
         fooled: Tensor = torch.func.functional_call(critic, frozen, (made,))
         adversarial = -fooled.flatten(1).mean(1)
@@ -273,9 +279,9 @@ class AutoencoderObjective:
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int, batches: Sequence[ImageBatch]) -> None:
-        """Count how long codes lie unused, and revive dead ones: a function of the step, so that resuming is exact."""
+        """Age the codes and revive unused ones; the choice is a function of the step, so that resuming is exact."""
         assert isinstance(model, AutoencoderInTraining)
-        own, self._vectors = self._vectors[-len(batches) :], []  # not those of a step that was left out
+        own, self._vectors = self._vectors[-len(batches) :], []  # without those of a step that was left out
         if not own:
             return
         codebook, chosen = model.autoencoder.quantize, torch.zeros_like(model.unused)
@@ -288,9 +294,9 @@ class AutoencoderObjective:
         dead = torch.nonzero(model.unused >= self.config.revive_after).flatten()
         if not len(dead):
             return
-        vectors = [h for those in self.ranks.gather([h.cpu() for h in own]) for h in those]
-        found = torch.cat([h.movedim(1, -1).flatten(0, -2) for h in vectors])
-        order = torch.randperm(len(found), generator=generator_for(self.seed, "revive", step))[: len(dead)]
+        gathered = [h for outputs in self.ranks.gather([h.cpu() for h in own]) for h in outputs]
+        vectors = torch.cat([h.movedim(1, -1).flatten(0, -2) for h in gathered])
+        order = torch.randperm(len(vectors), generator=generator_for(self.seed, "revive", step))[: len(dead)]
         dead = dead[: len(order)]
-        codebook.embedding.weight[dead] = found[order].to(codebook.embedding.weight)
+        codebook.embedding.weight[dead] = vectors[order].to(codebook.embedding.weight)
         model.unused[dead] = 0

@@ -1,0 +1,235 @@
+"""The processes of a run: this one's rank, collectives, and signals that stop the run.
+
+    python -m transfuse train demo                                  one process, rank 0 of 1: nothing is sent
+    torchrun --nproc-per-node 8 -m transfuse train demo             eight processes
+
+A run has replicate x shard x tensor processes. Those of one `tensor` group work on the same data; the others, the data
+ranks, each work on their part of every step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..errors import UserError
+from ..log import set_quiet
+
+RESUMABLE = 75
+"""exit code of a run that was stopped and saved: the same command resumes it (EX_TEMPFAIL)"""
+
+
+class StopRequest:
+    """A context that turns SIGINT, SIGTERM and SIGUSR1 (not on Windows) into a request to stop after the current step.
+
+    `requested` is True from the first signal on; a second Ctrl-C raises KeyboardInterrupt.
+    """
+
+    signals = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            for number in self.signals:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)  # how long a rank waits for the others
+
+AXES = ("replicate", "shard", "tensor")
+
+
+@dataclass(frozen=True, eq=False)
+class Distributed:
+    """The process group of a run: this is process `rank` of `count`.
+
+    mesh            device mesh with axes `replicate`, `shard`, `tensor`; None for a single process
+    data, datas     this data rank, and the number of data ranks
+    elastic         started by torchrun, which restarts all processes if one fails
+    objects, saving CPU groups for Python objects, and for checkpoints written by a thread
+    peers           the data ranks that hold the same part of the network's matrices
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    count: int = 1
+    mesh: DeviceMesh | None = None
+    data: int = 0
+    datas: int = 1
+    elastic: bool = False
+    objects: dist.ProcessGroup | None = None
+    saving: dist.ProcessGroup | None = None
+    peers: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """True for the process that writes files and messages."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the data ranks, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor, group=self.peers)
+        return tensor
+
+    def sum_all(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all data ranks, in order."""
+        return self._all(value)[:: self.count // self.datas]
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
+        if self.mesh is None:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, group=self.objects)
+        shared: T = values[0]
+        return shared
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        self.gather(None)
+
+    def all_agree(self, problem: str) -> None:
+        """Stop all ranks if any of them has a problem (an empty string is none). Every rank must call this.
+
+        Raises:
+            UserError: on rank 0, with the first problem; the other ranks exit with code 2.
+        """
+        first = next(filter(None, self._all(problem)), "")
+        if first and self.first:
+            raise UserError(first)
+        if first:
+            raise SystemExit(2)
+
+    def on_rank0(self, action: Callable[[], T]) -> T | None:
+        """Run `action` on rank 0 and return its result there, None elsewhere.
+
+        Every rank must call this; all ranks stop if the action raises UserError.
+        """
+        problem, result = "", None
+        try:
+            if self.first:
+                result = action()
+        except UserError as error:
+            problem = str(error)
+        self.all_agree(problem)
+        return result
+
+    def _all(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order."""
+        if self.mesh is None:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.objects)
+        return values
+
+
+def stopped_code(ranks: Distributed) -> int:
+    """Return the exit code of a stopped, saved run: 0 under torchrun, which would restart after any other."""
+    return 0 if ranks.elastic else RESUMABLE
+
+
+@contextmanager
+def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Distributed]:
+    """Join the process group of torchrun (or of a launcher that sets its variables); without one, a single process.
+
+    Raises UserError if the number of processes is not a multiple of `replicate * tensor`.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count % (replicate * tensor):
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2)  # rank 0 prints the error
+        raise UserError(
+            f"parallel: expected a multiple of {replicate * tensor} processes (replicate x tensor), found {count}"
+        )
+    if "RANK" not in os.environ or count == 1:
+        yield Distributed(torch.device(device))
+        return
+    rank, cuda = int(os.environ["RANK"]), device == "cuda"
+    here = torch.device(device, int(os.environ.get("LOCAL_RANK", rank))) if cuda else torch.device(device)
+    if cuda:
+        torch.cuda.set_device(here)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(_meet(shared, rank, count), shared)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    set_quiet(rank > 0)
+    try:
+        yield arrange(here, replicate, tensor)
+    finally:
+        set_quiet(False)
+        dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, rank: int, count: int) -> str:
+    """Return a store prefix shared by the ranks of this restart only.
+
+    torchrun (seen with 2.13) keeps one store for all restarts. It holds the addresses of killed ranks, for which new
+    ranks would wait without a fresh prefix.
+    """
+    mine = uuid4().hex
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    others = set(range(1, count)) if rank == 0 else set()
+    store.set(f"hello/{rank}", mine)
+    while time.monotonic() < deadline:
+        for other in others:
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{other}", f"{store.get(f'hello/{other}').decode()} {mine}")
+        others = {other for other in others if not store.check([f"here/{mine}/{other}"])}
+        if rank == 0 and not others:
+            return mine
+        if rank and store.check([f"welcome/{rank}"]):
+            hello, word = store.get(f"welcome/{rank}").decode().split()
+            if hello == mine:  # and not meant for this rank of an earlier restart
+                store.set(f"here/{word}/{rank}", "")
+                return word
+        time.sleep(0.05)
+    raise RuntimeError(f"rank {rank}: the other ranks did not start within {TIMEOUT}")
+
+
+def arrange(device: torch.device, replicate: int, tensor: int) -> Distributed:
+    """Arrange the processes of the default group in a mesh of replicate x shard x tensor."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh(device.type, (replicate, count // (replicate * tensor), tensor), mesh_dim_names=AXES)
+    peers = mesh["replicate", "shard"]._flatten("data").get_group()
+    objects, saving = (dist.new_group(backend="gloo", timeout=timedelta(hours=2)) for _ in range(2))
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    return Distributed(device, rank, count, mesh, rank // tensor, count // tensor, elastic, objects, saving, peers)
