@@ -10,7 +10,7 @@ ROOMS = [  # what has been rewritten so far
     "tools/house.py",
     *(
         f"src/transfuse/{room}"
-        for room in ("autoencoders", "convert", "diffusion", "evaluation", "model", "sequence", "training")
+        for room in ("autoencoders", "cli", "convert", "diffusion", "evaluation", "model", "sequence", "training")
     ),
     # composition.py has the title of a table in `results.json`, which keeps its words.
     *(str(path.relative_to(ROOT)) for path in (ROOT / "src/emoji_scenes").glob("*.py") if path.stem != "composition"),
@@ -21,7 +21,7 @@ ROOMS = [  # what has been rewritten so far
     ),
     *(f"src/transfuse/{room}" for room in ("recipes", "runs")),
     *(f"src/transfuse/{name}.py" for name in ("plan", "train", "train_autoencoder")),
-    *(f"src/transfuse/{name}.py" for name in ("charts", "demo", "evaluate", "report", "cli/study")),
+    *(f"src/transfuse/{name}.py" for name in ("charts", "demo", "evaluate", "report")),
     *(f"src/transfuse/inspect_{name}.py" for name in ("data", "autoencoder")),
     "experiments",
 ]

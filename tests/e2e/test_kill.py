@@ -24,7 +24,7 @@ def build(folder: Path) -> Trainer:
     recipe = preset("tiny")
     loop = replace(recipe.loop, steps=STEPS, checkpoint_every=1, keep=2)
     recipe = open_run(replace(recipe, loop=loop, data=replace(recipe.data, batch_size=2)), folder)
-    return build_trainer(recipe, folder)[0]
+    return build_trainer(recipe, folder)
 
 
 def test_twenty_kills(tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_what_is_written_is_not_prepared_again(
             build(root / "pictures", tmp_path / "out", KINDS["pictures"][1])
     told: list[tuple[int, int]] = []
     original = progress
-    shown = lambda title, total, start: told.append((total, start)) or original(title, total, start)  # noqa: E731
+    shown = lambda title, total, start, **kind: told.append((total, start)) or original(title, total, start, **kind)  # noqa: E731
     monkeypatch.setattr("transfuse.data.build.progress", shown)
     cut, done = Preparer._cut, []
     monkeypatch.setattr(Preparer, "_cut", lambda self, item: done.append(item.key) or cut(self, item))

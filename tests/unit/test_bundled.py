@@ -101,14 +101,14 @@ def test_the_default_and_the_reason_are_reported(shelf: Path, capsys: pytest.Cap
     model, said = chosen()
     assert model == folders.DEFAULT
     assert said.startswith(
-        f"{model}: the model used, the one in the package, for there are no models under runs/; --model"
+        f"{model}: the model used, the bundled one, because there are no models under runs/; --model"
     )
     assert said.count("\n") == 1
     trained("runs/trial/export", shelf, 50, "tiny")
     trained("runs/words/export", shelf, 40, "llama-32", "none")
     model, said = chosen()
     assert model == folders.DEFAULT, "neither draws"
-    assert "for there are only models that draw nothing under runs/" in said
+    assert "because there are only models that draw nothing under runs/" in said
     trained("runs/first/export", shelf, 10)
     trained("runs/second/export", shelf, 20, "small-64")
     model, said = chosen()

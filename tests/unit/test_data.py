@@ -326,7 +326,7 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
         ]
         stream = Mixture([Ingredient(source, 1.0) for source in sources], None)
         grammar = tokenizer.sequence_format(patch_size=2)
-        settings = {"workers": workers, "finish": goal.draw} if later else {}
+        settings = {"workers": workers, "finish": goal.sample_noise} if later else {}
         (batch,) = StepLoader(stream.document, grammar, 12, **settings)(1)
         assert bool(len(batch.pixels)) == bool(len(batch.noise)) == later
         assert all(latent.is_meta == later for latent in batch.latents)
@@ -345,5 +345,5 @@ def test_pixels_without_an_encoder_are_refused(tokenizer) -> None:
     source = ScenePairs(World(WorldConfig(size=16)), tokenizer, later, PairConfig(), 0)
     (batch,) = StepLoader(lambda i: source.document(i, i), tokenizer.sequence_format(patch_size=2), 2)(0)
     goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
-    with pytest.raises(ValueError, match="autoencoder: expected one, for pictures that come as pixels"):
+    with pytest.raises(ValueError, match="autoencoder: expected one, because images arrive as pixels"):
         goal.loss(randomised(tiny()), batch)

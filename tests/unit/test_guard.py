@@ -173,7 +173,7 @@ def test_raise_by_the_command_and_then_skip(tmp_path: Path, monkeypatch, capsys)
     assert saved == ["step-00000006"], "what was begun is written to the end, nothing after it"
     config = Path("run/config.json").read_text()
     assert run([*command, "--loop.guard.nonfinite", "skip"]) == 0
-    assert "loop.guard.nonfinite 'skip' ('raise')" in capsys.readouterr().err
+    assert "loop.guard.nonfinite 'skip' (was 'raise')" in capsys.readouterr().err
     assert Path("run/config.json").read_text() == config
     assert read_metrics(Path("run/metrics.jsonl"))[-1]["left_out"] == 1
 

@@ -337,7 +337,7 @@ def test_what_can_not_be_written(tmp_path, monkeypatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("transfuse.interchange.save_file", full)
+    monkeypatch.setattr("transfuse.convert.llama_folder.save_file", full)
     with pytest.raises(UserError, match=r"out: Llama not written \(no space left\)"):
         save_llama(tmp_path / "out", ours())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -195,7 +195,7 @@ def settings_that_can_not_be() -> list[tuple[dict[str, Any], str]]:
         ({"objective": {"image_weight": -1.0}}, "objective.image_weight: expected at least 0"),
         ({"objective": {"timestep_bins": 0}}, "objective.timestep_bins: expected at least 1"),
         ({"loop": {"max_seconds": -1.0}}, "loop.max_seconds: expected at least 0"),
-        ({"loop": {"ema_decay": 1.0}}, "loop.ema_decay: expected a share"),
+        ({"loop": {"ema_decay": 1.0}}, "loop.ema_decay: expected a number from 0"),
         ({"model": {"d_ff": -5}}, "model.d_ff: expected a positive number"),
         ({"generation": {"sampler": SamplerConfig(steps=2000)}}, "generation.sampler: steps"),
         (

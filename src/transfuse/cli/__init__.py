@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    if arguments and arguments[0] == "--":  # torchrun leaves it: without it, it takes --run for an option of its own
+    if arguments and arguments[0] == "--":  # torchrun passes it on; without it, torchrun would take --run as its option
         arguments = arguments[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())

@@ -29,7 +29,7 @@ def train(arguments: Sequence[str]) -> int:
 
     transfuse autoencoder train kl-f4-small --run runs/kl --data.folder pictures/
 
-    Every setting is an option. The same command goes on from the newest checkpoint; Ctrl-C saves and exits with 75.
+    Every setting is an option. The same command resumes from the newest checkpoint; Ctrl-C saves and exits with 75.
     """
     from ..recipes.autoencoders import AUTOENCODERS, autoencoder_preset
     from ..train_autoencoder import train_autoencoder
@@ -75,28 +75,28 @@ class Inspect:
 
 
 def inspect(arguments: Sequence[str]) -> int:
-    asked = parse(Inspect, arguments, "autoencoder inspect")
-    if asked.count < 1:
-        raise UserError(f"--count: expected at least 1, found {asked.count}")
+    options = parse(Inspect, arguments, "autoencoder inspect")
+    if options.count < 1:
+        raise UserError(f"--count: expected at least 1, found {options.count}")
     from ..autoencoders import open_autoencoder
     from ..autoencoders.features import load_features
     from ..evaluation.image_quality import LEAST
     from ..inspect_autoencoder import inspect_autoencoder, inspected_images
 
-    opened = open_autoencoder(asked.autoencoder)
-    if asked.size < opened.factor or asked.size % opened.factor:
+    opened = open_autoencoder(options.autoencoder)
+    if options.size < opened.factor or options.size % opened.factor:
         raise UserError(
-            f"--size: expected a multiple of {opened.factor} for the autoencoder {opened.name}, found {asked.size}"
+            f"--size: expected a multiple of {opened.factor} for the autoencoder {opened.name}, found {options.size}"
         )
-    features = None if asked.features is None else load_features(asked.features)
-    images, names, held_apart = inspected_images(asked.images, asked.size, asked.count)
+    features = None if options.features is None else load_features(options.features)
+    images, names, held_apart = inspected_images(options.images, options.size, options.count)
     if features is not None and len(images) < LEAST:
-        raise UserError(f"{asked.images}: expected at least {LEAST} images for --features, found {len(images)}")
-    report = inspect_autoencoder(opened, images, names, asked.out, features, held_apart)
-    if asked.json:
-        print_json({"report": str(asked.out / "index.html"), **report})
+        raise UserError(f"{options.images}: expected at least {LEAST} images for --features, found {len(images)}")
+    report = inspect_autoencoder(opened, images, names, options.out, features, held_apart)
+    if options.json:
+        print_json({"report": str(options.out / "index.html"), **report})
     else:
-        print(asked.out / "index.html")
+        print(options.out / "index.html")
     return 0
 
 

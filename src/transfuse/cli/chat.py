@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HELP = """/image PATH   show the model a picture, with what you say next
 /save [PATH]  keep the last picture it drew
 /seed N       of what is drawn and sampled from here on
-/new          forget all that was said
+/new          forget the conversation
 /quit         leave; so does the end of the input"""
 
 KITTY_CHUNK = 4096
@@ -49,8 +49,8 @@ class Chat(WithModel):
 
 def chat(arguments: Sequence[str]) -> int:
     """Talk with a model in words and pictures."""
-    asked = parse(Chat, arguments, "chat")
-    session = _Session(asked)
+    options = parse(Chat, arguments, "chat")
+    session = _Session(options)
     for line in _lines():
         try:
             if line == "/quit":
@@ -64,7 +64,7 @@ def chat(arguments: Sequence[str]) -> int:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, line by line, without blanks around it; with a prompt where a person types it."""
+    """Yield the lines typed, stripped, with a prompt on a terminal."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -77,17 +77,17 @@ def _lines() -> Iterator[str]:
 class _Session:
     """The conversation, and what will be said with the next line."""
 
-    def __init__(self, asked: Chat) -> None:
+    def __init__(self, options: Chat) -> None:
         from ..inference import Conversation
 
-        self.asked, self.pipe = asked, asked.load()
+        self.options, self.pipe = options, options.load()
         self.conversation = Conversation(self.pipe)
         self.shown: list[np.ndarray] = []
-        self.seed, self.drawn = asked.seed, 0
+        self.seed, self.drawn = options.seed, 0
         self.last: tuple[PIL.Image.Image, dict[str, Any]] | None = None
 
     def hear(self, line: str) -> None:
-        """One line. Raises UserError for what can not be done; all stays as it was then."""
+        """Run one line. Raises UserError for a line that cannot be run, and then changes nothing."""
         from ..inference import Conversation
 
         command, _, rest = line.partition(" ")
@@ -97,7 +97,7 @@ class _Session:
                 print(HELP)
             case "/image":
                 side = self.pipe.exported.image_size
-                self.shown.append(read_picture(Path(rest).expanduser(), side, self.asked.resize))
+                self.shown.append(read_picture(Path(rest).expanduser(), side, self.options.resize))
             case "/save":
                 self.save(rest)
             case "/seed":
@@ -114,7 +114,7 @@ class _Session:
     def save(self, path: str) -> None:
         if self.last is None:
             raise UserError("/save: expected a picture to save, found none drawn yet")
-        where = Path(path).expanduser() if path else self.asked.out / f"chat-{self.drawn - 1}.png"
+        where = Path(path).expanduser() if path else self.options.out / f"chat-{self.drawn - 1}.png"
         print(save_picture(self.last[0], where, self.last[1]))
 
     def reply(self, line: str) -> None:
@@ -122,10 +122,10 @@ class _Session:
         from ..inference import ImageEnd, TextDelta
         from ..inference.pictures import settings_of
 
-        said: list[str | np.ndarray] = [*self.shown, line]
-        settings: dict[str, Any] = {"seed": self.seed, "draw": self.asked.draw}
-        request = self.conversation.request(said, **settings)
-        for event in self.conversation.say(said, **settings):
+        parts: list[str | np.ndarray] = [*self.shown, line]
+        settings: dict[str, Any] = {"seed": self.seed, "draw": self.options.draw}
+        request = self.conversation.request(parts, **settings)
+        for event in self.conversation.say(parts, **settings):
             match event:
                 case TextDelta(text=text):
                     print(text, end="", flush=True)

@@ -32,10 +32,10 @@ def build(arguments: Sequence[str]) -> int:
 
     transfuse data build pictures/ photos-64 --size 64
 
-    SOURCE: a folder of pictures with captions (.txt beside each, metadata.jsonl or a .csv table), WebDataset tars,
+    SOURCE: a folder of pictures with captions (a .txt next to each, metadata.jsonl or a .csv table), WebDataset tars,
     parquet, .jsonl of documents with words and pictures, plain text, "world" (with --count), or a data set, to be
-    stored otherwise (--size, --autoencoder). Files may lie elsewhere: "https://host/{00000..00041}.tar", s3://bucket/x.
-    A build that was stopped goes on with the same command; the set is the same to the byte.
+    stored otherwise (--size, --autoencoder). Files may be remote: "https://host/{00000..00041}.tar", s3://bucket/x.
+    The same command resumes a build that was stopped; the set is the same to the byte.
     """
     from ..data.build import build_set
     from ..data.prepare import BuildConfig
@@ -53,23 +53,23 @@ def build(arguments: Sequence[str]) -> int:
     ]
     kind = make_dataclass("Build", fields, frozen=True, namespace={"__doc__": build.__doc__})
     usual = kind(tyro.MISSING, tyro.MISSING, BuildConfig(), 2, 0.01, Cache().gigabytes, False)
-    asked: Any = parse(kind, arguments, "data build", usual)
-    if asked.workers < 0 or not 0 <= asked.max_errors <= 1:
+    options: Any = parse(kind, arguments, "data build", usual)
+    if options.workers < 0 or not 0 <= options.max_errors <= 1:
         raise UserError("data build: expected --workers of at least 0 and --max-errors from 0 to 1, found others")
-    cache = Cache(gigabytes=asked.cache_gigabytes)
-    found = build_set(asked.source, asked.out, asked.config, asked.workers, asked.max_errors, cache)
-    if asked.json:
-        print_json({"out": str(asked.out), **found})
+    cache = Cache(gigabytes=options.cache_gigabytes)
+    summary = build_set(options.source, options.out, options.config, options.workers, options.max_errors, cache)
+    if options.json:
+        print_json({"out": str(options.out), **summary})
     else:
-        logger.info(f"{asked.out}: {_summary(found)}; look at it with: transfuse data inspect {asked.out}")
+        logger.info(f"{options.out}: {_summary(summary)}; look at it with: transfuse data inspect {options.out}")
     return 0
 
 
-def _summary(found: dict[str, Any]) -> str:
-    left_out = [f"{count} {reason}" for reason, count in found["dropped"].items()]
-    left_out += [f"{found['faulty']} faulty (see quarantine.jsonl)"] if found["faulty"] else []
-    said = f"{found['documents']} documents, {found['pictures']} pictures, {found['tokens']} tokens of text"
-    return f"{said}; left out: {', '.join(left_out)}" if left_out else said
+def _summary(counts: dict[str, Any]) -> str:
+    left_out = [f"{count} {reason}" for reason, count in counts["dropped"].items()]
+    left_out += [f"{counts['faulty']} faulty (see quarantine.jsonl)"] if counts["faulty"] else []
+    total = f"{counts['documents']} documents, {counts['pictures']} pictures, {counts['tokens']} tokens of text"
+    return f"{total}; left out: {', '.join(left_out)}" if left_out else total
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Inspect:
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]]
-    """data sets, "world", "glosses"; with settings behind commas, as data.sources of transfuse train"""
+    """data sets, "world", "glosses"; with settings after commas, as data.sources of transfuse train"""
     out: Path = Path("inspection")
     """folder for index.html and report.json"""
     preset: str = "demo"
@@ -92,14 +92,14 @@ class Inspect:
 
 
 def inspect(arguments: Sequence[str]) -> int:
-    asked = parse(Inspect, arguments, "data inspect")
+    options = parse(Inspect, arguments, "data inspect")
     from ..inspect_data import inspect_sources
 
-    report = inspect_sources(asked.sources, asked.out, asked.preset, asked.row_length)
-    if asked.json:
-        print_json({"report": str(asked.out / "index.html"), **report})
+    report = inspect_sources(options.sources, options.out, options.preset, options.row_length)
+    if options.json:
+        print_json({"report": str(options.out / "index.html"), **report})
     else:
-        print(asked.out / "index.html")
+        print(options.out / "index.html")
     return 0
 
 
@@ -118,18 +118,18 @@ class Verify:
 
 
 def verify(arguments: Sequence[str]) -> int:
-    asked = parse(Verify, arguments, "data verify")
+    options = parse(Verify, arguments, "data verify")
     from ..data.verify import verify_set
 
-    found = verify_set(asked.set, asked.workers)
-    if asked.json:
-        print_json({"documents": found.documents, "count": found.count, "problems": found.problems})
-    for problem in found.problems:
+    report = verify_set(options.set, options.workers)
+    if options.json:
+        print_json({"documents": report.documents, "count": report.count, "problems": report.problems})
+    for problem in report.problems:
         logger.info(problem)
-    if found.count:
-        raise UserError(f"{asked.set}: {found.count} problems; {found.documents} documents are whole")
-    if not asked.json:
-        logger.info(f"{asked.set}: {found.documents} documents, all whole")
+    if report.count:
+        raise UserError(f"{options.set}: {report.count} problems; {report.documents} documents are whole")
+    if not options.json:
+        logger.info(f"{options.set}: {report.documents} documents, all whole")
     return 0
 
 

@@ -48,36 +48,36 @@ class Edit(WithModel):
 
 def edit(arguments: Sequence[str]) -> int:
     """Change a picture as an instruction says, or redraw parts of it."""
-    asked = parse(Edit, arguments, "edit")
-    if not asked.prompt.strip():
+    options = parse(Edit, arguments, "edit")
+    if not options.prompt.strip():
         raise UserError("edit: prompt: expected some text, found an empty one")
-    pipe = asked.load()
+    pipe = options.load()
     from ..images import fit, read_image, read_mask
     from ..inference.pictures import settings_of
     from ..inference.sequence_state import with_image_guidance
 
     side = pipe.exported.image_size
-    pixels = read_image(asked.image)
-    mask = None if asked.mask is None else read_mask(asked.mask, pixels.shape[:2])
-    if mask is not None and asked.resize:
+    pixels = read_image(options.image)
+    mask = None if options.mask is None else read_mask(options.mask, pixels.shape[:2])
+    if mask is not None and options.resize:
         mask = fit(mask, side)
-    picture = to_side(pixels, asked.image, side, asked.resize)
+    picture = to_side(pixels, options.image, side, options.resize)
     start = None
-    if asked.strength is not None or mask is not None:
-        start = pipe.start(picture, 1.0 if asked.strength is None else asked.strength, mask)
-    parts: list[str | np.ndarray] = [asked.prompt] if start else [picture, asked.prompt]
+    if options.strength is not None or mask is not None:
+        start = pipe.start(picture, 1.0 if options.strength is None else options.strength, mask)
+    parts: list[str | np.ndarray] = [options.prompt] if start else [picture, options.prompt]
     request = replace(
-        with_image_guidance(pipe.request(parts, asked.steps, asked.guidance_scale), asked.image_guidance_scale),
+        with_image_guidance(pipe.request(parts, options.steps, options.guidance_scale), options.image_guidance_scale),
         draw="force",
         max_tokens=0,
         start=start,
-        seed=asked.seed,
+        seed=options.seed,
     )
     settings = settings_of(request, pipe.exported)
     drawn = pipe.replies([request])[0].images[0]
-    path = save_picture(drawn, asked.out / f"{asked.image.stem}-seed-{asked.seed}.png", settings)
-    if asked.json:
-        print_json({"path": path, "image": str(asked.image), **settings})
+    path = save_picture(drawn, options.out / f"{options.image.stem}-seed-{options.seed}.png", settings)
+    if options.json:
+        print_json({"path": path, "image": str(options.image), **settings})
     else:
         print(path)
     return 0

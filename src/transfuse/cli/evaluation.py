@@ -18,7 +18,7 @@ class Evaluate:
 
     transfuse evaluate --model runs/demo/export --suite quick --out evaluation
 
-    What was made is not made again: the same command goes on where it stopped. docs/evaluation.md says what each
+    Finished work is kept: the same command resumes where it stopped. docs/evaluation.md says what each
     number is. Files are local, nothing is fetched.
     """
 
@@ -39,7 +39,7 @@ class Evaluate:
     guidance_interval: tuple[float, float] | None = None
     """noise levels at which drawings are guided, as shares: 0 0.8; elsewhere only the prompt counts"""
     candidates: int = 1
-    """drawn for each prompt; the model keeps the one from which it would itself likeliest write the prompt"""
+    """images per prompt; the one that the model would most probably caption with the prompt is kept"""
     sweep: str | None = None
     """draw with each of several values, as guidance_scale=1,1.5,3"""
     batch_size: int = 24
@@ -56,9 +56,9 @@ class Evaluate:
     ids: Path | None = None
     """which of them: an id a line, or a published table with image_id and text; by a rule if not given"""
     ptb_jar: str = ""
-    """cut captions by Java: stanford-corenlp-3.4.1.jar, or pycocoevalcap, which has it; without, none is needed"""
+    """cut captions by Java: stanford-corenlp-3.4.1.jar, or the pycocoevalcap that contains it; not given: no Java"""
     texts: tuple[Path, ...] = ()
-    """files of text (.txt, .jsonl) to foretell, in place of held-out definitions"""
+    """files of text (.txt, .jsonl) to score, in place of held-out definitions"""
     stride: int | None = None
     """tokens by which a window over long text moves; none: blocks"""
     clip: Path | None = None
@@ -78,27 +78,27 @@ class Evaluate:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure a model: text, captions, drawings, composition, edits, speed; a report with all of it."""
-    asked = parse(Evaluate, arguments, "evaluate")
+    args = parse(Evaluate, arguments, "evaluate")
     for name in ("batch_size", "candidates"):
-        if getattr(asked, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(asked, name)}")
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
     from dataclasses import fields
 
     from ..evaluate import run_evaluation
     from ..evaluation import Drawing, EvalConfig
 
-    options = EvalConfig(**{field.name: getattr(asked, field.name) for field in fields(EvalConfig)})
+    options = EvalConfig(**{field.name: getattr(args, field.name) for field in fields(EvalConfig)})
     report = run_evaluation(
-        asked.model or default_model(),
-        asked.suite,
-        asked.out,
+        args.model or default_model(),
+        args.suite,
+        args.out,
         options,
-        Drawing(**{field.name: getattr(asked, field.name) for field in fields(Drawing)}),
-        sweep=asked.sweep,
-        world=asked.world,
-        batch=asked.batch_size,
-        device=asked.device,
+        Drawing(**{field.name: getattr(args, field.name) for field in fields(Drawing)}),
+        sweep=args.sweep,
+        world=args.world,
+        batch=args.batch_size,
+        device=args.device,
     )
-    if asked.json:
-        print_json({"report": str(asked.out / "report.html"), **report})
+    if args.json:
+        print_json({"report": str(args.out / "report.html"), **report})
     return 0

@@ -74,7 +74,7 @@ def print_json(value: dict[str, Any]) -> None:
 def parse_recipe(
     command: str, recipe: Any, options: dict[str, tuple[Any, Any, str]], arguments: Sequence[str], summary: str | None
 ) -> Any:
-    """A recipe with every setting as an option, beside a command's own.
+    """A recipe with every setting as an option, next to the command's own.
 
     options: type, default and help of each by name. Returns an object with `recipe` and each of them as attributes.
     """
@@ -89,13 +89,13 @@ def parse_recipe(
 def parse_run(
     command: str, recipe: Any, preset: str, arguments: Sequence[str], summary: str | None
 ) -> tuple[Any, Path, bool]:
-    """A recipe with every setting as an option, beside --run and --json. Returns the recipe, the run's folder, json."""
+    """A recipe with every setting as an option, with --run and --json. Returns the recipe, the run's folder, json."""
     options = {
         "run": (Path, Path("runs") / preset, "folder of the run: checkpoints, metrics, samples, export"),
         "json": (bool, False, JSON),
     }
-    asked = parse_recipe(command, recipe, options, arguments, summary)
-    return asked.recipe, asked.run, asked.json
+    parsed = parse_recipe(command, recipe, options, arguments, summary)
+    return parsed.recipe, parsed.run, parsed.json
 
 
 JSON = "end with one line of JSON"
@@ -104,7 +104,7 @@ JSON = "end with one line of JSON"
 def act(
     command: str, arguments: Sequence[str], actions: dict[str, Callable[[Sequence[str]], int]], summary: str | None
 ) -> int:
-    """Call the action that a command's first word names; without one, show what there is."""
+    """Call the action that a command's first word names; without one, list the actions."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(summary)
         return 0

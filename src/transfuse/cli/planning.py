@@ -25,7 +25,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """What a preset costs: parameters, operations, memory; with a card, also what fits, how long, and how to start it.
+    """Show a preset's cost: parameters, operations, memory; with a card, also time and the command to start it.
 
     transfuse plan 7b --gpus 64 --gpu h100 --data.batch-size 1024
 
@@ -38,16 +38,16 @@ def plan(arguments: Sequence[str]) -> int:
     named = preset_name("plan", arguments, PRESETS, plan.__doc__)
     if named is None:
         return 0
-    asked = parse_recipe("plan", preset(named[0]), OPTIONS, named[1], plan.__doc__)
-    recipe = asked.recipe
-    if asked.gpu is None and (asked.gpus, asked.mfu) != (1, None):
+    options = parse_recipe("plan", preset(named[0]), OPTIONS, named[1], plan.__doc__)
+    recipe = options.recipe
+    if options.gpu is None and (options.gpus, options.mfu) != (1, None):
         raise UserError("plan: expected a card (--gpu h100) with --gpus or --mfu, found none")
-    found = figures(recipe)
-    spread = {} if asked.gpu is None else cluster_plan(recipe, asked.gpus, asked.gpu, asked.mfu)
-    if asked.json:
-        print_json({**found, **spread})
+    costs = figures(recipe)
+    spread = {} if options.gpu is None else cluster_plan(recipe, options.gpus, options.gpu, options.mfu)
+    if options.json:
+        print_json({**costs, **spread})
         return 0
-    for name, value in found.items():
+    for name, value in costs.items():
         print(f"{name:<32} {value:,}" if isinstance(value, int | float) else f"{name:<32} {value}")
     if spread:
         print("\n" + "\n".join(_lines(spread)))
@@ -58,18 +58,18 @@ PIECES = ("weights", "gradients", "moments", "ema", "gathered", "activations", "
 AGAIN = {"none": "nothing", "selective": "some", "full": "all"}
 
 
-def _lines(found: dict[str, Any]) -> Iterator[str]:
+def _lines(spread: dict[str, Any]) -> Iterator[str]:
     """The plan on given GPUs, for a person."""
     yield (
-        f"{found['gpus']} x {found['gpu']}: gigabytes of memory on each, which has {found['card_gigabytes']:g}, "
-        f"{found['usable_gigabytes']:.1f} to be used"
+        f"{spread['gpus']} x {spread['gpu']}: gigabytes of memory on each, which has {spread['card_gigabytes']:g}, "
+        f"{spread['usable_gigabytes']:.1f} to be used"
     )
     yield f"{'':<18}{'recomputed':<11}" + "".join(f"  {name}" for name in PIECES) + "  micro-batches"
-    for choice in found["choices"]:
+    for choice in spread["choices"]:
         sizes = "".join(f"{choice['memory_gigabytes'][name]:>{len(name) + 2}.1f}" for name in PIECES)
         yield f"{choice['sharding']:<18}{AGAIN[choice['activation_checkpointing']]:<11}{sizes}  {_batches(choice)}"
     yield ""
-    best, step = found["recommended"], found["step"]
+    best, step = spread["recommended"], spread["step"]
     rows = {"recommended": "nothing fits: more GPUs, or larger ones"}
     if best:
         again = AGAIN[best["activation_checkpointing"]]
@@ -77,18 +77,18 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             f"{best['sharding']}, {again} recomputed; a step is {_batches(best)} positions on each GPU"
         )
     rows["mfu"] = (
-        f"{found['mfu']:.2f} of {found['peak_flops']:.4g} operations a second, {found['mfu_is']}, not measured; "
+        f"{spread['mfu']:.2f} of {spread['peak_flops']:.4g} operations a second, {spread['mfu_is']}, not measured; "
         "what is recomputed does not count"
     )
     rows["step_flops"] = f"{step['flops']:.4g} (6 N D); {step['executed_flops']:.4g} executed"
     rows["seconds_a_step"] = f"{step['seconds']:.3g} for {step['positions']:,} positions"
     rows["tokens_per_second"] = f"{step['tokens_per_second']:,.0f}"
-    for name, run in found["runs"].items():
+    for name, run in spread["runs"].items():
         days, hours = _number(run["days"]), _number(run["gpu_hours"])
         rows[name] = f"{run['tokens']:.4g} tokens in {days} days, {hours} GPU-hours"
     yield from (f"{name:<32} {value}" for name, value in rows.items())
-    if found["launch"]:
-        yield f"\n{found['launch']}"
+    if spread["launch"]:
+        yield f"\n{spread['launch']}"
 
 
 def _batches(choice: dict[str, Any]) -> str:

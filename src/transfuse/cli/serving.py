@@ -25,7 +25,7 @@ class Serve(WithModel):
     """address to listen on; 0.0.0.0: all of this machine's"""
     port: int = 8000
     names: tuple[str, ...] = ()
-    """host names that clients may call it by, beside the address; any where it listens on all addresses"""
+    """host names that clients may use besides the address; any, if it listens on all addresses"""
     slots: int = 8
     """requests that run together; memory is taken for them once"""
     guidance: Literal["auto", "packed", "sequential"] = "auto"
@@ -37,7 +37,7 @@ class Serve(WithModel):
     graphs: bool = True
     """on CUDA, record passes that come again, and play them back (CUDA graphs)"""
     max_requests: int = 64
-    """most that wait or run; one more is told to come again"""
+    """most that wait or run; one more is refused with 503"""
     max_cost: int = 4_000_000
     """most positions that the network may have to compute for all of them"""
     max_body: int = 32_000_000
@@ -45,18 +45,18 @@ class Serve(WithModel):
     deadline: float = 300.0
     """seconds for a request, waiting included"""
     drain: float = 30.0
-    """seconds to finish in when asked to stop"""
+    """seconds to finish in when options to stop"""
 
 
 def serve(arguments: Sequence[str]) -> int:
     """Serve a model over HTTP, with a page to try it."""
-    asked = parse(Serve, arguments, "serve")
+    options = parse(Serve, arguments, "serve")
     for name in ("slots", "max_requests", "max_cost", "max_body", "deadline"):
-        if getattr(asked, name) <= 0:
-            raise UserError(f"serve: --{name.replace('_', '-')}: expected above 0, found {getattr(asked, name)}")
-    if not 0 <= asked.port < 65536:
-        raise UserError(f"serve: --port: expected 0 to 65535, found {asked.port}")
-    model = asked.model or default_model()
+        if getattr(options, name) <= 0:
+            raise UserError(f"serve: --{name.replace('_', '-')}: expected above 0, found {getattr(options, name)}")
+    if not 0 <= options.port < 65536:
+        raise UserError(f"serve: --port: expected 0 to 65535, found {options.port}")
+    model = options.model or default_model()
     if not is_export(model):
         raise UserError(f"{model}: expected an export folder with a config.json, found none")
     try:
@@ -68,22 +68,22 @@ def serve(arguments: Sequence[str]) -> int:
         wanted = "the extra serve (pip install 'transfuse[serve]')"
         raise UserError(f"serve: expected {wanted}, found no {error.name}") from None
     keys = tuple(key for key in os.environ.get("TRANSFUSE_API_KEYS", "").split(",") if key)
-    everywhere = asked.host in ("0.0.0.0", "::")
-    hosts = asked.names if everywhere else (*LOOPBACK, asked.host, *asked.names)
+    everywhere = options.host in ("0.0.0.0", "::")
+    hosts = options.names if everywhere else (*LOOPBACK, options.host, *options.names)
     return run(
         WorkerConfig(
             str(model),
-            asked.slots,
-            guidance=None if asked.guidance == "auto" else asked.guidance,
-            quantize=asked.quantize,
-            compile=asked.compile,
-            graphs=asked.graphs,
-            device=asked.device,
-            precision=asked.precision,
+            options.slots,
+            guidance=None if options.guidance == "auto" else options.guidance,
+            quantize=options.quantize,
+            compile=options.compile,
+            graphs=options.graphs,
+            device=options.device,
+            precision=options.precision,
         ),
-        QueueConfig(asked.max_requests, asked.max_cost, asked.deadline),
-        GateConfig(keys, hosts, asked.max_body),
-        asked.host,
-        asked.port,
-        asked.drain,
+        QueueConfig(options.max_requests, options.max_cost, options.deadline),
+        GateConfig(keys, hosts, options.max_body),
+        options.host,
+        options.port,
+        options.drain,
     )

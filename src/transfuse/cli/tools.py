@@ -51,64 +51,66 @@ def export(arguments: Sequence[str]) -> int:
     from ..train import averaged_model, build_trainer, export_run
     from ..train_autoencoder import build_autoencoder_trainer, export_autoencoder, resolve_autoencoder
 
-    asked = parse(Export, arguments, "export")
-    asked = replace(asked, run=find_export(asked.run))
-    if not asked.run.is_dir():
-        raise UserError(f"{asked.run}: expected a run folder, found {'a file' if asked.run.exists() else 'nothing'}")
-    if asked.format == "llama" and asked.dtype:
-        raise UserError(f"{asked.run}: expected no --dtype with --format llama, found {asked.dtype}")
-    name = "export" if asked.format == "transfuse" else asked.format
-    config, out = asked.run / "config.json", asked.out or asked.run / name
-    if is_export(asked.run):
-        return _relayout(asked)
-    missing = UserError(f"{asked.run / 'checkpoints'}: expected a complete checkpoint, found none")
+    options = parse(Export, arguments, "export")
+    options = replace(options, run=find_export(options.run))
+    if not options.run.is_dir():
+        raise UserError(
+            f"{options.run}: expected a run folder, found {'a file' if options.run.exists() else 'nothing'}"
+        )
+    if options.format == "llama" and options.dtype:
+        raise UserError(f"{options.run}: expected no --dtype with --format llama, found {options.dtype}")
+    name = "export" if options.format == "transfuse" else options.format
+    config, out = options.run / "config.json", options.out or options.run / name
+    if is_export(options.run):
+        return _relayout(options)
+    missing = UserError(f"{options.run / 'checkpoints'}: expected a complete checkpoint, found none")
     if is_kind(config, AutoencoderRecipe):
-        if asked.format != "transfuse":
-            raise UserError(f"{asked.run}: expected a model's run for --format {name}, found an autoencoder's")
-        if asked.dtype:
+        if options.format != "transfuse":
+            raise UserError(f"{options.run}: expected a model's run for --format {name}, found an autoencoder's")
+        if options.dtype:
             raise UserError(
-                f"{asked.run}: expected no --dtype, for autoencoders are kept in float32, found {asked.dtype}"
+                f"{options.run}: expected no --dtype, for autoencoders are kept in float32, found {options.dtype}"
             )
         autoencoder_run = resolve_autoencoder(read_recipe(config, AutoencoderRecipe))
-        trainer = build_autoencoder_trainer(autoencoder_run, asked.run)
+        trainer = build_autoencoder_trainer(autoencoder_run, options.run)
         if not trainer.restore():
             raise missing
         export_autoencoder(autoencoder_run, trainer, out)
     else:
-        run = resolve(read_recipe(config, Recipe), asked.run / "tokenizer.json")
-        trainer = build_trainer(run, asked.run)
+        run = resolve(read_recipe(config, Recipe), options.run / "tokenizer.json")
+        trainer = build_trainer(run, options.run)
         if not trainer.restore():
             raise missing
-        if asked.format == "llama":
+        if options.format == "llama":
             model = averaged_model(run.recipe, trainer.averaged())
             save_llama(out, model, run.tokenizer.bos, run.tokenizer.eos, run.tokenizer)
         else:
             with TemporaryDirectory() as aside:
                 made = export_run(run, trainer, Path(aside) / "export")
-                relayout(made, out, asked.format, _dtype(asked))
-    if asked.json:
+                relayout(made, out, options.format, _dtype(options))
+    if options.json:
         print_json({"export": str(out), "step": trainer.step})
     else:
         print(out)
     return 0
 
 
-def _dtype(asked: Export) -> torch.dtype | None:
+def _dtype(options: Export) -> torch.dtype | None:
     import torch
 
-    found: torch.dtype | None = getattr(torch, asked.dtype) if asked.dtype else None
-    return found
+    dtype: torch.dtype | None = getattr(torch, options.dtype) if options.dtype else None
+    return dtype
 
 
-def _relayout(asked: Export) -> int:
+def _relayout(options: Export) -> int:
     from ..export import relayout
 
-    if asked.format == "llama":
-        raise UserError(f"{asked.run}: expected a run for --format llama, found an export")
-    if asked.out is None:
-        raise UserError(f"{asked.run}: expected --out, a folder for the export in the other layout, found none")
-    out = relayout(asked.run, asked.out, asked.format, _dtype(asked))
-    if asked.json:
+    if options.format == "llama":
+        raise UserError(f"{options.run}: expected a run for --format llama, found an export")
+    if options.out is None:
+        raise UserError(f"{options.run}: expected --out, a folder for the export in the other layout, found none")
+    out = relayout(options.run, options.out, options.format, _dtype(options))
+    if options.json:
         print_json({"export": str(out)})
     else:
         print(out)
@@ -139,13 +141,13 @@ def doctor(arguments: Sequence[str]) -> int:
     from ..recipes import Recipe
     from ..runs import settle_device
 
-    asked = parse(Doctor, arguments, "doctor")
+    options = parse(Doctor, arguments, "doctor")
     extras = (
         *("diffusers", "transformers", "tensorboard", "wandb", "trackio", "torchao", "open_clip", "lm_eval", "fastapi"),
         *("pyarrow", "sentencepiece", "s3fs", "gcsfs"),
     )
     backends = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available} if dist.is_available() else {}
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "transfuse": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -158,15 +160,15 @@ def doctor(arguments: Sequence[str]) -> int:
         "optional": {name: importlib.util.find_spec(name) is not None for name in extras},
     }
     problems = []
-    if found["free_disk_gigabytes"] < 2:
-        problems.append(f"disk: expected at least 2 GB free, found {found['free_disk_gigabytes']}")
-    if not found["folder_writable"]:
+    if facts["free_disk_gigabytes"] < 2:
+        problems.append(f"disk: expected at least 2 GB free, found {facts['free_disk_gigabytes']}")
+    if not facts["folder_writable"]:
         problems.append("folder: expected to be writable, found read-only")
-    found["problems"] = problems
-    if asked.json:
-        print_json(found)
+    facts["problems"] = problems
+    if options.json:
+        print_json(facts)
     else:
-        for name, value in found.items():
+        for name, value in facts.items():
             print(f"{name:<22} {value}")
         print("everything needed is here" if not problems else "\n".join(problems))
     return 2 if problems else 0

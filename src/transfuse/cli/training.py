@@ -20,7 +20,7 @@ def train(arguments: Sequence[str]) -> int:
 
     transfuse train demo --run runs/mine --loop.steps 500
 
-    Every setting of the recipe is an option. The same command goes on from the newest checkpoint; Ctrl-C saves
+    Every setting of the recipe is an option. The same command resumes from the newest checkpoint; Ctrl-C saves
     and exits with code 75. On several processes:
 
     torchrun --nproc-per-node 8 -m transfuse -- train demo --run runs/mine
@@ -70,8 +70,8 @@ def demo(arguments: Sequence[str]) -> int:
     """Train a small model on this machine, draw, caption, write, report (about 9 minutes)."""
     from ..demo import run_demo
 
-    asked = parse(Demo, arguments, "demo")
-    code, report = run_demo(asked.run, asked.minutes)
-    if asked.json:
+    options = parse(Demo, arguments, "demo")
+    code, report = run_demo(options.run, options.minutes)
+    if options.json:
         print_json(report)
     return code

@@ -38,14 +38,14 @@ def default_model() -> Path:
     if DEFAULT not in bundled_models():
         raise UserError(f"--model: expected an export folder, found {there} under runs/: train one first (make demo)")
     logger.info(
-        f"{DEFAULT}: the model used, the one in the package, for there are {there} under runs/; --model names another"
+        f"{DEFAULT}: the model used, the bundled one, because there are {there} under runs/; --model names another"
     )
     return Path(DEFAULT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WithModel:
-    """What every command that runs a model asks."""
+    """Options of every command that runs a model."""
 
     model: Path | None = None
     """export folder, or a bundled model's name; not given: the newest under runs/ that draws, else the bundled one"""
@@ -87,7 +87,7 @@ def save_picture(picture: PIL.Image.Image, path: Path, settings: dict[str, Any])
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Write a file that is not there yet, whole or not at all. Raises FileExistsError, OSError."""
+    """Write a new file, whole or not at all. Raises FileExistsError, OSError."""
     with path.open("xb") as file:
         try:
             file.write(content)
@@ -132,7 +132,7 @@ class Generate(WithModel):
     """denoising steps; the model's own default if not given"""
     guidance_scale: float | None = None
     candidates: int = 1
-    """answer so many times, and keep the picture that the model would itself likeliest describe by the prompt"""
+    """number of replies to draw; the one whose image the model would most probably caption with the prompt is kept"""
     draw: Literal["auto", "force", "never"] = "auto"
     """force: a picture comes first; never: words only"""
     max_tokens: int | None = None
@@ -155,31 +155,33 @@ AGAIN = ("model", "out", "again", "images", "mask", "json")
 
 def generate(arguments: Sequence[str]) -> int:
     """Go on from a prompt, in words and pictures, or draw a picture again."""
-    asked = parse(Generate, arguments, "generate")
-    if asked.again is not None:
-        for field in fields(asked):
-            if field.name not in AGAIN and getattr(asked, field.name) != field.default:
+    options = parse(Generate, arguments, "generate")
+    if options.again is not None:
+        for field in fields(options):
+            if field.name not in AGAIN and getattr(options, field.name) != field.default:
                 raise UserError(f"generate: --again: expected no {field.name}, for the file's own is used, found one")
-        return _again(asked, asked.again)
-    if asked.images or asked.mask:
-        raise UserError(f"generate: --{'images' if asked.images else 'mask'}: expected --again with it, found none")
-    if not asked.prompt.strip():
+        return _again(options, options.again)
+    if options.images or options.mask:
+        raise UserError(f"generate: --{'images' if options.images else 'mask'}: expected --again with it, found none")
+    if not options.prompt.strip():
         raise UserError("generate: prompt: expected some text, found an empty one")
-    return _generate(asked)
+    return _generate(options)
 
 
-def _generate(asked: Generate) -> int:
-    pipe = asked.load()
+def _generate(options: Generate) -> int:
+    pipe = options.load()
     from dataclasses import replace
 
     from ..inference.pictures import settings_of
 
-    request = replace(pipe.request([asked.prompt], asked.steps, asked.guidance_scale), seed=asked.seed, draw=asked.draw)
-    if asked.max_tokens is not None:
-        request = replace(request, max_tokens=asked.max_tokens)
-    if asked.temperature is not None:
-        request = replace(request, temperature=asked.temperature)
-    reply = pipe.replies([request], asked.candidates)[0]
+    request = replace(
+        pipe.request([options.prompt], options.steps, options.guidance_scale), seed=options.seed, draw=options.draw
+    )
+    if options.max_tokens is not None:
+        request = replace(request, max_tokens=options.max_tokens)
+    if options.temperature is not None:
+        request = replace(request, temperature=options.temperature)
+    reply = pipe.replies([request], options.candidates)[0]
     request = replace(request, seed=reply.seed)
     parts: list[dict[str, str]] = []
     for part in reply.parts:
@@ -188,9 +190,9 @@ def _generate(asked: Generate) -> int:
         else:
             number = sum(p["type"] == "image" for p in parts)
             settings = settings_of(request, pipe.exported, number)
-            saved = save_picture(part, asked.out / f"seed-{reply.seed}-{number}.png", settings)
+            saved = save_picture(part, options.out / f"seed-{reply.seed}-{number}.png", settings)
             parts.append({"type": "image", "path": saved})
-    if asked.json:
+    if options.json:
         print_json(
             {
                 "parts": parts,
@@ -206,7 +208,7 @@ def _generate(asked: Generate) -> int:
     return 0
 
 
-def _again(asked: Generate, file: Path) -> int:
+def _again(options: Generate, file: Path) -> int:
     """Draw the picture in a file by the settings in it, and save it by the same name in the folder for pictures."""
     import numpy as np
     import torch
@@ -217,11 +219,11 @@ def _again(asked: Generate, file: Path) -> int:
     from ..inference.pictures import parse_settings, request_again, settings_of
 
     settings = parse_settings(read_settings(file), str(file))
-    images = [read_image(path) for path in asked.images]
+    images = [read_image(path) for path in options.images]
     device, dtype = pick_device(settings.device), getattr(torch, settings.precision)
-    model = asked.model or _model_with(settings.model, file)
+    model = options.model or _model_with(settings.model, file)
     pipe = load(str(model), device=device, dtype=dtype, quantize=settings.quantize, compile=bool(settings.compiled))
-    request = request_again(settings, pipe.exported, images, asked.mask, str(file))
+    request = request_again(settings, pipe.exported, images, options.mask, str(file))
     drawn = (event for event in pipe.stream(request) if isinstance(event, ImageEnd))
     latent = next((event.latent for event in drawn if event.number == settings.image_index), None)
     if latent is None:
@@ -229,10 +231,10 @@ def _again(asked: Generate, file: Path) -> int:
     picture = pipe.picture(latent)
     if not np.array_equal(read_image(file), np.asarray(picture)):
         logger.info(f"{file}: drawn again with other pixels: by another machine, version or number of threads")
-    found = settings_of(request, pipe.exported, settings.image_index)
-    path = save_picture(picture, asked.out / file.name, found)
-    if asked.json:
-        print_json({"path": path, **found})
+    record = settings_of(request, pipe.exported, settings.image_index)
+    path = save_picture(picture, options.out / file.name, record)
+    if options.json:
+        print_json({"path": path, **record})
     else:
         print(path)
     return 0
@@ -267,12 +269,12 @@ class Caption(WithModel):
 
 def caption(arguments: Sequence[str]) -> int:
     """Describe a picture."""
-    asked = parse(Caption, arguments, "caption")
-    pipe = asked.load()
-    picture = read_picture(asked.image, pipe.exported.image_size, asked.resize)
-    text = pipe.caption(picture, max_tokens=asked.max_tokens)[0]
-    if asked.json:
-        print_json({"caption": text, "image": str(asked.image)})
+    options = parse(Caption, arguments, "caption")
+    pipe = options.load()
+    picture = read_picture(options.image, pipe.exported.image_size, options.resize)
+    text = pipe.caption(picture, max_tokens=options.max_tokens)[0]
+    if options.json:
+        print_json({"caption": text, "image": str(options.image)})
     else:
         print(text)
     return 0
