@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..io import atomic_write
 from ..log import logger
 from ..recipes.recipe import VERSION
-from ..training import LoopConfig, Distributed
+from ..training import Distributed, LoopConfig
 
 try:  # POSIX only
     import fcntl

@@ -18,8 +18,8 @@ from ..config import nearest, read_json
 from ..data.bundled import SceneScorer
 from ..errors import UserError
 from ..evaluation import EvalConfig, EvalContext, Metric, check, evaluate, named, numbers
-from ..evaluation.generate import weights_digest
 from ..evaluation.context import Result
+from ..evaluation.generate import weights_digest
 from ..io import atomic_write
 from ..log import logger
 from ..training import Trainer
@@ -41,7 +41,9 @@ def measuring(
     def context_of(weights: dict[str, Tensor]) -> EvalContext:
         config = EvalConfig(count=loop.measure_count)
         # Keyed by the weights, not the step: after a rollback a step comes again with other weights.
-        return EvalContext(pipeline_of(run, weights), weights_digest(weights), folder / "measures", SceneScorer(world), config)
+        return EvalContext(
+            pipeline_of(run, weights), weights_digest(weights), folder / "measures", SceneScorer(world), config
+        )
 
     first = trainer.averaged()
     trainer.ranks.on_rank0(lambda: _check(context_of(first), metrics, loop.best))

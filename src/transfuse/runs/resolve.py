@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..data.bundled import World, caption, edit, glosses
-
 from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
 from ..data import Mixture
+from ..data.bundled import World, caption, edit, glosses
 from ..diffusion import Process, Sampler
 from ..errors import UserError
 from ..io import atomic_write

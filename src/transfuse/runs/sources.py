@@ -1,9 +1,9 @@
 """The sources of a run, opened: `data.sources` as one mixed stream of documents.
 
-    world glosses                         the bundled world's scenes, and definitions: the default of every preset
-    world edits,weight=0.3 glosses        with instructions to change scenes, and their results
-    photos-64 prose                       two data sets of `transfuse data build`, pictures and text
-    photos-64,weight=3 world s3://b/set,epochs=4,final=10
+world glosses                         the bundled world's scenes, and definitions: the default of every preset
+world edits,weight=0.3 glosses        with instructions to change scenes, and their results
+photos-64 prose                       two data sets of `transfuse data build`, pictures and text
+photos-64,weight=3 world s3://b/set,epochs=4,final=10
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-
-from ..data.bundled import World, WorldConfig, caption, glosses
 
 from ..autoencoders import Autoencoder
 from ..data import (
@@ -30,6 +28,7 @@ from ..data import (
     StoredTexts,
     Texts,
 )
+from ..data.bundled import World, WorldConfig, caption, glosses
 from ..data.dataset import DamagedError, Split
 from ..errors import UserError
 from ..recipes.recipe import BUNDLED, OF_THE_WORLD, DataConfig, Recipe, SourceSpec
@@ -126,7 +125,6 @@ class Sources:
                     f"{name}: expected documents of at most {most} tokens ({what}), found one of "
                     f"{data.manifest.longest}; build it with --max-tokens"
                 )
-
 
     def image_size(self) -> int:
         """Return the side, in pixels, of the images a model is trained on, by its first source of images."""
