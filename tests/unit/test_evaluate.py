@@ -36,7 +36,7 @@ from transfuse.evaluation.generate import Made, Task, generate
 from transfuse.evaluation.multiple_choice import CHOICES, continuation
 from transfuse.evaluation.pairs import Pairs, coco_pairs, ids_fingerprint
 from transfuse.evaluation.text import read_texts, windows
-from transfuse.inference import TransfusionPipeline, foretell
+from transfuse.inference import TransfusionPipeline, score
 from transfuse.sequence import Document, Text, Tokenizer
 
 WORLD = WorldConfig(size=16, nouns=4, max_objects=1, max_count=1)
@@ -303,7 +303,7 @@ def test_a_long_text_is_measured_in_blocks_or_slides(bench: EvalContext, tmp_pat
     exported_model = bench.pipe.exported
     ids = exported_model.tokenizer.encode(text.strip())
     blocks = [Document([Text(ids[start : start + 255])], closed=False) for start in range(0, len(ids), 255)]
-    nats = sum(one.nats.sum() for one in foretell(exported_model, blocks))
+    nats = sum(one.nll.sum() for one in score(exported_model, blocks))
     assert blocked["perplexity of prose"].value == pytest.approx(np.exp(nats / len(ids)), rel=1e-6)
     with pytest.raises(UserError, match="--stride: expected 1 to 255"):
         list(evaluate(replace(bench, options=replace(bench.options, stride=256)), named(["text"])))
@@ -322,9 +322,9 @@ def test_foretold_tokens_are_those_learned_and_context_counts(bench: EvalContext
     loaded = bench.pipe.exported
     whole = loaded.tokenizer.encode("a crab on a red background")
     parts = Document([Text(whole[:3], predict=False), Text(whole[3:])], closed=False)
-    together = foretell(loaded, [Document([Text(whole)], closed=False), parts])
-    np.testing.assert_allclose(together[1].nats, together[0].nats[3:], rtol=1e-4)
-    assert len(foretell(loaded, [Document([Text(whole)])])[0].nats) == len(whole) + 1
+    together = score(loaded, [Document([Text(whole)], closed=False), parts])
+    np.testing.assert_allclose(together[1].nll, together[0].nll[3:], rtol=1e-4)
+    assert len(score(loaded, [Document([Text(whole)])])[0].nll) == len(whole) + 1
 
 
 def test_questions_have_one_true_ending_of_like_length() -> None:

@@ -17,7 +17,7 @@ from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation import EvalConfig, EvalContext, evaluate, named
 from transfuse.evaluation.harness import full_windows, harness_model
-from transfuse.inference import TransfusionPipeline, foretell
+from transfuse.inference import TransfusionPipeline, score
 from transfuse.sequence import Document, Text, Tokenizer
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
@@ -49,9 +49,9 @@ def test_log_likelihoods_add_up(model, pipe) -> None:
     whole, begin, end = model.loglikelihood(asked(("", text), ("", "a crab on"), ("a crab on", " a red background")))
     assert whole[0] == pytest.approx(begin[0] + end[0], rel=1e-4)
     ids = pipe.exported.tokenizer.encode(text)
-    alone = foretell(pipe.exported, [Document([Text(ids)], closed=False)])[0]
-    assert whole[0] == pytest.approx(-alone.nats.sum(), rel=1e-5)
-    assert whole[1] == bool(alone.likeliest.all())
+    alone = score(pipe.exported, [Document([Text(ids)], closed=False)])[0]
+    assert whole[0] == pytest.approx(-alone.nll.sum(), rel=1e-5)
+    assert whole[1] == bool(alone.is_argmax.all())
     assert model.loglikelihood_rolling(asked((text,)))[0] == pytest.approx(whole[0], rel=1e-5)
 
 

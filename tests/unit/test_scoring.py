@@ -13,7 +13,7 @@ from test_batching import ARMS
 from test_chameleon import coded
 
 from transfuse.errors import UserError
-from transfuse.inference import Request, TextDelta, TransfusionPipeline, foretell
+from transfuse.inference import Request, TextDelta, TransfusionPipeline, score
 from transfuse.inference.pipeline import CANDIDATE
 from transfuse.sequence import Document, Image, Text, Tokenizer
 
@@ -50,10 +50,10 @@ def test_what_is_written_behind_a_picture_is_the_likeliest_there(tokenizer: Toke
     request = Request(Document([pictures[0]], closed=False), draw="never", max_tokens=12)
     ids = tuple(event.token for event in pipe.stream(request) if isinstance(event, TextDelta))
     assert len(ids) > 1
-    here, there = foretell(pipe.exported, [Document([picture, Text(ids)], closed=False) for picture in pictures])
-    assert len(here.nats) == len(there.nats) == 1 + len(ids)  # BOI is learned, too
-    assert here.likeliest[1:].all()
-    assert abs(here.nats - there.nats)[1:].min() > 1e-5
+    here, there = score(pipe.exported, [Document([picture, Text(ids)], closed=False) for picture in pictures])
+    assert len(here.nll) == len(there.nll) == 1 + len(ids)  # BOI is learned, too
+    assert here.is_argmax[1:].all()
+    assert abs(here.nll - there.nll)[1:].min() > 1e-5
 
 
 def test_documents_are_foretold_in_a_batch_as_alone(pipe: TransfusionPipeline) -> None:
@@ -64,9 +64,9 @@ def test_documents_are_foretold_in_a_batch_as_alone(pipe: TransfusionPipeline) -
         Document([words[1], shown(pipe, 1), words[0]]),
         Document([replace(words[0], predict=False), words[1]], closed=False),
     ]
-    for one, found in zip(documents, foretell(pipe.exported, documents), strict=True):
-        (alone,) = foretell(pipe.exported, [one])
-        np.testing.assert_allclose(found.nats, alone.nats, rtol=1e-4)
+    for one, found in zip(documents, score(pipe.exported, documents), strict=True):
+        (alone,) = score(pipe.exported, [one])
+        np.testing.assert_allclose(found.nll, alone.nll, rtol=1e-4)
 
 
 def test_the_best_candidate_is_kept_and_its_seed_draws_it_again(pipe: TransfusionPipeline) -> None:
@@ -76,7 +76,7 @@ def test_the_best_candidate_is_kept_and_its_seed_draws_it_again(pipe: Transfusio
         drawn = [pipe(prompt, generator=seed, output_type="latent", **settings(pipe)).images[0] for seed in seeds]
         words = Text(pipe.exported.tokenizer.encode(prompt))
         said = [Document([Image(one, target=False), words], closed=False) for one in drawn]
-        best = int(np.argmin([one.nats.sum() for one in foretell(pipe.exported, said)]))
+        best = int(np.argmin([one.nll.sum() for one in score(pipe.exported, said)]))
         assert kept.seeds[number] == seeds[best]
         assert torch.equal(kept.images[number], drawn[best])
 

@@ -1,4 +1,4 @@
-"""Data sets in training: what the index foretells, the order for any ranks and workers, packing, shares, damage."""
+"""Data sets in training: what the index gives, the order for any ranks and workers, packing, shares, damage."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def loader(folder: Path, rows: int | None = None, **settings) -> StepLoader:
     return StepLoader(mixture.document, grammar, 6, rows=packed, **settings)
 
 
-def test_the_index_foretells_every_length(folder: Path) -> None:
+def test_the_index_gives_every_length(folder: Path) -> None:
     grammar = DataSet(str(folder / "pairs")).tokenizer().sequence_format(4)
     for source in (
         pictures(folder / "pairs"),

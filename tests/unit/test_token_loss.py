@@ -164,7 +164,7 @@ def test_offenders_are_found_in_any_chunk(grammar: SequenceFormat, monkeypatch: 
     assert set(objective.nonfinite_samples(model, collate(documents, grammar))) == {44, 77}
 
 
-def test_nothing_to_foretell(grammar: SequenceFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_to_predict(grammar: SequenceFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "MAX_LOGITS", 1)
     objective = TransfusionObjective(ObjectiveConfig(z_weight=1.0), Process(DiffusionConfig()), 0)
     batch = collate([Document([Image(latent(4, 4))], sample=1, predict=False)], grammar)

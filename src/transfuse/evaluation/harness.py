@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..inference import TransfusionPipeline, foretell
+from ..inference import TransfusionPipeline, score
 from ..log import logger
 from ..sequence import Document, Text
 from .confidence import share
@@ -46,8 +46,7 @@ def harness_model(pipe: TransfusionPipeline, batch: int = 32) -> Any:
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             documents = [_truncated(continuation(exported.tokenizer, *request.args), room) for request in requests]
             return [
-                (-float(scores.nats.sum()), bool(scores.likeliest.all()))
-                for scores in foretell(exported, documents, batch)
+                (-float(scores.nll.sum()), bool(scores.is_argmax.all())) for scores in score(exported, documents, batch)
             ]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -55,7 +54,7 @@ def harness_model(pipe: TransfusionPipeline, batch: int = 32) -> Any:
             for request in requests:
                 cut = full_windows(exported.tokenizer.encode(request.args[0]), room)
                 documents = [Document([Text(tuple(a), predict=False), Text(tuple(b))], closed=False) for a, b in cut]
-                sums.append(-sum(float(scores.nats.sum()) for scores in foretell(exported, documents, batch)))
+                sums.append(-sum(float(scores.nll.sum()) for scores in score(exported, documents, batch)))
             return sums
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..inference import foretell
+from ..inference import score
 from ..sequence import Document, Text, Tokenizer
 from .confidence import share
 from .context import EvalContext, Example, Metric, MetricResult, Result, first_of
@@ -49,7 +49,7 @@ def _score(context: EvalContext) -> MetricResult:
     def work(numbers: Sequence[int]) -> list[Made]:
         batch = [questions[n] for n in numbers]
         documents = [continuation(exported.tokenizer, q.context, text) for q in batch for text in q.choices]
-        nll = [scores.nats.sum() for scores in foretell(exported, documents, context.batch)]
+        nll = [scores.nll.sum() for scores in score(exported, documents, context.batch)]
         return [Made({"nats": nll[at * CHOICES : (at + 1) * CHOICES]}) for at in range(len(batch))]
 
     data = short_hash([[q.context, *q.choices, q.answer] for q in questions])

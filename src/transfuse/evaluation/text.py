@@ -17,7 +17,7 @@ import numpy as np
 from ..data.readers import Columns, Fault, open_source
 from ..errors import UserError
 from ..export import Exported
-from ..inference import foretell
+from ..inference import score
 from ..log import progress
 from ..sequence import Document, Text
 from .confidence import Estimate, bootstrap
@@ -53,9 +53,9 @@ def perplexity(exported: Exported, texts: Sequence[str], batch: int = 32) -> Tex
     with progress("perplexity", len(texts), unit="texts") as bar:
         for start in range(0, len(texts), batch):
             documents = [_document(exported, text) for text in texts[start : start + batch]]
-            for scores in foretell(exported, documents, batch):
-                nats.append(scores.nats.sum())
-                counts.append(len(scores.nats))
+            for scores in score(exported, documents, batch):
+                nats.append(scores.nll.sum())
+                counts.append(len(scores.nll))
             bar.advance(len(documents))
     return _total(nats, counts, [len(text.encode()) for text in texts], len(texts))
 
@@ -160,9 +160,9 @@ def _documents_task(context: EvalContext, texts: Sequence[str]) -> Task:
     exported = context.pipe.exported
 
     def work(numbers: Sequence[int]) -> list[Made]:
-        scores = foretell(exported, [_document(exported, texts[n]) for n in numbers], context.batch)
+        scores = score(exported, [_document(exported, texts[n]) for n in numbers], context.batch)
         return [
-            Made({"text": texts[n], "nats": s.nats.sum(), "tokens": len(s.nats), "bytes": len(texts[n].encode())})
+            Made({"text": texts[n], "nats": s.nll.sum(), "tokens": len(s.nll), "bytes": len(texts[n].encode())})
             for n, s in zip(numbers, scores, strict=True)
         ]
 
@@ -184,10 +184,10 @@ def _windows_task(context: EvalContext, name: str, texts: Sequence[str]) -> Task
         for text, start in (pieces[n] for n in numbers):
             piece = cut[text][start : start + PIECE]
             documents = [Document([Text(tuple(a), predict=False), Text(tuple(b))], closed=False) for a, b in piece]
-            scores = foretell(exported, documents, context.batch)
-            count = sum(len(s.nats) for s in scores)
+            scores = score(exported, documents, context.batch)
+            count = sum(len(s.nll) for s in scores)
             first = exported.tokenizer.decode(piece[0][1][:60])
-            record = {"text": first, "nats": sum(s.nats.sum() for s in scores), "tokens": count}
+            record = {"text": first, "nats": sum(s.nll.sum() for s in scores), "tokens": count}
             made.append(Made({**record, "bytes": len(texts[text].encode()) * count / len(encoded[text])}))
         return made
 

@@ -3,8 +3,8 @@
 from .conversation import Conversation
 from .engine import Engine
 from .events import Done, Event, Failed, ImageEnd, ImageProgress, ImageStart, Request, Start, TextDelta
-from .likelihood import Foretold, foretell
 from .pipeline import Reply, TransfusionPipeline
+from .scoring import TokenScores, score
 
 __all__ = [
     "Conversation",
@@ -12,7 +12,7 @@ __all__ = [
     "Engine",
     "Event",
     "Failed",
-    "Foretold",
+    "TokenScores",
     "ImageEnd",
     "ImageProgress",
     "ImageStart",
@@ -21,5 +21,5 @@ __all__ = [
     "Start",
     "TextDelta",
     "TransfusionPipeline",
-    "foretell",
+    "score",
 ]

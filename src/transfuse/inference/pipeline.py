@@ -30,11 +30,11 @@ from ..model import pack
 from ..sequence import Document, Image, Text
 from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, Request, Start, TextDelta
-from .likelihood import foretell
 from .model_runner import Guidance, ModelRunner, compile_blocks
 from .pictures import latent_mask
 from .quantize import Quantize, check_quantize
 from .quantize import quantize as to_eight_bits
+from .scoring import score
 from .sequence_state import with_image_guidance
 from .warmup import warm_up
 
@@ -303,7 +303,7 @@ class TransfusionPipeline:
             return list(rows)
         drawn = {row: Image(latent, target=False) for row, latent in enumerate(first) if latent is not None}
         said = [Document([image, *requests[row].document.parts], closed=False) for row, image in drawn.items()]
-        found = dict(zip(drawn, (one.nats.sum() for one in foretell(self.exported, said)), strict=True))
+        found = dict(zip(drawn, (one.nll.sum() for one in score(self.exported, said)), strict=True))
         return [min(range(row, row + candidates), key=lambda one: found.get(one, math.inf)) for row in rows]
 
     def stream(self, request: Request) -> Iterator[Event]:
