@@ -163,9 +163,9 @@ def build_loader(run: Run, folder: Path, rank: int = 0, ranks: int = 1, finish: 
     if data.row_length is not None:
         rows = Rows(lambda samples: stream.lengths(samples, form), data.row_length, end=stream.end)
     sizes = {name: len(data_set) for name, data_set in run.sources.sets.items()}
-    idle_image = None
+    padding_image = None
     if ranks > 1 and recipe.model.images == "latents":
-        idle_image = torch.zeros(recipe.model.latent_channels, *[recipe.model.patch_size] * 2)
+        padding_image = torch.zeros(recipe.model.latent_channels, *[recipe.model.patch_size] * 2)
     return StepLoader(
         stream.document,
         form,
@@ -177,7 +177,7 @@ def build_loader(run: Run, folder: Path, rank: int = 0, ranks: int = 1, finish: 
         rank,
         ranks,
         FaultLog(folder, sizes, data.max_errors, rank).add,
-        idle_image,
+        padding_image,
         finish,
     )
 
