@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,3 +175,14 @@ def test_the_command(capsys: Any) -> None:
     assert "nothing fits" in capsys.readouterr().out
     assert run(["plan", "0.76b", "--gpus", "16"]) == 2
     assert capsys.readouterr().err == "transfuse: plan: expected a card (--gpu h100) with --gpus or --mfu, found none\n"
+
+
+PRINTED = Path(__file__).parents[1] / "golden" / "plans.txt"
+
+
+def test_printed_plans(capsys: Any) -> None:
+    """The output for eight presets, with and without GPUs, is the text of golden/plans.txt."""
+    for section in PRINTED.read_text().split("$ transfuse ")[1:]:
+        command, _, printed = section.partition("\n")
+        assert run(shlex.split(command)) == 0
+        assert capsys.readouterr().out == printed, command

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from filelock import FileLock, Timeout
 
 from ..config import from_dict, read_json, to_dict
 from ..devices import Device, Precision, pick_device, training_precision
@@ -16,11 +18,6 @@ from ..io import atomic_write
 from ..log import logger
 from ..recipes.recipe import VERSION
 from ..training import Distributed, LoopConfig
-
-try:  # POSIX only
-    import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
 
 FREE = {
     "parallel",
@@ -105,25 +102,24 @@ def held(folder: Path, ranks: Distributed) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            lock.close()
+            lock.release()
 
 
-def _lock(folder: Path) -> IO[str] | None:
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(folder / ".lock")
     try:
-        file = (folder / ".lock").open("w")
+        (folder / ".lock").touch()
     except OSError as error:
         raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
-    if fcntl is None:
-        return file
     try:
-        # Not flock: loader workers would inherit it and keep it after a killed run.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # POSIX names both
-        file.close()
+        # Not inherited by forked loader workers (filelock 4.3), which may outlive a killed run by seconds.
+        lock.acquire(timeout=0)
+    except Timeout:
         raise UserError(f"{folder}: expected a run that nobody else trains, found another process at it") from None
-    except OSError as error:  # a file system without locks
-        logger.info(f"{folder}: cannot be locked ({error.strerror or error}): do not train there twice at once")
-    return file
+    except (OSError, NotImplementedError) as error:  # a file system without locks
+        reason = getattr(error, "strerror", None) or error
+        logger.info(f"{folder}: cannot be locked ({reason}): do not train there twice at once")
+    return lock
 
 
 def read_recipe(path: Path, kind: type[R]) -> R:
