@@ -16,8 +16,7 @@ from test_chameleon import STABLE, coded, codes
 from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
 from transfuse.export import Exported
-from transfuse.inference import Done, Engine, ImageProgress, ImageStart, Request, Start
-from transfuse.inference.events import Event
+from transfuse.inference import Done, Engine, Event, ImageProgress, ImageStart, Request, Start
 from transfuse.model import pack
 from transfuse.sequence import Document, Image, Text, Tokenizer
 
@@ -114,8 +113,8 @@ def test_any_schedule_gives_what_each_request_gives_alone(tokenizer: Tokenizer, 
             if at == step:
                 engine.cancel(number)
         for event in engine.step():
-            assert cancelled.get(event.row, step + 1) > step, "nothing more is heard of a cancelled one"
-            told_of[event.row].append(exactly(event))
+            assert cancelled.get(event.request_id, step + 1) > step, "nothing more is heard of a cancelled one"
+            told_of[event.request_id].append(exactly(event))
         if not left and not engine.busy:
             break
     assert not engine.busy
@@ -157,7 +156,7 @@ def test_two_threads(tokenizer: Tokenizer, arm: str) -> None:
     torch.set_num_threads(2)
     try:
         together = [exactly(event) for event in Engine(one).run(requests)]
-        rows = [event.row for event in Engine(one).run(requests)]
+        rows = [event.request_id for event in Engine(one).run(requests)]
         for row, asked in enumerate(requests):
             assert [event for event, of in zip(together, rows, strict=True) if of == row] == alone(one, asked)
     finally:
@@ -173,8 +172,8 @@ def test_first_come_first_served_and_nobody_waits_for_ever(tokenizer: Tokenizer)
         if count < 20:
             engine.submit(plain(sampler=SamplerConfig("ddim", 9 if count < 2 else 1), seed=count))
             count += 1
-        begun += [event.row for event in engine.step() if isinstance(event, ImageStart)]
-    begun += [event.row for event in finish(engine) if isinstance(event, ImageStart)]
+        begun += [event.request_id for event in engine.step() if isinstance(event, ImageStart)]
+    begun += [event.request_id for event in finish(engine) if isinstance(event, ImageStart)]
     assert begun == list(range(20))
 
 
@@ -193,7 +192,7 @@ def test_what_can_never_fit_is_refused_and_nothing_else_is_touched(tokenizer: To
     with pytest.raises(UserError, match="expected at least 1 slot"):
         Engine(ARMS["linear"](tokenizer), slots=0)
     fits = engine.submit(plain(words, draw="never", max_tokens=42))
-    assert {event.row for event in finish(engine) if isinstance(event, Done)} == {first, fits}
+    assert {event.request_id for event in finish(engine) if isinstance(event, Done)} == {first, fits}
 
 
 def test_the_cache_is_what_was_said(tokenizer: Tokenizer) -> None:

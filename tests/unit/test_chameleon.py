@@ -38,6 +38,7 @@ from transfuse.export import Exported, GenerationConfig, load_export, save_expor
 from transfuse.inference import (
     Done,
     Engine,
+    Event,
     ImageEnd,
     ImageProgress,
     ImageStart,
@@ -47,7 +48,6 @@ from transfuse.inference import (
     image_decoding,
 )
 from transfuse.inference import engine as engine_module
-from transfuse.inference.events import Event
 from transfuse.model import ModelConfig, Transfusion, dense
 from transfuse.model.layers import RMSNorm
 from transfuse.rng import generator_for
@@ -531,7 +531,7 @@ def asking(document: Document = PROMPT, **changes: object) -> Request:
 
 
 def pictures(engine: Engine, *requests: Request) -> list[Tensor]:
-    found = {event.row: event.latent for event in engine.run(requests) if isinstance(event, ImageEnd)}
+    found = {event.request_id: event.latent for event in engine.run(requests) if isinstance(event, ImageEnd)}
     return [found[row] for row in range(len(requests))]
 
 
@@ -630,7 +630,7 @@ def test_script_of_codes_equals_whole_passes(tokenizer: Tokenizer, monkeypatch, 
     drawn = [event.latent for event in events if isinstance(event, ImageEnd)]
     assert [e.token for e in events if isinstance(e, TextDelta)] == [30, 31, 32, 33]
     # a picture's first code needs no pass of its own, and its last one is read together with EOI
-    assert events[-1] == Done(0, "stop", 4, 2, 2 * 5)
+    assert events[-1] == Done(0, "stop", 4, 2, 2 * 5, 2 * 6)
 
     before = [Text((10, 11, 12, 30, 31))]
     first, _ = uncached_codes(engine, Document(before, closed=False), 2.0, shape=(2, 3))
@@ -671,10 +671,10 @@ def test_batched_codes_equal_those_alone(tokenizer: Tokenizer) -> None:
         asking(Document([Text((8,))], closed=False), image_guidance_scale=2.0, size=(2, 8), max_tokens=3, max_images=2),
     ]
     together = list(engine.run(requests))
-    assert {event.row for event in together if isinstance(event, ImageEnd)} == {0, 1, 2, 4, 6, 7, 8}
+    assert {event.request_id for event in together if isinstance(event, ImageEnd)} == {0, 1, 2, 4, 6, 7, 8}
     for row, one in enumerate(requests):
-        mine = [event for event in together if event.row == row]
-        alone = [replace(event, row=row) for event in engine.run([one])]
+        mine = [event for event in together if event.request_id == row]
+        alone = [replace(event, request_id=row) for event in engine.run([one])]
         assert [told(event) for event in mine] == [told(event) for event in alone]
 
 
@@ -794,7 +794,7 @@ def test_events_of_codes_in_order(tokenizer: Tokenizer) -> None:
     events = list(engine.run([asking(preview_every=1)]))
     assert [type(event) for event in events] == [ImageStart, *[ImageProgress] * 16, ImageEnd, Done]
     assert [(e.step, e.total) for e in events if isinstance(e, ImageProgress)] == [(n, 16) for n in range(1, 17)]
-    assert events[-1] == Done(0, "images", 0, 1, 15)
+    assert events[-1] == Done(0, "images", 0, 1, 15, 16)
 
 
 def test_a_full_context_ends_a_row(tokenizer: Tokenizer) -> None:
@@ -815,9 +815,9 @@ def test_a_full_context_ends_a_row(tokenizer: Tokenizer) -> None:
     ends = {}
     for event in engine.run(requests):
         if isinstance(event, Done):
-            rows, columns = (side // 2 for side in requests[event.row].size)
-            ends[event.row] = event
-            lengths[event.row] += event.text_tokens + event.images * (rows * columns + 2)
+            rows, columns = (side // 2 for side in requests[event.request_id].size)
+            ends[event.request_id] = event
+            lengths[event.request_id] += event.text_tokens + event.images * (rows * columns + 2)
     assert len(ends) == len(requests)
     assert max(lengths) == 40
     assert sum(end.images for end in ends.values()) > 20
@@ -891,11 +891,11 @@ def test_a_thousand_forced_images(tokenizer: Tokenizer) -> None:
         started = dict.fromkeys(range(50), 0)
         for event in engine.run(requests):
             if isinstance(event, ImageProgress):
-                started[event.row] += 1
+                started[event.request_id] += 1
             elif isinstance(event, ImageEnd):
-                rows, columns = (side // 2 for side in requests[event.row].size)
+                rows, columns = (side // 2 for side in requests[event.request_id].size)
                 assert event.latent.shape == (rows, columns)
-                assert started[event.row] == rows * columns
+                assert started[event.request_id] == rows * columns
                 assert 0 <= event.latent.min() <= event.latent.max() < CODEBOOK
                 seen += torch.bincount(event.latent.flatten(), minlength=CODEBOOK)
                 drawn += 1

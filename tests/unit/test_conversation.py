@@ -12,8 +12,7 @@ from test_batching import ARMS, POSITIONS, packed, plain
 from test_chameleon import codes
 
 from transfuse.errors import UserError
-from transfuse.inference import Conversation, Done, Engine, ImageEnd, TextDelta, TransfusionPipeline
-from transfuse.inference.events import Event
+from transfuse.inference import Conversation, Done, Engine, Event, ImageEnd, TextDelta, TransfusionPipeline
 from transfuse.inference.kv_cache import SlotAllocator
 from transfuse.sequence import Document, Image, Text, Tokenizer, layout_document
 

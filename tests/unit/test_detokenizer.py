@@ -10,9 +10,8 @@ import tokenizers
 from conftest import BYTES, chained, linked, of_bytes
 from tokenizers import decoders, models
 
-from transfuse.inference import Conversation, Done, ImageEnd, ImageStart, Request, TextDelta, TransfusionPipeline
+from transfuse.inference import Conversation, Done, Event, ImageEnd, ImageStart, Request, TextDelta, TransfusionPipeline
 from transfuse.inference.detokenizer import Detokenizer
-from transfuse.inference.events import Event
 from transfuse.sequence import Document, Text, Tokenizer
 from transfuse.sequence.tokenizer import SPECIAL
 

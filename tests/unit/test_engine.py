@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -36,7 +38,7 @@ def request(document: Document = PROMPT, **changes) -> Request:
 
 
 def images(engine: Engine, *requests: Request) -> list[torch.Tensor]:
-    found = {e.row: e.latent for e in engine.run(requests) if isinstance(e, ImageEnd)}
+    found = {e.request_id: e.latent for e in engine.run(requests) if isinstance(e, ImageEnd)}
     return [found[row] for row in range(len(requests))]
 
 
@@ -180,7 +182,7 @@ def test_batched_equals_alone(tokenizer: Tokenizer) -> None:
     ]
 
     def outcome(events, row):
-        those = [event for event in events if event.row == row]
+        those = [event for event in events if event.request_id == row]
         tokens = [event.token for event in those if isinstance(event, TextDelta)]
         return tokens, [e.latent for e in those if isinstance(e, ImageEnd)], those[-1]
 
@@ -192,7 +194,7 @@ def test_batched_equals_alone(tokenizer: Tokenizer) -> None:
         assert len(drawn) == len(alone_drawn)
         for a, b in zip(drawn, alone_drawn, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-        assert replace(done, row=0) == alone_done
+        assert replace(done, request_id=0) == alone_done
 
 
 def test_guidance_identities(tokenizer: Tokenizer) -> None:
@@ -236,7 +238,7 @@ def test_events_in_order(tokenizer: Tokenizer) -> None:
     progress = [event for event in events if isinstance(event, ImageProgress)]
     assert [p.step for p in progress] == [1, 2, 3]
     assert all(p.total == STEPS and p.preview is not None and p.preview.shape == (3, 8, 8) for p in progress)
-    assert events[-1] == Done(0, "images", 0, 1, STEPS)
+    assert events[-1] == Done(0, "images", 0, 1, STEPS, 16)
 
 
 def test_writing_never_emits_markers_and_stops(tokenizer: Tokenizer) -> None:
@@ -311,3 +313,18 @@ def test_extreme_temperatures_and_nuclei(temperature: float, top_p: float) -> No
     assert 2 not in chosen
     if temperature < 1e-3 or top_p < 0.1:
         assert chosen == {1}
+
+
+def test_events_can_be_pickled_and_need_no_torch() -> None:
+    """A server's HTTP process reads them."""
+    code = """
+import pickle, sys
+from transfuse.inference import Done, ImageEnd
+done = Done(0, "stop", 1, 2, 3, 4)
+assert pickle.loads(pickle.dumps(done)) == done
+assert pickle.loads(pickle.dumps(ImageEnd(1, 0, None, pixels=[1], settings={}))).pixels == [1]
+assert "torch" not in sys.modules
+from transfuse.inference import Engine
+assert "torch" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

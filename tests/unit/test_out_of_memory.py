@@ -53,7 +53,7 @@ def key(event: Event):
         case ImageEnd(row, _, latent):
             return row, latent.numpy().tobytes()
         case _:
-            return event.row, type(event).__name__
+            return event.request_id, type(event).__name__
 
 
 def drive(engine: Engine, pipe: TransfusionPipeline) -> list[Event]:
@@ -78,9 +78,11 @@ def test_one_fails_and_the_others_go_on(pipe, monkeypatch) -> None:
     limit(monkeypatch, most=10_000, never=1)
     engine = Engine(pipe.exported)
     found = drive(engine, pipe)
-    assert [event.row for event in found if isinstance(event, Failed)] == [1]
-    assert {event.row for event in found if isinstance(event, Done)} == {0, 2, 3}
-    assert [key(event) for event in whole if event.row != 1] == [key(event) for event in found if event.row != 1]
+    assert [event.request_id for event in found if isinstance(event, Failed)] == [1]
+    assert {event.request_id for event in found if isinstance(event, Done)} == {0, 2, 3}
+    assert [key(event) for event in whole if event.request_id != 1] == [
+        key(event) for event in found if event.request_id != 1
+    ]
     assert len(engine.slots) == 8  # its place is free again
 
 

@@ -67,7 +67,7 @@ def test_any_schedule_gives_what_each_request_gives_alone(tokenizer: Tokenizer, 
             number = engine.submit(asked)
             requests[number], told[number] = asked, []
         for event in engine.step():
-            told[event.row].append(exactly(event))
+            told[event.request_id].append(exactly(event))
     assert recorder.played > recorder.recorded > 0
     for number, asked in requests.items():
         assert told[number] == alone(one, asked), asked

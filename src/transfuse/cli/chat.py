@@ -129,7 +129,7 @@ class _Session:
             match event:
                 case TextDelta(text=text):
                     print(text, end="", flush=True)
-                case ImageEnd(number=number, latent=latent):
+                case ImageEnd(image=number, latent=latent):
                     self.last = self.pipe.picture(latent), settings_of(request, self.pipe.exported, number)
                     self.drawn += 1
                     print()

@@ -225,7 +225,7 @@ def _again(options: Generate, file: Path) -> int:
     pipe = load(str(model), device=device, dtype=dtype, quantize=settings.quantize, compile=bool(settings.compiled))
     request = request_again(settings, pipe.exported, images, options.mask, str(file))
     drawn = (event for event in pipe.stream(request) if isinstance(event, ImageEnd))
-    latent = next((event.latent for event in drawn if event.number == settings.image_index), None)
+    latent = next((event.latent for event in drawn if event.image == settings.image_index), None)
     if latent is None:
         raise UserError(f"{file}: image_index: expected an image {settings.image_index} in the reply, found none")
     picture = pipe.picture(latent)

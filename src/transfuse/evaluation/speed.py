@@ -18,7 +18,7 @@ import torch
 
 from ..diffusion import Sampler
 from ..errors import UserError
-from ..inference.events import Request
+from ..inference import Request
 from ..model.flops import count_parameters, forward_flops
 from ..sequence import layout_document
 from .confidence import Estimate

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..sequence import Document, Image, Part, Text
 from .engine import Engine
-from .events import Done, Event, Failed, ImageEnd, Request, TextDelta
+from .events import Done, Event, Failed, ImageEnd, TextDelta
 from .pipeline import PromptPart, TransfusionPipeline
+from .sequence_state import Request
 
 
 class Conversation:

@@ -25,11 +25,11 @@ from ..errors import UserError
 from ..export import Exported
 from ..rng import generator_for
 from ..sequence import Image
-from .events import Done, Event, Failed, ImageEnd, ImageStart, Request, TextDelta
+from .events import Done, Event, Failed, ImageEnd, ImageStart, TextDelta
 from .image_decoding import CodeDecoder, LatentDecoder, sample
 from .kv_cache import PrefixKeys, Segment, SlotAllocator, image_keys
 from .model_runner import ModelRunner, StepInput
-from .sequence_state import SequenceState, accept, split_on_oom
+from .sequence_state import Request, SequenceState, accept, split_on_oom
 
 
 class Engine:
@@ -141,7 +141,7 @@ class Engine:
         while engine.busy:
             for event in engine.step():
                 if isinstance(event, Failed):
-                    raise MemoryError(f"{where[event.row]}: {event.reason}")
+                    raise MemoryError(f"{where[event.request_id]}: {event.reason}")
                 yield event
 
     def forget(self) -> None:
@@ -250,7 +250,7 @@ class Engine:
     def _finish(self, row: SequenceState, reason: str) -> Iterator[Event]:
         yield from self._flush(row)
         self._leave(row, row.prefix_keys)
-        yield Done(row.number, reason, row.written, row.images, row.evaluations)
+        yield Done(row.number, reason, row.written, row.images, row.evaluations, row.images * row.patches)
 
     def _end_image(self, row: SequenceState, latent: Tensor) -> Iterator[Event]:
         row.seen.append(Image(latent, target=False))

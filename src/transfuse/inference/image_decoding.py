@@ -17,10 +17,10 @@ from torch import Tensor
 from ..diffusion import Sampler, SamplerState
 from ..rng import generator_for
 from ..sequence import Document, layout_document
-from .events import ImageProgress, Request
+from .events import ImageProgress
 from .kv_cache import KeyValueCache, Segment
 from .model_runner import ModelRunner, StepInput
-from .sequence_state import Branch, CodeDrawing, SequenceState, split_on_oom
+from .sequence_state import Branch, CodeDrawing, Request, SequenceState, split_on_oom
 
 Progress = Iterator[tuple[SequenceState, ImageProgress | None]]
 

@@ -22,7 +22,7 @@ from ..export import Exported
 from ..images import ImageSource, fit, read_mask
 from ..sequence import Document, Image, Part, Text
 from ..version import __version__
-from .events import Request, Start
+from .sequence_state import Request, Start
 
 
 def latent_mask(mask: np.ndarray, factor: int) -> Tensor:

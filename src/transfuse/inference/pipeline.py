@@ -29,13 +29,13 @@ from ..images import ImageSource, decode_image, read_mask
 from ..model import pack
 from ..sequence import Document, Image, Text
 from .engine import Engine
-from .events import Done, Event, ImageEnd, ImageProgress, Request, Start, TextDelta
+from .events import Done, Event, ImageEnd, ImageProgress, TextDelta
 from .model_runner import Guidance, ModelRunner, compile_blocks
 from .pictures import latent_mask
 from .quantize import Quantize, check_quantize
 from .quantize import quantize as to_eight_bits
 from .scoring import score
-from .sequence_state import with_image_guidance
+from .sequence_state import Request, Start, with_image_guidance
 from .warmup import warm_up
 
 PromptPart = str | Path | bytes | PIL.Image.Image | np.ndarray

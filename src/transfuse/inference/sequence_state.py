@@ -1,4 +1,4 @@
-"""The state of a sequence in the engine, and the checks that a request passes to become one."""
+"""A request, the checks it passes, and the state of its sequence in the engine."""
 
 from __future__ import annotations
 
@@ -11,16 +11,73 @@ import torch
 from torch import Tensor
 
 from ..devices import out_of_memory
-from ..diffusion import SamplerState
+from ..diffusion import SamplerConfig, SamplerState
 from ..errors import UserError
 from ..export import MAX_SCALE, out_of_range
-from ..sequence import Image, Layout, Text, layout_document
+from ..sequence import Document, Image, Layout, Text, layout_document
 from .detokenizer import Detokenizer
-from .events import Request, Start
 from .kv_cache import PrefixKeys, prefix_keys_of
 from .model_runner import ModelRunner
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A clean latent `[channel, row, column]` from which the first image of a request is drawn, in place of noise.
+
+    strength   share of the denoising steps taken: 1 begins from noise, 0 is the image itself
+    mask       bool `[row, column]` of latent elements, True where it is redrawn; the rest stays. None: everywhere
+    """
+
+    latent: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue, and how.
+
+    document         the prompt: an open document
+    draw             "auto": the model decides (BOI is sampled); "force": an image comes first; "never": text only
+    max_tokens       most text tokens to write; max_images: most images to draw
+    size             pixels (rows, columns) of an image it draws
+    guidance_scale   scale of classifier-free guidance towards the prompt; 1: none
+    image_guidance_scale   the same towards the images before it alone; `guidance_scale` then counts for the text only
+                     (`guide`). None: text and images are one condition
+    guidance_interval   noise levels, as shares of all (0 clean, 1 noise), at which an image is guided; elsewhere only
+                     the prompt's own branch is computed. None: everywhere
+    start            where the first image begins; None: noise
+    temperature      0 is greedy; top_p keeps the most probable tokens that make up this much probability
+    code_temperature, code_top_p   the same for the codes of images, where images are codes
+    preview_every    give the predicted clean latent after every `preview_every` steps; 0: never
+    reuse            keep the cached positions for the next request with `reuse`, and resume from those that an earlier
+                     one left where the prompts begin alike: the turns of a conversation
+    """
+
+    document: Document
+    draw: str = "auto"
+    max_tokens: int = 64
+    max_images: int = 1
+    size: tuple[int, int] = (32, 32)
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=20))
+    guidance_scale: float = 3.0
+    image_guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    start: Start | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    code_temperature: float = 1.0
+    code_top_p: float = 1.0
+    seed: int = 0
+    preview_every: int = 0
+    reuse: bool = False
+
+    def guided_at(self, level: float) -> bool:
+        """Return True if an image is guided at this noise level, a share of all."""
+        low, high = self.guidance_interval or (0, 1)
+        return low <= level <= high
 
 
 @dataclass(frozen=True)

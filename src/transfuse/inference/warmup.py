@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .engine import Engine
-from .events import Request
 from .model_runner import GUIDANCE, Guidance
+from .sequence_state import Request
 
 STEPS = 4
 """denoising steps of a drawing that is timed"""

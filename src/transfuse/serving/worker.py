@@ -152,16 +152,16 @@ class Worker:
 
     def tell(self, event: Event) -> list[JobMessage]:
         """What an event of the engine's is to the client. One for whom memory does not suffice ends here."""
-        if event.row not in self.jobs:  # it failed by an earlier event of this tick
+        if event.request_id not in self.jobs:  # it failed by an earlier event of this tick
             return []
-        number, request = self.jobs[event.row]
+        number, request = self.jobs[event.request_id]
         try:
             return list(self.told(event, number, request))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            self.engine.cancel(event.row)
-            del self.jobs[event.row]
+            self.engine.cancel(event.request_id)
+            del self.jobs[event.request_id]
             return [Failed(number, OUT_OF_MEMORY)]
 
     def told(self, event: Event, number: int, request: Request) -> Iterator[JobMessage]:
@@ -171,18 +171,18 @@ class Worker:
         match event:
             case events.TextDelta(text=text) if text:
                 yield Said(number, text)
-            case events.ImageProgress(number=image, step=step, total=total, preview=preview):
+            case events.ImageProgress(image=image, step=step, total=total, preview=preview):
                 if request.preview_every and (preview is not None or step == total):
                     yield Drawing(number, image, step, total, None if preview is None else self.pixels(preview))
-            case events.ImageEnd(number=image, latent=latent):
+            case events.ImageEnd(image=image, latent=latent):
                 yield Drawn(number, image, self.pixels(latent), settings_of(request, self.pipe.exported, image))
             case events.Done():
-                del self.jobs[event.row]
+                del self.jobs[event.request_id]
                 patches = self.engine.runner.drawn(request.size)[1] if event.images else 0
                 count = patches * event.images
                 yield Ended(number, event.reason, event.text_tokens, count, event.network_evaluations)
             case events.Failed(reason=reason):
-                del self.jobs[event.row]
+                del self.jobs[event.request_id]
                 yield Failed(number, reason)
 
     def pixels(self, latent: Any) -> np.ndarray:
