@@ -38,8 +38,9 @@ from transfuse.devices import keep_freed_memory
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Done, Engine, ImageProgress, Request
+from transfuse.inference.onednn import pack
 from transfuse.inference.quantize import Quantize, check_quantize, quantize
-from transfuse.model import ModelConfig, Transfusion, pack
+from transfuse.model import ModelConfig, Transfusion
 from transfuse.model.flops import train_flops
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate
 from transfuse.training import ObjectiveConfig, OptimizerConfig, TransfusionObjective, build_optimizer

@@ -180,7 +180,7 @@ def test_shares_of_positions(images: str, share: float, build: Build, monkeypatc
         document = load.document(sample)
         assert document is not None
         layout = layout_document(document, load.grammar)
-        assert sum(span.patches for span in layout.spans) in (0, 16 if images == "latents" else 64)
+        assert sum(span.end - span.start for span in layout.spans) in (0, 16 if images == "latents" else 64)
         found[bool(document.images)] += len(layout)
     assert found[False] / sum(found.values()) == pytest.approx(share, abs=0.02)
 

@@ -17,7 +17,7 @@ from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
 from transfuse.export import Exported
 from transfuse.inference import Done, Engine, Event, ImageProgress, ImageStart, Request, Start
-from transfuse.model import pack
+from transfuse.inference.onednn import pack
 from transfuse.sequence import Document, Image, Text, Tokenizer
 
 

@@ -131,9 +131,9 @@ def test_a_document_of_codes_position_by_position() -> None:
     assert layout.image.tolist() == [-1] * 4 + [0] * 6 + [-1] * 3
     # from BOI, and from every code but the last; never EOI
     assert layout.loss_mask.tolist() == [True] * 3 + [True] * 6 + [False] + [True] * 2 + [False]
-    assert visible(layout, "causal").end.tolist() == list(range(1, 14))
+    assert visible(layout, "causal")[1].tolist() == list(range(1, 14))
     (span,) = layout.spans
-    assert (span.start, span.rows, span.columns, span.end) == (4, 2, 3, 10)
+    assert (span.start, span.end) == (4, 10)
 
 
 def test_what_is_learned_of_codes() -> None:

@@ -421,7 +421,7 @@ def test_bad_sizes_name_the_field() -> None:
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_packed_weights_change_nothing(grammar: SequenceFormat, mixed, compute: torch.dtype) -> None:
-    from transfuse.model.layers import PackedLinear, _can_pack, pack
+    from transfuse.inference.onednn import PackedLinear, can_pack, pack
 
     model = randomised(tiny(), compute_dtype=compute).to(compute).eval().requires_grad_(False)
     batch = collate(mixed, grammar)
@@ -447,6 +447,6 @@ def test_packed_weights_change_nothing(grammar: SequenceFormat, mixed, compute: 
 
     plain = outputs()
     pack(model)
-    assert isinstance(model.lm_head, PackedLinear) == _can_pack(compute)
+    assert isinstance(model.lm_head, PackedLinear) == can_pack(compute)
     for a, b in zip(outputs(), plain, strict=True):
         close(a, b, 1e-5 if compute == torch.float32 else 0.05)

@@ -11,7 +11,8 @@ import torch
 import transfuse
 from transfuse.errors import UserError
 from transfuse.inference import TransfusionPipeline
-from transfuse.model.layers import Linear, PackedLinear
+from transfuse.inference.onednn import PackedLinear
+from transfuse.model.layers import Linear
 
 
 @pytest.mark.parametrize(

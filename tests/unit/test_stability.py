@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from transfuse.convert.hf_llama import llama_config
 from transfuse.diffusion import DiffusionConfig, Process
-from transfuse.model import dense, pack
+from transfuse.inference.onednn import pack
+from transfuse.model import dense
 from transfuse.model.layers import rotary_table, rotate
 from transfuse.sequence import SequenceFormat, collate
 from transfuse.training import ObjectiveConfig, TransfusionObjective, build_optimizer

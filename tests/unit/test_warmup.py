@@ -12,8 +12,8 @@ from conftest import exported
 
 from transfuse.inference import TransfusionPipeline
 from transfuse.inference.model_runner import GUIDANCE, ModelRunner, StepInput
+from transfuse.inference.onednn import pack
 from transfuse.inference.pipeline import Engine
-from transfuse.model import pack
 from transfuse.sequence import Tokenizer
 
 

@@ -275,5 +275,5 @@ def prefix_keys_of(layout: Layout) -> PrefixKeys:
     prefix_keys: PrefixKeys = layout.input_ids.tolist()
     for span in layout.spans:
         if not span.image.is_codes:
-            prefix_keys[span.start : span.end] = image_keys(span.image.latent, span.patches)
+            prefix_keys[span.start : span.end] = image_keys(span.image.latent, span.end - span.start)
     return prefix_keys

@@ -115,7 +115,7 @@ class ModelRunner:
     def read(self, layout: Layout, slot: int, origin: int = 0, known: int = 0) -> StepInput:
         """A laid-out document, but for its first `known` positions, whose images are clean, at timestep 0."""
         count = len(layout) - known
-        ends = torch.from_numpy(visible(layout, self.config.image_attention).end[known:]).to(self.device)
+        ends = torch.from_numpy(visible(layout, self.config.image_attention)[1][known:]).to(self.device)
         segment = Segment(slot, known, count, ends if count > 1 else None, origin)
         if self.grammar.first_code is not None:
             return StepInput(segment, layout.input_ids[known:].tolist())

@@ -26,11 +26,11 @@ from ..diffusion import Sampler, SamplerConfig
 from ..errors import UserError
 from ..export import Exported, load_export, out_of_range
 from ..images import ImageSource, decode_image, read_mask
-from ..model import pack
 from ..sequence import Document, Image, Text
 from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, TextDelta
 from .model_runner import Guidance, ModelRunner, compile_blocks
+from .onednn import pack
 from .pictures import latent_mask
 from .quantize import Quantize, check_quantize
 from .quantize import quantize as to_eight_bits

@@ -1,9 +1,8 @@
-"""The networks: wiring in `transfusion`, parts in `layers`, `attention`, `transformer` and `image_adapter`."""
+"""The networks: wiring in `transfusion`, parts in `layers`, `attention` and `image_adapter`."""
 
 from .attention import Attend, Grouped, dense, flexible, for_batch
 from .config import SIZES, ModelConfig
 from .image_adapter import group_by_shape, stack_group
-from .layers import pack
 from .transfusion import LMHeadFn, Output, Transfusion
 
 __all__ = [
@@ -18,6 +17,5 @@ __all__ = [
     "flexible",
     "for_batch",
     "group_by_shape",
-    "pack",
     "stack_group",
 ]

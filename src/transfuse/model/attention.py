@@ -4,7 +4,7 @@
 
 `dense` is the reference: one table of N x N, for tests. `Grouped` is what a CPU trains with: documents of like length
 are computed together, so no time is spent on pairs of positions that cannot see each other. `flexible` is for CUDA:
-FlexAttention over the flat run. All three read the same two integers per position (`sequence.mask`).
+FlexAttention over the flat run. All three read the same two integers per position (`sequence.visible`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The parts every network here is made of. Shapes: N positions, C channels, H heads, D channels per head."""
+"""The parts of the transformer, up to the decoder block: pre-norm RMSNorm, SwiGLU, RoPE, no biases, as in Llama.
+
+Shapes: N positions, C channels, H query heads, K key heads, D channels per head.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .attention import Attend
+from .config import ModelConfig
 
 
 class Linear(nn.Linear):
@@ -29,55 +35,6 @@ class Linear(nn.Linear):
         return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
-class PackedLinear(nn.Module):
-    """A linear map for CPU inference whose weight is stored in oneDNN's layout: up to three times as fast.
-
-    A plain product converts the weight at every call, or reads it inefficiently. Only oneDNN's operators accept it.
-    """
-
-    def __init__(self, linear: Linear) -> None:
-        super().__init__()
-        self.outputs = linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self.bias = None if linear.bias is None else linear.bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.numel():
-            return x.new_empty(*x.shape[:-1], self.outputs)
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return result
-
-
-def pack(module: nn.Module) -> None:
-    """Prepare a module for CPU inference, in place: pack linear maps where oneDNN can, and fold norms into them.
-
-    A module whose norms feed one linear map each lists the pairs in `normed`. Quantised weights are left alone.
-    """
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)):
-        return
-    for norm, linear in getattr(module, "normed", ()):
-        norm_module, reader = module.get_submodule(norm), module.get_submodule(linear)
-        if isinstance(norm_module, RMSNorm) and isinstance(reader, Linear) and _plain(reader):
-            setattr(module, norm, FoldedNorm(norm_module, reader))
-    for name, child in module.named_children():
-        if isinstance(child, Linear):
-            if _plain(child) and child.weight.device.type == "cpu" and _can_pack(child.weight.dtype):
-                setattr(module, name, PackedLinear(child))
-        else:
-            pack(child)
-
-
-def _plain(linear: Linear) -> bool:
-    """Return True for an ordinary weight, False for a tensor subclass such as a quantised one."""
-    return type(linear.weight.data) is Tensor
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
-    """Return True if oneDNN packs weights of this dtype here: bfloat16 needs AVX-512 or newer."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, taken in float32 and rounded once, to the dtype of the input."""
 
@@ -93,7 +50,7 @@ class RMSNorm(nn.Module):
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normed `[N, C]`, and what its vectors were multiplied by, `[N, 1]` in float32 at least."""
+    """Return the normed `[N, C]`, and the factor of each vector, `[N, 1]` in float32 at least."""
     # Written out: on CPU torch's own rms_norm is made of more, and slower, steps.
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
@@ -141,22 +98,6 @@ def norm_heads(x: Tensor, *norms: HeadNorm) -> Tensor:
     return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=norms[0].eps), weight)
 
 
-class FoldedNorm(nn.Module):
-    """An `RMSNorm` for inference, its weight multiplied into the linear map that alone reads it: `x / |x|`, no more."""
-
-    def __init__(self, norm: RMSNorm, linear: Linear) -> None:
-        super().__init__()
-        channels = norm.weight.shape[0]
-        # x / sqrt(|x|^2 / C + eps) = sqrt(C) x / hypot(|x|, sqrt(C eps))
-        self.floor = torch.tensor(math.sqrt(channels * norm.eps), dtype=norm.weight.dtype, device=norm.weight.device)
-        scale = norm.weight.detach().float() * math.sqrt(channels)
-        with torch.no_grad():
-            linear.weight.copy_(linear.weight.float() * scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)
-
-
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, because one large product is faster than two."""
 
@@ -167,12 +108,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
-        return self.down(_GatedSiLU.apply(gate_up) if gate_up.requires_grad else _gated_silu(gate_up))
-
-
-def _gated_silu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+        if gate_up.requires_grad:
+            return self.down(_GatedSiLU.apply(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up))
 
 
 class _GatedSiLU(torch.autograd.Function):
@@ -181,7 +120,8 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return _gated_silu(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -228,3 +168,55 @@ class TimestepEmbedding(nn.Module):
         frequency = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)
         angle = timesteps[:, None].float() * frequency
         return self.outer(F.silu(self.inner(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))))
+
+
+class Block(nn.Module):
+    """One decoder block: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`. `[N, C] -> [N, C]`.
+
+    With `norm_order="swin"` the outputs are normed instead: `x + norm(attention(x))`.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_heads, self.kv_heads = layer, config.n_heads, config.kv_heads
+        self.head_dim = config.head_dim
+        self.pre_norm, self.dropout = config.norm_order == "pre", config.dropout
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.qkv = Linear(config.d_model, (self.n_heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(config.d_model, config.d_model)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward = SwiGLU(config.d_model, config.ffn_dim)
+        self.query_norm = HeadNorm(self.n_heads, self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.key_norm = HeadNorm(self.kv_heads, self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, dropout: torch.Generator | None = None
+    ) -> Tensor:
+        q, k, v = self.project_qkv(x, rotary)
+        return self.finish(x, attend(self.layer, q, k, v), dropout)
+
+    def project_qkv(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries `[N, H, D]` and keys `[N, K, D]`, and values `[N, K, D]`."""
+        # `view` and `split_with_sizes`, because `unflatten` and `split` run Python code, which one token's pass feels.
+        rotated = self.n_heads + self.kv_heads
+        qkv = self.qkv(self.attention_norm(x) if self.pre_norm else x)
+        qkv = qkv.view(-1, rotated + self.kv_heads, self.head_dim)
+        qk, v = qkv.split_with_sizes([rotated, self.kv_heads], dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            qk = norm_heads(qk, self.query_norm, self.key_norm)
+        q, k = rotate(qk, rotary).split_with_sizes([self.n_heads, self.kv_heads], dim=1)
+        return q, k, v
+
+    def finish(self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+        """Return the block's output, given its input `[N, C]` and the heads' outputs `[N, H * D]`."""
+        if self.pre_norm:
+            x = x + self._drop(self.out(attended), dropout)
+            return x + self._drop(self.feed_forward(self.feed_forward_norm(x)), dropout)
+        x = x + self._drop(self.attention_norm(self.out(attended)), dropout)
+        return x + self._drop(self.feed_forward_norm(self.feed_forward(x)), dropout)
+
+    def _drop(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None or not self.dropout:
+            return x
+        kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
+        return x * kept.div_(1 - self.dropout)

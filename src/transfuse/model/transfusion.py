@@ -21,8 +21,7 @@ from ..sequence import Images
 from .attention import Attend
 from .config import ModelConfig
 from .image_adapter import Conv, GridPositions, LinearAdapter, UNetAdapter
-from .layers import HeadNorm, Linear, RMSNorm
-from .transformer import Block, Transformer
+from .layers import Block, HeadNorm, Linear, RMSNorm, rotary_table
 
 LMHeadFn = Callable[[Linear, Tensor], Tensor]
 """A function of the output layer and the hidden states `[M, C]`, such as a fused loss that never holds all logits."""
@@ -52,6 +51,36 @@ def current_name(weight: str) -> str:
         if weight.startswith(old):
             return new + weight.removeprefix(old)
     return weight
+
+
+class Transformer(nn.Module):
+    """All blocks and the final norm: `x [N, C]`, `position_ids [N]` -> `[N, C]`.
+
+    `dropout` is the generator for dropout masks; None disables dropout. `table` holds `rotary_table` of positions
+    0, 1, ... in the dtype of `x`; a lookup is faster than computing the sines again.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        dropout: torch.Generator | None = None,
+        table: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if table is None:
+            rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        else:
+            rotary = table[0].index_select(0, position_ids), table[1].index_select(0, position_ids)
+        for block in self.blocks:
+            x = block(x, rotary, attend, dropout)
+        return self.norm(x)
 
 
 class Output(NamedTuple):

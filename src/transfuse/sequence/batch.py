@@ -15,17 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from .document import Document, Image, Text
-from .layout import Layout, SequenceFormat, Span, layout_document
-from .mask import ImageAttention, visible
+from .layout import (
+    Document,
+    Image,
+    ImageAttention,
+    Images,
+    Layout,
+    SequenceFormat,
+    Span,
+    Text,
+    layout_document,
+    stacked,
+    visible,
+)
 
 FILL = 64
 """batches are padded to a multiple of this many positions, so that matrix kernels meet few sizes"""
-
-
-Images = torch.Tensor | Sequence[torch.Tensor]
-"""One tensor per image, or one stacked tensor if all have the same shape: splitting hundreds of small tensors and
-stacking them again would stall a GPU."""
+PER_IMAGE = ("latents", "pixels", "noise")
+"""fields with one tensor per image"""
+ON_HOST = ("is_image_token", "denoise", "max_timestep", "timesteps")
+"""fields that the host reads, and that stay on the CPU"""
 
 
 def concatenate(layouts: Sequence[Layout]) -> Layout:
@@ -38,7 +47,7 @@ def concatenate(layouts: Sequence[Layout]) -> Layout:
     for layout in layouts:
         document.append(layout.document + documents)
         image.append(np.where(layout.image >= 0, layout.image + len(spans), -1))
-        spans.extend(replace(span, start=span.start + offset) for span in layout.spans)
+        spans.extend(replace(span, start=span.start + offset, end=span.end + offset) for span in layout.spans)
         offset += len(layout)
         documents += len(layout.samples)
     return Layout(
@@ -54,46 +63,28 @@ def concatenate(layouts: Sequence[Layout]) -> Layout:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A flat run of documents as tensors, ready for the model. N positions, I images, P patches, M text targets.
+    """A flat run of documents as tensors, ready for the model. N positions, I images, P patches, M text targets."""
 
-    input_ids [N], position_ids [N]   token ids and rotary positions, int64
-    kv_start [N], kv_end [N]   the keys each position sees, as in `mask.Visible`, int64
-    documents            length of each document, in order, the padding included; they sum to N
-    samples              each document's number in the data set, without the padding
-    patches [P]          positions of the patches, image after image, row by row
-    loss_positions [M], targets [M]   positions whose next token is predicted, and that token
-    is_image_token [M]   bool: which targets are image codes
-    image_targets        number of images with a loss, diffusion or codes
-    latents              one `[channel, row, column]` per image, clean; sizes may differ; empty where images are codes
-    denoise [I]          bool: which images are targets of the diffusion loss
-    max_timestep [I]     the largest timestep drawn for each; 0 means no cap
-    noise_ids            (sample, index of the image in its document) per image: with the seed, they fix the noise
-    pixels               uint8 `[row, column, 3]` of each image that is encoded later; its latent is only a shape
-    timesteps [I], noise one `[channel, row, column]` per image, where they have been drawn already
-    sources              (name, positions) of each named source of documents
-    n_padding            positions at the end that pad the run; part of N
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    kv_start: torch.Tensor
+    input_ids: torch.Tensor  # [N], int64
+    position_ids: torch.Tensor  # [N], rotary positions, int64
+    kv_start: torch.Tensor  # [N], kv_end [N]: the keys each position sees, as in `visible`
     kv_end: torch.Tensor
-    documents: tuple[int, ...]
-    samples: tuple[int, ...]
-    patches: torch.Tensor
-    loss_positions: torch.Tensor
-    targets: torch.Tensor
-    is_image_token: torch.Tensor
-    image_targets: int
-    latents: Images
-    denoise: torch.Tensor
-    max_timestep: torch.Tensor
-    noise_ids: tuple[tuple[int, int], ...]
-    pixels: Images = ()
-    timesteps: torch.Tensor | None = None
-    noise: Images = ()
-    sources: tuple[tuple[str, int], ...] = ()
-    n_padding: int = 0
+    documents: tuple[int, ...]  # length of each document, in order, the padding included; they sum to N
+    samples: tuple[int, ...]  # each document's number in the data set, without the padding
+    patches: torch.Tensor  # [P], positions of the patches, image after image, row by row
+    loss_positions: torch.Tensor  # [M], positions whose next token is predicted
+    targets: torch.Tensor  # [M], that token
+    is_image_token: torch.Tensor  # [M], bool: which targets are image codes
+    image_targets: int  # number of images with a loss, diffusion or codes
+    latents: Images  # a clean `[channel, row, column]` per image; sizes may differ; empty where images are codes
+    denoise: torch.Tensor  # [I], bool: which images are targets of the diffusion loss
+    max_timestep: torch.Tensor  # [I], the largest timestep drawn for each; 0 means no cap
+    noise_ids: tuple[tuple[int, int], ...]  # (sample, index in its document) per image: with the seed, fixes the noise
+    pixels: Images = ()  # uint8 `[row, column, 3]` of each image that is encoded later; its latent is only a shape
+    timesteps: torch.Tensor | None = None  # [I], where they have been drawn already
+    noise: Images = ()  # likewise, a `[channel, row, column]` per image
+    sources: tuple[tuple[str, int], ...] = ()  # (name, positions) of each named source of documents
+    n_padding: int = 0  # positions at the end that pad the run; part of N
 
     @property
     def positions(self) -> int:
@@ -112,35 +103,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device; the masks and timesteps that the host reads stay on the CPU."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-            and name not in ("is_image_token", "denoise", "max_timestep", "timesteps", *PER_IMAGE)
-        }
-        moved |= {name: _moved(getattr(self, name), device) for name in PER_IMAGE}
-        return replace(self, **moved)
 
+        def move(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):  # on the meta device: the shape of an image that is encoded later
+                return value if value.is_meta else value.to(device, non_blocking=True)
+            return tuple(move(image) for image in value)
 
-PER_IMAGE = ("latents", "pixels", "noise")
-"""fields with one tensor per image"""
-
-
-def stacked(tensors: Sequence[torch.Tensor]) -> Images:
-    """Stack tensors of one shape and device; return others as a tuple."""
-    alike = len({(tensor.shape, tensor.device) for tensor in tensors}) == 1
-    return torch.stack(list(tensors)) if alike else tuple(tensors)
-
-
-def shapes_of(images: Images) -> list[torch.Size]:
-    """Return the shape of each image."""
-    return [images.shape[1:]] * len(images) if isinstance(images, torch.Tensor) else [image.shape for image in images]
-
-
-def _moved(images: Images, device: torch.device | str) -> Images:
-    if isinstance(images, torch.Tensor):
-        return images if images.is_meta else images.to(device, non_blocking=True)
-    return tuple(image if image.is_meta else image.to(device, non_blocking=True) for image in images)
+        fields = {name: value for name, value in vars(self).items() if name not in ON_HOST}
+        return replace(
+            self,
+            **{name: move(x) for name, x in fields.items() if name in PER_IMAGE or isinstance(x, torch.Tensor)},
+        )
 
 
 def collate(
@@ -171,7 +144,7 @@ def collate(
         filler = Document([Text((fmt.eos,) * (n_padding - 1))], sample=-1, closed=False, predict=False)
         layouts.append(layout_document(filler, fmt))
     packed = concatenate(layouts)
-    see = visible(packed, image_attention)
+    kv_start, kv_end = visible(packed, image_attention)
     loss_positions = np.flatnonzero(packed.loss_mask)
     noise_ids = [
         (layout.samples[0], number)
@@ -187,8 +160,8 @@ def collate(
     return Batch(
         input_ids=torch.from_numpy(packed.input_ids),
         position_ids=torch.from_numpy(packed.position_ids),
-        kv_start=torch.from_numpy(see.start),
-        kv_end=torch.from_numpy(see.end),
+        kv_start=torch.from_numpy(kv_start),
+        kv_end=torch.from_numpy(kv_end),
         documents=tuple(len(layout) for layout in layouts),
         samples=packed.samples[: len(documents)],
         patches=torch.from_numpy(np.flatnonzero((packed.image >= 0) & (fmt.first_code is None))),

@@ -1,6 +1,10 @@
-"""The grammar of a mixed sequence, written once (Transfusion section 3).
+"""The format of a mixed sequence, defined once (Transfusion section 3): documents, their positions, who sees whom.
 
-A document `[Text("a crab"), Image(2x2 patches)]` becomes these positions:
+    Document([Text(ids of "a red crab"), Image(latent)])         draw: the caption comes first
+    Document([Image(latent, max_timestep=500), Text(ids)])       caption: the image comes first, its noise is capped
+    Document([Text(ids)], closed=False)                          a prompt: no end-of-sequence, the model continues
+
+`layout_document` adds special tokens, masks and positions. `[Text("a crab"), Image(2x2 patches)]` becomes:
 
     position       0    1    2     3    4   5   6   7   8    9
     input_ids     BOS   a   crab  BOI   .   .   .   .  EOI  EOS
@@ -13,18 +17,118 @@ BOI is a target like any token: the model itself decides when to draw. Nothing i
 the sampler inserts EOI, so it is never a target. Patches run row by row, left to right.
 
 In a Chameleon (arXiv 2405.09818) an image is a run of codes, and they are tokens like any other: `input_ids` holds
-`first_code` plus the code, and each is predicted from the position before it, the first from BOI. The rest is the same,
-EOI included.
+`first_code` plus the code, and each is predicted from the position before it, the first from BOI.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
+import torch
 
-from .document import Document, Image, Text
+ImageAttention = Literal["bidirectional", "causal"]
+
+Images = torch.Tensor | Sequence[torch.Tensor]
+"""One tensor per image, or one stacked tensor if all have the same shape: splitting hundreds of small tensors and
+stacking them again would stall a GPU."""
+
+
+def stacked(tensors: Sequence[torch.Tensor]) -> Images:
+    """Stack tensors of one shape and device; return others as a tuple."""
+    alike = len({(tensor.shape, tensor.device) for tensor in tensors}) == 1
+    return torch.stack(list(tensors)) if alike else tuple(tensors)
+
+
+def shapes_of(images: Images) -> list[torch.Size]:
+    """Return the shape of each image."""
+    return [images.shape[1:]] * len(images) if isinstance(images, torch.Tensor) else [image.shape for image in images]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of token ids. `predict`: the next-token loss includes them."""
+
+    ids: tuple[int, ...]
+    predict: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image, as an autoencoder's latent.
+
+    latent        `[channel, row, column]`, float; rows and columns must be multiples of the patch size. Or the codes of
+                  a VQ autoencoder, int64 `[row, column]`: each becomes a token (Chameleon).
+    target        True: the image loss includes it (it is noised, or its codes are predicted). False: clean context.
+    max_timestep  the largest timestep drawn for it in training (Transfusion section 4.3.4); None: no cap.
+    pixels        uint8 `[row, column, 3]` of an image that is encoded later: its latent is a shape on the meta device.
+    """
+
+    latent: torch.Tensor
+    target: bool = True
+    max_timestep: int | None = None
+    pixels: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_timestep is not None and self.max_timestep < 1:
+            raise ValueError(f"image: max_timestep: expected at least 1, found {self.max_timestep}")
+
+    @property
+    def is_codes(self) -> bool:
+        """True for a VQ autoencoder's codes, False for a latent."""
+        return not self.latent.is_floating_point()
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True)
+class Document:
+    """A training sample, a prompt or a conversation: an ordered list of parts.
+
+    sample   its number in the data set; with the run's seed it fixes the noise its images receive.
+    closed   True: it ends with the end-of-sequence token. False: it is a prompt and stays open.
+    predict  False: no token is a target, not even the markers (the caption-dropped sample of guidance).
+    source   name of the data set it comes from.
+    """
+
+    parts: Sequence[Part]
+    sample: int = 0
+    closed: bool = True
+    predict: bool = True
+    source: str = field(default="", compare=False)
+
+    @property
+    def images(self) -> list[Image]:
+        """The image parts, in order."""
+        return [part for part in self.parts if isinstance(part, Image)]
+
+
+def unconditional(document: Document) -> Document:
+    """Return the document without anything before its last image, and without text targets.
+
+    Both training's caption drop and sampling's unconditional branch call this function, so guidance subtracts exactly
+    what the model was trained on.
+
+    Raises ValueError for a document without an image.
+    """
+    if not document.images:
+        raise ValueError("unconditional(document): expected a document with an image, found text only")
+    return replace(document, parts=document.images[-1:], predict=False)
+
+
+def images_alone(document: Document) -> Document:
+    """Return the document's images up to the last one, without text and without text targets.
+
+    This is the middle branch of image guidance (Chameleon; InstructPix2Pix), in training and in sampling.
+
+    Raises ValueError for a document without an image.
+    """
+    if not document.images:
+        raise ValueError("images_alone(document): expected a document with an image, found text only")
+    return replace(document, parts=document.images, predict=False)
 
 
 @dataclass(frozen=True)
@@ -53,7 +157,7 @@ class SequenceFormat:
         if image.is_codes != (self.first_code is not None) or len(shape) != (2 if image.is_codes else 3):
             expected = "latent [channel, row, column] of floats" if self.first_code is None else "codes [row, column]"
             raise ValueError(f"image: expected {expected}, found {image.latent.dtype} {shape}")
-        height, width = image.latent.shape[-2:]
+        height, width = shape[-2:]
         if height % self.patch_size or width % self.patch_size or not height * width:
             raise ValueError(
                 f"image latent: expected rows and columns in multiples of the patch size {self.patch_size}, "
@@ -64,20 +168,11 @@ class SequenceFormat:
 
 @dataclass(frozen=True)
 class Span:
-    """An image's place in a layout: its patches occupy positions `start` to `start + rows * columns`."""
+    """An image's place in a layout: its patches occupy positions `start` to `end`, exclusive."""
 
     start: int
-    rows: int
-    columns: int
+    end: int
     image: Image
-
-    @property
-    def patches(self) -> int:
-        return self.rows * self.columns
-
-    @property
-    def end(self) -> int:
-        return self.start + self.patches
 
 
 @dataclass(frozen=True)
@@ -128,14 +223,12 @@ def layout_document(document: Document, fmt: SequenceFormat) -> Layout:
             image_at.extend([-1] * len(part.ids))
         else:
             rows, columns = fmt.grid(part)
-            span = Span(len(ids) + 1, rows, columns, part)
-            codes = [0] * span.patches
-            if fmt.first_code is not None:
-                codes = (part.latent.flatten() + fmt.first_code).tolist()
+            patches = rows * columns
+            codes = [0] * patches if fmt.first_code is None else (part.latent.flatten() + fmt.first_code).tolist()
+            spans.append(Span(len(ids) + 1, len(ids) + 1 + patches, part))
             ids.extend([fmt.boi, *codes, fmt.eoi])
-            learned.extend([document.predict, *[part.is_codes and part.target] * span.patches, False])
-            image_at.extend([-1, *[len(spans)] * span.patches, -1])
-            spans.append(span)
+            learned.extend([document.predict, *[part.is_codes and part.target] * patches, False])
+            image_at.extend([-1, *[len(spans) - 1] * patches, -1])
     if document.closed:
         ids.append(fmt.eos)
         learned.append(document.predict)
@@ -153,3 +246,19 @@ def layout_document(document: Document, fmt: SequenceFormat) -> Layout:
         spans=tuple(spans),
         samples=(document.sample,),
     )
+
+
+def visible(layout: Layout, image_attention: ImageAttention = "bidirectional") -> tuple[np.ndarray, np.ndarray]:
+    """Return `(start, end)`, int64 `[position]`: position p attends to the keys `start[p] <= key < end[p]`.
+
+    A position sees its own document, where the key is not later or both are in the same image. An image is contiguous,
+    so these keys are one interval, and every attention backend works from two integers per position. `causal`
+    (Transfusion, Table 5) has no look-ahead within an image.
+    """
+    begins = np.diff(layout.document, prepend=-1) != 0
+    start = np.flatnonzero(begins)[np.cumsum(begins) - 1]
+    end = np.arange(len(layout)) + 1
+    if image_attention == "bidirectional":
+        for span in layout.spans:
+            end[span.start : span.end] = span.end
+    return start, end

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ..errors import UserError
 from .layout import SequenceFormat
-from .sentencepiece import from_sentencepiece
 
 BOS, EOS, BOI, EOI = "<|bos|>", "<|eos|>", "<|boi|>", "<|eoi|>"
 SPECIAL = (BOS, EOS, BOI, EOI)
@@ -60,15 +59,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
         """Read a `tokenizer.json`. Raises UserError where the file is missing or is no tokenizer."""
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path}: expected a tokenizer.json, found no file")
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except UserError:
-            raise
-        except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{path}: expected a tokenizer.json, found something else ({error})") from None
+        return cls(_from_json(Path(path)))
 
     @classmethod
     def adopt(cls, path: Path | str) -> Tokenizer:
@@ -79,16 +70,8 @@ class Tokenizer:
         """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"{path}: expected a tokenizer.json, found no file")
-        if path.suffix == ".json":
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(path))
-            except Exception as error:  # the library raises a bare Exception
-                raise UserError(f"{path}: expected a tokenizer.json, found something else ({error})") from None
-        else:
-            backend = from_sentencepiece(path)
-        backend.add_special_tokens(list(SPECIAL))  # one that is there keeps its id
+        backend = _from_json(path) if path.suffix == ".json" or not path.is_file() else from_sentencepiece(path)
+        backend.add_special_tokens(list(SPECIAL))  # a marker that is there keeps its id
         backend.no_truncation()  # either may be on in a file, and would change every document
         backend.no_padding()
         ids = sorted(backend.get_vocab(with_added_tokens=True).values())
@@ -131,3 +114,78 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without markers."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+
+def _from_json(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise UserError(f"{path}: expected a tokenizer.json, found no file")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"{path}: expected a tokenizer.json, found something else ({error})") from None
+
+
+SPACE = "\u2581"  # sentencepiece writes this for a space
+UNIGRAM, BPE = 1, 2  # kinds of models, by the numbers of sentencepiece's format; words and characters are not read
+UNKNOWN, CONTROL, USER = 2, 3, 4  # kinds of pieces
+NEVER_TYPED = "\U0010fffd"
+"""appended to the names of control pieces: a unigram model would take "</s>" in a text for the piece itself"""
+
+
+def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
+    """Read a sentencepiece `.model`, BPE (Llama, Mistral) or unigram (T5): the same pieces with the same ids.
+
+    Raises UserError where the extra `sentencepiece` is missing, or the file is none of its models.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as format_
+    except ImportError:
+        needed = "expected the extra that reads it, found none: pip install 'transfuse[sentencepiece]'"
+        raise UserError(f"{path}: {needed}") from None
+    proto = format_.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's own, which cannot be named without protobuf
+        raise UserError(f"{path}: expected a sentencepiece model, found something else ({error})") from None
+    kind, spec = proto.trainer_spec.model_type, proto.normalizer_spec
+    if not proto.pieces or kind not in (UNIGRAM, BPE):
+        raise UserError(f"{path}: expected a sentencepiece model of type unigram or BPE, found another")
+    for piece in proto.pieces:
+        piece.piece += NEVER_TYPED if piece.type == CONTROL else ""
+    if kind == BPE:
+        backend = tokenizers.Tokenizer(_bpe(proto))
+    else:
+        unknown = next((number for number, piece in enumerate(proto.pieces) if piece.type == UNKNOWN), None)
+        pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+        model = models.Unigram(pieces, unknown, proto.trainer_spec.byte_fallback)
+        backend = tokenizers.Tokenizer(model)
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", left=1)] if spec.add_dummy_prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    backend.add_special_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == CONTROL])
+    backend.add_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == USER])
+    return backend
+
+
+def _bpe(proto: Any) -> models.BPE:
+    """Return a BPE; sentencepiece stores no merges: a pair merges where its union is a piece, the best score first."""
+    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    merges = []
+    for piece in proto.pieces:
+        if piece.type in (UNKNOWN, CONTROL, USER):
+            continue
+        halves = ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece)))
+        pairs = sorted((ids[left], ids[right], left, right) for left, right in halves if left in ids and right in ids)
+        merges += [(piece.score, left, right) for _, _, left, right in pairs]
+    merges.sort(key=lambda merge: -merge[0])  # stable: pairs of one piece stay in the order of their ids
+    unknown = next((piece.piece for piece in proto.pieces if piece.type == UNKNOWN), None)
+    pairs_in_order = [(left, right) for _, left, right in merges]
+    fallback = proto.trainer_spec.byte_fallback
+    return models.BPE(ids, pairs_in_order, unk_token=unknown, fuse_unk=True, byte_fallback=fallback)

@@ -38,8 +38,7 @@ from ..errors import UserError
 from ..model import ModelConfig, Transfusion
 from ..model.activations import Checkpointing
 from ..model.attention import Attend
-from ..model.layers import Linear
-from ..model.transformer import Block
+from ..model.layers import Block, Linear
 from .distributed import Distributed
 
 STACKED = {"qkv": 3, "gate_up": 2}

