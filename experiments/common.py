@@ -30,14 +30,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import tyro
 from filelock import FileLock, Timeout
 
-from emoji_scenes.scene_classifier import SceneClassifier, keep_scene_classifier
+from emoji_scenes.classifier import Recogniser, keep_recogniser
+from transfuse.cli.options import read
 from transfuse.config import nearest, read_json
 from transfuse.devices import processor_name
 from transfuse.errors import UserError
@@ -69,6 +70,8 @@ T = TypeVar("T")
 class Shared:
     """EvalConfig of every study with many runs."""
 
+    renamed: ClassVar[dict[str, str]] = {"arms": "variants"}
+
     only: tuple[str, ...] = ()
     """names or patterns of runs, such as "chameleon-*"; one that failed is tried again"""
     index: int | None = None
@@ -95,10 +98,7 @@ class Shared:
 
 def parse(kind: Callable[..., T], arguments: Sequence[str], name: str) -> T:
     """Read a study's options. Raises UserError for an option of an earlier name."""
-    for old, new in {"--arms": "--variants"}.items():
-        if old in arguments:
-            raise UserError(f"study {name}: {old} is now called {new}")
-    return tyro.cli(kind, args=list(arguments), prog=f"transfuse study {name}")
+    return read(kind, arguments, f"study {name}")
 
 
 def run_script(main: Callable[[Sequence[str]], tuple[int, dict[str, Any]]]) -> NoReturn:
@@ -333,14 +333,14 @@ class Study:
         return True
 
     @cached_property
-    def judge(self) -> SceneClassifier:
+    def judge(self) -> Recogniser:
         """The judge of drawings, trained by the first process that needs it.
 
         Raises UserError where another judge measured the results in the folder: distances by two do not compare.
         """
         path = self.folder / "recogniser.safetensors"
         with lock(self.folder, "recogniser"):
-            judge = keep_scene_classifier(path, self.runs[0].recipe.data.world, self.size.recogniser_steps)
+            judge = keep_recogniser(path, self.runs[0].recipe.data.world, self.size.recogniser_steps)
         results = [read_json(other) for other in (self.folder / "results").glob("*.json")]
         others = {result["judge"] for result in results if "judge" in result} - {judge.digest}
         if others:

@@ -1,7 +1,7 @@
 """Messages and progress on standard error; standard output is for results.
 
 `logger` is Python's `logging.getLogger("transfuse")`, at level INFO, so that a program that imports Transfuse controls
-it as any other. Progress is a bar on a terminal, and a line every 15 seconds elsewhere.
+it as any other. Progress is a bar on a terminal, and a line every 15 seconds elsewhere; below level INFO it is hidden.
 """
 
 from __future__ import annotations
@@ -28,15 +28,28 @@ class _ConsoleHandler(logging.Handler):
         console.print(self.format(record), markup=False)
 
 
-logger.addHandler(_ConsoleHandler())
+_handler = _ConsoleHandler()
+logger.addHandler(_handler)
 logger.setLevel(logging.INFO)
 logger.propagate = False
 
 
-def set_quiet(quiet: bool) -> None:
-    """Hide progress and everything below an error, or show it again: one process of a run speaks."""
-    console.quiet = quiet
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+def set_level(level: int) -> None:
+    """Show messages from this level of `logging` on; DEBUG also shows the time of each."""
+    logger.setLevel(level)
+    _handler.setFormatter(logging.Formatter("%(asctime)s %(message)s") if level <= logging.DEBUG else None)
+
+
+@contextmanager
+def quiet(hide: bool = True) -> Iterator[None]:
+    """Hide progress and all messages below an error in this block: one process of a run speaks."""
+    level = logger.level
+    if hide:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class ProgressTask:
@@ -67,13 +80,8 @@ def progress(title: str, total: int, start: int = 0, unit: str = "steps") -> Ite
         logger.info(f"{title}: {total - start} {unit} to do")
         yield ProgressTask(title, total, start, None)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield ProgressTask(title, total, start, bar)
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    hidden = not logger.isEnabledFor(logging.INFO)
+    with Progress(*bar, *times, console=console, transient=True, disable=hidden) as shown:
+        yield ProgressTask(title, total, start, shown)

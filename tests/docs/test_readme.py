@@ -14,10 +14,10 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from transfuse.cli import COMMANDS
-from transfuse.cli.parsing import parse, parse_run
-from transfuse.cli.study import STUDIES
-from transfuse.recipes import PRESETS, Recipe, preset
+from transfuse.cli import COMMANDS, find_command
+from transfuse.cli.options import read, run_folder
+from transfuse.cli.tools import STUDIES
+from transfuse.recipes import PRESETS, Recipe
 from transfuse.runs import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -59,11 +59,12 @@ def test_commands_exist(page: Path) -> None:
             for target in words[1:]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         if words and words[0].endswith("transfuse") and len(words) > 1:
-            assert words[1] in COMMANDS, line
+            assert words[1] in COMMANDS or " ".join(words[1:3]) in COMMANDS, line
             if words[1] in ("train", "plan"):
                 assert words[2] in PRESETS, line
             if words[1] == "train":  # every switch is one, and its value is allowed
-                recipe, run, _ = parse_run("train", preset(words[2]), words[2], words[3:], None)
+                options = find_command(words[1:]).keywords
+                recipe, run = options["recipe"], run_folder(options["run"], words[2], None)
                 if "path/to" not in line and "--data.sources" not in line:  # data sets are not there
                     resolved = resolve(recipe, here=False).recipe
                     assert runs.setdefault(run, resolved) == resolved, f"{line}: {run} is another run"
@@ -71,7 +72,7 @@ def test_commands_exist(page: Path) -> None:
                 given = ["0" if word.startswith('"$') else word for word in words[3:] if word != '"$@"']
                 assert words[2] in STUDIES, line
                 options = getattr(importlib.import_module(f"experiments.{words[2]}"), words[2].capitalize())
-                studies.append(parse(options, given, f"study {words[2]}"))
+                studies.append(read(options, given, f"study {words[2]}"))
     assert runs or studies or page in PAGES, "a script that starts something"
 
 

@@ -294,13 +294,13 @@ def test_autoencoder_mistakes(home: Path) -> None:
     def said(*arguments: str) -> str:
         return refused(home, "autoencoder", *arguments)
 
-    assert 'unknown action "trian"; did you mean "train"' in said("trian")
+    assert 'unknown command "autoencoder trian"; did you mean "train"' in said("trian")
     assert "expected a preset, found none" in said("train")
     assert 'did you mean "kl-tiny"' in said("train", "kl-tinny")
     assert "data.world.size: expected a multiple of the autoencoder's factor (8)" in said(
         "train", "kl-f8-small", "--data.world.size", "60"
     )
-    assert 'unknown action "encode"' in said("encode", "pixels", ".", "out")
+    assert 'unknown command "autoencoder encode"; transfuse --help lists' in said("encode", "pixels", ".", "out")
     assert "--count: expected at least 1, found 0" in said("inspect", "pixels", "world", "--count", "0")
     assert "nowhere" in said("inspect", "pixels", "nowhere")
     assert "expected" in said("train", "kl-tiny", "--run", "elsewhere", "--objective.perceptual", "no-such-file")

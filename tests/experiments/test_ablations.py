@@ -9,7 +9,7 @@ import pytest
 
 from experiments.ablations import COMPARISONS, PIECES, ROWS, ablations_page, analyse, changed, plan_ablations, summary
 from experiments.paper_results import ABLATIONS
-from transfuse.cli.parsing import parse_run
+from transfuse.cli import find_command
 from transfuse.errors import UserError
 from transfuse.recipes import preset
 from transfuse.report import render
@@ -21,7 +21,7 @@ ALL = ROWS | PIECES
 @pytest.mark.parametrize("name", ALL)
 def test_a_row_is_the_command_that_the_docs_show(name: str) -> None:
     row = ALL[name]
-    recipe, _, _ = parse_run("train", preset(row.preset), row.preset, row.words(name)[3:], None)
+    recipe = find_command(["train", row.preset, *row.words(name)[3:]]).keywords["recipe"]
     ours = row.recipe()
     assert (ours.model, ours.data, ours.objective, ours.optimizer) == (
         recipe.model,

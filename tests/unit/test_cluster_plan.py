@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from transfuse.cli import run
-from transfuse.cli.parsing import parse_run
+from transfuse.cli import find_command, run
 from transfuse.errors import UserError
 from transfuse.plan import SPARE, StepContents, cluster_plan, plan
 from transfuse.recipes import PRESETS, preset
@@ -138,9 +137,9 @@ def test_every_preset_has_a_line_that_starts_it(name: str) -> None:
     start, settings = launch.split(f" train {name} ")
     assert start == ("transfuse" if gpus == 1 else "torchrun --nproc-per-node 8 -m transfuse --")
     arguments = [part for key, value in words(settings).items() for part in (key, value)]
-    recipe, folder, _ = parse_run("train", preset(name), name, arguments, None)
-    assert str(folder) == f"runs/{name}"
-    assert recipe.data.accumulate >= 1
+    options = find_command(["train", name, *arguments]).keywords
+    assert str(options["run"]) == f"runs/{name}"
+    assert options["recipe"].data.accumulate >= 1
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, save_autoencoder
-from transfuse.cli import run
-from transfuse.cli.parsing import parse_run
+from transfuse.cli import find_command, run
 from transfuse.model import SIZES
 from transfuse.plan import cluster_plan, plan
 from transfuse.recipes import PRESETS, Recipe, preset
@@ -153,10 +152,10 @@ def test_a_plan_takes_the_options_of_a_run(capsys: pytest.CaptureFixture[str]) -
     assert run(["plan", "1.4b", *words.split(), "--gpu", "h100", "--gpus", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["positions_per_step"], found["patches_per_image"]) == (2**22, 64)
-    recipe, _, _ = parse_run("train", preset("1.4b"), "1.4b", words.split(), None)
+    recipe = find_command(["train", "1.4b", *words.split()]).keywords["recipe"]
     assert found == {**plan(recipe), **json.loads(json.dumps(cluster_plan(recipe, 8, "h100")))}
     _, _, launch = found["launch"].partition(" train 1.4b ")
-    launched, _, _ = parse_run("train", preset("1.4b"), "1.4b", shlex.split(launch), None)
+    launched = find_command(["train", "1.4b", *shlex.split(launch)]).keywords["recipe"]
     assert launched.data.batch_size == 1024
     for part in ("model", "optimizer", "loop", "start_strict", "diffusion"):
         assert getattr(launched, part) == getattr(recipe, part), part
@@ -169,7 +168,7 @@ def test_a_plan_takes_the_options_of_a_run(capsys: pytest.CaptureFixture[str]) -
     [
         (["7b", "--model.patch-size", "3"], "model.patch_size: expected 1, 2, 4 or 8, found 3"),
         (["7b", "--data.world.size", "200"], "divides 200 pixels, as images have, times the autoencoder's factor 8"),
-        (["7b", "--data.batchsize", "8"], 'unknown argument "--data.batchsize"; did you mean "--data.batch-size"?'),
+        (["7b", "--data.batchsize", "8"], 'unknown option "--data.batchsize"; did you mean "--data.batch-size"?'),
         (["tabel3-7b"], 'unknown name "tabel3-7b"; did you mean "table3-7b"?'),
         ([], "expected a preset, found none"),
     ],

@@ -6,18 +6,20 @@ import base64
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..errors import UserError
-from .parsing import parse
-from .writing import WithModel, read_picture, save_picture
+from .options import Flat
+from .writing import ModelChoice, read_picture, save_picture
 
 if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
+
+    from ..inference import TransfusionPipeline
 
 HELP = """/image PATH   show the model a picture, with what you say next
 /save [PATH]  keep the last picture it drew
@@ -30,27 +32,28 @@ KITTY_CHUNK = 4096
 
 
 @dataclass(frozen=True)
-class Chat(WithModel):
-    """Talk with a model in words and pictures; it decides when to draw. Pictures are shown where the terminal can
-    (kitty, iTerm2, WezTerm), and saved elsewhere. /help lists what else can be typed.
-
-    transfuse chat --model runs/demo/export
-    """
+class ChatOptions:
+    """Options of a conversation."""
 
     out: Path = Path("out")
-    """folder for the pictures"""
+    """folder for the images"""
     seed: int = 0
     """of the first turn; each next one has the next"""
     draw: Literal["auto", "force", "never"] = "auto"
-    """force: every reply begins with a picture; never: words only"""
+    """force: every reply begins with an image; never: words only"""
     resize: bool = False
-    """crop and resize pictures shown to the model, instead of refusing those of another size"""
+    """crop and resize images shown to the model, instead of refusing those of another size"""
 
 
-def chat(arguments: Sequence[str]) -> int:
-    """Talk with a model in words and pictures."""
-    options = parse(Chat, arguments, "chat")
-    session = _Session(options)
+def chat(*, model: ModelChoice, options: Annotated[ChatOptions, Flat]) -> int:
+    """Talk with a model in words and images; it decides when to draw.
+
+    $ transfuse chat --model runs/demo/export
+
+    Images are shown where the terminal can (kitty, iTerm2, WezTerm), and saved elsewhere. /help lists what else can be
+    typed.
+    """
+    session = _Session(model.load(), options)
     for line in _lines():
         try:
             if line == "/quit":
@@ -77,10 +80,10 @@ def _lines() -> Iterator[str]:
 class _Session:
     """The conversation, and what will be said with the next line."""
 
-    def __init__(self, options: Chat) -> None:
+    def __init__(self, pipe: TransfusionPipeline, options: ChatOptions) -> None:
         from ..inference import Conversation
 
-        self.options, self.pipe = options, options.load()
+        self.options, self.pipe = options, pipe
         self.conversation = Conversation(self.pipe)
         self.shown: list[np.ndarray] = []
         self.seed, self.drawn = options.seed, 0

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..errors import UserError
-from .parsing import parse, print_json
+from .options import Flat, Json, print_json
 from .writing import default_model
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """Measure a model: text, captions, drawings; every number with its interval, and a page that shows what it saw.
-
-    transfuse evaluate --model runs/demo/export --suite quick --out evaluation
-
-    Finished work is kept: the same command resumes where it stopped. docs/evaluation.md says what each
-    number is. Files are local, nothing is fetched.
-    """
+class EvaluateOptions:
+    """Options of an evaluation."""
 
     model: Path | None = None
     """export folder, or a bundled model's name; not given: the newest under runs/ that draws, else the bundled one"""
@@ -72,13 +65,16 @@ class Evaluate:
     """folder with files of such tasks"""
     judge_steps: int | None = None
     """steps that the judges of drawings are trained for"""
-    json: bool = False
-    """end with one line of JSON"""
 
 
-def evaluate(arguments: Sequence[str]) -> int:
-    """Measure a model: text, captions, drawings, composition, edits, speed; a report with all of it."""
-    args = parse(Evaluate, arguments, "evaluate")
+def evaluate(*, args: Annotated[EvaluateOptions, Flat], json: Json = False) -> int:
+    """Measure a model: text, captions, drawings; every number with its interval, and a page that shows what it saw.
+
+    $ transfuse evaluate --model runs/demo/export --suite quick --out evaluation
+
+    Finished work is kept: the same command resumes where it stopped. docs/evaluation.md says what each number is. Files
+    are local, nothing is fetched.
+    """
     for name in ("batch_size", "candidates"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
@@ -99,6 +95,6 @@ def evaluate(arguments: Sequence[str]) -> int:
         batch=args.batch_size,
         device=args.device,
     )
-    if args.json:
+    if json:
         print_json({"report": str(args.out / "report.html"), **report})
     return 0

@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from ..errors import UserError
-from .parsing import JSON, parse_recipe, preset_name, print_json
-
-OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "gpus": (int, 1, "cards, on nodes of 8"),
-    "gpu": (
-        str | None,
-        None,
-        "card to plan for: a100-40, a100, h100, h200, b200, l40s, rtx4090, ...; None: figures of the recipe alone",
-    ),
-    "mfu": (
-        float | None,
-        None,
-        "share of the card's peak that training is taken to reach; None: 0.40, an assumption",
-    ),
-    "json": (bool, False, JSON),
-}
+from ..plan import cluster_plan
+from ..plan import plan as figures
+from ..recipes import PRESETS, Recipe
+from .options import Config, Flat, Json, Positional, one_of, print_json
 
 
-def plan(arguments: Sequence[str]) -> int:
+def plan(
+    recipe: Annotated[Recipe, Flat],
+    preset: Positional[Annotated[str | None, one_of(PRESETS, "PRESET")]] = None,
+    *,
+    config: Config = None,
+    gpus: int = 1,
+    gpu: str | None = None,
+    mfu: float | None = None,
+    json: Json = False,
+) -> int:
     """Show a preset's cost: parameters, operations, memory; with a card, also time and the command to start it.
 
-    transfuse plan 7b --gpus 64 --gpu h100 --data.batch-size 1024
+    $ transfuse plan 7b --gpus 64 --gpu h100 --data.batch-size 1024
 
     Every setting of the recipe is an option, as it is of transfuse train.
-    """
-    from ..plan import cluster_plan
-    from ..plan import plan as figures
-    from ..recipes import PRESETS, preset
 
-    named = preset_name("plan", arguments, PRESETS, plan.__doc__)
-    if named is None:
-        return 0
-    options = parse_recipe("plan", preset(named[0]), OPTIONS, named[1], plan.__doc__)
-    recipe = options.recipe
-    if options.gpu is None and (options.gpus, options.mfu) != (1, None):
+    Args:
+        gpus: cards, on nodes of 8
+        gpu: card to plan for: a100-40, a100, h100, h200, b200, l40s, rtx4090, ...; None: figures of the recipe alone
+        mfu: share of the card's peak that training is taken to reach; None: 0.40, an assumption
+    """
+    if gpu is None and (gpus, mfu) != (1, None):
         raise UserError("plan: expected a card (--gpu h100) with --gpus or --mfu, found none")
     costs = figures(recipe)
-    spread = {} if options.gpu is None else cluster_plan(recipe, options.gpus, options.gpu, options.mfu)
-    if options.json:
+    spread = {} if gpu is None else cluster_plan(recipe, gpus, gpu, mfu)
+    if json:
         print_json({**costs, **spread})
         return 0
     for name, value in costs.items():

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..errors import UserError
 from ..folders import is_export
-from .parsing import parse
-from .writing import WithModel, default_model
+from .options import Flat
+from .writing import ModelChoice, default_model
 
 
 @dataclass(frozen=True)
-class Serve(WithModel):
-    """Serve a model over HTTP, with a page to try it, to as many as come. Ctrl-C or SIGTERM: what runs is finished
-    first, a second time: at once. Keys that clients must give: TRANSFUSE_API_KEYS, separated by commas.
-
-    transfuse serve --model runs/demo/export --port 8000
-    """
+class ServeOptions:
+    """Options of a server."""
 
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0: all of this machine's"""
@@ -48,17 +43,22 @@ class Serve(WithModel):
     """seconds to finish in when options to stop"""
 
 
-def serve(arguments: Sequence[str]) -> int:
-    """Serve a model over HTTP, with a page to try it."""
-    options = parse(Serve, arguments, "serve")
+def serve(*, model: ModelChoice, options: Annotated[ServeOptions, Flat]) -> int:
+    """Serve a model over HTTP, with a page to try it, to as many as come.
+
+    $ transfuse serve --model runs/demo/export --port 8000
+
+    Ctrl-C or SIGTERM: what runs is finished first, a second time: at once. Keys that clients must give:
+    TRANSFUSE_API_KEYS, separated by commas.
+    """
     for name in ("slots", "max_requests", "max_cost", "max_body", "deadline"):
         if getattr(options, name) <= 0:
             raise UserError(f"serve: --{name.replace('_', '-')}: expected above 0, found {getattr(options, name)}")
     if not 0 <= options.port < 65536:
         raise UserError(f"serve: --port: expected 0 to 65535, found {options.port}")
-    model = options.model or default_model()
-    if not is_export(model):
-        raise UserError(f"{model}: expected an export folder with a config.json, found none")
+    folder = model.model or default_model()
+    if not is_export(folder):
+        raise UserError(f"{folder}: expected an export folder with a config.json, found none")
     try:
         from ..serving.backend import QueueConfig
         from ..serving.gate import LOOPBACK, GateConfig
@@ -72,14 +72,14 @@ def serve(arguments: Sequence[str]) -> int:
     hosts = options.names if everywhere else (*LOOPBACK, options.host, *options.names)
     return run(
         WorkerConfig(
-            str(model),
+            str(folder),
             options.slots,
             guidance=None if options.guidance == "auto" else options.guidance,
             quantize=options.quantize,
             compile=options.compile,
             graphs=options.graphs,
-            device=options.device,
-            precision=options.precision,
+            device=model.device,
+            precision=model.precision,
         ),
         QueueConfig(options.max_requests, options.max_cost, options.deadline),
         GateConfig(keys, hosts, options.max_body),

@@ -1,163 +1,158 @@
-"""`transfuse export` and `doctor`."""
+"""`transfuse export`, `doctor`, `study` and `completion`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import importlib
+import inspect
+import os
+import platform
+import shutil
+import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import tyro
 
+from ..config import nearest
 from ..errors import UserError
 from ..folders import find_export, is_export
 from ..version import __version__
-from .parsing import parse, print_json
+from .options import Json, Positional, Words, print_json, registry
 
 if TYPE_CHECKING:
     import torch
 
+EXTRAS = (
+    *("diffusers", "transformers", "tensorboard", "wandb", "trackio", "torchao", "open_clip", "lm_eval", "fastapi"),
+    *("pyarrow", "sentencepiece", "s3fs", "gcsfs"),
+)
+"""optional packages that `doctor` looks for"""
+STUDIES: dict[str, str] = {
+    "scaling": "train variants of several sizes on several budgets and fit power laws (Figure 5)",
+    "ablations": "train the rows of Tables 4 to 8 and compare each difference with the paper's",
+    "editing": "fine-tune a model on edits and measure it before and after (section 4.4)",
+    "baselines": "train Transfusion, Chameleon and Llama on equal compute and measure them alike",
+}
+"""module of `experiments`, and what it does"""
+RENAMED = {"rivals": "baselines", "image-editing": "editing"}
 
-@dataclass(frozen=True)
-class Export:
-    """Write the averaged weights of a run's newest checkpoint as a folder to load and share; or an export in another
-    layout.
 
-    transfuse export runs/demo --out my-model --dtype float16
+def export(
+    run: Positional[Path],
+    *,
+    out: Path | None = None,
+    format: Literal["transfuse", "diffusers", "llama"] = "transfuse",
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    json: Json = False,
+) -> int:
+    """Write the averaged weights of a run's newest checkpoint as a model folder; or an export in another layout.
+
+    $ transfuse export runs/demo --out my-model --dtype float16
+
+    Args:
+        run: folder of a run, or of an export; or a bundled model's name
+        out: a new folder, or an earlier export, which is replaced; the run's own export/ (llama/, diffusers/) if not
+            given
+        format: diffusers: the same files in diffusers' layout, loaded as any export is; llama: the transformer alone,
+            with the tokenizer, as a folder that transformers opens as LlamaForCausalLM
+        dtype: store the network's weights in it; as they are if not given
     """
+    import torch
 
-    run: tyro.conf.Positional[Path]
-    """folder of a run, or of an export; or a bundled model's name"""
-    out: Path | None = None
-    """a new folder, or an earlier export, which is replaced; the run's own export/ (llama/, diffusers/) if not given"""
-    format: Literal["transfuse", "diffusers", "llama"] = "transfuse"
-    """diffusers: the same files in diffusers' layout, loaded as any export is; llama: the trunk alone, with the
-    tokenizer, as a folder that transformers opens as LlamaForCausalLM"""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """store the network's weights in it; as they are if not given"""
-    json: bool = False
-    """end with one line of JSON"""
+    from ..export import relayout
+
+    run = find_export(run)
+    if not run.is_dir():
+        raise UserError(f"{run}: expected a run folder, found {'a file' if run.exists() else 'nothing'}")
+    if format == "llama" and dtype:
+        raise UserError(f"{run}: expected no --dtype with --format llama, found {dtype}")
+    kind = None if dtype is None else getattr(torch, dtype)
+    if is_export(run):
+        if format == "llama":
+            raise UserError(f"{run}: expected a run for --format llama, found an export")
+        if out is None:
+            raise UserError(f"{run}: expected --out, a folder for the export in the other layout, found none")
+        report: dict[str, Any] = {"export": str(relayout(run, out, format, kind))}
+    else:
+        out = out or run / ("export" if format == "transfuse" else format)
+        report = {"export": str(out), "step": _export_run(run, out, format, kind)}
+    if json:
+        print_json(report)
+    else:
+        print(report["export"])
+    return 0
 
 
-def export(arguments: Sequence[str]) -> int:
-    """Write a run's newest checkpoint as a model folder."""
-    from tempfile import TemporaryDirectory
-
+def _export_run(
+    folder: Path, out: Path, format: Literal["transfuse", "diffusers", "llama"], dtype: torch.dtype | None
+) -> int:
+    """Export the newest checkpoint of a run, of a model or an autoencoder; return its step."""
     from ..convert.llama_folder import save_llama
     from ..export import relayout
-    from ..recipes import Recipe
-    from ..recipes.autoencoders import AutoencoderRecipe
+    from ..recipes import AutoencoderRecipe, Recipe
     from ..runs import is_kind, read_recipe, resolve
     from ..train import averaged_model, build_trainer, export_run
     from ..train_autoencoder import build_autoencoder_trainer, export_autoencoder, resolve_autoencoder
 
-    options = parse(Export, arguments, "export")
-    options = replace(options, run=find_export(options.run))
-    if not options.run.is_dir():
-        raise UserError(
-            f"{options.run}: expected a run folder, found {'a file' if options.run.exists() else 'nothing'}"
-        )
-    if options.format == "llama" and options.dtype:
-        raise UserError(f"{options.run}: expected no --dtype with --format llama, found {options.dtype}")
-    name = "export" if options.format == "transfuse" else options.format
-    config, out = options.run / "config.json", options.out or options.run / name
-    if is_export(options.run):
-        return _relayout(options)
-    missing = UserError(f"{options.run / 'checkpoints'}: expected a complete checkpoint, found none")
+    config = folder / "config.json"
+    missing = UserError(f"{folder / 'checkpoints'}: expected a complete checkpoint, found none")
     if is_kind(config, AutoencoderRecipe):
-        if options.format != "transfuse":
-            raise UserError(f"{options.run}: expected a model's run for --format {name}, found an autoencoder's")
-        if options.dtype:
-            raise UserError(
-                f"{options.run}: expected no --dtype, for autoencoders are kept in float32, found {options.dtype}"
-            )
+        if format != "transfuse":
+            raise UserError(f"{folder}: expected a model's run for --format {format}, found an autoencoder's")
+        if dtype:
+            name = str(dtype).removeprefix("torch.")
+            raise UserError(f"{folder}: expected no --dtype, for autoencoders are kept in float32, found {name}")
         autoencoder_run = resolve_autoencoder(read_recipe(config, AutoencoderRecipe))
-        trainer = build_autoencoder_trainer(autoencoder_run, options.run)
+        trainer = build_autoencoder_trainer(autoencoder_run, folder)
         if not trainer.restore():
             raise missing
         export_autoencoder(autoencoder_run, trainer, out)
+        return trainer.step
+    run = resolve(read_recipe(config, Recipe), folder / "tokenizer.json")
+    trainer = build_trainer(run, folder)
+    if not trainer.restore():
+        raise missing
+    if format == "llama":
+        model = averaged_model(run.recipe, trainer.averaged())
+        save_llama(out, model, run.tokenizer.bos, run.tokenizer.eos, run.tokenizer)
     else:
-        run = resolve(read_recipe(config, Recipe), options.run / "tokenizer.json")
-        trainer = build_trainer(run, options.run)
-        if not trainer.restore():
-            raise missing
-        if options.format == "llama":
-            model = averaged_model(run.recipe, trainer.averaged())
-            save_llama(out, model, run.tokenizer.bos, run.tokenizer.eos, run.tokenizer)
-        else:
-            with TemporaryDirectory() as aside:
-                made = export_run(run, trainer, Path(aside) / "export")
-                relayout(made, out, options.format, _dtype(options))
-    if options.json:
-        print_json({"export": str(out), "step": trainer.step})
-    else:
-        print(out)
-    return 0
+        with TemporaryDirectory() as aside:
+            relayout(export_run(run, trainer, Path(aside) / "export"), out, format, dtype)
+    return trainer.step
 
 
-def _dtype(options: Export) -> torch.dtype | None:
-    import torch
+def doctor(*, json: Json = False) -> int:
+    """Check this machine: versions, threads, bfloat16, cards, communication backends, disk, and what is missing.
 
-    dtype: torch.dtype | None = getattr(torch, options.dtype) if options.dtype else None
-    return dtype
-
-
-def _relayout(options: Export) -> int:
-    from ..export import relayout
-
-    if options.format == "llama":
-        raise UserError(f"{options.run}: expected a run for --format llama, found an export")
-    if options.out is None:
-        raise UserError(f"{options.run}: expected --out, a folder for the export in the other layout, found none")
-    out = relayout(options.run, options.out, options.format, _dtype(options))
-    if options.json:
-        print_json({"export": str(out)})
-    else:
-        print(out)
-    return 0
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """Look at this machine: versions, threads, bfloat16, cards, what processes speak by, disk, and what is missing.
-
-    transfuse doctor
+    $ transfuse doctor
     """
-
-    json: bool = False
-    """end with one line of JSON"""
-
-
-def doctor(arguments: Sequence[str]) -> int:
-    """Check this machine for what Transfuse needs."""
     import importlib.util
-    import os
-    import platform
-    import shutil
 
     import torch
     import torch.distributed as dist
 
     from ..recipes import Recipe
     from ..runs import settle_device
+    from ..training.hardware import peak_flops
 
-    options = parse(Doctor, arguments, "doctor")
-    extras = (
-        *("diffusers", "transformers", "tensorboard", "wandb", "trackio", "torchao", "open_clip", "lm_eval", "fastapi"),
-        *("pyarrow", "sentencepiece", "s3fs", "gcsfs"),
-    )
+    cards = []
+    for name in map(torch.cuda.get_device_name, range(torch.cuda.device_count())):
+        peak = peak_flops(name)
+        cards.append(f"{name} ({'peak not known: no mfu' if peak is None else f'{peak / 1e12:g} TFLOPS in bfloat16'})")
     backends = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available} if dist.is_available() else {}
     facts: dict[str, Any] = {
         "transfuse": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "cards": [_card(torch.cuda.get_device_name(number)) for number in range(torch.cuda.device_count())],
+        "cards": cards,
         "processes_speak_by": [name for name, available in backends.items() if available()],
         "precision": settle_device(Recipe()).precision,
         "free_disk_gigabytes": round(shutil.disk_usage(".").free / 2**30, 1),
         "folder_writable": os.access(".", os.W_OK),
-        "optional": {name: importlib.util.find_spec(name) is not None for name in extras},
+        "optional": {name: importlib.util.find_spec(name) is not None for name in EXTRAS},
     }
     problems = []
     if facts["free_disk_gigabytes"] < 2:
@@ -165,17 +160,70 @@ def doctor(arguments: Sequence[str]) -> int:
     if not facts["folder_writable"]:
         problems.append("folder: expected to be writable, found read-only")
     facts["problems"] = problems
-    if options.json:
+    if json:
         print_json(facts)
     else:
         for name, value in facts.items():
             print(f"{name:<22} {value}")
-        print("everything needed is here" if not problems else "\n".join(problems))
+        print("\n".join(problems) or "everything needed is here")
     return 2 if problems else 0
 
 
-def _card(name: str) -> str:
-    from ..training.hardware import peak_flops
+def study(words: Words) -> int:
+    """Run the paper's experiments: scaling, ablations, editing, baselines; from a checkout of the repository.
 
-    peak = peak_flops(name)
-    return f"{name} ({'peak not known: no mfu' if peak is None else f'{peak / 1e12:g} TFLOPS in bfloat16'})"
+    $ transfuse study scaling --sizes xs s m l --budgets 1e6 2e6 4e6
+
+    The experiments; transfuse study NAME --help lists the options of each:
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(inspect.getdoc(study))
+        print("\n".join(f"  {name:<12} {about}" for name, about in STUDIES.items()))
+        return 0
+    name, *rest = words
+    if name in RENAMED:
+        raise UserError(f"study: {name} is now called {RENAMED[name]}")
+    if name not in STUDIES:
+        raise UserError(f'study: unknown name "{name}"{nearest(name, STUDIES)}')
+    root = checkout()
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    code, report = importlib.import_module(f"experiments.{name}").main(rest)
+    if "--json" in rest and not code:
+        print_json(report)
+    return int(code)
+
+
+def checkout(package: Path = Path(__file__)) -> Path:
+    """Return the repository's root, that of this package or the working folder. Raises UserError outside one."""
+    for root in (package.parents[3], Path.cwd()):
+        if (root / "experiments" / "scaling.py").is_file():
+            return root
+    raise UserError("study: the experiments are not in the package; clone the repository and run the command there")
+
+
+def completion(shell: Positional[Literal["bash", "zsh", "fish"]]) -> int:
+    """Print a script that completes commands and options.
+
+    $ eval "$(transfuse completion bash)"
+
+    In a shell's start file the line above works for bash and zsh; for fish: transfuse completion fish | source
+
+    Args:
+        shell: bash, zsh or fish
+    """
+    from . import COMMANDS
+
+    app = tyro.extras.SubcommandApp()
+    groups: dict[str, tyro.extras.SubcommandApp] = {"": app}
+    for name, (module, about) in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        function: Any = getattr(importlib.import_module(f".{module}", __package__), last)
+        hints = get_type_hints(function)
+        if "recipe" in hints:
+            function = partial(function, recipe=hints["recipe"]())
+        if group not in groups:
+            groups[group] = app.command(tyro.extras.SubcommandApp(), name=group)
+        groups[group].command(name=last, help=about)(function)
+    app.cli(prog="transfuse", args=["--tyro-write-completion", shell, "-"], registry=registry)
+    return 0

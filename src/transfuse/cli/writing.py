@@ -1,12 +1,12 @@
-"""`transfuse generate` and `transfuse caption`."""
+"""`transfuse generate`, `transfuse caption` and `transfuse edit`."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..folders import DEFAULT, bundled_models, draws, places, trained_exports
 from ..io import sha256
 from ..log import logger
-from .parsing import parse, print_json
+from .options import Flat, Json, Positional, print_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +43,8 @@ def default_model() -> Path:
     return Path(DEFAULT)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WithModel:
+@dataclass(frozen=True)
+class ModelOptions:
     """Options of every command that runs a model."""
 
     model: Path | None = None
@@ -55,10 +55,18 @@ class WithModel:
     """what it computes in; auto: bfloat16 on CUDA, float32 on the CPU"""
 
     def load(self) -> TransfusionPipeline:
+        """Open the model. Raises UserError where there is none, or not on this device."""
         from .. import load
 
         device, dtype = for_inference(self.device, self.precision)
         return load(str(self.model or default_model()), device=device, dtype=dtype)
+
+
+ModelChoice = Annotated[ModelOptions, Flat]
+Steps = Annotated[int | None, tyro.conf.arg(help="denoising steps; the model's own default if not given")]
+Resize = Annotated[
+    bool, tyro.conf.arg(help="crop the middle square and resize it to the model's size, instead of refusing it")
+]
 
 
 def save_picture(picture: PIL.Image.Image, path: Path, settings: dict[str, Any]) -> str:
@@ -117,71 +125,77 @@ def to_side(pixels: np.ndarray, path: Path, side: int, resize: bool) -> np.ndarr
 
 
 @dataclass(frozen=True)
-class Generate(WithModel):
-    """Go on from a prompt, in words and pictures: the model itself decides when to draw. Or draw a picture again.
+class SampleOptions:
+    """Options of a reply; None: the model's own default."""
 
-    transfuse generate "a crab on a blue background" --seed 7 --out pictures
-    transfuse generate --again pictures/seed-7-0.png --out again
-    """
-
-    prompt: tyro.conf.Positional[str] = ""
-    out: Path = Path("out")
-    """folder for the pictures; no picture in it is replaced"""
     seed: int = 0
-    steps: int | None = None
-    """denoising steps; the model's own default if not given"""
+    steps: Steps = None
     guidance_scale: float | None = None
     candidates: int = 1
     """number of replies to draw; the one whose image the model would most probably caption with the prompt is kept"""
     draw: Literal["auto", "force", "never"] = "auto"
-    """force: a picture comes first; never: words only"""
+    """force: an image comes first; never: words only"""
     max_tokens: int | None = None
     """most tokens of text"""
     temperature: float | None = None
     """of the text; 0 is greedy"""
-    again: Path | None = None
-    """a PNG of generate, edit, chat or the server: draw it again by the settings in it, in place of a prompt"""
-    images: tuple[Path, ...] = ()
-    """with --again: the image files that it was drawn from, if there were any"""
-    mask: Path | None = None
-    """with --again: the mask that it was drawn with, if there was one"""
-    json: bool = False
-    """end with one line of JSON"""
 
 
-AGAIN = ("model", "out", "again", "images", "mask", "json")
-"""options that go with --again: all others are in the file"""
+def generate(
+    prompt: Positional[str] = "",
+    *,
+    model: ModelChoice,
+    sample: Annotated[SampleOptions, Flat],
+    out: Path = Path("out"),
+    again: Path | None = None,
+    images: tuple[Path, ...] = (),
+    mask: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Continue a prompt in words and images: the model decides when to draw. Or draw an image again.
 
+    $ transfuse generate "a crab on a blue background" --seed 7 --out pictures
+    $ transfuse generate --again pictures/seed-7-0.png --out again
 
-def generate(arguments: Sequence[str]) -> int:
-    """Go on from a prompt, in words and pictures, or draw a picture again."""
-    options = parse(Generate, arguments, "generate")
-    if options.again is not None:
-        for field in fields(options):
-            if field.name not in AGAIN and getattr(options, field.name) != field.default:
-                raise UserError(f"generate: --again: expected no {field.name}, for the file's own is used, found one")
-        return _again(options, options.again)
-    if options.images or options.mask:
-        raise UserError(f"generate: --{'images' if options.images else 'mask'}: expected --again with it, found none")
-    if not options.prompt.strip():
+    Args:
+        prompt: the text to continue, in quotes
+        out: folder for the images; no image in it is replaced
+        again: a PNG of generate, edit, chat or the server: draw it again by the settings in it, in place of a prompt
+        images: with --again: the image files that it was drawn from, if there were any
+        mask: with --again: the mask that it was drawn with, if there was one
+    """
+    if again is not None:
+        given = {"prompt": prompt} if prompt else {}
+        for part in (model, sample):
+            given |= {name: value for name, value in vars(part).items() if value != getattr(type(part)(), name)}
+        for name in given.keys() - {"model"}:
+            raise UserError(f"generate: --again: expected no {name}, for the file's own is used, found one")
+        report = _draw_again(again, model.model, out, images, mask)
+        lines = [report["path"]]
+    elif images or mask:
+        raise UserError(f"generate: --{'images' if images else 'mask'}: expected --again with it, found none")
+    elif not prompt.strip():
         raise UserError("generate: prompt: expected some text, found an empty one")
-    return _generate(options)
+    else:
+        report = _reply(model.load(), prompt, sample, out)
+        lines = [part.get("text") or part["path"] for part in report["parts"]]
+    if json:
+        print_json(report)
+    else:
+        print("\n".join(lines))
+    return 0
 
 
-def _generate(options: Generate) -> int:
-    pipe = options.load()
-    from dataclasses import replace
-
+def _reply(pipe: TransfusionPipeline, prompt: str, sample: SampleOptions, out: Path) -> dict[str, Any]:
+    """Draw a reply, save its images and return what is in it, as JSON."""
     from ..inference.pictures import settings_of
 
-    request = replace(
-        pipe.request([options.prompt], options.steps, options.guidance_scale), seed=options.seed, draw=options.draw
-    )
-    if options.max_tokens is not None:
-        request = replace(request, max_tokens=options.max_tokens)
-    if options.temperature is not None:
-        request = replace(request, temperature=options.temperature)
-    reply = pipe.replies([request], options.candidates)[0]
+    request = replace(pipe.request([prompt], sample.steps, sample.guidance_scale), seed=sample.seed, draw=sample.draw)
+    if sample.max_tokens is not None:
+        request = replace(request, max_tokens=sample.max_tokens)
+    if sample.temperature is not None:
+        request = replace(request, temperature=sample.temperature)
+    reply = pipe.replies([request], sample.candidates)[0]
     request = replace(request, seed=reply.seed)
     parts: list[dict[str, str]] = []
     for part in reply.parts:
@@ -190,26 +204,20 @@ def _generate(options: Generate) -> int:
         else:
             number = sum(p["type"] == "image" for p in parts)
             settings = settings_of(request, pipe.exported, number)
-            saved = save_picture(part, options.out / f"seed-{reply.seed}-{number}.png", settings)
+            saved = save_picture(part, out / f"seed-{reply.seed}-{number}.png", settings)
             parts.append({"type": "image", "path": saved})
-    if options.json:
-        print_json(
-            {
-                "parts": parts,
-                "seed": reply.seed,
-                "steps": request.sampler.steps if pipe.exported.model.config.images == "latents" else None,
-                "guidance_scale": request.guidance_scale,
-                "stop": reply.done.reason,
-                "text_tokens": reply.done.text_tokens,
-            }
-        )
-    else:
-        print("\n".join(part.get("text") or part["path"] for part in parts))
-    return 0
+    return {
+        "parts": parts,
+        "seed": reply.seed,
+        "steps": request.sampler.steps if pipe.exported.model.config.images == "latents" else None,
+        "guidance_scale": request.guidance_scale,
+        "stop": reply.done.reason,
+        "text_tokens": reply.done.text_tokens,
+    }
 
 
-def _again(options: Generate, file: Path) -> int:
-    """Draw the picture in a file by the settings in it, and save it by the same name in the folder for pictures."""
+def _draw_again(file: Path, model: Path | None, out: Path, images: Sequence[Path], mask: Path | None) -> dict[str, Any]:
+    """Draw the image in a file by the settings in it, save it by the same name and return its path and settings."""
     import numpy as np
     import torch
 
@@ -219,29 +227,24 @@ def _again(options: Generate, file: Path) -> int:
     from ..inference.pictures import parse_settings, request_again, settings_of
 
     settings = parse_settings(read_settings(file), str(file))
-    images = [read_image(path) for path in options.images]
+    shown = [read_image(path) for path in images]
     device, dtype = pick_device(settings.device), getattr(torch, settings.precision)
-    model = options.model or _model_with(settings.model, file)
-    pipe = load(str(model), device=device, dtype=dtype, quantize=settings.quantize, compile=bool(settings.compiled))
-    request = request_again(settings, pipe.exported, images, options.mask, str(file))
+    path = str(model or _model_with(settings.model, file))
+    pipe = load(path, device=device, dtype=dtype, quantize=settings.quantize, compile=bool(settings.compiled))
+    request = request_again(settings, pipe.exported, shown, mask, str(file))
     drawn = (event for event in pipe.stream(request) if isinstance(event, ImageEnd))
     latent = next((event.latent for event in drawn if event.image == settings.image_index), None)
     if latent is None:
         raise UserError(f"{file}: image_index: expected an image {settings.image_index} in the reply, found none")
-    picture = pipe.picture(latent)
-    if not np.array_equal(read_image(file), np.asarray(picture)):
+    image = pipe.picture(latent)
+    if not np.array_equal(read_image(file), np.asarray(image)):
         logger.info(f"{file}: drawn again with other pixels: by another machine, version or number of threads")
     record = settings_of(request, pipe.exported, settings.image_index)
-    path = save_picture(picture, options.out / file.name, record)
-    if options.json:
-        print_json({"path": path, **record})
-    else:
-        print(path)
-    return 0
+    return {"path": save_picture(image, out / file.name, record), **record}
 
 
 def _model_with(fingerprint: str, file: Path) -> Path:
-    """The export under runs/, or the bundled model, with these weights. Raises UserError where there is none."""
+    """Return the export under runs/, or the bundled model, with these weights. Raises UserError where there is none."""
     for model in [*trained_exports(), *map(Path, bundled_models())]:
         weights = places(model)["model.safetensors"]
         if weights.is_file() and sha256(weights).startswith(fingerprint):
@@ -252,29 +255,85 @@ def _model_with(fingerprint: str, file: Path) -> Path:
     )
 
 
-@dataclass(frozen=True)
-class Caption(WithModel):
-    """Describe a picture.
+def caption(
+    image: Positional[Path],
+    *,
+    model: ModelChoice,
+    resize: Resize = False,
+    max_tokens: int = 64,
+    json: Json = False,
+) -> int:
+    """Describe an image.
 
-    transfuse caption picture.png
+    $ transfuse caption picture.png
+
+    Args:
+        image: an image file
+        max_tokens: most tokens of the caption
     """
-
-    image: tyro.conf.Positional[Path]
-    resize: bool = False
-    """crop the middle square and resize it to the model's size, instead of refusing it"""
-    max_tokens: int = 64
-    json: bool = False
-    """end with one line of JSON"""
-
-
-def caption(arguments: Sequence[str]) -> int:
-    """Describe a picture."""
-    options = parse(Caption, arguments, "caption")
-    pipe = options.load()
-    picture = read_picture(options.image, pipe.exported.image_size, options.resize)
-    text = pipe.caption(picture, max_tokens=options.max_tokens)[0]
-    if options.json:
-        print_json({"caption": text, "image": str(options.image)})
+    pipe = model.load()
+    text = pipe.caption(read_picture(image, pipe.exported.image_size, resize), max_tokens=max_tokens)[0]
+    if json:
+        print_json({"caption": text, "image": str(image)})
     else:
         print(text)
+    return 0
+
+
+def edit(
+    image: Positional[Path],
+    prompt: Positional[str],
+    *,
+    model: ModelChoice,
+    out: Path = Path("out"),
+    strength: float | None = None,
+    mask: Path | None = None,
+    seed: int = 0,
+    steps: Steps = None,
+    guidance_scale: float | None = None,
+    image_guidance_scale: float | None = None,
+    resize: Resize = False,
+    json: Json = False,
+) -> int:
+    """Change an image: by an instruction, by redrawing it from part of the way, or only where a mask selects.
+
+    $ transfuse edit picture.png "make the background red" --out pictures
+    $ transfuse edit picture.png "a crab on a red background" --strength 0.6
+
+    Args:
+        image: an image file
+        prompt: an instruction; with --strength or --mask a description of the result
+        out: folder for the image
+        strength: begin from the image, noised: 1 is noise alone, 0 changes nothing
+        mask: an image of the same size: its transparent area is redrawn, or, if it is opaque, the white one
+        image_guidance_scale: for instructions: how far to push towards the image, apart from the words
+    """
+    if not prompt.strip():
+        raise UserError("edit: prompt: expected some text, found an empty one")
+    if not image.exists() and Path(prompt).is_file():
+        raise UserError(f'edit: expected the image first, found the prompt: transfuse edit {prompt} "{image}"')
+    pipe = model.load()
+    from ..images import fit, read_image, read_mask
+    from ..inference.pictures import settings_of
+    from ..inference.sequence_state import with_image_guidance
+
+    side = pipe.exported.image_size
+    pixels = read_image(image)
+    area = None if mask is None else read_mask(mask, pixels.shape[:2])
+    if area is not None and resize:
+        area = fit(area, side)
+    shown = to_side(pixels, image, side, resize)
+    start = None
+    if strength is not None or area is not None:
+        start = pipe.start(shown, 1.0 if strength is None else strength, area)
+    parts: list[str | np.ndarray] = [prompt] if start else [shown, prompt]
+    request = with_image_guidance(pipe.request(parts, steps, guidance_scale), image_guidance_scale)
+    request = replace(request, draw="force", max_tokens=0, start=start, seed=seed)
+    settings = settings_of(request, pipe.exported)
+    drawn = pipe.replies([request])[0].images[0]
+    path = save_picture(drawn, out / f"{image.stem}-seed-{seed}.png", settings)
+    if json:
+        print_json({"path": path, "image": str(image), **settings})
+    else:
+        print(path)
     return 0

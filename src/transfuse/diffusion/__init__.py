@@ -8,9 +8,6 @@ from transfuse.diffusion.samplers import (
     ddim_step,
     ddpm_step,
     dpmpp_step,
-    euler_step,
-    heun_step,
-    shifted_timesteps,
     trailing_timesteps,
 )
 
@@ -23,8 +20,5 @@ __all__ = [
     "ddim_step",
     "ddpm_step",
     "dpmpp_step",
-    "euler_step",
-    "heun_step",
-    "shifted_timesteps",
     "trailing_timesteps",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from ..config import nearest
 from ..errors import UserError
+from .autoencoders import AUTOENCODERS, AutoencoderRecipe
 from .demo import demo
 from .paper import PAPER
-from .recipe import Recipe
+from .recipe import VERSION, Recipe
 from .rivals import chameleon_32, llama_32, llama_32_stable, transfusion_32
 from .small import epsilon_32, latent_64, small_64, tiny
 
@@ -24,13 +26,17 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "llama-32-stable": llama_32_stable,
     **PAPER,
 }
+NAMED: Mapping[type[Any], Mapping[str, Callable[[], Any]]] = {Recipe: PRESETS, AutoencoderRecipe: AUTOENCODERS}
+"""the presets of each kind of recipe"""
+R = TypeVar("R", Recipe, AutoencoderRecipe)
 
 
-def preset(name: str) -> Recipe:
-    """The recipe of a name. Raises UserError with the nearest name."""
-    if name not in PRESETS:
-        raise UserError(f'preset: unknown name "{name}"{nearest(name, PRESETS)}')
-    return PRESETS[name]()
+def preset(name: str, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
+    """Return the recipe of a name, for a model or an autoencoder. Raises UserError with the nearest name."""
+    if name not in NAMED[kind]:
+        raise UserError(f'preset: unknown name "{name}"{nearest(name, NAMED[kind])}')
+    recipe: R = NAMED[kind][name]()
+    return recipe
 
 
-__all__ = ["PRESETS", "Recipe", "preset"]
+__all__ = ["AUTOENCODERS", "NAMED", "PRESETS", "VERSION", "AutoencoderRecipe", "Recipe", "preset"]

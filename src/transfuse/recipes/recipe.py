@@ -29,7 +29,10 @@ SOURCE_SETTINGS = ("weight", "epochs", "final")
 
 def check_split(batch_size: int, accumulate: int) -> None:
     """Raise ValueError unless a batch splits into `accumulate` equal parts."""
-    if accumulate < 1 or batch_size < 1 or batch_size % accumulate:
+    for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):
+        if value < 1:
+            raise ValueError(f"data.{name}: expected at least 1, found {value}")
+    if batch_size % accumulate:
         raise ValueError(f"data.batch_size: expected a multiple of data.accumulate ({accumulate}), found {batch_size}")
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import UserError
-from ..log import set_quiet
+from ..log import quiet
 
 RESUMABLE = 75
 """exit code of a run that was stopped and saved: the same command resumes it (EX_TEMPFAIL)"""
@@ -191,11 +191,10 @@ def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Distribut
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, timeout=TIMEOUT)
-    set_quiet(rank > 0)
     try:
-        yield arrange(here, replicate, tensor)
+        with quiet(rank > 0):
+            yield arrange(here, replicate, tensor)
     finally:
-        set_quiet(False)
         dist.destroy_process_group()
 
 

@@ -1,0 +1,233 @@
+"""From words on a command line to a call: tyro reads a function's signature, and each of its complaints is one line.
+
+    parse(caption, ["crab.png", "--resize"], "caption")()      # caption(Path("crab.png"), resize=True)
+
+A function with a parameter `recipe` has every setting of the recipe as an option. Their defaults are those of a preset,
+the first word, changed by the file that `--config` names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, update_wrapper
+from itertools import pairwise
+from pathlib import Path
+from textwrap import fill
+from types import UnionType
+from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro import _errors as complaints  # structured, where the public interface only prints boxes
+from tyro.conf import Positional
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from ..config import dataclass_in, nearest, read_settings, updated
+from ..errors import UserError
+
+T = TypeVar("T")
+Flat = tyro.conf.arg(name="")
+"""in `Annotated`: a dataclass whose fields are options without a prefix"""
+Json = Annotated[bool, tyro.conf.arg(help="end with one line of JSON")]
+Config = Annotated[
+    Path | None,
+    tyro.conf.arg(help="file of settings (.yaml, .toml, .json, or a run's config.json), which options change"),
+]
+RunFolder = Annotated[
+    Path | None,
+    tyro.conf.arg(help="folder of the run: checkpoints, metrics, samples, export; runs/PRESET if not given"),
+]
+Words = Positional[tuple[str, ...]]
+"""of a function that reads the words of its command line itself"""
+registry = ConstructorRegistry()
+
+
+def parse(function: Callable[..., int], words: Sequence[str], name: str) -> partial[int]:
+    """Return the call of a command's function that its words ask for. `--help` prints all options, then SystemExit.
+
+    Raises UserError: one line that names the option, what was expected and what was found.
+    """
+    hints = get_type_hints(function)
+    if "words" in hints:
+        return partial(function, words)
+    if "recipe" in hints:
+        if words and words[0] in ("-h", "--help"):
+            return partial(print_presets, function, hints["recipe"], name)
+        function = partial(function, recipe=starting_recipe(hints["recipe"], words, name))
+
+    def call(*values: Any, **options: Any) -> partial[int]:
+        return partial(function, *values, **options)
+
+    return read(update_wrapper(call, function), words, name)
+
+
+def read(kind: Callable[..., T], words: Sequence[str], name: str) -> T:
+    """Call a function, or make a dataclass, with the options that words give it. Raises as `parse`."""
+
+    def refuse(event: complaints.ParseErrorEvent) -> NoReturn:
+        raise UserError(f"{name}: {explain(event, kind, words)}")
+
+    with complaints.on_parse_error(refuse):
+        return tyro.cli(kind, args=list(words), prog=f"transfuse {name}", registry=registry)
+
+
+def explain(event: complaints.ParseErrorEvent, function: Callable[..., Any], words: Sequence[str]) -> str:
+    """Return what is wrong with a command line, without the command's name."""
+    match event:
+        case complaints.MissingArgs(unrecognized_tokens=[word, *_]) | complaints.UnrecognizedArgs(tokens=[word, *_]):
+            return _unknown(word, function, words)
+        case complaints.MissingArgs():
+            wanted = " and ".join(missing.arg.display_name() for missing in event.missing_arguments)
+            return f"expected {wanted}, found none"
+        case complaints.BadValue(argument=argument):
+            return f"{argument.display_name()}: expected {argument.lowered.metavar}, found too few values"
+        case complaints.InvalidChoice(argument=argument):
+            hint = nearest(event.value, sorted(event.choices))
+            return f'{argument.display_name()}: unknown value "{event.value}"{hint}'
+        case complaints.InstantiationFailure():
+            name = "" if event.argument is None else f"{event.argument.display_name()}: "
+            return name + event.message.splitlines()[0]
+    return f"expected other options (transfuse {event.prog} --help), found {' '.join(words)}"
+
+
+def _unknown(word: str, function: Callable[..., Any], words: Sequence[str]) -> str:
+    """Explain a word that no option takes."""
+    if word.startswith("-"):
+        option, names = word.partition("=")[0].replace("_", "-"), option_names(function)
+        if names.get(option, option) != option:
+            return f'"{option}" is now called "{names[option]}"'
+        return f'unknown option "{option}"{nearest(option, names.values(), "; --help lists them")}'
+    if "prompt" not in inspect.signature(function).parameters:
+        return f'unexpected word "{word}"; --help shows an example'
+    first = words.index(word) - 1
+    last = next((n for n in range(first, len(words)) if words[n].startswith("-")), len(words))
+    return f'unexpected word "{word}"; a prompt of several words needs quotes: "{" ".join(words[first:last])}"'
+
+
+def option_names(function: Callable[..., Any]) -> dict[str, str]:
+    """Return every option of a function, and every earlier name of one, with today's name."""
+    return {f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-") for old, new in _names(function, "")}
+
+
+def _names(owner: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield the names in a function's or dataclass's options: earlier ones and today's."""
+    owner = inspect.unwrap(owner)
+    owner = owner.func if isinstance(owner, partial) else owner
+    hints = get_type_hints(owner, include_extras=True)
+    fields = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else [*hints]
+    for name in fields:
+        hint = hints[name]
+        if get_origin(hint) is Annotated:
+            given = [mark.name for mark in hint.__metadata__ if getattr(mark, "name", None) is not None]
+            hint, name = hint.__origin__, (given or [name])[0]
+        inner = dataclass_in(hint)
+        if dataclasses.is_dataclass(inner):
+            yield from _names(inner, f"{prefix}{name}." if name else prefix)
+        else:
+            yield prefix + name, prefix + name
+    for old, new in getattr(owner, "renamed", {}).items():
+        yield prefix + old, prefix + new
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@registry.primitive_rule
+def _numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read numbers; 1e3 and 1_000 are whole ones, too."""
+    if info.type not in (int, float):
+        return None
+    kind, what = info.type, "a whole number" if info.type is int else "a number"
+
+    def read(values: list[str]) -> float:
+        try:
+            number = float(values[0]) if kind is float or "e" in values[0].lower() else int(values[0])
+            if kind is int and number != int(number):
+                raise ValueError
+        except (ValueError, OverflowError):
+            raise ValueError(f"expected {what}, found {values[0]}") from None
+        return kind(number)
+
+    return PrimitiveConstructorSpec(
+        1, kind.__name__.upper(), read, lambda value: isinstance(value, int | kind), lambda value: [str(value)]
+    )
+
+
+@registry.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read "None", or the one other type of a union, whose complaints then stay as they are."""
+    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if info.type_origin not in (Union, UnionType) or len(kinds) != 1 or len(get_args(info.type)) != 2:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1:
+        return None
+    return PrimitiveConstructorSpec(
+        1,
+        f"{spec.metavar}|None",
+        lambda values: None if values == ["None"] else spec.instance_from_str(values),
+        lambda value: value is None or spec.is_instance(value),
+        lambda value: ["None"] if value is None else spec.str_from_instance(value),
+        choices=None if spec.choices is None else (*spec.choices, "None"),
+    )
+
+
+def one_of(names: Iterable[str], metavar: str) -> PrimitiveConstructorSpec[str]:
+    """Return what makes `Annotated[str, ...]` a choice among names known only when Python runs."""
+    return PrimitiveConstructorSpec(
+        1,
+        metavar,
+        lambda values: values[0],
+        lambda value: value is None or isinstance(value, str),
+        lambda value: [str(value)],
+        choices=tuple(names),
+    )
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def starting_recipe(kind: type[Any], words: Sequence[str], name: str) -> Any:
+    """Return a recipe before the options of a command line: a preset, changed by the file that `--config` names.
+
+    A file without a preset's name next to it may name one itself. Raises UserError where there is neither.
+    """
+    from ..recipes import VERSION, preset
+
+    chosen = words[0] if words and not words[0].startswith("-") else None
+    files = [value for word, value in pairwise(words) if word == "--config"]
+    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    if not files:
+        if chosen is None:
+            word = words[0] if words else "none"
+            raise UserError(f"{name}: expected a preset, found {word}; transfuse {name} --help lists them")
+        return preset(chosen, kind)
+    values = read_settings(Path(files[-1]))
+    if values.get("version", VERSION) != VERSION:
+        raise UserError(f"{files[-1]}: version: expected {VERSION}, found {values['version']}")
+    if chosen is None and "version" not in values:  # without it the file of a run, which has every setting
+        chosen = str(values.get("preset", ""))
+    return updated(preset(chosen, kind) if chosen else kind(), values, files[-1])
+
+
+def print_presets(function: Callable[..., int], kind: type[Any], name: str) -> int:
+    """Print a command's help without the settings, which depend on the preset; return the exit code 0."""
+    from ..recipes import NAMED
+
+    text = inspect.getdoc(function) or ""
+    print(text.partition("\nArgs:")[0] + "\n")
+    print(fill(f"presets: {', '.join(NAMED[kind])}", 100, break_on_hyphens=False))
+    print(f"settings: transfuse {name} PRESET --help")
+    return 0
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one line of JSON."""
+    print(json.dumps(value))
+
+
+def run_folder(given: Path | None, preset: str, config: Path | None) -> Path:
+    """Return the folder of a run, by default one under runs/ with the name of its preset, or of its file."""
+    return given or Path("runs") / (preset or (config.stem if config else "run"))
