@@ -37,7 +37,7 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 
-from emoji_scenes.classifier import Recogniser, keep_recogniser
+from emoji_scenes.scene_classifier import SceneClassifier, keep_scene_classifier
 from transfuse.cli.options import read
 from transfuse.config import nearest, read_json
 from transfuse.devices import processor_name
@@ -333,14 +333,14 @@ class Study:
         return True
 
     @cached_property
-    def judge(self) -> Recogniser:
+    def judge(self) -> SceneClassifier:
         """The judge of drawings, trained by the first process that needs it.
 
         Raises UserError where another judge measured the results in the folder: distances by two do not compare.
         """
         path = self.folder / "recogniser.safetensors"
         with lock(self.folder, "recogniser"):
-            judge = keep_recogniser(path, self.runs[0].recipe.data.world, self.size.recogniser_steps)
+            judge = keep_scene_classifier(path, self.runs[0].recipe.data.world, self.size.recogniser_steps)
         results = [read_json(other) for other in (self.folder / "results").glob("*.json")]
         others = {result["judge"] for result in results if "judge" in result} - {judge.digest}
         if others:

@@ -11,7 +11,7 @@ import numpy as np
 
 from emoji_scenes import WorldConfig, glosses
 from emoji_scenes.accuracy import caption_accuracy, draw_accuracy, held_out_scenes
-from emoji_scenes.classifier import Recogniser
+from emoji_scenes.scene_classifier import SceneClassifier
 from transfuse.config import read_json
 from transfuse.devices import pick_device
 from transfuse.errors import UserError
@@ -50,7 +50,7 @@ class EvalSize:
 
 
 def evaluate_run(
-    folder: Path, world: WorldConfig, size: EvalSize, judge: Recogniser
+    folder: Path, world: WorldConfig, size: EvalSize, judge: SceneClassifier
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Measure a trained and exported run; return its result and its drawings uint8 `[image, row, column, 3]`.
 
@@ -84,7 +84,7 @@ def evaluate_run(
 
 
 def _evaluate_images(
-    pipe: TransfusionPipeline, world: WorldConfig, size: EvalSize, judge: Recogniser
+    pipe: TransfusionPipeline, world: WorldConfig, size: EvalSize, judge: SceneClassifier
 ) -> tuple[np.ndarray, dict[str, Estimate], dict[str, Any]]:
     """Return drawings, measures with intervals, and further facts of a model that draws."""
     (_, _, real), (_, _, others) = (held_out_scenes(world, size.pictures, seed=seed) for seed in (0, 1))

@@ -30,8 +30,7 @@ from PIL import Image, ImageDraw
 WORLD = Path(__file__).resolve().parents[1] / "src/emoji_scenes"
 sys.path.insert(0, str(WORLD))
 
-from nouns import NOUNS  # noqa: E402
-from palette import PALETTE, visible_on  # noqa: E402
+from nouns import NOUNS, PALETTE, visible_on  # noqa: E402
 
 PACKAGES = {
     "@iconify-json/noto": "1.2.9",

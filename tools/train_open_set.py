@@ -27,8 +27,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emoji_scenes import NOUNS, PALETTE, World, WorldConfig
-from emoji_scenes.classifier import PooledNetwork, resized
-from emoji_scenes.open_set import SIDE, WEIGHTS, OpenSetClassifier, open_set_network
+from emoji_scenes.scene_classifier import (
+    OPEN_SET_SIDE,
+    OPEN_SET_WEIGHTS,
+    OpenSetClassifier,
+    PooledNetwork,
+    open_set_network,
+    resized,
+)
 from transfuse.autoencoders import Autoencoder, open_autoencoder
 from transfuse.draws import Draws
 from transfuse.rng import generator_for
@@ -71,7 +77,7 @@ def main() -> None:
     of_trained_kinds = measure(classifier, asked.seed)
     facts = classifier.threshold, classifier.accuracy, classifier.false_acceptance, of_trained_kinds
     print(json.dumps(facts, indent=1))
-    path = WEIGHTS if asked.install else asked.run / WEIGHTS.name
+    path = OPEN_SET_WEIGHTS if asked.install else asked.run / OPEN_SET_WEIGHTS.name
     path.parent.mkdir(exist_ok=True)
     classifier.save(path)
     print(path, path.stat().st_size, "bytes,", OpenSetClassifier.load(path).digest)
@@ -137,14 +143,16 @@ def spoiled(batch: Batch, warped: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def as_float(images: np.ndarray) -> Tensor:
-    """Images uint8 `[image, row, column, 3]` to `[image, 3, row, column]` in [0, 1], at most `SIDE` a side."""
+    """Images uint8 `[image, row, column, 3]` to `[image, 3, row, column]` in [0, 1], at most `OPEN_SET_SIDE` a side."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    return resized(x, SIDE) if x.shape[-1] > SIDE else x
+    return resized(x, OPEN_SET_SIDE) if x.shape[-1] > OPEN_SET_SIDE else x
 
 
 def network_input(x: Tensor) -> Tensor:
     """Images in [0, 1] as the classifier prepares uint8 ones."""
-    return resized(((x.clamp(0, 1) * 255).round() / 127.5 - 1), SIDE).contiguous(memory_format=torch.channels_last)
+    return resized(((x.clamp(0, 1) * 255).round() / 127.5 - 1), OPEN_SET_SIDE).contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 class Scenes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,67 +21,80 @@ from transfuse.evaluation.confidence import Estimate, agreement_by_chance, share
 from transfuse.inference import TransfusionPipeline
 from transfuse.log import progress
 
-from . import Scene, World, WorldConfig, background_of, caption, colours_in, nouns_in
-from .open_set import bundled_classifier
+from .language import caption, colours_in, nouns_in
+from .nouns import background_of
+from .scene_classifier import bundled_classifier
+from .scenes import Scene, World, WorldConfig
 
 Name = Callable[[np.ndarray], list[str]]
-"""Maps uint8 images `[image, row, column, 3]` to a noun for each; a `Recogniser`."""
+"""Maps uint8 images `[image, row, column, 3]` to a noun for each; a `SceneClassifier`."""
 
 
-@dataclass(eq=False)
-class DrawingResult:
+@dataclass(eq=False, kw_only=True)
+class Result:
+    """The common part of both results: images uint8 `[image, row, column, 3]`, bool `[image]`, and shares.
+
+    seconds   for drawing or captioning alone
+    """
+
+    images: np.ndarray
+    noun_right: np.ndarray
+    background_right: np.ndarray
+    chance_noun: float
+    chance_background: float
+    chance_both: float
+    seconds: float
+
+    @property
+    def noun(self) -> Estimate:
+        return share(self.noun_right)
+
+    @property
+    def background(self) -> Estimate:
+        return share(self.background_right)
+
+    @property
+    def both(self) -> Estimate:
+        return share(self.noun_right & self.background_right)
+
+
+@dataclass(eq=False, kw_only=True)
+class DrawingResult(Result):
     """Drawings of held-out prompts and their accuracy; lists and arrays are by prompt, in order.
 
-    images, real_images   uint8 `[image, row, column, 3]`: drawn, and rendered by the world
-    nouns, backgrounds    what was asked for
-    named, seen           the noun and the background that were found; noun_right, background_right: bool `[image]`
-    named_strictly        the noun, of all that the bundled classifier knows, that is plain to see, or None
-    noun_strict_right     bool `[image]`: that noun is the one asked for; strict_digest: the classifier's fingerprint
-    seconds               for drawing alone
+    real_images                the scenes of the prompts, as the world renders them
+    nouns, backgrounds         what was asked for
+    named, seen                the noun and the background that were found
+    named_strictly             the noun that is plain to the bundled classifier, of all that it knows, or None
+    noun_strict_right          bool `[image]`: that noun is the one asked for
+    strict_digest              the bundled classifier's fingerprint
     """
 
     prompts: list[str]
     nouns: list[str]
     backgrounds: list[str]
-    images: np.ndarray
     real_images: np.ndarray
     named: list[str]
     seen: list[str]
-    noun_right: np.ndarray
-    background_right: np.ndarray
     named_strictly: list[str | None]
     noun_strict_right: np.ndarray
     strict_digest: str
-    noun: Estimate
-    noun_strict: Estimate
-    background: Estimate
-    both: Estimate
     real_noun: Estimate
     real_noun_strict: Estimate
     real_background: Estimate
-    chance_noun: float
     chance_noun_strict: float
-    chance_background: float
-    chance_both: float
-    seconds: float
+
+    @property
+    def noun_strict(self) -> Estimate:
+        return share(self.noun_strict_right)
 
 
-@dataclass(eq=False)
-class CaptionResult:
-    """Captions of held-out images `[image, row, column, 3]` and their accuracy; `truths` are the scenes' captions."""
+@dataclass(eq=False, kw_only=True)
+class CaptionResult(Result):
+    """Captions of held-out images and their accuracy; `truths` are the scenes' captions."""
 
-    images: np.ndarray
     captions: list[str]
     truths: list[str]
-    noun_right: np.ndarray
-    background_right: np.ndarray
-    noun: Estimate
-    background: Estimate
-    both: Estimate
-    chance_noun: float
-    chance_background: float
-    chance_both: float
-    seconds: float
 
 
 def held_out_scenes(config: WorldConfig, count: int, seed: int = 0) -> tuple[list[Scene], list[str], np.ndarray]:
@@ -110,46 +124,33 @@ def draw_accuracy(
 ) -> DrawingResult:
     """Draw `count` held-out prompts and score them; `steps`: denoising steps, the model's default unless given."""
     scenes, prompts, real = held_out_scenes(world_config, count, seed)
-    nouns, backgrounds = _asked(scenes)
-    drawn: list[np.ndarray] = []
-    began = time.monotonic()
-    with progress("draw", count, unit="images") as bar:
-        for start in range(0, count, batch):
-            chunk = prompts[start : start + batch]
-            drawn += pipe(chunk, num_inference_steps=steps, generator=seed + start, output_type="np").images
-            bar.advance(len(chunk))
-    seconds = time.monotonic() - began
-    images = np.stack(drawn)
-    named, seen = recogniser(images), [background_of(image) for image in images]
-    noun_right, background_right = _same(named, nouns), _same(seen, backgrounds)
-    strict = bundled_classifier()
-    named_strictly = strict(images)
-    noun_strict_right = _same(named_strictly, nouns)
+    nouns, backgrounds, chances = _truth(scenes)
+
+    def draw(start: int, chunk: list[str]) -> list[np.ndarray]:
+        return pipe(chunk, num_inference_steps=steps, generator=seed + start, output_type="np").images
+
+    drawn, seconds = _in_batches("draw", prompts, batch, draw)
+    images, strict = np.stack(drawn), bundled_classifier()
+    named, seen, named_strictly = recogniser(images), [background_of(image) for image in images], strict(images)
     return DrawingResult(
-        prompts,
-        nouns,
-        backgrounds,
-        images,
-        real,
-        named,
-        seen,
-        noun_right,
-        background_right,
-        named_strictly,
-        noun_strict_right,
-        strict.digest,
-        noun=share(noun_right),
-        noun_strict=share(noun_strict_right),
-        background=share(background_right),
-        both=share(noun_right & background_right),
+        prompts=prompts,
+        nouns=nouns,
+        backgrounds=backgrounds,
+        images=images,
+        real_images=real,
+        named=named,
+        seen=seen,
+        noun_right=_same(named, nouns),
+        background_right=_same(seen, backgrounds),
+        named_strictly=named_strictly,
+        noun_strict_right=_same(named_strictly, nouns),
+        strict_digest=strict.digest,
         real_noun=share(_same(recogniser(real), nouns)),
         real_noun_strict=share(_same(strict(real), nouns)),
-        real_background=share(_same([background_of(picture) for picture in real], backgrounds)),
-        chance_noun=agreement_by_chance(nouns),
+        real_background=share(_same([background_of(image) for image in real], backgrounds)),
         chance_noun_strict=strict.chance,
-        chance_background=agreement_by_chance(backgrounds),
-        chance_both=agreement_by_chance(list(zip(nouns, backgrounds, strict=True))),
         seconds=seconds,
+        **chances,
     )
 
 
@@ -157,38 +158,45 @@ def caption_accuracy(
     pipe: TransfusionPipeline, world_config: WorldConfig, count: int, seed: int = 0, batch: int = 24
 ) -> CaptionResult:
     """Caption `count` held-out images greedily and score the words."""
-    scenes, truths, pictures = held_out_scenes(world_config, count, seed)
-    nouns, backgrounds = _asked(scenes)
-    captions: list[str] = []
-    began = time.monotonic()
-    with progress("caption", count, unit="images") as bar:
-        for start in range(0, count, batch):
-            chunk = [PIL.Image.fromarray(picture) for picture in pictures[start : start + batch]]
-            captions += pipe.caption(chunk)
-            bar.advance(len(chunk))
-    seconds = time.monotonic() - began
-    known = world_config.noun_names
-    noun_right = np.array([nouns_in(text, known) == {noun} for text, noun in zip(captions, nouns, strict=True)])
-    background_right = np.array([colours_in(t) == {colour} for t, colour in zip(captions, backgrounds, strict=True)])
+    scenes, truths, images = held_out_scenes(world_config, count, seed)
+    nouns, backgrounds, chances = _truth(scenes)
+    pictures = [PIL.Image.fromarray(image) for image in images]
+    captions, seconds = _in_batches("caption", pictures, batch, lambda _, chunk: pipe.caption(chunk))
     return CaptionResult(
-        pictures,
-        captions,
-        truths,
-        noun_right,
-        background_right,
-        noun=share(noun_right),
-        background=share(background_right),
-        both=share(noun_right & background_right),
-        chance_noun=agreement_by_chance(nouns),
-        chance_background=agreement_by_chance(backgrounds),
-        chance_both=agreement_by_chance(list(zip(nouns, backgrounds, strict=True))),
+        images=images,
+        captions=captions,
+        truths=truths,
+        noun_right=_same([nouns_in(text, world_config.noun_names) for text in captions], [{noun} for noun in nouns]),
+        background_right=_same([colours_in(text) for text in captions], [{colour} for colour in backgrounds]),
         seconds=seconds,
+        **chances,
     )
 
 
-def _asked(scenes: list[Scene]) -> tuple[list[str], list[str]]:
-    return [scene.things[0].noun for scene in scenes], [scene.background for scene in scenes]
+def _in_batches(
+    name: str, items: Sequence[Any], batch: int, work: Callable[[int, Any], list[Any]]
+) -> tuple[list[Any], float]:
+    """Return the results of `work(start, chunk)` over all items, and the seconds that it took."""
+    results: list[Any] = []
+    began = time.monotonic()
+    with progress(name, len(items), unit="images") as bar:
+        for start in range(0, len(items), batch):
+            chunk = items[start : start + batch]
+            results += work(start, chunk)
+            bar.advance(len(chunk))
+    return results, time.monotonic() - began
 
 
-def _same(named: Sequence[str | None], wanted: list[str]) -> np.ndarray:
-    return np.array([name == noun for name, noun in zip(named, wanted, strict=True)])
+def _truth(scenes: list[Scene]) -> tuple[list[str], list[str], dict[str, float]]:
+    """Return the nouns and backgrounds of scenes, and the accuracy of good scenes that ignore the prompt."""
+    nouns, backgrounds = [scene.things[0].noun for scene in scenes], [scene.background for scene in scenes]
+    chances = {
+        "chance_noun": agreement_by_chance(nouns),
+        "chance_background": agreement_by_chance(backgrounds),
+        "chance_both": agreement_by_chance(list(zip(nouns, backgrounds, strict=True))),
+    }
+    return nouns, backgrounds, chances
+
+
+def _same(answers: Sequence[Any], truths: Sequence[Any]) -> np.ndarray:
+    return np.array([answer == truth for answer, truth in zip(answers, truths, strict=True)])

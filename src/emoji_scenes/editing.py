@@ -8,16 +8,16 @@ from typing import Literal, get_args
 from transfuse.draws import Draws
 
 from .language import RELATION_PHRASES, article, phrase
-from .layout import SIDES, UNITS, Place, Size, anywhere, place, side_of
+from .layout import SIDES, UNITS, Place, Relation, Size, draw_side, draw_start
 from .nouns import NOUNS
-from .scenes import Relation, Scene, Thing, World
+from .scenes import Scene, Thing, World
 
 EditKind = Literal["background", "replace", "remove", "add", "resize"]
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """``target`` is ``source`` with what the instruction says changed and everything else in its place."""
+    """An instruction and the scenes before and after; `target` is `source` with nothing else changed."""
 
     kind: EditKind
     source: Scene
@@ -26,7 +26,7 @@ class Edit:
 
 
 def edit(scene: Scene, world: World, index: int = 0, kind: EditKind | None = None) -> Edit:
-    """A change to a scene, drawn by (the world's seed, index); of the given kind, or of any that the scene allows.
+    """Return a change to a scene, drawn by (the world's seed, index); of a given kind, or of any that suits the scene.
 
     A training world's targets show nothing that is held out. Raises ValueError if the kind does not suit the scene:
     nothing to spare for "remove", no room for "add" or "resize".
@@ -36,19 +36,18 @@ def edit(scene: Scene, world: World, index: int = 0, kind: EditKind | None = Non
     while kinds:
         chosen = kinds.pop(draws.below(len(kinds)))
         for _ in range(24):
-            made = _MAKERS[chosen](scene, world, draws)
-            if made is not None and world.allows(made[1]):
-                return Edit(chosen, scene, *made)
+            change = _MAKERS[chosen](scene, world, draws)
+            if change is not None and world.allows(change[1]):
+                return Edit(chosen, scene, *change)
     raise ValueError(f"edit kind: expected one that suits a scene of kind {scene.kind!r}, found {kind or 'none'}")
 
 
 def _the(thing: Thing) -> str:
-    noun = NOUNS[thing.noun]
-    return f"the {noun.counted(thing.count)}"
+    return f"the {NOUNS[thing.noun].counted(thing.count)}"
 
 
 def _background(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | None:
-    """Another background, on which everything can still be seen."""
+    """Choose another background, on which everything can still be seen."""
     seen = [c for c in world.backgrounds if all(world.sees(t.noun, t.style, c) for t in scene.things)]
     options = [colour for colour in seen if colour != scene.background]
     if not options:
@@ -63,8 +62,8 @@ def _background(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] |
     return draws.pick(wording), replace(scene, background=colour)
 
 
-def _drawn(scene: Scene, world: World, draws: Draws) -> tuple[str, str] | None:
-    """A noun not in the scene and a style in which it can be seen on the background; None if the draw was unlucky."""
+def _new_noun(scene: Scene, world: World, draws: Draws) -> tuple[str, str] | None:
+    """Draw a noun that is not in the scene and a style seen on its background; None if the draw was unlucky."""
     noun = draws.pick(world.nouns)
     styles = world.styles_on(noun, scene.background)
     if not styles or noun in {thing.noun for thing in scene.things}:
@@ -73,12 +72,12 @@ def _drawn(scene: Scene, world: World, draws: Draws) -> tuple[str, str] | None:
 
 
 def _replace(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | None:
-    """Another noun in the same place."""
+    """Put another noun in the same place."""
     at = draws.below(len(scene.things))
-    old, drawn = scene.things[at], _drawn(scene, world, draws)
-    if drawn is None:
+    old, noun_and_style = scene.things[at], _new_noun(scene, world, draws)
+    if noun_and_style is None:
         return None
-    new = replace(old, noun=drawn[0], style=drawn[1])
+    new = replace(old, noun=noun_and_style[0], style=noun_and_style[1])
     a_new = NOUNS[new.noun].a if new.count == 1 else NOUNS[new.noun].plural
     wording = (
         f"replace {_the(old)} with {a_new}",
@@ -91,7 +90,7 @@ def _replace(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | No
 
 
 def _remove(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | None:
-    """One thing fewer (all its copies); the rest stays where it is."""
+    """Take away one thing with all its copies; the rest stays where it is."""
     if len(scene.things) < 2:
         return None
     at = draws.below(len(scene.things))
@@ -103,17 +102,17 @@ def _remove(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | Non
 
 def _add(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | None:
     """Add a thing where there is room; with a single thing in the scene, name their relation."""
-    drawn = _drawn(scene, world, draws)
+    noun_and_style = _new_noun(scene, world, draws)
     taken = [spot for thing in scene.things for spot in thing.places]
-    if drawn is None or len(scene.things) >= 3 or len(taken) >= 4:
+    if noun_and_style is None or len(scene.things) >= 3 or len(taken) >= 4:
         return None
     size: Size = draws.pick(("small", "medium", "medium"))
-    side = side_of(size, draws, most=128)
-    spots = (place(anywhere(side, draws), anywhere(side, draws), side) for _ in range(24))
+    side = draw_side(size, draws, most=128)
+    spots = (Place.of_units(draw_start(side, draws), draw_start(side, draws), side) for _ in range(24))
     spot = next((s for s in spots if all(s.apart(other) for other in taken)), None)
     if spot is None:
         return None
-    new = Thing(drawn[0], drawn[1], 1, size, (spot,))
+    new = Thing(*noun_and_style, 1, size, (spot,))
     if scene.kind == "one":
         relation = _relation(spot, taken[0])
         if relation is None:
@@ -124,26 +123,6 @@ def _add(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | None:
     return draws.pick(wording), replace(scene, things=(*scene.things, new), relation=None)
 
 
-def _resize(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | None:
-    """One thing small or large around the same centre, where there is room."""
-    at = draws.below(len(scene.things))
-    old = scene.things[at]
-    others = [spot for i, thing in enumerate(scene.things) if i != at for spot in thing.places]
-    size: Size = draws.pick(("small", "large"))
-    if old.count > 1 or old.size == size:
-        return None
-    side = side_of(size, draws, most=SIDES["large"][0] + 40)
-    x, y = (round(centre * UNITS) - side // 2 for centre in old.places[0].centre)
-    spot: Place = place(x, y, side)
-    if not spot.inside() or not all(spot.apart(other) for other in others):
-        return None
-    word = {"small": "smaller", "large": "larger"}[size]
-    verb = {"small": "shrink", "large": "enlarge"}[size]
-    wording = (f"make {_the(old)} {word}", f"make {_the(old)} {size}", f"{verb} {_the(old)}")
-    things = (*scene.things[:at], replace(old, size=size, places=(spot,)), *scene.things[at + 1 :])
-    return draws.pick(wording), replace(scene, things=things, position=None)
-
-
 def _relation(new: Place, old: Place) -> Relation | None:
     """Return the relation of one square to another: clear of it on one side and level with it; None if unclear."""
     (new_x, new_y), (old_x, old_y) = new.centre, old.centre
@@ -152,6 +131,25 @@ def _relation(new: Place, old: Place) -> Relation | None:
     if abs(new_x - old_x) <= 0.2 and not (new.y < old.y + old.side and old.y < new.y + new.side):
         return "above" if new_y < old_y else "below"
     return None
+
+
+def _resize(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] | None:
+    """Make one thing small or large around the same centre, where there is room."""
+    at = draws.below(len(scene.things))
+    old = scene.things[at]
+    others = [spot for i, thing in enumerate(scene.things) if i != at for spot in thing.places]
+    size: Size = draws.pick(("small", "large"))
+    if old.count > 1 or old.size == size:
+        return None
+    side = draw_side(size, draws, most=SIDES["large"][0] + 40)
+    x, y = (round(centre * UNITS) - side // 2 for centre in old.places[0].centre)
+    spot = Place.of_units(x, y, side)
+    if not spot.inside() or not all(spot.apart(other) for other in others):
+        return None
+    word, verb = {"small": ("smaller", "shrink"), "large": ("larger", "enlarge")}[size]
+    wording = (f"make {_the(old)} {word}", f"make {_the(old)} {size}", f"{verb} {_the(old)}")
+    things = (*scene.things[:at], replace(old, size=size, places=(spot,)), *scene.things[at + 1 :])
+    return draws.pick(wording), replace(scene, things=things, position=None)
 
 
 _MAKERS = {"background": _background, "replace": _replace, "remove": _remove, "add": _add, "resize": _resize}

@@ -1,24 +1,29 @@
-"""Captions of scenes, questions with exact answers, and the nouns and colours that a text names.
+"""The words about scenes: captions, questions with exact answers, definitions, and what a text names.
 
 Every sentence is true of its scene, and every function is pure: equal arguments give equal words.
 """
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Literal
 
-from transfuse.draws import Draws
+from transfuse.draws import Draws, stable_hash
 
-from .nouns import NOUNS
-from .palette import PALETTE
-from .scenes import Relation, Scene, Thing
+from .layout import Relation
+from .nouns import NOUNS, PALETTE
+from .scenes import Scene, Thing
 
 NUMBERS = ("no", "one", "two", "three", "four")
+GLOSS_FILE = Path(__file__).with_name("glosses.txt.gz")
+WORDS_PER_HELD_OUT = 50
+"""One word in this many is held out, with all its definitions."""
 
-#: The phrase for a position.
 POSITION_PHRASES = {
     "top left": "in the top left corner",
     "top": "at the top",
@@ -30,7 +35,7 @@ POSITION_PHRASES = {
     "bottom": "at the bottom",
     "bottom right": "in the bottom right corner",
 }
-#: The phrase for a relation, and the inverse relation.
+"""The phrase for each position."""
 RELATION_PHRASES: dict[Relation, tuple[str, Relation]] = {
     "left of": ("to the left of", "right of"),
     "right of": ("to the right of", "left of"),
@@ -38,6 +43,7 @@ RELATION_PHRASES: dict[Relation, tuple[str, Relation]] = {
     "below": ("below", "above"),
     "next to": ("next to", "next to"),
 }
+"""The phrase for each relation, and the inverse relation."""
 
 # In the templates {x} is the thing or things ("a small crab", "three crabs"), {where} its position (" at the top" or
 # nothing), {bg} the background colour with its article ("an orange"), {colour} the bare colour.
@@ -89,6 +95,21 @@ GROUP = (
 )
 _OTHER = {"left of": "to its left", "right of": "to its right", "above": "above it", "below": "below it"}
 
+WHAT = ("What is it?", "What is this?", "What is shown?", "What is in the picture?")
+BACKGROUND = (
+    "What colour is the background?",
+    "Which colour is the background?",
+    "What is the background colour?",
+    "What is the colour of the background?",
+)
+HOW_MANY = (
+    "How many {} are there?",
+    "How many {} are in the picture?",
+    "How many {} can you see?",
+    "Count the {}.",
+)
+IS_THERE = ("Is there {}?", "Is there {} in the picture?", "Can you see {}?", "Does the picture show {}?")
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -99,12 +120,12 @@ class Question:
 
 
 def article(word: str) -> str:
-    """ "a" or "an" before a colour or size word (nouns carry their own in the table)."""
+    """Return "a" or "an" for a colour or size word (nouns carry their own in the table)."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def phrase(thing: Thing, sized: bool = True) -> str:
-    """A thing with its number and size: "a crab", "a small crab", "three large crabs"; medium goes without saying."""
+    """Return a thing with its number and size: "a crab", "a small crab", "three large crabs"; medium is unnamed."""
     noun = NOUNS[thing.noun]
     size = f"{thing.size} " if sized and thing.size != "medium" else ""
     if thing.count > 1:
@@ -113,12 +134,12 @@ def phrase(thing: Thing, sized: bool = True) -> str:
 
 
 def listed(phrases: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Join phrases: "a", "a and b", "a, b and c"."""
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
 def caption(scene: Scene, index: int = 0, seed: int = 0) -> str:
-    """One true sentence about a scene, its wording drawn by (seed, index)."""
+    """Return a true sentence about a scene, its wording drawn by (seed, index)."""
     draws = Draws("caption", seed, index)
     colour = scene.background
     words = {"bg": f"{article(colour)} {colour}", "colour": colour}
@@ -145,86 +166,80 @@ def caption(scene: Scene, index: int = 0, seed: int = 0) -> str:
 
 
 def questions(scene: Scene, index: int = 0, seed: int = 0, nouns: Collection[str] | None = None) -> list[Question]:
-    """Every kind of question that suits a scene, with exact answers.
+    """Return every kind of question that suits a scene, with exact answers.
 
-    ``nouns``: those from which the thing asked about in vain ("Is there a crab?" "no") is drawn; all unless given.
+    The absent thing of one question ("Is there a crab?" "no") is drawn from `nouns`; from all unless given.
     """
     draws = Draws("question", seed, index)
-    pairs = [_what(scene, draws), _background(scene, draws)]
-    pairs += [_how_many(thing, draws) for thing in scene.things]
-    present = {thing.noun for thing in scene.things}
-    pairs.append(_is_there(draws.pick(sorted(present)), "yes", draws))
+    counts = [NOUNS[t.noun].a if t.count == 1 else f"{NUMBERS[t.count]} {NOUNS[t.noun].plural}" for t in scene.things]
+    # "it" and "this" suit one thing only
+    wording = WHAT if scene.kind == "one" else WHAT[2:]
+    pairs = [Question(draws.pick(wording), listed(counts)), Question(draws.pick(BACKGROUND), scene.background)]
+    for thing in scene.things:
+        pairs.append(Question(draws.pick(HOW_MANY).format(NOUNS[thing.noun].plural), NUMBERS[thing.count]))
+    present = sorted({thing.noun for thing in scene.things})
     absent = [noun for noun in (NOUNS if nouns is None else nouns) if noun not in present]
-    if absent:
-        pairs.append(_is_there(draws.pick(absent), "no", draws))
-    pairs += [
-        Question(f"Is the {thing.noun} small or large?", thing.size)
-        for thing in scene.things
-        if thing.count == 1 and thing.size != "medium"
-    ]
+    for options, answer in ((present, "yes"), (absent, "no")):
+        if options:
+            noun = draws.pick(options)
+            pairs.append(Question(draws.pick(IS_THERE).format(NOUNS[noun].a), answer))
+    for thing in scene.things:
+        if thing.count == 1 and thing.size != "medium":
+            pairs.append(Question(f"Is the {thing.noun} small or large?", thing.size))
     if scene.relation is not None:
         first, second = scene.things
         relation, inverse = RELATION_PHRASES[scene.relation]
         pairs.append(Question(f"What is {relation} the {second.noun}?", NOUNS[first.noun].a))
         pairs.append(Question(f"What is {RELATION_PHRASES[inverse][0]} the {first.noun}?", NOUNS[second.noun].a))
     if scene.position is not None:
-        where = POSITION_PHRASES[scene.position]
-        pairs.append(Question(f"Where is the {scene.things[0].noun}?", where))
+        pairs.append(Question(f"Where is the {scene.things[0].noun}?", POSITION_PHRASES[scene.position]))
     return pairs
 
 
-def _what(scene: Scene, draws: Draws) -> Question:
-    counts = [NOUNS[t.noun].a if t.count == 1 else f"{NUMBERS[t.count]} {NOUNS[t.noun].plural}" for t in scene.things]
-    wording = ("What is it?", "What is this?", "What is shown?", "What is in the picture?")
-    # "it" and "this" suit one thing only
-    return Question(draws.pick(wording if scene.kind == "one" else wording[2:]), listed(counts))
-
-
-def _background(scene: Scene, draws: Draws) -> Question:
-    wording = (
-        "What colour is the background?",
-        "Which colour is the background?",
-        "What is the background colour?",
-        "What is the colour of the background?",
-    )
-    return Question(draws.pick(wording), scene.background)
-
-
-def _how_many(thing: Thing, draws: Draws) -> Question:
-    plural = NOUNS[thing.noun].plural
-    wording = (
-        f"How many {plural} are there?",
-        f"How many {plural} are in the picture?",
-        f"How many {plural} can you see?",
-        f"Count the {plural}.",
-    )
-    return Question(draws.pick(wording), NUMBERS[thing.count])
-
-
-def _is_there(noun: str, answer: str, draws: Draws) -> Question:
-    a = NOUNS[noun].a
-    wording = (f"Is there {a}?", f"Is there {a} in the picture?", f"Can you see {a}?", f"Does the picture show {a}?")
-    return Question(draws.pick(wording), answer)
-
-
 @cache
-def _finder() -> tuple[re.Pattern[str], dict[str, str]]:
-    """A pattern of every form of every noun, longest first, and which noun each form belongs to."""
+def _noun_finder() -> tuple[re.Pattern[str], dict[str, str]]:
+    """Return a pattern of every form of every noun, longest first, and the noun of each form."""
     forms = {form.lower(): noun.name for noun in NOUNS.values() for form in (noun.name, noun.plural)}
     ordered = sorted(forms, key=lambda form: (-len(form), form))
     return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, ordered))})(?![\w-])"), forms
 
 
 def nouns_in(text: str, nouns: Collection[str] | None = None) -> set[str]:
-    """The curated nouns a text names, singular or plural, whole words in any case; only those in ``nouns`` if given.
+    """Return the nouns of the table that a text names, in any form and case; only those in `nouns` if given.
 
-    The longest match wins, over the whole table: "a hot dog" names a hot dog and no dog, whatever ``nouns`` holds.
+    The longest match wins, over the whole table: "a hot dog" names a hot dog and no dog, whatever `nouns` holds.
     """
-    pattern, forms = _finder()
+    pattern, forms = _noun_finder()
     named = {forms[match] for match in pattern.findall(" ".join(text.lower().split()))}
     return named if nouns is None else named & set(nouns)
 
 
 def colours_in(text: str) -> set[str]:
-    """The background colours a text names."""
+    """Return the background colours a text names."""
     return set(re.findall(rf"\b(?:{'|'.join(PALETTE)})\b", text.lower()))
+
+
+@cache
+def _glosses_by_split() -> dict[str, list[str]]:
+    parts: dict[str, list[str]] = {"train": [], "heldout": []}
+    for line in gzip.decompress(GLOSS_FILE.read_bytes()).decode().splitlines():
+        word = line.partition(":")[0]
+        parts["train" if stable_hash(f"gloss {word}") % WORDS_PER_HELD_OUT else "heldout"].append(line)
+
+    def definition(line: str) -> str:  # without its word and its examples
+        return line.partition(": ")[2].partition('; "')[0]
+
+    # WordNet gives synonyms one definition: a third of the words held out are read in training under another name.
+    read = {definition(line) for line in parts["train"]}
+    return {**parts, "heldout": [line for line in parts["heldout"] if definition(line) not in read]}
+
+
+def glosses(split: Literal["train", "heldout"] = "train") -> list[str]:
+    """Return lines like "crab: decapod having eyes on short stalks ...", in alphabetical order, from WordNet.
+
+    "heldout" is a fixed 2 % of the words, without definitions that "train" has under a synonym. Raises ValueError for
+    another split.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split: expected 'train' or 'heldout', found {split!r}")
+    return list(_glosses_by_split()[split])

@@ -1,6 +1,6 @@
 """The places of things: squares that stay inside the frame and never overlap.
 
-Everything here counts in whole units of 1/256 of the frame, so that it is exact; ``Place`` gives shares of the frame.
+Everything here counts in whole units of 1/256 of the frame, so that it is exact; `Place` gives shares of the frame.
 Sides are multiples of 1/32, which keeps the number of different sprite sizes, and so the cache, small.
 """
 
@@ -12,30 +12,21 @@ from typing import Literal
 from transfuse.draws import Draws
 
 Size = Literal["small", "medium", "large"]
+Relation = Literal["left of", "right of", "above", "below", "next to"]
 
 UNITS = 256
-#: Nothing comes nearer to the edge than this: the border shows the background alone, which ``background_of`` reads.
 MARGIN = 8
-#: Squares are at least this far apart.
+"""Least distance from the frame's edge: the border shows the background alone, which `background_of` reads."""
 GAP = 4
-#: Smallest and largest side of each size, in units, both ends included.
+"""Least distance between squares."""
 SIDES: dict[Size, tuple[int, int]] = {"small": (80, 96), "medium": (104, 144), "large": (152, 224)}
-
-#: The nameable places of a single thing, as (column, row): 0 first, 1 middle, 2 last.
+"""Smallest and largest side of each size, in units, both ends included."""
 POSITIONS: dict[str, tuple[int, int]] = {
-    "top left": (0, 0),
-    "top": (1, 0),
-    "top right": (2, 0),
-    "left": (0, 1),
-    "middle": (1, 1),
-    "right": (2, 1),
-    "bottom left": (0, 2),
-    "bottom": (1, 2),
-    "bottom right": (2, 2),
+    f"{row} {column}".strip() or "middle": (x, y)
+    for y, row in enumerate(("top", "", "bottom"))
+    for x, column in enumerate(("left", "", "right"))
 }
-
-
-#: The sizes of a pair, each as often as it is listed.
+"""The nameable places of a single thing ("top left", "top", ..., "bottom right"), as (column, row) of thirds."""
 PAIR_SIZES: tuple[tuple[Size, Size], ...] = (
     *(("medium", "medium"),) * 5,
     ("small", "small"),
@@ -44,6 +35,7 @@ PAIR_SIZES: tuple[tuple[Size, Size], ...] = (
     ("medium", "small"),
     ("small", "medium"),
 )
+"""The sizes of a pair, each as often as it is listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +46,17 @@ class Place:
     y: float
     side: float
 
+    @classmethod
+    def of_units(cls, x: int, y: int, side: int) -> Place:
+        return cls(x / UNITS, y / UNITS, side / UNITS)
+
     @property
     def centre(self) -> tuple[float, float]:
         """The middle of the square (x, y)."""
         return self.x + self.side / 2, self.y + self.side / 2
 
     def pixels(self, size: int) -> tuple[int, int, int]:
-        """(left, top, side) in whole pixels of a frame ``size`` pixels a side, always inside it."""
+        """Return (left, top, side) in whole pixels of a frame `size` pixels a side, always inside it."""
         side = max(1, int(self.side * size + 0.5))
         return min(int(self.x * size + 0.5), size - side), min(int(self.y * size + 0.5), size - side), side
 
@@ -81,62 +77,62 @@ class Place:
 
 
 Placed = tuple[list[Size], list[tuple[Place, ...]]]
+"""For each kind of thing its size, and a square for each of its copies."""
 
 
-def place(x: int, y: int, side: int) -> Place:
-    """A place from whole units."""
-    return Place(x / UNITS, y / UNITS, side / UNITS)
-
-
-def side_of(size: Size, draws: Draws, most: int = UNITS) -> int:
-    """A side drawn from a size's range, at most ``most`` units."""
+def draw_side(size: Size, draws: Draws, most: int = UNITS) -> int:
+    """Draw a side from a size's range, at most `most` units."""
     low, high = SIDES[size]
     return 8 * draws.between(low // 8, min(high, most) // 8)
 
 
-def anywhere(side: int, draws: Draws) -> int:
-    """A start, across or down, for a square anywhere inside the margins."""
+def draw_start(side: int, draws: Draws) -> int:
+    """Draw a start, across or down, for a square anywhere inside the margins."""
     return draws.between(MARGIN, UNITS - MARGIN - side)
 
 
 def single(draws: Draws, sizes: tuple[Size, ...]) -> tuple[list[Size], list[tuple[Place, ...]], str | None]:
-    """One thing of one of these sizes; small and medium ones are now and then put in a nameable place."""
+    """Place one thing of one of these sizes; small and medium things are now and then put in a nameable place."""
     often: tuple[Size, ...] = ("small", "medium", "medium", "large", "large")
     size: Size = draws.pick([size for size in often if size in sizes])
-    side = side_of(size, draws)
+    side = draw_side(size, draws)
+    name = None
     if size != "large" and draws.chance(0.5):
         name = draws.pick(tuple(POSITIONS))
-        x, y = (_third(third, side, draws) for third in POSITIONS[name])
-        return [size], [(place(x, y, side),)], name
-    x, y = (anywhere(side, draws) for _ in range(2))
-    return [size], [(place(x, y, side),)], None
+        starts = []
+        for third in POSITIONS[name]:
+            off = draws.between(0, 8)  # a little off at random
+            starts.append((MARGIN + off, (UNITS - side) // 2 + off - 4, UNITS - MARGIN - side - off)[third])
+    else:
+        starts = [draw_start(side, draws) for _ in range(2)]
+    return [size], [(Place.of_units(starts[0], starts[1], side),)], name
 
 
 def copies(count: int, draws: Draws) -> Placed:
-    """``count`` (2 to 4) equal squares, each in its own quarter of the frame."""
+    """Place `count` (2 to 4) equal squares, each in its own quarter of the frame."""
     size: Size = draws.pick(("small", "medium", "medium"))
-    side = side_of(size, draws, most=112)
+    side = draw_side(size, draws, most=112)
     return [size], [tuple(_in_quarter(quarter, side, draws) for quarter in _quarters(count, draws))]
 
 
 def group(counts: list[int], draws: Draws) -> Placed:
-    """Two or three kinds of things, at most four squares in all, each in its own quarter of the frame."""
+    """Place two or three kinds of things, at most four squares in all, each in its own quarter of the frame."""
     free = _quarters(sum(counts), draws)
     sizes: list[Size] = []
     places: list[tuple[Place, ...]] = []
     for count in counts:
         size: Size = draws.pick(("small", "medium", "medium", "medium", "medium"))
-        side = side_of(size, draws, most=112)
+        side = draw_side(size, draws, most=112)
         sizes.append(size)
         places.append(tuple(_in_quarter(free.pop(), side, draws) for _ in range(count)))
     return sizes, places
 
 
-def pair(relation: str, draws: Draws) -> Placed:
-    """Two squares in a relation: clearly apart along its direction, their centres close across it."""
+def pair(relation: Relation, draws: Draws) -> Placed:
+    """Place two squares in a relation: clearly apart along its direction, their centres close across it."""
     sizes = draws.pick(PAIR_SIZES)
-    most = {("large", "small"): 80, ("small", "large"): 80}.get(sizes, 112)
-    sides = [152 if size == "large" else side_of(size, draws, most) for size in sizes]
+    most = 80 if set(sizes) == {"large", "small"} else 112
+    sides = [152 if size == "large" else draw_side(size, draws, most) for size in sizes]
     flipped = relation in ("right of", "below") or (relation == "next to" and draws.chance(0.5))
     first, second = (1, 0) if flipped else (0, 1)
     slack = UNITS - 2 * MARGIN - GAP - sum(sides)
@@ -145,31 +141,24 @@ def pair(relation: str, draws: Draws) -> Placed:
     along[first] = MARGIN + start
     along[second] = along[first] + sides[first] + GAP + draws.between(0, slack - start)
     big, small = (0, 1) if sides[0] >= sides[1] else (1, 0)
-    across[big] = anywhere(sides[big], draws)
+    across[big] = draw_start(sides[big], draws)
     middle = across[big] + (sides[big] - sides[small]) // 2
     across[small] = min(max(middle + draws.between(-40, 40), MARGIN), UNITS - MARGIN - sides[small])
-    upright = relation in ("above", "below")
-    squares = [place(*((c, a) if upright else (a, c)), s) for a, c, s in zip(along, across, sides, strict=True)]
-    return list(sizes), [(squares[0],), (squares[1],)]
-
-
-def _third(third: int, side: int, draws: Draws) -> int:
-    """A start for a square in the first, middle or last third of the frame, a little off at random."""
-    off = draws.between(0, 8)
-    return (MARGIN + off, (UNITS - side) // 2 + off - 4, UNITS - MARGIN - side - off)[third]
+    columns, rows = (across, along) if relation in ("above", "below") else (along, across)
+    return list(sizes), [(Place.of_units(*square),) for square in zip(columns, rows, sides, strict=True)]
 
 
 def _quarters(count: int, draws: Draws) -> list[int]:
-    """``count`` different quarters of the frame in random order, numbered 0 to 3 row by row."""
+    """Draw `count` different quarters of the frame in random order, numbered 0 to 3 row by row."""
     left = [0, 1, 2, 3]
     return [left.pop(draws.below(len(left))) for _ in range(count)]
 
 
 def _in_quarter(quarter: int, side: int, draws: Draws) -> Place:
-    """A square somewhere in a quarter of the frame, clear of the other quarters."""
+    """Draw a square somewhere in a quarter of the frame, clear of the other quarters."""
     half = UNITS // 2
     starts = (MARGIN, half + GAP // 2)
     ends = (half - GAP // 2, UNITS - MARGIN)
     row, column = divmod(quarter, 2)
     x = draws.between(starts[column], ends[column] - side)
-    return place(x, draws.between(starts[row], ends[row] - side), side)
+    return Place.of_units(x, draws.between(starts[row], ends[row] - side), side)

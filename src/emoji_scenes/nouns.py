@@ -1,19 +1,25 @@
-"""The curated nouns: concrete, countable things that can be recognised when drawn 32 pixels wide.
+"""The vocabulary of scenes: nouns that can be drawn, and background colours with the rules that read them.
 
-One line per noun. Chosen by looking at every drawing: left out are nouns whose styles show different things, that
-cannot be told from another at 32 pixels (two bears), that come in pairs (scissors) or cannot be counted (rice).
+Nouns are in `nouns.csv`: concrete, countable things that can be recognised 32 pixels wide. They were chosen by looking
+at every drawing. Left out are nouns whose styles show different things, that cannot be told from another at 32 pixels
+(two bears), that come in pairs (scissors) or cannot be counted (rice).
 """
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
 class Noun:
-    """One drawable thing: ``name`` (singular), ``plural``, ``article`` by sound, ``category``, dominant ``colour``.
+    """One drawable thing: `name` (singular), `plural`, `article` by sound, `category`, dominant `colour`.
 
-    ``colour`` names a palette colour: the one that covers most of the object in most styles.
+    `colour` names the palette colour that covers most of the object in most styles.
     """
 
     name: str
@@ -28,377 +34,68 @@ class Noun:
         return f"{self.article} {self.name}"
 
     def counted(self, count: int) -> str:
-        """The form that goes with a count: "crab" for 1, "crabs" for 2 and more."""
+        """Return the form that goes with a count: "crab" for 1, "crabs" for 2 and more."""
         return self.name if count == 1 else self.plural
 
 
-_TABLE: tuple[Noun, ...] = (
-    Noun("ant", "ants", "an", "animal", "black"),
-    Noun("bat", "bats", "a", "animal", "brown"),
-    Noun("bear", "bears", "a", "animal", "brown"),
-    Noun("beaver", "beavers", "a", "animal", "brown"),
-    Noun("beetle", "beetles", "a", "animal", "green"),
-    Noun("bird", "birds", "a", "animal", "blue"),
-    Noun("butterfly", "butterflies", "a", "animal", "orange"),
-    Noun("camel", "camels", "a", "animal", "orange"),
-    Noun("cat", "cats", "a", "animal", "orange"),
-    Noun("chick", "chicks", "a", "animal", "yellow"),
-    Noun("cow", "cows", "a", "animal", "white"),
-    Noun("crab", "crabs", "a", "animal", "red"),
-    Noun("crocodile", "crocodiles", "a", "animal", "green"),
-    Noun("deer", "deer", "a", "animal", "brown"),
-    Noun("dog", "dogs", "a", "animal", "orange"),
-    Noun("dolphin", "dolphins", "a", "animal", "blue"),
-    Noun("dove", "doves", "a", "animal", "white"),
-    Noun("dragon", "dragons", "a", "animal", "green"),
-    Noun("duck", "ducks", "a", "animal", "brown"),
-    Noun("eagle", "eagles", "an", "animal", "brown"),
-    Noun("elephant", "elephants", "an", "animal", "gray"),
-    Noun("fish", "fish", "a", "animal", "blue"),
-    Noun("flamingo", "flamingos", "a", "animal", "pink"),
-    Noun("fox", "foxes", "a", "animal", "orange"),
-    Noun("frog", "frogs", "a", "animal", "green"),
-    Noun("giraffe", "giraffes", "a", "animal", "orange"),
-    Noun("gorilla", "gorillas", "a", "animal", "black"),
-    Noun("hamster", "hamsters", "a", "animal", "orange"),
-    Noun("hedgehog", "hedgehogs", "a", "animal", "brown"),
-    Noun("bee", "bees", "a", "animal", "yellow"),
-    Noun("horse", "horses", "a", "animal", "brown"),
-    Noun("jellyfish", "jellyfish", "a", "animal", "blue"),
-    Noun("kangaroo", "kangaroos", "a", "animal", "orange"),
-    Noun("koala", "koalas", "a", "animal", "gray"),
-    Noun("ladybug", "ladybugs", "a", "animal", "black"),
-    Noun("leopard", "leopards", "a", "animal", "orange"),
-    Noun("lion", "lions", "a", "animal", "orange"),
-    Noun("lizard", "lizards", "a", "animal", "green"),
-    Noun("lobster", "lobsters", "a", "animal", "red"),
-    Noun("monkey", "monkeys", "a", "animal", "brown"),
-    Noun("mouse", "mice", "a", "animal", "white"),
-    Noun("octopus", "octopuses", "an", "animal", "orange"),
-    Noun("owl", "owls", "an", "animal", "brown"),
-    Noun("panda", "pandas", "a", "animal", "white"),
-    Noun("parrot", "parrots", "a", "animal", "red"),
-    Noun("peacock", "peacocks", "a", "animal", "green"),
-    Noun("penguin", "penguins", "a", "animal", "black"),
-    Noun("pig", "pigs", "a", "animal", "pink"),
-    Noun("rabbit", "rabbits", "a", "animal", "white"),
-    Noun("raccoon", "raccoons", "a", "animal", "gray"),
-    Noun("rhino", "rhinos", "a", "animal", "gray"),
-    Noun("rooster", "roosters", "a", "animal", "brown"),
-    Noun("dinosaur", "dinosaurs", "a", "animal", "green"),
-    Noun("scorpion", "scorpions", "a", "animal", "brown"),
-    Noun("shark", "sharks", "a", "animal", "gray"),
-    Noun("sheep", "sheep", "a", "animal", "white"),
-    Noun("shrimp", "shrimp", "a", "animal", "orange"),
-    Noun("sloth", "sloths", "a", "animal", "orange"),
-    Noun("snail", "snails", "a", "animal", "brown"),
-    Noun("snake", "snakes", "a", "animal", "green"),
-    Noun("spider", "spiders", "a", "animal", "purple"),
-    Noun("squid", "squid", "a", "animal", "pink"),
-    Noun("swan", "swans", "a", "animal", "white"),
-    Noun("tiger", "tigers", "a", "animal", "orange"),
-    Noun("tropical fish", "tropical fish", "a", "animal", "orange"),
-    Noun("turtle", "turtles", "a", "animal", "green"),
-    Noun("unicorn", "unicorns", "a", "animal", "pink"),
-    Noun("whale", "whales", "a", "animal", "blue"),
-    Noun("wolf", "wolves", "a", "animal", "gray"),
-    Noun("zebra", "zebras", "a", "animal", "white"),
-    Noun("oyster", "oysters", "an", "animal", "white"),
-    Noun("pufferfish", "pufferfish", "a", "animal", "white"),
-    Noun("cactus", "cacti", "a", "plant", "green"),
-    Noun("palm tree", "palm trees", "a", "plant", "green"),
-    Noun("sunflower", "sunflowers", "a", "plant", "yellow"),
-    Noun("tulip", "tulips", "a", "plant", "pink"),
-    Noun("rose", "roses", "a", "plant", "red"),
-    Noun("mushroom", "mushrooms", "a", "plant", "red"),
-    Noun("clover", "clovers", "a", "plant", "green"),
-    Noun("maple leaf", "maple leaves", "a", "plant", "red"),
-    Noun("pine tree", "pine trees", "a", "plant", "green"),
-    Noun("tree", "trees", "a", "plant", "green"),
-    Noun("bouquet", "bouquets", "a", "plant", "pink"),
-    Noun("hibiscus", "hibiscuses", "a", "plant", "pink"),
-    Noun("chestnut", "chestnuts", "a", "plant", "brown"),
-    Noun("Christmas tree", "Christmas trees", "a", "plant", "green"),
-    Noun("avocado", "avocados", "an", "food", "green"),
-    Noun("baguette", "baguettes", "a", "food", "orange"),
-    Noun("banana", "bananas", "a", "food", "yellow"),
-    Noun("bell pepper", "bell peppers", "a", "food", "green"),
-    Noun("birthday cake", "birthday cakes", "a", "food", "white"),
-    Noun("candy", "candies", "a", "food", "red"),
-    Noun("carrot", "carrots", "a", "food", "orange"),
-    Noun("cheese wedge", "cheese wedges", "a", "food", "yellow"),
-    Noun("chocolate bar", "chocolate bars", "a", "food", "brown"),
-    Noun("coconut", "coconuts", "a", "food", "brown"),
-    Noun("cookie", "cookies", "a", "food", "orange"),
-    Noun("croissant", "croissants", "a", "food", "orange"),
-    Noun("cucumber", "cucumbers", "a", "food", "green"),
-    Noun("cupcake", "cupcakes", "a", "food", "pink"),
-    Noun("doughnut", "doughnuts", "a", "food", "brown"),
-    Noun("corn cob", "corn cobs", "a", "food", "yellow"),
-    Noun("egg", "eggs", "an", "food", "orange"),
-    Noun("eggplant", "eggplants", "an", "food", "purple"),
-    Noun("hamburger", "hamburgers", "a", "food", "orange"),
-    Noun("hot dog", "hot dogs", "a", "food", "orange"),
-    Noun("chili pepper", "chili peppers", "a", "food", "red"),
-    Noun("ice cream cone", "ice cream cones", "an", "food", "white"),
-    Noun("kiwi", "kiwis", "a", "food", "green"),
-    Noun("lemon", "lemons", "a", "food", "yellow"),
-    Noun("lime", "limes", "a", "food", "green"),
-    Noun("lollipop", "lollipops", "a", "food", "pink"),
-    Noun("onion", "onions", "an", "food", "orange"),
-    Noun("stack of pancakes", "stacks of pancakes", "a", "food", "orange"),
-    Noun("peach", "peaches", "a", "food", "orange"),
-    Noun("pear", "pears", "a", "food", "green"),
-    Noun("pie", "pies", "a", "food", "orange"),
-    Noun("pineapple", "pineapples", "a", "food", "orange"),
-    Noun("pizza", "pizzas", "a", "food", "orange"),
-    Noun("drumstick", "drumsticks", "a", "food", "orange"),
-    Noun("pretzel", "pretzels", "a", "food", "orange"),
-    Noun("apple", "apples", "an", "food", "red"),
-    Noun("sandwich", "sandwiches", "a", "food", "white"),
-    Noun("strawberry", "strawberries", "a", "food", "red"),
-    Noun("taco", "tacos", "a", "food", "yellow"),
-    Noun("tangerine", "tangerines", "a", "food", "orange"),
-    Noun("tomato", "tomatoes", "a", "food", "red"),
-    Noun("waffle", "waffles", "a", "food", "orange"),
-    Noun("watermelon", "watermelons", "a", "food", "red"),
-    Noun("coffee cup", "coffee cups", "a", "food", "white"),
-    Noun("beer mug", "beer mugs", "a", "food", "yellow"),
-    Noun("wine glass", "wine glasses", "a", "food", "red"),
-    Noun("cocktail", "cocktails", "a", "food", "green"),
-    Noun("glass of milk", "glasses of milk", "a", "food", "white"),
-    Noun("juice box", "juice boxes", "a", "food", "green"),
-    Noun("loaf of bread", "loaves of bread", "a", "food", "orange"),
-    Noun("champagne bottle", "champagne bottles", "a", "food", "green"),
-    Noun("bunch of grapes", "bunches of grapes", "a", "food", "purple"),
-    Noun("head of broccoli", "heads of broccoli", "a", "food", "green"),
-    Noun("airplane", "airplanes", "an", "vehicle", "blue"),
-    Noun("ambulance", "ambulances", "an", "vehicle", "white"),
-    Noun("bicycle", "bicycles", "a", "vehicle", "red"),
-    Noun("bus", "buses", "a", "vehicle", "yellow"),
-    Noun("canoe", "canoes", "a", "vehicle", "orange"),
-    Noun("car", "cars", "a", "vehicle", "red"),
-    Noun("truck", "trucks", "a", "vehicle", "orange"),
-    Noun("fire truck", "fire trucks", "a", "vehicle", "red"),
-    Noun("helicopter", "helicopters", "a", "vehicle", "orange"),
-    Noun("locomotive", "locomotives", "a", "vehicle", "gray"),
-    Noun("motorcycle", "motorcycles", "a", "vehicle", "red"),
-    Noun("scooter", "scooters", "a", "vehicle", "blue"),
-    Noun("police car", "police cars", "a", "vehicle", "gray"),
-    Noun("race car", "race cars", "a", "vehicle", "red"),
-    Noun("rocket", "rockets", "a", "vehicle", "white"),
-    Noun("sailboat", "sailboats", "a", "vehicle", "blue"),
-    Noun("speedboat", "speedboats", "a", "vehicle", "orange"),
-    Noun("tractor", "tractors", "a", "vehicle", "green"),
-    Noun("taxi", "taxis", "a", "vehicle", "yellow"),
-    Noun("skateboard", "skateboards", "a", "vehicle", "purple"),
-    Noun("sled", "sleds", "a", "vehicle", "orange"),
-    Noun("train", "trains", "a", "vehicle", "blue"),
-    Noun("tram", "trams", "a", "vehicle", "gray"),
-    Noun("UFO", "UFOs", "a", "vehicle", "gray"),
-    Noun("satellite", "satellites", "a", "vehicle", "gray"),
-    Noun("wheelchair", "wheelchairs", "a", "vehicle", "red"),
-    Noun("balloon", "balloons", "a", "toy", "red"),
-    Noun("die", "dice", "a", "toy", "white"),
-    Noun("kite", "kites", "a", "toy", "orange"),
-    Noun("nesting doll", "nesting dolls", "a", "toy", "red"),
-    Noun("puzzle piece", "puzzle pieces", "a", "toy", "green"),
-    Noun("teddy bear", "teddy bears", "a", "toy", "orange"),
-    Noun("yo-yo", "yo-yos", "a", "toy", "purple"),
-    Noun("game controller", "game controllers", "a", "toy", "purple"),
-    Noun("pawn", "pawns", "a", "toy", "black"),
-    Noun("snowman", "snowmen", "a", "toy", "white"),
-    Noun("dartboard", "dartboards", "a", "toy", "red"),
-    Noun("baseball", "baseballs", "a", "sport", "white"),
-    Noun("basketball", "basketballs", "a", "sport", "orange"),
-    Noun("American football", "American footballs", "an", "sport", "brown"),
-    Noun("soccer ball", "soccer balls", "a", "sport", "white"),
-    Noun("volleyball", "volleyballs", "a", "sport", "white"),
-    Noun("tennis racket", "tennis rackets", "a", "sport", "gray"),
-    Noun("roller skate", "roller skates", "a", "sport", "gray"),
-    Noun("ice skate", "ice skates", "an", "sport", "gray"),
-    Noun("ping-pong paddle", "ping-pong paddles", "a", "sport", "red"),
-    Noun("pool ball", "pool balls", "a", "sport", "black"),
-    Noun("boxing glove", "boxing gloves", "a", "sport", "red"),
-    Noun("curling stone", "curling stones", "a", "sport", "gray"),
-    Noun("medal", "medals", "a", "sport", "orange"),
-    Noun("trophy", "trophies", "a", "sport", "orange"),
-    Noun("lifebuoy", "lifebuoys", "a", "sport", "red"),
-    Noun("bell", "bells", "a", "music", "yellow"),
-    Noun("drum", "drums", "a", "music", "white"),
-    Noun("guitar", "guitars", "a", "music", "red"),
-    Noun("saxophone", "saxophones", "a", "music", "yellow"),
-    Noun("trumpet", "trumpets", "a", "music", "yellow"),
-    Noun("violin", "violins", "a", "music", "brown"),
-    Noun("microphone", "microphones", "a", "music", "gray"),
-    Noun("backpack", "backpacks", "a", "clothing", "red"),
-    Noun("baseball cap", "baseball caps", "a", "clothing", "blue"),
-    Noun("bikini", "bikinis", "a", "clothing", "red"),
-    Noun("boot", "boots", "a", "clothing", "red"),
-    Noun("bow", "bows", "a", "clothing", "red"),
-    Noun("crown", "crowns", "a", "clothing", "orange"),
-    Noun("dress", "dresses", "a", "clothing", "blue"),
-    Noun("graduation cap", "graduation caps", "a", "clothing", "black"),
-    Noun("handbag", "handbags", "a", "clothing", "orange"),
-    Noun("helmet", "helmets", "a", "clothing", "red"),
-    Noun("high heel", "high heels", "a", "clothing", "red"),
-    Noun("kimono", "kimonos", "a", "clothing", "blue"),
-    Noun("ring", "rings", "a", "clothing", "gray"),
-    Noun("scarf", "scarves", "a", "clothing", "red"),
-    Noun("sneaker", "sneakers", "a", "clothing", "gray"),
-    Noun("T-shirt", "T-shirts", "a", "clothing", "green"),
-    Noun("top hat", "top hats", "a", "clothing", "black"),
-    Noun("watch", "watches", "a", "clothing", "white"),
-    Noun("axe", "axes", "an", "tool", "red"),
-    Noun("broom", "brooms", "a", "tool", "orange"),
-    Noun("bucket", "buckets", "a", "tool", "blue"),
-    Noun("compass", "compasses", "a", "tool", "white"),
-    Noun("flashlight", "flashlights", "a", "tool", "gray"),
-    Noun("hammer", "hammers", "a", "tool", "gray"),
-    Noun("key", "keys", "a", "tool", "yellow"),
-    Noun("knife", "knives", "a", "tool", "gray"),
-    Noun("ladder", "ladders", "a", "tool", "brown"),
-    Noun("magnet", "magnets", "a", "tool", "red"),
-    Noun("magnifying glass", "magnifying glasses", "a", "tool", "blue"),
-    Noun("microscope", "microscopes", "a", "tool", "gray"),
-    Noun("paintbrush", "paintbrushes", "a", "tool", "red"),
-    Noun("palette", "palettes", "a", "tool", "orange"),
-    Noun("pencil", "pencils", "a", "tool", "orange"),
-    Noun("pickaxe", "pickaxes", "a", "tool", "gray"),
-    Noun("pushpin", "pushpins", "a", "tool", "red"),
-    Noun("saw", "saws", "a", "tool", "gray"),
-    Noun("screwdriver", "screwdrivers", "a", "tool", "red"),
-    Noun("spoon", "spoons", "a", "tool", "gray"),
-    Noun("telescope", "telescopes", "a", "tool", "gray"),
-    Noun("thermometer", "thermometers", "a", "tool", "red"),
-    Noun("toolbox", "toolboxes", "a", "tool", "red"),
-    Noun("toothbrush", "toothbrushes", "a", "tool", "red"),
-    Noun("wrench", "wrenches", "a", "tool", "gray"),
-    Noun("fire extinguisher", "fire extinguishers", "a", "tool", "red"),
-    Noun("alarm clock", "alarm clocks", "an", "object", "white"),
-    Noun("anchor", "anchors", "an", "object", "blue"),
-    Noun("ball of yarn", "balls of yarn", "a", "object", "blue"),
-    Noun("barrel", "barrels", "a", "object", "blue"),
-    Noun("basket", "baskets", "a", "object", "orange"),
-    Noun("battery", "batteries", "a", "object", "green"),
-    Noun("bed", "beds", "a", "object", "purple"),
-    Noun("bone", "bones", "a", "object", "white"),
-    Noun("book", "books", "a", "object", "red"),
-    Noun("box", "boxes", "a", "object", "brown"),
-    Noun("brain", "brains", "a", "object", "pink"),
-    Noun("briefcase", "briefcases", "a", "object", "brown"),
-    Noun("calendar", "calendars", "a", "object", "white"),
-    Noun("camera", "cameras", "a", "object", "gray"),
-    Noun("candle", "candles", "a", "object", "white"),
-    Noun("chair", "chairs", "a", "object", "brown"),
-    Noun("clapperboard", "clapperboards", "a", "object", "black"),
-    Noun("clock", "clocks", "a", "object", "white"),
-    Noun("coin", "coins", "a", "object", "yellow"),
-    Noun("computer mouse", "computer mice", "a", "object", "white"),
-    Noun("disco ball", "disco balls", "a", "object", "white"),
-    Noun("door", "doors", "a", "object", "brown"),
-    Noun("envelope", "envelopes", "an", "object", "white"),
-    Noun("folding fan", "folding fans", "a", "object", "red"),
-    Noun("feather", "feathers", "a", "object", "brown"),
-    Noun("floppy disk", "floppy disks", "a", "object", "white"),
-    Noun("folder", "folders", "a", "object", "yellow"),
-    Noun("gem", "gems", "a", "object", "blue"),
-    Noun("gift", "gifts", "a", "object", "red"),
-    Noun("globe", "globes", "a", "object", "blue"),
-    Noun("hourglass", "hourglasses", "an", "object", "yellow"),
-    Noun("lantern", "lanterns", "a", "object", "red"),
-    Noun("light bulb", "light bulbs", "a", "object", "yellow"),
-    Noun("lipstick", "lipsticks", "a", "object", "pink"),
-    Noun("padlock", "padlocks", "a", "object", "yellow"),
-    Noun("mailbox", "mailboxes", "a", "object", "blue"),
-    Noun("money bag", "money bags", "a", "object", "yellow"),
-    Noun("phone", "phones", "a", "object", "black"),
-    Noun("pill", "pills", "a", "object", "red"),
-    Noun("pumpkin", "pumpkins", "a", "object", "orange"),
-    Noun("satellite dish", "satellite dishes", "a", "object", "white"),
-    Noun("seashell", "seashells", "a", "object", "gray"),
-    Noun("shield", "shields", "a", "object", "blue"),
-    Noun("shopping cart", "shopping carts", "a", "object", "gray"),
-    Noun("siren", "sirens", "a", "object", "red"),
-    Noun("spider web", "spider webs", "a", "object", "gray"),
-    Noun("stop sign", "stop signs", "a", "object", "red"),
-    Noun("suitcase", "suitcases", "a", "object", "blue"),
-    Noun("teapot", "teapots", "a", "object", "red"),
-    Noun("telephone", "telephones", "a", "object", "red"),
-    Noun("television", "televisions", "a", "object", "gray"),
-    Noun("toilet", "toilets", "a", "object", "white"),
-    Noun("tooth", "teeth", "a", "object", "white"),
-    Noun("traffic light", "traffic lights", "a", "object", "black"),
-    Noun("trash can", "trash cans", "a", "object", "gray"),
-    Noun("umbrella", "umbrellas", "an", "object", "purple"),
-    Noun("vase", "vases", "a", "object", "brown"),
-    Noun("wheel", "wheels", "a", "object", "gray"),
-    Noun("robot", "robots", "a", "character", "gray"),
-    Noun("ghost", "ghosts", "a", "character", "white"),
-    Noun("alien", "aliens", "an", "character", "green"),
-    Noun("star", "stars", "a", "nature", "yellow"),
-    Noun("moon", "moons", "a", "nature", "yellow"),
-    Noun("sun", "suns", "a", "nature", "yellow"),
-    Noun("cloud", "clouds", "a", "nature", "white"),
-    Noun("rainbow", "rainbows", "a", "nature", "red"),
-    Noun("planet", "planets", "a", "nature", "orange"),
-    Noun("snowflake", "snowflakes", "a", "nature", "blue"),
-    Noun("volcano", "volcanoes", "a", "nature", "brown"),
-    Noun("mountain", "mountains", "a", "nature", "gray"),
-    Noun("rock", "rocks", "a", "nature", "gray"),
-    Noun("tornado", "tornadoes", "a", "nature", "white"),
-    Noun("log", "logs", "a", "nature", "brown"),
-    Noun("flame", "flames", "a", "nature", "orange"),
-    Noun("water drop", "water drops", "a", "nature", "blue"),
-    Noun("lightning bolt", "lightning bolts", "a", "nature", "orange"),
-    Noun("house", "houses", "a", "building", "orange"),
-    Noun("castle", "castles", "a", "building", "gray"),
-    Noun("church", "churches", "a", "building", "orange"),
-    Noun("factory", "factories", "a", "building", "red"),
-    Noun("circus tent", "circus tents", "a", "building", "orange"),
-    Noun("tent", "tents", "a", "building", "orange"),
-    Noun("Ferris wheel", "Ferris wheels", "a", "building", "gray"),
-    Noun("torii gate", "torii gates", "a", "building", "red"),
-    Noun("tower", "towers", "a", "building", "orange"),
-    Noun("temple", "temples", "a", "building", "gray"),
-)
+def _read_nouns() -> tuple[dict[str, Noun], tuple[str, ...]]:
+    """Return all nouns by name, and the names that have a rank in the column `distinct`, in its order."""
+    with Path(__file__).with_name("nouns.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ranks = {row["name"]: int(row["distinct"]) for row in rows if row["distinct"]}
+    nouns = [Noun(row["name"], row["plural"], row["article"], row["category"], row["colour"]) for row in rows]
+    return {noun.name: noun for noun in nouns}, tuple(sorted(ranks, key=ranks.__getitem__))
 
-#: Every noun by its singular, in table order.
-NOUNS: dict[str, Noun] = {noun.name: noun for noun in _TABLE}
 
-#: The nouns easiest to tell apart when 32 pixels wide, best first, chosen by eye for outline and colour.
-#: A world of N nouns takes the first N of these, then the rest in table order.
-DISTINCT: tuple[str, ...] = (
-    "crab",
-    "balloon",
-    "banana",
-    "cactus",
-    "rocket",
-    "star",
-    "mushroom",
-    "penguin",
-    "strawberry",
-    "butterfly",
-    "car",
-    "guitar",
-    "umbrella",
-    "snowman",
-    "pumpkin",
-    "house",
-    "turtle",
-    "soccer ball",
-    "carrot",
-    "rainbow",
-    "ladybug",
-    "key",
-    "apple",
-    "sunflower",
-    "dolphin",
-    "book",
-    "pizza",
-    "moon",
-    "flamingo",
-    "pineapple",
-    "Christmas tree",
-    "robot",
-)
+NOUNS, DISTINCT = _read_nouns()
+"""Every noun by its singular; and the names easiest to tell apart at 32 pixels, chosen by eye for outline and colour.
+
+A world of N nouns takes the first N of `DISTINCT`, then the rest in table order.
+"""
+
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "red": (220, 30, 40),
+    "green": (40, 160, 70),
+    "blue": (40, 90, 220),
+    "yellow": (250, 225, 50),
+    "orange": (245, 135, 25),
+    "purple": (130, 55, 175),
+    "pink": (250, 165, 200),
+    "gray": (140, 140, 140),
+    "brown": (115, 70, 35),
+}
+"""Background colours by name, as (red, green, blue) in 0-255.
+
+The two nearest differ by about 90 in Euclidean distance, so a slightly wrong generated colour is still named rightly.
+"""
+_NAMES = tuple(PALETTE)
+_COLOURS = np.array([PALETTE[name] for name in _NAMES], dtype=np.float32)
+
+VISIBLE_DISTANCE = 100.0
+"""RGB distance from which a pixel stands out from a background."""
+VISIBLE_SHARE = 0.6
+"""Share of a sprite's opaque pixels that must stand out for it to be seen."""
+
+
+def background_of(image: NDArray[np.uint8]) -> str:
+    """Return the palette colour nearest to the median pixel of an image's one-pixel border.
+
+    Raises ValueError where `image` is not uint8 `[row, column, 3]`.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image: expected uint8 [height, width, 3], found {image.dtype} {list(image.shape)}")
+    border = np.concatenate([image[0], image[-1], image[1:-1, 0], image[1:-1, -1]])
+    rgb = np.median(border, axis=0).astype(np.float32)
+    return _NAMES[int(((_COLOURS - rgb) ** 2).sum(axis=1).argmin())]
+
+
+def visible_on(sprite: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return for each palette colour in order whether a sprite (uint8 RGBA `[row, column, 4]`) can be seen on it."""
+    opaque = sprite[..., :3][sprite[..., 3] >= 128].astype(np.float32)
+    if not len(opaque):
+        return np.zeros(len(_NAMES), dtype=bool)
+    distance = np.sqrt(((opaque[:, None, :] - _COLOURS[None]) ** 2).sum(axis=2))
+    shares: NDArray[np.float64] = (distance >= VISIBLE_DISTANCE).mean(axis=0)
+    return shares >= VISIBLE_SHARE

@@ -1,10 +1,11 @@
 """Scenes: what is shown, where, and on what colour; as a pure function of a sample's index.
 
-A scene says nothing about pixels. ``World.scene(index)`` makes one, ``World.render(scene)`` draws it at any size.
+A scene says nothing about pixels. `World.scene(index)` makes one, `World.render(scene)` draws it at any size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -15,24 +16,22 @@ from numpy.typing import NDArray
 
 from transfuse.draws import Draws, stable_hash
 
-from .layout import Place, Size, copies, group, pair, single
-from .nouns import DISTINCT, NOUNS
-from .palette import PALETTE
+from .layout import Place, Relation, Size, copies, group, pair, single
+from .nouns import DISTINCT, NOUNS, PALETTE
 from .sprites import STYLES, sprites
 
-Relation = Literal["left of", "right of", "above", "below", "next to"]
 Kind = Literal["one", "copies", "pair", "group"]
 Split = Literal["train", "heldout"]
 
-#: How often each kind of scene comes, in hundredths.
 KIND_SHARES: dict[Kind, int] = {"one": 40, "copies": 18, "pair": 27, "group": 15}
-#: One unordered pair of nouns in this many is held out.
+"""Frequency of each kind of scene, in hundredths."""
 PAIRS_PER_HELD_OUT = 10
+"""One unordered pair of nouns in this many is held out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """``count`` copies of one noun in one style and size; ``places`` has one square for each copy."""
+    """Copies of one noun in one style and size; `places` has one square for each of the `count` copies."""
 
     noun: str
     style: str
@@ -45,8 +44,8 @@ class Thing:
 class Scene:
     """A full description of a picture, whatever its size in pixels.
 
-    ``relation`` holds between the two things, in order: things[0] is "left of" things[1]. ``position`` ("top left",
-    "top", "middle", ...) is set when one thing was put in a nameable place.
+    relation   holds between the two things, in order: things[0] is "left of" things[1]
+    position   "top left", "top", "middle", ... where one thing was put in a nameable place
     """
 
     things: tuple[Thing, ...]
@@ -66,11 +65,15 @@ class Scene:
 class WorldConfig:
     """The settings of a `World`.
 
-    ``size``: pixels a side. ``nouns``: those to use; None for all, a number for that many of the easiest to tell apart
-    at 32 pixels. ``max_objects``: most different things in a scene. ``max_count``: most copies of one thing; there are
-    never more than four drawings in all. ``styles``, ``backgrounds``: None for all. ``kinds``: of scenes, in their
-    usual shares; None for all. ``split``: "train" never shows a held-out combination, "heldout" always shows one.
-    ``seed``: another seed, other scenes; the held-out set stays.
+    size          pixels per side
+    nouns         names; None for all, a number for that many of the easiest to tell apart at 32 pixels
+    max_objects   most different things in a scene
+    max_count     most copies of one thing; there are never more than four drawings in all
+    styles, backgrounds   None for all
+    sizes         of things that are alone; None for all
+    kinds         of scenes, in their usual shares; None for all
+    split         "train" never shows a held-out combination, "heldout" always shows one
+    seed          another seed, other scenes; the held-out set stays
 
     Raises ValueError, naming the field, for a value that cannot be used.
     """
@@ -87,16 +90,17 @@ class WorldConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _whole("size", self.size, 16, 1024)
-        _whole("max_objects", self.max_objects, 1, 3)
-        _whole("max_count", self.max_count, 1, 4)
-        if isinstance(self.nouns, int):
-            _whole("nouns", self.nouns, 1, len(NOUNS))
+        limits = {"size": (16, 1024), "max_objects": (1, 3), "max_count": (1, 4)}
+        limits |= {"nouns": (1, len(NOUNS))} if isinstance(self.nouns, int) else {}
+        for field, (low, high) in limits.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"WorldConfig.{field}: expected a whole number from {low} to {high}, found {value!r}")
         known = {"nouns": NOUNS, "styles": STYLES, "backgrounds": PALETTE}
         for field, names in {**known, "sizes": get_args(Size), "kinds": get_args(Kind)}.items():
             value = getattr(self, field)
             if value is not None and not isinstance(value, int):
-                object.__setattr__(self, field, _names(field, value, tuple(names)))
+                object.__setattr__(self, field, _checked_names(field, value, tuple(names)))
         if self.split not in get_args(Split):
             raise ValueError(f"WorldConfig.split: expected 'train' or 'heldout', found {self.split!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -106,17 +110,11 @@ class WorldConfig:
     def noun_names(self) -> tuple[str, ...]:
         """The nouns in use, by name."""
         if isinstance(self.nouns, int):
-            ordered = DISTINCT + tuple(noun for noun in NOUNS if noun not in DISTINCT)
-            return ordered[: self.nouns]
+            return (DISTINCT + tuple(noun for noun in NOUNS if noun not in DISTINCT))[: self.nouns]
         return tuple(NOUNS) if self.nouns is None else self.nouns
 
 
-def _whole(field: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"WorldConfig.{field}: expected a whole number from {low} to {high}, found {value!r}")
-
-
-def _names(field: str, value: object, known: tuple[str, ...]) -> tuple[str, ...]:
+def _checked_names(field: str, value: object, known: tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(value, tuple | list) or not value:
         raise ValueError(f"WorldConfig.{field}: expected one or more names, found {value!r}")
     for name in value:
@@ -130,9 +128,9 @@ def _names(field: str, value: object, known: tuple[str, ...]) -> tuple[str, ...]
 
 @cache
 def held_out_background(noun: str) -> str:
-    """The one background colour that training never shows this noun on.
+    """Return the one background colour that training never shows this noun on, fixed for ever by the noun's name.
 
-    Fixed for ever by the noun's name: of the colours it can be seen on, the one whose hash comes first.
+    Of the colours it can be seen on, it is the one whose hash comes first.
     """
     sheet = sprites()
     seen = [c for c in PALETTE if any(c in sheet.seen_on[noun, style] for style in sheet.styles_of[noun])]
@@ -154,31 +152,59 @@ def held_out(scene: Scene) -> bool:
 
 
 class World:
-    """Scenes without end. ``scene(index)`` depends on the configuration and the index alone, not on earlier calls.
+    """Scenes without end. `scene(index)` depends on the configuration and the index alone, not on earlier calls.
 
-    A noun is shown only on backgrounds it can be seen on, by one rule (``palette.visible_on``): in the chosen style at
+    A noun is shown only on backgrounds it can be seen on, by one rule (`nouns.visible_on`): in the chosen style at
     least 60 % of its pixels differ from the background by at least 100 in RGB distance.
     """
 
     def __init__(self, config: WorldConfig | None = None) -> None:
         self.config = config = config or WorldConfig()
-        self.nouns = config.noun_names
-        self._sprites = sprites()
-        styles, colours = config.styles or STYLES, config.backgrounds or tuple(PALETTE)
-        self.backgrounds = colours
-        #: (noun, background) -> the styles in which the noun can be seen there.
-        self._styles = {
-            (noun, colour): seen
-            for noun in self.nouns
-            for colour in colours
-            if (seen := tuple(s for s in self._sprites.styles_of[noun] if s in styles and self.sees(noun, s, colour)))
-        }
-        self._backgrounds = {noun: tuple(c for c in colours if (noun, c) in self._styles) for noun in self.nouns}
-        self._trained = {n: tuple(c for c in cs if c != held_out_background(n)) for n, cs in self._backgrounds.items()}
+        self.nouns, self._sprites = config.noun_names, sprites()
+        self.backgrounds = config.backgrounds or tuple(PALETTE)
+        # (noun, background) -> the styles in which the noun can be seen there; no entry where there is none.
+        self._styles: dict[tuple[str, str], tuple[str, ...]] = {}
+        for noun in self.nouns:
+            styles = [style for style in self._sprites.styles_of[noun] if style in (config.styles or STYLES)]
+            for colour in self.backgrounds:
+                if seen := tuple(style for style in styles if self.sees(noun, style, colour)):
+                    self._styles[noun, colour] = seen
+        self._seen_on = {n: tuple(c for c in self.backgrounds if (n, c) in self._styles) for n in self.nouns}
+        self._trained_on = {n: tuple(c for c in cs if c != held_out_background(n)) for n, cs in self._seen_on.items()}
+        usable = self._trained_on if config.split == "train" else self._seen_on
+        self._shown = tuple(noun for noun in self.nouns if usable[noun])
+        several = config.max_objects > 1 and len(self._shown) > 1
+        possible = {"one": True, "copies": config.max_count > 1, "pair": several, "group": several}
+        wanted = config.kinds or get_args(Kind)
+        kinds = [kind for kind in KIND_SHARES if possible[kind] and kind in wanted]
+        self._kinds = [kind for kind in kinds for _ in range(KIND_SHARES[kind])]
+        self._held_nouns = tuple(n for n in self.nouns if held_out_background(n) in self._seen_on[n])
+        pairs = combinations(self._shown, 2) if config.split == "heldout" and config.max_objects > 1 else ()
+        self._held_pairs = tuple(both for both in pairs if held_out_pair(*both) and self._common(both))
         self._check()
 
+    def _check(self) -> None:
+        """Raise ValueError for a configuration that cannot show what it promises."""
+        config = self.config
+        if not self._kinds:
+            raise ValueError(
+                f"WorldConfig.kinds: expected one that {config.max_objects} objects and {config.max_count} "
+                f"copies at most allow, found {', '.join(config.kinds or ())}"
+            )
+        lost = [noun for noun in self.nouns if noun not in self._shown]
+        if config.split == "train" and lost:
+            raise ValueError(
+                f"WorldConfig.backgrounds: expected one on which {lost[0]!r} can be seen and which is not held out for "
+                f"it ({held_out_background(lost[0])}), found {config.backgrounds}"
+            )
+        if config.split == "heldout" and not self._held_nouns and not self._held_pairs:
+            raise ValueError(
+                "WorldConfig.split: expected nouns and backgrounds that form a held-out combination, "
+                f"found none among {len(self.nouns)} nouns and backgrounds {config.backgrounds or 'all'}"
+            )
+
     def __reduce__(self) -> tuple[type[World], tuple[WorldConfig]]:
-        """Workers get the configuration and load the sprites themselves: a sent copy of those would cost megabytes."""
+        """Send workers the configuration alone; they load the sprites, which would cost megabytes to send."""
         return World, (self.config,)
 
     def sees(self, noun: str, style: str, background: str) -> bool:
@@ -186,7 +212,7 @@ class World:
         return background in self._sprites.seen_on[noun, style]
 
     def styles_on(self, noun: str, background: str) -> tuple[str, ...]:
-        """The styles, of those in use, in which a noun can be seen on a background."""
+        """Return the styles, of those in use, in which a noun can be seen on a background."""
         return self._styles.get((noun, background), ())
 
     def allows(self, scene: Scene) -> bool:
@@ -194,23 +220,23 @@ class World:
         return self.config.split == "heldout" or not held_out(scene)
 
     def scene(self, index: int) -> Scene:
-        """The scene of a sample index (0 and up): a pure function of the index and the configuration."""
+        """Return the scene of a sample index (0 and up): a pure function of the index and the configuration."""
         draws = Draws("scene", self.config.seed, self.config.split, index)
-        kind = self._kind(draws)
+        kind = draws.pick(self._kinds)
         if self.config.split == "heldout":
             return self._held_out_scene(kind, draws)
         for _ in range(32):
-            scene = self._make(kind, self._pick_nouns(kind, draws), None, draws)
+            scene = self._make(kind, self._add_nouns([], self._noun_count(kind, draws), draws), None, draws)
             if scene is not None and not held_out(scene):
                 return scene
         # So few nouns or colours that no such scene came up: one thing alone is always possible.
         chosen = draws.pick(self._shown)
-        made = self._make("one", [chosen], draws.pick(self._trained[chosen]), draws)
-        assert made is not None
-        return made
+        alone = self._make("one", [chosen], draws.pick(self._trained_on[chosen]), draws)
+        assert alone is not None
+        return alone
 
     def render(self, scene: Scene, size: int | None = None) -> NDArray[np.uint8]:
-        """The picture: uint8 [size, size, 3]; ``size`` in pixels, the configuration's unless given."""
+        """Draw the picture, uint8 `[size, size, 3]`; `size` in pixels, the configuration's unless given."""
         size = size or self.config.size
         canvas = np.empty((size, size, 3), dtype=np.float32)
         canvas[:] = PALETTE[scene.background]
@@ -224,77 +250,30 @@ class World:
         canvas += 0.5
         return canvas.astype(np.uint8)
 
-    def _check(self) -> None:
-        """Refuses a configuration that cannot show what it promises."""
-        usable = self._trained if self.config.split == "train" else self._backgrounds
-        self._shown = tuple(noun for noun in self.nouns if usable[noun])
-        self._shares = self._possible()
-        if not self._shares:
-            raise ValueError(
-                f"WorldConfig.kinds: expected one that {self.config.max_objects} objects and {self.config.max_count} "
-                f"copies at most allow, found {', '.join(self.config.kinds or ())}"
-            )
-        if self.config.split == "train" and len(self._shown) < len(self.nouns):
-            lost = next(noun for noun in self.nouns if not usable[noun])
-            raise ValueError(
-                f"WorldConfig.backgrounds: expected one on which {lost!r} can be seen and which is not held out for it "
-                f"({held_out_background(lost)}), found {self.config.backgrounds}"
-            )
-        self._held_nouns: tuple[str, ...] = ()
-        self._held_pairs: tuple[tuple[str, str], ...] = ()
-        if self.config.split == "heldout":
-            self._held_nouns = tuple(n for n in self.nouns if held_out_background(n) in self._backgrounds[n])
-            if self.config.max_objects > 1:
-                pairs = combinations(self._shown, 2)
-                self._held_pairs = tuple(p for p in pairs if held_out_pair(*p) and self._common(p))
-            if not self._held_nouns and not self._held_pairs:
-                raise ValueError(
-                    "WorldConfig.split: expected nouns and backgrounds that form a held-out combination, "
-                    f"found none among {len(self.nouns)} nouns and backgrounds {self.config.backgrounds or 'all'}"
-                )
-
-    def _possible(self) -> list[tuple[Kind, int]]:
-        """Return the shares of the kinds that this configuration can show."""
-        config = self.config
-        several = config.max_objects > 1 and len(self._shown) > 1
-        possible = {"one": True, "copies": config.max_count > 1, "pair": several, "group": several}
-        wanted = config.kinds or get_args(Kind)
-        return [(kind, share) for kind, share in KIND_SHARES.items() if possible[kind] and kind in wanted]
-
-    def _kind(self, draws: Draws) -> Kind:
-        ticket = draws.below(sum(share for _, share in self._shares))
-        for kind, share in self._shares:
-            ticket -= share
-            if ticket < 0:
-                return kind
-        raise AssertionError("the shares cover every ticket")
-
-    def _pick_nouns(self, kind: Kind, draws: Draws) -> list[str]:
-        """Different nouns, as many as the kind needs and there are."""
-        wanted = {"one": 1, "copies": 1, "pair": 2, "group": self._group_size(draws) if kind == "group" else 0}[kind]
-        return self._add_nouns([], wanted, draws)
-
-    def _group_size(self, draws: Draws) -> int:
-        """Three things, or two (of which one then comes in copies, where copies are wanted)."""
+    def _noun_count(self, kind: Kind, draws: Draws) -> int:
+        """Return how many different nouns a scene has; a group of two has copies of a noun, where those are wanted."""
+        if kind != "group":
+            return 2 if kind == "pair" else 1
         three = self.config.max_objects > 2 and len(self._shown) > 2
         return 3 if three and (self.config.max_count == 1 or draws.chance(0.6)) else 2
 
     def _add_nouns(self, nouns: list[str], wanted: int, draws: Draws) -> list[str]:
-        nouns = list(nouns)
+        """Append different nouns at random until there are as many as wanted."""
         while len(nouns) < wanted:
             noun = draws.pick(self._shown)
             if noun not in nouns:
                 nouns.append(noun)
         return nouns
 
-    def _common(self, nouns: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-        """The backgrounds on which all of these nouns can be seen."""
-        return tuple(c for c in self._backgrounds[nouns[0]] if all((noun, c) in self._styles for noun in nouns[1:]))
+    def _common(self, nouns: Sequence[str]) -> tuple[str, ...]:
+        """Return the backgrounds on which all of these nouns can be seen."""
+        return tuple(c for c in self._seen_on[nouns[0]] if all((noun, c) in self._styles for noun in nouns[1:]))
 
     def _held_out_scene(self, kind: Kind, draws: Draws) -> Scene:
-        """A scene built around a held-out combination drawn at random."""
+        """Return a scene built around a held-out combination drawn at random."""
         for _ in range(256):
-            wanted = len(self._pick_nouns(kind, draws))
+            wanted = self._noun_count(kind, draws)
+            self._add_nouns([], wanted, draws)  # the stream of draws is part of every kept result
             colour: str | None = None
             if self._held_pairs and ((wanted > 1 and draws.chance(0.5)) or not self._held_nouns):
                 nouns = list(draws.pick(self._held_pairs))
@@ -308,12 +287,12 @@ class World:
             if scene is not None and held_out(scene):
                 return scene
         chosen = draws.pick(self._held_nouns)  # only reached with very few nouns: one thing alone is always possible
-        made = self._make("one", [chosen], held_out_background(chosen), draws)
-        assert made is not None
-        return made
+        alone = self._make("one", [chosen], held_out_background(chosen), draws)
+        assert alone is not None
+        return alone
 
     def _make(self, kind: Kind, nouns: list[str], colour: str | None, draws: Draws) -> Scene | None:
-        """A scene of these nouns on this background (or one drawn at random); None if they cannot all be seen."""
+        """Return a scene of these nouns on this background (None: one at random); None if not all can be seen."""
         common = self._common(nouns)
         if colour is None and common:
             colour = draws.pick(common)

@@ -21,10 +21,9 @@ from transfuse.evaluation.generate import short_hash
 from transfuse.evaluation.multiple_choice import CHOICES, Question
 from transfuse.evaluation.pairs import Pairs
 
-from .classifier import Recogniser, keep_recogniser
-from .detector import Detector, keep_detector
-from .glosses import glosses
-from .language import caption, colours_in, nouns_in
+from .language import caption, colours_in, glosses, nouns_in
+from .scene_classifier import SceneClassifier, keep_scene_classifier
+from .scene_detector import SceneDetector, keep_scene_detector
 from .scenes import World, WorldConfig
 
 WORDINGS = 5
@@ -70,13 +69,13 @@ class SceneScorer:
         """Return questions about held-out definitions."""
         return definition_questions(count)
 
-    def classifier(self, folder: Path, steps: int | None = None) -> Recogniser:
+    def classifier(self, folder: Path, steps: int | None = None) -> SceneClassifier:
         """Return the classifier of scenes with one thing, trained once per folder and world."""
-        return keep_recogniser(folder / "recogniser.safetensors", self.world, steps)
+        return keep_scene_classifier(folder / "recogniser.safetensors", self.world, steps)
 
-    def detector(self, folder: Path, steps: int | None = None) -> Detector:
+    def detector(self, folder: Path, steps: int | None = None) -> SceneDetector:
         """Return the detector of scenes with several things, trained once per folder and world."""
-        return keep_detector(folder / "detector.safetensors", self.world, steps)
+        return keep_scene_detector(folder / "detector.safetensors", self.world, steps)
 
     def caption_facts(self) -> Mapping[str, Callable[[str], set[str]]]:
         """Return the nouns and the background colours of a caption."""

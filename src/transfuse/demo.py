@@ -27,17 +27,17 @@ import torch
 from .charts import ACCENT, VIOLET, WARM, line_chart
 from .config import read_json, to_dict
 from .data.bundled import (
+    CLASSIFIER_STEPS,
     NOUNS,
-    RECOGNISER_STEPS,
     CaptionResult,
     DrawingResult,
-    Recogniser,
+    SceneClassifier,
     bundled_classifier,
     caption_accuracy,
     draw_accuracy,
     glosses,
     held_out_scenes,
-    keep_recogniser,
+    keep_scene_classifier,
 )
 from .errors import UserError
 from .evaluation import Estimate, model_hash, perplexity
@@ -84,7 +84,7 @@ class Effort:
     pictures: int = 120
     definitions: int | None = None
     """None: all held-out ones"""
-    recogniser_steps: int = RECOGNISER_STEPS
+    recogniser_steps: int = CLASSIFIER_STEPS
 
 
 @dataclass(eq=False)
@@ -124,7 +124,7 @@ def run_demo(
     if made_of.items() <= done.items():
         logger.info(f"{page}: everything is done already; open it in a browser")
         return 0, done
-    recogniser = keep_recogniser(
+    recogniser = keep_scene_classifier(
         folder / "recogniser.safetensors", recipe.data.world, effort.recogniser_steps, recipe.seed
     )
     began = time.monotonic()
@@ -219,7 +219,7 @@ def fit(recipe: Recipe, minutes: float) -> Recipe:
 
 
 def measure(
-    pipe: TransfusionPipeline, recipe: Recipe, recogniser: Recogniser, effort: Effort
+    pipe: TransfusionPipeline, recipe: Recipe, recogniser: SceneClassifier, effort: Effort
 ) -> tuple[dict[str, Any], Exhibits]:
     """Return the report's numbers about the model, and the examples of the page."""
     world = recipe.data.world

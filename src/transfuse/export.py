@@ -331,24 +331,37 @@ def relayout(
                 copy(path, target)
         if layout == "diffusers":
             (partial / "scheduler").mkdir()
-            _write_json(partial / INDEX, _model_index(ARCHITECTURES[export.model.config.images], partial / "vae"))
-            _write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(export.process.config))
+            scheduler = _scheduler(export.process.config)
+            index = _model_index(ARCHITECTURES[export.model.config.images], partial / "vae", scheduler["_class_name"])
+            _write_json(partial / INDEX, index)
+            _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
     return folder
 
 
-def _model_index(architecture: str, vae: Path) -> dict[str, Any]:
+def _model_index(architecture: str, vae: Path, scheduler: str) -> dict[str, Any]:
     own = json.loads((vae / "config.json").read_text()).get("_class_name")
     return {
         "_class_name": "TransfusionPipeline",
         "transformer": ["transfuse", architecture],
         "vae": ["diffusers", own] if own else ["transfuse", "Pixels"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler],
         "tokenizer": ["tokenizers", "Tokenizer"],
     }
 
 
 def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
-    """Return the process as a configuration of diffusers' schedulers."""
+    """Return the process as a configuration of diffusers' schedulers.
+
+    Raises UserError for a flow schedule whose network does not predict the velocity, which none of them can read.
+    """
+    if config.schedule == "flow":
+        if config.prediction != "v":
+            raise UserError(f"prediction: expected v for diffusers' flow schedulers, found {config.prediction!r}")
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": config.timesteps,
+            "shift": config.shift,
+        }
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": config.timesteps,

@@ -218,6 +218,59 @@ def test_epsilon_by_default(name, steps):
     assert_same_path(ours(sampler, state), theirs(reference, state), stock(steps))
 
 
+# Rectified flow, whose timesteps are ours: sigma is t / T
+
+
+def flow_path(reference, state: SamplerState) -> list[Tensor]:
+    """Walk a flow-match scheduler of diffusers from the same x."""
+    x, path = state.x[None], []
+    reference.set_begin_index(0)
+    for t in reference.timesteps:
+        x = reference.step(network(x[0], round(t.item()))[None], t, x).prev_sample
+        path.append(x[0])
+    return path
+
+
+@pytest.mark.parametrize("clip", [None, 0.4])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 250])
+def test_euler(steps, shift, clip):
+    process = Process(DiffusionConfig(schedule="flow", prediction="v", shift=shift, clip_x0=None))
+    sampler = Sampler(process, SamplerConfig("euler", steps=steps))
+    reference = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    reference.set_timesteps(sigmas=[(steps - i) / steps for i in range(steps)])
+    # Ours are whole levels, one of a thousand apart; many steps of a small shift are moved up to stay distinct.
+    levels = torch.tensor(sampler.timesteps)
+    torch.testing.assert_close(levels.float(), reference.timesteps, rtol=0, atol=0.51 if shift >= 1 else 10)
+    reference = diffusers.FlowMatchEulerDiscreteScheduler()
+    reference.set_timesteps(sigmas=(levels.double() / 1000).tolist())
+    state = sampler.prepare(SHAPE, torch.Generator().manual_seed(steps))
+    assert_same_path(ours(sampler, state), flow_path(reference, state), FLOAT32)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("evaluations", [1, 3, 7, 19, 99])
+def test_heun(evaluations, shift):
+    process = Process(DiffusionConfig(schedule="flow", prediction="v", shift=shift))
+    sampler = Sampler(process, SamplerConfig("heun", steps=evaluations))
+    reference = diffusers.FlowMatchHeunDiscreteScheduler()
+    reference.set_timesteps((evaluations + 1) // 2)
+    assert len(reference.timesteps) == evaluations
+    levels = torch.tensor([*sampler.timesteps, 0], dtype=torch.float64)
+    reference.timesteps, reference.sigmas = levels[:-1], (levels / 1000).float()
+    # Theirs lists each level of `sigmas` as ours does, once where it is predicted, once where it begins the next step.
+    state = sampler.prepare(SHAPE, torch.Generator().manual_seed(evaluations))
+    assert_same_path(ours(sampler, state), flow_path(reference, state), FLOAT32)
+
+
+def test_noise_of_flow():
+    process, reference = Process(DiffusionConfig(schedule="flow")), diffusers.FlowMatchEulerDiscreteScheduler()
+    t = torch.tensor([1, 20, 500, 1000])
+    x0, noise = torch.randn(2, len(t), *SHAPE, generator=torch.Generator().manual_seed(0))
+    expected = reference.scale_noise(x0, t.float(), noise)
+    torch.testing.assert_close(process.add_noise(x0, noise, t), expected, rtol=0, atol=1e-6)
+
+
 # On purpose
 
 

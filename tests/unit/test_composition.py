@@ -10,9 +10,8 @@ import pytest
 from conftest import exported, write
 
 from emoji_scenes import World, WorldConfig, held_out
-from emoji_scenes.composition import ASKS, Asked, composed, other_pictures, verdicts
-from emoji_scenes.detector import Detector, Seen, keep_detector, train_detector
-from emoji_scenes.edit_scores import JUDGED, judge, untouched_psnr, world_edits
+from emoji_scenes.metrics import EDIT_SCORES, TASKS, TaskScenes, scene_edits, task_scenes, untouched_psnr
+from emoji_scenes.scene_detector import SceneDetector, Seen, keep_scene_detector, train_scene_detector
 from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation import Drawing, EvalConfig, EvalContext, evaluate, named
@@ -26,7 +25,7 @@ SINGLE = replace(WORLD, max_objects=1, max_count=1, sizes=("large",))
 @pytest.fixture
 def few_scenes(monkeypatch) -> None:
     """A detector that is not to be any good is examined on fewer."""
-    monkeypatch.setattr("emoji_scenes.detector.TEST_SCENES", 30)
+    monkeypatch.setattr("emoji_scenes.scene_detector.TEST_SCENES", 30)
 
 
 def oracle(scenes, pictures):
@@ -46,13 +45,11 @@ def oracle(scenes, pictures):
 
 
 @pytest.fixture(scope="module")
-def detector() -> Detector:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("emoji_scenes.detector.TEST_SCENES", 120)
-        return train_detector(replace(WORLD, nouns=3), steps=110)
+def detector() -> SceneDetector:
+    return train_scene_detector(replace(WORLD, nouns=3), steps=110, test_scenes=120)
 
 
-def test_detector_finds_names_and_counts(detector: Detector) -> None:
+def test_detector_finds_names_and_counts(detector: SceneDetector) -> None:
     assert detector.accuracy["found"] > 0.9
     assert detector.accuracy["named"] > 0.8  # chance: a third
     assert detector.accuracy["invented"] < 0.3
@@ -69,40 +66,40 @@ def test_detector_finds_names_and_counts(detector: Detector) -> None:
     assert near > 0.85 * sum(t.count for n in range(60) for t in world.scene(n).things)
 
 
-def test_more_noise_is_seen_worse(detector: Detector) -> None:
-    asked = composed(replace(WORLD, nouns=3), "train", 60)[1]
+def test_more_noise_is_seen_worse(detector: SceneDetector) -> None:
+    asked = task_scenes(replace(WORLD, nouns=3), "train", 60)[1]
     noise = np.random.default_rng(0).normal(size=asked.real.shape)
     shares = []
     for amount in (0, 100, 160, 240):
         images = np.clip(asked.real + amount * noise, 0, 255).astype(np.uint8)
-        shares.append(verdicts(asked, images, detector)[0].mean())
+        shares.append(asked.judge(images, detector)[0].mean())
     assert shares == sorted(shares, reverse=True)
     assert shares[-1] < 0.5 * shares[0]
 
 
 def test_detector_is_kept_and_another_file_is_refused(tmp_path, few_scenes) -> None:
     path = tmp_path / "judges" / "detector.safetensors"
-    first = keep_detector(path, SINGLE, steps=2)
-    again = keep_detector(path, SINGLE, steps=2)
-    images = composed(SINGLE, "train", 4)[0].real
+    first = keep_scene_detector(path, SINGLE, steps=2)
+    again = keep_scene_detector(path, SINGLE, steps=2)
+    images = task_scenes(SINGLE, "train", 4)[0].real
     assert again(images) == first(images)
     assert (again.threshold, again.accuracy, again.confusion) == (first.threshold, first.accuracy, first.confusion)
     assert again.digest == first.digest
     path.write_bytes(b"something else")
     with pytest.raises(UserError, match="expected a saved detector"):
-        keep_detector(path, SINGLE, steps=2)
+        keep_scene_detector(path, SINGLE, steps=2)
 
 
 # --- composition ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["train", "heldout"])
-def asked(request) -> list[Asked]:
-    return composed(SINGLE, request.param, 24)
+def asked(request) -> list[TaskScenes]:
+    return task_scenes(SINGLE, request.param, 24)
 
 
-def test_scenes_suit_their_tasks_and_splits(asked: list[Asked]) -> None:
-    assert [one.ask.name for one in asked] == [ask.name for ask in ASKS]
+def test_scenes_suit_their_tasks_and_splits(asked: list[TaskScenes]) -> None:
+    assert [one.task.name for one in asked] == [ask.name for ask in TASKS]
     assert all(len(one.scenes) == 24 for one in asked)
     for one in asked:
         assert all(held_out(scene) == (one.split == "heldout") for scene in one.scenes)
@@ -110,23 +107,23 @@ def test_scenes_suit_their_tasks_and_splits(asked: list[Asked]) -> None:
             assert scene.background in prompt
 
 
-def test_perfect_drawings_are_right_and_those_of_other_prompts_wrong(asked: list[Asked]) -> None:
+def test_perfect_drawings_are_right_and_those_of_other_prompts_wrong(asked: list[TaskScenes]) -> None:
     for one in asked:
         see = oracle(one.scenes, one.real)
-        right, seen = verdicts(one, one.real, see)
-        assert right.all(), one.ask.name
+        right, seen = one.judge(one.real, see)
+        assert right.all(), one.task.name
         assert len(seen) == 24
-        assert verdicts(one, other_pictures(one), see)[0].mean() < 0.5
+        assert one.judge(one.others, see)[0].mean() < 0.5
 
 
-def test_swapped_places_counts_sizes_and_colours_are_wrong(asked: list[Asked]) -> None:
-    by_name = {one.ask.name: one for one in asked}
+def test_swapped_places_counts_sizes_and_colours_are_wrong(asked: list[TaskScenes]) -> None:
+    by_name = {one.task.name: one for one in asked}
 
     def judged(name: str, change) -> np.ndarray:
         one = by_name[name]
         return np.array(
             [
-                one.ask.right(scene, change(some), image)
+                one.task.right(scene, change(some), image)
                 for scene, some, image in zip(one.scenes, oracle(one.scenes, one.real)(one.real), one.real, strict=True)
             ]
         )
@@ -147,7 +144,7 @@ def test_swapped_places_counts_sizes_and_colours_are_wrong(asked: list[Asked]) -
     grounds = [scene.background for scene in one.scenes]
     for n, some in enumerate(oracle(one.scenes, one.real)(one.real)):
         other = next(at for at, ground in enumerate(grounds) if ground != grounds[n])
-        assert not one.ask.right(one.scenes[n], some, one.real[other])
+        assert not one.task.right(one.scenes[n], some, one.real[other])
 
 
 def test_corrected_undoes_the_errors_of_the_judge() -> None:
@@ -183,7 +180,7 @@ def bench(tokenizer, tmp_path, few_scenes) -> EvalContext:
 def test_composition_and_edits_of_a_model(bench: EvalContext) -> None:
     found = list(evaluate(bench, named(["composition", "editing"])))
     names = [result.name for result in found[0]]
-    assert len(names) == 2 * (2 * len(ASKS) + 3)
+    assert len(names) == 2 * (2 * len(TASKS) + 3)
     assert {"overall, seen", "overall, held out, corrected", "position, held out, corrected"} <= set(names)
     assert all(0 <= result.low <= result.value <= result.high <= 1 for result in found[0])
     ground = {result.name: result for result in found[0] if result.name.startswith("background")}
@@ -194,7 +191,7 @@ def test_composition_and_edits_of_a_model(bench: EvalContext) -> None:
     assert "the detector's confusion, on scenes of its own" in found[0].tables
     names = [result.name for result in found[1]]
     assert names[-1].startswith("rest untouched")
-    assert [name for name in names[:-1] if not name.endswith(", corrected")] == [*JUDGED]
+    assert [name for name in names[:-1] if not name.endswith(", corrected")] == [*EDIT_SCORES]
     assert all(0 <= result.low <= result.value <= result.high <= 1 for result in list(found[1])[:-1])
 
 
@@ -242,22 +239,22 @@ def test_reconstructions_and_speed_of_a_model(bench: EvalContext) -> None:
 
 
 def test_exact_edits_are_right_and_no_edit_is_not() -> None:
-    edits = world_edits(WORLD, 80)
+    edits = scene_edits(WORLD, 80)
     scenes = [scene for one in edits.edits for scene in (one.source, one.target)]
     see = oracle(scenes, [World(WORLD).render(scene) for scene in scenes])
-    best, nothing = judge(edits, edits.targets, see), judge(edits, edits.sources, see)
+    best, nothing = edits.judge(edits.targets, see), edits.judge(edits.sources, see)
     assert best.things.all()
     assert best.obeyed.all()
     assert (best.rest == 100).all()
     assert not nothing.obeyed.any()
     assert {one.kind for one in edits.edits} == {"background", "replace", "remove", "add", "resize"}
-    other = judge(edits, np.roll(edits.targets, 7, axis=0), see)
+    other = edits.judge(np.roll(edits.targets, 7, axis=0), see)
     assert (other.things & other.obeyed).mean() < 0.3
     assert other.rest.mean() < 30
 
 
 def test_more_damage_to_the_rest_is_fewer_decibels() -> None:
-    edits = world_edits(WORLD, 40)
+    edits = scene_edits(WORLD, 40)
     drawn = np.random.default_rng(0)
     noise = drawn.normal(size=edits.targets.shape)
     means = []

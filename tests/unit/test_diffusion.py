@@ -20,10 +20,14 @@ from transfuse.diffusion import (
     ddim_step,
     ddpm_step,
     dpmpp_step,
+    euler_step,
+    heun_step,
+    shifted_timesteps,
     trailing_timesteps,
 )
 
 PREDICTIONS = ("epsilon", "v", "x0")
+SCHEDULES = ("cosine", "flow")
 SHAPE = (3, 4, 6)
 SAMPLERS = [
     SamplerConfig("ddpm", steps=10),
@@ -31,6 +35,11 @@ SAMPLERS = [
     SamplerConfig("ddim", steps=10, eta=0.7),
     SamplerConfig("dpmpp", steps=10),
 ]
+FLOW_SAMPLERS = [SamplerConfig("euler", steps=10), SamplerConfig("heun", steps=10), SamplerConfig("heun", steps=11)]
+EVERY = [(schedule, config) for schedule in SCHEDULES for config in SAMPLERS] + [("flow", c) for c in FLOW_SAMPLERS]
+every_sampler = pytest.mark.parametrize(
+    ("schedule", "config"), EVERY, ids=[f"{s}-{c.name}-{c.eta or c.steps}" for s, c in EVERY]
+)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -48,8 +57,7 @@ def network(x: Tensor, t: Tensor) -> Tensor:
 
 def oracle(process: Process, x0: Tensor, x_t: Tensor, t: int) -> Tensor:
     """The perfect prediction: it knows x0, and so which noise x_t holds."""
-    alpha_bar = process.alpha_bar[t].item()
-    noise = (x_t - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
+    noise = (x_t - process.signal[t].item() * x0) / process.sigma[t].item()
     return process.target(x0, noise, t)
 
 
@@ -81,11 +89,23 @@ def test_alpha_bar_is_the_closed_form_of_the_cosine_schedule_except_where_beta_i
     assert alpha_bar[1000] / alpha_bar[999] == pytest.approx(1 - 0.999)
 
 
+@pytest.mark.parametrize("timesteps", [1, 10, 1000])
+def test_flow_is_the_straight_line_from_image_to_noise(timesteps):
+    process = Process(DiffusionConfig(timesteps=timesteps, schedule="flow", prediction="v"))
+    x0, noise = images(1), images(1, 1)
+    for t in {0, timesteps // 3, timesteps}:
+        x_t = process.add_noise(x0, noise, torch.tensor([t]))
+        torch.testing.assert_close(x_t, torch.lerp(x0, noise, t / timesteps), rtol=0, atol=1e-12)
+    assert torch.equal(process.add_noise(x0, noise, torch.tensor([timesteps])), noise), "nothing of the image is left"
+    assert torch.equal(process.target(x0, noise, torch.tensor([timesteps])), noise - x0), "its derivative"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_t_zero_is_the_clean_image_exactly(prediction, dtype):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_t_zero_is_the_clean_image_exactly(schedule, prediction, dtype):
     process, x0, noise, t = (
-        Process(DiffusionConfig(prediction=prediction)),
+        Process(DiffusionConfig(schedule=schedule, prediction=prediction)),
         images(2),
         images(2, 1),
         torch.zeros(2).long(),
@@ -96,17 +116,22 @@ def test_t_zero_is_the_clean_image_exactly(prediction, dtype):
     target = process.target(x0, noise, t)
     assert torch.equal(process.predicted_x0(target, x_t, t), x0)
     epsilon = process.predicted_epsilon(target, x_t, t)
-    assert torch.equal(epsilon, torch.zeros_like(noise) if prediction == "x0" else noise)
+    expected = torch.zeros_like(noise) if prediction == "x0" else noise
+    if schedule == "flow" and prediction == "v":  # there v is noise - x0, and x0 is added again: rounded twice
+        torch.testing.assert_close(epsilon, expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(epsilon, expected)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
+    schedule=st.sampled_from(SCHEDULES),
     prediction=st.sampled_from(PREDICTIONS),
-    t=st.lists(st.integers(1, 1000), min_size=1, max_size=4),
+    t=st.lists(st.integers(1, 999), min_size=1, max_size=4),
     seed=st.integers(0, 2**31),
 )
-def test_x0_and_noise_come_back_from_the_target(prediction, t, seed):
-    process = Process(DiffusionConfig(prediction=prediction))
+def test_x0_and_noise_come_back_from_the_target(schedule, prediction, t, seed):
+    process = Process(DiffusionConfig(schedule=schedule, prediction=prediction))
     x0, noise, timesteps = images(len(t), seed), images(len(t), seed + 1), torch.tensor(t)
     x_t = process.add_noise(x0, noise, timesteps)
     target = process.target(x0, noise, timesteps)
@@ -173,8 +198,10 @@ def test_weights():
     assert process.weight(0).item() == pytest.approx(20)
 
 
-def test_the_v_weight_makes_an_x0_error_count_as_a_v_error():
-    by_v, by_x0 = Process(DiffusionConfig(prediction="v")), Process(DiffusionConfig(prediction="x0", weighting="v"))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_v_weight_makes_an_x0_error_count_as_a_v_error(schedule):
+    by_v = Process(DiffusionConfig(schedule=schedule, prediction="v"))
+    by_x0 = Process(DiffusionConfig(schedule=schedule, prediction="x0", weighting="v"))
     x0, noise, t = images(1), images(1, 1), torch.tensor([600])
     x_t, output = by_v.add_noise(x0, noise, t), images(1, 2)
     error_v = (output - by_v.target(x0, noise, t)).square().mean()
@@ -190,6 +217,12 @@ def test_the_v_weight_makes_an_x0_error_count_as_a_v_error():
         ({"prediction": "noise"}, "prediction: expected one of .*, found 'noise'"),
         ({"weighting": "snr"}, "weighting: expected one of .*, found 'snr'"),
         ({"weighting": "v"}, "weighting: expected 'uniform' for epsilon prediction, found 'v'"),
+        ({"times": "beta"}, "times: expected one of .*logit-normal.*, found 'beta'"),
+        ({"times": "logit-normal", "times_std": 0.0}, "times_std: expected a positive number, found 0.0"),
+        ({"times_mean": 1.0}, "times_mean, times_std: expected 0 and 1 for uniform times"),
+        ({"shift": -1.0}, "shift: expected a positive number, found -1.0"),
+        ({"shift": math.inf}, "shift: expected a positive number, found inf"),
+        ({"shift_side": 0}, "shift_side: expected None or a positive number, found 0"),
         ({"clip_x0": 0.0}, "clip_x0: expected None or a positive number, found 0.0"),
         ({"clip_x0": math.nan}, "clip_x0: expected None or a positive number, found nan"),
     ],
@@ -268,14 +301,62 @@ def test_epsilon_from_a_network_in_bfloat16_still_samples_the_data(config):
     assert deviation(dataclasses.replace(config, first=1000)) > 0.65
 
 
+@given(first=st.integers(1, 1000), share=st.floats(0, 1), shift=st.floats(0.1, 10))
+def test_shifted_levels_are_distinct_and_run_from_the_first_to_above_zero(first, share, shift):
+    steps = max(1, round(first * share))
+    levels = shifted_timesteps(first, steps, 1000, shift)
+    assert len(levels) == steps
+    assert levels[0] == first
+    assert levels[-1] >= 1
+    assert all(a > b for a, b in itertools.pairwise(levels))
+
+
+def test_a_shift_moves_the_levels_towards_noise_and_larger_images_further():
+    config = DiffusionConfig(schedule="flow", prediction="v", shift=3.0, shift_side=16)
+    sampler = Sampler(Process(config), SamplerConfig("euler", steps=4))
+    # u is 1, 3/4, 1/2, 1/4; 3 u / (1 + 2 u) of 1,000
+    assert sampler.timesteps_for(16, 16) == (1000, 900, 750, 500)
+    assert sampler.timesteps_for(8, 32) == (1000, 900, 750, 500), "as many patches"
+    assert sampler.timesteps_for(32, 32) == (1000, 947, 857, 667), "twice the side, twice the shift"
+    for side, levels in ((16, (1000, 900, 750, 500)), (32, (1000, 947, 857, 667))):
+        assert sampler.prepare((4, side, side), seeded(0)).timesteps == levels
+
+
+def drawn_levels(count: int = 4000, most: int | None = None, side: int = 8, **fields) -> Tensor:
+    process, generator = Process(DiffusionConfig(**fields)), seeded(0)
+    return torch.tensor([process.sample_timestep(generator, side, side, most) for _ in range(count)])
+
+
+def test_training_times_have_the_distributions_that_they_name():
+    uniform = drawn_levels()
+    assert (uniform.min(), uniform.max()) == (1, 1000)
+    assert uniform.double().mean() == pytest.approx(500.5, abs=15)
+    normal = drawn_levels(times="logit-normal", times_mean=0.8, times_std=0.5)
+    logit = torch.logit((normal.double() - 0.5) / 1000)
+    assert logit.mean() == pytest.approx(0.8, abs=0.03)
+    assert logit.std() == pytest.approx(0.5, abs=0.03)
+    moved = drawn_levels(shift=3.0).double() / 1000
+    assert (moved <= 0.75).double().mean() == pytest.approx(0.5, abs=0.03), "half of u is below 1/2, moved to 3/4"
+    larger = drawn_levels(shift=3.0, shift_side=8, side=16).double() / 1000
+    assert (larger <= 6 / 7).double().mean() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("fields", [{}, {"times": "logit-normal"}, {"shift": 3.0}])
+def test_training_times_stop_at_the_cap(fields):
+    capped = drawn_levels(most=500, **fields)
+    assert 1 <= capped.min() < 100
+    assert 400 < capped.max() <= 500
+    assert drawn_levels(count=100, most=5000, **fields).max() > 500, "a cap beyond the last level is none"
+
+
 # Samplers
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 250])
-@pytest.mark.parametrize("config", SAMPLERS, ids=lambda c: f"{c.name}-{c.eta}")
+@every_sampler
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_perfect_oracle_is_followed_to_x0(prediction, config, steps):
-    process = Process(DiffusionConfig(prediction=prediction))
+def test_a_perfect_oracle_is_followed_to_x0(prediction, schedule, config, steps):
+    process = Process(DiffusionConfig(schedule=schedule, prediction=prediction))
     sampler = Sampler(process, dataclasses.replace(config, steps=steps))
     # In one step epsilon goes through a division by 0.006, so there its own float32 rounding would show.
     dtype = torch.float64 if steps == 1 else torch.float32
@@ -287,10 +368,12 @@ def test_a_perfect_oracle_is_followed_to_x0(prediction, config, steps):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("name", ["ddim", "dpmpp"])
-def test_a_perfect_oracle_walks_the_forward_process_back(name, prediction):
+@pytest.mark.parametrize(
+    ("schedule", "name"), [(s, n) for s in SCHEDULES for n in ("ddim", "dpmpp")] + [("flow", "euler"), ("flow", "heun")]
+)
+def test_a_perfect_oracle_walks_the_forward_process_back(schedule, name, prediction):
     """Without fresh noise, every x on the way is the one that add_noise makes of the same x0 and noise."""
-    process = Process(DiffusionConfig(prediction=prediction))
+    process = Process(DiffusionConfig(schedule=schedule, prediction=prediction))
     sampler = Sampler(process, SamplerConfig(name, steps=20))
     x0, noise = images(2, 5)
     state = sampler.prepare(SHAPE, seeded(0), start=process.add_noise(x0, noise, sampler.timesteps[0]))
@@ -301,7 +384,7 @@ def test_a_perfect_oracle_walks_the_forward_process_back(name, prediction):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 15, 250, 1000])
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp", "euler", "heun"])
 def test_n_steps_are_n_evaluations(name, steps):
     calls = []
 
@@ -311,7 +394,7 @@ def test_n_steps_are_n_evaluations(name, steps):
         calls.append(int(t))
         return torch.zeros_like(x)
 
-    sampler = Sampler(Process(DiffusionConfig(prediction="v")), SamplerConfig(name, steps=steps))
+    sampler = Sampler(Process(DiffusionConfig(schedule="flow", prediction="v")), SamplerConfig(name, steps=steps))
     state = sampler.prepare((1, 2, 2), seeded(0))
     while not state.done:
         assert (state.index, state.total) == (len(calls), steps)
@@ -321,9 +404,9 @@ def test_n_steps_are_n_evaluations(name, steps):
     assert sampler.finish(state).isfinite().all()
 
 
-@pytest.mark.parametrize("config", SAMPLERS, ids=lambda c: f"{c.name}-{c.eta}")
-def test_a_step_leaves_its_state_alone_and_can_be_replayed(config):
-    sampler = Sampler(Process(DiffusionConfig(clip_x0=2.0)), config)
+@every_sampler
+def test_a_step_leaves_its_state_alone_and_can_be_replayed(schedule, config):
+    sampler = Sampler(Process(DiffusionConfig(schedule=schedule, prediction="v", clip_x0=2.0)), config)
     states = trajectory(sampler, sampler.prepare(SHAPE, seeded(1)))
     for state, after in itertools.pairwise(states):
         kept = copy.deepcopy(state)
@@ -384,6 +467,57 @@ def test_ddim_is_ddpm_at_eta_one_and_dpmpp_of_first_order_at_eta_zero(clip):
         torch.testing.assert_close(ddim_step(*levels, 0.0, None), dpmpp_step(*levels), rtol=0, atol=1e-12)
 
 
+def test_on_flow_ddim_is_the_rule_of_euler():
+    """Both keep x0 and the noise that x_t implies; they share no line of code."""
+    process = Process(DiffusionConfig(schedule="flow", prediction="v"))
+    paths = []
+    for name in ("ddim", "euler"):
+        sampler = Sampler(process, SamplerConfig(name, steps=12))
+        paths.append(trajectory(sampler, sampler.prepare(SHAPE, seeded(3), start=images(1, 3)[0])))
+    for ddim, euler in zip(*paths, strict=True):
+        torch.testing.assert_close(ddim.x, euler.x, rtol=0, atol=1e-9)
+
+
+def test_heun_is_of_second_order():
+    """Data N(0, 1/4) has a velocity in closed form; twice the steps leave a quarter of the error, Euler's a half."""
+    process = Process(DiffusionConfig(timesteps=100_000, schedule="flow", prediction="v"))
+    start, first, last = images(1, 6)[0], 90_000, 30_000
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        signal, sigma = 1 - t, t
+        return (sigma - signal / 4) / (signal**2 / 4 + sigma**2) * x
+
+    def error(rule: str, steps: int) -> float:
+        x = start
+        levels = torch.linspace(first, last, steps + 1, dtype=torch.float64) / 100_000
+        for t, s in itertools.pairwise(levels.tolist()):
+            x0 = process.predicted_x0(velocity(x, t), x, round(t * 100_000))
+            there = euler_step(x, x0, t, s)
+            x = there if rule == "euler" else heun_step(x, velocity(x, t), velocity(there, s), t, s)
+        deviation = [math.hypot((1 - t) / 2, t) for t in (0.9, 0.3)]
+        return (x - start * deviation[1] / deviation[0]).abs().max().item()
+
+    assert error("euler", 20) / error("euler", 40) == pytest.approx(2, abs=0.2)
+    assert error("heun", 20) / error("heun", 40) == pytest.approx(4, abs=0.4)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_the_rules_of_flow_refuse_another_schedule(name):
+    with pytest.raises(ValueError, match=f"name: expected ddpm, ddim or dpmpp for the cosine schedule, found '{name}'"):
+        Sampler(Process(DiffusionConfig()), SamplerConfig(name))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
+@every_sampler
+def test_what_a_mask_keeps_is_kept_exactly_whatever_the_rule_and_strength(schedule, config, strength):
+    sampler = Sampler(Process(DiffusionConfig(schedule=schedule, prediction="v")), config)
+    image, mask = images(1, 8, torch.float32)[0], torch.zeros(SHAPE[1:], dtype=torch.bool)
+    mask[1:3, 2:] = True
+    state = trajectory(sampler, sampler.prepare_from(image, seeded(5), strength, mask))[-1]
+    assert torch.equal(sampler.finish(state)[:, ~mask], image[:, ~mask])
+    assert torch.equal(sampler.finish(state)[:, mask], image[:, mask]) == (strength == 0)
+
+
 def test_clipping_bounds_every_estimate_and_the_image():
     sampler = Sampler(Process(DiffusionConfig(clip_x0=0.3)), SamplerConfig("ddpm", steps=8))
     states = trajectory(sampler, sampler.prepare(SHAPE, seeded(0)))
@@ -401,7 +535,7 @@ def test_x_keeps_its_precision_and_low_precision_is_raised_to_float32():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "euler"}, "name: expected one of .*, found 'euler'"),
+        ({"name": "rk4"}, "name: expected one of .*, found 'rk4'"),
         ({"steps": 0}, "steps: expected at least 1, found 0"),
         ({"eta": 0.5}, "eta: expected 0..1 for ddim and 0 otherwise, found 0.5 for ddpm"),
         ({"name": "ddim", "eta": 1.5}, "eta: expected 0..1 for ddim and 0 otherwise, found 1.5 for ddim"),

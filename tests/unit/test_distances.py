@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from emoji_scenes import WorldConfig
-from emoji_scenes.classifier import train_recogniser
+from emoji_scenes.scene_classifier import train_scene_classifier
 from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation.clip import clip_scores
@@ -119,7 +119,7 @@ NEAR = WorldConfig(size=32, nouns=6, max_objects=1, max_count=1)
 
 @pytest.fixture(scope="module")
 def sees() -> ImageFeatures:
-    return train_recogniser(NEAR, steps=30, batch=32, test_scenes=16)
+    return train_scene_classifier(NEAR, steps=30, batch=32, test_scenes=16)
 
 
 @pytest.mark.parametrize("damage", ["blur", "noise", "swap"])

@@ -177,7 +177,7 @@ def test_candidates_are_drawn_and_one_is_measured(bench: EvalContext, monkeypatc
 @pytest.mark.parametrize("name", ["text", "choice", "captioning", "drawing", "composition", "editing", "autoencoder"])
 def test_the_names_of_numbers_are_known_before(bench: EvalContext, name: str, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(SceneScorer, "texts", lambda scorer: ["a crab: an animal", "two: 1 and 1"] * 3)
-    monkeypatch.setattr("emoji_scenes.composition.JUDGED", 6)
+    monkeypatch.setattr("emoji_scenes.metrics.FEWEST_JUDGED", 6)
     write(tmp_path, {"novel.txt": "a crab is a small animal " * 20})
     for changes in ({}, {"texts": (tmp_path / "novel.txt",)}):
         asked = replace(bench, options=replace(bench.options, **changes))

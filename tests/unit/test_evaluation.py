@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from emoji_scenes import World, WorldConfig, caption, held_out
 from emoji_scenes.accuracy import caption_accuracy, draw_accuracy, held_out_scenes
-from emoji_scenes.classifier import Recogniser, recogniser_identity, train_recogniser
+from emoji_scenes.scene_classifier import SceneClassifier, classifier_identity, train_scene_classifier
 from transfuse.errors import UserError
 from transfuse.evaluation import agreement_by_chance, bootstrap, perplexity, share
 from transfuse.model import dense
@@ -108,17 +108,17 @@ def test_perplexity_refuses_empty_and_too_long_texts(tokenizer: Tokenizer) -> No
 
 
 @pytest.fixture(scope="module")
-def recogniser() -> Recogniser:
-    return train_recogniser(WORLD, steps=40, batch=48, test_scenes=200)
+def recogniser() -> SceneClassifier:
+    return train_scene_classifier(WORLD, steps=40, batch=48, test_scenes=200)
 
 
-def test_recogniser_learns_on_both_splits(recogniser: Recogniser) -> None:
+def test_recogniser_learns_on_both_splits(recogniser: SceneClassifier) -> None:
     assert min(recogniser.accuracy.values()) > 0.6  # chance: 0.25
     assert set(recogniser.accuracy) == {"train", "heldout"}
     assert recogniser.parameters < 500_000
 
 
-def test_recogniser_takes_any_size(recogniser: Recogniser) -> None:
+def test_recogniser_takes_any_size(recogniser: SceneClassifier) -> None:
     scenes, _, small = held_out_scenes(WORLD, 60)
     large = np.stack([World(WORLD).render(scene, size=64) for scene in scenes])
     agree = np.mean([one == other for one, other in zip(recogniser(small), recogniser(large), strict=True)])
@@ -126,25 +126,27 @@ def test_recogniser_takes_any_size(recogniser: Recogniser) -> None:
 
 
 def test_recogniser_is_a_function_of_its_seed_and_saved_whole(tmp_path) -> None:
-    first, again, other = (train_recogniser(WORLD, steps=3, batch=8, seed=seed, test_scenes=8) for seed in (0, 0, 1))
+    first, again, other = (
+        train_scene_classifier(WORLD, steps=3, batch=8, seed=seed, test_scenes=8) for seed in (0, 0, 1)
+    )
     images = held_out_scenes(WORLD, 16)[2]
     state, same, different = (judge.network.state_dict() for judge in (first, again, other))
     assert all(torch.equal(state[name], same[name]) for name in state)
     assert any(not torch.equal(state[name], different[name]) for name in state)
     first.save(tmp_path / "recogniser.safetensors")
-    loaded = Recogniser.load(tmp_path / "recogniser.safetensors")
+    loaded = SceneClassifier.load(tmp_path / "recogniser.safetensors")
     assert loaded(images) == first(images)
     assert (loaded.accuracy, loaded.identity, loaded.seconds) == (first.accuracy, first.identity, first.seconds)
-    assert loaded.identity == recogniser_identity(WORLD, 3, 0) != other.identity
+    assert loaded.identity == classifier_identity(WORLD, 3, 0) != other.identity
 
 
 def test_recogniser_refuses_another_file(tmp_path) -> None:
     path = tmp_path / "recogniser.safetensors"
     with pytest.raises(UserError, match="expected a saved recogniser"):
-        Recogniser.load(path)
+        SceneClassifier.load(path)
     path.write_bytes(b"something else")
     with pytest.raises(UserError, match="expected a saved recogniser"):
-        Recogniser.load(path)
+        SceneClassifier.load(path)
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def reading(count: int):
     return lambda images: [known[image.tobytes()] for image in images]
 
 
-def test_drawings_of_the_real_scenes_score_the_ceiling(recogniser: Recogniser) -> None:
+def test_drawings_of_the_real_scenes_score_the_ceiling(recogniser: SceneClassifier) -> None:
     found = draw_accuracy(Oracle(30, truth), WORLD, 30, recogniser, batch=7)
     assert np.array_equal(found.images, found.real_images)
     assert found.noun.value == found.real_noun.value == np.mean(found.noun_right)

@@ -13,8 +13,8 @@ import pytest
 from conftest import evaluation_html, exported, write
 
 from emoji_scenes import World, WorldConfig, caption
-from emoji_scenes.classifier import keep_recogniser
-from emoji_scenes.detector import keep_detector
+from emoji_scenes.scene_classifier import keep_scene_classifier
+from emoji_scenes.scene_detector import keep_scene_detector
 from emoji_scenes.scorer import SceneScorer
 from transfuse.cli import run
 from transfuse.errors import UserError
@@ -166,7 +166,7 @@ def test_what_a_drawing_depends_on_is_drawn_again(
     assert calls
 
 
-@pytest.mark.parametrize("keep", [keep_recogniser, keep_detector])
+@pytest.mark.parametrize("keep", [keep_scene_classifier, keep_scene_detector])
 def test_a_judge_of_another_version_is_trained_again(tmp_path: Path, keep) -> None:
     path = tmp_path / "judge.safetensors"
     judge = keep(path, WORLD, 2)
@@ -259,7 +259,7 @@ def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with(
 
 @pytest.mark.parametrize("name", ["captioning", "drawing", "composition", "editing", "autoencoder", "text", "choice"])
 def test_every_example_is_under_a_title(bench: EvalContext, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emoji_scenes.composition.JUDGED", 6)
+    monkeypatch.setattr("emoji_scenes.metrics.FEWEST_JUDGED", 6)
     monkeypatch.setattr(SceneScorer, "texts", lambda scorer: ["a crab: an animal", "two: 1 and 1"] * 3)
     (measure,) = named([name])
     (found,) = evaluate(replace(bench, options=EvalConfig(count=6, judge_steps=2)), [measure])

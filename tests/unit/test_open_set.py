@@ -13,7 +13,7 @@ import pytest
 
 from emoji_scenes import NOUNS, PALETTE, Scene, World, WorldConfig
 from emoji_scenes.accuracy import draw_accuracy, held_out_scenes
-from emoji_scenes.open_set import WEIGHTS, OpenSetClassifier, bundled_classifier
+from emoji_scenes.scene_classifier import OPEN_SET_WEIGHTS, OpenSetClassifier, bundled_classifier
 from transfuse.errors import UserError
 
 ALL = WorldConfig(size=32, max_objects=1, max_count=1, sizes=("large",), seed=41)
@@ -145,9 +145,9 @@ def test_drawings_are_judged_strictly_beside_the_closed_choice() -> None:
 
 
 def test_the_bundled_one_is_small_and_knows_every_noun() -> None:
-    classifier = OpenSetClassifier.load(WEIGHTS)
+    classifier = OpenSetClassifier.load(OPEN_SET_WEIGHTS)
     assert classifier.nouns == tuple(NOUNS)
-    assert WEIGHTS.stat().st_size < 1.5e6
+    assert OPEN_SET_WEIGHTS.stat().st_size < 1.5e6
     assert classifier.accuracy["large at 32 pixels"] >= 0.95
     assert classifier.false_acceptance["mean"] <= 0.1
 

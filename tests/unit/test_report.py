@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from emoji_scenes import classifier as recogniser_module
+from emoji_scenes import scene_classifier as recogniser_module
 from transfuse import demo as demo_module
 from transfuse.charts import ACCENT, WARM, has_charts, histogram, line_chart
 from transfuse.demo import Effort, demo_page, fit, run_demo
@@ -157,7 +157,7 @@ def test_page_escapes_what_models_and_people_write(done) -> None:
 
 def test_finished_demo_is_not_done_again(done, monkeypatch) -> None:
     folder, kept = done
-    for name in ("train", "keep_recogniser", "measure", "fit"):
+    for name in ("train", "keep_scene_classifier", "measure", "fit"):
         monkeypatch.setattr(demo_module, name, lambda *_: pytest.fail("done again"))
     assert run_demo(folder, 1.0, effort=EFFORT) == (0, kept["report"])
 
@@ -165,7 +165,7 @@ def test_finished_demo_is_not_done_again(done, monkeypatch) -> None:
 def test_only_what_is_missing_is_done_again(done, monkeypatch) -> None:
     folder, kept = done
     (folder / "report.html").unlink()
-    for module, name in ((demo_module, "train"), (demo_module, "fit"), (recogniser_module, "train_recogniser")):
+    for module, name in ((demo_module, "train"), (demo_module, "fit"), (recogniser_module, "train_scene_classifier")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("done again"))
     code, report = run_demo(folder, 1.0, effort=EFFORT)
     assert code == 0

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from emoji_scenes import World, WorldConfig, caption, edit, glosses, held_out_background, nouns_in, questions
-from emoji_scenes.composition import composed, verdicts
-from emoji_scenes.detector import Seen
-from emoji_scenes.edit_scores import judge, world_edits
-from emoji_scenes.open_set import bundled_classifier
+from emoji_scenes.metrics import scene_edits, task_scenes
+from emoji_scenes.scene_classifier import bundled_classifier
+from emoji_scenes.scene_detector import Seen
 from emoji_scenes.scorer import SceneScorer, definition_questions
 
 SAMPLES = 150
@@ -111,15 +110,15 @@ def blurred_detections(scenes: list, seed: int) -> list[list[Seen]]:
 
 def test_verdicts() -> None:
     config = WorldConfig(size=32, nouns=6, styles=("fluent-flat",))
-    tasks = composed(config, "train", 24) + composed(config, "heldout", 24)
-    edits = world_edits(config, 120)
+    tasks = task_scenes(config, "train", 24) + task_scenes(config, "heldout", 24)
+    edits = scene_edits(config, 120)
     targets = [change.target for change in edits.edits]
-    judged = judge(edits, np.roll(edits.targets, 3, axis=1), lambda images: blurred_detections(targets, 7))
+    judged = edits.judge(np.roll(edits.targets, 3, axis=1), lambda images: blurred_detections(targets, 7))
     world = World(WorldConfig(max_objects=1, max_count=1, sizes=("large",), seed=41))
     images = np.stack([world.render(world.scene(index)) for index in range(64)])
     assert {
         "composition": digest(
-            verdicts(task, task.real[::-1], lambda images, scenes=task.scenes: blurred_detections(scenes, 5))[0]
+            task.judge(task.real[::-1], lambda images, scenes=task.scenes: blurred_detections(scenes, 5))[0]
             for task in tasks
         ),
         "prompts": digest(task.prompts for task in tasks),

@@ -35,7 +35,7 @@ from emoji_scenes import (
 )
 from emoji_scenes.editing import EditKind
 from emoji_scenes.layout import SIDES, Place
-from emoji_scenes.palette import visible_on
+from emoji_scenes.nouns import visible_on
 from emoji_scenes.sprites import SPRITE_FILE, sprites
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from emoji_scenes import NOUNS, Edit, World, WorldConfig, caption, edit, glosses
     from emoji_scenes.accuracy import CaptionResult, DrawingResult, caption_accuracy, draw_accuracy, held_out_scenes
-    from emoji_scenes.classifier import RECOGNISER_STEPS, Recogniser, keep_recogniser
-    from emoji_scenes.open_set import bundled_classifier
+    from emoji_scenes.scene_classifier import (
+        CLASSIFIER_STEPS,
+        SceneClassifier,
+        bundled_classifier,
+        keep_scene_classifier,
+    )
     from emoji_scenes.scenes import Split
     from emoji_scenes.scorer import SceneScorer
     from emoji_scenes.sprites import SPRITE_FILE
@@ -30,8 +34,12 @@ MODULES = {
         "draw_accuracy",
         "held_out_scenes",
     ),
-    "emoji_scenes.classifier": ("RECOGNISER_STEPS", "Recogniser", "keep_recogniser"),
-    "emoji_scenes.open_set": ("bundled_classifier",),
+    "emoji_scenes.scene_classifier": (
+        "CLASSIFIER_STEPS",
+        "SceneClassifier",
+        "bundled_classifier",
+        "keep_scene_classifier",
+    ),
     "emoji_scenes.scenes": ("Split",),
     "emoji_scenes.scorer": ("SceneScorer",),
     "emoji_scenes.sprites": ("SPRITE_FILE",),
@@ -40,12 +48,12 @@ MODULES = {
 
 __all__ = [
     "NOUNS",
-    "RECOGNISER_STEPS",
+    "CLASSIFIER_STEPS",
     "SPRITE_FILE",
     "CaptionResult",
     "DrawingResult",
     "Edit",
-    "Recogniser",
+    "SceneClassifier",
     "SceneScorer",
     "Split",
     "World",
@@ -58,7 +66,7 @@ __all__ = [
     "edit",
     "glosses",
     "held_out_scenes",
-    "keep_recogniser",
+    "keep_scene_classifier",
 ]
 
 

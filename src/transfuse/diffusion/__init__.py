@@ -8,6 +8,9 @@ from transfuse.diffusion.samplers import (
     ddim_step,
     ddpm_step,
     dpmpp_step,
+    euler_step,
+    heun_step,
+    shifted_timesteps,
     trailing_timesteps,
 )
 
@@ -20,5 +23,8 @@ __all__ = [
     "ddim_step",
     "ddpm_step",
     "dpmpp_step",
+    "euler_step",
+    "heun_step",
+    "shifted_timesteps",
     "trailing_timesteps",
 ]

@@ -8,8 +8,11 @@
     image = sampler.finish(state)
 
 One state per image, and no state anywhere else: images with different samplers, step counts and guidance share a batch,
-and a step can be replayed. The step rules are free functions of x_t, the predicted x0 and alpha_bar; t is the noisier
-level, s the level stepped to (s < t). Each returns x0 itself, exactly, when s = 0.
+and a step can be replayed. The step rules are free functions of x_t, the predicted x0 and the noise levels; t is the
+noisier level, s the level stepped to (s < t). Each returns x0 itself, exactly, when s = 0.
+
+The rules of DDPM, DDIM and DPM-Solver++ are written for signal^2 + sigma^2 = 1. The "flow" schedule divides x_t by the
+root of that sum before such a rule, and multiplies x_s after it. Euler's and Heun's are those of rectified flow.
 """
 
 import math
@@ -20,17 +23,19 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from transfuse.diffusion.process import Process
+from transfuse.diffusion.process import Process, shifted
 
-SamplerName = Literal["ddpm", "ddim", "dpmpp"]
+SamplerName = Literal["ddpm", "ddim", "dpmpp", "euler", "heun"]
+FLOW_ONLY = ("euler", "heun")
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
     """The sampler and its number of steps.
 
-    name: "ddpm" (ancestral, arXiv 2006.11239; most likely the paper's), "ddim" (arXiv 2010.02502) or "dpmpp"
-        (DPM-Solver++ 2M, arXiv 2211.01095: good images in the fewest steps).
+    name: "ddpm" (ancestral, arXiv 2006.11239; most likely the paper's), "ddim" (arXiv 2010.02502), "dpmpp"
+        (DPM-Solver++ 2M, arXiv 2211.01095: good images in the fewest steps), or, for the "flow" schedule alone, "euler"
+        or "heun" (second order, two evaluations a step; arXiv 2206.00364, algorithm 1).
     steps: evaluations of the network, 1..T (paper: 250).
     eta: noise of "ddim", 0 (none) to 1 (as much as "ddpm").
     first: the level to start from, steps..T. None: `Process.first_timestep`, or `steps` where that is more.
@@ -56,10 +61,11 @@ class SamplerConfig:
 class SamplerState:
     """The state of one image during sampling; immutable.
 
-    x: x_t, `[channel, row, column]`. timesteps: the levels at which the network is evaluated, descending. rng: state of
-    the CPU generator of this image's step noise. index: evaluations so far. x0: the latest estimate of the clean image
-    (None at first), used by the 2M rule and as a preview. given: a clean image, and bool `[row, column]`, True where it
-    is redrawn; the rest of it is kept (None: the whole image is drawn).
+    x: x_t, `[channel, row, column]`. timesteps: the levels at which the network is evaluated, descending; "heun"
+    evaluates most of them twice. rng: state of the CPU generator of this image's step noise. index: evaluations so far.
+    x0: the latest estimate of the clean image (None at first), used by the 2M rule and as a preview. given: a clean
+    image, and bool `[row, column]`, True where it is redrawn; the rest of it is kept (None: the whole image is drawn).
+    halfway: x and the velocity at the beginning of a step of "heun" that lacks its second evaluation.
     """
 
     x: Tensor
@@ -68,6 +74,7 @@ class SamplerState:
     index: int = 0
     x0: Tensor | None = None
     given: tuple[Tensor, Tensor] | None = None
+    halfway: tuple[Tensor, Tensor] | None = None
 
     @property
     def t(self) -> int:
@@ -94,6 +101,19 @@ def trailing_timesteps(first: int, steps: int) -> tuple[int, ...]:
     if not 1 <= steps <= first:
         raise ValueError(f"steps: expected 1..{first} (the levels to step down), found {steps}")
     return tuple(round(first * (steps - i) / steps) for i in range(steps))
+
+
+def shifted_timesteps(first: int, steps: int, levels: int, shift: float) -> tuple[int, ...]:
+    """Return `trailing_timesteps` moved towards noise by `shift`, out of 1..levels; still distinct, from `first` on."""
+    even = trailing_timesteps(first, steps)
+    if shift == 1:
+        return even
+    start = shifted(first / levels, 1 / shift)  # its own inverse: the share that `shift` moves to `first`
+    timesteps = [first]
+    for i in range(1, steps):
+        level = round(levels * shifted(start * (steps - i) / steps, shift))
+        timesteps.append(min(max(level, steps - i), timesteps[-1] - 1))
+    return tuple(timesteps)
 
 
 def ddpm_step(x_t: Tensor, x0: Tensor, alpha_bar_t: float, alpha_bar_s: float, noise: Tensor | None) -> Tensor:
@@ -143,8 +163,18 @@ def dpmpp_step(
     return math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * x_t - math.sqrt(alpha_bar_s) * math.expm1(-h) * x0
 
 
+def euler_step(x_t: Tensor, x0: Tensor, sigma_t: float, sigma_s: float) -> Tensor:
+    """Return x_s along the straight line from x_t to x0, where "flow" has x_t = (1 - sigma) * x0 + sigma * epsilon."""
+    return x0 + (x_t - x0) * (sigma_s / sigma_t)
+
+
+def heun_step(x_t: Tensor, velocity_t: Tensor, velocity_s: Tensor, sigma_t: float, sigma_s: float) -> Tensor:
+    """Return x_s by the mean of the velocities at x_t and at the point that Euler's step reached from it."""
+    return x_t + (sigma_s - sigma_t) * (velocity_t + velocity_s) / 2
+
+
 def _half_log_snr(alpha_bar: float) -> float:
-    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar)) if alpha_bar else -math.inf
 
 
 def _unit_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -155,18 +185,39 @@ def _unit_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 class Sampler:
     """A step rule over the levels of one process; immutable, to be shared by any number of images.
 
-    Raises ValueError if the process has too few levels for the configuration's steps, or none called `first`.
+    timesteps: the levels of an image of no particular size (`timesteps_for`).
+
+    Raises ValueError if the process has too few levels for the configuration's steps, or none called `first`, or if its
+    schedule is not the one that the rule is for.
     """
 
     def __init__(self, process: Process, config: SamplerConfig) -> None:
         self.process = process
         self.config = config
         levels, first = process.config.timesteps, config.first
+        if config.name in FLOW_ONLY and process.config.schedule != "flow":
+            raise ValueError(f"name: expected ddpm, ddim or dpmpp for the cosine schedule, found {config.name!r}")
         if first is None:  # levels being distinct, a chain of very many steps has to start higher
             first = min(max(process.first_timestep, config.steps), levels)
         if not 1 <= first <= levels:
             raise ValueError(f"first: expected 1..{levels} (the training timesteps), found {first}")
-        self.timesteps = trailing_timesteps(first, config.steps)
+        self.first = first
+        self.timesteps = self._evaluated(process.config.shift)
+
+    def timesteps_for(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Return the levels at which the network is evaluated for an image whose latent has `rows` and `columns`."""
+        if self.process.config.shift_side is None:
+            return self.timesteps
+        return self._evaluated(self.process.shift_for(rows, columns))
+
+    def _evaluated(self, shift: float) -> tuple[int, ...]:
+        steps, levels = self.config.steps, self.process.config.timesteps
+        if self.config.name != "heun":
+            return shifted_timesteps(self.first, steps, levels, shift)
+        # Every step but the last is evaluated again where it ends. An even number leaves one more step without.
+        points = shifted_timesteps(self.first, steps // 2 + 1, levels, shift)
+        twice = points[1 : (steps + 1) // 2]
+        return (points[0], *(t for point in twice for t in (point, point)), *points[1 + len(twice) :])
 
     def prepare(
         self,
@@ -191,7 +242,7 @@ class Sampler:
         x = start.to(torch.promote_types(start.dtype, torch.float32))
         # Step noise has a separate stream, or one image's would be the next image's x.
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
-        return SamplerState(x, self.timesteps, torch.Generator().manual_seed(seed).get_state())
+        return SamplerState(x, self.timesteps_for(*shape[1:]), torch.Generator().manual_seed(seed).get_state())
 
     def prepare_from(
         self, image: Tensor, generator: torch.Generator, strength: float = 1.0, mask: Tensor | None = None
@@ -212,7 +263,10 @@ class Sampler:
         state = self.prepare((channels, rows, columns), generator, device=image.device)
         image = image.to(state.x.dtype)
         steps = round(strength * self.config.steps)
-        state = replace(state, timesteps=self.timesteps[self.config.steps - steps :])
+        left = state.timesteps[self.config.steps - steps :]
+        if left[:1] == left[1:2]:  # the second evaluation of a step of "heun" whose first is not among them
+            left = left[1:]
+        state = replace(state, timesteps=left)
         noised = self.process.add_noise(image, state.x, state.t)
         if steps < self.config.steps:
             state = replace(state, x=noised)
@@ -240,6 +294,22 @@ class Sampler:
             image, mask = state.given
             x0 = torch.where(mask, x0, image)
         after = replace(state, index=state.index + 1, x0=x0)
+        if self.config.name in FLOW_ONLY:
+            return self._flow_step(state, after, x0)
+        if self.process.config.schedule == "cosine":
+            return self._variance_preserving_step(state, after, x0)
+        scale_t, scale_s = (math.hypot(self.process.signal[t], self.process.sigma[t]) for t in (state.t, after.t))
+        after = self._variance_preserving_step(replace(state, x=state.x / scale_t), after, x0)
+        return replace(after, x=after.x * scale_s)
+
+    def finish(self, state: SamplerState) -> Tensor:
+        """Return the finished image, `[channel, row, column]`. Raises ValueError while steps are left."""
+        if not state.done:
+            raise ValueError(f"state: expected all {state.total} steps taken, found {state.index}")
+        return state.x
+
+    def _variance_preserving_step(self, state: SamplerState, after: SamplerState, x0: Tensor) -> SamplerState:
+        """Take a step of "ddpm", "ddim" or "dpmpp"; `after` is the state that it leads to, without its x."""
         levels = self.process.alpha_bar
         alpha_bar_t, alpha_bar_s = levels[state.t].item(), levels[after.t].item()
         if self.config.name == "dpmpp":
@@ -257,8 +327,14 @@ class Sampler:
             return replace(after, x=ddpm_step(state.x, x0, alpha_bar_t, alpha_bar_s, noise))
         return replace(after, x=ddim_step(state.x, x0, alpha_bar_t, alpha_bar_s, self.config.eta, noise))
 
-    def finish(self, state: SamplerState) -> Tensor:
-        """Return the finished image, `[channel, row, column]`. Raises ValueError while steps are left."""
-        if not state.done:
-            raise ValueError(f"state: expected all {state.total} steps taken, found {state.index}")
-        return state.x
+    def _flow_step(self, state: SamplerState, after: SamplerState, x0: Tensor) -> SamplerState:
+        """Take a step of "euler", or half of one of "heun"; `after` is the state that it leads to, without its x."""
+        sigma_t, sigma_s = self.process.sigma[state.t].item(), self.process.sigma[after.t].item()
+        velocity = (state.x - x0) / sigma_t
+        if state.halfway is not None:
+            x, before = state.halfway
+            sigma_before = self.process.sigma[state.timesteps[state.index - 1]].item()
+            return replace(after, x=heun_step(x, before, velocity, sigma_before, sigma_t), halfway=None)
+        is_half = self.config.name == "heun" and state.timesteps[after.index : after.index + 2] == (after.t, after.t)
+        x_s = euler_step(state.x, x0, sigma_t, sigma_s)
+        return replace(after, x=x_s, halfway=(state.x, velocity) if is_half else None)

@@ -22,7 +22,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from ..diffusion import SamplerConfig
+from ..diffusion import Sampler, SamplerConfig
 from ..errors import UserError
 from ..export import Exported, load_export, out_of_range
 from ..images import ImageSource, decode_image, read_mask
@@ -252,10 +252,11 @@ class TransfusionPipeline:
             if steps is not None:
                 first = None if chosen.first is None else max(chosen.first, steps)
                 chosen = replace(chosen, steps=steps, first=first)
+            if chosen.steps > (most := self.exported.process.config.timesteps):
+                raise UserError(f"steps: expected at most {most}, found {chosen.steps}")
+            Sampler(self.exported.process, chosen)
         except ValueError as error:
             raise UserError(f"sampler: {error}") from None
-        if chosen.steps > self.exported.process.config.timesteps:
-            raise UserError(f"steps: expected at most {self.exported.process.config.timesteps}, found {chosen.steps}")
         request = Request(
             Document([self.part(part) for part in parts], closed=False),
             max_tokens=defaults.max_tokens,

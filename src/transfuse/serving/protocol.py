@@ -15,7 +15,7 @@ from .messages import Job
 MAX_TEXT = 100_000
 """characters of one text"""
 MAX_SIDE = 4096
-SAMPLERS = Literal["ddpm", "ddim", "dpmpp"]
+SAMPLERS = Literal["ddpm", "ddim", "dpmpp", "euler", "heun"]
 
 
 def _plain(text: str) -> str:

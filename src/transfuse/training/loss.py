@@ -237,7 +237,7 @@ class TransfusionObjective:
         return (*counts, len(batch.targets)) if self.config.z_weight else counts
 
     def sample_noise(self, batch: Batch) -> Batch:
-        """Return the batch with timesteps and noise: t uniform in 1..T (or up to the cap), 0 for context images.
+        """Return the batch with timesteps and noise: t in 1..T (or up to the cap), 0 for context images.
 
         Both depend on (seed, sample, image) alone, so resuming or resharding changes nothing. Loaders call this ahead
         of the step, because sampling image by image takes longer than a GPU needs for its share of a step.
@@ -247,9 +247,8 @@ class TransfusionObjective:
         for number, ((sample, image), shape) in enumerate(zip(batch.noise_ids, shapes_of(batch.latents), strict=True)):
             generator = generator_for(self.seed, "noise", sample, image)
             if batch.denoise[number]:
-                most = self.process.config.timesteps
-                cap = min(int(batch.max_timestep[number]) or most, most)
-                timesteps[number] = torch.randint(1, cap + 1, (), generator=generator)
+                cap = int(batch.max_timestep[number]) or None
+                timesteps[number] = self.process.sample_timestep(generator, shape[1], shape[2], cap)
             noise.append(torch.randn(shape, generator=generator))
         return replace(batch, timesteps=timesteps, noise=stacked(noise))
 

@@ -1,6 +1,6 @@
 """A detector of scenes with several things: a small network that finds each, names it and measures its size.
 
-    detector = train_detector(world_config)          # some minutes on two cores
+    detector = train_scene_detector(world_config)    # some minutes on two cores
     detector(images)[0]                              # [Seen("crab", 0.31, 0.52, 0.40), Seen("balloon", ...)]
     detector.accuracy                                # {"found": 0.97, "named": 0.96, "invented": 0.01}, on fresh scenes
 
@@ -11,13 +11,12 @@ included, at every size and number, disturbed as the classifier's are.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,20 +25,22 @@ from torch.nn import functional as F
 
 from transfuse.evaluation.generate import weights_digest
 from transfuse.evaluation.image_quality import pixels
-from transfuse.log import progress
 from transfuse.rng import generator_for
 
-from .classifier import (
+from .scene_classifier import (
     HELD_OUT_EVERY,
     SEED_OFFSET,
+    convolution,
     disturbed,
     judge_identity,
     keep_judge,
     load_network,
+    render_scenes,
     resized,
     save_network,
+    train_judge,
 )
-from .scenes import Scene, World, WorldConfig
+from .scenes import Scene, WorldConfig
 
 CELL = 4
 """Pixels per side of a grid cell, at the resolution the network sees."""
@@ -65,20 +66,21 @@ class Seen:
 
 
 Detect = Callable[[np.ndarray], list[list[Seen]]]
-"""Maps uint8 images `[image, row, column, 3]` to the detections in each, most confident first; a `Detector`."""
+"""Maps uint8 images `[image, row, column, 3]` to the detections in each, most confident first; a `SceneDetector`."""
 
 
-class _Network(nn.Module):
+class DetectorNetwork(nn.Module):
     """Three resolutions, joined at the finest; about 0.7M parameters."""
 
     def __init__(self, nouns: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_layer(3, 32, 5, 2), _layer(32, 64, 3, 2), _layer(64, 96))
-        self.middle = nn.Sequential(_layer(96, 128, 3, 2), _layer(128, 128))
-        self.coarse = nn.Sequential(_layer(128, 128, 3, 2), _layer(128, 128))
-        self.join = _layer(96 + 128 + 128, 160, 1)
+        self.stem = nn.Sequential(convolution(3, 32, 5, 2), convolution(32, 64, 3, 2), convolution(64, 96))
+        self.middle = nn.Sequential(convolution(96, 128, 3, 2), convolution(128, 128))
+        self.coarse = nn.Sequential(convolution(128, 128, 3, 2), convolution(128, 128))
+        self.join = convolution(96 + 128 + 128, 160, 1)
         self.head = nn.Conv2d(160, 2 + nouns, 1)
         nn.init.constant_(self.head.bias[:1], -3.0)  # type: ignore[index]  # most cells are empty
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[image, 3, side, side]` in [-1, 1] to cells `[image, 2 + noun, row, column]`: centre, side, nouns."""
@@ -89,17 +91,8 @@ class _Network(nn.Module):
         return self.head(self.join(torch.cat([fine, *up], dim=1)))
 
 
-def _layer(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
-def _network(nouns: int) -> _Network:
-    return _Network(nouns).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
 @dataclass(eq=False)
-class Detector:
+class SceneDetector:
     """A detector for the things in scenes, with its errors on fresh scenes.
 
     accuracy    "found": share of things found in their place; "named": found and rightly named; "invented": detections
@@ -109,7 +102,7 @@ class Detector:
 
     nouns: tuple[str, ...]
     side: int
-    network: _Network
+    network: DetectorNetwork
     threshold: float
     identity: str
     accuracy: dict[str, float] = field(default_factory=dict)
@@ -124,50 +117,40 @@ class Detector:
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, batch: int = 64) -> list[list[Seen]]:
         """Return the detections in each image, uint8 `[image, row, column, 3]`, most confident first."""
-        return [
-            [seen for seen in all_of if seen.confidence >= self.threshold]
-            for start in range(0, len(images), batch)
-            for all_of in self._candidates(images[start : start + batch])
-        ]
-
-    def _candidates(self, images: np.ndarray) -> list[list[Seen]]:
-        self.network.eval()
-        cells_of = self.network(resized(pixels(images), self.side))
-        heat = cells_of[:, 0].sigmoid()
-        peaks = heat == F.max_pool2d(heat[:, None], 3, stride=1, padding=1)[:, 0]
-        heat = heat * peaks
-        cells = heat.shape[-1]
-        seen: list[list[Seen]] = [[] for _ in images]
-        for image, row, column in (heat >= THRESHOLDS[0]).nonzero().tolist():
-            at = cells_of[image, :, row, column]
-            noun = self.nouns[int(at[2:].argmax())]
-            middle = (column + 0.5) / cells, (row + 0.5) / cells
-            seen[image].append(Seen(noun, *middle, float(at[1].exp()), float(heat[image, row, column])))
-        return [_distinct(detections) for detections in seen]
+        detections: list[list[Seen]] = []
+        for start in range(0, len(images), batch):
+            output = self.network(resized(pixels(images[start : start + batch]), self.side))
+            heat = output[:, 0].sigmoid()
+            heat = heat * (heat == F.max_pool2d(heat[:, None], 3, stride=1, padding=1)[:, 0])  # peaks alone
+            candidates: list[list[Seen]] = [[] for _ in output]
+            for image, row, column in (heat >= THRESHOLDS[0]).nonzero().tolist():
+                cell = output[image, :, row, column]
+                x, y = (column + 0.5) / heat.shape[-1], (row + 0.5) / heat.shape[-1]
+                noun, confidence = self.nouns[int(cell[2:].argmax())], float(heat[image, row, column])
+                candidates[image].append(Seen(noun, x, y, float(cell[1].exp()), confidence))
+            detections += [
+                [seen for seen in _distinct(all_of) if seen.confidence >= self.threshold] for all_of in candidates
+            ]
+        return detections
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
         facts = {
             "identity": self.identity,
-            "nouns": json.dumps(self.nouns),
-            "measured": json.dumps([self.side, self.threshold, self.accuracy, self.seconds]),
-            "confusion": json.dumps([[*pair, times] for pair, times in self.confusion.items()]),
+            "nouns": self.nouns,
+            "measured": [self.side, self.threshold, self.accuracy, self.seconds],
+            "confusion": [[*pair, times] for pair, times in self.confusion.items()],
         }
         save_network(path, self.network.state_dict(), facts)
 
     @classmethod
-    def load(cls, path: Path) -> Detector:
+    def load(cls, path: Path) -> SceneDetector:
         """Read a file of `save`. Raises UserError for any other file."""
-
-        def read(facts: dict[str, str], state: dict[str, Tensor]) -> Detector:
-            side, threshold, accuracy, seconds = json.loads(facts["measured"])
-            confusion = {(a, b): times for a, b, times in json.loads(facts["confusion"])}
-            nouns = tuple(json.loads(facts["nouns"]))
-            network = _network(len(nouns))
-            network.load_state_dict(state)
-            return cls(nouns, side, network.eval(), threshold, facts["identity"], accuracy, confusion, seconds)
-
-        return load_network(path, "a saved detector", read)
+        names = ("identity", "nouns", "measured", "confusion")
+        network, facts = load_network(path, "a saved detector", DetectorNetwork, *names)
+        identity, nouns, (side, threshold, accuracy, seconds), counts = facts
+        confusion = {(truth, named): times for truth, named, times in counts}
+        return cls(tuple(nouns), side, network, threshold, identity, accuracy, confusion, seconds)
 
 
 def _distinct(seen: list[Seen]) -> list[Seen]:
@@ -179,61 +162,48 @@ def _distinct(seen: list[Seen]) -> list[Seen]:
     return kept
 
 
-def keep_detector(path: Path, config: WorldConfig, steps: int | None = None, seed: int = 0) -> Detector:
+def keep_scene_detector(path: Path, config: WorldConfig, steps: int | None = None, seed: int = 0) -> SceneDetector:
     """Return the detector saved in a file if it is of these scenes; otherwise train one and save it there."""
     steps = steps or STEPS
-    identity = _identity(config, steps, seed)
-    return keep_judge(path, identity, Detector.load, lambda: train_detector(config, steps, seed))
+    train = partial(train_scene_detector, config, steps, seed)
+    return keep_judge(path, _identity(config, steps, seed), SceneDetector.load, train)
 
 
 def _identity(config: WorldConfig, steps: int, seed: int) -> str:
-    return judge_identity(_world(config, "train", 0).config, steps=steps, seed=seed, scenes=SCENES)
+    world = replace(_every_kind(config, seed=0), split="train")
+    return judge_identity(world, steps=steps, seed=seed, scenes=SCENES)
 
 
-def _world(config: WorldConfig, split: Any, seed: int) -> World:
-    """Return scenes of every kind and size with the nouns, styles and backgrounds of `config`."""
-    return World(replace(config, split=split, kinds=None, max_objects=3, max_count=4, sizes=None, seed=seed))
+def _every_kind(config: WorldConfig, seed: int) -> WorldConfig:
+    """Return a world of every kind and size with the nouns, styles and backgrounds of `config`."""
+    return replace(config, kinds=None, max_objects=3, max_count=4, sizes=None, seed=seed)
 
 
-def train_detector(config: WorldConfig, steps: int = STEPS, seed: int = 0) -> Detector:
+def train_scene_detector(
+    config: WorldConfig, steps: int = STEPS, seed: int = 0, test_scenes: int | None = None
+) -> SceneDetector:
     """Train a detector of the nouns of `config` in scenes of any number of things: a function of its arguments."""
-    began = time.monotonic()
-    side = 32 if config.size <= 32 else 64
-    nouns = config.noun_names
-    images, scenes = _scenes(config, min(SCENES, steps * BATCH), seed + SEED_OFFSET)
+    began, nouns, side = time.monotonic(), config.noun_names, 32 if config.size <= 32 else 64
+
+    def fresh(count: int, offset: int) -> tuple[np.ndarray, list[Scene]]:
+        return render_scenes(_every_kind(config, seed + SEED_OFFSET + offset), count, HELD_OUT_EVERY)
+
+    images, scenes = fresh(min(SCENES, steps * BATCH), 0)
     targets = [_target(scene, nouns, side // CELL) for scene in scenes]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = _network(len(nouns))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.15)
-    passes = range(steps * BATCH // len(scenes) + 1)
-    order = torch.cat([torch.randperm(len(scenes), generator=generator_for(seed, "order", n)) for n in passes])
-    network.train()
-    with progress("detector", steps) as bar:
-        for step in range(steps):
-            chosen = order[step * BATCH : (step + 1) * BATCH].tolist()
-            x = disturbed(pixels(images[chosen]), generator_for(seed, "disturb", step))
-            wanted = [torch.stack(part) for part in zip(*(targets[n] for n in chosen), strict=True)]
-            loss = _loss(network(resized(x, side)), wanted)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 10.0)
-            optimizer.step()
-            schedule.step()
-            bar.advance(note=f"loss {loss.item():.3f}")
-    detector = Detector(nouns, side, network.eval(), THRESHOLDS[0], _identity(config, steps, seed))
-    _tune(detector, *_scenes(config, TEST_SCENES, seed + SEED_OFFSET + 1))
-    _examine(detector, *_scenes(config, TEST_SCENES, seed + SEED_OFFSET + 2))
+
+    def loss_of(network: DetectorNetwork, chosen: Tensor, step: int) -> Tensor:
+        x = disturbed(pixels(images[chosen.numpy()]), generator_for(seed, "disturb", step))
+        wanted = [torch.stack(part) for part in zip(*(targets[n] for n in chosen.tolist()), strict=True)]
+        return _loss(network(resized(x, side)), wanted)
+
+    make = partial(DetectorNetwork, len(nouns))
+    settings = {"samples": len(scenes), "steps": steps, "batch": BATCH, "seed": seed}
+    network = train_judge("detector", make, loss_of, learning_rate=3e-3, max_norm=10.0, **settings)
+    detector = SceneDetector(nouns, side, network, THRESHOLDS[0], _identity(config, steps, seed))
+    _tune(detector, *fresh(test_scenes or TEST_SCENES, 1))
+    _measure_errors(detector, *fresh(test_scenes or TEST_SCENES, 2))
     detector.seconds = round(time.monotonic() - began, 1)
     return detector
-
-
-def _scenes(config: WorldConfig, count: int, seed: int) -> tuple[np.ndarray, list[Scene]]:
-    """Return images of scenes of every kind; one in `HELD_OUT_EVERY` is a held-out combination."""
-    seen, unseen = _world(config, "train", seed), _world(config, "heldout", seed)
-    scenes = [(seen if n % HELD_OUT_EVERY else unseen).scene(n) for n in range(count)]
-    return np.stack([seen.render(scene) for scene in scenes]), scenes
 
 
 def _target(scene: Scene, nouns: Sequence[str], cells: int) -> list[Tensor]:
@@ -269,8 +239,7 @@ def _loss(output: Tensor, wanted: Sequence[Tensor]) -> Tensor:
     return middles + names + 2 * F.smooth_l1_loss(output[:, 1][there], side[there])
 
 
-@torch.inference_mode()
-def _tune(detector: Detector, images: np.ndarray, scenes: Sequence[Scene]) -> None:
+def _tune(detector: SceneDetector, images: np.ndarray, scenes: Sequence[Scene]) -> None:
     """Keep the threshold with which the number of things is right most often."""
     counts = np.array([sum(thing.count for thing in scene.things) for scene in scenes])
     confidences = [[seen.confidence for seen in detections] for detections in detector(images)]
@@ -278,7 +247,7 @@ def _tune(detector: Detector, images: np.ndarray, scenes: Sequence[Scene]) -> No
     detector.threshold = THRESHOLDS[int(np.argmax(right))]
 
 
-def _examine(detector: Detector, images: np.ndarray, scenes: Sequence[Scene]) -> None:
+def _measure_errors(detector: SceneDetector, images: np.ndarray, scenes: Sequence[Scene]) -> None:
     """Measure accuracy and confusion on scenes it was neither trained nor tuned on."""
     confusion: Counter[tuple[str, str]] = Counter()
     for scene, detections in zip(scenes, detector(images), strict=True):
