@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .autoencoders import ImageAutoencoder, open_autoencoder, save_autoencoder
-from .autoencoders.critic import SMALLEST
 from .autoencoders.features import Features, load_features
+from .autoencoders.network import CRITIC_MIN_SIZE
 from .data.bundled import NOUNS, World, WorldConfig
 from .errors import UserError
 from .images import fit, image_files, read_image
@@ -29,15 +29,32 @@ from .training.metrics import check_trackers
 
 MEASURED = 512  # training images whose latents give the statistics that the export normalises by
 SHOWN = 8  # images in a grid of reconstructions
+SHAPE = ("kind", "widths", "blocks", "latent_channels", "groups", "attended", "middle_attention")
+SHAPE_OF_KIND = {"kl": ("quant_conv", "post_quant_conv"), "vq": ("codebook_size", "code_channels")}
+"""settings that a run must share with the autoencoder it starts from"""
+
+
+def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer, Path | None]:
+    """Train in a run folder, or resume the run there, and export to `folder/export`; None if it was stopped before.
+
+    Raises UserError if the folder was made by another recipe.
+    """
+    with join(run_device(recipe, folder)) as ranks:
+        run = ranks.on_rank0(lambda: open_autoencoder_run(recipe, folder)) or open_autoencoder_run(recipe, folder)
+        with held(folder, ranks):
+            trainer = build_autoencoder_trainer(run, folder, reconstruction_grid(run), ranks)
+            if run_trainer(trainer, folder) == "stopped":
+                return trainer, None
+            ranks.on_rank0(lambda: export_autoencoder(run, trainer, folder / "export"))
+    return trainer, folder / "export"
 
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderRun:
-    """A recipe of an autoencoder, checked, and what it names, opened."""
+    """A recipe of an autoencoder, checked, and `start`, the autoencoder that gives the initial weights."""
 
     recipe: AutoencoderRecipe
     start: ImageAutoencoder | None
-    """the autoencoder that gives the initial weights"""
 
     @cached_property
     def image(self) -> Callable[[int], np.ndarray]:
@@ -56,18 +73,16 @@ def resolve_autoencoder(recipe: AutoencoderRecipe, here: bool = True) -> Autoenc
     start = None if recipe.start is None else _open_start(recipe, recipe.start)
     channels, size = recipe.model.latent_channels, recipe.data.world.size
     if recipe.redraw and (start is None or recipe.model.kind != "kl"):
-        kind = "none" if start is None else f"a {recipe.model.kind} one"
-        raise UserError(f"redraw: expected a KL autoencoder to start from, found {kind}")
+        other = "none" if start is None else f"a {recipe.model.kind} one"
+        raise UserError(f"redraw: expected a KL autoencoder to start from, found {other}")
     if any(not 0 <= channel < channels for channel in recipe.redraw):
         raise UserError(f"redraw: expected channels from 0 to {channels - 1}, found {recipe.redraw}")
     if size % recipe.model.factor:
-        raise UserError(
-            f"data.world.size: expected a multiple of the autoencoder's factor ({recipe.model.factor}), found {size}"
-        )
-    if recipe.objective.adversarial_from is not None and size < SMALLEST:
-        raise UserError(
-            f"data.world.size: expected at least {SMALLEST} for the critic (objective.adversarial_from), found {size}"
-        )
+        expected = f"a multiple of the autoencoder's factor ({recipe.model.factor})"
+        raise UserError(f"data.world.size: expected {expected}, found {size}")
+    if recipe.objective.adversarial_from is not None and size < CRITIC_MIN_SIZE:
+        expected = f"at least {CRITIC_MIN_SIZE} for the critic (objective.adversarial_from)"
+        raise UserError(f"data.world.size: expected {expected}, found {size}")
     return AutoencoderRun(settle_device(recipe) if here else recipe, start)
 
 
@@ -76,9 +91,7 @@ def _open_start(recipe: AutoencoderRecipe, name: str) -> ImageAutoencoder:
     autoencoder = open_autoencoder(name)
     if not isinstance(autoencoder, ImageAutoencoder):
         raise UserError(f"start: expected a trained autoencoder, found {autoencoder.name}")
-    settings = ["kind", "widths", "blocks", "latent_channels", "groups", "attended", "middle_attention"]
-    settings += ["codebook_size", "code_channels"] if recipe.model.kind == "vq" else ["quant_conv", "post_quant_conv"]
-    for setting in settings:
+    for setting in (*SHAPE, *SHAPE_OF_KIND[recipe.model.kind]):
         wanted, present = getattr(recipe.model, setting), getattr(autoencoder.config, setting)
         if wanted != present:
             raise UserError(f"start: model.{setting}: expected {wanted}, found {present} in {name}")
@@ -94,21 +107,6 @@ def open_autoencoder_run(recipe: AutoencoderRecipe, folder: Path) -> Autoencoder
     run = resolve_autoencoder(settle_device(recipe, folder))
     record_recipe(run.recipe, folder)
     return run
-
-
-def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer, Path | None]:
-    """Train in a run folder, or resume the run there, and export to `folder/export`; None if it was stopped before.
-
-    Raises UserError if the folder was made by another recipe.
-    """
-    with join(run_device(recipe, folder)) as ranks:
-        run = ranks.on_rank0(lambda: open_autoencoder_run(recipe, folder)) or open_autoencoder_run(recipe, folder)
-        with held(folder, ranks):
-            trainer = build_autoencoder_trainer(run, folder, reconstruction_grid(run), ranks)
-            if run_trainer(trainer, folder) == "stopped":
-                return trainer, None
-            ranks.on_rank0(lambda: export_autoencoder(run, trainer, folder / "export"))
-    return trainer, folder / "export"
 
 
 def build_autoencoder_trainer(
@@ -127,13 +125,18 @@ def build_autoencoder_trainer(
         if recipe.redraw:
             model.autoencoder.redraw_channels(recipe.redraw, recipe.seed)
     model = model.to(recipe.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    networks: dict[str, Features] = {}
+    for term, path in (("perceptual", recipe.objective.perceptual), ("identity", recipe.objective.identity)):
+        if path is None:
+            logger.info(f"{term} term: off, because objective.{term} names no network")
+        else:
+            networks[term] = load_features(path).to(recipe.device)
     objective = AutoencoderObjective(
         recipe.objective,
         recipe.model.kind,
         recipe.loop.steps,
         recipe.seed,
-        perceptual=_features(recipe, "perceptual"),
-        identity=_features(recipe, "identity"),
+        **networks,
         bfloat16=recipe.precision == "bfloat16",
         ranks=ranks,
     )
@@ -142,14 +145,6 @@ def build_autoencoder_trainer(
     return Trainer(
         model, objective, loader, folder, recipe.loop, recipe.optimizer, sample=sample, ranks=ranks, betas=betas
     )
-
-
-def _features(recipe: AutoencoderRecipe, term: str) -> Features | None:
-    path = getattr(recipe.objective, term)
-    if path is None:
-        logger.info(f"{term} term: off, because objective.{term} names no network")
-        return None
-    return load_features(path).to(recipe.device)
 
 
 def reconstruction_grid(run: AutoencoderRun) -> Callable[[dict[str, Tensor], Path], None]:
@@ -182,9 +177,8 @@ def export_autoencoder(run: AutoencoderRun, trainer: Trainer, folder: Path) -> I
     """Write the averaged weights, with the statistics of training latents, as a folder that diffusers also opens."""
     recipe, size = run.recipe, run.recipe.data.batch_size
     autoencoder = averaged_autoencoder(recipe, trainer.averaged())
-    latents = torch.cat(
-        [autoencoder.encode(np.stack([run.image(n + i) for i in range(size)])) for n in range(0, MEASURED, size)]
-    ).double()
+    batches = (np.stack([run.image(n + i) for i in range(size)]) for n in range(0, MEASURED, size))
+    latents = torch.cat([autoencoder.encode(images) for images in batches]).double()
     autoencoder.with_statistics(latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
     save_autoencoder(folder, autoencoder, recipe.preset, sample_size=recipe.data.world.size)
     return autoencoder

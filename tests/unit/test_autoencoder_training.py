@@ -10,8 +10,8 @@ import torch
 
 import transfuse
 from transfuse.autoencoders import ImageAutoencoder, load_autoencoder, save_autoencoder
-from transfuse.autoencoders.critic import PatchCritic
 from transfuse.autoencoders.features import Features, MobileNetV2
+from transfuse.autoencoders.network import PatchCritic
 from transfuse.errors import UserError
 from transfuse.recipes import preset
 from transfuse.recipes.autoencoders import AutoencoderRecipe, autoencoder_preset

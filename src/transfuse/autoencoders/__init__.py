@@ -1,20 +1,29 @@
 """Images to latents, or codes, and back: `Pixels`, the paper's KL-VAE and VQ-VAE, and any that diffusers knows."""
 
-from .autoencoder import Autoencoder, BottleneckOutput, CodeAutoencoder, DeferredEncoder, ImageAutoencoder, VQTokenizer
-from .config import AutoencoderConfig
+from .autoencoder import (
+    Autoencoder,
+    BottleneckOutput,
+    CodeAutoencoder,
+    DeferredEncoder,
+    ImageAutoencoder,
+    Pixels,
+    VQTokenizer,
+    images_to_tensor,
+)
 from .folder import bundled, load_autoencoder, open_autoencoder, save_autoencoder
-from .pixels import Pixels
+from .network import AutoencoderConfig
 
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "BottleneckOutput",
     "CodeAutoencoder",
-    "VQTokenizer",
-    "ImageAutoencoder",
     "DeferredEncoder",
+    "ImageAutoencoder",
     "Pixels",
+    "VQTokenizer",
     "bundled",
+    "images_to_tensor",
     "load_autoencoder",
     "open_autoencoder",
     "save_autoencoder",

@@ -1,7 +1,7 @@
-"""The paper's image autoencoders (Transfusion, Appendix A): a KL-VAE and a VQ-VAE with the same encoder and decoder.
+"""Images to latents, or codes, and back: pixels, and the paper's KL-VAE and VQ-VAE (Transfusion, Appendix A).
 
     autoencoder = load_autoencoder("runs/kl-f4/export")          # or a folder that diffusers wrote
-    latents = autoencoder.encode(images)                         # uint8 [n, row, column, 3] -> normalised latents
+    latents = autoencoder.encode(images)                         # uint8 [image, row, column, 3] -> normalised latents
     images = autoencoder.decode(latents)
 
 A Transfusion trains on normalised latents: the Gaussian's mean, or the VQ-VAE's vectors *before* they are replaced by
@@ -10,6 +10,7 @@ the nearest codes (decoding replaces them, as in latent diffusion). A Chameleon 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
@@ -18,9 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import AutoencoderConfig
-from .network import Decoder, Encoder, initialise
-from .pixels import scaled, tensor_to_images
+from .network import AutoencoderConfig, Decoder, Encoder, initialise
 
 LOG_VARIANCE = (-30.0, 20.0)
 """bounds of the log variance, as in latent diffusion"""
@@ -30,23 +29,20 @@ MAX_PIXELS = 2**21
 """pixels encoded or decoded at once; larger batches are split, which bounds memory"""
 
 
+# --- the interface to the rest of the code ----------------------------------------------------------------------------
+
+
 class Autoencoder(Protocol):
-    """The interface of an autoencoder to the rest of the code."""
+    """Images to latents and back.
 
-    @property
-    def name(self) -> str: ...
+    name, fingerprint   its name, and a hash of its weights, equal for equal autoencoders
+    channels, factor    channels of a latent; pixels per latent element, along each side
+    """
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the weights, equal for equal autoencoders."""
-
-    @property
-    def channels(self) -> int:
-        """Channels of a latent."""
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent element, along each side."""
+    name: str
+    fingerprint: str
+    channels: int
+    factor: int
 
     def encode(self, images: np.ndarray) -> Tensor:
         """Encode uint8 `[image, row, column, 3]` to float32 latents `[image, channel, row, column]` of unit scale."""
@@ -58,8 +54,7 @@ class Autoencoder(Protocol):
 class CodeAutoencoder(Autoencoder, Protocol):
     """An autoencoder that may have a codebook; without one `codebook_size` is None."""
 
-    @property
-    def codebook_size(self) -> int | None: ...
+    codebook_size: int | None
 
     def codes(self, images: np.ndarray) -> Tensor:
         """Encode uint8 images to int64 codes `[image, row, column]`."""
@@ -84,19 +79,14 @@ class VQTokenizer:
         self.channels, self.factor = autoencoder.channels, autoencoder.factor
 
     def encode(self, images: np.ndarray) -> Tensor:
-        """Encode uint8 `[image, row, column, 3]` to int64 codes `[image, row, column]`."""
         return self.inner.codes(images)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Decode int64 codes `[image, row, column]` to uint8 images."""
         return self.inner.decode_codes(latents)
 
 
 class DeferredEncoder:
-    """The metadata of an autoencoder without its weights, for loaders whose images the trainer encodes on the GPU.
-
-    There, encoding is a hundred times as fast as in a loader's processes.
-    """
+    """The metadata of an autoencoder without its weights, for loaders whose images the trainer encodes on the GPU."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self.name, self.fingerprint = autoencoder.name, autoencoder.fingerprint
@@ -107,6 +97,46 @@ class DeferredEncoder:
 
     def decode(self, latents: Tensor) -> np.ndarray:
         raise NotImplementedError("the trainer encodes images")
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(unsafe_hash=True)
+class Pixels:
+    """The identity autoencoder: latents are float32 pixels `[image, 3, row, column]` in [-1, 1]."""
+
+    name: str = "pixels"
+    fingerprint: str = "pixels"
+    channels: int = 3
+    factor: int = 1
+
+    def encode(self, images: np.ndarray) -> Tensor:
+        return images_to_tensor(images)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return tensor_to_images(latents)
+
+
+def images_to_tensor(images: np.ndarray | Tensor) -> Tensor:
+    """Convert uint8 `[image, row, column, 3]` to float32 `[image, 3, row, column]` in [-1, 1], on its device.
+
+    Raises ValueError for an array of another dtype or shape.
+    """
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images: expected uint8 [image, row, column, 3], found {images.dtype} {images.shape}")
+        images = torch.from_numpy(images)
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def tensor_to_images(x: Tensor) -> np.ndarray:
+    """Convert a tensor in [-1, 1] back to uint8 images, rounded and clipped."""
+    pixels = x.detach().float().cpu().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+# --- KL and VQ --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -141,38 +171,40 @@ class Codebook(nn.Module):
 
 
 class ImageAutoencoder(nn.Module):
-    """A KL-VAE or VQ-VAE. Loading sets `name` and `fingerprint`; a network in training has none."""
+    """A KL-VAE or VQ-VAE; `codebook_size` is None for a KL. A network in training has no fingerprint.
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    max_pixels: the pixels encoded or decoded at once; it bounds memory and changes nothing else.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        name: str | None = None,
+        fingerprint: str = "",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.name: str = config.kind
-        self.fingerprint = ""
-        moments = 2 * config.latent_channels if config.kind == "kl" else config.latent_channels
+        self.config, self.max_pixels = config, max_pixels
+        self.name: str = name or config.kind
+        self.fingerprint = fingerprint
+        self.channels, self.factor = config.bottleneck_channels, config.factor
         vq = config.kind == "vq"
+        self.codebook_size = config.codebook_size if vq else None
+        moments = config.latent_channels if vq else 2 * config.latent_channels
         self.encoder = Encoder(config, moments)
         self.decoder = Decoder(config)
-        self.quant_conv = (
-            nn.Conv2d(moments, config.code_channels if vq else moments, 1) if vq or config.quant_conv else None
-        )
-        self.post_quant_conv = (
-            nn.Conv2d(config.bottleneck_channels, config.latent_channels, 1) if vq or config.post_quant_conv else None
-        )
+        self.quant_conv: nn.Conv2d | None = None
+        self.post_quant_conv: nn.Conv2d | None = None
+        if vq or config.quant_conv:
+            self.quant_conv = nn.Conv2d(moments, config.code_channels if vq else moments, 1)
+        if vq or config.post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(config.bottleneck_channels, config.latent_channels, 1)
         if vq:
             self.quantize = Codebook(config.codebook_size, config.code_channels)
 
     @property
-    def channels(self) -> int:
-        return self.config.bottleneck_channels
-
-    @property
-    def factor(self) -> int:
-        return self.config.factor
-
-    @property
-    def codebook_size(self) -> int | None:
-        """Number of codes; None without a codebook."""
-        return self.config.codebook_size if self.config.kind == "vq" else None
+    def device(self) -> torch.device:
+        return self.decoder.conv_in.weight.device
 
     # --- as a network ---
 
@@ -206,6 +238,7 @@ class ImageAutoencoder(nn.Module):
         """Decode the bottleneck's output to images, roughly in [-1, 1]."""
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
+    @torch.no_grad()
     def initialise(self, seed: int) -> ImageAutoencoder:
         """Initialise all weights from `seed` and return self.
 
@@ -213,17 +246,15 @@ class ImageAutoencoder(nn.Module):
         which would waste the first thousand steps.
         """
         initialise(self, seed)
-        with torch.no_grad():
-            self.decoder.conv_out.weight.mul_(0.1)
-            if self.config.kind == "vq":
-                codes = self.quantize.embedding.weight
-                drawn = torch.empty(codes.shape).normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))
-                codes.copy_(drawn)
-            else:
-                last = self.encoder.conv_out if self.quant_conv is None else self.quant_conv
-                log_variance = slice(self.config.latent_channels, None)
-                last.weight[log_variance] *= 0.1
-                last.get_parameter("bias")[log_variance] = FIRST_LOG_VARIANCE
+        self.decoder.conv_out.weight.mul_(0.1)
+        if self.config.kind == "vq":
+            codes = self.quantize.embedding.weight
+            codes.copy_(torch.empty(codes.shape).normal_(0, 0.5, generator=torch.Generator().manual_seed(seed)))
+        else:
+            last = self.encoder.conv_out if self.quant_conv is None else self.quant_conv
+            log_variance = slice(self.config.latent_channels, None)
+            last.weight[log_variance] *= 0.1
+            last.get_parameter("bias")[log_variance] = FIRST_LOG_VARIANCE
         return self
 
     @torch.no_grad()
@@ -235,59 +266,56 @@ class ImageAutoencoder(nn.Module):
         """
         drawn = ImageAutoencoder(replace(self.config, quant_conv=False)).initialise(seed).to(self.device)
         last = self.encoder.conv_out
-        if (
-            self.quant_conv is not None
-        ):  # folded into the convolution before it, so that each channel has its own filter
+        bias = last.get_parameter("bias")
+        if self.quant_conv is not None:
+            # Folded into the convolution before it, so that each channel has a separate filter.
             mix = self.quant_conv.weight[:, :, 0, 0].clone()
             last.weight.copy_(torch.einsum("oi,ichw->ochw", mix, last.weight))
-            last.get_parameter("bias").copy_(mix @ last.get_parameter("bias") + self.quant_conv.get_parameter("bias"))
+            bias.copy_(mix @ bias + self.quant_conv.get_parameter("bias"))
             self.quant_conv.weight[:, :, 0, 0] = torch.eye(len(mix))
             self.quant_conv.get_parameter("bias").zero_()
         rows = [*channels, *(channel + self.config.latent_channels for channel in channels)]
         last.weight[rows] = drawn.encoder.conv_out.weight[rows]
-        last.get_parameter("bias")[rows] = drawn.encoder.conv_out.get_parameter("bias")[rows]
+        bias[rows] = drawn.encoder.conv_out.get_parameter("bias")[rows]
         first, new = (a.decoder.conv_in if a.post_quant_conv is None else a.post_quant_conv for a in (self, drawn))
         first.weight[:, list(channels)] = new.weight[:, list(channels)]
         return self
 
-    # --- the interface `Autoencoder` ---
+    # --- as an `Autoencoder` ---
 
     def encode(self, images: np.ndarray) -> Tensor:
         """Encode uint8 `[image, row, column, 3]` to normalised latents. Raises ValueError for other input."""
-        self._check(images)
-        return self.latents(torch.from_numpy(images)).cpu()
+        return self.latents(self._checked(images)).cpu()
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         """Encode a uint8 tensor `[image, row, column, 3]` on any device to latents on the network's device."""
-        size = pixels[0][..., 0].numel()
-        return torch.cat([self.normalise(self._raw(part)).float() for part in _parts(pixels, size)])
+        parts = self._parts(pixels, math.prod(pixels.shape[1:3]))
+        return torch.cat([self.normalise(self._raw(part)).float() for part in parts])
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Decode normalised latents to uint8 `[image, row, column, 3]`."""
-        with torch.inference_mode():
-            size = latents[0][0].numel() * self.factor**2
-            return np.concatenate([tensor_to_images(self._decoded(part)) for part in _parts(latents, size)])
+        images = []
+        for part in self._parts(latents, self.factor**2 * math.prod(latents.shape[2:])):
+            z = self.denormalise(part.to(device=self.device, dtype=self.decoder.conv_in.weight.dtype))
+            if self.config.kind == "vq":
+                z = self.quantize.vectors(self.quantize.nearest(z)).to(z.dtype)
+            images.append(tensor_to_images(self.reconstruct(z.contiguous(memory_format=torch.channels_last))))
+        return np.concatenate(images)
 
+    @torch.no_grad()
     def codes(self, images: np.ndarray) -> Tensor:
         """Encode uint8 images to int64 codes `[image, row, column]`. Raises ValueError without a codebook."""
-        self._check(images)
-        self._needs_codebook()
-        pixels = torch.from_numpy(images)
-        with torch.inference_mode():
-            return torch.cat(
-                [self.quantize.nearest(self._raw(part)).cpu() for part in _parts(pixels, images[0][..., 0].size)]
-            )
+        self._check_codebook()
+        parts = self._parts(self._checked(images), math.prod(images.shape[1:3]))
+        return torch.cat([self.quantize.nearest(self._raw(part)).cpu() for part in parts])
 
+    @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> np.ndarray:
         """Decode int64 codes `[image, row, column]` to uint8 images. Raises ValueError without a codebook."""
-        self._needs_codebook()
-        with torch.inference_mode():
-            return self.decode(self.normalise(self.quantize.vectors(codes.to(self.device))))
-
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.conv_in.weight.device
+        self._check_codebook()
+        return self.decode(self.normalise(self.quantize.vectors(codes.to(self.device))))
 
     def normalise(self, z: Tensor) -> Tensor:
         """Scale the encoder's latents to mean 0 and deviation 1, by the configuration's statistics."""
@@ -301,48 +329,38 @@ class ImageAutoencoder(nn.Module):
 
     def with_statistics(self, mean: Tensor, std: Tensor) -> ImageAutoencoder:
         """Set the statistics for normalisation, `[channel]` each, and return self."""
+        means, deviations = tuple(mean.tolist()), tuple(std.tolist())
         self.config = replace(
-            self.config,
-            latents_mean=tuple(mean.tolist()),
-            latents_std=tuple(std.tolist()),
-            scaling_factor=1.0,
-            shift_factor=0.0,
+            self.config, latents_mean=means, latents_std=deviations, scaling_factor=1.0, shift_factor=0.0
         )
         return self
 
     def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        mean = config.latents_mean or (config.shift_factor,)
-        std = config.latents_std or (1.0,)
-        shift = torch.tensor(mean, dtype=z.dtype, device=z.device).view(-1, 1, 1)
-        return shift, config.scaling_factor / torch.tensor(std, dtype=z.dtype, device=z.device).view(-1, 1, 1)
+        shift, deviation = (
+            torch.tensor(values, dtype=z.dtype, device=z.device).view(-1, 1, 1)
+            for values in (config.latents_mean or (config.shift_factor,), config.latents_std or (1.0,))
+        )
+        return shift, config.scaling_factor / deviation
 
     def _raw(self, pixels: Tensor) -> Tensor:
         """Encode uint8 pixels to latents before normalisation: a KL's mean, or a VQ's vectors before quantisation."""
         weight = self.decoder.conv_in.weight
-        x = scaled(pixels.to(weight.device)).to(weight.dtype)
+        x = images_to_tensor(pixels.to(weight.device)).to(weight.dtype)
         h = self.moments(x.contiguous(memory_format=torch.channels_last))
         return h.chunk(2, dim=1)[0] if self.config.kind == "kl" else h
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        weight = self.decoder.conv_in.weight
-        z = self.denormalise(latents.to(device=weight.device, dtype=weight.dtype))
-        if self.config.kind == "vq":
-            z = self.quantize.vectors(self.quantize.nearest(z)).to(weight.dtype)
-        return self.reconstruct(z.contiguous(memory_format=torch.channels_last))
+    def _parts(self, items: Tensor, pixels: int) -> Sequence[Tensor]:
+        """Split images or latents, each of `pixels` pixels, into batches of at most `max_pixels`."""
+        return items.split(max(1, self.max_pixels // pixels))
 
-    def _check(self, images: np.ndarray) -> None:
+    def _checked(self, images: np.ndarray) -> Tensor:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
             raise ValueError(f"images: expected uint8 [image, row, column, 3], found {images.dtype} {images.shape}")
         if any(side % self.factor or not side for side in images.shape[1:3]):
             raise ValueError(f"images: expected sides that are multiples of {self.factor}, found {images.shape[1:3]}")
+        return torch.from_numpy(images)
 
-    def _needs_codebook(self) -> None:
+    def _check_codebook(self) -> None:
         if self.codebook_size is None:
             raise ValueError(f"autoencoder {self.name}: expected a codebook, found a KL autoencoder")
-
-
-def _parts(items: Tensor, pixels: int) -> list[Tensor]:
-    """Split images or latents, each of `pixels` pixels, into batches of at most `MAX_PIXELS`."""
-    step = max(1, MAX_PIXELS // pixels)
-    return [items[start : start + step] for start in range(0, len(items), step)]

@@ -1,4 +1,4 @@
-"""The encoder and decoder of the KL and VQ autoencoders (VQGAN, arXiv 2012.09841).
+"""The encoder, decoder and critic of the KL and VQ autoencoders (VQGAN, arXiv 2012.09841), and their configuration.
 
 Tensors are `[image, channel, row, column]`. Modules are named as in diffusers, so that each library opens the other's
 folders; tests compare the results.
@@ -6,13 +6,82 @@ folders; tests compare the results.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import AutoencoderConfig
-
 EPSILON = 1e-6
+MAX_BLOCKS = 100  # per resolution, far more than any network has: a damaged file may ask for more than can be built
+CRITIC_GROUPS = 8
+CRITIC_MIN_SIZE = 24
+"""side of the smallest image that the critic scores, in pixels"""
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The fields of diffusers' `AutoencoderKL` and `VQModel`, with fewer names.
+
+    kind              "kl": a Gaussian; "vq": the nearest of `codebook_size` vectors of `code_channels`
+    widths            channels of each resolution, finest first; the image shrinks by two between them
+    blocks            residual blocks of each resolution in the encoder; the decoder has one more
+    attended          resolutions (indices of widths) whose blocks are followed by attention
+    middle_attention  attention between encoder and bottleneck, and between bottleneck and decoder
+    groups            groups of the group norms
+    quant_conv, post_quant_conv   1 x 1 convolutions before and after the bottleneck (a "vq" always has both)
+    scaling_factor, shift_factor, latents_mean, latents_std
+                      normalisation: `(z - mean) / std * scaling_factor` if mean and std are given, by channel, else
+                      `(z - shift_factor) * scaling_factor`
+
+    Raises ValueError, naming the field, for values out of range.
+    """
+
+    kind: Literal["kl", "vq"] = "kl"
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2
+    latent_channels: int = 8
+    groups: int = 32
+    attended: tuple[int, ...] = ()
+    middle_attention: bool = True
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+    codebook_size: int = 16_384
+    code_channels: int = 8
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "latent_channels", "groups", "codebook_size", "code_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.blocks > MAX_BLOCKS:
+            raise ValueError(f"blocks: expected at most {MAX_BLOCKS}, found {self.blocks}")
+        if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
+            raise ValueError(f"widths: expected multiples of groups ({self.groups}), found {self.widths}")
+        if any(not 0 <= level < len(self.widths) for level in self.attended):
+            raise ValueError(f"attended: expected resolutions 0 to {len(self.widths) - 1}, found {self.attended}")
+        if (self.latents_mean is None) != (self.latents_std is None):
+            raise ValueError("latents_mean: expected together with latents_std, found one of the two")
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.bottleneck_channels:
+                raise ValueError(f"{name}: expected {self.bottleneck_channels} numbers, found {len(values)}")
+        if self.latents_std is not None and min(self.latents_std) <= 0:
+            raise ValueError(f"latents_std: expected positive numbers, found {self.latents_std}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent element, along each side."""
+        return int(2 ** (len(self.widths) - 1))
+
+    @property
+    def bottleneck_channels(self) -> int:
+        """Channels of a latent."""
+        return self.latent_channels if self.kind == "kl" else self.code_channels
 
 
 class ResidualBlock(nn.Module):
@@ -45,7 +114,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = self.group_norm(x).flatten(2).transpose(1, 2)
-        q, k, v = self.to_q(flat)[:, None], self.to_k(flat)[:, None], self.to_v(flat)[:, None]
+        q, k, v = (project(flat)[:, None] for project in (self.to_q, self.to_k, self.to_v))
         out = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -75,21 +144,29 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution, each followed by attention if `attended`, and the change to the next resolution."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, attended: bool) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        groups: int,
+        attended: bool,
+        resample: Literal["down", "up"] | None,
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             ResidualBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks)
         )
-        if attended:
-            self.attentions = nn.ModuleList(Attention(outputs, groups) for _ in range(blocks))
-        self.attended = attended
+        self.attentions = nn.ModuleList(Attention(outputs, groups) for _ in range(blocks if attended else 0))
+        self.downsamplers = nn.ModuleList([Downsample(outputs)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(outputs)] if resample == "up" else [])
 
     def forward(self, x: Tensor) -> Tensor:
         for number, block in enumerate(self.resnets):
             x = block(x)
-            if self.attended:
+            if self.attentions:
                 x = self.attentions[number](x)
-        for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+        for resample in (*self.downsamplers, *self.upsamplers):
             x = resample(x)
         return x
 
@@ -114,17 +191,17 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, outputs: int) -> None:
         super().__init__()
-        widths = config.widths
+        widths, groups = config.widths, config.groups
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for number, width in enumerate(widths):
-            before = widths[max(0, number - 1)]
-            level = Level(before, width, config.blocks, config.groups, number in config.attended)
-            if number < len(widths) - 1:
-                level.downsamplers = nn.ModuleList([Downsample(width)])
-            self.down_blocks.append(level)
-        self.mid_block = Middle(widths[-1], config.groups, config.middle_attention)
-        self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], EPSILON)
+            inputs, last = widths[max(0, number - 1)], number == len(widths) - 1
+            attended = number in config.attended
+            self.down_blocks.append(
+                Level(inputs, width, config.blocks, groups, attended, resample=None if last else "down")
+            )
+        self.mid_block = Middle(widths[-1], groups, config.middle_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,18 +216,17 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths = config.widths[::-1]
+        widths, groups = config.widths[::-1], config.groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = Middle(widths[0], config.groups, config.middle_attention)
+        self.mid_block = Middle(widths[0], groups, config.middle_attention)
         self.up_blocks = nn.ModuleList()
         for number, width in enumerate(widths):
-            before = widths[max(0, number - 1)]
+            inputs, last = widths[max(0, number - 1)], number == len(widths) - 1
             attended = len(widths) - 1 - number in config.attended
-            level = Level(before, width, config.blocks + 1, config.groups, attended)
-            if number < len(widths) - 1:
-                level.upsamplers = nn.ModuleList([Upsample(width)])
-            self.up_blocks.append(level)
-        self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], EPSILON)
+            self.up_blocks.append(
+                Level(inputs, width, config.blocks + 1, groups, attended, resample=None if last else "up")
+            )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -158,6 +234,27 @@ class Decoder(nn.Module):
         for level in self.up_blocks:
             x = level(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class PatchCritic(nn.Module):
+    """Scores patches of images, `[image, 3, row, column] -> [image, 1, row / 8 - 2, column / 8 - 2]`; positive is real.
+
+    The discriminator of VQGAN (arXiv 1611.07004): three convolutions of stride 2 and two of stride 1, all 4 x 4, so
+    that a score has a receptive field of 70 pixels. Group norms replace batch norms, so that a score depends on its
+    image alone and a step's result does not depend on how it is split.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for inputs, outputs, stride in zip(widths, widths[1:], (2, 2, 1), strict=False):
+            layers.append(nn.Conv2d(inputs, outputs, 4, stride=stride, padding=1, bias=False))
+            layers += [nn.GroupNorm(CRITIC_GROUPS, outputs), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
 
 def initialise(module: nn.Module, seed: int) -> None:

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..autoencoders import AutoencoderConfig, ImageAutoencoder
-from ..autoencoders.critic import PatchCritic
+from ..autoencoders import AutoencoderConfig, ImageAutoencoder, images_to_tensor
 from ..autoencoders.features import Features
-from ..autoencoders.network import initialise
-from ..autoencoders.pixels import images_to_tensor
+from ..autoencoders.network import PatchCritic, initialise
 from ..errors import UserError
 from ..rng import generator_for
 from .distributed import Distributed
