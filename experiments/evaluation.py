@@ -16,10 +16,8 @@ from transfuse.config import read_json
 from transfuse.devices import pick_device
 from transfuse.errors import UserError
 from transfuse.evaluation import Estimate, bootstrap, perplexity
-from transfuse.evaluation.captions import cider_d
-from transfuse.evaluation.image_quality import frechet
-from transfuse.evaluation.ptb_tokenizer import tokenize
-from transfuse.evaluation.reconstruction import frechet_distance
+from transfuse.evaluation.captions import cider_d, tokenize
+from transfuse.evaluation.image_quality import frechet, frechet_distance
 from transfuse.inference import TransfusionPipeline
 from transfuse.model.flops import count_parameters
 from transfuse.recipes import Recipe

@@ -37,8 +37,8 @@ import PIL.Image
 from transfuse.errors import UserError
 from transfuse.evaluation.confidence import CORRECTED, Estimate, bootstrap, corrected, share
 from transfuse.evaluation.context import EvalContext, Example, Metric, MetricResult, Result, first_of
+from transfuse.evaluation.drawings import draw_prompts, drawing_task
 from transfuse.evaluation.generate import content_hash, short_hash
-from transfuse.evaluation.image_quality import draw_prompts, drawing_task
 from transfuse.evaluation.reconstruction import BEST_PSNR, RANGE
 
 from .editing import Edit, edit

@@ -41,8 +41,7 @@ from .data.bundled import (
 )
 from .errors import UserError
 from .evaluation import Estimate, model_hash, perplexity
-from .evaluation.image_quality import frechet
-from .evaluation.reconstruction import frechet_distance
+from .evaluation.image_quality import frechet, frechet_distance
 from .inference import ImageEnd, ImageProgress, Reply, TransfusionPipeline
 from .io import atomic_write
 from .log import logger

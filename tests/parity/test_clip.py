@@ -13,7 +13,7 @@ from emoji_scenes import WorldConfig
 from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation import Drawing, EvalConfig, EvalContext, evaluate, named
-from transfuse.evaluation.clip import Clip, clip_scores
+from transfuse.evaluation.drawings import Clip, clip_scores
 from transfuse.inference import TransfusionPipeline
 
 open_clip = pytest.importorskip("open_clip")

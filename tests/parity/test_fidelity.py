@@ -12,8 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from test_distances import pictures, random_inception, vectors
 
-from transfuse.evaluation.image_quality import frechet, kernel_distance, precision_recall
-from transfuse.evaluation.inception import InceptionFeatures
+from transfuse.evaluation.image_quality import InceptionFeatures, frechet, kernel_distance, precision_recall
 
 pytest.importorskip("torch_fidelity")
 

@@ -11,7 +11,7 @@ import pytest
 
 from emoji_scenes import WorldConfig
 from emoji_scenes.scorer import SceneScorer
-from transfuse.evaluation.ptb_tokenizer import open_words
+from transfuse.evaluation.captions import open_words
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "captioning.json").read_text())
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_stanford_s_words_are_the_stored_ones_and_ours() -> None:
-    theirs, ours = open_words("pycocoevalcap"), open_words("")
+    theirs, ours = open_words("pycocoevalcap").cut, open_words("").cut
     texts = [text for text, _ in GOLDEN["tokens"]]
     assert theirs(texts) == [tokens.split() for _, tokens in GOLDEN["tokens"]]
     references = [text for some in GOLDEN["references"] for text in some]

@@ -13,8 +13,7 @@ import pytest
 from emoji_scenes import WorldConfig
 from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
-from transfuse.evaluation.captions import bleu_4, cider_d
-from transfuse.evaluation.ptb_tokenizer import JAR, MAIN, check_words, open_words, tokenize
+from transfuse.evaluation.captions import JAR, MAIN, bleu_4, check_words, cider_d, open_words, tokenize
 from transfuse.io import sha256
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "captioning.json").read_text())
@@ -107,7 +106,11 @@ def test_java_is_called_as_the_original_calls_it(tmp_path: Path, monkeypatch: py
     }
     jar = java(tmp_path, monkeypatch, answers)
     cut = open_words(str(jar))
-    assert cut(texts) == [["a", "dog", "ca", "n't", "run"], [], ["two", "-lrb-", "caf\u00e9s", "-rrb-", "yes", "no"]]
+    assert cut.cut(texts) == [
+        ["a", "dog", "ca", "n't", "run"],
+        [],
+        ["two", "-lrb-", "caf\u00e9s", "-rrb-", "yes", "no"],
+    ]
     arguments, lines = json.loads((tmp_path / "said.json").read_text())
     assert arguments == ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     assert lines == list(answers)
@@ -119,10 +122,10 @@ def test_java_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         UserError, match=r"java: expected words, found exit code 3 \(PTBTokenizer: something is wrong\)$"
     ):
-        open_words(str(jar))(["a"])
+        open_words(str(jar)).cut(["a"])
     jar = java(tmp_path, monkeypatch, {"a": "a"})
     with pytest.raises(UserError, match="expected a line of words for each of 2, found 1"):
-        open_words(str(jar))(["a", "b"])
+        open_words(str(jar)).cut(["a", "b"])
 
 
 def test_what_is_missing_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,4 +155,4 @@ def test_the_jar_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (package / "__init__.py").write_text("raise ImportError('it wants packages of its own')")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert check_words("pycocoevalcap") == (str(package / "tokenizer" / "bin" / "java"), jar)
-    assert open_words("pycocoevalcap")(["A cat"]) == [["a", "cat"]]
+    assert open_words("pycocoevalcap").cut(["A cat"]) == [["a", "cat"]]

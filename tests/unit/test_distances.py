@@ -14,15 +14,18 @@ from emoji_scenes import WorldConfig
 from emoji_scenes.scene_classifier import train_scene_classifier
 from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
-from transfuse.evaluation.clip import clip_scores
+from transfuse.evaluation.drawings import clip_scores
 from transfuse.evaluation.image_quality import (
     ImageFeatures,
+    Inception,
+    InceptionFeatures,
     check_features,
+    enlarged,
     frechet,
     kernel_distance,
+    open_features,
     precision_recall,
 )
-from transfuse.evaluation.inception import Inception, InceptionFeatures, check_inception, enlarged
 
 
 def random_inception() -> Inception:
@@ -162,7 +165,7 @@ def test_enlarging_is_that_of_tensorflow_1() -> None:
 def test_a_missing_or_wrong_network_is_named_with_its_hash_and_source(tmp_path) -> None:
     path = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
     with pytest.raises(UserError, match=r"6726825d\.\.\.\), found no file; people get it from https://github.com"):
-        check_inception(path)
+        open_features(str(path))
     path.write_bytes(b"something else")
     with pytest.raises(UserError, match=r"expected SHA-256 6726825d\.\.\., found"):
         check_features(str(path))

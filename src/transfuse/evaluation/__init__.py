@@ -5,17 +5,7 @@ for result in evaluate(context, named(["quick"])): ...
 """
 
 from .confidence import Estimate, agreement_by_chance, bootstrap, share
-from .context import (
-    Drawing,
-    EvalConfig,
-    EvalContext,
-    Example,
-    Metric,
-    MetricResult,
-    Result,
-    Scorer,
-    model_hash,
-)
+from .context import Drawing, EvalConfig, EvalContext, Example, Metric, MetricResult, Result, Scorer, model_hash
 from .registry import METRICS, SUITES, all_metrics, check, check_paper, evaluate, named, numbers
 from .text import TextResult, perplexity
 

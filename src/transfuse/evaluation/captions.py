@@ -3,24 +3,33 @@
     words = [tokenize(caption) for caption in captions]
     cider_d(words, references)          # float64 [image], times 100: the paper's scale (27.2, Table 3)
 
-Captions are lower-cased and split into Penn Treebank tokens without punctuation: `ptb_tokenizer.py`.
+Captions are split into Penn Treebank tokens: lower case, clitics apart, no punctuation. `tokenize` equals Stanford's
+PTBTokenizer 3.4.1 with pycocoevalcap's flags on the captions of the tests, and needs no Java. `open_words` runs
+Stanford's own instead where a jar is given; each result says which of the two it used.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import shutil
+import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import PIL.Image
 
 from ..errors import UserError
+from ..io import sha256
 from .confidence import Estimate, bootstrap, resampled, share
 from .context import EvalContext, Example, Metric, MetricResult, Result, extremes
 from .generate import Made, Task
 from .pairs import Pairs, check_pairs, context_pairs
-from .ptb_tokenizer import check_words, open_words
 
 ORDER = 4
 """Length of the longest n-grams."""
@@ -33,15 +42,19 @@ LEAST = 2
 NAMES = ("CIDEr-D x 100", "BLEU-4 x 100")
 
 Gram = tuple[str, ...]
+Words = Sequence[str]
 
 
-def n_grams(words: Sequence[str]) -> Counter[Gram]:
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def n_grams(words: Words) -> Counter[Gram]:
     """Count each run of 1 to `ORDER` words."""
     spans = ((start, start + size) for size in range(1, ORDER + 1) for start in range(len(words) - size + 1))
     return Counter(tuple(words[start:end]) for start, end in spans)
 
 
-def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
+def cider_d(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
     """Return float64 `[image]`, 0 to 1000, of tokenized captions, one per image, and the references of each image.
 
     Cosines of n-gram counts weighted by rarity among the references, clipped, reduced where lengths differ, averaged
@@ -80,7 +93,7 @@ def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
     return 1000 * scores
 
 
-def bleu_4(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Estimate:
+def bleu_4(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> Estimate:
     """Return BLEU-4 of the whole set, 0 to 100, with its interval over images, by the nearest reference length."""
     _check_lengths("bleu_4", captions, references)
     counts = np.array([_matches(words, of_image) for words, of_image in zip(captions, references, strict=True)])
@@ -88,7 +101,7 @@ def bleu_4(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequ
     return Estimate(float(_bleu(counts.sum(0)[None])[0]), float(low), float(high), len(captions))
 
 
-def _matches(words: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+def _matches(words: Words, references: Sequence[Words]) -> list[float]:
     """Count n-grams shared with any reference by n, all n-grams by n, words, and words of the nearest reference."""
     counts, most = n_grams(words), Counter[Gram]()
     for reference in references:
@@ -113,6 +126,129 @@ def _check_lengths(name: str, captions: Sequence[object], references: Sequence[S
         raise ValueError(f"{name}: expected captions, and references for each, found {len(captions)} captions")
 
 
+# --- words ------------------------------------------------------------------------------------------------------------
+
+_ABBREVIATIONS = (
+    "mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|co|ltd|corp|prof|rev|gen|col|lt|sgt|capt|mt|ave|blvd|"
+    "jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec"
+)
+_TOKEN = re.compile(
+    rf"""
+    (?:https?://\S+|www\.\S+)                            # addresses
+    | (?:{_ABBREVIATIONS})\.(?!\w)              # a full stop that belongs to the word
+    | no\.(?=\s*\d)
+    | (?:[a-z]\.){{2,}}                                  # u.s., a.m.
+    | \d+(?:[.,:/]\d+)+                                  # 1,000  3.5  12:30  1/2
+    | '(?:n'|\d0s)                                       # rock 'n' roll, the '90s
+    | c\+\+
+    | [^\W_]+(?:(?:[-_&@./]|'(?=\D))(?=[^\W_])[^\W_]+)*   # words, with hyphens and all
+    | '(?:s|m|d|re|ve|ll)\b
+    | \.\.\.+ | --+ | \S
+    """,
+    re.VERBOSE,
+)
+_CLITIC = re.compile(r"^(.+?)(n't|'(?:s|m|d|re|ve|ll))$")
+_SPLIT = {
+    "cannot": ("can", "not"),
+    "gonna": ("gon", "na"),
+    "gotta": ("got", "ta"),
+    "wanna": ("wan", "na"),
+    "gimme": ("gim", "me"),
+    "lemme": ("lem", "me"),
+    "y'all": ("y'", "all"),
+}
+# The original drops brackets in capitals, but sees them in lower case: they stay, as words.
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_DROPPED = {*"'`\".?!,:;-–—…", "''", "``", "--", "..."}
+
+
+def tokenize(text: str) -> list[str]:
+    """Return the words in lower case, clitics apart, punctuation left out."""
+    words: list[str] = []
+    text = text.lower().replace("\n", " ").replace("’", "'").replace("“", '"').replace("”", '"')
+    for token in _TOKEN.findall(text):
+        if token in _DROPPED or set(token) <= {".", "-"}:
+            continue
+        match = _CLITIC.match(token)
+        if token in _BRACKETS:
+            words.append(_BRACKETS[token])
+        elif match:
+            words += _SPLIT.get(match[1], (match[1],))
+            words.append(match[2])
+        else:
+            words += _SPLIT.get(token, (token,))
+    return words
+
+
+PACKAGE, JAR = "pycocoevalcap", "stanford-corenlp-3.4.1.jar"
+MAIN = "edu.stanford.nlp.process.PTBTokenizer"
+STANFORD_DROPPED = {*"'`.?!,:-;", "''", "``", "--", "..."}
+"""The punctuation that pycocoevalcap drops; brackets in capitals are on its list too, but never come."""
+
+
+@dataclass(frozen=True)
+class WordTokenizer:
+    """Cuts texts into words, all at once; results carry its name."""
+
+    name: str
+    cut: Callable[[Sequence[str]], list[list[str]]]
+
+
+def open_words(jar: str) -> WordTokenizer:
+    """Open our own tokenizer (""), Stanford's (the path of a jar), or the jar of the package "pycocoevalcap".
+
+    Raises UserError as `check_words`; `cut` raises it where java fails.
+    """
+    if not jar:
+        return WordTokenizer("PTB-like tokens", lambda texts: [tokenize(text) for text in texts])
+    java, path = check_words(jar)
+    name = f"Stanford PTBTokenizer ({path.name}@{sha256(path)[:8]})"
+    return WordTokenizer(name, lambda texts: _stanford(java, path, texts))
+
+
+def check_words(jar: str) -> tuple[str, Path]:
+    """Return the java and the jar that are needed, "" for neither. Raises UserError for one missing or wrong."""
+    if not jar:
+        return "", Path()
+    path = Path(jar)
+    if jar == PACKAGE:
+        spec = importlib.util.find_spec(PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"--ptb-jar: expected the package {PACKAGE}, found none; install it with pip, or give a jar"
+            )
+        path = Path(next(iter(spec.submodule_search_locations)), "tokenizer", JAR)
+    wanted = f"--ptb-jar: expected {JAR} with Stanford's PTBTokenizer, as {PACKAGE} brings it"
+    if not path.is_file():
+        raise UserError(f"{wanted}, found no {path}")
+    try:
+        with ZipFile(path) as archive:
+            archive.getinfo(f"{MAIN.replace('.', '/')}.class")
+    except (OSError, BadZipFile, KeyError):
+        raise UserError(f"{wanted}, found something else in {path}") from None
+    java = shutil.which("java")
+    if java is None:
+        raise UserError("--ptb-jar: expected java on the PATH, found none; without the option no Java is needed")
+    return java, path
+
+
+def _stanford(java: str, jar: Path, texts: Sequence[str]) -> list[list[str]]:
+    """Run Stanford's tokenizer with pycocoevalcap's flags, one line per text."""
+    lines = [" ".join(text.split()) for text in texts]
+    command = [java, "-cp", str(jar), MAIN, "-preserveLines", "-lowerCase"]
+    try:
+        process = subprocess.run(command, input="".join(f"{line}\n" for line in lines).encode(), capture_output=True)
+    except OSError as error:
+        raise UserError(f"--ptb-jar: {java}: expected java, found what does not run ({error.strerror})") from None
+    message = process.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+    if process.returncode:
+        raise UserError(f"--ptb-jar: {java}: expected words, found exit code {process.returncode} ({message[0]})")
+    cut = process.stdout.decode().split("\n")[:-1]
+    if len(cut) != len(lines):
+        raise UserError(f"--ptb-jar: {java}: expected a line of words for each of {len(lines)}, found {len(cut)}")
+    return [[word for word in line.split(" ") if word and word not in STANFORD_DROPPED] for line in cut]
+
+
 # --- the metric -------------------------------------------------------------------------------------------------------
 
 
@@ -125,35 +261,20 @@ def _check(context: EvalContext) -> None:
     check_words(context.options.ptb_jar)
 
 
-def _numbers(context: EvalContext) -> Sequence[str]:
+def _names(context: EvalContext) -> Sequence[str]:
     if context.options.captions is not None:
         return NAMES
     return (*NAMES, *context.needs_scorer("captioning").caption_facts())
-
-
-def _captions(context: EvalContext, pairs: Pairs) -> list[str]:
-    """Caption each image greedily, as in the paper, with no text before it."""
-
-    def work(numbers: Sequence[int]) -> list[Made]:
-        pictures = [PIL.Image.fromarray(pairs.picture(n)) for n in numbers]
-        captions = context.pipe.caption(pictures, max_tokens=MAX_TOKENS)
-        return [Made({"id": pairs.ids[n], "said": text}) for n, text in zip(numbers, captions, strict=True)]
-
-    settings = {"data": pairs.whole_label, "max_tokens": MAX_TOKENS, "prompt": "the picture alone"}
-    task = Task("captions", settings, len(pairs.ids), work)
-    return [record["said"] for record in context.make(task).records]
 
 
 def _score(context: EvalContext) -> MetricResult:
     pairs = context_pairs(context)
     captions = _captions(context, pairs)
     tokenizer = open_words(context.options.ptb_jar)
-    texts = [
-        text for caption, of_image in zip(captions, pairs.references, strict=True) for text in (caption, *of_image)
-    ]
-    tokenized = iter(tokenizer(texts))
+    texts = zip(captions, pairs.references, strict=True)
+    tokenized = iter(tokenizer.cut([text for caption, of_image in texts for text in (caption, *of_image)]))
     by_image = [list(islice(tokenized, 1 + len(of_image))) for of_image in pairs.references]
-    words, references = [texts[0] for texts in by_image], [texts[1:] for texts in by_image]
+    words, references = [of_image[0] for of_image in by_image], [of_image[1:] for of_image in by_image]
     scores = cider_d(words, references)
     elsewhere = cider_d([*words[1:], words[0]], references)
     ceiling = None
@@ -168,15 +289,24 @@ def _score(context: EvalContext) -> MetricResult:
     ]
     if context.options.captions is None:
         results += _facts_right(context, pairs, captions)
-    examples = [
-        Example(
-            f"{captions[n] or '(nothing)'}  [{scores[n]:.0f}]",
-            [(pairs.picture(n), pairs.references[n][0])],
-            group=title,
-        )
-        for n, title in extremes(scores, SHOWN, "captions", "CIDEr-D")
-    ]
+    examples = []
+    for n, title in extremes(scores, SHOWN, "captions", "CIDEr-D"):
+        text = f"{captions[n] or '(nothing)'}  [{scores[n]:.0f}]"
+        examples.append(Example(text, [(pairs.picture(n), pairs.references[n][0])], group=title))
     return MetricResult(results, examples)
+
+
+def _captions(context: EvalContext, pairs: Pairs) -> list[str]:
+    """Caption each image greedily, as in the paper, with no text before it."""
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        pictures = [PIL.Image.fromarray(pairs.picture(n)) for n in numbers]
+        captions = context.pipe.caption(pictures, max_tokens=MAX_TOKENS)
+        return [Made({"id": pairs.ids[n], "said": text}) for n, text in zip(numbers, captions, strict=True)]
+
+    settings = {"data": pairs.whole_label, "max_tokens": MAX_TOKENS, "prompt": "the picture alone"}
+    task = Task("captions", settings, len(pairs.ids), work)
+    return [record["said"] for record in context.make(task).records]
 
 
 def _facts_right(context: EvalContext, pairs: Pairs, captions: Sequence[str]) -> Iterator[Result]:
@@ -197,7 +327,7 @@ CAPTIONING = Metric(
     "CIDEr-D and BLEU-4 of captions",
     _check,
     _score,
-    _numbers,
+    _names,
     compared=(
         "Chance: each caption held against the references of another picture. Reference: of CIDEr-D, the first "
         "reference caption of each picture against its others, which a model's captions can pass; of nouns and "

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-AT_ONCE = 1 << 22
-"""Items resampled at once; bounds memory."""
 CORRECTED = ", corrected"
 """The suffix of numbers from which the judge's errors are taken out."""
 
@@ -29,8 +27,11 @@ def bootstrap(
     counts: Sequence[float] | np.ndarray | None = None,
     draws: int = 2000,
     seed: int = 0,
+    at_once: int = 1 << 22,
 ) -> Estimate:
     """Return `sum(totals) / sum(counts)` over items (counts default to 1), with the percentile interval of resamples.
+
+    at_once   items resampled at once; bounds memory and changes no number
 
     Raises ValueError for no items, or lengths that differ.
     """
@@ -38,20 +39,25 @@ def bootstrap(
     weights = np.ones_like(sums) if counts is None else np.asarray(counts, dtype=np.float64)
     if sums.ndim != 1 or not len(sums) or weights.shape != sums.shape:
         raise ValueError(f"bootstrap: expected items and as many counts, found {sums.shape} and {weights.shape}")
-    means = resampled(np.stack([sums, weights], axis=1), lambda sums: sums[:, 0] / sums[:, 1], draws, seed)
+    items = np.stack([sums, weights], axis=1)
+    means = resampled(items, lambda sums: sums[:, 0] / sums[:, 1], draws, seed, at_once)
     low, high = np.percentile(means, [2.5, 97.5])
     return Estimate(float(sums.sum() / weights.sum()), float(low), float(high), len(sums))
 
 
 def resampled(
-    items: np.ndarray, measure: Callable[[np.ndarray], np.ndarray], draws: int = 2000, seed: int = 0
+    items: np.ndarray,
+    measure: Callable[[np.ndarray], np.ndarray],
+    draws: int = 2000,
+    seed: int = 0,
+    at_once: int = 1 << 22,
 ) -> np.ndarray:
     """Return `measure` of the sums of resampled items: items `[item, column]`, result `[draw]`."""
     generator = np.random.default_rng(seed)
     values = []
-    at_once = max(1, AT_ONCE // len(items))
-    for start in range(0, draws, at_once):
-        chosen = generator.integers(0, len(items), (min(at_once, draws - start), len(items)))
+    step = max(1, at_once // len(items))
+    for start in range(0, draws, step):
+        chosen = generator.integers(0, len(items), (min(step, draws - start), len(items)))
         values.append(measure(np.stack([column[chosen].sum(1) for column in items.T], axis=1)))
     return np.concatenate(values)
 

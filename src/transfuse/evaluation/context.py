@@ -1,8 +1,8 @@
 """The contract of a metric: what it is given (`EvalContext`), what it declares (`Metric`), what it returns.
 
-A metric is a function `EvalContext -> MetricResult` in a `Metric`, which `registry.py` lists by name. Model outputs are
-made once by `EvalContext.make` and shared by all metrics. A data set may bring a `Scorer`; without one, evaluation
-works on the images and captions that the user names.
+A metric is a function `EvalContext -> MetricResult` in a `Metric`; `registry.py` shows how to add one. Model outputs
+are made once by `EvalContext.make`, stored (`generate.py`), and shared by all metrics. A data set may bring a `Scorer`;
+without one, evaluation works on the images and captions that the user names.
 """
 
 from __future__ import annotations
@@ -30,26 +30,17 @@ from .generate import Outcome, Task, generate, short_hash, weights_digest
 
 if TYPE_CHECKING:
     from .image_quality import ImageFeatures
-    from .multiple_choice import Question
     from .pairs import Pairs
+    from .text import Question
 
 Better = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The settings of an evaluation. Every file is local; nothing is downloaded.
+    """The settings of an evaluation; `transfuse evaluate --help` explains each. Every file is local.
 
-    count          number of images drawn, captioned and edited by each metric, and of questions
-    features       network for Fréchet distances: "recogniser", "imagenet-mobilenet", or a file of weights
-    texts, stride  text files; tokens a window moves by (None: the context length, so windows do not overlap)
-    captions, images   a COCO or Karpathy json, and its image folder; None: the images of the scorer
-    ids            a list of image ids, in order, with or without prompts; None: by the rule in `pairs`
-    ptb_jar        caption tokenizer: "" for our own, a jar with Stanford's, or "pycocoevalcap"
-    clip, clip_model   weights for open_clip, and the name of their architecture
-    geneval        prompts of the original GenEval (evaluation_metadata.jsonl), drawn for its own scorer
-    tasks, tasks_folder   names of lm-evaluation-harness tasks, and a folder with their files
-    judge_steps    training steps of the scorer's classifier and detector; None: their own default
+    Raises UserError for a count below 1.
     """
 
     count: int = 120
@@ -75,14 +66,17 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Sampling settings of drawn images; None: the model's default. Image n has the seed `seed + n`."""
+    """Sampling settings of drawn images; None: the model's default.
+
+    candidates   images drawn per text prompt; the model keeps the one under which the prompt is most probable
+    seed         image n has the seed `seed + n`
+    """
 
     sampler: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     candidates: int = 1
-    """Images drawn for each text prompt; the model keeps the one under which the prompt is most probable."""
     seed: int = 0
 
     @classmethod
@@ -157,28 +151,25 @@ class EvalContext:
         settings = {"model": self.model, "loaded": self.loaded, "version": self.version, **task.settings}
         return generate(self.folder / "generated", replace(task, settings=settings), self.batch)
 
-    def resolved(self) -> EvalContext:
-        """Return a copy with the model's defaults for unset sampling options. Raises UserError for an invalid one."""
-        chosen = self.request([])
-        sampler: str | None = chosen.sampler.name
-        steps: int | None = chosen.sampler.steps
-        if self.pipe.exported.model.config.images != "latents":
-            sampler = steps = None  # images are decoded code by code
-        drawing = replace(
-            self.drawing,
-            sampler=sampler,
-            steps=steps,
-            guidance_scale=chosen.guidance_scale,
-            guidance_interval=chosen.guidance_interval,
-        )
-        return replace(self, drawing=drawing)
-
     def request(self, parts: Sequence[str | PIL.Image.Image]) -> Request:
         """Return a request with the sampling options under test."""
         drawing = self.drawing
         return self.pipe.request(
             parts, drawing.steps, drawing.guidance_scale, drawing.sampler, drawing.guidance_interval
         )
+
+    def resolved(self) -> EvalContext:
+        """Return a copy with the model's defaults for unset sampling options. Raises UserError for an invalid one."""
+        chosen = self.request([])
+        latents = self.pipe.exported.model.config.images == "latents"  # codes have no sampler
+        drawing = replace(
+            self.drawing,
+            sampler=chosen.sampler.name if latents else None,
+            steps=chosen.sampler.steps if latents else None,
+            guidance_scale=chosen.guidance_scale,
+            guidance_interval=chosen.guidance_interval,
+        )
+        return replace(self, drawing=drawing)
 
 
 @dataclass(frozen=True)
@@ -294,10 +285,9 @@ def model_hash(export: Path) -> str:
 def loaded_hash(exported: Exported) -> str:
     """Return a hash of a loaded model: weights, dtype, settings, tokenizer, autoencoder, sampling defaults."""
     model = exported.model
-    kinds = {f"{type(weight.data).__name__} {weight.dtype}" for weight in model.parameters()}
     facts = {
         "weights": weights_digest(model.state_dict()) if exported.weights is None else exported.fingerprint,
-        "kinds": sorted(kinds),
+        "kinds": sorted({f"{type(weight.data).__name__} {weight.dtype}" for weight in model.parameters()}),
         "model": to_dict(model.config),
         "diffusion": to_dict(exported.process.config),
         "generation": to_dict(exported.generation),

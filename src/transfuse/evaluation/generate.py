@@ -53,10 +53,6 @@ class Task:
     count: int
     work: Callable[[Sequence[int]], Sequence[Made]]
 
-    @property
-    def folder(self) -> str:
-        return f"{self.name}-{short_hash({'count': self.count, **self.settings})}"
-
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -66,7 +62,7 @@ class Outcome:
     records: list[dict[str, Any]] = field(repr=False)
 
     def path(self, number: int) -> Path:
-        return _image_path(self.folder, number)
+        return self.folder / "images" / f"{number:08d}.png"
 
     def image(self, number: int) -> np.ndarray:
         return read_image(self.path(number))
@@ -74,6 +70,57 @@ class Outcome:
     def images(self) -> np.ndarray:
         """Return all images, uint8 `[image, row, column, 3]`."""
         return np.stack([self.image(number) for number in range(len(self.records))])
+
+
+def generate(folder: Path, task: Task, batch: int) -> Outcome:
+    """Make the missing items of a task, `batch` at a time. Raises UserError where the folder cannot be written."""
+    settings = {"count": task.count, **task.settings}
+    place = folder / f"{task.name}-{short_hash(settings)}"
+    lines = place / "items.jsonl"
+    try:
+        (place / "images").mkdir(parents=True, exist_ok=True)
+        records, _ = _complete_lines(lines)
+        if len(records) < task.count:
+            with FileLock(place / "items.lock"), lines.open("a") as file:
+                text = json.dumps({"name": task.name, **settings}, indent=2) + "\n"
+                atomic_write(place / "task.json", lambda path: path.write_text(text))
+                records, size = _complete_lines(lines)
+                file.truncate(size)
+                with progress(task.name, task.count, len(records)) as bar:
+                    while len(records) < task.count:
+                        numbers = range(len(records), min(task.count, len(records) + batch))
+                        records += _make(task, numbers, Outcome(place, records), file)
+                        bar.advance(len(numbers))
+    except OSError as error:
+        raise UserError(f"{place}: expected a folder to write to, found {error.strerror or error}") from None
+    return Outcome(place, records)
+
+
+def _make(task: Task, numbers: Sequence[int], outcome: Outcome, file: Any) -> list[dict[str, Any]]:
+    """Make a batch and write it: images first, then the lines that say they are complete. Return its records."""
+    made = task.work(numbers)
+    for number, item in zip(numbers, made, strict=True):
+        if item.image is not None:
+            PIL.Image.fromarray(item.image).save(outcome.path(number))
+            sync(outcome.path(number))
+    records = [item.record for item in made]
+    file.write("".join(json.dumps(record) + "\n" for record in records))
+    file.flush()
+    os.fsync(file.fileno())
+    return records
+
+
+def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the records so far and their size in bytes; a last line without its newline is incomplete."""
+    data = path.read_bytes() if path.is_file() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    try:
+        return [json.loads(line) for line in whole.splitlines()], len(whole)
+    except ValueError as error:
+        raise UserError(f"{path}: expected a JSON record a line, found something else ({error})") from None
+
+
+# --- hashes -----------------------------------------------------------------------------------------------------------
 
 
 def short_hash(value: Any) -> str:
@@ -95,56 +142,3 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     for tensor in weights.values():
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:8]
-
-
-def generate(folder: Path, task: Task, batch: int) -> Outcome:
-    """Make the missing items of a task, `batch` at a time. Raises UserError where the folder cannot be written."""
-    place = folder / task.folder
-    lines = place / "items.jsonl"
-    try:
-        (place / "images").mkdir(parents=True, exist_ok=True)
-        records, _ = _complete_lines(lines)
-        if len(records) < task.count:
-            with FileLock(place / "items.lock"), lines.open("a") as file:
-                text = json.dumps({"name": task.name, "count": task.count, **task.settings}, indent=2) + "\n"
-                atomic_write(place / "task.json", lambda path: path.write_text(text))
-                records, size = _complete_lines(lines)
-                file.truncate(size)
-                with progress(task.name, task.count, len(records)) as bar:
-                    while len(records) < task.count:
-                        numbers = range(len(records), min(task.count, len(records) + batch))
-                        made = task.work(numbers)
-                        _write(place, numbers, made, file)
-                        records += [item.record for item in made]
-                        bar.advance(len(made))
-    except OSError as error:
-        raise UserError(f"{place}: expected a folder to write to, found {error.strerror or error}") from None
-    return Outcome(place, records)
-
-
-def _write(place: Path, numbers: Sequence[int], made: Sequence[Made], file: Any) -> None:
-    """Write a batch: images first, then the lines that say they are complete."""
-    if len(made) != len(numbers):
-        raise ValueError(f"{place.name}: expected {len(numbers)} things made, found {len(made)}")
-    for number, item in zip(numbers, made, strict=True):
-        if item.image is not None:
-            path = _image_path(place, number)
-            PIL.Image.fromarray(item.image).save(path)
-            sync(path)
-    file.write("".join(json.dumps(item.record) + "\n" for item in made))
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the records so far and their size in bytes; a last line without its newline is incomplete."""
-    data = path.read_bytes() if path.is_file() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    try:
-        return [json.loads(line) for line in whole.splitlines()], len(whole)
-    except ValueError as error:
-        raise UserError(f"{path}: expected a JSON record a line, found something else ({error})") from None
-
-
-def _image_path(place: Path, number: int) -> Path:
-    return place / "images" / f"{number:08d}.png"

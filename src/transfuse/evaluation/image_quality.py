@@ -1,7 +1,7 @@
-"""Image quality of a set: Fréchet distance (FID), KID, precision and recall; of an autoencoder PSNR, SSIM and rFID.
+"""Distances between sets of images: Fréchet distance (FID), KID, precision and recall, and the networks they need.
 
-    features = open_features("imagenet-mobilenet")     # or a weights file, or "recogniser" with a scorer's classifier
-    a, b = features(images), features(others)          # float64 [image, channel]
+    network = open_features("imagenet-mobilenet")     # or a weights file, or "recogniser" with a scorer's classifier
+    a, b = network.features(images), network.features(others)      # float64 [image, channel]
     frechet(a, b), kernel_distance(a, b), precision_recall(a, b)
 
 The Fréchet distance is called FID only with the Inception network of 2015. Each distance depends on the network and the
@@ -11,27 +11,20 @@ number of images: compare only where both are equal.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..autoencoders.features import MOBILENET, Features, load_features, packaged_weights
-from ..config import to_dict
 from ..errors import UserError
 from ..io import sha256
 from ..log import progress
-from .confidence import Estimate, bootstrap, share
-from .context import EvalContext, Example, Metric, MetricResult, Result, Scorer, first_of
-from .generate import Made, Outcome, Task
-from .inception import FILE, check_inception, load_inception
-from .pairs import Pairs, check_pairs, context_pairs
-from .reconstruction import BEST_PSNR, frechet_distance, psnr, ssim
+from .confidence import Estimate, share
+from .context import EvalContext, Scorer
 
 CLASSIFIER = "recogniser"
 """The name under which a scorer's classifier serves as the feature network."""
@@ -46,98 +39,34 @@ LEAST = 4
 NEIGHBOUR = 3
 """The ball around an image reaches its third neighbour (Kynkäänniemi et al. 2019)."""
 BATCH = 32
-SHOWN_DRAWN, SHOWN_REBUILT = 24, 12
-
-
-class ImageFeatures(Protocol):
-    """A feature network. Its name and the digest of its weights accompany every number."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def digest(self) -> str: ...
-
-    def features(self, images: np.ndarray) -> np.ndarray:
-        """Return float64 `[image, channel]` of uint8 images `[image, row, column, 3]`."""
-
-
-class ImageNetFeatures:
-    """An ImageNet network of `autoencoders.features`, at `SIDE` pixels."""
-
-    def __init__(self, network: Features, digest: str, device: torch.device | str) -> None:
-        self.network, self.name, self.digest, self.device = network.to(device), network.name, digest, device
-
-    @torch.inference_mode()
-    def features(self, images: np.ndarray) -> np.ndarray:
-        x = pixels(images).to(self.device)
-        x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
-        return self.network.pooled(x.clamp(-1, 1)).double().cpu().numpy()
-
-
-def pixels(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
-    """Convert uint8 `[image, row, column, 3]` to float32 `[image, 3, row, column]` in [-1, 1]."""
-    values = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-    return values.to(torch.float32).div(127.5).sub(1.0)
-
-
-# --- feature networks -------------------------------------------------------------------------------------------------
-
-
-def check_features(name: str, scorer: Scorer | None = None) -> None:
-    """Raise UserError, before any work, for a missing or wrong weights file."""
-    if name == CLASSIFIER:
-        if scorer is None:
-            raise UserError(f'--features: expected "{MOBILENET}" or a file, found "{name}" for data without a scorer')
-    elif name != MOBILENET and "inception" in Path(name).name:
-        check_inception(Path(name))
-    elif name != MOBILENET and not Path(name).is_file():
-        raise UserError(
-            f'--features: expected "{CLASSIFIER}", "{MOBILENET}", {FILE} or a file with weights of VGG16, ResNet-50 or '
-            f"MobileNetV2, found no {name}"
-        )
-    else:
-        load_features(name)
-
-
-def open_features(name: str, device: torch.device | str = "cpu") -> ImageFeatures:
-    """Return the network of a weights file, or "imagenet-mobilenet"."""
-    if name != MOBILENET and "inception" in Path(name).name:
-        return load_inception(Path(name), device)
-    weights = packaged_weights() if name == MOBILENET else Path(name)
-    return ImageNetFeatures(load_features(weights), sha256(weights)[:8], device)
-
-
-def _context_features(context: EvalContext) -> ImageFeatures:
-    """Return the feature network of the options; a scorer's classifier is trained first where it does not exist."""
-    name = context.options.features
-    if name == CLASSIFIER:
-        return context.needs_scorer("--features").classifier(context.folder, context.options.judge_steps)
-    return open_features(name, context.device)
-
-
-def distance_name(network: str, fid: str = "FID", other: str = "FD") -> str:
-    """Return "FID" for the Inception network of 2015, else a name with the network's."""
-    return fid if network.startswith("inception") else f"{other}-{network}"
-
-
-def _network_name(context: EvalContext) -> str:
-    name = context.options.features
-    return CLASSIFIER if name == CLASSIFIER else open_features(name).name
-
-
-def all_features(network: ImageFeatures, picture: Callable[[int], np.ndarray], count: int) -> np.ndarray:
-    """Return float64 `[count, channel]` of images by number, computed batch by batch."""
-    parts = []
-    with progress(network.name, count) as bar:
-        for start in range(0, count, BATCH):
-            numbers = range(start, min(count, start + BATCH))
-            parts.append(network.features(np.stack([picture(n) for n in numbers])).astype(np.float64))
-            bar.advance(len(numbers))
-    return np.concatenate(parts)
+FID_FILE = "weights-inception-2015-12-05-6726825d.pth"
+FID_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FID_FILE}"
 
 
 # --- distances --------------------------------------------------------------------------------------------------------
+
+
+def frechet_distance(features_a: np.ndarray | Tensor, features_b: np.ndarray | Tensor) -> float:
+    """Return the squared Fréchet distance of the Gaussians with the means and covariances of two sets.
+
+    `|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2))` of features `[image, channel]` (Heusel et al. 2017). Raises
+    ValueError for fewer than two images in a set, channels that differ, or values that are not finite.
+    """
+    means, factors = [], []
+    for features in (features_a, features_b):
+        x = np.asarray(features, dtype=np.float64)
+        if x.ndim != 2 or len(x) < 2 or not np.isfinite(x).all():
+            raise ValueError(f"frechet_distance: expected finite [2 or more images, channel], found {x.shape}")
+        means.append(x.mean(0))
+        factors.append(np.linalg.qr(x - x.mean(0), mode="r") / np.sqrt(len(x) - 1))
+    if len(means[0]) != len(means[1]):
+        raise ValueError(f"frechet_distance: expected equal channels, found {len(means[0])} and {len(means[1])}")
+    # With A = P'P and B = Q'Q the eigenvalues of (A B)^(1/2) are the singular values of P Q'. The root of the product
+    # A B would turn rounding errors of 1e-16 into ones of 1e-8 wherever it is singular.
+    p, q = factors
+    cross = np.linalg.svd(p @ q.T, compute_uv=False).sum()
+    distance = np.square(means[0] - means[1]).sum() + np.square(p).sum() + np.square(q).sum() - 2 * cross
+    return max(0.0, float(distance))
 
 
 def frechet(drawn: np.ndarray, real: np.ndarray, resamples: int = RESAMPLES) -> Estimate:
@@ -209,158 +138,246 @@ def _within(points: np.ndarray, around: np.ndarray) -> np.ndarray:
     return torch.cat([(torch.cdist(part, centres, compute_mode=exact) <= radii).any(1) for part in parts]).numpy()
 
 
-# --- drawing: prompts drawn once, compared with the images they belong to ---------------------------------------------
+# --- feature networks -------------------------------------------------------------------------------------------------
 
 
-def drawing_task(
-    context: EvalContext,
-    name: str,
-    label: str,
-    count: int,
-    prompt: Callable[[int], Sequence[str | PIL.Image.Image]],
-    record: Callable[[int], dict[str, Any]],
-    candidates: int = 1,
-) -> Task:
-    """Return a task that answers each prompt with an image; image n has the seed `drawing.seed + n` in any batch.
+class ImageFeatures(Protocol):
+    """A feature network. Its name and the digest of its weights accompany every number."""
 
-    record      what is stored with image n
-    candidates  images drawn per prompt, of which the model keeps one
-    """
-    drawing = context.drawing
+    @property
+    def name(self) -> str: ...
 
-    def work(numbers: Sequence[int]) -> list[Made]:
-        requests = [
-            replace(context.request(prompt(n)), draw="force", max_tokens=0, seed=drawing.seed + n) for n in numbers
-        ]
-        replies = context.pipe.replies(requests, candidates)
-        return [Made(record(n), np.asarray(reply.images[0])) for n, reply in zip(numbers, replies, strict=True)]
+    @property
+    def digest(self) -> str: ...
 
-    return Task(name, {"data": label, "drawing": to_dict(drawing)}, count, work)
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Return float64 `[image, channel]` of uint8 images `[image, row, column, 3]`."""
 
 
-def draw_prompts(context: EvalContext, name: str, label: str, ids: Sequence[str], prompts: Sequence[str]) -> Outcome:
-    """Draw each prompt once, or read the images drawn before."""
-    seed = context.drawing.seed
-    task = drawing_task(
-        context,
-        name,
-        label,
-        len(prompts),
-        lambda n: [prompts[n]],
-        lambda n: {"id": ids[n], "prompt": prompts[n], "seed": seed + n},
-        context.drawing.candidates,
-    )
-    return context.make(task)
+class ImageNetFeatures:
+    """An ImageNet network of `autoencoders.features`, at `SIDE` pixels."""
+
+    def __init__(self, network: Features, digest: str, device: torch.device | str) -> None:
+        self.network, self.name, self.digest, self.device = network.to(device), network.name, digest, device
+
+    @torch.inference_mode()
+    def features(self, images: np.ndarray) -> np.ndarray:
+        x = pixels(images).to(self.device)
+        x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+        return self.network.pooled(x.clamp(-1, 1)).double().cpu().numpy()
 
 
-def drawn_pairs(context: EvalContext) -> tuple[Pairs, Outcome]:
-    """Return the pairs and the images drawn for their prompts, shared by `drawing` and `clip`."""
-    pairs = context_pairs(context)
-    return pairs, draw_prompts(context, "drawings", pairs.label, pairs.ids, pairs.prompts)
+class InceptionFeatures:
+    """FID's network."""
+
+    name = "inception-2015-12-05"
+
+    def __init__(self, network: Inception, digest: str) -> None:
+        self.network, self.digest = network.eval().requires_grad_(False), digest
+
+    @torch.inference_mode()
+    def features(self, images: np.ndarray) -> np.ndarray:
+        device = next(self.network.parameters()).device
+        return self.network(torch.from_numpy(images).permute(0, 3, 1, 2).to(device)).double().cpu().numpy()
 
 
-def _check_drawing(context: EvalContext) -> None:
-    check_pairs(context, "drawing", LEAST)
-    check_features(context.options.features, context.scorer)
+def pixels(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
+    """Convert uint8 `[image, row, column, 3]` to float32 `[image, 3, row, column]` in [-1, 1]."""
+    values = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return values.to(torch.float32).div(127.5).sub(1.0)
 
 
-def _drawing_titles(network: str) -> tuple[str, str, str, str]:
-    return distance_name(network), distance_name(network, "KID", "KD"), "precision", "recall"
-
-
-def _distances(a: np.ndarray, b: np.ndarray, resamples: int = RESAMPLES) -> list[Estimate]:
-    return [frechet(a, b, resamples), kernel_distance(a, b), *precision_recall(a, b)]
-
-
-def _score_drawing(context: EvalContext) -> MetricResult:
-    pairs, drawn = drawn_pairs(context)
-    network, count = _context_features(context), len(pairs.ids)
-    a, b = all_features(network, drawn.image, count), all_features(network, pairs.picture, count)
-    ceilings: list[float | None] = [None] * 4
-    if context.options.captions is None:
-        others = context.needs_scorer("drawing").pairs(2 * count, context.pipe.exported.image_size)
-        c = all_features(network, lambda n: others.picture(count + n), count)
-        ceilings = [estimate.value for estimate in _distances(c, b, 2)]
-    implementation = f"{context.version}, features {network.name}@{network.digest}"
-    numbers = zip(_drawing_titles(network.name), _distances(a, b), ceilings, strict=True)
-    results = [
-        Result.of(
-            title,
-            estimate,
-            "higher" if title in ("precision", "recall") else "lower",
-            implementation,
-            pairs.whole_label,
-            ceiling=ceiling,
+def check_features(name: str, scorer: Scorer | None = None) -> None:
+    """Raise UserError, before any work, for a missing or wrong weights file."""
+    if name == CLASSIFIER:
+        if scorer is None:
+            raise UserError(f'--features: expected "{MOBILENET}" or a file, found "{name}" for data without a scorer')
+    elif name != MOBILENET and "inception" not in Path(name).name and not Path(name).is_file():
+        raise UserError(
+            f'--features: expected "{CLASSIFIER}", "{MOBILENET}", {FID_FILE} or a file with weights of VGG16, '
+            f"ResNet-50 or MobileNetV2, found no {name}"
         )
-        for title, estimate, ceiling in numbers
-    ]
-    title = first_of(count, SHOWN_DRAWN, "drawings")
-    examples = [
-        Example(pairs.prompts[n], [(drawn.image(n), "drawn"), (pairs.picture(n), "real")], group=title)
-        for n in range(min(SHOWN_DRAWN, count))
-    ]
-    return MetricResult(results, examples)
+    else:
+        open_features(name)
 
 
-DRAWING = Metric(
-    "drawing",
-    "Fréchet distance, KID, precision and recall of drawings",
-    _check_drawing,
-    _score_drawing,
-    lambda context: _drawing_titles(_network_name(context)),
-    True,
-    "Reference: other real pictures of the bundled world, as many, in place of the drawings, which can pass it.",
-)
+def open_features(name: str, device: torch.device | str = "cpu") -> ImageFeatures:
+    """Return the network of a weights file, or "imagenet-mobilenet". Raises UserError for a missing or wrong file."""
+    path = packaged_weights() if name == MOBILENET else Path(name)
+    if name == MOBILENET or "inception" not in path.name:
+        return ImageNetFeatures(load_features(path), sha256(path)[:8], device)
+    expected = FID_FILE.removesuffix(".pth").rpartition("-")[2]
+    if not path.is_file():
+        raise UserError(
+            f"{path}: expected {FID_FILE} (SHA-256 {expected}...), found no file; people get it from {FID_URL}"
+        )
+    digest = sha256(path)
+    if not digest.startswith(expected):
+        raise UserError(f"{path}: expected SHA-256 {expected}..., found {digest[:16]}...; people get it from {FID_URL}")
+    network = Inception()
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("fc.")})
+    return InceptionFeatures(network.to(device), digest[:8])
 
 
-# --- autoencoder: what it keeps of images, without the model ----------------------------------------------------------
+def context_features(context: EvalContext) -> ImageFeatures:
+    """Return the feature network of the options; a scorer's classifier is trained first where it does not exist."""
+    name = context.options.features
+    if name == CLASSIFIER:
+        return context.needs_scorer("--features").classifier(context.folder, context.options.judge_steps)
+    return open_features(name, context.device)
 
 
-def _check_autoencoder(context: EvalContext) -> None:
-    check_pairs(context, "autoencoder", LEAST)
-    check_features(context.options.features, context.scorer)
+def distance_name(context: EvalContext, fid: str = "FID", other: str = "FD") -> str:
+    """Return "FID" for the Inception network of 2015, else a name with the network's."""
+    name = context.options.features
+    name = name if name == CLASSIFIER else open_features(name).name
+    return fid if name == InceptionFeatures.name else f"{other}-{name}"
 
 
-def _autoencoder_titles(network: str) -> tuple[str, str, str]:
-    return "PSNR in dB", "SSIM", distance_name(network, "rFID", "rFD")
+def all_features(network: ImageFeatures, picture: Callable[[int], np.ndarray], count: int) -> np.ndarray:
+    """Return float64 `[count, channel]` of images by number, computed batch by batch."""
+    parts = []
+    with progress(network.name, count) as bar:
+        for start in range(0, count, BATCH):
+            numbers = range(start, min(count, start + BATCH))
+            parts.append(network.features(np.stack([picture(n) for n in numbers])).astype(np.float64))
+            bar.advance(len(numbers))
+    return np.concatenate(parts)
 
 
-def _score_autoencoder(context: EvalContext) -> MetricResult:
-    pairs, autoencoder = context_pairs(context), context.pipe.exported.autoencoder
+# --- Inception-v3 of FID: TensorFlow's graph of 2015-12-05, with the names of torch-fidelity's file -------------------
 
-    def work(numbers: Sequence[int]) -> list[Made]:
-        pictures = np.stack([pairs.picture(n) for n in numbers])
-        rebuilt = autoencoder.decode(autoencoder.encode(pictures))
-        scores = zip(psnr(pictures, rebuilt), ssim(pictures, rebuilt), rebuilt, strict=True)
-        return [Made({"psnr": float(a), "ssim": float(b)}, image) for a, b, image in scores]
-
-    label, count = pairs.whole_label, len(pairs.ids)
-    made = context.make(Task("reconstructions", {"data": label}, count, work))
-    network = _context_features(context)
-    distance = frechet(all_features(network, made.image, count), all_features(network, pairs.picture, count))
-    implementation = f"{context.version}, autoencoder {autoencoder.name}@{autoencoder.fingerprint}"
-    decibels, similarity = ([record[key] for record in made.records] for key in ("psnr", "ssim"))
-    titles = _autoencoder_titles(network.name)
-    seen = f"{implementation}, features {network.name}@{network.digest}"
-    results = [
-        Result.of(titles[0], bootstrap(decibels), "higher", implementation, label, ceiling=BEST_PSNR),
-        Result.of(titles[1], bootstrap(similarity), "higher", implementation, label, ceiling=1.0),
-        Result.of(titles[2], distance, "lower", seen, label, ceiling=0.0),
-    ]
-    worst = np.argsort(decibels, kind="stable")[:SHOWN_REBUILT].tolist()
-    title = f"The {len(worst)} with the lowest PSNR of {count:,} pictures"
-    examples = [
-        Example(f"{decibels[n]:.1f} dB", [(pairs.picture(n), "original"), (made.image(n), "comes back")], group=title)
-        for n in worst
-    ]
-    return MetricResult(results, examples)
+Layer = tuple[int, int | tuple[int, int], int]
+"""Output channels, kernel, stride of a convolution."""
+Block = tuple[dict[str, list[Layer]], str]
+"""Branches and pool of `Mixed`."""
+ACROSS, DOWN = (1, 7), (7, 1)
+FORK = 0
+"""In place of a kernel: two convolutions, 1 x 3 and 3 x 1, of the same input."""
 
 
-AUTOENCODER = Metric(
-    "autoencoder",
-    "PSNR, SSIM and Fréchet distance of reconstructions",
-    _check_autoencoder,
-    _score_autoencoder,
-    lambda context: _autoencoder_titles(_network_name(context)),
-    compared="Reference: the picture itself.",
-)
+class Convolution(nn.Module):
+    """Convolution, norm and ReLU; same padding, or none where it strides."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int, padded: bool) -> None:
+        super().__init__()
+        rows, columns = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (rows // 2, columns // 2) if padded else 0
+        self.conv = nn.Conv2d(inputs, outputs, (rows, columns), stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Mixed(nn.Module):
+    """Branches of convolutions with concatenated outputs.
+
+    branches   the layers of each by its name in the file; "branch_pool" reads the pooled input
+    pool       "average" (without the padding) or "max"; "shrink": the input itself, halved, is a further output
+    """
+
+    def __init__(self, inputs: int, branches: dict[str, list[Layer]], pool: str) -> None:
+        super().__init__()
+        self.pool = pool
+        self.steps: list[list[list[str]]] = []  # by branch and layer: one name, or two of a fork
+        self.channels = inputs if pool == "shrink" else 0
+        for name, layers in branches.items():
+            before, steps = inputs, []
+            for number, (outputs, kernel, stride) in enumerate(layers, 1):
+                label = name if len(layers) == 1 else f"{name}_{number}"
+                ends = {label: kernel} if kernel != FORK else {f"{label}a": (1, 3), f"{label}b": (3, 1)}
+                for end, size in ends.items():
+                    self.add_module(end, Convolution(before, outputs, size, stride, stride == 1))
+                before = outputs * len(ends)
+                steps.append(list(ends))
+            self.steps.append(steps)
+            self.channels += before
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for steps in self.steps:
+            y = x
+            if steps == [["branch_pool"]]:
+                average = self.pool == "average"
+                y = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) if average else F.max_pool2d(x, 3, 1, 1)
+            for names in steps:
+                y = torch.cat([self.get_submodule(name)(y) for name in names], 1)
+            outputs.append(y)
+        if self.pool == "shrink":
+            outputs.append(F.max_pool2d(x, 3, stride=2))
+        return torch.cat(outputs, 1)
+
+
+def _inception_blocks() -> dict[str, Block]:
+    """Return the blocks by the end of their names."""
+
+    def plain(*layers: tuple[int, int | tuple[int, int]]) -> list[Layer]:
+        return [(channels, kernel, 1) for channels, kernel in layers]
+
+    def a(pooled: int) -> Block:
+        five, double = plain((48, 1), (64, 5)), plain((64, 1), (96, 3), (96, 3))
+        single, pool = plain((64, 1)), plain((pooled, 1))
+        return {"branch1x1": single, "branch5x5": five, "branch3x3dbl": double, "branch_pool": pool}, "average"
+
+    def c(width: int) -> Block:
+        seven = plain((width, 1), (width, ACROSS), (192, DOWN))
+        double = plain((width, 1), (width, DOWN), (width, ACROSS), (width, DOWN), (192, ACROSS))
+        single = plain((192, 1))
+        return {"branch1x1": single, "branch7x7": seven, "branch7x7dbl": double, "branch_pool": single}, "average"
+
+    def e(pool: str) -> Block:
+        three, double = plain((384, 1), (384, FORK)), plain((448, 1), (384, 3), (384, FORK))
+        single, last = plain((320, 1)), plain((192, 1))
+        return {"branch1x1": single, "branch3x3": three, "branch3x3dbl": double, "branch_pool": last}, pool
+
+    b: dict[str, list[Layer]] = {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [*plain((64, 1), (96, 3)), (96, 3, 2)]}
+    seven_three = [*plain((192, 1), (192, ACROSS), (192, DOWN)), (192, 3, 2)]
+    d: dict[str, list[Layer]] = {"branch3x3": [*plain((192, 1)), (320, 3, 2)], "branch7x7x3": seven_three}
+    blocks: dict[str, Block] = {"5b": a(32), "5c": a(64), "5d": a(64), "6a": (b, "shrink")}
+    blocks |= {"6b": c(128), "6c": c(160), "6d": c(160), "6e": c(192), "7a": (d, "shrink")}
+    return blocks | {"7b": e("average"), "7c": e("max")}
+
+
+class Inception(nn.Module):
+    """Inception-v3 without its classifier: uint8 `[image, 3, row, column]` to float32 `[image, 2048]`.
+
+    Not torchvision's: average pools leave the padding out, the last block takes a maximum, images are enlarged as
+    TensorFlow 1 did.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, 2, False)
+        self.Conv2d_2a_3x3 = Convolution(32, 32, 3, 1, False)
+        self.Conv2d_2b_3x3 = Convolution(32, 64, 3, 1, True)
+        self.Conv2d_3b_1x1 = Convolution(64, 80, 1, 1, False)
+        self.Conv2d_4a_3x3 = Convolution(80, 192, 3, 1, False)
+        channels = 192
+        for name, (branches, pool) in _inception_blocks().items():
+            block = Mixed(channels, branches, pool)
+            self.add_module(f"Mixed_{name}", block)
+            channels = block.channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (enlarged(images.float(), 299) - 128) / 128
+        for name, layer in self.named_children():
+            x = layer(x)
+            if name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
+                x = F.max_pool2d(x, 3, stride=2)
+        return x.mean((2, 3))
+
+
+def enlarged(x: Tensor, side: int) -> Tensor:
+    """Resize bilinearly as TensorFlow 1: output pixel n is at `n * size / side`, no half-pixel shift, no smoothing."""
+    for dimension in (-2, -1):
+        size = x.shape[dimension]
+        at = torch.arange(side, dtype=torch.float32, device=x.device) * (size / side)
+        low = at.floor().long().clamp_max(size - 1)
+        high = (low + 1).clamp_max(size - 1)
+        weight = (at - low).to(x.dtype)
+        weight = weight[:, None] if dimension == -2 else weight
+        below = x.index_select(dimension, low)
+        x = below + (x.index_select(dimension, high) - below) * weight
+    return x

@@ -1,14 +1,13 @@
 """Pairs of prompts and images: what is drawn, captioned, and compared with.
 
-Held-out pairs of the data set's scorer, or files the user has: `captions_val2014.json` as COCO ships it, Karpathy's
-`dataset_coco.json` (its test split), and the folder of pictures. Which items are taken, and which caption is the
-prompt, is in a list that the user gives (`read_ids`), or follows from a rule that stays as it is (`RULE`):
+Held-out pairs of the data set's scorer, or files the user has: `captions_val2014.json` as COCO ships it, or Karpathy's
+`dataset_coco.json` (its test split), and the image folder. A list (`read_ids`) says which items are taken and which
+caption is the prompt; without one this rule does, which never changes (`RULE`):
 
-    pictures that have captions, by the SHA-256 of their id in decimal digits; the first `count`
-    of a picture's captions that with the least SHA-256 of "ID:CAPTION", white space around it cut off
+    images that have captions, by the SHA-256 of their id in decimal digits; the first `count`
+    of an image's captions the one with the least SHA-256 of "ID:CAPTION", white space around it cut off
 
-So the first 5,000 are among the first 30,000, everywhere. No published 30,000 is the standard one: the paper's (section
-4.1: "30k random prompts of the validation set") is not known. A result has the fingerprint of its ids.
+So the first 5,000 are among the first 30,000, everywhere. A result has the fingerprint of its ids.
 """
 
 from __future__ import annotations
@@ -32,11 +31,12 @@ from .context import EvalContext
 from .generate import content_hash, short_hash
 
 RULE = "rule 1"
-"""changed with the rule, should it ever be: numbers of two rules do not compare"""
+"""The rule's name in every result: numbers of two rules do not compare."""
 ID_COLUMNS, PROMPT_COLUMNS = ("image_id", "coco_id", "cocoid", "id"), ("text", "caption", "prompt")
-"""of published lists that are tables"""
-KARPATHY = "test"
+"""Columns of published lists that are tables."""
 WHERE = "https://cocodataset.org (val2014 images and annotations), or Karpathy's caption_datasets.zip"
+
+Captions = dict[str, list[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class Pairs:
 
 
 def ids_fingerprint(ids: Sequence[str]) -> str:
-    """Twelve digits of the SHA-256 of the ids, a line each: what `sha256sum` says of such a file."""
+    """Return twelve digits of the SHA-256 of the ids, a line each, as `sha256sum` prints for such a file."""
     return hashlib.sha256("".join(f"{key}\n" for key in ids).encode()).hexdigest()[:12]
 
 
@@ -81,10 +81,10 @@ def context_pairs(context: EvalContext) -> Pairs:
     return coco_pairs(options.captions, options.images, options.count, size, options.ids)
 
 
-def check_pairs(context: EvalContext, measure: str, least: int) -> Pairs:
-    """Return `context_pairs` for a measure that fewer than `least` pictures say nothing to.
+def check_pairs(context: EvalContext, metric: str, least: int) -> Pairs:
+    """Return `context_pairs` for a metric that needs `least` pictures.
 
-    Raises UserError, before any work, for fewer, and for files that are not there.
+    Raises UserError, before any work, for fewer, and for missing files.
     """
     options = context.options
     if options.captions is None and options.ids is not None:
@@ -94,38 +94,32 @@ def check_pairs(context: EvalContext, measure: str, least: int) -> Pairs:
         raise UserError(f"--images: expected the folder of pictures that {options.captions} names, found {given}")
     pairs = context_pairs(context)
     if len(pairs.ids) < least:
-        raise UserError(f"{measure}: expected at least {least} pictures, found {len(pairs.ids)} (--count, --ids)")
-    if options.captions is None:
-        return pairs
-    if len(pairs.ids) < options.count:
-        logger.info(
-            f"{options.ids or options.captions}: {len(pairs.ids)} pictures, fewer than the {options.count} asked for"
-        )
-    for number in (0, len(pairs.ids) - 1):
-        pairs.picture(number)
+        raise UserError(f"{metric}: expected at least {least} pictures, found {len(pairs.ids)} (--count, --ids)")
+    if options.captions is not None:
+        if len(pairs.ids) < options.count:
+            source = options.ids or options.captions
+            logger.info(f"{source}: {len(pairs.ids)} pictures, fewer than the {options.count} asked for")
+        for number in (0, len(pairs.ids) - 1):
+            pairs.picture(number)
     return pairs
 
 
-def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path | None = None) -> Pairs:
-    """COCO's or Karpathy's captions; pictures are cut to their middle square and resized to `size`, antialiased.
+# --- COCO -------------------------------------------------------------------------------------------------------------
 
-    ids: a list of pictures, of which the first `count` are taken; None: by `RULE`. Raises UserError for a file that is
-    missing, among them each picture, or is another.
+
+def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path | None = None) -> Pairs:
+    """Return COCO's or Karpathy's pairs; pictures are cut to their middle square and resized to `size`, antialiased.
+
+    ids   a list of pictures, of which the first `count` are taken; None: by `RULE`
+
+    Raises UserError for a wrong file or a missing one, pictures included.
     """
-    if not annotations.is_file():
-        raise UserError(f"{annotations}: expected captions_val2014.json or dataset_coco.json, found none; from {WHERE}")
-    table = read_json(annotations)
-    try:
-        files, captions = _karpathy(table) if "sentences" in table["images"][0] else _coco(table)
-    except (KeyError, TypeError, IndexError) as error:
-        raise UserError(
-            f"{annotations}: expected COCO's or Karpathy's captions, found something else ({error})"
-        ) from None
+    files, captions = _read_coco(annotations)
     if ids is None:
         chosen = sorted((key for key in files if captions.get(key)), key=_rank)[:count]
         if not chosen:
             raise UserError(f"{annotations}: expected pictures with captions, found none")
-        prompts = {key: min(captions[key], key=lambda words: _rank(f"{key}:{words}")) for key in chosen}
+        prompts = {key: min(captions[key], key=lambda text: _rank(f"{key}:{text}")) for key in chosen}
     else:
         prompts = dict(list(_listed(ids, annotations, files, captions).items())[:count])
         chosen = list(prompts)
@@ -143,9 +137,8 @@ def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path
         except OSError as error:
             raise UserError(f"{path}: expected a picture to read, found {error.strerror or error}") from None
 
-    name = f"{annotations.stem} by {RULE if ids is None else ids.name}"
     return Pairs(
-        name,
+        f"{annotations.stem} by {RULE if ids is None else ids.name}",
         chosen,
         [prompts[key] for key in chosen],
         [captions[key] for key in chosen],
@@ -154,9 +147,46 @@ def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path
     )
 
 
-def read_ids(path: Path) -> list[tuple[str, str | None]]:
-    """Pictures' ids, and the prompts where a list has them: an id a line, or a .csv table with a head, as published
-    lists are (`image_id,text`). Raises UserError, with the line, for anything else, and for an id that comes twice."""
+def _read_coco(path: Path) -> tuple[dict[str, str], Captions]:
+    """Return the file and the captions of each picture by its id, of COCO's layout or Karpathy's test split."""
+    if not path.is_file():
+        raise UserError(f"{path}: expected captions_val2014.json or dataset_coco.json, found none; from {WHERE}")
+    table: Any = read_json(path)
+    try:
+        if "sentences" in table["images"][0]:
+            images = {str(image["cocoid"]): image for image in table["images"] if image["split"] == "test"}
+            files = {key: f"{image.get('filepath', '.')}/{image['filename']}" for key, image in images.items()}
+            return files, {key: [s["raw"].strip() for s in image["sentences"]] for key, image in images.items()}
+        captions: Captions = {}
+        for record in sorted(table["annotations"], key=lambda record: record["id"]):
+            captions.setdefault(str(record["image_id"]), []).append(record["caption"].strip())
+        return {str(image["id"]): image["file_name"] for image in table["images"]}, captions
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: expected COCO's or Karpathy's captions, found something else ({error})") from None
+
+
+def _listed(ids: Path, annotations: Path, files: dict[str, str], captions: Captions) -> dict[str, str]:
+    """Return prompts by id, in the order of the list. Raises UserError for an id or prompt not in the captions."""
+    listed = read_ids(ids)
+    unknown = [key for key in listed if key not in files or not captions.get(key)]
+    if unknown:
+        raise UserError(
+            f"--ids: {ids}: expected pictures of {annotations}, found {len(unknown)} it has not, the first {unknown[0]}"
+        )
+    prompts = {}
+    for key, words in listed.items():
+        own = {" ".join(caption.split()): caption for caption in captions[key]}
+        if words is not None and words not in own:
+            raise UserError(f"--ids: {ids}: expected a caption of picture {key} in {annotations}, found {words!r:.60}")
+        prompts[key] = min(own.values(), key=lambda text: _rank(f"{key}:{text}")) if words is None else own[words]
+    return prompts
+
+
+def read_ids(path: Path) -> dict[str, str | None]:
+    """Return prompts, or None, by picture id: from an id a line, or a .csv table with a head (`image_id,text`).
+
+    Raises UserError, with the line, for anything else, and for an id that comes twice.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -169,7 +199,13 @@ def read_ids(path: Path) -> list[tuple[str, str | None]]:
         if not "".join(row).strip():
             continue
         if reader.line_num == 1 and not row[0].strip().isdecimal():
-            at_id, at_prompt = _columns(row, where)
+            head = [name.strip().lower() for name in row]
+            at_id, at_prompt = (
+                next((head.index(name) for name in names if name in head), -1) for names in (ID_COLUMNS, PROMPT_COLUMNS)
+            )
+            if at_id < 0:
+                wanted = f"an id a line, or a column {' or '.join(ID_COLUMNS)}"
+                raise UserError(f"{where}: expected {wanted}, found {', '.join(row):.60}")
             continue
         key = row[at_id].strip() if len(row) > at_id else ""
         if not key.isdecimal():
@@ -180,52 +216,7 @@ def read_ids(path: Path) -> list[tuple[str, str | None]]:
         listed[key] = " ".join(row[at_prompt].split()) if 0 <= at_prompt < len(row) else None
     if not listed:
         raise UserError(f"--ids: {path}: expected pictures' ids, found an empty list")
-    return list(listed.items())
-
-
-def _columns(row: list[str], where: str) -> tuple[int, int]:
-    """Return the columns of ids and prompts in a table's header; -1 for no prompts."""
-    head = [name.strip().lower() for name in row]
-    at_id, at_prompt = (
-        next((head.index(name) for name in names if name in head), -1) for names in (ID_COLUMNS, PROMPT_COLUMNS)
-    )
-    if at_id < 0:
-        wanted = f"an id a line, or a column {' or '.join(ID_COLUMNS)}"
-        raise UserError(f"{where}: expected {wanted}, found {', '.join(row):.60}")
-    return at_id, at_prompt
-
-
-def _listed(ids: Path, annotations: Path, files: dict[str, str], captions: dict[str, list[str]]) -> dict[str, str]:
-    """Prompts by id, in the order of the list. Raises UserError where the captions' file has not what it names."""
-    listed = read_ids(ids)
-    unknown = [key for key, _ in listed if key not in files or not captions.get(key)]
-    if unknown:
-        raise UserError(
-            f"--ids: {ids}: expected pictures of {annotations}, found {len(unknown)} it has not, the first {unknown[0]}"
-        )
-    prompts = {}
-    for key, words in listed:
-        own = {" ".join(caption.split()): caption for caption in captions[key]}
-        if words is not None and words not in own:
-            raise UserError(f"--ids: {ids}: expected a caption of picture {key} in {annotations}, found {words!r:.60}")
-        prompts[key] = min(own.values(), key=lambda text: _rank(f"{key}:{text}")) if words is None else own[words]
-    return prompts
-
-
-def _coco(table: dict[str, Any]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """File and captions by the picture's id."""
-    captions: dict[str, list[str]] = {}
-    for record in sorted(table["annotations"], key=lambda record: record["id"]):
-        captions.setdefault(str(record["image_id"]), []).append(record["caption"].strip())
-    return {str(image["id"]): image["file_name"] for image in table["images"]}, captions
-
-
-def _karpathy(table: dict[str, Any]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    images = [image for image in table["images"] if image["split"] == KARPATHY]
-    files = {str(image["cocoid"]): f"{image.get('filepath', '.')}/{image['filename']}" for image in images}
-    return files, {
-        str(image["cocoid"]): [sentence["raw"].strip() for sentence in image["sentences"]] for image in images
-    }
+    return listed
 
 
 def _rank(key: str) -> str:

@@ -2,7 +2,26 @@
 
     for result in evaluate(context, named(["quick"])): ...      # all checks first, then the work
 
-To add a metric, write a file with a `Metric` (context.py) and add it to `METRICS`.
+To add a metric, write a function from `EvalContext` to `MetricResult`, say what it needs, and add it to `METRICS`. The
+mean brightness of drawings, for example, in `drawings.py`:
+
+    def _score_brightness(context: EvalContext) -> MetricResult:
+        pairs, drawn = drawn_pairs(context)                             # each prompt is drawn once, for all metrics
+        estimate = bootstrap(drawn.images().mean((1, 2, 3)))            # one number per image, with an interval
+        return MetricResult([Result.of("level", estimate, "higher", context.version, pairs.label)])
+
+    BRIGHTNESS = Metric(
+        "brightness",                                                   # transfuse evaluate --suite brightness
+        "mean brightness of drawings",
+        lambda context: check_pairs(context, "brightness", least=1),    # complains before any work
+        _score_brightness,
+        lambda context: ["level"],                                      # names of its numbers, before any work
+        draws=True,                                                     # a sweep repeats it
+    )
+
+The page gives it a bar and a table, `results.json` its number. Metrics of text go to `text.py`, of captions to
+`captions.py`, of autoencoders to `reconstruction.py`; those that need one data set belong to it
+(`data.bundled.data_set_metrics`).
 """
 
 from __future__ import annotations
@@ -14,18 +33,13 @@ from ..config import nearest
 from ..data.bundled import data_set_metrics
 from ..errors import UserError
 from .captions import CAPTIONING
-from .clip import CLIP
-from .clip import WHERE as CLIP_WEIGHTS
 from .context import Drawing, EvalConfig, EvalContext, Metric, MetricResult
-from .geneval import GENEVAL
-from .geneval import WHERE as GENEVAL_PROMPTS
-from .harness import HARNESS
-from .image_quality import AUTOENCODER, CLASSIFIER, DRAWING, MOBILENET
-from .inception import FILE, URL
-from .multiple_choice import CHOICE
-from .pairs import WHERE as COCO
+from .drawings import CLIP, CLIP_URL, DRAWING, GENEVAL, GENEVAL_URL
+from .image_quality import CLASSIFIER, FID_FILE, FID_URL, MOBILENET
+from .pairs import WHERE
+from .reconstruction import AUTOENCODER
 from .speed import SPEED
-from .text import TEXT
+from .text import CHOICE, HARNESS, TEXT
 
 METRICS: dict[str, Metric] = {
     metric.name: metric for metric in (TEXT, CHOICE, HARNESS, CAPTIONING, DRAWING, CLIP, GENEVAL, AUTOENCODER, SPEED)
@@ -45,22 +59,6 @@ def all_metrics() -> dict[str, Metric]:
     return {**METRICS, **data_set_metrics()}
 
 
-def check_paper(options: EvalConfig) -> None:
-    """Raise UserError for a missing file without which a metric of the paper would use the bundled data set."""
-    needed = {
-        "texts": "held-out C4 and Wikipedia as .jsonl; from https://huggingface.co/datasets/allenai/c4 and others",
-        "captions": f"captions_val2014.json or dataset_coco.json; from {COCO}",
-        "images": f"the folder of val2014's pictures; from {COCO}",
-        "clip": f"weights of a CLIP; from {CLIP_WEIGHTS}",
-        "geneval": f"evaluation_metadata.jsonl; from {GENEVAL_PROMPTS}",
-    }
-    for name, what in needed.items():
-        if not getattr(options, name):
-            raise UserError(f"--suite paper: --{name}: expected {what}, found none")
-    if options.features in (CLASSIFIER, MOBILENET):
-        raise UserError(f"--suite paper: --features: expected {FILE}, found {options.features}; from {URL}")
-
-
 def named(names: Sequence[str], where: str = "--suite") -> list[Metric]:
     """Return the metrics of suites and names, each once, in order. Raises UserError with the nearest name."""
     known, chosen = all_metrics(), dict[str, Metric]()
@@ -77,6 +75,22 @@ def check(context: EvalContext, metrics: Sequence[Metric]) -> None:
         if context.pipe.exported.model.config.images == "none" and metric.name not in TEXT_ONLY:
             raise UserError(f"{metric.name}: expected a model that knows images, found one of text alone")
         metric.check(context)
+
+
+def check_paper(options: EvalConfig) -> None:
+    """Raise UserError for a missing file without which a metric of the paper would use the bundled data set."""
+    needed = {
+        "texts": "held-out C4 and Wikipedia as .jsonl; from https://huggingface.co/datasets/allenai/c4 and others",
+        "captions": f"captions_val2014.json or dataset_coco.json; from {WHERE}",
+        "images": f"the folder of val2014's pictures; from {WHERE}",
+        "clip": f"weights of a CLIP; from {CLIP_URL}",
+        "geneval": f"evaluation_metadata.jsonl; from {GENEVAL_URL}",
+    }
+    for name, what in needed.items():
+        if not getattr(options, name):
+            raise UserError(f"--suite paper: --{name}: expected {what}, found none")
+    if options.features in (CLASSIFIER, MOBILENET):
+        raise UserError(f"--suite paper: --features: expected {FID_FILE}, found {options.features}; from {FID_URL}")
 
 
 def numbers(context: EvalContext, metrics: Sequence[Metric]) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -36,6 +36,8 @@ MATRIX = {"cpu": 1024, "cuda": 8192}
 COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}
 """Bytes that are copied."""
 
+Timer = Callable[[Callable[[], object], torch.device], list[float]]
+
 
 def timed(work: Callable[[], object], device: torch.device) -> list[float]:
     """Return the seconds of `RUNS` runs, after a warm-up."""
@@ -49,18 +51,64 @@ def timed(work: Callable[[], object], device: torch.device) -> list[float]:
     return seconds[1:]
 
 
-def _rate(amount: float, seconds: list[float]) -> Estimate:
-    return Estimate(amount / median(seconds), amount / max(seconds), amount / min(seconds), len(seconds))
+def measure_speed(context: EvalContext, timer: Timer = timed) -> MetricResult:
+    """Time texts and images, many together and one alone. `timer` returns the seconds of each run of some work."""
+    exported, device = context.pipe.exported, context.device
+    weight = next(exported.model.parameters())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    code = f"{context.version}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    code += str(weight.dtype).removeprefix("torch.")
+    prompts = [PROMPT] * context.batch
+    if context.scorer is not None:
+        prompts = list(context.scorer.pairs(context.batch, exported.image_size, "train").prompts)
+    arithmetic, memory = _machine(device, weight.dtype, timer)
+    results: list[Result] = []
+
+    def add(name: str, amount: float, seconds: list[float], data: str, ceiling: float | None = None) -> None:
+        rate = Estimate(amount / median(seconds), amount / max(seconds), amount / min(seconds), len(seconds))
+        results.append(Result.of(name, rate, "higher", code, data, ceiling=ceiling))
+
+    for count, name, label in ((len(prompts), WRITING[0], f"{len(prompts)} texts"), (1, WRITING[1], "one text")):
+        starts = [f"{prompt.split()[-1]}:" for prompt in prompts[:count]]
+        requests = [replace(context.pipe.request([start]), draw="never", max_tokens=TOKENS) for start in starts]
+        written: list[int] = []
+
+        def write(requests: list[Request] = requests, written: list[int] = written) -> None:
+            written.append(sum(reply.done.text_tokens for reply in context.pipe.replies(requests)))
+
+        seconds = timer(write, device)
+        add(name, written[-1], seconds, f"{label} of up to {TOKENS} tokens")
+    # Counted from the config: packed for inference, the weights are not the model's own parameters.
+    config = exported.model.config
+    embedding = config.vocab_size * config.d_model  # a token reads one row of it
+    read = weight.element_size() * (count_parameters(config).transformer - embedding)
+    data = f"{read / 1e6:.0f} MB of weights a token; memory {memory / 1e9:.1f} GB/s"
+    add(WRITING[2], written[-1] * read / memory, seconds, data, 1.0)
+    if config.images != "none":
+        candidates = context.drawing.candidates
+        best_of = "" if candidates == 1 else f", each the best of {candidates}"
+        requests = [replace(context.request([prompt]), draw="force", max_tokens=0) for prompt in prompts]
+        many = timer(lambda: context.pipe.replies(requests, candidates), device)
+        add(DRAWING[0], len(requests), many, f"{len(requests)} pictures{best_of}")
+        alone = timer(lambda: context.pipe.replies(requests[:1], candidates), device)
+        add(DRAWING[1], 1, alone, f"one picture{best_of}")
+        if config.images == "latents":
+            flops = candidates * _drawing_flops(context, requests)
+            data = f"{flops / len(requests):.3g} operations a picture; machine {arithmetic:.3g} a second"
+            add(DENOISING, flops / arithmetic, many, data, 1.0)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_memory()
+    results.append(Result(MEMORY, peak / 1e9, None, None, 1, "lower", code, "this process so far"))
+    return MetricResult(results)
 
 
-def _machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+def _machine(device: torch.device, dtype: torch.dtype, timer: Timer) -> tuple[float, float]:
     """Return the operations and bytes per second of the best runs."""
     side = MATRIX[device.type]
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    product_s = min(timed(lambda: a @ b, device))
+    product_s = min(timer(lambda: a @ b, device))
     source = torch.ones(COPIED[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    copy_s = min(timed(lambda: target.copy_(source), device))
+    copy_s = min(timer(lambda: target.copy_(source), device))
     return 2 * side**3 / product_s, 2 * COPIED[device.type] / copy_s  # bytes are read and written
 
 
@@ -79,85 +127,6 @@ def _drawing_flops(context: EvalContext, requests: list[Request]) -> float:
     return float(total)
 
 
-@dataclass
-class _Timing:
-    """The rates of one model. `implementation` describes the device and dtype."""
-
-    context: EvalContext
-    prompts: list[str]
-    arithmetic: float
-    memory: float
-    implementation: str
-    results: list[Result] = field(default_factory=list)
-
-    def add(self, name: str, value: Estimate, data: str, ceiling: float | None = None) -> None:
-        self.results.append(Result.of(name, value, "higher", self.implementation, data, ceiling=ceiling))
-
-    def share(self, rate: Estimate, cost: float, name: str, data: str) -> None:
-        """Add a rate times its cost, both per second of the machine, as a share of its capacity."""
-        self.add(name, Estimate(rate.value * cost, rate.low * cost, rate.high * cost, rate.count), data, 1.0)
-
-    def write(self) -> None:
-        """Time texts written together and one alone."""
-        context, rates = self.context, []
-        for count in (len(self.prompts), 1):
-            starts = [f"{prompt.split()[-1]}:" for prompt in self.prompts[:count]]
-            requests = [replace(context.pipe.request([s]), draw="never", max_tokens=TOKENS) for s in starts]
-            written: list[int] = []
-
-            def work(requests: list[Request] = requests, written: list[int] = written) -> None:
-                written.append(sum(reply.done.text_tokens for reply in context.pipe.replies(requests)))
-
-            seconds = timed(work, context.device)
-            rates.append(_rate(written[-1], seconds))
-        self.add(WRITING[0], rates[0], f"{len(self.prompts)} texts of up to {TOKENS} tokens")
-        self.add(WRITING[1], rates[1], f"one text of up to {TOKENS} tokens")
-        # Counted from the config: packed for inference, the weights are not the model's own parameters.
-        config, weight = context.pipe.exported.model.config, next(context.pipe.exported.model.parameters())
-        embedding = config.vocab_size * config.d_model  # a token reads one row of it
-        read = weight.element_size() * (count_parameters(config).transformer - embedding)
-        data = f"{read / 1e6:.0f} MB of weights a token; memory {self.memory / 1e9:.1f} GB/s"
-        self.share(rates[1], read / self.memory, WRITING[2], data)
-
-    def draw(self) -> None:
-        """Time images drawn together and one alone."""
-        context, candidates = self.context, self.context.drawing.candidates
-        requests = [replace(context.request([prompt]), draw="force", max_tokens=0) for prompt in self.prompts]
-        many = _rate(len(requests), timed(lambda: context.pipe.replies(requests, candidates), context.device))
-        alone = _rate(1, timed(lambda: context.pipe.replies(requests[:1], candidates), context.device))
-        best_of = "" if candidates == 1 else f", each the best of {candidates}"
-        self.add(DRAWING[0], many, f"{len(requests)} pictures{best_of}")
-        self.add(DRAWING[1], alone, f"one picture{best_of}")
-        if context.pipe.exported.model.config.images == "latents":
-            flops = candidates * _drawing_flops(context, requests) / len(requests)
-            data = f"{flops:.3g} operations a picture; machine {self.arithmetic:.3g} a second"
-            self.share(many, flops / self.arithmetic, DENOISING, data)
-
-
-def _numbers(context: EvalContext) -> list[str]:
-    images = context.pipe.exported.model.config.images
-    drawing = [] if images == "none" else [*DRAWING, *([DENOISING] if images == "latents" else [])]
-    return [*WRITING, *drawing, MEMORY]
-
-
-def _score(context: EvalContext) -> MetricResult:
-    exported, device = context.pipe.exported, context.device
-    dtype = next(exported.model.parameters()).dtype
-    prompts = [PROMPT] * context.batch
-    if context.scorer is not None:
-        prompts = list(context.scorer.pairs(context.batch, exported.image_size, "train").prompts)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    implementation = f"{context.version}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-    implementation += str(dtype).removeprefix("torch.")
-    timing = _Timing(context, prompts, *_machine(device, dtype), implementation)
-    timing.write()
-    if exported.model.config.images != "none":
-        timing.draw()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_memory()
-    timing.results.append(Result(MEMORY, peak / 1e9, None, None, 1, "lower", implementation, "this process so far"))
-    return MetricResult(timing.results)
-
-
 def _peak_memory() -> int:
     """Return the largest resident size of this process in bytes. Raises UserError on Windows."""
     try:
@@ -167,12 +136,18 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _names(context: EvalContext) -> list[str]:
+    images = context.pipe.exported.model.config.images
+    drawing = [] if images == "none" else [*DRAWING, *([DENOISING] if images == "latents" else [])]
+    return [*WRITING, *drawing, MEMORY]
+
+
 SPEED = Metric(
     "speed",
     "pace of drawing and writing, memory, and the share of the machine",
     lambda context: _peak_memory(),
-    _score,
-    _numbers,
+    measure_speed,
+    _names,
     True,
     "Reference: all the arithmetic, or memory traffic, that this machine was measured at.",
 )
