@@ -46,9 +46,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from transfuse.autoencoders import Pixels
-from transfuse.data import DataSet, PairConfig, Rows, StepLoader, StoredPictures
+from transfuse.data import DataSet, Packer, PairConfig, StepLoader, StoredImages
 from transfuse.data.build import build_set
-from transfuse.data.dataset import DOCUMENT, PICTURE
+from transfuse.data.dataset import DOCUMENT, IMAGE
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.devices import keep_freed_memory
@@ -121,9 +121,9 @@ def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(folder / "tokenizer.json")
 
 
-def opened(folder: Path) -> StoredPictures:
+def opened(folder: Path) -> StoredImages:
     data = DataSet(str(folder))
-    return StoredPictures(data, data.tokenizer(), Pixels(), PairConfig(caption_drop=0.0), seed=0)  # all have words
+    return StoredImages(data, data.tokenizer(), Pixels(), PairConfig(caption_drop=0.0), seed=0)  # all have words
 
 
 def prepared(folder: Path, picture: Any, words: Any) -> Pair:
@@ -196,7 +196,7 @@ def grains(folder: Path, workers: int, threads: int = 0) -> Iterator[Any]:
             yield SimpleNamespace(latents=torch.from_numpy(batch["latents"]), ids=batch["rest"].ids)
 
 
-PLAIN, ARROW = "ours, StoredPictures in torch's DataLoader", "Hugging Face datasets, Arrow copy"
+PLAIN, ARROW = "ours, StoredImages in torch's DataLoader", "Hugging Face datasets, Arrow copy"
 CONTENDERS: dict[str, tuple[str, Callable[..., Iterator[Any]]]] = {
     "ours, StepLoader, collated for the model": ("transfuse", step_loader),
     PLAIN: ("transfuse", plain),
@@ -284,7 +284,7 @@ def write_index(out: Path, count: int, pattern: Path) -> None:
     documents["tokens"] = np.random.default_rng(0).integers(5, 60, count)
     documents["first_picture"], documents["pair"] = np.arange(count), True
     np.save(out / "documents.npy", documents)
-    np.save(out / "pictures.npy", np.full(count, np.array((64, 64), PICTURE)))
+    np.save(out / "pictures.npy", np.full(count, np.array((64, 64), IMAGE)))
     (out / "tokenizer.json").write_bytes((pattern / "tokenizer.json").read_bytes())
     names = [f"shards/shard-{number:05d}.tar" for number in range(-(-count // 2048))]
     shards = [{"file": name, "bytes": 2048 * 4096, "sha256": "0" * 64} for name in names]
@@ -305,7 +305,7 @@ def start_up(folder: Path, cached: bool) -> Reading:
     grammar = source.tokenizer.sequence_format(patch_size=8)
     times.append(time.perf_counter())
     source.lengths(np.arange(1000), np.arange(1000), grammar)
-    rows = Rows(lambda samples: source.lengths(np.asarray(samples), np.asarray(samples), grammar), length=1024)
+    rows = Packer(lambda samples: source.lengths(np.asarray(samples), np.asarray(samples), grammar), length=1024)
     rows.row(0)
     times.append(time.perf_counter())
     opening, planning = np.diff(times).tolist()

@@ -1,4 +1,4 @@
-"""`transfuse data inspect`: data sets before a run learns from them; their documents, lengths, and mixture.
+"""`transfuse data inspect`: data sets before a run learns from them: documents, lengths, and their mixture.
 
 report = inspect_sources(("photos-64", "glosses"), Path("inspection"), "demo", row_length=4096)
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -20,10 +20,10 @@ import PIL.Image
 from .autoencoders import Autoencoder, VQTokenizer, open_autoencoder
 from .charts import histogram
 from .config import to_dict
-from .data import DamagedError, DataSet, Mixture
+from .data import CorruptSampleError, DataSet
+from .data.packing import best_fit
 from .data.remote import is_remote
-from .data.rows import pack
-from .data.stored import as_latent, decode_picture
+from .data.sources import as_latent
 from .errors import UserError
 from .io import atomic_write
 from .log import logger
@@ -49,15 +49,26 @@ from .runs.sources import mixture
 from .sequence import Tokenizer, count_positions
 from .version import __version__
 
-SAMPLED, MIXED = 200_000, 5_000
-"""documents or images of a set that are counted, evenly spread; samples of the stream"""
-SHEET, TEXTS, FETCHED, SIZES, LINES = 40, 12, 4, 8, 5
-"""shown: images, documents of text, shards fetched of a remote set, sizes, lines of what was left out"""
-WORDS, TOKENS, SIDE = 160, 90, 192
-"""characters of a caption, tokens of a text; pixels an image is shrunk to"""
+IMAGES, TEXTS, SIZES, LINES = 40, 12, 8, 5  # shown: images, documents of text, sizes, lines of what was left out
+CHARACTERS, TOKENS, SIDE = 160, 90, 192  # of a caption; of a text; pixels an image is shrunk to
 
 
-def inspect_sources(sources: tuple[str, ...], out: Path, preset_name: str, row_length: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Limits:
+    """The most that is read: documents or images of a set, evenly spread; samples of the stream; remote shards."""
+
+    lengths: int = 200_000
+    samples: int = 5_000
+    remote_shards: int = 4
+
+
+Lengths = tuple[np.ndarray, np.ndarray | None]
+"""text tokens and positions of evenly spread documents; no positions if the preset takes no images"""
+
+
+def inspect_sources(
+    sources: tuple[str, ...], out: Path, preset_name: str, row_length: int, limits: Limits | None = None
+) -> dict[str, Any]:
     """Inspect data sets and their mixture under a preset; write `index.html` and `report.json`, which is returned.
 
     Why sources cannot be mixed is part of the report.
@@ -66,27 +77,24 @@ def inspect_sources(sources: tuple[str, ...], out: Path, preset_name: str, row_l
         UserError: no such source or preset, sets that do not go together, images that do not fit the preset's patches,
             or a folder that cannot be written.
     """
-    recipe = preset(preset_name)
+    limits, recipe = limits or Limits(), preset(preset_name)
     recipe = replace(recipe, data=replace(recipe.data, sources=sources))
     opened = open_sources(recipe.data)
-    context, needed = (
-        recipe.model.max_seq_len,
-        2 + max((data.manifest.longest for data in opened.sets.values()), default=0),
-    )
+    sets = opened.sets.values()
+    context, needed = recipe.model.max_seq_len, 2 + max((data.manifest.longest for data in sets), default=0)
     # The page reports a context that is too short; it does not prevent the inspection.
     recipe = replace(recipe, model=replace(recipe.model, max_seq_len=max(context, needed)))
     run = resolve(recipe, here=False)
-    recipe = run.recipe
-    autoencoder = None if recipe.model.images == "none" else run.autoencoder
-    lengths = {data.path: _lengths(data, recipe, autoencoder) for data in opened.sets.values()}
+    autoencoder = None if run.recipe.model.images == "none" else run.autoencoder
+    lengths = {data.path: _lengths(data, run.recipe, autoencoder, limits) for data in sets}
     report: dict[str, Any] = {"version": __version__, "preset": preset_name, "context": context, "needed": needed}
-    report["sets"] = {data.path: _figures(data, *lengths[data.path]) for data in opened.sets.values()}
+    report["sets"] = {data.path: _figures(data, *lengths[data.path], limits) for data in sets}
     try:
-        report |= _mixed(recipe, opened, autoencoder, row_length, report["sets"])
+        report |= _mixture(run.recipe, opened, autoencoder, row_length, report["sets"], limits)
     except UserError as error:
         logger.info(f"not mixed: {error}")
         report |= {"mixture": None, "rows": None, "not_mixed": str(error)}
-    page, text = data_page(report, opened, lengths), json.dumps(report, indent=2, allow_nan=False) + "\n"
+    page, text = data_page(report, opened, lengths, limits), json.dumps(report, indent=2, allow_nan=False) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,9 +109,8 @@ def _evenly(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
 
 
-def _lengths(data: DataSet, recipe: Recipe, autoencoder: Autoencoder | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return text tokens and positions of evenly spread documents; None for positions if the preset takes no images."""
-    numbers = _evenly(len(data), SAMPLED)
+def _lengths(data: DataSet, recipe: Recipe, autoencoder: Autoencoder | None, limits: Limits) -> Lengths:
+    numbers = _evenly(len(data), limits.lengths)
     tokens = data.documents["tokens"][numbers].astype(np.int64)
     if data.manifest.kind == "text":
         return tokens, count_positions(tokens, [])
@@ -113,136 +120,133 @@ def _lengths(data: DataSet, recipe: Recipe, autoencoder: Autoencoder | None) -> 
     return tokens, count_positions(tokens, []) + data.image_positions(numbers, side)
 
 
-def _figures(data: DataSet, tokens: np.ndarray, taken: np.ndarray | None) -> dict[str, Any]:
-    manifest = data.manifest
+def _figures(data: DataSet, tokens: np.ndarray, positions: np.ndarray | None, limits: Limits) -> dict[str, Any]:
+    """Return the report of one set."""
+    manifest, left_out = data.manifest, []
+    for name, count in (("dropped", manifest.dropped), ("quarantine", manifest.faulty)):
+        if count:
+            with data.file(f"{name}.jsonl").open(encoding="utf-8") as file:
+                left_out += [json.loads(line) for line in islice(file, LINES)]
     names = ("kind", "documents", "pictures", "tokens", "heldout", "seen", "dropped", "faulty", "source", "settings")
-    lists = [name for name, count in (("dropped", manifest.dropped), ("quarantine", manifest.faulty)) if count]
+    sizes = Counter(data.images[_evenly(len(data.images), limits.lengths)].tolist()).most_common()
     return {
         "fingerprint": data.fingerprint,
         **{name: getattr(manifest, name) for name in names},
         "shards": len(manifest.shards),
-        "bytes": sum(shard.bytes for shard in manifest.shards) + data.documents.nbytes + data.pictures.nbytes,
+        "bytes": sum(shard.bytes for shard in manifest.shards) + data.documents.nbytes + data.images.nbytes,
         "encoding": None if manifest.encoding is None else to_dict(manifest.encoding),
         "tokens_per_document": _distribution(tokens),
-        "positions_per_document": None if taken is None else _distribution(taken),
-        "sizes": _sizes(data.pictures),
-        "left_out": [line for name in lists for line in _first_lines(data.file(f"{name}.jsonl"))],
+        "positions_per_document": None if positions is None else _distribution(positions),
+        "sizes": [[rows, columns, count] for (rows, columns), count in sizes],
+        "left_out": left_out,
     }
 
 
-def _first_lines(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in islice(file, LINES)]
-
-
 def _distribution(values: np.ndarray) -> dict[str, float]:
-    most = int(np.percentile(values, 95, method="inverted_cdf"))
     return {
         "documents": len(values),
         "mean": float(values.mean()),
         "median": float(np.median(values)),
-        "percentile_95": most,
+        "percentile_95": int(np.percentile(values, 95, method="inverted_cdf")),
         "longest": int(values.max()),
     }
 
 
-def _sizes(pictures: np.ndarray) -> list[list[int]]:
-    """Return (rows, columns, count) of each size, the most frequent first."""
-    counts = Counter(pictures[_evenly(len(pictures), SAMPLED)].tolist())
-    return [[rows, columns, count] for (rows, columns), count in counts.most_common()]
-
-
-def _mixed(
-    recipe: Recipe, opened: Sources, autoencoder: Autoencoder | None, row_length: int, sets: dict[str, Any]
+def _mixture(
+    recipe: Recipe,
+    opened: Sources,
+    autoencoder: Autoencoder | None,
+    row_length: int,
+    sets: dict[str, Any],
+    limits: Limits,
 ) -> dict[str, Any]:
     """Return `mixture` and `rows` of the report. Raises UserError where the sources cannot be mixed."""
     tokenizer = opened.tokenizer or train_tokenizer(recipe)
-    grammar = recipe.model.sequence_format(tokenizer)
+    form = recipe.model.sequence_format(tokenizer)
     # The stream of a run whose end is far: annealed weights and the number of samples needed do not matter here.
     opened = replace(opened, specs=tuple(replace(spec, final=None) for spec in opened.specs))
     data = replace(recipe.data, batch_size=1, accumulate=1, row_length=None)
     recipe = replace(recipe, data=data, loop=replace(recipe.loop, steps=1))
-    stream = mixture(recipe, opened, tokenizer, grammar, autoencoder)
-    lengths = stream.lengths(range(int(min(MIXED, stream.end))), grammar)
-    ends_after = int(stream.end) if isfinite(stream.end) else None
-    whole = {"samples": len(lengths), "share_of": data.share_of, "mean_positions": float(lengths.mean())}
-    sources = _sources(stream, opened, lengths)
-    known = [sets[name]["positions_per_document"] for name in sources if name in sets]
-    longest = max([int(lengths.max()), *(spread["longest"] for spread in known if spread)])
-    rows = len(pack(lengths.tolist(), row_length)) if longest <= row_length else None
-    used = float(lengths.sum() / (rows * row_length)) if rows else None
-    packed = {"length": row_length, "longest": longest, "rows": rows, "used": used}
-    return {"mixture": {**whole, "ends_after": ends_after, "sources": sources}, "rows": packed, "not_mixed": None}
-
-
-def _sources(stream: Mixture, opened: Sources, lengths: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return each source's part of the first samples, whose lengths are given, and its weight (`asked`)."""
+    stream = mixture(recipe, opened, tokenizer, form, autoencoder)
+    lengths = stream.lengths(range(int(min(limits.samples, stream.end))), form)
     ends = [*(phase.start for phase in stream.phases[1:]), len(lengths)]
-    numbers = np.array(
-        [
-            phase.place(sample)[0]
-            for phase, end in zip(stream.phases, ends, strict=True)
-            for sample in range(phase.start, min(end, len(lengths)))
-        ]
-    )
-    total = sum(part.share for part in stream.ingredients)
-    sources = {}
-    for number, part in enumerate(stream.ingredients):
-        chosen = lengths[numbers == number]
+    phases = [
+        (phase, range(phase.start, min(end, len(lengths)))) for phase, end in zip(stream.phases, ends, strict=True)
+    ]
+    numbers = np.array([phase.place(sample)[0] for phase, samples in phases for sample in samples])
+    total, sources = sum(part.weight for part in stream.components), {}
+    for number, part in enumerate(stream.components):
+        own = lengths[numbers == number]
         # Images come first in a mixture, and only they are ever left out of it.
         sources[part.source.name if part.source is not None else opened.pictures[number].name] = {
-            "asked": part.share / total,
-            "samples": len(chosen),
-            "positions": int(chosen.sum()),
-            "share_of_documents": len(chosen) / len(lengths),
-            "share_of_positions": float(chosen.sum() / lengths.sum()),
-            "passes": len(chosen) / part.source.epoch if part.source is not None and part.source.epoch else None,
+            "asked": part.weight / total,
+            "samples": len(own),
+            "positions": int(own.sum()),
+            "share_of_documents": len(own) / len(lengths),
+            "share_of_positions": float(own.sum() / lengths.sum()),
+            "passes": len(own) / part.source.epoch if part.source is not None and part.source.epoch else None,
         }
-    return sources
+    known = [sets[name]["positions_per_document"] for name in sources if name in sets]
+    longest = max([int(lengths.max()), *(spread["longest"] for spread in known if spread)])
+    rows = len(best_fit(lengths.tolist(), row_length)) if longest <= row_length else None
+    used = float(lengths.sum() / (rows * row_length)) if rows else None
+    return {
+        "mixture": {
+            "samples": len(lengths),
+            "share_of": data.share_of,
+            "mean_positions": float(lengths.mean()),
+            "ends_after": int(stream.end) if isfinite(stream.end) else None,
+            "sources": sources,
+        },
+        "rows": {"length": row_length, "longest": longest, "rows": rows, "used": used},
+        "not_mixed": None,
+    }
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def data_page(
-    report: dict[str, Any], opened: Sources, lengths: dict[str, tuple[np.ndarray, np.ndarray | None]]
-) -> Page:
+def data_page(report: dict[str, Any], opened: Sources, lengths: dict[str, Lengths], limits: Limits) -> Page:
     """Return the page: the mixture's shares first, then each data set with examples, then settings."""
     sections, provenance = [], []
     for data in opened.sets.values():
         figures = report["sets"][data.path]
-        blocks = [Numbers(_set_numbers(figures)), *_examples(data), Charts(_charts(figures, *lengths[data.path]))]
+        charts = []
+        for title, values in zip(("Tokens per document", "Positions per document"), lengths[data.path], strict=True):
+            if values is not None:
+                spread = figures[title.lower().replace(" ", "_")]
+                heading = (
+                    f"{title}: mean {spread['mean']:,.1f} (the line), median {spread['median']:,g}, 95 % at most "
+                    f"{spread['percentile_95']:,}, longest {spread['longest']:,}"
+                )
+                charts.append((heading, histogram(values, title.split()[0].lower())))
+        blocks = [_set_numbers(figures), *_examples(data, figures["sizes"], limits), Charts(charts)]
         sections.append(Section(data.name, f"{data.path}, built from {figures['source']}.", blocks))
         left_out = [[line["key"], line["reason"]] for line in figures["left_out"]]
-        settings = {"fingerprint": figures["fingerprint"], **figures["settings"], **figures["settings"]["columns"]}
-        rows = [[name.replace("_", " "), str(value)] for name, value in settings.items() if name != "columns"]
         if left_out:
             provenance.append(Details(f"{data.name}: the first that were left out", [Table([], left_out)]))
+        settings = {"fingerprint": figures["fingerprint"], **figures["settings"], **figures["settings"]["columns"]}
+        rows = [[name.replace("_", " "), str(value)] for name, value in settings.items() if name != "columns"]
         provenance.append(Details(f"{data.name}: settings that made it", [Table([], rows)]))
     names = ", ".join(spec.name.rstrip("/").rsplit("/", 1)[-1] for spec in opened.specs)
     lead = f"What is in the data, and what the preset {report['preset']} makes of it."
     footer = f"Made by Transfuse {report['version']}. Every number was counted in the sets as they are on disk."
-    return Page(f"Data: {names}", lead, _mixture(report), sections, provenance, footer)
+    return Page(f"Data: {names}", lead, _first_screen(report), sections, provenance, footer)
 
 
-def _mixture(report: dict[str, Any]) -> list[Block]:
-    """Return the first screen: each source's share with a mark for its weight, and how its samples fill rows."""
+def _first_screen(report: dict[str, Any]) -> list[Block]:
+    """Return each source's share with a mark for its weight, and how its samples fill rows."""
     mixture, rows = report["mixture"], report["rows"]
     if mixture is None:
         return [Text(f"These sources cannot be mixed under this preset. {report['not_mixed']}")]
-    shares = f"share_of_{mixture['share_of']}"
-    bars = [Bar(Path(name).name, part[shares], reference=part["asked"]) for name, part in mixture["sources"].items()]
-    table = [
-        [
-            name,
-            percent(part["share_of_positions"]),
-            percent(part["share_of_documents"]),
-            percent(part["asked"]),
-            f"{part['passes']:.2g}" if part["passes"] else "",
-        ]
-        for name, part in mixture["sources"].items()
-    ]
+    share, bars, table = f"share_of_{mixture['share_of']}", [], []
+    for name, part in mixture["sources"].items():
+        bars.append(Bar(Path(name).name, part[share], reference=part["asked"]))
+        shares = [percent(part[key]) for key in ("share_of_positions", "share_of_documents", "asked")]
+        table.append([name, *shares, f"{part['passes']:.2g}" if part["passes"] else ""])
     note = f"The first {mixture['samples']:,} samples of the preset's stream, before any annealing of weights."
+    if report["needed"] > report["context"]:
+        note += f" model.max_seq_len {report['context']:,} is too short for its texts: {report['needed']:,} are needed."
     numbers = [("Positions a sample", f"{mixture['mean_positions']:,.1f}", f"the longest has {rows['longest']:,}")]
     if rows["rows"] is None:
         numbers.append(("Rows", "none", f"of {rows['length']:,} positions: the longest document does not fit"))
@@ -251,64 +255,43 @@ def _mixture(report: dict[str, Any]) -> list[Block]:
         numbers.append(("Filled", percent(rows["used"]), "of these rows; the rest is padding"))
     if mixture["ends_after"] is not None:
         numbers.append(("Used up after", f"{mixture['ends_after']:,}", "samples, by the epochs allowed"))
-    if report["needed"] > report["context"]:
-        note += f" model.max_seq_len {report['context']:,} is too short for its texts: {report['needed']:,} are needed."
     head = ["source", "share of positions", "share of samples", "weight", "passes"]
-    return [
-        Bars(bars, f"share of {mixture['share_of']}", "weight asked for"),
-        Text(note),
-        Numbers(numbers),
-        Table(head, table),
-    ]
+    first = Bars(bars, f"share of {mixture['share_of']}", "weight asked for")
+    return [first, Text(note), Numbers(numbers), Table(head, table)]
 
 
-def _set_numbers(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _set_numbers(figures: dict[str, Any]) -> Numbers:
     sizes, mean = figures["sizes"], figures["tokens_per_document"]["mean"]
     left_out = {**figures["dropped"], **({"faulty": figures["faulty"]} if figures["faulty"] else {})}
     reasons = "".join(f"; {count:,} {reason}" for reason, count in left_out.items())
     shown = f"all {sizes[0][0]} × {sizes[0][1]} pixels" if len(sizes) == 1 else f"of {len(sizes)} sizes"
-    return [
-        ("Documents", f"{figures['documents']:,}", f"{figures['heldout']:,} held out from training"),
-        *([("Images", f"{figures['pictures']:,}", shown)] if sizes else []),
-        ("Tokens of text", f"{figures['tokens']:,}", f"{mean:,.1f} a document"),
-        ("On disk", f"{figures['bytes'] / 1e6:,.1f} MB", f"shards: {figures['shards']:,}"),
-        ("Left out", f"{sum(left_out.values()):,}", f"of {figures['seen']:,} seen{reasons}"),
-    ]
+    return Numbers(
+        [
+            ("Documents", f"{figures['documents']:,}", f"{figures['heldout']:,} held out from training"),
+            *([("Images", f"{figures['pictures']:,}", shown)] if sizes else []),
+            ("Tokens of text", f"{figures['tokens']:,}", f"{mean:,.1f} a document"),
+            ("On disk", f"{figures['bytes'] / 1e6:,.1f} MB", f"shards: {figures['shards']:,}"),
+            ("Left out", f"{sum(left_out.values()):,}", f"of {figures['seen']:,} seen{reasons}"),
+        ]
+    )
 
 
-def _charts(figures: dict[str, Any], tokens: np.ndarray, taken: np.ndarray | None) -> list[tuple[str, str]]:
-    """Return histograms of the lengths in tokens and in positions."""
-    charts = []
-    for title, values in (("Tokens per document", tokens), ("Positions per document", taken)):
-        if values is not None:
-            spread = figures[title.lower().replace(" ", "_")]
-            charts.append(
-                (
-                    f"{title}: mean {spread['mean']:,.1f} (the line), median {spread['median']:,g}, 95 % at most "
-                    f"{spread['percentile_95']:,}, longest {spread['longest']:,}",
-                    histogram(values, title.split()[0].lower()),
-                )
-            )
-    return charts
-
-
-def _examples(data: DataSet) -> list[Block]:
+def _examples(data: DataSet, sizes: list[list[int]], limits: Limits) -> list[Block]:
     """Return documents evenly spread over the set; of a remote set over a few shards, which are fetched whole."""
     manifest, encoding, text = data.manifest, data.manifest.encoding, data.manifest.kind == "text"
-    shards, size = len(manifest.shards), manifest.shard_size
-    chosen = _evenly(shards, FETCHED if is_remote(data.path) else shards)
-    count = TEXTS if text else min(SHEET, max(TEXTS, SHEET * len(data) // max(1, manifest.pictures)))
-    places = _evenly(len(data) - (shards - len(chosen)) * size, count)
+    shards, shard_size = len(manifest.shards), manifest.shard_size
+    chosen = _evenly(shards, limits.remote_shards if is_remote(data.path) else shards)
+    count = TEXTS if text else min(IMAGES, max(TEXTS, IMAGES * len(data) // max(1, manifest.pictures)))
+    places = _evenly(len(data) - (shards - len(chosen)) * shard_size, count)
+    numbers = chosen[places // shard_size] * shard_size + places % shard_size
     tokenizer, decoder = data.tokenizer(), _decoder(data)
-    numbers = chosen[places // size] * size + places % size
-    cards = [_document(data, number, tokenizer, decoder) for number in numbers.tolist()]
+    cards = [_card(data, number, tokenizer, decoder) for number in numbers.tolist()]
     pairs = bool(data.documents["pair"][numbers].all())
     note = f"{len(cards)} documents, evenly spread over the set."
     note += "" if text or pairs else " ▢ marks an image; the first four are shown."
     if encoding:
         note += f" Decoder: {encoding.autoencoder} ({encoding.fingerprint}){'' if decoder else ', which is not here'}."
-    sizes = _sizes(data.pictures)
-    blocks: list[Block] = [Text(note), Cards(cards, "", "pictures" if pairs else "wide", SHEET)]
+    blocks: list[Block] = [Text(note), Cards(cards, "", "pictures" if pairs else "wide", IMAGES)]
     if len(sizes) > 1:
         rows = [[f"{height} × {width}", f"{number:,}"] for height, width, number in sizes[:SIZES]]
         blocks.append(Details(f"Sizes: {len(sizes)}", [Table(["rows × columns", "images"], rows)]))
@@ -326,8 +309,8 @@ def _decoder(data: DataSet) -> Autoencoder | None:
     return None
 
 
-def _document(data: DataSet, number: int, tokenizer: Tokenizer, decoder: Autoencoder | None) -> Card:
-    """Return the beginning of a text; or the first images of a document and its words."""
+def _card(data: DataSet, number: int, tokenizer: Tokenizer, decoder: Autoencoder | None) -> Card:
+    """Return the beginning of a text; or the first images of a document, at most SIDE pixels a side, and its words."""
     try:
         if data.manifest.kind == "text":
             ids = data.read_ids(number)
@@ -335,19 +318,17 @@ def _document(data: DataSet, number: int, tokenizer: Tokenizer, decoder: Autoenc
             words = tokenizer.decode(ids[:TOKENS].tolist()).rstrip("\ufffd") + ("…" if len(ids) > TOKENS else "")
             return Card(words)
         stored = data.read(number)
-        images = [decode_picture(data, number, stored, part) for part in stored.parts if not isinstance(part, str)]
-    except DamagedError as error:
+        images = [data.decode(number, stored, part) for part in stored.parts if not isinstance(part, str)]
+    except CorruptSampleError as error:
         return Card(f"Damaged: {error}")
     words = " ".join(part if isinstance(part, str) else "▢" for part in stored.parts[stored.pair :])
-    words = words if len(words) <= WORDS else words[:WORDS].rstrip() + "…"
-    shown = [_pixels(image, decoder) for image in images[:4] if decoder or image.dtype == np.uint8]
-    return Card(words, [(image, "") for image in shown])
-
-
-def _pixels(picture: np.ndarray, decoder: Autoencoder | None) -> np.ndarray:
-    """Return a stored image as uint8 `[row, column, 3]`, at most SIDE pixels a side."""
-    if decoder is not None:
-        picture = decoder.decode(as_latent(picture)[None])[0]
-    small = PIL.Image.fromarray(picture)
-    small.thumbnail((SIDE, SIDE))
-    return np.asarray(small)
+    words = words if len(words) <= CHARACTERS else words[:CHARACTERS].rstrip() + "…"
+    shown = []
+    for image in images[:4]:
+        if decoder is not None:
+            image = decoder.decode(as_latent(image)[None])[0]
+        if image.dtype == np.uint8:
+            small = PIL.Image.fromarray(image)
+            small.thumbnail((SIDE, SIDE))
+            shown.append((np.asarray(small), ""))
+    return Card(words, shown)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .autoencoders import DeferredEncoder, ImageAutoencoder
 from .config import to_dict
-from .data import FaultLog, Finish, Rows, StepLoader, unchanged
+from .data import CorruptLog, Finish, Packer, StepLoader, unchanged
 from .export import save_export
 from .log import logger
 from .model import Transfusion
@@ -159,9 +159,9 @@ def build_loader(run: Run, folder: Path, rank: int = 0, ranks: int = 1, finish: 
     if autoencoder is not None and encodes_later(recipe):
         autoencoder = DeferredEncoder(autoencoder)
     stream = run.mixture(autoencoder)
-    rows = None
+    packer = None
     if data.row_length is not None:
-        rows = Rows(lambda samples: stream.lengths(samples, form), data.row_length, end=stream.end)
+        packer = Packer(lambda samples: stream.lengths(samples, form), data.row_length, end=stream.end)
     sizes = {name: len(data_set) for name, data_set in run.sources.sets.items()}
     padding_image = None
     if ranks > 1 and recipe.model.images == "latents":
@@ -173,10 +173,10 @@ def build_loader(run: Run, folder: Path, rank: int = 0, ranks: int = 1, finish: 
         data.accumulate,
         recipe.model.image_attention,
         data.workers,
-        rows,
+        packer,
         rank,
         ranks,
-        FaultLog(folder, sizes, data.max_errors, rank).add,
+        CorruptLog(folder, sizes, data.max_errors, rank).add,
         padding_image,
         finish,
     )

@@ -20,8 +20,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,12 @@ from hypothesis import strategies as st
 
 from transfuse.autoencoders import ImageAutoencoder, open_autoencoder, save_autoencoder
 from transfuse.cli import run
-from transfuse.data import verify
-from transfuse.data.ahead import ahead
-from transfuse.data.build import Writer, build_set
+from transfuse.data.build import Writer, build_set, verify_set
 from transfuse.data.dataset import DataSet
-from transfuse.data.prepare import BuildConfig, Preparer, bucket
-from transfuse.data.readers import UNTOLD, Columns
-from transfuse.data.verify import verify_set
+from transfuse.data.prepare import BuildConfig, bucket
+from transfuse.data.readers import LOST_REST, Columns
 from transfuse.errors import UserError
 from transfuse.images import decode_image, fit, read_image
-from transfuse.log import progress
 from transfuse.sequence import Tokenizer
 
 CONFIG = BuildConfig(size=16, vocabulary=300, shard_size=4, heldout=0.2)
@@ -298,24 +293,25 @@ def test_a_record_that_is_lost_or_cut(root: Path, straight: dict[str, bytes], st
 
 
 def test_what_is_written_is_not_prepared_again(
-    root: Path, straight: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With an autoencoder this is all of the time that a build takes."""
-    monkeypatch.setattr("transfuse.data.readers.pictures.PER_PART", 4)
+    for i in range(70):
+        write(tmp_path / "s", {f"{i:02d}.png": png(pixels(i)), f"{i:02d}.txt": f"number {i}"})
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            build(root / "pictures", tmp_path / "out", KINDS["pictures"][1])
-    told: list[tuple[int, int]] = []
-    original = progress
-    shown = lambda title, total, start, **kind: told.append((total, start)) or original(title, total, start, **kind)  # noqa: E731
-    monkeypatch.setattr("transfuse.data.build.progress", shown)
-    cut, done = Preparer._cut, []
-    monkeypatch.setattr(Preparer, "_cut", lambda self, item: done.append(item.key) or cut(self, item))
-    assert build(root / "pictures", tmp_path / "out", KINDS["pictures"][1])["documents"] == PICTURES - 5
-    assert contents(tmp_path / "out") == straight
-    assert done == ["17.png"]
-    assert told == [(PICTURES, 16)]  # so that the time left is told of what is left: four parts of four are behind
+            build(tmp_path / "s", tmp_path / "out", CONFIG)
+    decoded: list[bytes] = []
+    monkeypatch.setattr(
+        "transfuse.data.prepare.decode_image", lambda *image: decoded.append(image[0]) or decode_image(*image)
+    )
+    capfd.readouterr()
+    assert build(tmp_path / "s", tmp_path / "out", CONFIG)["documents"] == 70
+    assert decoded == [png(pixels(68)), png(pixels(69))], "17 shards of four were whole"
+    assert "build: 6 documents to do" in capfd.readouterr().err, "a whole part of 64 is done"
+    build(tmp_path / "s", tmp_path / "straight", CONFIG)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
 WORLD = ["--size", "16", "--vocabulary", "300", "--shard-size", "24", "--count", "240", "--duplicates", "keep"]
@@ -703,7 +699,7 @@ def test_the_rest_of_a_file_is_more_than_one_document(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"10\d of 1\d\d documents are faulty"):
         build(source, tmp_path / "out", CONFIG)
     found = build(source, tmp_path / "out", CONFIG, max_errors=1.0)
-    assert found["faulty"] >= UNTOLD
+    assert found["faulty"] >= LOST_REST
     assert found["seen"] == found["documents"] + found["faulty"]
 
 
@@ -910,7 +906,7 @@ def test_latents_and_codes(tmp_path: Path, name: str) -> None:
     assert encoding is not None
     assert (encoding.autoencoder, encoding.fingerprint, encoding.factor) == (name, autoencoder.fingerprint, 4)
     assert (encoding.codebook is not None) == codes
-    assert not verify_set(str(tmp_path / "out"), workers=1).count
+    assert not problems(tmp_path / "out")
     build(tmp_path / "s", tmp_path / "again", replace(CONFIG, autoencoder=name, buckets=True, multiple=8), workers=1)
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
@@ -942,7 +938,7 @@ def test_a_set_of_a_set_has_the_same_documents(root: Path, tmp_path: Path, name:
     assert second.manifest.tokenizer == first.manifest.tokenizer
     assert [second.read(n).parts for n in range(len(second))] == [first.read(n).parts for n in range(len(first))]
     assert second.number("heldout", 0) == first.number("heldout", 0)
-    assert not verify_set(str(tmp_path / "second-0"), workers=1).count
+    assert not problems(tmp_path / "second-0")
 
 
 @pytest.mark.parametrize("name", ["kl-f4-small", "vq-f4-small"])
@@ -978,7 +974,7 @@ def test_a_set_that_has_changed_is_another_source(root: Path, tmp_path: Path, mo
     source = tmp_path / "set"
     shutil.copytree(root / "pictures-set", source)
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "_flush", lambda writer: (_ for _ in ()).throw(Killed()))
+        patch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             build(source, tmp_path / "out", CONFIG)
     shutil.rmtree(source)
@@ -1016,45 +1012,20 @@ def test_a_tokenizer_may_be_given(root: Path, tmp_path: Path) -> None:
 # --- transfuse data verify --------------------------------------------------------------------------------------------
 
 
-class Inline:
-    """A pool of no process: a thousand checks, and no thousand pools."""
-
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(work(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
 @pytest.fixture
-def copied(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copied(root: Path, tmp_path: Path) -> Path:
     """A copy of every set, to be damaged."""
     for name in KINDS:
         shutil.copytree(root / f"{name}-set", tmp_path / name)
-
-    @contextmanager
-    def inline(count: int, begin: Callable[..., None], *arguments: Any, what: str) -> Iterator[Inline]:
-        begin(*arguments)
-        yield Inline()
-
-    monkeypatch.setattr(verify, "processes", inline)
     return tmp_path
 
 
 def problems(path: Path) -> list[str]:
-    """What is said of a set; a traceback is an error here."""
+    """What is wrong with a set; a traceback is an error here."""
     try:
-        found = verify_set(str(path), workers=1)
+        return verify_set(str(path), workers=0)[1]
     except UserError as error:
         return [str(error)]
-    finally:
-        files = getattr(getattr(verify, "_data", None), "_files", {})  # see test_a_set_closes_its_files
-        while files:
-            os.close(files.popitem()[1][0])
-    assert found.count == len(found.problems)
-    return found.problems
 
 
 def flips(path: Path, places: range | list[int]) -> Iterator[tuple[int, int]]:
@@ -1069,9 +1040,8 @@ def flips(path: Path, places: range | list[int]) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", list(KINDS))
 def test_a_whole_set(root: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    found = verify_set(str(root / f"{name}-set"), workers=2)
-    assert (found.count, found.problems) == (0, [])
-    assert found.documents == len(DataSet(str(root / f"{name}-set")))
+    documents = len(DataSet(str(root / f"{name}-set")))
+    assert verify_set(str(root / f"{name}-set"), workers=2) == (documents, [])
     assert run(["data", "verify", str(root / f"{name}-set")]) == 0
     assert "all whole" in capfd.readouterr().err
 
@@ -1176,22 +1146,6 @@ def test_other_files_gone_or_cut(copied: Path, file: str, kept: int | None) -> N
     (found,) = problems(copied / "pictures")
     assert file in found
     assert "\n" not in found
-
-
-def test_reading_ahead_is_bounded_and_in_order() -> None:
-    begun: list[int] = []
-
-    def read(item: int) -> int:
-        begun.append(item)
-        return -item
-
-    with ThreadPoolExecutor(3) as pool:
-        results = ahead(lambda item: pool.submit(read, item), range(100), window=10)
-        assert [next(results) for _ in range(5)] == [0, -1, -2, -3, -4]
-        results.close()
-        assert len(begun) <= 15
-        found = list(ahead(lambda item: pool.submit(read, item), range(7), window=10))
-    assert found == [0, -1, -2, -3, -4, -5, -6]
 
 
 def test_a_set_closes_its_files(root: Path) -> None:

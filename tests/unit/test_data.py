@@ -15,8 +15,8 @@ from emoji_scenes import World, WorldConfig, edit
 from transfuse.autoencoders import AutoencoderConfig, DeferredEncoder, ImageAutoencoder, Pixels
 from transfuse.data import (
     EditConfig,
-    Ingredient,
     Mixture,
+    MixtureComponent,
     PairConfig,
     SceneEdits,
     ScenePairs,
@@ -214,8 +214,8 @@ def test_edits_by_number(tokenizer: Tokenizer, count: int | None) -> None:
     assert same is (count == 5)
 
 
-def ingredients(sources, shares) -> list[Ingredient]:
-    return [Ingredient(source, share) for source, share in zip(sources, shares, strict=True)]
+def components(sources, shares) -> list[MixtureComponent]:
+    return [MixtureComponent(source, share) for source, share in zip(sources, shares, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def sources(tokenizer: Tokenizer):
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.5])
 def test_mixture_is_in_tokens_and_even(sources, tokenizer: Tokenizer, share: float) -> None:
     grammar = tokenizer.sequence_format(8)
-    mixture = Mixture(ingredients(sources, [1 - share, share]), grammar)
+    mixture = Mixture(components(sources, [1 - share, share]), grammar)
     tokens = {True: 0, False: 0}
     for sample in range(COUNT):
         document = mixture.document(sample)
@@ -240,7 +240,7 @@ def test_mixture_is_in_tokens_and_even(sources, tokenizer: Tokenizer, share: flo
 
 
 def test_every_document_of_a_source_comes_once_per_epoch(sources, tokenizer: Tokenizer) -> None:
-    mixture = Mixture(ingredients(sources, [0.5, 0.5]), tokenizer.sequence_format(8))
+    mixture = Mixture(components(sources, [0.5, 0.5]), tokenizer.sequence_format(8))
     seen = []
     for sample in range(3000):
         document = mixture.document(sample)
@@ -253,7 +253,7 @@ def test_every_document_of_a_source_comes_once_per_epoch(sources, tokenizer: Tok
 
 def test_batches_are_functions_of_the_step(sources, tokenizer: Tokenizer) -> None:
     grammar = tokenizer.sequence_format(8)
-    mixture = Mixture(ingredients(sources, [0.5, 0.5]), grammar)
+    mixture = Mixture(components(sources, [0.5, 0.5]), grammar)
     forwards, backwards = (StepLoader(mixture.document, grammar, 6, 2) for _ in range(2))
     ahead = [forwards(step) for step in range(4)]
     for step in reversed(range(4)):
@@ -324,7 +324,7 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
             ScenePairs(world, tokenizer, encoder, PairConfig(), 0),
             SceneEdits(world, tokenizer, encoder, EditConfig(), 0),
         ]
-        stream = Mixture([Ingredient(source, 1.0) for source in sources], None)
+        stream = Mixture([MixtureComponent(source, 1.0) for source in sources], None)
         grammar = tokenizer.sequence_format(patch_size=2)
         settings = {"workers": workers, "finish": goal.sample_noise} if later else {}
         (batch,) = StepLoader(stream.document, grammar, 12, **settings)(1)

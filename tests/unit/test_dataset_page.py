@@ -18,14 +18,13 @@ import pytest
 import torch
 
 from emoji_scenes import glosses
-from transfuse import inspect_data as dataset
 from transfuse.autoencoders import Pixels, open_autoencoder
-from transfuse.data import DataSet, PairConfig, Rows, StoredPictures, StoredTexts
+from transfuse.data import DataSet, Packer, PairConfig, StoredImages, StoredTexts
 from transfuse.data.build import build_set
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.errors import UserError
-from transfuse.inspect_data import inspect_sources
+from transfuse.inspect_data import Limits, inspect_sources
 from transfuse.recipes import preset
 from transfuse.runs import open_sources, resolve
 from transfuse.runs.sources import mixture
@@ -79,9 +78,7 @@ def names(folder: Path) -> list[str]:
 def done(folder: Path, names: list[str], tmp_path_factory):
     out = tmp_path_factory.mktemp("inspection") / "deep"
     sources = (f"{names[0]},weight=2", *names[1:], "world", "glosses")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "MIXED", MIXED)
-        return inspect_sources(sources, out, "demo", 1024), out, sources
+    return inspect_sources(sources, out, "demo", 1024, Limits(samples=MIXED)), out, sources
 
 
 def test_figures_of_a_set_are_those_of_its_documents(done, names: list[str]) -> None:
@@ -96,7 +93,7 @@ def test_figures_of_a_set_are_those_of_its_documents(done, names: list[str]) -> 
         for split in ("train", "heldout") if data.manifest.heldout else ("train",):
             source = StoredTexts(data, 0, split)
             if data.manifest.kind == "pictures":
-                source = StoredPictures(data, tokenizer, Pixels(), PairConfig(caption_drop=0.0), 0, split)
+                source = StoredImages(data, tokenizer, Pixels(), PairConfig(caption_drop=0.0), 0, split)
             documents = [source.document(index, index) for index in range(source.epoch)]
             taken += [len(layout_document(document, grammar)) for document in documents]
             tokens += [sum(len(getattr(part, "ids", ())) for part in document.parts) for document in documents]
@@ -173,23 +170,23 @@ def test_the_mixture_is_that_of_the_first_samples(done, stream) -> None:
 def test_rows_hold_all_samples_and_no_others(done, stream) -> None:
     found = done[0]["rows"]
     lengths = np.array([length for _, length in stream] * 2)
-    rows = Rows(lambda samples: lengths[np.asarray(samples)], 1024, window=MIXED)
+    rows = Packer(lambda samples: lengths[np.asarray(samples)], 1024, window=MIXED)
     assert sorted(sample for row in range(found["rows"]) for sample in rows.row(row)) == list(range(MIXED))
     assert found["used"] == pytest.approx(lengths[:MIXED].sum() / (1024 * found["rows"]))
     sets = [one["positions_per_document"]["longest"] for one in done[0]["sets"].values()]
     assert (found["length"], found["longest"]) == (1024, max([*sets, lengths.max()]))
 
 
-def test_rows_that_are_too_short(names: list[str], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(dataset, "MIXED", 10)
-    report = inspect_sources((names[1], names[3]), tmp_path, "demo", 100)
+def test_rows_that_are_too_short(names: list[str], tmp_path: Path) -> None:
+    report = inspect_sources((names[1], names[3]), tmp_path, "demo", 100, Limits(samples=10))
     longest = report["rows"]["longest"]
     assert (longest > 100, report["rows"]["rows"], report["rows"]["used"]) == (True, None, None)
     assert longest == max(one["positions_per_document"]["longest"] for one in report["sets"].values()), (
         "seen or not yet"
     )
     assert "the longest document does not fit" in (tmp_path / "index.html").read_text()
-    assert inspect_sources((names[1], names[3]), tmp_path, "demo", longest)["rows"]["rows"] > 0
+    report = inspect_sources((names[1], names[3]), tmp_path, "demo", longest, Limits(samples=10))
+    assert report["rows"]["rows"] > 0
 
 
 def test_epochs_and_a_last_stretch(names: list[str], tmp_path: Path) -> None:
@@ -241,19 +238,16 @@ def test_pictures_are_those_of_the_set(names: list[str], tmp_path: Path) -> None
 
 
 def test_large_sets_are_sampled_and_distant_ones_read_from_few_shards(
-    names: list[str], tmp_path: Path, monkeypatch
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = []
-    monkeypatch.setattr(dataset, "SAMPLED", 10)
-    monkeypatch.setattr(dataset, "is_remote", lambda path: True)
-    monkeypatch.setattr(dataset, "FETCHED", 2)
-    monkeypatch.setattr(
-        DataSet, "read", lambda self, number, old=DataSet.read: read.append(number) or old(self, number)
-    )
-    found = inspect_sources((names[0],), tmp_path, "demo", 1024)["sets"][names[0]]
-    assert found["tokens_per_document"]["documents"] == found["positions_per_document"]["documents"] == 10
-    assert {number // 20 for number in read} == {0, 4}, "the first shard and the last, which is half full"
-    assert len(set(read)) == 30
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = f"file://{names[0]}"
+    limits = Limits(lengths=10, remote_shards=2)
+    figures = inspect_sources((url,), tmp_path / "out", "demo", 1024, limits)["sets"][url]
+    assert figures["tokens_per_document"]["documents"] == figures["positions_per_document"]["documents"] == 10
+    fetched = {path.name.partition("-")[2] for path in (tmp_path / "transfuse").glob("*.tar")}
+    assert fetched == {"shard-00000.tar", "shard-00004.tar"}, "the first shard and the last, which is half full"
+    assert len(shown(tmp_path / "out")) == 30
 
 
 def test_damage_is_shown_in_its_place(folder: Path, tmp_path: Path) -> None:

@@ -26,7 +26,10 @@ from hypothesis import strategies as st
 from emoji_scenes import World, WorldConfig, caption
 from transfuse.cli import run
 from transfuse.data.prepare import BuildConfig, Dropped, Outcome, Preparer
-from transfuse.data.readers import Columns, Fault, Raw, Reader, open_source, tars, texts
+from transfuse.data.readers import Columns, Fault, Raw, Reader, open_source
+from transfuse.data.readers.images import scan
+from transfuse.data.readers.texts import JsonReader, TextReader
+from transfuse.data.remote import File
 from transfuse.errors import UserError
 from transfuse.sequence import Tokenizer
 
@@ -63,9 +66,8 @@ def read(source: Path | Reader, **columns: Any) -> list[Raw | Fault]:
 
 def outcomes(source: Path, tokenizer: Tokenizer, **columns: Any) -> list[Outcome]:
     reader = open_source(str(source), Columns(**columns))
-    preparer = Preparer(BuildConfig(size=4), tokenizer)
-    prepare = preparer.texts if reader.text_only else preparer.pictures
-    return [outcome for one in prepare(read(reader)) for outcome in one]
+    prepare = Preparer(BuildConfig(size=4), tokenizer, reader.text_only)
+    return [outcome for item in read(reader) for outcome in prepare(item)]
 
 
 def documents(found: list[Raw | Fault]) -> list[tuple[Any, ...]]:
@@ -452,7 +454,7 @@ def test_a_size_below_zero_does_not_go_round_for_ever(tmp_path: Path) -> None:
     headers[2].size = -1024  # to the second
     pieces = [header.tobuf(tarfile.GNU_FORMAT) for header in headers]
     (tmp_path / "t.tar").write_bytes(b"".join(pieces) + bytes(1024))
-    found = list(itertools.islice(tars.scan(tmp_path / "t.tar"), 10))
+    found = list(itertools.islice(scan(tmp_path / "t.tar"), 10))
     assert len(found) < 10
     assert isinstance(found[-1], Fault)
 
@@ -691,9 +693,7 @@ def test_jsonl_at_any_boundary_of_a_chunk(
 ) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "d.jsonl"
     path.write_bytes(end.join(json.dumps({"text": word}, ensure_ascii=False) for word in words).encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "CHUNK", chunk)
-        found = read(path)
+    found = read(JsonReader([File.of(path.parent, path)], Columns(), chunk))
     assert documents(found) == [(word.strip(),) for word in words]
     assert [item.key for item in found] == [f"d.jsonl:{i * len(end.lstrip(chr(13))) + 1}" for i in range(len(words))]
 
@@ -733,9 +733,7 @@ def test_text_at_any_boundary_of_a_chunk(
     text = "".join(pieces)
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(text.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "CHUNK", chunk)
-        found = read(path, split=split)
+    found = read(TextReader([File.of(path.parent, path)], Columns(split=split), chunk))
     expected = re.split(r"\n" if split == "line" else r"\n{2,}", text.replace("\r\n", "\n"))
     assert documents(found) == [(piece.strip(),) for piece in expected if piece.strip()]
     if split == "line":
@@ -744,12 +742,11 @@ def test_text_at_any_boundary_of_a_chunk(
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_paragraphs_are_read_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+def test_paragraphs_are_read_part_by_part(tmp_path: Path, end: str) -> None:
     """Whatever the line ends are: a file is in memory a part at a time."""
-    monkeypatch.setattr(texts, "CHUNK", 100)
     words = [f"paragraph {i},{end}and more of it" for i in range(50)]
     write(tmp_path, {"a.txt": (2 * end).join(words)})
-    reader = open_source(str(tmp_path / "a.txt"), Columns(split="paragraph"))
+    reader = TextReader([File.of(tmp_path, tmp_path / "a.txt")], Columns(split="paragraph"), chunk=100)
     found = [part.weight for part in reader.parts()]
     assert sum(found) == reader.total
     assert max(found) < 200

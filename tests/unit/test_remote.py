@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from transfuse.autoencoders import Pixels
-from transfuse.data import Cache, DataSet, PairConfig, StepLoader, StoredPictures, remote
+from transfuse.data import Cache, DataSet, PairConfig, StepLoader, StoredImages
 from transfuse.data.build import build_set
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
@@ -73,7 +73,7 @@ def test_a_bound_below_one_file_still_reads(folder: Path, url: str, tmp_path: Pa
 def test_batches_are_the_same_with_workers_that_fetch(folder: Path, url: str, tmp_path: Path) -> None:
     def batches(path: str, workers: int) -> list[list[int]]:
         data = DataSet(path, Cache(tmp_path / "cache"))
-        source = StoredPictures(data, data.tokenizer(), Pixels(), PairConfig(), seed=0)
+        source = StoredImages(data, data.tokenizer(), Pixels(), PairConfig(), seed=0)
         grammar = data.tokenizer().sequence_format(4)
         loader = StepLoader(lambda n: source.document(n, n), grammar, 6, workers=workers)
         return [batch.input_ids.tolist() for step in range(10) for batch in loader(step)]
@@ -98,11 +98,10 @@ def test_a_fetch_that_breaks_off_leaves_nothing(url: str, tmp_path: Path, monkey
     def broken(*_: object) -> None:
         raise OSError("the connection was reset")
 
-    monkeypatch.setattr(remote, "WAITS", ())
     with monkeypatch.context() as patch:
         patch.setattr("shutil.copyfileobj", broken)
         with pytest.raises(UserError, match=r"manifest\.json: not fetched \(the connection was reset\)"):
-            DataSet(url, Cache(tmp_path))
+            DataSet(url, Cache(tmp_path, waits=()))
     assert sizes(tmp_path) == 0
     assert len(DataSet(url, Cache(tmp_path))) == COUNT
 

@@ -22,15 +22,15 @@ import PIL.Image
 import pytest
 from conftest import write
 
-from transfuse.data import Cache, DataSet, remote
+from transfuse.data import Cache, CorruptSampleError, DataSet
 from transfuse.data.build import Writer, build_set
-from transfuse.data.dataset import DamagedError
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns, open_source
 from transfuse.data.remote import expanded, look
 from transfuse.errors import UserError
 
 CONFIG = BuildConfig(size=16, vocabulary=300, shard_size=8, heldout=0.1)
+WAITS = (0.0, 0.0)  # seconds between attempts
 PAIRS = 13
 """in each tar"""
 
@@ -77,8 +77,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
+def web(tmp_path: Path) -> Iterator[Web]:
     found = Web(tmp_path / "web")
     found.folder.mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, web=found)) as server:
@@ -113,7 +112,7 @@ def tars(web: Web) -> Path:
 
 def build(source: str | Path, out: Path, workers: int = 0, **changes: Any) -> dict[str, Any]:
     gigabytes = changes.pop("gigabytes", 1.0)
-    cache = Cache(out.parent / "cache", gigabytes)
+    cache = Cache(out.parent / "cache", gigabytes, WAITS)
     return build_set(str(source), out, replace(CONFIG, **changes), workers, cache=cache)
 
 
@@ -184,7 +183,7 @@ def test_parquet_text_and_jsonl_with_pictures_beside_it(web: Web, tmp_path: Path
 
 def test_a_data_set_over_http_trains_and_is_a_source(web: Web, tmp_path: Path) -> None:
     build(tars(web), web.folder / "set")
-    here, there = DataSet(str(web.folder / "set")), DataSet(f"{web.url}/set", Cache(tmp_path / "cache"))
+    here, there = DataSet(str(web.folder / "set")), DataSet(f"{web.url}/set", Cache(tmp_path / "cache", waits=WAITS))
     assert [there.read(n) for n in range(len(there))] == [here.read(n) for n in range(len(here))]
     build(f"{web.url}/set", tmp_path / "there")
     build(web.folder / "set", tmp_path / "here")
@@ -207,7 +206,7 @@ def test_a_cache_too_small_for_two(web: Web, tmp_path: Path) -> None:
 def there(web: Web, tmp_path: Path) -> DataSet:
     """A set of five shards at a URL, of which the first has been read."""
     build(tars(web), web.folder / "set")
-    found = DataSet(f"{web.url}/set", Cache(tmp_path / "cache"))
+    found = DataSet(f"{web.url}/set", Cache(tmp_path / "cache", waits=WAITS))
     found.tokenizer()
     found.read(0)
     assert len(found.manifest.shards) == 5
@@ -238,7 +237,7 @@ def test_a_set_that_changes_while_it_is_read_is_refused(web: Web, there: DataSet
         with pytest.raises(UserError, match=f"set: expected the data set {there.fingerprint}, as .* it has") as caught:
             data.read(len(data) - 1)
         assert one_line(caught).startswith(f"{web.url}/set: ")
-        assert not isinstance(caught.value, DamagedError)
+        assert not isinstance(caught.value, CorruptSampleError)
         assert data.read(1).tokens
 
 
@@ -248,15 +247,15 @@ def test_a_shard_damaged_at_its_url_is_the_same_set(web: Web, there: DataSet) ->
     data = bytearray(path.read_bytes())
     data[int(there.documents[number]["offset"]) + 600] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DamagedError, match="its content does not match its hash"):
+    with pytest.raises(CorruptSampleError, match="its content does not match its hash"):
         there.read(number)
     others = [n for n in range(len(there)) if n != number]
     assert [there.read(n) for n in others] == [here.read(n) for n in others]
     assert web.asked[f"set/{there.shard(number)}"] == 1
 
 
-def test_what_is_kept_is_read_where_the_url_can_not_be_reached(
-    web: Web, there: DataSet, capfd: pytest.CaptureFixture[str]
+def test_what_is_kept_is_read_where_the_url_cannot_be_reached(
+    web: Web, there: DataSet, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     expected = [there.read(n) for n in range(len(there))]
     before = web.asked.copy()
@@ -269,7 +268,7 @@ def test_what_is_kept_is_read_where_the_url_can_not_be_reached(
     said = f"{web.url}/set/manifest.json: not fetched (HTTP Error 503: Service Unavailable); going on with the one that"
     assert capfd.readouterr().err == f"{said} is kept here, which may be old\n"
     assert web.asked - before == Counter({"set/manifest.json": 3})  # attempts of one look
-    remote._unreached.clear()
+    Cache(tmp_path / "other").file(f"{web.url}/set/tokenizer.json")  # the server is reachable again
     (web.folder / "set" / "manifest.json").unlink()
     web.faults.clear()
     with pytest.raises(UserError, match=r"set/manifest\.json: expected a file, found none"):
@@ -354,16 +353,16 @@ def test_what_is_refused_is_not_tried_again(web: Web, tmp_path: Path) -> None:
     tars(web)
     web.faults["tars/00000.tar"] = [403] * 3
     with pytest.raises(UserError, match=r"00000\.tar: not fetched \(HTTP Error 403"):
-        Cache(tmp_path / "cache").file(f"{web.url}/tars/00000.tar")
+        Cache(tmp_path / "cache", waits=WAITS).file(f"{web.url}/tars/00000.tar")
     assert web.asked["tars/00000.tar"] == 1
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/a\.tar: not fetched"):
-        look("http://127.0.0.1:9/a.tar")
+        look("http://127.0.0.1:9/a.tar", waits=())
 
 
 def test_a_file_that_changes_under_way(web: Web, tmp_path: Path) -> None:
     """Between the look at it and its turn; then the source is another one, which the build that was begun refuses."""
     folder, source, out = tars(web), f"{web.url}/tars/{{00000..00002}}.tar", tmp_path / "out"
-    reader = open_source(source, Columns(), cache=Cache(tmp_path / "early"))
+    reader = open_source(source, Columns(), cache=Cache(tmp_path / "early", waits=WAITS))
     web.faults["tars/00002.tar"] = ["cut"] * 3
     with pytest.raises(UserError, match="broke off"):
         build(source, out)

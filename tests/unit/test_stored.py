@@ -17,23 +17,23 @@ from hypothesis import strategies as st
 from emoji_scenes import glosses
 from transfuse.autoencoders import Pixels
 from transfuse.data import (
+    CorruptLog,
     DataSet,
-    FaultLog,
-    Ingredient,
     Mixture,
+    MixtureComponent,
+    Packer,
     PairConfig,
-    Rows,
     StepLoader,
-    StoredPictures,
+    StoredImages,
     StoredTexts,
     Texts,
 )
 from transfuse.data.build import build_set
 from transfuse.data.dataset import Split
-from transfuse.data.mixing import PATTERNS
+from transfuse.data.mixture import PATTERNS
+from transfuse.data.packing import best_fit
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
-from transfuse.data.rows import pack
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.errors import UserError
 from transfuse.recipes import Recipe, preset
@@ -78,21 +78,23 @@ def part(letter: str, number: int) -> dict[str, str]:
     return {"text": f"part of {number}"} if letter == "t" else {"image": f"{number % 3}.png"}
 
 
-def pictures(path: Path, **changes) -> StoredPictures:
+def pictures(path: Path, **changes) -> StoredImages:
     data = DataSet(str(path))
-    return StoredPictures(data, data.tokenizer(), Pixels(), PairConfig(**changes), seed=3)
+    return StoredImages(data, data.tokenizer(), Pixels(), PairConfig(**changes), seed=3)
 
 
 def stream(folder: Path) -> Mixture:
     texts = StoredTexts(DataSet(str(folder / "text")), 3)
-    parts = [Ingredient(pictures(folder / "pairs"), 0.4), Ingredient(pictures(folder / "stories"), 0.2)]
-    return Mixture([*parts, Ingredient(texts, 0.4)], DataSet(str(folder / "pairs")).tokenizer().sequence_format(4))
+    parts = [MixtureComponent(pictures(folder / "pairs"), 0.4), MixtureComponent(pictures(folder / "stories"), 0.2)]
+    return Mixture(
+        [*parts, MixtureComponent(texts, 0.4)], DataSet(str(folder / "pairs")).tokenizer().sequence_format(4)
+    )
 
 
 def loader(folder: Path, rows: int | None = None, **settings) -> StepLoader:
     mixture, grammar = stream(folder), DataSet(str(folder / "pairs")).tokenizer().sequence_format(4)
-    packed = None if rows is None else Rows(lambda samples: mixture.lengths(samples, grammar), rows, window=50)
-    return StepLoader(mixture.document, grammar, 6, rows=packed, **settings)
+    packed = None if rows is None else Packer(lambda samples: mixture.lengths(samples, grammar), rows, window=50)
+    return StepLoader(mixture.document, grammar, 6, packer=packed, **settings)
 
 
 def test_the_index_gives_every_length(folder: Path) -> None:
@@ -125,7 +127,7 @@ def test_each_document_once_an_epoch_and_none_that_is_held_out(folder: Path) -> 
     for order in orders:
         assert sorted([*order, *heldout]) == list(range(len(data)))
     assert orders[0] != orders[1] != orders[2]
-    other = StoredPictures(data, data.tokenizer(), Pixels(), PairConfig(), seed=4, split="heldout")
+    other = StoredImages(data, data.tokenizer(), Pixels(), PairConfig(), seed=4, split="heldout")
     assert {other.number(i) for i in range(other.epoch)} == heldout, "whatever the seed"
     assert source.numbers(np.arange(2 * source.epoch)).tolist() == orders[0] + orders[1]
 
@@ -248,7 +250,7 @@ def test_split_into_micro_batches_and_ranks_nothing_moves(folder: Path) -> None:
 
 @given(st.lists(st.integers(0, 64), max_size=80))
 def test_packing_keeps_every_sample_and_fits(lengths: list[int]) -> None:
-    rows = pack(lengths, 64)
+    rows = best_fit(lengths, 64)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     sums = [sum(lengths[index] for index in row) for row in rows]
     assert all(total <= 64 for total in sums)
@@ -287,10 +289,10 @@ def test_a_limit_of_nothing_shows_pictures_clean(folder: Path) -> None:
 @pytest.mark.parametrize("window", [7, 50, 8192])
 def test_rows_of_a_stream_that_ends(window: int) -> None:
     """All that there is, in windows of any size; and only behind it that there is no more."""
-    mixture = Mixture([Ingredient(Numbers("a", 30), 1, 3)], None)
+    mixture = Mixture([MixtureComponent(Numbers("a", 30), 1, 3)], None)
     assert mixture.end == 90
     grammar = Tokenizer.train(["a"], 300).sequence_format(4)
-    rows = Rows(lambda samples: mixture.lengths(samples, grammar), 4, window=window, end=mixture.end)
+    rows = Packer(lambda samples: mixture.lengths(samples, grammar), 4, window=window, end=mixture.end)
     found, number = list[int](), 0
     while len(found) < 90:
         found += rows.row(number)
@@ -305,7 +307,7 @@ def test_98_percent_of_rows_are_used() -> None:
     draws = np.random.default_rng(0)
     words = draws.choice([len(line.split()) for line in glosses("train")], 40_000)
     lengths = words + np.where(draws.random(40_000) < 0.07, 260, 2)
-    rows = Rows(lambda samples: lengths[np.asarray(samples)], 4096)
+    rows = Packer(lambda samples: lengths[np.asarray(samples)], 4096)
     used = [sum(lengths[sample] for sample in rows.row(number)) for number in range(250)]
     assert np.mean(used) / 4096 >= 0.98
 
@@ -346,8 +348,8 @@ def drawn(mixture: Mixture, samples: range) -> list[tuple[str, int]]:
 @given(st.floats(0.05, 0.95), st.integers(3, 700), st.floats(0.3, 3.0), st.integers(0, 3000))
 def test_epochs_end_and_final_shares_begin(share: float, size: int, epochs: float, final_from: int) -> None:
     """A source is used to its limit, not one document more, in order; and afterwards the other takes its place."""
-    limited = Ingredient(Numbers("a", size), share, epochs, final=0.5)
-    mixture = Mixture([limited, Ingredient(Numbers("b", None), 1 - share, final=0.5)], None, final_from)
+    limited = MixtureComponent(Numbers("a", size), share, epochs, anneal_weight=0.5)
+    mixture = Mixture([limited, MixtureComponent(Numbers("b", None), 1 - share, anneal_weight=0.5)], None, final_from)
     found = drawn(mixture, range(4 * PATTERNS[0]))
     indices = {name: [index for n, index in found if n == name] for name in "ab"}
     assert indices["a"] == list(range(len(indices["a"])))
@@ -380,7 +382,7 @@ class Long(Numbers):
 def test_small_shares_are_right(share: float, text: int, picture: int, grammar) -> None:
     """Of positions, to a fiftieth: one document in a thousand is not rounded to none, or to two."""
     mixture = Mixture(
-        [Ingredient(Long("text", text), share), Ingredient(Long("pictures", picture), 1 - share)], grammar
+        [MixtureComponent(Long("text", text), share), MixtureComponent(Long("pictures", picture), 1 - share)], grammar
     )
     counts = mixture.phases[0].per_pattern * [text, picture]
     for found, expected in zip(counts / counts.sum(), (share, 1 - share), strict=True):
@@ -411,7 +413,7 @@ def test_shares_of_heavy_tailed_documents_are_right(heavy: Path, folder: Path, s
     """Over a pass of the text, in the stream; and for pictures with such captions, by what passes of them hold."""
     text = StoredTexts(DataSet(str(heavy / "text")), 3)
     grammar = DataSet(str(heavy / "text")).tokenizer().sequence_format(4)
-    mixture = Mixture([Ingredient(pictures(folder / "pairs"), 1 - share), Ingredient(text, share)], grammar)
+    mixture = Mixture([MixtureComponent(pictures(folder / "pairs"), 1 - share), MixtureComponent(text, share)], grammar)
     (phase,) = mixture.phases
     count = phase.reaches(1, text.epoch)
     lengths = mixture.lengths(range(int(count)), grammar)
@@ -420,7 +422,7 @@ def test_shares_of_heavy_tailed_documents_are_right(heavy: Path, folder: Path, s
     assert lengths[from_text].sum() / lengths.sum() == pytest.approx(share, abs=0.005)
     for name in ("pairs", "stories"):
         source = pictures(heavy / name)
-        (phase,) = Mixture([Ingredient(source, 1 - share), Ingredient(text, share)], grammar).phases
+        (phase,) = Mixture([MixtureComponent(source, 1 - share), MixtureComponent(text, share)], grammar).phases
         samples = np.arange(20 * source.epoch)
         held = phase.per_pattern * [source.lengths(samples, samples, grammar).mean(), text.mean_length(grammar)]
         assert held[1] / held.sum() == pytest.approx(share, abs=0.005)
@@ -463,32 +465,32 @@ def test_steps_that_sets_suffice_for_are_counted_from_all_their_lengths(heavy: P
 
 def test_a_share_too_small_to_keep_is_refused(grammar) -> None:
     with pytest.raises(UserError, match=r"at least one of 100,000 samples, found one that is 1e-06"):
-        Mixture([Ingredient(Numbers("a", None), 1e-6), Ingredient(Numbers("b", None), 1)], None)
+        Mixture([MixtureComponent(Numbers("a", None), 1e-6), MixtureComponent(Numbers("b", None), 1)], None)
 
 
 @pytest.mark.parametrize("epochs", [None, 1.0, 2.5])
 def test_a_model_without_pictures_reads_the_same_texts(epochs: float | None) -> None:
     """Also where the pictures would be used up."""
-    texts = Ingredient(Numbers("text", None), 0.5)
-    whole = Mixture([Ingredient(Numbers("pictures", 100), 0.5, epochs), texts], None)
-    alone = Mixture([Ingredient(None, 0.5, epochs, epoch=100), texts], None)
+    texts = MixtureComponent(Numbers("text", None), 0.5)
+    whole = Mixture([MixtureComponent(Numbers("pictures", 100), 0.5, epochs), texts], None)
+    alone = Mixture([MixtureComponent(None, 0.5, epochs, epoch=100), texts], None)
     for sample in range(1000):
         one, other = whole.document(sample), alone.document(sample)
         assert other is None if one.source == "pictures" else other == one
     with pytest.raises(UserError, match="pictures: expected no epochs, for it never ends"):
-        Mixture([Ingredient(None, 0.5, 1.0), texts], None)
+        Mixture([MixtureComponent(None, 0.5, 1.0), texts], None)
 
 
 def test_used_up() -> None:
-    mixture = Mixture([Ingredient(Numbers("a", 10), 1, 2), Ingredient(Numbers("b", 5), 1, 3)], None)
+    mixture = Mixture([MixtureComponent(Numbers("a", 10), 1, 2), MixtureComponent(Numbers("b", 5), 1, 3)], None)
     assert mixture.end == 35
     assert sorted(drawn(mixture, range(35))) == sorted([("a", i) for i in range(20)] + [("b", i) for i in range(15)])
     with pytest.raises(
-        UserError, match=r"data\.sources: expected one that goes on, found all used up after 35 samples"
+        UserError, match=r"data\.sources: expected one that does not end, found all used up after 35 samples"
     ):
         mixture.document(35)
     with pytest.raises(UserError, match="never ends"):
-        Mixture([Ingredient(Numbers("world", None), 1, 2)], None)
+        Mixture([MixtureComponent(Numbers("world", None), 1, 2)], None)
 
 
 # --- what a recipe asks of its sets -----------------------------------------------------------------------------------
@@ -550,8 +552,8 @@ def flip(path: Path, index: int, split: Split = "train") -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_is_left_out_named_and_counted_once(damaged: Path, tmp_path: Path, folder: Path, workers: int) -> None:
-    log = FaultLog(tmp_path, {str(damaged / "pairs"): COUNT}, 0.0)
-    one = loader(damaged, workers=workers, on_faults=log.add)
+    log = CorruptLog(tmp_path, {str(damaged / "pairs"): COUNT}, 0.0)
+    one = loader(damaged, workers=workers, on_corrupt=log.add)
     found, whole = order([one], range(300)), order([loader(folder)], range(300))
     missing = [set(b) - set(a) for a, b in zip(found, whole, strict=True)]
     assert {len(some) for some in missing} == {0, 1}, "nothing else moved"
@@ -559,8 +561,8 @@ def test_damage_is_left_out_named_and_counted_once(damaged: Path, tmp_path: Path
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [set(line) for line in lines] == [{"source", "shard", "key", "reason"}], "and named once"
     assert lines[0]["source"] == str(damaged / "pairs")
-    again = FaultLog(tmp_path, {}, 0.0)
-    assert len(again.met) == 1, "a restart remembers"
+    again = CorruptLog(tmp_path, {}, 0.0)
+    assert len(again.known) == 1, "a restart remembers"
 
 
 def test_ranks_stay_in_step_beside_damage(damaged: Path) -> None:
@@ -573,8 +575,8 @@ def test_ranks_stay_in_step_beside_damage(damaged: Path) -> None:
 def test_too_much_damage_stops(damaged: Path, tmp_path: Path) -> None:
     for index in range(1, 30):
         flip(damaged / "pairs", index)
-    log = FaultLog(tmp_path, {str(damaged / "pairs"): COUNT}, 0.01)
-    one = loader(damaged, on_faults=log.add)
+    log = CorruptLog(tmp_path, {str(damaged / "pairs"): COUNT}, 0.01)
+    one = loader(damaged, on_corrupt=log.add)
     with pytest.raises(UserError, match=r"pairs: 11 damaged documents, more than data\.max_errors 0\.01 lets pass"):
         order([one], range(200))
 
@@ -584,7 +586,7 @@ def test_a_shard_that_is_gone(damaged: Path) -> None:
     (damaged / "pairs" / "shards" / "shard-00001.tar").unlink()
     faults: list = []
     with pytest.raises(UserError, match=r"shard-00001\.tar: expected a whole data set, found no such file"):
-        order([loader(damaged, on_faults=faults.extend)], range(60))
+        order([loader(damaged, on_corrupt=faults.extend)], range(60))
 
 
 def test_a_pickled_set_and_tokenizer_are_themselves(folder: Path) -> None:

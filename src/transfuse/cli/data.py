@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..data.build import build_set
+from ..data.build import build_set, verify_set
 from ..data.prepare import BuildConfig
 from ..data.remote import Cache
-from ..data.verify import verify_set
 from ..errors import UserError
 from ..inspect_data import inspect_sources
 from ..log import logger
 from .options import Flat, Json, Positional, print_json
+
+SHOWN_PROBLEMS = 100  # problems of a data set that are named one by one
 
 
 def build(
@@ -96,13 +97,14 @@ def verify(set: Positional[str], *, workers: int = 2, json: Json = False) -> int
         set: folder or URL of a data set
         workers: processes
     """
-    report = verify_set(set, workers)
+    documents, problems = verify_set(set, workers)
+    shown = problems[:SHOWN_PROBLEMS]
     if json:
-        print_json({"documents": report.documents, "count": report.count, "problems": report.problems})
-    for problem in report.problems:
+        print_json({"documents": documents, "count": len(problems), "problems": shown})
+    for problem in shown:
         logger.info(problem)
-    if report.count:
-        raise UserError(f"{set}: {report.count} problems; {report.documents} documents are whole")
+    if problems:
+        raise UserError(f"{set}: {len(problems)} problems; {documents} documents are whole")
     if not json:
-        logger.info(f"{set}: {report.documents} documents, all whole")
+        logger.info(f"{set}: {documents} documents, all whole")
     return 0

@@ -1,42 +1,43 @@
-"""Data: sources of documents, their mixture, the loader; data sets on disk. The bundled world is in `data.world`."""
+"""Data: sources of documents, their mixture, the loader; data sets on disk. `data.bundled` has the bundled data set."""
 
-from .dataset import DamagedError, DataSet
-from .faults import FaultLog
-from .loader import Finish, StepLoader, unchanged
-from .mixing import Ingredient, Mixture
+from .dataset import CorruptSample, CorruptSampleError, DataSet
+from .loader import CorruptLog, Finish, StepLoader, unchanged
+from .mixture import Mixture, MixtureComponent
+from .packing import Packer
 from .remote import Cache
-from .rows import Rows
 from .sources import (
     EditConfig,
     PairConfig,
     SceneEdits,
     ScenePairs,
     Source,
+    StoredImages,
+    StoredTexts,
     Texts,
     interleaved_document,
     pair_document,
 )
-from .stored import StoredPictures, StoredTexts
 
 __all__ = [
     "Cache",
-    "DamagedError",
+    "CorruptLog",
+    "CorruptSample",
+    "CorruptSampleError",
     "DataSet",
     "EditConfig",
-    "FaultLog",
-    "Ingredient",
+    "Finish",
     "Mixture",
+    "MixtureComponent",
+    "Packer",
     "PairConfig",
-    "Rows",
     "SceneEdits",
     "ScenePairs",
     "Source",
-    "Finish",
     "StepLoader",
-    "unchanged",
-    "StoredPictures",
+    "StoredImages",
     "StoredTexts",
     "Texts",
     "interleaved_document",
     "pair_document",
+    "unchanged",
 ]

@@ -1,10 +1,10 @@
-"""A data set from a source: `transfuse data build SOURCE OUT`.
+"""A data set from a source (`transfuse data build SOURCE OUT`), and the check of one (`transfuse data verify SET`).
 
     source ──> parts ──> [ read, filter, cut, encode, hash ] ──> in the source's order ──> shards ──> index, manifest
                               in several processes                    in this one
 
-Documents are written in the order of the source, whatever process was done first, and a shard is written when it is
-full; so the set depends neither on the number of processes nor on when a build was killed: to the byte.
+Documents are written in the order of the source, whichever process finishes first, and a shard is written when it is
+full; so the set depends neither on the number of processes nor on when a build was killed, to the byte.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,75 +26,80 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from ..config import to_dict
+from ..config import read_json, to_dict
 from ..errors import UserError
 from ..io import atomic_write, sha256
 from ..log import logger, progress
 from ..sequence import Tokenizer
-from .ahead import ahead, processes
-from .dataset import DOCUMENT, PICTURE, SUMS, VERSION, Encoding, Manifest, Shard, to_members, to_tar
-from .faults import FREE_FAULTS
-from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, encoding_of, slug
-from .readers import Part, Reader, open_source
-from .readers.sets import SetReader
-from .remote import Cache, is_remote, url_name
-from .resume import check_built, claim, difference, listing, not_told
+from ..version import __version__
+from .dataset import DOCUMENT, FREE_FAULTS, IMAGE, SUMS, VERSION, DataSet, Manifest, Shard, to_members, to_tar
+from .prefetch import parallel_map
+from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, build_autoencoder, slug
+from .readers import Part, Reader, SetReader, open_source
+from .remote import UNREADABLE, Cache, is_remote, url_name
 
-TRAINED_ON = 300
-"""parts of a source, evenly spread, that a tokenizer is trained on"""
+TRAINED_ON = 300  # evenly spread parts of a source that a tokenizer is trained on
+VERIFIED_TOGETHER = 256  # documents that a process verifies at a time
 
 
 def build_set(
-    source: str,
-    out: Path,
-    config: BuildConfig,
-    workers: int = 2,
-    max_errors: float = 0.01,
-    cache: Cache | None = None,
+    source: str, out: Path, config: BuildConfig, workers: int = 2, max_errors: float = 0.01, cache: Cache | None = None
 ) -> dict[str, Any]:
-    """Build the set, or go on where a build was stopped. Returns what the manifest counts, and seconds.
+    """Build a set, or resume where a build was stopped. Return the counts of its manifest, and seconds.
 
     workers: processes; 0: this one. max_errors: share of faulty documents (at least ten are let pass) above which the
-    build stops. cache: for files of a source that is a URL. Raises UserError: no such source, another set in OUT, too
-    many faults, nothing left, no room, a file that can not be fetched.
+    build stops. cache: for files of a source that is a URL.
+
+    Raises UserError: no such source, another set in `out`, too many faults, nothing left, no room, a file that cannot
+    be fetched.
     """
     began = time.monotonic()
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"{out}: expected a folder outside of the source {source}, found one in it")
     reader = open_source(source, config.columns, config.size, cache)
-    encoding = encoding_of(config)
-    adopted = Tokenizer.adopt(config.tokenizer) if config.tokenizer else None
+    given = Tokenizer.adopt(config.tokenizer) if config.tokenizer else None
+    autoencoder = build_autoencoder(config)
     contents = reader.contents()
-    settings = {"listing": listing(contents), **to_dict(config)}
-    named = settings | not_told(encoding, None if adopted is None else adopted.fingerprint)
-    name = url_name(source) if is_remote(source) else Path(source).name or source
+    # Of a source the content counts; of an autoencoder and a tokenizer the weights, whatever their paths.
+    digest = hashlib.sha256(json.dumps(sorted(contents.items())).encode()).hexdigest()
+    settings = {"listing": f"content {digest}", **to_dict(config)}
+    identity = {**settings, "autoencoder_weights": autoencoder and autoencoder.fingerprint}
+    if given is not None:
+        identity["tokenizer_fingerprint"] = given.fingerprint
     if (out / "manifest.json").exists():
-        manifest = check_built(out, named)
+        manifest = _check_built(out, identity)
         shutil.rmtree(out / "building", ignore_errors=True)
         logger.info(f"{out}: built already")
         return {**_counts(manifest), "seconds": 0.0}
-    claim(out, named, contents)
-    tokenizer = _tokenizer(reader, adopted, config.vocabulary, out)
+    _claim(out, identity, contents)
+    if not (out / "tokenizer.json").exists():
+        atomic_write(out / "tokenizer.json", _new_tokenizer(reader, given, config.vocabulary).save)
+    tokenizer = Tokenizer.load(out / "tokenizer.json")
     (out / "shards").mkdir(exist_ok=True)
-    preparer = Preparer(config, tokenizer)
-    writer = Writer(out, config, reader.text_only, preparer.suffix, name, max_errors)
+    preparer = Preparer(config, tokenizer, reader.text_only)
+    writer = Writer(out, preparer, url_name(source) if is_remote(source) else Path(source).name or source, max_errors)
     writer.resume()
+    parts = iter(reader.parts())
+    done = sum(part.weight for part in islice(parts, writer.next.part))
+    skipped = writer.next.document
+    work = ((part, skipped if number == 0 else 0) for number, part in enumerate(parts))
+    make = partial(_worker, reader, config, out / "tokenizer.json")
     most = config.columns.count or math.inf
-    left = iter(reader.parts())
-    passed = sum(part.weight for part in islice(left, writer.next.part))
-    prepared = _prepared(reader, left, config, out, preparer, workers, writer.next.document)
-    with progress("build", reader.total, passed, unit="documents") as bar, prepared as parts:
-        for part, found in parts:
-            for outcomes in found:
-                if writer.seen < most or writer.next.piece:  # a document that was begun is brought to its end
+    with (
+        progress("build", reader.total, done, unit="documents") as bar,
+        closing(parallel_map(make, work, workers, str(out))) as results,
+    ):
+        for weight, documents in results:
+            for outcomes in documents:
+                if writer.seen < most or writer.next.piece:  # a document that was begun is completed
                     writer.add(outcomes)
-            writer.end_of_part()
-            bar.advance(part.weight, note=f"{writer.written} documents")
+            writer.end_part()
+            bar.advance(weight, note=f"{writer.written} documents")
             if writer.seen >= most:
                 break
-    if changes := difference(contents, reader.contents()):
+    if changes := _difference(contents, reader.contents()):
         raise UserError(f"{source}: changed while the set was built ({changes}); remove {out} and build it again")
-    manifest = writer.finish(tokenizer, settings, encoding)
+    manifest = writer.finish(settings)
     return {**_counts(manifest), "seconds": time.monotonic() - began}
 
 
@@ -102,70 +108,91 @@ def _counts(manifest: Manifest) -> dict[str, Any]:
     return {name: getattr(manifest, name) for name in names}
 
 
-# --- before the work --------------------------------------------------------------------------------------------------
+def _new_tokenizer(reader: Reader, given: Tokenizer | None, vocabulary: int) -> Tokenizer:
+    """Return the given tokenizer, a source data set's, or one trained on documents evenly spread over the source."""
+    if given is not None:
+        return given
+    if isinstance(reader, SetReader):
+        return reader.data.tokenizer()
+
+    def texts() -> Iterator[str]:
+        every, done, used = reader.total / TRAINED_ON, 0, 0.0
+        for part in reader.parts():
+            done += part.weight
+            if done > used:
+                used = done + every
+                for item in reader.read(part):
+                    yield from (text for text in getattr(item, "parts", ()) if isinstance(text, str))
+
+    logger.info(f"tokenizer: training one of {vocabulary} ids on the source's words")
+    return Tokenizer.train(texts(), vocabulary)
 
 
-def _tokenizer(reader: Reader, adopted: Tokenizer | None, vocabulary: int, out: Path) -> Tokenizer:
-    path = out / "tokenizer.json"
-    if not path.exists():
-        if adopted is not None:
-            tokenizer = adopted
-        elif isinstance(reader, SetReader):
-            tokenizer = reader.tokenizer()
-        else:
-            logger.info(f"tokenizer: training one of {vocabulary} ids on the source's words")
-            tokenizer = Tokenizer.train(_words(reader), vocabulary)
-        atomic_write(path, tokenizer.save)
-    return Tokenizer.load(path)
+def _worker(
+    reader: Reader, config: BuildConfig, tokenizer: Path
+) -> Callable[[tuple[Part, int]], tuple[int, list[list[Outcome]]]]:
+    """Return a function from (part, documents to skip) to (its weight, the outcomes of each other document)."""
+    prepare = Preparer(config, Tokenizer.load(tokenizer), reader.text_only)
+    return lambda work: (work[0].weight, [prepare(item) for item in islice(reader.read(work[0]), work[1], None)])
 
 
-def _words(reader: Reader) -> Iterator[str]:
-    """Of documents evenly spread over the source."""
-    every, done, taken = reader.total / TRAINED_ON, 0, 0.0
-    for part in reader.parts():
-        done += part.weight
-        if done > taken:
-            taken = done + every
-            for item in reader.read(part):
-                yield from (words for words in getattr(item, "parts", ()) if isinstance(words, str))
+# --- is the set in a folder, finished or half built, the wanted one? --------------------------------------------------
 
 
-# --- the work, in several processes -----------------------------------------------------------------------------------
-
-_work: Callable[[Part, int], list[list[Outcome]]]
-"""of this worker process"""
-
-
-def _begin(reader: Reader, config: BuildConfig, tokenizer: Path) -> None:
-    global _work
-    _work = _worker(reader, Preparer(config, Tokenizer.load(tokenizer)))
-
-
-def _worker(reader: Reader, preparer: Preparer) -> Callable[[Part, int], list[list[Outcome]]]:
-    """A function that gives of each document of a part what becomes of it, but for the first so many."""
-    prepare = preparer.texts if reader.text_only else preparer.pictures
-    return lambda part, skip: list(prepare(islice(reader.read(part), skip, None)))
+def _difference(before: dict[str, str], now: dict[str, str]) -> str:
+    """Return in words which files have changed; "" for none."""
+    changed = [name for name, content in before.items() if now.get(name) != content]
+    changed += [name for name in now if name not in before]
+    if not changed:
+        return ""
+    name = changed[0]
+    what = "is new" if name not in before else "is gone" if now.get(name) in (None, UNREADABLE) else "has other content"
+    more = f", and {len(changed) - 1} more changed" if changed[1:] else ""
+    return f"{' '.join(name.split())} {what}{more}"
 
 
-def _done(part: Part, skip: int) -> tuple[Part, list[list[Outcome]]]:
-    return replace(part, what=None), _work(part, skip)
+def _check_built(out: Path, identity: dict[str, Any]) -> Manifest:
+    """Return the manifest of a finished set. Raises UserError where other settings or another source made it."""
+    try:
+        manifest = DataSet(str(out)).manifest
+    except UserError as error:
+        raise UserError(f"{error}; {_otherwise(out)}") from None
+    weights = manifest.encoding and manifest.encoding.fingerprint
+    stored = {**manifest.settings, "autoencoder_weights": weights, "tokenizer_fingerprint": manifest.tokenizer}
+    _compare(out, out / "manifest.json", stored, identity)
+    return manifest
 
 
-@contextmanager
-def _prepared(
-    reader: Reader, left: Iterable[Part], config: BuildConfig, out: Path, preparer: Preparer, workers: int, skip: int
-) -> Iterator[Iterable[tuple[Part, list[list[Outcome]]]]]:
-    """The parts that are left, in order, with what became of their documents, but for the first `skip` of them."""
-    parts = ((part, skip if number == 0 else 0) for number, part in enumerate(left))
-    if not workers:
-        work = _worker(reader, preparer)
-        yield ((part, work(part, skip)) for part, skip in parts)
+def _claim(out: Path, identity: dict[str, Any], contents: dict[str, str]) -> None:
+    """Begin a build. Raises UserError where another one was begun, or the folder holds something else."""
+    identity = identity | {"transfuse": __version__}  # another version may decode images otherwise
+    path, files = out / "building" / "settings.json", out / "building" / "source.json"
+    if path.exists():
+        changes = _difference(read_json(files), contents) if files.exists() else ""
+        _compare(out, path, read_json(path), identity, changes)
         return
-    with (
-        processes(workers, _begin, reader, config, out / "tokenizer.json", what=str(out)) as pool,
-        closing(ahead(lambda one: pool.submit(_done, *one), parts, 2 * workers)) as found,
-    ):
-        yield found
+    if out.exists() and (not out.is_dir() or any(entry.name != "building" for entry in out.iterdir())):
+        raise UserError(f"{out}: expected an empty folder, or a data set begun before, found something else")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: expected a folder to write to, found none ({error.strerror})") from None
+    atomic_write(files, lambda partial: partial.write_text(json.dumps(contents) + "\n"))
+    atomic_write(path, lambda partial: partial.write_text(json.dumps(identity, indent=2) + "\n"))
+
+
+def _compare(out: Path, path: Path, stored: dict[str, Any], wanted: dict[str, Any], changes: str = "") -> None:
+    for name, value in wanted.items():
+        if stored.get(name) != value:
+            expected, actual = json.dumps(value), json.dumps(stored.get(name))
+            if name == "listing":
+                expected, actual = "the same source", "another source, or one that has changed"
+                actual += f" ({changes})" if changes else ""
+            raise UserError(f"{path}: {name}: expected {expected}, found {actual}; {_otherwise(out)}")
+
+
+def _otherwise(out: Path) -> str:
+    return f"name another folder, or remove {out}, to build it again"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -173,7 +200,7 @@ def _prepared(
 
 @dataclass(frozen=True)
 class Place:
-    """Where a build goes on: part of the source, document of the part, and piece of a text that was cut."""
+    """The place in a source at which a build resumes: part, document of the part, piece of a text that was cut."""
 
     part: int = 0
     document: int = 0
@@ -181,254 +208,293 @@ class Place:
 
 
 @dataclass
+class Unwritten:
+    """The documents since the last shard. texts: hashes of whole texts. dropped: those left out meanwhile."""
+
+    pieces: list[bytes] = field(default_factory=list)
+    documents: list[tuple[Any, ...]] = field(default_factory=list)
+    images: list[tuple[int, int]] = field(default_factory=list)
+    texts: list[bytes] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    bytes: int = 0
+
+
 class Writer:
-    """Writes shards in order, and beside each what the index will say of it, so that a build can go on."""
+    """Writes shards in order, and for each a record of what the index will say about it, so that a build can resume."""
 
-    out: Path
-    config: BuildConfig
-    text_only: bool
-    suffix: str
-    source: str
-    max_errors: float
-    next: Place = Place()
-    seen: int = 0
-    faulty: int = 0
-    written: int = 0
-    shards: list[Shard] = field(default_factory=list)
-    _hashes: set[bytes] = field(default_factory=set)
-    _texts: list[bytes] = field(default_factory=list)
-    _pieces: list[bytes] = field(default_factory=list)
-    _offset: int = 0
-    _documents: list[tuple[int, int, int, int, bool, bool, bytes]] = field(default_factory=list)
-    _pictures: list[tuple[int, int]] = field(default_factory=list)
-    _dropped: list[Dropped] = field(default_factory=list)
-
-    @property
-    def building(self) -> Path:
-        return self.out / "building"
+    def __init__(self, out: Path, preparer: Preparer, source: str, max_errors: float) -> None:
+        self.out, self.preparer, self.source, self.max_errors = out, preparer, source, max_errors
+        self.config, self.text_only = preparer.config, preparer.text_only
+        self.next = Place()
+        self.seen = self.faulty = self.written = self.images = 0
+        self.shards: list[Shard] = []
+        self.unwritten = Unwritten()
+        self._hashes: set[bytes] = set()
 
     def resume(self) -> None:
-        """Take up after the last whole shard."""
+        """Continue after the last whole shard."""
         while (path := self._record(len(self.shards))).exists():
             try:
-                with np.load(path, allow_pickle=False) as found:
-                    record = json.loads(bytes(found["record"]))
-                    documents, _ = found["documents"], found["pictures"]
-                    hashes = found["texts"] if self.text_only else documents["hash"]
-                if documents.dtype != DOCUMENT:  # of an earlier version
-                    break
-                shard = Shard(**record["shard"])
+                record, arrays = _load_record(path)
+                shard, documents = Shard(**record["shard"]), arrays["documents"]
             except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # cut short: that shard is made again
                 break
             file = self.out / shard.file
-            if shard.bytes and (not file.is_file() or file.stat().st_size != shard.bytes):
+            if documents.dtype != DOCUMENT or (
+                shard.bytes and not (file.is_file() and file.stat().st_size == shard.bytes)
+            ):
                 break
             self.shards.append(shard)
-            self._hashes.update(one.tobytes() for one in hashes)
+            self._hashes.update(row.tobytes() for row in (arrays["texts"] if self.text_only else documents["hash"]))
+            self.images += len(arrays["pictures"])
             self.next = Place(**record["next"])
             self.seen, self.faulty, self.written = record["seen"], record["faulty"], record["written"]
         if self.shards:
             logger.info(f"{self.out}: going on after {self.written} documents")
 
     def add(self, outcomes: list[Outcome]) -> None:
-        """What became of one document, in its turn. Raises UserError where faults are too many."""
+        """Add the outcomes of one document, in its turn. Raises UserError where faults are too many."""
         begun = self.next.piece
         if not begun:
             self.seen += 1
-            outcomes = self._unlike_earlier(outcomes)
+            hashes = [outcome.hash for outcome in outcomes if isinstance(outcome, Prepared)]
+            if self.config.duplicates == "drop" and hashes:  # a text counts as a whole, before it is cut into pieces
+                whole = hashes[0] if len(hashes) == 1 else hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
+                if whole in self._hashes:
+                    outcomes = [Dropped(outcomes[0].key, "duplicate", "equal to an earlier document")]
+                else:
+                    self._hashes.add(whole)
+                    if self.text_only:  # the index has those of documents with images
+                        self.unwritten.texts.append(whole)
         for piece, outcome in enumerate(outcomes[begun:], begun + 1):
             last = piece == len(outcomes)
             self.next = replace(self.next, document=self.next.document + last, piece=0 if last else piece)
-            self._add(outcome)
-
-    def end_of_part(self) -> None:
-        self.next = Place(self.next.part + 1)
-
-    def _unlike_earlier(self, outcomes: list[Outcome]) -> list[Outcome]:
-        """A document as it is, or that it is dropped: a text in whole, before it is cut into pieces."""
-        hashes = [one.hash for one in outcomes if isinstance(one, Prepared)]
-        if self.config.duplicates == "keep" or not hashes:
-            return outcomes
-        whole = hashes[0] if len(hashes) == 1 else hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
-        if whole in self._hashes:
-            return [Dropped(outcomes[0].key, "duplicate", "equal to an earlier document")]
-        self._hashes.add(whole)
-        if self.text_only:  # of pictures, the index has it
-            self._texts.append(whole)
-        return outcomes
-
-    def _add(self, outcome: Outcome) -> None:
-        if isinstance(outcome, Dropped):
-            self._dropped.append(outcome)
+            if isinstance(outcome, Prepared):
+                self._write(outcome)
+                continue
+            self.unwritten.dropped.append(outcome)
             if outcome.faulty:
                 self.faulty += outcome.lost
                 self.seen += outcome.lost - 1
                 self._check_budget(outcome)
-            return
+
+    def end_part(self) -> None:
+        self.next = Place(self.next.part + 1)
+
+    def _write(self, document: Prepared) -> None:
+        new = self.unwritten
         if self.text_only:
-            piece = outcome.parts[0]
+            (piece,) = document.parts
             assert isinstance(piece, bytes)
         else:
-            name = f"{self.written:09d}-{slug(outcome.key)}"
-            piece = to_tar(to_members(name, outcome.parts, outcome.pair, self.suffix))
-        kind = outcome.pair, outcome.conditional
-        row = (self._offset, len(piece), outcome.tokens, len(self._pictures), *kind, outcome.hash)
-        self._documents.append(row)
-        self._pictures.extend(outcome.sizes)
-        self._pieces.append(piece)
-        self._offset += len(piece)
+            name = f"{self.written:09d}-{slug(document.key)}"
+            piece = to_tar(to_members(name, document.parts, document.pair, self.preparer.suffix))
+        kind = document.pair, document.conditional
+        new.documents.append((new.bytes, len(piece), document.tokens, len(new.images), *kind, document.hash))
+        new.images.extend(document.sizes)
+        new.pieces.append(piece)
+        new.bytes += len(piece)
         self.written += 1
-        if len(self._documents) == self.config.shard_size:
+        self.images += len(document.sizes)
+        if len(new.documents) == self.config.shard_size:
             self._flush()
 
-    def finish(self, tokenizer: Tokenizer, settings: dict[str, Any], encoding: Encoding | None) -> Manifest:
-        """Write what is left, the index, and last the manifest."""
-        if self._documents or self._dropped:
-            self._flush()
-        self._list("dropped.jsonl", faulty=False)
-        self._list("quarantine.jsonl", faulty=True)
-        if not self.written:
+    def _check_budget(self, last: Dropped) -> None:
+        if self.faulty > max(FREE_FAULTS, self.max_errors * self.seen):
+            self._list_left_out("quarantine.jsonl", faulty=True)
             raise UserError(
-                f"{self.source}: expected documents, found {self.seen}, none of which can be used; why, is in "
-                f"{self.out / 'dropped.jsonl'} and {self.out / 'quarantine.jsonl'}"
+                f"{self.source}: {self.faulty} of {self.seen} documents are faulty, more than the share "
+                f"{self.max_errors} that is let pass; the last: {last.key}: {last.detail}; all: "
+                f"{self.out / 'quarantine.jsonl'}; mend them, or go on with a larger --max-errors"
             )
-        index = {
-            "documents.npy": self._gather("documents", DOCUMENT),
-            "pictures.npy": self._gather("pictures", PICTURE),
-        }
-        documents = np.load(self.out / "documents.npy", mmap_mode="r")
-        dropped = Counter(one["reason"] for one in self._left_out() if not one["faulty"])
-        manifest = Manifest(
-            version=VERSION,
-            kind="text" if self.text_only else "pictures",
-            documents=len(documents),
-            pictures=len(np.load(self.out / "pictures.npy", mmap_mode="r")) if not self.text_only else 0,
-            tokens=int(documents["tokens"].sum()),
-            longest=int(documents["tokens"].max()),
-            heldout=round(len(documents) * self.config.heldout),
-            shard_size=self.config.shard_size,
-            shards=tuple(shard for shard in self.shards if shard.bytes),
-            tokenizer=tokenizer.fingerprint,
-            index=index,
-            encoding=encoding,
-            source=self.source,
-            settings=settings,
-            seen=self.seen,
-            dropped=dict(sorted(dropped.items())),
-            faulty=self.faulty,
-        )
-        text = json.dumps(to_dict(manifest), indent=1) + "\n"
-        self._sum(manifest, text)
-        atomic_write(self.out / "manifest.json", lambda partial: partial.write_text(text))
-        shutil.rmtree(self.building, ignore_errors=True)
-        return manifest
-
-    def _sum(self, manifest: Manifest, text: str) -> None:
-        """Write SHA256SUMS, as `sha256sum -c` reads it: what vouches for the manifest itself, and for all else."""
-        sums = {shard.file: shard.sha256 for shard in manifest.shards} | manifest.index
-        sums["tokenizer.json"] = sha256(self.out / "tokenizer.json")
-        sums["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
-        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-        atomic_write(self.out / SUMS, lambda partial: partial.write_text(lines))
-
-    def _list(self, name: str, faulty: bool) -> None:
-        """Write dropped.jsonl or quarantine.jsonl."""
-
-        def write(partial: Path) -> None:
-            chosen = (one for one in self._left_out() if one["faulty"] == faulty)
-            with partial.open("w") as file:  # line by line: of a text's lines, millions may be dropped
-                file.writelines(json.dumps({"key": one["key"], "reason": _reason(one)}) + "\n" for one in chosen)
-
-        atomic_write(self.out / name, write)
 
     def _flush(self) -> None:
-        number = len(self.shards)
-        data = b"".join(self._pieces)
-        if not self.text_only and data:
+        """Write a shard, and after it its record."""
+        new, number = self.unwritten, len(self.shards)
+        data = b"".join(new.pieces)
+        if data and not self.text_only:
             data += bytes(1024)  # the end of a tar
         file = f"shards/shard-{number:05d}.{'tokens' if self.text_only else 'tar'}"
         shard = Shard(file, len(data), hashlib.sha256(data).hexdigest())
         if data:
             atomic_write(self.out / file, lambda partial: partial.write_bytes(data))
-        documents = np.zeros(len(self._documents), DOCUMENT)
-        for place, (*numbers, hash_) in enumerate(self._documents):
+        documents = np.zeros(len(new.documents), DOCUMENT)
+        for place, (*numbers, hash_) in enumerate(new.documents):
             documents[place] = (*numbers, np.frombuffer(hash_, "u1"))
-        pictures = np.array(self._pictures, dtype=PICTURE) if self._pictures else np.zeros(0, PICTURE)
         record = {
             "shard": to_dict(shard),
             "next": to_dict(self.next),
             "seen": self.seen,
             "faulty": self.faulty,
             "written": self.written,
-            "dropped": [to_dict(one) for one in self._dropped],
+            "dropped": [to_dict(outcome) for outcome in new.dropped],
         }
-        texts = np.array(self._texts, "V16")
-        arrays = {"documents": documents, "pictures": pictures, "texts": texts}
-        packed = np.frombuffer(json.dumps(record).encode(), "u1")
-        atomic_write(self._record(number), lambda partial: _save(partial, {**arrays, "record": packed}))
+        arrays = {
+            "documents": documents,
+            "pictures": np.array(new.images, IMAGE) if new.images else np.zeros(0, IMAGE),
+            "texts": np.array(new.texts, "V16"),
+            "record": np.frombuffer(json.dumps(record).encode(), "u1"),
+        }
+
+        def save(partial: Path) -> None:
+            with partial.open("wb") as file:  # by name, numpy would append a suffix
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+
+        atomic_write(self._record(number), save)
         self.shards.append(shard)
-        self._pieces, self._documents, self._pictures, self._dropped, self._offset = [], [], [], [], 0
-        self._texts = []
+        self.unwritten = Unwritten()
+
+    def finish(self, settings: dict[str, Any]) -> Manifest:
+        """Write the rest, the index, and last the manifest. Raises UserError for a set without documents."""
+        if self.unwritten.documents or self.unwritten.dropped:
+            self._flush()
+        self._list_left_out("dropped.jsonl", faulty=False)
+        self._list_left_out("quarantine.jsonl", faulty=True)
+        if not self.written:
+            raise UserError(
+                f"{self.source}: expected documents, found {self.seen}, none of which can be used; why, is in "
+                f"{self.out / 'dropped.jsonl'} and {self.out / 'quarantine.jsonl'}"
+            )
+        index = {
+            "documents.npy": self._write_index("documents", DOCUMENT, self.written),
+            "pictures.npy": self._write_index("pictures", IMAGE, self.images),
+        }
+        tokens = np.load(self.out / "documents.npy", mmap_mode="r")["tokens"]
+        manifest = Manifest(
+            version=VERSION,
+            kind="text" if self.text_only else "pictures",
+            documents=self.written,
+            pictures=self.images,
+            tokens=int(tokens.sum()),
+            longest=int(tokens.max()),
+            heldout=round(self.written * self.config.heldout),
+            shard_size=self.config.shard_size,
+            shards=tuple(shard for shard in self.shards if shard.bytes),
+            tokenizer=self.preparer.tokenizer.fingerprint,
+            index=index,
+            encoding=self.preparer.encoding,
+            source=self.source,
+            settings=settings,
+            seen=self.seen,
+            dropped=dict(sorted(Counter(d.reason for d in self._left_out() if not d.faulty).items())),
+            faulty=self.faulty,
+        )
+        text = json.dumps(to_dict(manifest), indent=1) + "\n"
+        sums = {shard.file: shard.sha256 for shard in manifest.shards} | index
+        sums["tokenizer.json"] = sha256(self.out / "tokenizer.json")
+        sums["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        atomic_write(self.out / SUMS, lambda partial: partial.write_text(lines))
+        atomic_write(self.out / "manifest.json", lambda partial: partial.write_text(text))
+        shutil.rmtree(self.out / "building", ignore_errors=True)
+        return manifest
 
     def _record(self, number: int) -> Path:
-        return self.building / f"shard-{number:05d}.npz"
+        return self.out / "building" / f"shard-{number:05d}.npz"
 
-    @property
-    def _records(self) -> list[Path]:
-        return [self._record(number) for number in range(len(self.shards))]
+    def _left_out(self) -> Iterator[Dropped]:
+        """Yield all documents left out so far, in order."""
+        for number in range(len(self.shards)):
+            yield from (Dropped(**values) for values in _load_record(self._record(number))[0]["dropped"])
+        yield from self.unwritten.dropped
 
-    def _left_out(self) -> Iterator[dict[str, Any]]:
-        """All so far, in order."""
-        for path in self._records:
-            yield from _read(path)["dropped"]
-        yield from map(to_dict, self._dropped)
+    def _list_left_out(self, name: str, faulty: bool) -> None:
+        """Write dropped.jsonl or quarantine.jsonl, a line at a time: millions of a text's lines may be dropped."""
 
-    def _gather(self, name: str, dtype: np.dtype[Any]) -> str:
-        """Write the index of all shards as one array, a shard at a time; give its hash."""
-        counts = []
-        for path in self._records:
-            with np.load(path, allow_pickle=False) as found:
-                counts.append((len(found["documents"]), len(found["pictures"])))
-        total = sum(count[name == "pictures"] for count in counts)
+        def write(partial: Path) -> None:
+            with partial.open("w") as file:
+                for dropped in self._left_out():
+                    if dropped.faulty == faulty:
+                        reason = dropped.detail if faulty else f"{dropped.reason}: {dropped.detail}"
+                        file.write(json.dumps({"key": dropped.key, "reason": reason}) + "\n")
+
+        atomic_write(self.out / name, write)
+
+    def _write_index(self, name: str, dtype: np.dtype[Any], total: int) -> str:
+        """Write the index of all shards as one array, a shard at a time; return its hash."""
+        path = self.out / f"{name}.npy"
 
         def write(partial: Path) -> None:
             with partial.open("wb") as file:
                 header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total,)}
                 np.lib.format.write_array_header_1_0(file, header)
-                before = 0
-                for path, (_, pictures) in zip(self._records, counts, strict=True):
-                    with np.load(path, allow_pickle=False) as found:
-                        rows = found[name]
+                images = 0
+                for number in range(len(self.shards)):
+                    _, arrays = _load_record(self._record(number))
+                    rows = arrays[name]
                     if name == "documents":
-                        rows["first_picture"] += before
+                        rows["first_picture"] += images
                     file.write(rows.tobytes())
-                    before += pictures
+                    images += len(arrays["pictures"])
 
-        atomic_write(self.out / f"{name}.npy", write)
-        return sha256(self.out / f"{name}.npy")
-
-    def _check_budget(self, last: Dropped) -> None:
-        if self.faulty <= max(FREE_FAULTS, self.max_errors * self.seen):
-            return
-        self._list("quarantine.jsonl", faulty=True)
-        raise UserError(
-            f"{self.source}: {self.faulty} of {self.seen} documents are faulty, more than the share {self.max_errors} "
-            f"that is let pass; the last: {last.key}: {last.detail}; all: {self.out / 'quarantine.jsonl'}; mend them, "
-            "or go on with a larger --max-errors"
-        )
+        atomic_write(path, write)
+        return sha256(path)
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:  # by name, numpy would append a suffix
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+def _load_record(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return what a build noted about a shard, and its arrays."""
+    with np.load(path, allow_pickle=False) as archive:
+        return json.loads(bytes(archive["record"])), {n: archive[n] for n in ("documents", "pictures", "texts")}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as found:
-        record: dict[str, Any] = json.loads(bytes(found["record"]))
-    return record
+# --- `transfuse data verify` ------------------------------------------------------------------------------------------
 
 
-def _reason(one: dict[str, Any]) -> str:
-    detail: str = one["detail"]
-    return detail if one["faulty"] else f"{one['reason']}: {detail}"
+def verify_set(path: str, workers: int = 2) -> tuple[int, list[str]]:
+    """Compare every hash, decode every image, count every token. Return the number of whole documents, and problems.
+
+    workers: processes; 0: this one. Raises UserError where there is no set at all.
+    """
+    problems: list[str] = []
+    data, documents = DataSet(path), 0
+    lines = [line.split("  ", 1) for line in data.file(SUMS).read_text(errors="replace").splitlines()]
+    sums = {line[1]: line[0] for line in lines if len(line) == 2}
+    for name in ("manifest.json", "tokenizer.json", *data.manifest.index):
+        expected = data.manifest.index.get(name, sums.get(name))
+        if sha256(data.file(name)) != expected or sums.get(name) != expected:
+            problems.append(f"{path}/{name}: expected SHA-256 {expected or 'in ' + SUMS}, found another")
+            if name.endswith(".json"):
+                return 0, problems  # what it says about the rest is not to be trusted
+    data.tokenizer()
+    shards = data.manifest.shards
+    for shard in shards:
+        if sums.get(shard.file) != shard.sha256:
+            expected = f"expected {shard.sha256}, as the manifest says, found another"
+            problems.append(f"{path}/{SUMS}: {shard.file}: {expected}")
+    if len(sums) != len(shards) + len(data.manifest.index) + 2:
+        problems.append(f"{path}/{SUMS}: expected a line for each file of the set, found {len(sums)}")
+    chunks = [range(n, min(n + VERIFIED_TOGETHER, len(data))) for n in range(0, len(data), VERIFIED_TOGETHER)]
+    work: list[Shard | range] = [*shards, *chunks]
+    with (
+        progress("verify", len(work), unit="checks") as bar,
+        closing(parallel_map(partial(_verifier, path), work, workers, path)) as results,
+    ):
+        for item, found_problems in zip(work, results, strict=True):
+            if isinstance(item, range):
+                documents += len(item) - len(found_problems)
+            problems += found_problems
+            bar.advance(note=f"{documents} documents whole")
+    return documents, problems
+
+
+def _verifier(path: str) -> Callable[[Shard | range], list[str]]:
+    """Return a function that lists the problems of a shard's bytes, or of a range of documents."""
+    data = DataSet(path)
+    tokenizer = data.tokenizer()
+
+    def verify(item: Shard | range) -> list[str]:
+        if isinstance(item, Shard):
+            try:
+                whole = sha256(data.file(item.file)) == item.sha256
+            except (OSError, UserError) as error:
+                return [f"{path}/{item.file}: {error}"]
+            return [] if whole else [f"{path}/{item.file}: its bytes do not match their hash"]
+        problems = []
+        for number in item:
+            try:
+                data.check(number, tokenizer)
+            except UserError as error:  # corrupt, or its file gone
+                problems.append(str(error))
+        return problems
+
+    return verify

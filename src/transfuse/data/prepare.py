@@ -1,6 +1,6 @@
-"""A document as it was found, made into what is stored: filtered, cut to size, encoded, counted, hashed.
+"""A document as it was read, made into what is stored: filtered, cut to size, encoded, counted, hashed.
 
-What becomes of a document depends on it and the settings alone, so it may be done anywhere, in any order.
+The outcome depends on the document and the settings alone, so documents may be prepared anywhere, in any order.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -24,41 +23,39 @@ from .dataset import Encoding, digest, to_members
 from .readers import Columns, Fault, Raw
 from .sources import is_conditional
 
-MOST_SIDE = 16_384
-"""pixels: the index counts to 65,535, and a bucket may be wider than `size`"""
-WIDEST = 2.0
-"""aspect ratio of the widest and the tallest bucket"""
+MOST_SIDE = 16_384  # pixels: the index counts to 65,535, and a bucket may be wider than `size`
+WIDEST = 2.0  # aspect ratio of the widest and the tallest bucket
 QUALITY = {"jpeg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95, "method": 4}, "png": {}}
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What a data set is made of and how; together with its source, it decides every byte."""
+    """The content of a data set and how it is stored; together with its source, it decides every byte."""
 
     size: int = 64
-    """pixels of a side; pictures are cut to their middle square and scaled"""
+    """pixels of a side; images are cut to their middle square and scaled"""
     buckets: bool = False
     """keep the shape: rows and columns are the nearest of those with about size x size pixels, at most 2 : 1"""
     multiple: int = 16
     """of which rows and columns of buckets are multiples (a patch's side in pixels, or several)"""
     format: Literal["png", "jpeg", "webp"] = "png"
-    """of stored pictures; png keeps every pixel"""
+    """of stored images; png keeps every pixel"""
     autoencoder: str = ""
-    """store its latents, or codes, in place of pictures: a folder, or the name of a bundled one"""
+    """store its latents, or codes, in place of images: a folder, or the name of a bundled one"""
     tokenizer: str = ""
     """a tokenizer.json, a folder with one (a data set, a model), or a sentencepiece .model; none: one is trained"""
     vocabulary: int = 4096
     """ids of a tokenizer that is trained on the source"""
     min_side: int = 1
-    """drop pictures whose shorter side has fewer pixels; others are enlarged where they must"""
+    """drop images whose shorter side has fewer pixels; others are enlarged where they must"""
     max_aspect: float | None = None
-    """drop pictures whose longer side is more than so many times the shorter"""
+    """drop images whose longer side is more than this many times the shorter"""
     min_caption: int = 1
     """drop pairs whose caption has fewer characters"""
     max_caption: int | None = None
     """or more"""
     max_tokens: int = 500
-    """drop documents with pictures that have more tokens of text; cut text alone into documents of so many"""
+    """drop documents with images that have more tokens of text; cut text alone into documents of this length"""
     duplicates: Literal["drop", "keep"] = "drop"
     """documents that are equal to an earlier one, once stored; of text alone the whole, before it is cut"""
     heldout: float = 0.01
@@ -85,13 +82,16 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A document ready to be stored, `key` its name in the source: `parts` as bytes and words, or token ids alone."""
+    """A document ready to be stored.
+
+    key: its name in the source. parts: text, and images as bytes; or token ids alone, as bytes. conditional: text
+    comes before its last image. sizes: rows and columns of its images, in pixels.
+    """
 
     key: str
     parts: tuple[str | bytes, ...]
     pair: bool
     conditional: bool
-    """text stands before its last picture"""
     tokens: int
     sizes: tuple[tuple[int, int], ...]
     hash: bytes
@@ -99,8 +99,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A document that does not go in. faulty: it is damaged or incomplete, and not merely filtered; lost: as of a
-    Fault."""
+    """A document that is left out.
+
+    faulty: it is damaged or incomplete, and not merely filtered. lost: the documents that a fault counts for.
+    """
 
     key: str
     reason: str
@@ -113,8 +115,10 @@ Outcome = Prepared | Dropped
 
 
 def bucket(rows: int, columns: int, size: int, multiple: int) -> tuple[int, int]:
-    """The rows and columns that a picture is cut and scaled to: multiples, at most size x size pixels in all, nearest
-    in shape to its own."""
+    """Return the rows and columns that an image is cut and scaled to.
+
+    They are multiples, at most size x size pixels in all, and nearest in shape to the image's own.
+    """
     most = size * size
     shapes = []
     for height in range(multiple, int(size * math.sqrt(WIDEST)) + 1, multiple):
@@ -124,67 +128,76 @@ def bucket(rows: int, columns: int, size: int, multiple: int) -> tuple[int, int]
     return min(shapes, key=lambda shape: (abs(math.log(shape[1] / shape[0]) - math.log(columns / rows)), shape))
 
 
+def build_autoencoder(config: BuildConfig) -> Autoencoder | None:
+    """Open the autoencoder that a set is encoded with: as codes if it has a codebook. Raises UserError for no fit."""
+    if not config.autoencoder:
+        return None
+    autoencoder = open_autoencoder(config.autoencoder)
+    if autoencoder.factor == 1:
+        raise UserError(f"autoencoder: expected one that encodes, found {autoencoder.name}")
+    step, name = (config.multiple, "multiple") if config.buckets else (config.size, "size")
+    if step % autoencoder.factor:
+        raise UserError(f"{name}: expected a multiple of {autoencoder.factor} for {autoencoder.name}, found {step}")
+    return autoencoder if getattr(autoencoder, "codebook_size", None) is None else VQTokenizer(autoencoder)
+
+
 class Preparer:
     """Prepares documents one after another."""
 
-    def __init__(self, config: BuildConfig, tokenizer: Tokenizer) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.autoencoder = _opened(config)
+    def __init__(self, config: BuildConfig, tokenizer: Tokenizer, text_only: bool) -> None:
+        self.config, self.tokenizer, self.text_only = config, tokenizer, text_only
+        self.autoencoder = build_autoencoder(config)
         kind = "codes" if isinstance(self.autoencoder, VQTokenizer) else "latent"
         self.suffix = f"{kind}.npy" if self.autoencoder else {"jpeg": "jpg"}.get(config.format, config.format)
-        self.id_type = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
-    def texts(self, items: Iterable[Raw | Fault]) -> Iterator[list[Outcome]]:
-        """Of each document that is words alone what becomes of it: several, where it is cut because it is too long."""
-        for item in map(_writable, items):
-            if isinstance(item, Fault):
-                yield [Dropped(item.key, "faulty", item.reason, True, item.lost)]
-                continue
-            ids = np.array(self.tokenizer.encode("\n".join(map(str, item.parts))), self.id_type)
-            found: list[Outcome] = []
-            for start in range(0, len(ids), self.config.max_tokens):
-                piece = ids[start : start + self.config.max_tokens]
-                data = piece.tobytes()
-                found.append(Prepared(item.key, (data,), False, False, len(piece), (), digest([("tokens", data)])))
-            yield found or [Dropped(item.key, "empty", "no tokens")]
+    @property
+    def encoding(self) -> Encoding | None:
+        """The autoencoder in a manifest's words; None: the set has pixels."""
+        if self.autoencoder is None:
+            return None
+        codebook = self.autoencoder.codebook_size if isinstance(self.autoencoder, VQTokenizer) else None
+        return Encoding(self.autoencoder.name, self.autoencoder.fingerprint, self.autoencoder.factor, codebook)
 
-    def pictures(self, items: Iterable[Raw | Fault]) -> Iterator[list[Outcome]]:
-        """Of each document with pictures what becomes of it."""
-        for found in map(self._cut, map(_writable, items)):
-            if isinstance(found, Dropped):
-                yield [found]
-                continue
-            sizes = tuple(part.shape[:2] for part in found.parts if isinstance(part, np.ndarray))
-            counts = [len(self.tokenizer.encode(part)) if isinstance(part, str) else None for part in found.parts]
-            tokens = sum(count for count in counts if count)
-            if tokens > self.config.max_tokens:
-                yield [Dropped(found.key, "too many tokens", f"{tokens} of at most {self.config.max_tokens}")]
-                continue
-            parts = tuple(
-                self._encoded(found.key, part) if isinstance(part, np.ndarray) else part for part in found.parts
-            )
-            members = to_members("", parts, found.pair, self.suffix)
-            stored = tuple(part for part in parts if isinstance(part, str | bytes))
-            yield [Prepared(found.key, stored, found.pair, is_conditional(counts), tokens, sizes, digest(members))]
+    def __call__(self, item: Raw | Fault) -> list[Outcome]:
+        """Return the outcome of a document: several if it is text that is cut because it is too long.
 
-    def _cut(self, item: Raw | Fault) -> Raw | Dropped:
-        """With its pictures as pixels of the size they are stored in."""
+        Raises UserError for latents that half precision cannot hold.
+        """
         if isinstance(item, Fault):
-            return Dropped(item.key, "faulty", item.reason, True, item.lost)
-        config = self.config
+            return [Dropped(item.key, "faulty", item.reason, True, item.lost)]
+        try:
+            for part in item.parts:
+                if isinstance(part, str):
+                    part.encode()
+        except UnicodeEncodeError as error:  # JSON may have half a character, an emoji cut in two
+            return [Dropped(item.key, "faulty", f"expected whole characters, found half of one at {error.start}", True)]
+        return self._texts(item) if self.text_only else [self._images(item)]
+
+    def _texts(self, item: Raw) -> list[Outcome]:
+        dtype = "<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4"
+        ids = np.array(self.tokenizer.encode("\n".join(map(str, item.parts))), dtype)
+        outcomes: list[Outcome] = []
+        for start in range(0, len(ids), self.config.max_tokens):
+            piece = ids[start : start + self.config.max_tokens]
+            data = piece.tobytes()
+            outcomes.append(Prepared(item.key, (data,), False, False, len(piece), (), digest([("tokens", data)])))
+        return outcomes or [Dropped(item.key, "empty", "no tokens")]
+
+    def _images(self, item: Raw) -> Outcome:
+        config, counts = self.config, [len(part) if isinstance(part, str) else None for part in item.parts]
         if item.pair:
-            words = next(len(part) for part in item.parts if isinstance(part, str))
-            if words < config.min_caption or (config.max_caption is not None and words > config.max_caption):
-                return Dropped(item.key, "caption length", f"{words} characters")
-        parts: list[str | bytes | np.ndarray] = []
+            characters = next(count for count in counts if count is not None)
+            if characters < config.min_caption or (config.max_caption is not None and characters > config.max_caption):
+                return Dropped(item.key, "caption length", f"{characters} characters")
+        parts: list[str | np.ndarray] = []
         for part in item.parts:
             if isinstance(part, str):
                 parts.append(part)
                 continue
             try:
-                pixels = part if isinstance(part, np.ndarray) else decode_image(part, "picture")
+                pixels = part if isinstance(part, np.ndarray) else decode_image(part, "image")
             except UserError as error:
-                return Dropped(item.key, "faulty", str(error).removeprefix("picture: "), faulty=True)
+                return Dropped(item.key, "faulty", str(error).removeprefix("image: "), faulty=True)
             rows, columns = pixels.shape[:2]
             if min(rows, columns) < config.min_side:
                 return Dropped(item.key, "too small", f"{columns}x{rows} pixels")
@@ -192,18 +205,22 @@ class Preparer:
                 return Dropped(item.key, "aspect ratio", f"{columns}x{rows} pixels")
             shape = bucket(rows, columns, config.size, config.multiple) if config.buckets else config.size
             parts.append(fit(pixels, shape))
-        return Raw(item.key, tuple(parts), item.pair)
+        counts = [len(self.tokenizer.encode(part)) if isinstance(part, str) else None for part in parts]
+        tokens = sum(count for count in counts if count)
+        if tokens > config.max_tokens:
+            return Dropped(item.key, "too many tokens", f"{tokens} of at most {config.max_tokens}")
+        sizes = tuple(part.shape[:2] for part in parts if isinstance(part, np.ndarray))
+        stored = tuple(part if isinstance(part, str) else self._encode(item.key, part) for part in parts)
+        hash_ = digest(to_members("", stored, item.pair, self.suffix))
+        return Prepared(item.key, stored, item.pair, is_conditional(counts), tokens, sizes, hash_)
 
-    def _encoded(self, key: str, picture: np.ndarray) -> bytes:
-        """An image file, or latents or codes as .npy. Each picture alone: it must not depend on who came along.
-
-        Raises UserError for latents that half precision can not hold.
-        """
+    def _encode(self, key: str, pixels: np.ndarray) -> bytes:
+        """Return an image file, or latents or codes as .npy. Each image alone: it must not depend on its neighbours."""
         stream = io.BytesIO()
         if self.autoencoder is None:
-            PIL.Image.fromarray(picture).save(stream, self.config.format, **QUALITY[self.config.format])
+            PIL.Image.fromarray(pixels).save(stream, self.config.format, **QUALITY[self.config.format])
             return stream.getvalue()
-        latent = self.autoencoder.encode(picture[None])[0].cpu().numpy()
+        latent = self.autoencoder.encode(pixels[None])[0].cpu().numpy()
         if isinstance(self.autoencoder, VQTokenizer):
             latent = latent.astype("<u2" if self.autoencoder.codebook_size <= 1 << 16 else "<i4")
         else:
@@ -215,40 +232,7 @@ class Preparer:
         return stream.getvalue()
 
 
-def encoding_of(config: BuildConfig) -> Encoding | None:
-    """What a set is encoded with; None: it has pixels. Raises UserError for no such autoencoder, or no fit."""
-    found = _opened(config)
-    if found is None:
-        return None
-    codebook = found.codebook_size if isinstance(found, VQTokenizer) else None
-    return Encoding(found.name, found.fingerprint, found.factor, codebook)
-
-
-def _opened(config: BuildConfig) -> Autoencoder | None:
-    """The autoencoder that a set is encoded with: as codes where it has a codebook. Raises UserError for no fit."""
-    if not config.autoencoder:
-        return None
-    found = open_autoencoder(config.autoencoder)
-    if found.factor == 1:
-        raise UserError(f"autoencoder: expected one that encodes, found {found.name}")
-    step, name = (config.multiple, "multiple") if config.buckets else (config.size, "size")
-    if step % found.factor:
-        raise UserError(f"{name}: expected a multiple of {found.factor} for {found.name}, found {step}")
-    return found if getattr(found, "codebook_size", None) is None else VQTokenizer(found)
-
-
-def _writable(item: Raw | Fault) -> Raw | Fault:
-    """JSON may have half a character, an emoji cut in two, which no file of text can hold."""
-    try:
-        for part in getattr(item, "parts", ()):
-            if isinstance(part, str):
-                part.encode()
-    except UnicodeEncodeError as error:
-        return Fault(item.key, f"expected whole characters, found half of one at {error.start}")
-    return item
-
-
 def slug(key: str) -> str:
-    """What of a name can stand in that of a member: no dot, which would end the key, and not long."""
+    """Return the part of a name that may be in a tar member's name: no dot, which would end the key, and not long."""
     stem, _, ending = key.rpartition(".")
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem if stem and "/" not in ending else key)[-48:]

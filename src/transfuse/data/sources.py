@@ -1,7 +1,12 @@
-"""Sources of documents: each is an endless list, and item i is a function of (seed, i) alone.
+"""Sources of documents: each is an endless list, and document i is a function of (seed, i) alone.
 
 scenes = ScenePairs(World(WorldConfig(size=32)), tokenizer, Pixels(), PairConfig(), seed=0)
-scenes[17]      # always the same document: a caption and a picture, in either order
+scenes.document(17, sample=17)          # always the same document: a caption and an image, in either order
+
+data = DataSet("photos-64")
+pairs = StoredImages(data, data.tokenizer(), Pixels(), PairConfig(), seed=0)
+pairs.document(17, sample=40)           # the 18th of the first epoch, as the mixture's sample 40
+pairs.lengths(...)                      # the positions of many, from the index alone
 """
 
 from __future__ import annotations
@@ -13,41 +18,58 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from ..autoencoders import Autoencoder, DeferredEncoder
+from ..autoencoders import Autoencoder, DeferredEncoder, VQTokenizer
 from ..draws import Draws
+from ..errors import UserError
 from ..rng import generator_for
 from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, images_alone, unconditional
 from . import bundled
+from .dataset import DataSet, Split
+from .packing import Shuffle
 
-BLOCK = 32
-"""pictures that a network encodes together"""
+IMAGE_BLOCK = 32  # images that a network encodes together
+NUMBER_BLOCK = 512  # document numbers found at once
+CHUNK = 1 << 20  # documents whose lengths are added up at once
+SAMPLED = 2_000  # documents measured of a source that never ends
+MOST_MEASURED = 100_000  # documents measured of a source that does not know its mean length
 
 
 class Source(Protocol):
-    """Documents by number; `sample` is the number the document carries (the mixture's, not the source's)."""
+    """Documents by number. `sample` is the number a document carries: the mixture's, not the source's."""
 
     name: str
 
     @property
     def epoch(self) -> int | None:
-        """How many documents before they come again; None: they never do."""
+        """The number of documents before they repeat; None: they never do."""
 
     def document(self, index: int, sample: int) -> Document: ...
 
-    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
-        """Positions `[n]` that documents will take, by index and sample `[n]`, found without making their pictures."""
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
+        """Return the positions `[n]` that documents will take, by index and sample `[n]`, without making images."""
 
 
 @runtime_checkable
 class Measured(Protocol):
     """A source that knows the mean positions of its documents over one pass."""
 
-    def mean_length(self, grammar: SequenceFormat) -> float: ...
+    def mean_length(self, form: SequenceFormat) -> float: ...
+
+
+def mean_length(source: Source, form: SequenceFormat) -> float:
+    """Return the mean positions of a document over a pass, or over the first `SAMPLED` of a source that never ends."""
+    if isinstance(source, Measured):
+        return source.mean_length(form)
+    count = SAMPLED if source.epoch is None else min(MOST_MEASURED, source.epoch)
+    return float(source.lengths(np.arange(count), np.arange(count), form).mean())
+
+
+# --- pairs and interleaved documents ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PairConfig:
-    """How a picture and its caption become a document (Transfusion section 4.1; the drop rate is our choice)."""
+    """Order, noise limit and caption drop of image-caption pairs (Transfusion section 4.1; the drop rate is ours)."""
 
     caption_first: float = 0.8
     """share of pairs in which the caption comes first: the model draws; in the rest it captions"""
@@ -68,100 +90,95 @@ class PairConfig:
             )
 
 
-Order = Literal["draw", "caption", "unconditional"]
-
-
-def pair_order(config: PairConfig, seed: int, sample: int) -> Order:
-    """What a pair teaches, by the draw of (seed, sample): to draw, to caption, or to draw without a caption."""
+def pair_order(config: PairConfig, seed: int, sample: int) -> Literal["draw", "caption", "unconditional"]:
+    """Return what a pair teaches, by (seed, sample): to draw, to caption, or to draw without a caption."""
     draws = Draws("pair", seed, sample)
     if not draws.chance(config.caption_first):
         return "caption"
     return "unconditional" if draws.chance(config.caption_drop) else "draw"
 
 
-def before_words(image: Image, config: PairConfig) -> Image:
-    """A picture that comes before its words: noised up to the limit, or shown clean and not learned."""
-    cap = config.image_first_max_timestep
-    return replace(image, target=False) if cap == 0 else replace(image, max_timestep=cap)
-
-
 def pair_document(text: tuple[int, ...], image: Image, config: PairConfig, seed: int, sample: int) -> Document:
-    """One caption and one image, ordered, capped and dropped as `pair_order` says."""
+    """Return the document of one caption and one image, ordered, capped and dropped as `pair_order` says."""
     order = pair_order(config, seed, sample)
     if order == "caption":
-        return Document([before_words(image, config), Text(text)], sample=sample)
+        return Document([_before_text(image, config), Text(text)], sample=sample)
     document = Document([Text(text), image], sample=sample)
     return unconditional(document) if order == "unconditional" else document
 
 
+def _before_text(image: Image, config: PairConfig) -> Image:
+    """Return an image that comes before its text: noised up to the limit, or shown clean and not learned."""
+    cap = config.image_first_max_timestep
+    return replace(image, target=False) if cap == 0 else replace(image, max_timestep=cap)
+
+
 def interleaved_document(parts: Sequence[Text | Image], config: PairConfig, seed: int, sample: int) -> Document:
-    """Texts and images in the order they have, noised and dropped by that order.
+    """Return the document of texts and images in their order, noised and dropped by that order.
 
     An image with text before it is drawn: it sees every level of noise, whatever follows it. An image before all text
-    is shown as `before_words` says. In a document without text every image is drawn.
+    has capped noise, or is shown clean. In a document without text every image is drawn.
     Of the documents with text before their last image, the share `caption_drop` becomes `unconditional(document)`: its
     last image alone. The text after that image goes, too, because nothing follows it in the sampler's null branch.
     """
     tokens = [len(part.ids) if isinstance(part, Text) else None for part in parts]
     first_text = next((place for place, count in enumerate(tokens) if count), 0)
-    shown = [
-        before_words(part, config) if isinstance(part, Image) and place < first_text else part
+    capped = [
+        _before_text(part, config) if isinstance(part, Image) and place < first_text else part
         for place, part in enumerate(parts)
     ]
-    document = Document(shown, sample=sample)
+    document = Document(capped, sample=sample)
     if is_conditional(tokens) and caption_dropped(config, seed, sample):
         return unconditional(document)
     return document
 
 
 def is_conditional(tokens: Sequence[int | None]) -> bool:
-    """Whether a document has text before its last image; `tokens` counts those of each part, None is an image."""
+    """Return True if a document has text before its last image. tokens: of each part; None: an image."""
     images = [place for place, count in enumerate(tokens) if count is None]
     return any(tokens[: images[-1]]) if images else False
 
 
 def caption_dropped(config: PairConfig, seed: int, sample: int) -> bool:
-    """Whether a document of several parts loses its text, if it may, by the draw of (seed, sample)."""
+    """Return True if a conditional document of several parts loses its text, by (seed, sample)."""
     return Draws("interleaved", seed, sample).chance(config.caption_drop)
 
 
-def images_of(pictures: np.ndarray, autoencoder: Autoencoder) -> list[Image]:
-    """Pictures uint8 `[image, row, column, 3]` as a document has them: encoded, or to be encoded later."""
+def document_images(pixels: np.ndarray, autoencoder: Autoencoder) -> list[Image]:
+    """Return pixels, uint8 `[image, row, column, 3]`, as images of a document: encoded, or to be encoded later."""
     if not isinstance(autoencoder, DeferredEncoder):
-        return [Image(latent) for latent in autoencoder.encode(pictures)]
-    shape = autoencoder.channels, *(side // autoencoder.factor for side in pictures.shape[1:3])
-    return [Image(torch.empty(shape, device="meta"), pixels=pixels) for pixels in torch.from_numpy(pictures)]
+        return [Image(latent) for latent in autoencoder.encode(pixels)]
+    shape = autoencoder.channels, *(side // autoencoder.factor for side in pixels.shape[1:3])
+    return [Image(torch.empty(shape, device="meta"), pixels=image) for image in torch.from_numpy(pixels)]
 
 
-class _Images:
-    """Pictures by number, as documents have them, in the memory of the block encoded last.
+# --- the bundled data set ---------------------------------------------------------------------------------------------
 
-    A network encodes a block of pictures at once, always the same ones together, for speed: so a latent depends on its
-    number alone, whatever was asked for before.
+
+class EncodedImages:
+    """Images by number, as documents have them; the block encoded last is kept in memory.
+
+    A network encodes a block of images at once, always the same ones together, for speed: so a latent depends on its
+    number alone, whatever was read before.
     """
 
     def __init__(self, render: Callable[[int], np.ndarray], autoencoder: Autoencoder) -> None:
         self.render, self.autoencoder = render, autoencoder
-        self.block_size = 1 if autoencoder.factor == 1 or isinstance(autoencoder, DeferredEncoder) else BLOCK
+        self.block_size = 1 if autoencoder.factor == 1 or isinstance(autoencoder, DeferredEncoder) else IMAGE_BLOCK
         self._block: tuple[int, list[Image]] = (-1, [])
 
     def __getitem__(self, number: int) -> Image:
         block, place = divmod(number, self.block_size)
         if self._block[0] != block:
             first = number - place
-            pictures = np.stack([self.render(other) for other in range(first, first + self.block_size)])
-            self._block = block, images_of(pictures, self.autoencoder)
+            pixels = np.stack([self.render(other) for other in range(first, first + self.block_size)])
+            self._block = block, document_images(pixels, self.autoencoder)
         image = self._block[1][place]
-        return replace(image, latent=image.latent.clone())  # not the whole block with it
-
-
-def _patches(world: bundled.World, factor: int, grammar: SequenceFormat) -> int:
-    """Of a picture of the world, through an autoencoder of that factor."""
-    return int(world.config.size // (factor * grammar.patch_size)) ** 2
+        return replace(image, latent=image.latent.clone())  # without the rest of the block
 
 
 class ScenePairs:
-    """Pictures of a world and their captions."""
+    """Scenes of the bundled data set and their captions."""
 
     name = "world"
     epoch = None
@@ -169,40 +186,36 @@ class ScenePairs:
     def __init__(
         self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: PairConfig, seed: int
     ) -> None:
-        self.world, self.tokenizer, self.autoencoder = world, tokenizer, autoencoder
-        self.config, self.seed = config, seed
-        self.images = _Images(self._render, autoencoder)
+        self.world, self.tokenizer, self.config, self.seed = world, tokenizer, config, seed
+        self.factor = autoencoder.factor
+        self.images = EncodedImages(lambda number: world.render(world.scene(number)), autoencoder)
 
     def document(self, index: int, sample: int) -> Document:
-        text = self.tokenizer.encode(bundled.caption(self.world.scene(index), index))
-        return pair_document(text, self.images[index], self.config, self.seed, sample)
+        return pair_document(self._caption(index), self.images[index], self.config, self.seed, sample)
 
-    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
-        patches = _patches(self.world, self.autoencoder.factor, grammar)
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
         tokens = [
-            0
-            if pair_order(self.config, self.seed, sample) == "unconditional"
-            else len(self.tokenizer.encode(bundled.caption(self.world.scene(index), index)))
+            0 if pair_order(self.config, self.seed, sample) == "unconditional" else len(self._caption(index))
             for index, sample in zip(indices.tolist(), samples.tolist(), strict=True)
         ]
-        return count_positions(np.array(tokens), [patches])
+        return count_positions(np.array(tokens), [int(self.world.config.size // (self.factor * form.patch_size)) ** 2])
 
-    def _render(self, number: int) -> np.ndarray:
-        return self.world.render(self.world.scene(number))
+    def _caption(self, index: int) -> tuple[int, ...]:
+        return self.tokenizer.encode(bundled.caption(self.world.scene(index), index))
 
 
 @dataclass(frozen=True)
 class EditConfig:
-    """How a picture, an instruction and the picture it asks for become a document (Transfusion section 4.4).
+    """Drop rates and number of edits: an image, an instruction, the image it asks for (Transfusion section 4.4).
 
-    The first picture is shown clean, and like the words is not learned. The paper gives no drop rates; these are
+    The first image is shown clean, and like the instruction is not learned. The paper gives no drop rates; these are
     InstructPix2Pix's.
     """
 
     instruction_drop: float = 0.05
-    """share whose instruction is left out, for guidance by the picture alone"""
+    """share whose instruction is left out, for guidance by the image alone"""
     all_drop: float = 0.05
-    """share whose instruction and first picture are left out, for guidance by both"""
+    """share whose instruction and first image are left out, for guidance by both"""
     count: int | None = None
     """of different edits, which come again in the same order (the paper has 8,000); None: there is no end of them"""
 
@@ -219,19 +232,8 @@ class EditConfig:
             )
 
 
-Shown = Literal["all", "images", "nothing"]
-
-
-def edit_shown(config: EditConfig, seed: int, sample: int) -> Shown:
-    """What is shown before the target, by the draw of (seed, sample)."""
-    ticket = Draws("edit document", seed, sample).word() / (1 << 32)
-    if ticket < config.all_drop:
-        return "nothing"
-    return "images" if ticket < config.all_drop + config.instruction_drop else "all"
-
-
 class SceneEdits:
-    """Edits of a world: a picture, an instruction, the picture that it asks for."""
+    """Edits of the bundled data set's scenes: an image, an instruction, the image that it asks for."""
 
     name = "edits"
 
@@ -240,41 +242,51 @@ class SceneEdits:
     ) -> None:
         self.world, self.tokenizer, self.config, self.seed = world, tokenizer, config, seed
         self.epoch, self.factor = config.count, autoencoder.factor
-        self.images = _Images(self._render, autoencoder)
+        self.images = EncodedImages(self._render, autoencoder)
 
     def document(self, index: int, sample: int) -> Document:
         number = index % self.epoch if self.epoch else index
-        source, target = self.images[2 * number], self.images[2 * number + 1]
-        # Not learned: people say it. A model that learned to would begin captions of pictures with instructions.
+        before, after = self.images[2 * number], self.images[2 * number + 1]
+        # Not learned: a model that learned to write instructions would begin captions with them.
         words = Text(self.tokenizer.encode(self.edit(number).instruction), predict=False)
-        document = Document([replace(source, target=False), words, target], sample=sample)
-        shown = edit_shown(self.config, self.seed, sample)
-        if shown == "all":
-            return document
-        return images_alone(document) if shown == "images" else unconditional(document)
+        document = Document([replace(before, target=False), words, after], sample=sample)
+        match self._kept(sample):
+            case "all":
+                return document
+            case "images":
+                return images_alone(document)
+            case _:
+                return unconditional(document)
 
-    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
-        patches = _patches(self.world, self.factor, grammar)
-        found = []
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
+        patches = int(self.world.config.size // (self.factor * form.patch_size)) ** 2
+        lengths = []
         for index, sample in zip(indices.tolist(), samples.tolist(), strict=True):
-            shown = edit_shown(self.config, self.seed, sample)
+            kept = self._kept(sample)
             number = index % self.epoch if self.epoch else index
-            words = len(self.tokenizer.encode(self.edit(number).instruction)) if shown == "all" else 0
-            found.append(int(count_positions(np.array([words]), [patches] * (1 if shown == "nothing" else 2))[0]))
-        return np.array(found)
+            words = len(self.tokenizer.encode(self.edit(number).instruction)) if kept == "all" else 0
+            lengths.append(int(count_positions(np.array([words]), [patches] * (1 if kept == "target" else 2))[0]))
+        return np.array(lengths)
 
     def edit(self, number: int) -> bundled.Edit:
-        """The edit of a number: a function of it and the world."""
+        """Return the edit of a number: a function of it and the world."""
         return bundled.edit(self.world.scene(number), self.world, number)
 
+    def _kept(self, sample: int) -> Literal["all", "images", "target"]:
+        """Return what is left of a document, by (seed, sample)."""
+        draw = Draws("edit document", self.seed, sample).word() / (1 << 32)
+        if draw < self.config.all_drop:
+            return "target"
+        return "images" if draw < self.config.all_drop + self.config.instruction_drop else "all"
+
     def _render(self, number: int) -> np.ndarray:
-        """Sources have even numbers, their targets the next ones."""
+        """Return an image: even numbers are scenes, odd ones the targets of the scenes before them."""
         change = self.edit(number // 2)
         return self.world.render(change.target if number % 2 else change.source)
 
 
 class Texts:
-    """Text-only documents: all of them in a new order each epoch."""
+    """Text-only documents: all of them, in a new order each epoch."""
 
     name = "glosses"
     _counted: ClassVar[dict[tuple[str, tuple[str, ...]], np.ndarray]] = {}
@@ -290,11 +302,10 @@ class Texts:
     def document(self, index: int, sample: int) -> Document:
         return Document([Text(self.tokenizer.encode(self.texts[self._place(index)]))], sample=sample)
 
-    def mean_length(self, grammar: SequenceFormat) -> float:
-        """Mean positions of a document over a pass."""
+    def mean_length(self, form: SequenceFormat) -> float:
         return float(count_positions(self._tokens(), []).mean())
 
-    def lengths(self, indices: np.ndarray, samples: np.ndarray, grammar: SequenceFormat) -> np.ndarray:
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
         return count_positions(self._tokens()[[self._place(index) for index in indices.tolist()]], [])
 
     def _tokens(self) -> np.ndarray:
@@ -309,3 +320,135 @@ class Texts:
             order = torch.randperm(len(self.texts), generator=generator_for(self.seed, "texts", epoch))
             self._order = (epoch, order.numpy())
         return int(self._order[1][place])
+
+
+# --- data sets on disk ------------------------------------------------------------------------------------------------
+
+
+class StoredTexts:
+    """Documents of a data set's token ids: each once an epoch, in a new order each epoch."""
+
+    def __init__(self, data: DataSet, seed: int, split: Split = "train") -> None:
+        self.data, self.seed, self.split, self.name = data, seed, split, data.path
+        self.epoch = data.size(split)
+        if not self.epoch:
+            raise UserError(f"{data.path}: expected documents to {split} on, found none of {len(data)}")
+        self._shuffle: tuple[int, Shuffle] | None = None
+        self._block: tuple[int, list[int]] = (-1, [])
+
+    def document(self, index: int, sample: int) -> Document:
+        """Return a document. Raises CorruptSampleError."""
+        ids = self.data.read_ids(self.number(index))
+        return Document([Text(tuple(ids.tolist()))], sample=sample)
+
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
+        return self._expected_lengths(self.numbers(indices), form)
+
+    def mean_length(self, form: SequenceFormat) -> float:
+        total = 0.0
+        for start in range(0, self.epoch, CHUNK):
+            numbers = self.data.number(self.split, np.arange(start, min(start + CHUNK, self.epoch)))
+            total += float(self._expected_lengths(numbers, form).sum())
+        return total / self.epoch
+
+    def number(self, index: int) -> int:
+        """Return which document of the set is number `index` of the stream."""
+        block, place = divmod(index, NUMBER_BLOCK)
+        if self._block[0] != block:  # a stream is read in order, and many numbers at once cost little more than one
+            first = block * NUMBER_BLOCK
+            self._block = block, self.numbers(np.arange(first, first + NUMBER_BLOCK)).tolist()
+        return self._block[1][place]
+
+    def numbers(self, indices: np.ndarray) -> np.ndarray:
+        """Return which documents of the set are numbers `[n]` of the stream."""
+        epochs, places = np.divmod(indices, self.epoch)
+        for epoch in np.unique(epochs).tolist():
+            if self._shuffle is None or self._shuffle[0] != epoch:
+                self._shuffle = epoch, Shuffle(self.epoch, self.seed, self.split, epoch)
+            chosen = epochs == epoch
+            places[chosen] = self._shuffle[1](places[chosen])
+        return self.data.number(self.split, places)
+
+    def _expected_lengths(self, numbers: np.ndarray, form: SequenceFormat) -> np.ndarray:
+        """Return the positions of documents of the set, in the mean over everything that is drawn at random."""
+        return count_positions(self.data.documents["tokens"][numbers].astype(np.int64), [])
+
+
+class StoredImages(StoredTexts):
+    """Documents of a data set with images: pairs, which training puts in either order, and interleaved documents.
+
+    Raises UserError for a set of another autoencoder's latents, or of latents where codes are needed.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        tokenizer: Tokenizer,
+        autoencoder: Autoencoder,
+        config: PairConfig,
+        seed: int,
+        split: Split = "train",
+    ) -> None:
+        super().__init__(data, seed, split)
+        self.tokenizer, self.autoencoder, self.config = tokenizer, autoencoder, config
+        encoding = data.manifest.encoding
+        if encoding is not None and encoding.fingerprint != autoencoder.fingerprint:
+            raise UserError(
+                f"{data.path}: expected latents of {autoencoder.name} ({autoencoder.fingerprint}), as data.autoencoder "
+                f"says, found those of {encoding.autoencoder} ({encoding.fingerprint})"
+            )
+        if encoding is not None and (encoding.codebook is not None) != isinstance(autoencoder, VQTokenizer):
+            stored = "latents" if encoding.codebook is None else "codes"
+            raise UserError(f"{data.path}: expected what model.images needs, found {stored}")
+
+    def document(self, index: int, sample: int) -> Document:
+        """Return a document. Raises CorruptSampleError."""
+        number = self.number(index)
+        stored = self.data.read(number)
+        parts: list[Text | Image] = []
+        for part in stored.parts:
+            if isinstance(part, str):
+                parts.append(Text(self.tokenizer.encode(part)))
+            elif isinstance(part, bytes):
+                pixels = self.data.decode(number, stored, part)
+                parts.append(document_images(pixels[None], self.autoencoder)[0])
+            else:
+                parts.append(Image(as_latent(part)))
+        tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
+        if tokens != stored.tokens:
+            raise self.data.corrupt(number, f"{tokens} tokens, not as many as the index says", stored.key)
+        if stored.pair:
+            image, text = parts
+            assert isinstance(image, Image)
+            assert isinstance(text, Text)
+            return pair_document(text.ids, image, self.config, self.seed, sample)
+        return interleaved_document(parts, self.config, self.seed, sample)
+
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
+        numbers, side = self.numbers(indices), form.patch_size * self.autoencoder.factor
+        documents = self.data.documents[numbers]
+        tokens = documents["tokens"].astype(np.int64)
+        images = self.data.image_positions(numbers, side)
+        for place in np.flatnonzero(documents["pair"]):
+            if pair_order(self.config, self.seed, int(samples[place])) == "unconditional":
+                tokens[place] = 0
+        conditional = np.flatnonzero(documents["conditional"])
+        dropped = [i for i in conditional if caption_dropped(self.config, self.seed, int(samples[i]))]
+        tokens[dropped] = 0
+        images[dropped] = self.data.last_image_positions(numbers[dropped], side)
+        return count_positions(tokens, []) + images
+
+    def _expected_lengths(self, numbers: np.ndarray, form: SequenceFormat) -> np.ndarray:
+        documents, side = self.data.documents[numbers], form.patch_size * self.autoencoder.factor
+        tokens, images = documents["tokens"].astype(np.int64), self.data.image_positions(numbers, side)
+        lengths = (count_positions(tokens, []) + images).astype(np.float64)
+        pair, conditional = documents["pair"], documents["conditional"]
+        lengths[pair] -= self.config.caption_first * self.config.caption_drop * tokens[pair]
+        last = self.data.last_image_positions(numbers[conditional], side)
+        lengths[conditional] -= self.config.caption_drop * (tokens[conditional] + images[conditional] - last)
+        return lengths
+
+
+def as_latent(stored: np.ndarray) -> torch.Tensor:
+    """Return latents (float16) or codes (uint16 or int32) of a set as a model takes them: float32, or int64."""
+    return torch.from_numpy(stored.astype(np.int64 if stored.dtype.kind in "iu" else np.float32))

@@ -18,18 +18,19 @@ import numpy as np
 from ..autoencoders import Autoencoder
 from ..data import (
     Cache,
+    CorruptSampleError,
     DataSet,
-    Ingredient,
     Mixture,
+    MixtureComponent,
     SceneEdits,
     ScenePairs,
     Source,
-    StoredPictures,
+    StoredImages,
     StoredTexts,
     Texts,
 )
 from ..data.bundled import World, WorldConfig, caption, glosses
-from ..data.dataset import DamagedError, Split
+from ..data.dataset import Split
 from ..errors import UserError
 from ..recipes.recipe import BUNDLED, OF_THE_WORLD, DataConfig, Recipe, SourceSpec
 from ..sequence import Document, SequenceFormat, Tokenizer, count_positions
@@ -93,12 +94,12 @@ class Sources:
         """Raise UserError for images that do not divide into patches of `step` pixels, or have over `most` a side."""
         for name, data in self.sets.items():
             for side in ("rows", "columns"):
-                if (data.pictures[side] % step).any():
+                if (data.images[side] % step).any():
                     raise UserError(
                         f"{name}: expected pictures whose sides are multiples of {step} pixels (model.patch_size x the "
                         f"autoencoder's factor), found others; build it with a --size, or --multiple, that is one"
                     )
-                if len(data.pictures) and (largest := int(data.pictures[side].max())) > most * step:
+                if len(data.images) and (largest := int(data.images[side].max())) > most * step:
                     raise UserError(
                         f"{name}: expected pictures of at most {most * step:g} pixels a side (model.patch_positions "
                         f"learned), found one of {largest}"
@@ -145,7 +146,7 @@ class Sources:
             for index in range(data.size(split)):
                 number = data.number(split, index)
                 if data.documents[number]["pair"]:
-                    with suppress(DamagedError):  # the loader reports damage
+                    with suppress(CorruptSampleError):  # the loader reports damage
                         captions.append(str(data.read(number).parts[1]))
                 if len(captions) == count:
                     break
@@ -184,7 +185,7 @@ def mixture(
     pictures = sources.pictures if data.text_share < 1 and (autoencoder is not None or not by_positions) else []
     texts = sources.texts if data.text_share > 0 else []
     shares = (1 - data.text_share, data.text_share) if pictures and texts else (1.0, 1.0)
-    ingredients = []
+    components = []
     for specs, share in zip((pictures, texts), shares, strict=True):
         last = [spec.weight if spec.final is None else spec.final for spec in specs]
         changes = any(spec.final is not None for spec in specs)
@@ -192,14 +193,14 @@ def mixture(
             first = share * spec.weight / (sum(spec.weight for spec in specs) or 1.0)
             final = share * weight / (sum(last) or 1.0) if changes else None
             source = _source(recipe, sources, spec, tokenizer, autoencoder)
-            ingredients.append(Ingredient(source, first, spec.epochs, final, _left_out(recipe, sources, spec)))
-    if not ingredients or not sum(part.share for part in ingredients):
+            components.append(MixtureComponent(source, first, spec.epochs, final, _left_out(recipe, sources, spec)))
+    if not components or not sum(part.weight for part in components):
         raise UserError(f"data.sources: expected something to learn from, found only {', '.join(data.sources)}")
-    measured = form if by_positions and ((pictures and texts) or len(ingredients) > 1) else None
-    stream = Mixture(ingredients, measured)
+    measured = form if by_positions and ((pictures and texts) or len(components) > 1) else None
+    stream = Mixture(components, measured)
     samples = _samples(recipe, stream, form)
-    if any(part.final is not None for part in ingredients):
-        stream.plan(final_from=int(samples * (1 - data.final_stretch)))
+    if any(part.anneal_weight is not None for part in components):
+        stream.plan(anneal_from=int(samples * (1 - data.final_stretch)))
     if samples > stream.end:
         raise UserError(
             f"data.sources: expected enough for loop.steps {recipe.loop.steps}, about {samples} samples, found "
@@ -227,7 +228,7 @@ def unseen_noise(recipe: Recipe, document: Callable[[int], Document | None]) -> 
     for sample in range(count):
         try:
             read = document(sample)
-        except DamagedError:
+        except CorruptSampleError:
             continue
         if read is None or not read.images:
             continue
@@ -262,7 +263,7 @@ def _source(
     if data.manifest.kind == "text":
         return StoredTexts(data, recipe.seed)
     assert autoencoder is not None
-    return StoredPictures(data, tokenizer, autoencoder, recipe.data.pairs, recipe.seed)
+    return StoredImages(data, tokenizer, autoencoder, recipe.data.pairs, recipe.seed)
 
 
 def _left_out(recipe: Recipe, sources: Sources, spec: SourceSpec) -> int | None:

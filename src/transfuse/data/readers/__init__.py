@@ -1,18 +1,18 @@
-"""Where documents come from, before they are a data set: folders, tables, tars, parquet, jsonl, plain text, the world,
-another data set; tars, parquet, jsonl, text and data sets by URL, too.
+"""Documents before they are a data set, from folders, tables, tars, parquet, jsonl, text, "world", or a data set.
 
     reader = open_source("photos/", Columns())
     for part in reader.parts():              # cheap: names and places; each part goes to one process
-        for item in reader.read(part):       # Raw documents, and a Fault for each that can not be read
+        for item in reader.read(part):       # Raw documents, and a Fault for each that cannot be read
             ...
 
-A reader never skips anything silently: what is not a document is a fault, with its name and the reason.
+Tars, parquet, jsonl, text and data sets may be at a URL. A reader skips nothing silently: whatever is not a document
+is a fault, with its name and the reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,20 +20,27 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ...errors import UserError
+from ...io import sha256
 from ...log import logger
-from ..dataset import DataSet
-from ..remote import Cache, MissingError, is_remote, url_name
-from .files import File, remote_files
+from .. import bundled
+from ..dataset import CorruptSampleError, DataSet
+from ..remote import Cache, File, MissingError, hash_files, is_remote, remote_files, url_name
 
-PER_PART = 64
-"""documents in a part, where they can be counted"""
+PER_PART = 64  # documents in a part, where they can be counted
+LOST_REST = 100  # documents that the lost rest of a file counts for, whose number is unknown
+SET = ("manifest.json", "documents.npy", "tokenizer.json")  # files by which a folder is known as a data set
+EXPECTED = (
+    'expected "world", or pictures with captions (.txt next to each, metadata.jsonl, a .csv table), WebDataset .tar '
+    "files, .parquet, .jsonl or .txt, or a data set"
+)
+EXPECTED_AT_URL = "expected .tar, .parquet, .jsonl or .txt files, many as {00000..00041}.tar, or a data set"
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A document as it was found: words, and pictures as the bytes of an image file (or pixels already).
+    """A document as it was read: text, and images as the bytes of an image file, or as pixels.
 
-    pair    a picture and its caption, `(picture, caption)`, which training may put in either order
+    pair: it is an image and its caption, `(image, caption)`, which training may put in either order.
     """
 
     key: str
@@ -41,156 +48,154 @@ class Raw:
     pair: bool = False
 
 
-UNTOLD = 100
-"""documents that the lost rest of a file counts for, which does not say how many they were"""
-
-
 @dataclass(frozen=True)
 class Fault:
-    """A document that can not be read: its name, and why. lost: documents that go with it, a file's rest, say."""
+    """A document that cannot be read: its name, and why. lost: the documents lost with it, such as a file's rest."""
 
     key: str
     reason: str
     lost: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("key", "reason"):  # of names in archives, and of others' errors, some have several lines
+        for name in ("key", "reason"):  # names in archives, and errors of libraries, may have several lines
             object.__setattr__(self, name, " ".join(getattr(self, name).split()))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a source. `weight`: how much of the source it is, in the unit of the reader's `total`."""
+    """A stretch of a source. weight: its size, in the unit of the reader's `total`."""
 
     what: Any
     weight: int
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The names of things in a source."""
+
+    image_column: str = ""
+    """of a table, or JSON: the column or field with the file's name, or bytes; none: one of the usual names"""
+    caption_column: str = ""
+    """of a table, or JSON: the column or field with the caption; none: one of the usual names"""
+    first_line: bool = False
+    """of a caption's .txt file, take the first line alone"""
+    split: Literal["file", "paragraph", "line"] = "file"
+    """what is one document of plain text"""
+    count: int = 0
+    """take this many documents of the source, no more; 0: all. Of "world", make this many"""
+
+
 class Reader(Protocol):
-    """A source of documents. It is sent to other processes, and so is each part."""
+    """A source of documents; it is sent to other processes, and so is each part.
+
+    text_only: documents are text alone. total: weight of all parts.
+    """
 
     text_only: bool
-    """whether documents are words alone"""
     total: int
-    """weight of all parts"""
 
     def contents(self) -> dict[str, str]:
-        """Return hashes of all that the documents are made of, by name: what another content would change."""
+        """Return hashes of everything the documents are made of, by name: other content changes one of them."""
 
     def parts(self) -> Iterable[Part]: ...
 
     def read(self, part: Part) -> Iterator[Raw | Fault]: ...
 
 
-@dataclass(frozen=True)
-class Columns:
-    """How to find things in a source."""
+class FileReader:
+    """The base of readers whose source is a list of files, weighed in bytes."""
 
-    image_column: str = ""
-    """of a table, or JSON: the column or field with the file's name, or bytes; none: one of the usual names"""
-    caption_column: str = ""
-    """of a table, or JSON: the column or field with the words; none: one of the usual names"""
-    first_line: bool = False
-    """of a caption's .txt file, take the first line alone"""
-    split: Literal["file", "paragraph", "line"] = "file"
-    """what is one document of plain text"""
-    count: int = 0
-    """take so many documents of the source, no more; 0: all. Of "world", make so many"""
+    text_only = False
+
+    def __init__(self, files: list[File]) -> None:
+        self.files = files
+        self.total = sum(file.size for file in files)
+
+    def contents(self) -> dict[str, str]:
+        return hash_files(self.files)
 
 
 def open_source(source: str, columns: Columns, size: int = 64, cache: Cache | None = None) -> Reader:
-    """The reader of a path or URL, by what is there; of the bundled world, with pictures of `size` pixels.
+    """Return the reader of a path or URL, by what is there; of "world", the bundled data set, at `size` pixels.
 
-    cache: where files of a URL are kept. Raises UserError where nothing is, or nothing that is known.
+    cache: where files of a URL are kept. Raises UserError where nothing is, or nothing known.
     """
-    from .pictures import PictureReader, table
-    from .world import WorldReader
+    from .images import ImageReader, read_table
 
     if source == "world":
         return WorldReader(columns.count, size)
     if is_remote(source):
-        return _elsewhere(source, columns, cache or Cache())
+        return _open_url(source, columns, cache or Cache())
     path = Path(source)
     if path.is_dir():
         if all((path / name).is_file() for name in SET):
-            return _of_set(source, Cache())
-        found = [file for endings, _ in _kinds()[:3] for ending in endings for file in _files(path, ending)]
-        files = [File.of(path, file) for file in sorted(found) if file.name != "metadata.jsonl"]
+            return SetReader(DataSet(source))
+        *kinds, (texts, _) = _kinds()
+        archives = sorted(file for endings, _ in kinds for ending in endings for file in _visible(path, ending))
+        files = [File.of(path, file) for file in archives if file.name != "metadata.jsonl"]
         if files:
             return _of_files(source, files, columns)
         for name in ("metadata.jsonl", "metadata.csv"):
             if (path / name).is_file():
-                return PictureReader(path, table(path / name, columns), columns, atomic_dir=True)
+                return ImageReader(path, read_table(path / name, columns), columns, whole_folder=True)
         try:
-            return PictureReader.of_folder(path, columns)
+            return ImageReader.of_folder(path, columns)
         except UserError:
-            texts = sorted(file for ending in TEXT for file in _files(path, ending))
-            if not texts:
+            files = [File.of(path, file) for file in sorted(file for end in texts for file in _visible(path, end))]
+            if not files:
                 raise UserError(f"{path}: {EXPECTED}, found a folder with none of these") from None
-            return _of_files(source, [File.of(path, file) for file in texts], columns)
+            return _of_files(source, files, columns)
     if not path.is_file():
         raise UserError(f"{path}: {EXPECTED}, found {'something that is no file' if path.exists() else 'none'}")
     name = path.name.lower()
     if name.endswith(".csv") or name == "metadata.jsonl":
-        return PictureReader(path.parent, table(path, columns), columns)
+        return ImageReader(path.parent, read_table(path, columns), columns)
     return _of_files(source, [File.of(path.parent, path)], columns)
 
 
-SET = ("manifest.json", "documents.npy", "tokenizer.json")
-"""files by which a folder is known as a data set"""
-TAR, PARQUET, JSON = (".tar",), (".parquet",), (".jsonl", ".jsonl.gz")
-TEXT = (".txt", ".txt.gz", ".md")
-EXPECTED = (
-    'expected "world", or pictures with captions (.txt beside each, metadata.jsonl, a .csv table), WebDataset .tar '
-    "files, .parquet, .jsonl or .txt, or a data set"
-)
-ELSEWHERE = "expected .tar, .parquet, .jsonl or .txt files, many as {00000..00041}.tar, or a data set"
-
-
 def _kinds() -> list[tuple[tuple[str, ...], Callable[[list[File], Columns], Reader]]]:
-    from .parquet import ParquetReader
-    from .tars import TarReader
+    """Return the endings and the reader of each kind of file, the preferred kind first."""
+    from .images import ParquetReader, TarReader
     from .texts import JsonReader, TextReader
 
-    return [(TAR, TarReader), (PARQUET, ParquetReader), (JSON, JsonReader), (TEXT, TextReader)]
+    return [
+        ((".tar",), TarReader),
+        ((".parquet",), ParquetReader),
+        ((".jsonl", ".jsonl.gz"), JsonReader),
+        ((".txt", ".txt.gz", ".md"), TextReader),
+    ]
 
 
 def _of_files(source: str, files: list[File], columns: Columns, expected: str = EXPECTED) -> Reader:
-    """The reader of those of the first kind that there is."""
+    """Return the reader of the files of the first kind that occurs."""
     for endings, reader in _kinds():
-        some = [file for file in files if file.name.lower().endswith(endings)]
-        if some:
-            if len(some) < len(files) or Path(source).is_dir():
-                logger.info(f"{source}: taking its {len(some)} {endings[0]} files; what else is there is left aside")
-            return reader(some, columns)
+        chosen = [file for file in files if file.name.lower().endswith(endings)]
+        if chosen:
+            if len(chosen) < len(files) or Path(source).is_dir():
+                logger.info(f"{source}: taking its {len(chosen)} {endings[0]} files; what else is there is left aside")
+            return reader(chosen, columns)
     raise UserError(f"{source}: {expected}, found {'a file' if len(files) == 1 else 'files'} of another kind")
 
 
-def _of_set(source: str, cache: Cache) -> Reader:
-    from .sets import SetReader
-
-    return SetReader(DataSet(source, cache))
-
-
-def _elsewhere(source: str, columns: Columns, cache: Cache) -> Reader:
-    """Of a URL: a data set has a manifest below it; else it is a file, or stands for several."""
-    if not url_name(source).lower().endswith((*TAR, *PARQUET, *JSON, *TEXT)) and "*" not in source:
+def _open_url(source: str, columns: Columns, cache: Cache) -> Reader:
+    """Return the reader of a URL: a data set has a manifest below it; otherwise it is a file, or a pattern of files."""
+    if not url_name(source).lower().endswith(tuple(end for ends, _ in _kinds() for end in ends)) and "*" not in source:
         try:
             cache.newest(f"{source.rstrip('/')}/{SET[0]}")
-            return _of_set(source, cache)
+            return SetReader(DataSet(source, cache))
         except MissingError:
             pass
     try:
         files = remote_files(source, cache)
     except MissingError as error:
-        raise UserError(f"{source}: {ELSEWHERE}, found none ({error})") from None
+        raise UserError(f"{source}: {EXPECTED_AT_URL}, found none ({error})") from None
     if not files:
-        raise UserError(f"{source}: {ELSEWHERE}, found none")
-    return _of_files(source, files, columns, ELSEWHERE)
+        raise UserError(f"{source}: {EXPECTED_AT_URL}, found none")
+    return _of_files(source, files, columns, EXPECTED_AT_URL)
 
 
-def _files(folder: Path, ending: str) -> list[Path]:
-    """In a folder and its folders, hidden ones left out."""
+def _visible(folder: Path, ending: str) -> list[Path]:
+    """Return the files in a folder and its folders, hidden ones left out."""
     return [
         path
         for path in folder.rglob(f"*{ending}")
@@ -198,8 +203,74 @@ def _files(folder: Path, ending: str) -> list[Path]:
     ]
 
 
+# --- a data set, and the bundled one ----------------------------------------------------------------------------------
+
+
+def parts_of(items: Sequence[Any]) -> Iterator[Part]:
+    """Yield `PER_PART` items at a time, each of weight 1."""
+    for start in range(0, len(items), PER_PART):
+        some_items = items[start : start + PER_PART]
+        yield Part(some_items, len(some_items))
+
+
+class SetReader:
+    """A data set's documents in their order, held-out ones too, each compared with its hash; they keep its tokenizer.
+
+    Raises UserError for a set without images, or of latents.
+    """
+
+    text_only = False
+
+    def __init__(self, data: DataSet) -> None:
+        encoding = data.manifest.encoding
+        if data.manifest.kind == "text" or encoding is not None:
+            kind = "text" if encoding is None else f"what {encoding.autoencoder} makes of them"
+            raise UserError(f"{data.path}: expected a data set of pictures to build from, found one of {kind}")
+        self.data, self.total = data, len(data)
+
+    def contents(self) -> dict[str, str]:
+        return {"manifest.json": self.data.fingerprint}  # which has the hashes of everything else
+
+    def parts(self) -> Iterable[Part]:
+        return parts_of(range(self.total))
+
+    def read(self, part: Part) -> Iterator[Raw | Fault]:
+        for number in part.what:
+            try:
+                stored = self.data.read(number)
+                yield Raw(stored.key, stored.parts, stored.pair)
+            except CorruptSampleError as error:
+                yield Fault(error.sample.key, error.sample.reason)
+
+
+class WorldReader:
+    """Scenes of the bundled data set's training part, from number 0. Raises UserError without a count."""
+
+    text_only = False
+
+    def __init__(self, count: int, size: int) -> None:
+        if count < 1:
+            raise UserError("world: expected how many documents to make (--count N), found none; it never ends")
+        self.size, self.total = size, count
+
+    def contents(self) -> dict[str, str]:
+        return {bundled.SPRITE_FILE.name: sha256(bundled.SPRITE_FILE)}  # count and size are settings of the build
+
+    def parts(self) -> Iterable[Part]:
+        return parts_of(range(self.total))
+
+    def read(self, part: Part) -> Iterator[Raw | Fault]:
+        world = bundled.World(bundled.WorldConfig(size=self.size))
+        for number in part.what:
+            scene = world.scene(number)
+            yield Raw(f"scene-{number}", (world.render(scene), bundled.caption(scene, number)), pair=True)
+
+
+# --- shared by readers ------------------------------------------------------------------------------------------------
+
+
 def parse_json(text: str) -> Any:
-    """Raises ValueError where it is no JSON, or nested deeper than anything is."""
+    """Return the value of a JSON text. Raises ValueError where it is no JSON, or nested too deep."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -208,25 +279,25 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"expected JSON, found something else ({error})") from None
 
 
-def interleaved(parts: list[Any], picture: Callable[[Any], bytes]) -> tuple[str | bytes, ...]:
-    """A list of words, `{"text": words}` and `{"image": name}` as parts of a document. Raises ValueError."""
-    found: list[str | bytes] = []
-    for part in parts:
-        words = part.get("text") if isinstance(part, dict) else part
-        if isinstance(words, str):
-            found.append(words.strip())
-        elif isinstance(part, dict) and "image" in part and words is None:
-            found.append(picture(part["image"]))
-        else:
-            raise ValueError(f"expected parts that are words or pictures, found {json.dumps(part):.60}")
-    if not found:
-        raise ValueError("expected parts, found none")
-    return tuple(found)
-
-
 def decode_text(data: bytes, what: str) -> str:
-    """UTF-8, with or without a mark. Raises ValueError that says where it is none."""
+    """Decode UTF-8, with or without a byte order mark. Raises ValueError that names the first wrong byte."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{what}: expected UTF-8, found something else at byte {error.start}") from None
+
+
+def interleaved(parts: list[Any], image: Callable[[Any], bytes]) -> tuple[str | bytes, ...]:
+    """Return strings, `{"text": text}` and `{"image": name}` as parts of a document. Raises ValueError."""
+    converted: list[str | bytes] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            converted.append(text.strip())
+        elif isinstance(part, dict) and "image" in part and text is None:
+            converted.append(image(part["image"]))
+        else:
+            raise ValueError(f"expected parts that are words or pictures, found {json.dumps(part):.60}")
+    if not converted:
+        raise ValueError("expected parts, found none")
+    return tuple(converted)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfuse.data.shuffle import Shuffle
+from transfuse.data.packing import Shuffle
 
 
 @given(st.integers(1, 3000), st.integers())
