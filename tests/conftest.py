@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,15 @@ def served(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
     return save_export(
         folder, weights, config, made.process.config, tokenizer, made.autoencoder, 8, GenerationConfig(), "a model"
     )
+
+
+@pytest.fixture(scope="session")
+def server(served: Path) -> Iterator[Any]:
+    """`transfuse serve` with its default options, shared by the tests in tests/serving."""
+    from running import Running
+
+    with Running(served) as running:
+        yield running
 
 
 def write(folder: Path, files: dict[str, bytes | str]) -> Path:

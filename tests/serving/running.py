@@ -1,19 +1,32 @@
-"""A server in a process of its own, as a user starts it."""
+"""A server in its own process, as a user starts it, and what its clients send."""
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx2 as httpx
+import numpy as np
+import PIL.Image
 
-REPOSITORY = Path(__file__).parents[2]
+T = TypeVar("T")
+ADDRESS = re.compile(r"serve: (http://\S+?)/ ")
+LONG = {"num_inference_steps": 1000, "guidance_scale": 3.0}
+"""settings of an image that takes the small model seconds"""
+PATIENCE = 120.0
+"""seconds for a server to start, on a machine with other work"""
 
 
 class Running:
@@ -26,7 +39,7 @@ class Running:
         self.log: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            self.url = self.wait_for(lambda: next((found[0] for line in self.log if (found := _URL.findall(line))), ""))
+            self.url = self.wait_for(lambda: "".join(ADDRESS.findall("".join(self.log))))
             self.wait_for(lambda: self.get("/ready").status_code == 200)
         except BaseException:
             self.process.kill()
@@ -36,23 +49,24 @@ class Running:
         assert self.process.stderr is not None
         self.log.extend(iter(self.process.stderr.readline, ""))
 
-    def wait_for(self, condition, seconds: float = 60.0):
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            if found := condition():
-                return found
+    def wait_for(self, condition: Callable[[], T], seconds: float = PATIENCE) -> T:
+        """Return what a condition gives, once that is true."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if value := condition():
+                return value
             assert self.process.poll() is None, "".join(self.log)
             time.sleep(0.02)
-        raise AssertionError(f"not within {seconds} s; the server said: {''.join(self.log)}")
+        raise AssertionError(f"not within {seconds} s; the server's log: {''.join(self.log)}")
 
-    def get(self, path: str, **options) -> httpx.Response:
+    def get(self, path: str, **options: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=60, **options)
 
-    def post(self, path: str, body: object = None, **options) -> httpx.Response:
+    def post(self, path: str, body: object = None, **options: Any) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=120, **options)
 
     def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
+        """Return the sum of a metric over its labels."""
         lines = self.get("/metrics").text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}(_total)?[ {{]", line))
 
@@ -63,7 +77,26 @@ class Running:
     def worker(self) -> int:
         """Process number of the worker: the child that has torch in it."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return max(map(int, children), key=lambda child: memory(child))
+        return max(map(int, children), key=memory)
+
+    def connect(self, head: str, content: bytes = b"") -> socket.socket:
+        """Send the head of a POST request, without its last empty line, and some content; return the connection."""
+        host, port = self.url.removeprefix("http://").split(":")
+        line = socket.create_connection((host, int(port)), timeout=10)
+        line.sendall(f"POST {head}\r\nHost: {host}\r\n\r\n".encode() + content)
+        return line
+
+    def leave(self, body: dict[str, object], after: float, path: str = "/v1/images/generations") -> None:
+        """Ask for something, and close the connection after some seconds."""
+        content = json.dumps(body).encode()
+        head = f"{path} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        with self.connect(head, content):
+            time.sleep(after)
+
+    def declare(self, length: str) -> bytes:
+        """Return the first of the response to a head that declares a body, before any of it is sent."""
+        with self.connect(f"/v1/images/edits HTTP/1.1\r\nContent-Length: {length}") as line:
+            return line.recv(1000)
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int:
         self.process.send_signal(number)
@@ -78,9 +111,32 @@ class Running:
             self.process.wait()
 
 
-_URL = re.compile(r"serve: (http://\S+?)/ ")
-
-
 def memory(process: int) -> int:
-    """Bytes that a process holds."""
+    """Return the bytes that a process holds."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def encode(pixels: np.ndarray, **options: Any) -> bytes:
+    """Return pixels as a PNG file."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, format="PNG", **options)
+    return file.getvalue()
+
+
+def png(side: int = 8, seed: int = 0) -> bytes:
+    """Return a PNG file of noise."""
+    return encode(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def data_url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def decode(image: str | bytes) -> np.ndarray:
+    """Return the pixels of a file, or of a file in base64."""
+    return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(image) if isinstance(image, str) else image)))
+
+
+def says(text: str) -> list[dict[str, object]]:
+    """Return a user's message."""
+    return [{"role": "user", "content": text}]

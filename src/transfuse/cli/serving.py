@@ -60,8 +60,8 @@ def serve(*, model: ModelChoice, options: Annotated[ServeOptions, Flat]) -> int:
     if not is_export(folder):
         raise UserError(f"{folder}: expected an export folder with a config.json, found none")
     try:
-        from ..serving.backend import QueueConfig
-        from ..serving.gate import LOOPBACK, GateConfig
+        from ..serving.engine_client import QueueConfig
+        from ..serving.middleware import LOOPBACK, AccessConfig
         from ..serving.server import run
         from ..serving.worker import WorkerConfig
     except ModuleNotFoundError as error:
@@ -82,7 +82,7 @@ def serve(*, model: ModelChoice, options: Annotated[ServeOptions, Flat]) -> int:
             precision=model.precision,
         ),
         QueueConfig(options.max_requests, options.max_cost, options.deadline),
-        GateConfig(keys, hosts, options.max_body),
+        AccessConfig(keys, hosts, options.max_body),
         options.host,
         options.port,
         options.drain,

@@ -1,4 +1,7 @@
-"""Serving: a model behind HTTP, for many at a time. The extra `serve` has what it needs.
+"""Serving: a model over HTTP, for many clients at once. The extra `serve` has what it needs.
 
-app ── gate ── backend ──pipe── worker        one process answers, one has the model; neither waits for the other
+client ── middleware ── app ── engine_client ──pipe── worker
+
+One process answers HTTP, another holds the model (`worker`), and neither waits for the other. The events of a
+request are those of `inference.events`, from the engine to `responses`, which writes them in OpenAI's shapes.
 """

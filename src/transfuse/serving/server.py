@@ -1,4 +1,4 @@
-"""A server process: listens, drains when it is asked to stop."""
+"""The server's process: listens, and finishes what runs before it stops."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+from collections.abc import Awaitable
 from types import FrameType
 
 import uvicorn
@@ -13,53 +14,49 @@ import uvicorn
 from ..errors import UserError
 from ..log import logger
 from .app import build
-from .backend import Backend, QueueConfig
-from .gate import GateConfig
-from .metrics import Metrics
+from .engine_client import EngineClient, QueueConfig
+from .middleware import AccessConfig
 from .worker import WorkerConfig
 
 CONNECTIONS = 512
-"""that may be open at a time; further ones are answered 503"""
+"""most open connections; uvicorn refuses more with 503"""
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, but that the first signal to stop drains the backend, and a second one stops at once."""
+    """A uvicorn server whose first signal to stop drains the engine client, and whose second stops at once."""
 
-    def __init__(self, config: uvicorn.Config, backend: Backend, drain: float) -> None:
+    def __init__(self, config: uvicorn.Config, client: EngineClient, drain: float) -> None:
         super().__init__(config)
-        self.backend, self.drain = backend, drain
-        self._draining: asyncio.Task[None] | None = None
+        self.client, self.drain = client, drain
+        self._tasks: list[asyncio.Task[None]] = []
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is None and self.backend.facts is not None and self.backend.tickets:
-            logger.info(
-                f"serve: {signal.Signals(sig).name}: finishing {len(self.backend.tickets)} requests, then stopping"
-            )
-            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        """Handle a signal to stop."""
+        if not self.client.draining and self.client.model is not None and self.client.streams:
+            count = len(self.client.streams)
+            logger.info(f"serve: {signal.Signals(sig).name}: finishing {count} requests, then stopping")
+            self.client.draining = True
+            self._tasks.append(asyncio.get_running_loop().create_task(self._exit_after(self.client.drain(self.drain))))
         else:
             self.should_exit = True
 
-    async def _drain(self) -> None:
-        await self.backend.drain(self.drain)
-        self.should_exit = True
-
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening, and end when there is no worker to be had."""
         await super().startup(sockets)
-        self._watch = asyncio.create_task(self._stop_with_the_backend())
+        self._tasks.append(asyncio.create_task(self._exit_after(self.client.stopped.wait())))
 
-    async def _stop_with_the_backend(self) -> None:
-        """A server without a model to serve, now or ever, ends."""
-        await self.backend.stopped.wait()
+    async def _exit_after(self, event: Awaitable[object]) -> None:
+        await event
         self.should_exit = True
 
 
-def run(worker: WorkerConfig, limits: QueueConfig, gate: GateConfig, host: str, port: int, drain: float) -> int:
-    """Serve until a signal. Exit code 0, or 1 where there is no worker to be had."""
-    backend = Backend(worker, limits, Metrics())
+def run(worker: WorkerConfig, limits: QueueConfig, access: AccessConfig, host: str, port: int, drain: float) -> int:
+    """Serve until a signal; return the exit code 0, or 1 where no worker could be had."""
+    client = EngineClient(worker, limits)
     listening = listen(host, port)
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(
-        build(backend, gate),
+        build(client, access),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -68,15 +65,15 @@ def run(worker: WorkerConfig, limits: QueueConfig, gate: GateConfig, host: str, 
         timeout_graceful_shutdown=5,
     )
     logger.info(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}/  (Ctrl-C stops it)")
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again that it was stopped by
-        Server(config, backend, drain).run([listening])
-    return 1 if backend.failure else 0
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal that stopped it again
+        Server(config, client, drain).run([listening])
+    return 1 if client.failure else 0
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises UserError where it can not be had."""
+    """Return a listening socket. Raises UserError if the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Its protocol said: asyncio sends small pieces at once, without waiting for what acknowledges the last, only then.
+    # asyncio sends small pieces at once (TCP_NODELAY) only on a socket made with its protocol.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -1,6 +1,8 @@
-"""The worker: a process of its own with the model in it, which ticks while there is anything to do.
+"""The worker: a process that holds the model, and steps its engine while any request runs.
 
-It hears jobs and cancellations through a pipe, and says what happens, tick by tick. It ends when the pipe does.
+Jobs and cancellations come through a pipe. After each step the worker sends a list of messages: the engine's events,
+with pixels in place of latents, and the three below. It ends when the pipe is closed. Importing this file needs no
+torch, so that the HTTP process starts at once.
 """
 
 from __future__ import annotations
@@ -8,8 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,27 +20,30 @@ import numpy as np
 from ..devices import Device, Precision, for_inference, keep_freed_memory, out_of_memory
 from ..errors import UserError
 from ..images import fit
-from .messages import Accepted, Drawing, Drawn, Ended, Failed, Job, JobMessage, Ready, Refused, Said, Started
+from ..inference.events import Done, Event, Failed, ImageEnd, ImageProgress, ImageStart, TextDelta
 
 if TYPE_CHECKING:
-    from ..inference import Event, Request, TransfusionPipeline
+    from ..inference import Request
     from ..inference.model_runner import Guidance
     from ..inference.quantize import Quantize
-
 
 OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter text"
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """model: export folder. slots: requests that run together. positions: of the cache, a slot; None: the context of
-    the model, and what a picture needs beside it. guidance: "packed" or "sequential"; None: the faster one here.
-    quantize: weights of the blocks in eight bits. compile: the blocks, before the first request. graphs: passes that
-    come again are recorded, on CUDA. device, precision: where it computes, and in what."""
+    """The model, and how it computes.
+
+    model      export folder, or a bundled model's name
+    slots      requests that run together
+    guidance   "packed" or "sequential"; None: the faster of the two, timed at the start
+    quantize   eight-bit weights for the blocks
+    compile    compile the blocks before the first request
+    graphs     record and replay repeated passes, on CUDA
+    """
 
     model: str
     slots: int = 8
-    positions: int | None = None
     guidance: Guidance | None = None
     quantize: Quantize | None = None
     compile: bool = False
@@ -48,9 +52,56 @@ class WorkerConfig:
     precision: Precision = "auto"
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A request before the model has read it: texts and uint8 RGB images `[row, column, 3]` of any size, in order.
+
+    settings   fields of `inference.Request`
+    steps      denoising steps; None, here and for `sampler`: the model's default
+    start      the image to begin from, with `strength`; `mask`, bool `[row, column]` of its size, is True to redraw
+
+    Images are resized to the model's size after cropping the middle square.
+    """
+
+    parts: tuple[str | np.ndarray, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    sampler: str | None = None
+    start: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A job waits for a slot: the positions of its prompt, and the most positions that the network computes for it."""
+
+    request_id: int
+    prompt_tokens: int
+    cost: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A job is invalid, and the reason in one line."""
+
+    request_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """A request has a slot."""
+
+    request_id: int
+
+
+WorkerMessage = Accepted | Refused | Started | Event
+
+
 def work(connection: Connection, config: WorkerConfig) -> None:
-    """What the process does: load, say so, and serve until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, everybody in it hears; the other process decides
+    """Run the worker's process: send the model's description, or the UserError that prevents loading it, then serve."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; only the parent acts on it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     keep_freed_memory()
     try:
@@ -59,17 +110,16 @@ def work(connection: Connection, config: WorkerConfig) -> None:
         except UserError as error:
             connection.send(error)
             return
-        connection.send(Ready(worker.facts()))
         worker.serve(connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # nobody listens any more
+        pass  # the HTTP process has ended
     except BaseException:
         traceback.print_exc()
         sys.exit(1)
 
 
 class Worker:
-    """An engine, and who asked for what in it."""
+    """An engine, and the client's number of each request in it."""
 
     def __init__(self, config: WorkerConfig) -> None:
         from ..inference import Engine, TransfusionPipeline
@@ -79,27 +129,28 @@ class Worker:
         self.pipe = TransfusionPipeline.from_pretrained(
             config.model, self.dtype, self.device, config.quantize, config.compile, config.graphs
         )
-        self.engine = Engine(self.pipe.engine.runner, config.slots, config.positions)
-        self.jobs: dict[int, tuple[int, Request]] = {}
-        """by the engine's number: the other side's, and what was asked"""
+        self.engine = Engine(self.pipe.engine.runner, config.slots)
+        self.requests: dict[int, tuple[int, Request]] = {}
+        """the client's number and the request, by the engine's number"""
         self.pipe.warm_up(config.slots, config.guidance)
 
-    def facts(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
+        """Return what a client may want to know about the model, as `/v1/models` shows it."""
         from ..model import Transfusion
 
-        exported, runner = self.pipe.exported, self.pipe.exported.model.config
-        folder = Path(self.config.model).resolve()
-        whole = Transfusion.on_meta(runner)  # of the one that computes, some weights are packed away
+        exported, folder = self.pipe.exported, Path(self.config.model).resolve()
+        config, sampler = exported.model.config, exported.generation.sampler
+        unpacked = Transfusion.on_meta(config)  # quantizing hides some of the parameters of the model that computes
         return {
             "name": folder.parent.name if folder.name == "export" else folder.name,
-            "images": runner.images,
+            "images": config.images,
             "image_size": exported.image_size,
-            "context": runner.max_seq_len,
-            "parameters": sum(parameter.numel() for parameter in whole.parameters()),
+            "context": config.max_seq_len,
+            "parameters": sum(parameter.numel() for parameter in unpacked.parameters()),
             "fingerprint": exported.fingerprint,
             "slots": self.config.slots,
-            "steps": exported.generation.sampler.steps,
-            "sampler": exported.generation.sampler.name,
+            "steps": sampler.steps,
+            "sampler": sampler.name,
             "device": self.device,
             "precision": str(self.dtype).removeprefix("torch."),
             "quantize": self.config.quantize,
@@ -112,93 +163,84 @@ class Worker:
         }
 
     def serve(self, connection: Connection) -> None:
-        """Until the other side says None, or is gone."""
+        """Send the model's description; then take jobs and send messages until None comes or the pipe is closed."""
+        connection.send(self.describe())
         while True:
             while connection.poll(0 if self.engine.busy else None):
-                message = connection.recv()
-                if message is None:
+                order = connection.recv()
+                if order is None:
                     return
-                for said in self.hear(*message):
-                    connection.send([said])
-            # Said before the tick, so that the other side knows who was running, should this process not live on.
-            started = [self.jobs[number][0] for number in self.engine.schedule()]
+                if reply := self.take(*order):
+                    connection.send([reply])
+            # Sent before the step, so that the client knows which requests ran if this process dies in it.
+            started = [self.requests[number][0] for number in self.engine.schedule()]
             if started:
-                connection.send([Started(number) for number in started])
-            messages = [said for event in self.engine.step() for said in self.tell(event)]
+                connection.send([Started(request_id) for request_id in started])
+            messages = [message for event in self.engine.step() if (message := self.outgoing(event))]
             if messages:
                 connection.send(messages)
 
-    def hear(self, number: int, job: Job | None) -> Iterator[JobMessage]:
-        """A job; None: forget the one of that number."""
+    def take(self, request_id: int, job: Job | None) -> Accepted | Refused | Failed | None:
+        """Submit a job to the engine; None cancels the request of that number."""
         if job is None:
-            for ours, (theirs, _) in list(self.jobs.items()):
-                if theirs == number:
-                    self.engine.cancel(ours)
-                    del self.jobs[ours]
-            return
+            for number in [number for number, (other, _) in self.requests.items() if other == request_id]:
+                self.engine.cancel(number)
+                del self.requests[number]
+            return None
         try:
-            request = request_of(self.pipe, job)
-            ours = self.engine.submit(request)
+            request = self.build(job)
+            number = self.engine.submit(request)
         except UserError as error:
-            yield Refused(number, str(error))
+            return Refused(request_id, str(error))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            yield Failed(number, OUT_OF_MEMORY)
-        else:
-            self.jobs[ours] = number, request
-            prompt, cost = self.engine.cost(ours)
-            yield Accepted(number, prompt, cost)
+            return Failed(request_id, OUT_OF_MEMORY)
+        self.requests[number] = request_id, request
+        return Accepted(request_id, *self.engine.cost(number))
 
-    def tell(self, event: Event) -> list[JobMessage]:
-        """What an event of the engine's is to the client. One for whom memory does not suffice ends here."""
-        if event.request_id not in self.jobs:  # it failed by an earlier event of this tick
-            return []
-        number, request = self.jobs[event.request_id]
+    def build(self, job: Job) -> Request:
+        """Return the engine's request for a job. Raises UserError for an invalid one."""
+        from ..inference.sequence_state import with_image_guidance
+
+        side = self.pipe.exported.image_size
+        parts = [part if isinstance(part, str) else fit(part, side) for part in job.parts]
+        request = self.pipe.request(parts, job.steps, None, job.sampler)
+        if job.start is not None:
+            mask = None if job.mask is None else fit(job.mask, side)
+            request = replace(request, start=self.pipe.start(fit(job.start, side), job.strength, mask))
+        settings = dict(job.settings)
+        scale = settings.pop("image_guidance_scale", None)
+        return with_image_guidance(replace(request, **settings), scale)
+
+    def outgoing(self, event: Event) -> Event | None:
+        """Return an event for the client, with its number and with pixels; None for one that it does not need.
+
+        A request whose image cannot be decoded for lack of memory fails.
+        """
+        from ..inference.pictures import settings_of
+
+        if event.request_id not in self.requests:  # it failed at an earlier event of this step
+            return None
+        request_id, request = self.requests[event.request_id]
+        exported, changes = self.pipe.exported, dict[str, Any]()
         try:
-            return list(self.told(event, number, request))
+            match event:
+                case ImageStart() | TextDelta(text=""):
+                    return None
+                case ImageProgress(step=step, total=total, preview=preview):
+                    if not request.preview_every or (preview is None and step != total):
+                        return None
+                    pixels = None if preview is None else exported.autoencoder.decode(preview[None])[0]
+                    changes = {"preview": None, "latent": None, "pixels": pixels}
+                case ImageEnd(image=image, latent=latent):
+                    pixels = exported.autoencoder.decode(latent[None])[0]
+                    changes = {"latent": None, "pixels": pixels, "settings": settings_of(request, exported, image)}
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             self.engine.cancel(event.request_id)
-            del self.jobs[event.request_id]
-            return [Failed(number, OUT_OF_MEMORY)]
-
-    def told(self, event: Event, number: int, request: Request) -> Iterator[JobMessage]:
-        from ..inference import events
-        from ..inference.pictures import settings_of
-
-        match event:
-            case events.TextDelta(text=text) if text:
-                yield Said(number, text)
-            case events.ImageProgress(image=image, step=step, total=total, preview=preview):
-                if request.preview_every and (preview is not None or step == total):
-                    yield Drawing(number, image, step, total, None if preview is None else self.pixels(preview))
-            case events.ImageEnd(image=image, latent=latent):
-                yield Drawn(number, image, self.pixels(latent), settings_of(request, self.pipe.exported, image))
-            case events.Done():
-                del self.jobs[event.request_id]
-                patches = self.engine.runner.drawn(request.size)[1] if event.images else 0
-                count = patches * event.images
-                yield Ended(number, event.reason, event.text_tokens, count, event.network_evaluations)
-            case events.Failed(reason=reason):
-                del self.jobs[event.request_id]
-                yield Failed(number, reason)
-
-    def pixels(self, latent: Any) -> np.ndarray:
-        return self.pipe.exported.autoencoder.decode(latent[None])[0]
-
-
-def request_of(pipe: TransfusionPipeline, job: Job) -> Request:
-    """What a job asks of the engine. Raises UserError, one line, for what can not be."""
-    from ..inference.sequence_state import with_image_guidance
-
-    side = pipe.exported.image_size
-    parts = [part if isinstance(part, str) else fit(part, side) for part in job.parts]
-    request = pipe.request(parts, job.steps, None, job.sampler)
-    if job.start is not None:
-        mask = None if job.mask is None else fit(job.mask, side)
-        request = replace(request, start=pipe.start(fit(job.start, side), job.strength, mask))
-    settings = dict(job.settings)
-    scale = settings.pop("image_guidance_scale", None)
-    return with_image_guidance(replace(request, **settings), scale)
+            event, changes = Failed(event.request_id, OUT_OF_MEMORY), {}
+        if isinstance(event, Done | Failed):
+            del self.requests[event.request_id]
+        return replace(event, request_id=request_id, **changes)

@@ -1,0 +1,234 @@
+"""The engine client with a worker in this process: a scripted one, or a real one in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import BYTES, chained, linked
+from fastapi.testclient import TestClient
+from running import says
+
+from transfuse.errors import UserError
+from transfuse.export import GenerationConfig, save_export
+from transfuse.inference.events import Done, Event, Failed, ImageProgress, TextDelta
+from transfuse.serving.app import build
+from transfuse.serving.engine_client import EngineClient, QueueConfig, RequestStream
+from transfuse.serving.middleware import AccessConfig
+from transfuse.serving.protocol import ApiError
+from transfuse.serving.worker import Accepted, Job, Refused, Started, Worker, WorkerConfig
+
+pytestmark = pytest.mark.xdist_group("serving")
+JOB = Job(("a",), {"seed": 0})
+
+
+class Process:
+    """A stand-in for a worker's process, which ends when its pipe is closed."""
+
+    exitcode = -9
+
+    def join(self, seconds: float) -> None:
+        pass
+
+    def is_alive(self) -> bool:
+        return False
+
+
+class Workers:
+    """Starts workers that do nothing by themselves: a test reads what each gets, and sends in its name."""
+
+    def __init__(self) -> None:
+        self.pipes: list[Connection] = []
+
+    def __call__(self, config: WorkerConfig) -> tuple[Process, Connection]:
+        ours, workers = Pipe()
+        self.pipes.append(workers)
+        workers.send({"name": "small", "steps": 20})
+        return Process(), ours
+
+    async def receive(self, count: int) -> list[int]:
+        """Return the numbers of the next jobs that the newest worker gets."""
+        return [(await asyncio.to_thread(self.pipes[-1].recv))[0] for _ in range(count)]
+
+    def send(self, *messages: Any) -> None:
+        self.pipes[-1].send(list(messages))
+
+    async def die(self) -> None:
+        """End the newest worker, and wait for the one that replaces it."""
+        count = len(self.pipes)
+        self.pipes[-1].close()
+        await until(lambda: len(self.pipes) > count)
+
+
+def with_client(script: Callable[[EngineClient, Workers], Awaitable[None]], **limits: Any) -> None:
+    """Run a script with an engine client whose worker is ready."""
+
+    async def run() -> None:
+        workers = Workers()
+        client = EngineClient(WorkerConfig("none"), QueueConfig(**limits), workers)
+        client.start()
+        try:
+            await until(lambda: client.model is not None)
+            await script(client, workers)
+        finally:
+            await client.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+async def collect(
+    client: EngineClient, streams: list[RequestStream], events: list[tuple[int, Event | None]], ping: float = 15.0
+) -> None:
+    """Add the events of streams to a list, until they end or fail."""
+    async for event in client.events(streams, ping):
+        events.append(event)
+
+
+def test_a_job_that_kills_workers_is_read_twice_at_most() -> None:
+    """Of the jobs that no worker has accepted, the first is tried once more; the others keep their turn."""
+
+    async def script(client: EngineClient, workers: Workers) -> None:
+        tasks = {name: asyncio.ensure_future(client.submit([JOB])) for name in ("runs", "waits", "kills", "follows")}
+        await workers.receive(4)
+        workers.send(Accepted(0, 1, 9), Accepted(1, 1, 9), Started(0))
+        running, waiting = await tasks["runs"], await tasks["waits"]
+        await until(lambda: client.streams[0].started is not None)
+        await workers.die()
+        assert await workers.receive(3) == [1, 2, 3], "the next worker gets those that did not run, in their order"
+        with pytest.raises(ApiError, match="the worker ended"):
+            await collect(client, running, [])
+        workers.send(Accepted(1, 1, 9))
+        await workers.die()
+        assert await workers.receive(2) == [1, 3]
+        with pytest.raises(ApiError, match="the worker ended"):
+            await tasks["kills"]
+        workers.send(
+            Accepted(1, 1, 9), Accepted(3, 1, 9), Started(1), TextDelta(1, "a", 7), Done(1, "stop", 1, 0, 0, 0)
+        )
+        events: list[tuple[int, Event | None]] = []
+        await collect(client, waiting, events)
+        assert [type(event) for _, event in events] == [TextDelta, Done]
+        (follows,) = await tasks["follows"]
+        client.cancel(follows)
+
+    with_client(script)
+
+
+def test_a_server_gives_up_on_workers_that_keep_dying() -> None:
+    async def script(client: EngineClient, workers: Workers) -> None:
+        await workers.die()
+        await workers.die()
+        workers.pipes[-1].close()
+        await client.stopped.wait()
+        assert client.failure == "the worker ended 3 times within a minute"
+        with pytest.raises(ApiError, match="3 times"):
+            await client.submit([JOB])
+
+    with_client(script, restarts=2)
+
+
+def test_jobs_of_one_request_are_accepted_together_or_not_at_all() -> None:
+    async def script(client: EngineClient, workers: Workers) -> None:
+        task = asyncio.ensure_future(client.submit([JOB, JOB]))
+        await workers.receive(2)
+        workers.send(Accepted(0, 1, 9), Refused(1, "size: expected less"))
+        with pytest.raises(UserError, match="size: expected less"):
+            await task
+        assert await workers.receive(1) == [0], "the accepted one is cancelled"
+        with pytest.raises(ApiError, match="at most 2 requests"):
+            await client.submit([JOB] * 3)
+        task = asyncio.ensure_future(client.submit([JOB, JOB]))
+        await workers.receive(2)
+        workers.send(Accepted(2, 1, 9), Accepted(3, 1, 9))
+        with pytest.raises(ApiError, match="at most 10 positions"):
+            await task
+        assert not client.streams
+
+    with_client(script, requests=2, cost=10)
+
+
+def test_events_of_several_streams_keep_their_index_and_their_order() -> None:
+    """A preview that nobody has read makes way for the next; a failure ends the whole request."""
+
+    async def script(client: EngineClient, workers: Workers) -> None:
+        task = asyncio.ensure_future(client.submit([JOB, JOB]))
+        await workers.receive(2)
+        workers.send(Accepted(0, 1, 9), Accepted(1, 1, 9))
+        streams = await task
+        pixels = np.zeros((8, 8, 3), np.uint8)
+        for step in range(1, 5):
+            workers.send(ImageProgress(0, 0, step, 5, pixels=pixels), TextDelta(1, str(step), 7))
+        await until(lambda: len(streams[1].queue) == 4)
+        assert [event.step for event in streams[0].queue] == [4]
+        workers.send(Done(1, "stop", 4, 0, 0, 0), Failed(0, "out of memory"))
+        await until(lambda: not client.streams)
+        events: list[tuple[int, Event | None]] = []
+        with pytest.raises(ApiError, match="out of memory"):
+            await collect(client, streams, events)
+        texts = [event.text for index, event in events if index == 1 and isinstance(event, TextDelta)]
+        assert texts == sorted(texts)
+
+    with_client(script)
+
+
+def test_nothing_new_is_answered_with_a_ping_until_the_deadline() -> None:
+    async def script(client: EngineClient, workers: Workers) -> None:
+        task = asyncio.ensure_future(client.submit([JOB], timeout=0.5))
+        await workers.receive(1)
+        workers.send(Accepted(0, 1, 9))
+        streams, events = await task, list[tuple[int, Event | None]]()
+        with pytest.raises(ApiError, match="the deadline passed") as expired:
+            await collect(client, streams, events, ping=0.05)
+        assert expired.value.status_code == 504
+        assert events[2:] == [(0, None)] * len(events[2:]) != []
+        assert await workers.receive(1) == [0], "the worker forgets it"
+
+    with_client(script)
+
+
+def test_a_cut_character_is_not_lost(tmp_path: Path) -> None:
+    """Text may end within a character, before an image and at the end, in a whole response and in a stream."""
+    start = BYTES.encode("?")[0]
+    model = chained(linked(b"ab\xc3", BYTES.boi, start) | linked(b"cd\xe2\x82", BYTES.eos, BYTES.eoi))
+    weights, defaults = model.model.state_dict(), GenerationConfig(guidance_scale=1.0)
+    folder = save_export(
+        tmp_path / "export",
+        weights,
+        model.model.config,
+        model.process.config,
+        BYTES,
+        model.autoencoder,
+        8,
+        defaults,
+        "",
+    )
+
+    def in_thread(config: WorkerConfig) -> tuple[Process, Connection]:
+        ours, workers = Pipe()
+        threading.Thread(target=lambda: Worker(config).serve(workers), daemon=True).start()
+        return Process(), ours
+
+    client = EngineClient(WorkerConfig(str(folder), slots=1), QueueConfig(), in_thread)
+    body = {"messages": says("?"), "content_format": "parts"}
+    with TestClient(build(client, AccessConfig(hosts=()))) as http:
+        while http.get("/ready").status_code != 200:
+            pass
+        parts = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        assert [part.get("text") for part in parts] == ["ab\ufffd", None, "cd\ufffd"]
+        lines = http.post("/v1/chat/completions", json={**body, "stream": True}).text.split("\n\n")
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line.startswith("data: {")]
+    written = ["[]" if "images" in delta else delta.get("content", "") for delta in deltas]
+    assert "".join(written) == "ab\ufffd[]cd\ufffd"

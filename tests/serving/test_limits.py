@@ -1,0 +1,268 @@
+"""Limits, deadlines, clients that leave, workers that die, and a server that stops."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import pytest
+from running import LONG, PATIENCE, Running, memory, png, says
+
+from transfuse.cli import run
+from transfuse.serving.server import listen
+
+pytestmark = pytest.mark.xdist_group("serving")
+
+
+# ---- Limits, before anything is read
+
+
+def test_too_large_is_said_before_it_is_sent(server: Running) -> None:
+    assert server.declare("9" * 11).startswith(b"HTTP/1.1 413")
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b"x" * 1_000_000
+
+    try:
+        reply = httpx.post(server.url + "/v1/chat/completions", content=endless(), timeout=60)
+        assert reply.status_code == 413
+    except httpx.WriteError:
+        pass  # the server hung up while we were still sending
+
+
+def test_pages_of_others_are_kept_out(server: Running) -> None:
+    assert server.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    assert server.get("/v1/models", headers={"Origin": "http://evil.example"}).status_code == 403
+    assert server.get("/v1/models", headers={"Origin": server.url}).status_code == 200
+
+
+def test_deadline(server: Running) -> None:
+    reply = server.post("/v1/images/generations", {"prompt": "a", **LONG, "timeout": 0.3})
+    assert reply.status_code == 504
+    assert "deadline" in reply.json()["error"]["message"]
+    lines = server.post("/v1/images/generations", {"prompt": "a", **LONG, "timeout": 0.3, "stream": True}).text
+    assert "deadline" in json.loads(lines.split("data: ")[-1])["error"]["message"]
+    server.wait_for(server.idle)
+
+
+@pytest.mark.parametrize("body", [{}, {"stream": True}, {"stream": True, "partial_images": 3}], ids=str)
+@pytest.mark.parametrize("after", [0.0, 0.1, 0.5])
+def test_those_who_leave_are_forgotten(server: Running, body: dict[str, object], after: float) -> None:
+    """In every phase: before it is read, while it waits, while it draws; whether it streams or not."""
+    before = server.metric("transfuse_network_evaluations")
+    server.leave({"prompt": "a crab", "n": 2, **LONG, **body}, after)
+    server.wait_for(server.idle, 10)
+    assert server.metric("transfuse_network_evaluations") == before  # none of them came to its end
+
+
+def test_health_ready_metrics(server: Running) -> None:
+    assert server.get("/health").json() == {"status": "ok"}
+    assert server.get("/ready").json() == {"status": "ready"}
+    server.post("/v1/images/generations", {"prompt": "a"})
+    assert server.metric("transfuse_images") >= 1
+    assert server.metric("transfuse_requests") > 1
+    assert "x-request-id" in server.get("/health").headers
+
+
+# ---- A server with options of its own
+
+
+@pytest.fixture(scope="module")
+def limited(served: Path) -> Iterator[Running]:
+    """A server with keys and little room; the last test of it stops it."""
+    options = ("--slots", "2", "--max-requests", "6", "--max-cost", "80000")
+    with Running(served, *options, TRANSFUSE_API_KEYS="first,second") as running:
+        yield running
+
+
+KEY = {"Authorization": "Bearer second"}
+IMAGES = "/v1/images/generations"
+
+
+def test_keys(limited: Running) -> None:
+    for wrong in ({}, {"Authorization": "Bearer third"}, {"Authorization": "Basic second"}):
+        assert limited.post(IMAGES, {"prompt": "a"}, headers=wrong).status_code == 401
+    assert openai.OpenAI(base_url=limited.url + "/v1", api_key="second").models.list().data
+
+
+def test_a_request_is_refused_for_its_cost(limited: Running) -> None:
+    reply = limited.post(IMAGES, {"prompt": "a", "n": 3, **LONG}, headers=KEY)
+    assert reply.status_code == 429
+    assert "at most 80000 positions" in reply.json()["error"]["message"]
+    limited.wait_for(limited.idle)
+    assert limited.post(IMAGES, {"prompt": "a", "n": 3}, headers=KEY).status_code == 200
+
+
+def test_the_worker_dies(limited: Running) -> None:
+    """Requests that ran fail; the next worker computes those that waited, to the same bytes."""
+    with ThreadPoolExecutor(8) as crowd:
+        quick = {"prompt": "a crab", "seed": 5}
+        expected = limited.post(IMAGES, quick, headers=KEY).json()["data"][0]["b64_json"]
+        running = [crowd.submit(limited.post, IMAGES, {"prompt": "a", **LONG}, headers=KEY) for _ in range(2)]
+        limited.wait_for(lambda: limited.metric("transfuse_running") == 2)
+        waiting = [crowd.submit(limited.post, IMAGES, quick, headers=KEY) for _ in range(4)]
+        limited.wait_for(lambda: limited.metric("transfuse_waiting") == 4)
+        os.kill(limited.worker, signal.SIGKILL)
+        for future in running:
+            assert future.result().status_code == 503
+            assert "the worker ended" in future.result().json()["error"]["message"]
+        limited.wait_for(lambda: limited.get("/ready").status_code == 200)
+        assert [future.result().json()["data"][0]["b64_json"] for future in waiting] == [expected] * 4
+        assert limited.metric("transfuse_worker_restarts") == 1
+
+
+def test_a_full_queue_and_draining(limited: Running) -> None:
+    """What runs or waits when the server is told to stop is finished; nothing new is accepted."""
+    with ThreadPoolExecutor(2) as crowd:
+        body = {"prompt": "a crab", "num_inference_steps": 200}
+        running = [crowd.submit(limited.post, IMAGES, {**body, "n": n}, headers=KEY) for n in (1, 5)]
+        limited.wait_for(lambda: limited.metric("transfuse_running") + limited.metric("transfuse_waiting") == 6)
+        full = limited.post(IMAGES, {"prompt": "a"}, headers=KEY)
+        assert full.status_code == 429
+        assert int(full.headers["Retry-After"]) >= 1
+        assert "at most 6 requests" in full.json()["error"]["message"]
+        limited.process.send_signal(signal.SIGTERM)
+        limited.wait_for(lambda: limited.get("/ready").status_code == 503)
+        assert limited.post(IMAGES, {"prompt": "a"}, headers=KEY).status_code == 503
+        assert [future.result().status_code for future in running] == [200, 200]
+        assert limited.process.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_a_server_whose_model_cannot_be_loaded_ends(served: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((served / "config.json").read_bytes())
+    command = [sys.executable, "-m", "transfuse", "serve", "--port", "0", "--model"]
+    ended = subprocess.run([*command, str(broken)], capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 1
+    assert "tokenizer.json" in ended.stderr or "expected" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--model", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_http_process_needs_no_torch() -> None:
+    model = "import transfuse.cli.serving as serving; assert serving.is_export(serving.default_model())"
+    code = f"import sys, transfuse.serving.server; {model}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- Many clients
+
+MISTAKES = ({}, {"messages": []}, {"messages": says("")}, {"messages": says("a"), "temprature": 1})
+
+
+class Crowd:
+    """Requests of every kind: good ones, bad ones, those that leave, those that read slowly."""
+
+    WRITE = {"messages": says("a crab"), "modalities": ["text"]}  # noqa: RUF012
+
+    def __init__(self, server: Running) -> None:
+        self.server, self.failures = server, []
+        self.pictures = [self.draw(seed) for seed in range(4)]
+        self.text = server.post("/v1/chat/completions", self.WRITE).json()["choices"]
+
+    def draw(self, seed: int) -> str:
+        reply = self.server.post("/v1/images/generations", {"prompt": "a crab", "seed": seed})
+        return reply.json()["data"][0]["b64_json"]
+
+    def __call__(self, number: int) -> None:
+        draw = random.Random(number)
+        kind = draw.choice([*KINDS, "drawn", "written"])
+        try:
+            wrong = getattr(self, kind)(draw)
+        except Exception as error:
+            wrong = repr(error)
+        if wrong:
+            self.failures.append(f"{number} {kind}: {wrong}")
+
+    def drawn(self, draw: random.Random) -> str:
+        seed = draw.randrange(4)
+        return "" if self.draw(seed) == self.pictures[seed] else "another picture"
+
+    def written(self, draw: random.Random) -> str:
+        found = self.server.post("/v1/chat/completions", self.WRITE)
+        return "" if found.json()["choices"] == self.text else f"another text: {found.text}"
+
+    def streamed(self, draw: random.Random) -> str:
+        seed = draw.randrange(4)
+        body = {"prompt": "a crab", "seed": seed, "stream": True, "partial_images": 3}
+        last = self.server.post("/v1/images/generations", body).text.split("data: ")[-1]
+        return "" if json.loads(last)["b64_json"] == self.pictures[seed] else "another picture"
+
+    def edited(self, draw: random.Random) -> str:
+        files = {"image": ("a.png", png(draw.choice([8, 30])))}
+        reply = self.server.post("/v1/images/edits", files=files, data={"prompt": "red", "strength": "0.5"})
+        return "" if reply.status_code == 200 else reply.text
+
+    def mistaken(self, draw: random.Random) -> str:
+        status = self.server.post("/v1/chat/completions", draw.choice(MISTAKES)).status_code
+        return "" if status == 400 else f"{status}"
+
+    def huge(self, draw: random.Random) -> str:
+        found = self.server.declare("9" * 11)
+        return "" if found.startswith(b"HTTP/1.1 413") else found.decode()
+
+    def leaving(self, draw: random.Random) -> None:
+        self.server.leave({"prompt": "a", **LONG, "stream": draw.random() < 0.5}, draw.random() * 0.3)
+
+    def slow(self, draw: random.Random) -> None:
+        body = {"messages": says("a crab"), "stream": True, "stream_options": {"include_progress": True}}
+        with httpx.stream("POST", self.server.url + "/v1/chat/completions", json=body, timeout=60) as reply:
+            for _ in reply.iter_raw(64):
+                time.sleep(0.002)
+
+
+KINDS = ("drawn", "written", "streamed", "edited", "mistaken", "huge", "leaving", "slow")
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_crowd_is_served_right(server: Running, count: int) -> None:
+    """Eight clients at a time: every valid request gets the right answer, every mistake its error, memory stays."""
+    crowd = Crowd(server)
+    held: list[tuple[int, int]] = []
+    with ThreadPoolExecutor(8) as threads:
+        for start in range(0, count, count // 4):
+            list(threads.map(crowd, range(start, start + count // 4)))
+            server.wait_for(server.idle)
+            held.append((memory(server.process.pid), memory(server.worker)))
+    assert not crowd.failures
+    assert server.metric("transfuse_worker_restarts") == 0
+    assert server.metric("transfuse_cancelled") > 0
+    if count >= 1000:
+        for first, last in zip(held[0], held[-1], strict=True):
+            assert last < 1.05 * first, held
+
+
+def test_small_pieces_are_sent_at_once() -> None:
+    """Else the first words of a stream wait 40 ms for an acknowledgement."""
+
+    async def accepted() -> int:
+        with listen("127.0.0.1", 0) as listening:
+            found = asyncio.get_running_loop().create_future()
+            server = await asyncio.start_server(
+                lambda reader, writer: found.set_result(writer.get_extra_info("socket")), sock=listening
+            )
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            option = (await found).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+            server.close()
+            return option
+
+    assert asyncio.run(accepted())
