@@ -23,7 +23,6 @@ from .evaluation import (
     Drawing,
     EvalConfig,
     EvalContext,
-    Example,
     Metric,
     MetricResult,
     Result,
@@ -37,8 +36,11 @@ from .inference import TransfusionPipeline
 from .io import atomic_write
 from .log import logger
 from .recipes import preset
-from .report import Bar, Bars, Block, Card, Cards, Charts, Details, Page, Section, Table, plain, write_page
+from .report import Bar, Bars, Block, Card, Cards, Charts, Details, Page, Section, Table, Text, plain, write_page
 from .version import __version__
+
+PAGE_ORDER = ("drawing", "composition", "captioning", "clip", "geneval", "editing", "autoencoder", "text", "choice")
+"""The metrics of a page, images first, whatever the order in which they were asked for; others follow."""
 
 
 def run_evaluation(
@@ -52,39 +54,38 @@ def run_evaluation(
     batch: int = 24,
     device: Device = "auto",
 ) -> dict[str, Any]:
-    """Metric an export; write numbers and page; return the report.
+    """Measure an export, write numbers and page, and return the content of `results.json`.
 
     world   a preset whose scenes are shown; None: the model's own
 
-    Raises:
-        UserError: something is missing in the model, the files or the names; raised before any work.
+    Raises UserError, before any work, for something missing in the model, the files or the names.
     """
-    measures = named(suite)
+    metrics = named(suite)
     try:
         drawings = Drawing.sweep(sweep, drawing) if sweep else []
     except ValueError as error:
         raise UserError(f"--sweep: {error}") from None
     if "paper" in suite:
         check_paper(options)
-    bench = replace(open_bench(model, out, options, world, device), drawing=drawing, batch=batch)
+    context = replace(open_bench(model, out, options, world, device), drawing=drawing, batch=batch)
     measured: list[MetricResult] = []
-    for findings in evaluate(bench, measures, drawings):
-        measured.append(findings)
-        for result in findings:
+    for outcome in evaluate(context, metrics, drawings):
+        measured.append(outcome)
+        for result in outcome:
             how = f" ({describe_drawing(result.drawing)})" if result.drawing else ""
-            logger.info(f"{findings.measure}: {result.name}{how}: {result.value:.4g}")
+            logger.info(f"{outcome.measure}: {result.name}{how}: {result.value:.4g}")
     report = {
         "version": __version__,
         "model": str(model),
-        "model_hash": bench.model,
+        "model_hash": context.model,
         "suite": list(suite),
-        "results": [result.to_json() for findings in measured for result in findings],
-        "tables": {findings.measure: findings.tables for findings in measured if findings.tables},
+        "results": [result.to_json() for outcome in measured for result in outcome],
+        "tables": {outcome.measure: outcome.tables for outcome in measured if outcome.tables},
     }
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2) + "\n"
     atomic_write(out / "results.json", lambda path: path.write_text(text))
-    write_page(out / "report.html", evaluation_page(report, measures, measured))
+    write_page(out / "report.html", evaluation_page(report, metrics, measured))
     logger.info(f"{out / 'report.html'}: open it in a browser")
     return report
 
@@ -115,26 +116,41 @@ def world_of(model: Path, preset_name: str | None, size: int) -> WorldConfig:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def evaluation_page(report: dict[str, Any], measures: Sequence[Metric], measured: Sequence[MetricResult]) -> Page:
-    """Return the page: one bar a measure, then each measure's examples and numbers, then how they were made."""
+def evaluation_page(report: dict[str, Any], metrics: Sequence[Metric], measured: Sequence[MetricResult]) -> Page:
+    """Return the page: a bar per metric, then examples, then every number; folded, how each was made."""
     model = Path(report["model"])
     name = model.parent.name if model.name == "export" else model.name
-    headlines, sections, origins = [], [], []
-    for measure in measures:
-        runs = [findings for findings in measured if findings.measure == measure.name]
-        results = [result for findings in runs for result in findings]
-        headlines += [_bar(result, f"{measure.name}: {result.name}") for result in results[:1]]
-        blocks: list[Block] = []
-        for findings in runs:
-            heading = f"{describe_drawing(findings.drawing)}. " if len(runs) > 1 else ""
-            blocks += _examples(findings.exhibits, heading)
-        blocks += [_numbers(results), *_sweep(results)]
-        blocks += [
-            Details(name, [Table(*_as_text(table))]) for findings in runs for name, table in findings.tables.items()
-        ]
-        sections.append(Section(measure.name.capitalize(), f"{measure.about}. {measure.compared}".strip(), blocks))
+    headlines: list[Bar] = []
+    sections: list[Section] = []
+    numbers: list[Block] = []
+    origins: list[list[str]] = []
+    place = {name: at for at, name in enumerate(PAGE_ORDER)}
+    for metric in sorted(metrics, key=lambda metric: place.get(metric.name, len(place))):
+        outcomes = [outcome for outcome in measured if outcome.measure == metric.name]
+        results = [result for outcome in outcomes for result in outcome]
+        for r in results[:1]:
+            title = f"{metric.name}: {r.name}"
+            headlines.append(Bar(title, r.value, r.low, r.high, r.floor, r.ceiling, r.better))
+        examples: list[Block] = []
+        for outcome in outcomes:
+            heading = f"{describe_drawing(outcome.drawing)}. " if len(outcomes) > 1 else ""
+            groups: dict[str, list[Card]] = {}
+            for example in outcome.exhibits:
+                card = Card(example.text, example.pictures, example.marks)
+                groups.setdefault(heading + example.group, []).append(card)
+            examples += [Cards(cards, title) for title, cards in groups.items()]
+        if examples:
+            about = f"{metric.about[0].upper()}{metric.about[1:]}."
+            sections.append(Section(metric.name.capitalize(), about, examples))
+        if results:
+            numbers += [_numbers(metric, results), *([Text(metric.compared)] if metric.compared else [])]
+            numbers += _sweep(results)
+        for outcome in outcomes:
+            for title, table in outcome.tables.items():
+                head, *rows = [[str(cell) for cell in row] for row in table]
+                numbers.append(Details(title, [Table(head, rows)]))
         origins += [
-            [f"{measure.name}: {result.name}", result.implementation, describe_drawing(result.drawing), result.data]
+            [f"{metric.name}: {result.name}", result.implementation, describe_drawing(result.drawing), result.data]
             for result in results
         ]
     provenance = Details("Code, settings and data of each number", [Table(["", "code", "drawing", "data"], origins)])
@@ -144,17 +160,14 @@ def evaluation_page(report: dict[str, Any], measures: Sequence[Metric], measured
         "What the model can do: the first number of each measure. Intervals are 95\u202f% over items; chance and "
         "reference are other answers scored the same way.",
         [Bars(headlines)],
-        sections,
+        [*sections, Section("Every number", "", numbers)],
         [provenance, Details("The model", [Table([], facts)])],
         f"Made by Transfuse {report['version']}. Every number is in results.json with all that it depends on.",
     )
 
 
-def _bar(result: Result, name: str) -> Bar:
-    return Bar(name, result.value, result.low, result.high, result.floor, result.ceiling, result.better)
-
-
-def _numbers(results: Sequence[Result]) -> Table:
+def _numbers(metric: Metric, results: Sequence[Result]) -> Table:
+    """Return the table of a metric's numbers."""
     rows, names = [], [result.name for result in results]
     for result in results:
         interval = "" if result.low is None or result.high is None else f"{plain(result.low)} to {plain(result.high)}"
@@ -162,18 +175,9 @@ def _numbers(results: Sequence[Result]) -> Table:
         arrow = "↑" if result.better == "higher" else "↓"
         swept = f" ({describe_drawing(result.drawing)})" if names.count(result.name) > 1 else ""
         rows.append([result.name + swept, f"{plain(result.value)} {arrow}", interval, *bounds, f"{result.count:,}"])
-    return Table(["", "value", "95 %", "chance", "reference", "items"], rows)
-
-
-def describe_drawing(drawing: Drawing | None) -> str:
-    """Return how images were generated, in words; "" where none were."""
-    if drawing is None:
-        return ""
-    by = "code by code" if drawing.sampler is None else f"{drawing.sampler}, {drawing.steps} steps"
-    interval = drawing.guidance_interval
-    where = f" at {interval[0]:g} to {interval[1]:g} of the noise" if interval else ""
-    best = f", the best of {drawing.candidates} by the model's own score" if drawing.candidates > 1 else ""
-    return f"{by}, guidance {drawing.guidance_scale:g}{where}, seed {drawing.seed}{best}"
+    head = [metric.name, "value", "95 %", "chance", "reference", "items"]
+    used = [at for at in range(len(head)) if any(row[at] for row in rows)]  # a phone has no room for empty columns
+    return Table([head[at] for at in used], [[row[at] for at in used] for row in rows])
 
 
 def _sweep(results: Sequence[Result]) -> list[Block]:
@@ -190,15 +194,12 @@ def _sweep(results: Sequence[Result]) -> list[Block]:
     return [Charts(charts)] if charts else []
 
 
-def _examples(examples: Sequence[Example], heading: str) -> list[Block]:
-    """Return the examples in groups, each under its title."""
-    groups: dict[str, list[Card]] = {}
-    for example in examples:
-        card = Card(example.text, example.pictures, example.marks)
-        groups.setdefault(heading + example.group, []).append(card)
-    return [Cards(cards, title) for title, cards in groups.items()]
-
-
-def _as_text(table: list[list[Any]]) -> tuple[list[str], list[list[str]]]:
-    head, *rows = [[str(cell) for cell in row] for row in table]
-    return head, rows
+def describe_drawing(drawing: Drawing | None) -> str:
+    """Return how images were generated, in words; "" where none were."""
+    if drawing is None:
+        return ""
+    by = "code by code" if drawing.sampler is None else f"{drawing.sampler}, {drawing.steps} steps"
+    interval = drawing.guidance_interval
+    where = f" at {interval[0]:g} to {interval[1]:g} of the noise" if interval else ""
+    best = f", the best of {drawing.candidates} by the model's own score" if drawing.candidates > 1 else ""
+    return f"{by}, guidance {drawing.guidance_scale:g}{where}, seed {drawing.seed}{best}"

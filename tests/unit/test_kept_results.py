@@ -257,6 +257,31 @@ def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with(
     assert "perfect" not in page
 
 
+def test_the_page_opens_with_a_bar_per_metric_then_drawings_then_numbers() -> None:
+    """Edits come later, in whatever order the metrics were asked for; a column that no row fills is left out."""
+    image = np.zeros((8, 8, 3), np.uint8)
+    found = []
+    for name in ("editing", "text", "drawing"):
+        result = Result(f"a number of {name}", 0.5, 0.4, 0.6, 9, "higher", f"code of {name}", "", ceiling=0.9)
+        example = Example(f"an example of {name}", [(image, "drawn")] if name != "text" else [], group="All")
+        found.append(MetricResult([result, replace(result, name=f"more of {name}")], [example], measure=name))
+    page = evaluation_html(named(["editing", "text", "drawing"]), found)
+    order = [
+        "<h1>m</h1>",
+        *(f"{name}: a number of {name}</span>" for name in ("drawing", "editing", "text")),
+        *(f"an example of {name}</p>" for name in ("drawing", "editing", "text")),
+        "<h2>Every number</h2>",
+        *(f">more of {name}</th>" for name in ("drawing", "editing", "text")),
+        "<details><summary>Code, settings and data of each number</summary>",
+        "code of editing",
+    ]
+    places = [page.index(text) for text in order]
+    assert places == sorted(places)
+    assert page.count('class="track"') == 3
+    assert ">reference</th>" in page
+    assert ">chance</th>" not in page
+
+
 @pytest.mark.parametrize("name", ["captioning", "drawing", "composition", "editing", "autoencoder", "text", "choice"])
 def test_every_example_is_under_a_title(bench: EvalContext, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emoji_scenes.metrics.FEWEST_JUDGED", 6)
