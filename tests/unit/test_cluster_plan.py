@@ -13,7 +13,7 @@ import pytest
 
 from transfuse.cli import find_command, run
 from transfuse.errors import UserError
-from transfuse.plan import SPARE, StepContents, cluster_plan, plan
+from transfuse.plan import SPARE, cluster_plan, plan
 from transfuse.recipes import PRESETS, preset
 from transfuse.training.hardware import ALIASES, CARDS, card, peak_flops
 
@@ -78,7 +78,7 @@ def test_a_plan_for_nodes() -> None:
 
 def test_the_largest_micro_batch_that_fits() -> None:
     """Twice as large would not fit, or there is no more to do."""
-    share = StepContents.of(preset("0.76b")).positions // 8
+    share = plan(preset("0.76b"))["positions_per_step"] // 8
     found = cluster_plan(preset("0.76b"), 8, "a100-40")
     for choice in found["choices"]:
         grown = choice["memory_gigabytes"]["total"] + choice["memory_gigabytes"]["activations"]

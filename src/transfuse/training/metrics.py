@@ -18,10 +18,11 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,73 +33,187 @@ from ..io import append_jsonl, atomic_write
 from ..log import logger
 from .distributed import Distributed
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
-class MetricsLog:
-    """Appends lines to `metrics.jsonl`. Opening it at a step drops later lines of a killed run.
-
-    Rank 0 writes, but every rank must call the methods.
-    """
-
-    def __init__(self, path: Path, step: int, ranks: Distributed | None = None) -> None:
-        self.path, self.ranks = path, ranks or Distributed()
-
-        def rewrite(partial: Path) -> None:
-            kept = [line for line in read_metrics(path) if line["step"] <= step]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-        self.ranks.on_rank0(lambda: atomic_write(path, rewrite))
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        """Append one line."""
-        self.ranks.on_rank0(lambda: append_jsonl(self.path, [line]))
+MODULES: dict[TrackerName, str] = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return all complete lines; one cut short by a kill is skipped."""
     lines = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
     return lines
 
 
+def check_trackers(names: Sequence[TrackerName]) -> None:
+    """Raise UserError if a tracker's package is missing, before training starts."""
+    for name in names:
+        try:
+            importlib.import_module(MODULES[name])
+        except ImportError as error:
+            problem = "none" if error.name == name else f"a package that does not import ({error})"
+            raise UserError(
+                f"loop.trackers: expected {name}, found {problem}; pip install 'transfuse[{name}]'"
+            ) from None
+
+
+class MetricsLog:
+    """Appends lines to `metrics.jsonl` and sends them to the trackers, which are open until the end of the context.
+
+    Rank 0 writes, but every rank must call the methods.
+    """
+
+    def __init__(self, folder: Path, trackers: Sequence[TrackerName] = (), ranks: Distributed | None = None) -> None:
+        self.folder, self.path, self.ranks = folder, folder / "metrics.jsonl", ranks or Distributed()
+        self.trackers = trackers if self.ranks.first else ()
+        self._open: dict[TrackerName, TensorBoard | Remote] = {}
+        self._failed: set[TrackerName] = set()
+
+    def open(self, step: int) -> None:
+        """Begin or resume after a step: drop later lines of a killed run, and open the trackers anew."""
+
+        def rewrite(partial: Path) -> None:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+        self.ranks.on_rank0(lambda: atomic_write(self.path, rewrite))
+        self.close()
+        for name in self.trackers:
+            self._try(name, self._start, name, step)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line. Raises UserError if it cannot be written."""
+        self.ranks.on_rank0(lambda: append_jsonl(self.path, [line]))
+        numbers = {name: value for name, value in line.items() if name != "step" and math.isfinite(value)}
+        for name, tracker in self._open.items():
+            self._try(name, tracker.log, line["step"], numbers)
+
+    def image(self, step: int, path: Path) -> None:
+        """Send a sample grid, if the file exists, to the trackers, with the prompts from its .txt file."""
+        text = path.with_suffix(".txt")
+        prompts = text.read_text() if text.exists() else ""
+        for name, tracker in self._open.items() if path.exists() else ():
+            self._try(name, tracker.image, step, path, prompts)
+
+    def close(self, failed: bool = False) -> None:
+        """Close all trackers; `failed` marks the run as failed where the service knows that."""
+        while self._open:
+            name, tracker = self._open.popitem()
+            self._try(name, tracker.close, failed)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def _start(self, name: TrackerName, step: int) -> None:
+        path = self.folder / "config.json"
+        config = json.loads(path.read_text()) if path.exists() else {}
+        if name == "tensorboard":
+            self._open[name] = TensorBoard(self.folder, step, config)
+        else:
+            self._open[name] = Remote(name, self.folder, config)
+
+    def _try(self, name: TrackerName, act: Callable[..., None], *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except Exception as error:  # a tracker's own code or server may raise anything
+            if name not in self._failed:
+                reason = " ".join(str(error).split())[:300]
+                logger.info(f"loop.trackers: {name}: {type(error).__name__}: {reason}; metrics.jsonl has everything")
+            self._failed.add(name)
+
+
+class TensorBoard:
+    """Writes to RUN/tensorboard."""
+
+    def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._text("config", json.dumps(config, indent=2), step)
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        for name, number in numbers.items():
+            self.writer.add_scalar(name, number, step)
+        self.writer.flush()
+
+    def image(self, step: int, path: Path, prompts: str) -> None:
+        self.writer.add_image("samples", read_image(path), step, dataformats="HWC")
+        self._text("prompts", prompts, step)
+
+    def close(self, failed: bool) -> None:
+        self.writer.close()
+
+    def _text(self, name: str, text: str, step: int) -> None:
+        """Write text as a Markdown code block."""
+        if text:
+            self.writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)
+        self.writer.flush()
+
+
+class Remote:
+    """Weights & Biases (project $WANDB_PROJECT, or "transfuse") or Trackio (project "transfuse" on this machine)."""
+
+    def __init__(self, name: Literal["wandb", "trackio"], folder: Path, config: dict[str, Any]) -> None:
+        self.module: Any = importlib.import_module(name)
+        self.wandb = name == "wandb"
+        path = folder / "tracker-id"
+        if not path.exists():
+            new = re.sub(r"[^\w-]+", "-", folder.resolve().name) + f"-{secrets.token_hex(4)}\n"
+            atomic_write(path, lambda partial: partial.write_text(new))
+        run, common = path.read_text().strip(), {"config": config, "resume": "allow"}
+        if self.wandb:
+            project = os.environ.get("WANDB_PROJECT", "transfuse")
+            self.run = self.module.init(project=project, id=run, name=run, dir=str(folder), **common)
+            # Its step count cannot go back as a resumed run does, so steps are an ordinary metric.
+            self.run.define_metric("*", step_metric="step")
+        else:
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+                self.run = self.module.init("transfuse", name=run, embed=False, **common)
+
+    def log(self, step: int, numbers: dict[str, Any]) -> None:
+        if self.wandb:
+            self.run.log({"step": step, **numbers})
+        else:
+            self.run.log(numbers, step=step)
+
+    def image(self, step: int, path: Path, prompts: str) -> None:
+        self.log(step, {"samples": self.module.Image(str(path), caption=prompts)})
+
+    def close(self, failed: bool) -> None:
+        if self.wandb:
+            self.run.finish(exit_code=int(failed))
+        else:
+            with contextlib.redirect_stdout(sys.stderr):
+                self.module.finish()
+
+
+@dataclass
 class Average:
     """Sums and counts by name, for means over targets rather than over steps."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor | float] = {}
-        self.counts: dict[str, float] = {}
-
-    @classmethod
-    def of(cls, saved: Mapping[str, Mapping[str, float]]) -> Average:
-        """Return an average with the sums and counts of a checkpoint."""
-        average = cls()
-        average.sums.update(saved.get("sums", {}))
-        average.counts.update(saved.get("counts", {}))
-        return average
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:
-        """Add a sum over `count` targets."""
         """Add a sum over `count` targets."""
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def include(self, other: Average) -> None:
-        """Add the sums and counts of another average."""
         """Add all sums and counts of another average."""
         for name, total in other.sums.items():
             self.add(name, total, other.counts[name])
 
     def merged(self, ranks: Distributed) -> Average:
         """Return the average over all data ranks, each of which must call this."""
-        merged, own = Average(), Average()
-        own.sums, own.counts = {name: float(total) for name, total in self.sums.items()}, self.counts
-        for average in ranks.gather(own):
+        merged = Average()
+        for average in ranks.gather(Average({name: float(total) for name, total in self.sums.items()}, self.counts)):
             merged.include(average)
         return merged
 
@@ -121,7 +236,7 @@ class Clock:
     @contextmanager
     def part(self, name: str, on_host: bool = False) -> Iterator[None]:
         """Time the code in this context; with `on_host` on the host's clock, even on CUDA."""
-        self._look()
+        self._collect()
         began = time.monotonic()
         if self.on_device and not on_host:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -131,198 +246,15 @@ class Clock:
             self._marks.append((name, start, end))
         else:
             yield
-            self._add(name, time.monotonic() - began)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
     def read(self) -> dict[str, float]:
         """Return seconds by part since the last call, without events that the device has not passed yet."""
-        self._look()
+        self._collect()
         seconds, self.seconds = self.seconds, {}
         return seconds
 
-    def _look(self) -> None:
+    def _collect(self) -> None:
         while self._marks and self._marks[0][2].query():
             name, start, end = self._marks.popleft()
-            self._add(name, start.elapsed_time(end) / 1000)
-
-    def _add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-
-TrackerName = Literal["tensorboard", "wandb", "trackio"]
-
-MODULES: dict[TrackerName, str] = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
-
-
-class Tracker(Protocol):
-    """A service that receives metrics and sample grids."""
-
-    def log(self, step: int, numbers: dict[str, float]) -> None: ...
-
-    def picture(self, step: int, path: Path, prompts: str) -> None: ...
-
-    def close(self, failed: bool) -> None: ...
-
-
-def check_trackers(names: Sequence[TrackerName]) -> None:
-    """Raise UserError if a tracker's package is missing, before training starts."""
-    for name in names:
-        try:
-            importlib.import_module(MODULES[name])
-        except ImportError as error:
-            problem = "none" if error.name == name else f"a package that does not import ({error})"
-            raise UserError(
-                f"loop.trackers: expected {name}, found {problem}; pip install 'transfuse[{name}]'"
-            ) from None
-
-
-class Trackers:
-    """The trackers of a run, open from `open` to the end of the context; ranks other than 0 have none."""
-
-    def __init__(self, names: Sequence[TrackerName], folder: Path) -> None:
-        self.names, self.folder = names, folder
-        self._open: dict[TrackerName, Tracker] = {}
-        self._failed: set[TrackerName] = set()
-
-    def open(self, step: int) -> None:
-        """Open all trackers to resume after a step; open ones are closed first."""
-        self.close(failed=False)
-        for name in self.names:
-            self._try(name, self._start, name, step)
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Send the numbers of a line of metrics.jsonl."""
-        numbers = {name: value for name, value in line.items() if name != "step" and _is_number(value)}
-        for name, tracker in self._open.items():
-            self._try(name, tracker.log, line["step"], numbers)
-
-    def picture(self, step: int, path: Path) -> None:
-        """Send a sample grid, if the file exists, with the prompts from its .txt file."""
-        if not path.exists():
-            return
-        text = path.with_suffix(".txt")
-        prompts = text.read_text() if text.exists() else ""
-        for name, tracker in self._open.items():
-            self._try(name, tracker.picture, step, path, prompts)
-
-    def close(self, failed: bool) -> None:
-        """Close all trackers; `failed` marks the run as failed where the service knows that."""
-        while self._open:
-            name, tracker = self._open.popitem()
-            self._try(name, tracker.close, failed)
-
-    def __enter__(self) -> Trackers:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
-
-    def _start(self, name: TrackerName, step: int) -> None:
-        path = self.folder / "config.json"
-        config = json.loads(path.read_text()) if path.exists() else {}
-        if name == "tensorboard":
-            self._open[name] = TensorBoard(self.folder, step, config)
-        else:
-            self._open[name] = (WeightsAndBiases if name == "wandb" else Trackio)(self.folder, config)
-
-    def _try(self, name: TrackerName, act: Callable[..., None], *given: Any) -> None:
-        try:
-            act(*given)
-        except Exception as error:  # a tracker's own code or server may raise anything
-            if name not in self._failed:
-                reason = " ".join(str(error).split())[:300]
-                logger.info(f"loop.trackers: {name}: {type(error).__name__}: {reason}; metrics.jsonl has everything")
-            self._failed.add(name)
-
-
-class TensorBoard:
-    """Writes to RUN/tensorboard."""
-
-    def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self.writer.add_text("config", _indented(json.dumps(config, indent=2)), step)
-        self.writer.flush()
-
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        for name, number in numbers.items():
-            self.writer.add_scalar(name, number, step)
-        self.writer.flush()
-
-    def picture(self, step: int, path: Path, prompts: str) -> None:
-        self.writer.add_image("samples", read_image(path), step, dataformats="HWC")
-        if prompts:
-            self.writer.add_text("prompts", _indented(prompts), step)
-        self.writer.flush()
-
-    def close(self, failed: bool) -> None:
-        self.writer.close()
-
-
-class Remote:
-    """A tracker with the interface that Weights & Biases and Trackio share."""
-
-    def __init__(self, module: Any, run: Any) -> None:
-        self.module, self.run = module, run
-
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        self.run.log(numbers, step=step)
-
-    def picture(self, step: int, path: Path, prompts: str) -> None:
-        self.log(step, {"samples": self.module.Image(str(path), caption=prompts)})
-
-    def close(self, failed: bool) -> None:
-        self.run.finish()
-
-
-class WeightsAndBiases(Remote):
-    """Writes to the project $WANDB_PROJECT, or "transfuse"."""
-
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        import wandb
-
-        project = os.environ.get("WANDB_PROJECT", "transfuse")
-        name = _id(folder)
-        run = wandb.init(project=project, id=name, name=name, dir=str(folder), config=config, resume="allow")
-        # Its step count cannot go back as a resumed run does, so steps are an ordinary metric.
-        run.define_metric("*", step_metric="step")
-        super().__init__(wandb, run)
-
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        self.run.log({"step": step, **numbers})
-
-    def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
-
-
-class Trackio(Remote):
-    """Writes to the project "transfuse" on this machine."""
-
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        import trackio
-
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
-            run = trackio.init("transfuse", name=_id(folder), config=config, resume="allow", embed=False)
-        super().__init__(trackio, run)
-
-    def close(self, failed: bool) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            self.module.finish()
-
-
-def _id(folder: Path) -> str:
-    """Return the run's name at a service: its folder's name and a random suffix, stored in RUN/tracker-id."""
-    path = folder / "tracker-id"
-    if not path.exists():
-        name = re.sub(r"[^\w-]+", "-", folder.resolve().name)
-        atomic_write(path, lambda partial: partial.write_text(f"{name}-{secrets.token_hex(4)}\n"))
-    return path.read_text().strip()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _indented(text: str) -> str:
-    """Return text as a Markdown code block."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
+            self.seconds[name] = self.seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
