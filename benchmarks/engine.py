@@ -58,7 +58,8 @@ def bare(trainer: Trainer) -> Callable[[], None]:
 
 
 def engine(trainer: Trainer) -> Callable[[], None]:
-    log, average = MetricsLog(trainer.folder / "metrics.jsonl", 0), Average()
+    log, average = MetricsLog(trainer.folder), Average()
+    log.open(0)
 
     def step() -> None:
         nonlocal average

@@ -42,12 +42,12 @@ from transfuse.inference.model_runner import ModelRunner, compile_blocks
 from transfuse.model import ModelConfig, Transfusion, dense, flexible
 from transfuse.model.activations import Load
 from transfuse.model.flops import count_parameters, train_flops
-from transfuse.plan import Spread, memory
+from transfuse.plan import memory
 from transfuse.recipes.paper import paper
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate
 from transfuse.training import EMA, ObjectiveConfig, OptimizerConfig, TransfusionObjective, build_optimizer
-from transfuse.training.hardware import memory_used, peak_of
 from transfuse.training.loss import TokenObjective
+from transfuse.training.metrics import Meter
 from transfuse.training.parallel import compile_block
 
 GRAMMAR = SequenceFormat(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
@@ -179,11 +179,10 @@ def _trained(asked: argparse.Namespace, device: torch.device, size: str, arm: st
         with torch.profiler.profile() as profile:
             step()
         print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=20))
-    flops, peak, used = train_flops(config, batch), peak_of(device), memory_used(device)
+    meter = Meter(device)
+    flops, peak, used = train_flops(config, batch), meter.peak_flops(), meter.memory()
     images = {(SIDE, SIDE): len(batch.latents)} if arm != "llama" else {}
-    planned = memory(
-        config, Load(positions, int(batch.loss_positions.numel()), images), Spread("one GPU"), "none"
-    ).total
+    planned = sum(memory(config, Load(positions, int(batch.loss_positions.numel()), images), "none").values())
     return {
         "training": f"{size} {arm}",
         "parameters": count_parameters(config).total,
@@ -241,7 +240,7 @@ def inference(asked: argparse.Namespace, device: torch.device) -> Iterator[dict[
 
         drawn = timed(8, draw=True)
         flops = 2 * count_parameters(config).transformer * 2 * 8 * (side // 2) ** 2
-        peak = peak_of(device)
+        peak = Meter(device).peak_flops()
         yield {
             "inference": f"{asked.sizes[0]} linear, {way}",
             "guided denoising step of 8 images, ms": 1e3 * drawn,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,6 @@ from .runs.start import init_from
 from .training import (
     CheckpointFolder,
     Distributed,
-    Objective,
     TokenObjective,
     Trainer,
     TransfusionObjective,
@@ -41,6 +41,7 @@ from .training import (
     parallelize,
     place,
 )
+from .training.trainer import Measure, Sample
 
 __all__ = [
     "Trained",
@@ -82,36 +83,25 @@ def train(recipe: Recipe, folder: Path) -> Trained:
         run = ranks.on_rank0(lambda: open_run(recipe, folder)) or open_run(recipe, folder)
         with held(folder, ranks):
             trainer = build_trainer(run, folder, ranks)
-            if run.recipe.model.images != "none":
-                trainer.sample = sample_grid(run)
+            sample = None if run.recipe.model.images == "none" else sample_grid(run)
+            measure = None
             if run.recipe.loop.measure_every:
-                trainer.measure = measuring(
-                    run, trainer, folder, lambda weights: export_weights(run, trainer, weights, folder / "best")
+                measure = measuring(
+                    run, trainer, folder, lambda best: export_weights(run, trainer, best, folder / "best")
                 )
-            outcome = run_trainer(trainer, folder)
-            if outcome == "stopped":
-                return Trained(run, trainer, outcome, None)
-            return Trained(run, trainer, outcome, export_run(run, trainer, folder / "export"))
-
-
-def run_trainer(trainer: Trainer, folder: Path) -> Literal["finished", "stopped"]:
-    """Restore the newest checkpoint, if any, and train until the run is finished or stopped."""
-    if trainer.restore():
-        logger.info(f"{folder}: resumed from step {trainer.step}")
-    outcome = trainer.run()
-    if outcome == "stopped":
-        logger.info(f"{folder}: stopped at step {trainer.step} and saved; the same command resumes it")
-    return outcome
+            if run_trainer(trainer, sample, measure) == "stopped":
+                return Trained(run, trainer, "stopped", None)
+            return Trained(run, trainer, "finished", export_run(run, trainer, folder / "export"))
 
 
 def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> Trainer:
     """Return the trainer of a run: model, loss, loader and loop. Raises UserError if the parts do not fit."""
     recipe = run.recipe
     ranks = ranks or Distributed(torch.device(recipe.device))
-    objective: Objective = TokenObjective(recipe.objective, recipe.seed)
-    finish: Finish = unchanged
+    model = build_model(run, folder, ranks)
+    objective, finish = TokenObjective(recipe.objective, recipe.seed), unchanged
     if recipe.model.images == "latents":
-        encoder: ImageAutoencoder | None = None
+        encoder = None
         if encodes_later(recipe):
             assert isinstance(run.autoencoder, ImageAutoencoder)
             encoder = copy.deepcopy(run.autoencoder).to(ranks.device)
@@ -120,16 +110,20 @@ def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> T
     loader = build_loader(run, folder, ranks.data, ranks.datas, finish)
     if recipe.model.images == "latents" and ranks.first and (warning := unseen_noise(recipe, loader.document)):
         logger.info(warning)
-    return Trainer(
-        build_model(run, folder, ranks),
-        objective,
-        loader,
-        folder,
-        recipe.loop,
-        recipe.optimizer,
-        flops=lambda batch: train_flops(recipe.model, batch),
-        ranks=ranks,
-    )
+    flops = partial(train_flops, recipe.model)
+    return Trainer(model, objective, loader, folder, recipe.loop, recipe.optimizer, flops, ranks)
+
+
+def run_trainer(
+    trainer: Trainer, sample: Sample | None = None, measure: Measure | None = None
+) -> Literal["finished", "stopped"]:
+    """Restore the newest checkpoint, if any, and train until the run is finished or stopped."""
+    if trainer.restore():
+        logger.info(f"{trainer.folder}: resumed from step {trainer.step}")
+    outcome = trainer.run(sample, measure)
+    if outcome == "stopped":
+        logger.info(f"{trainer.folder}: stopped at step {trainer.step} and saved; the same command resumes it")
+    return outcome
 
 
 def encodes_later(recipe: Recipe) -> bool:

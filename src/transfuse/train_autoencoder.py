@@ -42,8 +42,8 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer,
     with join(run_device(recipe, folder)) as ranks:
         run = ranks.on_rank0(lambda: open_autoencoder_run(recipe, folder)) or open_autoencoder_run(recipe, folder)
         with held(folder, ranks):
-            trainer = build_autoencoder_trainer(run, folder, reconstruction_grid(run), ranks)
-            if run_trainer(trainer, folder) == "stopped":
+            trainer = build_autoencoder_trainer(run, folder, ranks)
+            if run_trainer(trainer, reconstruction_grid(run)) == "stopped":
                 return trainer, None
             ranks.on_rank0(lambda: export_autoencoder(run, trainer, folder / "export"))
     return trainer, folder / "export"
@@ -109,12 +109,7 @@ def open_autoencoder_run(recipe: AutoencoderRecipe, folder: Path) -> Autoencoder
     return run
 
 
-def build_autoencoder_trainer(
-    run: AutoencoderRun,
-    folder: Path,
-    sample: Callable[[dict[str, Tensor], Path], None] | None = None,
-    ranks: Distributed | None = None,
-) -> Trainer:
+def build_autoencoder_trainer(run: AutoencoderRun, folder: Path, ranks: Distributed | None = None) -> Trainer:
     """Return the trainer of a run: network, loss, loader and loop. Every rank has the whole network."""
     recipe, data = run.recipe, run.recipe.data
     ranks = ranks or Distributed(torch.device(recipe.device))
@@ -142,9 +137,7 @@ def build_autoencoder_trainer(
     )
     loader = ImageLoader(run.image, data.batch_size, data.accumulate, ranks.data, ranks.datas)
     betas = {"critic": recipe.objective.critic_betas}
-    return Trainer(
-        model, objective, loader, folder, recipe.loop, recipe.optimizer, sample=sample, ranks=ranks, betas=betas
-    )
+    return Trainer(model, objective, loader, folder, recipe.loop, recipe.optimizer, ranks=ranks, betas=betas)
 
 
 def reconstruction_grid(run: AutoencoderRun) -> Callable[[dict[str, Tensor], Path], None]:

@@ -24,9 +24,8 @@ from transfuse.sequence import Batch, collate
 from transfuse.train import build_trainer
 from transfuse.train_autoencoder import build_autoencoder_trainer, open_autoencoder_run
 from transfuse.training import Distributed, ParallelConfig, join
-from transfuse.training.distributed import arrange
+from transfuse.training.distributed import arrange, local, stack, whole
 from transfuse.training.metrics import Average
-from transfuse.training.parallel import local, stack, whole
 
 STEPS = 4
 

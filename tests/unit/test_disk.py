@@ -20,6 +20,7 @@ from transfuse.training import Trainer, read_metrics
 from transfuse.training.checkpoint import verify
 from transfuse.training.guard import GuardConfig
 from transfuse.training.metrics import MetricsLog
+from transfuse.training.trainer import Sample
 
 
 @contextmanager
@@ -54,12 +55,12 @@ class Filling(Numbered):
         return super().__call__(step)
 
 
-def stopped(trainer: Trainer) -> str:
+def stopped(trainer: Trainer, sample: Sample | None = None) -> str:
     """What a run says that the full disk stops."""
     assert isinstance(trainer.load, Filling)
     trainer.load.trainer = trainer
     with trainer.load.disk, pytest.raises(UserError) as found:
-        trainer.run()
+        trainer.run(sample)
     assert "\n" not in str(found.value)
     return str(found.value)
 
@@ -113,28 +114,25 @@ def test_full_when_samples_are_drawn(make: Make, grammar: SequenceFormat) -> Non
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(1000))
 
-    one.sample = draw
-    assert stopped(one).endswith("step-00000006.png: not written (File too large); checkpoints are intact")
+    assert stopped(one, draw).endswith("step-00000006.png: not written (File too large); checkpoints are intact")
     goes_on(make, one, steps=8, **settings)
 
 
 def test_a_full_disk_leaves_the_metrics_there_are(tmp_path: Path) -> None:
     """Opened again, the file is written anew: aside."""
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0)
+    path, log = tmp_path / "metrics.jsonl", MetricsLog(tmp_path)
     for step in range(20):
         log.write({"step": step})
     before = path.read_text()
     with full_disk(100), pytest.raises(UserError, match=r"metrics\.jsonl: not written"):
-        MetricsLog(path, 10)
+        log.open(10)
     assert path.read_text() == before
-    MetricsLog(path, 10)
+    log.open(10)
     assert len(read_metrics(path)) == 11
 
 
 def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0)
+    path, log = tmp_path / "metrics.jsonl", MetricsLog(tmp_path)
     log.write({"step": 1})
     path.write_text(path.read_text() + '{"step": 2, "te')
     log.write({"step": 3})
@@ -150,14 +148,13 @@ def test_a_name_that_is_taken(make: Make, grammar: SequenceFormat, name: str) ->
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
 
-    one.sample = draw
     one.folder.mkdir()
     if name.endswith("jsonl"):
         (one.folder / name).mkdir()
     else:
         (one.folder / name).write_text("")
     with pytest.raises(UserError, match=rf"{name}.*: .*not written \(.*(File exists|Is a directory|Not a directory)"):
-        one.run()
+        one.run(draw)
 
 
 def test_the_tokenizer_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -230,10 +230,10 @@ def test_a_spike_is_of_one_loss_and_of_a_full_window() -> None:
     for step, text in enumerate([1.0, 1.1, 0.9]):
         assert guard.judge(step, {"text": text, "image": 5.0 + text}, 1.0) is None
     assert guard.judge(3, {"text": 100.0}, 1.0) is None, "three steps are no window"
-    guard.restore({"losses": {"text": [1.0, 1.1, 0.9, 1.0], "image": [5.0, 5.1, 4.9, 5.0]}})
+    guard.restore({"losses": {"text": [1.0, 1.1, 0.9, 1.0], "image": [5.0, 5.1, 4.9, 5.0]}, "left_out": []})
     deviation = math.sqrt(0.005)
     assert guard.judge(4, {"text": 1 + 5.9 * deviation, "image": 5.0}, 1.0) is None
-    guard.restore({"losses": {"text": [1.0, 1.1, 0.9, 1.0], "image": [5.0, 5.1, 4.9, 5.0]}})
+    guard.restore({"losses": {"text": [1.0, 1.1, 0.9, 1.0], "image": [5.0, 5.1, 4.9, 5.0]}, "left_out": []})
     verdict = guard.judge(4, {"text": 1.0, "image": 5 + 6.1 * deviation}, 1.0)
     assert verdict is not None
     assert (verdict.kind, verdict.action) == ("spike", "log")
@@ -243,7 +243,7 @@ def test_a_spike_is_of_one_loss_and_of_a_full_window() -> None:
 @pytest.mark.parametrize(("policy", "enters"), [("log", True), ("skip", False), ("rollback", False)])
 def test_what_was_left_out_is_no_measure(policy: Any, enters: bool) -> None:
     guard = Guard(GuardConfig(spike=policy, window=4))
-    guard.restore({"losses": {"text": [1.0, 1.1, 0.9, 1.0]}})
+    guard.restore({"losses": {"text": [1.0, 1.1, 0.9, 1.0]}, "left_out": []})
     assert guard.judge(4, {"text": 9.0}, 1.0) is not None
     assert list(guard.losses["text"]) == ([1.1, 0.9, 1.0, 9.0] if enters else [1.0, 1.1, 0.9, 1.0])
     assert guard.judge(5, {"text": NAN}, 1.0) is not None
@@ -266,7 +266,7 @@ def test_a_slow_rise_is_no_spike() -> None:
 )
 def test_nothing_at_or_below_the_mean_is_a_spike(last: list[float], sigmas: float, share: float) -> None:
     guard = Guard(GuardConfig(window=len(last), sigmas=sigmas))
-    guard.restore({"losses": {"text": last}})
+    guard.restore({"losses": {"text": last}, "left_out": []})
     mean = math.fsum(last) / len(last)
     value = mean - share * (mean - min(last))
     assert guard.judge(9, {"text": min(value, mean)}, 1.0) is None
@@ -274,5 +274,5 @@ def test_nothing_at_or_below_the_mean_is_a_spike(last: list[float], sigmas: floa
 
 def test_losses_that_never_differ_make_no_spike_of_rounding() -> None:
     guard = Guard(GuardConfig(window=10, sigmas=6.0))
-    guard.restore({"losses": {"text": [0.1] * 10}})
+    guard.restore({"losses": {"text": [0.1] * 10}, "left_out": []})
     assert guard.judge(10, {"text": 0.1 + 1e-16}, 1.0) is None

@@ -15,7 +15,9 @@ from transfuse.errors import UserError
 from transfuse.model import ModelConfig, Transfusion
 from transfuse.model.layers import Linear
 from transfuse.training import Distributed, ParallelConfig, parallelize
-from transfuse.training.parallel import Parts, _check, clip_gradients, restacked, stack, stacked_name
+from transfuse.training.distributed import restacked, stack, stacked_name
+from transfuse.training.optimizer import clip_gradients
+from transfuse.training.parallel import Parts, check_tensor_parallel
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_settings_that_can_not_be(settings, message: str) -> None:
 )
 def test_networks_that_can_not_be_cut(changes, ranks: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        _check(tiny(**changes), ranks)
+        check_tensor_parallel(tiny(**changes), ranks)
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))

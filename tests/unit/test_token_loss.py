@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from transfuse.model import Transfusion
 from transfuse.model.layers import Linear
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
 from transfuse.training import ObjectiveConfig, TokenObjective, TransfusionObjective
-from transfuse.training import loss as loss_module
+from transfuse.training.loss import MAX_LOGITS, token_losses
 
 WIDTH, IDS = 16, 50
 
@@ -29,10 +30,12 @@ def problem(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Linear, Tens
     return head, x, torch.randint(IDS, (rows,), generator=generator)
 
 
-def losses_and_gradients(rows: int, z: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def losses_and_gradients(
+    rows: int, z: bool, dtype: torch.dtype, max_logits: int = MAX_LOGITS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, and gradients of a sum in which every one of them has a weight of its own."""
     head, x, targets = problem(rows, dtype)
-    losses = loss_module.token_losses(head, x, targets, z)
+    losses = token_losses(head, x, targets, z, max_logits)
     (losses * torch.linspace(0.1, 1, losses.numel()).view_as(losses)).sum().backward()
     assert x.grad is not None
     assert head.weight.grad is not None
@@ -42,13 +45,13 @@ def losses_and_gradients(rows: int, z: bool, dtype: torch.dtype) -> tuple[Tensor
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 30, 31])
 @pytest.mark.parametrize("z", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunks_change_nothing(rows: int, z: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_nothing(rows: int, z: bool, dtype: torch.dtype) -> None:
     expected = losses_and_gradients(rows, z, dtype)
     assert expected[0].shape == (1 + z, rows)
     assert expected[0].dtype == torch.float32
     assert expected[2].dtype == torch.float32
-    monkeypatch.setattr(loss_module, "MAX_LOGITS", 7 * IDS + 1)  # seven rows: 7 are one chunk, 8 two, 30 a rest of two
-    found = losses_and_gradients(rows, z, dtype)
+    # Seven rows: 7 are one chunk, 8 two, 30 five with a last one of two rows.
+    found = losses_and_gradients(rows, z, dtype, max_logits=7 * IDS + 1)
     # A chunk's part of the weight's gradient is rounded to bfloat16, then added up in float32.
     rounded = 1e-6 if dtype == torch.float32 else 2**-8
     for a, b, tolerance in zip(found, expected, (1e-6, 1e-6, rounded), strict=True):
@@ -67,10 +70,10 @@ def test_at_small_sizes_it_is_the_plain_computation() -> None:
         assert torch.equal(of_weight, head.weight.grad)
 
 
-def test_one_row_may_have_more_ids_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_may_have_more_ids_than_the_bound() -> None:
     expected = losses_and_gradients(3, True, torch.float32)
-    monkeypatch.setattr(loss_module, "MAX_LOGITS", IDS - 1)
-    for a, b in zip(losses_and_gradients(3, True, torch.float32), expected, strict=True):
+    chunked = losses_and_gradients(3, True, torch.float32, max_logits=IDS - 1)
+    for a, b in zip(chunked, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -88,15 +91,14 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
 
 @pytest.mark.parametrize("z", [False, True])
-def test_all_logits_never_exist_at_once(z: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_logits_never_exist_at_once(z: bool) -> None:
     """Neither in the forward pass nor backwards; between the two a chunk's vectors are all that is kept."""
     rows, bound = 1000, 100 * IDS
-    for at_once, largest in ((loss_module.MAX_LOGITS, rows * IDS), (bound, rows * WIDTH)):
-        monkeypatch.setattr(loss_module, "MAX_LOGITS", at_once)
+    for at_once, largest in ((MAX_LOGITS, rows * IDS), (bound, rows * WIDTH)):
         head, x, targets = problem(rows)
         saved = Saved()
         with Largest() as made, saved:
-            loss_module.token_losses(head, x, targets, z).sum().backward()
+            token_losses(head, x, targets, z, at_once).sum().backward()
         assert made.elements == largest  # in chunks, the gradient of the vectors
         assert saved.elements == (rows * IDS if at_once > bound else bound // IDS * WIDTH)
 
@@ -110,10 +112,10 @@ def of_model(objective, model: Transfusion, batch: Batch):
     return sums.losses.detach(), details, {name: p.grad for name, p in model.named_parameters()}
 
 
-def chunked_equals_plain(objective, model: Transfusion, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses, details, gradients = of_model(objective, model, batch)
-    monkeypatch.setattr(loss_module, "MAX_LOGITS", 5 * model.config.vocab_size)
-    found, found_details, found_gradients = of_model(objective, model, batch)
+def chunked_equals_plain(objective: Callable[[int], TokenObjective], model: Transfusion, batch: Batch) -> None:
+    """Compare an objective without and with chunks; `objective` is called with the number of logits of a chunk."""
+    losses, details, gradients = of_model(objective(MAX_LOGITS), model, batch)
+    found, found_details, found_gradients = of_model(objective(5 * model.config.vocab_size), model, batch)
     torch.testing.assert_close(found, losses, rtol=1e-6, atol=1e-6)
     assert found_details.keys() == details.keys()
     for name, (total, count) in details.items():
@@ -123,17 +125,17 @@ def chunked_equals_plain(objective, model: Transfusion, batch: Batch, monkeypatc
 
 
 @pytest.mark.parametrize("z_weight", [0.0, 1e-2])
-def test_a_transfusions_losses(
-    z_weight: float, grammar: SequenceFormat, mixed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    objective = TransfusionObjective(ObjectiveConfig(z_weight=z_weight), Process(DiffusionConfig()), 0)
+def test_a_transfusions_losses(z_weight: float, grammar: SequenceFormat, mixed) -> None:
+    config, process = ObjectiveConfig(z_weight=z_weight), Process(DiffusionConfig())
     batch = collate(mixed, grammar)
     assert len(batch.targets) % 5, "a last chunk of another size"
-    chunked_equals_plain(objective, randomised(tiny()), batch, monkeypatch)
+    chunked_equals_plain(
+        lambda most: TransfusionObjective(config, process, 0, max_logits=most), randomised(tiny()), batch
+    )
 
 
 @pytest.mark.parametrize("z_weight", [0.0, 1e-2])
-def test_a_chameleons_losses(z_weight: float, grammar: SequenceFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chameleons_losses(z_weight: float, grammar: SequenceFormat) -> None:
     """Targets of both kinds, text and codes."""
     config = tiny(images="codes", codebook_size=32, patch_size=1, image_attention="causal", patch_positions="none")
     coded = replace(grammar, patch_size=1, first_code=config.text_vocab_size)
@@ -144,12 +146,12 @@ def test_a_chameleons_losses(z_weight: float, grammar: SequenceFormat, monkeypat
     ]
     batch = collate(documents, coded, "causal")
     assert 0 < int(batch.is_image_token.sum()) < len(batch.targets)
-    objective = TokenObjective(ObjectiveConfig(z_weight=z_weight), 0)
-    chunked_equals_plain(objective, randomised(config), batch, monkeypatch)
-    assert objective.loss(randomised(config), batch).details.keys() == {"text", "codes"}
+    weights = ObjectiveConfig(z_weight=z_weight)
+    chunked_equals_plain(lambda most: TokenObjective(weights, 0, most), randomised(config), batch)
+    assert TokenObjective(weights, 0).loss(randomised(config), batch).details.keys() == {"text", "codes"}
 
 
-def test_offenders_are_found_in_any_chunk(grammar: SequenceFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offenders_are_found_in_any_chunk(grammar: SequenceFormat) -> None:
     """A word without a finite vector spoils its own document alone; the picture of another is spoilt too."""
     model = randomised(tiny())
     with torch.no_grad():
@@ -159,14 +161,13 @@ def test_offenders_are_found_in_any_chunk(grammar: SequenceFormat, monkeypatch: 
     documents = [Document([Text((9,) * 12)], sample=number) for number in range(6)]
     documents[4] = Document([Text((9, 9, 33, 9))], sample=44)
     documents.append(Document([Text((8,)), Image(bad)], sample=77))
-    monkeypatch.setattr(loss_module, "MAX_LOGITS", 5 * model.config.vocab_size)
-    objective = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
+    chunk = 5 * model.config.vocab_size
+    objective = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0, max_logits=chunk)
     assert set(objective.nonfinite_samples(model, collate(documents, grammar))) == {44, 77}
 
 
-def test_nothing_to_predict(grammar: SequenceFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "MAX_LOGITS", 1)
-    objective = TransfusionObjective(ObjectiveConfig(z_weight=1.0), Process(DiffusionConfig()), 0)
+def test_nothing_to_predict(grammar: SequenceFormat) -> None:
+    objective = TransfusionObjective(ObjectiveConfig(z_weight=1.0), Process(DiffusionConfig()), 0, max_logits=1)
     batch = collate([Document([Image(latent(4, 4))], sample=1, predict=False)], grammar)
     model = randomised(tiny())
     losses, _, gradients = of_model(objective, model, batch)

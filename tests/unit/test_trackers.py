@@ -29,8 +29,6 @@ def run_tracked(folder: Path, *names: str, steps: int = 6, stop_at: int | None =
     recipe = open_run(replace(recipe, loop=replace(loop, trackers=names)), folder)
     trainer = build_trainer(recipe, folder)
     trainer.restore()
-    if sample:
-        trainer.sample = draw
     if stop_at is not None:
         advance = trainer.train_step
 
@@ -41,7 +39,7 @@ def run_tracked(folder: Path, *names: str, steps: int = 6, stop_at: int | None =
 
         trainer.train_step = step  # type: ignore[method-assign]
     with contextlib.suppress(KeyboardInterrupt):
-        trainer.run()
+        trainer.run(draw if sample else None)
     trainer.checkpoints.wait()
     return trainer
 
@@ -164,6 +162,6 @@ def test_one_rank_speaks(tmp_path: Path, stubs) -> None:
     recipe = open_run(replace(recipe, loop=replace(recipe.loop, trackers=("wandb",))), tmp_path)
     build_trainer(recipe, tmp_path)
     trainer = build_trainer(recipe, tmp_path, Distributed(rank=1, count=2))
-    trainer.trackers.open(0)
-    trainer.trackers.log({"step": 1, "text": 1.0})
+    trainer.metrics.open(0)
+    trainer.metrics.write({"step": 1, "text": 1.0})
     assert not stubs

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import safetensors.torch
@@ -27,6 +28,7 @@ from transfuse.train import build_trainer
 from transfuse.training import (
     Checkpoint,
     CheckpointFolder,
+    Distributed,
     DivergedError,
     LoopConfig,
     ObjectiveConfig,
@@ -36,9 +38,8 @@ from transfuse.training import (
     learning_rate,
     read_metrics,
 )
-from transfuse.training import trainer as trainer_module
 from transfuse.training.checkpoint import read, step_of, verify
-from transfuse.training.metrics import Average, Clock, MetricsLog
+from transfuse.training.metrics import Average, Meter, MetricsLog
 
 SEED = 11
 
@@ -118,11 +119,22 @@ def test_timesteps_respect_the_cap_and_context_is_clean(grammar: SequenceFormat)
     assert torch.equal(clean.latents[0], latent(2, 2))
 
 
-def trainer(folder: Path, documents, grammar: SequenceFormat, accumulate: int = 1, model=None, **loop) -> Trainer:
+def trainer(
+    folder: Path,
+    documents,
+    grammar: SequenceFormat,
+    accumulate: int = 1,
+    model=None,
+    flops=lambda batch: 0,
+    meter: Meter | None = None,
+    ranks: Distributed | None = None,
+    **loop,
+) -> Trainer:
     size = len(documents) // accumulate
     parts = [collate(documents[i * size : (i + 1) * size], grammar) for i in range(accumulate)]
     config = LoopConfig(**{"steps": 3, "sample_every": 0, "checkpoint_every": 0, "log_every": 1, **loop})
-    return Trainer(model or randomised(tiny()), objective(), Fixed(parts), folder, config, OptimizerConfig(warmup=2))
+    model, load, optimizer = model or randomised(tiny()), Fixed(parts), OptimizerConfig(warmup=2)
+    return Trainer(model, objective(), load, folder, config, optimizer, flops, ranks, meter=meter)
 
 
 @dataclass
@@ -241,25 +253,44 @@ def test_learning_rate_follows_the_paper() -> None:
     assert learning_rate(config, 250_000, 250_000) == pytest.approx(1.5e-5)
 
 
-def run_tiny(folder: Path, steps: int, stop_at: int | None = None, **changes) -> Trainer:
+@dataclass
+class Interrupted:
+    """A loader that sends SIGTERM while it makes a step's data; the run stops after the next step."""
+
+    load: Any
+    at: int
+
+    def __call__(self, step: int) -> list[Batch]:
+        if step == self.at:
+            signal.raise_signal(signal.SIGTERM)
+        return self.load(step)
+
+    def position(self) -> dict[str, int]:
+        return self.load.position()
+
+    def start_from(self, position: dict[str, int]) -> None:
+        self.load.start_from(position)
+
+
+def run_tiny(folder: Path, steps: int, interrupted: int | None = None, **changes) -> Trainer:
     recipe = preset("tiny")
     recipe = replace(recipe, loop=replace(recipe.loop, steps=steps, checkpoint_every=4, log_every=3), **changes)
     recipe = open_run(recipe, folder)
     one = build_trainer(recipe, folder)
     one.restore()
-    if stop_at is not None:  # as by a signal
-        one._stop_flags = lambda stop, began: trainer_module.StopFlags(stop=one.step + 1 >= stop_at)  # type: ignore[method-assign]
+    if interrupted is not None:
+        one.load = Interrupted(one.load, interrupted)
     one.run()
     return one
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("cut", [1, 5, 8])
+@pytest.mark.parametrize("cut", [2, 5, 8])
 def test_straight_equals_resumed_bit_for_bit(tmp_path, cut: int, precision: str) -> None:
     """Weights, moments, EMA, and the metrics of the steps after the cut."""
     changes = {"precision": precision}
     straight = run_tiny(tmp_path / "straight", 12, **changes)
-    run_tiny(tmp_path / "resumed", 12, stop_at=cut, **changes)
+    assert run_tiny(tmp_path / "resumed", 12, interrupted=cut - 2, **changes).step == cut
     resumed = run_tiny(tmp_path / "resumed", 12, **changes)
     assert resumed.step == straight.step == 12
     saved = [newest(one.checkpoints) for one in (straight, resumed)]
@@ -348,7 +379,7 @@ def test_a_checkpoint_counts_what_was_counted_when_it_was_begun(tmp_path, gramma
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", slow)
         one.train_step(Average())
-        one._begin_save()
+        one.begin_save()
         counted = dict(one.totals)
         one.train_step(Average())
         one.merge()
@@ -440,7 +471,8 @@ def test_checkpoint_of_another_shape(tmp_path, grammar: SequenceFormat) -> None:
 def test_metrics_lines_after_the_checkpoint_are_dropped(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "te')
-    log = MetricsLog(path, 2)
+    log = MetricsLog(tmp_path)
+    log.open(2)
     log.write({"step": 3, "text": 1.0})
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "text": 1.0}]
 
@@ -467,16 +499,23 @@ def test_metrics_tell_where_the_time_went(tmp_path) -> None:
     assert "memory_gigabytes" not in lines[0]
 
 
-def test_metrics_of_a_card(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(trainer_module, "peak_of", lambda device: 1e12)
-    monkeypatch.setattr(trainer_module, "memory_used", lambda device: 3 << 29)
-    one = run_tiny(tmp_path / "run", 6)
-    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
-        assert line["mfu"] == pytest.approx(line["flops_per_second"] / 1e12)
+class CardMeter(Meter):
+    """The meter of a card with 1e12 operations a second, of whose memory 1.5 gigabytes were used."""
+
+    def memory(self) -> int:
+        return 3 << 29
+
+    def peak_flops(self) -> float:
+        return 1e12
+
+
+def test_metrics_of_four_cards(tmp_path, grammar: SequenceFormat) -> None:
+    meter, ranks = CardMeter(torch.device("cpu")), Distributed(count=4)
+    one = trainer(tmp_path, uneven(grammar), grammar, flops=lambda batch: 10**6, meter=meter, ranks=ranks)
+    one.run()
+    for line in read_metrics(tmp_path / "metrics.jsonl"):
+        assert line["mfu"] == pytest.approx(line["flops_per_second"] / 4e12)
         assert line["memory_gigabytes"] == 1.5
-    one.ranks = replace(one.ranks, count=4)
-    before = {**one.totals, "flops": one.totals["flops"] - 1e12}
-    assert one._line({}, before, 2.0)["mfu"] == pytest.approx(0.5 / 4), "of all cards"
 
 
 class Mark:
@@ -504,7 +543,7 @@ TICKS = itertools.count(1)
 
 def test_a_clock_on_cuda_waits_for_nothing(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Mark)
-    clock = Clock(torch.device("cuda"))
+    clock = Meter(torch.device("cuda"))
     for _ in range(3):  # marks 1 to 6
         with clock.part("forward_backward"):
             pass

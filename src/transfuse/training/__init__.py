@@ -1,11 +1,11 @@
 """Training: one loop, objectives that plug into it, checkpoints, metrics."""
 
 from .checkpoint import Checkpoint, CheckpointFolder, read, verify
-from .distributed import RESUMABLE, Distributed, join, stopped_code
+from .distributed import RESUMABLE, Distributed, join, place, stopped_code
 from .loss import LossSums, Objective, ObjectiveConfig, TokenObjective, TransfusionObjective
 from .metrics import read_metrics
 from .optimizer import EMA, OptimizerConfig, build_optimizer, learning_rate
-from .parallel import ParallelConfig, parallelize, place
+from .parallel import ParallelConfig, parallelize
 from .trainer import DivergedError, LoopConfig, Trainer
 
 __all__ = [

@@ -17,24 +17,23 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ..errors import UserError
 from ..io import atomic_write, sha256, sync
-from .distributed import Distributed
-from .parallel import place, restacked, stacked_name
+from .distributed import Distributed, place, restacked, stacked_name
 
 # A single process is a normal case; the warning comes from a thread, where it cannot be caught.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
@@ -45,6 +44,7 @@ STAGER_STAYS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 """True if torch's stager can be reused; in 2.11 it closes itself after its first copy"""
 
 Groups = dict[str, dict[str, Tensor]]
+"""tensors by group ("model", "ema", "optimizer") and name"""
 
 
 @dataclass
@@ -80,7 +80,7 @@ class CheckpointFolder:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             except OSError as error:
-                raise UserError(_not_written(final, str(error))) from None
+                raise UserError(_not_written(final, error)) from None
 
         self.ranks.on_rank0(make_room)
         if self._stager is None or not STAGER_STAYS:  # reused, so that copies go to the same memory
@@ -89,11 +89,8 @@ class CheckpointFolder:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         tensors = {name: tensor.detach().contiguous() for name, tensor in _flat(checkpoint.tensors).items()}
-        files = {
-            name: number
-            for number, (group, members) in enumerate(checkpoint.tensors.items(), start=1)
-            for name in _flat({group: members})
-        }
+        order = list(checkpoint.tensors)
+        files = {name: order.index(name.split("/", 1)[0]) + 1 for name in tensors}
         saving = dcp.async_save(
             tensors,
             storage_writer=HuggingFaceStorageWriter(str(partial), files, save_distributed=True),
@@ -120,7 +117,7 @@ class CheckpointFolder:
             try:
                 written.result()
             except (OSError, UserError, CheckpointException) as error:
-                problem = _not_written(final, _reason(error))
+                problem = _not_written(final, error)
         self.ranks.all_agree(problem)
 
     def settle(self) -> None:
@@ -134,7 +131,7 @@ class CheckpointFolder:
         return self._written is not None and self._written[1].done() and self._written[1].exception() is not None
 
     def _finish(self, saving: Future[Any], partial: Path, final: Path, progress: str) -> None:
-        """Complete the checkpoint on rank 0 once all ranks have written."""
+        """Complete the checkpoint on rank 0 once all ranks have written, and remove old ones."""
         try:
             saving.result()
             if not self.ranks.first:
@@ -148,15 +145,12 @@ class CheckpointFolder:
             partial.rename(final)
             sync(self.folder)
             atomic_write(self.folder / LATEST, lambda path: path.write_text(final.name + "\n"))
-            self._drop_old(final)
         except BaseException:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-
-    def _drop_old(self, newest: Path) -> None:
         # Later checkpoints are damaged ones, before which the run resumed; they do not count.
-        for old in [path for path in self.complete() if step_of(path) <= step_of(newest)][: -self.keep]:
+        for old in [path for path in self.complete() if step_of(path) <= step_of(final)][: -self.keep]:
             if not self.keep_every or step_of(old) % self.keep_every:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -185,60 +179,50 @@ class CheckpointFolder:
             )
         return newest, [f"{complaint}; falling back to an older checkpoint" for complaint in complaints]
 
-    def open(self, path: Path) -> Metadata:
-        """Return the metadata of a checkpoint: tensor names (group/name) and shapes."""
-        metadata = HuggingFaceStorageReader(str(path)).read_metadata() if self.ranks.first else None
-        return cast(Metadata, self.ranks.broadcast(metadata))
-
-    def load(self, path: Path, metadata: Metadata, into: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    def load(
+        self, path: Path, allocate: Callable[[dict[str, TensorStorageMetadata]], Mapping[str, Mapping[str, Tensor]]]
+    ) -> dict[str, Any]:
         """Read a checkpoint into tensors, sharded or not, and return its progress.
 
-        `metadata` is the result of `open`. Raises UserError if names or shapes differ.
+        `allocate` returns the tensors, given the saved ones' sizes by name ("group/name"). Raises UserError if names
+        or shapes differ.
         """
-        tensors = _flat(into)
-        shapes = {
-            name: tuple(value.size)
-            for name, value in metadata.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata)
-        }
+        metadata = HuggingFaceStorageReader(str(path)).read_metadata() if self.ranks.first else None
+        saved: Any = self.ranks.broadcast(None if metadata is None else metadata.state_dict_metadata)
+        tensors = _flat(allocate(saved))
         # Only if tensor parallel changed between saving and loading; rare, so tensors are read one by one.
-        for name in [name for name in tensors if name not in shapes]:
-            other = {n: torch.empty(shapes[n]) for n in sorted(shapes) if stacked_name(n) == stacked_name(name)}
+        for name in [name for name in tensors if name not in saved]:
+            other = {n: torch.empty(saved[n].size) for n in sorted(saved) if stacked_name(n) == stacked_name(name)}
             if other:
                 self._read_into(path, other)
                 place(tensors[name], restacked(name, tensors[name], list(other.values())))
                 del tensors[name]
         for name, tensor in tensors.items():
-            if shapes.get(name) != tuple(tensor.shape):
-                reason = f"{name}: expected {_shape(tuple(tensor.shape))}, found {_shape(shapes.get(name))}"
+            expected, found = tuple(tensor.shape), tuple(saved[name].size) if name in saved else None
+            if expected != found:
+                reason = f"{name}: expected {_shape(expected)}, found {_shape(found)}"
                 raise UserError(f"{path}: the checkpoint has another shape than the model ({reason})")
         self._read_into(path, tensors)
         progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
         return progress
 
     def _read_into(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        dcp.load(
-            tensors,
-            storage_reader=HuggingFaceStorageReader(str(path)),
-            process_group=self.ranks.saving,
-            no_dist=self.ranks.mesh is None,
-        )
+        reader = HuggingFaceStorageReader(str(path))
+        dcp.load(tensors, storage_reader=reader, process_group=self.ranks.saving, no_dist=self.ranks.mesh is None)
 
 
 def read(path: Path) -> Checkpoint:
-    """Return a verified checkpoint, unsharded, in memory."""
-    folder, groups = CheckpointFolder(path.parent), Groups()
-    metadata = folder.open(path)
-    for key, value in metadata.state_dict_metadata.items():
-        assert isinstance(value, TensorStorageMetadata)
-        group, name = key.split("/", 1)
-        groups.setdefault(group, {})[name] = torch.empty(value.size, dtype=value.properties.dtype)
-    progress = folder.load(path, metadata, groups)
+    """Return a checkpoint, unsharded, in memory."""
+    groups: Groups = {}
+
+    def allocate(saved: dict[str, TensorStorageMetadata]) -> Groups:
+        for key, value in saved.items():
+            group, name = key.split("/", 1)
+            groups.setdefault(group, {})[name] = torch.empty(value.size, dtype=value.properties.dtype)
+        return groups
+
+    progress = CheckpointFolder(path.parent).load(path, allocate)
     return Checkpoint(progress.pop("step"), groups, progress)
-
-
-def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
 
 
 def step_of(path: Path) -> int:
@@ -264,6 +248,10 @@ def verify(path: Path) -> str | None:
     return None
 
 
+def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
+
+
 def _describe(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
@@ -272,13 +260,10 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "nothing" if shape is None else "x".join(map(str, shape)) or "a number"
 
 
-def _reason(error: BaseException) -> str:
-    """Return the message of the first error among ranks."""
+def _not_written(final: Path, error: BaseException) -> str:
+    """Return the message, with the first error among ranks."""
+    reason = str(error)
     if isinstance(error, CheckpointException):
         rank, (inner, _) = min(error.failures.items())
-        return f"rank {rank}: {inner}" if len(error.failures) > 1 or rank else str(inner)
-    return str(error)
-
-
-def _not_written(final: Path, reason: str) -> str:
+        reason = f"rank {rank}: {inner}" if len(error.failures) > 1 or rank else str(inner)
     return f"{final}: checkpoint not written ({reason}); earlier checkpoints are intact"

@@ -1,4 +1,4 @@
-"""The processes of a run: this one's rank, collectives, and signals that stop the run.
+"""The processes of a run: this one's rank, collectives, sharded tensors, and signals that stop the run.
 
     python -m transfuse train demo                                  one process, rank 0 of 1: nothing is sent
     torchrun --nproc-per-node 8 -m transfuse train demo             eight processes
@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,14 +23,19 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..log import quiet
 
+T = TypeVar("T")
+
 RESUMABLE = 75
 """exit code of a run that was stopped and saved: the same command resumes it (EX_TEMPFAIL)"""
+TIMEOUT = timedelta(minutes=30)  # how long a rank waits for the others
 
 
 class StopRequest:
@@ -43,29 +48,21 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            for number in self.signals:
-                self._previous[number] = signal.signal(number, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-
-
-T = TypeVar("T")
-
-TIMEOUT = timedelta(minutes=30)  # how long a rank waits for the others
-
-AXES = ("replicate", "shard", "tensor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,22 +104,27 @@ class Distributed:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather_all(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order."""
+        values: list[Any] = [value] * self.count
+        if self.mesh is not None:
+            dist.all_gather_object(values, value, group=self.objects)
+        return values
+
     def gather(self, value: T) -> list[T]:
         """Return the values of all data ranks, in order."""
-        return self._all(value)[:: self.count // self.datas]
+        return self.gather_all(value)[:: self.count // self.datas]
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank."""
-        if self.mesh is None:
-            return value
-        values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0, group=self.objects)
-        shared: T = values[0]
-        return shared
+        values: list[T] = [value]
+        if self.mesh is not None:
+            dist.broadcast_object_list(values, src=0, group=self.objects)
+        return values[0]
 
     def wait(self) -> None:
         """Wait for all ranks."""
-        self.gather(None)
+        self.gather_all(None)
 
     def all_agree(self, problem: str) -> None:
         """Stop all ranks if any of them has a problem (an empty string is none). Every rank must call this.
@@ -130,7 +132,7 @@ class Distributed:
         Raises:
             UserError: on rank 0, with the first problem; the other ranks exit with code 2.
         """
-        first = next(filter(None, self._all(problem)), "")
+        first = next(filter(None, self.gather_all(problem)), "")
         if first and self.first:
             raise UserError(first)
         if first:
@@ -150,14 +152,6 @@ class Distributed:
         self.all_agree(problem)
         return result
 
-    def _all(self, value: T) -> list[T]:
-        """Return the values of all ranks, in order."""
-        if self.mesh is None:
-            return [value]
-        values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value, group=self.objects)
-        return values
-
 
 def stopped_code(ranks: Distributed) -> int:
     """Return the exit code of a stopped, saved run: 0 under torchrun, which would restart after any other."""
@@ -170,9 +164,9 @@ def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Distribut
 
     Raises UserError if the number of processes is not a multiple of `replicate * tensor`.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if count % (replicate * tensor):
-        if os.environ.get("RANK", "0") != "0":
+        if rank:
             raise SystemExit(2)  # rank 0 prints the error
         raise UserError(
             f"parallel: expected a multiple of {replicate * tensor} processes (replicate x tensor), found {count}"
@@ -180,11 +174,10 @@ def join(device: str, replicate: int = 1, tensor: int = 1) -> Iterator[Distribut
     if "RANK" not in os.environ or count == 1:
         yield Distributed(torch.device(device))
         return
-    rank, cuda = int(os.environ["RANK"]), device == "cuda"
-    here = torch.device(device, int(os.environ.get("LOCAL_RANK", rank))) if cuda else torch.device(device)
-    if cuda:
+    here, backend = torch.device(device), "gloo"
+    if device == "cuda":
+        here, backend = torch.device(device, int(os.environ.get("LOCAL_RANK", rank))), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(here)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(_meet(shared, rank, count), shared)
@@ -227,8 +220,73 @@ def _meet(store: dist.Store, rank: int, count: int) -> str:
 def arrange(device: torch.device, replicate: int, tensor: int) -> Distributed:
     """Arrange the processes of the default group in a mesh of replicate x shard x tensor."""
     rank, count = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh(device.type, (replicate, count // (replicate * tensor), tensor), mesh_dim_names=AXES)
+    axes = ("replicate", "shard", "tensor")
+    mesh = init_device_mesh(device.type, (replicate, count // (replicate * tensor), tensor), mesh_dim_names=axes)
     peers = mesh["replicate", "shard"]._flatten("data").get_group()
     objects, saving = (dist.new_group(backend="gloo", timeout=timedelta(hours=2)) for _ in range(2))
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     return Distributed(device, rank, count, mesh, rank // tensor, count // tensor, elastic, objects, saving, peers)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard, sharing its storage; an unsharded tensor is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the unsharded tensor; every rank must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def place(weight: Tensor, values: Tensor) -> None:
+    """Copy unsharded values, the same on every rank, into a weight or into this rank's shard of it."""
+    if isinstance(weight, DTensor):
+        mesh, coordinate = weight.device_mesh, weight.device_mesh.get_coordinate()
+        assert coordinate is not None
+        for axis in reversed(range(mesh.ndim)):  # tensor parallel splits first, FSDP shards its pieces
+            placement = weight.placements[axis]
+            if not placement.is_replicate():
+                pieces = values.chunk(mesh.size(axis), placement.dim)  # type: ignore[attr-defined]
+                at = coordinate[axis]
+                values = pieces[at] if at < len(pieces) else values.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    local(weight).copy_(values)
+
+
+def sum_gradients(model: nn.Module, ranks: Distributed) -> None:
+    """Sum the gradients of an unsharded network over ranks; a sharded one has done so in its backward pass."""
+    if ranks.mesh is None or isinstance(model, FSDPModule):
+        return
+    parameters = list(model.parameters())
+    has_grad = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int64)
+    for parameter, ranks_with in zip(parameters, ranks.sum(has_grad.to(parameters[0].device)).tolist(), strict=True):
+        if ranks_with and parameter.grad is None:  # without any gradient, the optimizer skips it
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    together = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, summed in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view(gradient.shape))
+
+
+def stacked_name(name: str) -> str:
+    """Return the name that a weight of `parallel.Parts` has in an unsplit network; other names are unchanged."""
+    head, _, tail = name.partition(".parts.")
+    return f"{head}.{tail.split('.', 1)[1]}" if tail else name
+
+
+def restacked(name: str, tensor: Tensor, saved: list[Tensor]) -> Tensor:
+    """Return the values of a tensor of this name from the saved stacked matrix, or from its parts in order."""
+    if not tensor.ndim:
+        return saved[0]
+    stacked = torch.cat(saved)
+    if stacked_name(name) == name:
+        return stacked
+    number = int(name.partition(".parts.")[2].split(".", 1)[0])
+    return stacked[number * len(tensor) : (number + 1) * len(tensor)]
+
+
+def stack(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return tensors under the names of an unsplit network, with parts (unsharded, in order) concatenated."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors:
+        parts.setdefault(stacked_name(name), []).append(tensor)
+    return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for name, pieces in parts.items()}

@@ -40,18 +40,13 @@ class GuardConfig:
                 raise ValueError(f"loop.guard.{name}: expected at least {least}, found {getattr(self, name)}")
 
 
-Action = Literal["raise", "log", "skip", "rollback"]
-
-
 @dataclass(frozen=True)
 class Verdict:
-    """A bad step: its kind, the reason in words, and the action to take."""
-
     """A bad step: its kind, a one-line reason, and the action to take."""
 
     kind: Literal["nonfinite", "spike"]
     reason: str
-    action: Action
+    action: Literal["raise", "log", "skip", "rollback"]
 
 
 class Guard:
@@ -63,14 +58,26 @@ class Guard:
         self.left_out: list[int] = []
 
     def judge(self, step: int, losses: dict[str, float], norm: float) -> Verdict | None:
-        """Return the verdict on a bad step, None for a good one. `losses` holds only terms with targets."""
+        """Return the verdict on a bad step, None for a good one. `losses` holds only terms with targets.
+
+        The action is "raise" if more steps than the configuration allows were left out.
+        """
         wrong = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
+        verdict = None
         if wrong or not math.isfinite(norm):
             reason = f"expected finite numbers, found {', '.join([*wrong, f'gradient norm {norm}'])}"
-            return self._verdict(step, "nonfinite", reason, self.config.nonfinite)
-        reason = next(filter(None, (self._jump(name, value) for name, value in losses.items())), "")
-        verdict = self._verdict(step, "spike", reason, self.config.spike) if reason else None
-        if verdict is None or verdict.action == "log":
+            verdict = Verdict("nonfinite", reason, self.config.nonfinite)
+        else:
+            jumps = [jump for name, value in losses.items() if (jump := self._jump(name, value))]
+            if jumps:
+                verdict = Verdict("spike", jumps[0], self.config.spike)
+        if verdict is not None and verdict.action in ("skip", "rollback"):
+            recent = [earlier for earlier in self.left_out if step - earlier < self.config.window]
+            self.left_out = [*recent, step]
+            if len(self.left_out) > self.config.most:
+                reason = f"{verdict.reason}; step number {len(self.left_out)} to be left out, more than loop.guard.most"
+                verdict = Verdict(verdict.kind, f"{reason} allows", "raise")
+        if verdict is None or (verdict.kind == "spike" and verdict.action == "log"):
             for name, value in losses.items():
                 self.losses.setdefault(name, deque(maxlen=self.config.window)).append(value)
         return verdict
@@ -87,21 +94,11 @@ class Guard:
             return ""
         return f"{name} {value:.4g} is more than {self.config.sigmas:g} deviations above {mean:.4g}"
 
-    def _verdict(self, step: int, kind: Literal["nonfinite", "spike"], reason: str, action: Action) -> Verdict:
-        """Return a verdict with the configured action, or "raise" if too many steps were left out."""
-        if action in ("skip", "rollback"):
-            self.left_out = [*(earlier for earlier in self.left_out if step - earlier < self.config.window), step]
-            if len(self.left_out) > self.config.most:
-                reason += f"; step number {len(self.left_out)} to be left out, more than loop.guard.most allows"
-                action = "raise"
-        return Verdict(kind, reason, action)
-
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as plain numbers."""
         return {"losses": {name: list(values) for name, values in self.losses.items()}, "left_out": [*self.left_out]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Load a checkpoint's state, but keep newer `left_out` steps, so that repeated rollbacks end the run."""
-        losses = state.get("losses", {})
-        self.losses = {name: deque(values, maxlen=self.config.window) for name, values in losses.items()}
-        self.left_out = self.left_out or list(state.get("left_out", []))
+        self.losses = {name: deque(values, maxlen=self.config.window) for name, values in state["losses"].items()}
+        self.left_out = self.left_out or list(state["left_out"])

@@ -37,7 +37,7 @@ class Card:
     """pattern of the driver's name for it"""
 
 
-CARDS: dict[str, Card] = {
+CARDS = {
     "a100-40": Card(312e12, 40 << 30, r"A100-(SXM4|PCIE)-40GB"),
     "a100-80": Card(312e12, 80 << 30, r"A100-SXM4-80GB|A100 80GB PCIe"),
     "h100": Card(989.4e12, 80 << 30, r"H100 80GB HBM3"),
@@ -72,16 +72,6 @@ def peak_flops(device_name: str) -> float | None:
     return next((known.flops for known in CARDS.values() if re.fullmatch(known.device, name)), None)
 
 
-def peak_of(device: torch.device) -> float | None:
-    """Return the peak operations per second of a device; None for a CPU or an unknown card."""
-    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def memory_used(device: torch.device) -> int | None:
-    """Return the peak memory of tensors since the start, in bytes; None for a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
 SKIPPED, WARM = 5, 2
 """steps before a trace, in which kernels are prepared, and steps in which the profiler warms up"""
 
@@ -96,7 +86,6 @@ def profiled(folder: Path, steps: int, rank: int) -> Iterator[Callable[[], None]
         yield lambda: None
         return
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-
     path, done, traced = folder / f"rank-{rank}.json", 0, 0
 
     def write(traces: profile) -> None:

@@ -5,7 +5,7 @@ objective returns sums and counts; the trainer divides by counts of the whole st
 that splitting a step never changes its loss.
 
 The token loss never holds all logits at once: 32,000 ids at 100,000 targets are 13 GB in float32, and as much again for
-their gradient. Above `MAX_LOGITS` they are computed in chunks of rows, and again in the backward pass, for one more
+their gradient. Above `max_logits` they are computed in chunks of rows, and again in the backward pass, for one more
 product of the output layer.
 """
 
@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,91 +24,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ..autoencoders import ImageAutoencoder
 from ..diffusion import Process
-from ..model import LMHeadFn, Transfusion, for_batch, group_by_shape, stack_group
+from ..model import Transfusion, for_batch, group_by_shape, stack_group
 from ..model.layers import Linear
 from ..rng import generator_for
 from ..sequence import Batch, Images, shapes_of, stacked
 
 MAX_LOGITS = 2**26
 """logits that may exist at once: 256 MiB in float32, plus some copies"""
-
-
-def token_losses(head: Linear, x: Tensor, targets: Tensor, z: bool) -> Tensor:
-    """Return the losses of each target in float32: cross-entropy `[1, M]`, or cross-entropy and z `[2, M]`.
-
-    x [M, C], targets [M]   hidden states, in any dtype, and the next tokens
-    z                       add z-loss, the squared log of the softmax's denominator, which keeps logits from drifting
-
-    Chunks give the same losses; gradients of the output layer's weight are summed chunk by chunk in its dtype.
-    """
-    if len(x) * head.out_features <= MAX_LOGITS:
-        return _losses(head, x, targets, z)
-    rows = max(1, MAX_LOGITS // head.out_features)
-    parts = [
-        # Nothing in `_losses` draws random numbers, so no generator state is kept.
-        checkpoint(_losses, head, *chunk, z, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(x.split(rows), targets.split(rows), strict=True)
-    ]
-    return torch.cat(parts, dim=1)
-
-
-def _losses(head: Linear, x: Tensor, targets: Tensor, z: bool) -> Tensor:
-    logits = head(x).float()
-    if not z:
-        # Stacked, not `[None]`, because FSDP warns about views in its root's output.
-        return torch.stack([F.cross_entropy(logits, targets, reduction="none")])
-    denominator = logits.logsumexp(-1)  # computed once for both terms: the logits are the largest tensor of a step
-    return torch.stack([denominator - logits.gather(-1, targets[:, None])[:, 0], denominator.square()])
-
-
 ENCODE_MULTIPLE = 128  # images per call of the autoencoder on a GPU, a multiple of this
 
 Details = dict[str, tuple[Tensor | float, float]]
-
-
-@dataclass
-class LossSums:
-    """Summed losses `[term]` with gradient, and details to log: name -> (sum, count), without.
-
-    A sum may be a tensor, because reading its value would wait for the device.
-    """
-
-    losses: Tensor
-    details: Details = field(default_factory=dict)
-
-
-class StepBatch(Protocol):
-    """The trainer's view of a batch: its samples, named quantities to be summed, and a move to the device."""
-
-    @property
-    def samples(self) -> tuple[int, ...]: ...
-
-    @property
-    def quantities(self) -> dict[str, int]: ...
-
-    def to(self, device: torch.device | str) -> Any: ...
-
-
-class Objective(Protocol):
-    """The trainer's view of a training goal: named loss terms with weights, target counts and summed losses.
-
-    before_step(model, batches)        called on every rank with its micro-batches of a step, before their losses
-    after_step(model, step, batches)   called after the optimizer's update; `step` is the number of steps done
-    nonfinite_samples(model, batch)    the samples whose own loss is not finite
-    """
-
-    names: tuple[str, ...]
-    weights: tuple[float, ...]
-
-    def counts(self, batch: Any) -> tuple[int, ...]: ...
-
-    def before_step(self, model: nn.Module, batches: Sequence[Any]) -> None: ...
-
-    def loss(self, model: nn.Module, batch: Any) -> LossSums: ...
-
-    def nonfinite_samples(self, model: nn.Module, batch: Any) -> list[int]: ...
-
-    def after_step(self, model: nn.Module, step: int, batches: Sequence[Any]) -> None: ...
+"""name -> (sum, count); a sum may be a tensor, because reading its value would wait for the device"""
 
 
 @dataclass(frozen=True)
@@ -131,7 +57,81 @@ class ObjectiveConfig:
 
 
 @dataclass
-class Noised:
+class LossSums:
+    """Summed losses `[term]` with gradient, and details to log, without."""
+
+    losses: Tensor
+    details: Details = field(default_factory=dict)
+
+
+class StepBatch(Protocol):
+    """The trainer's view of a batch: its samples, named quantities to be summed, and a move to the device."""
+
+    @property
+    def samples(self) -> tuple[int, ...]: ...
+
+    @property
+    def quantities(self) -> dict[str, int]: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
+class Objective(Protocol):
+    """The trainer's view of a training goal: named loss terms with weights, target counts and summed losses."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def counts(self, batch: Any) -> tuple[int, ...]:
+        """Return the number of targets of each term."""
+        ...
+
+    def loss(self, model: Any, batch: Any) -> LossSums:
+        """Return the losses summed over the batch's targets."""
+        ...
+
+    def nonfinite_samples(self, model: Any, batch: Any) -> list[int]:
+        """Return the samples whose own loss is not finite."""
+        ...
+
+    def before_step(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        """Prepare a step: called on every rank with its micro-batches, before their losses."""
+        return
+
+    def after_step(self, model: nn.Module, step: int, batches: Sequence[Any]) -> None:
+        """Complete a step: called after the optimizer's update; `step` is the number of steps done."""
+        return
+
+
+def token_losses(head: Linear, x: Tensor, targets: Tensor, z: bool, max_logits: int = MAX_LOGITS) -> Tensor:
+    """Return the losses of each target in float32: cross-entropy `[1, M]`, or cross-entropy and z `[2, M]`.
+
+    x [M, C], targets [M]   hidden states, in any dtype, and the next tokens
+    z                       add z-loss, the squared log of the softmax's denominator, which keeps logits from drifting
+
+    Chunks give the same losses; gradients of the output layer's weight are summed chunk by chunk in its dtype.
+    """
+    if len(x) * head.out_features <= max_logits:
+        return _token_losses(head, x, targets, z)
+    rows = max(1, max_logits // head.out_features)
+    parts = [
+        # No random numbers are drawn, so no generator state is kept.
+        checkpoint(_token_losses, head, *chunk, z, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(x.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _token_losses(head: Linear, x: Tensor, targets: Tensor, z: bool) -> Tensor:
+    logits = head(x).float()
+    if not z:
+        # Stacked, not `[None]`, because FSDP warns about views in its root's output.
+        return torch.stack([F.cross_entropy(logits, targets, reduction="none")])
+    denominator = logits.logsumexp(-1)  # computed once for both terms: the logits are the largest tensor of a step
+    return torch.stack([denominator - logits.gather(-1, targets[:, None])[:, 0], denominator.square()])
+
+
+class Noised(NamedTuple):
     """Noised images: latents x_t, timesteps `[I]`, and the targets of the predictions."""
 
     latents: Images
@@ -139,26 +139,26 @@ class Noised:
     targets: Images
 
 
-class TokenObjective:
+class TokenObjective(Objective):
     """Next-token loss: cross-entropy summed over all targets, text and codes of a joint vocabulary.
 
     The softmax covers the whole vocabulary at every position, as in Chameleon, so text competes with codes.
     """
 
-    names: tuple[str, ...] = ("tokens",)
-    weights: tuple[float, ...] = (1.0,)
-
-    def __init__(self, config: ObjectiveConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
-        if config.z_weight:
-            self.names, self.weights = (*self.names, "z"), (*self.weights, config.z_weight)
+    def __init__(
+        self, config: ObjectiveConfig, seed: int, max_logits: int = MAX_LOGITS, terms: dict[str, float] | None = None
+    ) -> None:
+        self.config, self.seed, self.max_logits = config, seed, max_logits
+        terms = (terms or {"tokens": 1.0}) | ({"z": config.z_weight} if config.z_weight else {})
+        self.names, self.weights = tuple(terms), tuple(terms.values())
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
+        """Return the number of targets of each term."""
         return (len(batch.targets),) * len(self.names)
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSums:
+    def loss(self, model: Transfusion, batch: Batch) -> LossSums:
         """Return losses summed over the batch's targets; the details split text and codes."""
-        losses = self._losses(model, batch)
+        losses, _ = self._forward(model, batch)
         entropy, codes = losses[0].detach(), batch.is_image_token
         details: Details = {
             name: (entropy[chosen].sum(), float(chosen.sum()))
@@ -168,73 +168,54 @@ class TokenObjective:
         return LossSums(torch.stack([term.sum() for term in losses]), details)
 
     @torch.no_grad()
-    def nonfinite_samples(self, model: nn.Module, batch: Batch) -> list[int]:
+    def nonfinite_samples(self, model: Transfusion, batch: Batch) -> list[int]:
         """Return the samples whose own loss is not finite."""
-        return _documents_of(batch, ~self._losses(model, batch)[0].isfinite())
+        return self._samples_of(batch, ~self._forward(model, batch)[0][0].isfinite())
 
-    def before_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        """Do nothing."""
-
-    def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
-        """Do nothing."""
-
-    def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the losses of each target `[1 or 2, M]` (`token_losses`)."""
-        assert isinstance(model, Transfusion)
-        attend, dropout = for_batch(batch, model.compute_dtype), _dropout(model, self.seed, batch)
-        lm_head_fn = _token_losses(batch, self.config)
-        losses, _ = model(
-            batch.input_ids, batch.position_ids, attend, batch.loss_positions, dropout=dropout, lm_head_fn=lm_head_fn
+    def _forward(self, model: Transfusion, batch: Batch, noised: Noised | None = None) -> tuple[Tensor, Images]:
+        """Return the losses of each target `[1 or 2, M]` (`token_losses`), and the predictions of noised images."""
+        device, dropout = batch.input_ids.device, None
+        if model.config.dropout:  # keyed by the batch's first sample, so that resuming is exact
+            dropout = generator_for(self.seed, "dropout", batch.samples[0], device=device)
+        z = bool(self.config.z_weight)
+        losses, predictions = model(
+            batch.input_ids,
+            batch.position_ids,
+            for_batch(batch, model.compute_dtype),
+            batch.loss_positions,
+            *(() if noised is None else (batch.patches, noised.latents, noised.timesteps.to(device))),
+            dropout=dropout,
+            lm_head_fn=partial(token_losses, targets=batch.targets, z=z, max_logits=self.max_logits),
         )
-        return losses
+        return losses, predictions
+
+    def _samples_of(self, batch: Batch, targets: Tensor) -> list[int]:
+        """Return the sample numbers of the documents with a chosen target (bool `[M]`)."""
+        bounds = torch.tensor(batch.documents).cumsum(0)
+        documents = torch.bucketize(batch.loss_positions.cpu()[targets.cpu()], bounds, right=True)
+        return [batch.samples[document] for document in documents.tolist()]
 
 
-def _token_losses(batch: Batch, config: ObjectiveConfig) -> LMHeadFn:
-    return partial(token_losses, targets=batch.targets, z=bool(config.z_weight))
-
-
-def _documents_of(batch: Batch, targets: Tensor) -> list[int]:
-    """Return the sample numbers of the documents with a chosen target (bool `[M]`)."""
-    bounds = torch.tensor(batch.documents).cumsum(0)
-    documents = torch.bucketize(batch.loss_positions.cpu()[targets.cpu()], bounds, right=True)
-    return [batch.samples[document] for document in documents.tolist()]
-
-
-def _dropout(model: Transfusion, seed: int, batch: Batch) -> torch.Generator | None:
-    """Return the generator of dropout masks, keyed by the batch's first sample so that resuming is exact."""
-    if not model.config.dropout:
-        return None
-    return generator_for(seed, "dropout", batch.samples[0], device=batch.input_ids.device)
-
-
-@dataclass
-class Losses:
-    """Token losses `[1 or 2, M]`, mean squared error of each image `[I]`, and its timestep `[I]`."""
-
-    tokens: Tensor
-    image: Tensor
-    timesteps: Tensor
-
-
-class TransfusionObjective:
+class TransfusionObjective(TokenObjective):
     """Cross-entropy summed over text targets; mean squared error per image, summed over images.
 
     autoencoder: encodes images that arrive as pixels, on its device.
     """
 
-    names: tuple[str, ...] = ("text", "image")
-
     def __init__(
-        self, config: ObjectiveConfig, process: Process, seed: int, autoencoder: ImageAutoencoder | None = None
+        self,
+        config: ObjectiveConfig,
+        process: Process,
+        seed: int,
+        autoencoder: ImageAutoencoder | None = None,
+        max_logits: int = MAX_LOGITS,
     ) -> None:
-        self.config, self.process, self.seed, self.autoencoder = config, process, seed, autoencoder
-        self.weights: tuple[float, ...] = (1.0, config.image_weight)
-        if config.z_weight:
-            self.names, self.weights = (*self.names, "z"), (*self.weights, config.z_weight)
+        super().__init__(config, seed, max_logits, {"text": 1.0, "image": config.image_weight})
+        self.process, self.autoencoder = process, autoencoder
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        counts = len(batch.targets), batch.image_targets
-        return (*counts, len(batch.targets)) if self.config.z_weight else counts
+        """Return the number of targets of each term."""
+        return (len(batch.targets), batch.image_targets, len(batch.targets))[: len(self.names)]
 
     def sample_noise(self, batch: Batch) -> Batch:
         """Return the batch with timesteps and noise: t in 1..T (or up to the cap), 0 for context images.
@@ -262,11 +243,8 @@ class TransfusionObjective:
             x0, noise, t = batch.latents, batch.noise, timesteps.to(batch.latents.device)
             return Noised(self.process.add_noise(x0, noise, t), timesteps, self.process.target(x0, noise, t))
         triples = list(zip(batch.latents, batch.noise, timesteps.unbind(0), strict=True))
-        return Noised(
-            [self.process.add_noise(x0, noise, t) for x0, noise, t in triples],
-            timesteps,
-            [self.process.target(x0, noise, t) for x0, noise, t in triples],
-        )
+        latents = [self.process.add_noise(x0, noise, t) for x0, noise, t in triples]
+        return Noised(latents, timesteps, [self.process.target(x0, noise, t) for x0, noise, t in triples])
 
     def encode(self, batch: Batch) -> Batch:
         """Return the batch with latents for images that arrived as pixels; ValueError without an autoencoder."""
@@ -284,66 +262,44 @@ class TransfusionObjective:
                 latents[waiting[number]] = latent
         return replace(batch, latents=stacked(latents), pixels=())
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSums:
-        """Return both losses summed over the batch's targets; the details are image errors by timestep."""
-        losses = self._losses(model, batch)
-        weighted = (losses.image * self.process.weight(losses.timesteps).to(losses.image))[batch.denoise]
-        entropy, *z = [term.sum() for term in losses.tokens]
-        bins = self._bins(losses.image.detach(), losses.timesteps, batch)
-        return LossSums(torch.stack([entropy, weighted.sum(), *z]), bins)
-
-    @torch.no_grad()
-    def nonfinite_samples(self, model: nn.Module, batch: Batch) -> list[int]:
-        """Return the samples whose own loss is not finite."""
-        losses = self._losses(model, batch)
-        images = torch.nonzero(~losses.image.isfinite().cpu() & batch.denoise).flatten()
-        return _documents_of(batch, ~losses.tokens[0].isfinite()) + [batch.noise_ids[i][0] for i in images.tolist()]
-
-    def before_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        """Do nothing."""
-
-    def after_step(self, model: nn.Module, step: int, batches: Sequence[Batch]) -> None:
-        """Do nothing."""
-
-    def _losses(self, model: nn.Module, batch: Batch) -> Losses:
-        assert isinstance(model, Transfusion)
-        batch = self.encode(batch)
-        noised = self.noise(batch)
-        losses, predictions = model(
-            batch.input_ids,
-            batch.position_ids,
-            for_batch(batch, model.compute_dtype),
-            batch.loss_positions,
-            batch.patches,
-            noised.latents,
-            noised.timesteps.to(batch.input_ids.device),
-            _dropout(model, self.seed, batch),
-            _token_losses(batch, self.config),
-        )
-        return Losses(losses, self._errors(predictions, noised, batch.input_ids.device), noised.timesteps)
-
-    def _errors(self, predictions: Images, noised: Noised, device: torch.device) -> Tensor:
-        """Return the mean squared error of each image `[I]`."""
-        if not len(predictions):
-            return torch.zeros(0, device=device)
-        if isinstance(predictions, Tensor) and isinstance(noised.targets, Tensor):
-            return (predictions - noised.targets).square().flatten(1).mean(1)
-        pairs = zip(predictions, noised.targets, strict=True)
-        return torch.stack([F.mse_loss(prediction, target) for prediction, target in pairs])
-
-    def _bins(self, errors: Tensor, timesteps: Tensor, batch: Batch) -> Details:
-        """Return the unweighted image error in equal bins of the timestep."""
+    def loss(self, model: Transfusion, batch: Batch) -> LossSums:
+        """Return both losses summed over the batch's targets; the details are image errors in bins of the timestep."""
+        tokens, errors, timesteps = self._losses(model, batch)
+        weighted = (errors * self.process.weight(timesteps).to(errors))[batch.denoise]
+        entropy, *z = [term.sum() for term in tokens]
         bins = self.config.timestep_bins
         number = (timesteps[batch.denoise] - 1) * bins // self.process.config.timesteps
-        chosen = errors.float()[batch.denoise]
+        chosen = errors.detach().float()[batch.denoise]
         total = torch.zeros(bins, device=errors.device).index_add_(0, number.to(errors.device), chosen)
         count = torch.bincount(number, minlength=bins).tolist()
-        return {f"image_by_timestep/{i}": (total[i], count[i]) for i in range(bins)}
+        details: Details = {f"image_by_timestep/{i}": (total[i], count[i]) for i in range(bins)}
+        return LossSums(torch.stack([entropy, weighted.sum(), *z]), details)
+
+    @torch.no_grad()
+    def nonfinite_samples(self, model: Transfusion, batch: Batch) -> list[int]:
+        """Return the samples whose own loss is not finite."""
+        tokens, errors, _ = self._losses(model, batch)
+        images = torch.nonzero(~errors.isfinite().cpu() & batch.denoise).flatten()
+        return self._samples_of(batch, ~tokens[0].isfinite()) + [batch.noise_ids[i][0] for i in images.tolist()]
+
+    def _losses(self, model: Transfusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return token losses `[1 or 2, M]`, mean squared error of each image `[I]`, and its timestep `[I]`."""
+        batch = self.encode(batch)
+        noised = self.noise(batch)
+        tokens, predictions = self._forward(model, batch, noised)
+        if not len(predictions):
+            errors = torch.zeros(0, device=batch.input_ids.device)
+        elif isinstance(predictions, Tensor) and isinstance(noised.targets, Tensor):
+            errors = (predictions - noised.targets).square().flatten(1).mean(1)
+        else:
+            pairs = zip(predictions, noised.targets, strict=True)
+            errors = torch.stack([F.mse_loss(prediction, target) for prediction, target in pairs])
+        return tokens, errors, noised.timesteps
 
 
-def _encode_pixels(autoencoder: ImageAutoencoder, pictures: Tensor) -> Tensor:
+def _encode_pixels(autoencoder: ImageAutoencoder, pixels: Tensor) -> Tensor:
     """Encode uint8 `[image, row, column, 3]` to latents."""
-    count = len(pictures)
-    if pictures.is_cuda:  # cuDNN plans every convolution again for each new number of images
-        pictures = torch.cat([pictures, pictures[:1].expand(-count % ENCODE_MULTIPLE, *pictures.shape[1:])])
-    return autoencoder.latents(pictures)[:count]
+    count = len(pixels)
+    if pixels.is_cuda:  # cuDNN plans every convolution again for each new number of images
+        pixels = torch.cat([pixels, pixels[:1].expand(-count % ENCODE_MULTIPLE, *pixels.shape[1:])])
+    return autoencoder.latents(pixels)[:count]

@@ -32,6 +32,7 @@ from ..images import read_image
 from ..io import append_jsonl, atomic_write
 from ..log import logger
 from .distributed import Distributed
+from .hardware import peak_flops
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -222,14 +223,14 @@ class Average:
         return {name: float(self.sums[name]) / count for name, count in self.counts.items() if count}
 
 
-class Clock:
-    """Seconds spent in named parts of the code.
+class Meter:
+    """Seconds spent in named parts of the code, and what the device has: memory in use and peak operations.
 
     On CUDA it records events in the stream and reads them once the device has passed them, so it never waits.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.on_device = device.type == "cuda"
+        self.device, self.on_device = device, device.type == "cuda"
         self.seconds: dict[str, float] = {}
         self._marks: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -258,3 +259,11 @@ class Clock:
         while self._marks and self._marks[0][2].query():
             name, start, end = self._marks.popleft()
             self.seconds[name] = self.seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+
+    def memory(self) -> int | None:
+        """Return the peak memory of tensors since the start, in bytes; None for a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.on_device else None
+
+    def peak_flops(self) -> float | None:
+        """Return the peak operations per second; None for a CPU or an unknown card."""
+        return peak_flops(torch.cuda.get_device_name(self.device)) if self.on_device else None

@@ -1,4 +1,4 @@
-"""AdamW with its schedule and groups (Transfusion section 4.1), and the moving average of the weights."""
+"""AdamW with its schedule, groups and clipping (Transfusion section 4.1), and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from .parallel import local
+from .distributed import Distributed, local
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,27 @@ def build_optimizer(
             key = decay, own, getattr(parameter, "device_mesh", None)
             groups.setdefault(key, {"params": [], "weight_decay": decay, "betas": own})["params"].append(parameter)
     return torch.optim.AdamW(list(groups.values()), lr=config.learning_rate, eps=config.eps, fused=True)
+
+
+def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Distributed) -> Tensor:
+    """Scale gradients to a global norm of at most `largest`. Return the norm before, 0 without gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device)
+    norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
+    if ranks.mesh is None:
+        norm = torch.linalg.vector_norm(norms)
+    else:  # each rank adds its shards, divided by the number of ranks that hold the same shard
+        shards = [
+            math.prod(g.device_mesh.size(axis) for axis, place in enumerate(g.placements) if not place.is_replicate())
+            if isinstance(g, DTensor)
+            else 1
+            for g in gradients
+        ]
+        copies = torch.tensor([ranks.count // count for count in shards], device=norms.device)
+        norm = ranks.sum_all((norms.square() / copies).sum()).sqrt()
+    torch._foreach_mul_([local(gradient) for gradient in gradients], (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 class EMA:

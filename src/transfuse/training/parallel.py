@@ -13,17 +13,15 @@ and after the transformer all ranks of a group compute the same.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -41,9 +39,6 @@ from ..model.attention import Attend
 from ..model.layers import Block, Linear
 from .distributed import Distributed
 
-STACKED = {"qkv": 3, "gate_up": 2}
-"""number of matrices stacked in each of these; each rank needs a piece of every one"""
-
 
 class Parts(nn.Module):
     """A stacked matrix split into separate linear maps, outputs concatenated: `[N, C] -> [N, parts * D]`."""
@@ -57,75 +52,48 @@ class Parts(nn.Module):
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
+def check_tensor_parallel(config: ModelConfig, ranks: int) -> None:
+    """Raise UserError unless the transformer's matrices divide among `ranks` processes."""
+    for fits, expected in (
+        (config.n_heads % ranks == 0, f"a divisor of model.n_heads ({config.n_heads})"),
+        (config.ffn_dim % ranks == 0, f"a divisor of the hidden channels ({config.ffn_dim})"),
+        (config.kv_heads == config.n_heads, "1 with model.n_kv_heads"),
+        (not config.qk_norm, "1 with model.qk_norm"),
+        (not config.dropout, "1 with model.dropout"),
+    ):
+        if not fits:
+            raise UserError(f"parallel.tensor: expected {expected}, found {ranks}")
+
+
 def share_matrices(model: Transfusion, mesh: DeviceMesh) -> None:
     """Shard the transformer's matrices over a one-axis mesh. Raises UserError if they do not divide."""
-    _check(model.config, mesh.size())
+    check_tensor_parallel(model.config, mesh.size())
     whole, rows = Replicate(), Shard(0)
     gathered = PrepareModuleInput(input_layouts=(rows,), desired_input_layouts=(whole,))
     column = ColwiseParallel(input_layouts=whole)
     row = RowwiseParallel(output_layouts=rows, use_local_output=False)
     norm = SequenceParallel(sequence_dim=0)
+    plan = {
+        "attention_norm": norm,
+        "qkv": gathered,
+        "qkv.parts.*": column,
+        "out": row,
+        "feed_forward_norm": norm,
+        "feed_forward": gathered,
+        "feed_forward.gate_up.parts.*": column,
+        "feed_forward.down": row,
+    }
     for block in model.transformer.blocks:
         assert isinstance(block, Block)
-        block.qkv = Parts(block.qkv, STACKED["qkv"])  # type: ignore[assignment]
-        block.feed_forward.gate_up = Parts(block.feed_forward.gate_up, STACKED["gate_up"])  # type: ignore[assignment]
+        block.qkv = Parts(block.qkv, 3)  # type: ignore[assignment]
+        block.feed_forward.gate_up = Parts(block.feed_forward.gate_up, 2)  # type: ignore[assignment]
         block.n_heads, block.kv_heads = block.n_heads // mesh.size(), block.kv_heads // mesh.size()
-        plan = {
-            "attention_norm": norm,
-            "qkv": gathered,
-            "qkv.parts.*": column,
-            "out": row,
-            "feed_forward_norm": norm,
-            "feed_forward": gathered,
-            "feed_forward.gate_up.parts.*": column,
-            "feed_forward.down": row,
-        }
         parallelize_module(block, mesh, plan)
     parallelize_module(model.transformer, mesh, {"norm": norm})
-    inputs = PrepareModuleInput(
-        input_layouts=(whole, None, None, None),
-        desired_input_layouts=(rows, None, None, None),
-    )
+    inputs = PrepareModuleInput(input_layouts=(whole, None, None, None), desired_input_layouts=(rows, None, None, None))
     outputs = PrepareModuleOutput(output_layouts=(rows,), desired_output_layouts=(whole,))
     parallelize_module(model, mesh, {"transformer": inputs})
     parallelize_module(model, mesh, {"transformer": outputs})
-
-
-def _check(config: ModelConfig, ranks: int) -> None:
-    def check(ok: bool, expected: str) -> None:
-        if not ok:
-            raise UserError(f"parallel.tensor: expected {expected}, found {ranks}")
-
-    check(config.n_heads % ranks == 0, f"a divisor of model.n_heads ({config.n_heads})")
-    check(config.ffn_dim % ranks == 0, f"a divisor of the hidden channels ({config.ffn_dim})")
-    check(config.kv_heads == config.n_heads, "1 with model.n_kv_heads")
-    check(not config.qk_norm, "1 with model.qk_norm")
-    check(not config.dropout, "1 with model.dropout")
-
-
-def stacked_name(name: str) -> str:
-    """Return the name of a part's weight in an unsplit network; other names are unchanged."""
-    head, _, tail = name.partition(".parts.")
-    return f"{head}.{tail.split('.', 1)[1]}" if tail else name
-
-
-def restacked(name: str, tensor: Tensor, saved: list[Tensor]) -> Tensor:
-    """Return the values of a tensor of this name from the saved stacked matrix, or from its parts in order."""
-    if not tensor.ndim:
-        return saved[0]
-    stacked = torch.cat(saved)
-    if stacked_name(name) == name:
-        return stacked
-    number = int(name.partition(".parts.")[2].split(".", 1)[0])
-    return stacked[number * len(tensor) : (number + 1) * len(tensor)]
-
-
-def stack(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return tensors under the names of an unsplit network, with parts (unsharded, in order) concatenated."""
-    parts: dict[str, list[Tensor]] = {}
-    for name, tensor in tensors:
-        parts.setdefault(stacked_name(name), []).append(tensor)
-    return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for name, pieces in parts.items()}
 
 
 # Predictions are views of one tensor, which nothing changes in place.
@@ -174,10 +142,17 @@ def parallelize(model: Transfusion, ranks: Distributed, config: ParallelConfig) 
     if ranks.mesh is not None and config.tensor > 1:
         share_matrices(model, ranks.mesh["tensor"])
     if config.float8:
-        _to_float8(model)
+        try:
+            from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        except ImportError:
+            raise UserError(
+                "parallel.float8: expected torchao, found none; pip install 'transfuse[quantize]'"
+            ) from None
+        for block in model.transformer.blocks:  # on a CPU the 8-bit products are emulated
+            convert_to_float8_training(block, config=Float8LinearConfig(emulate=not torch.cuda.is_available()))
     for block in model.transformer.blocks:
         if config.activation_checkpointing != "none":
-            _forget(block, config.activation_checkpointing)
+            _recompute(block, config.activation_checkpointing)
         if config.compile:
             compile_block(block)
     if ranks.mesh is not None:
@@ -199,7 +174,7 @@ def compile_block(block: nn.Module, **options: Any) -> None:
     block.compile(**options)
 
 
-def _forget(block: nn.Module, kind: Checkpointing) -> None:
+def _recompute(block: nn.Module, kind: Checkpointing) -> None:
     """Make a block's backward pass recompute its activations: all, or all but the results of KEPT."""
     forward = block.forward
 
@@ -211,9 +186,8 @@ def _forget(block: nn.Module, kind: Checkpointing) -> None:
                 dropout.set_state(state)
             return forward(x, rotary, attend, dropout)
 
-        if kind == "full":
-            return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=_selective)
+        options: dict[str, Any] = {} if kind == "full" else {"context_fn": _selective}
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, **options)
 
     block.forward = again
 
@@ -221,83 +195,3 @@ def _forget(block: nn.Module, kind: Checkpointing) -> None:
 def _selective() -> Any:
     # At module level, because torch.compile looks it up by name.
     return create_selective_checkpoint_contexts(KEPT)
-
-
-def _to_float8(model: Transfusion) -> None:
-    """Replace the blocks' linear maps by torchao's, which scale each operand to 8 bits."""
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise UserError("parallel.float8: expected torchao, found none; pip install 'transfuse[quantize]'") from None
-    on_cpu = not torch.cuda.is_available()
-    for block in model.transformer.blocks:
-        convert_to_float8_training(block, config=Float8LinearConfig(emulate=on_cpu))
-
-
-def sum_over_copies(model: nn.Module, last: bool) -> None:
-    """Sum gradients over the copies of a sharded network only in the step's last micro-batch."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(last)
-
-
-def sum_over_ranks(model: nn.Module, ranks: Distributed) -> None:
-    """Sum the gradients of an unsharded network over ranks; a sharded one has done so in its backward pass."""
-    if ranks.mesh is None or isinstance(model, FSDPModule):
-        return
-    parameters = list(model.parameters())
-    has_grad = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int64)
-    for parameter, ranks_with in zip(parameters, ranks.sum(has_grad.to(parameters[0].device)).tolist(), strict=True):
-        if ranks_with and parameter.grad is None:  # without any gradient, the optimizer skips it
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    together = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, summed in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view(gradient.shape))
-
-
-def place(weight: Tensor, values: Tensor) -> None:
-    """Copy unsharded values, the same on every rank, into a weight or into this rank's shard of it."""
-    if isinstance(weight, DTensor):
-        mesh, coordinate = weight.device_mesh, weight.device_mesh.get_coordinate()
-        assert coordinate is not None
-        for axis in reversed(range(mesh.ndim)):  # tensor parallel splits first, FSDP shards its pieces
-            placement = weight.placements[axis]
-            if not placement.is_replicate():
-                pieces = values.chunk(mesh.size(axis), placement.dim)  # type: ignore[attr-defined]
-                at = coordinate[axis]
-                values = pieces[at] if at < len(pieces) else values.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
-    local(weight).copy_(values)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard, sharing its storage; an unsharded tensor is returned as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return the unsharded tensor; every rank must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Distributed) -> Tensor:
-    """Scale gradients to a global norm of at most `largest`. Return the norm before, 0 without gradients."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros((), device=parameters[0].device)
-    norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
-    if ranks.mesh is None:
-        norm = torch.linalg.vector_norm(norms)
-    else:
-        copies = torch.tensor([_copies(gradient, ranks) for gradient in gradients], device=norms.device)
-        norm = ranks.sum_all((norms.square() / copies).sum()).sqrt()
-    torch._foreach_mul_([local(gradient) for gradient in gradients], (largest / (norm + 1e-6)).clamp(max=1.0))
-    return norm
-
-
-def _copies(tensor: Tensor, ranks: Distributed) -> int:
-    """Return the number of ranks that hold the same shard."""
-    if not isinstance(tensor, DTensor):
-        return ranks.count
-    mesh = tensor.device_mesh
-    shards = [mesh.size(axis) for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    return ranks.count // math.prod(shards)

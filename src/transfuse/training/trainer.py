@@ -14,18 +14,23 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..errors import UserError
 from ..io import append_jsonl
 from ..log import logger, progress
-from .checkpoint import Checkpoint, CheckpointFolder
-from .distributed import Distributed, StopRequest
+from .checkpoint import Checkpoint, CheckpointFolder, Groups
+from .distributed import Distributed, StopRequest, local, stack, stacked_name, sum_gradients, whole
 from .guard import Guard, GuardConfig, Verdict
-from .hardware import memory_used, peak_of, profiled
+from .hardware import profiled
 from .loss import Objective, StepBatch
-from .metrics import Average, Clock, MetricsLog, TrackerName, Trackers
-from .optimizer import EMA, OptimizerConfig, build_optimizer, learning_rate
-from .parallel import clip_gradients, local, stack, stacked_name, sum_over_copies, sum_over_ranks, whole
+from .metrics import Average, Meter, MetricsLog, TrackerName
+from .optimizer import EMA, OptimizerConfig, build_optimizer, clip_gradients, learning_rate
+
+Sample = Callable[[dict[str, Tensor], Path], None]
+"""(averaged weights, path) -> None: draws a sample grid"""
+Measure = Callable[[dict[str, Tensor]], dict[str, float]]
+"""averaged weights -> results by name"""
 
 
 class DivergedError(UserError):
@@ -65,14 +70,13 @@ class LoopConfig:
     """services that also receive metrics and sample grids (each an extra of that name)"""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "log_every": 1, "keep": 1, "measure_count": 1}
-        every = ("keep_every", "checkpoint_every", "sample_every", "measure_every", "profile")
-        for name in (*least, *every):
-            if getattr(self, name) < least.get(name, 0):
-                raise ValueError(f"loop.{name}: expected at least {least.get(name, 0)}, found {getattr(self, name)}")
-        for name in ("max_seconds", "session_seconds"):
-            if (value := getattr(self, name)) is not None and not value >= 0:
-                raise ValueError(f"loop.{name}: expected at least 0, found {value}")
+        least = dict.fromkeys(("steps", "log_every", "keep", "measure_count"), 1)
+        least |= dict.fromkeys(("keep_every", "checkpoint_every", "sample_every", "measure_every", "profile"), 0)
+        least |= dict.fromkeys(("max_seconds", "session_seconds"), 0)
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= lowest:
+                raise ValueError(f"loop.{name}: expected at least {lowest}, found {value}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"loop.ema_decay: expected a number from 0 to below 1, found {self.ema_decay}")
         if self.best and not self.measure_every:
@@ -107,8 +111,7 @@ class Trainer:
     ranks    the processes of the run; `load` returns this one's part
     flops    operations of a batch, as an integer so that sums are exact
     betas    Adam's betas by name of a child module; the gradients of each such module are clipped by their norm
-    sample   rank 0 calls it with (averaged weights, path) to draw a sample grid
-    measure  rank 0 calls it with the averaged weights every `measure_every` steps; returns results by name
+    meter    time, memory and peak of the device
     """
 
     def __init__(
@@ -120,20 +123,19 @@ class Trainer:
         loop: LoopConfig,
         optimizer: OptimizerConfig,
         flops: Callable[[Any], int] = lambda batch: 0,
-        sample: Callable[[dict[str, Tensor], Path], None] | None = None,
         ranks: Distributed | None = None,
         betas: Mapping[str, tuple[float, float]] | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.model, self.objective, self.load, self.folder = model, objective, load, folder
         self.config, self.optimizer_config = loop, optimizer
-        self.flops, self.sample, self.ranks = flops, sample, ranks or Distributed()
-        self.measure: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
+        self.flops, self.ranks = flops, ranks or Distributed()
         self.device = next(model.parameters()).device
         self.optimizer, self.clipped_modules = build_optimizer(model, optimizer, betas), tuple(betas or ())
         self.ema = EMA(model, loop.ema_decay)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep, loop.keep_every, self.ranks)
-        self.trackers = Trackers(loop.trackers if self.ranks.first else (), folder)
-        self.guard, self.clock = Guard(loop.guard), Clock(self.device)
+        self.metrics = MetricsLog(folder, loop.trackers, self.ranks)
+        self.guard, self.meter = Guard(loop.guard), meter or Meter(self.device)
         self.step, self.data_offset = 0, 0
         self.totals: dict[str, float] = {"flops": 0, "seconds": 0.0, "waited": 0.0}
         self.losses: dict[str, float] = {}
@@ -142,44 +144,15 @@ class Trainer:
         self._counted: dict[str, float] = {}
         self._saved_step: int | None = None
 
-    def restore(self) -> bool:
-        """Load the newest complete checkpoint. Return False if there is none."""
-        path, complaints = self.checkpoints.newest()
-        for complaint in complaints:
-            logger.info(complaint)
-        if path is None:
-            return False
-        metadata = self.checkpoints.open(path)
-        names = {stacked_name(name) for name in metadata.state_dict_metadata}
-        progress = self.checkpoints.load(path, metadata, self._state(names))
-        self.step, self.totals = progress["step"], {"waited": 0.0, **progress["totals"]}
-        self.data_offset, self._counted = progress.get("data_offset", 0), {}
-        self._saved_step = self.step
-        self.average = Average.of(progress.get("average", {})) if self.ranks.first else Average()
-        self.guard.restore(progress.get("guard", {}))
-        self.load.start_from(progress.get("data", {}))
-        return True
+    def run(self, sample: Sample | None = None, measure: Measure | None = None) -> Literal["finished", "stopped"]:
+        """Train to the last step or until a stop is requested, then save.
 
-    def save(self) -> Path:
-        """Write a checkpoint and wait until it is complete."""
-        path = self._begin_save()
-        self.checkpoints.wait()
-        return path
-
-    def averaged(self) -> dict[str, Tensor]:
-        """Return the averaged weights by name, unsharded: on rank 0 only, but every rank must call this."""
-        weights = {}
-        for name, weight in self.ema.weights.items():
-            full = whole(weight)
-            if self.ranks.first:
-                weights[name] = full if full is weight else full.cpu()
-        return stack(weights.items())
-
-    def run(self) -> Literal["finished", "stopped"]:
-        """Train to the last step or until a stop is requested, then save."""
+        sample    rank 0 calls it to draw a sample grid, every `sample_every` steps
+        measure   rank 0 calls it to evaluate, every `measure_every` steps
+        """
         with StopRequest() as stop:  # also while saving, because a scheduler may send more than one signal
             try:
-                flags = self._train(stop)
+                flags = self._train(stop, sample, measure)
                 self.checkpoints.wait()
                 if self._saved_step != self.step:
                     self.save()
@@ -199,39 +172,43 @@ class Trainer:
         stopped = (flags.stop or flags.session_over) and not flags.time_over and self.step < self.config.steps
         return "stopped" if stopped else "finished"
 
-    def _train(self, stop: StopRequest) -> StopFlags:
+    def _train(self, stop: StopRequest, sample: Sample | None, measure: Measure | None) -> StopFlags:
         """Train until the last step or the first stop flag, with logs, samples, evaluations and checkpoints."""
-        log, window, began = self._open_log(), time.monotonic(), time.monotonic()
-        before, flags = dict(self.totals), StopFlags(time_over=self._time_over())
-        warmup, steps = self.optimizer_config.warmup, self.config.steps
-        if self.step < steps <= warmup:
-            last = learning_rate(self.optimizer_config, steps - 1, steps)
+        loop, began = self.config, time.monotonic()
+        window, before, flags = began, dict(self.totals), StopFlags(time_over=self._time_over())
+        if self.step < loop.steps <= self.optimizer_config.warmup:
             logger.info(
-                f"warning: optimizer.warmup: expected fewer steps than the run has ({steps}), found {warmup}; "
-                f"the learning rate ends at {last:.2g} and never decays"
+                f"warning: optimizer.warmup: expected fewer steps than the run has ({loop.steps}), found "
+                f"{self.optimizer_config.warmup}; the learning rate ends at "
+                f"{learning_rate(self.optimizer_config, loop.steps - 1, loop.steps):.2g} and never decays"
             )
+        self.metrics.open(self.step)
         with (
-            progress("train", self.config.steps, self.step) as bar,
-            profiled(self.folder / "profile", self.config.profile, self.ranks.rank) as profile,
-            self.trackers,
+            progress("train", loop.steps, self.step) as bar,
+            profiled(self.folder / "profile", loop.profile, self.ranks.rank) as profile,
+            self.metrics,
         ):
-            while self.step < self.config.steps and not any(flags):
+            while self.step < loop.steps and not any(flags):
                 reached = self.step
-                flags = self.train_step(self.average, self._stop_flags(stop.requested, began))
+                session_over = loop.session_seconds is not None and time.monotonic() - began > loop.session_seconds
+                own_flags = StopFlags(stop.requested, self._time_over(), session_over, self.checkpoints.failed)
+                flags = self.train_step(self.average, own_flags)
                 profile()
                 bar.advance(self.step - bar.done, " ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items()))
                 if self.step <= reached:  # rolled back
-                    log, window, before = self._open_log(), time.monotonic(), dict(self.totals)
+                    self.metrics.open(self.step)
+                    window, before = time.monotonic(), dict(self.totals)
                     continue
-                if self.step % self.config.log_every == 0 or self.step == self.config.steps or flags.time_over:
-                    self.merge()
-                    means = self.average.merged(self.ranks).means()
-                    line = self._line(means, before, time.monotonic() - window)
-                    log.write(line)
-                    self.trackers.log(line)
+                if self.step % loop.log_every == 0 or self.step == loop.steps or flags.time_over:
+                    self.metrics.write(self._line(before, time.monotonic() - window))
                     self.average, window, before = Average(), time.monotonic(), dict(self.totals)
-                self._measure(log)
-                self._save_and_sample()
+                # Before the step's checkpoint, so that a run resumed from it has the result.
+                if measure is not None and loop.measure_every and self.step % loop.measure_every == 0:
+                    self._measure(measure)
+                if loop.checkpoint_every and self.step % loop.checkpoint_every == 0:
+                    self.begin_save()
+                if sample is not None and loop.sample_every and self.step % loop.sample_every == 0:
+                    self._sample(sample)
         return flags
 
     def train_step(self, average: Average, own_flags: StopFlags | None = None) -> StopFlags:
@@ -284,126 +261,33 @@ class Trainer:
         weights = torch.tensor(self.objective.weights, dtype=torch.float64, device=self.device)
         scale = (weights / counts.clamp(min=1)).float()
         summed, details = torch.zeros(len(counts), device=self.device), Average()
-        with self.clock.part("forward_backward"):
+        with self.meter.part("forward_backward"):
             self.objective.before_step(self.model, batches)
             for number, batch in enumerate(batches):
-                sum_over_copies(self.model, number == len(batches) - 1)
+                if isinstance(self.model, FSDPModule):  # copies are summed in the last micro-batch only
+                    self.model.set_requires_all_reduce(number == len(batches) - 1)
                 sums = self.objective.loss(self.model, batch)
                 (sums.losses.float() * scale).sum().backward()
                 summed += sums.losses.detach()
                 for name, (total, count) in sums.details.items():
                     details.add(name, total, count)
-            sum_over_ranks(self.model, self.ranks)
-            norm = self._clip()
-        return summed, norm, details
-
-    def _clip(self) -> Tensor:
-        """Clip gradients by norm, separately for each of `clipped_modules` and for the rest. Return the global norm."""
-        parts: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            child = name.split(".")[0]
-            parts.setdefault(child if child in self.clipped_modules else "", []).append(parameter)
-        norms = [clip_gradients(part, self.optimizer_config.clip, self.ranks) for part in parts.values()]
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+            sum_gradients(self.model, self.ranks)
+            # Each of `clipped_modules`, and the rest, is clipped by a norm of its gradients alone.
+            parts: dict[str, list[nn.Parameter]] = {}
+            for name, parameter in self.model.named_parameters():
+                child = name.split(".")[0]
+                parts.setdefault(child if child in self.clipped_modules else "", []).append(parameter)
+            norms = [clip_gradients(part, self.optimizer_config.clip, self.ranks) for part in parts.values()]
+        return summed, norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)), details
 
     def _update(self, rate: float, batches: Sequence[Any]) -> None:
         """Update weights and moving averages."""
-        with self.clock.part("optimizer"):
+        with self.meter.part("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
             self.objective.after_step(self.model, self.step + 1, batches)
             self.ema.update(self.model, self.step)
-
-    def _stop_flags(self, stop: bool, began: float) -> StopFlags:
-        """Return this rank's stop flags; `began` is when the session started."""
-        session = self.config.session_seconds
-        session_over = session is not None and time.monotonic() - began > session
-        return StopFlags(stop, self._time_over(), session_over, self.checkpoints.failed)
-
-    def _time_over(self) -> bool:
-        return self.config.max_seconds is not None and self.totals["seconds"] > self.config.max_seconds
-
-    def _measure(self, log: MetricsLog) -> None:
-        """Evaluate the averaged weights, before the step's checkpoint, so that a run resumed from it has the result."""
-        measure, every = self.measure, self.config.measure_every
-        if measure is None or not every or self.step % every:
-            return
-        self.merge()
-        weights = self.averaged()
-        results = self.ranks.on_rank0(lambda: measure(weights))
-        line = {"step": self.step, **(results or {})}
-        log.write(line)
-        self.trackers.log(line)
-
-    def _save_and_sample(self) -> None:
-        if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
-            self._begin_save()
-        if self.sample and self.config.sample_every and self.step % self.config.sample_every == 0:
-            weights = self.averaged()
-            self.ranks.on_rank0(lambda: self._draw(weights, self.folder / "samples" / f"step-{self.step:08d}.png"))
-
-    def _draw(self, weights: dict[str, Tensor], path: Path) -> None:
-        assert self.sample is not None
-        try:
-            self.sample(weights, path)
-            self.trackers.picture(self.step, path)
-        except OSError as error:
-            raise UserError(f"{path}: not written ({error.strerror or error}); checkpoints are intact") from None
-
-    def _begin_save(self) -> Path:
-        """Copy the run's state and start writing it in a thread."""
-        self.merge()
-        progress = {
-            "totals": self.totals,
-            "data": self.load.position(),
-            "data_offset": self.data_offset,
-            "guard": self.guard.state(),
-            "average": vars(self.average.merged(self.ranks)),
-        }
-        self._saved_step = self.step
-        with self.clock.part("checkpoint", on_host=True):
-            return self.checkpoints.begin(Checkpoint(self.step, self._state(), progress))
-
-    def _state(self, allocate: set[str] | None = None) -> dict[str, dict[str, Tensor]]:
-        """Return all tensors of the run, with new moments for the names in `allocate`."""
-        weights = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        return {
-            "model": weights,
-            "ema": self.ema.weights,
-            "optimizer": _moments(self.model, self.optimizer, allocate or set()),
-        }
-
-    def merge(self) -> None:
-        """Add the counts of all ranks since the last call to `totals`; times are rank 0's."""
-        for counted in self.ranks.gather(self._counted):
-            for name, quantity in counted.items():
-                self.totals[name] = self.totals.get(name, 0) + quantity
-        self._counted = {}
-        self.totals |= self.ranks.broadcast({name: self.totals[name] for name in ("seconds", "waited")})
-
-    def _open_log(self) -> MetricsLog:
-        """Open metrics.jsonl and the trackers at the current step."""
-        self.trackers.open(self.step)
-        return MetricsLog(self.folder / "metrics.jsonl", self.step, self.ranks)
-
-    def _line(self, means: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:
-        """Return a line of metrics.jsonl for the last `seconds`: means, totals, rates, shares of this rank's time."""
-        rates = {
-            f"{name}_per_second": (value - before.get(name, 0)) / seconds
-            for name, value in self.totals.items()
-            if name not in ("seconds", "waited", "spikes", "left_out") and not name.startswith("positions of ")
-        }
-        shares = {
-            "waited_share": (self.totals["waited"] - before["waited"]) / seconds,
-            **{f"{name}_share": spent / seconds for name, spent in self.clock.read().items()},
-        }
-        line = {"step": self.step, **means, **self.totals, **rates, **shares}
-        if (memory := memory_used(self.device)) is not None:
-            line["memory_gigabytes"] = max(self.ranks.gather(memory)) / 2**30
-        if (peak := peak_of(self.device)) is not None and rates.get("flops_per_second"):
-            line["mfu"] = rates["flops_per_second"] / (peak * self.ranks.count)
-        return line
 
     def _note(self, verdict: Verdict, data_step: int, batches: Sequence[StepBatch]) -> None:
         """Log a bad step, append it to `bad_steps.jsonl`, and raise DivergedError if the verdict is "raise"."""
@@ -411,7 +295,7 @@ class Trainer:
         self.totals[name] = self.totals.get(name, 0) + 1
         samples: list[int] = []
         if verdict.kind == "nonfinite":
-            samples = sorted({s for batch in batches for s in self.objective.nonfinite_samples(self.model, batch)})
+            samples = [s for batch in batches for s in self.objective.nonfinite_samples(self.model, batch)]
             samples = sorted({sample for others in self.ranks.gather(samples) for sample in others})
         line = {"step": self.step, "data_step": data_step, **vars(verdict), "samples": samples}
         self.ranks.on_rank0(lambda: append_jsonl(self.folder / "bad_steps.jsonl", [line]))
@@ -430,21 +314,115 @@ class Trainer:
         self.totals |= spent
         self.data_offset = data_step + 1 - self.step
 
+    def _time_over(self) -> bool:
+        return self.config.max_seconds is not None and self.totals["seconds"] > self.config.max_seconds
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, allocate: set[str]) -> dict[str, Tensor]:
-    """Return the optimizer's state by parameter name, as plain tensors, so that no pickle is needed.
+    def _line(self, before: dict[str, float], seconds: float) -> dict[str, Any]:
+        """Return a line of metrics.jsonl for the last `seconds`: means, totals, rates, shares of this rank's time."""
+        self.merge()
+        rates = {
+            f"{name}_per_second": (value - before.get(name, 0)) / seconds
+            for name, value in self.totals.items()
+            if name not in ("seconds", "waited", "spikes", "left_out") and not name.startswith("positions of ")
+        }
+        shares = {
+            "waited_share": (self.totals["waited"] - before["waited"]) / seconds,
+            **{f"{name}_share": spent / seconds for name, spent in self.meter.read().items()},
+        }
+        line = {"step": self.step, **self.average.merged(self.ranks).means(), **self.totals, **rates, **shares}
+        if (memory := self.meter.memory()) is not None:
+            line["memory_gigabytes"] = max(self.ranks.gather(memory)) / 2**30
+        if (peak := self.meter.peak_flops()) is not None and rates.get("flops_per_second"):
+            line["mfu"] = rates["flops_per_second"] / (peak * self.ranks.count)
+        return line
 
-    Missing moments named in `allocate` are created with their parameter's memory layout, as the fused optimizer needs.
-    """
-    moments = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if key not in state and stacked_name(f"optimizer/{key}.{name}") in allocate:
-                counter = torch.zeros((), device=local(parameter).device if parameter.is_cuda else "cpu")
-                state[key] = counter if key == "step" else torch.zeros_like(parameter, requires_grad=False)
-            if key in state:
-                moments[f"{key}.{name}"] = state[key]
-        if not state:
-            del optimizer.state[parameter]
-    return moments
+    def _measure(self, measure: Measure) -> None:
+        """Evaluate the averaged weights and log the results."""
+        self.merge()
+        weights = self.averaged()
+        self.metrics.write({"step": self.step, **(self.ranks.on_rank0(lambda: measure(weights)) or {})})
+
+    def _sample(self, sample: Sample) -> None:
+        """Draw a sample grid. Raises UserError if it cannot be written."""
+        weights, path = self.averaged(), self.folder / "samples" / f"step-{self.step:08d}.png"
+
+        def draw() -> None:
+            try:
+                sample(weights, path)
+                self.metrics.image(self.step, path)
+            except OSError as error:
+                raise UserError(f"{path}: not written ({error.strerror or error}); checkpoints are intact") from None
+
+        self.ranks.on_rank0(draw)
+
+    def merge(self) -> None:
+        """Add the counts of all ranks since the last call to `totals`; times are rank 0's."""
+        for counted in self.ranks.gather(self._counted):
+            for name, quantity in counted.items():
+                self.totals[name] = self.totals.get(name, 0) + quantity
+        self._counted = {}
+        self.totals |= self.ranks.broadcast({name: self.totals[name] for name in ("seconds", "waited")})
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the averaged weights by name, unsharded: on rank 0 only, but every rank must call this."""
+        weights = {}
+        for name, weight in self.ema.weights.items():
+            full = whole(weight)
+            if self.ranks.first:
+                weights[name] = full if full is weight else full.cpu()
+        return stack(weights.items())
+
+    def restore(self) -> bool:
+        """Load the newest complete checkpoint. Return False if there is none."""
+        path, complaints = self.checkpoints.newest()
+        for complaint in complaints:
+            logger.info(complaint)
+        if path is None:
+            return False
+        progress = self.checkpoints.load(path, lambda saved: self._state({stacked_name(name) for name in saved}))
+        self.step, self.totals, self.data_offset = progress["step"], progress["totals"], progress["data_offset"]
+        self._saved_step, self._counted = self.step, {}
+        self.average = Average(**progress["average"]) if self.ranks.first else Average()
+        self.guard.restore(progress["guard"])
+        self.load.start_from(progress["data"])
+        return True
+
+    def save(self) -> Path:
+        """Write a checkpoint and wait until it is complete."""
+        path = self.begin_save()
+        self.checkpoints.wait()
+        return path
+
+    def begin_save(self) -> Path:
+        """Copy the run's state and start writing it in a thread."""
+        self.merge()
+        progress = {
+            "totals": self.totals,
+            "data": self.load.position(),
+            "data_offset": self.data_offset,
+            "guard": self.guard.state(),
+            "average": vars(self.average.merged(self.ranks)),
+        }
+        self._saved_step = self.step
+        with self.meter.part("checkpoint", on_host=True):
+            return self.checkpoints.begin(Checkpoint(self.step, self._state(), progress))
+
+    def _state(self, allocate: set[str] = frozenset()) -> Groups:  # type: ignore[assignment]
+        """Return all tensors of the run: weights, averages, and the optimizer's moments by parameter name.
+
+        Missing moments named in `allocate` are created with their parameter's memory layout, as the fused optimizer
+        needs.
+        """
+        moments = {}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if key not in state and stacked_name(f"optimizer/{key}.{name}") in allocate:
+                    counter = torch.zeros((), device=local(parameter).device if parameter.is_cuda else "cpu")
+                    state[key] = counter if key == "step" else torch.zeros_like(parameter, requires_grad=False)
+                if key in state:
+                    moments[f"{key}.{name}"] = state[key]
+            if not state:
+                del self.optimizer.state[parameter]
+        weights = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        return {"model": weights, "ema": self.ema.weights, "optimizer": moments}
