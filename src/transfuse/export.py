@@ -68,8 +68,7 @@ class GenerationConfig:
     max_tokens: int = 64
 
     def __post_init__(self) -> None:
-        wrong = out_of_range(self)
-        if wrong:
+        if wrong := out_of_range(self):
             raise ValueError(wrong)
 
 
@@ -324,29 +323,26 @@ def relayout(
         for name, path in places(source).items():
             target = partial / (DIFFUSERS[name] if layout == "diffusers" else name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
             if name == "model.safetensors" and dtype is not None:
                 save_file({key: value.to(dtype) for key, value in load_file(path).items()}, target)
+            elif path.is_dir():
+                shutil.copytree(path, target)
             elif path.exists():
-                copy(path, target)
+                shutil.copyfile(path, target)
         if layout == "diffusers":
-            (partial / "scheduler").mkdir()
             scheduler = _scheduler(export.process.config)
-            index = _model_index(ARCHITECTURES[export.model.config.images], partial / "vae", scheduler["_class_name"])
+            vae = json.loads((partial / "vae" / "config.json").read_text()).get("_class_name")
+            index = {
+                "_class_name": "TransfusionPipeline",
+                "transformer": ["transfuse", ARCHITECTURES[export.model.config.images]],
+                "vae": ["diffusers", vae] if vae else ["transfuse", "Pixels"],
+                "scheduler": ["diffusers", scheduler["_class_name"]],
+                "tokenizer": ["tokenizers", "Tokenizer"],
+            }
+            (partial / "scheduler").mkdir()
             _write_json(partial / INDEX, index)
             _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
     return folder
-
-
-def _model_index(architecture: str, vae: Path, scheduler: str) -> dict[str, Any]:
-    own = json.loads((vae / "config.json").read_text()).get("_class_name")
-    return {
-        "_class_name": "TransfusionPipeline",
-        "transformer": ["transfuse", architecture],
-        "vae": ["diffusers", own] if own else ["transfuse", "Pixels"],
-        "scheduler": ["diffusers", scheduler],
-        "tokenizer": ["tokenizers", "Tokenizer"],
-    }
 
 
 def _scheduler(config: DiffusionConfig) -> dict[str, Any]:

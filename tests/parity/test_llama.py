@@ -12,8 +12,14 @@ import torch
 from conftest import WORDS, randomised, tiny
 from torch import Tensor
 
-from transfuse.convert.hf_llama import llama_config, llama_weights
-from transfuse.convert.llama_folder import marker_rows, read_llama_config, save_llama, start_from_llama
+from transfuse.convert.hf_llama import (
+    llama_config,
+    llama_weights,
+    marker_rows,
+    read_llama_config,
+    save_llama,
+    start_from_llama,
+)
 from transfuse.errors import UserError
 from transfuse.model import ModelConfig, Transfusion, dense
 from transfuse.sequence import Document, SequenceFormat, Text, Tokenizer, collate

@@ -13,8 +13,14 @@ from conftest import randomised, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from transfuse.convert.hf_llama import llama_weights
-from transfuse.convert.llama_folder import Match, marker_rows, read_llama_config, save_llama, start_from_llama
+from transfuse.convert.hf_llama import (
+    Match,
+    llama_weights,
+    marker_rows,
+    read_llama_config,
+    save_llama,
+    start_from_llama,
+)
 from transfuse.errors import UserError
 from transfuse.model import Transfusion
 from transfuse.sequence import Tokenizer
@@ -337,7 +343,7 @@ def test_what_can_not_be_written(tmp_path, monkeypatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("transfuse.convert.llama_folder.save_file", full)
+    monkeypatch.setattr("transfuse.convert.hf_llama.save_file", full)
     with pytest.raises(UserError, match=r"out: Llama not written \(no space left\)"):
         save_llama(tmp_path / "out", ours())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

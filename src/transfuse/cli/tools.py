@@ -89,7 +89,7 @@ def _export_run(
     folder: Path, out: Path, format: Literal["transfuse", "diffusers", "llama"], dtype: torch.dtype | None
 ) -> int:
     """Export the newest checkpoint of a run, of a model or an autoencoder; return its step."""
-    from ..convert.llama_folder import save_llama
+    from ..convert.hf_llama import save_llama
     from ..export import relayout
     from ..recipes import AutoencoderRecipe, Recipe
     from ..runs import is_kind, read_recipe, resolve

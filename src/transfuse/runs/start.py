@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import to_dict
-from ..convert.llama_folder import check_transformer, marker_rows, read_llama_config, start_from_llama
+from ..convert.hf_llama import check_transformer, marker_rows, read_llama_config, start_from_llama
 from ..errors import UserError
 from ..export import describe, load_weights
 from ..folders import bundled_name, is_export, places

@@ -24,7 +24,7 @@ from ..autoencoders.network import PatchCritic, initialise
 from ..errors import UserError
 from ..rng import generator_for
 from .distributed import Distributed
-from .loss import Details, LossSums
+from .loss import Details, LossSums, Objective
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,6 @@ class AutoencoderObjectiveConfig:
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.critic_betas):
             raise ValueError(f"objective.critic_betas: expected numbers from 0 to below 1, found {self.critic_betas}")
-
-
-LATE = ("adversarial", "critic")
-"""terms that start at `adversarial_from`"""
 
 
 @dataclass
@@ -137,7 +133,7 @@ class AutoencoderInTraining(nn.Module):
         return self
 
 
-class AutoencoderObjective:
+class AutoencoderObjective(Objective):
     """Sums every active term over images; `names` and `weights` list the active ones."""
 
     def __init__(
@@ -153,7 +149,7 @@ class AutoencoderObjective:
     ) -> None:
         self.ranks = ranks or Distributed()
         self.config, self.seed, self.steps, self.bfloat16 = config, seed, steps, bfloat16
-        self.perceptual, self.identity = perceptual, identity
+        self.features = {"perceptual": perceptual, "identity": identity}
         terms = {"l1": 1.0}
         if perceptual is not None:
             terms["perceptual"] = config.perceptual_weight
@@ -173,22 +169,20 @@ class AutoencoderObjective:
 
     def counts(self, batch: ImageBatch) -> tuple[int, ...]:
         """Return the number of images for each term, 0 for terms that have not started."""
-        return tuple(0 if name in LATE and self._early(batch) else len(batch.samples) for name in self.names)
+        late = () if self._adversarial(batch) else ("adversarial", "critic")
+        return tuple(0 if name in late else len(batch.samples) for name in self.names)
 
-    def _early(self, batch: ImageBatch) -> bool:
-        return self.config.adversarial_from is not None and batch.step < self.config.adversarial_from
+    def _adversarial(self, batch: ImageBatch) -> bool:
+        """Return True from the first step with a critic on."""
+        return self.config.adversarial_from is not None and batch.step >= self.config.adversarial_from
 
-    def _weighs(self, batch: ImageBatch) -> bool:
-        return self.config.adaptive and self.config.adversarial_from is not None and not self._early(batch)
-
-    def before_step(self, model: nn.Module, batches: Sequence[ImageBatch]) -> None:
+    def before_step(self, model: AutoencoderInTraining, batches: Sequence[ImageBatch]) -> None:
         """Compute the adaptive weight over all micro-batches and ranks, so that it does not depend on the split.
 
         Micro-batches of a split step need one more forward pass for it; a single one does not.
         """
-        assert isinstance(model, AutoencoderInTraining)
         self._ready, self._kept = [], None
-        if not self._weighs(batches[0]):
+        if not (self.config.adaptive and self._adversarial(batches[0])):
             return
         last, only = model.autoencoder.decoder.conv_out.weight, len(batches) == 1
         gradients = torch.zeros(2, *last.shape, device=last.device)
@@ -204,9 +198,9 @@ class AutoencoderObjective:
         lengths = (self.ranks.sum(gradients) / count).flatten(1).norm(dim=1)
         self._ready, self._scale = list(batches), (lengths[0] / (lengths[1] + 1e-4)).clamp(max=1e4)
 
-    def loss(self, model: nn.Module, batch: ImageBatch) -> LossSums:
+    def loss(self, model: AutoencoderInTraining, batch: ImageBatch) -> LossSums:
         """Return the summed losses. A batch that `before_step` has not seen counts as a whole step."""
-        weighs = self._weighs(batch)
+        weighs = self.config.adaptive and self._adversarial(batch)
         if weighs and not any(batch is ready for ready in self._ready):
             self.before_step(model, [batch])
         kept, self._kept = self._kept, None
@@ -218,67 +212,51 @@ class AutoencoderObjective:
         return LossSums(torch.stack([terms[name].sum() for name in self.names]), details)
 
     @torch.no_grad()
-    def nonfinite_samples(self, model: nn.Module, batch: ImageBatch) -> list[int]:
+    def nonfinite_samples(self, model: AutoencoderInTraining, batch: ImageBatch) -> list[int]:
         """Return the images with a loss that is not finite."""
         terms, _ = self._terms(model, batch)
         wrong = ~torch.stack([terms[name] for name in self.names]).isfinite().all(0)
         return [batch.samples[number] for number in torch.nonzero(wrong).flatten().tolist()]
 
-    def _terms(self, model: nn.Module, batch: ImageBatch) -> tuple[dict[str, Tensor], Details]:
+    def _terms(self, model: AutoencoderInTraining, batch: ImageBatch) -> tuple[dict[str, Tensor], Details]:
         """Return each term per image `[image]`, and details to log."""
-        assert isinstance(model, AutoencoderInTraining)
         images, count = batch.images, len(batch.samples)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
             h = model.autoencoder.moments(images)
-        h = h.float()
-        noise = None
+        h, noise = h.float(), None
         if model.autoencoder.config.kind == "kl":
             shape = (h.shape[1] // 2, *h.shape[2:])
-            drawn = [
-                torch.randn(shape, generator=generator_for(self.seed, "posterior", sample)) for sample in batch.samples
-            ]
-            noise = torch.stack(drawn).to(h)
-        bottled = model.autoencoder.bottleneck(h, noise)
+            generators = [generator_for(self.seed, "posterior", sample) for sample in batch.samples]
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(h)
+        bottleneck = model.autoencoder.bottleneck(h, noise)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
-            made = model.autoencoder.reconstruct(bottled.z)
+            made = model.autoencoder.reconstruct(bottleneck.z)
         made = made.float()
         terms = {"l1": (made - images).abs().flatten(1).mean(1)}
-        for name, features in (("perceptual", self.perceptual), ("identity", self.identity)):
+        for name, features in self.features.items():
             if features is not None:
                 terms[name] = features.distance(made, images)
-        if bottled.codes is not None:
-            self._vectors.append(h.detach())
-        if bottled.kl is not None:
-            terms["kl"] = bottled.kl / images[0].numel()  # latent diffusion sums both L1 and KL (in nats) over an image
+        if bottleneck.kl is not None:
+            # Latent diffusion sums both L1 and KL (in nats) over an image.
+            terms["kl"] = bottleneck.kl / images[0].numel()
         for name in ("codebook", "commitment"):
-            if getattr(bottled, name) is not None:
-                terms[name] = getattr(bottled, name)
-        if self.config.adversarial_from is not None:
+            if getattr(bottleneck, name) is not None:
+                terms[name] = getattr(bottleneck, name)
+        if self._adversarial(batch):
             assert model.critic is not None
-            if self._early(batch):
-                terms["adversarial"] = terms["critic"] = torch.zeros(count, device=images.device)
-            else:
-                terms |= self._adversarial(model.critic, images, made)
+            terms |= hinge_losses(model.critic, images, made)
+        elif self.config.adversarial_from is not None:
+            terms["adversarial"] = terms["critic"] = torch.zeros(count, device=images.device)
         squared = (made.detach().clamp(-1, 1) - images).square().flatten(1).mean(1)
-        details: Details = {}
-        details["psnr"] = (10 * torch.log10(4 / squared.clamp_min(1e-10))).sum(), count
-        if bottled.codes is not None:
+        details: Details = {"psnr": ((10 * torch.log10(4 / squared.clamp_min(1e-10))).sum(), count)}
+        if bottleneck.codes is not None:
+            self._vectors.append(h.detach())
             details["codes_in_use"] = (model.unused < self.config.revive_after).float().mean(), 1
         return terms, details
 
-    def _adversarial(self, critic: PatchCritic, images: Tensor, made: Tensor) -> dict[str, Tensor]:
-        """Return the hinge losses of generator and critic (arXiv 2012.09841)."""
-        frozen = {name: weight.detach() for name, weight in critic.named_parameters()}
-        fooled: Tensor = torch.func.functional_call(critic, frozen, (made,))
-        adversarial = -fooled.flatten(1).mean(1)
-        real, false = critic(images), critic(made.detach())
-        hinge = 0.5 * (F.relu(1 - real).flatten(1).mean(1) + F.relu(1 + false).flatten(1).mean(1))
-        return {"adversarial": adversarial, "critic": hinge}
-
     @torch.no_grad()
-    def after_step(self, model: nn.Module, step: int, batches: Sequence[ImageBatch]) -> None:
+    def after_step(self, model: AutoencoderInTraining, step: int, batches: Sequence[ImageBatch]) -> None:
         """Age the codes and revive unused ones; the choice is a function of the step, so that resuming is exact."""
-        assert isinstance(model, AutoencoderInTraining)
         own, self._vectors = self._vectors[-len(batches) :], []  # without those of a step that was left out
         if not own:
             return
@@ -287,10 +265,8 @@ class AutoencoderObjective:
             chosen[codebook.nearest(h).unique()] = 1
         model.unused += 1
         model.unused[self.ranks.sum(chosen) > 0] = 0
-        if step >= self.config.revive_until * self.steps:
-            return
         dead = torch.nonzero(model.unused >= self.config.revive_after).flatten()
-        if not len(dead):
+        if not len(dead) or step >= self.config.revive_until * self.steps:
             return
         gathered = [h for outputs in self.ranks.gather([h.cpu() for h in own]) for h in outputs]
         vectors = torch.cat([h.movedim(1, -1).flatten(0, -2) for h in gathered])
@@ -298,3 +274,12 @@ class AutoencoderObjective:
         dead = dead[: len(order)]
         codebook.embedding.weight[dead] = vectors[order].to(codebook.embedding.weight)
         model.unused[dead] = 0
+
+
+def hinge_losses(critic: PatchCritic, images: Tensor, made: Tensor) -> dict[str, Tensor]:
+    """Return the hinge losses of generator ("adversarial") and critic (arXiv 2012.09841), each `[image]`."""
+    frozen = {name: weight.detach() for name, weight in critic.named_parameters()}
+    fooled: Tensor = torch.func.functional_call(critic, frozen, (made,))
+    real, false = critic(images), critic(made.detach())
+    hinge = 0.5 * (F.relu(1 - real).flatten(1).mean(1) + F.relu(1 + false).flatten(1).mean(1))
+    return {"adversarial": -fooled.flatten(1).mean(1), "critic": hinge}

@@ -198,9 +198,9 @@ class CheckpointFolder:
                 place(tensors[name], restacked(name, tensors[name], list(other.values())))
                 del tensors[name]
         for name, tensor in tensors.items():
-            expected, found = tuple(tensor.shape), tuple(saved[name].size) if name in saved else None
-            if expected != found:
-                reason = f"{name}: expected {_shape(expected)}, found {_shape(found)}"
+            expected, stored = tuple(tensor.shape), tuple(saved[name].size) if name in saved else None
+            if expected != stored:
+                reason = f"{name}: expected {_shape(expected)}, found {_shape(stored)}"
                 raise UserError(f"{path}: the checkpoint has another shape than the model ({reason})")
         self._read_into(path, tensors)
         progress: dict[str, Any] = json.loads((path / "progress.json").read_text())

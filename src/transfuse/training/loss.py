@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -94,11 +94,11 @@ class Objective(Protocol):
         """Return the samples whose own loss is not finite."""
         ...
 
-    def before_step(self, model: nn.Module, batches: Sequence[Any]) -> None:
+    def before_step(self, model: Any, batches: Sequence[Any]) -> None:
         """Prepare a step: called on every rank with its micro-batches, before their losses."""
         return
 
-    def after_step(self, model: nn.Module, step: int, batches: Sequence[Any]) -> None:
+    def after_step(self, model: Any, step: int, batches: Sequence[Any]) -> None:
         """Complete a step: called after the optimizer's update; `step` is the number of steps done."""
         return
 

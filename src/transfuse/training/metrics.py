@@ -73,7 +73,7 @@ class MetricsLog:
         self._failed: set[TrackerName] = set()
 
     def open(self, step: int) -> None:
-        """Begin or resume after a step: drop later lines of a killed run, and open the trackers anew."""
+        """Begin or resume after a step: drop later lines of a killed run, and open the trackers again."""
 
         def rewrite(partial: Path) -> None:
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
