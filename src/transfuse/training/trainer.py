@@ -413,6 +413,8 @@ class Trainer:
         Missing moments named in `allocate` are created with their parameter's memory layout, as the fused optimizer
         needs.
         """
+        # First: it shards what FSDP has gathered, whose parameters the optimizer does not know.
+        weights = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         moments = {}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
@@ -424,5 +426,4 @@ class Trainer:
                     moments[f"{key}.{name}"] = state[key]
             if not state:
                 del self.optimizer.state[parameter]
-        weights = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         return {"model": weights, "ema": self.ema.weights, "optimizer": moments}
