@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from transfuse.evaluate import evaluation_page
 from transfuse.export import Exported, GenerationConfig, save_export
 from transfuse.inference.model_runner import ModelRunner
 from transfuse.model import ModelConfig, Transfusion
+from transfuse.recipes import Recipe, preset
 from transfuse.report import render
+from transfuse.runs import Run, open_run, train_tokenizer
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate
 from transfuse.training import LoopConfig, ObjectiveConfig, OptimizerConfig, Trainer, TransfusionObjective
 from transfuse.training.checkpoint import Groups, read
@@ -248,3 +252,30 @@ class Largest(TorchDispatchMode):
         leaves = (leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor))
         self.elements = max([self.elements, *(leaf.numel() for leaf in leaves)])
         return found
+
+
+@cache
+def tiny_tokenizer() -> str:
+    """Return the tokenizer.json that every run of the preset "tiny" trains."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        train_tokenizer(preset("tiny")).save(path)
+        return path.read_text()
+
+
+def open_tiny(recipe: Recipe, folder: Path) -> Run:
+    """Open a run of the preset "tiny", or of a change of it with the same words, without training the tokenizer."""
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "tokenizer.json").write_text(tiny_tokenizer())
+    return open_run(recipe, folder)
+
+
+class KeepsGradients(torch.optim.SGD):
+    """An optimizer that changes no weight and keeps the gradients of its last step by name (`kept`)."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.0)
+        self.named, self.kept = list(model.named_parameters()), {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.kept = {name: p.grad.clone() for name, p in self.named if p.grad is not None}

@@ -1,4 +1,4 @@
-"""What processes of a distributed test do: torchrun starts this file with a case's name and a folder.
+"""The work of a distributed test's processes: torchrun starts this file with a case's name and a folder.
 
 Each case trains the preset "tiny" some other way; the first rank leaves `losses.json`, `totals.json` and
 `weights.safetensors`.

@@ -20,7 +20,7 @@ def torchrun(ranks: int, *arguments: str, options: tuple[str, ...] = (), **setti
 
 
 def finished(process: subprocess.Popen[str], seconds: float = 300) -> str:
-    """What a process said, once it ended well."""
-    said, _ = process.communicate(timeout=seconds)
-    assert process.returncode == 0, said[-4000:]
-    return said
+    """Return the output of a process that must end well."""
+    output, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, output[-4000:]
+    return output

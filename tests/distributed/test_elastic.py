@@ -65,11 +65,11 @@ def test_killed_ranks(tmp_path: Path, undisturbed: Path, kills: int) -> None:
         while (not store.complete() or step_of(store.complete()[-1]) <= reached) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
-        found, complaints = store.newest()
+        newest, complaints = store.newest()
         assert not complaints, "what is visible under its final name is whole"
-        assert found is not None
-        assert step_of(found) >= reached
-        reached = step_of(found)
+        assert newest is not None
+        assert step_of(newest) >= reached
+        reached = step_of(newest)
         alive = workers(agent)
         if not alive or reached >= STEPS - 1:
             break
@@ -77,8 +77,8 @@ def test_killed_ranks(tmp_path: Path, undisturbed: Path, kills: int) -> None:
         killed += 1
     finished(agent)
     assert killed >= min(3, kills)
-    ours, theirs = exported(run), exported(undisturbed)
-    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    ours, expected = exported(run), exported(undisturbed)
+    assert all(torch.equal(weight, expected[name]) for name, weight in ours.items())
     assert not list((run / "checkpoints").glob("*.partial"))
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -88,7 +88,7 @@ def test_killed_ranks(tmp_path: Path, undisturbed: Path, kills: int) -> None:
 
 
 def test_asked_to_stop_all_ranks_save_and_go_on_later(tmp_path: Path, undisturbed: Path) -> None:
-    """SIGTERM to one rank only: all agree; to torchrun that is no failure, and the same command goes on."""
+    """SIGTERM to one rank only: all agree; to torchrun that is no failure, and the same command resumes."""
     run = tmp_path / "run"
     store = CheckpointFolder(run / "checkpoints")
     agent = start(run)
@@ -96,20 +96,20 @@ def test_asked_to_stop_all_ranks_save_and_go_on_later(tmp_path: Path, undisturbe
         assert agent.poll() is None
         time.sleep(0.02)
     os.kill(workers(agent)[1], signal.SIGTERM)
-    said = finished(agent)
-    assert "stopped at step" in said
+    output = finished(agent)
+    assert "stopped at step" in output
     assert not (run / "export").exists()
     assert step_of(store.complete()[-1]) < STEPS
     finished(start(run))
-    ours, theirs = exported(run), exported(undisturbed)
-    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    ours, expected = exported(run), exported(undisturbed)
+    assert all(torch.equal(weight, expected[name]) for name, weight in ours.items())
 
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     agent = torchrun(
         2, "-m", "transfuse", "--", "train", "tiny", "--run", str(tmp_path / "run"), "--parallel.tensor", "3"
     )
-    said, _ = agent.communicate(timeout=120)
+    output, _ = agent.communicate(timeout=120)
     assert agent.returncode != 0
-    assert said.count("transfuse: parallel: expected a multiple of 3 processes (replicate x tensor), found 2") == 1
-    assert "transfuse/cli" not in said, "no traceback of ours"
+    assert output.count("transfuse: parallel: expected a multiple of 3 processes (replicate x tensor), found 2") == 1
+    assert "transfuse/cli" not in output, "no traceback of ours"

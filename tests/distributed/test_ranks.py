@@ -18,7 +18,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """Folders 1, 2 and 4, by the number of processes, with what cases.py leaves; `moved` holds runs that went on with
+    """Folders 1, 2 and 4, by the number of processes, with what cases.py leaves; `moved` holds runs that resumed with
     another number of processes, named after them."""
     folder = tmp_path_factory.mktemp("ranks")
     moved = "../moved"
@@ -51,7 +51,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("one", "others"),
+    ("alone", "others"),
     [
         ("shard", ["1/accumulate", "1/uneven", *(f"{n}/{name}" for n in (2, 3, 4) for name in ("shard", "uneven"))]),
         ("shard", ["2/accumulate", "3/accumulate", "2/replicate", "4/replicate", "2/tensor", "4/tensor", "moved/2-1"]),
@@ -59,14 +59,14 @@ def runs(tmp_path_factory) -> Path:
         ("unet", ["2/unet"]),
     ],
 )
-def test_counts_are_equal_for_every_split(runs: Path, one: str, others: list[str]) -> None:
+def test_counts_are_equal_for_every_split(runs: Path, alone: str, others: list[str]) -> None:
     """Operations, positions, targets and images of all steps, exactly: padding is not counted."""
 
     def totals(folder: Path) -> dict[str, float]:
-        found: dict[str, float] = json.loads((folder / "totals.json").read_text())
-        return found
+        totals_of_run: dict[str, float] = json.loads((folder / "totals.json").read_text())
+        return totals_of_run
 
-    expected = totals(runs / "1" / one)
+    expected = totals(runs / "1" / alone)
     assert expected["flops"] > 0
     for other in others:
         assert totals(runs / other) == expected, other
@@ -86,14 +86,14 @@ def weights(folder: Path, kind: str = "weights") -> dict[str, torch.Tensor]:
     return load_file(folder / f"{kind}.safetensors")
 
 
-def same(one: Path, other: Path, tolerance: float) -> None:
-    for a, b in zip(losses(one), losses(other), strict=True):
+def same(run: Path, other: Path, tolerance: float) -> None:
+    for a, b in zip(losses(run), losses(other), strict=True):
         assert b == pytest.approx(a, rel=tolerance)
     for kind in ("weights", "averages"):
-        ours, theirs = weights(one, kind), weights(other, kind)
-        assert ours.keys() == theirs.keys()
+        ours, expected = weights(run, kind), weights(other, kind)
+        assert ours.keys() == expected.keys()
         for name, weight in ours.items():
-            torch.testing.assert_close(weight, theirs[name], rtol=tolerance, atol=tolerance, msg=f"{kind} {name}")
+            torch.testing.assert_close(weight, expected[name], rtol=tolerance, atol=tolerance, msg=f"{kind} {name}")
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_loss_and_gradient_of_equal_weights(runs: Path, name: str) -> None:
     A convolution's gradient is another sum for another batch: the U-Net's norm moves by 3.5e-6 where one process is
     given the same documents in reverse.
     """
-    (one, *_), (two, *_) = losses(runs / "1" / name), losses(runs / "2" / name)
-    assert two.pop("gradient_norm") == pytest.approx(one.pop("gradient_norm"), rel=5e-6 if name == "unet" else 1e-6)
-    assert two == pytest.approx(one, rel=1e-6)
+    (first, *_), (two, *_) = losses(runs / "1" / name), losses(runs / "2" / name)
+    assert two.pop("gradient_norm") == pytest.approx(first.pop("gradient_norm"), rel=5e-6 if name == "unet" else 1e-6)
+    assert two == pytest.approx(first, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["replicate", "tensor"])
@@ -152,10 +152,10 @@ def test_all_ranks_leave_a_bad_step_out(runs: Path, name: str) -> None:
     with the weights of one process, copies with each other's (`cases.run`), and no moment is lost."""
     alone, two = runs / "1" / "poisoned", runs / "2" / name
     same(alone, two, 1e-5)
-    lines = [[json.loads(line) for line in (one / "bad_steps.jsonl").read_text().splitlines()] for one in (alone, two)]
+    lines = [[json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()] for run in (alone, two)]
     assert lines[0] == lines[1]
     assert [(line["data_step"], line["samples"]) for line in lines[0]] == [(1, [15]), (3, [31])]
-    saved, expected = (read(one / "checkpoints" / "step-00000004") for one in (two, alone))
+    saved, expected = (read(run / "checkpoints" / "step-00000004") for run in (two, alone))
     assert saved.tensors["optimizer"].keys() == expected.tensors["optimizer"].keys()
     assert {int(value) for key, value in saved.tensors["optimizer"].items() if key.startswith("step.")} == {2}
 

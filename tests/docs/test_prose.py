@@ -24,6 +24,17 @@ ROOMS = [  # what has been rewritten so far
     *(f"src/transfuse/{name}.py" for name in ("charts", "demo", "evaluate", "report")),
     *(f"src/transfuse/inspect_{name}.py" for name in ("data", "autoencoder")),
     "experiments",
+    "tests/distributed",
+    "tests/golden",
+    *(f"tests/e2e/test_{name}.py" for name in ("kill", "lock", "stops")),
+    *(f"tests/parity/test_{name}.py" for name in ("chameleon_parity", "llama")),
+    *(
+        f"tests/unit/test_{name}.py"
+        for name in (
+            *("training", "arms", "cluster_plan", "memory_plan", "configuration", "export_pieces", "guard", "trackers"),
+            *("interchange", "parallel", "profiling", "stability", "start", "unseen_noise", "token_loss"),
+        )
+    ),
 ]
 
 spec = importlib.util.spec_from_file_location("prose", ROOT / "tools" / "prose.py")

@@ -1,4 +1,4 @@
-"""`kill -9` at random moments: a whole checkpoint is always found, and the run that goes on ends as if undisturbed."""
+"""`kill -9` at random moments: a whole checkpoint is always found, and the resumed run ends as if undisturbed."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_twenty_kills(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         kills += os.WIFSIGNALED(status)
-        found, complaints = store.newest()
+        newest, complaints = store.newest()
         assert not complaints, "what is visible under its final name is whole"
-        assert reached == 0 or found is not None
-        if found is not None:
-            assert step_of(found) >= reached, "nothing that was saved is lost"
-            reached = step_of(found)
+        assert reached == 0 or newest is not None
+        if newest is not None:
+            assert step_of(newest) >= reached, "nothing that was saved is lost"
+            reached = step_of(newest)
         if not os.WIFSIGNALED(status):
             break  # it finished between two kills
     assert kills > 5

@@ -1,4 +1,4 @@
-"""What ends a run before its last step, by the command: its code says whether to call again, and nothing is lost."""
+"""Runs that end before their last step: the exit code says whether to call again, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def straight(tmp_path_factory) -> Groups:
 
 @pytest.fixture
 def at_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """In a folder of its own: have signals come while a step's data is made. None may come through to us."""
+    """In a new folder: have signals come while a step's data is made. None may come through to us."""
     monkeypatch.chdir(tmp_path)
     through: list[int] = []
     kinds = (signal.SIGUSR1, signal.SIGTERM)
@@ -73,15 +73,15 @@ def assert_goes_on(straight: Groups, *settings: str) -> None:
     assert run([*COMMAND, *settings]) == 0
     step, tensors = saved(Path("run"))
     assert step == 8
-    for kind, found in straight.items():
-        for name, tensor in found.items():
+    for kind, expected in straight.items():
+        for name, tensor in expected.items():
             assert torch.equal(tensor, tensors[kind][name]), (kind, name)
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
 
 
 def test_a_signal_ends_the_step_and_saves(straight: Groups, at_step) -> None:
-    """And what may be another when a run goes on changes nothing that is learned."""
+    """And what may change when a run resumes changes nothing that is learned."""
     at_step(3, signal.SIGUSR1)
     assert run(COMMAND) == 75
     assert saved(Path("run"))[0] == 5, "asked for in step 3, agreed upon in the next"
@@ -97,7 +97,7 @@ def test_a_session_is_over(straight: Groups, at_step, capsys) -> None:
 
 
 def test_a_second_signal_does_not_cut_the_saving_short(straight: Groups, at_step, monkeypatch) -> None:
-    """As of a scheduler that sends SIGUSR1 and soon SIGTERM."""
+    """A scheduler may send SIGUSR1 and soon SIGTERM."""
     plain = Trainer.save
 
     def save(self: Trainer) -> Path:
@@ -119,7 +119,7 @@ def test_a_second_interrupt_is_at_once(straight: Groups, at_step) -> None:
 
 
 def test_a_worker_that_is_killed(straight: Groups, at_step, capfd) -> None:
-    """As a system that is short of memory does."""
+    """A system that is short of memory kills a worker."""
     at_step(-1)
     plain = StepLoader.__call__
 
@@ -145,7 +145,7 @@ def test_time_in_all_finishes_a_run(at_step, capsys) -> None:
     limited = [*COMMAND, "--loop.max-seconds", "1e-9", "--loop.log-every", "5"]
     for _ in range(2):
         assert run(limited) == 0
-        assert read_metrics(Path("run/metrics.jsonl"))[-1]["step"] == 2, "all that was done is told"
+        assert read_metrics(Path("run/metrics.jsonl"))[-1]["step"] == 2, "all steps are logged"
         assert saved(Path("run"))[0] == 2
         assert "0 s are over at step 2 of 8" in capsys.readouterr().err
     assert Path("run/export/model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""Writes the golden losses anew: python tests/golden/renew.py
+"""Write the golden losses again: python tests/golden/renew.py
 
 They are what runs have learned so far, step by step, from first weights to the optimizer's moments. A change that moves
 them changes what every run learns: say in CHANGELOG.md which one and why, in docs/LOG.md by how much, and only then
@@ -38,7 +38,7 @@ def recipe(name: str) -> Recipe:
 
 def losses(made: Recipe, steps: int) -> dict[str, list[float]]:
     """Raw losses and the gradient's norm, by step, on one thread."""
-    found: dict[str, list[float]] = {}
+    by_name: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(open_run(made, Path(folder)), Path(folder))
         for _ in range(steps):
@@ -46,8 +46,8 @@ def losses(made: Recipe, steps: int) -> dict[str, list[float]]:
             trainer.train_step(average)
             means = average.means()
             for name in (*trainer.objective.names, "gradient_norm"):
-                found.setdefault(name, []).append(means[name])
-    return found
+                by_name.setdefault(name, []).append(means[name])
+    return by_name
 
 
 if __name__ == "__main__":

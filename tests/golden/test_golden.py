@@ -1,4 +1,4 @@
-"""Runs learn today what they learned when the golden losses were written; `renew.py` says when to write them anew.
+"""Runs learn today what they learned when the golden losses were written; `renew.py` says when to write them again.
 
 Other instructions of a processor (SSE instead of AVX2), and noise of 1e-6 on every gradient, move a loss of step 50 by
 2e-7. Lambda larger by 0.2 % moves the first gradient's norm by 2e-3; a rate larger by 0.1 %, twice the optimizer's eps
@@ -21,11 +21,11 @@ EARLY, LATE = 2e-6, 1e-5
 
 def differences(made: Recipe, name: str, steps: int) -> list[str]:
     golden = json.loads(PATH.read_text())[name]
-    found = losses(made, steps)
-    assert found.keys() == golden.keys()
+    measured = losses(made, steps)
+    assert measured.keys() == golden.keys()
     return [
         f"step {step}: {kind} {value}, not {golden[kind][step]}"
-        for kind, values in found.items()
+        for kind, values in measured.items()
         for step, value in enumerate(values)
         if value != pytest.approx(golden[kind][step], rel=EARLY if step < 10 else LATE, abs=0)
     ]

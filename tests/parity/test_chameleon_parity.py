@@ -50,12 +50,12 @@ def both(config: ModelConfig):
         if isinstance(norm, HeadNorm):
             for parameter in norm.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.5)
-    theirs = transformers.ChameleonForConditionalGeneration(transformers.ChameleonConfig(**chameleon_config(config)))
-    result = theirs.load_state_dict(chameleon_weights(ours), strict=False)
+    hf_model = transformers.ChameleonForConditionalGeneration(transformers.ChameleonConfig(**chameleon_config(config)))
+    result = hf_model.load_state_dict(chameleon_weights(ours), strict=False)
     assert not result.unexpected_keys
     assert all(name.startswith("model.vqmodel.") for name in result.missing_keys)
-    assert theirs.config.swin_norm == (config.norm_order == "swin")
-    return ours, theirs.eval().requires_grad_(False)
+    assert hf_model.config.swin_norm == (config.norm_order == "swin")
+    return ours, hf_model.eval().requires_grad_(False)
 
 
 def causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -63,11 +63,11 @@ def causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)
 
 
-def assert_same(ours: torch.Tensor, theirs, tokens: torch.Tensor) -> None:
+def assert_same(ours: torch.Tensor, hf_model, tokens: torch.Tensor) -> None:
     """Logits of text as theirs come out; all logits, of codes too, as their head gives them before it hides some."""
-    hidden = theirs.model(tokens[None]).last_hidden_state[0]
-    expected = theirs.lm_head(hidden)
-    given = theirs(tokens[None]).logits[0]
+    hidden = hf_model.model(tokens[None]).last_hidden_state[0]
+    expected = hf_model.lm_head(hidden)
+    given = hf_model(tokens[None]).logits[0]
     for part in (expected[:, :VOCABULARY], expected[:, VOCABULARY:]):
         assert not part.numel() or part.std() > 0.1
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
@@ -82,16 +82,16 @@ def mixed_ids() -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_logits_equal_chameleon(variant) -> None:
-    ours, theirs = both(settings(**variant))
+    ours, hf_model = both(settings(**variant))
     tokens = mixed_ids()
     every = torch.arange(len(tokens))
-    assert_same(ours(tokens, every, causal, every).logits, theirs, tokens)
+    assert_same(ours(tokens, every, causal, every).logits, hf_model, tokens)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("backend", ["dense", "grouped"])
 def test_packed_documents_equal_chameleon_on_each_alone(variant, backend) -> None:
-    ours, theirs = both(settings(**variant))
+    ours, hf_model = both(settings(**variant))
     alone = mixed_ids()
     codes = (alone[28:52] - VOCABULARY).view(4, 6)
     documents = [
@@ -104,32 +104,32 @@ def test_packed_documents_equal_chameleon_on_each_alone(variant, backend) -> Non
     logits = ours(batch.input_ids, batch.position_ids, attend, torch.arange(batch.positions)).logits
     runs = list(zip(logits.split(batch.documents), batch.input_ids.split(batch.documents), strict=True))
     assert torch.equal(runs[1][1], alone)
-    for found, tokens in runs[: len(documents)]:
-        assert_same(found, theirs, tokens)
+    for logits, tokens in runs[: len(documents)]:
+        assert_same(logits, hf_model, tokens)
 
 
 def test_text_alone() -> None:
-    ours, theirs = both(settings(images="none", codebook_size=0))
+    ours, hf_model = both(settings(images="none", codebook_size=0))
     tokens = torch.arange(4, VOCABULARY)
     every = torch.arange(len(tokens))
-    assert_same(ours(tokens, every, causal, every).logits, theirs, tokens)
+    assert_same(ours(tokens, every, causal, every).logits, hf_model, tokens)
 
 
 def test_their_names_of_codes() -> None:
     """They take the ids of codes for what we do, none more, none less, in order."""
-    _, theirs = both(settings())
-    found = theirs.model.vocabulary_mapping
-    assert found.bpe2img == {VOCABULARY + code: code for code in range(CODEBOOK)}
-    assert found.image_token_id == theirs.config.image_token_id == BOI
+    _, hf_model = both(settings())
+    mapping = hf_model.model.vocabulary_mapping
+    assert mapping.bpe2img == {VOCABULARY + code: code for code in range(CODEBOOK)}
+    assert mapping.image_token_id == hf_model.config.image_token_id == BOI
     picture = torch.arange(CODEBOOK)
-    assert torch.equal(found.convert_img2bpe(picture), (picture + VOCABULARY).int())
+    assert torch.equal(mapping.convert_img2bpe(picture), (picture + VOCABULARY).int())
 
 
 def test_no_marker_of_theirs_ends_what_is_written() -> None:
     """By default their `generate` would stop at id 2, which is BOI here."""
-    _, theirs = both(settings())
-    assert theirs.generation_config.bos_token_id is None
-    assert theirs.generation_config.eos_token_id is None
+    _, hf_model = both(settings())
+    assert hf_model.generation_config.bos_token_id is None
+    assert hf_model.generation_config.eos_token_id is None
 
 
 def test_networks_that_are_no_chameleon() -> None:

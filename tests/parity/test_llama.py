@@ -50,12 +50,12 @@ def theirs_of(model) -> Tensor:
         return model.eval()(BATCH.input_ids[None]).logits[0].float()
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(ours: Tensor, expected: Tensor) -> None:
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-def theirs(kind: str = "llama", **changes):
+def hf_model_of(kind: str = "llama", **changes):
     """A small network of transformers in which nothing is as it starts: norms too, but Qwen2's biases are zero."""
     torch.manual_seed(0)
     sizes = {
@@ -96,42 +96,42 @@ def started(folder: Path, strict: bool = True, markers: dict[int, int] | None = 
 def test_logits_equal_llama(variant) -> None:
     config = tiny(**variant)
     model = randomised(config).eval()
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_config(config))).eval()
-    result = theirs.load_state_dict(llama_weights(model), strict=True)
+    hf_model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_config(config))).eval()
+    result = hf_model.load_state_dict(llama_weights(model), strict=True)
     assert not result.missing_keys
-    close(ours_of(model), theirs_of(theirs))
+    close(ours_of(model), theirs_of(hf_model))
 
 
 @pytest.mark.parametrize("shard", ["50GB", "40KB"], ids=["whole", "sharded"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_import_gives_their_logits(tmp_path, kind, shard) -> None:
-    model = theirs(kind)
+    model = hf_model_of(kind)
     folder = saved(model, tmp_path / kind, shard)
     assert (folder / "model.safetensors.index.json").exists() == (shard == "40KB")
     close(ours_of(started(folder)), theirs_of(model))
 
 
 def test_import_of_a_tied_network(tmp_path) -> None:
-    model = theirs(tie_word_embeddings=True)
+    model = hf_model_of(tie_word_embeddings=True)
     ours = started(saved(model, tmp_path / "tied"))
     close(ours_of(ours), theirs_of(model))
     assert ours.lm_head.weight.data_ptr() != ours.embedding.weight.data_ptr()
 
 
 def test_import_into_a_larger_vocabulary(tmp_path) -> None:
-    model = theirs()
+    model = hf_model_of()
     folder = saved(model, tmp_path / "small")
     before = randomised(tiny(**read_llama_config(folder) | {"text_vocab_size": 310}), seed=5)
     ours = started(folder, text_vocab_size=310)
     close(ours_of(ours)[:, :300], theirs_of(model))
     for name in ("embedding", "lm_head"):
-        found, initial = (getattr(network, name).weight for network in (ours, before))
-        assert torch.equal(found[300:], initial[300:])
-        assert not torch.equal(found[:300], initial[:300])
+        table, initial = (getattr(network, name).weight for network in (ours, before))
+        assert torch.equal(table[300:], initial[300:])
+        assert not torch.equal(table[:300], initial[:300])
 
 
 def test_import_leaves_patch_layers_alone(tmp_path) -> None:
-    folder = saved(theirs(), tmp_path / "llama")
+    folder = saved(hf_model_of(), tmp_path / "llama")
     ours = started(folder)
     before = randomised(ours.config, seed=5)
     assert ours.image_adapter is not None
@@ -140,7 +140,7 @@ def test_import_leaves_patch_layers_alone(tmp_path) -> None:
 
 
 def test_import_reads_either_spelling_of_the_rotary_base(tmp_path) -> None:
-    model = theirs(**rotary(500000.0))
+    model = hf_model_of(**rotary(500000.0))
     folder = saved(model, tmp_path / "llama")
     values = json.loads((folder / "config.json").read_text())
     assert read_llama_config(folder)["rope_theta"] == 500000.0
@@ -151,7 +151,7 @@ def test_import_reads_either_spelling_of_the_rotary_base(tmp_path) -> None:
 
 def test_a_window_narrower_than_the_context_is_refused_and_a_wider_one_is_none(tmp_path) -> None:
     """Their window of 64 lets a position see 64, itself among them: all of 58 positions."""
-    model = theirs("mistral", sliding_window=64)
+    model = hf_model_of("mistral", sliding_window=64)
     folder = saved(model, tmp_path / "mistral")
     with pytest.raises(UserError, match=r"sliding_window: expected none, or at least .* \(128\), found 64"):
         read_llama_config(folder)
@@ -162,14 +162,14 @@ def test_a_window_narrower_than_the_context_is_refused_and_a_wider_one_is_none(t
 
 
 def test_norms_of_qwen3_are_named(tmp_path) -> None:
-    folder = saved(theirs("qwen3", head_dim=16), tmp_path / "qwen3")
+    folder = saved(hf_model_of("qwen3", head_dim=16), tmp_path / "qwen3")
     with pytest.raises(UserError, match=r"unexpected 4: model\.layers\.0\.self_attn\.k_norm\.weight, "):
         started(folder)
     assert started(folder, strict=False)
 
 
 def test_biases_of_qwen2_are_named(tmp_path) -> None:
-    model = theirs("qwen2")
+    model = hf_model_of("qwen2")
     folder = tmp_path / "qwen2"
     model.save_pretrained(folder)
     with pytest.raises(UserError, match=r"unexpected 6: model\.layers\.0\.self_attn\.k_proj\.bias, "):
@@ -181,7 +181,7 @@ def test_biases_of_qwen2_are_named(tmp_path) -> None:
 def test_kin_that_no_name_or_shape_would_tell_are_refused(tmp_path, kind) -> None:
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     alike = {"num_hidden_layers": 4, "head_dim": 16, "hidden_act": "silu", "tie_word_embeddings": False}
-    folder = saved(theirs(kind, **alike, **ids), tmp_path / kind)
+    folder = saved(hf_model_of(kind, **alike, **ids), tmp_path / kind)
     with pytest.raises(UserError, match=f'model_type: expected .* found "{kind}"'):
         started(folder)
     values = json.loads((folder / "config.json").read_text())
@@ -231,14 +231,14 @@ def test_a_folder_with_its_tokenizer(tmp_path) -> None:
     trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, vocab_size=270)
     backend.train_from_iterator(WORDS, trainer)
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    model = theirs(bos_token_id=0, eos_token_id=[1, 5])
+    model = hf_model_of(bos_token_id=0, eos_token_id=[1, 5])
     folder = saved(model, tmp_path / "llama")
     words.save_pretrained(folder)
 
-    found = Tokenizer.adopt(folder / "tokenizer.json")
-    assert (found.bos, found.eos, found.boi, found.eoi) == (270, 271, 272, 273)
-    assert list(found.encode("two small boats")) == words.encode("two small boats", add_special_tokens=False)
-    rows = marker_rows(folder, found)
+    adopted = Tokenizer.adopt(folder / "tokenizer.json")
+    assert (adopted.bos, adopted.eos, adopted.boi, adopted.eoi) == (270, 271, 272, 273)
+    assert list(adopted.encode("two small boats")) == words.encode("two small boats", add_special_tokens=False)
+    rows = marker_rows(folder, adopted)
     assert rows == {270: 0, 271: 1}
     ours, state = started(folder, markers=rows), model.state_dict()
     for weight, name in ((ours.embedding.weight, "model.embed_tokens.weight"), (ours.lm_head.weight, "lm_head.weight")):

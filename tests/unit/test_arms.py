@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import KeepsGradients, open_tiny
 
 from emoji_scenes import World, caption, glosses
 from transfuse.autoencoders import Pixels, VQTokenizer, open_autoencoder
@@ -17,7 +17,7 @@ from transfuse.data import StepLoader
 from transfuse.errors import UserError
 from transfuse.recipes import Recipe, preset
 from transfuse.rng import generator_for
-from transfuse.runs import open_run, resolve, train_tokenizer
+from transfuse.runs import resolve
 from transfuse.sequence import Document, Text, Tokenizer, layout_document
 from transfuse.train import build_trainer, export_run
 from transfuse.training import Trainer, read
@@ -48,26 +48,15 @@ def arm(images: str, **data: object) -> Recipe:
     )
 
 
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That of every arm: it depends on captions, definitions and the text's ids alone."""
-    path = tmp_path_factory.mktemp("arms") / "tokenizer.json"
-    train_tokenizer(arm("latents")).save(path)
-    return path
-
-
 Build = Callable[[Recipe, str], Trainer]
 
 
 @pytest.fixture
-def build(tokenizer_file: Path, tmp_path: Path) -> Build:
-    """A trainer as a run's folder of this name makes it, gone on with if it has begun."""
+def build(tmp_path: Path) -> Build:
+    """Return a function that builds the trainer of a run folder of this name, resumed if it has begun."""
 
     def make(recipe: Recipe, name: str) -> Trainer:
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        shutil.copy(tokenizer_file, folder / "tokenizer.json")
-        trainer = build_trainer(open_run(recipe, folder), folder)
+        trainer = build_trainer(open_tiny(recipe, tmp_path / name), tmp_path / name)
         trainer.restore()
         return trainer
 
@@ -88,15 +77,15 @@ def kind(document: Document) -> list[object]:
     return [document.sample, document.closed, document.predict, parts]
 
 
-def test_every_arm_sees_the_same_stream(build: Build, tokenizer_file: Path) -> None:
-    """Sample i is one document: its text, its order, its caption dropped or not, and its scene, counted here anew."""
+def test_every_arm_sees_the_same_stream(build: Build, tmp_path: Path) -> None:
+    """Sample i is one document: its text, its order, its caption dropped or not, and its scene, counted here again."""
     streams = {
         images: loader(build(arm(images, share_of="documents", text_share=0.5), images)).document for images in ARMS
     }
-    recipe, tokenizer = arm("latents"), Tokenizer.load(tokenizer_file)
+    recipe, tokenizer = arm("latents"), Tokenizer.load(tmp_path / "latents" / "tokenizer.json")
     world, texts = World(recipe.data.world), glosses("train")
     order = torch.randperm(len(texts), generator=generator_for(recipe.seed, "texts", 0))
-    vq, pairs, found = VQTokenizer(open_autoencoder("vq-f4-small")), 0, {"draw": 0, "dropped": 0, "caption": 0}
+    vq, pairs, orders = VQTokenizer(open_autoencoder("vq-f4-small")), 0, {"draw": 0, "dropped": 0, "caption": 0}
     block: tuple[int, torch.Tensor] = (-1, torch.empty(0))
     for sample in range(240):
         transfusion, chameleon, llama = (streams[images](sample) for images in ARMS)
@@ -114,7 +103,7 @@ def test_every_arm_sees_the_same_stream(build: Build, tokenizer_file: Path) -> N
         scene = world.scene(pairs)
         words = [part.ids for part in transfusion.parts if isinstance(part, Text)]
         assert words in ([], [tokenizer.encode(caption(scene, pairs))])
-        found["dropped" if not words else "draw" if isinstance(transfusion.parts[0], Text) else "caption"] += 1
+        orders["dropped" if not words else "draw" if isinstance(transfusion.parts[0], Text) else "caption"] += 1
         if pairs // BLOCK != block[0]:
             numbers = range(pairs, pairs + BLOCK)
             block = pairs // BLOCK, vq.encode(np.stack([world.render(world.scene(n)) for n in numbers]))
@@ -123,7 +112,7 @@ def test_every_arm_sees_the_same_stream(build: Build, tokenizer_file: Path) -> N
         assert torch.equal(codes.latent, block[1][pairs % BLOCK])
         pairs += 1
     assert pairs == 120
-    assert min(found.values()) > 3
+    assert min(orders.values()) > 3
     for sample in range(pairs * 2, 2010):  # on past the end of the pattern
         llama = streams["none"](sample)
         if sample > 1990:
@@ -175,31 +164,31 @@ def test_texts_come_in_the_same_step(build: Build) -> None:
 def test_shares_of_positions(images: str, share: float, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a picture takes: 16 patches, or 64 codes."""
     monkeypatch.setattr(VQTokenizer, "encode", lambda self, images: torch.zeros(len(images), 8, 8, dtype=torch.int64))
-    load, found = loader(build(arm(images, text_share=share), "run")), {True: 0, False: 0}
+    load, positions = loader(build(arm(images, text_share=share), "run")), {True: 0, False: 0}
     for sample in range(1000):
         document = load.document(sample)
         assert document is not None
         layout = layout_document(document, load.grammar)
         assert sum(span.end - span.start for span in layout.spans) in (0, 16 if images == "latents" else 64)
-        found[bool(document.images)] += len(layout)
-    assert found[False] / sum(found.values()) == pytest.approx(share, abs=0.02)
+        positions[bool(document.images)] += len(layout)
+    assert positions[False] / sum(positions.values()) == pytest.approx(share, abs=0.02)
 
 
 def test_text_alone_is_all_text_by_positions(build: Build) -> None:
     """Nothing is left out, and the definitions come in the order in which the other arms read them."""
     alone = loader(build(arm("none", text_share=0.2), "none")).document
     mixed = loader(build(arm("latents", text_share=0.2), "latents")).document
-    found = [document for sample in range(400) if not (document := mixed(sample)).images]  # type: ignore[union-attr]
-    assert len(found) > 20
-    for number, document in enumerate(found):
-        one = alone(number)
-        assert one is not None
-        assert one.sample == number
-        assert one.parts == document.parts
+    texts_of_mixed = [document for sample in range(400) if not (document := mixed(sample)).images]  # type: ignore[union-attr]
+    assert len(texts_of_mixed) > 20
+    for number, document in enumerate(texts_of_mixed):
+        text_alone = alone(number)
+        assert text_alone is not None
+        assert text_alone.sample == number
+        assert text_alone.parts == document.parts
 
 
 def straight_and_resumed(recipe: Recipe, build: Build, cut: int, steps: int = 8) -> tuple[Trainer, Trainer]:
-    """A run of so many steps, and one that was cut off in between, put together anew and gone on with."""
+    """A run of `steps` steps, and one that was saved at step `cut` and resumed."""
     recipe = replace(recipe, loop=replace(recipe.loop, steps=steps, checkpoint_every=3, log_every=3))
     straight = build(recipe, "straight")
     straight.run()
@@ -225,7 +214,7 @@ def test_straight_equals_resumed(images: str, share_of: str, cut: int, build: Bu
     recipe = replace(recipe, model=model, objective=replace(recipe.objective, z_weight=1e-3))
     straight, resumed = straight_and_resumed(recipe, build, cut)
     assert straight.step == resumed.step == 8
-    saved = [read(one.checkpoints.newest()[0]) for one in (straight, resumed)]
+    saved = [read(trainer.checkpoints.newest()[0]) for trainer in (straight, resumed)]
     assert saved[0] is not None
     assert saved[1] is not None
     for group, tensors in saved[0].tensors.items():
@@ -243,17 +232,12 @@ def test_straight_equals_resumed(images: str, share_of: str, cut: int, build: Bu
 
 
 def gradients(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Of its first step, which changes no weight, and the means it logs."""
-    kept: dict[str, torch.Tensor] = {}
-    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.0)  # type: ignore[assignment]
+    """Return the gradients of a first step that changes no weight, and the means it logs."""
+    trainer.optimizer = KeepsGradients(trainer.model)  # type: ignore[assignment]
     trainer.optimizer_config = replace(trainer.optimizer_config, learning_rate=0.0, final_learning_rate=0.0)
-    named = list(trainer.model.named_parameters())
-    trainer.optimizer.zero_grad = lambda set_to_none=True: kept.update(  # type: ignore[method-assign]
-        {name: p.grad.clone() for name, p in named if p.grad is not None}
-    )
     average = Average()
     trainer.train_step(average)
-    return kept, average.means()
+    return trainer.optimizer.kept, average.means()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("images", ["codes", "none", "latents"])
@@ -266,33 +250,33 @@ def test_a_split_step_is_the_whole_one(images: str, build: Build) -> None:
         results.append(gradients(build(recipe, str(accumulate))))
     whole, means = results[0]
     assert max(float(gradient.abs().max()) for gradient in whole.values()) > 1e-3
-    for split, found in results[1:]:
+    for split, split_means in results[1:]:
         assert split.keys() == whole.keys()
         for name, gradient in whole.items():
             torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
-        assert found.keys() == means.keys()
+        assert split_means.keys() == means.keys()
         for name, mean in means.items():
-            assert found[name] == pytest.approx(mean, rel=1e-5), name
+            assert split_means[name] == pytest.approx(mean, rel=1e-5), name
 
 
 def test_a_step_without_any_text_is_finite(build: Build) -> None:
     """All samples of it are left out: nothing is learned, nothing breaks."""
     trainer = build(arm("none", share_of="documents", text_share=0.001), "run")
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    found, means = gradients(trainer)
-    assert all(bool((gradient == 0).all()) for gradient in found.values())
+    kept, means = gradients(trainer)
+    assert all(bool((gradient == 0).all()) for gradient in kept.values())
     assert "tokens" not in means
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("images", ["codes", "none"])
-def test_a_run_is_exported(images: str, build: Build, tokenizer_file: Path, tmp_path: Path) -> None:
+def test_a_run_is_exported(images: str, build: Build, tmp_path: Path) -> None:
     from transfuse.inference import TransfusionPipeline
 
     recipe = arm(images)
     trainer = build(recipe, "run")
     trainer.train_step(Average())
-    folder = export_run(resolve(recipe, tokenizer_file), trainer, tmp_path / "export")
+    folder = export_run(resolve(recipe, trainer.folder / "tokenizer.json"), trainer, tmp_path / "export")
     pipe = TransfusionPipeline.from_pretrained(folder)
     if images == "codes":
         assert pipe("a crab", generator=0).images[0].size == (32, 32)
@@ -302,9 +286,9 @@ def test_a_run_is_exported(images: str, build: Build, tokenizer_file: Path, tmp_
 
 def test_recipes_that_do_not_fit() -> None:
     settled = resolve(replace(arm("codes"), model=replace(arm("codes").model, codebook_size=7))).recipe
-    assert settled.model.codebook_size == 1024, "as the autoencoder has it"
+    assert settled.model.codebook_size == 1024, "the autoencoder's"
     with pytest.raises(UserError, match="no such thing"):  # its export carries one, and should not fail at the end
         resolve(arm("none", autoencoder="no such thing"))
-    for autoencoder, found in (("pixels", "pixels"), ("kl-f4-small", "kl-f4-small")):
-        with pytest.raises(UserError, match=f'data.autoencoder: expected one with a codebook, found "{found}"'):
+    for autoencoder, kind_found in (("pixels", "pixels"), ("kl-f4-small", "kl-f4-small")):
+        with pytest.raises(UserError, match=f'data.autoencoder: expected one with a codebook, found "{kind_found}"'):
             resolve(arm("codes", autoencoder=autoencoder))

@@ -56,21 +56,21 @@ def words(line: str) -> dict[str, str]:
 
 
 def test_a_plan_for_nodes() -> None:
-    found = cluster_plan(preset("7b"), 64, "h100")
-    assert {(c["sharding"], c["activation_checkpointing"]) for c in found["choices"]} == {
+    planned = cluster_plan(preset("7b"), 64, "h100")
+    assert {(c["sharding"], c["activation_checkpointing"]) for c in planned["choices"]} == {
         (sharding, way)
         for sharding in ("replicated", "HSDP, nodes of 8", "sharded over 64")
         for way in ("none", "selective", "full")
     }
-    for choice in found["choices"]:
+    for choice in planned["choices"]:
         sizes = dict(choice["memory_gigabytes"])
         assert sizes.pop("total") == pytest.approx(sum(sizes.values()), abs=0.01)
         fits = choice["memory_gigabytes"]["total"] <= (1 - SPARE) * 80
         assert choice["fits"] == fits == (choice["sharding"] != "replicated"), "20 bytes a parameter are 126 GB"
         assert choice["micro_batch"] * choice["accumulate"] * 64 == preset("7b").data.batch_size
-    best = found["recommended"]
+    best = planned["recommended"]
     assert (best["sharding"], best["activation_checkpointing"]) == ("HSDP, nodes of 8", "none")
-    options = words(found["launch"])
+    options = words(planned["launch"])
     assert (options["--nproc-per-node"], options["--nnodes"]) == ("8", "8")
     assert [options[name] for name in PARALLEL] == ["8", "1", "none"]
     assert options["--data.accumulate"] == str(best["accumulate"])
@@ -79,12 +79,12 @@ def test_a_plan_for_nodes() -> None:
 def test_the_largest_micro_batch_that_fits() -> None:
     """Twice as large would not fit, or there is no more to do."""
     share = plan(preset("0.76b"))["positions_per_step"] // 8
-    found = cluster_plan(preset("0.76b"), 8, "a100-40")
-    for choice in found["choices"]:
+    planned = cluster_plan(preset("0.76b"), 8, "a100-40")
+    for choice in planned["choices"]:
         grown = choice["memory_gigabytes"]["total"] + choice["memory_gigabytes"]["activations"]
-        assert choice["micro_batch_positions"] == share or grown > found["usable_gigabytes"]
-    assert found["recommended"]["sharding"] == "replicated", "it fits comfortably"
-    assert "--nnodes" not in found["launch"]
+        assert choice["micro_batch_positions"] == share or grown > planned["usable_gigabytes"]
+    assert planned["recommended"]["sharding"] == "replicated", "it fits comfortably"
+    assert "--nnodes" not in planned["launch"]
 
 
 def test_less_memory_means_more_computed_again() -> None:
@@ -96,22 +96,22 @@ def test_less_memory_means_more_computed_again() -> None:
 
 
 def test_one_gpu_and_none_that_is_large_enough() -> None:
-    found = cluster_plan(preset("0.16b"), 1, "rtx4090")
-    assert found["launch"].startswith("transfuse train 0.16b --run runs/0.16b --parallel.replicate 1 ")
-    assert [choice["sharding"] for choice in found["choices"]] == ["one GPU"] * 3
-    found = cluster_plan(preset("7b"), 1, "h100")
-    assert found["recommended"] is None
-    assert found["launch"] is None
-    assert {choice["micro_batch"] for choice in found["choices"]} == {1}
+    planned = cluster_plan(preset("0.16b"), 1, "rtx4090")
+    assert planned["launch"].startswith("transfuse train 0.16b --run runs/0.16b --parallel.replicate 1 ")
+    assert [choice["sharding"] for choice in planned["choices"]] == ["one GPU"] * 3
+    planned = cluster_plan(preset("7b"), 1, "h100")
+    assert planned["recommended"] is None
+    assert planned["launch"] is None
+    assert {choice["micro_batch"] for choice in planned["choices"]} == {1}
 
 
 def test_time_is_operations_over_what_is_reached() -> None:
     """The paper's 0.5T tokens are its recipe; twice the share of the peak is half the time; 6 N D as without GPUs."""
     recipe = preset("1.4b")
-    found, twice = cluster_plan(recipe, 8, "h100", 0.25), cluster_plan(recipe, 8, "h100", 0.5)
-    assert found["mfu_is"] == "given"
+    planned, twice = cluster_plan(recipe, 8, "h100", 0.25), cluster_plan(recipe, 8, "h100", 0.5)
+    assert planned["mfu_is"] == "given"
     assert cluster_plan(recipe, 8, "h100")["mfu_is"] == "assumed"
-    step, runs = found["step"], found["runs"]
+    step, runs = planned["step"], planned["runs"]
     assert step["seconds"] == pytest.approx(step["executed_flops"] / (0.25 * 8 * 989.4e12))
     assert step["seconds"] == pytest.approx(2 * twice["step"]["seconds"])
     assert step["flops"] * recipe.loop.steps == plan(recipe)["train_flops"]
@@ -125,9 +125,9 @@ def test_time_is_operations_over_what_is_reached() -> None:
 def test_rows_are_counted_as_long_as_they_are() -> None:
     recipe = preset("0.37b")
     recipe = replace(recipe, data=replace(recipe.data, row_length=2048, batch_size=256))
-    found = cluster_plan(recipe, 8, "h100")
-    assert found["step"]["positions"] == 256 * 2048
-    assert found["recommended"]["micro_batch_positions"] == 2048 * found["recommended"]["micro_batch"]
+    planned = cluster_plan(recipe, 8, "h100")
+    assert planned["step"]["positions"] == 256 * 2048
+    assert planned["recommended"]["micro_batch_positions"] == 2048 * planned["recommended"]["micro_batch"]
 
 
 @pytest.mark.parametrize("name", PRESETS)

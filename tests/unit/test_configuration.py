@@ -70,18 +70,18 @@ def test_a_run_folder_belongs_to_its_recipe(tmp_path) -> None:
 
 
 def test_what_may_be_another_when_a_run_goes_on(tmp_path, capsys) -> None:
-    """What is asked for now counts, and is said; the file says how the run began."""
+    """Changed settings apply and are logged; config.json keeps those that the run began with."""
     recipe = open_run(preset("tiny"), tmp_path).recipe
     written = (tmp_path / "config.json").read_text()
     assert capsys.readouterr().err == ""
     loop = replace(recipe.loop, keep=7, profile=2, session_seconds=9.0, guard=GuardConfig("skip", most=3))
-    asked = replace(
+    changed = replace(
         recipe,
         loop=loop,
         data=replace(recipe.data, workers=2, accumulate=4),
         parallel=replace(recipe.parallel, activation_checkpointing="full"),
     )
-    assert open_run(asked, tmp_path).recipe == asked
+    assert open_run(changed, tmp_path).recipe == changed
     assert capsys.readouterr().err == (
         f"{tmp_path}: resumes with changed settings: data.accumulate 4 (was 1), "
         "data.workers 2 (was 0), loop.keep 7 (was 2), loop.session_seconds 9.0 (was None), "
@@ -105,11 +105,11 @@ def test_what_may_be_another_when_a_run_goes_on(tmp_path, capsys) -> None:
 )
 def test_what_may_not(tmp_path, part: str, name: str, value: object) -> None:
     recipe = open_run(preset("tiny"), tmp_path).recipe
-    asked = replace(recipe, **{part: replace(getattr(recipe, part), **{name: value})})
-    before, now = (to_dict(one)[part][name] for one in (recipe, asked))
-    said = f"config.json: {part}.{name}: this run has {before!r}, the command asks for {now!r}; give the same settings"
-    with pytest.raises(UserError, match=re.escape(said)):
-        open_run(asked, tmp_path)
+    changed = replace(recipe, **{part: replace(getattr(recipe, part), **{name: value})})
+    before, now = (to_dict(settings)[part][name] for settings in (recipe, changed))
+    message = f"config.json: {part}.{name}: this run has {before!r}, the command asks for {now!r}; give the same"
+    with pytest.raises(UserError, match=re.escape(message)):
+        open_run(changed, tmp_path)
 
 
 def test_a_run_goes_on_in_its_own_precision_or_not_at_all(tmp_path) -> None:
@@ -150,29 +150,29 @@ def test_plan_of_the_paper(name: str, parameters: float) -> None:
 
 
 def save(folder, tokenizer: Tokenizer, **changes):
-    one = exported(tokenizer, **changes)
-    weights = dict(one.model.named_parameters())
+    original = exported(tokenizer, **changes)
+    weights = dict(original.model.named_parameters())
     save_export(
         folder,
         weights,
-        one.model.config,
-        one.process.config,
+        original.model.config,
+        original.process.config,
         tokenizer,
-        one.autoencoder,
-        one.image_size,
+        original.autoencoder,
+        original.image_size,
         GenerationConfig(),
         "# card\n",
     )
-    return one
+    return original
 
 
 def test_export_round_trip(tmp_path, tokenizer: Tokenizer) -> None:
-    one = save(tmp_path / "export", tokenizer)
-    two = load_export(tmp_path / "export")
-    assert two.model.config == one.model.config
-    assert two.process.config == one.process.config
-    assert two.generation == GenerationConfig()
-    for (name, a), (_, b) in zip(one.model.named_parameters(), two.model.named_parameters(), strict=True):
+    original = save(tmp_path / "export", tokenizer)
+    loaded = load_export(tmp_path / "export")
+    assert loaded.model.config == original.model.config
+    assert loaded.process.config == original.process.config
+    assert loaded.generation == GenerationConfig()
+    for (name, a), (_, b) in zip(original.model.named_parameters(), loaded.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     config = read_json(tmp_path / "export" / "config.json")
     assert config["model_type"] == "transfusion"

@@ -39,7 +39,7 @@ def changed(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 @pytest.mark.parametrize("layout", ["transfuse", "diffusers"])
 def test_another_tokenizer_is_refused(served: Path, tmp_path: Path, layout: str) -> None:
-    """Of fewer ids, of as many: its ids would mean other words."""
+    """A tokenizer of fewer or as many ids gives them other meanings."""
     folder = relayout(served, tmp_path / "export", layout)  # type: ignore[arg-type]
     file = folder / (DIFFUSERS["tokenizer.json"] if layout == "diffusers" else "tokenizer.json")
     load_export(folder)
@@ -76,7 +76,7 @@ def test_an_export_that_does_not_record_its_tokenizer(folder: Path, capsys: pyte
     "content", [b"", b"{}", b"[3]", b"null", b'"a"', b"\x00\xff" * 90, b"[" * 90_000, None], ids=lambda c: str(c)[:12]
 )
 def test_pieces_of_another_kind(folder: Path, piece: str, content: bytes | None) -> None:
-    """None: a folder lies in its place."""
+    """None: a folder is in its place."""
     (folder / piece).unlink()
     if content is None:
         (folder / piece).mkdir()

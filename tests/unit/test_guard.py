@@ -1,4 +1,4 @@
-"""What a run does about steps that went wrong: what the guard calls so, and what the loop makes of it."""
+"""Bad steps: which steps the guard finds bad, and what the training loop does about them."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def strict_metrics(trainer: Trainer) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_a_skipped_step_is_as_if_it_had_never_updated(make: Make, grammar: SequenceFormat, log_every: int) -> None:
-    one = make("skips", Numbered(grammar, {3: NAN}), guard=GuardConfig("skip"), log_every=log_every)
-    assert one.run() == "finished"
+    trainer = make("skips", Numbered(grammar, {3: NAN}), guard=GuardConfig("skip"), log_every=log_every)
+    assert trainer.run() == "finished"
     other = make("never")
     average, lines = Average(), {}
     while other.step < 8:
@@ -53,41 +53,43 @@ def test_a_skipped_step_is_as_if_it_had_never_updated(make: Make, grammar: Seque
         if other.step % log_every == 0:
             lines[other.step], average = average.means(), Average()
     other.save()
-    assert_equal(tensors(one), tensors(other))
-    (line,) = bad_steps(one)
+    assert_equal(tensors(trainer), tensors(other))
+    (line,) = bad_steps(trainer)
     assert {name: line[name] for name in ("step", "data_step", "kind", "action", "samples")} == {
         "step": 3, "data_step": 3, "kind": "nonfinite", "action": "skip", "samples": [7]}  # fmt: skip
     assert "text nan" not in line["reason"]
     assert "image nan" in line["reason"]
-    found = strict_metrics(one)
-    assert [line["step"] for line in found] == list(lines)
-    for line in found:
+    lines_written = strict_metrics(trainer)
+    assert [line["step"] for line in lines_written] == list(lines)
+    for line in lines_written:
         assert {name: line[name] for name in lines[line["step"]]} == pytest.approx(lines[line["step"]])
         assert ("text" in line) == (log_every > 1 or line["step"] != 4), "no mean holds the step that was left out"
-    assert found[-1]["left_out"] == 1
+    assert lines_written[-1]["left_out"] == 1
     if log_every == 1:
-        rates = [line["learning_rate"] for line in found if "learning_rate" in line]
-        assert rates == pytest.approx([learning_rate(one.optimizer_config, step, 8) for step in (0, 1, 2, 4, 5, 6, 7)])
+        rates = [line["learning_rate"] for line in lines_written if "learning_rate" in line]
+        assert rates == pytest.approx(
+            [learning_rate(trainer.optimizer_config, step, 8) for step in (0, 1, 2, 4, 5, 6, 7)]
+        )
 
 
 def test_rollback_goes_on_behind_the_bad_data(make: Make, grammar: SequenceFormat) -> None:
     """Two bad steps: the second before the next checkpoint, so from the same one again."""
     load = Numbered(grammar, {5: NAN, 7: NAN})
-    one = make("rolls", load, guard=GuardConfig("rollback"), checkpoint_every=2, keep=1)
-    assert one.run() == "finished"
+    trainer = make("rolls", load, guard=GuardConfig("rollback"), checkpoint_every=2, keep=1)
+    assert trainer.run() == "finished"
     assert load.asked == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
-    assert (one.step, one.data_offset) == (8, 4)
-    assert [line["step"] for line in strict_metrics(one)] == list(range(1, 9))
-    assert [(line["step"], line["data_step"], line["samples"]) for line in bad_steps(one)] == [
+    assert (trainer.step, trainer.data_offset) == (8, 4)
+    assert [line["step"] for line in strict_metrics(trainer)] == list(range(1, 9))
+    assert [(line["step"], line["data_step"], line["samples"]) for line in bad_steps(trainer)] == [
         (5, 5, [11]),
         (5, 7, [15]),
     ]
     other = make("straight", Numbered(grammar, order=[0, 1, 2, 3, 8, 9, 10, 11]))
     other.run()
-    assert_equal(tensors(one), tensors(other))
+    assert_equal(tensors(trainer), tensors(other))
     for name in ("positions", "images", "text_targets", "flops"):
-        assert one.totals[name] == other.totals[name], "of what led to these weights"
-    assert one.totals["left_out"] == 2
+        assert trainer.totals[name] == other.totals[name], "of what led to these weights"
+    assert trainer.totals["left_out"] == 2
 
 
 def test_a_run_that_was_rolled_back_goes_on_after_a_stop(make: Make, grammar: SequenceFormat) -> None:
@@ -101,7 +103,7 @@ def test_a_run_that_was_rolled_back_goes_on_after_a_stop(make: Make, grammar: Se
     while cut.step < 2:
         cut.train_step(Average())
     cut.save()
-    while cut.step < 5:  # killed one step behind the checkpoint that it rolled back from
+    while cut.step < 5:  # killed one step after the checkpoint that it rolled back from
         cut.train_step(Average())
     resumed_load = load()
     resumed = make("cut", resumed_load, **settings)
@@ -116,23 +118,23 @@ def test_a_run_that_was_rolled_back_goes_on_after_a_stop(make: Make, grammar: Se
 
 
 def test_time_that_was_rolled_back_was_spent(make: Make, grammar: SequenceFormat) -> None:
-    one = make("rolls", Numbered(grammar, {3: NAN}), 4, guard=GuardConfig("rollback"), checkpoint_every=2)
+    trainer = make("rolls", Numbered(grammar, {3: NAN}), 4, guard=GuardConfig("rollback"), checkpoint_every=2)
 
     class Slow(Numbered):
         def __call__(self, step: int) -> list[Batch]:
-            one.totals["seconds"] += 100
+            trainer.totals["seconds"] += 100
             return super().__call__(step)
 
-    one.load = Slow(grammar, {3: NAN})
-    one.run()
-    assert one.load.asked == [0, 1, 2, 3, 4, 5]
-    assert one.totals["seconds"] > 600
+    trainer.load = Slow(grammar, {3: NAN})
+    trainer.run()
+    assert trainer.load.asked == [0, 1, 2, 3, 4, 5]
+    assert trainer.totals["seconds"] > 600
 
 
 def test_rollback_needs_a_checkpoint(make: Make, grammar: SequenceFormat) -> None:
-    one = make("none", Numbered(grammar, {1: NAN}), guard=GuardConfig("rollback"))
+    trainer = make("none", Numbered(grammar, {1: NAN}), guard=GuardConfig("rollback"))
     with pytest.raises(DivergedError, match="step 1: expected a checkpoint to go back to, found none"):
-        one.run()
+        trainer.run()
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
@@ -149,7 +151,7 @@ def test_too_many_bad_steps_end_a_run(make: Make, grammar: SequenceFormat, polic
 
 
 def test_raise_by_the_command_and_then_skip(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Code 2 and one line that names the sample, no weight changed; the guard may be another when the run goes on."""
+    """Code 2 and one line that names the sample, no weight changed; the guard may change when the run resumes."""
     plain = StepLoader.make
 
     def make(self: StepLoader, step: int) -> Any:
@@ -162,13 +164,13 @@ def test_raise_by_the_command_and_then_skip(tmp_path: Path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     command = ["train", "tiny", "--run", "run", "--loop.steps", "8", "--loop.checkpoint-every", "6"]
     assert run(command) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("transfuse: ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("transfuse: ")]
     (bad,) = [json.loads(line) for line in Path("run/bad_steps.jsonl").read_text().splitlines()]
     (sample,) = bad["samples"]
     assert 48 <= sample < 56
-    assert len(said) == 1
-    assert said[0].startswith("transfuse: step 6: expected finite numbers, found ")
-    assert said[0].endswith(f"samples [{sample}]; no weight was changed")
+    assert len(errors) == 1
+    assert errors[0].startswith("transfuse: step 6: expected finite numbers, found ")
+    assert errors[0].endswith(f"samples [{sample}]; no weight was changed")
     saved = sorted(path.name for path in Path("run/checkpoints").glob("step-*"))
     assert saved == ["step-00000006"], "what was begun is written to the end, nothing after it"
     config = Path("run/config.json").read_text()
@@ -188,25 +190,25 @@ def test_an_error_waits_for_the_checkpoint_that_is_being_written(
         return plain(path, text)
 
     monkeypatch.setattr(Path, "write_text", slow)
-    one = make("run", Numbered(grammar, {2: NAN}), checkpoint_every=2)
+    trainer = make("run", Numbered(grammar, {2: NAN}), checkpoint_every=2)
     with pytest.raises(DivergedError, match=r"step 2: .*samples \[5\]; no weight was changed"):
-        one.run()
-    assert [path.name for path in one.checkpoints.complete()] == ["step-00000002"]
-    saved = tensors(one)["model"]
-    assert all(torch.equal(weight, saved[name]) for name, weight in one.model.state_dict().items())
+        trainer.run()
+    assert [path.name for path in trainer.checkpoints.complete()] == ["step-00000002"]
+    saved = tensors(trainer)["model"]
+    assert all(torch.equal(weight, saved[name]) for name, weight in trainer.model.state_dict().items())
 
 
 def spiking(make: Make, grammar: SequenceFormat, name: str, policy: Any, stop: int | None = None) -> Trainer:
     guard = GuardConfig(spike=policy, window=4, sigmas=8.0)
     load = Numbered(grammar, {6: 40.0})
-    one = make(name, load, steps=9, guard=guard, checkpoint_every=3)
+    trainer = make(name, load, steps=9, guard=guard, checkpoint_every=3)
     if stop is not None:
-        while one.step < stop:
-            one.train_step(Average())
-        one.save()
-        return one
-    one.run()
-    return one
+        while trainer.step < stop:
+            trainer.train_step(Average())
+        trainer.save()
+        return trainer
+    trainer.run()
+    return trainer
 
 
 @pytest.mark.parametrize("policy", ["log", "skip", "rollback"])

@@ -60,7 +60,7 @@ def folder_with(path: Path, **changes: Any) -> Path:
 
 
 def weights_of(seed: int = 1, **changes: Any) -> dict[str, Tensor]:
-    """What a folder of this shape holds: copies, which can be dropped, added to or cut."""
+    """Return the weights of a folder of this shape, as copies that can be dropped, added to or cut."""
     weights = llama_weights(randomised(tiny(**FIELDS | changes), seed))
     return {name: value.clone() for name, value in weights.items()}
 
@@ -175,9 +175,9 @@ def test_missing_and_unexpected_names(tmp_path) -> None:
     refused(model, tmp_path, f"found missing 2: {', '.join(missing)}; unexpected 2: {', '.join(unexpected)}")
     match = start_from_llama(model, tmp_path, strict=False)
     assert (match.missing, match.unexpected, len(match.matched)) == (missing, unexpected, 19)
-    before, found = llama_weights(ours()), llama_weights(model)
-    for name in found:
-        assert torch.equal(found[name], before[name] if name in missing else weights[name]), name
+    before, after = llama_weights(ours()), llama_weights(model)
+    for name in after:
+        assert torch.equal(after[name], before[name] if name in missing else weights[name]), name
 
 
 def test_a_match_lists_the_first_eight() -> None:
@@ -358,9 +358,9 @@ def words(path: Path, vocabulary: dict[str, int], **changes: Any) -> Path:
 
 
 def test_markers_are_added_behind(tmp_path) -> None:
-    found = Tokenizer.adopt(words(tmp_path / "tokenizer.json", {"a": 0, "b": 1, "<|eos|>": 2}))
-    assert (found.bos, found.eos, found.boi, found.eoi, found.vocab_size) == (3, 2, 4, 5, 6)
-    found.save(tmp_path / "ours.json")
+    adopted = Tokenizer.adopt(words(tmp_path / "tokenizer.json", {"a": 0, "b": 1, "<|eos|>": 2}))
+    assert (adopted.bos, adopted.eos, adopted.boi, adopted.eoi, adopted.vocab_size) == (3, 2, 4, 5, 6)
+    adopted.save(tmp_path / "ours.json")
     again = Tokenizer.load(tmp_path / "ours.json")
     assert (again.bos, again.eos, again.boi, again.eoi) == (3, 2, 4, 5)
     assert Tokenizer.adopt(tmp_path / "ours.json").backend.to_str() == again.backend.to_str()
@@ -372,9 +372,9 @@ def test_a_marker_typed_is_text_and_documents_keep_their_length(tmp_path) -> Non
     filled = {"strategy": {"Fixed": 6}, "direction": "Right", "pad_to_multiple_of": None}
     filled |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
     path = words(tmp_path / "tokenizer.json", {"a": 0, "b": 1}, truncation=cut, padding=filled)
-    found = Tokenizer.adopt(path)
-    assert found.encode("b a b a") == (1, 0, 1, 0)
-    assert found.bos not in found.encode("b <|bos|>")
+    adopted = Tokenizer.adopt(path)
+    assert adopted.encode("b a b a") == (1, 0, 1, 0)
+    assert adopted.bos not in adopted.encode("b <|bos|>")
 
 
 def test_tokenizers_that_are_none(tmp_path) -> None:

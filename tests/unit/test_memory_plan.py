@@ -1,4 +1,4 @@
-"""What the planner says of memory, held against the memory that real tensors take."""
+"""The planner's memory, compared with the memory that real tensors take."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def flex(batch: Batch, dtype: torch.dtype) -> Callable[..., Tensor]:
 
 
 def grouped_bytes(documents: int, config: ModelConfig, positions: int, element: int) -> int:
-    """What `Grouped` keeps of documents of one length, whose values are copied out of the product of q, k and v.
+    """Return the bytes that `Grouped` keeps of documents of one length; it copies values out of the product of q, k, v.
 
     SDPA in float32: q, k, v, output, logsumexp. bfloat16: those, with keys and values of every head, and all scores.
     """
@@ -105,7 +105,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def checkpointed(model: Transfusion, way: Checkpointing) -> Transfusion:
-    """As the engine does it: each block in a checkpoint."""
+    """Put each block in a checkpoint, as the trainer does."""
     extra = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if way == "selective" else {}
     for block in model.transformer.blocks:
         if way != "none":
@@ -114,8 +114,10 @@ def checkpointed(model: Transfusion, way: Checkpointing) -> Transfusion:
 
 
 def cast_bytes(model: Transfusion, way: Checkpointing, element: int) -> int:
-    """Of the weights' casts that are kept: not of embeddings and biases, nor of the first layers, whose input needs no
-    gradient."""
+    """Return the bytes of the weights' casts that are kept.
+
+    Not kept: embeddings, biases, and the first layers, whose input needs no gradient.
+    """
     if element == 4:
         return 0
     kept = 0
@@ -182,7 +184,7 @@ def measure(
 @pytest.mark.parametrize("way", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", CASES)
 def test_activations_are_as_measured(name: str, way: Checkpointing, dtype: torch.dtype, tokenizer: Tokenizer) -> None:
-    """What a forward pass leaves, within 2 % of what is planned; the most until the backward pass ends, less closely.
+    """A forward pass leaves what is planned within 2 %; the most until the backward pass ends, less closely.
 
     In bfloat16 the plan says more than there is: casts are gone when their layer is, and here they are much of it all.
     """
@@ -201,7 +203,7 @@ def test_activations_are_as_measured(name: str, way: Checkpointing, dtype: torch
 def test_the_most_of_a_whole_step_is_as_measured(
     name: str, way: Checkpointing, dtype: torch.dtype, tokenizer: Tokenizer
 ) -> None:
-    """What the plan says in the end: all there is at once in a step with both losses, states included, within 7 %."""
+    """The plan's total is all memory at once in a step with both losses, states included, within 7 %."""
     config, sizes, words = CASES[name]
     model = checkpointed(Transfusion(config, dtype).initialise(0), way)
     batch = make_batch(config, tokenizer, sizes, words)
@@ -259,7 +261,7 @@ def test_states_are_as_measured(tokenizer: Tokenizer) -> None:
 
 
 def test_a_shard_is_a_part() -> None:
-    """FSDP divides each weight's first axis, rounded up: so many bytes more are few."""
+    """FSDP divides each weight's first axis, rounded up: a few bytes more."""
     for name, shard in (("0.16b-unet", 8), ("7b", 64)):
         config = preset(name).model
         rows = sum(-(-p.shape[0] // shard) * p[0].numel() for p in Transfusion.on_meta(config).parameters())

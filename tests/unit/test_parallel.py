@@ -1,4 +1,4 @@
-"""What spreads a network, as far as one process can tell; the rest is in tests/distributed."""
+"""The parts of parallelism that one process can test; the rest is in tests/distributed."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def test_parts_are_the_stacked_matrix() -> None:
 @pytest.mark.parametrize("largest", [0.01, 1e6])
 def test_clipping_is_torchs(largest: float) -> None:
     model, other = nn.Linear(7, 5), nn.Linear(7, 5)
-    for one, two in zip(model.parameters(), other.parameters(), strict=True):
-        one.grad = torch.randn_like(one)
-        two.grad = one.grad.clone()
+    for own, expected_layer in zip(model.parameters(), other.parameters(), strict=True):
+        own.grad = torch.randn_like(own)
+        expected_layer.grad = own.grad.clone()
     expected = nn.utils.clip_grad_norm_(model.parameters(), largest)
     assert clip_gradients(list(other.parameters()), largest, Distributed()) == expected
-    for one, two in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(one.grad, two.grad)
+    for own, expected_layer in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(own.grad, expected_layer.grad)
 
 
 def test_float8_is_an_extra(monkeypatch) -> None:

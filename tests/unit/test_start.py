@@ -1,4 +1,4 @@
-"""A run that starts from an export takes its network, its words and its pictures' language, and goes on learning."""
+"""A run that starts from an export takes its network, its words and its pictures' language, and learns on."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def recipe(start: Path, **changes: object) -> Recipe:
 
 def test_begins_with_the_exports_weights_words_and_process(served: Path, tmp_path: Path) -> None:
     run = resolve(recipe(served, precision="float32"))
-    asked = run.recipe
-    found = load_export(served)
-    assert asked.model == found.model.config
-    assert asked.diffusion == found.process.config
-    assert asked.generation == found.generation
+    resolved = run.recipe
+    export = load_export(served)
+    assert resolved.model == export.model.config
+    assert resolved.diffusion == export.process.config
+    assert resolved.generation == export.generation
     (tmp_path / "run").mkdir()
     trainer = build_trainer(run, tmp_path / "run", Distributed(torch.device("cpu")))
-    assert run.tokenizer.fingerprint == found.tokenizer.fingerprint
-    for ours, theirs in zip(trainer.model.parameters(), found.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert run.tokenizer.fingerprint == export.tokenizer.fingerprint
+    for ours, original in zip(trainer.model.parameters(), export.model.parameters(), strict=True):
+        assert torch.equal(ours, original)
 
 
 @pytest.mark.parametrize("kept", ["patch", "hidden", None])
@@ -56,28 +56,28 @@ def test_an_export_keeps_where_its_timestep_enters(kept: str | None, tokenizer: 
         config = json.loads((folder / "config.json").read_text())
         del config["model"]["timestep_at"]
         (folder / "config.json").write_text(json.dumps(config))
-    asked = resolve(replace(recipe(folder), model=replace(model, timestep_at="patch"))).recipe
-    assert asked.model == load_export(folder).model.config == model
+    resolved = resolve(replace(recipe(folder), model=replace(model, timestep_at="patch"))).recipe
+    assert resolved.model == load_export(folder).model.config == model
 
 
 def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Path) -> None:
     """Other patch layers, the same trunk: the network stays the recipe's; its trunk, its words and the vectors of rows
     and columns are the export's."""
     base = recipe(served, precision="float32", start_strict=False)
-    found = load_export(served)
-    config = replace(found.model.config, adapter="unet", patch_size=2, unet_channels=(8, 8))
+    export = load_export(served)
+    config = replace(export.model.config, adapter="unet", patch_size=2, unet_channels=(8, 8))
     run = resolve(replace(base, model=config))
-    asked = run.recipe
-    assert asked.model.adapter == "unet"
+    resolved = run.recipe
+    assert resolved.model.adapter == "unet"
     (tmp_path / "run").mkdir()
     trainer = build_trainer(run, tmp_path / "run", Distributed(torch.device("cpu")))
-    assert run.tokenizer.fingerprint == found.tokenizer.fingerprint
-    theirs = dict(found.model.named_parameters())
+    assert run.tokenizer.fingerprint == export.tokenizer.fingerprint
+    original = dict(export.model.named_parameters())
     ours = dict(trainer.model.named_parameters())
-    shared = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
-    assert all(torch.equal(ours[name], theirs[name]) for name in shared)
+    shared = {name for name in ours.keys() & original.keys() if ours[name].shape == original[name].shape}
+    assert all(torch.equal(ours[name], original[name]) for name in shared)
     assert len(shared) == 3 + 6 * config.n_layers + 2  # rows and columns
-    assert ours.keys() - shared, "patch layers of its own"
+    assert ours.keys() - shared, "its own patch layers"
 
 
 def test_a_network_that_takes_nothing_is_refused(served: Path, tmp_path: Path) -> None:
@@ -107,15 +107,15 @@ def test_a_resumed_run_does_not_start_anew(served: Path, tmp_path: Path) -> None
     short = train(replace(recipe(served), loop=replace(recipe(served).loop, session_seconds=1e-9)), tmp_path / "cut")
     assert short.outcome == "stopped"
     resumed = train(recipe(served), tmp_path / "cut").trainer
-    for ours, theirs in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for ours, original in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(ours, original)
 
 
 def test_a_relative_path_is_the_same_folder_from_elsewhere(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(served.parent)
-    asked = resolve(recipe(Path(served.name))).recipe
+    resolved = resolve(recipe(Path(served.name))).recipe
     monkeypatch.chdir("/")
-    assert asked == resolve(recipe(served)).recipe == resolve(asked).recipe
+    assert resolved == resolve(recipe(served)).recipe == resolve(resolved).recipe
 
 
 def test_what_is_no_model_is_refused(served: Path, tmp_path: Path) -> None:

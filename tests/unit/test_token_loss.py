@@ -33,7 +33,7 @@ def problem(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Linear, Tens
 def losses_and_gradients(
     rows: int, z: bool, dtype: torch.dtype, max_logits: int = MAX_LOGITS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, and gradients of a sum in which every one of them has a weight of its own."""
+    """Losses, and gradients of a sum in which each has another weight."""
     head, x, targets = problem(rows, dtype)
     losses = token_losses(head, x, targets, z, max_logits)
     (losses * torch.linspace(0.1, 1, losses.numel()).view_as(losses)).sum().backward()
@@ -51,10 +51,10 @@ def test_chunks_change_nothing(rows: int, z: bool, dtype: torch.dtype) -> None:
     assert expected[0].dtype == torch.float32
     assert expected[2].dtype == torch.float32
     # Seven rows: 7 are one chunk, 8 two, 30 five with a last one of two rows.
-    found = losses_and_gradients(rows, z, dtype, max_logits=7 * IDS + 1)
+    chunked = losses_and_gradients(rows, z, dtype, max_logits=7 * IDS + 1)
     # A chunk's part of the weight's gradient is rounded to bfloat16, then added up in float32.
     rounded = 1e-6 if dtype == torch.float32 else 2**-8
-    for a, b, tolerance in zip(found, expected, (1e-6, 1e-6, rounded), strict=True):
+    for a, b, tolerance in zip(chunked, expected, (1e-6, 1e-6, rounded), strict=True):
         torch.testing.assert_close(a, b, atol=tolerance * max([1.0, *b.abs().flatten().tolist()]), rtol=tolerance)
 
 
@@ -115,8 +115,8 @@ def of_model(objective, model: Transfusion, batch: Batch):
 def chunked_equals_plain(objective: Callable[[int], TokenObjective], model: Transfusion, batch: Batch) -> None:
     """Compare an objective without and with chunks; `objective` is called with the number of logits of a chunk."""
     losses, details, gradients = of_model(objective(MAX_LOGITS), model, batch)
-    found, found_details, found_gradients = of_model(objective(5 * model.config.vocab_size), model, batch)
-    torch.testing.assert_close(found, losses, rtol=1e-6, atol=1e-6)
+    chunked, found_details, found_gradients = of_model(objective(5 * model.config.vocab_size), model, batch)
+    torch.testing.assert_close(chunked, losses, rtol=1e-6, atol=1e-6)
     assert found_details.keys() == details.keys()
     for name, (total, count) in details.items():
         assert found_details[name] == (pytest.approx(total, rel=1e-6), count)

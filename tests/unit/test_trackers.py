@@ -1,4 +1,4 @@
-"""Trackers get what metrics.jsonl gets, go on where a run goes on, and never stop one."""
+"""Trackers get what metrics.jsonl gets, resume where a run resumes, and never stop a run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import open_tiny
 
 from transfuse.errors import UserError
 from transfuse.recipes import preset
 from transfuse.runs import open_run
 from transfuse.train import build_trainer
-from transfuse.training import Distributed, Trainer, read_metrics
+from transfuse.training import Distributed, LoopConfig, Trainer, read_metrics
 
 
 def run_tracked(folder: Path, *names: str, steps: int = 6, stop_at: int | None = None, sample: bool = False) -> Trainer:
     """A run of `steps`, or the part of it that a stop leaves: lines every 2 steps, a checkpoint every 4."""
     recipe = preset("tiny")
     loop = replace(recipe.loop, steps=steps, log_every=2, checkpoint_every=4, sample_every=4 if sample else 0)
-    recipe = open_run(replace(recipe, loop=replace(loop, trackers=names)), folder)
-    trainer = build_trainer(recipe, folder)
+    trainer = build_trainer(open_tiny(replace(recipe, loop=replace(loop, trackers=names)), folder), folder)
     trainer.restore()
     if stop_at is not None:
         advance = trainer.train_step
@@ -52,7 +52,7 @@ def draw(weights: object, path: Path) -> None:
 
 @pytest.fixture
 def stubs(monkeypatch) -> list[tuple[Any, ...]]:
-    """wandb and trackio as modules that write down what is called."""
+    """Modules in place of wandb and trackio that record every call."""
     calls: list[tuple[Any, ...]] = []
     for name in ("wandb", "trackio"):
         module: Any = types.ModuleType(name)
@@ -110,17 +110,20 @@ def test_tensorboard_holds_what_metrics_hold(tmp_path: Path) -> None:
     before = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in before] == [2, 4, 6]
     run_tracked(tmp_path, "tensorboard", steps=10, sample=True)
-    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    recorded = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     lines = read_metrics(tmp_path / "metrics.jsonl")
     for name in ("text", "image", "gradient_norm", "seconds", "positions_per_second"):
-        events = found.Scalars(name)
+        events = recorded.Scalars(name)
         assert [event.step for event in events] == [2, 4, 6, 8, 10], "what was trained twice is there once"
         assert [event.value for event in events] == pytest.approx([line[name] for line in lines])
     assert lines[2]["seconds"] != before[2]["seconds"]
-    assert [(image.step, image.width, image.height) for image in found.Images("samples")] == [(4, 12, 8), (8, 12, 8)]
-    told = found.Tensors("prompts/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert told.split() == ["a", "crab", "a", "boat"]
-    config = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert [(image.step, image.width, image.height) for image in recorded.Images("samples")] == [
+        (4, 12, 8),
+        (8, 12, 8),
+    ]
+    text = recorded.Tensors("prompts/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.split() == ["a", "crab", "a", "boat"]
+    config = recorded.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert '"preset": "tiny"' in config
 
 
@@ -148,7 +151,7 @@ def test_a_missing_package_is_one_line_and_no_folder(tmp_path: Path, monkeypatch
     with pytest.raises(
         UserError, match=rf"loop.trackers: expected {name}, found none; pip install 'transfuse\[{name}\]"
     ):
-        run_tracked(tmp_path / "run", name)
+        open_run(replace(preset("tiny"), loop=LoopConfig(trackers=(name,))), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

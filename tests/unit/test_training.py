@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import safetensors.torch
 import torch
-from conftest import latent, randomised, tiny
+from conftest import KeepsGradients, latent, open_tiny, randomised, tiny
 from torch.nn import functional as F
 
 from transfuse.diffusion import DiffusionConfig, Process
@@ -22,7 +22,6 @@ from transfuse.errors import UserError
 from transfuse.model import dense
 from transfuse.recipes import preset
 from transfuse.rng import generator_for
-from transfuse.runs import open_run
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
 from transfuse.train import build_trainer
 from transfuse.training import (
@@ -119,7 +118,7 @@ def test_timesteps_respect_the_cap_and_context_is_clean(grammar: SequenceFormat)
     assert torch.equal(clean.latents[0], latent(2, 2))
 
 
-def trainer(
+def make_trainer(
     folder: Path,
     documents,
     grammar: SequenceFormat,
@@ -165,18 +164,15 @@ def uneven(grammar: SequenceFormat) -> list[Document]:
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulation_changes_nothing(tmp_path, grammar: SequenceFormat, accumulate: int) -> None:
-    whole, split = (trainer(tmp_path, uneven(grammar), grammar, n) for n in (1, accumulate))
-    averages = Average(), Average()
-    for one, average in zip((whole, split), averages, strict=True):
-        one.optimizer = torch.optim.SGD(one.model.parameters(), lr=0.0)  # gradients survive in the EMA-free model
-        kept = {}
-        one.optimizer.zero_grad = lambda set_to_none, one=one, kept=kept: kept.update(  # type: ignore[assignment]
-            {name: p.grad.clone() for name, p in one.model.named_parameters()}
-        )
-        one.train_step(average)
-        one.gradients = kept
-    for name, gradient in whole.gradients.items():
-        torch.testing.assert_close(split.gradients[name], gradient, atol=1e-6, rtol=1e-5)
+    averages, gradients = [], []
+    for parts in (1, accumulate):
+        trainer, average = make_trainer(tmp_path, uneven(grammar), grammar, parts), Average()
+        trainer.optimizer = KeepsGradients(trainer.model)
+        trainer.train_step(average)
+        averages.append(average)
+        gradients.append(trainer.optimizer.kept)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
     for name, mean in averages[0].means().items():
         assert averages[1].means()[name] == pytest.approx(mean, rel=1e-5), name
 
@@ -192,11 +188,11 @@ def test_accumulation_changes_nothing(tmp_path, grammar: SequenceFormat, accumul
     ids=["no images", "no text targets", "nothing to learn", "context image only"],
 )
 def test_a_batch_without_a_modality_is_finite(tmp_path, grammar: SequenceFormat, documents) -> None:
-    one = trainer(tmp_path, documents, grammar)
+    trainer = make_trainer(tmp_path, documents, grammar)
     average = Average()
-    one.train_step(average)
+    trainer.train_step(average)
     assert all(math.isfinite(value) for value in average.means().values())
-    assert all(bool(p.isfinite().all()) for p in one.model.parameters())
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
 def test_image_size_leaves_the_text_gradient_alone(tmp_path, grammar: SequenceFormat) -> None:
@@ -216,11 +212,11 @@ def test_divergence_stops_before_the_optimizer_and_names_the_sample(tmp_path, gr
     bad = latent(4, 4, 5)
     bad[0, 0, 0] = float("nan")
     documents = [*uneven(grammar), Document([Image(bad)], sample=77)]
-    one = trainer(tmp_path, documents, grammar)
-    before = {name: p.clone() for name, p in one.model.named_parameters()}
+    trainer = make_trainer(tmp_path, documents, grammar)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     with pytest.raises(DivergedError, match=r"step 0: expected finite numbers, found .* samples \[77\]; no weight was"):
-        one.run()
-    assert all(torch.equal(before[name], p) for name, p in one.model.named_parameters())
+        trainer.run()
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
 
 
 @pytest.mark.parametrize(("warmup", "warned"), [(3, False), (4, True), (5, True), (4000, True)])
@@ -232,9 +228,9 @@ def test_a_run_shorter_than_its_warmup_is_warned(
     def run(steps: int, optimizer: OptimizerConfig) -> list[str]:
         loop = LoopConfig(steps, sample_every=0, log_every=1)
         documents = [collate([Document([Text((9, 10))])], grammar)]
-        one = Trainer(randomised(tiny()), objective(), Fixed(documents), tmp_path, loop, optimizer)
-        one.restore()
-        one.run()
+        trainer = Trainer(randomised(tiny()), objective(), Fixed(documents), tmp_path, loop, optimizer)
+        trainer.restore()
+        trainer.run()
         return [line for line in capsys.readouterr().err.splitlines() if "warmup" in line]
 
     optimizer = OptimizerConfig(1e-3, warmup=warmup)
@@ -275,35 +271,38 @@ class Interrupted:
 def run_tiny(folder: Path, steps: int, interrupted: int | None = None, **changes) -> Trainer:
     recipe = preset("tiny")
     recipe = replace(recipe, loop=replace(recipe.loop, steps=steps, checkpoint_every=4, log_every=3), **changes)
-    recipe = open_run(recipe, folder)
-    one = build_trainer(recipe, folder)
-    one.restore()
+    trainer = build_trainer(open_tiny(recipe, folder), folder)
+    trainer.restore()
     if interrupted is not None:
-        one.load = Interrupted(one.load, interrupted)
-    one.run()
-    return one
+        trainer.load = Interrupted(trainer.load, interrupted)
+    trainer.run()
+    return trainer
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def straight(request, tmp_path_factory) -> Trainer:
+    """An undisturbed run of 12 steps."""
+    return run_tiny(tmp_path_factory.mktemp("straight") / "run", 12, precision=request.param)
+
+
 @pytest.mark.parametrize("cut", [2, 5, 8])
-def test_straight_equals_resumed_bit_for_bit(tmp_path, cut: int, precision: str) -> None:
+def test_straight_equals_resumed_bit_for_bit(tmp_path, straight: Trainer, cut: int) -> None:
     """Weights, moments, EMA, and the metrics of the steps after the cut."""
-    changes = {"precision": precision}
-    straight = run_tiny(tmp_path / "straight", 12, **changes)
+    changes = {"precision": json.loads((straight.folder / "config.json").read_text())["precision"]}
     assert run_tiny(tmp_path / "resumed", 12, interrupted=cut - 2, **changes).step == cut
     resumed = run_tiny(tmp_path / "resumed", 12, **changes)
     assert resumed.step == straight.step == 12
-    saved = [newest(one.checkpoints) for one in (straight, resumed)]
+    saved = [newest(trainer.checkpoints) for trainer in (straight, resumed)]
     for kind, tensors in saved[0].tensors.items():
         assert tensors.keys() == saved[1].tensors[kind].keys()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, saved[1].tensors[kind][name]), (kind, name)
     for kind in ("positions", "images", "text_targets"):
         assert straight.totals[kind] == resumed.totals[kind]
-    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "resumed")]
+    lines = [read_metrics(trainer.folder / "metrics.jsonl") for trainer in (straight, resumed)]
     assert [line["step"] for line in lines[0]] == [3, 6, 9, 12]
     clock = ("seconds", "_second", "_share", "waited")
-    known = [[{k: v for k, v in line.items() if not k.endswith(clock)} for line in some] for some in lines]
+    known = [[{k: v for k, v in line.items() if not k.endswith(clock)} for line in run] for run in lines]
     assert {"text", "image", "gradient_norm", "learning_rate"} <= known[0][0].keys()
     assert known[0] == known[1], "a line is of all its steps, those before the cut too"
 
@@ -338,13 +337,13 @@ def test_checkpoints_keep_the_newest_and_fall_back(tmp_path) -> None:
     file = next(last.glob("*.safetensors"))
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    found, complaints = store.newest()
-    assert found == tmp_path / "step-00000002"
-    assert read(found).tensors["model"]["w"].tolist() == [2.0] * 4
+    intact, complaints = store.newest()
+    assert intact == tmp_path / "step-00000002"
+    assert read(intact).tensors["model"]["w"].tolist() == [2.0] * 4
     assert f"{file.name} does not match its hash; falling back to an older checkpoint" in complaints[0]
     (last / "manifest.json").write_text("{")
-    assert store.newest()[0] == found
-    (found / "manifest.json").write_text('{"version": 99, "files": {}}')
+    assert store.newest()[0] == intact
+    (intact / "manifest.json").write_text('{"version": 99, "files": {}}')
     with pytest.raises(UserError, match=r"step-00000003: .*complete checkpoint to resume from, found none of 2"):
         store.newest()
     assert CheckpointFolder(tmp_path / "empty", keep=2).newest() == (None, [])
@@ -370,7 +369,11 @@ def test_a_checkpoint_holds_what_was_when_it_was_begun(tmp_path) -> None:
 
 def test_a_checkpoint_counts_what_was_counted_when_it_was_begun(tmp_path, grammar: SequenceFormat, monkeypatch) -> None:
     """The thread that writes is slow, and the run counts on meanwhile."""
-    one, go_on, plain = trainer(tmp_path, uneven(grammar), grammar, steps=4), threading.Event(), Path.write_text
+    trainer, go_on, plain = (
+        make_trainer(tmp_path, uneven(grammar), grammar, steps=4),
+        threading.Event(),
+        Path.write_text,
+    )
 
     def slow(path: Path, text: str) -> int:
         go_on.wait(60)
@@ -378,15 +381,15 @@ def test_a_checkpoint_counts_what_was_counted_when_it_was_begun(tmp_path, gramma
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", slow)
-        one.train_step(Average())
-        one.begin_save()
-        counted = dict(one.totals)
-        one.train_step(Average())
-        one.merge()
-        assert one.totals["positions"] == 2 * counted["positions"]
+        trainer.train_step(Average())
+        trainer.begin_save()
+        counted = dict(trainer.totals)
+        trainer.train_step(Average())
+        trainer.merge()
+        assert trainer.totals["positions"] == 2 * counted["positions"]
         go_on.set()
-        one.checkpoints.wait()
-    assert newest(one.checkpoints).progress["totals"] == counted
+        trainer.checkpoints.wait()
+    assert newest(trainer.checkpoints).progress["totals"] == counted
 
 
 def test_the_newest_stays_beside_a_damaged_one_of_a_later_step(tmp_path) -> None:
@@ -396,9 +399,9 @@ def test_the_newest_stays_beside_a_damaged_one_of_a_later_step(tmp_path) -> None
     (tmp_path / "step-00000008" / "progress.json").write_text("{}")
     for step in (4, 5):
         store.save(checkpoint(step, 5.0))
-    found, complaints = store.newest()
-    assert found is not None
-    assert found.name == "step-00000005"
+    intact, complaints = store.newest()
+    assert intact is not None
+    assert intact.name == "step-00000005"
     assert len(complaints) == 1
     assert len(store.complete()) == 2
 
@@ -410,8 +413,8 @@ def test_a_damaged_checkpoint_of_the_last_step_is_written_anew(tmp_path) -> None
     (damaged / "progress.json").write_text("{}")
     again = run_tiny(tmp_path / "run", 5)
     assert verify(damaged) is None
-    for kind, found in newest(again.checkpoints).tensors.items():
-        assert all(torch.equal(tensor, expected.tensors[kind][name]) for name, tensor in found.items())
+    for kind, tensors in newest(again.checkpoints).tensors.items():
+        assert all(torch.equal(tensor, expected.tensors[kind][name]) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -462,8 +465,8 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch) -> None:
 
 
 def test_checkpoint_of_another_shape(tmp_path, grammar: SequenceFormat) -> None:
-    trainer(tmp_path, uneven(grammar), grammar).save()
-    other = trainer(tmp_path, uneven(grammar), grammar, model=randomised(tiny(d_model=96, n_heads=4)))
+    make_trainer(tmp_path, uneven(grammar), grammar).save()
+    other = make_trainer(tmp_path, uneven(grammar), grammar, model=randomised(tiny(d_model=96, n_heads=4)))
     with pytest.raises(UserError, match="the checkpoint has another shape than the model"):
         other.restore()
 
@@ -492,9 +495,9 @@ def test_metrics_tell_where_the_time_went(tmp_path) -> None:
     run_tiny(tmp_path / "run", 9)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     shares = [{name: line[name] for name in line if name.endswith("_share")} for line in lines]
-    assert all(0 < sum(found.values()) <= 1 for found in shares)
-    assert all({"waited_share", "forward_backward_share", "optimizer_share"} <= found.keys() for found in shares)
-    assert ["checkpoint_share" in found for found in shares] == [False, True, True], "saved at steps 4 and 8"
+    assert all(0 < sum(line.values()) <= 1 for line in shares)
+    assert all({"waited_share", "forward_backward_share", "optimizer_share"} <= line.keys() for line in shares)
+    assert ["checkpoint_share" in line for line in shares] == [False, True, True], "saved at steps 4 and 8"
     assert "mfu" not in lines[0], "a processor has no known peak"
     assert "memory_gigabytes" not in lines[0]
 
@@ -511,8 +514,8 @@ class CardMeter(Meter):
 
 def test_metrics_of_four_cards(tmp_path, grammar: SequenceFormat) -> None:
     meter, ranks = CardMeter(torch.device("cpu")), Distributed(count=4)
-    one = trainer(tmp_path, uneven(grammar), grammar, flops=lambda batch: 10**6, meter=meter, ranks=ranks)
-    one.run()
+    trainer = make_trainer(tmp_path, uneven(grammar), grammar, flops=lambda batch: 10**6, meter=meter, ranks=ranks)
+    trainer.run()
     for line in read_metrics(tmp_path / "metrics.jsonl"):
         assert line["mfu"] == pytest.approx(line["flops_per_second"] / 4e12)
         assert line["memory_gigabytes"] == 1.5
@@ -551,19 +554,19 @@ def test_a_clock_on_cuda_waits_for_nothing(monkeypatch) -> None:
     Mark.passed = 4
     with clock.part("checkpoint", on_host=True):
         pass
-    found = clock.read()
-    assert found.pop("checkpoint") >= 0
-    assert found == {"forward_backward": 2.0}
+    seconds = clock.read()
+    assert seconds.pop("checkpoint") >= 0
+    assert seconds == {"forward_backward": 2.0}
     Mark.passed = 6
     assert clock.read() == {"forward_backward": 1.0}
 
 
 def test_ema_follows(tmp_path, grammar: SequenceFormat) -> None:
-    one = trainer(tmp_path, uneven(grammar), grammar, ema_decay=0.5)
-    start = {name: p.detach().clone() for name, p in one.model.named_parameters()}
-    one.train_step(Average())
+    trainer = make_trainer(tmp_path, uneven(grammar), grammar, ema_decay=0.5)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train_step(Average())
     name = "lm_head.weight"
-    after = dict(one.model.named_parameters())[name].detach().clone()
+    after = dict(trainer.model.named_parameters())[name].detach().clone()
     expected = torch.lerp(start[name], after, 1 - min(0.5, 1 / 10))
-    torch.testing.assert_close(one.ema.weights[name], expected)
-    assert torch.equal(one.averaged()[name], one.ema.weights[name])
+    torch.testing.assert_close(trainer.ema.weights[name], expected)
+    assert torch.equal(trainer.averaged()[name], trainer.ema.weights[name])

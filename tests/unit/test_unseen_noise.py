@@ -47,7 +47,7 @@ def recipe(*sources: str, pairs: PairConfig | None = None, timesteps: int = 1000
     return replace(base, data=data, diffusion=replace(base.diffusion, timesteps=timesteps))
 
 
-def said(recipe: Recipe, tokenizer: Tokenizer) -> str | None:
+def warning_of(recipe: Recipe, tokenizer: Tokenizer) -> str | None:
     opened = open_sources(recipe.data)
     grammar = recipe.model.sequence_format(tokenizer)
     return unseen_noise(recipe, mixture(recipe, opened, tokenizer, grammar, Pixels()).document)
@@ -64,14 +64,14 @@ def said(recipe: Recipe, tokenizer: Tokenizer) -> str | None:
     ],
 )
 def test_a_run_that_sees_all_noise_says_nothing(pairs: PairConfig, timesteps: int, tokenizer: Tokenizer) -> None:
-    assert said(recipe("world", "glosses", pairs=pairs, timesteps=timesteps), tokenizer) is None
+    assert warning_of(recipe("world", "glosses", pairs=pairs, timesteps=timesteps), tokenizer) is None
 
 
 @pytest.mark.parametrize(("limit", "timesteps", "levels"), [(500, 1000, "501 to 1000"), (200, 300, "201 to 300"),
                                                             (0, 1000, "1 to 1000")])  # fmt: skip
 def test_a_run_that_only_captions_says_so(limit: int, timesteps: int, levels: str, tokenizer: Tokenizer) -> None:
     pairs = replace(FIRST, image_first_max_timestep=limit)
-    line = said(recipe("world", "glosses", pairs=pairs, timesteps=timesteps), tokenizer)
+    line = warning_of(recipe("world", "glosses", pairs=pairs, timesteps=timesteps), tokenizer)
     assert line is not None
     assert line.startswith(f"world: no image is learned at timesteps {levels}, where drawing begins; ")
     assert f"data.pairs.image_first_max_timestep {limit}, data.pairs.caption_first 0)" in line
@@ -82,16 +82,16 @@ def test_sets_are_looked_at_themselves(sets: Path) -> None:
     """No setting says that a set holds images before their text alone; one that has others is enough."""
     tokenizer = DataSet(str(sets / "captions")).tokenizer()
     for name in ("captions", "albums"):
-        line = said(recipe(str(sets / name)), tokenizer)
+        line = warning_of(recipe(str(sets / name)), tokenizer)
         assert line is not None
         assert line.startswith(f"{sets / name}: no image is learned at timesteps 501 to 1000")
-    both = said(recipe(str(sets / "captions"), str(sets / "albums")), tokenizer)
+    both = warning_of(recipe(str(sets / "captions"), str(sets / "albums")), tokenizer)
     assert both is not None
     assert str(sets / "captions") in both
     assert str(sets / "albums") in both
-    assert said(recipe(str(sets / "stories")), tokenizer) is None
-    assert said(recipe(str(sets / "captions"), f"{sets / 'stories'},weight=0.1"), tokenizer) is None
-    assert said(recipe("edits", pairs=FIRST), tokenizer) is None, "their targets are drawn"
+    assert warning_of(recipe(str(sets / "stories")), tokenizer) is None
+    assert warning_of(recipe(str(sets / "captions"), f"{sets / 'stories'},weight=0.1"), tokenizer) is None
+    assert warning_of(recipe("edits", pairs=FIRST), tokenizer) is None, "their targets are drawn"
 
 
 def test_training_says_it_first(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
