@@ -89,7 +89,7 @@ class Uneven:
         if self.ranks.datas == 1:
             parts = [documents]
         own = parts[self.ranks.data]
-        batch = collate(own or [EMPTY], loader.grammar, padding_image=loader.padding_image)
+        batch = collate(own or [EMPTY], loader.form, padding_image=loader.padding_image)
         return [batch if own else replace(batch, n_padding=batch.positions)]
 
     def position(self) -> dict[str, int]:

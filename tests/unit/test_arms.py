@@ -168,7 +168,7 @@ def test_shares_of_positions(images: str, share: float, build: Build, monkeypatc
     for sample in range(1000):
         document = load.document(sample)
         assert document is not None
-        layout = layout_document(document, load.grammar)
+        layout = layout_document(document, load.form)
         assert sum(span.end - span.start for span in layout.spans) in (0, 16 if images == "latents" else 64)
         positions[bool(document.images)] += len(layout)
     assert positions[False] / sum(positions.values()) == pytest.approx(share, abs=0.02)

@@ -152,15 +152,15 @@ def test_too_many_bad_steps_end_a_run(make: Make, grammar: SequenceFormat, polic
 
 def test_raise_by_the_command_and_then_skip(tmp_path: Path, monkeypatch, capsys) -> None:
     """Code 2 and one line that names the sample, no weight changed; the guard may change when the run resumes."""
-    plain = StepLoader.make
+    plain = StepLoader.__call__
 
-    def make(self: StepLoader, step: int) -> Any:
-        made = plain(self, step)
-        for batch in made.batches if step == 6 else []:
+    def call(self: StepLoader, step: int) -> list[Batch]:
+        batches = plain(self, step)
+        for batch in batches if step == 6 else []:
             batch.latents[2].fill_(NAN)
-        return made
+        return batches
 
-    monkeypatch.setattr(StepLoader, "make", make)
+    monkeypatch.setattr(StepLoader, "__call__", call)
     monkeypatch.chdir(tmp_path)
     command = ["train", "tiny", "--run", "run", "--loop.steps", "8", "--loop.checkpoint-every", "6"]
     assert run(command) == 2
