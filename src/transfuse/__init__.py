@@ -18,8 +18,12 @@ __all__ = ["__version__", "load"]
 
 
 def load(path: str, **options: Any) -> TransfusionPipeline:
-    """An export folder (see `transfuse.export`), or a bundled model by name, as a pipeline; options: dtype,
-    device, quantize ("int8" or "float8"), compile, graphs."""
+    """Open an export folder (see `transfuse.export`), or a bundled model by name, as a pipeline.
+
+    Options: dtype ("float32", "bfloat16" or "float16"), device, quantize ("int8" or "float8"), compile, graphs.
+
+    Raises UserError for a missing model, and a device or dtype that this machine does not have.
+    """
     from .inference import TransfusionPipeline
 
     return TransfusionPipeline.from_pretrained(path, **options)

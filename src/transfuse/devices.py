@@ -30,6 +30,30 @@ def pick_device(device: Device) -> Literal["cpu", "cuda"]:
     return "cpu"
 
 
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype of a name such as "float16". Raises UserError for any other."""
+    import torch
+
+    known = {str(kind).removeprefix("torch."): kind for kind in (torch.float32, torch.bfloat16, torch.float16)}
+    chosen = known.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise UserError(f"dtype: expected one of {', '.join(known)}, found {dtype}")
+    return chosen
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """Return a device by its name. Raises UserError for a CUDA device on a machine without, and for an unknown name."""
+    import torch
+
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UserError(f"device: expected cpu, cuda or cuda:N, found {device}") from None
+    if chosen.type == "cuda":
+        pick_device("cuda")
+    return chosen
+
+
 def training_precision(precision: Precision, device: str) -> Literal["float32", "bfloat16"]:
     """Resolve "auto" for training: bfloat16 on CUDA and on processors that multiply it natively."""
     if precision != "auto":

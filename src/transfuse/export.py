@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +32,10 @@ from torch import Tensor
 
 from .autoencoders import Autoencoder, VQTokenizer, load_autoencoder, save_autoencoder
 from .autoencoders.folder import fingerprint
-from .config import from_dict, read_json, to_dict
+from .config import from_dict, nearest, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from .errors import UserError
-from .folders import DIFFUSERS, INDEX, MODEL_TYPE, places
+from .folders import DIFFUSERS, INDEX, MODEL_TYPE, bundled_models, find_export, places
 from .io import atomic_dir, sha256
 from .log import logger
 from .model import ModelConfig, Transfusion
@@ -74,6 +75,9 @@ class GenerationConfig:
 
 def out_of_range(settings: Any) -> str:
     """Return what is wrong with a GenerationConfig or a Request (field, expected, found), or ""."""
+    for name in ("temperature", "code_temperature", "guidance_scale", "top_p", "code_top_p", "max_tokens"):
+        if not isinstance(getattr(settings, name), Real):
+            return f"{name}: expected a number, found {getattr(settings, name)!r}"
     for name in ("temperature", "code_temperature", "guidance_scale"):
         if not 0 <= getattr(settings, name) <= MAX_SCALE:
             return f"{name}: expected 0 to {MAX_SCALE:g}, found {getattr(settings, name)}"
@@ -191,6 +195,8 @@ class Described:
 def describe(folder: Path | str) -> Described:
     """Read an export's configuration. Raises UserError for a missing file or a folder that is not an export."""
     place = places(Path(folder))
+    if not find_export(folder).exists() and (hint := nearest(str(folder), bundled_models(), "")):
+        raise UserError(f"{folder}: expected an export folder, found none{hint}")
     config = read_json(place["config.json"])
     where = str(place["config.json"])
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:

@@ -164,13 +164,13 @@ def _measured(autoencoder: Autoencoder, images: np.ndarray, features: Features |
             yield images[start : start + BATCH]
             bar.advance(min(BATCH, len(images) - start))
 
-    with progress(title, len(images)) as bar:
+    with progress(title, len(images), unit="images") as bar:
         return evaluate_reconstruction(autoencoder, batches(bar), features)
 
 
 def _channels(autoencoder: Autoencoder, images: np.ndarray) -> list[ChannelLoss]:
     decoded = channel_images(autoencoder, len(images)) * (1 + 2 * autoencoder.channels)
-    with progress("channels", decoded) as bar:
+    with progress("channels", decoded, unit="images") as bar:
         return channel_losses(autoencoder, images, BATCH, bar.advance)
 
 

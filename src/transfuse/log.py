@@ -55,8 +55,8 @@ def quiet(hide: bool = True) -> Iterator[None]:
 class ProgressTask:
     """A count of steps; `note` is a short state, such as a loss, shown next to it."""
 
-    def __init__(self, title: str, total: int, start: int, bar: Progress | None) -> None:
-        self.title, self.total, self.done, self.start = title, total, start, start
+    def __init__(self, title: str, total: int, start: int, unit: str, bar: Progress | None) -> None:
+        self.title, self.total, self.done, self.start, self.unit = title, total, start, start, unit
         self.bar, self.note = bar, ""
         self.task = bar.add_task(title, total=total, completed=start, note="") if bar else None
         self.began = self.last = time.monotonic()
@@ -70,7 +70,7 @@ class ProgressTask:
         elif time.monotonic() - self.last > LINE_EVERY:
             self.last = time.monotonic()
             left = (self.last - self.began) / max(1, self.done - self.start) * (self.total - self.done)
-            logger.info(f"{self.title}: {self.done}/{self.total}  {self.note}  about {left:.0f} s left")
+            logger.info(f"{self.title}: {self.done}/{self.total} {self.unit}  {self.note}  about {left:.0f} s left")
 
 
 @contextmanager
@@ -78,10 +78,10 @@ def progress(title: str, total: int, start: int = 0, unit: str = "steps") -> Ite
     """Show progress over `total` steps, of which `start` are already done."""
     if not sys.stderr.isatty():
         logger.info(f"{title}: {total - start} {unit} to do")
-        yield ProgressTask(title, total, start, None)
+        yield ProgressTask(title, total, start, unit, None)
         return
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     hidden = not logger.isEnabledFor(logging.INFO)
     with Progress(*bar, *times, console=console, transient=True, disable=hidden) as shown:
-        yield ProgressTask(title, total, start, shown)
+        yield ProgressTask(title, total, start, unit, shown)

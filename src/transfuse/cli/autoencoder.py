@@ -11,15 +11,15 @@ from ..errors import UserError
 from ..evaluation.image_quality import LEAST
 from ..inspect_autoencoder import inspect_autoencoder, inspected_images
 from ..log import logger
-from ..recipes import AUTOENCODERS, AutoencoderRecipe
+from ..recipes import AutoencoderRecipe
 from ..train_autoencoder import train_autoencoder
 from ..training import stopped_code
-from .options import Config, Flat, Json, Positional, RunFolder, one_of, print_json, run_folder
+from .options import Config, Flat, Json, Positional, Preset, RunFolder, print_json, run_folder
 
 
 def train(
     recipe: Annotated[AutoencoderRecipe, Flat],
-    preset: Positional[Annotated[str | None, one_of(AUTOENCODERS, "PRESET")]] = None,
+    preset: Positional[Preset] = None,
     *,
     config: Config = None,
     run: RunFolder = None,

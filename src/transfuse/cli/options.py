@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, update_wrapper
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,7 @@ from ..errors import UserError
 T = TypeVar("T")
 Flat = tyro.conf.arg(name="")
 """in `Annotated`: a dataclass whose fields are options without a prefix"""
+Preset = Annotated[str | None, tyro.conf.arg(metavar="PRESET", help="a recipe by name")]
 Json = Annotated[bool, tyro.conf.arg(help="end with one line of JSON")]
 Config = Annotated[
     Path | None,
@@ -86,9 +87,10 @@ def explain(event: complaints.ParseErrorEvent, function: Callable[..., Any], wor
         case complaints.InvalidChoice(argument=argument):
             hint = nearest(event.value, sorted(event.choices))
             return f'{argument.display_name()}: unknown value "{event.value}"{hint}'
-        case complaints.InstantiationFailure():
-            name = "" if event.argument is None else f"{event.argument.display_name()}: "
-            return name + event.message.splitlines()[0]
+        case complaints.InstantiationFailure(argument=argument, message=message) if argument is not None:
+            return f"{argument.display_name()}: {message.splitlines()[0]}"
+        case complaints.InstantiationFailure(message=message):
+            return _with_option(message, function, words)
     return f"expected other options (transfuse {event.prog} --help), found {' '.join(words)}"
 
 
@@ -104,6 +106,16 @@ def _unknown(word: str, function: Callable[..., Any], words: Sequence[str]) -> s
     first = words.index(word) - 1
     last = next((n for n in range(first, len(words)) if words[n].startswith("-")), len(words))
     return f'unexpected word "{word}"; a prompt of several words needs quotes: "{" ".join(words[first:last])}"'
+
+
+def _with_option(message: str, function: Callable[..., Any], words: Sequence[str]) -> str:
+    """Name the option in a dataclass's "field: expected ..., found ...", where the field has no full name."""
+    field, _, rest = message.partition(": ")
+    for option in {word.partition("=")[0].replace("_", "-") for word in words} & option_names(function).keys():
+        name = option.removeprefix("--").replace("-", "_")
+        if name != field and name.split(".")[-1] == field.split(".")[-1]:
+            return f"{option}: {rest}"
+    return message
 
 
 def option_names(function: Callable[..., Any]) -> dict[str, str]:
@@ -171,18 +183,6 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         lambda value: value is None or spec.is_instance(value),
         lambda value: ["None"] if value is None else spec.str_from_instance(value),
         choices=None if spec.choices is None else (*spec.choices, "None"),
-    )
-
-
-def one_of(names: Iterable[str], metavar: str) -> PrimitiveConstructorSpec[str]:
-    """Return what makes `Annotated[str, ...]` a choice among names known only when Python runs."""
-    return PrimitiveConstructorSpec(
-        1,
-        metavar,
-        lambda values: values[0],
-        lambda value: value is None or isinstance(value, str),
-        lambda value: [str(value)],
-        choices=tuple(names),
     )
 
 

@@ -12,15 +12,15 @@ from ..errors import UserError
 from ..log import logger
 from ..plan import cluster_plan
 from ..plan import plan as plan_of
-from ..recipes import PRESETS, Recipe
+from ..recipes import Recipe
 from ..train import train as train_model
 from ..training import stopped_code
-from .options import Config, Flat, Json, Positional, RunFolder, one_of, print_json, run_folder
+from .options import Config, Flat, Json, Positional, Preset, RunFolder, print_json, run_folder
 
 
 def train(
     recipe: Annotated[Recipe, Flat],
-    preset: Positional[Annotated[str | None, one_of(PRESETS, "PRESET")]] = None,
+    preset: Positional[Preset] = None,
     *,
     config: Config = None,
     run: RunFolder = None,
@@ -67,7 +67,7 @@ def demo(*, run: Path = Path("runs/demo"), minutes: float = 8.0, json: Json = Fa
 
 def plan(
     recipe: Annotated[Recipe, Flat],
-    preset: Positional[Annotated[str | None, one_of(PRESETS, "PRESET")]] = None,
+    preset: Positional[Preset] = None,
     *,
     config: Config = None,
     gpus: int = 1,

@@ -86,7 +86,7 @@ def generate(folder: Path, task: Task, batch: int) -> Outcome:
                 atomic_write(place / "task.json", lambda path: path.write_text(text))
                 records, size = _complete_lines(lines)
                 file.truncate(size)
-                with progress(task.name, task.count, len(records)) as bar:
+                with progress(task.name, task.count, len(records), "samples") as bar:
                     while len(records) < task.count:
                         numbers = range(len(records), min(task.count, len(records) + batch))
                         records += _make(task, numbers, Outcome(place, records), file)

@@ -238,7 +238,7 @@ def distance_name(context: EvalContext, fid: str = "FID", other: str = "FD") -> 
 def all_features(network: ImageFeatures, picture: Callable[[int], np.ndarray], count: int) -> np.ndarray:
     """Return float64 `[count, channel]` of images by number, computed batch by batch."""
     parts = []
-    with progress(network.name, count) as bar:
+    with progress(network.name, count, unit="images") as bar:
         for start in range(0, count, BATCH):
             numbers = range(start, min(count, start + BATCH))
             parts.append(network.features(np.stack([picture(n) for n in numbers])).astype(np.float64))

@@ -22,6 +22,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from ..devices import as_device, as_dtype
 from ..diffusion import Sampler, SamplerConfig
 from ..errors import UserError
 from ..export import Exported, load_export, out_of_range
@@ -85,7 +86,7 @@ class TransfusionPipeline:
     def from_pretrained(
         cls,
         path: Path | str,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         quantize: Quantize | None = None,
         compile: bool = False,
@@ -94,6 +95,7 @@ class TransfusionPipeline:
         """Load an export, made ready for inference. quantize: the blocks' weights in eight bits (`quantize`). compile:
         the blocks by torch.compile, at the first pass or `warm_up` (`compiled`). graphs: on CUDA, passes that come
         again are recorded (`recordings`), but not with eight bits, which was never tried."""
+        dtype, device = as_dtype(dtype), as_device(device)
         torchao = None if quantize is None else check_quantize(quantize, torch.device(device))
         exported = load_export(path, dtype, device)
         exported.quantize, exported.compiled = quantize, compile
@@ -243,6 +245,8 @@ class TransfusionPipeline:
     ) -> Request:
         """A request from texts and pictures with the model's own defaults. Raises UserError for a bad setting."""
         defaults = self.exported.generation
+        if steps is not None and not isinstance(steps, int):
+            raise UserError(f"steps: expected a whole number, found {steps!r}")
         if self.exported.model.config.images != "latents" and (steps is not None or sampler is not None):
             raise UserError("steps, sampler: expected none, for the model does not denoise, found some")
         try:
