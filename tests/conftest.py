@@ -27,7 +27,7 @@ from transfuse.runs import Run, open_run, train_tokenizer
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate
 from transfuse.training import LoopConfig, ObjectiveConfig, OptimizerConfig, Trainer, TransfusionObjective
 from transfuse.training.checkpoint import Groups, read
-from transfuse.training.guard import GuardConfig
+from transfuse.training.optimizer import GuardConfig
 
 WORDS = ["a crab on a red background", "two balloons", "the moon is above a small boat on blue", "hello, world"] * 4
 

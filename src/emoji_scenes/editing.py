@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from transfuse.draws import Draws
+from transfuse.rng import Draws
 
 from .language import RELATION_PHRASES, article, phrase
 from .layout import SIDES, UNITS, Place, Relation, Size, draw_side, draw_start

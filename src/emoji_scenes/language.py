@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from transfuse.draws import Draws, stable_hash
+from transfuse.rng import Draws, stable_hash
 
 from .layout import Relation
 from .nouns import NOUNS, PALETTE

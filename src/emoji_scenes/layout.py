@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from transfuse.draws import Draws
+from transfuse.rng import Draws
 
 Size = Literal["small", "medium", "large"]
 Relation = Literal["left of", "right of", "above", "below", "next to"]

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from transfuse.draws import Draws, stable_hash
+from transfuse.rng import Draws, stable_hash
 
 from .layout import Place, Relation, Size, copies, group, pair, single
 from .nouns import DISTINCT, NOUNS, PALETTE

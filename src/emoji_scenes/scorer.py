@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from transfuse.draws import Draws
 from transfuse.errors import UserError
 from transfuse.evaluation.context import EvalContext
 from transfuse.evaluation.generate import short_hash
 from transfuse.evaluation.pairs import Pairs
 from transfuse.evaluation.text import CHOICES, Question
+from transfuse.rng import Draws
 
 from .language import caption, colours_in, glosses, nouns_in
 from .scene_classifier import SceneClassifier, keep_scene_classifier

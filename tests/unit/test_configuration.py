@@ -19,7 +19,7 @@ from transfuse.plan import plan
 from transfuse.recipes import PRESETS, Recipe, preset
 from transfuse.runs import open_run, resolve
 from transfuse.sequence import Tokenizer
-from transfuse.training.guard import GuardConfig
+from transfuse.training.optimizer import GuardConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -18,8 +18,8 @@ from transfuse.errors import UserError
 from transfuse.sequence import Batch, SequenceFormat
 from transfuse.training import Trainer, read_metrics
 from transfuse.training.checkpoint import verify
-from transfuse.training.guard import GuardConfig
 from transfuse.training.metrics import MetricsLog
+from transfuse.training.optimizer import GuardConfig
 from transfuse.training.trainer import Sample
 
 

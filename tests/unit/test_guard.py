@@ -19,8 +19,8 @@ from transfuse.cli import run
 from transfuse.data import StepLoader
 from transfuse.sequence import Batch, SequenceFormat
 from transfuse.training import DivergedError, Trainer, learning_rate, read_metrics
-from transfuse.training.guard import Guard, GuardConfig
 from transfuse.training.metrics import Average
+from transfuse.training.optimizer import Guard, GuardConfig
 
 NAN = float("nan")
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from html import unescape
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from emoji_scenes import scene_classifier as recogniser_module
 from transfuse import demo as demo_module
 from transfuse.charts import ACCENT, WARM, has_charts, histogram, line_chart
+from transfuse.data import StepLoader
 from transfuse.demo import Effort, demo_page, fit, run_demo
 from transfuse.errors import UserError
 from transfuse.recipes import preset
@@ -189,19 +191,17 @@ def test_another_model_or_effort_is_measured_again(done, tmp_path) -> None:
 
 
 def test_stopped_training_exits_with_75_and_goes_on(tmp_path, monkeypatch) -> None:
-    from transfuse.training import distributed
-
     recipe = preset("tiny")
     recipe = replace(recipe, loop=replace(recipe.loop, steps=3, checkpoint_every=0))
-    original = distributed.StopRequest.__enter__
+    plain = StepLoader.__call__
 
-    def stopping(self):
-        original(self)
-        self.requested = True
-        return self
+    def call(self: StepLoader, step: int):
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # while training, which handles it
+            signal.raise_signal(signal.SIGTERM)
+        return plain(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distributed.StopRequest, "__enter__", stopping)
+        patch.setattr(StepLoader, "__call__", call)
         assert run_demo(tmp_path / "run", 1.0, recipe, EFFORT) == (RESUMABLE, {})
     with pytest.raises(UserError, match=r"minutes: expected 1, with which .* was started, found 5; use another --run"):
         run_demo(tmp_path / "run", 5.0, effort=EFFORT)

@@ -15,7 +15,6 @@ EVERYWHERE = {
     "io",
     "config",
     "devices",
-    "draws",
     "log",
     "folders",
     "images",

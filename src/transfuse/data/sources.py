@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from ..autoencoders import Autoencoder, DeferredEncoder, VQTokenizer
-from ..draws import Draws
 from ..errors import UserError
-from ..rng import generator_for
+from ..rng import Draws, generator_for
 from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, images_alone, unconditional
 from . import bundled
 from .dataset import DataSet, Split

@@ -38,31 +38,28 @@ RESUMABLE = 75
 TIMEOUT = timedelta(minutes=30)  # how long a rank waits for the others
 
 
-class StopRequest:
-    """A context that turns SIGINT, SIGTERM and SIGUSR1 (not on Windows) into a request to stop after the current step.
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT, SIGTERM and SIGUSR1 (not on Windows) into a request to stop after the current step.
 
-    `requested` is True from the first signal on; a second Ctrl-C raises KeyboardInterrupt.
+    Yields a function that returns True from the first signal on; a second Ctrl-C raises KeyboardInterrupt.
     """
+    requested = False
 
-    signals = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        if requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        requested = True
+
+    names = ("SIGINT", "SIGTERM", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Python: only in the main thread
+    previous = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield lambda: requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,12 +20,20 @@ from ..errors import UserError
 from ..io import append_jsonl
 from ..log import logger, progress
 from .checkpoint import Checkpoint, CheckpointFolder, Groups
-from .distributed import Distributed, StopRequest, local, stack, stacked_name, sum_gradients, whole
-from .guard import Guard, GuardConfig, Verdict
+from .distributed import Distributed, local, stack, stacked_name, stop_on_signal, sum_gradients, whole
 from .hardware import profiled
 from .loss import Objective, StepBatch
 from .metrics import Average, Meter, MetricsLog, TrackerName
-from .optimizer import EMA, OptimizerConfig, build_optimizer, clip_gradients, learning_rate
+from .optimizer import (
+    EMA,
+    Guard,
+    GuardConfig,
+    OptimizerConfig,
+    Verdict,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+)
 
 Sample = Callable[[dict[str, Tensor], Path], None]
 """(averaged weights, path) -> None: draws a sample grid"""
@@ -150,7 +158,7 @@ class Trainer:
         sample    rank 0 calls it to draw a sample grid, every `sample_every` steps
         measure   rank 0 calls it to evaluate, every `measure_every` steps
         """
-        with StopRequest() as stop:  # also while saving, because a scheduler may send more than one signal
+        with stop_on_signal() as stop:  # also while saving, because a scheduler may send more than one signal
             try:
                 flags = self._train(stop, sample, measure)
                 self.checkpoints.wait()
@@ -172,7 +180,7 @@ class Trainer:
         stopped = (flags.stop or flags.session_over) and not flags.time_over and self.step < self.config.steps
         return "stopped" if stopped else "finished"
 
-    def _train(self, stop: StopRequest, sample: Sample | None, measure: Measure | None) -> StopFlags:
+    def _train(self, stop: Callable[[], bool], sample: Sample | None, measure: Measure | None) -> StopFlags:
         """Train until the last step or the first stop flag, with logs, samples, evaluations and checkpoints."""
         loop, began = self.config, time.monotonic()
         window, before, flags = began, dict(self.totals), StopFlags(time_over=self._time_over())
@@ -191,7 +199,7 @@ class Trainer:
             while self.step < loop.steps and not any(flags):
                 reached = self.step
                 session_over = loop.session_seconds is not None and time.monotonic() - began > loop.session_seconds
-                own_flags = StopFlags(stop.requested, self._time_over(), session_over, self.checkpoints.failed)
+                own_flags = StopFlags(stop(), self._time_over(), session_over, self.checkpoints.failed)
                 flags = self.train_step(self.average, own_flags)
                 profile()
                 bar.advance(self.step - bar.done, " ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items()))
