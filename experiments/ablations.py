@@ -20,7 +20,7 @@ from transfuse.config import nearest
 from transfuse.errors import UserError
 from transfuse.recipes import Recipe, preset
 from transfuse.recipes.scales import UNET_CHANNELS, scaled
-from transfuse.report import Block, Details, Numbers, Page, Section, Table, Text
+from transfuse.report import Bar, Bars, Block, Details, Numbers, Page, Section, Table, Text
 from transfuse.runs import resolve
 from transfuse.version import __version__
 
@@ -252,24 +252,32 @@ def _compare(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
 _NOTE = (
     "A difference is the mean over seeds of paired differences with its 95 % interval (Student's t). Reproduced: the "
     "interval is on the paper's side of 0; not reproduced: on the other side; undecided: it contains 0, or there is a "
-    "single seed; no direction: the paper has no such row, or its difference is within rounding. The paper has "
-    "0.76 billion parameters and other data: only directions compare."
+    "single seed; no direction: the paper has no such row, or its difference is within rounding; not comparable: the "
+    "rows read unequally much text. The paper has 0.76 billion parameters and other data: only directions compare."
 )
+_OUTCOMES = ("reproduced", "not reproduced", "undecided", "no direction", "not comparable")
 
 
 def ablations_page(report: dict[str, Any], folder: Path) -> Page:
-    """Return the page: counts, then the differences of each table, then every run."""
+    """Return the page: every difference counted, those that are decided as bars, then all by the paper's tables."""
     comparisons, results = report["comparisons"], report["results"]
-    counts = Counter(each["significance"] for each in comparisons)
-    numbers = [
-        (name.capitalize(), str(counts[name]), f"of {len(comparisons)} differences")
-        for name in ("reproduced", "not reproduced", "undecided")
-    ]
+    counts = Counter(each["significance"].split(":")[0] for each in comparisons)
+    numbers = [(name.capitalize(), str(counts[name]), f"of {len(comparisons)} differences") for name in _OUTCOMES]
+    decided = [each for each in comparisons if each["significance"] in _OUTCOMES[:2]]
+    first: list[Block] = [Numbers(numbers)]
+    if decided:
+        bars = [_bar(each, comparisons, f"{each['table']}: {each['asks']}; ") for each in decided]
+        first.append(Bars(bars, "difference", title="Differences that are decided"))
     sections = []
     for table in dict.fromkeys(each["table"] for each in comparisons):
-        rows = [_row(each) for each in comparisons if each["table"] == table]
+        rows = [each for each in comparisons if each["table"] == table]
+        blocks: list[Block] = []
+        for asks in dict.fromkeys(each["asks"] for each in rows):
+            bars = [_bar(each, comparisons) for each in rows if each["asks"] == asks]
+            blocks.append(Bars(bars, "" if blocks else "difference", title=asks[0].upper() + asks[1:]))
         head = ["", "difference", "95 %", "seeds", "paper", ""]
-        sections.append(Section(table or "Not in the paper", "", [Table(head, rows)]))
+        blocks.append(Details("The same as a table", [Table(head, [_row(each) for each in rows])]))
+        sections.append(Section(table or "Not in the paper", "", blocks))
     head = ["", "6 N D", "positions", "text tokens", "images", "steps", "parameters"]
     runs = []
     for result in sorted(results, key=lambda run: (run["variant"], run["seed"])):
@@ -278,9 +286,23 @@ def ablations_page(report: dict[str, Any], folder: Path) -> Page:
         counted = [f"{result[name]:,.0f}" for name in names]
         runs.append([result["run"], f"{result['theoretical_flops']:.3g}", *counted, *values])
     every = Details("Every run", [Table([*head, *[words for _, words in MEASURES.values()]], runs)])
-    lead = f"{len(results)} runs of one size and budget; each difference against the paper's."
-    first: list[Block] = [Numbers(numbers), Text(_NOTE)]
-    return Page("The paper's ablations, small", lead, first, sections, [every, *failures_block(report)])
+    seeds = len({result["seed"] for result in results})
+    lead = (
+        f"{len(results)} runs of size {results[0]['size']} on {results[0]['budget']:,.0f} positions, {seeds} seeds: do "
+        "changes of the model have the effects that the paper found?"
+    )
+    provenance = [Details("How differences are judged", [Text(_NOTE)]), every, *failures_block(report)]
+    return Page("The paper's ablations, small", lead, first, sections, provenance)
+
+
+def _bar(comparison: dict[str, Any], comparisons: Sequence[dict[str, Any]], prefix: str = "") -> Bar:
+    """Return a difference as a bar, on one scale with all differences of its measure."""
+    alike = [each for each in comparisons if each["measure"] == comparison["measure"]]
+    top = 1.05 * max(abs(each[key] or 0.0) for each in alike for key in ("mean", "low", "high")) or 1.0
+    paper = "" if comparison["paper"] is None else f"paper {comparison['paper']:+.1f}; "
+    name, note = prefix + MEASURES[comparison["measure"]][1], paper + comparison["significance"]
+    low, high = comparison["low"], comparison["high"]
+    return Bar(name, comparison["mean"], low, high, better="", scale=(-top, top), note=note)
 
 
 def _row(comparison: dict[str, Any]) -> list[str]:
@@ -304,6 +326,11 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(folder: Path) -> dict[str, Any]:
+    """Write report and page of a folder's results."""
+    return write_report(folder, analyse, ablations_page)
+
+
 def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Run the study; return the exit code and the report."""
     options = parse(Ablations, arguments, "ablations")
@@ -312,10 +339,7 @@ def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
         return plan_ablations(options.run, options.rows or tuple(ROWS), options.size, options.positions, options.seeds)
 
     settings = {"study": "ablations", "size": options.size, "positions": options.positions}
-    code, report = run_study(options, plan, settings, lambda folder: write_report(folder, analyse, ablations_page))
-    if report:
-        print(summary(report))
-    return code, report
+    return run_study(options, plan, settings, write, summary)
 
 
 if __name__ == "__main__":

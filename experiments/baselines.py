@@ -26,7 +26,7 @@ from .common import (
     Shared,
     StudyRun,
     comparable,
-    drawings_block,
+    drawings_section,
     failures_block,
     parse,
     plan_run,
@@ -146,12 +146,13 @@ def baselines_page(report: dict[str, Any], folder: Path) -> Page:
                 chance = result.get(f"{key}_chance")
                 bars.append(Bar(f"{words}: {name}", result[key], low, high, chance, reference, better))
     numbers = Table(["", *variants_of(report)], rows_of(report))
+    world = preset(Baselines.presets[0]).data.world
     return Page(
         "Transfusion and its baselines",
-        "Equal compute (6 N D), equal shares of text and images, one evaluation.",
+        f"{', '.join(variants_of(report))}: equal compute (6 N D), equal shares of text and images, one evaluation.",
         [Bars(bars, "a variant", "other real images")],
         [
-            Section("Drawings", "The first prompts in order.", [drawings_block(folder, list(variants_of(report)))]),
+            *drawings_section(folder, list(variants_of(report)), world),
             Section("All numbers", "In brackets 95 % intervals over items.", [numbers, *failures_block(report)]),
         ],
     )
@@ -165,10 +166,7 @@ def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
         return plan_baselines(options.run, options.flops, options.presets)
 
     settings = {"study": "baselines", "flops": options.flops, "presets": list(options.presets)}
-    code, report = run_study(options, plan, settings, lambda folder: write_report(folder, analyse, baselines_page))
-    if report:
-        print(table(report))
-    return code, report
+    return run_study(options, plan, settings, lambda folder: write_report(folder, analyse, baselines_page), table)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 
+from emoji_scenes import WorldConfig
+from emoji_scenes.accuracy import held_out_scenes
 from emoji_scenes.scene_classifier import SceneClassifier, keep_scene_classifier
 from transfuse.cli.options import read
 from transfuse.config import nearest, read_json
@@ -47,7 +49,7 @@ from transfuse.io import atomic_write
 from transfuse.log import logger
 from transfuse.model.flops import count_parameters
 from transfuse.recipes import Recipe
-from transfuse.report import Block, Card, Cards, Page, Table, Text, write_page
+from transfuse.report import Block, Card, Cards, Page, Section, Table, write_page
 from transfuse.runs import open_run, resolve
 from transfuse.runs.samples import grid
 from transfuse.train import build_loader, train
@@ -68,7 +70,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shared:
-    """EvalConfig of every study with many runs."""
+    """Options of every study with many runs."""
 
     renamed: ClassVar[dict[str, str]] = {"arms": "variants"}
 
@@ -91,10 +93,6 @@ class Shared:
     json: bool = False
     """end with one line of JSON"""
 
-    @property
-    def eval_size(self) -> EvalSize:
-        return EvalSize(self.pictures, self.definitions, self.recogniser_steps)
-
 
 def parse(kind: Callable[..., T], arguments: Sequence[str], name: str) -> T:
     """Read a study's options. Raises UserError for an option of an earlier name."""
@@ -110,6 +108,30 @@ def run_script(main: Callable[[Sequence[str]], tuple[int, dict[str, Any]]]) -> N
     if "--json" in sys.argv and not code:
         print(json.dumps(report))
     sys.exit(code)
+
+
+def run_study(
+    options: Any,
+    plan: Callable[[], Iterable[StudyRun]],
+    settings: Mapping[str, Any],
+    write: Callable[[Path], dict[str, Any]],
+    summary: Callable[[dict[str, Any]], str],
+) -> tuple[int, dict[str, Any]]:
+    """List, work or report, as the options say; print the summary; return the exit code and the report, {} without."""
+    code, has_results = 0, True
+    if not options.report_only:
+        size = EvalSize(options.pictures, options.definitions, options.recogniser_steps)
+        study = Study(options.run, plan(), size, settings)
+        if options.list_runs:
+            print(study.listing())
+            return 0, {}
+        code = study.work(study.chosen(options.only, options.index, options.of), again=bool(options.only))
+        has_results = any(study.result(run.name).is_file() for run in study.runs)
+    if code or not has_results:
+        return code, {}
+    report = write(options.run)
+    print(summary(report))
+    return code, report
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------
@@ -133,24 +155,15 @@ class StudyRun:
 def comparable(recipe: Recipe) -> tuple[Any, ...]:
     """Return what recipes must share to be compared: scenes, mixture, pairs, vocabulary and seed."""
     data = recipe.data
-    return (
-        data.world,
-        (data.batch_size, data.text_share, data.share_of, data.pairs),
-        recipe.model.text_vocab_size,
-        recipe.seed,
-    )
-
-
-def positions_per_step(recipe: Recipe) -> float:
-    """Return the mean over the first steps of a settled recipe; it depends on its data, not on its size or seed."""
-    run = resolve(recipe)
-    with tempfile.TemporaryDirectory() as scratch:
-        load = build_loader(run, Path(scratch))
-        return sum(batch.quantities["positions"] for step in range(SURVEYED) for batch in load(step)) / SURVEYED
+    mixture = (data.batch_size, data.text_share, data.share_of, data.pairs)
+    return data.world, mixture, recipe.model.text_vocab_size, recipe.seed
 
 
 def surveyed(folder: Path, recipe: Recipe) -> float:
-    """Return `positions_per_step`, counted once for a folder, so that all machines plan the same steps."""
+    """Return a recipe's mean positions per step, counted once for a folder, so that all machines plan the same steps.
+
+    They depend on its data, not on its size or seed.
+    """
     model, data, path = recipe.model, recipe.data, folder / "positions.json"
     rows = "documents" if data.row_length is None else f"rows of {data.row_length}"
     key = f"{model.images}, patches of {model.patch_size}, {data.autoencoder}, {data.batch_size} {rows} a step"
@@ -159,7 +172,10 @@ def surveyed(folder: Path, recipe: Recipe) -> float:
         known = read_json(path) if path.is_file() else {}
         if key not in known:
             logger.info(f"counting positions: {key}")
-            known[key] = positions_per_step(recipe)
+            with tempfile.TemporaryDirectory() as scratch:
+                load = build_loader(resolve(recipe), Path(scratch))
+                counts = [batch.quantities["positions"] for step in range(SURVEYED) for batch in load(step)]
+            known[key] = sum(counts) / SURVEYED
             write_json(path, known)
     return float(known[key])
 
@@ -234,14 +250,6 @@ def pin(path: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: expected --{name.replace('_', '-')} {was}, found {now}")
 
 
-def short(number: float) -> str:
-    """Return 2000000 as 2M and 150000 as 150k, for names."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:g}{letter}"
-    return f"{number:g}"
-
-
 class Study:
     """The runs of a study, the cheapest first."""
 
@@ -276,17 +284,6 @@ class Study:
             if not fnmatch.filter(names, pattern):
                 raise UserError(f'--only: no run "{pattern}"{nearest(pattern, names)}')
         return [run for run in self.runs if not only or any(fnmatch.fnmatchcase(run.name, each) for each in only)]
-
-    def state(self, run: StudyRun) -> str:
-        """Return "done", "running", "failed", "begun" or "open"."""
-        if self.result(run.name).is_file():
-            return "done"
-        with try_lock(self.folder, run.name) as free:
-            if not free:
-                return "running"
-        if self.failure(run.name).is_file():
-            return "failed"
-        return "begun" if (self.folder / "runs" / run.name / "config.json").is_file() else "open"
 
     def work(self, chosen: Sequence[StudyRun], again: bool = False) -> int:
         """Do every chosen run that no other process does or has done; return the exit code (75: stopped and saved).
@@ -325,7 +322,8 @@ class Study:
         logger.info(f"{run.name}: measuring")
         result, drawn = evaluate_run(folder, recipe.data.world, self.size, self.judge)
         if len(drawn):
-            grid(list(drawn[:SHOWN]), SHOWN, max(1, 96 // drawn.shape[1])).save(folder / "drawings.png")
+            shown = list(drawn[:SHOWN])
+            grid(shown, len(shown), max(1, 96 // drawn.shape[1])).save(folder / "drawings.png")
         facts = {"run": run.name, **run.facts, **result, "machine": _machines(folder / "machines.jsonl")}
         write_json(self.result(run.name), facts)
         self.failure(run.name).unlink(missing_ok=True)
@@ -344,9 +342,8 @@ class Study:
         results = [read_json(other) for other in (self.folder / "results").glob("*.json")]
         others = {result["judge"] for result in results if "judge" in result} - {judge.digest}
         if others:
-            raise UserError(
-                f"{path}: expected the judge of the results there, {', '.join(others)}, found {judge.digest}"
-            )
+            listed = ", ".join(others)
+            raise UserError(f"{path}: expected the judge of the results there, {listed}, found {judge.digest}")
         return judge
 
     def listing(self) -> str:
@@ -355,31 +352,43 @@ class Study:
         lines = [f"{'':>4}  {'run':<{width}}  state    parameters    steps    6 N D"]
         left = 0.0
         for number, run in enumerate(self.runs):
-            state, parameters = self.state(run), count_parameters(run.recipe.model).total
+            with try_lock(self.folder, run.name) as free:
+                if self.result(run.name).is_file():
+                    state = "done"
+                elif not free:
+                    state = "running"
+                elif self.failure(run.name).is_file():
+                    state = "failed"
+                else:
+                    state = "begun" if (self.folder / "runs" / run.name / "config.json").is_file() else "open"
             left += 0.0 if state == "done" else run.flops
-            steps = run.recipe.loop.steps
+            steps, parameters = run.recipe.loop.steps, count_parameters(run.recipe.model).total
             lines.append(f"{number:>4}  {run.name:<{width}}  {state:<7}{parameters:>12,}{steps:>9,}{run.flops:>9.2g}")
         total = sum(run.flops for run in self.runs)
         return "\n".join([*lines, f"6 N D in all {total:.3g}, of runs not yet done {left:.3g}"])
 
 
-def run_study(
-    options: Any,
-    plan: Callable[[], Iterable[StudyRun]],
-    settings: Mapping[str, Any],
-    write: Callable[[Path], dict[str, Any]],
-) -> tuple[int, dict[str, Any]]:
-    """List, work or report, as the options say; return the exit code and the report, {} without one."""
-    if options.report_only:
-        return 0, write(options.run)
-    study = Study(options.run, plan(), options.eval_size, settings)
-    if options.list_runs:
-        print(study.listing())
-        return 0, {}
-    code = study.work(study.chosen(options.only, options.index, options.of), again=bool(options.only))
-    if code or not any(study.result(run.name).is_file() for run in study.runs):
-        return code, {}
-    return code, write(options.run)
+def _machine(recipe: Recipe) -> dict[str, Any]:
+    """Return what the seconds of training depend on; the recipe's device is settled."""
+    return {
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(0) if recipe.device == "cuda" else "cpu",
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "precision": recipe.precision,
+    }
+
+
+def _machines(path: Path) -> dict[str, Any]:
+    """Return the facts of all sessions that trained a run; those that differ are joined by "then"."""
+    if not path.is_file():  # trained outside the study
+        return dict.fromkeys(("host", "device", "processor", "threads", "precision"), "not known")
+    sessions = [json.loads(line) for line in path.read_text().splitlines()]
+    values = {fact: list(dict.fromkeys(session[fact] for session in sessions)) for fact in sessions[0]}
+    return {fact: each[0] if len(each) == 1 else ", then ".join(map(str, each)) for fact, each in values.items()}
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -410,36 +419,21 @@ def write_report(
     return report
 
 
-def drawings_block(folder: Path, names: Sequence[str]) -> Block:
-    """Return the contact sheets of runs, where they are next to the report."""
+def drawings_section(folder: Path, names: Sequence[str], world: WorldConfig) -> list[Section]:
+    """Return the first drawings of runs next to the real scenes, where their contact sheets are in the folder."""
     paths = {name: folder / "runs" / name / "drawings.png" for name in names}
-    cards = [
-        Card(images=[(np.asarray(read_image(path)), "")], title=name) for name, path in paths.items() if path.is_file()
-    ]
-    return Cards(cards, layout="full") if cards else Text("No drawings are next to the report.")
+    sheets = {name: np.asarray(read_image(path)) for name, path in paths.items() if path.is_file()}
+    if not sheets:
+        return []
+    _, prompts, real = held_out_scenes(world, SHOWN)
+    rows = {"the scenes themselves": list(real)}
+    for name, sheet in sheets.items():  # a row of squares; a run that drew fewer has fewer
+        rows[name] = np.split(sheet, sheet.shape[1] // sheet.shape[0], axis=1)
+    cards = [Card(images=list(zip(images, prompts, strict=False)), title=name) for name, images in rows.items()]
+    return [Section("Drawings", "The first held-out prompts in order, by each run.", [Cards(cards, layout="full")])]
 
 
 def failures_block(report: dict[str, Any]) -> list[Block]:
     """Return a table of the failed runs, or nothing."""
     rows = [[run["run"], run["why"]] for run in report["failures"]]
     return [Table(["failed", "why"], rows)] if rows else []
-
-
-def _machine(recipe: Recipe) -> dict[str, Any]:
-    """Return what the seconds of training depend on; the recipe's device is settled."""
-    return {
-        "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name(0) if recipe.device == "cuda" else "cpu",
-        "processor": processor_name(),
-        "threads": torch.get_num_threads(),
-        "precision": recipe.precision,
-    }
-
-
-def _machines(path: Path) -> dict[str, Any]:
-    """Return the facts of all sessions that trained a run; those that differ are joined by "then"."""
-    if not path.is_file():  # trained outside the study
-        return dict.fromkeys(("host", "device", "processor", "threads", "precision"), "not known")
-    sessions = [json.loads(line) for line in path.read_text().splitlines()]
-    values = {fact: list(dict.fromkeys(session[fact] for session in sessions)) for fact in sessions[0]}
-    return {fact: each[0] if len(each) == 1 else ", then ".join(map(str, each)) for fact, each in values.items()}

@@ -28,6 +28,7 @@ from transfuse.config import read_json
 from transfuse.errors import UserError
 from transfuse.evaluate import open_bench
 from transfuse.evaluation import EvalConfig, MetricResult, evaluate, named
+from transfuse.evaluation.confidence import CORRECTED
 from transfuse.folders import DEFAULT
 from transfuse.images import read_image
 from transfuse.log import logger
@@ -182,8 +183,9 @@ def _keep_images(folder: Path, before: MetricResult, after: MetricResult) -> lis
 def editing_page(report: dict[str, Any], folder: Path) -> Page:
     """Return the page: what is obeyed before and after, then edits, then all numbers."""
     tuning, bars = report["tuning"], []
-    for before, after in _pairs(report)[:3]:
-        for when, result in (("before", before), ("after", after)):
+    scores = [pair for pair in _pairs(report) if pair[0]["measure"] == "editing" and CORRECTED not in pair[0]["name"]]
+    for pair in scores:
+        for when, result in zip(("before", "after"), pair, strict=True):
             name = f"{result['name']}, {when}"
             bounds = (result["low"], result["high"], result["floor"], result["ceiling"])
             bars.append(Bar(name, result["value"], *bounds, result.get("better", "higher")))

@@ -12,6 +12,7 @@ as much text. Any number of processes may run the same command (`common.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -33,13 +34,12 @@ from .common import (
     StudyRun,
     check_grid,
     comparable,
-    drawings_block,
+    drawings_section,
     failures_block,
     parse,
     plan_run,
     run_script,
     run_study,
-    short,
     write_report,
 )
 from .evaluation import unequal_text
@@ -123,6 +123,14 @@ def plan_scaling(
         facts = {"variant": variant, "size": size, "budget": budget, "seed": seed}
         runs.append(plan_run(folder, name, recipe, budget, budget_model, facts))
     return runs
+
+
+def short(number: float) -> str:
+    """Return 2000000 as 2M and 150000 as 150k, for names."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
 
 
 # --- analysis ---------------------------------------------------------------------------------------------------------
@@ -303,36 +311,41 @@ def plot(report: dict[str, Any], measure: Measure, standalone: bool = False) -> 
     if not drawn:
         return ""
     axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_minor_formatter("")  # labels between powers of ten would overlap
     axes.legend(frameon=False, fontsize="small", labelcolor=SOFT)
     return svg_of(figure, standalone)
 
 
 def scaling_page(report: dict[str, Any], folder: Path) -> Page:
-    """Return the page: parity ratios first, then lines, drawings and every run."""
-    results = report["results"]
+    """Return the page: parity ratios first, then lines, drawings, tables and every run."""
+    results, ratios, bars = report["results"], [], []
+    for measure in MEASURES:
+        for variant, by_target in report["parity"]["flops"][measure.key].items():
+            ratios.append((f"{variant}: {measure.title}", by_target["observed"]))
+    known = [(name, ratio) for name, ratio in ratios if ratio["ratio"] is not None]
+    numbers = [1.0, *(ratio[key] for _, ratio in known for key in ("ratio", "low", "high") if ratio[key] is not None)]
+    scale = (max(1 / REACH, min(numbers) / 1.2), min(REACH, max(numbers) * 1.2))
+    for name, ratio in known:
+        bars.append(Bar(name, ratio["ratio"], ratio["low"], ratio["high"], reference=1.0, better="lower", scale=scale))
+    summary: list[Block] = [Bars(bars, "parity ratio (log scale, lower is better)", "parity")] if bars else []
+    counts = Counter(ratio["is_cheaper"] for _, ratio in ratios)
     failed = f", {len(report['failures'])} failed" if report["failures"] else ""
     lead = (
-        f"{len(results)} runs{failed}: the score of each variant by its cost, and the part of the largest Chameleon's "
-        "compute that the others need for its result."
+        f"{len(results)} runs{failed}: the part of the largest Chameleon's compute that other variants need for its "
+        f"result. Of {len(ratios)} comparisons {counts['reproduced']} are below 1, {counts['not reproduced']} above 1, "
+        f"{counts['undecided']} undecided."
     )
-    bars = []
-    for measure in MEASURES:
-        for variant, ratios in report["parity"]["flops"][measure.key].items():
-            ratio = ratios["observed"]
-            if ratio["ratio"] is not None:
-                name = f"{variant}: {measure.title}"
-                bars.append(Bar(name, ratio["ratio"], ratio["low"], ratio["high"], reference=1.0, better="lower"))
-    summary: list[Block] = [Bars(bars, "parity ratio", "parity")] if bars else []
-    sections = [
-        Section(f"Parity by {title}", about, [_parity_table(report, axis)]) for axis, (_, title, about) in AXES.items()
-    ]
     charts = [(measure.title, svg) for measure in MEASURES if (svg := plot(report, measure))]
-    sections.insert(1, Section("Power laws", _LINES, [Charts(charts), Details("Slopes", [_slopes(report)])]))
     by_cost = sorted(results, key=lambda result: result["theoretical_flops"])
     largest = list({result["variant"]: result["run"] for result in by_cost}.values())
-    sections += [
-        Section("U-Net and linear patch layers", _UNET, [_unet_table(report)]),
-        Section("Drawings", "The first prompts in order, by the largest runs.", [drawings_block(folder, largest)]),
+    tables = [
+        Section(f"Parity by {title}", about, [_parity_table(report, axis)]) for axis, (_, title, about) in AXES.items()
+    ]
+    sections = [
+        Section("Power laws", _LINES, [Charts(charts), Details("Slopes", [_slopes(report)])]),
+        *drawings_section(folder, largest, ARMS[FIRST]().data.world),
+        *tables,
+        *([Section("U-Net and linear patch layers", _UNET, [_unet_table(report)])] if report["unet_gain"] else []),
     ]
     runs = [Details("Every run", [_runs_table(report)]), *failures_block(report)]
     return Page("Transfusion and Chameleon at equal compute", lead, [*summary, Text(_PARITY)], sections, runs)
@@ -446,10 +459,7 @@ def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     def plan() -> list[StudyRun]:
         return plan_scaling(options.run, options.variants, options.sizes, options.budgets, options.seeds)
 
-    code, report = run_study(options, plan, {"study": "scaling"}, write)
-    if report:
-        print(summary(report))
-    return code, report
+    return run_study(options, plan, {"study": "scaling"}, write, summary)
 
 
 if __name__ == "__main__":

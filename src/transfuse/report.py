@@ -31,8 +31,13 @@ MISSING_CHARTS = "Charts need matplotlib: pip install 'transfuse[report]'."
 class Bar:
     """One number as a bar, with its 95 % interval and marks for chance and a reference.
 
-    A bar whose numbers are all between 0 and 1 ends at 1. Other bars end at their largest number; where their numbers
-    differ by more than a factor of 20 the scale is logarithmic. `percentage` writes shares as percentages.
+    A bar whose numbers are all between 0 and 1 ends at 1. Others end at their largest number; where their numbers
+    differ by more than a factor of 20 the scale is logarithmic. Bars of negative numbers start at zero, in the middle.
+
+    better       "higher", "lower", or "" where neither is
+    percentage   write shares as percentages
+    scale        both ends, for bars that are compared with each other; logarithmic if both are positive
+    note         further words after those for the marks
     """
 
     name: str
@@ -43,6 +48,8 @@ class Bar:
     reference: float | None = None
     better: str = "higher"
     percentage: bool = True
+    scale: tuple[float, float] | None = None
+    note: str = ""
 
     @property
     def _numbers(self) -> list[float]:
@@ -50,22 +57,40 @@ class Bar:
 
     @property
     def is_share(self) -> bool:
-        return self.better == "higher" and all(0 <= number <= 1 for number in self._numbers)
+        return self.better == "higher" and self.scale is None and all(0 <= number <= 1 for number in self._numbers)
 
     @property
-    def is_logarithmic(self) -> bool:
-        return not self.is_share and min(self._numbers) > 0 and max(self._numbers) > 20 * min(self._numbers)
+    def ends(self) -> tuple[float, float]:
+        """The numbers at both ends of the bar; the scale is logarithmic if both are positive."""
+        if self.scale is not None:
+            return self.scale
+        least, most = min(self._numbers), max(map(abs, self._numbers))
+        if self.is_share:
+            return 0.0, 1.0
+        if least < 0:
+            return -1.05 * most, 1.05 * most
+        return (least / 2 if 0 < least < most / 20 else 0.0), 1.05 * most
 
     def at(self, number: float) -> float:
-        """Return the place of a number along the bar, in percent of its length."""
-        top = 1.0 if self.is_share else 1.05 * max(self._numbers)
-        if self.is_logarithmic:
-            bottom = min(self._numbers) / 2
-            return round(100 * float(np.log(number / bottom) / np.log(top / bottom)), 2)
-        return round(min(100.0, max(0.0, 100 * number / top)), 2) if top > 0 else 0.0
+        """Return the place of a number along the bar, in percent of its length; 0 or 100 beyond its ends."""
+        left, right = self.ends
+        if left > 0:
+            left, right, number = float(np.log(left)), float(np.log(right)), float(np.log(max(number, left)))
+        return round(min(100.0, max(0.0, 100 * (number - left) / (right - left))), 2) if right > left else 0.0
+
+    @property
+    def fill(self) -> tuple[float, float]:
+        """Where the bar starts and ends, in percent of its length."""
+        start = self.at(0.0) if self.ends[0] < 0 else 0.0
+        return min(start, self.at(self.value)), max(start, self.at(self.value))
 
     def format(self, number: float) -> str:
-        return percent(number) if self.is_share and self.percentage else plain(number)
+        if self.scale is not None and not self.scale[0] <= number <= self.scale[1]:
+            side, end = ("below", self.scale[0]) if number < self.scale[0] else ("above", self.scale[1])
+            return f"{side} {plain(end)}"
+        if self.is_share and self.percentage:
+            return percent(number)
+        return f"+{plain(number)}" if self.ends[0] < 0 and number >= 0 else plain(number)
 
     @property
     def text(self) -> str:
@@ -78,9 +103,9 @@ class Bar:
             parts.append(f"{self.format(self.low)} to {self.format(self.high)}")
         parts += [f"chance {self.format(self.chance)}"] if self.chance is not None else []
         parts += [f"{reference} {self.format(self.reference)}"] if self.reference is not None else []
-        parts += ["lower is better"] if self.better == "lower" else []
-        parts += ["log scale"] if self.is_logarithmic else []
-        return ", ".join(parts)
+        parts += ["lower is better"] if self.better == "lower" and self.scale is None else []
+        parts += ["log scale"] if self.ends[0] > 0 and self.scale is None else []
+        return ", ".join([*parts, self.note] if self.note else parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +126,12 @@ class Card:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars under a legend that says what a bar and the reference are."""
+    """Bars under a title and a legend that says what a bar and the reference are; no legend without a label."""
 
     items: Sequence[Bar]
     label: str = "this model"
     reference: str = "reference"
+    title: str = ""
     kind: str = "bars"
 
     @property
@@ -114,7 +140,7 @@ class Bars:
         words = {"low": ("interval", "95\u202f% interval"), "chance": ("chance", "chance")}
         words["reference"] = ("reference", self.reference)
         used = [mark for name, mark in words.items() if any(getattr(bar, name) is not None for bar in self.items)]
-        return [("fill", self.label), *used]
+        return [("fill", self.label), *used] if self.label else []
 
 
 @dataclass(frozen=True)

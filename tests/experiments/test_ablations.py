@@ -10,6 +10,7 @@ import pytest
 from experiments.ablations import COMPARISONS, PIECES, ROWS, ablations_page, analyse, changed, plan_ablations, summary
 from experiments.paper_results import ABLATIONS
 from transfuse.cli import find_command
+from transfuse.config import read_json
 from transfuse.errors import UserError
 from transfuse.recipes import preset
 from transfuse.report import render
@@ -82,7 +83,10 @@ def test_verdicts_of_made_up_results() -> None:
     assert ("Table 4", "text") not in found, "a row alone is compared with nothing"
     page = render(ablations_page(report, Path()))
     numbers = re.findall(r'class="label">([^<]*)</p><p class="number">(\d+)', page)
-    assert numbers == [("Reproduced", "1"), ("Not reproduced", "1"), ("Undecided", "0")]
+    assert dict(numbers) == {"Reproduced": "1", "Not reproduced": "1", "Undecided": "0", "No direction": "0"} | {
+        "Not comparable": "0"
+    }
+    assert "paper -41.0; reproduced" in page
     assert summary(report).count("\n| Table") == 2
 
 
@@ -102,6 +106,15 @@ def test_rows_that_read_unequally_much_have_no_verdict_on_text() -> None:
     assert analyse(results)["comparisons"][0]["significance"] == "reproduced"
     results[0]["steps"] = 3
     assert analyse(results)["comparisons"][0]["significance"] == "not comparable: one reads 3 times the text"
+
+
+def test_the_cards_of_a_page_count_every_difference() -> None:
+    for study in ("ablations", "ablations-patches"):
+        folder = Path(__file__).parents[2] / "docs" / "reports" / study
+        report = read_json(folder / "report.json")
+        page = render(ablations_page(report, folder))
+        numbers = re.findall(r'class="number">(\d+)</p><small>of (\d+) differences', page)
+        assert sum(int(count) for count, _ in numbers) == len(report["comparisons"]) == int(numbers[0][1])
 
 
 def test_results_of_two_sizes_or_budgets_are_not_compared() -> None:

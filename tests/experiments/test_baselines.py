@@ -67,7 +67,7 @@ def test_equal_compute_one_table(tmp_path: Path) -> None:
     table = baselines.table(report)
     assert len({line.count("|") for line in table.splitlines()}) == 1, "every row has every column"
     assert "6 N D" in table
-    assert (tmp_path / "report.html").read_text().count("<img") == 2, "the drawings of both"
+    assert (tmp_path / "report.html").read_text().count("<img") == 8 + 2 * 6, "the scenes, and the drawings of both"
 
 
 def test_arms_read_equally_much_text_at_equal_positions(tmp_path: Path) -> None:

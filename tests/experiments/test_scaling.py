@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import ablations
+from experiments import ablations, editing
 from experiments.common import EvalSize, Study, check_grid, read_result, write_report
 from experiments.scaling import AXES, MEASURES, analyse, plan_scaling, plot, scaling_page, summary, write
 from transfuse.cli import run
+from transfuse.config import read_json
 from transfuse.errors import UserError
 from transfuse.report import render
 
@@ -240,18 +242,29 @@ def test_grids_that_are_none(tmp_path: Path) -> None:
         plan_scaling(tmp_path, ("camel",), ("xs",), (1e3,), (0,))
 
 
-@pytest.mark.parametrize("study", ["scaling", "ablations", "ablations-patches"])
-def test_committed_results_stay_readable(study: str) -> None:
-    """Results from before `arm` was called `variant`, those of several seeds and sizes."""
-    folder = Path(__file__).parents[2] / "docs" / "reports" / study / "results"
-    results = [read_result(path) for path in sorted(folder.glob("*.json"))]
+@pytest.mark.parametrize("study", ["scaling", "scaling-equal-documents", "ablations", "ablations-patches"])
+def test_committed_results_give_the_committed_numbers(study: str) -> None:
+    """Results from before `arm` was called `variant`, those of several seeds and sizes; and every table of the page."""
+    folder = Path(__file__).parents[2] / "docs" / "reports" / study
+    results = [read_result(path) for path in sorted((folder / "results").glob("*.json"))]
     assert results
     assert all("variant" in one and "arm" not in one for one in results)
-    if study == "scaling":
-        report = analyse(results)
-        assert "variant" in render(scaling_page(report, folder.parent))
-        assert "| Perplexity of unseen definitions | transfusion |" in summary(report)
-    else:
-        report = ablations.analyse(results)
-        assert "Table " in render(ablations.ablations_page(report, folder.parent))
-        assert report["comparisons"]
+    is_scaling = study.startswith("scaling")
+    report = analyse(results) if is_scaling else ablations.analyse(results)
+    committed = read_json(folder / "report.json")
+    assert json.loads(json.dumps({**report, "version": ""})) == {**committed, "version": ""}
+    page = render(scaling_page(report, folder) if is_scaling else ablations.ablations_page(report, folder))
+    cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", (folder / "report.html").read_text())
+    assert re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", page) == cells
+    assert "best" not in page
+
+
+@pytest.mark.parametrize("study", ["image-editing", "image-editing-demo"])
+def test_the_committed_pages_of_edits_show_their_numbers_and_images(study: str) -> None:
+    folder = Path(__file__).parents[2] / "docs" / "reports" / study
+    report = read_json(folder / "report.json")
+    page = render(editing.editing_page(report, folder))
+    assert page == (folder / "report.html").read_text()
+    assert page.count("<img") == 4 * len(report["edits"])
+    assert all(f"<td>{cell}</td>" in page for row in editing.rows_of(report) for cell in row[1:])
+    assert "best" not in page

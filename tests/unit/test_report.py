@@ -230,6 +230,22 @@ def test_bars_place_their_numbers() -> None:
     assert Bar("nothing", 0.0, better="lower").at(0.0) == 0.0
 
 
+def test_bars_of_differences_start_at_zero_and_those_of_a_scale_compare() -> None:
+    below = Bar("difference", -2.0, -4.0, 1.0, better="", note="undecided")
+    assert (below.text, below.describe()) == ("-2", "-4 to +1, undecided")
+    assert below.at(0.0) == 50.0
+    assert below.fill == (below.at(-2.0), 50.0)
+    ratios = [Bar("ratio", value, 0.001, 1e300, reference=1.0, better="lower", scale=(0.01, 100)) for value in (0.1, 1)]
+    assert [bar.at(1.0) for bar in ratios] == [50.0, 50.0]
+    assert [bar.fill for bar in ratios] == [(0.0, 25.0), (0.0, 50.0)]
+    assert (ratios[0].at(0.001), ratios[0].at(1e300)) == (0.0, 100.0)
+    assert ratios[0].describe("parity") == "below 0.01 to above 100.0, parity 1"
+    html = render(Page("m", "", [Bars([below], "", title="Differences <b>")]))
+    assert "Differences &lt;b&gt;" in html
+    assert 'class="zero"' in html
+    assert 'class="legend"' not in html, "no label, no legend"
+
+
 def test_a_page_shows_its_summary_first_and_folds_what_is_long() -> None:
     cards = Cards([Card(f"card {n}", marks=[("noun", n > 0, "a <b>")]) for n in range(3)], "Group <i>", shown=2)
     page = Page("m", "lead", [Bars([Bar("x", 0.2)])], [Section("S & T", "", [cards])], [Table(["a"], [["b"]])])
