@@ -23,6 +23,8 @@ BUDGETS = (1e6, 4e6)
 SPEED = {"transfusion": 1e11, "chameleon": 0.5e11, "llama": 1e11}
 SHARES = ("noun", "both", "caption_noun")
 RATIO = 0.4
+CELL = re.compile(r"<t[dh][^>]*>([^<]*)</t[dh]>|class=\"value\">([^<]*)<")
+"""every number of a page: cells of tables, values of bars"""
 
 
 def result(arm: str, size: str, budget: float, seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -254,8 +256,7 @@ def test_committed_results_give_the_committed_numbers(study: str) -> None:
     committed = read_json(folder / "report.json")
     assert json.loads(json.dumps({**report, "version": ""})) == {**committed, "version": ""}
     page = render(scaling_page(report, folder) if is_scaling else ablations.ablations_page(report, folder))
-    cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", (folder / "report.html").read_text())
-    assert re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", page) == cells
+    assert CELL.findall(page) == CELL.findall((folder / "report.html").read_text())
     assert "best" not in page
 
 
@@ -264,7 +265,7 @@ def test_the_committed_pages_of_edits_show_their_numbers_and_images(study: str) 
     folder = Path(__file__).parents[2] / "docs" / "reports" / study
     report = read_json(folder / "report.json")
     page = render(editing.editing_page(report, folder))
-    assert page == (folder / "report.html").read_text()
+    assert CELL.findall(page) == CELL.findall((folder / "report.html").read_text())
     assert page.count("<img") == 4 * len(report["edits"])
     assert all(f"<td>{cell}</td>" in page for row in editing.rows_of(report) for cell in row[1:])
     assert "best" not in page
