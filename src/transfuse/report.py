@@ -80,7 +80,7 @@ class Bar:
 
     @property
     def fill(self) -> tuple[float, float]:
-        """Where the bar starts and ends, in percent of its length."""
+        """The start and the end of the bar, in percent of its length."""
         start = self.at(0.0) if self.ends[0] < 0 else 0.0
         return min(start, self.at(self.value)), max(start, self.at(self.value))
 
