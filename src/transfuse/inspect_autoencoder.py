@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .autoencoders import Autoencoder
+from .autoencoders.features import Features
 from .charts import ACCENT, WARM, histogram, line_chart
 from .data.bundled import World
 from .errors import UserError
@@ -27,7 +28,6 @@ from .evaluation.reconstruction import (
     BEST_PSNR,
     CARRIES_NOTHING,
     ChannelLoss,
-    Features,
     Reconstruction,
     channel_images,
     channel_losses,

@@ -32,8 +32,8 @@ def test_a_score_is_the_cosine_of_open_clip_s_own_embeddings(tokenizer, tmp_path
     with torch.inference_mode():
         images = torch.stack([prepare(PIL.Image.fromarray(picture)) for picture in pictures])
         seen = model.eval().encode_image(images, normalize=True)
-        said = model.encode_text(open_clip.get_tokenizer(NAME)(texts), normalize=True)
-    expected = 100 * (seen * said).sum(1).clamp_min(0)
+        words = model.encode_text(open_clip.get_tokenizer(NAME)(texts), normalize=True)
+    expected = 100 * (seen * words).sum(1).clamp_min(0)
     np.testing.assert_allclose(clip_scores(*clip.embed(pictures, texts)), expected.numpy(), atol=1e-3)
     loaded = exported(tokenizer)
     loaded.image_size = 16
@@ -42,7 +42,7 @@ def test_a_score_is_the_cosine_of_open_clip_s_own_embeddings(tokenizer, tmp_path
     bench = EvalContext(
         TransfusionPipeline(loaded), "a", tmp_path, SceneScorer(world), options, Drawing(sampler="ddim", steps=1)
     )
-    result = next(result for some in evaluate(replace(bench), named(["clip"])) for result in some)
+    result = next(result for outcome in evaluate(replace(bench), named(["clip"])) for result in outcome)
     assert result.name == f"CLIP score, {NAME}"
     assert 0 <= result.value <= 100
     with pytest.raises(UserError, match='--clip-model: unknown name "ViT-S-32-al"; did you mean "ViT-S-32-alt"'):

@@ -1,4 +1,4 @@
-"""Our words beside those of Stanford's tokenizer, where Java and pycocoevalcap's jar are there."""
+"""Our words against those of Stanford's tokenizer, where Java and pycocoevalcap's jar are there."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_stanford_s_words_are_the_stored_ones_and_ours() -> None:
-    theirs, ours = open_words("pycocoevalcap").cut, open_words("").cut
+    stanford, own = open_words("pycocoevalcap").cut, open_words("").cut
     texts = [text for text, _ in GOLDEN["tokens"]]
-    assert theirs(texts) == [tokens.split() for _, tokens in GOLDEN["tokens"]]
-    references = [text for some in GOLDEN["references"] for text in some]
-    assert theirs(references) == [line.split() for some in GOLDEN["reference_tokens"] for line in some]
+    assert stanford(texts) == [tokens.split() for _, tokens in GOLDEN["tokens"]]
+    references = [text for of_image in GOLDEN["references"] for text in of_image]
+    assert stanford(references) == [line.split() for of_image in GOLDEN["reference_tokens"] for line in of_image]
     scenes = SceneScorer(WorldConfig()).pairs(300, 16).references
-    captions = [text for some in scenes for text in some]
-    assert theirs(captions) == ours(captions)
+    captions = [text for of_image in scenes for text in of_image]
+    assert stanford(captions) == own(captions)

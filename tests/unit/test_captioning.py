@@ -29,35 +29,35 @@ def test_words_are_those_of_the_penn_treebank_tokenizer() -> None:
 
 def test_cider_d_equals_the_original() -> None:
     words = [tokenize(text) for text in GOLDEN["captions"]]
-    references = [[tokenize(text) for text in some] for some in GOLDEN["references"]]
-    found = cider_d(words, references)
-    np.testing.assert_allclose(found, 100 * np.array(GOLDEN["cider_by_image"]), atol=1e-9)
-    assert found.mean() == pytest.approx(100 * GOLDEN["cider"])
+    references = [[tokenize(text) for text in of_image] for of_image in GOLDEN["references"]]
+    actual = cider_d(words, references)
+    np.testing.assert_allclose(actual, 100 * np.array(GOLDEN["cider_by_image"]), atol=1e-9)
+    assert actual.mean() == pytest.approx(100 * GOLDEN["cider"])
 
 
 def test_bleu_4_equals_the_original() -> None:
     words = [tokenize(text) for text in GOLDEN["captions"]]
-    references = [[tokenize(text) for text in some] for some in GOLDEN["references"]]
-    found = bleu_4(words, references)
-    assert found.value == pytest.approx(100 * GOLDEN["bleu"][3])
-    assert found.low < found.value < found.high
+    references = [[tokenize(text) for text in of_image] for of_image in GOLDEN["references"]]
+    actual = bleu_4(words, references)
+    assert actual.value == pytest.approx(100 * GOLDEN["bleu"][3])
+    assert actual.low < actual.value < actual.high
 
 
 def test_worse_captions_score_less() -> None:
     """A true one, one of another wording, one with another noun, another picture's, none: in this order."""
     pairs = SceneScorer(WorldConfig(nouns=8, max_objects=1, max_count=1)).pairs(60, 16)
-    references = [[tokenize(text) for text in some[1:]] for some in pairs.references]
-    true = [tokenize(some[0]) for some in pairs.references]
+    references = [[tokenize(text) for text in of_image[1:]] for of_image in pairs.references]
+    true = [tokenize(of_image[0]) for of_image in pairs.references]
     nouns = [name for name in WorldConfig(nouns=8).noun_names if " " not in name]
     after = dict(zip(nouns, [*nouns[1:], nouns[0]], strict=True))
     swapped = [[after.get(word, word) for word in words] for words in true]
-    same = [some[0] for some in references]
-    said = [same, true, swapped, [*true[1:], true[0]], [["nothing"]] * len(true)]
-    ciders = [cider_d(words, references).mean() for words in said]
+    same = [of_image[0] for of_image in references]
+    candidates = [same, true, swapped, [*true[1:], true[0]], [["nothing"]] * len(true)]
+    ciders = [cider_d(words, references).mean() for words in candidates]
     assert ciders == sorted(ciders, reverse=True)
     assert len(set(ciders)) == len(ciders)
     assert ciders[1] > 1.5 * ciders[2]
-    bleus = [bleu_4(words, references).value for words in said]
+    bleus = [bleu_4(words, references).value for words in candidates]
     assert bleus == sorted(bleus, reverse=True)
     assert bleus[0] == pytest.approx(100)
 
@@ -152,7 +152,7 @@ def test_what_is_missing_is_said_before_any_work(tmp_path: Path, monkeypatch: py
 def test_the_jar_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "pycocoevalcap"
     jar = java(package / "tokenizer", monkeypatch, {"A cat": "a cat"})
-    (package / "__init__.py").write_text("raise ImportError('it wants packages of its own')")
+    (package / "__init__.py").write_text("raise ImportError('it wants further packages')")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert check_words("pycocoevalcap") == (str(package / "tokenizer" / "bin" / "java"), jar)
     assert open_words("pycocoevalcap").cut(["A cat"]) == [["a", "cat"]]

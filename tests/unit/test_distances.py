@@ -1,7 +1,7 @@
 """Distances between sets of pictures: against other packages' numbers, closed forms, and in the direction they must go.
 
 The numbers named torch-fidelity were computed once with torch-fidelity 0.4.0 on the same random weights and pictures;
-`tests/parity/test_fidelity.py` computes them anew where that package is installed.
+`tests/parity/test_fidelity.py` computes them where that package is installed.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from evaluating import RandomFilters, features_of_two_sets, images_of, random_inception
 
 from emoji_scenes import WorldConfig
-from emoji_scenes.scene_classifier import train_scene_classifier
 from emoji_scenes.scorer import SceneScorer
 from transfuse.errors import UserError
 from transfuse.evaluation.drawings import clip_scores
 from transfuse.evaluation.image_quality import (
-    ImageFeatures,
-    Inception,
     InceptionFeatures,
-    check_features,
     enlarged,
     frechet,
     kernel_distance,
@@ -28,37 +25,9 @@ from transfuse.evaluation.image_quality import (
 )
 
 
-def random_inception() -> Inception:
-    """FID's network with drawn weights: the same on every machine."""
-    network = Inception().eval()
-    generator = torch.Generator().manual_seed(0)
-    state = network.state_dict()
-    for name, value in state.items():
-        if name.endswith("conv.weight"):
-            state[name] = torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5
-        elif name.endswith(("running_var", "bn.weight")):
-            state[name] = torch.rand(value.shape, generator=generator) + 0.5
-        elif "num_batches" not in name:
-            state[name] = torch.randn(value.shape, generator=generator) * 0.1
-    network.load_state_dict(state)
-    return network
-
-
-def pictures(seed: int, count: int = 8) -> np.ndarray:
-    drawn = np.random.default_rng(seed)
-    coarse = drawn.integers(0, 256, (count, 4, 4, 3)).astype(np.uint8).repeat(12, 1).repeat(8, 2)
-    return coarse if seed % 2 else coarse // 2 + drawn.integers(0, 64, (count, 48, 32, 3), dtype=np.uint8)
-
-
-def vectors() -> tuple[np.ndarray, np.ndarray]:
-    drawn = np.random.default_rng(5)
-    first = drawn.normal(0, 1, (300, 16)) @ np.diag(np.linspace(0.5, 2, 16))
-    return first.astype(np.float32).astype(float), drawn.normal(0.2, 1.2, (300, 16)).astype(np.float32).astype(float)
-
-
 def test_inception_features_equal_torch_fidelity() -> None:
     sees = InceptionFeatures(random_inception(), "drawn")
-    a, b = sees.features(pictures(1)), sees.features(pictures(2))
+    a, b = sees.features(images_of(1)), sees.features(images_of(2))
     expected = [0.0, 0.005433910060673952, 0.09350085258483887, 5.781764030456543]
     np.testing.assert_allclose(a[0, :4], expected, atol=1e-4)
     assert a.mean() == pytest.approx(1.924997329711914, rel=1e-5)
@@ -68,7 +37,7 @@ def test_inception_features_equal_torch_fidelity() -> None:
 
 
 def test_distances_equal_torch_fidelity() -> None:
-    a, b = vectors()
+    a, b = features_of_two_sets()
     assert frechet(a, b, 2).value == pytest.approx(5.223590107336719, rel=1e-6)
     assert kernel_distance(a, b).value == pytest.approx(0.4319026470184326, rel=1e-5)
     precision, recall = precision_recall(a, b)
@@ -85,22 +54,22 @@ def test_frechet_equals_the_closed_form_of_gaussians() -> None:
         x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T)).T)
         sets.append(x * deviation + mean)
     expected = np.square(np.subtract(*means)).sum() + np.square(np.subtract(*deviations)).sum()
-    found = frechet(*sets)
-    assert found.value == pytest.approx(expected, rel=1e-10)
-    assert found.low < expected < found.high
+    actual = frechet(*sets)
+    assert actual.value == pytest.approx(expected, rel=1e-10)
+    assert actual.low < expected < actual.high
 
 
 def test_kernel_distance_has_no_bias_and_an_honest_interval() -> None:
-    """Of two samples of one distribution it is 0 on average, and the interval holds 0 about as often as it says."""
+    """Between two samples of one distribution it is 0 on average, and 95 % intervals hold 0 about as often."""
     drawn = np.random.default_rng(1)
-    found = [kernel_distance(drawn.normal(size=(60, 8)), drawn.normal(size=(60, 8))) for _ in range(120)]
-    values = np.array([one.value for one in found])
+    actual = [kernel_distance(drawn.normal(size=(60, 8)), drawn.normal(size=(60, 8))) for _ in range(120)]
+    values = np.array([estimate.value for estimate in actual])
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
-    assert np.mean([one.low < 0 < one.high for one in found]) > 0.88
+    assert np.mean([estimate.low < 0 < estimate.high for estimate in actual]) > 0.88
 
 
 def test_kernel_distance_of_many_is_a_mean_over_blocks() -> None:
-    a, b = vectors()
+    a, b = features_of_two_sets()
     parts = [kernel_distance(a[start : start + 100], b[start : start + 100]).value for start in (0, 100, 200)]
     assert kernel_distance(a, b, block=100).value == pytest.approx(np.mean(parts))
 
@@ -120,13 +89,8 @@ def test_precision_and_recall_of_a_narrow_and_of_a_wide_set() -> None:
 NEAR = WorldConfig(size=32, nouns=6, max_objects=1, max_count=1)
 
 
-@pytest.fixture(scope="module")
-def sees() -> ImageFeatures:
-    return train_scene_classifier(NEAR, steps=30, batch=32, test_scenes=16)
-
-
 @pytest.mark.parametrize("damage", ["blur", "noise", "swap"])
-def test_more_damage_is_farther_away(damage: str, sees: ImageFeatures) -> None:
+def test_more_damage_is_farther_away(damage: str) -> None:
     far = WorldConfig(size=32, nouns=("castle", "church"), max_objects=1, max_count=1)
     real, other = (
         np.stack([pairs.picture(n) for n in range(160)])
@@ -145,10 +109,10 @@ def test_more_damage_is_farther_away(damage: str, sees: ImageFeatures) -> None:
                 torch.from_numpy(real).permute(0, 3, 1, 2).float(), kernel, 1, amount, count_include_pad=False
             )
             sets.append(x.permute(0, 2, 3, 1).numpy().astype(np.uint8))
-    features = [sees.features(images) for images in sets]
+    features = [RandomFilters().features(images) for images in sets]
     for distances in (
-        [frechet(some, features[0], 2).value for some in features],
-        [kernel_distance(some, features[0]).value for some in features],
+        [frechet(part, features[0], 2).value for part in features],
+        [kernel_distance(part, features[0]).value for part in features],
     ):
         assert distances == sorted(distances)
         assert distances[3] > 2 * abs(distances[1]) or damage == "blur"
@@ -156,7 +120,7 @@ def test_more_damage_is_farther_away(damage: str, sees: ImageFeatures) -> None:
 
 
 def test_enlarging_is_that_of_tensorflow_1() -> None:
-    """Pixel n lies at n * size / side: worked out by hand for 2 pixels to 4."""
+    """Pixel n is at n * size / side: worked out by hand for 2 pixels to 4."""
     x = torch.tensor([[[[0.0, 10.0], [20.0, 30.0]]]])
     row = torch.tensor([0.0, 5.0, 10.0, 10.0])
     assert torch.equal(enlarged(x, 4)[0, 0], torch.stack([row, row + 10, row + 20, row + 20]))
@@ -168,9 +132,7 @@ def test_a_missing_or_wrong_network_is_named_with_its_hash_and_source(tmp_path) 
         open_features(str(path))
     path.write_bytes(b"something else")
     with pytest.raises(UserError, match=r"expected SHA-256 6726825d\.\.\., found"):
-        check_features(str(path))
-    with pytest.raises(UserError, match="--features: expected"):
-        check_features(str(tmp_path / "resnet.pth"))
+        open_features(str(path))
 
 
 def test_clip_score_is_a_cosine_not_below_zero() -> None:

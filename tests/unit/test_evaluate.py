@@ -1,4 +1,4 @@
-"""The three layers: what is made is made once, numbers are the same again, what is missing is said before any work."""
+"""Evaluation: outputs are made once, numbers repeat, missing inputs are reported before any work."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import evaluation_html, exported, write
+from evaluating import WORLD, coco_file, tiny_context
 
-from emoji_scenes import WorldConfig
 from emoji_scenes.scorer import SceneScorer, definition_questions
 from transfuse.cli import run
 from transfuse.errors import UserError
@@ -39,19 +39,16 @@ from transfuse.evaluation.text import CHOICES, continuation, read_texts, windows
 from transfuse.inference import TransfusionPipeline, score
 from transfuse.sequence import Document, Text, Tokenizer
 
-WORLD = WorldConfig(size=16, nouns=4, max_objects=1, max_count=1)
-
-
 # --- the first layer --------------------------------------------------------------------------------------------------
 
 
-def picture_task(count: int, asked: list[int], stop_at: int | None = None) -> Task:
+def picture_task(count: int, worked_on: list[int], stop_at: int | None = None) -> Task:
     def work(numbers):
         made = []
         for number in numbers:
             if number == stop_at:
                 raise KeyboardInterrupt
-            asked.append(number)
+            worked_on.append(number)
             made.append(Made({"number": number}, np.full((4, 4, 3), number, dtype=np.uint8)))
         return made
 
@@ -59,31 +56,31 @@ def picture_task(count: int, asked: list[int], stop_at: int | None = None) -> Ta
 
 
 def test_a_stopped_task_goes_on_and_makes_nothing_twice(tmp_path) -> None:
-    asked: list[int] = []
+    worked_on: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        generate(tmp_path, picture_task(10, asked, stop_at=7), batch=3)
-    assert asked == [0, 1, 2, 3, 4, 5, 6]  # 6 was under way in the batch that was lost
-    asked.clear()
-    done = generate(tmp_path, picture_task(10, asked), batch=4)
-    assert asked == [6, 7, 8, 9]
+        generate(tmp_path, picture_task(10, worked_on, stop_at=7), batch=3)
+    assert worked_on == [0, 1, 2, 3, 4, 5, 6]  # 6 was under way in the batch that was lost
+    worked_on.clear()
+    done = generate(tmp_path, picture_task(10, worked_on), batch=4)
+    assert worked_on == [6, 7, 8, 9]
     assert [record["number"] for record in done.records] == list(range(10))
     assert [int(image[0, 0, 0]) for image in done.images()] == list(range(10))
-    asked.clear()
-    assert generate(tmp_path, picture_task(10, asked), batch=4).records == done.records
-    assert not asked
+    worked_on.clear()
+    assert generate(tmp_path, picture_task(10, worked_on), batch=4).records == done.records
+    assert not worked_on
 
 
 def test_a_line_that_was_being_written_is_made_again(tmp_path) -> None:
-    asked: list[int] = []
-    place = generate(tmp_path, picture_task(4, asked), batch=2).folder
+    worked_on: list[int] = []
+    place = generate(tmp_path, picture_task(4, worked_on), batch=2).folder
     lines = place / "items.jsonl"
     lines.write_bytes(lines.read_bytes()[:-3])
-    asked.clear()
-    assert len(generate(tmp_path, picture_task(4, asked), batch=2).records) == 4
-    assert asked == [3]
+    worked_on.clear()
+    assert len(generate(tmp_path, picture_task(4, worked_on), batch=2).records) == 4
+    assert worked_on == [3]
     lines.write_text("no json\n")
     with pytest.raises(UserError, match=r"items\.jsonl: expected a JSON record a line"):
-        generate(tmp_path, picture_task(4, asked), batch=2)
+        generate(tmp_path, picture_task(4, worked_on), batch=2)
 
 
 def test_two_processes_at_once_make_one_set(tmp_path) -> None:
@@ -109,8 +106,8 @@ def slow_task(count: int) -> Task:
 
 
 def test_another_setting_is_another_folder(tmp_path) -> None:
-    asked: list[int] = []
-    first = picture_task(2, asked)
+    worked_on: list[int] = []
+    first = picture_task(2, worked_on)
     other = replace(first, settings={"seed": 1})
     folder = generate(tmp_path, other, 2).folder
     assert generate(tmp_path, first, 2).folder != folder
@@ -126,29 +123,22 @@ def test_another_setting_is_another_folder(tmp_path) -> None:
 
 @pytest.fixture
 def bench(tokenizer: Tokenizer, tmp_path: Path) -> EvalContext:
-    loaded = exported(tokenizer)
-    loaded.image_size = 16
-    options = EvalConfig(count=6, judge_steps=2)
-    drawing = Drawing(sampler="ddim", steps=2)
-    return EvalContext(
-        TransfusionPipeline(loaded), "a model", tmp_path / "first", SceneScorer(WORLD), options, drawing, batch=4
-    )
+    return tiny_context(tokenizer, tmp_path / "first")
 
 
-def numbers(found: list[MetricResult]) -> dict[str, float]:
-    return {f"{some.measure} {result.name}": result.value for some in found for result in some}
+def numbers(outcomes: list[MetricResult]) -> dict[str, float]:
+    return {f"{each.measure} {result.name}": result.value for each in outcomes for result in each}
 
 
-def test_numbers_are_equal_again_and_with_another_batch_size(bench: EvalContext, tmp_path, monkeypatch) -> None:
+def test_numbers_are_equal_again_and_with_another_batch_size(bench: EvalContext, tmp_path) -> None:
     measures = named(["text", "choice", "captioning", "drawing"])
-    monkeypatch.setattr(SceneScorer, "texts", lambda scorer: ["a crab: an animal", "two: 1 and 1"] * 3)
     first = list(evaluate(bench, measures))
     again = list(evaluate(replace(bench, folder=tmp_path / "again"), measures))
     assert numbers(again) == numbers(first)
     other = list(evaluate(replace(bench, folder=tmp_path / "other", batch=3), measures))
     assert numbers(other) == pytest.approx(numbers(first), rel=1e-4, abs=1e-9)
-    assert all(isinstance(result, Result) and result.measure and result.model for some in first for result in some)
-    drawn = next(some for some in first if some.measure == "drawing")
+    assert all(isinstance(result, Result) and result.measure and result.model for each in first for result in each)
+    drawn = next(each for each in first if each.measure == "drawing")
     assert drawn.results[0].drawing == Drawing("ddim", 2, 3.0)
     page = evaluation_html(measures, first)
     assert page.count("<img") == 2 * 6 + 6
@@ -157,9 +147,9 @@ def test_numbers_are_equal_again_and_with_another_batch_size(bench: EvalContext,
 
 def test_candidates_are_drawn_and_one_is_measured(bench: EvalContext, monkeypatch) -> None:
     several = replace(bench, drawing=replace(bench.drawing, candidates=3))
-    (found,) = evaluate(several, named(["drawing"]))
-    assert all(result.drawing == Drawing("ddim", 2, 3.0, candidates=3) for result in found.results)
-    assert "seed 0, the best of 3 by the model's own score" in unescape(evaluation_html(named(["drawing"]), [found]))
+    (outcome,) = evaluate(several, named(["drawing"]))
+    assert all(result.drawing == Drawing("ddim", 2, 3.0, candidates=3) for result in outcome.results)
+    assert "seed 0, the best of 3 by the model's own score" in unescape(evaluation_html(named(["drawing"]), [outcome]))
     with pytest.raises(UserError, match="editing: --candidates: expected 1, as edits have no others, found 3"):
         list(evaluate(several, named(["editing"])))
     sweep = Drawing.sweep("candidates=1,3", bench.drawing)
@@ -167,23 +157,33 @@ def test_candidates_are_drawn_and_one_is_measured(bench: EvalContext, monkeypatc
     with pytest.raises(UserError, match="editing: --candidates: expected 1"):
         list(evaluate(bench, named(["editing"]), sweep))
     monkeypatch.undo()
-    prompts = [exhibit.text for exhibit in found.exhibits]
+    prompts = [exhibit.text for exhibit in outcome.exhibits]
     kept = bench.pipe(
         prompts, num_inference_steps=2, sampler="ddim", candidates=3, generator=0, output_type="np"
     ).images
     assert len(prompts) == 6
-    assert all(np.array_equal(a, exhibit.pictures[0][0]) for a, exhibit in zip(kept, found.exhibits, strict=True))
+    assert all(np.array_equal(a, exhibit.pictures[0][0]) for a, exhibit in zip(kept, outcome.exhibits, strict=True))
 
 
 @pytest.mark.parametrize("name", ["text", "choice", "captioning", "drawing", "composition", "editing", "autoencoder"])
-def test_the_names_of_numbers_are_known_before(bench: EvalContext, name: str, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(SceneScorer, "texts", lambda scorer: ["a crab: an animal", "two: 1 and 1"] * 3)
+def test_a_metric_names_its_numbers_titles_its_examples_and_explains_its_marks(
+    bench: EvalContext, name: str, monkeypatch
+) -> None:
     monkeypatch.setattr("emoji_scenes.metrics.FEWEST_JUDGED", 6)
+    (metric,) = named([name])
+    (outcome,) = evaluate(bench, [metric])
+    assert before(bench, [metric]) == [f"{name}/{result.name}" for result in outcome]
+    assert outcome.exhibits
+    assert all(exhibit.group for exhibit in outcome.exhibits)
+    assert all("Chance" in metric.compared for result in outcome if result.floor is not None)
+    assert all("eference" in metric.compared for result in outcome if result.ceiling is not None)
+
+
+def test_numbers_of_texts_carry_the_file_s_name(bench: EvalContext, tmp_path) -> None:
     write(tmp_path, {"novel.txt": "a crab is a small animal " * 20})
-    for changes in ({}, {"texts": (tmp_path / "novel.txt",)}):
-        asked = replace(bench, options=replace(bench.options, **changes))
-        (found,) = evaluate(asked, named([name]))
-        assert before(asked, named([name])) == [f"{name}/{result.name}" for result in found]
+    wanted = replace(bench, options=replace(bench.options, texts=(tmp_path / "novel.txt",)))
+    (outcome,) = evaluate(wanted, named(["text"]))
+    assert before(wanted, named(["text"])) == [f"text/{result.name}" for result in outcome]
 
 
 def once(work, device) -> list[float]:
@@ -194,14 +194,14 @@ def once(work, device) -> list[float]:
 
 @pytest.mark.parametrize("images", ["latents", "none"])
 def test_the_names_of_paces_are_known_before(bench: EvalContext, tokenizer: Tokenizer, images: str) -> None:
-    asked = bench
+    wanted = bench
     if images == "none":
         words = exported(tokenizer, images="none")
         words.image_size = 16
-        asked = replace(bench, pipe=TransfusionPipeline(words), drawing=Drawing())
-    found = measure_speed(asked.resolved(), once)
-    assert before(asked, named(["speed"])) == [f"speed/{result.name}" for result in found]
-    assert any("pictures" in result.name for result in found) is (images == "latents")
+        wanted = replace(bench, pipe=TransfusionPipeline(words), drawing=Drawing())
+    outcome = measure_speed(wanted.resolved(), once)
+    assert before(wanted, named(["speed"])) == [f"speed/{result.name}" for result in outcome]
+    assert any("pictures" in result.name for result in outcome) is (images == "latents")
 
 
 def test_the_pace_of_drawing_is_that_of_all_candidates(bench: EvalContext, monkeypatch) -> None:
@@ -216,8 +216,8 @@ def test_the_pace_of_drawing_is_that_of_all_candidates(bench: EvalContext, monke
 
         monkeypatch.setattr(bench.pipe.engine, "run", counted)
         several = replace(bench, drawing=replace(bench.drawing, candidates=candidates))
-        found = measure_speed(several.resolved(), once)
-        assert ("each the best of 3" in found.results[3].data) is (candidates == 3)
+        outcome = measure_speed(several.resolved(), once)
+        assert ("each the best of 3" in outcome.results[3].data) is (candidates == 3)
     assert steps == [5, 15]
 
 
@@ -229,12 +229,12 @@ def test_nothing_is_drawn_twice(bench: EvalContext, monkeypatch) -> None:
 
 def test_a_sweep_draws_with_each_value(bench: EvalContext) -> None:
     sweep = Drawing.sweep("guidance_scale=1,3", bench.drawing)
-    found = list(evaluate(bench, named(["drawing", "captioning"]), sweep))
-    assert [some.measure for some in found] == ["drawing", "drawing", "captioning"]
-    scales = [some.results[0].drawing.guidance_scale for some in found[:2] if some.results[0].drawing]
+    outcome = list(evaluate(bench, named(["drawing", "captioning"]), sweep))
+    assert [each.measure for each in outcome] == ["drawing", "drawing", "captioning"]
+    scales = [each.results[0].drawing.guidance_scale for each in outcome[:2] if each.results[0].drawing]
     assert scales == [1.0, 3.0]
-    assert found[0].results[0].value != found[1].results[0].value
-    assert "<svg" in evaluation_html(named(["drawing"]), found)
+    assert outcome[0].results[0].value != outcome[1].results[0].value
+    assert "<svg" in evaluation_html(named(["drawing"]), outcome)
     with pytest.raises(ValueError, match="expected one of sampler, steps, guidance_scale, candidates, seed"):
         Drawing.sweep("guidance=1", bench.drawing)
 
@@ -270,7 +270,7 @@ def test_a_text_model_is_not_asked_to_draw(tokenizer: Tokenizer, tmp_path) -> No
     bench = EvalContext(
         TransfusionPipeline(exported(tokenizer, images="none")), "a", tmp_path, SceneScorer(WORLD), EvalConfig(count=3)
     )
-    assert [some.measure for some in evaluate(bench, named(["choice"]))] == ["choice"]
+    assert [each.measure for each in evaluate(bench, named(["choice"]))] == ["choice"]
     with pytest.raises(UserError, match="drawing: expected a model that knows images"):
         list(evaluate(bench, named(["choice", "drawing"])))
 
@@ -282,9 +282,9 @@ def test_windows_cover_every_token_once() -> None:
     tokens = list(range(23))
     for room, stride in ((5, 5), (5, 2), (8, 1), (40, 40)):
         cut = list(windows(tokens, room, stride))
-        assert [token for _, some in cut for token in some] == tokens
-        assert all(len(context) + len(some) <= room for context, some in cut)
-        assert all(context == tokens[some[0] - len(context) : some[0]] for context, some in cut)
+        assert [token for _, each in cut for token in each] == tokens
+        assert all(len(context) + len(each) <= room for context, each in cut)
+        assert all(context == tokens[each[0] - len(context) : each[0]] for context, each in cut)
         assert all(len(context) == room - stride for context, _ in cut[1:])
     with pytest.raises(ValueError, match="stride: expected 1 to 5"):
         list(windows(tokens, 5, 6))
@@ -293,13 +293,13 @@ def test_windows_cover_every_token_once() -> None:
 def test_a_long_text_is_measured_in_blocks_or_slides(bench: EvalContext, tmp_path) -> None:
     text = "a crab on a red background and the moon above a small boat on blue, hello, world. " * 60
     path = write(tmp_path / "in", {"prose.txt": text}) / "prose.txt"
-    found = {}
+    outcome = {}
     for stride, batch in ((None, 4), (None, 1), (50, 4)):
         options = replace(bench.options, texts=(path,), stride=stride)
-        one = replace(bench, options=options, batch=batch, folder=tmp_path / f"{stride}-{batch}")
-        found[stride, batch] = {result.name: result for some in evaluate(one, named(["text"])) for result in some}
-    blocked, slid = found[None, 4], found[50, 4]
-    alone = found[None, 1]["bits per byte of prose"].value
+        context = replace(bench, options=options, batch=batch, folder=tmp_path / f"{stride}-{batch}")
+        outcome[stride, batch] = {result.name: result for each in evaluate(context, named(["text"])) for result in each}
+    blocked, slid = outcome[None, 4], outcome[50, 4]
+    alone = outcome[None, 1]["bits per byte of prose"].value
     assert blocked["bits per byte of prose"].value == pytest.approx(alone, rel=1e-6)
     assert f"{len(text.strip().encode())} bytes" in blocked["perplexity of prose"].data
     assert "blocked, 255 tokens" in blocked["perplexity of prose"].implementation
@@ -307,7 +307,7 @@ def test_a_long_text_is_measured_in_blocks_or_slides(bench: EvalContext, tmp_pat
     exported_model = bench.pipe.exported
     ids = exported_model.tokenizer.encode(text.strip())
     blocks = [Document([Text(ids[start : start + 255])], closed=False) for start in range(0, len(ids), 255)]
-    nats = sum(one.nll.sum() for one in score(exported_model, blocks))
+    nats = sum(scores.nll.sum() for scores in score(exported_model, blocks))
     assert blocked["perplexity of prose"].value == pytest.approx(np.exp(nats / len(ids)), rel=1e-6)
     with pytest.raises(UserError, match="--stride: expected 1 to 255"):
         list(evaluate(replace(bench, options=replace(bench.options, stride=256)), named(["text"])))
@@ -332,11 +332,11 @@ def test_foretold_tokens_are_those_learned_and_context_counts(bench: EvalContext
 
 
 def test_questions_have_one_true_ending_of_like_length() -> None:
-    asked = definition_questions(200)
-    assert asked == definition_questions(300)[:200]
-    assert all(len(set(question.choices)) == CHOICES for question in asked)
-    lengths = np.array([[len(text) for text in question.choices] for question in asked])
-    answers = np.array([question.answer for question in asked])
+    questions = definition_questions(200)
+    assert questions == definition_questions(300)[:200]
+    assert all(len(set(question.choices)) == CHOICES for question in questions)
+    lengths = np.array([[len(text) for text in question.choices] for question in questions])
+    answers = np.array([question.answer for question in questions])
     assert 0.12 < (lengths.argmax(1) == answers).mean() < 0.45  # the longest is no hint
     assert set(answers.tolist()) == set(range(CHOICES))
 
@@ -362,13 +362,13 @@ def test_coco_and_karpathy_files(tmp_path) -> None:
     (tmp_path / "pictures").mkdir()
     for number in range(6):
         Image.new("RGB", (20 + number, 30), (10 * number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
-    said = [{"id": 10 * n + k, "image_id": n, "caption": f"caption {k} of {n}"} for n in range(6) for k in range(2)]
-    coco = {"images": [{"id": n, "file_name": f"{n}.png"} for n in range(6)], "annotations": said}
+    captions = [{"id": 10 * n + k, "image_id": n, "caption": f"caption {k} of {n}"} for n in range(6) for k in range(2)]
+    coco = {"images": [{"id": n, "file_name": f"{n}.png"} for n in range(6)], "annotations": captions}
     sentences = [[{"raw": f"caption {k} of {n}"} for k in range(2)] for n in range(6)]
     karpathy = {
         "images": [
-            {"cocoid": n, "filename": f"{n}.png", "filepath": "val", "split": "test" if n else "val", "sentences": some}
-            for n, some in enumerate(sentences)
+            {"cocoid": n, "filename": f"{n}.png", "filepath": "val", "split": "test" if n else "val", "sentences": each}
+            for n, each in enumerate(sentences)
         ]
     }
     write(tmp_path, {"coco.json": json.dumps(coco), "karpathy.json": json.dumps(karpathy)})
@@ -376,7 +376,7 @@ def test_coco_and_karpathy_files(tmp_path) -> None:
     assert few.ids == all_of.ids[:3]  # fewer are the first of more
     assert few.prompts == all_of.prompts[:3]
     assert sorted(all_of.ids) == [str(n) for n in range(6)]
-    assert all(prompt in some for prompt, some in zip(all_of.prompts, all_of.references, strict=True))
+    assert all(prompt in each for prompt, each in zip(all_of.prompts, all_of.references, strict=True))
     number = all_of.ids.index("5")
     assert all_of.picture(number).shape == (16, 16, 3)
     assert all_of.picture(number)[0, 0, 0] == 50
@@ -387,35 +387,33 @@ def test_coco_and_karpathy_files(tmp_path) -> None:
 
 
 def coco(folder: Path, ids: list[int]) -> dict[str, list[str]]:
-    """captions.json of as many pictures, and the captions of each by its id; the pictures are one pixel files."""
-    said = [{"id": 3 * n + k, "image_id": n, "caption": f" caption {k}  of {n}\n"} for n in ids for k in range(3)]
-    images = [{"id": n, "file_name": f"{n}.png"} for n in ids]
-    write(folder, {"captions.json": json.dumps({"images": images, "annotations": said})})
+    """Write captions.json of as many pictures, and return the captions of each by its id."""
+    coco_file(folder, ids, [[f" caption {k}  of {n}\n" for k in range(3)] for n in ids])
     return {str(n): [f"caption {k}  of {n}" for k in range(3)] for n in ids}
 
 
 def test_the_rule_for_coco_is_frozen(tmp_path, monkeypatch) -> None:
-    """As many ids as val2014 has: by the rule as its words have it, and to the fingerprints it always gave."""
+    """Forty thousand ids, as in val2014: ordered by the rule as written, with the fingerprints it always gave."""
     ids = [7 * n + 42 for n in range(40_504)]
-    said = coco(tmp_path, ids)
+    captions = coco(tmp_path, ids)
     monkeypatch.setattr(Path, "is_file", lambda path: True)
 
     def digest(text: str) -> bytes:
         return hashlib.sha256(text.encode()).digest()
 
-    order = sorted(said, key=digest)
+    order = sorted(captions, key=digest)
     for count, fingerprint in ((5_000, "9eb10cde17b4"), (30_000, "8c78e89b84ef")):
         pairs = coco_pairs(tmp_path / "captions.json", tmp_path, count, 16)
         assert pairs.ids == order[:count]
-        assert pairs.prompts == [min(said[n], key=lambda text, n=n: digest(f"{n}:{text}")) for n in order[:count]]
+        assert pairs.prompts == [min(captions[n], key=lambda text, n=n: digest(f"{n}:{text}")) for n in order[:count]]
         written = "".join(f"{n}\n" for n in order[:count]).encode()
         assert ids_fingerprint(pairs.ids) == hashlib.sha256(written).hexdigest()[:12] == fingerprint
         assert pairs.label.startswith(f"captions by rule 1, {count} pictures, ids {fingerprint}, prompts ")
 
 
 def test_a_list_of_ids_is_followed(tmp_path) -> None:
-    said = coco(tmp_path, [3, 5, 8, 13])
-    write(tmp_path, {f"{n}.png": b"" for n in said})
+    captions = coco(tmp_path, [3, 5, 8, 13])
+    write(tmp_path, {f"{n}.png": b"" for n in captions})
     write(
         tmp_path,
         {
@@ -476,9 +474,9 @@ def test_the_paper_s_suite_falls_back_on_nothing(tmp_path, capsys) -> None:
         (["--texts", "c4.jsonl", "--captions", "a", "--images", "b", "--clip", "c", "--geneval", "d"], "--features"),
     ):
         assert run(["evaluate", "--model", str(tmp_path), "--suite", "paper", *options]) == 2
-        said = capsys.readouterr().err
-        assert missing in said
-        assert "from https://" in said
+        captions = capsys.readouterr().err
+        assert missing in captions
+        assert "from https://" in captions
 
 
 def test_command_line_names_mistakes(tmp_path, capsys) -> None:

@@ -294,13 +294,13 @@ def test_distance_is_that_of_the_paper(heads) -> None:
     if heads == 1:  # all but one of the taps without weight
         for head in given[:2] + given[3:]:
             head.zero_()
-    found = loaded.map_distance(a, b)
+    actual = loaded.map_distance(a, b)
     for image in range(2):
         expected = 0.0
         for tap, channels in enumerate(network.channels):
             head = [1 / channels] * channels if given is None else given[tap].tolist()
             expected += by_hand(a[tap][image], b[tap][image], head)
-        assert found[image].item() == pytest.approx(expected, rel=1e-4)
+        assert actual[image].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_distance_is_zero_with_zero_gradient_at_equality(mobile) -> None:
@@ -373,10 +373,10 @@ def assert_loaded(loaded: Features, tensors: Tensors, heads: Tensors | None) -> 
         torch.testing.assert_close(tap, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
     assert loaded.name == ("vgg16" if heads is None else "vgg16-lpips")
     for number in range(5):
-        found = loaded.get_buffer(f"head{number}").flatten()
-        expected = torch.full_like(found, 1 / len(found))
+        actual = loaded.get_buffer(f"head{number}").flatten()
+        expected = torch.full_like(actual, 1 / len(actual))
         torch.testing.assert_close(
-            found, expected if heads is None else heads[f"lin{number}.model.1.weight"].flatten(), rtol=0, atol=0
+            actual, expected if heads is None else heads[f"lin{number}.model.1.weight"].flatten(), rtol=0, atol=0
         )
 
 

@@ -39,47 +39,49 @@ def model(pipe, monkeypatch):
     return harness_model(pipe, batch=2)
 
 
-def asked(*arguments) -> list[SimpleNamespace]:
-    return [SimpleNamespace(args=some) for some in arguments]
+def requests_of(*arguments) -> list[SimpleNamespace]:
+    return [SimpleNamespace(args=pair) for pair in arguments]
 
 
 def test_log_likelihoods_add_up(model, pipe) -> None:
-    """What is said of a whole text is what is said of its beginning and of its end given that."""
+    """The score of a text is that of its beginning plus that of its end given the beginning."""
     text = "a crab on a red background"
-    whole, begin, end = model.loglikelihood(asked(("", text), ("", "a crab on"), ("a crab on", " a red background")))
+    whole, begin, end = model.loglikelihood(
+        requests_of(("", text), ("", "a crab on"), ("a crab on", " a red background"))
+    )
     assert whole[0] == pytest.approx(begin[0] + end[0], rel=1e-4)
     ids = pipe.exported.tokenizer.encode(text)
     alone = score(pipe.exported, [Document([Text(ids)], closed=False)])[0]
     assert whole[0] == pytest.approx(-alone.nll.sum(), rel=1e-5)
     assert whole[1] == bool(alone.is_argmax.all())
-    assert model.loglikelihood_rolling(asked((text,)))[0] == pytest.approx(whole[0], rel=1e-5)
+    assert model.loglikelihood_rolling(requests_of((text,)))[0] == pytest.approx(whole[0], rel=1e-5)
 
 
 def test_writing_is_the_pipeline_s_own_and_ends_where_it_is_told(model, pipe) -> None:
     contexts = ["a crab", "the moon", "two balloons", "hello", "red"]
-    said = model.generate_until(asked(*((context, {"until": [], "max_gen_toks": 20}) for context in contexts)))
+    texts = model.generate_until(requests_of(*((context, {"until": [], "max_gen_toks": 20}) for context in contexts)))
     replies = [pipe.generate(context, draw="never", max_tokens=20).text for context in contexts]
-    assert said == replies
-    assert any(said)
-    longest = max(said, key=len)
-    context, stop = contexts[said.index(longest)], longest[len(longest) // 2]
-    stopped = model.generate_until(asked((context, {"until": [stop], "max_gen_toks": 20})))[0]
+    assert texts == replies
+    assert any(texts)
+    longest = max(texts, key=len)
+    context, stop = contexts[texts.index(longest)], longest[len(longest) // 2]
+    stopped = model.generate_until(requests_of((context, {"until": [stop], "max_gen_toks": 20})))[0]
     assert stopped == longest.split(stop)[0]
 
 
 def test_long_contexts_lose_their_beginning(model) -> None:
     long = "two balloons " * 40
-    found = model.loglikelihood(asked((long, " hello"), ("boat " + long, " hello")))
-    assert np.isfinite(found[0][0])
-    assert found[0] == found[1]
-    assert np.isfinite(model.loglikelihood_rolling(asked((long,)))[0])
-    assert isinstance(model.generate_until(asked((long, {"until": ["\n"]})))[0], str)
+    actual = model.loglikelihood(requests_of((long, " hello"), ("boat " + long, " hello")))
+    assert np.isfinite(actual[0][0])
+    assert actual[0] == actual[1]
+    assert np.isfinite(model.loglikelihood_rolling(requests_of((long,)))[0])
+    assert isinstance(model.generate_until(requests_of((long, {"until": ["\n"]})))[0], str)
 
 
 def test_rolling_windows_are_the_harness_own() -> None:
     """Its example: ten tokens, four at a time; the last window is full, and two tokens of it count."""
-    found = full_windows(list(range(10)), 4)
-    assert found == [([], [0, 1, 2, 3]), ([], [4, 5, 6, 7]), ([6, 7], [8, 9])]
+    actual = full_windows(list(range(10)), 4)
+    assert actual == [([], [0, 1, 2, 3]), ([], [4, 5, 6, 7]), ([6, 7], [8, 9])]
 
 
 def test_a_missing_package_is_named(pipe, tmp_path, monkeypatch) -> None:
@@ -111,11 +113,13 @@ def test_a_task_from_local_files(pipe, tmp_path) -> None:
     write(tmp_path, {"colours.jsonl": lines, "tasks/colours.yaml": TASK.format(file=tmp_path / "colours.jsonl")})
     options = EvalConfig(tasks=("colours",), tasks_folder=tmp_path / "tasks")
     bench = EvalContext(pipe, "a", tmp_path, SceneScorer(WorldConfig(size=16, nouns=4)), options)
-    found = {result.name: result for some in evaluate(bench, named(["harness"])) for result in some}
-    ours = harness_model(pipe).loglikelihood(asked(*((r["question"], " " + c) for r in rows for c in r["choices"])))
+    actual = {result.name: result for outcome in evaluate(bench, named(["harness"])) for result in outcome}
+    ours = harness_model(pipe).loglikelihood(
+        requests_of(*((r["question"], " " + c) for r in rows for c in r["choices"]))
+    )
     right = [ours[2 * n + n % 2][0] == max(ours[2 * n][0], ours[2 * n + 1][0]) for n in range(6)]
-    assert found["colours acc"].value == pytest.approx(np.mean(right))
-    assert found["mean acc"].value == found["colours acc"].value
-    assert found["colours acc"].low < found["colours acc"].high, "also where every answer is right, or none"
+    assert actual["colours acc"].value == pytest.approx(np.mean(right))
+    assert actual["mean acc"].value == actual["colours acc"].value
+    assert actual["colours acc"].low < actual["colours acc"].high, "also where every answer is right, or none"
     with pytest.raises(UserError, match="--tasks: expected tasks"):
         list(evaluate(replace(bench, options=replace(options, tasks=("colors",))), named(["harness"])))

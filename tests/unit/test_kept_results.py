@@ -1,4 +1,4 @@
-"""What an evaluation keeps answers for the very inputs it was made of: pictures, weights, ways of drawing, version."""
+"""Kept results depend on their very inputs: pictures, weights, ways of drawing, version."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import numpy as np
 import PIL.Image
 import pytest
 from conftest import evaluation_html, exported, write
+from evaluating import WORLD, QuickScorer, coco_file, tiny_context
 
 from emoji_scenes import World, WorldConfig, caption
 from emoji_scenes.scene_classifier import keep_scene_classifier
 from emoji_scenes.scene_detector import keep_scene_detector
-from emoji_scenes.scorer import SceneScorer
 from transfuse.cli import run
 from transfuse.errors import UserError
 from transfuse.evaluation import (
-    Drawing,
     EvalConfig,
     EvalContext,
     Example,
@@ -36,7 +35,6 @@ from transfuse.runs.measures import is_best
 from transfuse.sequence import Tokenizer
 from transfuse.version import __version__
 
-WORLD = WorldConfig(size=16, nouns=4, max_objects=1, max_count=1)
 COUNT = 5
 
 
@@ -44,15 +42,12 @@ def coco(folder: Path, captions: list[list[str]] | None = None) -> Path:
     """A COCO file and its pictures: scenes of the world, all of one size in bytes."""
     world = World(WorldConfig(size=64, nouns=COUNT, max_objects=1, max_count=1))
     scenes = [world.scene(number) for number in range(COUNT)]
-    said = captions or [[caption(scene, number, seed) for seed in range(3)] for number, scene in enumerate(scenes)]
+    captions = captions or [[caption(scene, number, seed) for seed in range(3)] for number, scene in enumerate(scenes)]
     folder.mkdir()
     for number, scene in enumerate(scenes):
         PIL.Image.fromarray(world.render(scene)).save(folder / f"{number}.bmp")
-    words = [
-        {"id": 10 * n + k, "image_id": n, "caption": one} for n, some in enumerate(said) for k, one in enumerate(some)
-    ]
-    images = [{"id": n, "file_name": f"{n}.bmp"} for n in range(len(said))]
-    return write(folder, {"captions.json": json.dumps({"images": images, "annotations": words})})
+    coco_file(folder, range(len(captions)), captions, "bmp")
+    return folder
 
 
 def overwrite(path: Path, data: bytes) -> None:
@@ -70,7 +65,7 @@ def scored(capsys: pytest.CaptureFixture[str], data: Path, out: Path, suite: str
         run(["evaluate", "--model", "small-64", "--suite", suite, *files, *features, "--out", str(out), "--json"]) == 0
     )
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return {one["name"]: one["value"] for one in report["results"]}
+    return {each["name"]: each["value"] for each in report["results"]}
 
 
 @pytest.mark.parametrize("suite", ["captioning", "autoencoder"])
@@ -81,7 +76,7 @@ def test_other_pixels_in_files_of_the_same_size_and_time(
     first = scored(capsys, data, tmp_path / "out", suite)
     for number in range(COUNT):
         before = (data / f"{number}.bmp").read_bytes()
-        overwrite(data / f"{number}.bmp", before[:54] + bytes(reversed(before[54:])))  # behind the header, upside down
+        overwrite(data / f"{number}.bmp", before[:54] + bytes(reversed(before[54:])))  # after the header, upside down
     again = scored(capsys, data, tmp_path / "out", suite)
     assert again == scored(capsys, data, tmp_path / "new", suite)
     assert again != first
@@ -91,27 +86,16 @@ def test_other_references_are_another_label(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bench: EvalContext
 ) -> None:
     data = coco(tmp_path / "data", [[f"a thing {n}", f"one thing {n}"] for n in range(COUNT)])
-    asked = replace(bench, options=EvalConfig(count=COUNT, captions=data / "captions.json", images=data))
-    (first,) = evaluate(asked, named(["captioning"]))
+    wanted = replace(bench, options=EvalConfig(count=COUNT, captions=data / "captions.json", images=data))
+    (first,) = evaluate(wanted, named(["captioning"]))
     write(data, {"captions.json": (data / "captions.json").read_text().replace("one thing", "two things")})
-    (other,) = evaluate(asked, named(["captioning"]))
+    (other,) = evaluate(wanted, named(["captioning"]))
     assert first.results[0].data != other.results[0].data
 
 
 @pytest.fixture
 def bench(tokenizer: Tokenizer, tmp_path: Path) -> EvalContext:
-    loaded = exported(tokenizer)
-    loaded.image_size = 16
-    drawing = Drawing(sampler="ddim", steps=2)
-    return EvalContext(
-        TransfusionPipeline(loaded),
-        "a model",
-        tmp_path / "out",
-        SceneScorer(WORLD),
-        EvalConfig(count=4),
-        drawing,
-        batch=4,
-    )
+    return tiny_context(tokenizer, tmp_path / "out", options=EvalConfig(count=4))
 
 
 def test_files_of_the_user_need_no_scorer(bench: EvalContext, tmp_path: Path) -> None:
@@ -128,8 +112,8 @@ def test_files_of_the_user_need_no_scorer(bench: EvalContext, tmp_path: Path) ->
 
 
 def drawn(bench: EvalContext) -> list[np.ndarray]:
-    (found,) = evaluate(replace(bench, options=replace(bench.options, judge_steps=2)), named(["drawing"]))
-    return [exhibit.pictures[0][0] for exhibit in found.exhibits]
+    (outcome,) = evaluate(bench, named(["drawing"]))
+    return [exhibit.pictures[0][0] for exhibit in outcome.exhibits]
 
 
 def test_other_weights_of_the_same_name(bench: EvalContext, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -140,9 +124,9 @@ def test_other_weights_of_the_same_name(bench: EvalContext, tokenizer: Tokenizer
     for weight in with_other.values():
         weight.data.mul_(1.5)
     changed = replace(bench, pipe=TransfusionPipeline(other))
-    found = drawn(changed)
-    assert np.array_equal(found, drawn(replace(changed, folder=tmp_path / "new")))
-    assert not np.array_equal(found, first)
+    outcome = drawn(changed)
+    assert np.array_equal(outcome, drawn(replace(changed, folder=tmp_path / "new")))
+    assert not np.array_equal(outcome, first)
     assert np.array_equal(drawn(bench), first)
 
 
@@ -158,7 +142,7 @@ def test_what_a_drawing_depends_on_is_drawn_again(
     assert not calls
     changes = {
         "version": {"version": "transfuse of tomorrow"},
-        "prompts": {"scorer": SceneScorer(replace(WORLD, seed=7))},
+        "prompts": {"scorer": QuickScorer(replace(WORLD, seed=7))},
         "seed": {"drawing": replace(bench.drawing, seed=1)},
         "guidance": {"drawing": replace(bench.drawing, guidance_scale=1.5)},
     }
@@ -219,9 +203,9 @@ def test_cider_needs_two_pictures() -> None:
 
 def test_one_item_has_no_interval(bench: EvalContext, tmp_path: Path) -> None:
     write(tmp_path, {"novel.txt": "a crab is a small animal"})
-    (found,) = evaluate(replace(bench, options=EvalConfig(texts=(tmp_path / "novel.txt",))), named(["text"]))
-    assert [(one.count, one.low, one.high) for one in found] == [(1, None, None)] * 2
-    assert "novel" in evaluation_html(named(["text"]), [found])
+    (outcome,) = evaluate(replace(bench, options=EvalConfig(texts=(tmp_path / "novel.txt",))), named(["text"]))
+    assert [(each.count, each.low, each.high) for each in outcome] == [(1, None, None)] * 2
+    assert "novel" in evaluation_html(named(["text"]), [outcome])
     sure = Result.of("x", Estimate(0.0, 0.0, 1.0, 1), "higher", "", "")
     assert (sure.low, sure.high) == (0.0, 1.0)
 
@@ -244,8 +228,8 @@ def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with(
         Example("last", group="The worst & last")
     ]
     result = Result("CIDEr-D x 100", 457.0, 400.0, 500.0, 9, "higher", "", "", floor=8.0, ceiling=424.0)
-    found = MetricResult([result], exhibits, measure="captioning")
-    page = evaluation_html(named(["captioning"]), [found])
+    outcome = MetricResult([result], exhibits, measure="captioning")
+    page = evaluation_html(named(["captioning"]), [outcome])
     assert "<h3>The first 13</h3>" in page
     assert "<h3>The worst &amp; last</h3>" in page
     assert "The other 1<" in page
@@ -260,12 +244,12 @@ def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with(
 def test_the_page_opens_with_a_bar_per_metric_then_drawings_then_numbers() -> None:
     """Edits come later, in whatever order the metrics were asked for; a column that no row fills is left out."""
     image = np.zeros((8, 8, 3), np.uint8)
-    found = []
+    outcome = []
     for name in ("editing", "text", "drawing"):
         result = Result(f"a number of {name}", 0.5, 0.4, 0.6, 9, "higher", f"code of {name}", "", ceiling=0.9)
         example = Example(f"an example of {name}", [(image, "drawn")] if name != "text" else [], group="All")
-        found.append(MetricResult([result, replace(result, name=f"more of {name}")], [example], measure=name))
-    page = evaluation_html(named(["editing", "text", "drawing"]), found)
+        outcome.append(MetricResult([result, replace(result, name=f"more of {name}")], [example], measure=name))
+    page = evaluation_html(named(["editing", "text", "drawing"]), outcome)
     order = [
         "<h1>m</h1>",
         *(f"{name}: a number of {name}</span>" for name in ("drawing", "editing", "text")),
@@ -280,15 +264,3 @@ def test_the_page_opens_with_a_bar_per_metric_then_drawings_then_numbers() -> No
     assert page.count('class="track"') == 3
     assert ">reference</th>" in page
     assert ">chance</th>" not in page
-
-
-@pytest.mark.parametrize("name", ["captioning", "drawing", "composition", "editing", "autoencoder", "text", "choice"])
-def test_every_example_is_under_a_title(bench: EvalContext, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emoji_scenes.metrics.FEWEST_JUDGED", 6)
-    monkeypatch.setattr(SceneScorer, "texts", lambda scorer: ["a crab: an animal", "two: 1 and 1"] * 3)
-    (measure,) = named([name])
-    (found,) = evaluate(replace(bench, options=EvalConfig(count=6, judge_steps=2)), [measure])
-    assert found.exhibits
-    assert all(exhibit.group for exhibit in found.exhibits)
-    assert all("Chance" in measure.compared for result in found if result.floor is not None)
-    assert all("eference" in measure.compared for result in found if result.ceiling is not None)

@@ -79,7 +79,7 @@ def slow_ssim(a, b) -> float:
     offsets = np.arange(11) - 5
     weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
     weights /= weights.sum()
-    found = []
+    actual = []
     for row in range(a.shape[0] - 10):
         for column in range(a.shape[1] - 10):
             x, y = (p[row : row + 11, column : column + 11].astype(np.float64) for p in (a, b))
@@ -87,8 +87,8 @@ def slow_ssim(a, b) -> float:
             vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
             covariance = (weights * (x - mx) * (y - my)).sum()
             c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-            found.append((2 * mx * my + c1) * (2 * covariance + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
-    return float(np.mean(found))
+            actual.append((2 * mx * my + c1) * (2 * covariance + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return float(np.mean(actual))
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def test_ssim_identities(images, noisy) -> None:
     np.testing.assert_allclose(ssim(images, images), 1, rtol=1e-12)
     np.testing.assert_allclose(ssim(images, noisy), ssim(noisy, images), rtol=1e-12)
     flipped = ssim(images[:, ::-1], noisy[:, ::-1]), ssim(images.swapaxes(1, 2), noisy.swapaxes(1, 2))
-    for found in flipped:
-        np.testing.assert_allclose(found, ssim(images, noisy), rtol=1e-10)
+    for actual in flipped:
+        np.testing.assert_allclose(actual, ssim(images, noisy), rtol=1e-10)
     assert (ssim(images, noisy) < 1).all()
     # more images than are worked on at once, in order
     np.testing.assert_allclose([ssim(images[n : n + 1], noisy[n : n + 1])[0] for n in range(12)], ssim(images, noisy))
@@ -218,48 +218,48 @@ def test_codebook_use() -> None:
 
 
 def test_pixels_lose_nothing(images) -> None:
-    found = evaluate_reconstruction(Pixels(), [images], Means())
-    assert (found.psnr.value, found.psnr.low, found.psnr.high, found.count) == (BEST_PSNR, BEST_PSNR, BEST_PSNR, 12)
-    assert found.ssim.value == pytest.approx(1)
-    assert found.l1.value == 0
-    assert found.frechet == pytest.approx(0, abs=1e-12)
-    assert found.features == "means"
-    assert found.codebook_size is found.codebook_use is found.codebook_perplexity is found.codebook_counts is None
+    actual = evaluate_reconstruction(Pixels(), [images], Means())
+    assert (actual.psnr.value, actual.psnr.low, actual.psnr.high, actual.count) == (BEST_PSNR, BEST_PSNR, BEST_PSNR, 12)
+    assert actual.ssim.value == pytest.approx(1)
+    assert actual.l1.value == 0
+    assert actual.frechet == pytest.approx(0, abs=1e-12)
+    assert actual.features == "means"
+    assert actual.codebook_size is actual.codebook_use is actual.codebook_perplexity is actual.codebook_counts is None
     latents = Pixels().encode(images).double()
-    np.testing.assert_allclose(found.latent_mean, latents.mean((0, 2, 3)), atol=1e-12)
-    np.testing.assert_allclose(found.latent_std, latents.std((0, 2, 3), correction=0), rtol=1e-9)
+    np.testing.assert_allclose(actual.latent_mean, latents.mean((0, 2, 3)), atol=1e-12)
+    np.testing.assert_allclose(actual.latent_std, latents.std((0, 2, 3), correction=0), rtol=1e-9)
 
 
 def test_lossy_is_what_the_measures_say(images) -> None:
     """However the images are batched."""
     rebuilt = Halving().decode(Halving().encode(images))
     for size in (12, 5):
-        found = evaluate_reconstruction(Halving(), (images[n : n + size] for n in range(0, 12, size)), Means())
-        np.testing.assert_array_equal(found.psnr_by_image, psnr(images, rebuilt))
-        np.testing.assert_allclose(found.ssim_by_image, ssim(images, rebuilt))
-        assert found.psnr == bootstrap(psnr(images, rebuilt))
-        assert found.l1.value == pytest.approx(absolute_error(images, rebuilt).mean())
+        actual = evaluate_reconstruction(Halving(), (images[n : n + size] for n in range(0, 12, size)), Means())
+        np.testing.assert_array_equal(actual.psnr_by_image, psnr(images, rebuilt))
+        np.testing.assert_allclose(actual.ssim_by_image, ssim(images, rebuilt))
+        assert actual.psnr == bootstrap(psnr(images, rebuilt))
+        assert actual.l1.value == pytest.approx(absolute_error(images, rebuilt).mean())
         features = [Means().pooled(Pixels().encode(pictures)) for pictures in (images, rebuilt)]
-        assert found.frechet == pytest.approx(frechet_distance(*features))
-        assert found.frechet > 0
-        assert found.encode_images_per_second > 0
-        assert found.decode_images_per_second > 0
-        assert (found.name, found.device) == ("halving", "cpu")
+        assert actual.frechet == pytest.approx(frechet_distance(*features))
+        assert actual.frechet > 0
+        assert actual.encode_images_per_second > 0
+        assert actual.decode_images_per_second > 0
+        assert (actual.name, actual.device) == ("halving", "cpu")
     assert evaluate_reconstruction(Halving(), [images]).frechet is None
 
 
 def test_codebook_is_measured(images) -> None:
-    found = evaluate_reconstruction(VQTokenizer(), [images[:7], images[7:]])
+    actual = evaluate_reconstruction(VQTokenizer(), [images[:7], images[7:]])
     codes = VQTokenizer().codes(images)
-    assert (found.codebook_use, found.codebook_perplexity) == pytest.approx(codebook_use(code_counts(codes, 64)))
-    np.testing.assert_array_equal(found.codebook_counts, torch.bincount(codes.flatten(), minlength=64))
-    assert found.codebook_use < 1
+    assert (actual.codebook_use, actual.codebook_perplexity) == pytest.approx(codebook_use(code_counts(codes, 64)))
+    np.testing.assert_array_equal(actual.codebook_counts, torch.bincount(codes.flatten(), minlength=64))
+    assert actual.codebook_use < 1
 
 
 def test_first_batch_is_not_timed(images) -> None:
     clock = iter([0.0, 100.0, 200.0, 300.0, 302.0, 306.0])  # began, between, ended: of two batches
-    found = evaluate_reconstruction(Halving(), [images[:4], images[4:]], clock=lambda: next(clock))
-    assert (found.encode_images_per_second, found.decode_images_per_second) == (8 / 2, 8 / 4)
+    actual = evaluate_reconstruction(Halving(), [images[:4], images[4:]], clock=lambda: next(clock))
+    assert (actual.encode_images_per_second, actual.decode_images_per_second) == (8 / 2, 8 / 4)
 
 
 def test_what_cannot_be_evaluated_is_refused(images) -> None:

@@ -33,10 +33,9 @@ from .confidence import Estimate, bootstrap
 from .context import EvalContext, Example, Metric, MetricResult, Result, extremes, first_of
 from .generate import Made, Outcome, Task, short_hash
 from .image_quality import (
-    LEAST,
     RESAMPLES,
     all_features,
-    check_features,
+    check_images,
     context_features,
     distance_name,
     frechet,
@@ -101,11 +100,6 @@ def drawn_pairs(context: EvalContext) -> tuple[Pairs, Outcome]:
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def _check_drawing(context: EvalContext) -> None:
-    check_pairs(context, "drawing", LEAST)
-    check_features(context.options.features, context.scorer)
-
-
 def _drawing_names(context: EvalContext) -> tuple[str, str, str, str]:
     return distance_name(context), distance_name(context, "KID", "KD"), "precision", "recall"
 
@@ -140,7 +134,7 @@ def _score_drawing(context: EvalContext) -> MetricResult:
 DRAWING = Metric(
     "drawing",
     "Fréchet distance, KID, precision and recall of drawings",
-    _check_drawing,
+    lambda context: check_images(context, "drawing"),
     _score_drawing,
     _drawing_names,
     True,

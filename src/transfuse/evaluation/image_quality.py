@@ -24,7 +24,8 @@ from ..errors import UserError
 from ..io import sha256
 from ..log import progress
 from .confidence import Estimate, share
-from .context import EvalContext, Scorer
+from .context import EvalContext
+from .pairs import check_pairs
 
 CLASSIFIER = "recogniser"
 """The name under which a scorer's classifier serves as the feature network."""
@@ -187,10 +188,12 @@ def pixels(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
     return values.to(torch.float32).div(127.5).sub(1.0)
 
 
-def check_features(name: str, scorer: Scorer | None = None) -> None:
-    """Raise UserError, before any work, for a missing or wrong weights file."""
+def check_images(context: EvalContext, metric: str) -> None:
+    """Raise UserError, before any work, for too few images, or a missing or wrong weights file."""
+    check_pairs(context, metric, LEAST)
+    name = context.options.features
     if name == CLASSIFIER:
-        if scorer is None:
+        if context.scorer is None:
             raise UserError(f'--features: expected "{MOBILENET}" or a file, found "{name}" for data without a scorer')
     elif name != MOBILENET and "inception" not in Path(name).name and not Path(name).is_file():
         raise UserError(
@@ -248,10 +251,9 @@ def all_features(network: ImageFeatures, picture: Callable[[int], np.ndarray], c
 
 # --- Inception-v3 of FID: TensorFlow's graph of 2015-12-05, with the names of torch-fidelity's file -------------------
 
-Layer = tuple[int, int | tuple[int, int], int]
-"""Output channels, kernel, stride of a convolution."""
-Block = tuple[dict[str, list[Layer]], str]
-"""Branches and pool of `Mixed`."""
+Layer = tuple[int, int | tuple[int, int]] | tuple[int, int, int]
+"""Output channels and kernel of a convolution, and its stride if it has one."""
+Branches = dict[str, list[Layer]]
 ACROSS, DOWN = (1, 7), (7, 1)
 FORK = 0
 """In place of a kernel: two convolutions, 1 x 3 and 3 x 1, of the same input."""
@@ -278,18 +280,18 @@ class Mixed(nn.Module):
     pool       "average" (without the padding) or "max"; "shrink": the input itself, halved, is a further output
     """
 
-    def __init__(self, inputs: int, branches: dict[str, list[Layer]], pool: str) -> None:
+    def __init__(self, inputs: int, branches: Branches, pool: str) -> None:
         super().__init__()
         self.pool = pool
         self.steps: list[list[list[str]]] = []  # by branch and layer: one name, or two of a fork
         self.channels = inputs if pool == "shrink" else 0
         for name, layers in branches.items():
             before, steps = inputs, []
-            for number, (outputs, kernel, stride) in enumerate(layers, 1):
+            for number, (outputs, kernel, *strides) in enumerate(layers, 1):
                 label = name if len(layers) == 1 else f"{name}_{number}"
                 ends = {label: kernel} if kernel != FORK else {f"{label}a": (1, 3), f"{label}b": (3, 1)}
                 for end, size in ends.items():
-                    self.add_module(end, Convolution(before, outputs, size, stride, stride == 1))
+                    self.add_module(end, Convolution(before, outputs, size, strides[0] if strides else 1, not strides))
                 before = outputs * len(ends)
                 steps.append(list(ends))
             self.steps.append(steps)
@@ -310,34 +312,39 @@ class Mixed(nn.Module):
         return torch.cat(outputs, 1)
 
 
-def _inception_blocks() -> dict[str, Block]:
-    """Return the blocks by the end of their names."""
+def _inception_blocks() -> dict[str, tuple[Branches, str]]:
+    """Return the branches and the pool of each block, by the end of its name."""
 
-    def plain(*layers: tuple[int, int | tuple[int, int]]) -> list[Layer]:
-        return [(channels, kernel, 1) for channels, kernel in layers]
+    def a(pooled: int) -> Branches:
+        return {
+            "branch1x1": [(64, 1)],
+            "branch5x5": [(48, 1), (64, 5)],
+            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
+            "branch_pool": [(pooled, 1)],
+        }
 
-    def a(pooled: int) -> Block:
-        five, double = plain((48, 1), (64, 5)), plain((64, 1), (96, 3), (96, 3))
-        single, pool = plain((64, 1)), plain((pooled, 1))
-        return {"branch1x1": single, "branch5x5": five, "branch3x3dbl": double, "branch_pool": pool}, "average"
+    def c(width: int) -> Branches:
+        return {
+            "branch1x1": [(192, 1)],
+            "branch7x7": [(width, 1), (width, ACROSS), (192, DOWN)],
+            "branch7x7dbl": [(width, 1), (width, DOWN), (width, ACROSS), (width, DOWN), (192, ACROSS)],
+            "branch_pool": [(192, 1)],
+        }
 
-    def c(width: int) -> Block:
-        seven = plain((width, 1), (width, ACROSS), (192, DOWN))
-        double = plain((width, 1), (width, DOWN), (width, ACROSS), (width, DOWN), (192, ACROSS))
-        single = plain((192, 1))
-        return {"branch1x1": single, "branch7x7": seven, "branch7x7dbl": double, "branch_pool": single}, "average"
-
-    def e(pool: str) -> Block:
-        three, double = plain((384, 1), (384, FORK)), plain((448, 1), (384, 3), (384, FORK))
-        single, last = plain((320, 1)), plain((192, 1))
-        return {"branch1x1": single, "branch3x3": three, "branch3x3dbl": double, "branch_pool": last}, pool
-
-    b: dict[str, list[Layer]] = {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [*plain((64, 1), (96, 3)), (96, 3, 2)]}
-    seven_three = [*plain((192, 1), (192, ACROSS), (192, DOWN)), (192, 3, 2)]
-    d: dict[str, list[Layer]] = {"branch3x3": [*plain((192, 1)), (320, 3, 2)], "branch7x7x3": seven_three}
-    blocks: dict[str, Block] = {"5b": a(32), "5c": a(64), "5d": a(64), "6a": (b, "shrink")}
-    blocks |= {"6b": c(128), "6c": c(160), "6d": c(160), "6e": c(192), "7a": (d, "shrink")}
-    return blocks | {"7b": e("average"), "7c": e("max")}
+    b: Branches = {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)]}
+    d: Branches = {
+        "branch3x3": [(192, 1), (320, 3, 2)],
+        "branch7x7x3": [(192, 1), (192, ACROSS), (192, DOWN), (192, 3, 2)],
+    }
+    e: Branches = {
+        "branch1x1": [(320, 1)],
+        "branch3x3": [(384, 1), (384, FORK)],
+        "branch3x3dbl": [(448, 1), (384, 3), (384, FORK)],
+        "branch_pool": [(192, 1)],
+    }
+    blocks = {"5b": (a(32), "average"), "5c": (a(64), "average"), "5d": (a(64), "average"), "6a": (b, "shrink")}
+    blocks |= {f"6{name}": (c(width), "average") for name, width in zip("bcde", (128, 160, 160, 192), strict=True)}
+    return {**blocks, "7a": (d, "shrink"), "7b": (e, "average"), "7c": (e, "max")}
 
 
 class Inception(nn.Module):

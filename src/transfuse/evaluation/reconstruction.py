@@ -12,26 +12,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..autoencoders import Autoencoder, CodeAutoencoder, Pixels
+from ..autoencoders.features import Features
 from .confidence import Estimate, bootstrap
 from .context import EvalContext, Example, Metric, MetricResult, Result
 from .generate import Made, Task
 from .image_quality import (
-    LEAST,
     all_features,
-    check_features,
+    check_images,
     context_features,
     distance_name,
     frechet,
     frechet_distance,
 )
-from .pairs import check_pairs, context_pairs
+from .pairs import context_pairs
 
 BEST_PSNR = 100.0
 """dB given to equal images, and the most that any image gets: a mean over images stays finite."""
@@ -45,16 +45,6 @@ DECODED = 512
 CARRIES_NOTHING = 0.1
 """dB: a channel whose loss is below this carries nothing."""
 SHOWN = 12
-
-
-class Features(Protocol):
-    """A network for the Fréchet distance; `name` goes with every distance."""
-
-    @property
-    def name(self) -> str: ...
-
-    def pooled(self, images: Tensor) -> Tensor:
-        """Map float32 `[image, 3, row, column]` in [-1, 1] to `[image, channel]`."""
 
 
 # --- pairs of images --------------------------------------------------------------------------------------------------
@@ -312,11 +302,6 @@ def channel_images(autoencoder: Autoencoder, count: int) -> int:
 # --- the metric: what the model's autoencoder keeps of images, without the model --------------------------------------
 
 
-def _check(context: EvalContext) -> None:
-    check_pairs(context, "autoencoder", LEAST)
-    check_features(context.options.features, context.scorer)
-
-
 def _names(context: EvalContext) -> tuple[str, str, str]:
     return "PSNR in dB", "SSIM", distance_name(context, "rFID", "rFD")
 
@@ -354,7 +339,7 @@ def _score(context: EvalContext) -> MetricResult:
 AUTOENCODER = Metric(
     "autoencoder",
     "PSNR, SSIM and Fréchet distance of reconstructions",
-    _check,
+    lambda context: check_images(context, "autoencoder"),
     _score,
     _names,
     compared="Reference: the picture itself.",
