@@ -13,7 +13,7 @@ as much text. Any number of processes may run the same command (`common.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -139,30 +139,21 @@ def short(number: float) -> str:
 def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """Return the report, as JSON, from the results alone."""
     variants = sorted({result["variant"] for result in results}, key=list(ARMS).index)
-
-    def with_measure(measure: Measure) -> list[str]:
-        return [variant for variant in variants if _of(results, variant, measure)]
-
+    lines: dict[str, Any] = {}
+    ratios: dict[str, Any] = {axis: {} for axis in AXES}
+    for measure in MEASURES:
+        measured = [variant for variant in variants if _of(results, variant, measure)]
+        lines[measure.key] = {variant: _line(_of(results, variant, measure), measure) for variant in measured}
+        for axis in AXES:
+            others = [variant for variant in measured if variant != BASELINE]
+            ratios[axis][measure.key] = {variant: _parity(results, measure, variant, axis) for variant in others}
     return {
         "study": "scaling",
         "version": __version__,
         "results": list(results),
         "failures": list(failures),
-        "lines": {
-            measure.key: {variant: _line(_of(results, variant, measure), measure) for variant in with_measure(measure)}
-            for measure in MEASURES
-        },
-        "parity": {
-            axis: {
-                measure.key: {
-                    variant: _parity(results, measure, variant, axis)
-                    for variant in with_measure(measure)
-                    if variant != BASELINE
-                }
-                for measure in MEASURES
-            }
-            for axis in AXES
-        },
+        "lines": lines,
+        "parity": ratios,
         "unet_gain": list(_unet_gain(results)),
     }
 
@@ -225,24 +216,31 @@ def _line(results: list[dict[str, Any]], measure: Measure) -> dict[str, Any]:
     return {"line": None if line is None else asdict(line), "left_out": reasons}
 
 
-def _as_json(ratio: Parity) -> dict[str, Any]:
-    return {**asdict(ratio), "is_cheaper": ratio.is_cheaper()}
-
-
 def _parity(results: Sequence[dict[str, Any]], measure: Measure, variant: str, axis: str) -> dict[str, Any]:
     """Return the ratios to the baseline's result as observed and as fitted, or why there are none."""
+
+    def both(ratio_to: Callable[[Literal["observed", "fitted"]], Parity]) -> dict[str, Any]:
+        ratios = {target: ratio_to(target) for target in TARGETS}
+        return {target: {**asdict(ratio), "is_cheaper": ratio.is_cheaper()} for target, ratio in ratios.items()}
+
+    def none(note: str) -> dict[str, Any]:
+        return both(lambda target: Parity(None, note=note))
+
     cost = AXES[axis][0]
     ours, baseline = (_of(results, name, measure) for name in (variant, BASELINE))
     if not baseline:
-        return _no_ratio("no run of the baseline is done")
-    if axis == "same size":
-        size = _size_with_most_budgets(baseline)
+        return none("no run of the baseline is done")
+    if axis == "same size":  # with the most budgets, the largest of several
+        budgets = {
+            run["size"]: {other["budget"] for other in baseline if other["size"] == run["size"]} for run in baseline
+        }
+        size = max(budgets, key=lambda size: (len(budgets[size]), list(SCALES).index(size)))
         ours, baseline = ([run for run in runs if run["size"] == size] for runs in (ours, baseline))
     if measure.key == "text_perplexity" and (factor := unequal_text([*ours, *baseline], share=True)):
-        return _no_ratio(f"one variant reads {factor:.2g} times the text at equal positions: not comparable")
+        return none(f"one variant reads {factor:.2g} times the text at equal positions: not comparable")
     machines = {tuple(run["machine"].get(fact) for fact in PACE) for run in [*ours, *baseline]}
     if axis == "seconds" and len(machines) > 1:
-        return _no_ratio("runs on different machines: seconds do not compare")
+        return none("runs on different machines: seconds do not compare")
     for runs in (ours, baseline):
         weak = beaten(runs, measure, cost)
         runs[:] = [run for run in runs if run["run"] not in weak]
@@ -250,21 +248,9 @@ def _parity(results: Sequence[dict[str, Any]], measure: Measure, variant: str, a
     seeds = [run for run in baseline if (run["size"], run["budget"]) == (top["size"], top["budget"])]
     for run in seeds:
         if why := why_left_out(run, measure):
-            return _no_ratio(f"the baseline's largest run does not count: {why}")
-    our_points, baseline_points, best = (_points(runs, measure, cost) for runs in (ours, baseline, seeds))
-    return {target: _as_json(parity(our_points, baseline_points, measure.better, target, best)) for target in TARGETS}
-
-
-def _no_ratio(note: str) -> dict[str, Any]:
-    return {target: _as_json(Parity(None, note=note)) for target in TARGETS}
-
-
-def _size_with_most_budgets(results: Sequence[dict[str, Any]]) -> str:
-    """Return the size with the most budgets, the largest of several."""
-    budgets: dict[str, set[float]] = {}
-    for result in results:
-        budgets.setdefault(result["size"], set()).add(result["budget"])
-    return max(budgets, key=lambda size: (len(budgets[size]), list(SCALES).index(size)))
+            return none(f"the baseline's largest run does not count: {why}")
+    our_points, baseline_points, goals = (_points(runs, measure, cost) for runs in (ours, baseline, seeds))
+    return both(lambda target: parity(our_points, baseline_points, measure.better, target, goals))
 
 
 def _unet_gain(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:

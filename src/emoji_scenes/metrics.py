@@ -72,67 +72,46 @@ REST = "rest untouched, masked PSNR in dB"
 # --- composition ------------------------------------------------------------------------------------------------------
 
 
-def _named(seen: Sequence[Seen], noun: str) -> list[Seen]:
-    return [thing for thing in seen if thing.noun == noun]
+TASKS: dict[str, Callable[[Scene], bool]] = {
+    "single object": lambda scene: scene.kind == "one",
+    "two objects": lambda scene: scene.kind == "pair",
+    "counting": lambda scene: scene.kind == "copies",
+    "colours": lambda scene: scene.kind == "one",
+    "position": lambda scene: scene.kind == "pair" and scene.relation != "next to",
+    "attributes": lambda scene: scene.kind == "pair" and {t.size for t in scene.things} == {"large", "small"},
+}
+"""The scenes that suit each task."""
 
 
-def _all_present(scene: Scene, seen: Sequence[Seen], image: np.ndarray) -> bool:
-    return all(_named(seen, thing.noun) for thing in scene.things)
+def is_right(task: str, scene: Scene, seen: Sequence[Seen], image: np.ndarray) -> bool:
+    """Return whether an image uint8 `[row, column, 3]`, with what was seen in it, is right for a task.
 
-
-def _counts_right(scene: Scene, seen: Sequence[Seen], image: np.ndarray) -> bool:
-    return all(len(_named(seen, thing.noun)) == thing.count for thing in scene.things)
-
-
-def _colour_right(scene: Scene, seen: Sequence[Seen], image: np.ndarray) -> bool:
-    return _all_present(scene, seen, image) and background_of(image) == scene.background
-
-
-def _position_right(scene: Scene, seen: Sequence[Seen], image: np.ndarray) -> bool:
-    """Compare the most confident detections of both nouns, along the direction in which they differ most."""
-    first, second = ([*_named(seen, thing.noun), None][0] for thing in scene.things)
-    if first is None or second is None:
+    Of several detections of a noun, places and sizes are those of the most confident one.
+    """
+    by_noun = {thing.noun: [detection for detection in seen if detection.noun == thing.noun] for thing in scene.things}
+    if task == "counting":
+        return all(len(by_noun[thing.noun]) == thing.count for thing in scene.things)
+    if not all(by_noun.values()):
         return False
-    across, down = first.x - second.x, first.y - second.y
-    if abs(across) > abs(down):
-        return scene.relation == ("left of" if across < 0 else "right of")
-    return scene.relation == ("above" if down < 0 else "below")
-
-
-def _sizes_right(scene: Scene, seen: Sequence[Seen], image: np.ndarray) -> bool:
-    large, small = sorted(scene.things, key=lambda thing: thing.size != "large")
-    sides = [[detection.side for detection in _named(seen, thing.noun)][:1] for thing in (large, small)]
-    return all(sides) and sides[0][0] >= LARGER * sides[1][0]
-
-
-def _large_and_small(scene: Scene) -> bool:
-    return scene.kind == "pair" and {thing.size for thing in scene.things} == {"large", "small"}
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task: the scenes that suit it, and whether an image uint8 `[row, column, 3]` with its detections is right."""
-
-    name: str
-    suits: Callable[[Scene], bool]
-    right: Callable[[Scene, Sequence[Seen], np.ndarray], bool]
-
-
-TASKS: tuple[Task, ...] = (
-    Task("single object", lambda scene: scene.kind == "one", _all_present),
-    Task("two objects", lambda scene: scene.kind == "pair", _all_present),
-    Task("counting", lambda scene: scene.kind == "copies", _counts_right),
-    Task("colours", lambda scene: scene.kind == "one", _colour_right),
-    Task("position", lambda scene: scene.kind == "pair" and scene.relation != "next to", _position_right),
-    Task("attributes", _large_and_small, _sizes_right),
-)
+    if task == "colours":
+        return background_of(image) == scene.background
+    if task == "position":  # along the direction in which the two differ most
+        first, second = (by_noun[thing.noun][0] for thing in scene.things)
+        across, down = first.x - second.x, first.y - second.y
+        if abs(across) > abs(down):
+            return scene.relation == ("left of" if across < 0 else "right of")
+        return scene.relation == ("above" if down < 0 else "below")
+    if task == "attributes":
+        large, small = sorted(scene.things, key=lambda thing: thing.size != "large")
+        return by_noun[large.noun][0].side >= LARGER * by_noun[small.noun][0].side
+    return True
 
 
 @dataclass(frozen=True, eq=False)
 class TaskScenes:
     """The scenes of a task, their prompts, and the real images uint8 `[image, row, column, 3]`."""
 
-    task: Task
+    task: str
     split: str
     scenes: list[Scene]
     prompts: list[str]
@@ -147,7 +126,7 @@ class TaskScenes:
         """Judge images of the first prompts: bool `[image]`, and what was seen in each."""
         seen = detector(images)
         triples = zip(self.scenes[: len(images)], seen, images, strict=True)
-        return np.array([self.task.right(*triple) for triple in triples]), seen
+        return np.array([is_right(self.task, *triple) for triple in triples]), seen
 
     def backgrounds_right(self, images: np.ndarray) -> list[bool]:
         """Return whether images of the first prompts have their backgrounds; this needs no detector."""
@@ -164,11 +143,11 @@ def task_scenes(config: WorldConfig, split: Any, count: int) -> list[TaskScenes]
     world = World(replace(config, split=split, kinds=None, max_objects=3, max_count=4, seed=seed))
     candidates = [world.scene(index) for index in range(TRIED * count)]
     tasks = []
-    for number, task in enumerate(TASKS):
+    for number, (task, suits) in enumerate(TASKS.items()):
         # "single object" and "colours" suit the same scenes: each takes every other one.
-        suited = [(n, scene) for n, scene in enumerate(candidates) if n % 2 == number % 2 and task.suits(scene)][:count]
+        suited = [(n, scene) for n, scene in enumerate(candidates) if n % 2 == number % 2 and suits(scene)][:count]
         if len(suited) < count:
-            raise UserError(f"composition: {task.name}: expected {count} scenes of the world, found {len(suited)}")
+            raise UserError(f"composition: {task}: expected {count} scenes of the world, found {len(suited)}")
         prompts, scenes = [caption(scene, index) for index, scene in suited], [scene for _, scene in suited]
         tasks.append(TaskScenes(task, split, scenes, prompts, np.stack([world.render(scene) for scene in scenes])))
     return tasks
@@ -184,7 +163,7 @@ def _tasks_of(context: EvalContext, split: str) -> tuple[int, list[TaskScenes]]:
 def _composition_numbers(context: EvalContext) -> list[str]:
     names = []
     for split in SPLITS.values():
-        names += [f"{task.name}, {split}{more}" for task in TASKS for more in ("", CORRECTED)]
+        names += [f"{task}, {split}{more}" for task in TASKS for more in ("", CORRECTED)]
         names += [f"background, {split}", f"overall, {split}", f"overall, {split}{CORRECTED}"]
     return names
 
@@ -195,7 +174,7 @@ def _score_composition(context: EvalContext) -> MetricResult:
     for split, name in SPLITS.items():
         each, tasks = _tasks_of(context, split)
         prompts = [prompt for task in tasks for prompt in task.prompts[:each]]
-        ids = [f"{task.task.name}:{n}" for task in tasks for n in range(each)]
+        ids = [f"{task.task}:{n}" for task in tasks for n in range(each)]
         size = context.pipe.exported.image_size
         label = f"world:{split}:{size}, {len(ids)} prompts, ids {short_hash([ids, prompts])}"
         drawn = draw_prompts(context, f"composition-{split}", label, ids, prompts)
@@ -231,13 +210,13 @@ def _judge_split(
         right, seen = task.judge(images, detector)
         real, other = (task.judge(part, detector)[0] for part in (task.real, task.others))
         by_task.append((right, real, other))
-        title = f"{task.task.name}, {name}"
+        title = f"{task.task}, {name}"
         add(title, share(right), other.mean(), real.mean())
         add(f"{title}{CORRECTED}", corrected(by_task[-1]), 0.0, 1.0)
         group = first_of(len(right), TASK_EXAMPLES, f"drawings of {title}")
         for n in range(min(TASK_EXAMPLES, len(right))):
             things = [f"{thing.noun} ({thing.x:.2f}, {thing.y:.2f}, side {thing.side:.2f})" for thing in seen[n]]
-            mark = (task.task.name, bool(right[n]), ", ".join(things) or "nothing")
+            mark = (task.task, bool(right[n]), ", ".join(things) or "nothing")
             pictures = [(images[n], "drawn"), (task.real[n], "real")]
             result.exhibits.append(Example(task.prompts[n], pictures, [mark], group))
     backgrounds = [
@@ -338,17 +317,17 @@ def obeyed(change: Edit, seen: Sequence[Seen], image: np.ndarray) -> bool:
     new = [thing for thing in target if thing not in source]
     if change.kind == "resize":
         old = next(thing for thing in source if thing not in target)
-        sides = [detection.side for detection in _named(seen, new[0].noun)]
+        sides = [detection.side for detection in seen if detection.noun == new[0].noun]
         before, after = old.places[0].side, new[0].places[0].side
         # The side must be closer, as a ratio, to the target's than to the source's.
         return bool(sides) and abs(np.log(sides[0] / after)) < abs(np.log(sides[0] / before))
 
-    def is_at(detection: Seen, place: Place) -> bool:
+    def is_at(detection: Seen, noun: str, place: Place) -> bool:
         (x, y), side = place.centre, place.side
         off = max(abs(detection.x - x), abs(detection.y - y))
-        return off <= NEAR and abs(detection.side - side) <= SIDE_OFF * side
+        return detection.noun == noun and off <= NEAR and abs(detection.side - side) <= SIDE_OFF * side
 
-    return all(any(is_at(d, place) for d in _named(seen, thing.noun)) for thing in new for place in thing.places)
+    return all(any(is_at(d, thing.noun, place) for d in seen) for thing in new for place in thing.places)
 
 
 def untouched_psnr(drawn: np.ndarray, source: np.ndarray, target: np.ndarray) -> float | None:

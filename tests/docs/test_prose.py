@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = [  # what has been rewritten so far
     "tools/house.py",
-    "tests/unit/test_scene_fingerprints.py",
+    *(f"tests/unit/test_{name}.py" for name in ("scene_fingerprints", "world", "open_set", "report")),
     *(
         f"src/transfuse/{room}"
         for room in ("autoencoders", "cli", "convert", "diffusion", "evaluation", "model", "sequence", "training")

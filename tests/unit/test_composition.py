@@ -29,7 +29,7 @@ def few_scenes(monkeypatch) -> None:
 
 
 def oracle(scenes, pictures):
-    """A detector that can not err: it looks pictures up among those of known scenes."""
+    """A detector that cannot err: it looks pictures up among those of known scenes."""
     known = {picture.tobytes(): scene for scene, picture in zip(scenes, pictures, strict=True)}
 
     def see(images: np.ndarray) -> list[list[Seen]]:
@@ -60,19 +60,20 @@ def test_detector_finds_names_and_counts(detector: SceneDetector) -> None:
     world = World(config)
     seen = detector(np.stack([world.render(world.scene(n)) for n in range(60)]))
     near = 0
-    for n, some in enumerate(seen):
+    for n, detections in enumerate(seen):
         middles = [place.centre for thing in world.scene(n).things for place in thing.places]
-        near += sum(min((max(abs(one.x - x), abs(one.y - y)) for one in some), default=1) < 0.15 for x, y in middles)
+        for x, y in middles:
+            near += min((max(abs(d.x - x), abs(d.y - y)) for d in detections), default=1) < 0.15
     assert near > 0.85 * sum(t.count for n in range(60) for t in world.scene(n).things)
 
 
 def test_more_noise_is_seen_worse(detector: SceneDetector) -> None:
-    asked = task_scenes(replace(WORLD, nouns=3), "train", 60)[1]
-    noise = np.random.default_rng(0).normal(size=asked.real.shape)
+    task = task_scenes(replace(WORLD, nouns=3), "train", 60)[1]
+    noise = np.random.default_rng(0).normal(size=task.real.shape)
     shares = []
     for amount in (0, 100, 160, 240):
-        images = np.clip(asked.real + amount * noise, 0, 255).astype(np.uint8)
-        shares.append(asked.judge(images, detector)[0].mean())
+        images = np.clip(task.real + amount * noise, 0, 255).astype(np.uint8)
+        shares.append(task.judge(images, detector)[0].mean())
     assert shares == sorted(shares, reverse=True)
     assert shares[-1] < 0.5 * shares[0]
 
@@ -94,57 +95,52 @@ def test_detector_is_kept_and_another_file_is_refused(tmp_path, few_scenes) -> N
 
 
 @pytest.fixture(scope="module", params=["train", "heldout"])
-def asked(request) -> list[TaskScenes]:
+def tasks(request) -> list[TaskScenes]:
     return task_scenes(SINGLE, request.param, 24)
 
 
-def test_scenes_suit_their_tasks_and_splits(asked: list[TaskScenes]) -> None:
-    assert [one.task.name for one in asked] == [ask.name for ask in TASKS]
-    assert all(len(one.scenes) == 24 for one in asked)
-    for one in asked:
-        assert all(held_out(scene) == (one.split == "heldout") for scene in one.scenes)
-        for scene, prompt in zip(one.scenes, one.prompts, strict=True):
+def test_scenes_suit_their_tasks_and_splits(tasks: list[TaskScenes]) -> None:
+    assert [task.task for task in tasks] == list(TASKS)
+    assert all(len(task.scenes) == 24 for task in tasks)
+    for task in tasks:
+        assert all(held_out(scene) == (task.split == "heldout") for scene in task.scenes)
+        for scene, prompt in zip(task.scenes, task.prompts, strict=True):
             assert scene.background in prompt
 
 
-def test_perfect_drawings_are_right_and_those_of_other_prompts_wrong(asked: list[TaskScenes]) -> None:
-    for one in asked:
-        see = oracle(one.scenes, one.real)
-        right, seen = one.judge(one.real, see)
-        assert right.all(), one.task.name
+def test_perfect_drawings_are_right_and_those_of_other_prompts_wrong(tasks: list[TaskScenes]) -> None:
+    for task in tasks:
+        see = oracle(task.scenes, task.real)
+        right, seen = task.judge(task.real, see)
+        assert right.all(), task.task
         assert len(seen) == 24
-        assert one.judge(one.others, see)[0].mean() < 0.5
+        assert task.judge(task.others, see)[0].mean() < 0.5
 
 
-def test_swapped_places_counts_sizes_and_colours_are_wrong(asked: list[TaskScenes]) -> None:
-    by_name = {one.task.name: one for one in asked}
+def test_swapped_places_counts_sizes_and_colours_are_wrong(tasks: list[TaskScenes]) -> None:
+    by_name = {task.task: task for task in tasks}
 
     def judged(name: str, change) -> np.ndarray:
-        one = by_name[name]
-        return np.array(
-            [
-                one.task.right(scene, change(some), image)
-                for scene, some, image in zip(one.scenes, oracle(one.scenes, one.real)(one.real), one.real, strict=True)
-            ]
-        )
+        task = by_name[name]
+        see = oracle(task.scenes, task.real)
+        return task.judge(task.real, lambda images: [change(seen) for seen in see(images)])[0]
 
-    def swap(some, names):
+    def swap(seen, names):
         return [
-            replace(one, **{name: getattr(other, name) for name in names})
-            for one, other in zip(some, some[::-1], strict=True)
+            replace(thing, **{name: getattr(other, name) for name in names})
+            for thing, other in zip(seen, seen[::-1], strict=True)
         ]
 
-    assert not judged("position", lambda some: swap(some, ("x", "y"))).any()
-    assert not judged("attributes", lambda some: swap(some, ("side",))).any()
-    assert not judged("counting", lambda some: [*some, some[0]]).any()
-    assert not judged("counting", lambda some: some[1:]).any()
-    assert not judged("two objects", lambda some: some[:1]).any()
-    assert not judged("single object", lambda some: []).any()
-    one = by_name["colours"]
-    grounds = [scene.background for scene in one.scenes]
-    for n, some in enumerate(oracle(one.scenes, one.real)(one.real)):
-        other = next(at for at, ground in enumerate(grounds) if ground != grounds[n])
-        assert not one.task.right(one.scenes[n], some, one.real[other])
+    assert not judged("position", lambda seen: swap(seen, ("x", "y"))).any()
+    assert not judged("attributes", lambda seen: swap(seen, ("side",))).any()
+    assert not judged("counting", lambda seen: [*seen, seen[0]]).any()
+    assert not judged("counting", lambda seen: seen[1:]).any()
+    assert not judged("two objects", lambda seen: seen[:1]).any()
+    assert not judged("single object", lambda seen: []).any()
+    task = by_name["colours"]
+    see, grounds = oracle(task.scenes, task.real), [scene.background for scene in task.scenes]
+    others = [next(at for at, ground in enumerate(grounds) if ground != mine) for mine in grounds]
+    assert not task.judge(task.real[others], lambda _: see(task.real))[0].any()
 
 
 def test_corrected_undoes_the_errors_of_the_judge() -> None:
@@ -152,18 +148,18 @@ def test_corrected_undoes_the_errors_of_the_judge() -> None:
     true = drawn.random(4000) < 0.6
     judged = np.where(true, drawn.random(4000) < 0.9, drawn.random(4000) < 0.2)
     real, other = drawn.random(4000) < 0.9, drawn.random(4000) < 0.2
-    found = corrected((judged, real, other))
-    assert found.value == pytest.approx(true.mean(), abs=0.03)
-    assert found.low < true.mean() < found.high
+    result = corrected((judged, real, other))
+    assert result.value == pytest.approx(true.mean(), abs=0.03)
+    assert result.low < true.mean() < result.high
     few = corrected((judged, real[:40], other[:40]))
-    assert few.high - few.low > 1.5 * (found.high - found.low)  # a judge that is less well known
+    assert few.high - few.low > 1.5 * (result.high - result.low)  # a judge that is less well known
     sure = corrected((np.ones(30, bool), np.ones(30, bool), np.zeros(30, bool)))
     assert sure.value == 1.0
     assert sure.low < 1.0
     assert corrected((np.ones(30, bool), np.ones(30, bool), np.zeros(0, bool))).value == 1.0
     halves = corrected((judged, real, other), (np.zeros(4000, bool), real, np.zeros(4000, bool)))
-    assert halves.value == pytest.approx(found.value / 2)
-    assert halves.high - halves.low == pytest.approx((found.high - found.low) / 2, rel=0.1)
+    assert halves.value == pytest.approx(result.value / 2)
+    assert halves.high - halves.low == pytest.approx((result.high - result.low) / 2, rel=0.1)
 
 
 @pytest.fixture
@@ -178,24 +174,24 @@ def bench(tokenizer, tmp_path, few_scenes) -> EvalContext:
 
 
 def test_composition_and_edits_of_a_model(bench: EvalContext) -> None:
-    found = list(evaluate(bench, named(["composition", "editing"])))
-    names = [result.name for result in found[0]]
+    measured = list(evaluate(bench, named(["composition", "editing"])))
+    names = [result.name for result in measured[0]]
     assert len(names) == 2 * (2 * len(TASKS) + 3)
     assert {"overall, seen", "overall, held out, corrected", "position, held out, corrected"} <= set(names)
-    assert all(0 <= result.low <= result.value <= result.high <= 1 for result in found[0])
-    ground = {result.name: result for result in found[0] if result.name.startswith("background")}
+    assert all(0 <= result.low <= result.value <= result.high <= 1 for result in measured[0])
+    ground = {result.name: result for result in measured[0] if result.name.startswith("background")}
     assert {result.ceiling for result in ground.values()} == {1.0}
     assert all(result.value < 0.5 and result.floor < 0.5 for result in ground.values()), "colours asked for in vain"
-    judged = [result for result in found[0] if result.name not in ground]
+    judged = [result for result in measured[0] if result.name not in ground]
     assert all("detector@" in result.implementation for result in judged)
-    assert "the detector's confusion, on scenes of its own" in found[0].tables
-    names = [result.name for result in found[1]]
+    assert "the detector's confusion, on scenes of its own" in measured[0].tables
+    names = [result.name for result in measured[1]]
     assert names[-1].startswith("rest untouched")
     assert [name for name in names[:-1] if not name.endswith(", corrected")] == [*EDIT_SCORES]
-    assert all(0 <= result.low <= result.value <= result.high <= 1 for result in list(found[1])[:-1])
+    assert all(0 <= result.low <= result.value <= result.high <= 1 for result in list(measured[1])[:-1])
 
 
-def test_a_world_of_one_noun_can_not_be_composed(bench: EvalContext) -> None:
+def test_a_world_of_one_noun_cannot_be_composed(bench: EvalContext) -> None:
     alone = replace(bench, scorer=SceneScorer(WorldConfig(size=16, nouns=1)))
     with pytest.raises(UserError, match="composition: two objects: expected 60 scenes of the world, found 0"):
         list(evaluate(alone, named(["composition"])))
@@ -205,15 +201,15 @@ def test_geneval_s_folder(bench: EvalContext, tmp_path) -> None:
     lines = [{"tag": "single_object", "prompt": "a crab"}, {"tag": "colors", "prompt": "a red balloon"}]
     path = write(tmp_path, {"metadata.jsonl": "".join(json.dumps(line) + "\n" for line in lines)}) / "metadata.jsonl"
     options = replace(bench.options, geneval=path)
-    found = list(evaluate(replace(bench, options=options), named(["geneval"])))
-    assert not found[0].results
+    measured = list(evaluate(replace(bench, options=options), named(["geneval"])))
+    assert not measured[0].results
     (folder,) = (tmp_path / "geneval").glob("guidance-1-seed-0-*")
     assert json.loads((folder / "00001" / "metadata.jsonl").read_text()) == lines[1]
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     assert names == [f"{n:05d}/samples/{k:04d}.png" for n in range(2) for k in range(4)]
     other = replace(bench, options=options, model="another model")
     list(evaluate(other, named(["geneval"])))
-    assert len(list((tmp_path / "geneval").iterdir())) == 2, "pictures of two models do not lie in one folder"
+    assert len(list((tmp_path / "geneval").iterdir())) == 2, "pictures of two models are never in one folder"
     with pytest.raises(UserError, match=r"expected evaluation_metadata\.jsonl, found none; from https://github\.com"):
         list(evaluate(bench, named(["geneval"])))
     path.write_text('{"text": "a crab"}\n')
@@ -222,17 +218,17 @@ def test_geneval_s_folder(bench: EvalContext, tmp_path) -> None:
 
 
 def test_reconstructions_and_speed_of_a_model(bench: EvalContext) -> None:
-    found = {result.name: result for some in evaluate(bench, named(["autoencoder", "speed"])) for result in some}
-    assert found["PSNR in dB"].value == 100  # pixels come back as they are
-    assert found["rFD-recogniser"].value == pytest.approx(0, abs=1e-6)
+    by_name = {result.name: result for part in evaluate(bench, named(["autoencoder", "speed"])) for result in part}
+    assert by_name["PSNR in dB"].value == 100  # pixels come back as they are
+    assert by_name["rFD-recogniser"].value == pytest.approx(0, abs=1e-6)
     for name in (
         "tokens a second, alone",
         "pictures a second, many at once",
         "MFU, drawing many",
         "MBU, writing alone",
     ):
-        assert found[name].low <= found[name].value <= found[name].high
-        assert found[name].value > 0
+        assert by_name[name].low <= by_name[name].value <= by_name[name].high
+        assert by_name[name].value > 0
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -240,14 +236,14 @@ def test_reconstructions_and_speed_of_a_model(bench: EvalContext) -> None:
 
 def test_exact_edits_are_right_and_no_edit_is_not() -> None:
     edits = scene_edits(WORLD, 80)
-    scenes = [scene for one in edits.edits for scene in (one.source, one.target)]
+    scenes = [scene for change in edits.edits for scene in (change.source, change.target)]
     see = oracle(scenes, [World(WORLD).render(scene) for scene in scenes])
     best, nothing = edits.judge(edits.targets, see), edits.judge(edits.sources, see)
     assert best.things.all()
     assert best.obeyed.all()
     assert (best.rest == 100).all()
     assert not nothing.obeyed.any()
-    assert {one.kind for one in edits.edits} == {"background", "replace", "remove", "add", "resize"}
+    assert {change.kind for change in edits.edits} == {"background", "replace", "remove", "add", "resize"}
     other = edits.judge(np.roll(edits.targets, 7, axis=0), see)
     assert (other.things & other.obeyed).mean() < 0.3
     assert other.rest.mean() < 30
@@ -260,8 +256,8 @@ def test_more_damage_to_the_rest_is_fewer_decibels() -> None:
     means = []
     for amount in (0, 5, 20, 60):
         images = np.clip(edits.targets + amount * noise, 0, 255).astype(np.uint8)
-        found = [untouched_psnr(*three) for three in zip(images, edits.sources, edits.targets, strict=True)]
-        means.append(np.mean([value for value in found if value is not None]))
+        decibels = [untouched_psnr(*three) for three in zip(images, edits.sources, edits.targets, strict=True)]
+        means.append(np.mean([value for value in decibels if value is not None]))
     assert means == sorted(means, reverse=True)
     assert len(set(means)) == 4
 
@@ -273,6 +269,6 @@ def test_only_the_rest_counts() -> None:
     drawn = source.copy()
     assert untouched_psnr(drawn, source, target) == 100  # what was to change is not asked
     drawn[7, 7] = 30
-    rest = 64 - 12  # the square and its neighbours above, below and beside are left out
+    rest = 64 - 12  # the square and its neighbours above, below, left and right are left out
     assert untouched_psnr(drawn, source, target) == pytest.approx(10 * np.log10(255**2 / (900 / rest)))
     assert untouched_psnr(drawn, source, source + 1) is None

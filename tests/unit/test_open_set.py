@@ -117,7 +117,7 @@ class Painter:
 
     def __init__(self, count: int, spoil=lambda image, scene: image) -> None:
         made, texts, pictures = held_out_scenes(DEMO, count)
-        spoiled = [spoil(PIL.Image.fromarray(one), scene) for one, scene in zip(pictures, made, strict=True)]
+        spoiled = [spoil(PIL.Image.fromarray(image), scene) for image, scene in zip(pictures, made, strict=True)]
         self.answers = dict(zip(texts, map(np.asarray, spoiled), strict=True))
 
     def __call__(self, prompts, **_):
