@@ -26,7 +26,7 @@ from emoji_scenes.scorer import SceneScorer
 from transfuse.cli.writing import default_model
 from transfuse.config import read_json
 from transfuse.errors import UserError
-from transfuse.evaluate import open_bench
+from transfuse.evaluate import open_context
 from transfuse.evaluation import EvalConfig, MetricResult, evaluate, named
 from transfuse.evaluation.confidence import CORRECTED
 from transfuse.folders import DEFAULT
@@ -125,7 +125,7 @@ def run_editing(options: Editing, start: Path) -> tuple[int, dict[str, Any]]:
     """
     folder, config = options.run, EvalConfig(count=options.count, judge_steps=options.judge_steps)
     metrics = named(("editing", *options.measures), "--measures")
-    before = open_bench(start, folder / "before", config, options.world)
+    before = open_context(start, folder / "before", config, options.world)
     assert isinstance(before.scorer, SceneScorer)
     recipe = tuning_recipe(start, options, before.scorer.world)
     settings = {name: getattr(options, name) for name in ("world", "triples", "epochs", "batch", "rate", "seed")}
@@ -135,7 +135,7 @@ def run_editing(options: Editing, start: Path) -> tuple[int, dict[str, Any]]:
     if not (tuned / "config.json").is_file() and train(recipe, folder / "tuning").export is None:
         return RESUMABLE, {}
     # Both models are measured in one folder, with the same judges.
-    after = replace(open_bench(tuned, folder / "before", config, options.world), scorer=before.scorer)
+    after = replace(open_context(tuned, folder / "before", config, options.world), scorer=before.scorer)
     results["after"] = list(evaluate(after, metrics))
     tuning = {name: value for name, value in settings.items() if name != "world"}
     report: dict[str, Any] = {
@@ -168,7 +168,7 @@ def _keep_images(folder: Path, before: MetricResult, after: MetricResult) -> lis
     """Write PNGs of the first edits: source, drawn before and after, exact; return the instructions and marks."""
     folder.mkdir(parents=True, exist_ok=True)
     edits = []
-    for number, (first, second) in enumerate(zip(before.exhibits[:SHOWN], after.exhibits, strict=False)):
+    for number, (first, second) in enumerate(zip(before.examples[:SHOWN], after.examples, strict=False)):
         views = [first.pictures[0][0], first.pictures[1][0], second.pictures[1][0], first.pictures[2][0]]
         for view, pixels in zip(VIEWS, views, strict=True):
             PIL.Image.fromarray(pixels).save(folder / f"{number:02d}-{view}.png")

@@ -218,7 +218,7 @@ def _judge_split(
             things = [f"{thing.noun} ({thing.x:.2f}, {thing.y:.2f}, side {thing.side:.2f})" for thing in seen[n]]
             mark = (task.task, bool(right[n]), ", ".join(things) or "nothing")
             pictures = [(images[n], "drawn"), (task.real[n], "real")]
-            result.exhibits.append(Example(task.prompts[n], pictures, [mark], group))
+            result.examples.append(Example(task.prompts[n], pictures, [mark], group))
     backgrounds = [
         np.concatenate([task.backgrounds_right(part) for task, part in zip(tasks, parts, strict=True)])
         for parts in (drawn, [task.real for task in tasks], [task.others for task in tasks])

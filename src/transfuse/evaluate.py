@@ -67,7 +67,7 @@ def run_evaluation(
         raise UserError(f"--sweep: {error}") from None
     if "paper" in suite:
         check_paper(options)
-    context = replace(open_bench(model, out, options, world, device), drawing=drawing, batch=batch)
+    context = replace(open_context(model, out, options, world, device), drawing=drawing, batch=batch)
     measured: list[MetricResult] = []
     for outcome in evaluate(context, metrics, drawings):
         measured.append(outcome)
@@ -90,7 +90,7 @@ def run_evaluation(
     return report
 
 
-def open_bench(
+def open_context(
     model: Path, folder: Path, options: EvalConfig, world: str | None = None, device: Device = "cpu"
 ) -> EvalContext:
     """Open an export for measuring in a folder; `world` as in `run_evaluation`."""
@@ -135,7 +135,7 @@ def evaluation_page(report: dict[str, Any], metrics: Sequence[Metric], measured:
         for outcome in outcomes:
             heading = f"{describe_drawing(outcome.drawing)}. " if len(outcomes) > 1 else ""
             groups: dict[str, list[Card]] = {}
-            for example in outcome.exhibits:
+            for example in outcome.examples:
                 card = Card(example.text, example.pictures, example.marks)
                 groups.setdefault(heading + example.group, []).append(card)
             examples += [Cards(cards, title) for title, cards in groups.items()]

@@ -157,12 +157,12 @@ def test_candidates_are_drawn_and_one_is_measured(bench: EvalContext, monkeypatc
     with pytest.raises(UserError, match="editing: --candidates: expected 1"):
         list(evaluate(bench, named(["editing"]), sweep))
     monkeypatch.undo()
-    prompts = [exhibit.text for exhibit in outcome.exhibits]
+    prompts = [example.text for example in outcome.examples]
     kept = bench.pipe(
         prompts, num_inference_steps=2, sampler="ddim", candidates=3, generator=0, output_type="np"
     ).images
     assert len(prompts) == 6
-    assert all(np.array_equal(a, exhibit.pictures[0][0]) for a, exhibit in zip(kept, outcome.exhibits, strict=True))
+    assert all(np.array_equal(a, example.pictures[0][0]) for a, example in zip(kept, outcome.examples, strict=True))
 
 
 @pytest.mark.parametrize("name", ["text", "choice", "captioning", "drawing", "composition", "editing", "autoencoder"])
@@ -173,8 +173,8 @@ def test_a_metric_names_its_numbers_titles_its_examples_and_explains_its_marks(
     (metric,) = named([name])
     (outcome,) = evaluate(bench, [metric])
     assert before(bench, [metric]) == [f"{name}/{result.name}" for result in outcome]
-    assert outcome.exhibits
-    assert all(exhibit.group for exhibit in outcome.exhibits)
+    assert outcome.examples
+    assert all(example.group for example in outcome.examples)
     assert all("Chance" in metric.compared for result in outcome if result.floor is not None)
     assert all("eference" in metric.compared for result in outcome if result.ceiling is not None)
 

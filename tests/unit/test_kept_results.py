@@ -113,7 +113,7 @@ def test_files_of_the_user_need_no_scorer(bench: EvalContext, tmp_path: Path) ->
 
 def drawn(bench: EvalContext) -> list[np.ndarray]:
     (outcome,) = evaluate(bench, named(["drawing"]))
-    return [exhibit.pictures[0][0] for exhibit in outcome.exhibits]
+    return [example.pictures[0][0] for example in outcome.examples]
 
 
 def test_other_weights_of_the_same_name(bench: EvalContext, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -224,11 +224,11 @@ def test_titles_say_which_examples_are_shown() -> None:
 
 
 def test_the_page_has_each_group_under_its_title_and_says_what_it_compares_with() -> None:
-    exhibits = [Example(f"said {n}", group="The first 13") for n in range(13)] + [
+    examples = [Example(f"said {n}", group="The first 13") for n in range(13)] + [
         Example("last", group="The worst & last")
     ]
     result = Result("CIDEr-D x 100", 457.0, 400.0, 500.0, 9, "higher", "", "", floor=8.0, ceiling=424.0)
-    outcome = MetricResult([result], exhibits, measure="captioning")
+    outcome = MetricResult([result], examples, measure="captioning")
     page = evaluation_html(named(["captioning"]), [outcome])
     assert "<h3>The first 13</h3>" in page
     assert "<h3>The worst &amp; last</h3>" in page

@@ -231,7 +231,7 @@ class MetricResult:
     """
 
     results: list[Result]
-    exhibits: list[Example] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
     tables: dict[str, list[list[Any]]] = field(default_factory=dict)
     measure: str = ""
     drawing: Drawing | None = None

@@ -150,7 +150,7 @@ def _score_text(context: EvalContext) -> MetricResult:
             Result.of(names[1], total.bits_per_byte, "lower", code, data),
         ]
         each = [math.exp(sum_nll / count) for sum_nll, count in zip(nll, tokens, strict=True)]
-        result.exhibits += [
+        result.examples += [
             Example(f"perplexity {each[n]:.1f}: {records[n]['text']}", group=title)
             for n, title in extremes(each, SHOWN_TEXTS, f"texts of {name}", "perplexity")
         ]
