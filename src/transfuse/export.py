@@ -37,7 +37,6 @@ from .diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from .errors import UserError
 from .folders import DIFFUSERS, INDEX, MODEL_TYPE, bundled_models, find_export, places
 from .io import atomic_dir, sha256
-from .log import logger
 from .model import ModelConfig, Transfusion
 from .model.transfusion import current_name
 from .sequence import Tokenizer
@@ -185,11 +184,10 @@ class Described:
     diffusion: DiffusionConfig
     generation: GenerationConfig
     image_size: int
-    tokenizer: Origin | None
-    """None in exports that do not record it"""
+    tokenizer: Origin
     autoencoder: Origin
     world: dict[str, Any] | None
-    """settings of the bundled scenes it learned from; None: none, or not recorded"""
+    """settings of the bundled scenes it learned from; None: none"""
 
 
 def describe(folder: Path | str) -> Described:
@@ -209,7 +207,7 @@ def describe(folder: Path | str) -> Described:
         from_dict(DiffusionConfig, config.get("diffusion"), where),
         from_dict(GenerationConfig, read_json(generation), str(generation)),
         from_dict(int, config.get("image_size"), f"{where}: image_size"),
-        from_dict(Origin | None, config.get("tokenizer"), f"{where}: tokenizer"),  # type: ignore[arg-type]
+        from_dict(Origin, config.get("tokenizer"), f"{where}: tokenizer"),
         from_dict(Origin, config.get("autoencoder"), f"{where}: autoencoder"),
         config.get("world"),
     )
@@ -252,17 +250,13 @@ def _load_tokenizer(export: Described) -> Tokenizer:
     """Load an export's tokenizer, which must be the one its model was trained with."""
     path, ids, expected = export.place["tokenizer.json"], export.model.text_vocab_size, export.tokenizer
     tokenizer = Tokenizer.load(path)
-    if expected is not None and tokenizer.fingerprint != expected.fingerprint:
+    if tokenizer.fingerprint != expected.fingerprint:
         raise UserError(
             f"{path}: expected the tokenizer the model was trained with ({expected.fingerprint}), "
             f"found another ({tokenizer.fingerprint}, {tokenizer.vocab_size} ids)"
         )
     if tokenizer.vocab_size > ids:
         raise UserError(f"{path}: expected at most the model's {ids} ids, found {tokenizer.vocab_size}")
-    if expected is None and tokenizer.vocab_size < ids:
-        logger.info(
-            f"{path}: {tokenizer.vocab_size} ids for the model's {ids}; config.json does not record the right tokenizer"
-        )
     return tokenizer
 
 
