@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from conftest import open_tiny
 
 from transfuse.recipes import preset
-from transfuse.runs import open_run
 from transfuse.train import build_trainer
 from transfuse.training import CheckpointFolder, Trainer
 from transfuse.training.checkpoint import step_of
@@ -23,7 +23,7 @@ STEPS = 200
 def build(folder: Path) -> Trainer:
     recipe = preset("tiny")
     loop = replace(recipe.loop, steps=STEPS, checkpoint_every=1, keep=2)
-    recipe = open_run(replace(recipe, loop=loop, data=replace(recipe.data, batch_size=2)), folder)
+    recipe = open_tiny(replace(recipe, loop=loop, data=replace(recipe.data, batch_size=2)), folder)
     return build_trainer(recipe, folder)
 
 

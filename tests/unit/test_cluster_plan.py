@@ -133,6 +133,7 @@ def test_rows_are_counted_as_long_as_they_are() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_line_that_starts_it(name: str) -> None:
     gpus = min(8, preset(name).data.batch_size)
+    assert all(value is not None for value in plan(preset(name)).values())
     launch = cluster_plan(preset(name), gpus, "b200")["launch"]
     start, settings = launch.split(f" train {name} ")
     assert start == ("transfuse" if gpus == 1 else "torchrun --nproc-per-node 8 -m transfuse --")
