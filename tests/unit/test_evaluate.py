@@ -27,8 +27,11 @@ from transfuse.evaluation import (
     MetricResult,
     Result,
     all_metrics,
+    context,
+    drawings,
     evaluate,
     named,
+    registry,
 )
 from transfuse.evaluation import numbers as before
 from transfuse.evaluation.confidence import bootstrap
@@ -258,6 +261,19 @@ def test_what_is_missing_is_said_before_any_work(bench: EvalContext, monkeypatch
         named(["drawings"])
     with pytest.raises(UserError, match=r"--texts, found none"):
         list(evaluate(replace(bench, options=EvalConfig(texts=(tmp_path / "c4.jsonl",))), named(["text"])))
+
+
+def test_the_registry_s_worked_example_works(bench: EvalContext) -> None:
+    """The code of its docstring, run as it is printed."""
+    lines = [line[4:] for line in (registry.__doc__ or "").splitlines() if line.startswith("    ")]
+    example = "\n".join(line for line in lines if not line.startswith("for result in"))
+    names = {**vars(context), **vars(drawings), "bootstrap": bootstrap}
+    exec(example, names)
+    (outcome,) = evaluate(bench, [names["BRIGHTNESS"]])
+    (level,) = outcome
+    assert 0 < level.low < level.value < level.high < 255
+    assert before(bench, [names["BRIGHTNESS"]]) == ["brightness/level"]
+    assert "brightness: level" in evaluation_html([names["BRIGHTNESS"]], [outcome])
 
 
 def test_suites_name_measures() -> None:
