@@ -32,6 +32,19 @@ ROOMS = [  # what has been rewritten so far
             *("training", "arms", "cluster_plan", "memory_plan", "configuration", "export_pieces", "guard", "trackers"),
             *("interchange", "parallel", "profiling", "stability", "start", "unseen_noise", "token_loss"),
             *("captioning", "distances", "evaluate", "features", "harness", "kept_results", "reconstruction"),
+            *(
+                "build",
+                "bundled",
+                "corrupt",
+                "data",
+                "dataset_page",
+                "disk",
+                "packing",
+                "prefetch",
+                "readers",
+                "remote",
+            ),
+            *("remote_sources", "sources_by_content", "stored"),
         )
     ),
 ]

@@ -98,22 +98,22 @@ def test_the_default_and_the_reason_are_reported(shelf: Path, capsys: pytest.Cap
     def chosen() -> tuple[str, str]:
         return str(default_model()), capsys.readouterr().err
 
-    model, said = chosen()
+    model, line = chosen()
     assert model == folders.DEFAULT
-    assert said.startswith(
+    assert line.startswith(
         f"{model}: the model used, the bundled one, because there are no models under runs/; --model"
     )
-    assert said.count("\n") == 1
+    assert line.count("\n") == 1
     trained("runs/trial/export", shelf, 50, "tiny")
     trained("runs/words/export", shelf, 40, "llama-32", "none")
-    model, said = chosen()
+    model, line = chosen()
     assert model == folders.DEFAULT, "neither draws"
-    assert "because there are only models that draw nothing under runs/" in said
+    assert "because there are only models that draw nothing under runs/" in line
     trained("runs/first/export", shelf, 10)
     trained("runs/second/export", shelf, 20, "small-64")
-    model, said = chosen()
+    model, line = chosen()
     assert model == "runs/second/export", "the newest of those that draw"
-    assert said == f"{model}: the model used, the newest export under runs/ that draws; --model names another\n"
+    assert line == f"{model}: the model used, the newest export under runs/ that draws; --model names another\n"
 
 
 @pytest.mark.parametrize("command", ["generate", "caption", "edit", "chat"])
@@ -125,10 +125,10 @@ def test_json_stays_clean_where_the_default_is_reported(
     words = {"generate": ["a crab"], "caption": ["a.png"], "edit": ["a.png", "make it red"], "chat": []}[command]
     for model in ([], ["--model", str(shelf)]):
         assert run([command, *words, *model, *(["--json"] if command != "chat" else [])]) == 0
-        found = capsys.readouterr()
-        assert ("the model used" in found.err) == (not model)
-        assert "the model used" not in found.out
-        for line in found.out.splitlines():
+        result = capsys.readouterr()
+        assert ("the model used" in result.err) == (not model)
+        assert "the model used" not in result.out
+        for line in result.out.splitlines():
             json.loads(line)
 
 
@@ -151,7 +151,7 @@ def test_a_name_stands_for_it_and_an_export_of_that_name_comes_first(shelf: Path
 
 
 def test_a_model_is_asked_about_the_world_it_knows(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wherever its export lies, in either layout; `--world` comes first; of a stranger's it is said that it is one."""
+    """Wherever its export is, in either layout; `--world` comes first; for an unknown world a line says so."""
     known = small_64().data.world
     assert world_of(WEIGHTS / folders.DEFAULT, None, known.size) == known
     config = json.loads((shelf / "config.json").read_text())

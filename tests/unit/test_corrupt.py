@@ -16,11 +16,11 @@ def damage(number: int, source: str = "photos") -> CorruptSample:
 
 
 def test_ranks_share_the_budget(tmp_path: Path) -> None:
-    """Each meets documents of its own; the twelfth in all is one too many, whoever meets it, restarts included."""
+    """Each meets different documents; the twelfth in all is one too many, whoever meets it, restarts included."""
     logs = [CorruptLog(tmp_path, {"photos": 1100}, 0.01, rank) for rank in range(3)]
     for number in range(10):
         logs[number % 3].add([damage(number)])
-    logs = [CorruptLog(tmp_path, {"photos": 1100}, 0.01, rank) for rank in range(2)]  # goes on with fewer ranks
+    logs = [CorruptLog(tmp_path, {"photos": 1100}, 0.01, rank) for rank in range(2)]  # resumed with fewer ranks
     logs[0].add([damage(10), damage(0, "prose")])
     for log in logs:
         log.add([damage(2), damage(10)])
@@ -33,13 +33,13 @@ def test_ranks_share_the_budget(tmp_path: Path) -> None:
 
 
 def test_a_line_another_rank_is_writing_is_read_when_it_is_whole(tmp_path: Path) -> None:
-    one, other = (CorruptLog(tmp_path, {}, 0.0, rank) for rank in range(2))
+    item, other = (CorruptLog(tmp_path, {}, 0.0, rank) for rank in range(2))
     other.add([damage(1)])
     path = tmp_path / "quarantine-rank1.jsonl"
     whole = path.read_text()
     path.write_text(whole + whole.replace('"1"', '"2"')[:30])
-    one.add([damage(3)])
-    assert one.known == {damage(1), damage(3)}
+    item.add([damage(3)])
+    assert item.known == {damage(1), damage(3)}
     path.write_text(whole + whole.replace('"1"', '"2"'))
-    one.add([damage(4)])
-    assert one.known == {damage(number) for number in (1, 2, 3, 4)}
+    item.add([damage(4)])
+    assert item.known == {damage(number) for number in (1, 2, 3, 4)}

@@ -35,24 +35,24 @@ COUNT = 2000
 
 def kinds(config: PairConfig) -> dict[str, float]:
     image = Image(torch.zeros(3, 2, 2))
-    found = {"drawn": 0, "dropped": 0, "captioned": 0}
+    by_name = {"drawn": 0, "dropped": 0, "captioned": 0}
     for sample in range(COUNT):
         document = pair_document((9, 8), image, config, seed=0, sample=sample)
         assert document.sample == sample
         first = document.parts[0]
         if isinstance(first, Text):
-            found["drawn"] += 1
+            by_name["drawn"] += 1
             assert document.images[0].max_timestep is None
             assert document.predict
         elif len(document.parts) == 1:
-            found["dropped"] += 1
+            by_name["dropped"] += 1
             assert document.images[0].max_timestep is None
             assert not document.predict, "a dropped sample learns no token"
         else:
-            found["captioned"] += 1
+            by_name["captioned"] += 1
             assert document.images[0].max_timestep == config.image_first_max_timestep
             assert document.predict, "captioning samples are never dropped"
-    return {name: count / COUNT for name, count in found.items()}
+    return {name: count / COUNT for name, count in by_name.items()}
 
 
 def test_latents_do_not_depend_on_the_order_they_are_asked_for(tokenizer) -> None:
@@ -63,8 +63,8 @@ def test_latents_do_not_depend_on_the_order_they_are_asked_for(tokenizer) -> Non
 
     def latents(order):
         source = ScenePairs(world, tokenizer, autoencoder, PairConfig(), 0)
-        found = {index: source.images[index].latent for index in order}
-        return [found[index] for index in sorted(found)]
+        by_name = {index: source.image(index).latent for index in order}
+        return [by_name[index] for index in sorted(by_name)]
 
     forwards, backwards = latents([0, 1, 31, 32, 70]), latents([70, 0, 32, 31, 1])
     assert all((a == b).all() for a, b in zip(forwards, backwards, strict=True))
@@ -126,12 +126,12 @@ def test_documents_lose_the_text_of_drawn_images_alone(parts: list[Part], seed: 
     """A dropped document is the sampler's null branch: its last image, no text, nothing learned but the noise."""
     whole = interleaved_document(parts, KEPT, seed, sample)
     dropped = interleaved_document(parts, PairConfig(caption_drop=1), seed, sample)
-    asked = False
+    wanted = False
     for part, shown in zip(parts, whole.parts, strict=True):
         if isinstance(part, Image):
             text_follows = any(isinstance(other, Text) and other.ids for other in parts)
-            assert shown.max_timestep == (None if asked or not text_follows else 500)
-        asked = asked or (isinstance(part, Text) and bool(part.ids))
+            assert shown.max_timestep == (None if wanted or not text_follows else 500)
+        wanted = wanted or (isinstance(part, Text) and bool(part.ids))
     last = max((place for place, part in enumerate(parts) if isinstance(part, Image)), default=0)
     if whole.images and any(isinstance(part, Text) and part.ids for part in parts[:last]):
         assert (dropped.parts, dropped.predict) == (unconditional(whole).parts, False)
@@ -151,12 +151,12 @@ def test_documents_lose_their_text_at_the_rate_of_pairs(rate: float) -> None:
 
 
 def of_kind(source: SceneEdits, config: EditConfig) -> dict[str, int]:
-    """How many documents show all, the first picture alone, or nothing before the target."""
-    found = {"all": 0, "images": 0, "nothing": 0}
+    """Count the documents that show all, the first image alone, or nothing before the target."""
+    by_name = {"all": 0, "images": 0, "nothing": 0}
     for sample in range(COUNT):
         parts = source.document(3, sample).parts
-        found["all" if len(parts) == 3 else "images" if len(parts) == 2 else "nothing"] += 1
-    return found
+        by_name["all" if len(parts) == 3 else "images" if len(parts) == 2 else "nothing"] += 1
+    return by_name
 
 
 def test_an_edit_is_a_clean_picture_an_instruction_and_the_target(tokenizer: Tokenizer) -> None:
@@ -178,9 +178,9 @@ def test_an_edit_is_a_clean_picture_an_instruction_and_the_target(tokenizer: Tok
 def test_dropped_edits_show_what_guidance_shows(tokenizer: Tokenizer) -> None:
     """The middle branch's prefix is that of a document whose instruction was dropped: the sampler opens it likewise."""
     world = World(WorldConfig(size=16, nouns=8))
-    found = of_kind(SceneEdits(world, tokenizer, Pixels(), EditConfig(0.2, 0.1), seed=0), EditConfig(0.2, 0.1))
-    assert found["images"] / COUNT == pytest.approx(0.2, abs=0.03)
-    assert found["nothing"] / COUNT == pytest.approx(0.1, abs=0.03)
+    result = of_kind(SceneEdits(world, tokenizer, Pixels(), EditConfig(0.2, 0.1), seed=0), EditConfig(0.2, 0.1))
+    assert result["images"] / COUNT == pytest.approx(0.2, abs=0.03)
+    assert result["nothing"] / COUNT == pytest.approx(0.1, abs=0.03)
     whole = SceneEdits(world, tokenizer, Pixels(), EditConfig(0, 0), 0).document(3, 9)
     middle = SceneEdits(world, tokenizer, Pixels(), EditConfig(1, 0), 0).document(3, 9)
     nothing = SceneEdits(world, tokenizer, Pixels(), EditConfig(0, 1), 0).document(3, 9)
@@ -317,7 +317,7 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
     autoencoder = ImageAutoencoder(config).initialise(0)
     goal = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0, autoencoder)
     model, world = randomised(tiny()), World(WorldConfig(size=16))
-    found = []
+    values = []
     for encoder in (autoencoder, DeferredEncoder(autoencoder)):
         later = isinstance(encoder, DeferredEncoder)
         sources = [
@@ -333,9 +333,9 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
         assert batch.to("cpu").quantities == batch.quantities
         sums = goal.loss(model, batch.to("cpu"))
         sums.losses.sum().backward()
-        found.append((sums.losses.detach(), model.embedding.weight.grad.clone()))
+        values.append((sums.losses.detach(), model.embedding.weight.grad.clone()))
         model.zero_grad()
-    for ahead, later in zip(*found, strict=True):
+    for ahead, later in zip(*values, strict=True):
         torch.testing.assert_close(later, ahead, atol=1e-5, rtol=1e-5)
 
 

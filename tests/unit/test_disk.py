@@ -1,4 +1,4 @@
-"""A disk that is full, or refuses: a run stops in one line that says so, and goes on later as if nothing had been."""
+"""A disk that is full, or refuses: a run stops in one line that says so, and later resumes as if nothing had been."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transfuse.training.trainer import Sample
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond so many bytes: as if the disk were full, in every thread."""
+    """No file of this process can grow beyond `size` bytes: as if the disk were full, in every thread."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -56,17 +56,17 @@ class Filling(Numbered):
 
 
 def stopped(trainer: Trainer, sample: Sample | None = None) -> str:
-    """What a run says that the full disk stops."""
+    """Return the message of a run that the full disk stops."""
     assert isinstance(trainer.load, Filling)
     trainer.load.trainer = trainer
-    with trainer.load.disk, pytest.raises(UserError) as found:
+    with trainer.load.disk, pytest.raises(UserError) as result:
         trainer.run(sample)
-    assert "\n" not in str(found.value)
-    return str(found.value)
+    assert "\n" not in str(result.value)
+    return str(result.value)
 
 
 def goes_on(make: Make, trainer: Trainer, **settings: Any) -> None:
-    """The newest checkpoint is whole, nothing else lies about, and the run ends as one that was not disturbed."""
+    """The newest checkpoint is whole, nothing else is left over, and the run ends as one that was not disturbed."""
     newest, complaints = trainer.checkpoints.newest()
     assert newest is not None
     assert not complaints
@@ -76,50 +76,50 @@ def goes_on(make: Make, trainer: Trainer, **settings: Any) -> None:
     straight = make("straight", **settings)
     straight.run()
     assert_equal(tensors(trainer), tensors(straight))
-    lines = [read_metrics(one.folder / "metrics.jsonl") for one in (trainer, straight)]
+    lines = [read_metrics(item.folder / "metrics.jsonl") for item in (trainer, straight)]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     assert lines[0][-1]["positions"] == lines[1][-1]["positions"]
 
 
 def test_full_while_the_thread_writes(make: Make, grammar: SequenceFormat) -> None:
-    """The checkpoint of step 6 can not be written: noticed in the step after, not at the next checkpoint."""
+    """The checkpoint of step 6 cannot be written: noticed in the step after, not at the next checkpoint."""
     load = Filling(grammar, size=50_000, patient=True)
-    one = make("run", load, 14, checkpoint_every=3)
-    said = stopped(one)
-    assert "step-00000006: checkpoint not written ([Errno 27] File too large" in said
-    assert said.endswith("earlier checkpoints are intact")
+    trainer = make("run", load, 14, checkpoint_every=3)
+    line = stopped(trainer)
+    assert "step-00000006: checkpoint not written ([Errno 27] File too large" in line
+    assert line.endswith("earlier checkpoints are intact")
     assert load.asked == [*range(8)]
-    assert [path.name for path in one.checkpoints.complete()] == ["step-00000003"]
-    goes_on(make, one, steps=14, checkpoint_every=3)
+    assert [path.name for path in trainer.checkpoints.complete()] == ["step-00000003"]
+    goes_on(make, trainer, steps=14, checkpoint_every=3)
 
 
 def test_full_when_metrics_are_written(make: Make, grammar: SequenceFormat) -> None:
-    one = make("run", Filling(grammar), checkpoint_every=3)
-    assert stopped(one).endswith("metrics.jsonl: not written (File too large); checkpoints are intact")
-    goes_on(make, one, steps=8, checkpoint_every=3)
+    trainer = make("run", Filling(grammar), checkpoint_every=3)
+    assert stopped(trainer).endswith("metrics.jsonl: not written (File too large); checkpoints are intact")
+    goes_on(make, trainer, steps=8, checkpoint_every=3)
 
 
 def test_full_when_a_bad_step_is_noted(make: Make, grammar: SequenceFormat) -> None:
     settings: dict[str, Any] = {"guard": GuardConfig("skip"), "checkpoint_every": 3, "log_every": 8}
-    one = make("run", Filling(grammar, {5: float("nan")}), **settings)
-    assert stopped(one).endswith("bad_steps.jsonl: not written (File too large); checkpoints are intact")
-    goes_on(make, one, steps=8, **settings)
+    trainer = make("run", Filling(grammar, {5: float("nan")}), **settings)
+    assert stopped(trainer).endswith("bad_steps.jsonl: not written (File too large); checkpoints are intact")
+    goes_on(make, trainer, steps=8, **settings)
 
 
 def test_full_when_samples_are_drawn(make: Make, grammar: SequenceFormat) -> None:
     settings = {"sample_every": 6, "log_every": 7, "checkpoint_every": 5}
-    one = make("run", Filling(grammar, size=100), **settings)
+    trainer = make("run", Filling(grammar, size=100), **settings)
 
     def draw(weights: Any, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(1000))
 
-    assert stopped(one, draw).endswith("step-00000006.png: not written (File too large); checkpoints are intact")
-    goes_on(make, one, steps=8, **settings)
+    assert stopped(trainer, draw).endswith("step-00000006.png: not written (File too large); checkpoints are intact")
+    goes_on(make, trainer, steps=8, **settings)
 
 
 def test_a_full_disk_leaves_the_metrics_there_are(tmp_path: Path) -> None:
-    """Opened again, the file is written anew: aside."""
+    """Opened again, the file is written again: aside."""
     path, log = tmp_path / "metrics.jsonl", MetricsLog(tmp_path)
     for step in range(20):
         log.write({"step": step})
@@ -141,20 +141,22 @@ def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "bad_steps.jsonl", "checkpoints", "samples"])
 def test_a_name_that_is_taken(make: Make, grammar: SequenceFormat, name: str) -> None:
-    """As a folder that can not be written to, which root would not notice."""
-    one = make("run", Numbered(grammar, {3: float("nan")}), 6, GuardConfig("skip"), checkpoint_every=2, sample_every=2)
+    """Like a folder that cannot be written to, which root would not notice."""
+    trainer = make(
+        "run", Numbered(grammar, {3: float("nan")}), 6, GuardConfig("skip"), checkpoint_every=2, sample_every=2
+    )
 
     def draw(weights: Any, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
 
-    one.folder.mkdir()
+    trainer.folder.mkdir()
     if name.endswith("jsonl"):
-        (one.folder / name).mkdir()
+        (trainer.folder / name).mkdir()
     else:
-        (one.folder / name).write_text("")
+        (trainer.folder / name).write_text("")
     with pytest.raises(UserError, match=rf"{name}.*: .*not written \(.*(File exists|Is a directory|Not a directory)"):
-        one.run(draw)
+        trainer.run(draw)
 
 
 def test_the_tokenizer_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch, capsys) -> None:

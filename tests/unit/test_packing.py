@@ -27,7 +27,7 @@ def test_ten_million_are_one_to_one() -> None:
 
 
 def test_mixed_like_a_shuffle() -> None:
-    """Where items go is uniform and says nothing about their neighbours, as with numpy's own permutation."""
+    """Items go anywhere, and independently of their neighbours, as with numpy's own permutation."""
     count = 100_003
     items = Shuffle(count, 1, "epoch", 0)(np.arange(count))
     assert abs(np.corrcoef(items, np.arange(count))[0, 1]) < 0.02

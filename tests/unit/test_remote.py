@@ -1,4 +1,4 @@
-"""Data sets that lie elsewhere: the same documents, a cache that keeps its bound, and one line where it fails."""
+"""Data sets at URLs: the same documents, a cache that keeps its bound, and one line where it fails."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_the_same_documents_from_memory_and_from_a_file_url(folder: Path, url: s
 
 
 def test_the_cache_keeps_its_bound_and_all_is_read(folder: Path, url: str, tmp_path: Path) -> None:
-    """Room for two shards beside the index: the first come back when they are asked for again."""
+    """Room for two shards next to the index: the first come back when they are asked for again."""
     here = DataSet(str(folder))
-    shard = max(one.bytes for one in here.manifest.shards)
+    shard = max(item.bytes for item in here.manifest.shards)
     files = ("manifest.json", "documents.npy", "pictures.npy", "tokenizer.json")
     index = sum((folder / name).stat().st_size for name in files)
     cache = Cache(tmp_path, gigabytes=(index + 2.5 * shard) / 1e9)
@@ -89,8 +89,8 @@ def test_many_processes_fetch_a_file_once(folder: Path, tmp_path: Path) -> None:
     shard = DataSet(str(folder)).manifest.shards[0]
     url, cache = f"file://{folder}/{shard.file}", Cache(tmp_path)
     with multiprocessing.get_context("fork").Pool(6) as pool:
-        found = pool.starmap(_fetch, [(url, cache)] * 30)
-    assert found == [shard.bytes] * 30
+        result = pool.starmap(_fetch, [(url, cache)] * 30)
+    assert result == [shard.bytes] * 30
     assert sizes(tmp_path) == shard.bytes
 
 
@@ -122,8 +122,8 @@ def test_a_run_with_a_remote_set(url: str, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     recipe = preset("tiny")
-    asked = replace(recipe, data=replace(recipe.data, sources=(url, "glosses")))
-    settled = open_run(asked, tmp_path / "run")
+    wanted = replace(recipe, data=replace(recipe.data, sources=(url, "glosses")))
+    settled = open_run(wanted, tmp_path / "run")
     assert settled.recipe.data.source_fingerprints == (DataSet(url).fingerprint,)
     assert settled.image_size == 16
     assert sizes(tmp_path / "transfuse") > 0

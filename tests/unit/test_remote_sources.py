@@ -46,7 +46,7 @@ class Web:
     folder: Path
     url: str = ""
     faults: defaultdict[str, list[int | str]] = field(default_factory=lambda: defaultdict(list))
-    asked: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
     """GET requests by path"""
 
 
@@ -57,7 +57,7 @@ class Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.lstrip("/").partition("?")[0]
-        self.web.asked[name] += 1
+        self.web.requests[name] += 1
         fault = self.web.faults[name].pop(0) if self.web.faults[name] else None
         if isinstance(fault, int):
             self.send_error(fault)
@@ -78,12 +78,12 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[Web]:
-    found = Web(tmp_path / "web")
-    found.folder.mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, web=found)) as server:
+    result = Web(tmp_path / "web")
+    result.folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, web=result)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        found.url = f"http://127.0.0.1:{server.server_port}"
-        yield found
+        result.url = f"http://127.0.0.1:{server.server_port}"
+        yield result
         server.shutdown()
 
 
@@ -142,7 +142,7 @@ def test_tars_by_a_range_over_http(web: Web, tmp_path: Path) -> None:
         assert documents(tmp_path / f"{workers}") == documents(tmp_path / "here")
     assert len(DataSet(str(tmp_path / "0"))) == 3 * PAIRS
     assert kept(tmp_path / "0") == ["00000.tar", "00001.tar", "00002.tar"]
-    assert set(web.asked.values()) == {1}  # two builds, each of which read them twice: words, then documents
+    assert set(web.requests.values()) == {1}  # two builds, each of which read them twice: words, then documents
 
 
 @pytest.mark.parametrize("source", ["memory://tars", "memory://tars/*.tar", "memory://tars/{00000,00001,00002}.tar"])
@@ -173,8 +173,8 @@ def test_parquet_text_and_jsonl_with_pictures_beside_it(web: Web, tmp_path: Path
         build(f"{web.url}/{name}?signature=secret", tmp_path / f"there-{name}")
         assert documents(tmp_path / f"there-{name}") == documents(tmp_path / f"here-{name}")
         assert b"secret" not in (tmp_path / f"there-{name}" / "manifest.json").read_bytes()
-    found = build(f"{web.url}/d.jsonl", tmp_path / "jsonl")
-    assert (found["documents"], found["faulty"]) == (6, 5)
+    counts = build(f"{web.url}/d.jsonl", tmp_path / "jsonl")
+    assert (counts["documents"], counts["faulty"]) == (6, 5)
     lines = [json.loads(line) for line in (tmp_path / "jsonl" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == [f"d.jsonl:{n}" for n in (4, 8, 9, 10, 11)]
     assert "p/9.png: expected a file, found none" in lines[0]["reason"]
@@ -206,11 +206,11 @@ def test_a_cache_too_small_for_two(web: Web, tmp_path: Path) -> None:
 def there(web: Web, tmp_path: Path) -> DataSet:
     """A set of five shards at a URL, of which the first has been read."""
     build(tars(web), web.folder / "set")
-    found = DataSet(f"{web.url}/set", Cache(tmp_path / "cache", waits=WAITS))
-    found.tokenizer()
-    found.read(0)
-    assert len(found.manifest.shards) == 5
-    return found
+    data = DataSet(f"{web.url}/set", Cache(tmp_path / "cache", waits=WAITS))
+    data.tokenizer()
+    data.read(0)
+    assert len(data.manifest.shards) == 5
+    return data
 
 
 def build_anew(web: Web, **changes: Any) -> DataSet:
@@ -221,9 +221,9 @@ def build_anew(web: Web, **changes: Any) -> DataSet:
 
 def test_a_set_built_anew_at_its_url_is_fetched_anew(web: Web, there: DataSet) -> None:
     here = build_anew(web, format="webp")
-    found = DataSet(f"{web.url}/set", there.cache)
-    assert (found.fingerprint != there.fingerprint, found.fingerprint) == (True, here.fingerprint)
-    assert [found.read(n) for n in range(len(found))] == [here.read(n) for n in range(len(here))]
+    data = DataSet(f"{web.url}/set", there.cache)
+    assert (data.fingerprint != there.fingerprint, data.fingerprint) == (True, here.fingerprint)
+    assert [data.read(n) for n in range(len(data))] == [here.read(n) for n in range(len(here))]
 
 
 @pytest.mark.parametrize("then", ["another", "shorter", "gone"])
@@ -251,23 +251,23 @@ def test_a_shard_damaged_at_its_url_is_the_same_set(web: Web, there: DataSet) ->
         there.read(number)
     others = [n for n in range(len(there)) if n != number]
     assert [there.read(n) for n in others] == [here.read(n) for n in others]
-    assert web.asked[f"set/{there.shard(number)}"] == 1
+    assert web.requests[f"set/{there.shard(number)}"] == 1
 
 
 def test_what_is_kept_is_read_where_the_url_cannot_be_reached(
     web: Web, there: DataSet, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     expected = [there.read(n) for n in range(len(there))]
-    before = web.asked.copy()
+    before = web.requests.copy()
     web.faults["set/manifest.json"] = [503] * 99
     capfd.readouterr()
     for _ in range(3):
         data = DataSet(f"{web.url}/set", there.cache)
         data.tokenizer()
         assert [data.read(n) for n in range(len(data))] == expected
-    said = f"{web.url}/set/manifest.json: not fetched (HTTP Error 503: Service Unavailable); going on with the one that"
-    assert capfd.readouterr().err == f"{said} is kept here, which may be old\n"
-    assert web.asked - before == Counter({"set/manifest.json": 3})  # attempts of one look
+    line = f"{web.url}/set/manifest.json: not fetched (HTTP Error 503: Service Unavailable); going on with the one that"
+    assert capfd.readouterr().err == f"{line} is kept here, which may be old\n"
+    assert web.requests - before == Counter({"set/manifest.json": 3})  # attempts of one look
     Cache(tmp_path / "other").file(f"{web.url}/set/tokenizer.json")  # the server is reachable again
     (web.folder / "set" / "manifest.json").unlink()
     web.faults.clear()
@@ -293,7 +293,7 @@ def test_what_fails_for_a_moment_is_tried_again(web: Web, tmp_path: Path, faults
     web.faults["tars/00001.tar"] = list(faults)
     build(f"{web.url}/tars/{{00000..00002}}.tar", tmp_path / "there")
     assert documents(tmp_path / "there") == documents(tmp_path / "here")
-    assert web.asked["tars/00001.tar"] == len(faults) + 1
+    assert web.requests["tars/00001.tar"] == len(faults) + 1
 
 
 def test_a_line_that_breaks_for_good_and_the_build_that_goes_on(web: Web, tmp_path: Path) -> None:
@@ -305,8 +305,8 @@ def test_a_line_that_breaks_for_good_and_the_build_that_goes_on(web: Web, tmp_pa
         web.faults["tars/00002.tar"] = ["cut"] * 3
         with pytest.raises(UserError) as caught:
             build(source, out, workers)
-        said = f"{web.url}/tars/00002.tar: not fetched (it broke off after {size // 2} of {size} bytes)"
-        assert one_line(caught) == said
+        line = f"{web.url}/tars/00002.tar: not fetched (it broke off after {size // 2} of {size} bytes)"
+        assert one_line(caught) == line
         assert kept(out) == ["00000.tar", "00001.tar"]
     build(source, out)
     assert documents(out) == documents(tmp_path / "here")
@@ -354,7 +354,7 @@ def test_what_is_refused_is_not_tried_again(web: Web, tmp_path: Path) -> None:
     web.faults["tars/00000.tar"] = [403] * 3
     with pytest.raises(UserError, match=r"00000\.tar: not fetched \(HTTP Error 403"):
         Cache(tmp_path / "cache", waits=WAITS).file(f"{web.url}/tars/00000.tar")
-    assert web.asked["tars/00000.tar"] == 1
+    assert web.requests["tars/00000.tar"] == 1
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/a\.tar: not fetched"):
         look("http://127.0.0.1:9/a.tar", waits=())
 

@@ -37,15 +37,17 @@ def bmp(number: int) -> bytes:
 
 
 def folder(place: Path) -> Path:
-    return write(place, {f"{n}.{end}": data for n in range(COUNT) for end, data in (("bmp", bmp(n)), ("txt", said(n)))})
+    return write(
+        place, {f"{n}.{end}": data for n in range(COUNT) for end, data in (("bmp", bmp(n)), ("txt", caption(n)))}
+    )
 
 
-def said(number: int) -> bytes:
+def caption(number: int) -> bytes:
     return f"number {number} is a crab".encode()
 
 
 def tabled(place: Path) -> Path:
-    rows = ["file_name,text", *(f"{n}.bmp,{said(n).decode()}" for n in range(COUNT))]
+    rows = ["file_name,text", *(f"{n}.bmp,{caption(n).decode()}" for n in range(COUNT))]
     return write(place, {"metadata.csv": "\n".join(rows), **{f"{n}.bmp": bmp(n) for n in range(COUNT)}})
 
 
@@ -53,7 +55,7 @@ def tars(place: Path) -> Path:
     place.mkdir(parents=True)
     with tarfile.open(place / "a.tar", "w") as file:
         for n in range(COUNT):
-            for end, data in (("bmp", bmp(n)), ("txt", said(n))):
+            for end, data in (("bmp", bmp(n)), ("txt", caption(n))):
                 header = tarfile.TarInfo(f"{n}.{end}")
                 header.size = len(data)
                 file.addfile(header, io.BytesIO(data))
@@ -61,7 +63,7 @@ def tars(place: Path) -> Path:
 
 
 def stories(place: Path) -> Path:
-    rows = [{"parts": [{"text": said(n).decode()}, {"image": f"deep/{n}.bmp"}]} for n in range(COUNT)]
+    rows = [{"parts": [{"text": caption(n).decode()}, {"image": f"deep/{n}.bmp"}]} for n in range(COUNT)]
     lines = "\n".join(map(json.dumps, rows))
     return write(place, {"d.jsonl": lines, **{f"deep/{n}.bmp": bmp(n) for n in range(COUNT)}})
 
@@ -70,13 +72,13 @@ def parquet(place: Path) -> Path:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     place.mkdir(parents=True)
-    rows = arrow.table({"image": [bmp(n) for n in range(COUNT)], "text": [said(n).decode() for n in range(COUNT)]})
+    rows = arrow.table({"image": [bmp(n) for n in range(COUNT)], "text": [caption(n).decode() for n in range(COUNT)]})
     parquet.write_table(rows, place / "a.parquet", compression="none", use_dictionary=False, write_statistics=False)
     return place
 
 
 def prose(place: Path) -> Path:
-    return write(place, {f"{n}.txt": said(n) for n in range(COUNT)})
+    return write(place, {f"{n}.txt": caption(n) for n in range(COUNT)})
 
 
 Case = tuple[Callable[[Path], Path], str]
@@ -162,7 +164,7 @@ def test_what_is_new_and_what_is_gone(tmp_path: Path, monkeypatch: pytest.Monkey
     (source / "2.txt").unlink()
     assert "(2.txt is gone)" in refused(source, out)
     (source / "2.txt").write_bytes(words)
-    write(source, {"9.bmp": bmp(9), "9.txt": said(9)})
+    write(source, {"9.bmp": bmp(9), "9.txt": caption(9)})
     assert "(the list of pictures and captions has other content, and 2 more changed)" in refused(source, out)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import time
 from collections import Counter
@@ -34,11 +35,12 @@ from ..sequence import Tokenizer
 from ..version import __version__
 from .dataset import DOCUMENT, FREE_FAULTS, IMAGE, SUMS, VERSION, DataSet, Manifest, Shard, to_members, to_tar
 from .prefetch import parallel_map
-from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, build_autoencoder, slug
+from .prepare import BuildConfig, Dropped, Outcome, Prepared, Preparer, build_autoencoder
 from .readers import Part, Reader, SetReader, open_source
 from .remote import UNREADABLE, Cache, is_remote, url_name
 
 TRAINED_ON = 300  # evenly spread parts of a source that a tokenizer is trained on
+OTHERWISE = "name another folder, or remove {}, to build it again"
 VERIFIED_TOGETHER = 256  # documents that a process verifies at a time
 
 
@@ -93,7 +95,7 @@ def build_set(
             for outcomes in documents:
                 if writer.seen < most or writer.next.piece:  # a document that was begun is completed
                     writer.add(outcomes)
-            writer.end_part()
+            writer.next = Place(writer.next.part + 1)
             bar.advance(weight, note=f"{writer.written} documents")
             if writer.seen >= most:
                 break
@@ -156,7 +158,7 @@ def _check_built(out: Path, identity: dict[str, Any]) -> Manifest:
     try:
         manifest = DataSet(str(out)).manifest
     except UserError as error:
-        raise UserError(f"{error}; {_otherwise(out)}") from None
+        raise UserError(f"{error}; {OTHERWISE.format(out)}") from None
     weights = manifest.encoding and manifest.encoding.fingerprint
     stored = {**manifest.settings, "autoencoder_weights": weights, "tokenizer_fingerprint": manifest.tokenizer}
     _compare(out, out / "manifest.json", stored, identity)
@@ -188,11 +190,7 @@ def _compare(out: Path, path: Path, stored: dict[str, Any], wanted: dict[str, An
             if name == "listing":
                 expected, actual = "the same source", "another source, or one that has changed"
                 actual += f" ({changes})" if changes else ""
-            raise UserError(f"{path}: {name}: expected {expected}, found {actual}; {_otherwise(out)}")
-
-
-def _otherwise(out: Path) -> str:
-    return f"name another folder, or remove {out}, to build it again"
+            raise UserError(f"{path}: {name}: expected {expected}, found {actual}; {OTHERWISE.format(out)}")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -278,16 +276,16 @@ class Writer:
                 self.seen += outcome.lost - 1
                 self._check_budget(outcome)
 
-    def end_part(self) -> None:
-        self.next = Place(self.next.part + 1)
-
     def _write(self, document: Prepared) -> None:
         new = self.unwritten
         if self.text_only:
             (piece,) = document.parts
             assert isinstance(piece, bytes)
         else:
-            name = f"{self.written:09d}-{slug(document.key)}"
+            stem, _, ending = document.key.rpartition(".")
+            stem = stem if stem and "/" not in ending else document.key
+            # In a tar a dot would end the key.
+            name = f"{self.written:09d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[-48:]}"
             piece = to_tar(to_members(name, document.parts, document.pair, self.preparer.suffix))
         kind = document.pair, document.conditional
         new.documents.append((new.bytes, len(piece), document.tokens, len(new.images), *kind, document.hash))

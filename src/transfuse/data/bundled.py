@@ -12,68 +12,40 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from emoji_scenes import NOUNS, Edit, World, WorldConfig, caption, edit, glosses
-    from emoji_scenes.accuracy import CaptionResult, DrawingResult, caption_accuracy, draw_accuracy, held_out_scenes
-    from emoji_scenes.scene_classifier import (
+if TYPE_CHECKING:  # read by type checkers alone, and so never used here
+    from emoji_scenes import NOUNS, Edit, World, WorldConfig, caption, edit, glosses  # noqa: F401
+    from emoji_scenes.accuracy import (  # noqa: F401
+        CaptionResult,
+        DrawingResult,
+        caption_accuracy,
+        draw_accuracy,
+        held_out_scenes,
+    )
+    from emoji_scenes.scene_classifier import (  # noqa: F401
         CLASSIFIER_STEPS,
         SceneClassifier,
         bundled_classifier,
         keep_scene_classifier,
     )
-    from emoji_scenes.scenes import Split
-    from emoji_scenes.scorer import SceneScorer
-    from emoji_scenes.sprites import SPRITE_FILE
+    from emoji_scenes.scenes import Split  # noqa: F401
+    from emoji_scenes.scorer import SceneScorer  # noqa: F401
+    from emoji_scenes.sprites import SPRITE_FILE  # noqa: F401
 
 MODULES = {
-    "emoji_scenes": ("NOUNS", "Edit", "World", "WorldConfig", "caption", "edit", "glosses"),
-    "emoji_scenes.accuracy": (
-        "CaptionResult",
-        "DrawingResult",
-        "caption_accuracy",
-        "draw_accuracy",
-        "held_out_scenes",
-    ),
-    "emoji_scenes.scene_classifier": (
-        "CLASSIFIER_STEPS",
-        "SceneClassifier",
-        "bundled_classifier",
-        "keep_scene_classifier",
-    ),
-    "emoji_scenes.scenes": ("Split",),
-    "emoji_scenes.scorer": ("SceneScorer",),
-    "emoji_scenes.sprites": ("SPRITE_FILE",),
+    "emoji_scenes": "NOUNS Edit World WorldConfig caption edit glosses",
+    "emoji_scenes.accuracy": "CaptionResult DrawingResult caption_accuracy draw_accuracy held_out_scenes",
+    "emoji_scenes.scene_classifier": "CLASSIFIER_STEPS SceneClassifier bundled_classifier keep_scene_classifier",
+    "emoji_scenes.scenes": "Split",
+    "emoji_scenes.scorer": "SceneScorer",
+    "emoji_scenes.sprites": "SPRITE_FILE",
 }
-"""The names that `transfuse` uses, by the module that defines them."""
-
-__all__ = [
-    "NOUNS",
-    "CLASSIFIER_STEPS",
-    "SPRITE_FILE",
-    "CaptionResult",
-    "DrawingResult",
-    "Edit",
-    "SceneClassifier",
-    "SceneScorer",
-    "Split",
-    "World",
-    "WorldConfig",
-    "bundled_classifier",
-    "caption",
-    "caption_accuracy",
-    "data_set_metrics",
-    "draw_accuracy",
-    "edit",
-    "glosses",
-    "held_out_scenes",
-    "keep_scene_classifier",
-]
+"""the names that `transfuse` uses, by the module that defines them"""
 
 
 def __getattr__(name: str) -> Any:
     """Import `emoji_scenes` when one of its names is first used."""
     for module, names in MODULES.items():
-        if name in names:
+        if name in names.split():
             return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -203,17 +203,18 @@ class DataSet:
         first, counts = self._images_of(np.array([number]))
         return [(int(rows), int(columns)) for rows, columns in self.images[first[0] : first[0] + counts[0]]]
 
-    def image_positions(self, numbers: np.ndarray, side: int) -> np.ndarray:
-        """Return positions `[n]` of the images of documents `[n]` in patches of `side` pixels, with their markers."""
-        first, counts = self._images_of(numbers)
-        owners = np.repeat(np.arange(len(numbers)), counts)
-        places = np.arange(len(owners)) + np.repeat(first - (counts.cumsum() - counts), counts)
-        return np.bincount(owners, self._positions(places, side), len(numbers)).astype(np.int64)
+    def image_positions(self, numbers: np.ndarray, side: int, last_only: bool = False) -> np.ndarray:
+        """Return positions `[n]` of the images of documents `[n]` in patches of `side` pixels, with their markers.
 
-    def last_image_positions(self, numbers: np.ndarray, side: int) -> np.ndarray:
-        """Return the same of each document's last image alone; every one of the documents has an image."""
+        last_only: of each document's last image alone; every one of the documents has an image.
+        """
         first, counts = self._images_of(numbers)
-        return self._positions(first + counts - 1, side)
+        if last_only:
+            first, counts = first + counts - 1, np.ones_like(counts)
+        owners = np.repeat(np.arange(len(numbers)), counts)
+        images = self.images[np.arange(len(owners)) + np.repeat(first - (counts.cumsum() - counts), counts)]
+        positions = 2 + images["rows"].astype(np.int64) * images["columns"] // side**2
+        return np.bincount(owners, positions, len(numbers)).astype(np.int64)
 
     def _images_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the place in the index of each document's first image, and the number of its images."""
@@ -221,10 +222,6 @@ class DataSet:
         last = numbers == len(self) - 1
         after = self.documents["first_picture"][np.where(last, numbers, numbers + 1)].astype(np.int64)
         return first, np.where(last, len(self.images), after) - first
-
-    def _positions(self, places: np.ndarray, side: int) -> np.ndarray:
-        chosen = self.images[places]
-        return 2 + chosen["rows"].astype(np.int64) * chosen["columns"] // side**2
 
     def shard(self, number: int) -> str:
         """Return the file of the shard that a document is in."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -230,9 +229,3 @@ class Preparer:
                 raise UserError(f"{key}: expected finite latents of {self.autoencoder.name} in float16, found others")
         np.save(stream, latent, allow_pickle=False)
         return stream.getvalue()
-
-
-def slug(key: str) -> str:
-    """Return the part of a name that may be in a tar member's name: no dot, which would end the key, and not long."""
-    stem, _, ending = key.rpartition(".")
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem if stem and "/" not in ending else key)[-48:]

@@ -11,7 +11,7 @@ pairs.lengths(...)                      # the positions of many, from the index 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -27,7 +27,6 @@ from .dataset import DataSet, Split
 from .packing import Shuffle
 
 IMAGE_BLOCK = 32  # images that a network encodes together
-NUMBER_BLOCK = 512  # document numbers found at once
 CHUNK = 1 << 20  # documents whose lengths are added up at once
 SAMPLED = 2_000  # documents measured of a source that never ends
 MOST_MEASURED = 100_000  # documents measured of a source that does not know its mean length
@@ -154,29 +153,38 @@ def document_images(pixels: np.ndarray, autoencoder: Autoencoder) -> list[Image]
 # --- the bundled data set ---------------------------------------------------------------------------------------------
 
 
-class EncodedImages:
-    """Images by number, as documents have them; the block encoded last is kept in memory.
+class SceneSource:
+    """The images of scenes, by number. A subclass renders them and makes documents of them.
 
     A network encodes a block of images at once, always the same ones together, for speed: so a latent depends on its
-    number alone, whatever was read before.
+    number alone, whatever was read before. The block encoded last is kept in memory.
     """
 
-    def __init__(self, render: Callable[[int], np.ndarray], autoencoder: Autoencoder) -> None:
-        self.render, self.autoencoder = render, autoencoder
-        self.block_size = 1 if autoencoder.factor == 1 or isinstance(autoencoder, DeferredEncoder) else IMAGE_BLOCK
+    def __init__(self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, seed: int) -> None:
+        self.world, self.tokenizer, self.autoencoder, self.seed = world, tokenizer, autoencoder, seed
         self._block: tuple[int, list[Image]] = (-1, [])
 
-    def __getitem__(self, number: int) -> Image:
-        block, place = divmod(number, self.block_size)
+    def render(self, number: int) -> np.ndarray:
+        """Return the pixels of an image, uint8 `[row, column, 3]`."""
+        raise NotImplementedError
+
+    def image(self, number: int) -> Image:
+        """Return an image, encoded or to be encoded later."""
+        alone = self.autoencoder.factor == 1 or isinstance(self.autoencoder, DeferredEncoder)
+        block_size = 1 if alone else IMAGE_BLOCK
+        block, place = divmod(number, block_size)
         if self._block[0] != block:
-            first = number - place
-            pixels = np.stack([self.render(other) for other in range(first, first + self.block_size)])
+            pixels = np.stack([self.render(other) for other in range(number - place, number - place + block_size)])
             self._block = block, document_images(pixels, self.autoencoder)
         image = self._block[1][place]
         return replace(image, latent=image.latent.clone())  # without the rest of the block
 
+    def patches(self, form: SequenceFormat) -> int:
+        """Return the number of patches of an image."""
+        return int(self.world.config.size // (self.autoencoder.factor * form.patch_size)) ** 2
 
-class ScenePairs:
+
+class ScenePairs(SceneSource):
     """Scenes of the bundled data set and their captions."""
 
     name = "world"
@@ -185,22 +193,22 @@ class ScenePairs:
     def __init__(
         self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: PairConfig, seed: int
     ) -> None:
-        self.world, self.tokenizer, self.config, self.seed = world, tokenizer, config, seed
-        self.factor = autoencoder.factor
-        self.images = EncodedImages(lambda number: world.render(world.scene(number)), autoencoder)
+        super().__init__(world, tokenizer, autoencoder, seed)
+        self.config = config
 
     def document(self, index: int, sample: int) -> Document:
-        return pair_document(self._caption(index), self.images[index], self.config, self.seed, sample)
+        text = self.tokenizer.encode(bundled.caption(self.world.scene(index), index))
+        return pair_document(text, self.image(index), self.config, self.seed, sample)
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
-        tokens = [
-            0 if pair_order(self.config, self.seed, sample) == "unconditional" else len(self._caption(index))
-            for index, sample in zip(indices.tolist(), samples.tolist(), strict=True)
-        ]
-        return count_positions(np.array(tokens), [int(self.world.config.size // (self.factor * form.patch_size)) ** 2])
+        tokens = np.zeros(len(indices), dtype=np.int64)
+        for place, (index, sample) in enumerate(zip(indices.tolist(), samples.tolist(), strict=True)):
+            if pair_order(self.config, self.seed, sample) != "unconditional":
+                tokens[place] = len(self.tokenizer.encode(bundled.caption(self.world.scene(index), index)))
+        return count_positions(tokens, [self.patches(form)])
 
-    def _caption(self, index: int) -> tuple[int, ...]:
-        return self.tokenizer.encode(bundled.caption(self.world.scene(index), index))
+    def render(self, number: int) -> np.ndarray:
+        return self.world.render(self.world.scene(number))
 
 
 @dataclass(frozen=True)
@@ -231,21 +239,23 @@ class EditConfig:
             )
 
 
-class SceneEdits:
-    """Edits of the bundled data set's scenes: an image, an instruction, the image that it asks for."""
+class SceneEdits(SceneSource):
+    """Edits of the bundled data set's scenes: an image, an instruction, the image that it asks for.
+
+    Images of even numbers are scenes, those of odd numbers the targets of the scenes before them.
+    """
 
     name = "edits"
 
     def __init__(
         self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: EditConfig, seed: int
     ) -> None:
-        self.world, self.tokenizer, self.config, self.seed = world, tokenizer, config, seed
-        self.epoch, self.factor = config.count, autoencoder.factor
-        self.images = EncodedImages(self._render, autoencoder)
+        super().__init__(world, tokenizer, autoencoder, seed)
+        self.config, self.epoch = config, config.count
 
     def document(self, index: int, sample: int) -> Document:
         number = index % self.epoch if self.epoch else index
-        before, after = self.images[2 * number], self.images[2 * number + 1]
+        before, after = self.image(2 * number), self.image(2 * number + 1)
         # Not learned: a model that learned to write instructions would begin captions with them.
         words = Text(self.tokenizer.encode(self.edit(number).instruction), predict=False)
         document = Document([replace(before, target=False), words, after], sample=sample)
@@ -258,18 +268,13 @@ class SceneEdits:
                 return unconditional(document)
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
-        patches = int(self.world.config.size // (self.factor * form.patch_size)) ** 2
-        lengths = []
+        lengths, patches = [], self.patches(form)
         for index, sample in zip(indices.tolist(), samples.tolist(), strict=True):
             kept = self._kept(sample)
             number = index % self.epoch if self.epoch else index
             words = len(self.tokenizer.encode(self.edit(number).instruction)) if kept == "all" else 0
             lengths.append(int(count_positions(np.array([words]), [patches] * (1 if kept == "target" else 2))[0]))
         return np.array(lengths)
-
-    def edit(self, number: int) -> bundled.Edit:
-        """Return the edit of a number: a function of it and the world."""
-        return bundled.edit(self.world.scene(number), self.world, number)
 
     def _kept(self, sample: int) -> Literal["all", "images", "target"]:
         """Return what is left of a document, by (seed, sample)."""
@@ -278,8 +283,11 @@ class SceneEdits:
             return "target"
         return "images" if draw < self.config.all_drop + self.config.instruction_drop else "all"
 
-    def _render(self, number: int) -> np.ndarray:
-        """Return an image: even numbers are scenes, odd ones the targets of the scenes before them."""
+    def edit(self, number: int) -> bundled.Edit:
+        """Return the edit of a number: a function of it and the world."""
+        return bundled.edit(self.world.scene(number), self.world, number)
+
+    def render(self, number: int) -> np.ndarray:
         change = self.edit(number // 2)
         return self.world.render(change.target if number % 2 else change.source)
 
@@ -333,7 +341,6 @@ class StoredTexts:
         if not self.epoch:
             raise UserError(f"{data.path}: expected documents to {split} on, found none of {len(data)}")
         self._shuffle: tuple[int, Shuffle] | None = None
-        self._block: tuple[int, list[int]] = (-1, [])
 
     def document(self, index: int, sample: int) -> Document:
         """Return a document. Raises CorruptSampleError."""
@@ -352,21 +359,21 @@ class StoredTexts:
 
     def number(self, index: int) -> int:
         """Return which document of the set is number `index` of the stream."""
-        block, place = divmod(index, NUMBER_BLOCK)
-        if self._block[0] != block:  # a stream is read in order, and many numbers at once cost little more than one
-            first = block * NUMBER_BLOCK
-            self._block = block, self.numbers(np.arange(first, first + NUMBER_BLOCK)).tolist()
-        return self._block[1][place]
+        epoch, place = divmod(index, self.epoch)
+        return self.data.number(self.split, self._order(epoch)(place))
 
     def numbers(self, indices: np.ndarray) -> np.ndarray:
         """Return which documents of the set are numbers `[n]` of the stream."""
         epochs, places = np.divmod(indices, self.epoch)
         for epoch in np.unique(epochs).tolist():
-            if self._shuffle is None or self._shuffle[0] != epoch:
-                self._shuffle = epoch, Shuffle(self.epoch, self.seed, self.split, epoch)
             chosen = epochs == epoch
-            places[chosen] = self._shuffle[1](places[chosen])
+            places[chosen] = self._order(epoch)(places[chosen])
         return self.data.number(self.split, places)
+
+    def _order(self, epoch: int) -> Shuffle:
+        if self._shuffle is None or self._shuffle[0] != epoch:
+            self._shuffle = epoch, Shuffle(self.epoch, self.seed, self.split, epoch)
+        return self._shuffle[1]
 
     def _expected_lengths(self, numbers: np.ndarray, form: SequenceFormat) -> np.ndarray:
         """Return the positions of documents of the set, in the mean over everything that is drawn at random."""
@@ -434,7 +441,7 @@ class StoredImages(StoredTexts):
         conditional = np.flatnonzero(documents["conditional"])
         dropped = [i for i in conditional if caption_dropped(self.config, self.seed, int(samples[i]))]
         tokens[dropped] = 0
-        images[dropped] = self.data.last_image_positions(numbers[dropped], side)
+        images[dropped] = self.data.image_positions(numbers[dropped], side, last_only=True)
         return count_positions(tokens, []) + images
 
     def _expected_lengths(self, numbers: np.ndarray, form: SequenceFormat) -> np.ndarray:
@@ -443,7 +450,7 @@ class StoredImages(StoredTexts):
         lengths = (count_positions(tokens, []) + images).astype(np.float64)
         pair, conditional = documents["pair"], documents["conditional"]
         lengths[pair] -= self.config.caption_first * self.config.caption_drop * tokens[pair]
-        last = self.data.last_image_positions(numbers[conditional], side)
+        last = self.data.image_positions(numbers[conditional], side, last_only=True)
         lengths[conditional] -= self.config.caption_drop * (tokens[conditional] + images[conditional] - last)
         return lengths
 

@@ -213,13 +213,21 @@ def parts_of(items: Sequence[Any]) -> Iterator[Part]:
         yield Part(some_items, len(some_items))
 
 
-class SetReader:
+class CountedReader:
+    """The base of readers whose documents have numbers, each of weight 1."""
+
+    text_only = False
+    total: int
+
+    def parts(self) -> Iterable[Part]:
+        return parts_of(range(self.total))
+
+
+class SetReader(CountedReader):
     """A data set's documents in their order, held-out ones too, each compared with its hash; they keep its tokenizer.
 
     Raises UserError for a set without images, or of latents.
     """
-
-    text_only = False
 
     def __init__(self, data: DataSet) -> None:
         encoding = data.manifest.encoding
@@ -231,9 +239,6 @@ class SetReader:
     def contents(self) -> dict[str, str]:
         return {"manifest.json": self.data.fingerprint}  # which has the hashes of everything else
 
-    def parts(self) -> Iterable[Part]:
-        return parts_of(range(self.total))
-
     def read(self, part: Part) -> Iterator[Raw | Fault]:
         for number in part.what:
             try:
@@ -243,10 +248,8 @@ class SetReader:
                 yield Fault(error.sample.key, error.sample.reason)
 
 
-class WorldReader:
+class WorldReader(CountedReader):
     """Scenes of the bundled data set's training part, from number 0. Raises UserError without a count."""
-
-    text_only = False
 
     def __init__(self, count: int, size: int) -> None:
         if count < 1:
@@ -255,9 +258,6 @@ class WorldReader:
 
     def contents(self) -> dict[str, str]:
         return {bundled.SPRITE_FILE.name: sha256(bundled.SPRITE_FILE)}  # count and size are settings of the build
-
-    def parts(self) -> Iterable[Part]:
-        return parts_of(range(self.total))
 
     def read(self, part: Part) -> Iterator[Raw | Fault]:
         world = bundled.World(bundled.WorldConfig(size=self.size))

@@ -26,6 +26,7 @@ from . import LOST_REST, PER_PART, Columns, Fault, FileReader, Part, Raw, decode
 
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "filepath", "path", "file")
 CAPTION_COLUMNS = ("text", "caption", "TEXT", "prompt", "description")
+MOST_NAMES = 5  # of a document's members, in a message
 TABLE = "the list of pictures and captions"  # the name, among files, of a table's rows or of a folder's names
 
 
@@ -195,29 +196,33 @@ class TarReader(FileReader):
                 if isinstance(item, Fault):
                     yield replace(item, key=key)
                     continue
+                data = {}
                 try:
-                    data = {}
                     for suffix, place, size in item.files:
                         file.seek(place)
                         data[suffix] = file.read(size)
                     yield self._document(key, data)
                 except (OSError, ValueError) as error:
-                    yield Fault(key, str(error))
+                    # Without a list of parts several images are several documents, whose names have another dot.
+                    yield Fault(key, str(error), 1 if "json" in data else max(1, len(_images(data))))
 
     def _document(self, key: str, data: dict[str, bytes]) -> Raw:
-        images = {suffix: value for suffix, value in data.items() if f".{suffix.split('.')[-1].lower()}" in SUFFIXES}
+        images = _images(data)
+        names = ", ".join(sorted(data)[:MOST_NAMES]) + (
+            f" and {len(data) - MOST_NAMES} more" if len(data) > MOST_NAMES else ""
+        )
         record = parse_json(decode_text(data["json"], "json")) if "json" in data else {}
         if isinstance(record, dict) and isinstance(record.get("parts"), list):
             numbered = {suffix.split(".")[0]: value for suffix, value in images.items()}
 
             def image(number: Any) -> bytes:
                 if not isinstance(number, int) or str(number) not in numbered:
-                    raise ValueError(f"expected picture {number} among the members, found {', '.join(sorted(data))}")
+                    raise ValueError(f"expected picture {number} among the members, found {names}")
                 return numbered[str(number)]
 
             return Raw(key, interleaved(record["parts"], image))
         if len(images) != 1:
-            raise ValueError(f"expected one picture, found {', '.join(sorted(data))}")
+            raise ValueError(f"expected one picture, found {names}")
         name = self.columns.caption_column
         text = decode_text(data["txt"], "txt") if "txt" in data and not name else ""
         if not text.strip() and isinstance(record, dict):
@@ -227,6 +232,11 @@ class TarReader(FileReader):
         if not caption:
             raise ValueError("expected a caption, found none")
         return Raw(key, (next(iter(images.values())), caption), pair=True)
+
+
+def _images(data: dict[str, bytes]) -> dict[str, bytes]:
+    """Return the members that are images, by suffix."""
+    return {suffix: value for suffix, value in data.items() if f".{suffix.split('.')[-1].lower()}" in SUFFIXES}
 
 
 def _tar_part(file: File, items: list[Members | Fault]) -> Part:

@@ -1,7 +1,7 @@
 """Plain text, and jsonl: a document a line, text alone, an image and its caption, or text and images interleaved.
 
 {"text": "words"}
-{"image": "a.png", "text": "a crab"}                                     a pair
+{"image": "a.png", "text": "a crab"}                                     a pair (or "file_name" for "image")
 {"parts": [{"text": "first"}, {"image": "a.png"}, {"text": "then"}]}     images by path, or as "data:...;base64,..."
 {"texts": ["first", null, "then"], "images": [null, "a.png", null]}      as OBELICS writes them
 """
@@ -22,6 +22,7 @@ from ...errors import UserError
 from ..remote import File, hash_files
 from . import Columns, Fault, FileReader, Part, Raw, decode_text, interleaved, parse_json
 
+IMAGE_FIELDS = ("image", "file_name")  # the usual fields with the image of a pair
 DATA = "data:"  # begins an image that is in the line itself
 CHUNK = 1 << 18  # bytes of lines that make a part
 SEPARATORS = {"line": (b"\n",), "paragraph": (b"\n\n", b"\n\r\n")}  # what a part may end after, whatever the line ends
@@ -106,12 +107,13 @@ class JsonReader(FileReader):
 
     def __init__(self, files: list[File], columns: Columns, chunk: int = CHUNK) -> None:
         super().__init__(files)
-        self.image, self.text, self.chunk = columns.image_column or "image", columns.caption_column or "text", chunk
+        self.images = (columns.image_column,) if columns.image_column else IMAGE_FIELDS
+        self.text, self.chunk = columns.caption_column or "text", chunk
         _, first = next(iter(_chunks(files[0], chunk, b"\n")), (0, b""))
         lines = [line for line in first.split(b"\n")[:100] if line.strip()]
         if not lines:
             raise UserError(f"{files[0].place}: expected a JSON document a line, found an empty file")
-        names = [json.dumps(name).encode() for name in ("image", "images", self.image)]
+        names = [json.dumps(name).encode() for name in {"images", *IMAGE_FIELDS, *self.images}]
         self.text_only = not any(name in line for line in lines for name in names)
 
     def contents(self) -> dict[str, str]:
@@ -173,10 +175,11 @@ class JsonReader(FileReader):
                 raise ValueError("words and a picture in one place")
             listed = [{"image": name} if name else text for text, name in both if text or name]
         elif self.text in record:
-            name, text = record.get(self.image), record[self.text]
+            named = [record[field] for field in self.images if record.get(field)]
+            name, text = named[0] if named else None, record[self.text]
             for other in ("image", "images"):
-                if other != self.image and record.get(other):
-                    raise ValueError(f"{other} next to {self.text}: expected one picture in {self.image}, or parts")
+                if other not in self.images and record.get(other):
+                    raise ValueError(f"{other} next to {self.text}: expected one picture in {self.images[0]}, or parts")
             if name and (not isinstance(text, str) or not text.strip()):
                 raise ValueError(f"a picture, and no caption in {self.text}")
             pair = bool(name)
