@@ -51,7 +51,7 @@ from transfuse.model.flops import count_parameters
 from transfuse.recipes import Recipe
 from transfuse.report import Block, Card, Cards, Page, Section, Table, write_page
 from transfuse.runs import open_run, resolve
-from transfuse.runs.samples import grid
+from transfuse.runs.monitor import grid
 from transfuse.train import build_loader, train
 from transfuse.training import RESUMABLE, DivergedError
 

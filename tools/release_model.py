@@ -32,7 +32,7 @@ from transfuse.folders import WEIGHTS
 from transfuse.model.flops import count_parameters
 from transfuse.recipes import Recipe, preset
 from transfuse.runs import open_sources, read_recipe
-from transfuse.runs.samples import grid
+from transfuse.runs.monitor import grid
 from transfuse.training import read_metrics
 
 SUITE = ("composition", "captioning", "editing", "drawing", "text", "choice", "autoencoder")

@@ -64,7 +64,7 @@ from .report import (
     write_page,
 )
 from .runs import read_recipe, resolve
-from .runs.samples import grid
+from .runs.monitor import grid
 from .train import build_trainer, train
 from .training import RESUMABLE, read_metrics
 from .training.metrics import Average

@@ -26,7 +26,7 @@ from .recipes import Recipe, preset
 from .recipes.autoencoders import AUTOENCODERS
 from .recipes.paper import POSITIONS_PER_STEP
 from .runs import Run, open_recipe_autoencoder, open_sources
-from .runs.start import init_tokenizer
+from .runs.resolve import init_tokenizer
 from .training.hardware import ASSUMED_MFU, card
 from .training.loss import MAX_LOGITS
 

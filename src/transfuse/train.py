@@ -28,9 +28,8 @@ from .model import Transfusion
 from .model.flops import train_flops
 from .recipes import Recipe
 from .runs import Run, held, open_run, run_device, unseen_noise
-from .runs.measures import measuring
-from .runs.samples import averaged_model, sample_grid
-from .runs.start import init_from
+from .runs.monitor import averaged_model, measuring, sample_grid
+from .runs.resolve import init_from
 from .training import (
     CheckpointFolder,
     Distributed,

@@ -21,7 +21,7 @@ from .log import logger
 from .recipes.autoencoders import AutoencoderRecipe
 from .rng import generator_for
 from .runs.folder import held, record_recipe, run_device, settle_device
-from .runs.samples import grid
+from .runs.monitor import grid
 from .train import run_trainer
 from .training import Distributed, Trainer, join
 from .training.autoencoder_loss import AutoencoderInTraining, AutoencoderObjective, ImageLoader

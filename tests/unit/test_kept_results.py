@@ -31,7 +31,7 @@ from transfuse.evaluation.captions import cider_d
 from transfuse.evaluation.confidence import Estimate
 from transfuse.evaluation.context import extremes, first_of
 from transfuse.inference import TransfusionPipeline
-from transfuse.runs.measures import is_best
+from transfuse.runs.monitor import is_best
 from transfuse.sequence import Tokenizer
 from transfuse.version import __version__
 

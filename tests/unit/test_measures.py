@@ -13,7 +13,7 @@ import transfuse
 from transfuse.errors import UserError
 from transfuse.evaluation import Result
 from transfuse.recipes import Recipe, preset
-from transfuse.runs.measures import is_best
+from transfuse.runs.monitor import is_best
 from transfuse.train import Trained, train
 from transfuse.training import LoopConfig
 from transfuse.training.metrics import read_metrics

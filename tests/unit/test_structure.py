@@ -138,7 +138,7 @@ def test_the_core_imports_no_extra() -> None:
     code = f"""
 import sys
 for name in {extras.split()!r}: sys.modules[name] = None
-import transfuse.cli, transfuse.train, transfuse.inference, transfuse.runs.samples, transfuse.evaluation
+import transfuse.cli, transfuse.train, transfuse.inference, transfuse.runs.monitor, transfuse.evaluation
 import transfuse.evaluate
 """
     subprocess.run([sys.executable, "-c", code], check=True)

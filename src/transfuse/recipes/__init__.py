@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 from ..config import nearest
 from ..errors import UserError
 from .autoencoders import AUTOENCODERS, AutoencoderRecipe
-from .demo import demo
+from .baselines import chameleon_32, llama_32, llama_32_stable, transfusion_32
 from .paper import PAPER
 from .recipe import VERSION, Recipe
-from .rivals import chameleon_32, llama_32, llama_32_stable, transfusion_32
-from .small import epsilon_32, latent_64, small_64, tiny
+from .small import demo, epsilon_32, latent_64, small_64, tiny
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "demo": demo,

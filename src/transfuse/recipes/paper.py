@@ -24,8 +24,8 @@ from ..export import GenerationConfig
 from ..model import SIZES, ModelConfig
 from ..sequence import ImageAttention
 from ..training import LoopConfig, OptimizerConfig
+from .baselines import PAPER_RATE, by_codes, stable, text_only
 from .recipe import DataConfig, Recipe
-from .rivals import PAPER_RATE, by_codes, stable, text_only
 
 Adapter = Literal["linear", "unet"]
 ROW_LENGTH = 4096

@@ -17,21 +17,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
+from ..config import to_dict
+from ..convert.hf_llama import check_transformer, marker_rows, read_llama_config, start_from_llama
 from ..data import Mixture
 from ..data.bundled import World, caption, edit, glosses
 from ..diffusion import Process, Sampler
 from ..errors import UserError
+from ..export import describe, load_weights
+from ..folders import bundled_name, is_export, places
 from ..io import atomic_write
 from ..log import logger
+from ..model import Transfusion
 from ..recipes.autoencoders import AUTOENCODERS
 from ..recipes.recipe import Recipe
 from ..sequence import SequenceFormat, Tokenizer
 from ..training.metrics import check_trackers
 from .folder import record_recipe, settle_device
 from .sources import Sources, mixture, open_sources
-from .start import init_tokenizer, resolve_init
 
 TOKENIZER_CAPTIONS = 4000  # captions of the bundled world that a tokenizer is trained on, next to the definitions
 EDITED = 100  # scenes of a world whose edits are tried before training
@@ -236,3 +241,77 @@ def _with_model(recipe: Recipe, name: str, value: int, reason: str) -> Recipe:
         return recipe
     logger.info(f"model.{name}: {value}, {reason}")
     return replace(recipe, model=replace(recipe.model, **{name: value}))  # type: ignore[arg-type]
+
+
+# --- initial weights -------------------------------------------------------------------------------------------------
+
+
+def resolve_init(recipe: Recipe) -> Recipe:
+    """Return the recipe with the settings that `start` determines, and log the changes.
+
+    An export determines the network, diffusion process, autoencoder and generation settings; with `start_strict` off,
+    the vocabulary alone. A Llama determines the shape of the transformer.
+
+    Raises UserError for a folder that is neither, or does not fit.
+    """
+    folder = Path(recipe.start)
+    if not is_export(folder):
+        return _with_llama_shape(recipe, folder)
+    if bundled_name(folder) is None:
+        folder = folder.resolve()  # the run may be resumed or exported from another directory
+    export = describe(folder)
+    if not recipe.start_strict:
+        return replace(
+            recipe, start=str(folder), model=replace(recipe.model, text_vocab_size=export.model.text_vocab_size)
+        )
+    name = "pixels" if export.autoencoder.name == "pixels" else str(export.place["autoencoder"])
+    parts = {
+        "model": export.model,
+        "diffusion": export.diffusion,
+        "generation": export.generation,
+        "data": replace(recipe.data, autoencoder=name),
+    }
+    changed = [
+        f"{part}.{field} {value}"
+        for part, values in parts.items()
+        for field, value in to_dict(values).items()
+        if to_dict(getattr(recipe, part))[field] != value
+    ]
+    if changed:
+        logger.info(f"{', '.join(changed)}, to start from {folder}")
+    return replace(recipe, start=str(folder), **parts)  # type: ignore[arg-type]
+
+
+def _with_llama_shape(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with the shape of a Llama folder's transformer."""
+    fields: dict[str, Any] = read_llama_config(folder, recipe.model.max_seq_len)
+    ids = init_tokenizer(folder).vocab_size
+    fields["text_vocab_size"] = max(fields["text_vocab_size"], ids)
+    changed = {name: value for name, value in fields.items() if getattr(recipe.model, name) != value}
+    model = replace(recipe.model, **changed)
+    check_transformer(model, folder, recipe.start_strict)
+    if changed:
+        logger.info(f"model: {', '.join(f'{name} {value}' for name, value in changed.items())}, to start from {folder}")
+    return replace(recipe, model=model)
+
+
+def init_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of `start`, with the markers of images."""
+    return Tokenizer.load(places(folder)["tokenizer.json"]) if is_export(folder) else Tokenizer.adopt(folder)
+
+
+def init_from(model: Transfusion, folder: Path, tokenizer: Tokenizer, strict: bool) -> str:
+    """Load a folder's weights into a model on the CPU and return how many fit, in words.
+
+    Raises UserError if they do not fit.
+    """
+    if not is_export(folder):
+        return str(start_from_llama(model, folder, strict, marker_rows(folder, tokenizer)))
+    export = describe(folder)
+    if strict and export.model != model.config:
+        raise UserError(f"{folder}: expected the network that the run began with, found another")
+    loaded = load_weights(model, export.place["model.safetensors"], strict)
+    total = len(list(model.parameters()))
+    if loaded == 0:
+        raise UserError(f"{folder}: expected weights that fit this network, found none of {total}")
+    return f"{'all' if loaded == total else f'{loaded} of'} {total} weights, and none of the optimiser's"

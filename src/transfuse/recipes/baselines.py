@@ -11,19 +11,22 @@ same names with a size of the paper in front (`chameleon-0.76b`) are the paper's
 As in the paper, half of the positions that an arm is trained on are text and half are captioned pictures, and a step
 has as many positions in every arm that draws. At equal positions they therefore read equally much text, while a
 Chameleon, whose pictures take four times the positions, sees fewer pictures. Text alone has half the positions a step:
-the text of the others. `transfuse study rivals` gives those that draw the same 6 N D, and measures all alike.
+the text of the others. `transfuse study baselines` gives those that draw the same 6 N D, and measures all alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..config import nearest
 from ..diffusion import DiffusionConfig, SamplerConfig
+from ..errors import UserError
 from ..export import GenerationConfig
 from ..training import OptimizerConfig
-from .demo import demo
 from .recipe import Recipe
+from .small import demo
 
 STABILITY: dict[str, Any] = {"qk_norm": True, "norm_order": "swin"}
 """of the network; the z-loss and AdamW's settings go with it (`stable`)"""
@@ -102,3 +105,63 @@ def llama_32() -> Recipe:
 def llama_32_stable() -> Recipe:
     """The same with Chameleon's stability set."""
     return replace(stable(llama_32()), preset="llama-32-stable")
+
+
+# --- variants of several sizes, for studies ---------------------------------------------------------------------------
+
+SCALES: dict[str, tuple[int, int]] = {
+    "xxs": (64, 2),
+    "xs": (128, 4),
+    "s": (192, 5),
+    "m": (256, 6),
+    "l": (384, 8),
+    "xl": (512, 10),
+    "xxl": (768, 12),
+}
+"""channels and blocks, for transformers of 0.4, 1.4, 3.2, 6.2, 17, 36 and 90 million parameters; m is the presets'"""
+HEAD_CHANNELS = 64
+UNET_CHANNELS = (64, 128)
+"""3.1 to 3.3 million parameters at any size: a fixed extra, as the paper's 0.27 billion are (Table 7)"""
+
+
+def transfusion_32_unet() -> Recipe:
+    """`transfusion-32` with U-Net patch layers (section 4.3.3)."""
+    base = transfusion_32()
+    return replace(base, model=replace(base.model, adapter="unet", unet_channels=UNET_CHANNELS))
+
+
+ARMS: dict[str, Callable[[], Recipe]] = {
+    "transfusion": transfusion_32,
+    "transfusion-unet": transfusion_32_unet,
+    "chameleon": chameleon_32,
+    "llama": llama_32,
+}
+"""Figure 5's two, the paper's better Transfusion, and the text of both alone"""
+
+
+def scaled(recipe: Recipe, size: str) -> Recipe:
+    """Return the recipe with a transformer of another size. Raises UserError for a size that is not in `SCALES`.
+
+    Those wider than the preset's learn at a rate less by as many times (Adam's rule of thumb, not tuned here); the
+    paper takes one rate for all sizes.
+    """
+    if size not in SCALES:
+        raise UserError(f'size: unknown name "{size}"{nearest(size, SCALES)}')
+    (width, depth), model, optimizer = SCALES[size], recipe.model, recipe.optimizer
+    slower = min(1.0, model.d_model / width)
+    return replace(
+        recipe,
+        model=replace(model, d_model=width, n_layers=depth, n_heads=width // HEAD_CHANNELS, d_ff=3 * width),
+        optimizer=replace(
+            optimizer,
+            learning_rate=optimizer.learning_rate * slower,
+            final_learning_rate=optimizer.final_learning_rate * slower,
+        ),
+    )
+
+
+def arm_recipe(arm: str, size: str) -> Recipe:
+    """An arm at a size. Raises UserError for another arm or size."""
+    if arm not in ARMS:
+        raise UserError(f'arm: unknown name "{arm}"{nearest(arm, ARMS)}')
+    return scaled(ARMS[arm](), size)
