@@ -160,15 +160,14 @@ def test_every_picture_says_how_it_was_made(home: Path) -> None:
     assert {"prompt": "a crab", "seed": 5, "steps": 2, "sampler": "ddim"}.items() <= found.items()
 
 
-def test_chat(home: Path) -> None:
-    """Through a pipe: words and paths on standard output, each mistake a line on standard error, and it goes on."""
+def test_chat(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words and paths on standard output, each mistake a line on standard error, after which it continues."""
     PIL.Image.new("RGB", (32, 32), "red").save(home / "shown.png")
     typed = ["/save", "a crab", "", "/image shown.png", "what is it", "/save copy.png", "/seed x", "/seed 9"]
     typed += ["/nothing", "/image none.png", "crab " * 400, "/help", "/new", "a boat", "/quit", "never read"]
-    command = [*COMMAND, "chat", "--model", "runs/tiny/export", "--draw", "force", "--out", "talk"]
-    result = subprocess.run(
-        command, cwd=home, env=ENVIRONMENT, input="\n".join(typed), capture_output=True, text=True, timeout=300
-    )
+    command = ["chat", "--model", "runs/tiny/export", "--out", "talk"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
+    result = transfuse(home, *command, "--draw", "force")
     assert result.returncode == 0, result.stderr
     errors = result.stderr.splitlines()
     assert len(errors) == 5, result.stderr
@@ -191,8 +190,8 @@ def test_chat(home: Path) -> None:
     assert settings[1]["images_in_prompt"] == 2, "the one it drew, and the one it was shown"
     assert settings[3]["prompt"] == "a boat", "all else is forgotten"
     assert "/quit" in result.stdout
-    ended = subprocess.run([*command, "--draw", "never"], cwd=home, env=ENVIRONMENT, input="", capture_output=True)
-    assert ended.returncode == 0, "the end of the input is the end"
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert transfuse(home, *command, "--draw", "never").returncode == 0, "the end of the input is the end"
 
 
 def test_pictures_on_terminals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,10 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         assert name in overview()
         assert run([*name.split(), "--help"]) == 0
         assert f"$ transfuse {name}" in capsys.readouterr().out or name == "completion"
+    assert run(["plan", "tiny", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "$ transfuse plan 7b" in shown
+    assert "(default: 30)" in shown, "the preset's own number of steps"
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"transfuse {transfuse.__version__}\n"
     assert run(["data"]) == 0

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, update_wrapper
+from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
@@ -56,12 +56,14 @@ def parse(function: Callable[..., int], words: Sequence[str], name: str) -> part
     if "recipe" in hints:
         if words and words[0] in ("-h", "--help"):
             return partial(print_presets, function, hints["recipe"], name)
-        function = partial(function, recipe=starting_recipe(hints["recipe"], words, name))
+        doc, function = function.__doc__, partial(function, recipe=starting_recipe(hints["recipe"], words, name))
+        function.__doc__ = doc
 
+    @wraps(function)
     def call(*values: Any, **options: Any) -> partial[int]:
         return partial(function, *values, **options)
 
-    return read(update_wrapper(call, function), words, name)
+    return read(call, words, name)
 
 
 def read(kind: Callable[..., T], words: Sequence[str], name: str) -> T:

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from ..config import nearest
 from ..errors import UserError
-from ..folders import is_export
+from ..folders import bundled_models, is_export
 from .options import Flat
 from .writing import ModelChoice, default_model
 
@@ -58,7 +59,8 @@ def serve(*, model: ModelChoice, options: Annotated[ServeOptions, Flat]) -> int:
         raise UserError(f"serve: --port: expected 0 to 65535, found {options.port}")
     folder = model.model or default_model()
     if not is_export(folder):
-        raise UserError(f"{folder}: expected an export folder with a config.json, found none")
+        hint = nearest(str(folder), bundled_models(), "")
+        raise UserError(f"{folder}: expected an export folder with a config.json, found none{hint}")
     try:
         from ..serving.engine_client import QueueConfig
         from ..serving.middleware import LOOPBACK, AccessConfig
