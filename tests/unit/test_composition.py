@@ -46,7 +46,7 @@ def oracle(scenes, pictures):
 
 @pytest.fixture(scope="module")
 def detector() -> SceneDetector:
-    return train_scene_detector(replace(WORLD, nouns=3), steps=110, test_scenes=120)
+    return train_scene_detector(replace(WORLD, nouns=3), steps=70, test_scenes=80)
 
 
 def test_detector_finds_names_and_counts(detector: SceneDetector) -> None:
