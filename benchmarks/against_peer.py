@@ -39,7 +39,7 @@ from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Done, Engine, ImageProgress, Request
 from transfuse.inference.onednn import pack
-from transfuse.inference.quantize import Quantize, check_quantize, quantize
+from transfuse.inference.pipeline import Quantize, check_quantize, quantize_blocks
 from transfuse.model import ModelConfig, Transfusion
 from transfuse.model.flops import train_flops
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate
@@ -293,7 +293,7 @@ def our_engine(scale: Scale, dtype: torch.dtype, context: int = 4096, kind: Quan
     if kind is None:
         pack(model)  # as `transfuse.load` does
     else:
-        quantize(model, kind, check_quantize(kind, torch.device("cpu")))
+        quantize_blocks(model, kind, check_quantize(kind, torch.device("cpu")))
     return Engine(Exported(model, process, Pixels(), tokenizer, scale.side, GenerationConfig()))
 
 

@@ -11,7 +11,17 @@ ROOMS = [  # what has been rewritten so far
     *(f"tests/unit/test_{name}.py" for name in ("scene_fingerprints", "world", "open_set", "report")),
     *(
         f"src/transfuse/{room}"
-        for room in ("autoencoders", "cli", "convert", "diffusion", "evaluation", "model", "sequence", "training")
+        for room in (
+            "autoencoders",
+            "cli",
+            "convert",
+            "diffusion",
+            "evaluation",
+            "inference",
+            "model",
+            "sequence",
+            "training",
+        )
     ),
     # metrics.py has the title of a table in `results.json`, which keeps its words.
     *(str(path.relative_to(ROOT)) for path in (ROOT / "src/emoji_scenes").glob("*.py") if path.stem != "metrics"),

@@ -47,7 +47,7 @@ def intervals(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return start.long(), end.long()
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(st.one_of(layouts(), intervals()), st.sampled_from([1, 4, 16, 128]))
 def test_the_block_mask_is_what_torch_makes_of_all_pairs(seen: tuple[Tensor, Tensor], block: int) -> None:
     """Every table to the last number, the order of columns included, for queries and for keys."""

@@ -10,85 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import exported, latent
-from test_chameleon import STABLE, coded, codes
+from conftest import latent
+from engines import ARMS, POSITIONS, alone, codes, exactly, finish, plain, some_request
 
 from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
-from transfuse.export import Exported
-from transfuse.inference import Done, Engine, Event, ImageProgress, ImageStart, Request, Start
-from transfuse.inference.onednn import pack
+from transfuse.inference import Done, Engine, ImageProgress, ImageStart, Request
 from transfuse.sequence import Document, Image, Text, Tokenizer
-
-
-def packed(one: Exported) -> Exported:
-    """Row-invariant, and one that draws now and then."""
-    with torch.no_grad():
-        one.model.lm_head.weight[one.tokenizer.boi] *= 3
-    pack(one.model)
-    return one
-
-
-ARMS = {
-    "linear": lambda tokenizer: packed(exported(tokenizer)),
-    "unet": lambda tokenizer: packed(exported(tokenizer, adapter="unet")),
-    "causal": lambda tokenizer: packed(exported(tokenizer, image_attention="causal", n_kv_heads=2)),
-    "codes": lambda tokenizer: packed(coded(tokenizer)),
-    "stable codes": lambda tokenizer: packed(coded(tokenizer, n_kv_heads=2, **STABLE)),
-}
-POSITIONS = 256
-
-
-def some_request(draws: random.Random, is_coded: bool) -> Request:
-    """Prompts of any shape; sizes, steps, samplers and ways of guidance of every kind."""
-    size = draws.choice([(8, 8), (4, 8), (8, 4), (4, 4), (12, 8)])
-    parts: list[Text | Image] = []
-    for _ in range(draws.randrange(4)):
-        if draws.random() < 0.35:
-            rows, columns = draws.choice([(4, 4), (2, 2), (4, 6)])
-            seed = draws.randrange(99)
-            parts.append(Image(codes(rows, columns, seed) if is_coded else latent(rows, columns, seed), target=False))
-        else:
-            parts.append(Text(tuple(draws.randrange(4, 300) for _ in range(draws.choice([1, 2, 3, 5, 17, 40])))))
-    asked = Request(
-        Document(parts, closed=False),
-        draw=draws.choice(["auto", "force", "force", "never"]),
-        max_tokens=draws.choice([0, 1, 5, 12]),
-        max_images=draws.choice([1, 1, 2]),
-        size=size,
-        guidance_scale=draws.choice([0.0, 1.0, 2.0, 7.5]),
-        image_guidance_scale=draws.choice([None, None, 1.0, 1.5]),
-        temperature=draws.choice([0.0, 1.0, 2.5]),
-        top_p=draws.choice([1.0, 0.8]),
-        seed=draws.randrange(1000),
-    )
-    if is_coded:
-        return replace(asked, code_temperature=draws.choice([0.0, 1.0]), code_top_p=draws.choice([1.0, 0.7]))
-    name = draws.choice(["ddim", "ddpm", "dpmpp"])
-    eta = draws.choice([0.0, 0.5]) if name == "ddim" else 0.0
-    start = None
-    if draws.random() < 0.3:
-        mask = torch.zeros(size, dtype=torch.bool) if draws.random() < 0.5 else None
-        if mask is not None:
-            mask[: size[0] // 2] = True
-        start = Start(latent(*size, seed=draws.randrange(99)), draws.choice([0.0, 0.4, 1.0]), mask)
-    return replace(
-        asked,
-        sampler=SamplerConfig(name, draws.choice([1, 2, 4]), eta),  # type: ignore[arg-type]
-        guidance_interval=draws.choice([None, None, (0.3, 0.8), (0.9, 0.95)]),
-        start=start,
-        preview_every=draws.choice([0, 1, 2]),
-    )
-
-
-def exactly(event: Event) -> list[object]:
-    """As `told`, with the bits of every tensor."""
-    plain = [value.numpy().tobytes() if isinstance(value, torch.Tensor) else value for value in vars(event).values()]
-    return [type(event).__name__, *plain[1:]]
-
-
-def alone(one: Exported, request: Request) -> list[list[object]]:
-    return [exactly(event) for event in Engine(one).run([request])]
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -125,26 +53,6 @@ def test_any_schedule_gives_what_each_request_gives_alone(tokenizer: Tokenizer, 
         mine = told_of[number]
         assert mine == whole[: len(mine)], (number, asked)
         assert len(mine) == len(whole) or number in cancelled
-
-
-def plain(document: Document | None = None, **changes: object) -> Request:
-    """Eight by eight pixels in three steps."""
-    base = Request(
-        document or Document([Text((10, 11, 12))], closed=False),
-        draw="force",
-        max_tokens=0,
-        size=(8, 8),
-        sampler=SamplerConfig("ddim", 3),
-        seed=5,
-    )
-    return replace(base, **changes)  # type: ignore[arg-type]
-
-
-def finish(engine: Engine) -> list[Event]:
-    events = []
-    while engine.busy:
-        events += engine.step()
-    return events
 
 
 @pytest.mark.parametrize("arm", ["linear", "codes"])
@@ -219,30 +127,30 @@ def tensors() -> int:
 
 
 @pytest.mark.parametrize("arm", ["linear", "codes"])
-@pytest.mark.parametrize("ticks", [0, 1, 2, 3, 7, None], ids=str)
-def test_memory_comes_back(tokenizer: Tokenizer, arm: str, ticks: int | None) -> None:
+def test_memory_comes_back(tokenizer: Tokenizer, arm: str) -> None:
     """After the end, and after a cancel in every phase: waiting, prompt read, drawing begun, half drawn, writing."""
     engine = Engine(ARMS[arm](tokenizer), slots=2, positions=POSITIONS)
     picture = codes(4, 4) if arm == "codes" else latent(8, 8)
     document = Document([Text((9,) * 30), Image(picture, target=False), Text((9,))], closed=False)
     asked = plain(document, max_tokens=9, image_guidance_scale=2.0, preview_every=1)
     engine.submit(asked)
-    finish(engine)  # what is taken once: the cache, the null prefix
+    finish(engine)  # allocates once: the cache, the null prefix
     before = tensors()
-    numbers = [engine.submit(replace(asked, seed=seed)) for seed in range(4)]
-    if ticks is None:
-        finish(engine)
-    else:
-        for _ in range(ticks):
-            engine.step()
-        assert engine.busy
-        for number in numbers:
-            engine.cancel(number)
-    assert not engine.busy
-    assert len(engine.slots) == 2
-    assert engine.step() == []
-    assert tensors() <= before  # fewer where another test's went meanwhile
-    engine.cancel(numbers[0])  # an end and a cancel may cross
+    for ticks in (0, 1, 2, 3, 7, None):
+        numbers = [engine.submit(replace(asked, seed=seed)) for seed in range(4)]
+        if ticks is None:
+            finish(engine)
+        else:
+            for _ in range(ticks):
+                engine.step()
+            assert engine.busy
+            for number in numbers:
+                engine.cancel(number)
+        assert not engine.busy
+        assert len(engine.slots) == 2
+        assert engine.step() == []
+        assert tensors() <= before  # fewer where another test's went meanwhile
+        engine.cancel(numbers[0])  # an end and a cancel may cross
 
 
 def test_whoever_was_there_before_is_not_seen(tokenizer: Tokenizer) -> None:

@@ -11,7 +11,6 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,12 @@ import PIL.Image
 import pytest
 import torch
 from conftest import latent, randomised, tiny
+from engines import CODEBOOK, PROMPT, STABLE, asking, chameleon, coded, codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from transfuse.autoencoders import (
-    AutoencoderConfig,
     ImageAutoencoder,
     Pixels,
     VQTokenizer,
@@ -64,19 +63,8 @@ from transfuse.sequence import (
 )
 from transfuse.training import ObjectiveConfig, TokenObjective, TransfusionObjective
 
-CODEBOOK = 24
-STABLE = {"qk_norm": True, "norm_order": "swin"}
 SEED = 11
 G = SequenceFormat(bos=0, eos=1, boi=2, eoi=3, patch_size=1, first_code=100)
-
-
-def codes(rows: int, columns: int, seed: int = 0, size: int = CODEBOOK) -> Tensor:
-    return torch.randint(size, (rows, columns), generator=torch.Generator().manual_seed(seed))
-
-
-def chameleon(**changes: object) -> ModelConfig:
-    own = {"images": "codes", "codebook_size": CODEBOOK, "patch_size": 1, "image_attention": "causal"}
-    return tiny(**{**own, "unet_channels": None, "patch_positions": "none", **changes})
 
 
 def llama(**changes: object) -> ModelConfig:
@@ -498,36 +486,10 @@ def test_dropout_is_of_training_alone(tokenizer: Tokenizer) -> None:
 
 # --- drawing by codes ---
 
-PROMPT = Document([Text((10, 11, 12))], closed=False)
-
-
-@cache
-def small_vq() -> VQTokenizer:
-    """Two pixels a code."""
-    config = AutoencoderConfig(
-        "vq", widths=(8, 16), blocks=1, groups=4, latent_channels=4, codebook_size=CODEBOOK, code_channels=4
-    )
-    return VQTokenizer(ImageAutoencoder(config).initialise(0).eval().requires_grad_(False))
-
-
-def coded(tokenizer: Tokenizer, **changes: object) -> Exported:
-    """A Chameleon with random weights, large ones: what it draws depends on all that it reads."""
-    model = randomised(chameleon(**changes)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.mul_(3)
-    return Exported(model, Process(DiffusionConfig()), small_vq(), tokenizer, 8, GenerationConfig())
-
 
 def text_only(tokenizer: Tokenizer, **changes: object) -> Exported:
     model = randomised(llama(**changes)).eval().requires_grad_(False)
     return Exported(model, Process(DiffusionConfig()), Pixels(), tokenizer, 8, GenerationConfig())
-
-
-def asking(document: Document = PROMPT, **changes: object) -> Request:
-    """A greedy picture of 4 x 4 codes and no more."""
-    base = Request(document, draw="force", max_tokens=0, size=(8, 8), code_temperature=0.0, seed=5)
-    return replace(base, **changes)  # type: ignore[arg-type]
 
 
 def pictures(engine: Engine, *requests: Request) -> list[Tensor]:

@@ -8,8 +8,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import exported, latent
-from test_batching import ARMS, POSITIONS, packed, plain
-from test_chameleon import codes
+from engines import ARMS, POSITIONS, codes, packed, plain
 
 from transfuse.errors import UserError
 from transfuse.inference import Conversation, Done, Engine, Event, ImageEnd, TextDelta, TransfusionPipeline

@@ -11,7 +11,7 @@ from conftest import BYTES, chained, linked, of_bytes
 from tokenizers import decoders, models
 
 from transfuse.inference import Conversation, Done, Event, ImageEnd, ImageStart, Request, TextDelta, TransfusionPipeline
-from transfuse.inference.detokenizer import Detokenizer
+from transfuse.inference.sequence_state import Detokenizer
 from transfuse.sequence import Document, Text, Tokenizer
 from transfuse.sequence.tokenizer import SPECIAL
 

@@ -12,15 +12,14 @@ import PIL.Image
 import pytest
 import torch
 from conftest import exported, latent
-from test_batching import packed, plain
-from test_chameleon import asking, coded
+from engines import asking, coded, packed, plain
 
 import transfuse
 from transfuse.diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from transfuse.errors import UserError
 from transfuse.images import read_settings, save_png
 from transfuse.inference import Done, Engine, ImageEnd, ImageProgress, Request, Start, TransfusionPipeline
-from transfuse.inference.pictures import latent_mask, settings_of
+from transfuse.inference.settings import latent_mask, settings_of
 from transfuse.sequence import Document, Image, Text, Tokenizer
 
 SAMPLERS = [

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import exported
-from test_chameleon import coded
+from engines import coded
 
 from transfuse.inference import Done, Engine, Event, Failed, ImageEnd, TextDelta, TransfusionPipeline
 from transfuse.inference.model_runner import ModelRunner

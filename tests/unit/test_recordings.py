@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_batching import ARMS, POSITIONS, alone, exactly, finish, plain, some_request
+from engines import ARMS, POSITIONS, alone, exactly, finish, plain, some_request
 from torch import Tensor
 
 import transfuse
 from transfuse.diffusion import SamplerConfig
-from transfuse.inference import Engine, ImageEnd
+from transfuse.inference import Engine, ImageEnd, TransfusionPipeline
 from transfuse.inference.cuda_graphs import KEPT, GraphCache, Work
 from transfuse.inference.model_runner import ModelRunner
-from transfuse.inference.warmup import warm_up
 from transfuse.model.transfusion import Output
 from transfuse.sequence import Tokenizer
 
@@ -141,8 +140,8 @@ def test_without_cuda_nothing_is_recorded_or_kept(served: Path) -> None:
 
 
 def test_warming_up_leaves_no_cache_behind(tokenizer: Tokenizer) -> None:
-    network, recorder = recording(ARMS["linear"](tokenizer))
-    engine = Engine(network)
-    warm_up(engine, plain(), rows=2)
+    pipe, recorder = TransfusionPipeline(ARMS["linear"](tokenizer)), Recorder()
+    pipe.engine.runner.record = recorder  # type: ignore[assignment]
+    pipe.warm_up(rows=2)
     assert recorder.played
-    assert engine._last is None
+    assert pipe.engine._last is None

@@ -9,8 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import exported, latent
-from test_batching import ARMS
-from test_chameleon import coded
+from engines import ARMS, coded
 
 from transfuse.errors import UserError
 from transfuse.inference import Request, TextDelta, TransfusionPipeline, score
@@ -84,10 +83,10 @@ def test_the_best_candidate_is_kept_and_its_seed_draws_it_again(pipe: Transfusio
 def test_answers_with_a_picture_come_before_those_without(pipe: TransfusionPipeline) -> None:
     first = replace(pipe.request([PROMPTS[0]], *settings(pipe).values()), max_tokens=16, temperature=1.0)
     kept = pipe.replies([replace(first, seed=seed) for seed in range(6)], candidates=6)
-    alone = [[pipe.replies([replace(first, seed=seed + n * CANDIDATE)])[0] for n in range(6)] for seed in range(6)]
-    assert any(one.images for some in alone for one in some)
-    for seed, (reply, some) in enumerate(zip(kept, alone, strict=True)):
-        assert bool(reply.images) == any(one.images for one in some)
+    every = pipe.replies([replace(first, seed=seed + n * CANDIDATE) for seed in range(6) for n in range(6)])
+    assert any(reply.images for reply in every)
+    for seed, reply in enumerate(kept):
+        assert bool(reply.images) == any(candidate.images for candidate in every[6 * seed : 6 * seed + 6])
         assert reply.images or reply.seed == seed
     never = pipe.replies([replace(first, draw="never", seed=3)], candidates=2)[0]
     assert (never.seed, never.images) == (3, [])

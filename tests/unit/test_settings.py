@@ -14,8 +14,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import BYTES, chained, exported, linked
-from test_batching import packed
-from test_chameleon import coded
+from engines import coded, packed
 
 import transfuse
 from transfuse.cli import run
@@ -24,7 +23,7 @@ from transfuse.errors import UserError
 from transfuse.export import Exported, GenerationConfig, save_export
 from transfuse.images import read_settings
 from transfuse.inference import ImageEnd, Request, TransfusionPipeline
-from transfuse.inference.pictures import parse_settings, request_again, settings_of
+from transfuse.inference.settings import parse_settings, request_again, settings_of
 from transfuse.sequence import Document, Text, Tokenizer
 
 

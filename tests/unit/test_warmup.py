@@ -10,10 +10,9 @@ import pytest
 import torch
 from conftest import exported
 
-from transfuse.inference import TransfusionPipeline
+from transfuse.inference import Engine, TransfusionPipeline
 from transfuse.inference.model_runner import GUIDANCE, ModelRunner, StepInput
 from transfuse.inference.onednn import pack
-from transfuse.inference.pipeline import Engine
 from transfuse.sequence import Tokenizer
 
 
@@ -39,7 +38,7 @@ def test_both_ways_give_the_same_bytes(pipe: TransfusionPipeline) -> None:
     found = {}
     for way in GUIDANCE:
         pipe.engine.runner.guidance = way
-        found[way] = pipe._latents(requests, None)
+        found[way] = pipe.latents(requests)
     for one, other in zip(found["packed"], found["sequential"], strict=True):
         assert torch.equal(one, other)
 
@@ -55,7 +54,7 @@ def test_the_faster_way_is_kept(pipe: TransfusionPipeline, monkeypatch, cost: st
         return plain(self, cache, feeds, predict)
 
     monkeypatch.setattr(ModelRunner, "forward", forward)
-    monkeypatch.setattr("transfuse.inference.warmup.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("transfuse.inference.pipeline.time.perf_counter", lambda: clock[0])
     before = pipe("a crab", num_inference_steps=3, guidance_scale=3.0, generator=5, output_type="latent").images[0]
     seconds = pipe.warm_up()
     assert min(seconds, key=seconds.__getitem__) == faster == pipe.engine.runner.guidance

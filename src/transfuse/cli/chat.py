@@ -123,7 +123,7 @@ class _Session:
     def reply(self, line: str) -> None:
         """Say a line, with the pictures shown before it, and print the reply as it comes."""
         from ..inference import ImageEnd, TextDelta
-        from ..inference.pictures import settings_of
+        from ..inference.settings import settings_of
 
         parts: list[str | np.ndarray] = [*self.shown, line]
         settings: dict[str, Any] = {"seed": self.seed, "draw": self.options.draw}

@@ -188,7 +188,7 @@ def generate(
 
 def _reply(pipe: TransfusionPipeline, prompt: str, sample: SampleOptions, out: Path) -> dict[str, Any]:
     """Draw a reply, save its images and return what is in it, as JSON."""
-    from ..inference.pictures import settings_of
+    from ..inference.settings import settings_of
 
     request = replace(pipe.request([prompt], sample.steps, sample.guidance_scale), seed=sample.seed, draw=sample.draw)
     if sample.max_tokens is not None:
@@ -224,7 +224,7 @@ def _draw_again(file: Path, model: Path | None, out: Path, images: Sequence[Path
     from .. import load
     from ..images import read_image, read_settings
     from ..inference import ImageEnd
-    from ..inference.pictures import parse_settings, request_again, settings_of
+    from ..inference.settings import parse_settings, request_again, settings_of
 
     settings = parse_settings(read_settings(file), str(file))
     shown = [read_image(path) for path in images]
@@ -314,8 +314,8 @@ def edit(
         raise UserError(f'edit: expected the image first, found the prompt: transfuse edit {prompt} "{image}"')
     pipe = model.load()
     from ..images import fit, read_image, read_mask
-    from ..inference.pictures import settings_of
     from ..inference.sequence_state import with_image_guidance
+    from ..inference.settings import settings_of
 
     side = pipe.exported.image_size
     pixels = read_image(image)

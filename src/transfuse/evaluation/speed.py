@@ -116,7 +116,7 @@ def _drawing_flops(context: EvalContext, requests: list[Request]) -> float:
     """Return the operations of all denoising steps; each branch sees its prompt and its own patches."""
     config, engine, process = context.pipe.exported.model.config, context.pipe.engine, context.pipe.exported.process
     side = context.pipe.exported.image_size // context.pipe.exported.autoencoder.factor
-    patches = engine.runner.patches(side, side)
+    patches = side * side // config.patch_size**2
     total = 0
     for request in requests:
         levels = [t / process.config.timesteps for t in Sampler(process, request.sampler).timesteps]

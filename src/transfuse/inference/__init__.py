@@ -11,34 +11,19 @@ from typing import TYPE_CHECKING, Any
 from .events import Done, Event, Failed, ImageEnd, ImageProgress, ImageStart, TextDelta
 
 if TYPE_CHECKING:
-    from .conversation import Conversation
     from .engine import Engine
-    from .pipeline import Reply, TransfusionPipeline
+    from .pipeline import Conversation, Reply, TransfusionPipeline
     from .scoring import TokenScores, score
     from .sequence_state import Request, Start
 
 __all__ = [
-    "Conversation",
-    "Done",
-    "Engine",
-    "Event",
-    "Failed",
-    "ImageEnd",
-    "ImageProgress",
-    "ImageStart",
-    "Reply",
-    "Request",
-    "Start",
-    "TextDelta",
-    "TokenScores",
-    "TransfusionPipeline",
-    "score",
-]
+    "Conversation", "Done", "Engine", "Event", "Failed", "ImageEnd", "ImageProgress", "ImageStart", "Reply", "Request",
+    "Start", "TextDelta", "TokenScores", "TransfusionPipeline", "score",
+]  # fmt: skip
 
 LAZY = {
-    "conversation": ("Conversation",),
     "engine": ("Engine",),
-    "pipeline": ("Reply", "TransfusionPipeline"),
+    "pipeline": ("Conversation", "Reply", "TransfusionPipeline"),
     "scoring": ("TokenScores", "score"),
     "sequence_state": ("Request", "Start"),
 }

@@ -1,40 +1,38 @@
-"""Passes that come again are recorded, and played back: CUDA graphs.
+"""CUDA graphs: a pass of a shape that comes again is recorded, and replayed from then on.
 
-A pass starts hundreds of small kernels, and on a GPU starting them takes longer than what they compute: a token of the
-0.37B network 10.7 ms, where reading its weights takes 0.2. A recording starts them all at once, and takes 2.4
-(docs/benchmarks.md).
-
-It holds addresses and sizes, so it serves passes of one shape alone: a drawing has one for all its steps, writing one
-for the 64 positions that share a number of keys. What differs between them is copied into the tensors that were there
-at recording. A shape is recorded when it comes for the second time: the first warms up what must not be recorded, and
-shapes that come once, as most prompts, cost nothing.
+A pass starts hundreds of small kernels, and on a GPU starting them takes longer than computing them; a recording
+starts them all at once (docs/benchmarks.md). It holds addresses and sizes, so it serves passes of one shape: all steps
+of an image, or the 64 tokens that read the same number of keys. What differs between them is copied into the tensors of
+the recorded pass. A shape is recorded when it comes for the second time: the first pass warms up what must not be
+recorded, and shapes that come once, as most prompts do, cost nothing.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..model.transfusion import Output
+from ..model import Output
 
 Work = Callable[[], Output]
 Record = Callable[[Work], tuple[Callable[[], object], Output]]
-"""Record what work does, without doing it: how to do it again, and where its output will lie."""
+"""Record work without doing it: return how to replay it, and the tensors that hold its output then."""
+Recording = tuple[Sequence[Tensor], Callable[[], object], Output]
+"""the tensors that a replay reads, the replay, and the tensors it writes"""
 
 KEPT = 64
-"""recordings, and shapes seen once, that are remembered: those used last"""
+"""shapes that are remembered, recorded or seen once: the latest"""
 
 
 class CudaGraphs:
     """The `Record` for CUDA.
 
-    All take their memory from one pool, where one may write over what another left: outputs are copied at once. A pool
-    ends with the last recording in it, and torch then refuses its name: an empty one is kept as long as this is.
+    All graphs share one memory pool, in which one may overwrite another's output; so outputs are copied at once. A pool
+    ends with its last graph, and torch then refuses its name: an empty graph keeps it alive.
     """
 
     @cached_property
@@ -46,52 +44,40 @@ class CudaGraphs:
 
     def __call__(self, work: Work) -> tuple[Callable[[], object], Output]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device meanwhile.
+        # Other threads may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._first.pool(), capture_error_mode="thread_local"):
             output = work()
         return graph.replay, output
 
 
-@dataclass(frozen=True, eq=False)
-class Recording:
-    """inputs: what `replay` reads; output: where it leaves what it finds."""
-
-    inputs: Sequence[Tensor]
-    replay: Callable[[], object]
-    output: Output
-
-
 class GraphCache:
-    """Those of one cache, by the shape of the pass."""
+    """The recordings of one key-value cache, by the shape of the pass."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[Hashable, Recording | None] = OrderedDict()
 
     def run(self, record: Record, shape: Hashable, inputs: Sequence[Tensor], work: Work) -> Output:
-        """What `work` gives, which reads the inputs, and nothing else that another pass of this shape has otherwise."""
+        """Run `work`, or replay a recording of it if this shape came before.
+
+        Passes of one shape may differ in the content of `inputs`, and in nothing else.
+        """
         shape = (shape, tuple(tensor.shape for tensor in inputs))
-        seen = shape in self._seen
-        found = self._seen.get(shape)
-        if not seen:
+        recording = self._seen.get(shape)
+        if shape not in self._seen:
             output = work()
         else:
-            if found is None:
-                found = Recording(inputs, *record(work))
-            for ours, theirs in zip(found.inputs, inputs, strict=True):
-                if ours is not theirs:
-                    ours.copy_(theirs)
-            found.replay()
-            output = _copied(found.output)
-        self._seen[shape] = found
+            if recording is None:
+                recording = (inputs, *record(work))
+            recorded_inputs, replay, recorded = recording
+            for old, new in zip(recorded_inputs, inputs, strict=True):
+                if old is not new:
+                    old.copy_(new)
+            replay()
+            predictions = recorded.predictions
+            copied = predictions.clone() if isinstance(predictions, Tensor) else [p.clone() for p in predictions]
+            output = Output(recorded.logits.clone(), copied)
+        self._seen[shape] = recording
         self._seen.move_to_end(shape)
         if len(self._seen) > KEPT:
             self._seen.popitem(last=False)
         return output
-
-
-def _copied(output: Output) -> Output:
-    """The next one played back overwrites it."""
-    predictions = output.predictions
-    if isinstance(predictions, Tensor):
-        return Output(output.logits.clone(), predictions.clone())
-    return Output(output.logits.clone(), [one.clone() for one in predictions])

@@ -1,8 +1,7 @@
-"""How a row draws: by denoising steps (Transfusion) or code by code (Chameleon), guided by branches of its sequence.
+"""Drawing: denoising steps (Transfusion) or codes one by one (Chameleon), guided by branches of the sequence.
 
-Both have one shape: `begin` sets a drawing up in the row, `opened` hears what the pass over BOI gave, `step` takes
-one step of every drawing row in one pass and tells each row's progress; a finished image is left in `row.finished`.
-Noise and codes are drawn by (seed, image), so a row does not depend on its neighbours.
+Both decoders have one interface: `start` sets up a drawing, `on_boi` receives the logits after BOI, `step` takes one
+step of every drawing sequence in one pass and yields its progress; a finished image is left in `seq.finished`.
 """
 
 from __future__ import annotations
@@ -20,162 +19,176 @@ from ..sequence import Document, layout_document
 from .events import ImageProgress
 from .kv_cache import KeyValueCache, Segment
 from .model_runner import ModelRunner, StepInput
-from .sequence_state import Branch, CodeDrawing, Request, SequenceState, split_on_oom
+from .sequence_state import Branch, CodeDrawing, SequenceState, split_on_oom
 
 Progress = Iterator[tuple[SequenceState, ImageProgress | None]]
+Member = tuple[SequenceState, int]
+"""a sequence, and the number of one of its branches"""
 
 
 class LatentDecoder:
-    """Draws latents: the patches of every row, one sampler step each."""
+    """Draws latents: the patches of every sequence, one sampler step each."""
 
     def __init__(self, runner: ModelRunner, cache: KeyValueCache) -> None:
-        self.runner, self.cache = runner, cache
+        self.runner, self.cache, self.process = runner, cache, runner.exported.process
 
-    def start(self, row: SequenceState) -> list[StepInput]:
-        """Set up the drawing of the image that begins at `row.length`; what its branches read before it."""
-        sampler = Sampler(self.runner.exported.process, row.request.sampler)
-        generator = generator_for(row.request.seed, "image", row.images)
-        start = row.request.start
-        if start is None or row.images:
-            row.drawing = sampler.prepare(row.shape, generator, device=self.runner.device)
+    def start(self, seq: SequenceState) -> list[StepInput]:
+        """Set up the drawing of the image that begins at `seq.length`; return what its other branches read first."""
+        sampler, start = Sampler(self.process, seq.request.sampler), seq.request.start
+        generator = generator_for(seq.request.seed, "image", seq.images)
+        if start is None or seq.images:
+            seq.drawing = sampler.prepare(seq.shape, generator, device=self.runner.device)
         else:
             latent = start.latent.to(self.runner.device)
-            row.drawing = sampler.prepare_from(latent, generator, start.strength, start.mask)
-        return open_branches(self.runner, self.cache, row)
+            seq.drawing = sampler.prepare_from(latent, generator, start.strength, start.mask)
+        return open_branches(self.runner, self.cache, seq)
 
-    def on_boi(self, row: SequenceState, logits: list[Tensor]) -> None:
-        """Nothing: what comes behind BOI is no token."""
+    def on_boi(self, seq: SequenceState, logits: list[Tensor]) -> None:
+        """Do nothing: no token follows BOI."""
 
-    def cost(self, row: SequenceState) -> int:
-        """Positions that the network may compute for a row: its own, and every branch's in every step."""
-        branches = 1 + (row.request.guidance_scale != 1) + (row.request.image_guidance_scale is not None)
-        steps = row.request.sampler.steps if row.request.draw != "never" else 0
-        return row.max_len + row.request.max_images * row.patches * steps * branches
+    def cost(self, seq: SequenceState) -> int:
+        """Return the most positions the network may compute for a request: every branch's patches, in every step."""
+        request = seq.request
+        branches = 1 + (request.guidance_scale != 1) + (request.image_guidance_scale is not None)
+        steps = request.sampler.steps if request.draw != "never" else 0
+        return seq.max_len + request.max_images * seq.patches * steps * branches
 
-    def step(self, rows: Sequence[SequenceState]) -> Progress:
-        for some, predictions in split_on_oom(rows, self._predict):
-            for row in some:
-                progress = self._advance(row, predictions[row.number]) if row.number in predictions else None
-                state = _state(row)
+    def step(self, seqs: Sequence[SequenceState]) -> Progress:
+        """Take one sampler step of every sequence; an image that starts complete (strength 0) takes none."""
+        for part, predictions in split_on_oom(seqs, self._predict):
+            for seq in part:
+                before, every, progress = seq.drawing, seq.request.preview_every, None
+                assert isinstance(before, SamplerState)
+                sampler, state = Sampler(self.process, seq.request.sampler), before
+                if own := predictions.get(seq.number):
+                    state = sampler.step(before, guide(own, seq.scales[: len(own) - 1]))
+                    seq.evaluations += 1
+                    preview = state.x0 if every and state.index % every == 0 else None
+                    progress = ImageProgress(
+                        seq.number, seq.images, state.index, state.total, preview, state.x, before.t
+                    )
+                seq.drawing = state
                 if state.done:
-                    row.finished, row.drawing = self._sampler(row.request).finish(state), None
-                yield row, progress
+                    seq.finished, seq.drawing = sampler.finish(state), None
+                yield seq, progress
 
-    def _predict(self, rows: Sequence[SequenceState]) -> dict[int, list[Tensor]]:
-        """What the network makes of every branch that is needed, by the row's number."""
-        members = [(row, branch) for row in rows for branch in self._computed(row)]
-        members.sort(key=lambda member: member[1])  # those of one kind side by side: neighbours share a call
-        passes = [members] if self.runner.guidance == "packed" else _by_branch(members)
+    def _predict(self, seqs: Sequence[SequenceState]) -> dict[int, list[Tensor]]:
+        """Return the network's predictions of every branch that this step needs, by the sequence's number.
+
+        A complete image needs none, and one outside its guidance interval only the first.
+        """
+        members: list[Member] = []
+        for seq in seqs:
+            assert isinstance(seq.drawing, SamplerState)
+            guided = seq.request.guided_at(seq.drawing.t / self.process.config.timesteps)
+            needed = 0 if seq.drawing.done else len(seq.branches) if guided else 1
+            members += [(seq, branch) for branch in range(needed)]
+        members.sort(key=lambda member: member[1])  # branches of one kind are neighbours and share attention calls
+        passes = [members] if members else []
+        if self.runner.guidance == "sequential":
+            passes = [list(of_one) for _, of_one in groupby(members, key=lambda member: member[1])]
         predictions: list[Tensor] = []
-        for some in passes:
-            feeds = [self._patches(row, row.branches[branch]) for row, branch in some]
-            predictions += self.runner.forward(self.cache, feeds, [])[1] if feeds else []
-        return _of_rows(members, predictions)
+        for of_pass in passes:
+            inputs = [self._patches(seq, seq.branches[branch]) for seq, branch in of_pass]
+            predictions += self.runner.forward(self.cache, inputs, [])[1]
+        return _by_sequence(members, predictions)
 
-    def _computed(self, row: SequenceState) -> range:
-        """Its branches that this step needs: none of an image that is given whole, one where it is not guided."""
-        state, levels = _state(row), self.runner.exported.process.config.timesteps
-        return range(0 if state.done else len(row.branches) if row.request.guided_at(state.t / levels) else 1)
-
-    def _advance(self, row: SequenceState, predictions: list[Tensor]) -> ImageProgress:
-        before, every = _state(row), row.request.preview_every
-        guided = guide(predictions, row.scales[: len(predictions) - 1])
-        state = row.drawing = self._sampler(row.request).step(before, guided)
-        row.evaluations += 1
-        preview = state.x0 if every and state.index % every == 0 else None
-        return ImageProgress(row.number, row.images, state.index, state.total, preview, state.x, before.t)
-
-    def _patches(self, row: SequenceState, branch: Branch) -> StepInput:
-        state, count, start = _state(row), row.patches, branch.start
-        ends = None
+    def _patches(self, seq: SequenceState, branch: Branch) -> StepInput:
+        assert isinstance(seq.drawing, SamplerState)
+        count, start, ends = seq.patches, branch.start, None
         if self.runner.config.image_attention == "causal":
             ends = torch.arange(start + 1, start + count + 1, device=self.runner.device)
         segment = Segment(branch.slot, start, count, ends, branch.origin)
-        return StepInput(segment, [0] * count, range(count), [state.x], [state.t])
-
-    def _sampler(self, request: Request) -> Sampler:
-        return Sampler(self.runner.exported.process, request.sampler)
+        return StepInput(segment, [0] * count, range(count), [seq.drawing.x], [seq.drawing.t])
 
 
 class CodeDecoder:
-    """Draws codes: one of every row, chosen from guided logits of codes alone, then read by all its branches."""
+    """Draws codes: one of every sequence, chosen from guided logits of codes alone, then read by all its branches."""
 
     def __init__(self, runner: ModelRunner, cache: KeyValueCache) -> None:
         assert runner.grammar.first_code is not None
         self.runner, self.cache, self.first = runner, cache, runner.grammar.first_code
 
-    def start(self, row: SequenceState) -> list[StepInput]:
-        """Set up the drawing of the image that begins at `row.length`; what its branches read before it."""
-        row.drawing = CodeDrawing(generator_for(row.request.seed, "image", row.images))
-        return open_branches(self.runner, self.cache, row)
+    def start(self, seq: SequenceState) -> list[StepInput]:
+        """Set up the drawing of the image that begins at `seq.length`; return what its other branches read first."""
+        seq.drawing = CodeDrawing(generator_for(seq.request.seed, "image", seq.images))
+        return open_branches(self.runner, self.cache, seq)
 
-    def on_boi(self, row: SequenceState, logits: list[Tensor]) -> None:
-        """Logits `[id]` behind BOI, of every branch but the null one, which are known."""
-        if len(logits) < len(row.branches):
+    def on_boi(self, seq: SequenceState, logits: list[Tensor]) -> None:
+        """Keep each branch's logits `[id]` after BOI; those of the null branch are known."""
+        assert isinstance(seq.drawing, CodeDrawing)
+        if len(logits) < len(seq.branches):
             logits = [*logits, self.runner.null_branch()[1]]
-        _codes(row).logits = [scores[self.first :].clone() for scores in logits]
+        seq.drawing.logits = [row[self.first :].clone() for row in logits]
 
-    def cost(self, row: SequenceState) -> int:
-        """Positions that the network may compute for a row: its own, and every other branch's."""
-        return row.max_len + row.cfg_len
+    def cost(self, seq: SequenceState) -> int:
+        """Return the most positions the network may compute for a request: its own, and every other branch's."""
+        return seq.max_len + seq.cfg_len
 
-    def step(self, rows: Sequence[SequenceState]) -> Progress:
-        for row in rows:
-            drawing, request = _codes(row), row.request
-            logits = guide(drawing.logits, row.scales)
+    def step(self, seqs: Sequence[SequenceState]) -> Progress:
+        """Choose one code of every sequence; all branches of an unfinished image then read it."""
+        for seq in seqs:
+            drawing, request = seq.drawing, seq.request
+            assert isinstance(drawing, CodeDrawing)
+            logits = guide(drawing.logits, seq.scales)
             drawing.codes.append(sample(logits, request.code_temperature, request.code_top_p, drawing.generator))
-            if len(drawing.codes) == row.patches:
-                row.finished, row.drawing = torch.tensor(drawing.codes).view(row.shape[1:]), None
-            yield row, ImageProgress(row.number, row.images, len(drawing.codes), row.patches)
-        for some, found in split_on_oom([row for row in rows if row.drawing is not None], self._read):
-            for row in some:
-                _codes(row).logits = found[row.number]
-                row.evaluations += 1
+            if len(drawing.codes) == seq.patches:
+                seq.finished, seq.drawing = torch.tensor(drawing.codes).view(seq.shape[1:]), None
+            yield seq, ImageProgress(seq.number, seq.images, len(drawing.codes), seq.patches)
+        for part, next_logits in split_on_oom([seq for seq in seqs if seq.drawing is not None], self._read):
+            for seq in part:
+                assert isinstance(seq.drawing, CodeDrawing)
+                seq.drawing.logits = next_logits[seq.number]
+                seq.evaluations += 1
 
-    def _read(self, rows: Sequence[SequenceState]) -> dict[int, list[Tensor]]:
-        """Every branch reads the code that was chosen last; logits of the next, by the row's number."""
-        members = [(row, branch) for row in rows for branch in range(len(row.branches))]
+    def _read(self, seqs: Sequence[SequenceState]) -> dict[int, list[Tensor]]:
+        """Have every branch read the latest code, and return logits of the next one by the sequence's number."""
+        members = [(seq, branch) for seq in seqs for branch in range(len(seq.branches))]
         members.sort(key=lambda member: member[1])
-        feeds = []
-        for row, number in members:
-            branch, codes = row.branches[number], _codes(row).codes
+        inputs = []
+        for seq, number in members:
+            assert isinstance(seq.drawing, CodeDrawing)
+            branch, codes = seq.branches[number], seq.drawing.codes
             segment = Segment(branch.slot, branch.start + len(codes) - 1, 1, origin=branch.origin)
-            feeds.append(StepInput(segment, [codes[-1] + self.first]))
-        found, _ = self.runner.forward(self.cache, feeds, range(len(feeds)))
-        return _of_rows(members, list(found[:, self.first :]))
+            inputs.append(StepInput(segment, [codes[-1] + self.first]))
+        logits, _ = self.runner.forward(self.cache, inputs, range(len(inputs)))
+        return _by_sequence(members, list(logits[:, self.first :]))
 
 
-def open_branches(runner: ModelRunner, cache: KeyValueCache, row: SequenceState) -> list[StepInput]:
-    """Lay out, in the row's slot, the branches that the image beginning at `row.length` is guided by.
+def _by_sequence(members: Sequence[Member], results: Sequence[Tensor]) -> dict[int, list[Tensor]]:
+    """Return each member's result by the number of its sequence, branch after branch."""
+    by_number: dict[int, list[Tensor]] = {seq.number: [] for seq, _ in members}
+    for (seq, _), result in zip(members, results, strict=True):
+        by_number[seq.number].append(result)
+    return by_number
 
-    From the far end: the null branch, whose first positions are everybody's and copied; before it the branch that sees
-    images alone. What that one reads, BOI included, is returned.
+
+def open_branches(runner: ModelRunner, cache: KeyValueCache, seq: SequenceState) -> list[StepInput]:
+    """Place in the slot the branches that guide the image at `seq.length`, and return what they have to read.
+
+    From the slot's end: the null branch, whose first positions are the same for all and copied; before it the branch
+    that sees images alone, which reads these images and BOI.
     """
-    request, feeds = row.request, []
-    row.branches, row.scales = [Branch(row.slot, row.length + 1)], []
-    scale, image_scale, far = request.guidance_scale, request.image_guidance_scale, cache.positions
-    three = image_scale is not None and bool(row.seen)
-    null_scale = image_scale if three and image_scale is not None else scale
-    null = None
+    scale, origin, inputs = seq.request.guidance_scale, cache.positions, []
+    image_scale = seq.request.image_guidance_scale if seq.seen else None
+    null_scale = scale if image_scale is None else image_scale
+    branches = [Branch(seq.slot, seq.length + 1)]
+    null_branches = []
     if null_scale != 1:
         known = len(runner.null_tokens)
-        far -= known + row.patches
-        cache.copy(row.slot, far, runner.null_branch()[0], known)
-        null = Branch(row.slot, known, far)
-    if three:
-        parts = [replace(image, target=False) for image in row.seen]
-        layout = layout_document(Document(parts, closed=False), runner.grammar)
-        far -= len(layout) + 1 + row.patches
-        feeds = [
-            runner.read(layout, row.slot, far),
-            StepInput(Segment(row.slot, len(layout), 1, origin=far), [runner.grammar.boi]),
-        ]
-        row.branches.append(Branch(row.slot, len(layout) + 1, far))
-        row.scales.append(scale)
-    if null is not None:
-        row.branches.append(null)
-        row.scales.append(null_scale)
-    return feeds
+        origin -= known + seq.patches
+        cache.copy(seq.slot, origin, runner.null_branch()[0], known)
+        null_branches = [Branch(seq.slot, known, origin)]
+    if image_scale is not None:
+        images = [replace(image, target=False) for image in seq.seen]
+        layout = layout_document(Document(images, closed=False), runner.grammar)
+        origin -= len(layout) + 1 + seq.patches
+        boi = StepInput(Segment(seq.slot, len(layout), 1, origin=origin), [runner.grammar.boi])
+        inputs = [runner.read(layout, seq.slot, origin), boi]
+        branches.append(Branch(seq.slot, len(layout) + 1, origin))
+    seq.branches = branches + null_branches
+    seq.scales = [scale] * (len(branches) - 1) + [null_scale] * len(null_branches)
+    return inputs
 
 
 def guide(branches: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
@@ -194,36 +207,13 @@ def guide(branches: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One id of logits `[id]`: the likeliest at temperature 0, else one drawn from the nucleus."""
+    """Return one id of logits `[id]`: the most probable at temperature 0, else one drawn from the nucleus."""
     if temperature <= 0:
         return int(logits.argmax())
-    # The largest is 0: divided by the smallest temperature there is, it stays so.
+    # The largest is 0: divided by the smallest possible temperature, it stays so.
     scaled = (logits - logits.max()) / max(temperature, torch.finfo(logits.dtype).tiny)
     probabilities, order = scaled.softmax(-1).sort(descending=True)
     beyond = probabilities.cumsum(-1) - probabilities >= top_p
     beyond[0] = False
     probabilities[beyond] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
-
-
-def _by_branch(members: Sequence[tuple[SequenceState, int]]) -> list[list[tuple[SequenceState, int]]]:
-    """Members in order of their branch, a list for each."""
-    return [list(some) for _, some in groupby(members, key=lambda member: member[1])]
-
-
-def _of_rows(members: Sequence[tuple[SequenceState, int]], found: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-    """What was found for each member, by the number of its row, branch after branch."""
-    by_row: dict[int, list[Tensor]] = {row.number: [] for row, _ in members}
-    for (row, _), one in zip(members, found, strict=True):
-        by_row[row.number].append(one)
-    return by_row
-
-
-def _state(row: SequenceState) -> SamplerState:
-    assert isinstance(row.drawing, SamplerState)
-    return row.drawing
-
-
-def _codes(row: SequenceState) -> CodeDrawing:
-    assert isinstance(row.drawing, CodeDrawing)
-    return row.drawing

@@ -1,4 +1,4 @@
-"""The key-value cache, and the allocator of its slots.
+"""The key-value cache, attention over it, and the allocator of its slots.
 
 The cache is a fixed number of slots of a fixed number of positions, allocated once; nothing moves when a sequence joins
 or leaves. A forward pass is a list of `Segment`s: new positions of some slots, written in place, attending to all that
@@ -36,7 +36,8 @@ of scores may be misaligned, and the result then depends on the thread that comp
 class KeyValueCache:
     """Keys and values of `slots` sequences: two `[depth, slot, head, position, D]`, `positions` rounded up to `BLOCK`.
 
-    Their memory is allocated when first used, and on most systems page by page.
+    Their memory is allocated when first used, and on most systems page by page. `graphs` are the recorded passes that
+    read and write it.
     """
 
     def __init__(
@@ -46,8 +47,6 @@ class KeyValueCache:
         self.shape = (config.n_layers, slots, config.kv_heads, self.positions, config.head_dim)
         self.queries = config.n_heads // config.kv_heads
         self.dtype, self.device = dtype, torch.device(device)
-        self.recordings = GraphCache()
-        """captured graphs of passes that read and write these keys and values"""
 
     @cached_property
     def keys(self) -> Tensor:
@@ -56,6 +55,10 @@ class KeyValueCache:
     @cached_property
     def values(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def graphs(self) -> GraphCache:
+        return GraphCache()
 
     def clear(self, slot: int, start: int, end: int) -> None:
         """Zero positions of a slot, to the end of the block, so that no NaN of an earlier sequence remains."""
@@ -71,11 +74,11 @@ class KeyValueCache:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """`count` new positions of a sequence, from `start` on. The sequence lies in a slot from `origin` on; all else is
-    counted from there.
+    """`count` new positions of a sequence, from `start`; its position 0 is at `origin` of the slot.
 
     ends: the end (exclusive) of the keys each position sees, `[count]` int64; None: all see to the segment's end, as
-    the patches of one image do (and a single token)."""
+    the patches of one image do (and a single token).
+    """
 
     slot: int
     start: int
@@ -88,11 +91,50 @@ class Segment:
         return self.start + self.count
 
 
-class _Call:
-    """One attention call: neighbouring slots, `count` queries each, all with `length` keys from one origin on.
+class Cached:
+    """An attention backend (`Attend`) for one forward pass over the flat run of these segments, in order.
 
-    places: (slot, position) of each new position, where they do not lie side by side from one start on in every slot,
-    or where `recorded`: where they begin must not be part of a recording.
+    `shape` and `tensors` describe the pass for a recording: all that differs between `recorded` passes of one shape is
+    in the tensors.
+    """
+
+    def __init__(self, cache: KeyValueCache, segments: Sequence[Segment], recorded: bool = False) -> None:
+        def n_keys(segment: Segment) -> int:
+            # A function of the segment alone, never of its neighbours: sums of other lengths round differently.
+            if segment.count > FEW:
+                return segment.end
+            return min(-(-segment.end // BLOCK) * BLOCK, cache.positions - segment.origin)
+
+        def kind(numbered: tuple[int, Segment]) -> tuple[int, int, int, int, bool]:
+            number, segment = numbered
+            unmasked = segment.count > FEW and segment.ends is None
+            return segment.slot - number, segment.origin, segment.count, n_keys(segment), unmasked
+
+        # Neighbouring slots share a call where counts, keys and origins are equal.
+        runs = [[segment for _, segment in members] for _, members in groupby(enumerate(segments), kind)]
+        self.calls = [_Call(cache, run, n_keys(run[0]), recorded) for run in runs]
+        self.sizes = [call.positions for call in self.calls]
+        self.shape = tuple(call.shape for call in self.calls)
+        tensors = (tensor for call in self.calls for tensor in (call.mask, *(call.places or ())))
+        self.tensors = [tensor for tensor in tensors if tensor is not None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls, sizes = self.calls, self.sizes
+        if len(calls) == 1:  # nothing to split: a percent of a decoding step
+            calls[0].write(layer, k, v)
+            return calls[0].attend(layer, q).to(q.dtype)
+        # Everything is written before anything is read: segments of one pass may continue one another.
+        for call, keys, values in zip(calls, k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True):
+            call.write(layer, keys, values)
+        outputs = [call.attend(layer, query) for call, query in zip(calls, q.split_with_sizes(sizes), strict=True)]
+        return torch.cat(outputs).to(q.dtype)
+
+
+class _Call:
+    """One attention call: neighbouring slots, `count` queries each, all with `length` keys from one origin.
+
+    places: (slot, position) of each new position, unless all segments start at the same position; always where
+    `recorded`, because a recording must not contain where they start.
     mask: added to the scores; `[slot, 1, query, key]`, None where every query sees every key; of few queries on CPU
     `[slot * key head, queries of all its heads, key]`.
     """
@@ -102,10 +144,10 @@ class _Call:
         self.rows, self.count = len(run), first.count
         self.positions = self.rows * self.count
         self.plain = cache.device.type == "cpu" and self.count <= FEW
-        self.mask = _mask(cache, run, length, self.plain)
+        self.mask = self._mask(cache, run, length)
         self.shape = first.slot, self.rows, self.count, first.origin, length, self.mask is None
         self.places: tuple[Tensor, Tensor] | None = None
-        # Views of every layer are taken at once: a decoding step is made of so many small operations that each counts.
+        # Views of every layer are taken at once: a decoding step has so few operations that each counts.
         slots, low = slice(first.slot, first.slot + self.rows), first.origin
         keys, values = (store[:, slots, :, low : low + length] for store in (cache.keys, cache.values))
         if self.plain:
@@ -117,13 +159,27 @@ class _Call:
                 store[:, slots, :, low : low + self.count].unbind(0) for store in (cache.keys, cache.values)
             )
             return
-        where = [(one.slot, one.origin + one.start + number) for one in run for number in range(self.count)]
-        rows_at, starts_at = torch.tensor(where, device=cache.device).unbind(1)
-        self.places = rows_at, starts_at
+        places = [(part.slot, part.origin + part.start + number) for part in run for number in range(self.count)]
+        slot_of, position_of = torch.tensor(places, device=cache.device).unbind(1)
+        self.places = slot_of, position_of
         self.new_keys, self.new_values = cache.keys.unbind(0), cache.values.unbind(0)
 
+    def _mask(self, cache: KeyValueCache, run: Sequence[Segment], length: int) -> Tensor | None:
+        if all(segment.ends is None for segment in run) and self.count > FEW:
+            return None
+        ends = torch.tensor([[segment.end] for segment in run], device=cache.device)
+        if any(segment.ends is not None for segment in run):
+            to_the_end = zip(ends.expand(-1, self.count), run, strict=True)
+            ends = torch.stack([end if segment.ends is None else segment.ends for end, segment in to_the_end])
+        hidden = torch.arange(length, device=cache.device) >= ends[..., None]
+        if self.plain:  # `[slot, query, key]`, the queries of all heads that share keys one after another
+            hidden = hidden[:, None, None].expand(-1, cache.shape[2], cache.queries, self.count, -1)
+            hidden = hidden.flatten(2, 3).flatten(0, 1)
+        mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device).masked_fill_(hidden, -torch.inf)
+        return mask if self.plain else mask[:, None]
+
     def by_row(self, x: Tensor) -> Tensor:
-        """`[row * count, head, D] -> [row, head, count, D]`, a view."""
+        """Return `[row * count, head, D]` as `[row, head, count, D]`, a view."""
         return x.view(-1, self.count, *x.shape[1:]).transpose(1, 2)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -135,7 +191,7 @@ class _Call:
                 store[self.places[0], :, self.places[1]] = new.to(store.dtype)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """`[row * count, head, D] -> [row * count, head * D]`, in the dtype of the cache."""
+        """Map queries `[row * count, head, D]` to `[row * count, head * D]`, in the dtype of the cache."""
         keys, values = self.keys[layer], self.values[layer]
         query = self.by_row(q.to(keys.dtype))
         if self.plain:
@@ -149,73 +205,23 @@ class _Call:
         return out.transpose(1, 2).reshape(self.positions, -1)
 
 
-def _mask(cache: KeyValueCache, run: Sequence[Segment], length: int, plain: bool) -> Tensor | None:
-    if all(segment.ends is None for segment in run) and run[0].count > FEW:
-        return None
-    ends = torch.tensor([[segment.end] for segment in run], device=cache.device)
-    if any(segment.ends is not None for segment in run):
-        every = zip(ends.expand(-1, run[0].count), run, strict=True)
-        ends = torch.stack([end if segment.ends is None else segment.ends for end, segment in every])
-    hidden = torch.arange(length, device=cache.device) >= ends[..., None]
-    if plain:  # `[slot, query, key]`, the queries of all heads that share keys one behind another
-        hidden = hidden[:, None, None].expand(-1, cache.shape[2], cache.queries, run[0].count, -1)
-        hidden = hidden.flatten(2, 3).flatten(0, 1)
-    mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device).masked_fill_(hidden, -torch.inf)
-    return mask if plain else mask[:, None]
-
-
-class Cached:
-    """An attention backend (`Attend`) for one forward pass over the flat run of these segments, in order.
-
-    recorded: all that differs between passes of one `shape` lies in `tensors`, so that a recorded pass takes others'.
-    """
-
-    def __init__(self, cache: KeyValueCache, segments: Sequence[Segment], recorded: bool = False) -> None:
-        self.calls = _plan(cache, segments, recorded)
-        self.sizes = [call.positions for call in self.calls]
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        return tuple(call.shape for call in self.calls)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [tensor for call in self.calls for tensor in (call.mask, *(call.places or ())) if tensor is not None]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        calls, sizes = self.calls, self.sizes
-        if len(calls) == 1:  # nothing to take apart: a percent of a decoding step
-            calls[0].write(layer, k, v)
-            return calls[0].attend(layer, q).to(q.dtype)
-        # Everything is written before anything is read: segments of one pass may continue one another.
-        for call, keys, values in zip(calls, k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True):
-            call.write(layer, keys, values)
-        outputs = [call.attend(layer, query) for call, query in zip(calls, q.split_with_sizes(sizes), strict=True)]
-        return torch.cat(outputs).to(q.dtype)
-
-
-def _plan(cache: KeyValueCache, segments: Sequence[Segment], recorded: bool) -> list[_Call]:
-    """Join neighbouring slots into one call where they ask for the same: equal counts, and as many keys.
-
-    How many keys it reads is a segment's own affair, never its neighbours': sums of other lengths round otherwise.
-    """
-
-    def length(segment: Segment) -> int:
-        if segment.count > FEW:
-            return segment.end
-        return min(-(-segment.end // BLOCK) * BLOCK, cache.positions - segment.origin)
-
-    def kind(numbered: tuple[int, Segment]) -> tuple[int, int, int, int, bool]:
-        number, segment = numbered
-        seen = segment.count > FEW and segment.ends is None
-        return segment.slot - number, segment.origin, segment.count, length(segment), seen
-
-    runs = [[segment for _, segment in members] for _, members in groupby(enumerate(segments), kind)]
-    return [_Call(cache, run, length(run[0]), recorded) for run in runs]
-
-
 PrefixKeys = list[Hashable]
 """One hashable value per position of a sequence: equal prefixes have equal keys and values in the cache."""
+
+
+def image_keys(latent: Tensor, count: int) -> PrefixKeys:
+    """Return the prefix keys of the `count` patches of a clean image."""
+    digest = hashlib.blake2b(latent.contiguous().cpu().numpy().tobytes(), digest_size=16)
+    return [(digest.digest(), tuple(latent.shape), number) for number in range(count)]
+
+
+def prefix_keys_of(layout: Layout) -> PrefixKeys:
+    """Return the prefix keys of a document's positions."""
+    prefix_keys: PrefixKeys = layout.input_ids.tolist()
+    for span in layout.spans:
+        if not span.image.is_codes:
+            prefix_keys[span.start : span.end] = image_keys(span.image.latent, span.end - span.start)
+    return prefix_keys
 
 
 class SlotAllocator:
@@ -242,38 +248,24 @@ class SlotAllocator:
 
         Raises ValueError if no slot is free.
         """
-        shared = {slot: _common(self._kept.get(slot, []), prefix_keys or []) for slot in self._free}
-        best = max(self._free, key=lambda slot: shared[slot])
-        if not shared[best]:
+        wanted = prefix_keys or []
+
+        def shared(slot: int) -> int:
+            kept = self._kept.get(slot, [])
+            most = max(min(len(kept), len(wanted) - 1), 0)
+            return next((number for number in range(most) if kept[number] != wanted[number]), most)
+
+        best = max(self._free, key=shared)
+        reused = shared(best)
+        if not reused:
             empty = [slot for slot in self._free if slot not in self._kept]
             best = min(empty) if empty else self._free[0]
         self._free.remove(best)
         self._kept.pop(best, None)
-        return best, shared[best]
+        return best, reused
 
     def free(self, slot: int, prefix_keys: PrefixKeys | None) -> None:
         """Release a slot, keeping the positions that `prefix_keys` describes for reuse."""
         self._free.append(slot)
         if prefix_keys:
             self._kept[slot] = prefix_keys
-
-
-def _common(kept: PrefixKeys, prefix_keys: PrefixKeys) -> int:
-    """Return the number of equal leading positions; an image is equal as a whole or not at all."""
-    most = min(len(kept), len(prefix_keys) - 1)
-    return next((number for number in range(most) if kept[number] != prefix_keys[number]), max(most, 0))
-
-
-def image_keys(latent: Tensor, count: int) -> PrefixKeys:
-    """Return the prefix keys of the `count` patches of a clean image."""
-    digest = hashlib.blake2b(latent.contiguous().cpu().numpy().tobytes(), digest_size=16)
-    return [(digest.digest(), tuple(latent.shape), number) for number in range(count)]
-
-
-def prefix_keys_of(layout: Layout) -> PrefixKeys:
-    """Return the prefix keys of a document's positions."""
-    prefix_keys: PrefixKeys = layout.input_ids.tolist()
-    for span in layout.spans:
-        if not span.image.is_codes:
-            prefix_keys[span.start : span.end] = image_keys(span.image.latent, span.end - span.start)
-    return prefix_keys

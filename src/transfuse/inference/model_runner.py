@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..export import Exported
-from ..model import Transfusion
+from ..model import Output, Transfusion
 from ..model.layers import rotary_table
-from ..model.transfusion import Output
-from ..sequence import Document, Image, Images, Layout, SequenceFormat, layout_document, stacked, unconditional, visible
+from ..sequence import Document, Image, Images, Layout, layout_document, stacked, unconditional, visible
 from .cuda_graphs import CudaGraphs, Record
 from .kv_cache import Cached, KeyValueCache, Segment
 
@@ -35,128 +34,113 @@ class StepInput:
 
 
 class ModelRunner:
-    """An exported model, its grammar and the null branch's prefix; holds nothing of any request.
+    """An exported model, its sequence format and the null branch's prefix; it holds nothing of any request.
 
-    guidance: how its engines compute the branches of guided drawings; results are the same (`warmup`).
-    record: how passes that come again are recorded (`graphs`, where there is CUDA); None: they are not.
+    guidance   how the branches of guided images are computed; results are the same (`TransfusionPipeline.warm_up`)
+    record     how repeated passes are recorded: `CudaGraphs`; None: they are not
     """
 
     def __init__(self, exported: Exported, graphs: bool = True) -> None:
         self.exported, self.model, self.tokenizer = exported, exported.model, exported.tokenizer
-        self.config = self.model.config
-        self.device = next(self.model.parameters()).device
+        self.config, self.device = self.model.config, next(self.model.parameters()).device
         self.grammar = self.config.sequence_format(self.tokenizer)
-        self.null_tokens = null_prefix(self.grammar, self.config.latent_channels)
+        # The tokens before the image in the null branch, as in a training sample whose caption is dropped.
+        patch = Image(torch.zeros(self.config.latent_channels, self.grammar.patch_size, self.grammar.patch_size))
+        code = Image(torch.zeros(1, 1, dtype=torch.int64))
+        alone = Document([patch if self.grammar.first_code is None else code])
+        layout = layout_document(unconditional(alone), self.grammar)
+        self.null_tokens = layout.input_ids[: layout.spans[0].start].tolist()
         # Added to logits of text: BOS, EOI, codes and ids that the tokenizer does not have are never chosen.
         self.logit_mask = torch.zeros(self.config.vocab_size)
         self.logit_mask[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
         self.logit_mask[self.tokenizer.vocab_size :] = -torch.inf
-        # The last bits of a convolution depend on how many images it is given, and what is drawn for one request must
-        # not depend on the others.
-        self.apart = self.config.adapter == "unet" and self.device.type == "cpu"
-        self.table = rotary_table(
-            torch.arange(self.config.max_seq_len, device=self.device),
-            self.config.head_dim,
-            self.config.rope_theta,
-            self.model.compute_dtype,
-        )
+        # One image at a time where the last bits of a convolution depend on how many there are.
+        self.separate = self.config.adapter == "unet" and self.device.type == "cpu"
+        positions = torch.arange(self.config.max_seq_len, device=self.device)
+        self.table = rotary_table(positions, self.config.head_dim, self.config.rope_theta, self.model.compute_dtype)
         self.guidance: Guidance = "packed"
         self.record: Record | None = CudaGraphs() if graphs and self.device.type == "cuda" else None
         self._null: tuple[KeyValueCache, Tensor] | None = None
 
     def cache(self, slots: int, positions: int) -> KeyValueCache:
-        # On CPU attention over a bfloat16 cache is several times slower than over a float32 one (docs/benchmarks.md).
+        """Return an empty cache; on CPU in float32, because attention over bfloat16 is several times slower there."""
         dtype = torch.float32 if self.device.type == "cpu" else self.model.compute_dtype
         return KeyValueCache(self.config, slots, positions, dtype, self.device)
 
-    def drawn(self, size: tuple[int, int]) -> tuple[tuple[int, int, int], int]:
-        """Shape `[channel, row, column]` of the latent of an image of so many pixels, and its number of patches or
-        codes."""
+    def latent_shape(self, size: tuple[int, int]) -> tuple[tuple[int, int, int], int]:
+        """Return a latent's shape `[channel, row, column]` and its patches or codes, by the image's size in pixels."""
         rows, columns = (side // self.exported.autoencoder.factor for side in size)
-        return (self.config.latent_channels, rows, columns), self.patches(rows, columns)
-
-    def patches(self, rows: int, columns: int) -> int:
-        """How many patches a latent of so many rows and columns is cut into."""
-        return rows * columns // self.config.patch_size**2
+        return (self.config.latent_channels, rows, columns), rows * columns // self.config.patch_size**2
 
     def forward(
-        self, cache: KeyValueCache, feeds: Sequence[StepInput], predict: Sequence[int]
+        self, cache: KeyValueCache, inputs: Sequence[StepInput], predict: Sequence[int]
     ) -> tuple[Tensor, Images]:
-        """One pass over all feeds; logits at flat positions `predict`, and a prediction per image, in order."""
+        """Run one pass over all inputs; return logits at the flat positions `predict`, and a prediction per image."""
         tokens: list[int] = []
         positions: list[int] = []
         patches: list[int] = []
-        for feed in feeds:
-            patches.extend(len(tokens) + patch for patch in feed.patches)
-            tokens.extend(feed.tokens)
-            positions.extend(range(feed.segment.start, feed.segment.end))
-        latents = stacked([latent.to(self.device) for feed in feeds for latent in feed.latents])
-        timesteps = [t for feed in feeds for t in feed.timesteps]
+        for step_input in inputs:
+            patches.extend(len(tokens) + patch for patch in step_input.patches)
+            tokens.extend(step_input.tokens)
+            positions.extend(range(step_input.segment.start, step_input.segment.end))
+        latents = stacked([latent.to(self.device) for step_input in inputs for latent in step_input.latents])
+        timesteps = [t for step_input in inputs for t in step_input.timesteps]
+        # A recording reads one tensor of latents; images of several sizes have no such tensor.
         record = self.record if isinstance(latents, Tensor) or not latents else None
-        attend = Cached(cache, [feed.segment for feed in feeds], recorded=record is not None)
+        attend = Cached(cache, [step_input.segment for step_input in inputs], recorded=record is not None)
         ids = [self.ids(values) for values in (tokens, positions, predict, patches, timesteps)]
 
         def work() -> Output:
             output: Output = self.model(
-                ids[0], ids[1], attend, ids[2], ids[3], latents, ids[4], separate=self.apart, table=self.table
+                ids[0], ids[1], attend, ids[2], ids[3], latents, ids[4], separate=self.separate, table=self.table
             )
             return output
 
         if record is None:
             output = work()
         else:
-            inputs = [*ids, *attend.tensors, *([latents] if isinstance(latents, Tensor) else [])]
-            output = cache.recordings.run(record, attend.shape, inputs, work)
+            read = [*ids, *attend.tensors, *([latents] if isinstance(latents, Tensor) else [])]
+            output = cache.graphs.run(record, attend.shape, read, work)
         return output.logits.float().cpu(), output.predictions
 
     def ids(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def read(self, layout: Layout, slot: int, origin: int = 0, known: int = 0) -> StepInput:
-        """A laid-out document, but for its first `known` positions, whose images are clean, at timestep 0."""
-        count = len(layout) - known
+        """Return the input of a document without its first `known` positions; its images are clean, at timestep 0."""
+        count, tokens = len(layout) - known, layout.input_ids[known:].tolist()
         ends = torch.from_numpy(visible(layout, self.config.image_attention)[1][known:]).to(self.device)
         segment = Segment(slot, known, count, ends if count > 1 else None, origin)
         if self.grammar.first_code is not None:
-            return StepInput(segment, layout.input_ids[known:].tolist())
+            return StepInput(segment, tokens)
         patches = np.flatnonzero(layout.image[known:] >= 0).tolist()
         latents = [span.image.latent for span in layout.spans if span.start >= known]
-        return StepInput(segment, layout.input_ids[known:].tolist(), patches, latents, [0] * len(latents))
+        return StepInput(segment, tokens, patches, latents, [0] * len(latents))
 
     def commit(self, latent: Tensor, slot: int, start: int) -> StepInput:
-        """A finished image, clean, where its patches or codes begin, and EOI."""
-        if self.grammar.first_code is not None:
-            # The last code has been chosen, not read.
-            start, tokens = (
-                start + latent.numel() - 1,
-                [int(latent[-1, -1]) + self.grammar.first_code, self.grammar.eoi],
-            )
+        """Return the input of a finished image whose patches or codes begin at `start`, clean, and EOI."""
+        eoi = self.grammar.eoi
+        if self.grammar.first_code is not None:  # its last code has been chosen, but not read
+            start += latent.numel() - 1
+            tokens = [int(latent[-1, -1]) + self.grammar.first_code, eoi]
             return StepInput(Segment(slot, start, 2, self.ids([start + 1, start + 2])), tokens)
-        count = self.patches(*latent.shape[1:])
+        count = latent.shape[1] * latent.shape[2] // self.config.patch_size**2
         ends = torch.full((count + 1,), start + count, dtype=torch.int64, device=self.device)
         if self.config.image_attention == "causal":
             ends = torch.arange(start + 1, start + count + 2, device=self.device)
         ends[-1] = start + count + 1
         segment = Segment(slot, start, count + 1, ends)
-        return StepInput(segment, [0] * count + [self.grammar.eoi], range(count), [latent], [0])
+        return StepInput(segment, [0] * count + [eoi], range(count), [latent], [0])
 
     def null_branch(self) -> tuple[KeyValueCache, Tensor]:
-        """The null branch starts with the same few tokens for everybody: read once. Its cache, and logits behind it."""
+        """Return the cache of the null branch's prefix, and the logits after it; read once, it serves every request."""
         if self._null is None:
-            cache, count = self.cache(1, len(self.null_tokens)), len(self.null_tokens)
+            count = len(self.null_tokens)
+            cache = self.cache(1, count)
             segment = Segment(0, 0, count, torch.arange(1, count + 1, device=self.device))
             logits, _ = self.forward(cache, [StepInput(segment, self.null_tokens)], [count - 1])
             self._null = cache, logits[0]
         return self._null
-
-
-def null_prefix(grammar: SequenceFormat, channels: int) -> list[int]:
-    """Return the tokens before the image in the null branch, as in a training sample without its caption."""
-    image = Image(torch.zeros(channels, grammar.patch_size, grammar.patch_size))
-    if grammar.first_code is not None:
-        image = Image(torch.zeros(1, 1, dtype=torch.int64))
-    layout = layout_document(unconditional(Document([image])), grammar)
-    return layout.input_ids[: layout.spans[0].start].tolist()
 
 
 def compile_blocks(model: Transfusion, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -60,16 +60,13 @@ def pack(model: nn.Module) -> None:
     if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)):
         return
 
-    def is_plain(linear: Linear) -> bool:
-        return type(linear.weight.data) is Tensor
-
     for block in [module for module in model.modules() if isinstance(module, Block) and module.pre_norm]:
         for norm, reader in (("attention_norm", block.qkv), ("feed_forward_norm", block.feed_forward.gate_up)):
-            if is_plain(reader):
+            if type(reader.weight.data) is Tensor:
                 setattr(block, norm, FoldedNorm(getattr(block, norm), reader))
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if not isinstance(child, Linear) or not is_plain(child) or child.weight.device.type != "cpu":
+            if not isinstance(child, Linear) or type(child.weight.data) is not Tensor:
                 continue
-            if can_pack(child.weight.dtype):
+            if child.weight.device.type == "cpu" and can_pack(child.weight.dtype):
                 setattr(parent, name, PackedLinear(child))

@@ -3,7 +3,7 @@
 pipe = transfuse.load("runs/demo/export")
 pipe("a crab on a blue background", num_inference_steps=25, guidance_scale=3.0).images[0]
 pipe("a crab", image=picture, strength=0.6).images[0]      # a variation; with mask_image only where that says
-pipe("a crab left of a star", candidates=4).images[0]      # of four, the one it would itself describe so
+pipe("a crab left of a star", candidates=4).images[0]      # the one of four that best tells its prompt
 pipe.edit(picture, "make the background red")
 pipe.caption(picture)
 pipe.generate("a story about a crab")        # text and images, in whatever order the model chooses
@@ -11,48 +11,53 @@ pipe.generate("a story about a crab")        # text and images, in whatever orde
 
 from __future__ import annotations
 
+import importlib
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..devices import as_device, as_dtype
 from ..diffusion import Sampler, SamplerConfig
 from ..errors import UserError
 from ..export import Exported, load_export, out_of_range
 from ..images import ImageSource, decode_image, read_mask
-from ..sequence import Document, Image, Text
+from ..model import Transfusion
+from ..sequence import Document, Image, Part, Text
 from .engine import Engine
-from .events import Done, Event, ImageEnd, ImageProgress, TextDelta
-from .model_runner import Guidance, ModelRunner, compile_blocks
+from .events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
+from .model_runner import GUIDANCE, Guidance, ModelRunner, compile_blocks
 from .onednn import pack
-from .pictures import latent_mask
-from .quantize import Quantize, check_quantize
-from .quantize import quantize as to_eight_bits
 from .scoring import score
 from .sequence_state import Request, Start, with_image_guidance
-from .warmup import warm_up
+from .settings import latent_mask
 
 PromptPart = str | Path | bytes | PIL.Image.Image | np.ndarray
-"""Words, or a picture as `images.decode_image` takes it, except that a path is a `Path`: a str is words."""
+"""Text, or an image as `images.decode_image` takes it, except that a path is a `Path`: a str is text."""
 Prompt = str | Sequence[PromptPart]
 
 CANDIDATE = 1_000_003
-"""from one candidate's seed to the next"""
+"""the difference between the seeds of two candidates"""
 
 StepEnd = Callable[["TransfusionPipeline", int, int, dict[str, Any]], dict[str, Any] | None]
 """diffusers' callback_on_step_end: pipeline, number of the step from 0, its noise level, its tensors"""
 
+Quantize = Literal["int8", "float8"]
+TORCHAO: dict[Quantize, str] = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
+"""torchao's formats for weights alone"""
+
 
 @dataclass
 class ImagesOutput:
-    """As diffusers' pipelines return it; `seeds` has the seed of each image."""
+    """The output of diffusers' pipelines, with the seed of each image."""
 
     images: list[Any]
     seeds: list[int]
@@ -60,7 +65,7 @@ class ImagesOutput:
 
 @dataclass
 class Reply:
-    """What a row produced: texts and pictures in order, why it ended, and the count of what it took."""
+    """A complete reply: its texts and images in order, and the event that ended it."""
 
     parts: list[str | PIL.Image.Image]
     done: Done
@@ -92,25 +97,60 @@ class TransfusionPipeline:
         compile: bool = False,
         graphs: bool = True,
     ) -> TransfusionPipeline:
-        """Load an export, made ready for inference. quantize: the blocks' weights in eight bits (`quantize`). compile:
-        the blocks by torch.compile, at the first pass or `warm_up` (`compiled`). graphs: on CUDA, passes that come
-        again are recorded (`recordings`), but not with eight bits, which was never tried."""
+        """Load an export and prepare it for inference.
+
+        quantize   keep the blocks' weights in eight bits (`quantize_blocks`)
+        compile    compile the blocks at the first pass or `warm_up` (`compile_blocks`)
+        graphs     record repeated passes on CUDA (`cuda_graphs`), except with eight bits, where it is not tested
+        """
         dtype, device = as_dtype(dtype), as_device(device)
         torchao = None if quantize is None else check_quantize(quantize, torch.device(device))
         exported = load_export(path, dtype, device)
         exported.quantize, exported.compiled = quantize, compile
         if quantize is not None:
-            to_eight_bits(exported.model, quantize, torchao)
+            quantize_blocks(exported.model, quantize, torchao)
         if compile:
             compile_blocks(exported.model)  # which does not know oneDNN's packed weights
         else:
             pack(exported.model)
         return cls(exported, graphs and quantize is None)
 
-    def warm_up(self, rows: int = 1, guidance: Guidance | None = None) -> dict[str, float]:
-        """Take every path once, and keep the faster way of guidance for drawing `rows` pictures together, or the one
-        given; the seconds of each (`warmup.warm_up`). Results do not depend on it."""
-        return warm_up(self.engine, self.request(["a"]), rows, guidance)
+    def warm_up(self, rows: int = 1, guidance: Guidance | None = None, rounds: int = 3) -> dict[str, float]:
+        """Take every path once, and keep the faster way of guidance for `rows` images together, or the one given.
+
+            packed       the branches of all images in one pass: it reads the weights once for all
+            sequential   one pass per branch: smaller ones, which a cache may hold better
+
+        Results do not depend on the way. Returns the median seconds of each over `rounds`; none if nothing was timed:
+        a way was given, the model does not denoise, or it is not guided.
+        """
+        runner, images, request = self.engine.runner, self.exported.model.config.images, self.request(["a"])
+        draw = "never" if images == "none" else "force"
+        request = replace(request, draw=draw, max_tokens=2, guidance_interval=None)
+        if images == "latents":
+            request = replace(request, sampler=replace(request.sampler, steps=min(4, request.sampler.steps)))
+
+        engine = Engine(runner)  # whose cache is given back at the end
+
+        def seconds() -> float:
+            began = time.perf_counter()
+            for _ in engine.run([replace(request, seed=seed) for seed in range(rows)]):
+                pass
+            return time.perf_counter() - began
+
+        seconds()
+        medians: dict[str, float] = {}
+        if guidance is not None:
+            runner.guidance = guidance
+        elif images == "latents" and request.guidance_scale != 1:
+            times: dict[Guidance, list[float]] = {way: [] for way in GUIDANCE}
+            for _ in range(rounds):
+                for way in GUIDANCE:
+                    runner.guidance = way
+                    times[way].append(seconds())
+            medians = {way: statistics.median(times[way]) for way in GUIDANCE}
+            runner.guidance = min(GUIDANCE, key=lambda way: medians[way])
+        return medians
 
     def __call__(
         self,
@@ -132,78 +172,74 @@ class TransfusionPipeline:
         callback_on_step_end: StepEnd | None = None,
         output_type: str = "pil",
     ) -> ImagesOutput:
-        """Draw a picture for each prompt. output_type: "pil", "np" (uint8 `[row, column, 3]`) or "latent".
+        """Draw an image for each prompt. output_type: "pil", "np" (uint8 `[row, column, 3]`) or "latent".
 
-        image alone: prompts are instructions to change it, and it lies before them in the sequence, clean. With a
-        strength or mask_image prompts describe the result, and the drawing begins from the image (`Start`). The mask
+        With `image` alone prompts are instructions to change it, and it stands before them in the sequence, clean. With
+        `strength` or `mask_image` prompts describe the result, and drawing begins from the image (`Start`). The mask
         selects what is redrawn: its transparent area, or the white one of an opaque mask (`images.read_mask`);
-        elsewhere the image's latent stays: pixels, where that is what the autoencoder makes.
-        guidance_interval: as in `Request`. candidates: draw each picture so many times, and keep the one from which the
-        model itself would likeliest write its prompt; `seeds` has that one's. callback_on_step_end(pipe, step, t,
-        {"latents": [image, channel, row, column]}) hears of every denoising step, of all candidates; other latents it
-        gives back are refused.
+        elsewhere the image's latent stays.
+
+        candidates: draw each image that many times, and keep the one after which the model itself most probably writes
+        the prompt; `seeds` has its seed. callback_on_step_end(pipe, step, t, {"latents": [image, channel, row,
+        column]}) is called after every denoising step, of all candidates; it cannot change the latents.
         """
         if output_type not in ("pil", "np", "latent"):
             raise UserError(f'output_type: expected "pil", "np" or "latent", found {output_type!r}')
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        seeds = _seeds(generator, len(prompts))
         if image is None and (strength is not None or mask_image is not None):
             raise UserError("image: expected one with strength or mask_image, found none")
-        start = None
-        image = None if image is None else decode_image(image)
-        if image is not None and (strength is not None or mask_image is not None):
-            start = self.start(image, 1.0 if strength is None else strength, mask_image)
-            height, width = image.shape[:2]
-        before = [] if image is None or start is not None else [image]
-        requests = [
-            replace(
-                with_image_guidance(
-                    self.request([*before, text], num_inference_steps, guidance_scale, sampler, guidance_interval),
-                    image_guidance_scale,
-                ),
-                draw="force",
-                max_tokens=0,
-                size=(height or self.exported.image_size, width or self.exported.image_size),
-                start=start,
-                seed=seed,
-            )
-            for text, seed in zip(prompts, seeds, strict=True)
-        ]
+        before, start = [], None
+        if image is not None:
+            pixels = decode_image(image)
+            if strength is None and mask_image is None:
+                before = [pixels]
+            else:
+                start = self.start(pixels, 1.0 if strength is None else strength, mask_image)
+                height, width = pixels.shape[:2]
+        side = self.exported.image_size
+        seeds, requests = _seeds(generator, len(prompts)), []
+        for text, seed in zip(prompts, seeds, strict=True):
+            request = self.request([*before, text], num_inference_steps, guidance_scale, sampler, guidance_interval)
+            request = with_image_guidance(request, image_guidance_scale)
+            size = (height or side, width or side)
+            requests.append(replace(request, draw="force", max_tokens=0, size=size, start=start, seed=seed))
         requests = repeated(requests, candidates)
-        drawn = self._latents(requests, callback_on_step_end)
-        kept = self._likeliest(requests, drawn, candidates)
-        latents, seeds = [drawn[row] for row in kept], [requests[row].seed for row in kept]
+        latents = self.latents(requests, callback_on_step_end)
+        kept = self._best(requests, latents, candidates)
+        latents, seeds = [latents[row] for row in kept], [requests[row].seed for row in kept]
         if output_type == "latent":
             return ImagesOutput(latents, seeds)
         arrays = [self.exported.autoencoder.decode(latent[None])[0] for latent in latents]
         return ImagesOutput([PIL.Image.fromarray(a) for a in arrays] if output_type == "pil" else arrays, seeds)
 
-    def _latents(self, requests: Sequence[Request], step_end: StepEnd | None) -> list[Tensor]:
-        """The drawing of each request, all of which take equal steps and so take them together."""
-        found: dict[int, Tensor] = {}
+    def latents(self, requests: Sequence[Request], step_end: StepEnd | None = None) -> list[Tensor]:
+        """Return the last latent that each request draws; with `step_end` all must take equally many steps."""
+        latents: dict[int, Tensor] = {}
         steps: list[Tensor] = []
         for event in self.engine.run(requests):
             match event:
                 case ImageEnd(row, _, latent):
-                    found[row] = latent
+                    latents[row] = latent
                 case ImageProgress(latent=x) if x is not None and step_end is not None:
                     steps.append(x)
                     if len(steps) == len(requests):
-                        latents, steps = torch.stack(steps), []
-                        given = step_end(self, event.step - 1, event.t, {"latents": latents})
-                        if given and given.get("latents", latents) is not latents:
+                        together, steps = torch.stack(steps), []
+                        returned = step_end(self, event.step - 1, event.t, {"latents": together})
+                        if returned and returned.get("latents", together) is not together:
                             raise ValueError("callback_on_step_end: expected the latents as they were, found others")
-        return [found[row] for row in range(len(requests))]
+        return [latents[row] for row in range(len(requests))]
 
     def edit(self, image: ImageSource, instruction: str, **options: Any) -> PIL.Image.Image:
-        """The picture changed as the instruction says; options: those of a call."""
-        picture: PIL.Image.Image = self(instruction, image=image, **options).images[0]
-        return picture
+        """Return the image changed as the instruction says; options: those of a call."""
+        edited: PIL.Image.Image = self(instruction, image=image, **options).images[0]
+        return edited
 
     def start(self, image: ImageSource, strength: float = 1.0, mask_image: ImageSource | None = None) -> Start:
-        """Encode a picture to begin a drawing from; the mask selects what is redrawn (`images.read_mask`). UserError
-        where its sides do not divide into patches, or the mask does not fit it."""
+        """Encode an image to begin a drawing from; the mask selects what is redrawn (`images.read_mask`).
+
+        Raises UserError where its sides do not divide into patches, or the mask does not fit it.
+        """
         exported = self.exported
         if exported.model.config.images != "latents":
             raise UserError("start: expected none, for the model does not denoise, found one")
@@ -218,22 +254,21 @@ class TransfusionPipeline:
         return Start(exported.autoencoder.encode(pixels[None])[0], strength, mask)
 
     def caption(self, images: ImageSource | Sequence[ImageSource], max_tokens: int = 64) -> list[str]:
-        """Describe pictures, greedily; each must have the size the model was trained on."""
-        pictures = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
-        pixels = [decode_image(picture) for picture in pictures]
-        requests = [replace(self.request([one]), draw="never", max_tokens=max_tokens) for one in pixels]
+        """Describe images, greedily; each must have the size the model was trained on."""
+        sources = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+        requests = [
+            replace(self.request([decode_image(source)]), draw="never", max_tokens=max_tokens) for source in sources
+        ]
         return [reply.text.strip() for reply in self.replies(requests)]
 
     def generate(
         self, prompt: Prompt, *, seed: int = 0, draw: str = "auto", max_tokens: int | None = None, **settings: Any
     ) -> Reply:
-        """Go on from a prompt of text and pictures; settings are fields of `Request`."""
-        request = replace(
-            self.request([prompt] if isinstance(prompt, str) else prompt), seed=seed, draw=draw, **settings
-        )
+        """Continue a prompt of text and images; settings are fields of `Request`."""
+        request = self.request([prompt] if isinstance(prompt, str) else prompt)
         if max_tokens is not None:
-            request = replace(request, max_tokens=max_tokens)
-        return self.replies([request])[0]
+            settings["max_tokens"] = max_tokens
+        return self.replies([replace(request, seed=seed, draw=draw, **settings)])[0]
 
     def request(
         self,
@@ -243,8 +278,8 @@ class TransfusionPipeline:
         sampler: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
     ) -> Request:
-        """A request from texts and pictures with the model's own defaults. Raises UserError for a bad setting."""
-        defaults = self.exported.generation
+        """Return a request of texts and images with the model's own defaults. Raises UserError for a bad setting."""
+        defaults, process = self.exported.generation, self.exported.process
         if steps is not None and not isinstance(steps, int):
             raise UserError(f"steps: expected a whole number, found {steps!r}")
         if self.exported.model.config.images != "latents" and (steps is not None or sampler is not None):
@@ -256,9 +291,9 @@ class TransfusionPipeline:
             if steps is not None:
                 first = None if chosen.first is None else max(chosen.first, steps)
                 chosen = replace(chosen, steps=steps, first=first)
-            if chosen.steps > (most := self.exported.process.config.timesteps):
+            if chosen.steps > (most := process.config.timesteps):
                 raise UserError(f"steps: expected at most {most}, found {chosen.steps}")
-            Sampler(self.exported.process, chosen)
+            Sampler(process, chosen)
         except ValueError as error:
             raise UserError(f"sampler: {error}") from None
         request = Request(
@@ -273,14 +308,35 @@ class TransfusionPipeline:
             code_temperature=defaults.code_temperature,
             code_top_p=defaults.code_top_p,
         )
-        wrong = out_of_range(request)
-        if wrong:
+        if wrong := out_of_range(request):
             raise UserError(wrong)
         return request
 
+    def part(self, part: PromptPart) -> Part:
+        """Return a part of a document; an image must have the model's size."""
+        if isinstance(part, str):
+            return Text(self.exported.tokenizer.encode(part))
+        side = self.exported.image_size
+        pixels = decode_image(part)
+        height, width = pixels.shape[:2]
+        if (height, width) != (side, side):
+            raise UserError(f"image: expected {side}x{side} pixels, found {width}x{height}")
+        return Image(self.exported.autoencoder.encode(pixels[None])[0], target=False)
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Yield the events of one request as they happen."""
+        return self.engine.run([request])
+
+    def picture(self, latent: Tensor) -> PIL.Image.Image:
+        """Decode one latent, or one image's codes."""
+        return PIL.Image.fromarray(self.exported.autoencoder.decode(latent[None])[0])
+
     def replies(self, requests: Sequence[Request], candidates: int = 1) -> list[Reply]:
-        """Run requests together and gather each row's parts. candidates: answer each so many times, and keep the answer
-        from whose first picture the model itself would likeliest write the prompt."""
+        """Run requests together and gather each one's reply.
+
+        candidates: answer each that many times, and keep the reply after whose first image the model itself most
+        probably writes the prompt.
+        """
         requests = repeated(requests, candidates)
         parts: list[list[str | PIL.Image.Image]] = [[] for _ in requests]
         first: list[Tensor | None] = [None for _ in requests]
@@ -297,42 +353,73 @@ class TransfusionPipeline:
                     first[row] = latent if number == 0 else first[row]
                 case Done(row):
                     done[row] = event
-        kept = self._likeliest(requests, first, candidates)
+        kept = self._best(requests, first, candidates)
         return [Reply(parts[row], done[row], requests[row].seed) for row in kept]
 
-    def _likeliest(self, requests: Sequence[Request], first: Sequence[Tensor | None], candidates: int) -> list[int]:
-        """Of each run of `candidates` requests the one to keep: its first picture would likeliest be described by its
-        prompt. One without a picture is kept where none has any."""
+    def _best(self, requests: Sequence[Request], first: Sequence[Tensor | None], candidates: int) -> list[int]:
+        """Return the request to keep of each run of `candidates`: after its image its prompt has the least loss.
+
+        One without an image is kept only where none has any.
+        """
         rows = range(0, len(requests), candidates)
         if candidates == 1:
             return list(rows)
-        drawn = {row: Image(latent, target=False) for row, latent in enumerate(first) if latent is not None}
-        said = [Document([image, *requests[row].document.parts], closed=False) for row, image in drawn.items()]
-        found = dict(zip(drawn, (one.nll.sum() for one in score(self.exported, said)), strict=True))
-        return [min(range(row, row + candidates), key=lambda one: found.get(one, math.inf)) for row in rows]
+        images = {row: Image(latent, target=False) for row, latent in enumerate(first) if latent is not None}
+        captioned = [Document([image, *requests[row].document.parts], closed=False) for row, image in images.items()]
+        losses = dict(zip(images, (scores.nll.sum() for scores in score(self.exported, captioned)), strict=True))
+        return [min(range(row, row + candidates), key=lambda number: losses.get(number, math.inf)) for row in rows]
 
-    def stream(self, request: Request) -> Iterator[Event]:
-        """Events of one request as they happen."""
-        return self.engine.run([request])
 
-    def picture(self, latent: Tensor) -> PIL.Image.Image:
-        return PIL.Image.fromarray(self.exported.autoencoder.decode(latent[None])[0])
+class Conversation:
+    """Turns of text and images in one sequence, whose cache stays from one turn to the next.
 
-    def part(self, part: PromptPart) -> Text | Image:
-        """A part of a document; a picture has the model's size."""
-        if isinstance(part, str):
-            return Text(self.exported.tokenizer.encode(part))
-        side = self.exported.image_size
-        pixels = decode_image(part)
-        height, width = pixels.shape[:2]
-        if (height, width) != (side, side):
-            raise UserError(f"image: expected {side}x{side} pixels, found {width}x{height}")
-        return Image(self.exported.autoencoder.encode(pixels[None])[0], target=False)
+    `parts` is the whole conversation in order, as in a training document: there are no markers of turns. A turn reads
+    only what is new; its result is that of reading everything, up to rounding. The cache is as long as the model's
+    max_seq_len.
+    """
+
+    def __init__(self, pipe: TransfusionPipeline) -> None:
+        self.pipe = pipe
+        self.engine = Engine(pipe.engine.runner, slots=1)
+        self.parts: list[Part] = []
+
+    def request(self, parts: Sequence[PromptPart], **settings: Any) -> Request:
+        """Return the request of a turn that begins with `parts`; settings are fields of `Request`."""
+        document = Document([*self.parts, *(self.pipe.part(part) for part in parts)], closed=False)
+        return replace(self.pipe.request([]), document=document, reuse=True, **settings)
+
+    def say(self, parts: Sequence[PromptPart], **settings: Any) -> Iterator[Event]:
+        """Take a turn, and yield the reply's events. A turn that is left before its end is dropped whole.
+
+        Raises UserError, and nothing is added, where the turn does not fit.
+        """
+        request = self.request(parts, **settings)
+        number = self.engine.submit(request)
+        turn: list[Part] = list(request.document.parts)
+        tokens: list[int] = []
+        try:
+            while self.engine.busy:
+                for event in self.engine.step():
+                    match event:
+                        case TextDelta(token=token):
+                            tokens.append(token)
+                        case ImageEnd(latent=latent):
+                            turn += [Text(tuple(tokens)), Image(latent, target=False)]
+                            tokens = []
+                        case Failed(reason=reason):
+                            raise MemoryError(reason)
+                        case Done():
+                            self.parts = [*turn, Text(tuple(tokens))]
+                    yield event
+        finally:
+            self.engine.cancel(number)
 
 
 def repeated(requests: Sequence[Request], candidates: int) -> list[Request]:
-    """Each request as often as it has candidates, with seeds of their own, the first as it is. Raises UserError where
-    there is no telling which is best: no words, or pictures among them."""
+    """Return each request `candidates` times, with different seeds, the first as it is.
+
+    Raises UserError for prompts by which candidates cannot be compared: no text, or images among it.
+    """
     if candidates < 1:
         raise UserError(f"candidates: expected at least 1, found {candidates}")
     for request in requests if candidates > 1 else ():
@@ -340,11 +427,40 @@ def repeated(requests: Sequence[Request], candidates: int) -> list[Request]:
             isinstance(part, Text) and part.ids for part in request.document.parts
         ):
             raise UserError("candidates: expected 1 where a prompt is not of words alone, found more")
-    return [replace(one, seed=one.seed + number * CANDIDATE) for one in requests for number in range(candidates)]
+    return [replace(base, seed=base.seed + number * CANDIDATE) for base in requests for number in range(candidates)]
 
 
 def _seeds(generator: torch.Generator | int | None, count: int) -> list[int]:
-    """One seed per image: counted up from a number, or drawn from a generator (a new one: not reproducible)."""
+    """Return one seed per image: counted up from a number, or drawn from a generator (None: not reproducible)."""
     if isinstance(generator, int):
         return [generator + number for number in range(count)]
     return torch.randint(2**31, (count,), generator=generator).tolist()
+
+
+def check_quantize(kind: Quantize, device: torch.device) -> Any:
+    """Return torchao's quantization module, before any weight is read.
+
+    Raises UserError where it is not installed, or float8 lacks CUDA of compute capability 8.9.
+    """
+    if kind not in TORCHAO:
+        raise UserError(f"quantize: expected {' or '.join(TORCHAO)}, found {kind}")
+    if kind == "float8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise UserError(f"quantize: float8: expected CUDA with compute capability 8.9 or newer, found {device.type}")
+    try:
+        return importlib.import_module("torchao.quantization")
+    except ImportError:
+        raise UserError("quantize: expected torchao, found none; pip install 'transfuse[quantize]'") from None
+
+
+def quantize_blocks(model: Transfusion, kind: Quantize, torchao: Any) -> None:
+    """Replace the weights of the blocks' linear maps by eight bits, in place. torchao: from `check_quantize`.
+
+        int8     CPU or CUDA: whole numbers, one scale per output, multiplied in the model's dtype
+        float8   CUDA: e4m3, likewise
+
+    Embedding, head and patch layers keep their precision: they are small, and rounding them is visible. Products are
+    torch's, not oneDNN's packed ones: a sequence's last bits depend on its batch.
+    """
+    torchao.quantize_(
+        model.transformer.blocks, getattr(torchao, TORCHAO[kind])(), lambda m, _: isinstance(m, nn.Linear)
+    )

@@ -14,12 +14,16 @@ from ..devices import out_of_memory
 from ..diffusion import SamplerConfig, SamplerState
 from ..errors import UserError
 from ..export import MAX_SCALE, out_of_range
-from ..sequence import Document, Image, Layout, Text, layout_document
-from .detokenizer import Detokenizer
+from ..sequence import Document, Image, Layout, Text, Tokenizer, layout_document
 from .kv_cache import PrefixKeys, prefix_keys_of
 from .model_runner import ModelRunner
 
 T = TypeVar("T")
+
+REPLACEMENT = "\ufffd"
+"""the character that a decoder gives for bytes that are no character, or not yet one"""
+LONGEST_PREFIX = 3
+"""bytes of a character that lacks its last one, so at most as many replacements"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,55 @@ class Request:
         return low <= level <= high
 
 
+class Detokenizer:
+    """Turns tokens into text. A token is returned, with the text it completes, once no later token changes that text.
+
+    before: ids of the text that the tokens continue: without it, some tokenizers drop the space of the first word.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self._pending: list[int] = []
+        self._window: list[int] = []
+        self._given = ""
+        self._restart(before)
+        if self._given.endswith(REPLACEMENT):  # its last character is cut: it is not continued
+            self._restart([])
+
+    def add(self, token: int) -> list[tuple[int, str]]:
+        """Return the tokens that are complete now, in order, each with its text: none while a character is cut."""
+        self._pending.append(token)
+        self._window.append(token)
+        text = self.tokenizer.decode(self._window)
+        if not text.startswith(self._given):  # some decoders give a run of bytes up whole where its last ones are wrong
+            self._window, self._given = list(self._pending), ""
+            text = self.tokenizer.decode(self._window)
+        if not text.endswith(REPLACEMENT):
+            return self._release(text)
+        stable = text[: max(len(text.rstrip(REPLACEMENT)), len(text) - LONGEST_PREFIX)]
+        if len(stable) <= len(self._given) or len(self._pending) == 1:
+            return []
+        done, self._pending = self._pending[:-1], self._pending[-1:]
+        new, self._given = stable[len(self._given) :], stable
+        return [*((earlier, "") for earlier in done[:-1]), (done[-1], new)]
+
+    def flush(self) -> list[tuple[int, str]]:
+        """Return all tokens that are held back, the bytes of a cut character as U+FFFD. What follows is a new text."""
+        released = self._release(self.tokenizer.decode(self._window)) if self._pending else []
+        self._restart([])
+        return released
+
+    def _release(self, text: str) -> list[tuple[int, str]]:
+        done, new = self._pending, text[len(self._given) :]
+        self._restart(done)
+        self._pending = []
+        return [*((earlier, "") for earlier in done[:-1]), (done[-1], new)]
+
+    def _restart(self, window: Sequence[int]) -> None:
+        self._window = list(window)
+        self._given = self.tokenizer.decode(self._window)
+
+
 @dataclass(frozen=True)
 class Branch:
     """One of the sequences that guide an image: the full sequence, or one that sees less of its prompt.
@@ -105,59 +158,114 @@ class CodeDrawing:
 class SequenceState:
     """A request and its progress."""
 
-    number: int
+    number: int  # the events' `request_id`
     request: Request
-    layout: Layout
-    """layout of the prompt"""
-    shape: tuple[int, int, int]
-    """`[channel, row, column]` of the latents it draws"""
-    patches: int
-    """patches, or codes, per image that it draws"""
-    max_len: int
-    """the most positions it can take"""
-    cfg_len: int
-    """positions reserved at the end of its slot for the other branches of classifier-free guidance"""
-    seen: list[Image]
-    """images of the prompt, then those drawn so far"""
+    layout: Layout  # of the prompt
+    shape: tuple[int, int, int]  # `[channel, row, column]` of the latents it draws
+    patches: int  # patches, or codes, per image that it draws
+    max_len: int  # the most positions it can take
+    cfg_len: int  # positions reserved at the end of its slot for the other branches of classifier-free guidance
+    seen: list[Image]  # images of the prompt, then those drawn so far
     detokenizer: Detokenizer
-    """decodes the tokens it writes"""
-    prefix_keys: PrefixKeys | None
-    """describes its cached positions, if a later request may reuse them"""
+    prefix_keys: PrefixKeys | None  # describes its cached positions, if a later request may reuse them
     slot: int = -1
-    length: int = 0
-    written: int = 0
+    length: int = 0  # positions in the cache
+    written: int = 0  # text tokens
     next_token: int | None = None
     drawing: SamplerState | CodeDrawing | None = None
-    branches: list[Branch] = field(default_factory=list)
-    """while it draws: the full sequence, then those that see less"""
-    scales: list[float] = field(default_factory=list)
-    finished: Tensor | None = None
-    """an image that is complete but not yet in the cache"""
+    branches: list[Branch] = field(default_factory=list)  # while it draws: the full sequence, then those that see less
+    scales: list[float] = field(default_factory=list)  # of guidance, one per pair of neighbouring branches
+    finished: Tensor | None = None  # an image that is complete but not yet in the cache
     images: int = 0
     evaluations: int = 0
-    too_large: bool = False
-    """out of memory even when computed alone"""
+    too_large: bool = False  # out of memory even when computed alone
 
 
-def split_on_oom(
-    rows: Sequence[SequenceState], work: Callable[[Sequence[SequenceState]], T]
-) -> list[tuple[Sequence[SequenceState], T]]:
-    """Run `work` on all rows at once, or out of memory on halves of them, down to one row; return each part's result.
+def accept(runner: ModelRunner, request: Request, number: int, where: str) -> SequenceState:
+    """Return the initial state of a request. Raises UserError, one line that begins with `where`, if it is invalid."""
+    if request.document.closed:
+        raise ValueError(f"{where}: expected an open document, found a closed one")
+    if wrong := _wrong_settings(runner, request) or _wrong_images(runner, request):
+        raise UserError(f"{where}: {wrong}")
+    layout = layout_document(request.document, runner.grammar)
+    shape, patches = runner.latent_shape(request.size)
+    context = runner.config.max_seq_len
+    least = len(layout) + (patches + 2 if request.draw == "force" else 1)
+    if least > context:
+        raise UserError(f"{where}: prompt: expected at most {context} positions with what is to come, found {least}")
+    max_len, cfg_len = len(layout) + request.max_tokens + 1, 0
+    if request.draw != "never" and runner.config.images != "none" and request.max_images > 0:
+        max_len += request.max_images * (patches + 2)
+        # The most positions that the branches of guided images take (`open_branches`).
+        scale, image_scale = request.guidance_scale, request.image_guidance_scale
+        seen = [math.prod(runner.grammar.grid(image)) for image in request.document.images]
+        seen += [patches] * (request.max_images - 1)
+        has_images_branch = image_scale is not None and bool(seen)
+        if has_images_branch:
+            cfg_len += sum(count + 2 for count in seen) + 2 + patches
+        if scale != 1 or (has_images_branch and image_scale != 1):
+            cfg_len += len(runner.null_tokens) + patches
+    last = request.document.parts[-1] if request.document.parts else None
+    return SequenceState(
+        number,
+        request,
+        layout,
+        shape,
+        patches,
+        min(context, max_len),
+        cfg_len,
+        seen=list(request.document.images),
+        detokenizer=Detokenizer(runner.tokenizer, last.ids if isinstance(last, Text) else ()),
+        prefix_keys=prefix_keys_of(layout) if request.reuse else None,
+    )
 
-    A row that does not fit alone is marked `too_large` and left out. `work` must be safe to run again after a failure.
-    """
-    try:
-        return [(rows, work(rows))] if rows else []
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if len(rows) == 1:
-        rows[0].too_large = True
-        return []
-    middle = len(rows) // 2
-    return split_on_oom(rows[:middle], work) + split_on_oom(rows[middle:], work)
+
+def _wrong_settings(runner: ModelRunner, request: Request) -> str:
+    """Return what is wrong with a request's settings for this model (field, expected, found), or ""."""
+    images = runner.config.images
+    if request.draw not in ("auto", "force", "never"):
+        return f'draw: expected "auto", "force" or "never", found {request.draw!r}'
+    if images == "none" and (request.draw == "force" or request.document.images):
+        given = "an image" if request.document.images else 'draw "force"'
+        return f"expected text alone, for the model knows no images, found {given}"
+    if request.draw == "force" and request.max_images < 1:
+        return f"max_images: expected at least 1 where one is forced, found {request.max_images}"
+    if wrong := out_of_range(request):
+        return wrong
+    if (scale := request.image_guidance_scale) is not None and not 0 <= scale <= MAX_SCALE:
+        return f"image_guidance_scale: expected 0 to {MAX_SCALE:g}, found {scale}"
+    for name in ("max_images", "preview_every"):
+        if getattr(request, name) < 0:
+            return f"{name}: expected at least 0, found {getattr(request, name)}"
+    for name in ("guidance_interval", "start"):
+        if images != "latents" and getattr(request, name) is not None:
+            return f"{name}: expected none, for the model does not denoise, found one"
+    return ""
+
+
+def _wrong_images(runner: ModelRunner, request: Request) -> str:
+    """Return what is wrong with a request's images, image size or start (field, expected, found), or ""."""
+    config, start = runner.config, request.start
+    for image in request.document.images:
+        if image.is_codes and not 0 <= int(image.latent.min()) <= int(image.latent.max()) < config.codebook_size:
+            codes = f"{int(image.latent.min())} to {int(image.latent.max())}"
+            return f"image: expected codes from 0 to {config.codebook_size - 1}, found {codes}"
+    factor = runner.exported.autoencoder.factor * config.patch_size if config.images != "none" else 1
+    if min(request.size) < 1 or any(side % factor for side in request.size):
+        return f"image size: expected positive multiples of {factor}, found {request.size}"
+    shape, _ = runner.latent_shape(request.size)
+    if config.max_grid is not None and max(shape[1:]) > config.max_grid * config.patch_size:
+        return f"image size: expected at most {config.max_grid * factor} pixels a side, found {request.size}"
+    if start is None:
+        return ""
+    if tuple(start.latent.shape) != shape:
+        return f"start: expected a latent {list(shape)}, found {list(start.latent.shape)}"
+    if not 0 <= start.strength <= 1:
+        return f"strength: expected a share from 0 to 1, found {start.strength}"
+    if start.mask is not None and (start.mask.dtype != torch.bool or tuple(start.mask.shape) != shape[1:]):
+        mask = f"{start.mask.dtype} {list(start.mask.shape)}".removeprefix("torch.")
+        return f"mask: expected bool {list(shape[1:])}, found {mask}"
+    return ""
 
 
 def with_image_guidance(request: Request, scale: float | None) -> Request:
@@ -170,90 +278,22 @@ def with_image_guidance(request: Request, scale: float | None) -> Request:
     return replace(request, image_guidance_scale=scale)
 
 
-def accept(runner: ModelRunner, request: Request, number: int, where: str) -> SequenceState:
-    """Return the initial state of a request. Raises UserError, one line that begins with `where`, if it is invalid."""
-    if request.document.closed:
-        raise ValueError(f"{where}: expected an open document, found a closed one")
-    _check_settings(runner, request, where)
-    _check_images(runner, request, where)
-    layout = layout_document(request.document, runner.grammar)
-    shape, patches = runner.drawn(request.size)
-    context = runner.config.max_seq_len
-    least = len(layout) + (patches + 2 if request.draw == "force" else 1)
-    if least > context:
-        raise UserError(f"{where}: prompt: expected at most {context} positions with what is to come, found {least}")
-    draws = request.draw != "never" and runner.config.images != "none" and request.max_images > 0
-    images = request.max_images * (patches + 2) if draws else 0
-    last = request.document.parts[-1] if request.document.parts else None
-    return SequenceState(
-        number,
-        request,
-        layout,
-        shape,
-        patches,
-        max_len=min(context, len(layout) + request.max_tokens + images + 1),
-        cfg_len=_cfg_len(runner, request, patches) if draws else 0,
-        seen=list(request.document.images),
-        detokenizer=Detokenizer(runner.tokenizer, last.ids if isinstance(last, Text) else ()),
-        prefix_keys=prefix_keys_of(layout) if request.reuse else None,
-    )
+def split_on_oom(
+    seqs: Sequence[SequenceState], work: Callable[[Sequence[SequenceState]], T]
+) -> list[tuple[Sequence[SequenceState], T]]:
+    """Run `work` on all seqs at once, or out of memory on halves of them, down to one; return each part's result.
 
-
-def _check_settings(runner: ModelRunner, request: Request, where: str) -> None:
-    images = runner.config.images
-    if request.draw not in ("auto", "force", "never"):
-        raise UserError(f'{where}: draw: expected "auto", "force" or "never", found {request.draw!r}')
-    if images == "none" and (request.draw == "force" or request.document.images):
-        found = "an image" if request.document.images else 'draw "force"'
-        raise UserError(f"{where}: expected text alone, for the model knows no images, found {found}")
-    if request.draw == "force" and request.max_images < 1:
-        raise UserError(f"{where}: max_images: expected at least 1 where one is forced, found {request.max_images}")
-    wrong = out_of_range(request)
-    if wrong:
-        raise UserError(f"{where}: {wrong}")
-    if (scale := request.image_guidance_scale) is not None and not 0 <= scale <= MAX_SCALE:
-        raise UserError(f"{where}: image_guidance_scale: expected 0 to {MAX_SCALE:g}, found {scale}")
-    for name in ("max_images", "preview_every"):
-        if getattr(request, name) < 0:
-            raise UserError(f"{where}: {name}: expected at least 0, found {getattr(request, name)}")
-    for name in ("guidance_interval", "start"):
-        if images != "latents" and getattr(request, name) is not None:
-            raise UserError(f"{where}: {name}: expected none, for the model does not denoise, found one")
-
-
-def _check_images(runner: ModelRunner, request: Request, where: str) -> None:
-    config = runner.config
-    for image in request.document.images:
-        if image.is_codes and not 0 <= int(image.latent.min()) <= int(image.latent.max()) < config.codebook_size:
-            found = f"{int(image.latent.min())} to {int(image.latent.max())}"
-            raise UserError(f"{where}: image: expected codes from 0 to {config.codebook_size - 1}, found {found}")
-    factor = runner.exported.autoencoder.factor * config.patch_size if config.images != "none" else 1
-    if min(request.size) < 1 or any(side % factor for side in request.size):
-        raise UserError(f"{where}: image size: expected positive multiples of {factor}, found {request.size}")
-    shape, _ = runner.drawn(request.size)
-    if config.max_grid is not None and max(shape[1:]) > config.max_grid * config.patch_size:
-        most = config.max_grid * factor
-        raise UserError(f"{where}: image size: expected at most {most} pixels a side, found {request.size}")
-    if request.start is not None:
-        _check_start(request.start, shape, where)
-
-
-def _check_start(start: Start, shape: tuple[int, int, int], where: str) -> None:
-    if tuple(start.latent.shape) != shape:
-        raise UserError(f"{where}: start: expected a latent {list(shape)}, found {list(start.latent.shape)}")
-    if not 0 <= start.strength <= 1:
-        raise UserError(f"{where}: strength: expected a share from 0 to 1, found {start.strength}")
-    if start.mask is not None and (start.mask.dtype != torch.bool or tuple(start.mask.shape) != shape[1:]):
-        found = f"{start.mask.dtype} {list(start.mask.shape)}".removeprefix("torch.")
-        raise UserError(f"{where}: mask: expected bool {list(shape[1:])}, found {found}")
-
-
-def _cfg_len(runner: ModelRunner, request: Request, patches: int) -> int:
-    """Return the most positions that the branches of a request's guided images take (`open_branches`)."""
-    scale, image_scale = request.guidance_scale, request.image_guidance_scale
-    seen = [math.prod(runner.grammar.grid(image)) for image in request.document.images]
-    seen += [patches] * (request.max_images - 1)
-    three = image_scale is not None and bool(seen)
-    images = sum(count + 2 for count in seen) + 2 + patches if three else 0
-    guided = scale != 1 or (three and image_scale != 1)
-    return images + (len(runner.null_tokens) + patches if guided else 0)
+    One that does not fit alone is marked `too_large` and left out. `work` must be safe to run again after a failure.
+    """
+    try:
+        return [(seqs, work(seqs))] if seqs else []
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(seqs) == 1:
+        seqs[0].too_large = True
+        return []
+    middle = len(seqs) // 2
+    return split_on_oom(seqs[:middle], work) + split_on_oom(seqs[middle:], work)

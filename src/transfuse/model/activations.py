@@ -39,7 +39,7 @@ def flex_bytes(config: ModelConfig, positions: int, element: int) -> int:
 
     With q/k norm the unnormed queries and keys stay, too, in one tensor with the values. Scores are never stored.
     """
-    elements = _qkv(config) + config.d_model + (_qkv(config) if config.qk_norm else 0)
+    elements = config.qkv_dim * (2 if config.qk_norm else 1) + config.d_model
     return positions * (element * elements + FLOAT * config.n_heads)
 
 
@@ -71,7 +71,7 @@ def kept_of_block(
         return block_bytes(config, positions, element, attention)
     if checkpointing == "full":
         return positions * element * config.d_model
-    products = _qkv(config) + 2 * config.d_model + 2 * config.ffn_dim  # q k v, out, gate and up, down
+    products = config.qkv_dim + 2 * config.d_model + 2 * config.ffn_dim  # q k v, out, gate and up, down
     elements = config.d_model + products + config.d_model  # its input, the products' outputs, attention's output
     return positions * (element * elements + FLOAT * config.n_heads)
 
@@ -116,9 +116,7 @@ def backward_bytes(config: ModelConfig, positions: int, element: int, checkpoint
     whole = block_bytes(config, positions, element)
     kept = kept_of_block(config, positions, element, checkpointing)
     if checkpointing == "selective" and config.norm_order == "pre":
-        kept -= (
-            positions * element * 2 * config.d_model
-        )  # outputs of `out` and `down` are kept, though nothing reads them again
+        kept -= positions * element * 2 * config.d_model  # `out` and `down` are kept, though nothing reads them again
     return whole - kept + gradients
 
 
@@ -127,13 +125,13 @@ def patch_bytes(config: ModelConfig, size: tuple[int, int], element: int) -> tup
     if config.images != "latents":
         return 0, 0
     pixels = size[0] * size[1]
-    vectors = (
-        element * config.d_model * pixels // config.patch_size**2
-    )  # inserted among the tokens, and selected from the output
+    # Vectors inserted among the tokens, and selected from the output.
+    vectors = element * config.d_model * pixels // config.patch_size**2
     image = element * config.latent_channels * pixels
     if config.adapter == "linear":
         time = config.patch_dim if config.timestep_at == "patch" else config.d_model
-        return image + element * _time_elements(time) + vectors, vectors
+        # The sinusoids, the first layer's output, and SiLU of that; likewise in the U-Net.
+        return image + element * (TimestepEmbedding.sinusoids + 2 * time) + vectors, vectors
     before, after = _unet_bytes(config, pixels, element)
     return 2 * image + before + vectors, vectors + after
 
@@ -152,7 +150,7 @@ def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, in
         return pixels * (element * 6 * channels + FLOAT * (2 + max(1, channels // 64)))
 
     skips, current = [levels[0]], levels[0]
-    down = element * (_time_elements(time) + time)  # the timestep; and again, for a group of images of one size
+    down = element * (TimestepEmbedding.sinusoids + 3 * time)  # and t_emb again, for a group of images of one size
     for level, channels in enumerate(levels):
         here = pixels // 4**level
         for _ in range(2):
@@ -174,12 +172,3 @@ def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, in
         if level:
             up += 4 * here * element * current
     return down, up + pixels * (element * 3 * current + 2 * FLOAT)  # the last norm, SiLU and convolution
-
-
-def _qkv(config: ModelConfig) -> int:
-    return (config.n_heads + 2 * config.kv_heads) * config.head_dim
-
-
-def _time_elements(channels: int) -> int:
-    """Elements of a `TimestepEmbedding` per image: the sinusoids, the first layer's output, and SiLU of that."""
-    return TimestepEmbedding.sinusoids + 2 * channels

@@ -123,7 +123,13 @@ class Grouped:
         for documents, length, mask in self.groups:
             part = slice(slot, slot + documents * length)
             a, b, c = (x[part].view(documents, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-            outputs.append(_attend_group(a, b, c, mask).transpose(1, 2).reshape(documents * length, -1))
+            if q.dtype == torch.bfloat16 and not q.is_cuda and length <= LONGEST_EXPLICIT:
+                if a.shape[1] != b.shape[1]:
+                    b, c = (x.repeat_interleave(a.shape[1] // x.shape[1], dim=1) for x in (b, c))
+                attended = _Explicit.apply(a, b, c, mask)
+            else:
+                attended = F.scaled_dot_product_attention(a, b, c, attn_mask=mask, enable_gqa=a.shape[1] != b.shape[1])
+            outputs.append(attended.transpose(1, 2).reshape(documents * length, -1))
             slot += documents * length
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if self.in_order:
@@ -131,20 +137,11 @@ class Grouped:
         return _Select.apply(out, self.inverse, self.index, None, self.padding)
 
 
-def _attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`[document, head, position, channel]`, additive mask `[document, 1, query, key]`."""
-    heads, length = q.shape[1:3]
-    if q.dtype == torch.bfloat16 and not q.is_cuda and length <= LONGEST_EXPLICIT:
-        if k.shape[1] != heads:
-            k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-        return _Explicit.apply(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != heads)
-
-
 class _Explicit(torch.autograd.Function):
-    """Attention by plain matrix products, with shapes as in `_attend_group`; scores and softmax are float32.
+    """Attention by plain matrix products; scores and softmax are float32.
 
-    Rounding the scores to bfloat16 would add several times the error of everything else.
+    q, k, v are `[document, head, position, channel]`, the additive mask `[document, 1, query, key]`. Rounding the
+    scores to bfloat16 would add several times the error of everything else.
     """
 
     @staticmethod
@@ -212,8 +209,11 @@ def block_mask(start: Tensor, end: Tensor) -> BlockMask:
     partly = (starts.amin(1, keepdim=True) < first + BLOCK) & (first < ends.amax(1, keepdim=True))
     whole = (starts.amax(1, keepdim=True) <= first) & (first + BLOCK <= ends.amin(1, keepdim=True))
     partly &= ~whole
-    # All four at once take about twenty small operations; `from_kv_blocks` needs sixty more to transpose two of them.
-    counts, columns = _listed(torch.stack([partly, whole, partly.T, whole.T]))
+    # For each row of blocks: the number of true columns, and all columns, true ones first; with axes for batch and
+    # heads. All four tables at once take about twenty small operations, `BlockMask.from_kv_blocks` sixty more.
+    tables = torch.stack([partly, whole, partly.T, whole.T])
+    counts = tables.sum(-1, dtype=torch.int32)[:, None, None]
+    columns = tables.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)[:, None, None]
     return BlockMask(
         seq_lengths=(positions, positions),
         kv_num_blocks=counts[0],
@@ -227,15 +227,6 @@ def block_mask(start: Tensor, end: Tensor) -> BlockMask:
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=seen,
     )
-
-
-def _listed(tables: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's number of true columns in bool tables `[table, row, column]`, and its columns, true ones first.
-
-    int32, with axes for batch and heads: `[table, 1, 1, row]`, `[table, 1, 1, row, column]`.
-    """
-    columns = tables.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return tables.sum(-1, dtype=torch.int32)[:, None, None], columns.to(torch.int32)[:, None, None]
 
 
 @cache

@@ -121,6 +121,11 @@ class ModelConfig:
         return self.n_kv_heads or self.n_heads
 
     @property
+    def qkv_dim(self) -> int:
+        """Channels of queries, keys and values together."""
+        return (self.n_heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
     def ffn_dim(self) -> int:
         """Channels inside the SwiGLU layer, with None resolved."""
         return self.d_ff or -(-(8 * self.d_model // 3) // 256) * 256

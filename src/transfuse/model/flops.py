@@ -38,12 +38,8 @@ class Parameters:
 def count_parameters(config: ModelConfig) -> Parameters:
     """Count the parameters of a network without building it."""
     model = Transfusion.on_meta(config)
-    adapter = (
-        sum(parameter.numel() for parameter in model.image_adapter.parameters())
-        if model.image_adapter is not None
-        else 0
-    )
-    return Parameters(sum(parameter.numel() for parameter in model.parameters()) - adapter, adapter)
+    adapter = sum(p.numel() for name, p in model.named_parameters() if name.startswith("image_adapter."))
+    return Parameters(sum(p.numel() for p in model.parameters()) - adapter, adapter)
 
 
 @lru_cache(maxsize=64)
@@ -63,8 +59,7 @@ def forward_flops(
     config: ModelConfig, positions: int, pairs: int, predictions: int, images: Sequence[tuple[int, int]]
 ) -> int:
     """Operations of one forward pass: `pairs` is the number of (query, visible key) pairs, images are latent sizes."""
-    heads = config.n_heads + 2 * config.kv_heads
-    block = config.d_model * (heads * config.head_dim + config.d_model + 3 * config.ffn_dim)
+    block = config.d_model * (config.qkv_dim + config.d_model + 3 * config.ffn_dim)
     transformer = config.n_layers * (2 * block * positions + 4 * config.d_model * pairs)
     head = 2 * config.d_model * config.vocab_size * predictions
     return transformer + head + sum(adapter_flops(config, *size) for size in images)

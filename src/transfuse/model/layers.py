@@ -182,7 +182,7 @@ class Block(nn.Module):
         self.head_dim = config.head_dim
         self.pre_norm, self.dropout = config.norm_order == "pre", config.dropout
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.qkv = Linear(config.d_model, (self.n_heads + 2 * self.kv_heads) * self.head_dim)
+        self.qkv = Linear(config.d_model, config.qkv_dim)
         self.out = Linear(config.d_model, config.d_model)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = SwiGLU(config.d_model, config.ffn_dim)

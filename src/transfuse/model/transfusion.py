@@ -27,11 +27,6 @@ LMHeadFn = Callable[[Linear, Tensor], Tensor]
 """A function of the output layer and the hidden states `[M, C]`, such as a fused loss that never holds all logits."""
 
 
-def logits(lm_head: Linear, x: Tensor) -> Tensor:
-    """Return the logits, `[M, C] -> [M, vocab_size]`."""
-    return lm_head(x)
-
-
 RENAMED_WEIGHTS = (
     ("trunk.", "transformer."),
     ("head.", "lm_head."),
@@ -123,7 +118,7 @@ class Transfusion(nn.Module):
         latents: Images = (),
         timesteps: Tensor | None = None,
         dropout: torch.Generator | None = None,
-        lm_head_fn: LMHeadFn = logits,
+        lm_head_fn: LMHeadFn = Linear.__call__,
         separate: bool = False,
         table: tuple[Tensor, Tensor] | None = None,
     ) -> Output:

@@ -25,7 +25,7 @@ from ..inference.events import Done, Event, Failed, ImageEnd, ImageProgress, Ima
 if TYPE_CHECKING:
     from ..inference import Request
     from ..inference.model_runner import Guidance
-    from ..inference.quantize import Quantize
+    from ..inference.pipeline import Quantize
 
 OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter text"
 
@@ -218,7 +218,7 @@ class Worker:
 
         A request whose image cannot be decoded for lack of memory fails.
         """
-        from ..inference.pictures import settings_of
+        from ..inference.settings import settings_of
 
         if event.request_id not in self.requests:  # it failed at an earlier event of this step
             return None
