@@ -26,7 +26,8 @@ ROOMS = [  # what has been rewritten so far
     # metrics.py has the title of a table in `results.json`, which keeps its words.
     *(str(path.relative_to(ROOT)) for path in (ROOT / "src/emoji_scenes").glob("*.py") if path.stem != "metrics"),
     *(f"src/transfuse/{name}.py" for name in ("config", "devices", "export", "folders", "images", "io", "log", "rng")),
-    *(f"src/transfuse/{room}" for room in ("data", "recipes", "runs")),
+    *(f"src/transfuse/{room}" for room in ("data", "recipes", "runs", "serving")),
+    "tests/serving",
     *(f"src/transfuse/{name}.py" for name in ("plan", "train", "train_autoencoder")),
     *(f"src/transfuse/{name}.py" for name in ("charts", "demo", "evaluate", "report")),
     *(f"src/transfuse/inspect_{name}.py" for name in ("data", "autoencoder")),

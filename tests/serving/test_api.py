@@ -215,11 +215,39 @@ MISTAKES = [
 def test_mistakes_are_named(server: Running, path: str, body: dict[str, object], message: str) -> None:
     content = json.dumps(body).encode()
     reply = server.post(path, content=content, headers={"Content-Type": "application/json"})
-    found = reply.json()["error"]
-    assert message in found["message"]
-    assert "\n" not in found["message"]
+    error = reply.json()["error"]
+    assert message in error["message"]
+    assert "\n" not in error["message"]
     assert reply.status_code == (404 if "model" in body else 400)
-    assert found["type"] == "invalid_request_error"
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "message"),
+    [
+        ({}, ["image"], "prompt: field required"),
+        ({"prompt": "a"}, [], "image: expected a file, found none"),
+        ({"prompt": "a", "image": "text"}, [], "image.0: expected a file, found text"),
+        ({"prompt": "a", "strenght": "1"}, ["image"], "strenght: extra inputs are not permitted, found '1'"),
+        ({"prompt": "a", "strength": "2"}, ["image"], "strength: input should be less than or equal to 1, found '2'"),
+        ({"prompt": "a", "strength": "1"}, ["image[]"] * 2, "image: expected one with strength or mask, found 2"),
+        ({"prompt": "a"}, ["image", "mask", "mask"], "mask: list should have at most 1 item"),
+        ({"prompt": "a"}, ["image[]"] * 17, "image[]: list should have at most 16 items"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_form_are_named(server: Running, fields: dict[str, str], files: list[str], message: str) -> None:
+    parts = [*((name, ("a.png", png())) for name in files), *((name, (None, text)) for name, text in fields.items())]
+    reply = server.post("/v1/images/edits", files=parts)
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
+
+
+def test_empty_fields_of_a_form_are_not_given(server: Running) -> None:
+    """A web form sends every field."""
+    empty = dict.fromkeys(("seed", "strength", "size", "model"), "")
+    form = {"prompt": "a", "num_inference_steps": "2", **empty}
+    assert server.post("/v1/images/edits", data=form, files={"image": ("a.png", png())}).status_code == 200
 
 
 @pytest.mark.parametrize("name", IMAGES)

@@ -98,7 +98,7 @@ async def collect(
 
 
 def test_a_job_that_kills_workers_is_read_twice_at_most() -> None:
-    """Of the jobs that no worker has accepted, the first is tried once more; the others keep their turn."""
+    """The first of the jobs that no worker has accepted is tried once more; the others keep their turn."""
 
     async def script(client: EngineClient, workers: Workers) -> None:
         tasks = {name: asyncio.ensure_future(client.submit([JOB])) for name in ("runs", "waits", "kills", "follows")}

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import openai
@@ -21,7 +22,10 @@ import pytest
 from running import LONG, PATIENCE, Running, memory, png, says
 
 from transfuse.cli import run
+from transfuse.serving.engine_client import EngineClient, QueueConfig
+from transfuse.serving.middleware import AccessConfig, Middleware
 from transfuse.serving.server import listen
+from transfuse.serving.worker import WorkerConfig
 
 pytestmark = pytest.mark.xdist_group("serving")
 
@@ -47,6 +51,30 @@ def test_pages_of_others_are_kept_out(server: Running) -> None:
     assert server.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
     assert server.get("/v1/models", headers={"Origin": "http://evil.example"}).status_code == 403
     assert server.get("/v1/models", headers={"Origin": server.url}).status_code == 200
+
+
+@pytest.mark.parametrize(("slow", "log"), [("body", [408]), ("reader", [])])
+def test_slow_clients_do_not_hold_a_request(slow: str, log: list[int]) -> None:
+    """A body that stops is a 408; a client that does not read is left."""
+    statuses: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(60 if slow == "body" else 0)
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        await asyncio.sleep(60 if slow == "reader" else 0)
+        statuses.extend([message["status"]] if "status" in message else [])
+
+    client = EngineClient(WorkerConfig("none"), QueueConfig())
+    middleware = Middleware(app, client, AccessConfig(hosts=(), patience=0.05))
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    asyncio.run(asyncio.wait_for(middleware(scope, receive, send), 10))
+    assert statuses == log
 
 
 def test_deadline(server: Running) -> None:
@@ -77,7 +105,7 @@ def test_health_ready_metrics(server: Running) -> None:
     assert "x-request-id" in server.get("/health").headers
 
 
-# ---- A server with options of its own
+# ---- A server with little room
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +153,7 @@ def test_the_worker_dies(limited: Running) -> None:
 
 
 def test_a_full_queue_and_draining(limited: Running) -> None:
-    """What runs or waits when the server is told to stop is finished; nothing new is accepted."""
+    """A server that gets SIGTERM finishes what runs or waits, and accepts nothing new."""
     with ThreadPoolExecutor(2) as crowd:
         body = {"prompt": "a crab", "num_inference_steps": 200}
         running = [crowd.submit(limited.post, IMAGES, {**body, "n": n}, headers=KEY) for n in (1, 5)]
@@ -197,8 +225,8 @@ class Crowd:
         return "" if self.draw(seed) == self.pictures[seed] else "another picture"
 
     def written(self, draw: random.Random) -> str:
-        found = self.server.post("/v1/chat/completions", self.WRITE)
-        return "" if found.json()["choices"] == self.text else f"another text: {found.text}"
+        reply = self.server.post("/v1/chat/completions", self.WRITE)
+        return "" if reply.json()["choices"] == self.text else f"another text: {reply.text}"
 
     def streamed(self, draw: random.Random) -> str:
         seed = draw.randrange(4)
@@ -216,8 +244,8 @@ class Crowd:
         return "" if status == 400 else f"{status}"
 
     def huge(self, draw: random.Random) -> str:
-        found = self.server.declare("9" * 11)
-        return "" if found.startswith(b"HTTP/1.1 413") else found.decode()
+        reply = self.server.declare("9" * 11)
+        return "" if reply.startswith(b"HTTP/1.1 413") else reply.decode()
 
     def leaving(self, draw: random.Random) -> None:
         self.server.leave({"prompt": "a", **LONG, "stream": draw.random() < 0.5}, draw.random() * 0.3)
@@ -253,16 +281,16 @@ def test_a_crowd_is_served_right(server: Running, count: int) -> None:
 def test_small_pieces_are_sent_at_once() -> None:
     """Else the first words of a stream wait 40 ms for an acknowledgement."""
 
-    async def accepted() -> int:
+    async def no_delay() -> int:
         with listen("127.0.0.1", 0) as listening:
-            found = asyncio.get_running_loop().create_future()
+            accepted = asyncio.get_running_loop().create_future()
             server = await asyncio.start_server(
-                lambda reader, writer: found.set_result(writer.get_extra_info("socket")), sock=listening
+                lambda reader, writer: accepted.set_result(writer.get_extra_info("socket")), sock=listening
             )
             _, writer = await asyncio.open_connection(*listening.getsockname())
-            option = (await found).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            option = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             writer.close()
             server.close()
             return option
 
-    assert asyncio.run(accepted())
+    assert asyncio.run(no_delay())

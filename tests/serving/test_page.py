@@ -8,22 +8,16 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from running import Running
-from test_http import png
+from running import Running, png
 
 from transfuse.images import read_settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+expect.set_options(timeout=30_000)  # milliseconds, for a machine with other work
 pytestmark = [
     pytest.mark.xdist_group("serving"),
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(served: Path) -> Iterator[Running]:
-    with Running(served) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +30,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, server: Running) -> Iterator[Page]:
-    """Fails where the page logs an error, or asks for anything from elsewhere."""
+    """Open the page; fail if it logs an error or requests anything from another site."""
     page = browser.new_page(viewport={"width": 900, "height": 900})
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    elsewhere = (server.url, "data:")
-    page.on("request", lambda asked: None if asked.url.startswith(elsewhere) else wrong.append(asked.url))
+    known = (server.url, "data:")
+    page.on("request", lambda request: None if request.url.startswith(known) else wrong.append(request.url))
     page.goto(server.url)
     expect(page.locator("#about")).to_contain_text("8 pixels")
     yield page

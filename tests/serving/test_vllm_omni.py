@@ -42,7 +42,7 @@ class Output:
 
 @dataclass
 class Registry:
-    """Its registry: names to where a class lies, loaded when it is asked for."""
+    """Its registry: the module and the name of each class, which is loaded when a model needs it."""
 
     known: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class Registry:
         self.known[model_arch] = (module_name, class_name)
 
     def build(self, model: str, architecture: str) -> Any:
-        """As its loader does: the device as torch's default, the dtype in its configuration, then the weights."""
+        """Build a model as its loader does: torch's default device, the dtype in its configuration, then weights."""
         module, name = self.known[architecture]
         config = SimpleNamespace(model=model, dtype=torch.float32)
         with torch.device("cpu"):
@@ -69,17 +69,17 @@ class Registry:
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    found = Registry()
+    models = Registry()
     for name in ("vllm_omni", "vllm_omni.diffusion", "vllm_omni.diffusion.registry", "vllm_omni.diffusion.data"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["vllm_omni.diffusion.registry"].register_diffusion_model = found.register_diffusion_model  # type: ignore[attr-defined]
+    sys.modules["vllm_omni.diffusion.registry"].register_diffusion_model = models.register_diffusion_model  # type: ignore[attr-defined]
     sys.modules["vllm_omni.diffusion.data"].DiffusionOutput = Output  # type: ignore[attr-defined]
-    return found
+    return models
 
 
 def plug_in() -> Any:
-    (found,) = [point for point in entry_points(group="vllm_omni.general_plugins") if point.name == "transfuse"]
-    return found.load()
+    (plugin,) = [point for point in entry_points(group="vllm_omni.general_plugins") if point.name == "transfuse"]
+    return plugin.load()
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ def omni(registry: Registry, served: Path, tmp_path: Path) -> Any:
     return registry.build(str(tmp_path / "theirs"), "TransfusionPipeline")
 
 
-def same(one: list[Any], other: list[Any]) -> bool:
-    return len(one) == len(other) and all(
-        (np.asarray(a) == np.asarray(b)).all() for a, b in zip(one, other, strict=True)
+def same(images: list[Any], others: list[Any]) -> bool:
+    return len(images) == len(others) and all(
+        (np.asarray(a) == np.asarray(b)).all() for a, b in zip(images, others, strict=True)
     )
 
 
@@ -109,9 +109,9 @@ def test_draws_and_edits_what_the_pipeline_does(omni: Any, served: Path) -> None
     drawn = omni(SimpleNamespace(prompts=["a crab", {"prompt": "a moon"}], sampling_params=Sampling(seed=7)))
     assert same(drawn.output, [pipe(text, generator=7).images[0] for text in ("a crab", "a moon")])
     picture = PIL.Image.new("RGB", (8, 8), "red")
-    asked = {"prompt": "make it blue", "multi_modal_data": {"image": picture}, "negative_prompt": None}
+    edit = {"prompt": "make it blue", "multi_modal_data": {"image": picture}, "negative_prompt": None}
     sampling = Sampling(None, None, 3, 2.0, True, 2, None, 5)
-    edited = omni(SimpleNamespace(prompts=[asked], sampling_params=sampling))
+    edited = omni(SimpleNamespace(prompts=[edit], sampling_params=sampling))
     settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "generator": 5, "num_images_per_prompt": 2}
     assert same(edited.output, pipe("make it blue", image=picture, **settings).images)
 
@@ -125,7 +125,7 @@ def test_draws_and_edits_what_the_pipeline_does(omni: Any, served: Path) -> None
     ],
 )
 def test_mistakes_are_an_answer(omni: Any, prompt: Any, sampling: dict[str, Any], message: str) -> None:
-    found = omni(SimpleNamespace(prompts=[prompt], sampling_params=Sampling(**sampling)))
-    assert (found.output, found.error_status_code) == (None, 400)
-    assert message in found.error
-    assert "\n" not in found.error
+    reply = omni(SimpleNamespace(prompts=[prompt], sampling_params=Sampling(**sampling)))
+    assert (reply.output, reply.error_status_code) == (None, 400)
+    assert message in reply.error
+    assert "\n" not in reply.error

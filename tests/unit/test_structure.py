@@ -144,6 +144,19 @@ import transfuse.evaluate
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_every_module_imports_without_what_only_unix_has() -> None:
+    """All commands start on Windows, too. SIGKILL stays: torch asks the platform before it uses it."""
+    code = """
+import importlib, pkgutil, signal, sys
+for name in ("fcntl", "resource", "termios", "pwd", "grp"): sys.modules[name] = None
+for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM"): delattr(signal, name)
+import transfuse
+for module in pkgutil.walk_packages(transfuse.__path__, "transfuse."):
+    if module.name != "transfuse.__main__": importlib.import_module(module.name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_is_fast_and_needs_no_torch() -> None:
     code = "import sys, transfuse.cli as c; c.run(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -38,7 +38,7 @@ class ChatOptions:
     out: Path = Path("out")
     """folder for the images"""
     seed: int = 0
-    """of the first turn; each next one has the next"""
+    """of the first turn; each turn counts it up"""
     draw: Literal["auto", "force", "never"] = "auto"
     """force: every reply begins with an image; never: words only"""
     resize: bool = False
@@ -58,7 +58,7 @@ def chat(*, model: ModelChoice, options: Annotated[ChatOptions, Flat]) -> int:
         try:
             if line == "/quit":
                 break
-            session.hear(line)
+            session.run(line)
         except UserError as error:
             print(f"transfuse: {error}", file=sys.stderr)
         except KeyboardInterrupt:
@@ -78,7 +78,7 @@ def _lines() -> Iterator[str]:
 
 
 class _Session:
-    """The conversation, and what will be said with the next line."""
+    """A conversation, and the images to send with the next line."""
 
     def __init__(self, pipe: TransfusionPipeline, options: ChatOptions) -> None:
         from ..inference import Conversation
@@ -86,10 +86,10 @@ class _Session:
         self.options, self.pipe = options, pipe
         self.conversation = Conversation(self.pipe)
         self.shown: list[np.ndarray] = []
-        self.seed, self.drawn = options.seed, 0
+        self.seed, self.images = options.seed, 0
         self.last: tuple[PIL.Image.Image, dict[str, Any]] | None = None
 
-    def hear(self, line: str) -> None:
+    def run(self, line: str) -> None:
         """Run one line. Raises UserError for a line that cannot be run, and then changes nothing."""
         from ..inference import Conversation
 
@@ -115,13 +115,14 @@ class _Session:
                 self.reply(line)
 
     def save(self, path: str) -> None:
+        """Save the last image. Raises UserError where there is none."""
         if self.last is None:
             raise UserError("/save: expected a picture to save, found none drawn yet")
-        where = Path(path).expanduser() if path else self.options.out / f"chat-{self.drawn - 1}.png"
+        where = Path(path).expanduser() if path else self.options.out / f"chat-{self.images - 1}.png"
         print(save_picture(self.last[0], where, self.last[1]))
 
     def reply(self, line: str) -> None:
-        """Say a line, with the pictures shown before it, and print the reply as it comes."""
+        """Send a line, after the images shown since the last one, and print the reply as it comes."""
         from ..inference import ImageEnd, TextDelta
         from ..inference.settings import settings_of
 
@@ -134,14 +135,14 @@ class _Session:
                     print(text, end="", flush=True)
                 case ImageEnd(image=number, latent=latent):
                     self.last = self.pipe.picture(latent), settings_of(request, self.pipe.exported, number)
-                    self.drawn += 1
+                    self.images += 1
                     print()
                     self.show()
         print()
         self.shown, self.seed = [], self.seed + 1
 
     def show(self) -> None:
-        """Put the last picture on the terminal where it can show one, else in a file."""
+        """Show the last image on the terminal if it can, else save it."""
         assert self.last is not None
         escape = inline(self.last[0]) if sys.stdout.isatty() else None
         if escape is None:
@@ -150,10 +151,10 @@ class _Session:
             print(escape, flush=True)
 
 
-def inline(picture: PIL.Image.Image) -> str | None:
-    """The characters that show a picture on this terminal; None where nothing is known to."""
-    side = max(1, 256 // picture.width)  # of small pictures each pixel is a square
-    large = picture.resize((picture.width * side, picture.height * side), 0)
+def inline(image: PIL.Image.Image) -> str | None:
+    """Return the characters that show an image on this terminal; None if it is not known to show any."""
+    side = max(1, 256 // image.width)  # shows each pixel of a small image as a square
+    large = image.resize((image.width * side, image.height * side), 0)
     file = io.BytesIO()
     large.save(file, format="PNG")
     data = base64.b64encode(file.getvalue()).decode()

@@ -21,36 +21,36 @@ class ServeOptions:
     """address to listen on; 0.0.0.0: all of this machine's"""
     port: int = 8000
     names: tuple[str, ...] = ()
-    """host names that clients may use besides the address; any, if it listens on all addresses"""
+    """more host names that clients may use; on all addresses, any name unless this lists some"""
     slots: int = 8
-    """requests that run together; memory is taken for them once"""
+    """requests that run together; their memory is allocated at the start"""
     guidance: Literal["auto", "packed", "sequential"] = "auto"
-    """branches of guided drawings in one pass or one after another; auto: what a timing at the start finds faster"""
+    """compute the branches of guided images in one pass or one by one; auto: the faster, timed at the start"""
     quantize: Literal["int8", "float8"] | None = None
-    """the blocks' weights in eight bits: int8 anywhere, float8 on newer NVIDIA cards (extra: quantize)"""
+    """eight-bit weights for the blocks: int8 anywhere, float8 on newer NVIDIA cards (extra: quantize)"""
     compile: bool = False
     """compile the blocks before the first request (torch.compile): half a minute or more"""
     graphs: bool = True
-    """on CUDA, record passes that come again, and play them back (CUDA graphs)"""
+    """on CUDA, record and replay repeated passes (CUDA graphs)"""
     max_requests: int = 64
-    """most that wait or run; one more is refused with 503"""
+    """most requests that wait or run; one more gets 429"""
     max_cost: int = 4_000_000
-    """most positions that the network may have to compute for all of them"""
+    """most positions that the network may have to compute for all of them; a request beyond it gets 429"""
     max_body: int = 32_000_000
-    """bytes of a request"""
+    """most bytes of a request"""
     deadline: float = 300.0
     """seconds for a request, waiting included"""
     drain: float = 30.0
-    """seconds to finish in when options to stop"""
+    """seconds to finish what runs before stopping"""
 
 
 def serve(*, model: ModelChoice, options: Annotated[ServeOptions, Flat]) -> int:
-    """Serve a model over HTTP, with a page to try it, to as many as come.
+    """Serve a model over HTTP to many clients at once, with a page to try it.
 
     $ transfuse serve --model runs/demo/export --port 8000
 
-    Ctrl-C or SIGTERM: what runs is finished first, a second time: at once. Keys that clients must give:
-    TRANSFUSE_API_KEYS, separated by commas.
+    Ctrl-C or SIGTERM finishes what runs, then stops; a second one stops at once. If TRANSFUSE_API_KEYS is set, to
+    keys separated by commas, clients must send one of them.
     """
     for name in ("slots", "max_requests", "max_cost", "max_body", "deadline"):
         if getattr(options, name) <= 0:

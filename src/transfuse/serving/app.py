@@ -20,7 +20,7 @@ from ..version import __version__
 from .engine_client import EngineClient
 from .middleware import AccessConfig, Middleware
 from .protocol import ApiError, ChatRequest, EditRequest, ImagesRequest
-from .responses import ChatResponse, ImagesResponse, respond
+from .responses import chat_content, images_content, respond
 
 PAGE_POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -124,9 +124,9 @@ def add_generation(app: FastAPI, client: EngineClient) -> None:
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Continue messages of words and pictures, in words and pictures."""
         check_model(client, body.model)
-        streams = await client.submit([await asyncio.to_thread(body.job)], body.timeout)
-        builder = ChatResponse(client.require_model()["name"], body, streams[0])
-        return await respond(request, client, streams, builder, bool(body.stream))
+        (stream,) = await client.submit([await asyncio.to_thread(body.job)], body.timeout)
+        content = chat_content(client, stream, body, client.require_model()["name"])
+        return await respond(request, content, body.stream, "data: [DONE]\n\n")
 
     @app.post("/v1/images/generations")
     async def generations(request: Request, body: ImagesRequest) -> Response:
@@ -142,5 +142,4 @@ def add_generation(app: FastAPI, client: EngineClient) -> None:
         check_model(client, body.model)
         jobs = await asyncio.to_thread(body.jobs, client.require_model()["steps"])
         streams = await client.submit(jobs, body.timeout)
-        builder = ImagesResponse(kind, body, streams)
-        return await respond(request, client, streams, builder, bool(body.stream))
+        return await respond(request, images_content(client, streams, body, kind), body.stream)

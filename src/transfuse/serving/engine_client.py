@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -156,9 +156,15 @@ class EngineClient:
         """of the last requests, from start to end"""
 
     def start(self) -> None:
-        """Start the first worker."""
+        """Start a worker, which gets all requests that wait."""
         self._loop = asyncio.get_running_loop()
-        self._start_worker()
+        self.process, connection = self.start_worker(self.worker)
+        self._outbox.put(None)  # ends the writer of the worker before
+        self._outbox = queue.SimpleQueue()
+        for stream in self.streams.values():
+            self._outbox.put((stream.request_id, stream.job))
+        for carry in (self._read, self._write):
+            threading.Thread(target=carry, args=(self.process, connection, self._outbox), daemon=True).start()
 
     async def stop(self) -> None:
         """End the worker; requests that still run fail."""
@@ -242,7 +248,7 @@ class EngineClient:
 
     async def events(
         self, streams: Sequence[RequestStream], ping: float = 15.0
-    ) -> AsyncIterator[tuple[int, Event | None]]:
+    ) -> AsyncGenerator[tuple[int, Event | None], None]:
         """Yield the events of the streams of one `submit` to their ends, each with its stream's index.
 
         The event is None if nothing came for `ping` seconds. Leaving the iterator cancels what has not ended. Raises
@@ -360,22 +366,13 @@ class EngineClient:
             self._give_up(f"the worker ended {len(self._deaths)} times within a minute")
         else:
             self.metrics.restarts.inc()
-            self._start_worker()
+            self.start()
 
     def _give_up(self, message: str) -> None:
         self.failure = message
         logger.info(f"serve: {message}")
         self._fail_all(message)
         self.stopped.set()
-
-    def _start_worker(self) -> None:
-        self.process, connection = self.start_worker(self.worker)
-        self._outbox.put(None)  # ends the writer of the worker before
-        self._outbox = queue.SimpleQueue()
-        for stream in self.streams.values():
-            self._outbox.put((stream.request_id, stream.job))
-        for carry in (self._read, self._write):
-            threading.Thread(target=carry, args=(self.process, connection, self._outbox), daemon=True).start()
 
     def _read(self, process: Any, connection: Connection, _: object) -> None:
         """Carry messages from the pipe to the loop, in a thread, until the worker ends."""

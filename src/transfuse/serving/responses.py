@@ -8,8 +8,9 @@ import io
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -17,44 +18,29 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ..images import save_png
-from ..inference.events import Done, Event, ImageEnd, ImageProgress, TextDelta
+from ..inference.events import Done, ImageEnd, ImageProgress, TextDelta
 from .engine_client import EngineClient, RequestStream
 from .protocol import ApiError, ChatRequest, ImagesRequest
 
-
-class ResponseBuilder(Protocol):
-    """A response as it grows."""
-
-    async def add(self, index: int, event: Event) -> list[str]:
-        """Take an event of the stream with that index; return the server-sent events that tell of it."""
-
-    def body(self) -> dict[str, Any]:
-        """Return the whole response, when every stream has ended."""
-
-    def closing(self) -> list[str]:
-        """Return the server-sent events at the end of a stream."""
+Content = AsyncGenerator[dict[str, Any] | None, None]
+"""the JSON of each server-sent event of a stream, None where nothing has happened for a while; or one whole response"""
 
 
-async def respond(
-    request: Request, client: EngineClient, streams: Sequence[RequestStream], builder: ResponseBuilder, stream: bool
-) -> Response:
-    """Respond to a request from its events. If the client leaves, streaming or not, the request is cancelled."""
+async def respond(request: Request, content: Content, stream: bool | None, end: str = "") -> Response:
+    """Send content. If the client leaves, streaming or not, the content is closed, which cancels the request."""
     if stream:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        content = _server_sent(client, streams, builder)
-        return StreamingResponse(content, media_type="text/event-stream", headers=headers)
+        return StreamingResponse(_server_sent(content, end), media_type="text/event-stream", headers=headers)
 
-    async def complete() -> dict[str, Any]:
-        async for index, event in client.events(streams):
-            if event is not None:
-                await builder.add(index, event)
-        return builder.body()
+    async def whole() -> dict[str, Any]:
+        async with aclosing(content):
+            return [item async for item in content if item is not None][-1]
 
     async def disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    work, gone = asyncio.ensure_future(complete()), asyncio.ensure_future(disconnect())
+    work, gone = asyncio.ensure_future(whole()), asyncio.ensure_future(disconnect())
     await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
     gone.cancel()
     if not work.done():
@@ -64,151 +50,117 @@ async def respond(
     return JSONResponse(work.result())
 
 
-async def _server_sent(
-    client: EngineClient, streams: Sequence[RequestStream], builder: ResponseBuilder
-) -> AsyncIterator[str]:
+async def _server_sent(content: Content, end: str) -> AsyncGenerator[str, None]:
+    """Write content as server-sent events, named by its "type" if it has one; an error is the last of them."""
     try:
-        async for index, event in client.events(streams):
-            if event is None:
-                yield ": still here\n\n"  # keeps proxies from closing, and notices a client that has left
-            else:
-                for text in await builder.add(index, event):
-                    yield text
-    except ApiError as error:
-        yield server_sent_event(error.content, "error")
-    else:
-        for text in builder.closing():
-            yield text
-
-
-def server_sent_event(content: dict[str, Any], name: str | None = None) -> str:
-    """Return JSON as one server-sent event."""
-    head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(content)}\n\n"
-
-
-async def encode_png(pixels: np.ndarray | None, settings: dict[str, Any] | None = None) -> str:
-    """Return uint8 pixels `[row, column, 3]` as base64 of a PNG: with its settings, or as a preview, quickly made."""
-
-    def encode() -> str:
-        assert pixels is not None, "a worker sends pixels with every image"
-        file, image = io.BytesIO(), PIL.Image.fromarray(pixels)
-        if settings is None:
-            image.save(file, format="PNG", compress_level=1)
-        else:
-            save_png(image, file, settings)
-        return base64.b64encode(file.getvalue()).decode()
-
-    return await asyncio.to_thread(encode)
-
-
-class ChatResponse:
-    """A `chat.completion`, or its chunks."""
-
-    def __init__(self, model: str, body: ChatRequest, stream: RequestStream) -> None:
-        self.request, self.stream = body, stream
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.seed = stream.job.settings["seed"]
-        self.parts: list[dict[str, Any]] = []
-        self.role_sent = False
-        self.done: Done
-
-    async def add(self, index: int, event: Event) -> list[str]:
-        match event:
-            case TextDelta(text=text):
-                if self.parts and self.parts[-1]["type"] == "text":
-                    self.parts[-1]["text"] += text
+        async with aclosing(content):
+            async for item in content:
+                if item is None:
+                    yield ": still here\n\n"  # keeps proxies from closing, and notices a client that has left
                 else:
-                    self.parts.append({"type": "text", "text": text})
-                return [self._delta({"content": text})]
-            case ImageEnd(pixels=pixels, settings=settings):
-                url = f"data:image/png;base64,{await encode_png(pixels, settings)}"
-                part = {"type": "image_url", "image_url": {"url": url}}
-                self.parts.append(part)
-                return [self._delta({"images": [{**part, "settings": settings}]})]
-            case ImageProgress(image=image, step=step, total=total, pixels=pixels):
-                progress: dict[str, Any] = {"image": image, "step": step, "total": total}
-                if pixels is not None:
-                    progress["preview"] = f"data:image/png;base64,{await encode_png(pixels)}"
-                return [self._chunk({}, progress=progress)]
-            case Done():
-                self.done = event
-        return []
-
-    def _delta(self, delta: dict[str, Any]) -> str:
-        role = {} if self.role_sent else {"role": "assistant"}
-        self.role_sent = True
-        return self._chunk({**role, **delta})
-
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return server_sent_event({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
-
-    @property
-    def finish_reason(self) -> str:
-        return "length" if self.done.reason == "length" else "stop"
-
-    def body(self) -> dict[str, Any]:
-        images = [part for part in self.parts if part["type"] == "image_url"]
-        text = "".join(part["text"] for part in self.parts if part["type"] == "text")
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if self.request.content_format == "parts":
-            message["content"] = self.parts
-        elif images:
-            message["images"] = images
-        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason, "logprobs": None}
-        used = usage([self.stream], [self.done])
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": used, "seed": self.seed}
-
-    def closing(self) -> list[str]:
-        chunks = [self._chunk({}, self.finish_reason, seed=self.seed)]
-        if self.request.stream_options is not None and self.request.stream_options.include_usage:
-            used = usage([self.stream], [self.done])
-            chunk = {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": used}
-            chunks.append(server_sent_event(chunk))
-        return [*chunks, "data: [DONE]\n\n"]
+                    name = f"event: {item['type']}\n" if "type" in item else ""
+                    yield f"{name}data: {json.dumps(item)}\n\n"
+    except ApiError as error:
+        yield f"event: error\ndata: {json.dumps(error.content)}\n\n"
+    else:
+        if end:
+            yield end
 
 
-class ImagesResponse:
-    """A list of images, or events of the kinds `KIND.partial_image` and `KIND.completed`."""
+def to_png(pixels: np.ndarray | None, settings: dict[str, Any] | None = None) -> str:
+    """Return uint8 pixels `[row, column, 3]` as base64 of a PNG: with its settings, or as a preview, quickly made."""
+    assert pixels is not None, "a worker sends pixels with every image"
+    file, image = io.BytesIO(), PIL.Image.fromarray(pixels)
+    if settings is None:
+        image.save(file, format="PNG", compress_level=1)
+    else:
+        save_png(image, file, settings)
+    return base64.b64encode(file.getvalue()).decode()
 
-    def __init__(self, kind: str, body: ImagesRequest, streams: Sequence[RequestStream]) -> None:
-        self.kind, self.streams, self.most = kind, streams, body.partial_images or 0
-        self.created = int(time.time())
-        self.images: dict[int, dict[str, Any]] = {}
-        self.done: dict[int, Done] = {}
-        self.previews = [0] * len(streams)
 
-    async def add(self, index: int, event: Event) -> list[str]:
-        match event:
-            case ImageProgress(pixels=pixels) if pixels is not None and self.previews[index] < self.most:
-                number = self.previews[index]
-                self.previews[index] += 1
-                preview = await encode_png(pixels)
-                return [self._event("partial_image", index, partial_image_index=number, b64_json=preview)]
-            case ImageEnd(pixels=pixels, settings=settings):
-                assert settings is not None
-                content = await encode_png(pixels, settings)
-                self.images[index] = {"b64_json": content, "seed": settings["seed"], "settings": settings}
-            case Done():
-                self.done[index] = event
-                used = usage([self.streams[index]], [event])
-                return [self._event("completed", index, usage=used, **self.images[index])]
-        return []
+async def chat_content(client: EngineClient, stream: RequestStream, body: ChatRequest, model: str) -> Content:
+    """Yield a `chat.completion`, or its chunks where the request asks for a stream."""
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    chunk = {**head, "object": "chat.completion.chunk"}
+    seed, role = stream.job.settings["seed"], {"role": "assistant"}
+    parts: list[dict[str, Any]] = []
+    async with aclosing(client.events([stream])) as events:
+        async for _, event in events:
+            delta: dict[str, Any] = {}
+            more: dict[str, Any] = {}
+            match event:
+                case TextDelta(text=text):
+                    if not parts or parts[-1]["type"] != "text":
+                        parts.append({"type": "text", "text": ""})
+                    parts[-1]["text"] += text
+                    delta = {**role, "content": text}
+                case ImageEnd(pixels=pixels, settings=settings):
+                    url = f"data:image/png;base64,{await asyncio.to_thread(to_png, pixels, settings)}"
+                    parts.append({"type": "image_url", "image_url": {"url": url}})
+                    delta = {**role, "images": [{**parts[-1], "settings": settings}]}
+                case ImageProgress(image=image, step=step, total=total, pixels=pixels):
+                    more = {"progress": {"image": image, "step": step, "total": total}}
+                    if pixels is not None:
+                        preview = await asyncio.to_thread(to_png, pixels)
+                        more["progress"]["preview"] = f"data:image/png;base64,{preview}"
+                case Done():
+                    done = event
+                    break
+            if body.stream:
+                role = {} if delta else role
+                choice = {"index": 0, "delta": delta, "finish_reason": None}
+                yield None if event is None else {**chunk, "choices": [choice], **more}
+    finish_reason = "length" if done.reason == "length" else "stop"
+    used = usage([stream], [done])
+    if body.stream:
+        yield {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}], "seed": seed}
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield {**chunk, "choices": [], "usage": used}
+        return
+    images = [part for part in parts if part["type"] == "image_url"]
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if body.content_format == "parts":
+        message["content"] = parts
+    elif images:
+        message["images"] = images
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
+    yield {**head, "object": "chat.completion", "choices": [choice], "usage": used, "seed": seed}
 
-    def _event(self, name: str, index: int, **more: Any) -> str:
-        kind = f"{self.kind}.{name}"
-        body = {"type": kind, "created_at": self.created, "output_format": "png", "image_index": index, **more}
-        return server_sent_event(body, kind)
 
-    def body(self) -> dict[str, Any]:
-        order = range(len(self.streams))
-        used = usage(self.streams, [self.done[index] for index in order])
-        images = [self.images[index] for index in order]
-        return {"created": self.created, "data": images, "output_format": "png", "usage": used}
-
-    def closing(self) -> list[str]:
-        return []
+async def images_content(
+    client: EngineClient, streams: Sequence[RequestStream], body: ImagesRequest, kind: str
+) -> Content:
+    """Yield a list of images; where the request asks for a stream, events `KIND.partial_image` and `KIND.completed`."""
+    head = {"created_at": int(time.time()), "output_format": "png"}
+    images: dict[int, dict[str, Any]] = {}
+    ended: dict[int, Done] = {}
+    previews = [0] * len(streams)
+    async with aclosing(client.events(streams)) as events:
+        async for index, event in events:
+            item: dict[str, Any] | None = None
+            match event:
+                case ImageProgress(pixels=pixels) if pixels is not None and previews[index] < (
+                    body.partial_images or 0
+                ):
+                    preview = await asyncio.to_thread(to_png, pixels)
+                    item = {"type": f"{kind}.partial_image", "partial_image_index": previews[index]}
+                    item["b64_json"] = preview
+                    previews[index] += 1
+                case ImageEnd(pixels=pixels, settings=settings):
+                    assert settings is not None
+                    content = await asyncio.to_thread(to_png, pixels, settings)
+                    images[index] = {"b64_json": content, "seed": settings["seed"], "settings": settings}
+                case Done():
+                    ended[index] = event
+                    item = {"type": f"{kind}.completed", "usage": usage([streams[index]], [event]), **images[index]}
+            if body.stream and (item is not None or event is None):
+                yield None if item is None else {**head, "image_index": index, **item}
+    if not body.stream:
+        order = range(len(streams))
+        used = usage(streams, [ended[index] for index in order])
+        data = [images[index] for index in order]
+        yield {"created": head["created_at"], "data": data, "output_format": "png", "usage": used}
 
 
 def usage(streams: Sequence[RequestStream], done: Sequence[Done]) -> dict[str, Any]:
