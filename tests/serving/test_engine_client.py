@@ -199,6 +199,22 @@ def test_nothing_new_is_answered_with_a_ping_until_the_deadline() -> None:
     with_client(script)
 
 
+def test_what_still_runs_when_draining_ends_fails() -> None:
+    async def script(client: EngineClient, workers: Workers) -> None:
+        task = asyncio.ensure_future(client.submit([JOB]))
+        await workers.receive(1)
+        workers.send(Accepted(0, 1, 9))
+        streams = await task
+        await client.drain(0.05)
+        with pytest.raises(ApiError, match="the server stops") as stopped:
+            await collect(client, streams, [])
+        assert stopped.value.status_code == 503
+        with pytest.raises(ApiError, match="takes nothing new"):
+            await client.submit([JOB])
+
+    with_client(script)
+
+
 def test_a_cut_character_is_not_lost(tmp_path: Path) -> None:
     """Text may end within a character, before an image and at the end, in a whole response and in a stream."""
     start = BYTES.encode("?")[0]

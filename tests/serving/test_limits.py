@@ -111,7 +111,7 @@ def test_health_ready_metrics(server: Running) -> None:
 @pytest.fixture(scope="module")
 def limited(served: Path) -> Iterator[Running]:
     """A server with keys and little room; the last test of it stops it."""
-    options = ("--slots", "2", "--max-requests", "6", "--max-cost", "80000")
+    options = ("--slots", "2", "--max-requests", "6", "--max-cost", "80000", "--drain", "200")
     with Running(served, *options, TRANSFUSE_API_KEYS="first,second") as running:
         yield running
 
@@ -155,7 +155,7 @@ def test_the_worker_dies(limited: Running) -> None:
 def test_a_full_queue_and_draining(limited: Running) -> None:
     """A server that gets SIGTERM finishes what runs or waits, and accepts nothing new."""
     with ThreadPoolExecutor(2) as crowd:
-        body = {"prompt": "a crab", "num_inference_steps": 200}
+        body = {"prompt": "a crab", "num_inference_steps": 100}
         running = [crowd.submit(limited.post, IMAGES, {**body, "n": n}, headers=KEY) for n in (1, 5)]
         limited.wait_for(lambda: limited.metric("transfuse_running") + limited.metric("transfuse_waiting") == 6)
         full = limited.post(IMAGES, {"prompt": "a"}, headers=KEY)
@@ -166,7 +166,7 @@ def test_a_full_queue_and_draining(limited: Running) -> None:
         limited.wait_for(lambda: limited.get("/ready").status_code == 503)
         assert limited.post(IMAGES, {"prompt": "a"}, headers=KEY).status_code == 503
         assert [future.result().status_code for future in running] == [200, 200]
-        assert limited.process.wait(30) in (0, -signal.SIGTERM)
+        assert limited.process.wait(PATIENCE) in (0, -signal.SIGTERM)
 
 
 def test_a_server_whose_model_cannot_be_loaded_ends(served: Path, tmp_path: Path) -> None:

@@ -179,11 +179,12 @@ class EngineClient:
         self.stopped.set()
 
     async def drain(self, seconds: float) -> None:
-        """Accept nothing new, and wait until nothing runs, at most `seconds`."""
+        """Accept nothing new, and wait until nothing runs; after `seconds`, what still runs fails."""
         self.draining = True
         end = time.monotonic() + seconds
         while self.streams and time.monotonic() < end:
             await asyncio.sleep(0.05)
+        self._fail_all("the server stops")
 
     def require_model(self) -> dict[str, Any]:
         """Return the model's description. Raises ApiError where there is none, yet or ever."""

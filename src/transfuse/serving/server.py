@@ -32,13 +32,12 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal to stop."""
-        if not self.client.draining and self.client.model is not None and self.client.streams:
+        seconds = 0.0 if self.client.draining else self.drain
+        if seconds and self.client.streams:
             count = len(self.client.streams)
             logger.info(f"serve: {signal.Signals(sig).name}: finishing {count} requests, then stopping")
-            self.client.draining = True
-            self._tasks.append(asyncio.get_running_loop().create_task(self._exit_after(self.client.drain(self.drain))))
-        else:
-            self.should_exit = True
+        self.client.draining = True
+        self._tasks.append(asyncio.get_running_loop().create_task(self._exit_after(self.client.drain(seconds))))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening, and end when there is no worker to be had."""
