@@ -34,12 +34,13 @@ ROOMS = [  # what has been rewritten so far
     "experiments",
     "tests/distributed",
     "tests/golden",
-    *(f"tests/e2e/test_{name}.py" for name in ("kill", "lock", "stops")),
+    *(f"tests/e2e/test_{name}.py" for name in ("cli", "kill", "lock", "stops")),
     *(f"tests/parity/test_{name}.py" for name in ("chameleon_parity", "clip", "fidelity", "llama", "words")),
     "tests/evaluating.py",
     *(
         f"tests/unit/test_{name}.py"
         for name in (
+            *("command_line", "paper", "presets", "renamed", "run", "settings"),
             *("training", "arms", "cluster_plan", "memory_plan", "configuration", "export_pieces", "guard", "trackers"),
             *("interchange", "parallel", "profiling", "stability", "start", "unseen_noise", "token_loss"),
             *("captioning", "distances", "evaluate", "features", "harness", "kept_results", "reconstruction"),

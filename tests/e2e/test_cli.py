@@ -1,4 +1,4 @@
-"""The commands as a user gives them: in a folder of their own, with real files."""
+"""The commands as a user gives them: each in a folder, with real files."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def transfuse(folder: Path, *arguments: str) -> Result:
 
 
 def transfuse_process(folder: Path, *arguments: str, **options) -> Result:
-    """The command as a process of its own."""
-    found = subprocess.run(
+    """Run the command as a process."""
+    reply = subprocess.run(
         [*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **options
     )
-    return Result(found.returncode, found.stdout, found.stderr)
+    return Result(reply.returncode, reply.stdout, reply.stderr)
 
 
 def refused(folder: Path, *arguments: str, call=transfuse, **options) -> str:
@@ -102,10 +102,10 @@ def test_generate(home: Path) -> None:
 
 
 def test_generate_the_best_of_several(home: Path) -> None:
-    asked = ("generate", "a crab", "--draw", "force", "--max-tokens", "0", "--steps", "2", "--json", *TINY)
-    kept = json.loads(transfuse(home, *asked, "--seed", "3", "--candidates", "3", "--out", "of-three").stdout)
+    request = ("generate", "a crab", "--draw", "force", "--max-tokens", "0", "--steps", "2", "--json", *TINY)
+    kept = json.loads(transfuse(home, *request, "--seed", "3", "--candidates", "3", "--out", "of-three").stdout)
     assert kept["seed"] in (3, 1_000_006, 2_000_009)
-    alone = json.loads(transfuse(home, *asked, "--seed", str(kept["seed"]), "--out", "alone").stdout)
+    alone = json.loads(transfuse(home, *request, "--seed", str(kept["seed"]), "--out", "alone").stdout)
     pictures = [(home / reply["parts"][0]["path"]).read_bytes() for reply in (kept, alone)]
     assert pictures[0] == pictures[1]
     assert "candidates: expected at least 1, found 0" in refused(home, "generate", "a crab", "--candidates", "0", *TINY)
@@ -156,8 +156,8 @@ def test_every_picture_says_how_it_was_made(home: Path) -> None:
     result = transfuse(home, "generate", "a crab", "--draw", "force", "--steps", "2", "--seed", "5", "--out", "said",
                        *TINY)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    found = read_settings(home / "said" / "seed-5-0.png")
-    assert {"prompt": "a crab", "seed": 5, "steps": 2, "sampler": "ddim"}.items() <= found.items()
+    reply = read_settings(home / "said" / "seed-5-0.png")
+    assert {"prompt": "a crab", "seed": 5, "steps": 2, "sampler": "ddim"}.items() <= reply.items()
 
 
 def test_chat(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_chat(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [line for line in result.stdout.splitlines() if line.endswith(".png")]
     assert pictures == ["talk/chat-0.png", "talk/chat-1.png", "copy.png", "talk/chat-2.png"]
     settings = [read_settings(home / name) for name in pictures]
-    assert [one["seed"] for one in settings] == [0, 1, 1, 9]
+    assert [each["seed"] for each in settings] == [0, 1, 1, 9]
     assert settings[1]["images_in_prompt"] == 2, "the one it drew, and the one it was shown"
     assert settings[3]["prompt"] == "a boat", "all else is forgotten"
     assert "/quit" in result.stdout
@@ -195,7 +195,7 @@ def test_chat(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pictures_on_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What kitty and iTerm2 are sent holds the picture; others get a path."""
+    """Kitty and iTerm2 get the picture itself, other terminals a path."""
     picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     for name in ("TERM_PROGRAM", "KITTY_WINDOW_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -272,8 +272,8 @@ def test_autoencoder(home: Path) -> None:
         result = transfuse(home, "data", "build", "photographs", f"{kind}-data", "--autoencoder", f"{kind}/export",
                            "--size", "32", "--vocabulary", "300", "--json")  # fmt: skip
         assert result.returncode == 0, result.stderr
-        found = json.loads(result.stdout.splitlines()[-1])
-        assert (found["pictures"], found["faulty"]) == (5, 1)
+        reply = json.loads(result.stdout.splitlines()[-1])
+        assert (reply["pictures"], reply["faulty"]) == (5, 1)
         assert "broken.png" in (home / f"{kind}-data" / "quarantine.jsonl").read_text()
         result = transfuse(home, "autoencoder", "inspect", f"{kind}/export", "photographs", "--size", "32",
                            "--out", f"{kind}-report", "--json")  # fmt: skip
@@ -290,19 +290,19 @@ def test_autoencoder(home: Path) -> None:
 
 
 def test_autoencoder_mistakes(home: Path) -> None:
-    def said(*arguments: str) -> str:
+    def error_of(*arguments: str) -> str:
         return refused(home, "autoencoder", *arguments)
 
-    assert 'unknown command "autoencoder trian"; did you mean "train"' in said("trian")
-    assert "expected a preset, found none" in said("train")
-    assert 'did you mean "kl-tiny"' in said("train", "kl-tinny")
-    assert "data.world.size: expected a multiple of the autoencoder's factor (8)" in said(
+    assert 'unknown command "autoencoder trian"; did you mean "train"' in error_of("trian")
+    assert "expected a preset, found none" in error_of("train")
+    assert 'did you mean "kl-tiny"' in error_of("train", "kl-tinny")
+    assert "data.world.size: expected a multiple of the autoencoder's factor (8)" in error_of(
         "train", "kl-f8-small", "--data.world.size", "60"
     )
-    assert 'unknown command "autoencoder encode"; transfuse --help lists' in said("encode", "pixels", ".", "out")
-    assert "--count: expected at least 1, found 0" in said("inspect", "pixels", "world", "--count", "0")
-    assert "nowhere" in said("inspect", "pixels", "nowhere")
-    assert "expected" in said("train", "kl-tiny", "--run", "elsewhere", "--objective.perceptual", "no-such-file")
+    assert 'unknown command "autoencoder encode"; transfuse --help lists' in error_of("encode", "pixels", ".", "out")
+    assert "--count: expected at least 1, found 0" in error_of("inspect", "pixels", "world", "--count", "0")
+    assert "nowhere" in error_of("inspect", "pixels", "nowhere")
+    assert "expected" in error_of("train", "kl-tiny", "--run", "elsewhere", "--objective.perceptual", "no-such-file")
 
 
 def test_mistakes(home: Path, tmp_path: Path) -> None:
@@ -346,13 +346,13 @@ def test_run_without_a_complete_checkpoint(home: Path, tmp_path: Path) -> None:
 def test_export_command_equals_the_training_export(home: Path) -> None:
     result = transfuse(home, "export", "runs/tiny", "--out", "mine", "--json")
     assert result.returncode == 0, result.stderr
-    ours, theirs = (load_file(home / f / "model.safetensors") for f in ("mine", "runs/tiny/export"))
-    assert ours.keys() == theirs.keys()
-    assert all((ours[name] == theirs[name]).all() for name in ours)
+    ours, other = (load_file(home / f / "model.safetensors") for f in ("mine", "runs/tiny/export"))
+    assert ours.keys() == other.keys()
+    assert all((ours[name] == other[name]).all() for name in ours)
 
 
 def test_full_disk_is_one_line_and_loses_nothing(home: Path, tmp_path: Path) -> None:
-    """Every file is limited to 100 kB, so that the weights can not be written."""
+    """Every file is limited to 100 kB, so that the weights cannot be written."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -387,14 +387,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int
 
 
 def test_plan_and_doctor(tmp_path: Path, monkeypatch) -> None:
-    found = json.loads(transfuse(tmp_path, "plan", "0.37b", "--json").stdout)
-    assert found["parameters"] == pytest.approx(373.9e6, rel=0.005)
-    assert found["train_flops_per_token"] == 6 * found["total_parameters"]
+    reply = json.loads(transfuse(tmp_path, "plan", "0.37b", "--json").stdout)
+    assert reply["parameters"] == pytest.approx(373.9e6, rel=0.005)
+    assert reply["train_flops_per_token"] == 6 * reply["total_parameters"]
     assert "parameters" in transfuse(tmp_path, "plan", "demo").stdout
-    found = json.loads(transfuse(tmp_path, "doctor", "--json").stdout)
-    assert found["problems"] == []
-    assert "gloo" in found["processes_speak_by"]
-    assert {"tensorboard", "wandb", "trackio", "torchao"} <= found["optional"].keys()
+    reply = json.loads(transfuse(tmp_path, "doctor", "--json").stdout)
+    assert reply["problems"] == []
+    assert "gloo" in reply["processes_speak_by"]
+    assert {"tensorboard", "wandb", "trackio", "torchao"} <= reply["optional"].keys()
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: names[number])
@@ -418,17 +418,17 @@ def test_chameleon(home: Path) -> None:
     config = json.loads((home / "chameleon/export/config.json").read_text())
     assert config["architectures"] == ["TransfusionChameleon"]
     assert config["autoencoder"]["name"] == "vq-f4-small"
-    asked = ("a crab", "--draw", "force", "--model", "chameleon/export")
-    result = transfuse(home, "generate", *asked, "--out", "codes", "--json")
+    request = ("a crab", "--draw", "force", "--model", "chameleon/export")
+    result = transfuse(home, "generate", *request, "--out", "codes", "--json")
     assert result.returncode == 0, result.stderr
     reply = json.loads(result.stdout.splitlines()[-1])
     picture = next(part["path"] for part in reply["parts"] if part["type"] == "image")
     assert PIL.Image.open(home / picture).size == (32, 32)
-    assert "expected none, for the model does not denoise" in refused(home, "generate", *asked, "--steps", "3")
+    assert "expected none, for the model does not denoise" in refused(home, "generate", *request, "--steps", "3")
     result = transfuse(home, "caption", picture, "--model", "chameleon/export", "--json")
     assert result.returncode == 0, result.stderr
-    said = refused(home, "train", "tiny", "--run", "no", *CODES[:-1], "kl-f4-small")
-    assert 'expected one with a codebook, found "kl-f4-small"' in said
+    message = refused(home, "train", "tiny", "--run", "no", *CODES[:-1], "kl-f4-small")
+    assert 'expected one with a codebook, found "kl-f4-small"' in message
     assert "model.codebook_size: expected a positive number" in refused(home, "train", "tiny", *CODES[:2], *CODES[4:])
 
 
@@ -445,11 +445,9 @@ def test_llama_out_and_in(home: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "n_layers 2" in result.stderr, "the folder's shape is taken, and said"
     assert "missing 0" in result.stderr
-    theirs, ours = load_file(folder / "model.safetensors"), load_file(home / "started/export/model.safetensors")
-    assert (theirs["lm_head.weight"] == ours["lm_head.weight"]).all()
-    assert (
-        theirs["model.layers.1.mlp.down_proj.weight"] == ours["transformer.blocks.1.feed_forward.down.weight"]
-    ).all()
+    other, ours = load_file(folder / "model.safetensors"), load_file(home / "started/export/model.safetensors")
+    assert (other["lm_head.weight"] == ours["lm_head.weight"]).all()
+    assert (other["model.layers.1.mlp.down_proj.weight"] == ours["transformer.blocks.1.feed_forward.down.weight"]).all()
     (folder / "model.safetensors").unlink()
     assert transfuse(home, *command).returncode == 0, "what has begun does not need it again"
     assert "expected safetensors weights, found no file" in refused(home, *command[:2], "--run", "x", *command[4:])

@@ -18,7 +18,7 @@ from transfuse.recipes import preset
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]):
+def error_line(capsys: pytest.CaptureFixture[str]):
     """Return a function that runs a refused command and returns its one line on standard error."""
 
     def refused(*words: str) -> str:
@@ -66,14 +66,14 @@ def said(capsys: pytest.CaptureFixture[str]):
         ("study scaling --arms llama", 'study scaling: "--arms" is now called "--variants"'),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line(words: str, message: str, said) -> None:
-    assert said(*words.split()) == message
+def test_mistakes_are_one_line(words: str, message: str, error_line) -> None:
+    assert error_line(*words.split()) == message
 
 
-def test_swapped_arguments_of_edit(tmp_path: Path, monkeypatch, said) -> None:
+def test_swapped_arguments_of_edit(tmp_path: Path, monkeypatch, error_line) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.png").write_bytes(b"")
-    line = said("edit", "make it red", "a.png")
+    line = error_line("edit", "make it red", "a.png")
     assert line == 'edit: expected the image first, found the prompt: transfuse edit a.png "make it red"'
 
 
@@ -122,10 +122,10 @@ def test_a_runs_own_settings_are_such_a_file(tmp_path: Path) -> None:
         ("a: [", "expected YAML, found something else"),
     ],
 )
-def test_mistakes_in_a_file_are_one_line(tmp_path: Path, text: str, message: str, said) -> None:
+def test_mistakes_in_a_file_are_one_line(tmp_path: Path, text: str, message: str, error_line) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(text)
-    line = said("plan", *([] if "preset" in text else ["tiny"]), "--config", str(file))
+    line = error_line("plan", *([] if "preset" in text else ["tiny"]), "--config", str(file))
     assert message in line
     assert "preset" in text or line.startswith(f"{file}: ")
 
@@ -162,7 +162,7 @@ def test_messages_by_level(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_reader_that_leaves_gets_no_traceback() -> None:
-    """As in `transfuse --help | head -1`."""
+    """The reader of `transfuse --help | head -1` leaves after a line."""
     code = "import os, sys; os.close(0); from transfuse.cli import main; sys.argv = ['transfuse', '--help']; main()"
     read, write = os.pipe()
     os.close(read)

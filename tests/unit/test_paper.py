@@ -26,7 +26,7 @@ def table(number: int) -> list[str]:
 def test_every_row_of_the_tables_is_a_preset() -> None:
     assert [len(table(number)) for number in range(3, 10)] == [2, 4, 4, 7, 10, 4, 1]
     for name, make in PRESETS.items():
-        assert make().preset == name, "its runs have a folder of their own"
+        assert make().preset == name, "its runs have their folder"
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name[:5] == "table" or name.split("-")[0] in SIZES])
@@ -54,15 +54,15 @@ def test_noise_limit_and_guidance_are_those_of_the_section(name: str) -> None:
     ],
 )
 def test_a_step_is_packed_rows(name: str, positions: int, steps: int, rate: float) -> None:
-    recipe, found = preset(name), plan(preset(name))
+    recipe, costs = preset(name), plan(preset(name))
     assert recipe.data.row_length == recipe.model.max_seq_len == 4096
-    assert found["positions_per_step"] == recipe.data.batch_size * 4096 == positions
-    assert found["train_tokens"] == positions * steps
+    assert costs["positions_per_step"] == recipe.data.batch_size * 4096 == positions
+    assert costs["train_tokens"] == positions * steps
     assert recipe.optimizer.learning_rate == pytest.approx(rate)
     if "llama" in name:
-        assert found["images_per_step"] == 0
+        assert costs["images_per_step"] == 0
     else:
-        assert found["images_per_step"] * found["patches_per_image"] == pytest.approx(positions / 2, rel=0.06)
+        assert costs["images_per_step"] * costs["patches_per_image"] == pytest.approx(positions / 2, rel=0.06)
 
 
 def test_rows_differ_in_what_their_table_compares() -> None:
@@ -91,7 +91,7 @@ def test_the_list_of_presets_has_them(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory) -> str:
-    """Of the shape of kl-f8, small."""
+    """A small autoencoder of the shape of kl-f8."""
     folder = tmp_path_factory.mktemp("kl")
     config = AutoencoderConfig(widths=(4, 4, 4, 4), blocks=1, groups=2, middle_attention=False)
     save_autoencoder(folder, ImageAutoencoder(config).initialise(0), "kl")
@@ -120,9 +120,9 @@ def test_a_plan_counts_what_a_loader_gives(changes: dict, steps: int, own: Token
     base = preset("tiny")
     recipe = replace(base, data=replace(base.data, **changes))
     positions, images, text = measured(recipe, own, tmp_path, steps)
-    found = plan(recipe)
-    assert positions == pytest.approx(found["positions_per_step"], rel=0.02)
-    assert images == pytest.approx(found["images_per_step"], rel=0.2), "which is an estimate"
+    costs = plan(recipe)
+    assert positions == pytest.approx(costs["positions_per_step"], rel=0.02)
+    assert images == pytest.approx(costs["images_per_step"], rel=0.2), "which is an estimate"
     assert text == pytest.approx(recipe.data.text_share, abs=0.03)
 
 
@@ -136,10 +136,10 @@ def test_a_plan_counts_what_the_papers_loader_gives(autoencoder: str, tokenizer:
     base = preset("0.76b")
     recipe = replace(base, data=replace(base.data, autoencoder=autoencoder, batch_size=2))
     positions, images, text = measured(recipe, tokenizer, tmp_path, 2)
-    found = plan(recipe)
-    assert positions == pytest.approx(found["positions_per_step"], rel=0.02)
-    assert found["positions_per_step"] * 256 == plan(base)["positions_per_step"]
-    assert images == pytest.approx(found["images_per_step"], rel=0.2)
+    costs = plan(recipe)
+    assert positions == pytest.approx(costs["positions_per_step"], rel=0.02)
+    assert costs["positions_per_step"] * 256 == plan(base)["positions_per_step"]
+    assert images == pytest.approx(costs["images_per_step"], rel=0.2)
     assert text == pytest.approx(0.5, abs=0.1)
 
 
@@ -150,11 +150,11 @@ def test_a_plan_takes_the_options_of_a_run(capsys: pytest.CaptureFixture[str]) -
     words = "--data.batch-size 1024 --model.patch-size 4 --parallel.compile --data.pairs.image-first-max-timestep 250"
     words += " --optimizer.betas 0.8 0.9 --no-start-strict"
     assert run(["plan", "1.4b", *words.split(), "--gpu", "h100", "--gpus", "8", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["positions_per_step"], found["patches_per_image"]) == (2**22, 64)
+    costs = json.loads(capsys.readouterr().out)
+    assert (costs["positions_per_step"], costs["patches_per_image"]) == (2**22, 64)
     recipe = find_command(["train", "1.4b", *words.split()]).keywords["recipe"]
-    assert found == {**plan(recipe), **json.loads(json.dumps(cluster_plan(recipe, 8, "h100")))}
-    _, _, launch = found["launch"].partition(" train 1.4b ")
+    assert costs == {**plan(recipe), **json.loads(json.dumps(cluster_plan(recipe, 8, "h100")))}
+    _, _, launch = costs["launch"].partition(" train 1.4b ")
     launched = find_command(["train", "1.4b", *shlex.split(launch)]).keywords["recipe"]
     assert launched.data.batch_size == 1024
     for part in ("model", "optimizer", "loop", "start_strict", "diffusion"):

@@ -62,7 +62,7 @@ def test_files_of_the_first_release_are_read() -> None:
         del values["start"], values["start_strict"]
         assert from_dict(Recipe, values, "config.json") == preset(name)
     old = ModelConfig(adapter="unet", unet_channels=(576, 1216))
-    assert old == ModelConfig(adapter="unet"), "a run of the paper's goes on"
+    assert old == ModelConfig(adapter="unet"), "a run of the paper's resumes"
     assert ModelConfig(adapter="unet", unet_channels=(64, 128)).unet_levels == (64, 128)
 
 
@@ -120,7 +120,7 @@ def test_a_folder_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("other", ["thesis.txt", "photos/one.jpg", "config.json.bak"])
 def test_only_an_earlier_export_is_replaced(tmp_path: Path, other: str) -> None:
-    """Not a folder of the user's, nor an export in which something else lies now."""
+    """Not a folder of the user's, nor an export that now contains something else."""
     folder = tmp_path / "made"
     (folder / other).parent.mkdir(parents=True)
     (folder / other).write_text("years of work")
@@ -214,7 +214,7 @@ def test_settings_that_can_not_be_are_one_line_before_the_run(
     recipe = replace(recipe, model=replace(recipe.model, patch_positions="learned"))
     with pytest.raises((ValueError, UserError), match=f"^{told}"):
         open_run(
-            replace(recipe, **{part: replace(getattr(recipe, part), **some) for part, some in changes.items()}),
+            replace(recipe, **{part: replace(getattr(recipe, part), **values) for part, values in changes.items()}),
             tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
@@ -227,9 +227,9 @@ def test_an_autoencoder_s_run_does_not_take_measures_of_models(tmp_path: Path) -
 
 
 def test_bytes_that_are_no_utf8_are_one_line(tokenizer: Tokenizer) -> None:
-    said = b"a \xff crab".decode(errors="surrogateescape")
+    text = b"a \xff crab".decode(errors="surrogateescape")
     with pytest.raises(UserError, match=r"text: expected UTF-8, found '\\udcff' in 'a \\udcff crab'"):
-        tokenizer.encode(said)
+        tokenizer.encode(text)
 
 
 def test_a_run_of_another_machines_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,11 +265,11 @@ def test_words_keep_their_spaces() -> None:
     backend.decoder = decoders.Metaspace()
     tokenizer = Tokenizer(backend)
     engine = Engine(exported(tokenizer))
-    asked = Request(Document([Text((4,))], closed=False), draw="never", max_tokens=12, temperature=3.0)
+    request = Request(Document([Text((4,))], closed=False), draw="never", max_tokens=12, temperature=3.0)
     for seed in range(4):
-        tokens, said = [], ""
-        for event in engine.run([replace(asked, seed=seed)]):
+        tokens, text = [], ""
+        for event in engine.run([replace(request, seed=seed)]):
             if isinstance(event, TextDelta):
                 tokens.append(event.token)
-                said += event.text
-        assert "a" + said == tokenizer.decode([4, *tokens]).rstrip()
+                text += event.text
+        assert "a" + text == tokenizer.decode([4, *tokens]).rstrip()

@@ -59,7 +59,7 @@ def changes(pipe: TransfusionPipeline) -> dict[str, list[Any]]:
     shown, other = pixels(1), pixels(2)
     parts = [["a boat"], ["a ", "crab"], ["", "a crab"], [shown, "a crab"], [other, "a crab"], ["a crab", shown], []]
     every: dict[str, list[Any]] = {
-        "document": [pipe.request(some).document for some in parts],
+        "document": [pipe.request(parts_given).document for parts_given in parts],
         "draw": ["auto", "never"],
         "max_tokens": [1, 9],
         "max_images": [2, 3],
@@ -87,8 +87,8 @@ def changes(pipe: TransfusionPipeline) -> dict[str, list[Any]]:
         ]  # fmt: skip
         every["guidance_interval"] = [(0.0, 0.5), (0.3, 0.8)]
         every["start"] = [
-            pipe.start(one, share, area)
-            for one in (shown, other) for share in (0.7, 1.0) for area in (None, mask, another)
+            pipe.start(each, share, area)
+            for each in (shown, other) for share in (0.7, 1.0) for area in (None, mask, another)
         ]  # fmt: skip
     return every
 
@@ -132,7 +132,7 @@ def test_settings_make_the_same_request_again(pipe: TransfusionPipeline) -> None
             mask = None
         settings = settings_of(request, pipe.exported)
         wanted = {part["image"] for part in settings["parts"] if "image" in part} | {settings.get("start")} - {None}
-        images = [one for one in given if wanted & fingerprints(pipe, one)]
+        images = [each for each in given if wanted & fingerprints(pipe, each)]
         same = again(pipe, settings, images=images, mask=None if mask is None else mask.numpy())
         assert settings_of(same, pipe.exported) == settings
         assert drawn(pipe, same) == drawn(pipe, request)
@@ -149,9 +149,9 @@ def test_words_are_told_as_the_model_reads_them(pipe: TransfusionPipeline) -> No
     settings = settings_of(pipe.request(["two ", "bal", "loons"]), pipe.exported)
     assert settings["prompt"] == "two balloons"
     assert [part["text"] for part in settings["parts"]] == ["two ", "bal", "loons"]
-    asked = base(pipe, document=Document([Text((9, 9, 77)), Text(BYTES.encode("\u20ac")[:2])], closed=False))
-    same = again(pipe, settings_of(asked, pipe.exported))
-    assert [part.ids for part in same.document.parts] == [part.ids for part in asked.document.parts]  # type: ignore[union-attr]
+    drawing = base(pipe, document=Document([Text((9, 9, 77)), Text(BYTES.encode("\u20ac")[:2])], closed=False))
+    same = again(pipe, settings_of(drawing, pipe.exported))
+    assert [part.ids for part in same.document.parts] == [part.ids for part in drawing.document.parts]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_images_and_masks_must_be_those_it_was_drawn_from(tokenizer: Tokenizer) 
     pipe = TransfusionPipeline(packed(exported(tokenizer)))
     mask, other = np.zeros((8, 8), bool), np.ones((8, 8), bool)
     mask[:4] = True
-    asked = base(pipe, start=pipe.start(pixels(1), 0.8, mask))
-    settings = settings_of(asked, pipe.exported)
+    drawing = base(pipe, start=pipe.start(pixels(1), 0.8, mask))
+    settings = settings_of(drawing, pipe.exported)
     whole = {"images": [pixels(1)], "mask": mask}
     for change, says in (
         ({"images": [pixels(3)]}, "images: expected those it was drawn from .*, found others"),
@@ -194,16 +194,16 @@ def test_images_and_masks_must_be_those_it_was_drawn_from(tokenizer: Tokenizer) 
     ):
         with pytest.raises(UserError, match=says):
             again(pipe, settings, **{**whole, **change})
-    assert drawn(pipe, again(pipe, settings, **whole)) == drawn(pipe, asked)
+    assert drawn(pipe, again(pipe, settings, **whole)) == drawn(pipe, drawing)
 
 
 def test_another_network_or_process_of_the_same_weights_is_another_model(tokenizer: Tokenizer) -> None:
-    one = packed(exported(tokenizer))
-    settings = settings_of(base(TransfusionPipeline(one)), one)
-    other = replace(one, process=Process(DiffusionConfig(prediction="x0", weighting="v", clip_x0=0.5)))
+    each = packed(exported(tokenizer))
+    settings = settings_of(base(TransfusionPipeline(each)), each)
+    other = replace(each, process=Process(DiffusionConfig(prediction="x0", weighting="v", clip_x0=0.5)))
     with pytest.raises(UserError, match="config: expected"):
         request_again(parse_settings(settings, "a.png"), other)
-    rough = settings_of(base(TransfusionPipeline(one)), replace(one, quantize="int8"))
+    rough = settings_of(base(TransfusionPipeline(each)), replace(each, quantize="int8"))
     assert (settings.get("quantize"), rough["quantize"]) == (None, "int8")
 
 
@@ -215,12 +215,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
     """Runs of a Transfusion, a Chameleon, and one that writes, draws, and writes again."""
     home = tmp_path_factory.mktemp("home")
     start = BYTES.encode("?")[0]
-    for name, one in {
+    for name, each in {
         "plain": exported(tokenizer),
         "codes": coded(tokenizer),
         "chain": chained(linked(b"ab", BYTES.boi, start) | linked(b"cd\xc3", BYTES.eos, BYTES.eoi)),
     }.items():
-        export(home / "runs" / name / "export", one)
+        export(home / "runs" / name / "export", each)
     for number in (1, 2):
         PIL.Image.fromarray(pixels(number)).save(home / f"{number}.png")
     PIL.Image.fromarray(pixels(1, 11, 15)).save(home / "wide.png")
@@ -231,10 +231,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
     return home
 
 
-def export(place: Path, one: Exported) -> None:
+def export(place: Path, each: Exported) -> None:
     place.parent.mkdir(parents=True)
-    weights, defaults = one.model.state_dict(), GenerationConfig(SamplerConfig("ddim", 3, 0.5, 700), 2.0)
-    save_export(place, weights, one.model.config, one.process.config, one.tokenizer, one.autoencoder, 8, defaults, "")
+    weights, defaults = each.model.state_dict(), GenerationConfig(SamplerConfig("ddim", 3, 0.5, 700), 2.0)
+    save_export(
+        place, weights, each.model.config, each.process.config, each.tokenizer, each.autoencoder, 8, defaults, ""
+    )
 
 
 FORCED = ("a crab", "--draw", "force")
@@ -275,14 +277,14 @@ def test_a_picture_is_drawn_again_to_the_same_bytes(
     assert run([*command, *options, "--out", str(tmp_path / "first")]) == 0
     (first,) = (tmp_path / "first").iterdir()
     capsys.readouterr()
-    asked = ["generate", "--again", str(first), "--out", str(tmp_path / "second"), *files]
-    assert run([*asked, *(options if named else [])]) == 0
-    found = capsys.readouterr()
+    drawing = ["generate", "--again", str(first), "--out", str(tmp_path / "second"), *files]
+    assert run([*drawing, *(options if named else [])]) == 0
+    output = capsys.readouterr()
     second = tmp_path / "second" / first.name
-    assert found.out == f"{second}\n"
+    assert output.out == f"{second}\n"
     assert second.read_bytes() == first.read_bytes()
-    assert "other pixels" not in found.err
-    assert (f"runs/{model}/export: the model used, whose weights drew" in found.err) == (not named)
+    assert "other pixels" not in output.err
+    assert (f"runs/{model}/export: the model used, whose weights drew" in output.err) == (not named)
 
 
 def test_every_turn_of_a_chat_says_how_it_was_drawn(
@@ -355,9 +357,9 @@ def test_no_picture_is_ever_replaced(
         monkeypatch.setattr("sys.stdin", io.StringIO(turn))
         assert run(["chat", "--draw", "force", *options]) == 0
         assert (tmp_path / "mine.txt").read_text() == "a diary"
-    found = capsys.readouterr()
-    assert f"{tmp_path}: expected a file to write, found a folder" in found.err
-    assert [Path(line).name for line in found.out.splitlines() if line.startswith(str(tmp_path))] == [
+    output = capsys.readouterr()
+    assert f"{tmp_path}: expected a file to write, found a folder" in output.err
+    assert [Path(line).name for line in output.out.splitlines() if line.startswith(str(tmp_path))] == [
         "chat-0.png", "chat-0-2.png", "chat-0-2.png", "chat-0.png", "mine-2.txt"
     ]  # fmt: skip
 
@@ -370,6 +372,7 @@ def test_pictures_of_python_are_those_of_the_command(folder: Path, tmp_path: Pat
     settings = read_settings(tmp_path / "seed-9-0.png")
     (image,) = pipe("a crab", generator=9).images
     assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / "seed-9-0.png")), np.asarray(image))
-    asked = {"sampler": "ddim", "steps": 3, "eta": 0.5, "first": 700, "size": [8, 8], "draw": "force", "image_index": 0}
-    assert asked.items() <= settings.items()
+    drawing = {"sampler": "ddim", "steps": 3, "eta": 0.5, "first": 700, "size": [8, 8], "draw": "force"}
+    drawing["image_index"] = 0
+    assert drawing.items() <= settings.items()
     assert torch.get_num_threads() == 1
