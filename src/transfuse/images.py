@@ -116,13 +116,21 @@ def _decode(
     source: ImageSource, name: str, max_pixels: int, formats: tuple[str, ...]
 ) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
     """Return the colours in sRGB (mode RGB) and the alpha (mode L; None: opaque), both upright."""
-    if isinstance(source, str | Path):
-        with _open(Path(source), formats) as opened:
-            return _decode(opened, str(source), max_pixels, formats)
+    name = str(source) if isinstance(source, str | Path) else name
     wanted = _wanted(formats)
     try:
+        if isinstance(source, str | Path):
+            if not os.path.isfile(source):  # Path.is_file raises if a parent folder may not be entered
+                raise UserError(f"{name}: expected an image file, found {_what_else(source)}")
+            # An open file: PIL may memory-map a named one, and a file truncated meanwhile would kill the process.
+            with open(source, "rb") as opened:
+                return _decode(opened, name, max_pixels, formats)
         if isinstance(source, np.ndarray):
-            source = _from_array(source, name)
+            array = f"{source.dtype} {list(source.shape)}"
+            try:
+                source = PIL.Image.fromarray(source)
+            except TypeError:
+                raise UserError(f"{name}: expected an array of uint8 [row, column, 3], found {array}") from None
         if isinstance(source, PIL.Image.Image):
             return _layers(source, name, max_pixels)
         file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -139,26 +147,47 @@ def _decode(
         raise UserError(f"{name}: expected at most {max_pixels} pixels, found more ({error})") from None
     except Exception as error:  # a damaged file can make a decoder raise anything: struct.error, IndexError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (isinstance(error, OSError) and error.strerror) or reason
         raise UserError(f"{name}: expected {wanted}, found a damaged or unreadable file ({reason})") from None
 
 
-def _open(path: Path, formats: tuple[str, ...]) -> BinaryIO:
-    if not os.path.isfile(path):  # Path.is_file raises if a parent folder may not be entered
-        raise UserError(f"{path}: expected an image file, found {_what_else(path)}")
+def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
+    """Like `_decode`, for an image that PIL opened or made, which is not modified. Raises PIL's errors."""
+    if image.width * image.height > max_pixels:
+        raise UserError(f"{name}: expected at most {max_pixels} pixels, found {image.width}x{image.height}")
+    if image.mode in ("F", "I"):
+        kind = "floating point" if image.mode == "F" else "32-bit or signed integers"
+        raise UserError(f"{name}: expected 8 or 16 bits a sample, found {kind} (mode {image.mode})")
+    if isinstance(image, PIL.ImageFile.ImageFile):
+        # PIL may memory-map a named file, and turns some TIFFs wrongly.
+        filename, image.filename = image.filename, ""
+        try:
+            image.load()
+        finally:
+            image.filename = filename
+    colours, alpha = image, None
+    if image.mode.startswith("I;16"):
+        colours, alpha = _from_grey16(image)
+    elif image.has_transparency_data:
+        key = image.info.get("transparency")
+        if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+            # PNG with 16 bits a sample: PIL keeps the high bytes of the pixels, but not of the transparent colour
+            colours = image.copy()
+            colours.info["transparency"] = tuple(value >> 8 for value in key)
+        layer = (colours.convert("LA") if image.mode == "La" else colours).convert("RGBA")
+        colours, alpha = layer.convert("RGB"), layer.getchannel("A")
+    if image.mode in ("1", "L", "LA", "La"):
+        colours = colours.convert("L")
+    colours = _to_srgb(colours, image.info.get("icc_profile", b""))
     try:
-        # An open file, because PIL may memory-map a named one, and a file truncated meanwhile would kill the process.
-        return open(path, "rb")
-    except OSError as error:
-        reason = f"a damaged or unreadable file ({error.strerror})"
-        raise UserError(f"{path}: expected {_wanted(formats)}, found {reason}") from None
-
-
-def _from_array(pixels: np.ndarray, name: str) -> PIL.Image.Image:
-    try:
-        return PIL.Image.fromarray(pixels)
-    except TypeError:
-        array = f"{pixels.dtype} {list(pixels.shape)}"
-        raise UserError(f"{name}: expected an array of uint8 [row, column, 3], found {array}") from None
+        # Read after decoding, because PIL's TIFF decoder applies the orientation itself and removes the tag.
+        orientation = int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged EXIF data
+        orientation = 1
+    method = UPRIGHT.get(orientation)
+    if method is not None:
+        colours, alpha = colours.transpose(method), alpha and alpha.transpose(method)
+    return colours, alpha
 
 
 def _wanted(formats: tuple[str, ...]) -> str:
@@ -201,62 +230,19 @@ def image_files(source: Path) -> list[Path]:
         return [source]
     if not os.path.isdir(source):
         raise UserError(f"{source}: expected an image file or a folder of them, found {_what_else(source)}")
+
+    def refuse(error: OSError) -> None:
+        reason = f"expected a readable folder, found an unreadable one ({error.strerror})"
+        raise UserError(f"{error.filename}: {reason}") from None
+
     files = []
-    for folder, folders, names in os.walk(source, onerror=_refuse_folder):
+    for folder, folders, names in os.walk(source, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
-                continue
-            path = Path(folder, name)
-            if os.path.isfile(path) or not os.path.exists(path):
-                files.append(path)
+        paths = [Path(folder, name) for name in names if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+        files += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
     if not files:
         raise UserError(f"{source}: expected image files ({' '.join(SUFFIXES)}), found none")
     return sorted(files, key=lambda path: path.relative_to(source).as_posix())
-
-
-def _check_header(name: str, image: PIL.Image.Image, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise UserError(f"{name}: expected at most {max_pixels} pixels, found {image.width}x{image.height}")
-    if image.mode in ("F", "I"):
-        kind = "floating point" if image.mode == "F" else "32-bit or signed integers"
-        raise UserError(f"{name}: expected 8 or 16 bits a sample, found {kind} (mode {image.mode})")
-
-
-def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
-    """Like `_decode`, for an image that PIL opened or made, which is not modified. Raises PIL's errors."""
-    _check_header(name, image, max_pixels)
-    _load(image)
-    colours, alpha = image, None
-    if image.mode.startswith("I;16"):
-        colours, alpha = _from_grey16(image)
-    elif image.has_transparency_data:
-        key = image.info.get("transparency")
-        if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-            # PNG with 16 bits a sample: PIL keeps the high bytes of the pixels, but not of the transparent colour
-            colours = image.copy()
-            colours.info["transparency"] = tuple(value >> 8 for value in key)
-        layer = (colours.convert("LA") if image.mode == "La" else colours).convert("RGBA")
-        colours, alpha = layer.convert("RGB"), layer.getchannel("A")
-    if image.mode in ("1", "L", "LA", "La"):
-        colours = colours.convert("L")
-    colours = _to_srgb(colours, image.info.get("icc_profile", b""))
-    # Read after decoding, because PIL's TIFF decoder applies the orientation itself and removes the tag.
-    method = UPRIGHT.get(_orientation(image))
-    if method is not None:
-        colours, alpha = colours.transpose(method), alpha and alpha.transpose(method)
-    return colours, alpha
-
-
-def _load(image: PIL.Image.Image) -> None:
-    """Decode the pixels if they have not been decoded yet."""
-    if not isinstance(image, PIL.ImageFile.ImageFile):
-        return
-    name, image.filename = image.filename, ""  # PIL may memory-map a named file, and turns some TIFFs wrongly
-    try:
-        image.load()
-    finally:
-        image.filename = name
 
 
 def _from_grey16(image: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
@@ -308,22 +294,8 @@ def _transform(profile: bytes | None) -> tuple[str, PIL.ImageCms.ImageCmsTransfo
     return mode, transform
 
 
-def _orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) if the EXIF data are damaged."""
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:
-        return 1
-
-
-def _what_else(path: Path) -> str:
+def _what_else(path: str | Path) -> str:
     return "a folder" if os.path.isdir(path) else "something that is no file" if os.path.exists(path) else "none"
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise UserError(
-        f"{error.filename}: expected a readable folder, found an unreadable one ({error.strerror})"
-    ) from None
 
 
 def save_png(picture: PIL.Image.Image, file: Path | BinaryIO, settings: dict[str, Any]) -> None:
@@ -339,9 +311,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         with PIL.Image.open(path, formats=["PNG"]) as image:
             image.load()  # reads text chunks after the pixels, too
             settings = json.loads(getattr(image, "text", {})[SETTINGS])
+        reason = "" if isinstance(settings, dict) else "something else"
     except (OSError, KeyError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         reason = "none" if isinstance(error, KeyError) else type(error).__name__
-        raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found {reason}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found something else")
+    if reason:
+        raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found {reason}")
     return settings
