@@ -20,7 +20,8 @@ from transfuse.autoencoders import Pixels, open_autoencoder
 from transfuse.errors import UserError
 from transfuse.evaluation.confidence import Estimate
 from transfuse.evaluation.reconstruction import channel_losses, evaluate_reconstruction, psnr
-from transfuse.inspect_autoencoder import amplified, inspect_autoencoder
+from transfuse.images import fit
+from transfuse.inspect_autoencoder import amplified, inspect_autoencoder, plain_resize
 
 
 class Halving:
@@ -81,7 +82,8 @@ def test_report_holds_what_was_measured(done, images) -> None:
     assert report["psnr_interval"] == [found.psnr.low, found.psnr.high]
     assert report["ssim"] == pytest.approx(found.ssim.value)
     assert report["l1"] == pytest.approx(found.l1.value)
-    assert report["frechet"] == pytest.approx(found.frechet)
+    assert report["frechet"] == pytest.approx(found.frechet.value)
+    assert report["frechet_interval"] == pytest.approx([found.frechet.low, found.frechet.high])
     assert report["latent_std"] == pytest.approx(found.latent_std.tolist())
     assert (report["autoencoder"], report["images"], report["features"]) == ("halving <b>", 40, "means")
     assert report["psnr_by_image"] == psnr(images, Halving().decode(Halving().encode(images))).tolist()
@@ -114,7 +116,7 @@ def test_page_shows_figures_and_needs_nothing_from_elsewhere(done) -> None:
     assert not re.search(r"https?://|@import|url\((?!#)|<script|<link|<iframe", html)
     assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', html))
     text = unescape(html)
-    apart = ("held_apart", "channel_loss")
+    apart = ("held_apart", "channel_loss", "resize")
     shown = {name: value for name, value in report.items() if not name.endswith("by_image") and name not in apart}
     for value in shown.values():
         for leaf in value if isinstance(value, list) else [value]:
@@ -127,7 +129,7 @@ def test_page_shows_figures_and_needs_nothing_from_elsewhere(done) -> None:
 
 
 def shown_in(html, title):
-    """(name, dB, original, reconstruction, difference) of each card of a section."""
+    """(name, dB, original, reconstruction, plain resize if there is one, difference) of each card of a section."""
     part = html[html.index(f"<h2>{title}</h2>") :]
     found = []
     for card in part[: part.index("</section>")].split('<li class="card">')[1:]:
@@ -146,7 +148,9 @@ def test_pictures_are_what_their_labels_say(done, images) -> None:
     for name, decibels, *shown in [*worst, *regular]:
         index = report["names"].index(name)
         assert decibels == pytest.approx(report["psnr_by_image"][index], abs=0.005)
-        expected = [images[index], rebuilt[index], amplified(images[index], rebuilt[index])]
+        small = PIL.Image.fromarray(images[index]).resize((16, 16), PIL.Image.Resampling.LANCZOS)
+        resized = np.asarray(small.resize((32, 32), PIL.Image.Resampling.LANCZOS))
+        expected = [images[index], rebuilt[index], resized, amplified(images[index], rebuilt[index])]
         for picture, wanted in zip(shown, expected, strict=True):
             np.testing.assert_array_equal(picture, wanted)
     assert [name for name, *_ in worst] == [f"scene {index}" for index in np.argsort(report["psnr_by_image"])[:8]]
@@ -159,6 +163,32 @@ def test_difference_is_signed_around_grey() -> None:
     original = np.array([100, 100, 100, 0, 255], dtype=np.uint8)
     rebuilt = np.array([100, 101, 98, 255, 0], dtype=np.uint8)
     assert amplified(original, rebuilt).tolist() == [128, 133, 118, 255, 0]
+
+
+def test_a_plain_resize_keeps_as_many_numbers_as_the_latent(done, images) -> None:
+    """Its measures stand next to the autoencoder's on the first screen, in the report, and for each further set."""
+    report, out = done
+    resize = plain_resize(Halving(), 32, 32)
+    assert resize.size == (16, 16), "3 numbers at each of 16 x 16 places"
+    small = np.stack([fit(image, 16) for image in images])
+    expected = np.stack([fit(image, 32) for image in small])
+    assert report["resize"]["size"] == [16, 16]
+    assert report["resize"]["psnr"] == pytest.approx(psnr(images, expected).mean())
+    assert report["resize"]["frechet"] > 0
+    assert report["held_apart"]["the same"]["resize"]["psnr"] == report["resize"]["psnr"]
+    first_screen = (out / "index.html").read_text().split("<h2>")[0]
+    assert f"a plain resize {report['resize']['psnr']:.4g}" in first_screen
+    assert "100" not in unescape(re.sub(r'style="[^"]*"', "", first_screen.split("<main>")[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("kl-f4-small", (26, 39)), ("vq-f4-small", (10, 15)), ("pixels", None)],
+)
+def test_sizes_of_a_plain_resize(name, size) -> None:
+    """16 x 24 x 8 numbers, 16 x 24 codes of 10 bits, or all there is."""
+    resize = plain_resize(open_autoencoder(name), 64, 96)
+    assert (resize and resize.size) == size
 
 
 def test_codebook_has_its_section(images, tmp_path) -> None:
@@ -200,10 +230,10 @@ def test_many_channels_are_folded(images, tmp_path) -> None:
 
 
 def latents_of(autoencoder, images, out) -> str:
-    """The section of the page on latents."""
+    """Return the page's section on channels."""
     inspect_autoencoder(autoencoder, images, [str(n) for n in range(len(images))], out)
     html = (out / "index.html").read_text()
-    part = html[html.index("<h2>Latents</h2>") :]
+    part = html[html.index("<h2>What each channel carries</h2>") :]
     return part[: part.index("</section>")]
 
 

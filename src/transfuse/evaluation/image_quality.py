@@ -70,18 +70,18 @@ def frechet_distance(features_a: np.ndarray | Tensor, features_b: np.ndarray | T
     return max(0.0, float(distance))
 
 
-def frechet(drawn: np.ndarray, real: np.ndarray, resamples: int = RESAMPLES) -> Estimate:
+def frechet(drawn: np.ndarray, real: np.ndarray, resamples: int = RESAMPLES, paired: bool = False) -> Estimate:
     """Return the squared Fréchet distance of features `[image, channel]`, with a normal interval.
 
-    The margin is 1.96 standard deviations over resamples of both sets. The mean of the resamples is not used: repeated
-    images add to the distance, as too few images do.
+    The margin is 1.96 standard deviations over resamples of both sets, of the same images if they are `paired`. The
+    mean of the resamples is not used: repeated images add to the distance, as too few images do.
     """
     generator = np.random.default_rng(0)
     value = frechet_distance(drawn, real)
-    resampled = [
-        frechet_distance(*(values[generator.integers(0, len(values), len(values))] for values in (drawn, real)))
-        for _ in range(resamples)
-    ]
+    resampled = []
+    for _ in range(resamples):
+        a, b = (generator.integers(0, len(values), len(values)) for values in (drawn, real))
+        resampled.append(frechet_distance(drawn[a], real[a if paired else b]))
     margin = 1.96 * float(np.std(resampled, ddof=1))
     return Estimate(value, max(0.0, value - margin), value + margin, len(drawn))
 

@@ -29,7 +29,6 @@ from .image_quality import (
     context_features,
     distance_name,
     frechet,
-    frechet_distance,
 )
 from .pairs import context_pairs
 
@@ -156,7 +155,7 @@ class Reconstruction:
     psnr: Estimate
     ssim: Estimate
     l1: Estimate
-    frechet: float | None
+    frechet: Estimate | None
     features: str | None
     codebook_size: int | None
     codebook_use: float | None
@@ -224,7 +223,7 @@ def evaluate_reconstruction(
         psnr=bootstrap(decibels),
         ssim=bootstrap(similarity),
         l1=bootstrap(error),
-        frechet=None if features is None else frechet_distance(*(np.concatenate(kept) for kept in seen)),
+        frechet=None if features is None else frechet(np.concatenate(seen[1]), np.concatenate(seen[0]), paired=True),
         features=None if features is None else features.name,
         codebook_size=size,
         codebook_use=use,
