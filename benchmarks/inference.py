@@ -34,7 +34,7 @@ from against_peer import (
     say,
 )
 
-from transfuse.convert.hf_llama import llama_config, llama_weights
+from transfuse.convert.hf_folder import hf_config, hf_weights
 from transfuse.devices import keep_freed_memory
 from transfuse.diffusion import SamplerConfig
 from transfuse.inference import Done, Engine, Request
@@ -134,8 +134,8 @@ def llama_text(scale: Scale, dtype: str, rows: int) -> Work:
 
     config = our_config(scale, max_seq_len=1024, images="none")
     ours = Transfusion(config).initialise(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**llama_config(config), attn_implementation="sdpa"))
-    theirs.load_state_dict(llama_weights(ours), strict=True)
+    theirs = LlamaForCausalLM(LlamaConfig(**hf_config(config), attn_implementation="sdpa"))
+    theirs.load_state_dict(hf_weights(ours), strict=True)
     theirs = theirs.to(DTYPES[dtype]).eval()
     ids = torch.randint(8, scale.vocabulary, (rows, scale.text), generator=torch.Generator().manual_seed(3))
     settings = GenerationConfig(

@@ -25,6 +25,7 @@ import torch
 from spoil import Batch
 from torch import Tensor
 from torch.nn import functional as F
+from transfuse.draws import Draws
 
 from emoji_scenes import NOUNS, PALETTE, World, WorldConfig
 from emoji_scenes.scene_classifier import (
@@ -36,7 +37,6 @@ from emoji_scenes.scene_classifier import (
     resized,
 )
 from transfuse.autoencoders import Autoencoder, open_autoencoder
-from transfuse.draws import Draws
 from transfuse.rng import generator_for
 
 STEPS, PLAIN, SPOILED, WARPED = 4500, 76, 40, 8

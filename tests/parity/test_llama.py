@@ -12,13 +12,12 @@ import torch
 from conftest import WORDS, randomised, tiny
 from torch import Tensor
 
-from transfuse.convert.hf_llama import (
-    llama_config,
-    llama_weights,
+from transfuse.convert.architectures import hf_config, hf_weights
+from transfuse.convert.hf_folder import (
     marker_rows,
-    read_llama_config,
-    save_llama,
-    start_from_llama,
+    read_hf_config,
+    save_hf_folder,
+    start_from_hf,
 )
 from transfuse.errors import UserError
 from transfuse.model import ModelConfig, Transfusion, dense
@@ -35,7 +34,6 @@ def rotary(theta: float) -> dict[str, object]:
 KINDS = {
     "llama": {},
     "mistral": {"sliding_window": None, **rotary(1e6)},
-    "qwen2": {"rms_norm_eps": 1e-5},
 }
 BATCH = collate([Document([Text(tuple(range(4, 60)))])], SequenceFormat(0, 1, 2, 3, 2))
 
@@ -85,8 +83,8 @@ def saved(model, folder: Path, shard: str = "50GB") -> Path:
 
 def started(folder: Path, strict: bool = True, markers: dict[int, int] | None = None, **changes) -> Transfusion:
     """Our model of a folder's shape, with patch layers, whose every weight was something else before."""
-    model = randomised(tiny(**read_llama_config(folder) | changes), seed=5)
-    start_from_llama(model, folder, strict, markers)
+    model = randomised(tiny(**read_hf_config(folder) | changes), seed=5)
+    start_from_hf(model, folder, strict, markers)
     return model.eval()
 
 
@@ -96,8 +94,8 @@ def started(folder: Path, strict: bool = True, markers: dict[int, int] | None = 
 def test_logits_equal_llama(variant) -> None:
     config = tiny(**variant)
     model = randomised(config).eval()
-    hf_model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_config(config))).eval()
-    result = hf_model.load_state_dict(llama_weights(model), strict=True)
+    hf_model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_config(config))).eval()
+    result = hf_model.load_state_dict(hf_weights(model), strict=True)
     assert not result.missing_keys
     close(ours_of(model), theirs_of(hf_model))
 
@@ -121,7 +119,7 @@ def test_import_of_a_tied_network(tmp_path) -> None:
 def test_import_into_a_larger_vocabulary(tmp_path) -> None:
     model = hf_model_of()
     folder = saved(model, tmp_path / "small")
-    before = randomised(tiny(**read_llama_config(folder) | {"text_vocab_size": 310}), seed=5)
+    before = randomised(tiny(**read_hf_config(folder) | {"text_vocab_size": 310}), seed=5)
     ours = started(folder, text_vocab_size=310)
     close(ours_of(ours)[:, :300], theirs_of(model))
     for name in ("embedding", "lm_head"):
@@ -143,7 +141,7 @@ def test_import_reads_either_spelling_of_the_rotary_base(tmp_path) -> None:
     model = hf_model_of(**rotary(500000.0))
     folder = saved(model, tmp_path / "llama")
     values = json.loads((folder / "config.json").read_text())
-    assert read_llama_config(folder)["rope_theta"] == 500000.0
+    assert read_hf_config(folder)["rope_theta"] == 500000.0
     del values["rope_parameters"]
     (folder / "config.json").write_text(json.dumps(values | {"rope_theta": 500000.0, "rope_scaling": None}))
     close(ours_of(started(folder)), theirs_of(model))
@@ -154,30 +152,30 @@ def test_a_window_narrower_than_the_context_is_refused_and_a_wider_one_is_none(t
     model = hf_model_of("mistral", sliding_window=64)
     folder = saved(model, tmp_path / "mistral")
     with pytest.raises(UserError, match=r"sliding_window: expected none, or at least .* \(128\), found 64"):
-        read_llama_config(folder)
-    fields = read_llama_config(folder, max_seq_len=64)
+        read_hf_config(folder)
+    fields = read_hf_config(folder, max_seq_len=64)
     ours = randomised(tiny(**fields), seed=5).eval()
-    start_from_llama(ours, folder)
+    start_from_hf(ours, folder)
     close(ours_of(ours), theirs_of(model))
 
 
 def test_norms_of_qwen3_are_named(tmp_path) -> None:
     folder = saved(hf_model_of("qwen3", head_dim=16), tmp_path / "qwen3")
-    with pytest.raises(UserError, match=r"unexpected 4: model\.layers\.0\.self_attn\.k_norm\.weight, "):
-        started(folder)
-    assert started(folder, strict=False)
+    with pytest.raises(UserError, match=r"model\.qk_norm: expected True, found False"):
+        started(folder, qk_norm=False)
+    assert started(folder, strict=False, qk_norm=False)
 
 
 def test_biases_of_qwen2_are_named(tmp_path) -> None:
     model = hf_model_of("qwen2")
     folder = tmp_path / "qwen2"
     model.save_pretrained(folder)
-    with pytest.raises(UserError, match=r"unexpected 6: model\.layers\.0\.self_attn\.k_proj\.bias, "):
-        started(folder)
-    close(ours_of(started(folder, strict=False)), theirs_of(model))  # they are zero here
+    with pytest.raises(UserError, match=r"model\.qkv_bias: expected True, found False"):
+        started(folder, qkv_bias=False)
+    close(ours_of(started(folder, strict=False, qkv_bias=False)), theirs_of(model))  # they are zero here
 
 
-@pytest.mark.parametrize("kind", ["ernie4_5", "gemma", "granite", "helium", "smollm3"])
+@pytest.mark.parametrize("kind", ["ernie4_5", "gemma", "granite", "helium"])
 def test_kin_that_no_name_or_shape_would_tell_are_refused(tmp_path, kind) -> None:
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     alike = {"num_hidden_layers": 4, "head_dim": 16, "hidden_act": "silu", "tie_word_embeddings": False}
@@ -185,8 +183,8 @@ def test_kin_that_no_name_or_shape_would_tell_are_refused(tmp_path, kind) -> Non
     with pytest.raises(UserError, match=f'model_type: expected .* found "{kind}"'):
         started(folder)
     values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"model_type": "unheard-of"}))
-    assert started(folder)  # by fields, names and shapes alone it would be a Llama: hence the list
+    (folder / "config.json").write_text(json.dumps(values | {"model_type": "llama"}))
+    assert started(folder)  # by fields, names and shapes alone it would be a Llama: hence the table
 
 
 @pytest.mark.parametrize(
@@ -196,7 +194,7 @@ def test_kin_that_no_name_or_shape_would_tell_are_refused(tmp_path, kind) -> Non
 )
 def test_export_opens_in_transformers(tmp_path, variant) -> None:
     model = randomised(tiny(**variant)).eval()
-    save_llama(tmp_path / "out", model, bos=7, eos=9)
+    save_hf_folder(tmp_path / "out", model, bos=7, eos=9)
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(opened) is transformers.LlamaForCausalLM
     assert (opened.config.bos_token_id, opened.config.eos_token_id) == (7, 9)
@@ -206,19 +204,19 @@ def test_export_opens_in_transformers(tmp_path, variant) -> None:
 
 def test_export_of_half_precision_and_of_no_markers(tmp_path) -> None:
     model = randomised(tiny()).to(torch.bfloat16)
-    save_llama(tmp_path / "out", model)
+    save_hf_folder(tmp_path / "out", model)
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert opened.dtype == torch.bfloat16
     assert opened.config.bos_token_id is None
     assert opened.config.eos_token_id is None
-    for name, value in llama_weights(model).items():
+    for name, value in hf_weights(model).items():
         assert torch.equal(opened.state_dict()[name], value), name
 
 
 def test_export_of_a_network_of_codes_has_all_its_ids(tmp_path) -> None:
     config = ModelConfig("codes", 320, 64, 64, 2, 4, max_seq_len=256, patch_size=1, image_attention="causal")
     model = randomised(config).eval()
-    save_llama(tmp_path / "out", model)
+    save_hf_folder(tmp_path / "out", model)
     close(theirs_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")), ours_of(model))
 
 

@@ -13,13 +13,13 @@ from conftest import randomised, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from transfuse.convert.hf_llama import (
+from transfuse.convert.architectures import hf_weights
+from transfuse.convert.hf_folder import (
     Match,
-    llama_weights,
     marker_rows,
-    read_llama_config,
-    save_llama,
-    start_from_llama,
+    read_hf_config,
+    save_hf_folder,
+    start_from_hf,
 )
 from transfuse.errors import UserError
 from transfuse.model import Transfusion
@@ -61,7 +61,7 @@ def folder_with(path: Path, **changes: Any) -> Path:
 
 def weights_of(seed: int = 1, **changes: Any) -> dict[str, Tensor]:
     """Return the weights of a folder of this shape, as copies that can be dropped, added to or cut."""
-    weights = llama_weights(randomised(tiny(**FIELDS | changes), seed))
+    weights = hf_weights(randomised(tiny(**FIELDS | changes), seed))
     return {name: value.clone() for name, value in weights.items()}
 
 
@@ -73,21 +73,21 @@ def refused(model: Transfusion, folder: Path, match: str, **arguments: Any) -> N
     """One line that says so, and a model that is what it was, to the bit."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match=match) as error:
-        start_from_llama(model, folder, **arguments)
+        start_from_hf(model, folder, **arguments)
     assert "\n" not in str(error.value)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
 def test_the_fields_of_either_spelling(tmp_path) -> None:
-    assert read_llama_config(folder_with(tmp_path)) == FIELDS
-    assert read_llama_config(folder_with(tmp_path), max_seq_len=64) == FIELDS | {"max_seq_len": 64}
+    assert read_hf_config(folder_with(tmp_path)) == FIELDS
+    assert read_hf_config(folder_with(tmp_path), max_seq_len=64) == FIELDS | {"max_seq_len": 64}
     new = {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
-    assert read_llama_config(folder_with(tmp_path, **new)) == FIELDS
+    assert read_hf_config(folder_with(tmp_path, **new)) == FIELDS
     llama_2 = {"rope_theta": ..., "rope_scaling": None, "head_dim": None, "num_key_value_heads": ...}
-    assert read_llama_config(folder_with(tmp_path, **llama_2)) == FIELDS | {"rope_theta": 1e4, "n_kv_heads": 4}
-    harmless = {"attention_bias": False, "hidden_act": "silu", "head_dim": 16, "model_type": "unheard-of"}
-    assert read_llama_config(folder_with(tmp_path, **harmless)) == FIELDS
+    assert read_hf_config(folder_with(tmp_path, **llama_2)) == FIELDS | {"rope_theta": 1e4, "n_kv_heads": 4}
+    harmless = {"attention_bias": False, "hidden_act": "silu", "head_dim": 16, "model_type": "mistral"}
+    assert read_hf_config(folder_with(tmp_path, **harmless)) == FIELDS
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,17 @@ def test_the_fields_of_either_spelling(tmp_path) -> None:
         ({"mlp_bias": True}, "mlp_bias: expected False, found True"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected None, found {'bits': 4}"),
-        ({"head_dim": 32}, r"head_dim: expected .* \(64 / 4\), found 32"),
+        ({"head_dim": 15}, r"model\.d_head: expected a positive, even number, found 15"),
+        ({"model_type": "unheard-of"}, 'model_type: expected one of llama, mistral, .* found "unheard-of"'),
+        ({"model_type": ...}, 'model_type: expected one of llama, mistral, .* found "None"'),
         ({"num_key_value_heads": 3}, r"model\.n_kv_heads: expected a divisor of n_heads \(4\), found 3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, 'rope_scaling: expected plain .* found "linear"'),
-        ({"rope_scaling": {"rope_type": "llama3"}}, 'rope_scaling: expected plain .* found "llama3"'),
-        ({"rope_parameters": {"rope_type": "yarn"}}, 'rope_parameters: expected plain .* found "yarn"'),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}},
+            'rope_scaling: expected default, linear.* found "dynamic"',
+        ),
+        ({"rope_scaling": {"rope_type": "longrope"}}, 'rope_scaling: expected default, linear, .* found "longrope"'),
+        ({"rope_parameters": {"rope_type": "yarn", "mscale": 1}}, "rope_parameters.mscale: expected none, found 1"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, "rope_scaling.factor: expected a positive number"),
         ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "rope_parameters: expected the same"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1, found 0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor: expected 1, found 0.25"),
@@ -118,7 +124,7 @@ def test_the_fields_of_either_spelling(tmp_path) -> None:
 def test_what_the_trunk_can_not_be(tmp_path, changes, match) -> None:
     folder = folder_with(tmp_path, **changes)
     with pytest.raises(UserError, match=match) as error:
-        read_llama_config(folder)
+        read_hf_config(folder)
     assert str(error.value).startswith(f"{folder / 'config.json'}: ")
     assert "\n" not in str(error.value)
 
@@ -134,21 +140,21 @@ def test_what_the_trunk_can_not_be(tmp_path, changes, match) -> None:
     ids=str,
 )
 def test_windows_that_hide_nothing(tmp_path, changes) -> None:
-    assert read_llama_config(folder_with(tmp_path, **changes)) == FIELDS
+    assert read_hf_config(folder_with(tmp_path, **changes)) == FIELDS
 
 
 def test_a_folder_without_a_config_or_with_another_thing(tmp_path) -> None:
     with pytest.raises(UserError, match=r"config\.json: expected a JSON file, found none"):
-        read_llama_config(tmp_path)
+        read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config\.json: expected the fields of a model, found a list"):
-        read_llama_config(tmp_path)
+        read_hf_config(tmp_path)
 
 
 def test_everything_lands_where_it_belongs(tmp_path) -> None:
     weights, model = weights_of(), ours()
     save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, tmp_path / "model.safetensors")
-    match = start_from_llama(model, folder_with(tmp_path))
+    match = start_from_hf(model, folder_with(tmp_path))
     assert match == Match(tuple(sorted(weights)), (), ())
     assert str(match) == "matched 21\nmissing 0\nunexpected 0"
     for name, value in randomised(tiny(**FIELDS), seed=1).transformer.state_dict().items():
@@ -158,7 +164,7 @@ def test_everything_lands_where_it_belongs(tmp_path) -> None:
 def test_weights_take_the_dtype_of_the_model(tmp_path) -> None:
     weights, model = weights_of(), ours().to(torch.bfloat16)
     save_file({name: value.half() for name, value in weights.items()}, tmp_path / "model.safetensors")
-    start_from_llama(model, folder_with(tmp_path))
+    start_from_hf(model, folder_with(tmp_path))
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
     expected = weights["model.norm.weight"].half().bfloat16()
     assert torch.equal(model.transformer.norm.weight, expected)
@@ -173,9 +179,9 @@ def test_missing_and_unexpected_names(tmp_path) -> None:
     missing = ("model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight")
     unexpected = ("model.layers.1.self_attn.o_proj.bias", "model.layers.1.self_attn.q_proj.bias")
     refused(model, tmp_path, f"found missing 2: {', '.join(missing)}; unexpected 2: {', '.join(unexpected)}")
-    match = start_from_llama(model, tmp_path, strict=False)
+    match = start_from_hf(model, tmp_path, strict=False)
     assert (match.missing, match.unexpected, len(match.matched)) == (missing, unexpected, 19)
-    before, after = llama_weights(ours()), llama_weights(model)
+    before, after = hf_weights(ours()), hf_weights(model)
     for name in after:
         assert torch.equal(after[name], before[name] if name in missing else weights[name]), name
 
@@ -230,13 +236,13 @@ def test_other_constants_are_refused_if_strict(tmp_path) -> None:
     save_file(weights_of(), folder_with(tmp_path) / "model.safetensors")
     for field, value in (("rope_theta", 10000.0), ("norm_eps", 1e-5)):
         refused(ours(**{field: value}), tmp_path, rf"model\.{field}: expected .*, found {value}")
-        assert not start_from_llama(ours(**{field: value}), tmp_path, strict=False).missing
+        assert not start_from_hf(ours(**{field: value}), tmp_path, strict=False).missing
 
 
 def test_norms_of_queries_and_keys_are_ours(tmp_path) -> None:
     save_file(weights_of(), folder_with(tmp_path) / "model.safetensors")
     model, before = ours(qk_norm=True), ours(qk_norm=True)
-    assert not start_from_llama(model, tmp_path).missing
+    assert not start_from_hf(model, tmp_path).missing
     name = "blocks.1.query_norm.weight"
     assert torch.equal(model.transformer.state_dict()[name], before.transformer.state_dict()[name])
 
@@ -246,7 +252,7 @@ def test_a_tied_head_is_a_copy(tmp_path) -> None:
     del weights["lm_head.weight"]
     save_file(weights, folder_with(tmp_path) / "model.safetensors")
     refused(model, tmp_path, r"missing 1: lm_head\.weight")
-    match = start_from_llama(model, folder_with(tmp_path, tie_word_embeddings=True), markers={300: 7})
+    match = start_from_hf(model, folder_with(tmp_path, tie_word_embeddings=True), markers={300: 7})
     assert (match.missing, len(match.matched)) == ((), 20)
     for weight in (model.embedding.weight, model.lm_head.weight):
         assert torch.equal(weight[:300], weights["model.embed_tokens.weight"])
@@ -260,18 +266,18 @@ def test_a_tied_head_that_is_in_the_file_is_read_and_one_of_no_embedding_is_miss
     weights, folder = weights_of(), folder_with(tmp_path, tie_word_embeddings=True)
     save_file(weights, folder / "model.safetensors")
     model = ours()
-    assert len(start_from_llama(model, folder).matched) == 21
+    assert len(start_from_hf(model, folder).matched) == 21
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
     assert torch.equal(model.embedding.weight, weights["model.embed_tokens.weight"])
     both = ("lm_head.weight", "model.embed_tokens.weight")
     save_file({name: value for name, value in weights.items() if name not in both}, folder / "model.safetensors")
-    assert start_from_llama(ours(), folder, strict=False).missing == both
+    assert start_from_hf(ours(), folder, strict=False).missing == both
 
 
 def test_markers_start_as_rows_of_theirs(tmp_path) -> None:
     weights, model = weights_of(), ours(text_vocab_size=304)
     save_file(weights, folder_with(tmp_path) / "model.safetensors")
-    start_from_llama(model, tmp_path, markers={302: 1, 1: 2, 2: 1})  # as they were, not as the last copy left them
+    start_from_hf(model, tmp_path, markers={302: 1, 1: 2, 2: 1})  # as they were, not as the last copy left them
     for weight, name in (
         (model.embedding.weight, "model.embed_tokens.weight"),
         (model.lm_head.weight, "lm_head.weight"),
@@ -294,8 +300,8 @@ def sharded(folder: Path) -> dict[str, Tensor]:
 
 def test_shards(tmp_path) -> None:
     weights, model = sharded(folder_with(tmp_path)), ours()
-    assert len(start_from_llama(model, tmp_path).matched) == 21
-    for name, value in llama_weights(model).items():
+    assert len(start_from_hf(model, tmp_path).matched) == 21
+    for name, value in hf_weights(model).items():
         assert torch.equal(value, weights[name]), name
 
 
@@ -320,32 +326,32 @@ def test_what_is_written_is_what_is_read(tmp_path) -> None:
     folder.mkdir()
     for former in ("config.json", "former.json"):
         (folder / former).write_text("{}")
-    save_llama(folder, model, bos=3, eos=4)
+    save_hf_folder(folder, model, bos=3, eos=4)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert read_llama_config(folder) == FIELDS
+    assert read_hf_config(folder) == FIELDS
     values = json.loads((folder / "config.json").read_text())
     assert (values["architectures"], values["model_type"]) == (["LlamaForCausalLM"], "llama")
     assert (values["torch_dtype"], values["bos_token_id"], values["eos_token_id"]) == ("float32", 3, 4)
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"]  # transformers 4, transformers 5
     written = load_file(folder / "model.safetensors")
-    for name, value in llama_weights(model).items():
+    for name, value in hf_weights(model).items():
         assert torch.equal(written.pop(name), value), name
     assert not written
 
 
 def test_what_can_not_be_written(tmp_path, monkeypatch) -> None:
     for changes in ({"qk_norm": True}, {"norm_order": "swin"}):
-        with pytest.raises(UserError, match="out: model: expected a Llama, found qk_norm or norm_order swin"):
-            save_llama(tmp_path / "out", ours(**changes))
-    save_llama(tmp_path / "out", ours(), bos=3)
+        with pytest.raises(UserError, match=r"out: model: expected the transformer of llama, .*, found qkv_bias False"):
+            save_hf_folder(tmp_path / "out", ours(**changes))
+    save_hf_folder(tmp_path / "out", ours(), bos=3)
     former = (tmp_path / "out" / "config.json").read_text()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("transfuse.convert.hf_llama.save_file", full)
+    monkeypatch.setattr("transfuse.convert.hf_folder.save_file", full)
     with pytest.raises(UserError, match=r"out: Llama not written \(no space left\)"):
-        save_llama(tmp_path / "out", ours())
+        save_hf_folder(tmp_path / "out", ours())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "config.json").read_text() == former
 

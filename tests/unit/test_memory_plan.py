@@ -100,7 +100,7 @@ def make_batch(config: ModelConfig, tokenizer: Tokenizer, sizes: list[tuple[int,
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    products = (torch.ops.aten.mm.default, torch.ops.transfuse_test.flex.default)
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.transfuse_test.flex.default)
     return CheckpointPolicy.MUST_SAVE if operator in products else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -140,6 +140,8 @@ CASES: dict[str, tuple[ModelConfig, list[tuple[int, int]], int]] = {
     "images of two sizes": (tiny(**BASE), [(16, 16), (8, 4)], 10),
     "timestep before the linear map": (tiny(**BASE, timestep_at="patch"), [(16, 16)], 10),
     "grouped queries": (tiny(**BASE, n_kv_heads=2), [(16, 16)], 30),
+    "qk_norm of Qwen3": (tiny(**BASE, qk_norm=True, qk_norm_type="rms", d_head=48, qkv_bias=True), [(16, 16)], 30),
+    "qk_norm of OLMo 2": (tiny(**BASE, qk_norm=True, qk_norm_type="rms-all", norm_order="swin"), [(16, 16)], 30),
     "stability set": (tiny(**BASE, norm_order="swin", qk_norm=True), [(16, 16)], 30),
     "unet": (tiny(**{**UNET, "unet_channels": (32, 64)}), [(16, 16)], 10),
     "unet of three levels": (tiny(**{**UNET, "patch_size": 4, "unet_channels": (16, 32, 64)}), [(16, 16)], 10),

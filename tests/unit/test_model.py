@@ -83,6 +83,8 @@ ARMS = [
     {"adapter": "linear", "patch_size": 1, "n_kv_heads": 2, "image_attention": "causal"},
     {"adapter": "unet", "patch_size": 4, "unet_channels": (16, 16, 32), "n_kv_heads": 1},
     {"qk_norm": True, "norm_order": "swin"},
+    {"qk_norm": True, "qk_norm_type": "rms", "d_head": 24, "qkv_bias": True, "n_kv_heads": 2},
+    {"qk_norm": True, "qk_norm_type": "rms-all", "norm_order": "swin", "nope_layers": (1,)},
     {"images": "codes", "codebook_size": 16, "patch_size": 1, "image_attention": "causal", "n_kv_heads": 2},
     {"images": "none"},
 ]
@@ -135,7 +137,7 @@ def test_what_is_computed_does_not_depend_on_how_gradients_are_kept(variant, com
 def test_a_rotary_table_gives_what_is_made_without_it(compute, grammar: SequenceFormat, mixed) -> None:
     config = tiny(n_kv_heads=2)
     model, batch = randomised(config, compute_dtype=compute), collate(mixed, grammar)
-    table = rotary_table(torch.arange(config.max_seq_len), config.head_dim, config.rope_theta, compute)
+    table = rotary_table(torch.arange(config.max_seq_len), config, compute)
     latents, timesteps = batch.latents, torch.arange(len(batch.latents))
     attend = Grouped(batch, compute)
     inputs = batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches, latents, timesteps
@@ -360,7 +362,7 @@ def test_rotary_depends_on_distance_only() -> None:
     q, k = torch.randn(1, 1, 16), torch.randn(1, 1, 16)
 
     def score(a: int, b: int) -> torch.Tensor:
-        table = rotary_table(torch.tensor([a, b]), 16, 10000.0, torch.float32)
+        table = rotary_table(torch.tensor([a, b]), tiny(d_head=16), torch.float32)
         x = rotate(torch.cat([q, k]), table)
         return (x[0] * x[1]).sum()
 

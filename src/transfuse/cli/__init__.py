@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("training", "Show what a preset costs: parameters, operations, memory, time"),
     "evaluate": ("evaluation", "Measure a model and write a report"),
     "export": ("tools", "Write a run's newest checkpoint as a model folder"),
+    "convert": ("tools", "Unpack a GGUF file into a folder that a run can start from"),
     "data build": ("data", "Make a data set of captioned images or text"),
     "data inspect": ("data", "Show what is in data sets and what a run would learn from them"),
     "data verify": ("data", "Compare every hash of a data set, decode every image"),

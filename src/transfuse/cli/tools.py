@@ -1,4 +1,4 @@
-"""`transfuse export`, `doctor`, `study` and `completion`."""
+"""`transfuse export`, `convert`, `doctor`, `study` and `completion`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EXTRAS = (
     *("diffusers", "transformers", "tensorboard", "wandb", "trackio", "torchao", "open_clip", "lm_eval", "fastapi"),
-    *("pyarrow", "sentencepiece", "s3fs", "gcsfs"),
+    *("pyarrow", "sentencepiece", "gguf", "s3fs", "gcsfs"),
 )
 """optional packages that `doctor` looks for"""
 STUDIES: dict[str, str] = {
@@ -89,7 +89,7 @@ def _export_run(
     folder: Path, out: Path, format: Literal["transfuse", "diffusers", "llama"], dtype: torch.dtype | None
 ) -> int:
     """Export the newest checkpoint of a run, of a model or an autoencoder; return its step."""
-    from ..convert.hf_llama import save_llama
+    from ..convert.hf_folder import save_hf_folder
     from ..export import relayout
     from ..recipes import AutoencoderRecipe, Recipe
     from ..runs import is_kind, read_recipe, resolve
@@ -116,11 +116,39 @@ def _export_run(
         raise missing
     if format == "llama":
         model = averaged_model(run.recipe, trainer.averaged())
-        save_llama(out, model, run.tokenizer.bos, run.tokenizer.eos, run.tokenizer)
+        save_hf_folder(out, model, run.tokenizer.bos, run.tokenizer.eos, run.tokenizer)
     else:
         with TemporaryDirectory() as aside:
             relayout(export_run(run, trainer, Path(aside) / "export"), out, format, dtype)
     return trainer.step
+
+
+def convert(
+    source: Positional[Path],
+    out: Positional[Path],
+    *,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    json: Json = False,
+) -> int:
+    """Unpack a GGUF file into a Hugging Face folder, for `transfuse train --start` (needs the extra gguf).
+
+    $ transfuse convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+
+    Args:
+        source: the GGUF file; quantised weights stay as coarse as they are
+        out: a new folder, or an earlier one, which is replaced
+        dtype: store the weights in it
+    """
+    import torch
+
+    from ..convert.gguf import gguf_to_folder
+
+    folder = str(gguf_to_folder(source, out, getattr(torch, dtype)))
+    if json:
+        print_json({"folder": folder})
+    else:
+        print(folder)
+    return 0
 
 
 def doctor(*, json: Json = False) -> int:

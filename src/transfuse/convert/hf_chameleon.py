@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model import ModelConfig, Transfusion
 from ..sequence.tokenizer import BOI, SPECIAL
-from .hf_llama import llama_weights, shared_config
+from .architectures import hf_weights, shared_config
 
 QK_NORM_EPS = 1e-5
 """fixed in their norm of queries and keys, whatever `rms_norm_eps` is; ours has one eps for all norms"""
@@ -53,7 +53,7 @@ def chameleon_weights(model: Transfusion) -> dict[str, Tensor]:
     """
     config = model.config
     _check(config)
-    weights, own = llama_weights(model), dict(model.transformer.named_parameters())
+    weights, own = hf_weights(model), dict(model.transformer.named_parameters())
     for layer in range(config.n_layers):
         for ours, hf_name in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
             for name in ("weight", "bias"):
@@ -63,7 +63,7 @@ def chameleon_weights(model: Transfusion) -> dict[str, Tensor]:
 
 
 def _check(config: ModelConfig) -> None:
-    if config.images == "latents" or not config.qk_norm:
+    if config.images == "latents" or not config.qk_norm or config.qk_norm_type != "layer":
         raise ValueError("model: expected a Chameleon, found an image adapter or no qk_norm")
     if config.norm_eps != QK_NORM_EPS:
         raise ValueError(f"model.norm_eps: expected Chameleon's {QK_NORM_EPS}, found {config.norm_eps}")

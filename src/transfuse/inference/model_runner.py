@@ -57,7 +57,7 @@ class ModelRunner:
         # One image at a time where the last bits of a convolution depend on how many there are.
         self.separate = self.config.adapter == "unet" and self.device.type == "cpu"
         positions = torch.arange(self.config.max_seq_len, device=self.device)
-        self.table = rotary_table(positions, self.config.head_dim, self.config.rope_theta, self.model.compute_dtype)
+        self.table = rotary_table(positions, self.config, self.model.compute_dtype)
         self.guidance: Guidance = "packed"
         self.record: Record | None = CudaGraphs() if graphs and self.device.type == "cuda" else None
         self._null: tuple[KeyValueCache, Tensor] | None = None

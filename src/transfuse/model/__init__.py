@@ -1,7 +1,7 @@
 """The networks: wiring in `transfusion`, parts in `layers`, `attention` and `image_adapter`."""
 
 from .attention import Attend, Grouped, dense, flexible, for_batch
-from .config import SIZES, ModelConfig
+from .config import SIZES, ModelConfig, RopeScaling
 from .image_adapter import group_by_shape, stack_group
 from .transfusion import LMHeadFn, Output, Transfusion
 
@@ -12,6 +12,7 @@ __all__ = [
     "LMHeadFn",
     "ModelConfig",
     "Output",
+    "RopeScaling",
     "Transfusion",
     "dense",
     "flexible",

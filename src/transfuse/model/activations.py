@@ -39,7 +39,7 @@ def flex_bytes(config: ModelConfig, positions: int, element: int) -> int:
 
     With q/k norm the unnormed queries and keys stay, too, in one tensor with the values. Scores are never stored.
     """
-    elements = config.qkv_dim * (2 if config.qk_norm else 1) + config.d_model
+    elements = config.qkv_dim * (2 if config.qk_norm else 1) + config.heads_dim
     return positions * (element * elements + FLOAT * config.n_heads)
 
 
@@ -49,13 +49,16 @@ def block_bytes(config: ModelConfig, positions: int, element: int, attention: At
     4 C        in each half: the residual stream, and its normed form (pre) or the half's output (swin)
     3 F        gate and up, and their product
     2 C        dropout masks, with dropout
-    (H + K) D  normalised queries and keys, with q/k norm; their statistics are float32
+    (H + K) D  normalised queries and keys, with q/k LayerNorm; statistics of norms are float32
     """
     elements = 4 * config.d_model + 3 * config.ffn_dim + (2 * config.d_model if config.dropout else 0)
     statistics = 2 * FLOAT
-    if config.qk_norm:
-        elements += (config.n_heads + config.kv_heads) * config.head_dim
-        statistics += 2 * FLOAT * (config.n_heads + config.kv_heads)
+    heads = config.n_heads + config.kv_heads
+    if config.qk_norm and config.qk_norm_type == "layer":
+        elements += heads * config.head_dim
+        statistics += 2 * FLOAT * heads
+    elif config.qk_norm:  # RMSNorm keeps its input and one number of each vector
+        statistics += FLOAT * (heads if config.qk_norm_type == "rms" else 2)
     return positions * (element * elements + statistics) + attention(config, positions, element)
 
 
@@ -72,7 +75,7 @@ def kept_of_block(
     if checkpointing == "full":
         return positions * element * config.d_model
     products = config.qkv_dim + 2 * config.d_model + 2 * config.ffn_dim  # q k v, out, gate and up, down
-    elements = config.d_model + products + config.d_model  # its input, the products' outputs, attention's output
+    elements = config.d_model + products + config.heads_dim  # its input, the products' outputs, attention's output
     return positions * (element * elements + FLOAT * config.n_heads)
 
 

@@ -12,6 +12,44 @@ MAX_LAYERS = 1000  # far more than any network has: a damaged file may ask for m
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Changes of rotary frequencies for sequences longer than those of pretraining; the default changes nothing.
+
+    Raises ValueError, naming the field, for values that no network can have.
+    """
+
+    type: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """linear: all frequencies divided by `factor` (arXiv 2306.15595); llama3: the low ones alone (Llama 3.1); yarn: the
+    low ones, and the logits raised (arXiv 2309.00071)"""
+    factor: float = 1.0
+    original_max_seq_len: int = 8192
+    """length of pretraining, which decides which frequencies are low"""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_max_seq_len / low_freq_factor are divided by `factor`"""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_max_seq_len / high_freq_factor stay"""
+    beta_fast: float = 32.0
+    """yarn: channels that turn more often than this within original_max_seq_len stay"""
+    beta_slow: float = 1.0
+    """yarn: channels that turn less often than this are divided by `factor`"""
+    truncate: bool = True
+    """yarn: round the limits between those channels to whole channels"""
+    attention_factor: float | None = None
+    """yarn: multiplies queries and keys; None: 0.1 ln(factor) + 1"""
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"rope_scaling.{name}: expected a positive number, found {getattr(self, name)}")
+        if self.type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling.high_freq_factor: expected above {self.low_freq_factor}, found {self.high_freq_factor}"
+            )
+        if self.type == "none" and self.factor != 1:
+            raise ValueError(f"rope_scaling.factor: expected 1 with type none, found {self.factor}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Transfusion, a Chameleon or a Llama. Sizes in elements; the defaults are the paper's where it gives one.
 
@@ -33,11 +71,16 @@ class ModelConfig:
     """query heads"""
     n_kv_heads: int | None = None
     """key and value heads (grouped-query attention); None: as many as query heads"""
+    d_head: int | None = None
+    """channels of one attention head; None: d_model / n_heads"""
     d_ff: int | None = None
     """channels inside the SwiGLU layer; None: 8/3 of d_model, rounded up to a multiple of 256 (Llama)"""
     max_seq_len: int = 4096
     """longest sequence, in positions"""
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    nope_layers: tuple[int, ...] = ()
+    """layers, from 0, whose attention has no rotary positions (SmolLM3)"""
     norm_eps: float = 1e-5
     latent_channels: int = 8
     """channels of the autoencoder's latent"""
@@ -55,7 +98,12 @@ class ModelConfig:
     image_attention: ImageAttention = "bidirectional"
     """causal is the ablation of Table 5; codes are always causal"""
     qk_norm: bool = False
-    """LayerNorm of each head's queries and keys before the rotary embedding (Chameleon, section 2.3)"""
+    """norm of queries and keys before the rotary embedding (Chameleon, section 2.3)"""
+    qk_norm_type: Literal["layer", "rms", "rms-all"] = "layer"
+    """layer: LayerNorm of each head, each with separate weights (Chameleon); rms: RMSNorm of each head, with the same
+    weights (Qwen3); rms-all: RMSNorm over the channels of all heads (OLMo 2)"""
+    qkv_bias: bool = False
+    """biases of the query, key and value projections (Qwen2)"""
     norm_order: Literal["pre", "swin"] = "pre"
     """pre: `x + f(norm(x))`; swin: `x + norm(f(x))` (Chameleon; Transfusion calls it post-normalization)"""
     dropout: float = 0.0
@@ -85,7 +133,12 @@ class ModelConfig:
         for name in ("text_vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len", "latent_channels"):
             check(getattr(self, name) > 0, name, "a positive number")
         check(self.n_layers <= MAX_LAYERS, "n_layers", f"at most {MAX_LAYERS}")
-        check(self.d_model % (2 * self.n_heads) == 0, "d_model", f"a multiple of 2 x n_heads ({2 * self.n_heads})")
+        if self.d_head is None:
+            check(self.d_model % (2 * self.n_heads) == 0, "d_model", f"a multiple of 2 x n_heads ({2 * self.n_heads})")
+        else:
+            check(self.d_head > 0 and self.d_head % 2 == 0, "d_head", "a positive, even number")
+        fits = all(0 <= layer < self.n_layers for layer in self.nope_layers)
+        check(fits, "nope_layers", f"layers of 0..{self.n_layers - 1}")
         check(
             self.n_heads % (self.n_kv_heads or self.n_heads) == 0,
             "n_kv_heads",
@@ -113,12 +166,17 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
-        return self.d_model // self.n_heads
+        return self.d_head or self.d_model // self.n_heads
 
     @property
     def kv_heads(self) -> int:
         """Key and value heads, with None resolved."""
         return self.n_kv_heads or self.n_heads
+
+    @property
+    def heads_dim(self) -> int:
+        """Channels of all heads' queries, and of their outputs."""
+        return self.n_heads * self.head_dim
 
     @property
     def qkv_dim(self) -> int:

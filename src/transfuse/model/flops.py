@@ -59,8 +59,8 @@ def forward_flops(
     config: ModelConfig, positions: int, pairs: int, predictions: int, images: Sequence[tuple[int, int]]
 ) -> int:
     """Operations of one forward pass: `pairs` is the number of (query, visible key) pairs, images are latent sizes."""
-    block = config.d_model * (config.qkv_dim + config.d_model + 3 * config.ffn_dim)
-    transformer = config.n_layers * (2 * block * positions + 4 * config.d_model * pairs)
+    block = config.d_model * (config.qkv_dim + config.heads_dim + 3 * config.ffn_dim)
+    transformer = config.n_layers * (2 * block * positions + 4 * config.heads_dim * pairs)
     head = 2 * config.d_model * config.vocab_size * predictions
     return transformer + head + sum(adapter_flops(config, *size) for size in images)
 

@@ -98,6 +98,13 @@ def norm_heads(x: Tensor, *norms: HeadNorm) -> Tensor:
     return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=norms[0].eps), weight)
 
 
+def head_norm(config: ModelConfig, heads: int) -> HeadNorm | RMSNorm:
+    """Return the norm of the queries or keys of `heads` heads."""
+    if config.qk_norm_type == "layer":
+        return HeadNorm(heads, config.head_dim, config.norm_eps)
+    return RMSNorm(config.head_dim * (heads if config.qk_norm_type == "rms-all" else 1), config.norm_eps)
+
+
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, because one large product is faster than two."""
 
@@ -130,18 +137,50 @@ class _GatedSiLU(torch.autograd.Function):
         return torch.cat([torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)], dim=-1)
 
 
-def rotary_table(positions: Tensor, head_channels: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[N, 1, D]` of the rotary embedding (Su et al. 2021; halves rotated, as in Llama).
 
     The sines of the first half are negative already, so that rotating takes one product less.
     """
-    frequency = theta ** -(
-        torch.arange(0, head_channels, 2, device=positions.device, dtype=torch.float32) / head_channels
-    )
+    channels = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency, factor = scaled_frequencies(config.rope_theta ** -(channels / config.head_dim), config)
     angle = positions.to(torch.float32)[:, None] * frequency
     cosine, sine = angle.cos(), angle.sin()
+    if factor != 1:
+        cosine, sine = cosine * factor, sine * factor
     both = torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
     return both[0][:, None].to(dtype), both[1][:, None].to(dtype)
+
+
+def scaled_frequencies(frequency: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
+    """Return the frequencies `[D / 2]` that `rope_scaling` makes of the plain ones, and the factor of q and k."""
+    scaling = config.rope_scaling
+    match scaling.type:
+        case "linear":
+            return frequency / scaling.factor, 1.0
+        case "llama3":
+            turns = scaling.original_max_seq_len * frequency / (2 * math.pi)
+            kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+            kept = kept.clamp(0, 1)
+            return (1 - kept) * frequency / scaling.factor + kept * frequency, 1.0
+        case "yarn":
+
+            def channel_of(turns: float) -> float:
+                """Return the channel that turns so often within the length of pretraining."""
+                wavelength = scaling.original_max_seq_len / (turns * 2 * math.pi)
+                return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+            low, high = channel_of(scaling.beta_fast), channel_of(scaling.beta_slow)
+            if scaling.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, config.head_dim - 1)
+            channel = torch.arange(len(frequency), device=frequency.device, dtype=torch.float32)
+            divided = ((channel - low) / max(high - low, 0.001)).clamp(0, 1)
+            factor = scaling.attention_factor
+            if factor is None:
+                factor = 0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+            return frequency / scaling.factor * divided + frequency * (1 - divided), factor
+    return frequency, 1.0
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -182,12 +221,13 @@ class Block(nn.Module):
         self.head_dim = config.head_dim
         self.pre_norm, self.dropout = config.norm_order == "pre", config.dropout
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.qkv = Linear(config.d_model, config.qkv_dim)
-        self.out = Linear(config.d_model, config.d_model)
+        self.qkv = Linear(config.d_model, config.qkv_dim, config.qkv_bias)
+        self.out = Linear(config.heads_dim, config.d_model)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = SwiGLU(config.d_model, config.ffn_dim)
-        self.query_norm = HeadNorm(self.n_heads, self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.key_norm = HeadNorm(self.kv_heads, self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.has_positions = layer not in config.nope_layers
+        self.query_norm = head_norm(config, self.n_heads) if config.qk_norm else None
+        self.key_norm = head_norm(config, self.kv_heads) if config.qk_norm else None
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, dropout: torch.Generator | None = None
@@ -202,9 +242,17 @@ class Block(nn.Module):
         qkv = self.qkv(self.attention_norm(x) if self.pre_norm else x)
         qkv = qkv.view(-1, rotated + self.kv_heads, self.head_dim)
         qk, v = qkv.split_with_sizes([rotated, self.kv_heads], dim=1)
-        if self.query_norm is not None and self.key_norm is not None:
+        if isinstance(self.query_norm, HeadNorm) and isinstance(self.key_norm, HeadNorm):
             qk = norm_heads(qk, self.query_norm, self.key_norm)
-        q, k = rotate(qk, rotary).split_with_sizes([self.n_heads, self.kv_heads], dim=1)
+        elif self.query_norm is not None and self.key_norm is not None:
+            q, k = qk.split_with_sizes([self.n_heads, self.kv_heads], dim=1)
+            # The norm's weights are those of one head, or of all.
+            q = self.query_norm(q.reshape(len(q), -1, self.query_norm.weight.shape[0])).view_as(q)
+            k = self.key_norm(k.reshape(len(k), -1, self.key_norm.weight.shape[0])).view_as(k)
+            qk = torch.cat([q, k], dim=1)
+        if self.has_positions:
+            qk = rotate(qk, rotary)
+        q, k = qk.split_with_sizes([self.n_heads, self.kv_heads], dim=1)
         return q, k, v
 
     def finish(self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None) -> Tensor:

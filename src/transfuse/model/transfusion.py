@@ -70,7 +70,7 @@ class Transformer(nn.Module):
         table: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         if table is None:
-            rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+            rotary = rotary_table(position_ids, self.config, x.dtype)
         else:
             rotary = table[0].index_select(0, position_ids), table[1].index_select(0, position_ids)
         for block in self.blocks:

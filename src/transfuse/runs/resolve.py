@@ -21,7 +21,7 @@ from typing import Any
 
 from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
 from ..config import to_dict
-from ..convert.hf_llama import check_transformer, marker_rows, read_llama_config, start_from_llama
+from ..convert.hf_folder import check_transformer, marker_rows, read_hf_config, start_from_hf
 from ..data import Mixture
 from ..data.bundled import World, caption, edit, glosses
 from ..diffusion import Process, Sampler
@@ -284,7 +284,7 @@ def resolve_init(recipe: Recipe) -> Recipe:
 
 def _with_llama_shape(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe with the shape of a Llama folder's transformer."""
-    fields: dict[str, Any] = read_llama_config(folder, recipe.model.max_seq_len)
+    fields: dict[str, Any] = read_hf_config(folder, recipe.model.max_seq_len)
     ids = init_tokenizer(folder).vocab_size
     fields["text_vocab_size"] = max(fields["text_vocab_size"], ids)
     changed = {name: value for name, value in fields.items() if getattr(recipe.model, name) != value}
@@ -306,7 +306,7 @@ def init_from(model: Transfusion, folder: Path, tokenizer: Tokenizer, strict: bo
     Raises UserError if they do not fit.
     """
     if not is_export(folder):
-        return str(start_from_llama(model, folder, strict, marker_rows(folder, tokenizer)))
+        return str(start_from_hf(model, folder, strict, marker_rows(folder, tokenizer)))
     export = describe(folder)
     if strict and export.model != model.config:
         raise UserError(f"{folder}: expected the network that the run began with, found another")

@@ -59,6 +59,7 @@ def check_tensor_parallel(config: ModelConfig, ranks: int) -> None:
         (config.ffn_dim % ranks == 0, f"a divisor of the hidden channels ({config.ffn_dim})"),
         (config.kv_heads == config.n_heads, "1 with model.n_kv_heads"),
         (not config.qk_norm, "1 with model.qk_norm"),
+        (not config.qkv_bias, "1 with model.qkv_bias"),
         (not config.dropout, "1 with model.dropout"),
     ):
         if not fits:

@@ -1,13 +1,13 @@
-"""Hugging Face's Llama: the same transformer under other names, and folders to start a model from or to share one.
+"""Hugging Face folders of language models (`architectures`): start a model from one, or write one to share.
 
     config.json                                              the shape
     model.safetensors, or model.safetensors.index.json       the weights, whole or in shards
     tokenizer.json                                           the tokenizer, to which our markers are added
 
-fields = read_llama_config(folder)                           # fields of ModelConfig
+fields = read_hf_config(folder)                           # fields of ModelConfig
 tokenizer = Tokenizer.adopt(folder / "tokenizer.json")
-start_from_llama(model, folder, markers=marker_rows(folder, tokenizer))
-save_llama(other, model, tokenizer.bos, tokenizer.eos, tokenizer)
+start_from_hf(model, folder, markers=marker_rows(folder, tokenizer))
+save_hf_folder(other, model, tokenizer.bos, tokenizer.eos, tokenizer)
 
 safetensors only: nothing is unpickled.
 """
@@ -22,105 +22,21 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..config import read_json
 from ..errors import UserError
 from ..io import atomic_dir
 from ..model import ModelConfig, Transfusion
 from ..sequence import Tokenizer
+from .architectures import EMBEDDING, HEAD, hf_config, hf_weights, read_fields
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BUFFERS = ".rotary_emb.inv_freq"  # suffix of tensors in old files that are not weights
 NAMED = 8  # names that a message lists at most
 
-NUMBERS = {
-    "text_vocab_size": "vocab_size",
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "d_ff": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-}
-"""our field: theirs, of those that every config.json must have"""
 
-PLAIN: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
-"""fields of theirs that must have this value, if given"""
-
-OTHER_MATHEMATICS = {
-    "ernie4_5": "rotates neighbouring channels",
-    "gemma": "norms of 1 + weight",
-    "granite": "multipliers",
-    "helium": "rotates neighbouring channels",
-    "hyperclovax": "multipliers",
-    "minicpm": "multipliers",
-    "smollm3": "layers without positions",
-}
-"""model types with Llama's fields and names but other mathematics, which nothing else in the files shows"""
-
-
-def shared_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields that Hugging Face's Llama and Chameleon have in common."""
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.kv_heads,
-        "max_position_embeddings": config.max_seq_len,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # where transformers 4 looks for it
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "hidden_act": "silu",
-    }
-
-
-def llama_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of `transformers.LlamaConfig` for a model. Raises ValueError if it is not a Llama."""
-    if config.qk_norm or config.norm_order != "pre":
-        raise ValueError("model: expected a Llama, found qk_norm or norm_order swin")
-    return shared_config(config)
-
-
-def llama_weights(model: Transfusion) -> dict[str, Tensor]:
-    """Return the weights under `LlamaForCausalLM`'s names, without the image adapter.
-
-    They are views: writing to them writes to the model.
-    """
-    config = model.config
-    sizes = [config.n_heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
-    weights = {
-        EMBEDDING: model.embedding.weight,
-        "model.norm.weight": model.transformer.norm.weight,
-        HEAD: model.lm_head.weight,
-    }
-    own = dict(model.transformer.named_parameters())
-    for layer in range(config.n_layers):
-        ours, prefix = f"blocks.{layer}.", f"model.layers.{layer}."
-        query, key, value = own[ours + "qkv.weight"].split(sizes)
-        gate, up = own[ours + "feed_forward.gate_up.weight"].chunk(2)
-        weights |= {
-            prefix + "input_layernorm.weight": own[ours + "attention_norm.weight"],
-            prefix + "self_attn.q_proj.weight": query,
-            prefix + "self_attn.k_proj.weight": key,
-            prefix + "self_attn.v_proj.weight": value,
-            prefix + "self_attn.o_proj.weight": own[ours + "out.weight"],
-            prefix + "post_attention_layernorm.weight": own[ours + "feed_forward_norm.weight"],
-            prefix + "mlp.gate_proj.weight": gate,
-            prefix + "mlp.up_proj.weight": up,
-            prefix + "mlp.down_proj.weight": own[ours + "feed_forward.down.weight"],
-        }
-    return {name: weight.detach() for name, weight in weights.items()}
-
-
-def read_llama_config(folder: Path, max_seq_len: int | None = None) -> dict[str, Any]:
-    """Return the fields of `ModelConfig` that describe a folder's transformer, the inverse of `llama_config`.
+def read_hf_config(folder: Path, max_seq_len: int | None = None) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` that describe a folder's transformer, the inverse of `hf_config`.
 
     `max_seq_len` replaces the folder's own length, if given. Raises UserError for a model that ours cannot be.
     """
@@ -130,40 +46,8 @@ def read_llama_config(folder: Path, max_seq_len: int | None = None) -> dict[str,
         if not fits:
             raise UserError(f"{folder / 'config.json'}: {name}: expected {expected}, found {value}")
 
-    kind = str(values.get("model_type"))
-    reason = OTHER_MATHEMATICS.get(kind)
-    check(reason is None, "model_type", "one with Llama's mathematics", f'"{kind}" ({reason})')
-    for name in NUMBERS.values():
-        check(isinstance(values.get(name), int | float), name, "a number", repr(values.get(name)))
-    for name, plain in PLAIN.items():
-        check(values.get(name) in (None, plain), name, repr(plain), repr(values.get(name)))
-    fields = {field: values[hf_name] for field, hf_name in NUMBERS.items()}
-    fields["max_seq_len"] = max_seq_len or fields["max_seq_len"]
-    fields["n_kv_heads"] = values.get("num_key_value_heads") or fields["n_heads"]
-    head = values.get("head_dim")
-    wanted = f"hidden_size / num_attention_heads ({fields['d_model']} / {fields['n_heads']})"
-    check(head is None or head * fields["n_heads"] == fields["d_model"], "head_dim", wanted, head)
-    # Rotary positions in either spelling: transformers 4 has `rope_scaling`, transformers 5 `rope_parameters`.
-    theta = values.get("rope_theta")
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = values.get(name) or {}
-        scaling = rope.get("rope_type", rope.get("type", "default"))
-        check(scaling == "default", name, 'plain rotary positions ("default")', f'"{scaling}"')
-        alike = not any(isinstance(value, dict) for value in rope.values())
-        check(alike, name, "the same rotary positions in all layers", ", ".join(rope))
-        share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1
-        check(share == 1, "partial_rotary_factor", "1", share)
-        theta = rope.get("rope_theta", theta)
-    fields["rope_theta"] = float(theta or 10000)  # the default of Llama 2, whose files leave it out
-    # Every layer must attend to the whole context.
-    layers = values.get("layer_types") or ["full_attention", "sliding_attention"]
-    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
-    if window is not None and "sliding_attention" in layers:
-        expected = f"none, or at least the context asked for ({fields['max_seq_len']})"
-        check(window >= fields["max_seq_len"], "sliding_window", expected, window)
-    other = ", ".join(sorted({*layers} - {"full_attention", "sliding_attention"}))
-    check(not other, "layer_types", "full_attention", other)
     try:
+        fields = read_fields(values, max_seq_len, check)
         ModelConfig(images="none", **fields)
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
@@ -172,14 +56,17 @@ def read_llama_config(folder: Path, max_seq_len: int | None = None) -> dict[str,
 
 def check_transformer(config: ModelConfig, folder: Path, strict: bool) -> None:
     """Raise UserError if the folder's transformer differs in fields that shapes do not show, such as the heads."""
-    expected: dict[str, Any] = {**read_llama_config(folder, config.max_seq_len), "norm_order": "pre"}
-    own: dict[str, Any] = {"n_heads": config.n_heads, "n_kv_heads": config.kv_heads}
+    expected = ModelConfig(images="none", **read_hf_config(folder, config.max_seq_len))
+    names = ["n_heads", "kv_heads", "head_dim", "norm_order"]
     if strict:
-        own |= {"rope_theta": config.rope_theta, "norm_eps": config.norm_eps}
-    own["norm_order"] = config.norm_order
-    for field, value in own.items():
-        if value != expected[field]:
-            raise UserError(f"{folder}: model.{field}: expected {expected[field]}, found {value}")
+        names += ["rope_theta", "rope_scaling", "nope_layers", "norm_eps", "qkv_bias"]
+        # A norm that the folder does not have begins as it was made: one may add it.
+        names += ["qk_norm", "qk_norm_type"] if expected.qk_norm else []
+    for name in names:
+        wanted, value = getattr(expected, name), getattr(config, name)
+        if value != wanted:
+            field = {"kv_heads": "n_kv_heads", "head_dim": "d_head"}.get(name, name)
+            raise UserError(f"{folder}: model.{field}: expected {wanted}, found {value}")
 
 
 @dataclass(frozen=True)
@@ -204,7 +91,7 @@ class Match:
         return "\n".join(lines)
 
 
-def start_from_llama(
+def start_from_hf(
     model: Transfusion, folder: Path, strict: bool = True, markers: Mapping[int, int] | None = None
 ) -> Match:
     """Copy a folder's weights into a model, in the model's dtype. The image adapter and q/k norms keep their values.
@@ -215,8 +102,9 @@ def start_from_llama(
 
     Raises UserError before the first weight is written.
     """
-    config, own = model.config, llama_weights(model)
+    config = model.config
     check_transformer(config, folder, strict)
+    own = hf_weights(model, str(_read_config(folder)["model_type"]))
     files = _open_weights(folder)
     shapes = {name: tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()}  # noqa: SIM118
     tied = bool(_read_config(folder).get("tie_word_embeddings")) and EMBEDDING in shapes and HEAD not in shapes
@@ -226,9 +114,8 @@ def start_from_llama(
         tuple(sorted(name for name in shapes.keys() - own.keys() if not name.endswith(BUFFERS))),
     )
     if strict and (match.missing or match.unexpected):
-        raise UserError(
-            f"{folder}: expected the weights of a Llama and no others, found {'; '.join(str(match).splitlines()[1:])}"
-        )
+        lines = "; ".join(str(match).splitlines()[1:])
+        raise UserError(f"{folder}: expected the weights of its architecture and no others, found {lines}")
     for name in match.matched:
         shape, expected = shapes[name], str(tuple(own[name].shape))
         fits = str(shape) == expected
@@ -254,24 +141,22 @@ def start_from_llama(
     return match
 
 
-def save_llama(
+def save_hf_folder(
     folder: Path,
     model: Transfusion,
     bos: int | None = None,
     eos: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Write embedding, transformer and output layer as a `LlamaForCausalLM`; bos and eos are token ids.
+    """Write embedding, transformer and output layer as transformers' model of that family; bos and eos are token ids.
 
     The image adapter is left out. The folder appears whole or not at all.
 
-    Raises UserError for a transformer that is not a Llama, or a folder that cannot be written.
+    Raises UserError for a transformer of no known family, or a folder that cannot be written.
     """
     try:
         values = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **llama_config(model.config),
+            **hf_config(model.config),
             "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
             # Written even if None: without them transformers assumes 1 and 2.
             "bos_token_id": bos,
@@ -281,7 +166,7 @@ def save_llama(
         raise UserError(f"{folder}: {error}") from None
     with atomic_dir(folder, "Llama") as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        tensors = {name: weight.contiguous().cpu() for name, weight in llama_weights(model).items()}
+        tensors = {name: weight.contiguous().cpu() for name, weight in hf_weights(model, values["model_type"]).items()}
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")

@@ -1,0 +1,228 @@
+"""Unpack a GGUF file, llama.cpp's format, into a Hugging Face folder that a run can start from.
+
+gguf_to_folder(Path("SmolLM2-135M-Instruct.Q4_1.gguf"), Path("smollm2"))
+
+The folder has `config.json`, `model.safetensors`, `tokenizer.json`, `tokenizer_config.json` with the chat template, and
+`generation_config.json`. Quantised weights become floating point: what quantising lost stays lost. Needs the extra
+`gguf`. GGUF stores q and k of Llamas with their rows in another order, because llama.cpp rotates neighbouring channels
+where Hugging Face rotates halves; here they are put back.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from ..errors import UserError
+from ..io import atomic_dir
+from .architectures import EMBEDDING, HEAD
+
+ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+}
+"""GGUF's name of an architecture: the `model_type` and class of transformers"""
+
+FIELDS = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+"""transformers' field: GGUF's, after the name of the architecture"""
+
+GLOBAL_TENSORS = {
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": HEAD,
+}
+LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+# How a text is split before byte pairs are merged, by `tokenizer.ggml.pre`; None: by GPT-2's expression.
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPLITS = {
+    "default": None,
+    "gpt-2": None,
+    "smollm": None,  # after single digits
+    "qwen2": rf"{CONTRACTIONS}|{WORDS}|\p{{N}}|{REST}",
+    "llama-bpe": rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}",
+}
+CONTROL, USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
+
+
+def gguf_to_folder(source: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Unpack a GGUF file into a folder, which appears whole or not at all; weights are written in `dtype`.
+
+    Raises UserError for a file that is not GGUF, an architecture, tokenizer or tensor that is not known here, or a
+    missing `gguf` package.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("gguf: expected the extra (pip install 'transfuse[gguf]'), found no such package") from None
+    if not source.is_file():
+        raise UserError(f"{source}: expected a GGUF file, found no file")
+    try:
+        reader = gguf.GGUFReader(source)
+    except (ValueError, IndexError, OSError) as error:
+        raise UserError(f"{source}: expected a GGUF file, found something else ({error})") from None
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    config = _config(source, values)
+    backend = _tokenizer(source, values)
+    tensors: dict[str, torch.Tensor] = {}
+    for tensor in reader.tensors:
+        name = _tensor_name(source, tensor.name)
+        try:
+            weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise UserError(
+                f"{source}: tensor {tensor.name}: expected a known quantisation, found {tensor.tensor_type.name}"
+            ) from None
+        if config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            weight = _halves_of_neighbours(weight, heads)
+        tensors[name] = torch.tensor(weight, dtype=dtype)
+    if EMBEDDING not in tensors:
+        raise UserError(f"{source}: tensor token_embd.weight: expected one, found none")
+    config["vocab_size"] = len(tensors[EMBEDDING])  # it may have spare rows, for which there is no token
+    config["tie_word_embeddings"] = HEAD not in tensors
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    special = {
+        f"{name}_token_id": values[f"tokenizer.ggml.{key}_token_id"]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        if f"tokenizer.ggml.{key}_token_id" in values
+    }
+    with atomic_dir(folder, "model") as partial:
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        backend.save(str(partial / "tokenizer.json"))
+        _write_json(partial / "config.json", {**config, **special})
+        _write_json(partial / "generation_config.json", special)
+        _write_json(partial / "tokenizer_config.json", _tokenizer_config(values, config, special))
+    return folder
+
+
+def _config(source: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Return transformers' config.json for a GGUF file's fields."""
+    architecture = values.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{source}: general.architecture: expected one of {', '.join(ARCHITECTURES)}, found {architecture}"
+        )
+    model_type, name = ARCHITECTURES[architecture]
+
+    def field(key: str, default: Any = None) -> Any:
+        value = values.get(f"{architecture}.{key}", default)
+        if value is None:
+            raise UserError(f"{source}: {architecture}.{key}: expected a value, found none")
+        return value
+
+    scaling = values.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling != "none":
+        raise UserError(f"{source}: {architecture}.rope.scaling.type: expected none, found {scaling}")
+    config = {hf_name: field(key) for hf_name, key in FIELDS.items()}
+    heads = config["num_attention_heads"]
+    return {
+        "architectures": [name],
+        "model_type": model_type,
+        **config,
+        "num_key_value_heads": field("attention.head_count_kv", heads),
+        "head_dim": field("attention.key_length", config["hidden_size"] // heads),
+        "rope_theta": float(field("rope.freq_base", 10000.0)),
+        "hidden_act": "silu",
+        "attention_bias": False,
+    }
+
+
+def _field_of(source: Path, values: dict[str, Any], name: str) -> Any:
+    """Return a field of the file. Raises UserError if it has none of that name."""
+    if name not in values:
+        raise UserError(f"{source}: {name}: expected a value, found none")
+    return values[name]
+
+
+def _tensor_name(source: Path, name: str) -> str:
+    """Return transformers' name of a tensor."""
+    if name in GLOBAL_TENSORS:
+        return GLOBAL_TENSORS[name]
+    match name.split("."):
+        case ["blk", layer, part, kind] if part in LAYER_TENSORS:
+            return f"model.layers.{layer}.{LAYER_TENSORS[part]}.{kind}"
+    raise UserError(f"{source}: tensor {name}: expected one of a known network, found a part that is not known here")
+
+
+def _halves_of_neighbours(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Return the rows of each head reordered: channels that were neighbours are half a head apart."""
+    rows = weight.shape[0]
+    pairs = weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _tokenizer(source: Path, values: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Return the byte-level BPE of a GGUF file."""
+    kind = _field_of(source, values, "tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UserError(f"{source}: tokenizer.ggml.model: expected gpt2 (byte-level BPE), found {kind}")
+    split = values.get("tokenizer.ggml.pre", "default")
+    if split not in SPLITS:
+        raise UserError(f"{source}: tokenizer.ggml.pre: expected one of {', '.join(SPLITS)}, found {split}")
+    tokens = _field_of(source, values, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in _field_of(source, values, "tokenizer.ggml.merges")]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
+    if split == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if split == "smollm":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if (expression := SPLITS[split]) is not None:
+        steps.append(pre_tokenizers.Split(Regex(expression), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    kinds = values.get("tokenizer.ggml.token_type", [])
+    backend.add_special_tokens(
+        [AddedToken(tokens[i], normalized=False) for i, kind in enumerate(kinds) if kind == CONTROL]
+    )
+    backend.add_tokens(
+        [AddedToken(tokens[i], normalized=False) for i, kind in enumerate(kinds) if kind == USER_DEFINED]
+    )
+    return backend
+
+
+def _tokenizer_config(values: dict[str, Any], config: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
+    tokens = values["tokenizer.ggml.tokens"]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": values.get("tokenizer.chat_template"),
+        **{name.removesuffix("_id"): tokens[number] for name, number in special.items()},
+    }
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,128 @@
+"""Every family of `convert.architectures` against transformers, on tiny random weights: both ways, to 1e-4.
+
+The logits of a started model are transformers' own: uncached, packed beside another text, and token by token with the
+engine's cache. A folder that is written opens in transformers as the same class with the same logits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from transfuse.convert.architectures import ARCHITECTURES, model_type_of
+from transfuse.convert.hf_folder import read_hf_config, save_hf_folder, start_from_hf
+from transfuse.model import ModelConfig, Transfusion, dense, for_batch
+from transfuse.sequence import Document, SequenceFormat, Text, collate
+
+transformers = pytest.importorskip("transformers")
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1000000.0}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 2": ("Llama", {"num_key_value_heads": 4}),
+    "Llama 3.1": ("Llama", {"rope_parameters": LLAMA3}),
+    "Llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    "Llama 3.2, tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 32}),
+    "SmolLM2": (
+        "Llama",
+        {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
+    "Mistral": ("Mistral", {"sliding_window": None}),
+    "Mistral, wide heads": ("Mistral", {"sliding_window": 128, "head_dim": 32}),
+    "Qwen2.5": ("Qwen2", {"use_sliding_window": False, "sliding_window": 32}),
+    "Qwen2.5, yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "Qwen3": ("Qwen3", {"head_dim": 32}),
+    "Qwen3, yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN | {"attention_factor": 1.2}}),
+    "SmolLM3": ("SmolLM3", {}),
+    "SmolLM3, its own layers": ("SmolLM3", {"no_rope_layers": [0, 1, 1, 0, 1]}),
+    "OLMo 2": ("Olmo2", {}),
+    "OLMo 2, grouped": ("Olmo2", {"num_key_value_heads": 4}),
+    "Phi-3": ("Phi3", {"sliding_window": None}),
+}
+IDS = torch.randint(5, 320, (60,), generator=torch.Generator().manual_seed(0))
+
+
+def theirs(row: str) -> Any:
+    """Return the family's network in transformers with random weights, none of them zero or one."""
+    kind, changes = ROWS[row]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SHAPE | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+def started(folder: Path) -> Transfusion:
+    model = Transfusion(ModelConfig(images="none", **read_hf_config(folder))).initialise(3).eval()
+    match = start_from_hf(model, folder)
+    assert not match.missing
+    assert not match.unexpected
+    return model
+
+
+def expected(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids[None]).logits[0].float()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_logits_are_those_of_transformers(row: str, tmp_path: Path) -> None:
+    model = theirs(row)
+    model.save_pretrained(tmp_path)
+    ours, sequence_format = started(tmp_path), SequenceFormat(0, 1, 2, 3, 2)
+    assert ours.config.vocab_size == 320
+    texts = [tuple(IDS.tolist()), tuple(IDS[20:45].tolist())]
+    # Two documents packed into a row: BOS, whose id is 0, stands before each.
+    batch = collate([Document([Text(text)], sample=i) for i, text in enumerate(texts)], sequence_format)
+    every = torch.arange(batch.positions)
+    for attend in (dense(batch), for_batch(batch, torch.float32)):
+        with torch.no_grad():
+            found = ours(batch.input_ids, batch.position_ids, attend, every).logits
+        begin = 0
+        for text in texts:
+            wanted = expected(model, torch.tensor([0, *text]))
+            torch.testing.assert_close(found[begin : begin + len(wanted)], wanted, rtol=0, atol=1e-4)
+            begin = int((batch.position_ids == 0).nonzero()[1]) if begin == 0 else begin
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_written_folder_opens_in_transformers(row: str, tmp_path: Path) -> None:
+    model = theirs(row)
+    model.save_pretrained(tmp_path / "in")
+    ours = started(tmp_path / "in")
+    save_hf_folder(tmp_path / "out", ours)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    # Phi-3 and Mistral without anything of their own are written as Llamas, which they are.
+    family = {"Mistral": "Llama", "Phi3": "Llama"}.get(ROWS[row][0], ROWS[row][0])
+    assert type(opened).__name__ == f"{family}ForCausalLM"
+    torch.testing.assert_close(expected(opened, IDS), expected(model, IDS), rtol=0, atol=1e-4)
+    assert read_hf_config(tmp_path / "out") == read_hf_config(tmp_path / "in")
+
+
+def test_every_family_has_a_row() -> None:
+    kinds = {f"{kind}ForCausalLM" for kind, _ in ROWS.values()}
+    assert kinds == {architecture.model_class for architecture in ARCHITECTURES.values()}
+    for name, architecture in ARCHITECTURES.items():
+        assert hasattr(transformers, architecture.model_class), name
+
+
+def test_a_network_of_no_family_is_named() -> None:
+    with pytest.raises(ValueError, match=r"transformer of llama, .* found qkv_bias True, qk_norm True"):
+        model_type_of(ModelConfig(qkv_bias=True, qk_norm=True))
