@@ -1,11 +1,11 @@
 # make setup   a virtual environment in .venv with `transfuse` in it
 # make demo    train a small Transfusion on this machine, draw, caption, write, and report (about 9 minutes on two cores)
 # make docs    the documentation as a site, in build/site
-# make test    set up, then lint, type check and test
+# make test    set up, then lint, type check and test (CI also runs `make test-long`: several processes, kills, studies)
 PYTHON ?= python3.11
 STAMP := .venv/.installed
 
-.PHONY: setup demo test lint docs bench clean
+.PHONY: setup demo test test-long lint docs bench clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ docs: setup
 
 test: lint
 	.venv/bin/python -m pytest
+
+test-long: setup
+	.venv/bin/python -m pytest -m "long and not slow"
 
 bench: setup
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[peer]'

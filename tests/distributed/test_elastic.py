@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transfuse.training import CheckpointFolder, read_metrics
 from transfuse.training.checkpoint import step_of
 
-pytestmark = pytest.mark.xdist_group("elastic")
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("elastic")]
 
 STEPS = 60
 SETTINGS = (

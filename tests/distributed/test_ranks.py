@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from transfuse.training.checkpoint import read
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("ranks")]
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import open_tiny
 
@@ -27,6 +28,7 @@ def build(folder: Path) -> Trainer:
     return build_trainer(recipe, folder)
 
 
+@pytest.mark.long
 def test_twenty_kills(tmp_path: Path) -> None:
     straight = build(tmp_path / "straight")
     straight.config = replace(straight.config, checkpoint_every=0)

@@ -21,6 +21,8 @@ from transfuse.errors import UserError
 from transfuse.recipes import preset
 from transfuse.training import DivergedError
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def _few_surveyed(monkeypatch: pytest.MonkeyPatch) -> None:
