@@ -20,10 +20,10 @@ def demo() -> Recipe:
     pictures in minutes, where the paper's epsilon target needs hours (the preset `epsilon-32`). Its loss, weighted
     as v, is larger than the paper's for the same picture, so lambda is 1.5, not 5: with 5 captions come much later.
 
-    `transfuse demo` on two quiet cores, 2,752 steps in 479 s, seed 0, of 120 held-out prompts: background right in
-    100 %, noun in 97 % where the judge chooses among the 16 and in 31 % by the strict judge of 328 nouns and "none";
-    caption noun in 82 %, 166 perplexity on unread definitions. Other processors, by the closed choice: 3,711 steps 100,
-    99 and 92 %; 1,167 steps 100, 70 and 58 %.
+    `transfuse demo` on two quiet Zen 4 cores, 2,752 steps in 479 s, seed 0, of 120 held-out prompts: background right
+    in 100 %, noun in 97 % where the judge chooses among the 16 and in 31 % by the strict judge of 328 nouns and "none";
+    caption noun in 82 %, 166 perplexity on unread definitions. On two Zen 3 cores, 1,477 steps: 100, 81, 8 and 15 %,
+    207. Other processors, by the closed choice: 3,711 steps 100, 99 and 92 %; 1,167 steps 100, 70 and 58 %.
     """
     return Recipe(
         preset="demo",
