@@ -179,15 +179,10 @@ def model_type_of(config: ModelConfig) -> str:
     own: dict[str, Any] = {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm, "norm_order": config.norm_order}
     if config.qk_norm:
         own["qk_norm_type"] = config.qk_norm_type
-    if config.nope_layers:
-        return "smollm3" if own == {"qkv_bias": False, "qk_norm": False, "norm_order": "pre"} else _no_family(own)
-    for model_type, architecture in ARCHITECTURES.items():
-        if {"qkv_bias": False, "qk_norm": False, "norm_order": "pre", **architecture.fields} == own:
+    plain = {"qkv_bias": False, "qk_norm": False, "norm_order": "pre"}
+    for model_type in ["smollm3"] if config.nope_layers else ARCHITECTURES:
+        if plain | dict(ARCHITECTURES[model_type].fields) == own:
             return model_type
-    return _no_family(own)
-
-
-def _no_family(own: Mapping[str, Any]) -> str:
     pieces = ", ".join(f"{name} {value}" for name, value in own.items())
     raise ValueError(f"model: expected the transformer of {', '.join(ARCHITECTURES)}, found {pieces}")
 
