@@ -27,6 +27,8 @@ from transfuse.cli import run
 from transfuse.cli.chat import inline
 from transfuse.images import read_settings
 
+pytestmark = pytest.mark.xdist_group("cli")  # its fixtures are made once
+
 COMMAND = [sys.executable, "-c", "from transfuse.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TINY = ("--model", "runs/tiny/export")
@@ -251,6 +253,7 @@ def test_bad_images(home: Path) -> None:
         assert transfuse(home, "caption", name, *TINY).returncode == 0
 
 
+@pytest.mark.long
 def test_autoencoder(home: Path) -> None:
     """Train both kinds, encode a folder, look at the reconstructions, train a Transfusion on latents and draw."""
     pictures = home / "photographs"
@@ -351,6 +354,7 @@ def test_export_command_equals_the_training_export(home: Path) -> None:
     assert all((ours[name] == other[name]).all() for name in ours)
 
 
+@pytest.mark.long
 def test_full_disk_is_one_line_and_loses_nothing(home: Path, tmp_path: Path) -> None:
     """Every file is limited to 100 kB, so that the weights cannot be written."""
 
@@ -366,7 +370,8 @@ def test_full_disk_is_one_line_and_loses_nothing(home: Path, tmp_path: Path) -> 
     assert not list(home.glob("limited*"))
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.long
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) -> None:
     command = ["train", "tiny", "--loop.steps", "300", "--loop.checkpoint-every", "1000"]
     process = subprocess.Popen([*COMMAND, *command], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)

@@ -18,6 +18,8 @@ from transfuse.data import StepLoader
 from transfuse.training import CheckpointFolder, Trainer, read_metrics
 from transfuse.training.checkpoint import Groups, read, step_of
 
+pytestmark = pytest.mark.xdist_group("stops")  # its fixtures are made once
+
 COMMAND = [
     "train",
     "tiny",
@@ -111,6 +113,7 @@ def test_a_second_signal_does_not_cut_the_saving_short(straight: Groups, at_step
     assert_goes_on(straight)
 
 
+@pytest.mark.long
 def test_a_second_interrupt_is_at_once(straight: Groups, at_step) -> None:
     at_step(7, signal.SIGINT, signal.SIGINT)
     assert run(COMMAND) == 130

@@ -37,6 +37,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "SURVEYED", 4)
 
 
+@pytest.mark.long
 def test_equal_compute_one_table(tmp_path: Path) -> None:
     flops = 3e9
 
@@ -70,6 +71,7 @@ def test_equal_compute_one_table(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text().count("<img") == 8 + 2 * 6, "the scenes, and the drawings of both"
 
 
+@pytest.mark.long
 def test_arms_read_equally_much_text_at_equal_positions(tmp_path: Path) -> None:
     """A Chameleon that read 2.5 times less text was once taken for one that writes worse."""
     read = {}

@@ -111,7 +111,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.long), 2])
 @torch.no_grad()
 def test_the_kernel_is_compiled_once_for_a_number_of_positions(kv_heads: int, counted) -> None:
     compiled = []
@@ -134,6 +134,7 @@ def outputs(model: Transfusion, batch: Batch, attend: Attend) -> list[Tensor]:
     return [out.logits.detach(), *(p.detach() for p in out.predictions), *gradients]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kv_heads", "learning"), [(4, False), (2, False), (2, True)])
 def test_blocks_are_compiled_once(kv_heads: int, learning: bool, counted, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a block in one graph, attention within it, though `attend` is another function for every batch.

@@ -27,6 +27,8 @@ from transfuse.train_autoencoder import (
 from transfuse.training.autoencoder_loss import AutoencoderInTraining, AutoencoderObjective, ImageBatch, ImageLoader
 from transfuse.training.metrics import Average
 
+pytestmark = pytest.mark.xdist_group("autoencoder_training")  # its fixtures are made once
+
 
 @pytest.fixture(scope="module")
 def features() -> Features:

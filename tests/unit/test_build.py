@@ -353,6 +353,7 @@ def command(out: Path) -> list[str]:
     return [sys.executable, "-c", start, "data", "build", "world", str(out), "--workers", "2", *WORLD]
 
 
+@pytest.mark.long
 def test_two_kills(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for number, wait in ((0, 0.0), (4, 0.03)):

@@ -190,6 +190,7 @@ def test_half_precision_is_half_as_large_and_rounded_once(served: Path, tmp_path
     assert run(["export", str(served), "--format", "llama", "--dtype", "float16"]) == 2
 
 
+@pytest.mark.long
 def test_the_default_draws_what_it_is_told() -> None:
     """The bundled model, its sampler and its defaults as they are: backgrounds at least, and one caption."""
     pipe = transfuse.load(folders.DEFAULT)

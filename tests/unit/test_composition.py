@@ -18,6 +18,8 @@ from transfuse.evaluation import Drawing, EvalConfig, EvalContext, evaluate, nam
 from transfuse.evaluation.confidence import corrected
 from transfuse.inference import TransfusionPipeline
 
+pytestmark = pytest.mark.xdist_group("composition")  # its fixtures are made once
+
 WORLD = WorldConfig(size=32, nouns=6, styles=("fluent-flat",))
 SINGLE = replace(WORLD, max_objects=1, max_count=1, sizes=("large",))
 

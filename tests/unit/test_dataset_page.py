@@ -30,6 +30,8 @@ from transfuse.runs import open_sources, resolve
 from transfuse.runs.sources import mixture
 from transfuse.sequence import layout_document
 
+pytestmark = pytest.mark.xdist_group("dataset_page")  # its fixtures are made once
+
 BOLD = "a <b>bold</b> crab & \"friend\" <img src='http://x/'>"
 MIXED = 400
 

@@ -19,6 +19,8 @@ from transfuse.evaluation import agreement_by_chance, bootstrap, perplexity, sha
 from transfuse.model import dense
 from transfuse.sequence import Document, Text, Tokenizer, collate
 
+pytestmark = pytest.mark.xdist_group("evaluation")  # its fixtures are made once
+
 WORLD = WorldConfig(size=32, nouns=4, max_objects=1, max_count=1)
 TEXTS = ["a crab on a red background", "hello", "the moon is above a small boat on blue", "two balloons", "Ünïcödé"]
 

@@ -70,6 +70,7 @@ def test_a_bound_below_one_file_still_reads(folder: Path, url: str, tmp_path: Pa
     assert data.read(COUNT // 2) == here.read(COUNT // 2)
 
 
+@pytest.mark.long
 def test_batches_are_the_same_with_workers_that_fetch(folder: Path, url: str, tmp_path: Path) -> None:
     def batches(path: str, workers: int) -> list[list[int]]:
         data = DataSet(path, Cache(tmp_path / "cache"))

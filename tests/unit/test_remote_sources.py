@@ -81,7 +81,7 @@ def web(tmp_path: Path) -> Iterator[Web]:
     result = Web(tmp_path / "web")
     result.folder.mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, web=result)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         result.url = f"http://127.0.0.1:{server.server_port}"
         yield result
         server.shutdown()

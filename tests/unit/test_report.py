@@ -26,6 +26,8 @@ from transfuse.recipes import preset
 from transfuse.report import Bar, Bars, Card, Cards, Charts, Page, Section, Table, render
 from transfuse.training import RESUMABLE, read_metrics
 
+pytestmark = pytest.mark.xdist_group("report")  # its fixtures are made once
+
 EFFORT = Effort(pictures=6, definitions=6, recogniser_steps=4)
 NEEDED = (
     "train_seconds",

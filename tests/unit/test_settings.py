@@ -103,7 +103,7 @@ def test_whatever_changes_pixels_is_in_the_settings(pipe: TransfusionPipeline) -
     draws = random.Random(0)
     requests = [first, words]
     requests += [replace(start, **{name: value}) for start in (first, words) for name in every for value in every[name]]
-    for _ in range(60):
+    for _ in range(20):
         names = draws.sample([name for name in every if every[name]], 3)
         requests.append(replace(words, **{name: draws.choice(every[name]) for name in names}))
     count = 0
@@ -122,7 +122,7 @@ def test_settings_make_the_same_request_again(pipe: TransfusionPipeline) -> None
     """Through JSON and back, with the images given again in another order: the same settings, the same images."""
     every, draws = changes(pipe), random.Random(1)
     given, tried = [pixels(2), pixels(1)], 0
-    for _ in range(40):
+    for _ in range(20):
         names = draws.sample([name for name in every if every[name]], 4)
         request = replace(base(pipe), **{name: draws.choice(every[name]) for name in names})
         if request.start is not None:
@@ -137,7 +137,7 @@ def test_settings_make_the_same_request_again(pipe: TransfusionPipeline) -> None
         assert settings_of(same, pipe.exported) == settings
         assert drawn(pipe, same) == drawn(pipe, request)
         tried += bool(images)
-    assert tried > 5
+    assert tried > 3
 
 
 def fingerprints(pipe: TransfusionPipeline, image: np.ndarray) -> set[str]:

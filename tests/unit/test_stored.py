@@ -42,6 +42,8 @@ from transfuse.runs.sources import mixture
 from transfuse.sequence import Image, Text, Tokenizer, collate, layout_document
 from transfuse.training import ObjectiveConfig, TransfusionObjective
 
+pytestmark = pytest.mark.xdist_group("stored")  # its fixtures are made once
+
 COUNT = 150
 
 
@@ -209,7 +211,7 @@ def order(loaders: list[StepLoader], steps: range) -> list[list[tuple[int, tuple
     return values
 
 
-@pytest.mark.parametrize("rows", [None, 128])
+@pytest.mark.parametrize("rows", [None, pytest.param(128, marks=pytest.mark.long)])
 def test_the_order_is_the_same_for_any_ranks_and_workers(folder: Path, rows: int | None) -> None:
     expected = order([loader(folder, rows)], range(12))
     if rows is None:
@@ -220,7 +222,7 @@ def test_the_order_is_the_same_for_any_ranks_and_workers(folder: Path, rows: int
         assert order(values, range(12)) == expected, (ranks, workers)
 
 
-@pytest.mark.parametrize("rows", [None, 128])
+@pytest.mark.parametrize("rows", [None, pytest.param(128, marks=pytest.mark.long)])
 def test_stopped_and_gone_on_with_another_number_of_ranks(folder: Path, rows: int | None) -> None:
     """Eight stops at random steps: no sample is lost, none comes twice, each is where it would have been."""
     expected = order([loader(folder, rows)], range(30))
