@@ -22,12 +22,15 @@ from .errors import UserError
 ImageSource = str | Path | bytes | BinaryIO | PIL.Image.Image | np.ndarray
 """An image file by path, its bytes, an open file, a PIL image, or an array as `PIL.Image.fromarray` takes it."""
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO")
 SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp"),
-    *(".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".heic", ".heif", ".hif"),
+    *(".jp2", ".j2k", ".jpx", ".jpf", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".ico"),
 )
 """suffixes that `image_files` accepts in a folder, in lower case; a single file may have any"""
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""major brands of HEIF files; those of AVIF also name "avif" among their brands"""
 MAX_PIXELS = 64_000_000
 SETTINGS = "transfuse"
 """the text chunk of a PNG that holds its settings, as JSON"""
@@ -63,7 +66,7 @@ def decode_image(
     orientation is applied. Grey, 1-bit, palette, CMYK and YCCK become RGB, by the embedded colour profile (ICC), if
     there is one; a profile of another colour space is ignored, except that an RGB profile also serves grey. 16-bit grey
     is divided by 257 and rounded; 16-bit colour keeps its high byte, which is within one level of that. Of an animation
-    or several pages, the first is read.
+    or several pages, the first is read. HEIF, as phones write it, needs the extra `heif`.
 
     Args:
         name: the name in errors of a source that is not a path.
@@ -136,6 +139,9 @@ def _decode(
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         if not hasattr(file, "read"):
             raise UserError(f"{name}: expected {wanted}, found {type(file).__name__}")
+        if "HEIF" in formats:
+            _register_heif(file, name)
+            formats = tuple(known for known in formats if known != "HEIF" or known in PIL.Image.OPEN)
         with PIL.Image.open(file, formats=formats) as image:
             return _layers(image, name, max_pixels)
     except (UserError, MemoryError):
@@ -151,10 +157,26 @@ def _decode(
         raise UserError(f"{name}: expected {wanted}, found a damaged or unreadable file ({reason})") from None
 
 
+def _register_heif(file: BinaryIO, name: str) -> None:
+    """Let PIL open HEIF files, if this is one. Raises UserError without the extra `heif`."""
+    head = file.read(64)
+    file.seek(0)
+    if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS or b"avif" in head:
+        return
+    try:
+        import pillow_heif
+    except ImportError:
+        needed = "expected the extra that reads HEIC and HEIF, found none: pip install 'transfuse[heif]'"
+        raise UserError(f"{name}: {needed}") from None
+    pillow_heif.register_heif_opener()
+
+
 def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
     """Like `_decode`, for an image that PIL opened or made, which is not modified. Raises PIL's errors."""
     if image.width * image.height > max_pixels:
         raise UserError(f"{name}: expected at most {max_pixels} pixels, found {image.width}x{image.height}")
+    if image.format == "PPM" and image.mode == "I":  # PGM above 8 bits, which PIL scales to 16
+        image = PIL.Image.fromarray(np.asarray(image).astype(np.uint16))
     if image.mode in ("F", "I"):
         kind = "floating point" if image.mode == "F" else "32-bit or signed integers"
         raise UserError(f"{name}: expected 8 or 16 bits a sample, found {kind} (mode {image.mode})")
@@ -191,7 +213,7 @@ def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Ima
 
 
 def _wanted(formats: tuple[str, ...]) -> str:
-    names = [{"WEBP": "WebP"}.get(name, name) for name in formats if name != "DIB"]
+    names = [{"WEBP": "WebP", "JPEG2000": "JPEG 2000"}.get(name, name) for name in formats if name != "DIB"]
     return f"a {', '.join(names[:-1])} or {names[-1]} image"
 
 

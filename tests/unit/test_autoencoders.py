@@ -136,6 +136,40 @@ def test_folder_round_trip(kind: str, tmp_path: Path) -> None:
     assert open_autoencoder("pixels") == Pixels()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("variant", ["", ".fp16", ".non_ema"])
+@pytest.mark.parametrize("place", [".", "vae", "autoencoder"])
+def test_variants_dtypes_and_models_with_an_autoencoder(
+    dtype: torch.dtype, variant: str, place: str, tmp_path: Path
+) -> None:
+    """The same network as its weights of that dtype, wherever they are and whatever their name."""
+    autoencoder, folder = small(), tmp_path / "model" / place
+    save_autoencoder(folder, autoencoder, "mine", dtype=dtype)
+    (folder / WEIGHTS).rename(folder / WEIGHTS.replace(".", f"{variant}.", 1))
+    if place == "vae":
+        (tmp_path / "model" / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
+    if place == "autoencoder":
+        (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "transfusion"}))
+    opened = open_autoencoder(str(tmp_path / "model"))
+    assert isinstance(opened, ImageAutoencoder)
+    for name, weights in autoencoder.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], weights.to(dtype).float()), name
+
+
+def test_of_several_variants_the_most_exact_is_read(tmp_path: Path) -> None:
+    autoencoder = small()
+    save_autoencoder(tmp_path, autoencoder, "mine")
+    for variant in ("fp16", "bf16", "fp32"):
+        half = {name: value.half() for name, value in autoencoder.state_dict().items()}
+        kept = autoencoder.state_dict() if variant == "fp32" else half
+        save_file(kept, tmp_path / f"diffusion_pytorch_model.{variant}.safetensors")
+    expected = load_autoencoder(tmp_path).fingerprint
+    (tmp_path / WEIGHTS).unlink()
+    assert load_autoencoder(tmp_path).fingerprint == expected, "fp32 goes before bf16 and fp16"
+    (tmp_path / "diffusion_pytorch_model.fp32.safetensors").unlink()
+    assert load_autoencoder(tmp_path).fingerprint != expected
+
+
 def broken(folder: Path, what: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / WEIGHTS)

@@ -6,6 +6,7 @@ import io
 import os
 import resource
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -67,9 +68,9 @@ def tiff(
 # --- formats and modes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["png", "webp", "bmp", "dib", "tif", "tiff"])
+@pytest.mark.parametrize("suffix", ["png", "webp", "bmp", "dib", "tif", "tiff", "jp2", "j2k", "ppm", "ico"])
 def test_lossless_formats(tmp_path: Path, suffix: str) -> None:
-    options = {"lossless": True} if suffix == "webp" else {}
+    options = {"webp": {"lossless": True}, "ico": {"sizes": [(40, 24)]}}.get(suffix, {})
     image = read_image(save(tmp_path / f"a.{suffix}", NOISE, **options))
     assert image.dtype == np.uint8
     assert image.flags["C_CONTIGUOUS"]
@@ -77,11 +78,34 @@ def test_lossless_formats(tmp_path: Path, suffix: str) -> None:
     np.testing.assert_array_equal(image, NOISE)
 
 
-def test_jpeg_is_near(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["jpg", "avif", "heic"])
+def test_lossy_formats_are_near(tmp_path: Path, suffix: str) -> None:
     smooth = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (48, 64, 3))
-    image = read_image(save(tmp_path / "a.jpg", smooth, quality=95))
+    if suffix == "heic":
+        heif = pytest.importorskip("pillow_heif")
+        heif.from_pillow(PIL.Image.fromarray(smooth)).save(tmp_path / "a.heic", quality=95)
+    else:
+        save(tmp_path / f"a.{suffix}", smooth, quality=95)
+    image = read_image(tmp_path / f"a.{suffix}")
     assert image.shape == (48, 64, 3)
     assert np.abs(image.astype(int) - smooth).max() <= 6
+
+
+def test_heic_without_its_extra_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By content, whatever the file's name is; an AVIF file needs no extra."""
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(40))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UserError, match=r"a\.jpg: expected the extra .* pip install 'transfuse\[heif\]'"):
+        read_image(tmp_path / "a.jpg")
+    assert read_image(save(tmp_path / "a.avif", NOISE)).shape == NOISE.shape
+
+
+@pytest.mark.parametrize("largest", [255, 1023, 65535])
+def test_portable_greymaps_of_any_range(tmp_path: Path, largest: int) -> None:
+    values = np.random.default_rng(3).integers(0, largest + 1, (8, 12))
+    data = values.astype("u1" if largest < 256 else ">u2").tobytes()
+    (tmp_path / "a.pgm").write_bytes(b"P5 12 8 %d\n" % largest + data)
+    assert np.abs(read_image(tmp_path / "a.pgm")[..., 1] - values * 255 / largest).max() <= 0.51
 
 
 def test_grey_and_one_bit(tmp_path: Path) -> None:
@@ -551,7 +575,7 @@ def refused(path: Path, what: str, **options: int) -> None:
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tif"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tif", "avif", "jp2", "ppm", "ico"])
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])
 def test_truncated(tmp_path: Path, suffix: str, share: float) -> None:
     path = save(tmp_path / f"a.{suffix}", NOISE)
@@ -577,8 +601,8 @@ def test_no_images(tmp_path: Path) -> None:
     refused(tmp_path, "found a folder")
     os.mkfifo(tmp_path / "pipe.png")
     refused(tmp_path / "pipe.png", "no file")
-    save(tmp_path / "a.ico", NOISE)
-    refused(tmp_path / "a.ico", "found something else")
+    save(tmp_path / "a.pcx", NOISE)
+    refused(tmp_path / "a.pcx", "found something else")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest drops the filter of the module
@@ -601,9 +625,10 @@ def test_the_limit_can_be_set(tmp_path: Path) -> None:
 def test_random_damage_never_escapes(tmp_path: Path) -> None:
     """Either an array or a UserError, whatever bytes are changed."""
     random = np.random.default_rng(3)
-    for suffix in ("png", "jpg", "gif", "webp", "bmp", "tif"):
+    for suffix in ("png", "jpg", "gif", "webp", "bmp", "tif", "avif", "jp2", "ppm", "ico"):
         buffer = io.BytesIO()
-        PIL.Image.fromarray(NOISE).save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()))
+        names = {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}
+        PIL.Image.fromarray(NOISE).save(buffer, names.get(suffix, suffix.upper()))
         for _ in range(60):
             data = bytearray(buffer.getvalue())
             for place in random.integers(0, min(len(data), 200), 3):

@@ -1,9 +1,9 @@
 """Folders of autoencoders: diffusers' own layout, so that each opens what the other wrote.
 
     config.json                              the fields of `AutoencoderKL` or `VQModel`
-    diffusion_pytorch_model.safetensors      the weights
+    diffusion_pytorch_model.safetensors      the weights; or of a variant, diffusion_pytorch_model.fp16.safetensors
 
-A config.json of `{"kind": "pixels"}` is the identity autoencoder. Weights are safetensors: nothing is unpickled.
+A whole model's folder serves, too: its autoencoder is in `vae/` (diffusers' layout) or `autoencoder/` (an export). A config.json of `{"kind": "pixels"}` is the identity autoencoder. Weights are safetensors: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from .autoencoder import Autoencoder, ImageAutoencoder, Pixels, VQTokenizer
 from .network import AutoencoderConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+VARIANTS = ("", ".fp32", ".bf16", ".fp16")
+"""of one autoencoder's weights, the most exact first; any other comes after these, in the order of names"""
+SUBFOLDERS = ("vae", "autoencoder")
 CLASSES = {"AutoencoderKL": "kl", "VQModel": "vq"}
 NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -71,12 +74,12 @@ def open_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencod
 def load_autoencoder(
     folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Autoencoder:
-    """Load a folder, ours or diffusers'. Raises UserError for files that are missing or do not fit.
+    """Load a folder, ours or diffusers', of an autoencoder or of a model that has one; weights of any floating dtype.
 
-    The name is the one stored with the weights, which a copied folder keeps, or the folder's.
+    Raises UserError for files that are missing or do not fit. The name is the one stored with the weights, which a copied folder keeps, or the folder's.
     """
-    folder = Path(folder)
-    path, where = folder / WEIGHTS, folder / "config.json"
+    folder, usual_name = _subfolder(Path(folder)), Path(folder).resolve().name
+    path, where = _weights_file(folder), folder / "config.json"
     values = read_json(where)
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected the fields of an autoencoder, found a {type(values).__name__}")
@@ -86,7 +89,7 @@ def load_autoencoder(
         config = from_diffusers(values, str(where))
         tensors, metadata = _read_weights(path)
         with torch.device("meta"):
-            name = metadata.get("name", folder.resolve().name)
+            name = metadata.get("name", usual_name)
             autoencoder = ImageAutoencoder(config, name, _digest(tensors, values))
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -94,6 +97,23 @@ def load_autoencoder(
     autoencoder.load_state_dict(_fitted(autoencoder, tensors, path), assign=True)
     autoencoder = autoencoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _subfolder(folder: Path) -> Path:
+    """Return the folder of the autoencoder in a model's folder; any other folder is returned as it is."""
+    config = folder / "config.json"
+    values = read_json(config) if config.is_file() else {}
+    if isinstance(values, dict) and ("kind" in values or values.get("_class_name") in CLASSES):
+        return folder
+    return next((folder / name for name in SUBFOLDERS if (folder / name / "config.json").is_file()), folder)
+
+
+def _weights_file(folder: Path) -> Path:
+    """Return the path of a folder's weights, of the most exact variant there is; it may not exist."""
+    stem, _, ending = WEIGHTS.rpartition(".")
+    variants = [f".{path.name[len(stem) + 1 : -len(ending) - 1]}" for path in folder.glob(f"{stem}.*.{ending}")]
+    names = [f"{stem}{variant}.{ending}" for variant in (*VARIANTS, *sorted(variants))]
+    return next((folder / name for name in names if (folder / name).is_file()), folder / WEIGHTS)
 
 
 def save_autoencoder(
@@ -119,7 +139,7 @@ def save_autoencoder(
 
 def fingerprint(folder: Path) -> str:
     """Return 12 hexadecimal digits of the hash of a folder's weights and statistics; "pixels" without weights."""
-    path = folder / WEIGHTS
+    path = _weights_file(folder)
     return _digest(_read_weights(path)[0], read_json(folder / "config.json")) if path.is_file() else "pixels"
 
 
