@@ -240,7 +240,7 @@ def test_bad_images(home: Path) -> None:
     for name, message in {
         "big.png": "expected 32x32 pixels, found 50x40",
         "float.tiff": "floating point",
-        "text.png": "expected a PNG, JPEG, WebP, AVIF, HEIF, JPEG 2000, GIF, BMP, TIFF, PPM or ICO image, found something else",
+        "text.png": "TIFF, PPM or ICO image, found something else",
         "empty.png": "expected a PNG",
         "cut.png": "expected a PNG",
         "none.png": "expected an image file, found none",

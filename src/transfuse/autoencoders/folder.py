@@ -3,7 +3,8 @@
     config.json                              the fields of `AutoencoderKL` or `VQModel`
     diffusion_pytorch_model.safetensors      the weights; or of a variant, diffusion_pytorch_model.fp16.safetensors
 
-A whole model's folder serves, too: its autoencoder is in `vae/` (diffusers' layout) or `autoencoder/` (an export). A config.json of `{"kind": "pixels"}` is the identity autoencoder. Weights are safetensors: nothing is unpickled.
+A whole model's folder serves, too: its autoencoder is in `vae/` (diffusers' layout) or `autoencoder/` (an export). A
+config.json of `{"kind": "pixels"}` is the identity autoencoder. Weights are safetensors: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def load_autoencoder(
 ) -> Autoencoder:
     """Load a folder, ours or diffusers', of an autoencoder or of a model that has one; weights of any floating dtype.
 
-    Raises UserError for files that are missing or do not fit. The name is the one stored with the weights, which a copied folder keeps, or the folder's.
+    Raises UserError for files that are missing or do not fit. The name is the one stored with the weights, which a
+    copied folder keeps, or the folder's.
     """
     folder, usual_name = _subfolder(Path(folder)), Path(folder).resolve().name
     path, where = _weights_file(folder), folder / "config.json"
