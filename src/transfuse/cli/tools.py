@@ -32,6 +32,7 @@ EXTRAS = (
 STUDIES: dict[str, str] = {
     "scaling": "train variants of several sizes on several budgets and fit power laws (Figure 5)",
     "ablations": "train the rows of Tables 4 to 8 and compare each difference with the paper's",
+    "since": "train the open ablation table: what the field measured since 2024, one switch a row",
     "editing": "fine-tune a model on edits and measure it before and after (section 4.4)",
     "baselines": "train Transfusion, Chameleon and Llama on equal compute and measure them alike",
 }
@@ -198,7 +199,7 @@ def doctor(*, json: Json = False) -> int:
 
 
 def study(words: Words) -> int:
-    """Run the paper's experiments: scaling, ablations, editing, baselines; from a checkout of the repository.
+    """Run the experiments: scaling, ablations, since, editing, baselines; from a checkout of the repository.
 
     $ transfuse study scaling --sizes xs s m l --budgets 1e6 2e6 4e6
 
