@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, count
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,10 +172,11 @@ class Engine:
             if seq.length < len(seq.layout):
                 inputs.append(self.runner.read(seq.layout, seq.slot, known=seq.length))
             elif seq.finished is not None:
-                inputs.append(self.runner.commit(seq.finished, seq.slot, seq.length))
+                inputs.append(self.runner.commit(seq.finished, seq.slot, seq.length, seq.position))
             else:
                 assert seq.next_token is not None
-                inputs.append(StepInput(Segment(seq.slot, seq.length, 1), [seq.next_token]))
+                segment = Segment(seq.slot, seq.length, 1)
+                inputs.append(StepInput(segment, [seq.next_token], np.array([seq.position])))
                 if seq.next_token == self.grammar.boi:
                     branches += [(seq, branch) for branch in self.decoder.start(seq)]
         passed = [*inputs, *(branch for _, branch in branches)]
@@ -190,6 +192,7 @@ class Engine:
                     codes = (seq.finished.flatten() + self.grammar.first_code).tolist()
                     seq.prefix_keys += [*codes, self.grammar.eoi]
             seq.length, seq.finished = step_input.segment.end, None
+            seq.position = int(step_input.positions[-1].max()) + 1
             if seq.drawing is not None:
                 # Of a branch that reads with it, the logits after its last input, BOI.
                 of_branch = [row for (other, _), row in zip(branches, logits[len(seqs) :], strict=True) if other is seq]

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..diffusion import Sampler, SamplerState
 from ..rng import generator_for
-from ..sequence import Document, layout_document
+from ..sequence import Document, Image, layout_document
 from .events import ImageProgress
 from .kv_cache import KeyValueCache, Segment
 from .model_runner import ModelRunner, StepInput
@@ -99,7 +100,9 @@ class LatentDecoder:
         if self.runner.config.image_attention == "causal":
             ends = torch.arange(start + 1, start + count + 1, device=self.runner.device)
         segment = Segment(branch.slot, start, count, ends, branch.origin)
-        return StepInput(segment, [0] * count, range(count), [seq.drawing.x], [seq.drawing.t])
+        grid = self.runner.grammar.grid(Image(seq.drawing.x))
+        positions = self.runner.grammar.patch_positions(branch.position, *grid)
+        return StepInput(segment, [0] * count, positions, range(count), [seq.drawing.x], [seq.drawing.t])
 
 
 class CodeDecoder:
@@ -150,7 +153,8 @@ class CodeDecoder:
             assert isinstance(seq.drawing, CodeDrawing)
             branch, codes = seq.branches[number], seq.drawing.codes
             segment = Segment(branch.slot, branch.start + len(codes) - 1, 1, origin=branch.origin)
-            inputs.append(StepInput(segment, [codes[-1] + self.first]))
+            position = np.array([branch.position + len(codes) - 1])
+            inputs.append(StepInput(segment, [codes[-1] + self.first], position))
         logits, _ = self.runner.forward(self.cache, inputs, range(len(inputs)))
         return _by_sequence(members, list(logits[:, self.first :]))
 
@@ -172,20 +176,22 @@ def open_branches(runner: ModelRunner, cache: KeyValueCache, seq: SequenceState)
     scale, origin, inputs = seq.request.guidance_scale, cache.positions, []
     image_scale = seq.request.image_guidance_scale if seq.seen else None
     null_scale = scale if image_scale is None else image_scale
-    branches = [Branch(seq.slot, seq.length + 1)]
+    branches = [Branch(seq.slot, seq.length + 1, seq.position + 1)]
     null_branches = []
     if null_scale != 1:
         known = len(runner.null_tokens)
         origin -= known + seq.patches
         cache.copy(seq.slot, origin, runner.null_branch()[0], known)
-        null_branches = [Branch(seq.slot, known, origin)]
+        null_branches = [Branch(seq.slot, known, known, origin)]
     if image_scale is not None:
         images = [replace(image, target=False) for image in seq.seen]
         layout = layout_document(Document(images, closed=False), runner.grammar)
         origin -= len(layout) + 1 + seq.patches
-        boi = StepInput(Segment(seq.slot, len(layout), 1, origin=origin), [runner.grammar.boi])
+        position = layout.next_position
+        segment = Segment(seq.slot, len(layout), 1, origin=origin)
+        boi = StepInput(segment, [runner.grammar.boi], np.array([position]))
         inputs = [runner.read(layout, seq.slot, origin), boi]
-        branches.append(Branch(seq.slot, len(layout) + 1, origin))
+        branches.append(Branch(seq.slot, len(layout) + 1, position + 1, origin))
     seq.branches = branches + null_branches
     seq.scales = [scale] * (len(branches) - 1) + [null_scale] * len(null_branches)
     return inputs

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..export import Exported
 from ..model import Output, Transfusion
 from ..model.layers import rotary_table
-from ..sequence import Document, Image, Images, Layout, layout_document, stacked, unconditional, visible
+from ..sequence import Document, Image, Images, Layout, join_positions, layout_document, stacked, unconditional, visible
 from .cuda_graphs import CudaGraphs, Record
 from .kv_cache import Cached, KeyValueCache, Segment
 
@@ -24,10 +24,14 @@ GUIDANCE: tuple[Guidance, ...] = ("packed", "sequential")
 
 @dataclass(eq=False)
 class StepInput:
-    """New positions of one sequence for a pass; `patches` are offsets of image patches within `tokens`."""
+    """New positions of one sequence for a pass; `patches` are offsets of image patches within `tokens`.
+
+    positions   rotary positions, as in `Layout`; those of text alone are a run from where the sequence stands
+    """
 
     segment: Segment
     tokens: Sequence[int]
+    positions: np.ndarray
     patches: Sequence[int] = ()
     latents: Sequence[Tensor] = ()
     timesteps: Sequence[int] = ()
@@ -77,18 +81,18 @@ class ModelRunner:
     ) -> tuple[Tensor, Images]:
         """Run one pass over all inputs; return logits at the flat positions `predict`, and a prediction per image."""
         tokens: list[int] = []
-        positions: list[int] = []
         patches: list[int] = []
         for step_input in inputs:
             patches.extend(len(tokens) + patch for patch in step_input.patches)
             tokens.extend(step_input.tokens)
-            positions.extend(range(step_input.segment.start, step_input.segment.end))
         latents = stacked([latent.to(self.device) for step_input in inputs for latent in step_input.latents])
         timesteps = [t for step_input in inputs for t in step_input.timesteps]
         # A recording reads one tensor of latents; images of several sizes have no such tensor.
         record = self.record if isinstance(latents, Tensor) or not latents else None
         attend = Cached(cache, [step_input.segment for step_input in inputs], recorded=record is not None)
-        ids = [self.ids(values) for values in (tokens, positions, predict, patches, timesteps)]
+        positions = join_positions([step_input.positions for step_input in inputs])
+        ids = [self.ids(tokens), torch.from_numpy(positions).to(self.device)]
+        ids += [self.ids(values) for values in (predict, patches, timesteps)]
 
         def work() -> Output:
             output: Output = self.model(
@@ -108,29 +112,35 @@ class ModelRunner:
 
     def read(self, layout: Layout, slot: int, origin: int = 0, known: int = 0) -> StepInput:
         """Return the input of a document without its first `known` positions; its images are clean, at timestep 0."""
-        count, tokens = len(layout) - known, layout.input_ids[known:].tolist()
+        count, tokens, positions = len(layout) - known, layout.input_ids[known:].tolist(), layout.position_ids[known:]
         ends = torch.from_numpy(visible(layout, self.config.image_attention)[1][known:]).to(self.device)
         segment = Segment(slot, known, count, ends if count > 1 else None, origin)
         if self.grammar.first_code is not None:
-            return StepInput(segment, tokens)
+            return StepInput(segment, tokens, positions)
         patches = np.flatnonzero(layout.image[known:] >= 0).tolist()
         latents = [span.image.latent for span in layout.spans if span.start >= known]
-        return StepInput(segment, tokens, patches, latents, [0] * len(latents))
+        return StepInput(segment, tokens, positions, patches, latents, [0] * len(latents))
 
-    def commit(self, latent: Tensor, slot: int, start: int) -> StepInput:
-        """Return the input of a finished image whose patches or codes begin at `start`, clean, and EOI."""
+    def commit(self, latent: Tensor, slot: int, start: int, position: int) -> StepInput:
+        """Return the input of a finished image, clean, and EOI.
+
+        Its patches or codes begin at `start` in the cache, and at the rotary position `position`.
+        """
         eoi = self.grammar.eoi
         if self.grammar.first_code is not None:  # its last code has been chosen, but not read
-            start += latent.numel() - 1
+            start, position = start + latent.numel() - 1, position + latent.numel() - 1
             tokens = [int(latent[-1, -1]) + self.grammar.first_code, eoi]
-            return StepInput(Segment(slot, start, 2, self.ids([start + 1, start + 2])), tokens)
-        count = latent.shape[1] * latent.shape[2] // self.config.patch_size**2
+            segment = Segment(slot, start, 2, self.ids([start + 1, start + 2]))
+            return StepInput(segment, tokens, np.arange(position, position + 2))
+        rows, columns = self.grammar.grid(Image(latent))
+        count, eoi_position = rows * columns, np.array([position + self.grammar.span(rows, columns)])
+        positions = join_positions([self.grammar.patch_positions(position, rows, columns), eoi_position])
         ends = torch.full((count + 1,), start + count, dtype=torch.int64, device=self.device)
         if self.config.image_attention == "causal":
             ends = torch.arange(start + 1, start + count + 2, device=self.device)
         ends[-1] = start + count + 1
         segment = Segment(slot, start, count + 1, ends)
-        return StepInput(segment, [0] * count + [eoi], range(count), [latent], [0])
+        return StepInput(segment, [0] * count + [eoi], positions, range(count), [latent], [0])
 
     def null_branch(self) -> tuple[KeyValueCache, Tensor]:
         """Return the cache of the null branch's prefix, and the logits after it; read once, it serves every request."""
@@ -138,7 +148,7 @@ class ModelRunner:
             count = len(self.null_tokens)
             cache = self.cache(1, count)
             segment = Segment(0, 0, count, torch.arange(1, count + 1, device=self.device))
-            logits, _ = self.forward(cache, [StepInput(segment, self.null_tokens)], [count - 1])
+            logits, _ = self.forward(cache, [StepInput(segment, self.null_tokens, np.arange(count))], [count - 1])
             self._null = cache, logits[0]
         return self._null
 

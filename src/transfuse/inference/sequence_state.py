@@ -137,11 +137,13 @@ class Detokenizer:
 class Branch:
     """One of the sequences that guide an image: the full sequence, or one that sees less of its prompt.
 
-    The others are at the end of the same slot, from `origin`; `start`, counted from there, is where the image begins.
+    The others are at the end of the same slot, from `origin`; `start`, counted from there, is where the image begins,
+    and `position` its first rotary position.
     """
 
     slot: int
     start: int
+    position: int
     origin: int = 0
 
 
@@ -170,6 +172,7 @@ class SequenceState:
     prefix_keys: PrefixKeys | None  # describes its cached positions, if a later request may reuse them
     slot: int = -1
     length: int = 0  # positions in the cache
+    position: int = 0  # rotary position of what comes next
     written: int = 0  # text tokens
     next_token: int | None = None
     drawing: SamplerState | CodeDrawing | None = None

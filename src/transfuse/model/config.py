@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ..sequence import ImageAttention, SequenceFormat, Tokenizer
+from ..sequence import ImageAttention, Positions, SequenceFormat, Tokenizer
 
 MAX_GRID = 64  # rows, and columns, of patches that have a learned embedding
 MAX_LAYERS = 1000  # far more than any network has: a damaged file may ask for more than can be built
@@ -93,8 +93,12 @@ class ModelConfig:
     timestep_at: Literal["hidden", "patch"] = "hidden"
     """where the linear patch layers add the timestep embedding. hidden: to the vectors `[d_model]` after the linear
     map; patch: to the flat patches `[patch_size**2 * latent_channels]` before it (the paper's footnote 6)"""
+    positions: Positions = "raster"
+    """rotary positions of patches. raster: one after another, like tokens (paper); 2d: a third of the frequencies turns
+    with the image's place in the sequence, a third with the patch's row, a third with its column (M-RoPE, Qwen2-VL,
+    arXiv 2409.12191), scaled by the image's size. Tokens are the same in both"""
     patch_positions: Literal["none", "learned"] = "none"
-    """none: rotary positions in raster order only (paper); learned: a row and a column embedding is added"""
+    """none: rotary positions only (paper); learned: a row and a column embedding is added to each patch"""
     image_attention: ImageAttention = "bidirectional"
     """causal is the ablation of Table 5; codes are always causal"""
     qk_norm: bool = False
@@ -148,6 +152,10 @@ class ModelConfig:
         linear = self.adapter == "linear"
         check(linear or self.timestep_at == "hidden", "timestep_at", 'hidden with adapter "unet"')
         check(0 <= self.dropout < 1, "dropout", "a share of at least 0 and below 1")
+        latents = self.images == "latents"
+        check(latents or self.positions == "raster", "positions", f'raster with images "{self.images}"')
+        enough = self.positions == "raster" or self.head_dim >= 6
+        check(enough, "positions", f"raster with heads of {self.head_dim} channels, for 2d needs at least 6")
         if self.images == "codes":
             check(self.patch_size == 1, "patch_size", '1 with images "codes"')
             check(self.image_attention == "causal", "image_attention", 'causal with images "codes"')
@@ -205,7 +213,8 @@ class ModelConfig:
 
     def sequence_format(self, tokenizer: Tokenizer) -> SequenceFormat:
         """Return how this network's sequences are laid out."""
-        return tokenizer.sequence_format(self.patch_size, self.text_vocab_size if self.images == "codes" else None)
+        first_code = self.text_vocab_size if self.images == "codes" else None
+        return tokenizer.sequence_format(self.patch_size, first_code, self.positions)
 
 
 SIZES: dict[str, dict[str, Any]] = {

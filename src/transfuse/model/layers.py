@@ -140,11 +140,18 @@ class _GatedSiLU(torch.autograd.Function):
 def rotary_table(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[N, 1, D]` of the rotary embedding (Su et al. 2021; halves rotated, as in Llama).
 
+    positions `[N]`, or `[N, 3]` (`ModelConfig.positions`): the frequencies then turn with the three in rotation, so
+    that each of the three has high and low ones (interleaved M-RoPE, Qwen3-VL, arXiv 2511.21631).
+
     The sines of the first half are negative already, so that rotating takes one product less.
     """
     channels = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency, factor = scaled_frequencies(config.rope_theta ** -(channels / config.head_dim), config)
-    angle = positions.to(torch.float32)[:, None] * frequency
+    positions = positions.to(torch.float32)
+    if positions.dim() == 2:
+        angle = positions[:, torch.arange(len(frequency), device=positions.device) % 3] * frequency
+    else:
+        angle = positions[:, None] * frequency
     cosine, sine = angle.cos(), angle.sin()
     if factor != 1:
         cosine, sine = cosine * factor, sine * factor

@@ -49,10 +49,10 @@ def current_name(weight: str) -> str:
 
 
 class Transformer(nn.Module):
-    """All blocks and the final norm: `x [N, C]`, `position_ids [N]` -> `[N, C]`.
+    """All blocks and the final norm: `x [N, C]`, `position_ids [N]` or `[N, 3]` -> `[N, C]`.
 
     `dropout` is the generator for dropout masks; None disables dropout. `table` holds `rotary_table` of positions
-    0, 1, ... in the dtype of `x`; a lookup is faster than computing the sines again.
+    0, 1, ... in the dtype of `x`; a lookup is faster than computing the sines again, but serves tokens alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         dropout: torch.Generator | None = None,
         table: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if table is None:
+        if table is None or position_ids.dim() == 2:
             rotary = rotary_table(position_ids, self.config, x.dtype)
         else:
             rotary = table[0].index_select(0, position_ids), table[1].index_select(0, position_ids)
@@ -124,7 +124,8 @@ class Transfusion(nn.Module):
     ) -> Output:
         """Run a flat sequence of N positions that holds I images of P patches in all.
 
-        input_ids [N], position_ids [N]   token ids (ignored at patches) and rotary positions
+        input_ids [N]               token ids (ignored at patches)
+        position_ids                rotary positions, `[N]` or `[N, 3]`, as in `Layout`
         attend                      attention: a backend of `attention`, or an inference cache
         loss_positions [M]          positions to compute logits for
         patches [P], latents, timesteps [I]   positions of the patches, the (noised) latents, each image's timestep

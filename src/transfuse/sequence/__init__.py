@@ -8,11 +8,13 @@ from .layout import (
     Images,
     Layout,
     Part,
+    Positions,
     SequenceFormat,
     Span,
     Text,
     count_positions,
     images_alone,
+    join_positions,
     layout_document,
     shapes_of,
     stacked,
@@ -22,7 +24,7 @@ from .layout import (
 from .tokenizer import Tokenizer
 
 __all__ = [
-    "FILL", "Batch", "Document", "Image", "ImageAttention", "Images", "Layout", "Part", "SequenceFormat", "Span",
-    "Text", "Tokenizer", "collate", "concatenate", "count_positions", "images_alone", "layout_document", "shapes_of",
-    "stacked", "unconditional", "visible",
+    "FILL", "Batch", "Document", "Image", "ImageAttention", "Images", "Layout", "Part", "Positions", "SequenceFormat",
+    "Span", "Text", "Tokenizer", "collate", "concatenate", "count_positions", "images_alone", "join_positions",
+    "layout_document", "shapes_of", "stacked", "unconditional", "visible",
 ]  # fmt: skip

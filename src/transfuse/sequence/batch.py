@@ -24,6 +24,7 @@ from .layout import (
     SequenceFormat,
     Span,
     Text,
+    join_positions,
     layout_document,
     stacked,
     visible,
@@ -52,7 +53,7 @@ def concatenate(layouts: Sequence[Layout]) -> Layout:
         documents += len(layout.samples)
     return Layout(
         input_ids=np.concatenate([layout.input_ids for layout in layouts]),
-        position_ids=np.concatenate([layout.position_ids for layout in layouts]),
+        position_ids=join_positions([layout.position_ids for layout in layouts]),
         document=np.concatenate(document),
         image=np.concatenate(image),
         loss_mask=np.concatenate([layout.loss_mask for layout in layouts]),
@@ -66,7 +67,7 @@ class Batch:
     """A flat run of documents as tensors, ready for the model. N positions, I images, P patches, M text targets."""
 
     input_ids: torch.Tensor  # [N], int64
-    position_ids: torch.Tensor  # [N], rotary positions, int64
+    position_ids: torch.Tensor  # rotary positions: [N], int64, or [N, 3], float32 (`Layout`)
     kv_start: torch.Tensor  # [N], kv_end [N]: the keys each position sees, as in `visible`
     kv_end: torch.Tensor
     documents: tuple[int, ...]  # length of each document, in order, the padding included; they sum to N

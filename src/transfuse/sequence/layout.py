@@ -16,6 +16,13 @@
 BOI is a target like any token: the model itself decides when to draw. Nothing is predicted from BOI or from patches;
 the sampler inserts EOI, so it is never a target. Patches run row by row, left to right.
 
+With `SequenceFormat.positions = "2d"` a patch has three rotary positions, as in M-RoPE (Qwen2-VL, arXiv 2409.12191,
+section 2.1): its image's place in the sequence, its row, and its column. The three of any token are equal.
+
+    in sequence    0    1    2     3    4   4   4   4   8    9
+    row            0    1    2     3  4.5 4.5 6.5 6.5   8    9       an image takes as many positions as it has patches,
+    column         0    1    2     3  4.5 6.5 4.5 6.5   8    9       but at most 16: `IMAGE_SPAN`
+
 In a Chameleon (arXiv 2405.09818) an image is a run of codes, and they are tokens like any other: `input_ids` holds
 `first_code` plus the code, and each is predicted from the position before it, the first from BOI.
 """
@@ -30,6 +37,10 @@ import numpy as np
 import torch
 
 ImageAttention = Literal["bidirectional", "causal"]
+Positions = Literal["raster", "2d"]
+
+IMAGE_SPAN = 16
+"""rotary positions that the longer side of an image spans, whatever its resolution, if it has as many patches"""
 
 Images = torch.Tensor | Sequence[torch.Tensor]
 """One tensor per image, or one stacked tensor if all have the same shape: splitting hundreds of small tensors and
@@ -138,6 +149,7 @@ class SequenceFormat:
     bos, eos, boi, eoi   ids of the four special tokens
     patch_size           side of a patch, in latent elements
     first_code           token id of code 0 where images are codes; None where they are patches
+    positions            rotary positions of patches: "raster", one after another, or "2d", in sequence, row and column
     """
 
     bos: int
@@ -146,6 +158,7 @@ class SequenceFormat:
     eoi: int
     patch_size: int
     first_code: int | None = None
+    positions: Positions = "raster"
 
     def grid(self, image: Image) -> tuple[int, int]:
         """Return an image's rows and columns of patches.
@@ -165,6 +178,27 @@ class SequenceFormat:
             )
         return height // self.patch_size, width // self.patch_size
 
+    def span(self, rows: int, columns: int) -> int:
+        """Return the rotary positions that an image takes: the text after it resumes that many further on."""
+        return rows * columns if self.positions == "raster" else min(rows * columns, IMAGE_SPAN)
+
+    def patch_positions(self, first: int, rows: int, columns: int) -> np.ndarray:
+        """Return the rotary positions of an image's patches, the first of which would be `first` if it were a token.
+
+        "raster": int64 `[P]`. "2d": float32 `[P, 3]`, in sequence, row and column. The longer side takes the whole
+        span, so a finer grid falls between the positions of a coarser one (position interpolation, arXiv 2306.15595);
+        the shorter side is centred on it, at the same scale. An image of 16 x 16 patches has M-RoPE's own positions,
+        and one of a single patch a token's.
+        """
+        if self.positions == "raster":
+            return np.arange(first, first + rows * columns)
+        span = self.span(rows, columns)
+        step, middle = span / max(rows, columns), first + (span - 1) / 2
+        row = middle + step * (np.arange(rows) - (rows - 1) / 2)
+        column = middle + step * (np.arange(columns) - (columns - 1) / 2)
+        grid = np.meshgrid(row, column, indexing="ij")
+        return np.stack([np.full(rows * columns, first), *(side.ravel() for side in grid)], axis=1).astype(np.float32)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -180,7 +214,8 @@ class Layout:
     """One or more documents, position by position. All arrays are `[position]`.
 
     input_ids      token id; 0 at patches, where it has no meaning; `first_code` and up at codes
-    position_ids   position for the rotary embedding, from 0 in each document
+    position_ids   position for the rotary embedding, from 0 in each document: int64, or float32 `[position, 3]` in a
+                   layout with images where `SequenceFormat.positions` is "2d"
     document       index of the document
     image          index of the image, -1 for text
     loss_mask      True where the next token is predicted
@@ -198,6 +233,20 @@ class Layout:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def next_position(self) -> int:
+        """The rotary position of a token that follows the layout."""
+        return int(self.position_ids[-1].max()) + 1
+
+
+def join_positions(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """Concatenate rotary positions; where some are `[P, 3]`, those of tokens, `[N]`, are repeated on all three axes."""
+    if any(piece.ndim == 2 for piece in pieces):
+        pieces = [
+            piece if piece.ndim == 2 else np.repeat(piece[:, None], 3, axis=1).astype(np.float32) for piece in pieces
+        ]
+    return np.concatenate(pieces)
 
 
 def count_positions(tokens: np.ndarray, patches: Iterable[int]) -> np.ndarray:
@@ -237,9 +286,17 @@ def layout_document(document: Document, fmt: SequenceFormat) -> Layout:
     loss_mask = np.zeros(length, dtype=bool)
     # EOI and patches are never targets, so nothing is predicted from a patch, or from BOI before one.
     loss_mask[:-1] = learned[1:]
+    # A run of tokens after each image resumes where the image's span ends.
+    positions, end, resumed = [], 0, 0
+    for span in spans:
+        rows, columns = fmt.grid(span.image)
+        first = resumed + span.start - end
+        positions += [np.arange(resumed, first), fmt.patch_positions(first, rows, columns)]
+        end, resumed = span.end, first + fmt.span(rows, columns)
+    positions.append(np.arange(resumed, resumed + length - end))
     return Layout(
         input_ids=np.asarray(ids, dtype=np.int64),
-        position_ids=np.arange(length, dtype=np.int64),
+        position_ids=join_positions(positions),
         document=np.zeros(length, dtype=np.int64),
         image=np.asarray(image_at, dtype=np.int64),
         loss_mask=loss_mask,

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ..errors import UserError
-from .layout import SequenceFormat
+from .layout import Positions, SequenceFormat
 
 BOS, EOS, BOI, EOI = "<|bos|>", "<|eos|>", "<|boi|>", "<|eoi|>"
 SPECIAL = (BOS, EOS, BOI, EOI)
@@ -94,9 +94,11 @@ class Tokenizer:
         """The number of ids, markers included."""
         return self.backend.get_vocab_size()
 
-    def sequence_format(self, patch_size: int, first_code: int | None = None) -> SequenceFormat:
+    def sequence_format(
+        self, patch_size: int, first_code: int | None = None, positions: Positions = "raster"
+    ) -> SequenceFormat:
         """Return the format of sequences with this tokenizer's markers."""
-        return SequenceFormat(self.bos, self.eos, self.boi, self.eoi, patch_size, first_code)
+        return SequenceFormat(self.bos, self.eos, self.boi, self.eoi, patch_size, first_code, positions)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of plain text. A marker's name in it is plain characters, so that a prompt cannot inject one.
