@@ -6,7 +6,9 @@
         tokenizer.json              the index counts in its tokens
         documents.npy               a row a document: its place, its tokens, its hash; mapped, never read whole
         pictures.npy                a row an image: rows and columns of pixels
-        shards/shard-00000.tar      members KEY.png KEY.txt of a pair, KEY.0.png KEY.json of a document of several parts
+        captions.npy                a row each caption of an image with several: its document, tokens and weight
+        shards/shard-00000.tar      members KEY.png KEY.txt of a pair (KEY.json if it has several captions), KEY.0.png
+                                    KEY.json of a document of several parts
         shards/shard-00000.tokens   or, of text alone: token ids, uint16 (uint32 where there are more than 65,536)
         dropped.jsonl  quarantine.jsonl        what is not in it, by name and reason: by a filter; because it is faulty
 
@@ -53,6 +55,7 @@ DOCUMENT = np.dtype(
 )
 ROW = struct.Struct("<QIIQ??16s")  # a row of DOCUMENT
 IMAGE = np.dtype([("rows", "<u2"), ("columns", "<u2")])
+CAPTION = np.dtype([("document", "<u8"), ("tokens", "<u4"), ("weight", "<f4")])
 OPEN_SHARDS = 64  # files that a process keeps open
 FREE_FAULTS = 10  # faulty documents of a source that are always let pass, whatever their share
 
@@ -98,8 +101,10 @@ class Encoding:
 class Manifest:
     """The content of manifest.json.
 
-    longest: tokens of the longest document. tokenizer: its fingerprint. index: SHA-256 of documents.npy and
-    pictures.npy. seen: documents of the source, whether they are in the set or not. dropped: count by reason.
+    tokens: of all texts; of an image with several captions, all of them. longest: tokens of the longest document.
+    tokenizer: its fingerprint. index: SHA-256 of each .npy file. seen: documents of the source, whether they are in
+    the set or not. dropped, changed: counts by reason, of documents left out and of changes made to content.
+    captions: rows of captions.npy, which a set without images of several captions lacks.
     """
 
     version: int
@@ -119,19 +124,23 @@ class Manifest:
     seen: int
     dropped: dict[str, int] = field(default_factory=dict)
     faulty: int = 0
+    captions: int = 0
+    changed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StoredDocument:
     """A document as it is stored: text, images as bytes of image files, or arrays of latents or codes.
 
-    tokens: the number that the index says it has.
+    pair: `parts` is an image and its captions, of which a sample shows one. tokens: the number that the index says it
+    has; of several captions, that of the longest. weights: of several captions, relative; none: they are equal.
     """
 
     key: str
     parts: tuple[str | bytes | np.ndarray, ...]
     pair: bool
     tokens: int
+    weights: tuple[float, ...] = ()
 
 
 class DataSet:
@@ -159,6 +168,8 @@ class DataSet:
         self._manifest, self.fingerprint = manifest, _fingerprint(manifest)
         self.documents = self._mapped("documents.npy", DOCUMENT, self.manifest.documents)
         self.images = self._mapped("pictures.npy", IMAGE, self.manifest.pictures)
+        count = self.manifest.captions
+        self.captions = self._mapped("captions.npy", CAPTION, count) if count else np.zeros(0, CAPTION)
         self._split = Shuffle(self.manifest.documents, "heldout") if self.manifest.documents else None
         self._shards: OrderedDict[tuple[int, int], BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
@@ -223,6 +234,20 @@ class DataSet:
         after = self.documents["first_picture"][np.where(last, numbers, numbers + 1)].astype(np.int64)
         return first, np.where(last, len(self.images), after) - first
 
+    def captions_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the place in `captions` of documents' first captions `[n]`, and how many they have: 0 for one."""
+        first, last = (np.searchsorted(self.captions["document"], numbers, side) for side in ("left", "right"))
+        return first, last - first
+
+    def expected_tokens(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the tokens of documents `[n]`, float64; of several captions the mean, by their weights."""
+        tokens = self.documents["tokens"][numbers].astype(np.float64)
+        first, counts = self.captions_of(numbers)
+        for place in np.flatnonzero(counts):
+            rows = self.captions[first[place] : first[place] + counts[place]]
+            tokens[place] = np.average(rows["tokens"], weights=rows["weight"])
+        return tokens
+
     def shard(self, number: int) -> str:
         """Return the file of the shard that a document is in."""
         return self.manifest.shards[number // self.manifest.shard_size].file
@@ -242,7 +267,11 @@ class DataSet:
             ]
             if name.endswith(".txt"):
                 return StoredDocument(key, (contents[0], text.decode()), True, tokens)
-            parts = json.loads(text)["parts"]
+            record = json.loads(text)
+            if "captions" in record:
+                parts = contents[0], *record["captions"]
+                return StoredDocument(key, parts, True, tokens, tuple(record.get("weights", ())))
+            parts = record["parts"]
             contents_in_order = tuple(part["text"] if "text" in part else contents[part["image"]] for part in parts)
             return StoredDocument(key, contents_in_order, False, tokens)
         except (ValueError, IndexError, KeyError, TypeError) as error:
@@ -281,9 +310,15 @@ class DataSet:
                 raise self.corrupt(number, f"expected {expected} tokens of the tokenizer")
             return
         stored = self.read(number)
-        tokens = sum(len(tokenizer.encode(part)) for part in stored.parts if isinstance(part, str))
+        counts = [len(tokenizer.encode(part)) for part in stored.parts if isinstance(part, str)]
+        tokens = max(counts) if stored.pair else sum(counts)
         if tokens != expected:
             raise self.corrupt(number, f"expected {expected} tokens, found {tokens}", stored.key)
+        first, several = (int(values[0]) for values in self.captions_of(np.array([number])))
+        captions = self.captions[first : first + several]
+        weights = np.array(stored.weights or [1.0] * several, "f4")
+        if several and (captions["tokens"].tolist() != counts or not np.array_equal(captions["weight"], weights)):
+            raise self.corrupt(number, "its captions are not those of the index", stored.key)
         factor = 1 if self.manifest.encoding is None else self.manifest.encoding.factor
         images = [self.decode(number, stored, part) for part in stored.parts if not isinstance(part, str)]
         # Pixels are [row, column, 3], a latent [channel, row, column], codes [row, column].
@@ -390,12 +425,17 @@ def digest(members: Members) -> bytes:
     return hashlib.blake2b(b"".join(pieces), digest_size=16).digest()
 
 
-def to_members(key: str, parts: tuple[str | bytes, ...], pair: bool, suffix: str) -> Members:
-    """Return a document's members; its images are files of kind `suffix`."""
+def to_members(
+    key: str, parts: tuple[str | bytes, ...], pair: bool, suffix: str, weights: tuple[float, ...] = ()
+) -> Members:
+    """Return a document's members; its images are files of kind `suffix`. weights: of the captions of a pair."""
     images = [part for part in parts if isinstance(part, bytes)]
     if pair:
-        text = next(part for part in parts if isinstance(part, str))
-        return [(f"{key}.{suffix}", images[0]), (f"{key}.txt", text.encode())]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == 1:
+            return [(f"{key}.{suffix}", images[0]), (f"{key}.txt", texts[0].encode())]
+        captions = {"captions": texts, **({"weights": weights} if weights else {})}
+        return [(f"{key}.{suffix}", images[0]), (f"{key}.json", json.dumps(captions, ensure_ascii=False).encode())]
     numbers = iter(range(len(images)))
     listed = [{"text": part} if isinstance(part, str) else {"image": next(numbers)} for part in parts]
     record = json.dumps({"parts": listed}, ensure_ascii=False).encode()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -50,7 +50,7 @@ class BuildConfig:
     max_aspect: float | None = None
     """drop images whose longer side is more than this many times the shorter"""
     min_caption: int = 1
-    """drop pairs whose caption has fewer characters"""
+    """drop captions with fewer characters, and images without another caption"""
     max_caption: int | None = None
     """or more"""
     max_tokens: int = 500
@@ -84,7 +84,9 @@ class Prepared:
     """A document ready to be stored.
 
     key: its name in the source. parts: text, and images as bytes; or token ids alone, as bytes. conditional: text
-    comes before its last image. sizes: rows and columns of its images, in pixels.
+    comes before its last image. tokens: of its text; of several captions, of the longest. sizes: rows and columns of
+    its images, in pixels. captions: tokens and weight of each of several captions. changed: a reason for each change
+    that was made to its content.
     """
 
     key: str
@@ -94,6 +96,9 @@ class Prepared:
     tokens: int
     sizes: tuple[tuple[int, int], ...]
     hash: bytes
+    weights: tuple[float, ...] = ()
+    captions: tuple[tuple[int, float], ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,12 +187,34 @@ class Preparer:
             outcomes.append(Prepared(item.key, (data,), False, False, len(piece), (), digest([("tokens", data)])))
         return outcomes or [Dropped(item.key, "empty", "no tokens")]
 
+    def _captions(self, item: Raw) -> tuple[Raw, tuple[str, ...]] | Dropped:
+        """Return a pair without captions of the wrong length, and the reason for each; or why none is left."""
+        config, (image, *captions) = self.config, item.parts
+        kept, reasons = [], []
+        for caption, weight in zip(captions, item.weights or [1.0] * len(captions), strict=True):
+            assert isinstance(caption, str)
+            if not config.min_caption <= len(caption) <= (config.max_caption or math.inf):
+                reasons.append(("caption length", f"{len(caption)} characters"))
+            elif (tokens := len(self.tokenizer.encode(caption))) > config.max_tokens:
+                reasons.append(("too many tokens", f"{tokens} of at most {config.max_tokens}"))
+            else:
+                kept.append((caption, weight))
+        if not kept:
+            return Dropped(item.key, *reasons[0])
+        texts, weights = zip(*kept, strict=True)
+        weights = weights if len(set(weights)) > 1 else ()
+        return replace(item, parts=(image, *texts), weights=weights), tuple(
+            f"caption left out: {r}" for r, _ in reasons
+        )
+
     def _images(self, item: Raw) -> Outcome:
-        config, counts = self.config, [len(part) if isinstance(part, str) else None for part in item.parts]
+        config = self.config
+        changed: tuple[str, ...] = ()
         if item.pair:
-            characters = next(count for count in counts if count is not None)
-            if characters < config.min_caption or (config.max_caption is not None and characters > config.max_caption):
-                return Dropped(item.key, "caption length", f"{characters} characters")
+            outcome = self._captions(item)
+            if isinstance(outcome, Dropped):
+                return outcome
+            item, changed = outcome
         parts: list[str | np.ndarray] = []
         for part in item.parts:
             if isinstance(part, str):
@@ -205,13 +232,16 @@ class Preparer:
             shape = bucket(rows, columns, config.size, config.multiple) if config.buckets else config.size
             parts.append(fit(pixels, shape))
         counts = [len(self.tokenizer.encode(part)) if isinstance(part, str) else None for part in parts]
-        tokens = sum(count for count in counts if count)
+        captions = [count for count in counts if count is not None] if item.pair else []
+        tokens = max(captions) if captions else sum(count for count in counts if count)
         if tokens > config.max_tokens:
             return Dropped(item.key, "too many tokens", f"{tokens} of at most {config.max_tokens}")
         sizes = tuple(part.shape[:2] for part in parts if isinstance(part, np.ndarray))
         stored = tuple(part if isinstance(part, str) else self._encode(item.key, part) for part in parts)
-        hash_ = digest(to_members("", stored, item.pair, self.suffix))
-        return Prepared(item.key, stored, item.pair, is_conditional(counts), tokens, sizes, hash_)
+        hash_ = digest(to_members("", stored, item.pair, self.suffix, item.weights))
+        several = tuple(zip(captions, item.weights or [1.0] * len(captions), strict=True)) if captions[1:] else ()
+        kind = item.pair, is_conditional(counts)
+        return Prepared(item.key, stored, *kind, tokens, sizes, hash_, item.weights, several, changed)
 
     def _encode(self, key: str, pixels: np.ndarray) -> bytes:
         """Return an image file, or latents or codes as .npy. Each image alone: it must not depend on its neighbours."""

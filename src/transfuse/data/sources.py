@@ -411,8 +411,13 @@ class StoredImages(StoredTexts):
         """Return a document. Raises CorruptSampleError."""
         number = self.number(index)
         stored = self.data.read(number)
+        shown, expected = stored.parts, stored.tokens
+        first, count = (int(values[0]) for values in self.data.captions_of(np.array([number])))
+        if count:
+            drawn = self._drawn_caption(number, index // self.epoch, first, count)
+            shown, expected = (shown[0], shown[1 + drawn]), int(self.data.captions["tokens"][first + drawn])
         parts: list[Text | Image] = []
-        for part in stored.parts:
+        for part in shown:
             if isinstance(part, str):
                 parts.append(Text(self.tokenizer.encode(part)))
             elif isinstance(part, bytes):
@@ -421,7 +426,7 @@ class StoredImages(StoredTexts):
             else:
                 parts.append(Image(as_latent(part)))
         tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
-        if tokens != stored.tokens:
+        if tokens != expected:
             raise self.data.corrupt(number, f"{tokens} tokens, not as many as the index says", stored.key)
         if stored.pair:
             image, text = parts
@@ -435,6 +440,11 @@ class StoredImages(StoredTexts):
         documents = self.data.documents[numbers]
         tokens = documents["tokens"].astype(np.int64)
         images = self.data.image_positions(numbers, side)
+        first, counts = self.data.captions_of(numbers)
+        for place in np.flatnonzero(counts):
+            epoch, several = int(indices[place]) // self.epoch, (int(first[place]), int(counts[place]))
+            drawn = self._drawn_caption(int(numbers[place]), epoch, *several)
+            tokens[place] = self.data.captions["tokens"][several[0] + drawn]
         for place in np.flatnonzero(documents["pair"]):
             if pair_order(self.config, self.seed, int(samples[place])) == "unconditional":
                 tokens[place] = 0
@@ -446,13 +456,22 @@ class StoredImages(StoredTexts):
 
     def _expected_lengths(self, numbers: np.ndarray, form: SequenceFormat) -> np.ndarray:
         documents, side = self.data.documents[numbers], form.patch_size * self.autoencoder.factor
-        tokens, images = documents["tokens"].astype(np.int64), self.data.image_positions(numbers, side)
-        lengths = (count_positions(tokens, []) + images).astype(np.float64)
+        tokens, images = self.data.expected_tokens(numbers), self.data.image_positions(numbers, side)
+        lengths = count_positions(tokens, []) + images
         pair, conditional = documents["pair"], documents["conditional"]
         lengths[pair] -= self.config.caption_first * self.config.caption_drop * tokens[pair]
         last = self.data.image_positions(numbers[conditional], side, last_only=True)
         lengths[conditional] -= self.config.caption_drop * (tokens[conditional] + images[conditional] - last)
         return lengths
+
+    def _drawn_caption(self, number: int, epoch: int, first: int, count: int) -> int:
+        """Return which of a document's captions an epoch shows, by (seed, document, epoch) and the captions' weights.
+
+        first, count: its rows in the index of captions.
+        """
+        ends = self.data.captions["weight"][first : first + count].astype(np.float64).cumsum()
+        drawn = Draws("caption", self.seed, number, epoch).word() / (1 << 32)
+        return int(np.searchsorted(ends, drawn * ends[-1], side="right"))
 
 
 def as_latent(stored: np.ndarray) -> torch.Tensor:

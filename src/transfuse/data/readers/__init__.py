@@ -12,6 +12,7 @@ is a fault, with its name and the reason.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +41,22 @@ EXPECTED_AT_URL = "expected .tar, .parquet, .jsonl or .txt files, many as {00000
 class Raw:
     """A document as it was read: text, and images as the bytes of an image file, or as pixels.
 
-    pair: it is an image and its caption, `(image, caption)`, which training may put in either order.
+    pair: it is an image and its captions, `(image, caption, ...)`; training shows one of them, in either order.
+    weights: how often each of several captions is shown, relative to the others; none: equally often.
+
+    Raises ValueError for weights that do not go with the captions.
     """
 
     key: str
     parts: tuple[str | bytes | np.ndarray, ...]
     pair: bool = False
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.weights and (not self.pair or len(self.weights) != len(self.parts) - 1):
+            raise ValueError(f"expected a weight for each of {len(self.parts) - 1} captions, found {len(self.weights)}")
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(f"expected weights above 0, found {', '.join(f'{weight:g}' for weight in self.weights)}")
 
 
 @dataclass(frozen=True)
@@ -243,7 +254,7 @@ class SetReader(CountedReader):
         for number in part.what:
             try:
                 stored = self.data.read(number)
-                yield Raw(stored.key, stored.parts, stored.pair)
+                yield Raw(stored.key, stored.parts, stored.pair, stored.weights)
             except CorruptSampleError as error:
                 yield Fault(error.sample.key, error.sample.reason)
 
@@ -285,6 +296,14 @@ def decode_text(data: bytes, what: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{what}: expected UTF-8, found something else at byte {error.start}") from None
+
+
+def captions(value: Any) -> list[str]:
+    """Return the captions of one image: a text, or a list of texts. Raises ValueError for anything else."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"expected a caption or a list of them, found {json.dumps(value, default=str):.60}")
+    return texts
 
 
 def interleaved(parts: list[Any], image: Callable[[Any], bytes]) -> tuple[str | bytes, ...]:

@@ -22,7 +22,20 @@ from typing import Any
 from ...errors import UserError
 from ...images import SUFFIXES, image_files
 from ..remote import File, hash_files
-from . import LOST_REST, PER_PART, Columns, Fault, FileReader, Part, Raw, decode_text, interleaved, parse_json, parts_of
+from . import (
+    LOST_REST,
+    PER_PART,
+    Columns,
+    Fault,
+    FileReader,
+    Part,
+    Raw,
+    captions,
+    decode_text,
+    interleaved,
+    parse_json,
+    parts_of,
+)
 
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "filepath", "path", "file")
 CAPTION_COLUMNS = ("text", "caption", "TEXT", "prompt", "description")
@@ -167,6 +180,7 @@ class TarReader(FileReader):
     """WebDataset tars: members of one name up to the first dot are one document.
 
         000000012.jpg  000000012.txt  000000012.json         an image and its caption (.txt, or "caption" in .json)
+        000000012.jpg  000000012.json                        {"captions": [...], "weights": [...]}: several of them
         000000013.0.png  000000013.1.png  000000013.json     {"parts": [{"text": ...}, {"image": 0}, ...]}
 
     Members of a document must be adjacent. Where they are not, the file was put together wrongly, and nobody knows
@@ -223,15 +237,16 @@ class TarReader(FileReader):
             return Raw(key, interleaved(record["parts"], image))
         if len(images) != 1:
             raise ValueError(f"expected one picture, found {names}")
-        name = self.columns.caption_column
-        text = decode_text(data["txt"], "txt") if "txt" in data and not name else ""
-        if not text.strip() and isinstance(record, dict):
-            texts = (record.get(usual) for usual in ((name,) if name else CAPTION_COLUMNS))
-            text = next((value for value in texts if isinstance(value, str)), "")
-        caption = _caption(text, self.columns.first_line)
-        if not caption:
+        name, weights = self.columns.caption_column, ()
+        texts = [decode_text(data["txt"], "txt")] if "txt" in data and not name else []
+        if not any(text.strip() for text in texts) and isinstance(record, dict):
+            values = (record.get(usual) for usual in ((name,) if name else ("captions", *CAPTION_COLUMNS)))
+            texts = next((captions(value) for value in values if isinstance(value, str | list)), [])
+            weights = tuple(record.get("weights", ()))
+        texts = [_caption(text, self.columns.first_line) for text in texts]
+        if not any(texts):
             raise ValueError("expected a caption, found none")
-        return Raw(key, (next(iter(images.values())), caption), pair=True)
+        return Raw(key, (next(iter(images.values())), *texts), True, weights)
 
 
 def _images(data: dict[str, bytes]) -> dict[str, bytes]:

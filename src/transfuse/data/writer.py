@@ -1,0 +1,289 @@
+"""The files of a data set as it is built: a shard when it is full, with a record of it, then the index and manifest.
+
+A record (`building/shard-00000.npz`) has what the index will say about its shard, and the place in the source at which
+a build resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from ..config import to_dict
+from ..errors import UserError
+from ..io import atomic_write, sha256
+from ..log import logger
+from .dataset import CAPTION, DOCUMENT, FREE_FAULTS, IMAGE, SUMS, VERSION, Manifest, Shard, to_members, to_tar
+from .prepare import Dropped, Outcome, Prepared, Preparer
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place in a source at which a build resumes: part, document of the part, piece of a text that was cut."""
+
+    part: int = 0
+    document: int = 0
+    piece: int = 0
+
+
+@dataclass
+class Unwritten:
+    """The documents since the last shard. texts: hashes of whole texts. dropped: those left out meanwhile.
+
+    captions: (document, tokens, weight) of each caption of an image with several.
+    """
+
+    pieces: list[bytes] = field(default_factory=list)
+    documents: list[tuple[Any, ...]] = field(default_factory=list)
+    images: list[tuple[int, int]] = field(default_factory=list)
+    captions: list[tuple[int, int, float]] = field(default_factory=list)
+    texts: list[bytes] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    bytes: int = 0
+
+
+class Writer:
+    """Writes shards in order, and for each a record of what the index will say about it, so that a build can resume."""
+
+    def __init__(self, out: Path, preparer: Preparer, source: str, max_errors: float) -> None:
+        self.out, self.preparer, self.source, self.max_errors = out, preparer, source, max_errors
+        self.config, self.text_only = preparer.config, preparer.text_only
+        self.next = Place()
+        self.seen = self.faulty = self.written = self.images = self.captions = 0
+        self.changed: Counter[str] = Counter()
+        self.shards: list[Shard] = []
+        self.unwritten = Unwritten()
+        self._hashes: set[bytes] = set()
+
+    def resume(self) -> None:
+        """Continue after the last whole shard."""
+        while (path := self._record(len(self.shards))).exists():
+            try:
+                record, arrays = _load_record(path)
+                shard, documents = Shard(**record["shard"]), arrays["documents"]
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # cut short: that shard is made again
+                break
+            file = self.out / shard.file
+            if documents.dtype != DOCUMENT or (
+                shard.bytes and not (file.is_file() and file.stat().st_size == shard.bytes)
+            ):
+                break
+            self.shards.append(shard)
+            self._hashes.update(row.tobytes() for row in (arrays["texts"] if self.text_only else documents["hash"]))
+            self.images += len(arrays["pictures"])
+            self.captions += len(arrays["captions"])
+            self.next = Place(**record["next"])
+            self.seen, self.faulty, self.written = record["seen"], record["faulty"], record["written"]
+            self.changed = Counter(record["changed"])
+        if self.shards:
+            logger.info(f"{self.out}: going on after {self.written} documents")
+
+    def add(self, outcomes: list[Outcome]) -> None:
+        """Add the outcomes of one document, in its turn. Raises UserError where faults are too many."""
+        begun = self.next.piece
+        if not begun:
+            self.seen += 1
+            hashes = [outcome.hash for outcome in outcomes if isinstance(outcome, Prepared)]
+            if self.config.duplicates == "drop" and hashes:  # a text counts as a whole, before it is cut into pieces
+                whole = hashes[0] if len(hashes) == 1 else hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
+                if whole in self._hashes:
+                    outcomes = [Dropped(outcomes[0].key, "duplicate", "equal to an earlier document")]
+                else:
+                    self._hashes.add(whole)
+                    if self.text_only:  # the index has those of documents with images
+                        self.unwritten.texts.append(whole)
+        for piece, outcome in enumerate(outcomes[begun:], begun + 1):
+            last = piece == len(outcomes)
+            self.next = replace(self.next, document=self.next.document + last, piece=0 if last else piece)
+            if isinstance(outcome, Prepared):
+                self._write(outcome)
+                continue
+            self.unwritten.dropped.append(outcome)
+            if outcome.faulty:
+                self.faulty += outcome.lost
+                self.seen += outcome.lost - 1
+                self._check_budget(outcome)
+
+    def _write(self, document: Prepared) -> None:
+        new = self.unwritten
+        if self.text_only:
+            (piece,) = document.parts
+            assert isinstance(piece, bytes)
+        else:
+            stem, _, ending = document.key.rpartition(".")
+            stem = stem if stem and "/" not in ending else document.key
+            # In a tar a dot would end the key.
+            name = f"{self.written:09d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[-48:]}"
+            members = to_members(name, document.parts, document.pair, self.preparer.suffix, document.weights)
+            piece = to_tar(members)
+        kind = document.pair, document.conditional
+        new.documents.append((new.bytes, len(piece), document.tokens, len(new.images), *kind, document.hash))
+        new.images.extend(document.sizes)
+        new.captions.extend((self.written, *caption) for caption in document.captions)
+        new.pieces.append(piece)
+        new.bytes += len(piece)
+        self.written += 1
+        self.images += len(document.sizes)
+        self.captions += len(document.captions)
+        self.changed.update(document.changed)
+        if len(new.documents) == self.config.shard_size:
+            self._flush()
+
+    def _check_budget(self, last: Dropped) -> None:
+        if self.faulty > max(FREE_FAULTS, self.max_errors * self.seen):
+            self._list_left_out("quarantine.jsonl", faulty=True)
+            raise UserError(
+                f"{self.source}: {self.faulty} of {self.seen} documents are faulty, more than the share "
+                f"{self.max_errors} that is let pass; the last: {last.key}: {last.detail}; all: "
+                f"{self.out / 'quarantine.jsonl'}; mend them, or go on with a larger --max-errors"
+            )
+
+    def _flush(self) -> None:
+        """Write a shard, and after it its record."""
+        new, number = self.unwritten, len(self.shards)
+        data = b"".join(new.pieces)
+        if data and not self.text_only:
+            data += bytes(1024)  # the end of a tar
+        file = f"shards/shard-{number:05d}.{'tokens' if self.text_only else 'tar'}"
+        shard = Shard(file, len(data), hashlib.sha256(data).hexdigest())
+        if data:
+            atomic_write(self.out / file, lambda partial: partial.write_bytes(data))
+        documents = np.zeros(len(new.documents), DOCUMENT)
+        for place, (*numbers, hash_) in enumerate(new.documents):
+            documents[place] = (*numbers, np.frombuffer(hash_, "u1"))
+        record = {
+            "shard": to_dict(shard),
+            "next": to_dict(self.next),
+            "seen": self.seen,
+            "faulty": self.faulty,
+            "written": self.written,
+            "changed": self.changed,
+            "dropped": [to_dict(outcome) for outcome in new.dropped],
+        }
+        arrays = {
+            "documents": documents,
+            "pictures": np.array(new.images, IMAGE) if new.images else np.zeros(0, IMAGE),
+            "captions": np.array(new.captions, CAPTION),
+            "texts": np.array(new.texts, "V16"),
+            "record": np.frombuffer(json.dumps(record).encode(), "u1"),
+        }
+
+        def save(partial: Path) -> None:
+            with partial.open("wb") as file:  # by name, numpy would append a suffix
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+
+        atomic_write(self._record(number), save)
+        self.shards.append(shard)
+        self.unwritten = Unwritten()
+
+    def finish(self, settings: dict[str, Any]) -> Manifest:
+        """Write the rest, the index, and last the manifest. Raises UserError for a set without documents."""
+        if self.unwritten.documents or self.unwritten.dropped:
+            self._flush()
+        self._list_left_out("dropped.jsonl", faulty=False)
+        self._list_left_out("quarantine.jsonl", faulty=True)
+        if not self.written:
+            raise UserError(
+                f"{self.source}: expected documents, found {self.seen}, none of which can be used; why, is in "
+                f"{self.out / 'dropped.jsonl'} and {self.out / 'quarantine.jsonl'}"
+            )
+        index = {
+            "documents.npy": self._write_index("documents", DOCUMENT, self.written),
+            "pictures.npy": self._write_index("pictures", IMAGE, self.images),
+        }
+        tokens = np.load(self.out / "documents.npy", mmap_mode="r")["tokens"]
+        total = int(tokens.sum())
+        if self.captions:
+            index["captions.npy"] = self._write_index("captions", CAPTION, self.captions)
+            captions = np.load(self.out / "captions.npy", mmap_mode="r")
+            # A document counts for its longest caption.
+            total += int(captions["tokens"].sum()) - int(tokens[np.unique(captions["document"])].sum())
+        manifest = Manifest(
+            version=VERSION,
+            kind="text" if self.text_only else "pictures",
+            documents=self.written,
+            pictures=self.images,
+            tokens=total,
+            longest=int(tokens.max()),
+            heldout=round(self.written * self.config.heldout),
+            shard_size=self.config.shard_size,
+            shards=tuple(shard for shard in self.shards if shard.bytes),
+            tokenizer=self.preparer.tokenizer.fingerprint,
+            index=index,
+            encoding=self.preparer.encoding,
+            source=self.source,
+            settings=settings,
+            seen=self.seen,
+            dropped=dict(sorted(Counter(d.reason for d in self._left_out() if not d.faulty).items())),
+            faulty=self.faulty,
+            captions=self.captions,
+            changed=dict(sorted(self.changed.items())),
+        )
+        text = json.dumps(to_dict(manifest), indent=1) + "\n"
+        sums = {shard.file: shard.sha256 for shard in manifest.shards} | index
+        sums["tokenizer.json"] = sha256(self.out / "tokenizer.json")
+        sums["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        atomic_write(self.out / SUMS, lambda partial: partial.write_text(lines))
+        atomic_write(self.out / "manifest.json", lambda partial: partial.write_text(text))
+        shutil.rmtree(self.out / "building", ignore_errors=True)
+        return manifest
+
+    def _record(self, number: int) -> Path:
+        return self.out / "building" / f"shard-{number:05d}.npz"
+
+    def _left_out(self) -> Iterator[Dropped]:
+        """Yield all documents left out so far, in order."""
+        for number in range(len(self.shards)):
+            yield from (Dropped(**values) for values in _load_record(self._record(number))[0]["dropped"])
+        yield from self.unwritten.dropped
+
+    def _list_left_out(self, name: str, faulty: bool) -> None:
+        """Write dropped.jsonl or quarantine.jsonl, a line at a time: millions of a text's lines may be dropped."""
+
+        def write(partial: Path) -> None:
+            with partial.open("w") as file:
+                for dropped in self._left_out():
+                    if dropped.faulty == faulty:
+                        reason = dropped.detail if faulty else f"{dropped.reason}: {dropped.detail}"
+                        file.write(json.dumps({"key": dropped.key, "reason": reason}) + "\n")
+
+        atomic_write(self.out / name, write)
+
+    def _write_index(self, name: str, dtype: np.dtype[Any], total: int) -> str:
+        """Write the index of all shards as one array, a shard at a time; return its hash."""
+        path = self.out / f"{name}.npy"
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:
+                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total,)}
+                np.lib.format.write_array_header_1_0(file, header)
+                images = 0
+                for number in range(len(self.shards)):
+                    _, arrays = _load_record(self._record(number))
+                    rows = arrays[name]
+                    if name == "documents":
+                        rows["first_picture"] += images
+                    file.write(rows.tobytes())
+                    images += len(arrays["pictures"])
+
+        atomic_write(path, write)
+        return sha256(path)
+
+
+def _load_record(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return what a build noted about a shard, and its arrays."""
+    with np.load(path, allow_pickle=False) as archive:
+        return json.loads(bytes(archive["record"])), {
+            n: archive[n] for n in ("documents", "pictures", "captions", "texts")
+        }
