@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 class Noun:
     """One drawable thing: `name` (singular), `plural`, `article` by sound, `category`, dominant `colour`.
 
-    `colour` names the palette colour that covers most of the object in most styles.
+    `colour` names the palette colour that covers most of the object in most styles; `synonyms` are its other names, in
+    lower case, which captions never use.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Noun:
     article: str
     category: str
     colour: str
+    synonyms: tuple[str, ...] = ()
 
     @property
     def a(self) -> str:
@@ -43,7 +45,17 @@ def _read_nouns() -> tuple[dict[str, Noun], tuple[str, ...]]:
     with Path(__file__).with_name("nouns.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     ranks = {row["name"]: int(row["distinct"]) for row in rows if row["distinct"]}
-    nouns = [Noun(row["name"], row["plural"], row["article"], row["category"], row["colour"]) for row in rows]
+    nouns = [
+        Noun(
+            row["name"],
+            row["plural"],
+            row["article"],
+            row["category"],
+            row["colour"],
+            tuple(filter(None, row["synonyms"].split("/"))),
+        )
+        for row in rows
+    ]
     return {noun.name: noun for noun in nouns}, tuple(sorted(ranks, key=ranks.__getitem__))
 
 

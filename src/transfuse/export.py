@@ -4,6 +4,7 @@
                               learned, fingerprints of tokenizer and autoencoder
     model.safetensors         the averaged weights
     tokenizer.json            autoencoder/        generation_config.json        README.md (model card)
+    vocabulary.json           the words it has learned to draw, if its world is not open
 
 Diffusers' layout of the same files, whose `vae` and `scheduler` diffusers opens, loads as well (`relayout`):
 
@@ -41,6 +42,7 @@ from .model import ModelConfig, Transfusion
 from .model.transfusion import current_name
 from .sequence import Tokenizer
 from .version import __version__
+from .vocabulary import Vocabulary
 
 ARCHITECTURES = {
     "latents": "TransfusionForConditionalGeneration",
@@ -103,6 +105,8 @@ class Exported:
     generation: GenerationConfig
     weights: Path | None = None
     """the file it was loaded from"""
+    vocabulary: Vocabulary | None = None
+    """the words it has learned to draw; None: an open world"""
     quantize: str | None = None
     """8-bit format of the blocks' weights; None: not quantised"""
     compiled: bool = False
@@ -137,11 +141,13 @@ def save_export(
     card: str,
     world: Mapping[str, Any] | None = None,
     preset: str = "",
+    vocabulary: Vocabulary | None = None,
 ) -> Path:
     """Write an export folder; it appears whole or not at all.
 
     world: settings of the bundled scenes the model learned from, for its evaluation; None: none.
     preset: the recipe's name; commands do not choose models of the presets in `folders.TRIALS`.
+    vocabulary: the words it has learned to draw; None: an open world, and no file.
 
     Raises UserError if it cannot be written.
     """
@@ -163,6 +169,8 @@ def save_export(
         _write_json(partial / "generation_config.json", to_dict(generation))
         save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / "model.safetensors")
         tokenizer.save(partial / "tokenizer.json")
+        if vocabulary is not None:
+            _write_json(partial / "vocabulary.json", to_dict(vocabulary))
         (partial / "README.md").write_text(card)
     return folder
 
@@ -243,6 +251,7 @@ def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
         export.image_size,
         export.generation,
         place["model.safetensors"],
+        Vocabulary.load(place["vocabulary.json"]),
     )
 
 

@@ -23,6 +23,7 @@ DIFFUSERS = {
     "generation_config.json": "transformer/generation_config.json",
     "tokenizer.json": "tokenizer/tokenizer.json",
     "autoencoder": "vae",
+    "vocabulary.json": "transformer/vocabulary.json",
     "README.md": "README.md",
 }
 """paths of an export's parts in diffusers' layout"""

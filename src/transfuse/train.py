@@ -198,6 +198,7 @@ def export_weights(run: Run, trainer: Trainer, weights: dict[str, Tensor], folde
         _model_card(run, trainer),
         to_dict(recipe.data.world) if recipe.data.of_the_world else None,
         recipe.preset,
+        run.vocabulary,
     )
 
 

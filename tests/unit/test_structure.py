@@ -22,6 +22,7 @@ EVERYWHERE = {
     "version",
     "report",
     "charts",
+    "vocabulary",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "sequence": set(),

@@ -139,6 +139,8 @@ class SampleOptions:
     """most tokens of text"""
     temperature: float | None = None
     """of the text; 0 is greedy"""
+    strict: bool = False
+    """refuse a prompt with words that the model has never seen in a caption"""
 
 
 def generate(
@@ -190,12 +192,18 @@ def _reply(pipe: TransfusionPipeline, prompt: str, sample: SampleOptions, out: P
     """Draw a reply, save its images and return what is in it, as JSON."""
     from ..inference.settings import settings_of
 
+    vocabulary = pipe.exported.vocabulary
+    # A prompt that only the definitions' words make up may be one to write on: it stays as it is.
+    if vocabulary and (sample.strict or sample.draw == "force" or not vocabulary.read(prompt).unknown):
+        prompt = pipe.read_prompt(prompt, sample.strict).text
     request = replace(pipe.request([prompt], sample.steps, sample.guidance_scale), seed=sample.seed, draw=sample.draw)
     if sample.max_tokens is not None:
         request = replace(request, max_tokens=sample.max_tokens)
     if sample.temperature is not None:
         request = replace(request, temperature=sample.temperature)
     reply = pipe.replies([request], sample.candidates)[0]
+    if reply.images and vocabulary and sample.draw == "auto":
+        pipe.read_prompt(prompt)
     request = replace(request, seed=reply.seed)
     parts: list[dict[str, str]] = []
     for part in reply.parts:
@@ -293,6 +301,7 @@ def edit(
     guidance_scale: float | None = None,
     image_guidance_scale: float | None = None,
     resize: Resize = False,
+    strict: bool = False,
     json: Json = False,
 ) -> int:
     """Change an image: by an instruction, by redrawing it from part of the way, or only where a mask selects.
@@ -306,6 +315,7 @@ def edit(
         out: folder for the image
         strength: begin from the image, noised: 1 is noise alone, 0 changes nothing
         mask: an image of the same size: its transparent area is redrawn, or, if it is opaque, the white one
+        strict: refuse words that the model has never seen in a caption or an instruction
         image_guidance_scale: for instructions: how far to push towards the image, apart from the words
     """
     if not prompt.strip():
@@ -313,6 +323,7 @@ def edit(
     if not image.exists() and Path(prompt).is_file():
         raise UserError(f'edit: expected the image first, found the prompt: transfuse edit {prompt} "{image}"')
     pipe = model.load()
+    prompt = pipe.read_prompt(prompt, strict).text
     from ..images import fit, read_image, read_mask
     from ..inference.sequence_state import with_image_guidance
     from ..inference.settings import settings_of

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # read by type checkers alone, and so never used here
     from emoji_scenes.scenes import Split  # noqa: F401
     from emoji_scenes.scorer import SceneScorer  # noqa: F401
     from emoji_scenes.sprites import SPRITE_FILE  # noqa: F401
+    from emoji_scenes.words import vocabulary  # noqa: F401
 
 MODULES = {
     "emoji_scenes": "NOUNS Edit World WorldConfig caption edit glosses",
@@ -38,6 +39,7 @@ MODULES = {
     "emoji_scenes.scenes": "Split",
     "emoji_scenes.scorer": "SceneScorer",
     "emoji_scenes.sprites": "SPRITE_FILE",
+    "emoji_scenes.words": "vocabulary",
 }
 """the names that `transfuse` uses, by the module that defines them"""
 

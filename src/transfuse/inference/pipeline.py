@@ -30,8 +30,10 @@ from ..diffusion import Sampler, SamplerConfig
 from ..errors import UserError
 from ..export import Exported, load_export, out_of_range
 from ..images import ImageSource, decode_image, read_mask
+from ..log import logger
 from ..model import Transfusion
 from ..sequence import Document, Image, Part, Text
+from ..vocabulary import PromptReading
 from .engine import Engine
 from .events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
 from .model_runner import GUIDANCE, Guidance, ModelRunner, compile_blocks
@@ -171,6 +173,7 @@ class TransfusionPipeline:
         sampler: str | None = None,
         callback_on_step_end: StepEnd | None = None,
         output_type: str = "pil",
+        strict: bool = False,
     ) -> ImagesOutput:
         """Draw an image for each prompt. output_type: "pil", "np" (uint8 `[row, column, 3]`) or "latent".
 
@@ -181,11 +184,13 @@ class TransfusionPipeline:
 
         candidates: draw each image that many times, and keep the one after which the model itself most probably writes
         the prompt; `seeds` has its seed. callback_on_step_end(pipe, step, t, {"latents": [image, channel, row,
-        column]}) is called after every denoising step, of all candidates; it cannot change the latents.
+        column]}) is called after every denoising step, of all candidates; it cannot change the latents. strict: refuse
+        prompts with words that training never showed (`Vocabulary`), instead of a warning.
         """
         if output_type not in ("pil", "np", "latent"):
             raise UserError(f'output_type: expected "pil", "np" or "latent", found {output_type!r}')
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [self.read_prompt(text, strict).text for text in prompts]
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         if image is None and (strength is not None or mask_image is not None):
             raise UserError("image: expected one with strength or mask_image, found none")
@@ -212,6 +217,21 @@ class TransfusionPipeline:
             return ImagesOutput(latents, seeds)
         arrays = [self.exported.autoencoder.decode(latent[None])[0] for latent in latents]
         return ImagesOutput([PIL.Image.fromarray(a) for a in arrays] if output_type == "pil" else arrays, seeds)
+
+    def read_prompt(self, prompt: str, strict: bool = False) -> PromptReading:
+        """Return a prompt in the words of the model's captions; what is changed and what is unknown is logged.
+
+        Raises UserError for unknown words if `strict`.
+        """
+        vocabulary = self.exported.vocabulary
+        if vocabulary is None:
+            return PromptReading(prompt)
+        reading = vocabulary.read_strictly(prompt) if strict else vocabulary.read(prompt)
+        if reading.changes:
+            logger.info("prompt: read " + ", ".join(f'"{was}" as "{now}"' for was, now in reading.changes))
+        if reading.unknown:
+            logger.warning(f"prompt: {vocabulary.told(reading)}")
+        return reading
 
     def latents(self, requests: Sequence[Request], step_end: StepEnd | None = None) -> list[Tensor]:
         """Return the last latent that each request draws; with `step_end` all must take equally many steps."""

@@ -23,7 +23,7 @@ from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
 from ..config import to_dict
 from ..convert.hf_folder import check_transformer, marker_rows, read_hf_config, start_from_hf
 from ..data import Mixture
-from ..data.bundled import World, caption, edit, glosses
+from ..data.bundled import World, caption, edit, glosses, vocabulary
 from ..diffusion import Process, Sampler
 from ..errors import UserError
 from ..export import describe, load_weights
@@ -32,9 +32,10 @@ from ..io import atomic_write
 from ..log import logger
 from ..model import Transfusion
 from ..recipes.autoencoders import AUTOENCODERS
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import OF_THE_WORLD, Recipe
 from ..sequence import SequenceFormat, Tokenizer
 from ..training.metrics import check_trackers
+from ..vocabulary import Vocabulary
 from .folder import record_recipe, settle_device
 from .sources import Sources, mixture, open_sources
 
@@ -72,6 +73,14 @@ class Run:
     def format(self) -> SequenceFormat:
         """The layout of documents as sequences."""
         return self.recipe.model.sequence_format(self.tokenizer)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The words of the bundled scenes; None for a model that draws something else, or nothing."""
+        names = {spec.name for spec in self.sources.pictures}
+        if self.recipe.model.images == "none" or self.recipe.start or not names <= set(OF_THE_WORLD):
+            return None
+        return vocabulary(self.recipe.data.world, "edits" in names)
 
     def mixture(self, autoencoder: Autoencoder | None) -> Mixture:
         """Return the stream of documents, with images through `autoencoder`, or without images."""

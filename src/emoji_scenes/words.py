@@ -1,0 +1,62 @@
+"""The words that a model of a world knows, for its export's `vocabulary.json` (`transfuse.vocabulary`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+from transfuse.vocabulary import WORD, Vocabulary, shortened
+
+from .editing import edit
+from .language import caption, glosses
+from .nouns import NOUNS
+from .scenes import World, WorldConfig
+
+SCENES = 1_000
+"""scenes whose captions are read; every template and noun comes up"""
+EXAMPLES = 6
+OTHER_WORDS = {
+    "grey": "gray",
+    "violet": "purple",
+    "big": "large",
+    "huge": "large",
+    "little": "small",
+    "tiny": "small",
+    "under": "below",
+    "beneath": "below",
+    "over": "above",
+    "backdrop": "background",
+    "1": "one",
+    "2": "two",
+    "3": "three",
+    "4": "four",
+}
+"""words that captions never use, and those that they use for them"""
+
+
+@cache
+def vocabulary(config: WorldConfig, edits: bool = False) -> Vocabulary:
+    """Return the words of a world's captions, and of its instructions if a model learns `edits`."""
+    world = World(replace(config, split="train"))
+    scenes = [world.scene(index) for index in range(SCENES)]
+    captions = [caption(scene, index) for index, scene in enumerate(scenes)]
+    instructions = [edit(scene, world, index).instruction for index, scene in enumerate(scenes)] if edits else []
+    things = [NOUNS[name] for name in world.nouns]
+    forms = [form for noun in things for form in (noun.name, noun.plural)[: world.config.max_count]]
+    counts = Counter(word for text in captions + instructions + forms for word in WORD.findall(text))
+    known = {word.lower() for word in counts}
+    near = set().union(*map(shortened, known))
+    english = {line.partition(":")[0].lower() for line in glosses("train") + glosses("heldout")}
+    names = {other: word for other, word in OTHER_WORDS.items() if set(word.split()) <= known}
+    for noun in things:
+        for other in noun.synonyms:
+            names |= {other: noun.name, f"{other}s": noun.plural}
+    return Vocabulary(
+        words=tuple(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        things=world.nouns,
+        colours=world.backgrounds,
+        examples={"draw": tuple(captions[:EXAMPLES]), "edit": tuple(instructions[:EXAMPLES])},
+        synonyms=names,
+        english=tuple(sorted(w for w in english - known if WORD.fullmatch(w) and not near.isdisjoint(shortened(w)))),
+    )

@@ -1,0 +1,182 @@
+"""The words that a model has learned to draw, and what becomes of a prompt with others.
+
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    vocabulary.read("A STRAWBERY and an automobile")     # "a strawberry and a car", with what was changed
+    vocabulary.read("a cat").unknown                     # ("cat",)
+
+A model that is trained on captions draws an unknown word as texture or as something else, without a sign. So a prompt's
+case, endings, typing errors and synonyms are brought to the words of the captions, and what is left is reported. Only
+models of the bundled scenes alone have a vocabulary: the words of other captions are no closed world.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from .config import from_dict, read_json
+from .errors import UserError
+
+WORD = re.compile(r"[\w'’-]+")
+ENDINGS = (("ies", "y"), ("es", ""), ("s", ""), ("'s", ""), ("", "s"), ("", "es"))
+"""of plurals and their singulars"""
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """A prompt as the model reads it.
+
+    changes   (word as it was given, word that stands for it), in order
+    unknown   words that training never showed, in order
+    """
+
+    text: str
+    changes: tuple[tuple[str, str], ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of a model's captions.
+
+    words      every word, as captions have it
+    things     what it can draw, in an order to show people; may have several words ("soccer ball")
+    colours    of backgrounds, likewise
+    examples   prompts, and instructions to change an image, that it can follow
+    synonyms   other names of things, in lower case
+    english    other English words so near to a known one that they are no typing errors of it ("horse", "house")
+    """
+
+    words: tuple[str, ...]
+    things: tuple[str, ...] = ()
+    colours: tuple[str, ...] = ()
+    examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    english: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary | None:
+        """Read a vocabulary.json; None where there is none. Raises UserError for any other file."""
+        return from_dict(cls, read_json(path), str(path)) if path.is_file() else None
+
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        """Each word in lower case, and how captions write it most often: `words` begins with the most frequent."""
+        known: dict[str, str] = {}
+        for word in self.words:
+            known.setdefault(word.lower(), word)
+        return known
+
+    def read(self, prompt: str) -> PromptReading:
+        """Return a prompt in the words of the captions.
+
+        A word stays if captions have it. Else it is replaced by the same word in another case, by a synonym (longest
+        first), by its singular or plural, or by the one word that a typing error away is it; else it is unknown.
+        """
+        changes: list[tuple[str, str]] = []
+        unknown: list[str] = []
+
+        def spoken(match: re.Match[str]) -> str:
+            synonym = self.synonyms[" ".join(match.group().lower().split())]
+            changes.append((match.group(), synonym))
+            return synonym
+
+        def known(match: re.Match[str]) -> str:
+            word = match.group()
+            if word in self.words or word.isdigit():
+                return word
+            found = self._near(word.lower())
+            if found is None:
+                unknown.append(word)
+                return word
+            if found.lower() != word.lower():
+                changes.append((word, found))
+            return found
+
+        text = prompt
+        if self._synonyms is not None:
+            text = self._synonyms.sub(spoken, text)
+        text = _articles(prompt, WORD.sub(known, text))
+        return PromptReading(text, tuple(changes), tuple(dict.fromkeys(unknown)))
+
+    @cached_property
+    def _synonyms(self) -> re.Pattern[str] | None:
+        names = sorted((name for name in self.synonyms if name not in self._known), key=lambda name: (-len(name), name))
+        choices = "|".join(r"\s+".join(map(re.escape, name.split())) for name in names)
+        return re.compile(rf"(?<![\w'’-])(?:{choices})(?![\w'’-])", re.IGNORECASE) if names else None
+
+    def _near(self, word: str) -> str | None:
+        """Return the known word that a word in lower case stands for."""
+        if word in self._known:
+            return self._known[word]
+        for ending, other in ENDINGS:
+            if word.endswith(ending) and (base := word[: len(word) - len(ending)] + other) in self._known:
+                return self._known[base]
+        if word in self.english or len(word) < 4:
+            return None
+        allowed = mended(word)
+        distances = {each: edit_distance(word, each, allowed) for each in self._known if len(each) > 2}
+        nearest = min(distances.values(), default=allowed + 1)
+        found = [each for each, distance in distances.items() if distance == nearest]
+        return self._known[found[0]] if nearest <= allowed and len(found) == 1 else None
+
+    def read_strictly(self, prompt: str) -> PromptReading:
+        """Return `read`. Raises UserError for a prompt with unknown words."""
+        reading = self.read(prompt)
+        if reading.unknown:
+            raise UserError(f"prompt: expected words that the model knows, found {self.told(reading)}")
+        return reading
+
+    def told(self, reading: PromptReading) -> str:
+        """Return a reading's unknown words for people, with what the model can draw instead."""
+        words = ", ".join(f'"{word}"' for word in reading.unknown)
+        return f"{words}, never seen in training" + (f"; it draws {', '.join(self.things)}" if self.things else "")
+
+
+def _articles(before: str, after: str) -> str:
+    """Set "a" or "an" right where the word after it was replaced: "an automobile" gives "a car"."""
+    if before == after:
+        return after
+
+    def fitting(match: re.Match[str]) -> str:
+        article, space, word = match.groups()
+        fits = "an" if word[0].lower() in "aeiou" else "a"
+        return (fits.capitalize() if article[0].isupper() else fits) + space + word
+
+    kept = set(re.findall(r"\b[Aa]n? +[\w-]+", before))
+    return re.sub(
+        r"\b([Aa]n?)( +)([\w-]+)", lambda match: match.group() if match.group() in kept else fitting(match), after
+    )
+
+
+def mended(word: str) -> int:
+    """Return the number of typing errors in a word that are mended."""
+    return 1 if len(word) < 7 else 2
+
+
+def shortened(word: str) -> set[str]:
+    """Return a word without any one or two of its letters: two words that share none are no typing errors apart."""
+    words = {word}
+    for _ in range(mended(word)):
+        words |= {each[:at] + each[at + 1 :] for each in words for at in range(len(each))}
+    return words
+
+
+def edit_distance(first: str, second: str, most: int) -> int:
+    """Return the insertions, deletions, replacements and swaps of neighbours between two words; `most` + 1 if more."""
+    if abs(len(first) - len(second)) > most:
+        return most + 1
+    before: list[int] = []
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, 1):
+        before, last, row = row, before, [i]
+        for j, b in enumerate(second, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b)))
+            if i > 1 and j > 1 and a == second[j - 2] and b == first[i - 2]:
+                row[j] = min(row[j], last[j - 2] + 1)
+        if min(row) > most:
+            return most + 1
+    return min(row[-1], most + 1)
