@@ -3,7 +3,8 @@
     config.json               model_type, architectures, preset, network, diffusion process, image size, the scenes it
                               learned, fingerprints of tokenizer and autoencoder
     model.safetensors         the averaged weights
-    tokenizer.json            autoencoder/        generation_config.json        README.md (model card)
+    tokenizer.json            tokenizer_config.json, for transformers, too
+    autoencoder/              generation_config.json        README.md (model card)
     vocabulary.json           the words it has learned to draw, if its world is not open
 
 Diffusers' layout of the same files, whose `vae` and `scheduler` diffusers opens, loads as well (`relayout`):
@@ -41,6 +42,7 @@ from .io import atomic_dir, sha256
 from .model import ModelConfig, Transfusion
 from .model.transfusion import current_name
 from .sequence import Tokenizer
+from .sequence.text_format import TOKENIZER_CONFIG
 from .version import __version__
 from .vocabulary import Vocabulary
 
@@ -171,6 +173,7 @@ def save_export(
         tokenizer.save(partial / "tokenizer.json")
         if vocabulary is not None:
             _write_json(partial / "vocabulary.json", to_dict(vocabulary))
+        _write_json(partial / TOKENIZER_CONFIG, tokenizer.text_format.config())
         (partial / "README.md").write_text(card)
     return folder
 
@@ -380,4 +383,4 @@ def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ DIFFUSERS = {
     "model.safetensors": "transformer/diffusion_pytorch_model.safetensors",
     "generation_config.json": "transformer/generation_config.json",
     "tokenizer.json": "tokenizer/tokenizer.json",
+    "tokenizer_config.json": "tokenizer/tokenizer_config.json",
     "autoencoder": "vae",
     "vocabulary.json": "transformer/vocabulary.json",
     "README.md": "README.md",

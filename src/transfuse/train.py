@@ -209,6 +209,7 @@ def _model_card(run: Run, trainer: Trainer) -> str:
     call = f'("{next(iter(run.held_out_prompts(1)), "a crab")}").images[0]'
     if images == "none":
         call = '.generate("crab:").text'
+    done = {"positions": 0, "images": 0, "flops": 0, "seconds": 0, **trainer.totals}
     start = f"\n- Started from the weights in {Path(recipe.start).name}, whose licence holds." if recipe.start else ""
     return f"""---
 pipeline_tag: {"text-generation" if images == "none" else "any-to-any"}
@@ -218,8 +219,8 @@ library_name: transfuse
 
 - Data: {data}.{start}
 - Autoencoder: {"none" if images == "none" else recipe.data.autoencoder}.
-- Training: {trainer.step} steps, {int(trainer.totals["positions"])} positions, {int(trainer.totals["images"])} images,
-  {trainer.totals["flops"]:.3g} operations, {trainer.totals["seconds"]:.0f} seconds.
+- Training: {trainer.step} steps, {int(done["positions"])} positions, {int(done["images"])} images,
+  {done["flops"]:.3g} operations, {done["seconds"]:.0f} seconds.
 - Limits: it knows {data}; nothing else.
 
     import transfuse

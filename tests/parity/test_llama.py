@@ -4,6 +4,7 @@ go both ways."""
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from transfuse.convert.architectures import hf_config, hf_weights
 from transfuse.convert.hf_folder import (
-    marker_rows,
+    new_markers,
     read_hf_config,
     save_hf_folder,
     start_from_hf,
@@ -81,10 +82,10 @@ def saved(model, folder: Path, shard: str = "50GB") -> Path:
     return folder
 
 
-def started(folder: Path, strict: bool = True, markers: dict[int, int] | None = None, **changes) -> Transfusion:
+def started(folder: Path, strict: bool = True, new_ids: Collection[int] = (), **changes) -> Transfusion:
     """Our model of a folder's shape, with patch layers, whose every weight was something else before."""
     model = randomised(tiny(**read_hf_config(folder) | changes), seed=5)
-    start_from_hf(model, folder, strict, markers)
+    start_from_hf(model, folder, strict, new_ids)
     return model.eval()
 
 
@@ -192,12 +193,13 @@ def test_kin_that_no_name_or_shape_would_tell_are_refused(tmp_path, kind) -> Non
     [{}, {"n_kv_heads": 2, "rope_theta": 500000.0, "norm_eps": 1e-6}, {"images": "none", "d_ff": 160}],
     ids=str,
 )
-def test_export_opens_in_transformers(tmp_path, variant) -> None:
+def test_export_opens_in_transformers(tmp_path, variant, tokenizer) -> None:
     model = randomised(tiny(**variant)).eval()
-    save_hf_folder(tmp_path / "out", model, bos=7, eos=9)
+    save_hf_folder(tmp_path / "out", model, tokenizer)
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(opened) is transformers.LlamaForCausalLM
-    assert (opened.config.bos_token_id, opened.config.eos_token_id) == (7, 9)
+    assert (opened.config.bos_token_id, opened.config.eos_token_id) == (tokenizer.bos, tokenizer.eos)
+    assert opened.generation_config.eos_token_id == [tokenizer.eos, tokenizer.boi]
     close(theirs_of(opened), ours_of(model))
     close(ours_of(started(tmp_path / "out")), ours_of(model))
 
@@ -221,7 +223,7 @@ def test_export_of_a_network_of_codes_has_all_its_ids(tmp_path) -> None:
 
 
 def test_a_folder_with_its_tokenizer(tmp_path) -> None:
-    """Their words keep their ids and their rows; our markers take spare rows, and start as what theirs mean."""
+    """Their words keep ids and rows; their beginning and end of text are ours; BOI and EOI begin at a mean."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -233,13 +235,14 @@ def test_a_folder_with_its_tokenizer(tmp_path) -> None:
     folder = saved(model, tmp_path / "llama")
     words.save_pretrained(folder)
 
-    adopted = Tokenizer.adopt(folder / "tokenizer.json")
-    assert (adopted.bos, adopted.eos, adopted.boi, adopted.eoi) == (270, 271, 272, 273)
-    assert list(adopted.encode("two small boats")) == words.encode("two small boats", add_special_tokens=False)
-    rows = marker_rows(folder, adopted)
-    assert rows == {270: 0, 271: 1}
-    ours, state = started(folder, markers=rows), model.state_dict()
+    ours_words = Tokenizer.of_model(folder)
+    assert (ours_words.bos, ours_words.eos, ours_words.boi, ours_words.eoi) == (0, 1, 270, 271)
+    assert ours_words.ends == (1, 5)
+    assert list(ours_words.encode("two small boats")) == words.encode("two small boats", add_special_tokens=False)
+    new_ids = new_markers(folder, ours_words)
+    assert new_ids == [270, 271]
+    ours, state = started(folder, new_ids=new_ids), model.state_dict()
     for weight, name in ((ours.embedding.weight, "model.embed_tokens.weight"), (ours.lm_head.weight, "lm_head.weight")):
         assert torch.equal(weight[:270], state[name][:270])
-        assert torch.equal(weight[270:272], state[name][:2])
+        torch.testing.assert_close(weight[270:272], state[name][:270].mean(0).expand(2, -1))
         assert torch.equal(weight[272:], state[name][272:])

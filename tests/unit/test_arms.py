@@ -276,7 +276,7 @@ def test_a_run_is_exported(images: str, build: Build, tmp_path: Path) -> None:
     recipe = arm(images)
     trainer = build(recipe, "run")
     trainer.train_step(Average())
-    folder = export_run(resolve(recipe, trainer.folder / "tokenizer.json"), trainer, tmp_path / "export")
+    folder = export_run(resolve(recipe, trainer.folder), trainer, tmp_path / "export")
     pipe = TransfusionPipeline.from_pretrained(folder)
     if images == "codes":
         assert pipe("a crab", generator=0).images[0].size == (32, 32)

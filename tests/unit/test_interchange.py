@@ -16,7 +16,6 @@ from torch import Tensor
 from transfuse.convert.architectures import hf_weights
 from transfuse.convert.hf_folder import (
     Match,
-    marker_rows,
     read_hf_config,
     save_hf_folder,
     start_from_hf,
@@ -252,11 +251,11 @@ def test_a_tied_head_is_a_copy(tmp_path) -> None:
     del weights["lm_head.weight"]
     save_file(weights, folder_with(tmp_path) / "model.safetensors")
     refused(model, tmp_path, r"missing 1: lm_head\.weight")
-    match = start_from_hf(model, folder_with(tmp_path, tie_word_embeddings=True), markers={300: 7})
+    match = start_from_hf(model, folder_with(tmp_path, tie_word_embeddings=True), new_ids=[300])
     assert (match.missing, len(match.matched)) == ((), 20)
     for weight in (model.embedding.weight, model.lm_head.weight):
         assert torch.equal(weight[:300], weights["model.embed_tokens.weight"])
-        assert torch.equal(weight[300], weights["model.embed_tokens.weight"][7])
+        torch.testing.assert_close(weight[300], weights["model.embed_tokens.weight"].mean(0))
     before = ours(text_vocab_size=304)
     assert torch.equal(model.embedding.weight[301:], before.embedding.weight[301:])
     assert torch.equal(model.lm_head.weight[301:], before.lm_head.weight[301:])
@@ -274,17 +273,19 @@ def test_a_tied_head_that_is_in_the_file_is_read_and_one_of_no_embedding_is_miss
     assert start_from_hf(ours(), folder, strict=False).missing == both
 
 
-def test_markers_start_as_rows_of_theirs(tmp_path) -> None:
+def test_new_ids_start_at_the_mean_of_those_before_them(tmp_path) -> None:
     weights, model = weights_of(), ours(text_vocab_size=304)
     save_file(weights, folder_with(tmp_path) / "model.safetensors")
-    start_from_hf(model, tmp_path, markers={302: 1, 1: 2, 2: 1})  # as they were, not as the last copy left them
+    start_from_hf(model, tmp_path, new_ids=[290, 302])  # rows from 290 on pad their table
     for weight, name in (
         (model.embedding.weight, "model.embed_tokens.weight"),
         (model.lm_head.weight, "lm_head.weight"),
     ):
-        assert torch.equal(weight[[302, 1, 2, 3]], weights[name][[1, 2, 1, 3]])
-    for markers in ({304: 1}, {301: 300}, {-1: 1}, {301: -1}):
-        refused(model, tmp_path, "markers: expected rows of ours below 304, of theirs below 300", markers=markers)
+        mean = weights[name][:290].mean(0)
+        torch.testing.assert_close(weight[[290, 302]], mean.expand(2, -1))
+        assert torch.equal(weight[291:300], weights[name][291:300])
+    for wrong in (304, -1):
+        refused(model, tmp_path, "new_ids: expected ids below 304, found", new_ids=[wrong])
 
 
 def sharded(folder: Path) -> dict[str, Tensor]:
@@ -321,17 +322,18 @@ def test_only_safetensors_are_opened(tmp_path) -> None:
     refused(ours(), tmp_path, r"expected safetensors weights, found only a pickled \.bin")
 
 
-def test_what_is_written_is_what_is_read(tmp_path) -> None:
+def test_what_is_written_is_what_is_read(tmp_path, tokenizer) -> None:
     model, folder = ours(), tmp_path / "out"
     folder.mkdir()
     for former in ("config.json", "former.json"):
         (folder / former).write_text("{}")
-    save_hf_folder(folder, model, bos=3, eos=4)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    save_hf_folder(folder, model, tokenizer)
+    files = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == files
     assert read_hf_config(folder) == FIELDS
     values = json.loads((folder / "config.json").read_text())
     assert (values["architectures"], values["model_type"]) == (["LlamaForCausalLM"], "llama")
-    assert (values["torch_dtype"], values["bos_token_id"], values["eos_token_id"]) == ("float32", 3, 4)
+    assert (values["torch_dtype"], values["bos_token_id"], values["eos_token_id"]) == ("float32", 0, 1)
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"]  # transformers 4, transformers 5
     written = load_file(folder / "model.safetensors")
     for name, value in hf_weights(model).items():
@@ -343,7 +345,7 @@ def test_what_can_not_be_written(tmp_path, monkeypatch) -> None:
     for changes in ({"qk_norm": True}, {"norm_order": "swin"}):
         with pytest.raises(UserError, match=r"out: model: expected the transformer of llama, .*, found qkv_bias False"):
             save_hf_folder(tmp_path / "out", ours(**changes))
-    save_hf_folder(tmp_path / "out", ours(), bos=3)
+    save_hf_folder(tmp_path / "out", ours())
     former = (tmp_path / "out" / "config.json").read_text()
 
     def full(*_: Any, **__: Any) -> None:
@@ -392,9 +394,3 @@ def test_tokenizers_that_are_none(tmp_path) -> None:
         Tokenizer.adopt(path)
     with pytest.raises(UserError, match=r"tokenizer\.json: expected ids from 0 to 5, found gaps among them"):
         Tokenizer.adopt(words(path, {"a": 0, "b": 9}))
-
-
-def test_rows_of_markers(tmp_path, tokenizer: Tokenizer) -> None:
-    for eos, rows in ((2, {tokenizer.eos: 2}), ([5, 2], {tokenizer.eos: 5}), ([], {}), (None, {}), (..., {})):
-        folder = folder_with(tmp_path, bos_token_id=0, eos_token_id=eos)
-        assert marker_rows(folder, tokenizer) == {tokenizer.bos: 0} | rows

@@ -111,13 +111,13 @@ def _export_run(
             raise missing
         export_autoencoder(autoencoder_run, trainer, out)
         return trainer.step
-    run = resolve(read_recipe(config, Recipe), folder / "tokenizer.json")
+    run = resolve(read_recipe(config, Recipe), folder)
     trainer = build_trainer(run, folder)
     if not trainer.restore():
         raise missing
     if format == "llama":
         model = averaged_model(run.recipe, trainer.averaged())
-        save_hf_folder(out, model, run.tokenizer.bos, run.tokenizer.eos, run.tokenizer)
+        save_hf_folder(out, model, run.tokenizer)
     else:
         with TemporaryDirectory() as aside:
             relayout(export_run(run, trainer, Path(aside) / "export"), out, format, dtype)

@@ -2,12 +2,12 @@
 
     config.json                                              the shape
     model.safetensors, or model.safetensors.index.json       the weights, whole or in shards
-    tokenizer.json                                           the tokenizer, to which our markers are added
+    tokenizer.json                                           the tokenizer, to which BOI and EOI are added
 
 fields = read_hf_config(folder)                           # fields of ModelConfig
-tokenizer = Tokenizer.adopt(folder / "tokenizer.json")
-start_from_hf(model, folder, markers=marker_rows(folder, tokenizer))
-save_hf_folder(other, model, tokenizer.bos, tokenizer.eos, tokenizer)
+tokenizer = Tokenizer.of_model(folder)
+start_from_hf(model, folder, new_ids=new_markers(folder, tokenizer))
+save_hf_folder(other, model, tokenizer)
 
 safetensors only: nothing is unpickled.
 """
@@ -15,11 +15,13 @@ safetensors only: nothing is unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -28,6 +30,7 @@ from ..errors import UserError
 from ..io import atomic_dir
 from ..model import ModelConfig, Transfusion
 from ..sequence import Tokenizer
+from ..sequence.tokenizer import SPECIAL
 from .architectures import EMBEDDING, HEAD, hf_config, hf_weights, read_fields
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,14 +94,12 @@ class Match:
         return "\n".join(lines)
 
 
-def start_from_hf(
-    model: Transfusion, folder: Path, strict: bool = True, markers: Mapping[int, int] | None = None
-) -> Match:
+def start_from_hf(model: Transfusion, folder: Path, strict: bool = True, new_ids: Collection[int] = ()) -> Match:
     """Copy a folder's weights into a model, in the model's dtype. The image adapter and q/k norms keep their values.
 
     strict: refuse a folder that lacks a weight of the transformer, has one more, or has other constants; otherwise copy
-    what fits. A tied output layer starts as a copy of the embedding and is untied from then on. Rows of the vocabulary
-    after the folder's keep their values, except `markers` (our row: the row of theirs it is copied from).
+    what fits. A tied output layer starts as a copy of the embedding and is untied from then on.
+    new_ids: ids that the folder's model has not learned (`new_markers`); their rows become the mean of the others.
 
     Raises UserError before the first weight is written.
     """
@@ -124,33 +125,30 @@ def start_from_hf(
             fits = len(shape) == 2 and shape[0] <= config.text_vocab_size and shape[1] == config.d_model
         if not fits:
             raise UserError(f"{folder}: tensor {name}: expected {expected}, found {shape}")
-    rows = min((shapes[name][0] for name in (EMBEDDING, HEAD) if name in shapes), default=0)
-    for row, source in (markers or {}).items():
-        if not (0 <= row < config.text_vocab_size and 0 <= source < rows):
-            limits = f"rows of ours below {config.text_vocab_size}, of theirs below {rows}"
-            raise UserError(f"{folder}: markers: expected {limits}, found {row} from {source}")
+    if any(not 0 <= row < config.text_vocab_size for row in new_ids):
+        raise UserError(f"{folder}: new_ids: expected ids below {config.text_vocab_size}, found {sorted(new_ids)}")
     for file in files:
         for name in sorted(own.keys() & set(file.keys())):
             tensor = file.get_tensor(name)
             for target in (EMBEDDING, HEAD) if tied and name == EMBEDDING else (name,):
                 own[target][: len(tensor)] = tensor
-    if markers:
+    if new_ids:
         for name in (EMBEDDING, HEAD):
             if tied or name in shapes:
-                own[name][list(markers)] = own[name][list(markers.values())]
+                known = own[name][: min(new_ids)]  # later rows pad the table: nothing has learned them
+                own[name][list(new_ids)] = known.mean(0, dtype=torch.float32).to(known.dtype)
     return match
 
 
 def save_hf_folder(
     folder: Path,
     model: Transfusion,
-    bos: int | None = None,
-    eos: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Write embedding, transformer and output layer as transformers' model of that family; bos and eos are token ids.
+    """Write embedding, transformer and output layer as transformers' model of that family, with its tokenizer.
 
-    The image adapter is left out. The folder appears whole or not at all.
+    The image adapter is left out: `generate` stops at BOI, where an image would begin. The folder appears whole or not
+    at all.
 
     Raises UserError for a transformer of no known family, or a folder that cannot be written.
     """
@@ -159,8 +157,8 @@ def save_hf_folder(
             **hf_config(model.config),
             "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
             # Written even if None: without them transformers assumes 1 and 2.
-            "bos_token_id": bos,
-            "eos_token_id": eos,
+            "bos_token_id": None if tokenizer is None else tokenizer.bos,
+            "eos_token_id": None if tokenizer is None else tokenizer.eos,
         }
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
@@ -170,18 +168,16 @@ def save_hf_folder(
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
+            for name, content in tokenizer.hf_files().items():
+                (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
 
 
-def marker_rows(folder: Path, tokenizer: Tokenizer) -> dict[int, int]:
-    """Map our rows of the embedding to the folder's, for the markers that both have (begin and end of sequence)."""
-    values, rows = _read_config(folder), {}
-    for ours, field in ((tokenizer.bos, "bos_token_id"), (tokenizer.eos, "eos_token_id")):
-        token_id = values.get(field)
-        token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
-        if isinstance(token_id, int):
-            rows[ours] = token_id
-    return rows
+def new_markers(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of markers that the folder's tokenizer.json does not have: BOI and EOI, or all four."""
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = {name: tokenizer.backend.token_to_id(name) for name in SPECIAL if backend.token_to_id(name) is None}
+    return [number for number in ids.values() if number is not None]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -226,7 +226,7 @@ class Engine:
         if request.temperature > 0:
             generator = generator_for(request.seed, "token", seq.length)
             token = sample(logits, request.temperature, request.top_p, generator)
-        if token == self.grammar.eos:
+        if token in self.runner.tokenizer.ends:
             yield from self._finish(seq, "stop")
             return
         seq.next_token = token

@@ -54,9 +54,12 @@ class ModelRunner:
         alone = Document([patch if self.grammar.first_code is None else code])
         layout = layout_document(unconditional(alone), self.grammar)
         self.null_tokens = layout.input_ids[: layout.spans[0].start].tolist()
-        # Added to logits of text: BOS, EOI, codes and ids that the tokenizer does not have are never chosen.
+        # Added to logits of text: EOI, codes, ids that the tokenizer does not have, and BOS, unless it also ends a
+        # text, are never chosen.
         self.logit_mask = torch.zeros(self.config.vocab_size)
-        self.logit_mask[[self.grammar.bos, self.grammar.eoi]] = -torch.inf
+        self.logit_mask[
+            [id for id in (self.grammar.bos, self.grammar.eoi) if id not in self.tokenizer.ends]
+        ] = -torch.inf
         self.logit_mask[self.tokenizer.vocab_size :] = -torch.inf
         # One image at a time where the last bits of a convolution depend on how many there are.
         self.separate = self.config.adapter == "unet" and self.device.type == "cpu"

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
 from ..config import to_dict
-from ..convert.hf_folder import check_transformer, marker_rows, read_hf_config, start_from_hf
+from ..convert.hf_folder import check_transformer, new_markers, read_hf_config, start_from_hf
 from ..data import Mixture
 from ..data.bundled import World, caption, edit, glosses, vocabulary
 from ..diffusion import Process, Sampler
@@ -36,7 +36,7 @@ from ..recipes.recipe import OF_THE_WORLD, Recipe
 from ..sequence import SequenceFormat, Tokenizer
 from ..training.metrics import check_trackers
 from ..vocabulary import Vocabulary
-from .folder import record_recipe, settle_device
+from .folder import read_recipe, record_recipe, settle_device
 from .sources import Sources, mixture, open_sources
 
 TOKENIZER_CAPTIONS = 4000  # captions of the bundled world that a tokenizer is trained on, next to the definitions
@@ -91,19 +91,22 @@ class Run:
         return self.sources.held_out_prompts(count)
 
 
-def resolve(recipe: Recipe, tokenizer: Path | None = None, here: bool = True) -> Run:
+def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Run:
     """Open everything a recipe names, once, and fill in the settings that follow from it.
 
     Args:
         recipe: the recipe to resolve.
-        tokenizer: `tokenizer.json` of the run's folder, used if it exists.
+        folder: the run's folder; if a run has begun there, its tokenizer and what `start` determined then stay.
         here: whether "auto" in device and precision becomes what suits this machine.
 
     Raises:
         UserError: something is missing, or the parts do not fit together.
     """
+    begun = None
+    if folder is not None and (folder / "config.json").exists():
+        begun = read_recipe(folder / "config.json", Recipe)
     if recipe.start:
-        recipe = resolve_init(recipe)
+        recipe = resolve_init(recipe, begun)
     sources = open_sources(recipe.data)
     recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))
     saved = init_tokenizer(Path(recipe.start)) if recipe.start else None
@@ -113,10 +116,8 @@ def resolve(recipe: Recipe, tokenizer: Path | None = None, here: bool = True) ->
     recipe = _with_autoencoder(recipe, sources, autoencoder)
     if here:
         recipe = settle_device(recipe)
-    if tokenizer is not None and tokenizer.exists():
-        saved = Tokenizer.load(tokenizer)
-    elif sources.tokenizer is not None:
-        saved = None
+    if folder is not None and (folder / "tokenizer.json").exists():
+        saved = Tokenizer.load(folder / "tokenizer.json")
     return Run(recipe, sources, autoencoder, saved)
 
 
@@ -127,11 +128,10 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
     or a tracker's package is missing.
     """
     check_trackers(recipe.loop.trackers)
-    tokenizer = folder / "tokenizer.json"
-    run = resolve(settle_device(recipe, folder), tokenizer)
+    run = resolve(settle_device(recipe, folder), folder)
     record_recipe(run.recipe, folder)
-    if not tokenizer.exists():
-        atomic_write(tokenizer, run.tokenizer.save)
+    if not (folder / "tokenizer.json").exists():
+        atomic_write(folder / "tokenizer.json", run.tokenizer.save)
     return run
 
 
@@ -173,13 +173,13 @@ def _with_vocabulary(recipe: Recipe, sources: Sources, init: Tokenizer | None) -
     tokenizer = sources.tokenizer
     if tokenizer is None:
         return recipe
-    if init is not None and tokenizer.fingerprint != init.fingerprint:
+    if init is not None and tokenizer.text_fingerprint != init.text_fingerprint:
         raise UserError(
             f"data.sources: expected data sets with the tokenizer of {recipe.start}, found another; build them with "
             f"--tokenizer {recipe.start}"
         )
     sources.check_lengths(recipe.model.max_seq_len - 2, "model.max_seq_len, less two markers")
-    if recipe.model.text_vocab_size >= tokenizer.vocab_size and recipe.start:
+    if init is not None and recipe.model.text_vocab_size >= init.vocab_size:
         return recipe
     return _with_model(recipe, "text_vocab_size", tokenizer.vocab_size, "as the tokenizer of the data sets has")
 
@@ -255,8 +255,8 @@ def _with_model(recipe: Recipe, name: str, value: int, reason: str) -> Recipe:
 # --- initial weights -------------------------------------------------------------------------------------------------
 
 
-def resolve_init(recipe: Recipe) -> Recipe:
-    """Return the recipe with the settings that `start` determines, and log the changes.
+def resolve_init(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
+    """Return the recipe with the settings that `start` determines, or determined when a run had `begun`; log changes.
 
     An export determines the network, diffusion process, autoencoder and generation settings; with `start_strict` off,
     the vocabulary alone. A Llama determines the shape of the transformer.
@@ -265,7 +265,7 @@ def resolve_init(recipe: Recipe) -> Recipe:
     """
     folder = Path(recipe.start)
     if not is_export(folder):
-        return _with_llama_shape(recipe, folder)
+        return _with_llama_shape(recipe, folder, begun)
     if bundled_name(folder) is None:
         folder = folder.resolve()  # the run may be resumed or exported from another directory
     export = describe(folder)
@@ -291,11 +291,12 @@ def resolve_init(recipe: Recipe) -> Recipe:
     return replace(recipe, start=str(folder), **parts)  # type: ignore[arg-type]
 
 
-def _with_llama_shape(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with the shape of a Llama folder's transformer."""
+def _with_llama_shape(recipe: Recipe, folder: Path, begun: Recipe | None) -> Recipe:
+    """Return the recipe with the shape of a language model's transformer."""
     fields: dict[str, Any] = read_hf_config(folder, recipe.model.max_seq_len)
-    ids = init_tokenizer(folder).vocab_size
-    fields["text_vocab_size"] = max(fields["text_vocab_size"], ids)
+    fields["text_vocab_size"] = max(fields["text_vocab_size"], init_tokenizer(folder).vocab_size)
+    if begun is not None and begun.start == recipe.start:  # an earlier version may have taken less from the folder
+        fields = {name: getattr(begun.model, name) for name in fields}
     changed = {name: value for name, value in fields.items() if getattr(recipe.model, name) != value}
     model = replace(recipe.model, **changed)
     check_transformer(model, folder, recipe.start_strict)
@@ -306,7 +307,7 @@ def _with_llama_shape(recipe: Recipe, folder: Path) -> Recipe:
 
 def init_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of `start`, with the markers of images."""
-    return Tokenizer.load(places(folder)["tokenizer.json"]) if is_export(folder) else Tokenizer.adopt(folder)
+    return Tokenizer.load(places(folder)["tokenizer.json"]) if is_export(folder) else Tokenizer.of_model(folder)
 
 
 def init_from(model: Transfusion, folder: Path, tokenizer: Tokenizer, strict: bool) -> str:
@@ -315,7 +316,7 @@ def init_from(model: Transfusion, folder: Path, tokenizer: Tokenizer, strict: bo
     Raises UserError if they do not fit.
     """
     if not is_export(folder):
-        return str(start_from_hf(model, folder, strict, marker_rows(folder, tokenizer)))
+        return str(start_from_hf(model, folder, strict, new_markers(folder, tokenizer)))
     export = describe(folder)
     if strict and export.model != model.config:
         raise UserError(f"{folder}: expected the network that the run began with, found another")

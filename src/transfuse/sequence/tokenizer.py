@@ -8,6 +8,7 @@ tokenizer.save(folder / "tokenizer.json")
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,31 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from ..config import read_json
 from ..errors import UserError
 from .layout import Positions, SequenceFormat
+from .text_format import BOI, BOS, EOI, EOS, TOKENIZER_CONFIG, TextFormat, read_text_format
 
-BOS, EOS, BOI, EOI = "<|bos|>", "<|eos|>", "<|boi|>", "<|eoi|>"
 SPECIAL = (BOS, EOS, BOI, EOI)
 
 
 class Tokenizer:
-    """A byte-level BPE (or any `tokenizers` model) in which the four markers are single ids."""
+    """A byte-level BPE (or any `tokenizers` model) in which the four markers are single ids.
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        ids = [backend.token_to_id(name) for name in SPECIAL]
+    BOS and EOS are ours, or those of a pretrained model (`text_format`). `ends` are the ids after which nothing is
+    written, EOS first.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, text_format: TextFormat | None = None) -> None:
+        self.text_format = text_format or TextFormat()
+        names = self.text_format.bos, self.text_format.eos, BOI, EOI, *self.text_format.other_ends
+        ids = [backend.token_to_id(name) for name in names]
         if None in ids:
-            raise UserError(f"tokenizer: expected the special tokens {', '.join(SPECIAL)}, found only some of them")
+            raise UserError(f"tokenizer: expected the special tokens {', '.join(names)}, found only some of them")
         backend.encode_special_tokens = True  # a marker's name typed by a user is plain text, never the marker
         self.backend = backend
-        self.bos, self.eos, self.boi, self.eoi = (number for number in ids if number is not None)
+        self.bos, self.eos, self.boi, self.eoi, *others = (number for number in ids if number is not None)
+        self.ends = self.eos, *others
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -58,8 +67,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Read a `tokenizer.json`. Raises UserError where the file is missing or is no tokenizer."""
-        return cls(_from_json(Path(path)))
+        """Read a `tokenizer.json`, and the tokenizer_config.json next to it, if there is one.
+
+        Raises UserError where the file is missing or is no tokenizer.
+        """
+        path = Path(path)
+        backend = _from_json(path)
+        return cls(backend, read_text_format(path.parent, backend) if _has_format(path.parent) else None)
 
     @classmethod
     def adopt(cls, path: Path | str) -> Tokenizer:
@@ -71,23 +85,50 @@ class Tokenizer:
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         backend = _from_json(path) if path.suffix == ".json" or not path.is_file() else from_sentencepiece(path)
-        backend.add_special_tokens(list(SPECIAL))  # a marker that is there keeps its id
-        backend.no_truncation()  # either may be on in a file, and would change every document
-        backend.no_padding()
-        ids = sorted(backend.get_vocab(with_added_tokens=True).values())
-        if ids != list(range(len(ids))):
-            raise UserError(f"{path}: expected ids from 0 to {len(ids) - 1}, found gaps among them")
-        return cls(backend)
+        return cls(_with_markers(path, backend, SPECIAL))
+
+    @classmethod
+    def of_model(cls, folder: Path) -> Tokenizer:
+        """Open the tokenizer of a pretrained model's folder, with that model's own beginning and end of text.
+
+        BOI and EOI take the ids after its own. Raises UserError like `adopt`, and for tokens that it does not have.
+        """
+        path = folder / "tokenizer.json"
+        backend = _from_json(path)
+        text_format = read_text_format(folder, backend)
+        names = text_format.bos, text_format.eos, BOI, EOI
+        return cls(_with_markers(path, backend, [name for name in names if name in SPECIAL]), text_format)
 
     def save(self, path: Path | str) -> None:
-        """Write a `tokenizer.json`."""
-        Path(path).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        """Write a `tokenizer.json`; and tokenizer_config.json next to it, unless BOS, EOS and template are ours."""
+        path = Path(path)
+        if self.text_format != TextFormat():
+            config = json.dumps(self.text_format.config(), indent=2, ensure_ascii=False) + "\n"
+            path.with_name(TOKENIZER_CONFIG).write_text(config, encoding="utf-8")
+        path.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+
+    def hf_files(self) -> dict[str, dict[str, Any]]:
+        """Return the files next to tokenizer.json that transformers reads; its `generate` also stops at BOI."""
+        ends = [*self.ends, self.boi]
+        return {
+            TOKENIZER_CONFIG: self.text_format.config(),
+            "generation_config.json": {"bos_token_id": self.bos, "eos_token_id": ends, "pad_token_id": self.eos},
+        }
 
     @property
     def fingerprint(self) -> str:
         """A hash of everything that decides a text's ids: equal for equal tokenizers, wherever they were saved."""
         text = tokenizers.Tokenizer.from_str(self.backend.to_str()).to_str()  # scores may be rounded, once
+        names = self.text_format.bos, self.text_format.eos
+        text += "" if names == (BOS, EOS) else json.dumps(names)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def text_fingerprint(self) -> str:
+        """A hash of what decides a text's ids, whatever the markers are: documents are stored without them."""
+        values = json.loads(tokenizers.Tokenizer.from_str(self.backend.to_str()).to_str())
+        values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in SPECIAL]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
     @property
     def vocab_size(self) -> int:
@@ -116,6 +157,24 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without markers."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+
+def _has_format(folder: Path) -> bool:
+    """Return True for a folder whose tokenizer_config.json we wrote; another's may not name our markers."""
+    path = folder / TOKENIZER_CONFIG
+    values = read_json(path) if path.is_file() else None
+    return isinstance(values, dict) and "end_tokens" in values
+
+
+def _with_markers(path: Path, backend: tokenizers.Tokenizer, names: Sequence[str]) -> tokenizers.Tokenizer:
+    """Add markers to a tokenizer that was read from `path`; one that is there keeps its id."""
+    backend.add_special_tokens(list(names))
+    backend.no_truncation()  # either may be on in a file, and would change every document
+    backend.no_padding()
+    ids = sorted(backend.get_vocab(with_added_tokens=True).values())
+    if ids != list(range(len(ids))):
+        raise UserError(f"{path}: expected ids from 0 to {len(ids) - 1}, found gaps among them")
+    return backend
 
 
 def _from_json(path: Path) -> tokenizers.Tokenizer:

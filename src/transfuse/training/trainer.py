@@ -78,8 +78,10 @@ class LoopConfig:
     """services that also receive metrics and sample grids (each an extra of that name)"""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("steps", "log_every", "keep", "measure_count"), 1)
-        least |= dict.fromkeys(("keep_every", "checkpoint_every", "sample_every", "measure_every", "profile"), 0)
+        least = dict.fromkeys(("log_every", "keep", "measure_count"), 1)
+        least |= dict.fromkeys(
+            ("steps", "keep_every", "checkpoint_every", "sample_every", "measure_every", "profile"), 0
+        )
         least |= dict.fromkeys(("max_seconds", "session_seconds"), 0)
         for name, lowest in least.items():
             value = getattr(self, name)
