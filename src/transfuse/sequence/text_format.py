@@ -1,4 +1,4 @@
-"""How a language model's texts begin and end, and its chat template, as the files next to its tokenizer.json say it.
+"""The tokens that begin and end a language model's texts, and its chat template, read from next to its tokenizer.json.
 
 tokenizer_config.json      bos_token, eos_token, add_bos_token, chat_template
 chat_template.jinja        the template, where it has a file to itself
