@@ -14,13 +14,13 @@ computes each sequence independently of the others; docs/inference.md says where
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, count
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, inf
 
 from ..errors import UserError
 from ..export import Exported
@@ -30,6 +30,7 @@ from .events import Done, Event, Failed, ImageEnd, ImageStart, TextDelta
 from .image_decoding import CodeDecoder, LatentDecoder, sample
 from .kv_cache import PrefixKeys, Segment, SlotAllocator, image_keys
 from .model_runner import ModelRunner, StepInput
+from .scheduling import FairQueue
 from .sequence_state import Request, SequenceState, accept, split_on_oom
 
 
@@ -59,12 +60,16 @@ class Engine:
         self.decoder: LatentDecoder | CodeDecoder = decoder(runner, self.cache)
         self._used_slots: set[int] = set()
         self._numbers = count()
-        self._waiting: deque[SequenceState] = deque()
+        self._queue: FairQueue[SequenceState] = FairQueue()
+        self._waiting: dict[int, SequenceState] = {}
         self._running: dict[int, SequenceState] = {}
         self._last: Engine | None = None  # the engine of the latest `run`, kept with its cache if passes are recorded
 
-    def submit(self, request: Request) -> int:
-        """Queue a request, first come, first served, and return its `request_id`.
+    def submit(self, request: Request, client: str = "") -> int:
+        """Queue a request and return its `request_id`.
+
+        Requests of one client that all draw, or all write, are served in order; between clients and between writing and
+        drawing `FairQueue` decides, and a running request may wait while others have its slot. This changes no result.
 
         Raises UserError, one line, for a request that is invalid or that no slot can hold.
         """
@@ -74,18 +79,19 @@ class Engine:
                 f"request: expected at most {self.positions} positions in all, as a slot of the cache has, "
                 f"found {seq.max_len} to write and draw in and {seq.cfg_len} to guide by"
             )
-        self._waiting.append(seq)
+        self._enqueue(seq, client)
         return seq.number
 
     def cancel(self, number: int) -> None:
         """Drop a request that waits or runs; it has no further events. One that has ended is left as it is."""
-        self._waiting = deque(seq for seq in self._waiting if seq.number != number)
-        if number in self._running:
+        if number in self._waiting:
+            self._queue.remove(self._waiting.pop(number))
+        elif number in self._running:
             self._leave(self._running[number], None)
 
     def cost(self, number: int) -> tuple[int, int]:
         """Return the prompt's positions, and those the network may compute in all, for a request not yet complete."""
-        seq = next(seq for seq in (*self._waiting, *self._running.values()) if seq.number == number)
+        seq = self._waiting[number] if number in self._waiting else self._running[number]
         return len(seq.layout), self.decoder.cost(seq)
 
     @property
@@ -95,17 +101,29 @@ class Engine:
 
     @torch.inference_mode()
     def schedule(self) -> list[int]:
-        """Give free slots to waiting requests, and return their numbers. Every step begins with this, too."""
+        """Give slots to the requests whose turn it is; return the numbers of those that start.
+
+        Every step begins with this, too.
+        """
         started = []
-        while self._waiting and len(self.slots):
-            seq = self._waiting.popleft()
-            seq.slot, seq.length = self.slots.allocate(seq.prefix_keys)
+        while (turn := self._queue.start(free=len(self.slots) > 0)) is not None:
+            seq, last = turn
+            if last is not None:
+                self._suspend(last)
+            del self._waiting[seq.number]
+            saved, seq.suspended = seq.suspended, None
+            seq.slot, reused = self.slots.allocate(seq.prefix_keys if saved is None else None)
             if seq.slot in self._used_slots:  # a new slot is zero, and on most systems its memory is not even taken
-                self.cache.clear(seq.slot, seq.length, seq.max_len)
+                self.cache.clear(seq.slot, reused, seq.max_len)
                 self.cache.clear(seq.slot, self.cache.positions - seq.cfg_len, self.cache.positions)
             self._used_slots.add(seq.slot)
             self._running[seq.number] = seq
-            started.append(seq.number)
+            if saved is None:
+                seq.length = reused
+                started.append(seq.number)
+            else:
+                self.cache.restore(seq.slot, saved)
+                seq.branches = [replace(branch, slot=seq.slot) for branch in seq.branches]
         return started
 
     @torch.inference_mode()
@@ -149,14 +167,28 @@ class Engine:
         if engine is None or engine.busy or len(engine.slots) != len(seqs) or engine.positions < positions:
             engine = Engine(self.runner, len(seqs), positions)
         self._last = engine if self.runner.record is not None else None
-        engine._waiting.extend(seqs)
+        for seq in seqs:
+            engine._enqueue(seq)
         while engine.busy:
             for event in engine.step():
                 if isinstance(event, Failed):
                     raise MemoryError(f"{where[event.request_id]}: {event.reason}")
                 yield event
 
+    def _enqueue(self, seq: SequenceState, client: str = "") -> None:
+        self._waiting[seq.number] = seq
+        kind = "write" if seq.request.draw == "never" else "draw"
+        self._queue.push(seq, self.decoder.cost(seq), client, kind)
+
+    def _suspend(self, seq: SequenceState) -> None:
+        """Copy a running sequence's part of the cache to host memory, and free its slot."""
+        seq.suspended = self.cache.save(seq.slot, seq.max_len, seq.cfg_len)
+        del self._running[seq.number]
+        self.slots.free(seq.slot, None)
+        self._waiting[seq.number] = seq
+
     def _leave(self, seq: SequenceState, prefix_keys: PrefixKeys | None) -> None:
+        self._queue.remove(seq)
         del self._running[seq.number]
         self.slots.free(seq.slot, prefix_keys)
 
@@ -222,7 +254,12 @@ class Engine:
         if seq.written >= request.max_tokens or seq.length + 1 >= self.config.max_seq_len:
             yield from self._finish(seq, "images" if request.max_tokens == 0 else "length")
             return
-        token = argmax
+        token, unpenalised = argmax, logits
+        if request.presence_penalty or request.frequency_penalty:
+            logits = logits.clone()
+            for written, times in seq.counts.items():
+                logits[written] -= request.presence_penalty + request.frequency_penalty * times
+            token = int(logits.argmax())
         if request.temperature > 0:
             generator = generator_for(request.seed, "token", seq.length)
             token = sample(logits, request.temperature, request.top_p, generator)
@@ -234,14 +271,28 @@ class Engine:
             pieces = seq.detokenizer.flush()
         else:
             seq.written += 1
+            seq.counts[token] += 1
+            if request.logprobs is not None:
+                logprobs = unpenalised.log_softmax(-1)
+                best = logprobs.topk(min(request.logprobs, len(logprobs)))
+                top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                seq.logprobs.append((float(logprobs[token]), tuple(pair for pair in top if pair[1] > -inf)))
             pieces = seq.detokenizer.add(token)
-        for written, text in pieces:
-            yield TextDelta(seq.number, text, written)
+        yield from self._emit(seq, pieces, last=token == self.grammar.boi)
+        if seq.stops.matched:
+            yield from self._finish(seq, "stop")
+
+    def _emit(self, seq: SequenceState, pieces: Sequence[tuple[int, str]], last: bool = False) -> Iterator[TextDelta]:
+        """Give the text of complete tokens up to a stop string; `last`: of all, for an image or the end follows."""
+        released = seq.stops.add(pieces)
+        for token, text in released + (seq.stops.flush() if last else []):
+            logprob, top = seq.logprobs.popleft() if seq.logprobs else (None, ())
+            yield TextDelta(seq.number, text, token, logprob, top)
 
     def _finish(self, seq: SequenceState, reason: str) -> Iterator[Event]:
         """End a sequence: give the text that is held back, free the slot, and report."""
-        for written, text in seq.detokenizer.flush():
-            yield TextDelta(seq.number, text, written)
+        if not seq.stops.matched:
+            yield from self._emit(seq, seq.detokenizer.flush(), last=True)
         self._leave(seq, seq.prefix_keys)
         positions = seq.images * seq.patches
         yield Done(seq.number, reason, seq.written, seq.images, seq.evaluations, positions)

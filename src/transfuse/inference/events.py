@@ -20,12 +20,17 @@ class TextDelta:
     """One new token, and the text it completes: empty while a character still lacks some of its tokens.
 
     The tokens of one character come together, once it is complete; those of a cut one come before the next image or
-    the end, as U+FFFD.
+    the end, as U+FFFD. Text that may begin a stop string comes once it does not, or not at all.
+
+    logprob        the token's log probability under the model, before penalties and temperature, if it is asked for
+    top_logprobs   the most probable tokens with theirs
     """
 
     request_id: int
     text: str
     token: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class ImageEnd:
 class Done:
     """The request is complete.
 
-    reason            "stop" (end of sequence), "length" (max_tokens or the model's max_seq_len) or "images"
+    reason            "stop" (end of sequence, or a stop string), "length" (max_tokens or the model's max_seq_len) or
+                      "images"
     image_positions   patches or codes of all images drawn
     """
 

@@ -66,6 +66,21 @@ class KeyValueCache:
         for store in (self.keys, self.values):
             store[:, slot, :, start:end].zero_()
 
+    def save(self, slot: int, head: int, tail: int) -> tuple[Tensor, ...]:
+        """Return copies in host memory of the first `head` positions of a slot and of its last `tail`."""
+        parts = (slice(0, head), slice(self.positions - tail, self.positions))
+        return tuple(
+            store[:, slot, :, part].to("cpu", copy=True) for part in parts for store in (self.keys, self.values)
+        )
+
+    def restore(self, slot: int, saved: tuple[Tensor, ...]) -> None:
+        """Write what `save` returned to a slot, which may be another."""
+        for number, part in enumerate(saved):
+            store = (self.keys, self.values)[number % 2]
+            count = part.shape[2]
+            start = 0 if number < 2 else self.positions - count
+            store[:, slot, :, start : start + count] = part.to(self.device)
+
     def copy(self, slot: int, start: int, other: KeyValueCache, count: int) -> None:
         """Copy the first `count` positions of another cache's only sequence to `start`."""
         for store, source in ((self.keys, other.keys), (self.values, other.values)):

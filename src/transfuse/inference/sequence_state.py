@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 REPLACEMENT = "\ufffd"
 """the character that a decoder gives for bytes that are no character, or not yet one"""
+MAX_PENALTY = 2.0
+"""of presence and frequency, in logits, as OpenAI's API has it"""
 LONGEST_PREFIX = 3
 """bytes of a character that lacks its last one, so at most as many replacements"""
 
@@ -54,7 +57,11 @@ class Request:
                      the prompt's own branch is computed. None: everywhere
     start            where the first image begins; None: noise
     temperature      0 is greedy; top_p keeps the most probable tokens that make up this much probability
-    code_temperature, code_top_p   the same for the codes of images, where images are codes
+    presence_penalty, frequency_penalty   subtracted from the logit of each token already written: once, and for each
+                     time it was (OpenAI's formula)
+    stop             strings that end the reply where one would appear; they are not part of it
+    logprobs         give the log probability of each token, and of this many most probable ones; None: not
+    code_temperature, code_top_p   temperature and nucleus for the codes of images, where images are codes
     preview_every    give the predicted clean latent after every `preview_every` steps; 0: never
     reuse            keep the cached positions for the next request with `reuse`, and resume from those that an earlier
                      one left where the prompts begin alike: the turns of a conversation
@@ -72,6 +79,10 @@ class Request:
     start: Start | None = None
     temperature: float = 0.0
     top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
     code_temperature: float = 1.0
     code_top_p: float = 1.0
     seed: int = 0
@@ -133,6 +144,40 @@ class Detokenizer:
         self._given = self.tokenizer.decode(self._window)
 
 
+class StopStrings:
+    """Passes the text of tokens on until one of `stops` appears in it; what may begin one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops, self.matched = stops, False
+        self._held: list[tuple[int, str]] = []
+
+    def add(self, pieces: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+        """Return the tokens, each with its text, that come before any stop string; sets `matched` at the first."""
+        if not self.stops:
+            return list(pieces)
+        self._held += pieces
+        text = "".join(piece for _, piece in self._held)
+        # The first that is complete counts, so that the tokens' borders have no influence.
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
+        self.matched = bool(found)
+        # The longest end of the text that begins a stop string stays.
+        prefixes = (n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n]))
+        safe = min(found)[1] if found else len(text) - max(prefixes)
+        released = []
+        while self._held and len(self._held[0][1]) <= safe:
+            released.append(self._held.pop(0))
+            safe -= len(released[-1][1])
+        if found:
+            released += [(token, piece[:safe]) for token, piece in self._held[:1] if safe]
+            self._held = []
+        return released
+
+    def flush(self) -> list[tuple[int, str]]:
+        """Return what is held back: no stop string will appear."""
+        released, self._held = self._held, []
+        return released
+
+
 @dataclass(frozen=True)
 class Branch:
     """One of the sequences that guide an image: the full sequence, or one that sees less of its prompt.
@@ -169,11 +214,15 @@ class SequenceState:
     cfg_len: int  # positions reserved at the end of its slot for the other branches of classifier-free guidance
     seen: list[Image]  # images of the prompt, then those drawn so far
     detokenizer: Detokenizer
+    stops: StopStrings
     prefix_keys: PrefixKeys | None  # describes its cached positions, if a later request may reuse them
     slot: int = -1
     length: int = 0  # positions in the cache
     position: int = 0  # rotary position of what comes next
     written: int = 0  # text tokens
+    counts: Counter[int] = field(default_factory=Counter)  # of each token written, where penalties need it
+    logprobs: deque[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=deque)  # of held tokens
+    suspended: tuple[Tensor, ...] | None = None  # its part of the cache, while another sequence has its slot
     next_token: int | None = None
     drawing: SamplerState | CodeDrawing | None = None
     branches: list[Branch] = field(default_factory=list)  # while it draws: the full sequence, then those that see less
@@ -219,6 +268,7 @@ def accept(runner: ModelRunner, request: Request, number: int, where: str) -> Se
         cfg_len,
         seen=list(request.document.images),
         detokenizer=Detokenizer(runner.tokenizer, last.ids if isinstance(last, Text) else ()),
+        stops=StopStrings(request.stop),
         prefix_keys=prefix_keys_of(layout) if request.reuse else None,
     )
 
@@ -237,6 +287,13 @@ def _wrong_settings(runner: ModelRunner, request: Request) -> str:
         return wrong
     if (scale := request.image_guidance_scale) is not None and not 0 <= scale <= MAX_SCALE:
         return f"image_guidance_scale: expected 0 to {MAX_SCALE:g}, found {scale}"
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not -MAX_PENALTY <= getattr(request, name) <= MAX_PENALTY:
+            return f"{name}: expected -{MAX_PENALTY:g} to {MAX_PENALTY:g}, found {getattr(request, name)}"
+    if isinstance(request.stop, str) or not all(request.stop):
+        return f"stop: expected strings that are not empty, found {request.stop!r}"
+    if request.logprobs is not None and request.logprobs < 0:
+        return f"logprobs: expected at least 0, found {request.logprobs}"
     for name in ("max_images", "preview_every"):
         if getattr(request, name) < 0:
             return f"{name}: expected at least 0, found {getattr(request, name)}"

@@ -69,6 +69,9 @@ class Settings:
     version: str
     quantize: str | None = None
     compiled: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop: tuple[str, ...] | None = None
     image_guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     sampler: str | None = None
@@ -112,6 +115,8 @@ def settings_of(request: Request, exported: Exported, image_index: int = 0) -> d
     if exported.model.config.images == "latents":
         values |= {"sampler" if name == "name" else name: value for name, value in to_dict(request.sampler).items()}
         values |= {"code_temperature": None, "code_top_p": None}
+    for name in ("presence_penalty", "frequency_penalty", "stop"):  # change the words before an image
+        values[name] = getattr(request, name) or None
     if (start := request.start) is not None:
         values |= {"start": _fingerprint(start.latent), "strength": start.strength}
         values |= {} if start.mask is None else {"mask": _fingerprint(start.mask), "masked": True}

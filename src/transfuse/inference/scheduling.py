@@ -1,0 +1,90 @@
+"""Which requests hold the slots of the cache: fair between clients, and between the kinds of work of each client.
+
+Weighted fair queueing (Demers, Keshav and Shenker, 1989) with the network's positions as the unit of work. A client's
+requests of one kind are a flow, served in order. The first of each flow has a virtual finish time: when it would end if
+all flows were served at the same rate. Those with the earliest run; others make way for them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Entry(Generic[T]):
+    """A request of `cost` positions; `start` and `finish` are virtual times, once it is the first of its flow."""
+
+    item: T
+    cost: float
+    start: float = 0.0
+    finish: float | None = None
+
+
+@dataclass(eq=False)
+class Flow(Generic[T]):
+    """The requests of one client and kind; `finish` is the virtual time at which the last that started ends."""
+
+    client: str
+    waiting: deque[Entry[T]] = field(default_factory=deque)
+    running: list[Entry[T]] = field(default_factory=list)
+    finish: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        return bool(self.waiting or self.running)
+
+
+class FairQueue(Generic[T]):
+    """Requests that wait or run. With one flow this is first come, first served."""
+
+    def __init__(self) -> None:
+        self.flows: dict[tuple[str, str], Flow[T]] = {}
+        self.now = 0.0
+        """the virtual time: the start of the earliest request that runs"""
+
+    def push(self, item: T, cost: float, client: str = "", kind: str = "") -> None:
+        """Add a request that waits."""
+        self.flows = {key: flow for key, flow in self.flows.items() if flow.active or flow.finish > self.now}
+        self.flows.setdefault((client, kind), Flow(client)).waiting.append(Entry(item, cost))
+
+    def start(self, free: bool) -> tuple[T, T | None] | None:
+        """Start the next request; return it, and the one that makes way if no slot is `free`.
+
+        None: nothing waits, or all that run come first.
+        """
+        active = [flow for flow in self.flows.values() if flow.active]
+        heads: list[tuple[float, int, Flow[T]]] = []
+        for number, flow in enumerate(active):
+            if flow.waiting:
+                entry = flow.waiting[0]
+                if entry.finish is None:  # a client with two kinds of work is charged twice for either
+                    entry.start = max(self.now, flow.finish)
+                    entry.finish = entry.start + entry.cost * sum(other.client == flow.client for other in active)
+                heads.append((entry.finish, number, flow))
+        if not heads:
+            return None
+        finish, _, flow = min(heads)
+        last: Entry[T] | None = None
+        if not free:
+            ends = [(entry.finish or 0.0, number) for number, other in enumerate(active) for entry in other.running]
+            latest, number = max(ends)
+            if latest <= finish:
+                return None
+            last = next(entry for entry in active[number].running if entry.finish == latest)
+            active[number].running.remove(last)
+            active[number].waiting.appendleft(last)
+        entry = flow.waiting.popleft()
+        flow.running.append(entry)
+        flow.finish = max(flow.finish, finish)
+        self.now = max(self.now, min(entry.start for flow in active for entry in flow.running))
+        return entry.item, None if last is None else last.item
+
+    def remove(self, item: T) -> None:
+        """Take out a request that has ended; one that never started has cost its flow nothing."""
+        for flow in self.flows.values():
+            flow.waiting = deque(entry for entry in flow.waiting if entry.item is not item)
+            flow.running = [entry for entry in flow.running if entry.item is not item]
