@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import UserError
 
@@ -15,6 +17,25 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build modules on the meta device, without memory and without drawing initial values.
+
+    `torch.nn.init` is skipped: on the meta device its work is for nothing, and imports torch's compiler (a second).
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class SkipInit(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(function, "__module__", "") == "torch.nn.init":
+                return args[0] if args else kwargs["tensor"]
+            return function(*args, **(kwargs or {}))
+
+    with torch.device("meta"), SkipInit():
+        yield
 
 
 def pick_device(device: Device) -> Literal["cpu", "cuda"]:

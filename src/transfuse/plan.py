@@ -14,10 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from .autoencoders import Autoencoder, ImageAutoencoder, Pixels, VQTokenizer, bundled
 from .config import to_dict
+from .devices import on_meta
 from .errors import UserError
 from .model import ModelConfig, Transfusion
 from .model.activations import Checkpointing, Load, forward_bytes, step_bytes
@@ -133,7 +132,7 @@ def fitted(recipe: Recipe) -> tuple[Recipe, Autoencoder | None]:
     if recipe.model.images == "none":
         return recipe, None
     if name in AUTOENCODERS and name not in bundled():
-        with torch.device("meta"):
+        with on_meta():
             network = ImageAutoencoder(AUTOENCODERS[name]().model)
         autoencoder: Autoencoder = VQTokenizer(network) if recipe.model.images == "codes" else network
     else:

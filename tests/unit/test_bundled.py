@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,3 +209,10 @@ def test_what_comes_with_the_package_is_whole_and_small() -> None:
         assert sum(path.stat().st_size for path in files) <= 48_000_000
         assert (folders.WEIGHTS / name / "README.md").is_file()
         assert load_export(name).generation.sampler.steps > 0
+
+
+def test_the_first_image_does_not_import_torchs_compiler() -> None:
+    """It costs a second of a cold start: modules on the meta device draw no initial values."""
+    code = "import sys, transfuse; transfuse.load('small-64')('a crab', num_inference_steps=1); "
+    code += "assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

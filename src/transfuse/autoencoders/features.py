@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ..devices import on_meta
 from ..errors import UserError
 from ..io import sha256
 
@@ -304,7 +305,7 @@ def load_features(path: Path | str) -> Features:
         if twice := sorted(tensors.keys() & part.keys()):
             raise UserError(f"{file}: tensor {twice[0]}: expected in one file of the folder, found in two")
         tensors |= part
-    with torch.device("meta"):
+    with on_meta():
         networks = [network() for network in NETWORKS]
     network = max(networks, key=lambda candidate: len(candidate.state_dict().keys() & tensors.keys()))
     state = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}

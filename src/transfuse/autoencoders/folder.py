@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import from_dict, read_json
+from ..devices import on_meta
 from ..errors import UserError
 from ..io import atomic_dir
 from .autoencoder import Autoencoder, ImageAutoencoder, Pixels, VQTokenizer
@@ -90,7 +91,7 @@ def load_autoencoder(
     try:
         config = from_diffusers(values, str(where))
         tensors, metadata = _read_weights(path)
-        with torch.device("meta"):
+        with on_meta():
             name = metadata.get("name", usual_name)
             autoencoder = ImageAutoencoder(config, name, _digest(tensors, values))
     except (TypeError, ValueError, RuntimeError) as error:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..devices import on_meta
 from ..sequence import Images
 from .attention import Attend
 from .config import ModelConfig
@@ -199,5 +200,5 @@ class Transfusion(nn.Module):
     @classmethod
     def on_meta(cls, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> Transfusion:
         """Build the network on the meta device: for counting, sharding, or loading weights straight into place."""
-        with torch.device("meta"):
+        with on_meta():
             return cls(config, compute_dtype)

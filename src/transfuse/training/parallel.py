@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from ..devices import on_meta
 from ..errors import UserError
 from ..model import ModelConfig, Transfusion
 from ..model.activations import Checkpointing
@@ -45,7 +46,7 @@ class Parts(nn.Module):
 
     def __init__(self, stacked: Linear, count: int) -> None:
         super().__init__()
-        with torch.device("meta"):
+        with on_meta():
             self.parts = nn.ModuleList(Linear(stacked.in_features, stacked.out_features // count) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
