@@ -35,6 +35,18 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "bfloat16"},
     "replicate": {"parallel.replicate": 2},
     "tensor": {"parallel.tensor": 2},
+    "experts": {"model.experts": "all"},
+    "experts-tensor": {"model.experts": "all", "parallel.tensor": 2},
+    "experts-codes": {
+        "data.autoencoder": "vq-f4-small",
+        "model": {
+            "images": "codes",
+            "patch_size": 1,
+            "image_attention": "causal",
+            "codebook_size": 1024,
+            "experts": "ffn",
+        },
+    },
     "full": {"parallel.activation_checkpointing": "full"},
     "selective": {"parallel.activation_checkpointing": "selective"},
     "timestep": {"model.timestep_at": "patch"},

@@ -16,6 +16,9 @@ from transfuse.training.checkpoint import read
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("ranks")]
 
 
+EXPERTS = ("experts", "experts-codes")
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
     """Folders 1, 2 and 4, by the number of processes, with what cases.py leaves; `moved` holds runs that resumed with
@@ -33,13 +36,16 @@ def runs(tmp_path_factory) -> Path:
         "dropout",
         "dropout-full",
         "codes",
+        "experts",
+        "experts-codes",
         "text",
         "poisoned",
         "kl-tiny",
         "vq-tiny",
     ]
     cases.main(str(folder / "1"), *everywhere, *alone, f"shard:2:{moved}/1-4", f"shard:2:{moved}/1-tensor")
-    two = [*everywhere, *(name for name in alone if "dropout" not in name), "replicate", "tensor", "poisoned-copies"]
+    two = [*everywhere, *(name for name in alone if "dropout" not in name), "replicate", "tensor"]
+    two += ["experts-tensor", "poisoned-copies"]
     stopped = [f"shard:2:{moved}/2-2", f"shard:2:{moved}/2-1", f"tensor:2:{moved}/tensor-1"]
     going_on = [f"shard:4:{moved}/2-2", f"tensor:4:{moved}/1-tensor"]
     finished(torchrun(2, str(HERE / "cases.py"), str(folder / "2"), *two, *stopped, *going_on))
@@ -97,14 +103,14 @@ def same(run: Path, other: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["shard", "accumulate", "full", "selective", "timestep", "unet", "codes", "text", "uneven"]
+    "name", ["shard", "accumulate", "full", "selective", "timestep", "unet", "codes", *EXPERTS, "text", "uneven"]
 )
 def test_two_equal_one(runs: Path, name: str) -> None:
     same(runs / "1" / name, runs / "2" / name, 1e-5)
 
 
 @pytest.mark.parametrize(
-    "name", ["shard", "accumulate", "full", "selective", "timestep", "unet", "codes", "text", "uneven"]
+    "name", ["shard", "accumulate", "full", "selective", "timestep", "unet", "codes", *EXPERTS, "text", "uneven"]
 )
 def test_loss_and_gradient_of_equal_weights(runs: Path, name: str) -> None:
     """The first step's, before rounding has gone through Adam, which makes much of it.
@@ -122,6 +128,10 @@ def test_loss_and_gradient_of_equal_weights(runs: Path, name: str) -> None:
 def test_spread_another_way(runs: Path, name: str, ranks: str) -> None:
     """2: two copies of one rank, two halves of each matrix; 4: two copies, or two halves, of two shards."""
     same(runs / "1" / "shard", runs / ranks / name, 1e-5)
+
+
+def test_matrices_of_both_towers_are_shared_among_two(runs: Path) -> None:
+    same(runs / "1" / "experts", runs / "2" / "experts-tensor", 1e-5)
 
 
 @pytest.mark.parametrize("name", ["shard", "uneven"])

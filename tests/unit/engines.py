@@ -69,6 +69,8 @@ ARMS = {
     "unet": lambda tokenizer: packed(exported(tokenizer, adapter="unet")),
     "causal": lambda tokenizer: packed(exported(tokenizer, image_attention="causal", n_kv_heads=2)),
     "codes": lambda tokenizer: packed(coded(tokenizer)),
+    "experts": lambda tokenizer: packed(exported(tokenizer, experts="all")),
+    "experts codes": lambda tokenizer: packed(coded(tokenizer, experts="all")),
     "stable codes": lambda tokenizer: packed(coded(tokenizer, n_kv_heads=2, **STABLE)),
 }
 

@@ -90,6 +90,8 @@ VARIANTS = [
     {"image_attention": "causal"},
     {"n_kv_heads": 2},
     {"timestep_at": "patch"},
+    {"experts": "ffn"},
+    {"experts": "all", "image_d_ff": 96},
 ]
 
 

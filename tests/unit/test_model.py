@@ -18,6 +18,8 @@ VARIANTS = [
     {"n_kv_heads": 2},
     {"timestep_at": "patch"},
     {"image_attention": "causal"},
+    {"experts": "ffn"},
+    {"experts": "all", "image_d_ff": 96, "n_kv_heads": 2, "positions": "2d"},
 ]
 
 
@@ -86,6 +88,7 @@ ARMS = [
     {"qk_norm": True, "qk_norm_type": "rms", "d_head": 24, "qkv_bias": True, "n_kv_heads": 2},
     {"qk_norm": True, "qk_norm_type": "rms-all", "norm_order": "swin", "nope_layers": (1,)},
     {"images": "codes", "codebook_size": 16, "patch_size": 1, "image_attention": "causal", "n_kv_heads": 2},
+    {"experts": "all", "qkv_bias": True},
     {"images": "none"},
 ]
 
@@ -370,10 +373,11 @@ def test_rotary_depends_on_distance_only() -> None:
     assert abs(float(score(3, 1) - score(4, 1))) > 1e-4
 
 
-def test_flops_equal_torchs_own_count(grammar: SequenceFormat) -> None:
+@pytest.mark.parametrize("changes", [{}, {"experts": "all", "image_d_ff": 96}], ids=str)
+def test_flops_equal_torchs_own_count(changes, grammar: SequenceFormat) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = tiny()
+    config = tiny(**changes)
     model = randomised(config, compute_dtype=torch.bfloat16)
     batch = collate([Document([Text((9,) * 5), Image(latent(4, 4))])], grammar)
     attend = Grouped(batch, torch.bfloat16)  # one document: its explicit products multiply every pair

@@ -88,6 +88,8 @@ class ModelRunner:
         for step_input in inputs:
             patches.extend(len(tokens) + patch for patch in step_input.patches)
             tokens.extend(step_input.tokens)
+        if (first := self.grammar.first_code) is not None:
+            patches = [number for number, token in enumerate(tokens) if token >= first]
         latents = stacked([latent.to(self.device) for step_input in inputs for latent in step_input.latents])
         timesteps = [t for step_input in inputs for t in step_input.timesteps]
         # A recording reads one tensor of latents; images of several sizes have no such tensor.
@@ -98,8 +100,9 @@ class ModelRunner:
         ids += [self.ids(values) for values in (predict, patches, timesteps)]
 
         def work() -> Output:
+            images = (ids[3], latents, ids[4]) if patches else ()  # without any, experts read the text tower alone
             output: Output = self.model(
-                ids[0], ids[1], attend, ids[2], ids[3], latents, ids[4], separate=self.separate, table=self.table
+                ids[0], ids[1], attend, ids[2], *images, separate=self.separate, table=self.table
             )
             return output
 
@@ -163,6 +166,9 @@ def compile_blocks(model: Transfusion, backend: str | Callable[..., Any] = "indu
     the same code in every block and leave the number of positions open, so few graphs serve any depth and batch. torch
     keeps compiled code for the next start in TORCHINDUCTOR_CACHE_DIR. For its effect see docs/benchmarks.md.
     """
+    names = ["project_qkv", "finish"]
+    if model.config.experts != "shared":
+        names += ["project_image_qkv", "finish_image"]
     for block in model.transformer.blocks:
-        for name in ("project_qkv", "finish"):
+        for name in names:
             setattr(block, name, torch.compile(getattr(block, name), dynamic=True, fullgraph=True, backend=backend))

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..model.layers import Block, Linear, RMSNorm
+from ..model.layers import Linear, RMSNorm, Tower
 
 
 class PackedLinear(nn.Module):
@@ -60,10 +60,13 @@ def pack(model: nn.Module) -> None:
     if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)):
         return
 
-    for block in [module for module in model.modules() if isinstance(module, Block) and module.pre_norm]:
-        for norm, reader in (("attention_norm", block.qkv), ("feed_forward_norm", block.feed_forward.gate_up)):
+    for tower in [module for module in model.modules() if isinstance(module, Tower) and module.pre_norm]:
+        readers = {"feed_forward_norm": tower.feed_forward.gate_up}
+        if tower.has_attention:
+            readers["attention_norm"] = tower.qkv
+        for norm, reader in readers.items():
             if type(reader.weight.data) is Tensor:
-                setattr(block, norm, FoldedNorm(getattr(block, norm), reader))
+                setattr(tower, norm, FoldedNorm(getattr(tower, norm), reader))
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if not isinstance(child, Linear) or type(child.weight.data) is not Tensor:

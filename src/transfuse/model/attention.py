@@ -5,13 +5,17 @@
 `dense` is the reference: one table of N x N, for tests. `Grouped` is what a CPU trains with: documents of like length
 are computed together, so no time is spent on pairs of positions that cannot see each other. `flexible` is for CUDA:
 FlexAttention over the flat run. All three read the same two integers per position (`sequence.visible`).
+
+With `ModelConfig.experts` text and image positions are computed apart, and `for_towers` makes of any backend one that
+takes and returns both. Positions are sorted once a pass, without asking the device how many there are of each kind:
+that follows from the shapes, so a recorded or compiled pass has none but static sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +27,17 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Towers(NamedTuple):
+    """Values of text and of image positions; text is None in a pass over images alone."""
+
+    text: Any
+    image: Any
+
+
+AttendTowers = Callable[[int, Towers, Towers, Towers], Towers]
+"""`Attend` of queries, keys and values by kind of position"""
 
 LONGEST_EXPLICIT = 1024
 """Up to this document length bfloat16 on CPU multiplies the scores out; longer ones would take too much memory."""
@@ -116,9 +131,13 @@ class Grouped:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.in_order:
-            v = v.contiguous()  # a view would keep all of q, k and v in memory until the backward pass
-        else:
-            q, k, v = (_Select.apply(x, self.index, self.inverse, self.padding, None) for x in (q, k, v))
+            # A view would keep all of q, k and v in memory until the backward pass.
+            return self.over_slots(layer, q, k, v.contiguous())
+        q, k, v = (_Select.apply(x, self.index, self.inverse, self.padding, None) for x in (q, k, v))
+        return _Select.apply(self.over_slots(layer, q, k, v), self.inverse, self.index, None, self.padding)
+
+    def over_slots(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend within the documents of `[slots, head, D]`; padding slots must be zero."""
         outputs, slot = [], 0
         for documents, length, mask in self.groups:
             part = slice(slot, slot + documents * length)
@@ -131,10 +150,69 @@ class Grouped:
                 attended = F.scaled_dot_product_attention(a, b, c, attn_mask=mask, enable_gqa=a.shape[1] != b.shape[1])
             outputs.append(attended.transpose(1, 2).reshape(documents * length, -1))
             slot += documents * length
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        if self.in_order:
-            return out
-        return _Select.apply(out, self.inverse, self.index, None, self.padding)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class _Merge(torch.autograd.Function):
+    """Put rows of text and of images into one tensor at `text` and `image`; `blank` lists its other rows, all zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, text: Tensor, image: Tensor, rows: int, blank: Tensor | None) -> Tensor:
+        ctx.save_for_backward(text, image)
+        return _merged(x, y, text, image, rows, blank)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        text, image = ctx.saved_tensors
+        return gradient.index_select(0, text), gradient.index_select(0, image), None, None, None, None
+
+
+class _Divide(torch.autograd.Function):
+    """The inverse of `_Merge`: the rows at `text` and those at `image`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, text: Tensor, image: Tensor, blank: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(text, image)
+        ctx.rows, ctx.blank = len(x), blank
+        return x.index_select(0, text), x.index_select(0, image)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        text, image = ctx.saved_tensors
+        return _merged(gradients[0], gradients[1], text, image, ctx.rows, ctx.blank), None, None, None
+
+
+def _merged(x: Tensor, y: Tensor, text: Tensor, image: Tensor, rows: int, blank: Tensor | None) -> Tensor:
+    out = x.new_empty(rows, *x.shape[1:]).index_copy_(0, text, x).index_copy_(0, image, y)
+    return out if blank is None else out.index_fill_(0, blank, 0)
+
+
+def text_positions(patches: Tensor, positions: int) -> Tensor:
+    """Return the positions of a pass that `patches` does not list, in order."""
+    is_patch = torch.zeros(positions, dtype=torch.bool, device=patches.device).index_fill_(0, patches, True)
+    return is_patch.argsort(stable=True)[: positions - len(patches)]
+
+
+def merge_towers(x: Towers, text: Tensor, image: Tensor) -> Tensor:
+    """Return `[N, C]` in order, given text and image positions `[T, C]`, `[P, C]` and where they stand."""
+    return _Merge.apply(x.text, x.image, text, image, len(text) + len(image), None)
+
+
+def for_towers(attend: Attend, text: Tensor, image: Tensor) -> AttendTowers:
+    """Return the backend of both towers over `attend`, given the text and the image positions of the pass.
+
+    `Grouped` regroups rows by document in any case, so its regrouping takes and returns them by kind at no extra cost.
+    """
+    inner, rows, blank = attend, len(text) + len(image), None
+    if isinstance(attend, Grouped):
+        inner, rows, blank = attend.over_slots, len(attend.index), attend.padding
+        text, image = attend.inverse.index_select(0, text), attend.inverse.index_select(0, image)
+
+    def attend_towers(layer: int, q: Towers, k: Towers, v: Towers) -> Towers:
+        q_all, k_all, v_all = (_Merge.apply(*x, text, image, rows, blank) for x in (q, k, v))
+        return Towers(*_Divide.apply(inner(layer, q_all, k_all, v_all), text, image, blank))
+
+    return attend_towers
 
 
 class _Explicit(torch.autograd.Function):

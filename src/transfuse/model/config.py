@@ -110,6 +110,12 @@ class ModelConfig:
     """biases of the query, key and value projections (Qwen2)"""
     norm_order: Literal["pre", "swin"] = "pre"
     """pre: `x + f(norm(x))`; swin: `x + norm(f(x))` (Chameleon; Transfusion calls it post-normalization)"""
+    experts: Literal["shared", "ffn", "all"] = "shared"
+    """weights of text and of image positions (patches, or codes). shared: the same; ffn: the feed-forward layer, its
+    norm and the final norm apart; all: every norm and matrix of the transformer apart, with one attention over both
+    (Mixture-of-Transformers, arXiv 2411.04996)"""
+    image_d_ff: int | None = None
+    """channels inside the SwiGLU layer of image positions, with experts; None: as those of text"""
     dropout: float = 0.0
     """dropout of the outputs of attention and the feed-forward layer in training (Chameleon-7B: 0.1)"""
 
@@ -162,6 +168,10 @@ class ModelConfig:
             check(self.codebook_size > 0, "codebook_size", 'a positive number with images "codes"')
         else:
             check(self.codebook_size == 0, "codebook_size", f'0 with images "{self.images}"')
+        apart = self.experts != "shared"
+        check(not (apart and self.images == "none"), "experts", 'shared with images "none"')
+        check(self.image_d_ff is None or self.image_d_ff > 0, "image_d_ff", "a positive number")
+        check(self.image_d_ff is None or apart, "image_d_ff", "None with experts shared")
         levels = self.patch_size.bit_length()
         fits = self.unet_channels is None or len(self.unet_channels) == levels
         check(fits, "unet_channels", f"{levels} numbers for patch size {self.patch_size}")
@@ -195,6 +205,11 @@ class ModelConfig:
     def ffn_dim(self) -> int:
         """Channels inside the SwiGLU layer, with None resolved."""
         return self.d_ff or -(-(8 * self.d_model // 3) // 256) * 256
+
+    @property
+    def image_ffn_dim(self) -> int:
+        """Channels inside the SwiGLU layer of image positions, with None resolved."""
+        return self.image_d_ff or self.ffn_dim
 
     @property
     def patch_dim(self) -> int:

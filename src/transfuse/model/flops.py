@@ -58,9 +58,14 @@ def adapter_flops(config: ModelConfig, height: int, width: int) -> int:
 def forward_flops(
     config: ModelConfig, positions: int, pairs: int, predictions: int, images: Sequence[tuple[int, int]]
 ) -> int:
-    """Operations of one forward pass: `pairs` is the number of (query, visible key) pairs, images are latent sizes."""
+    """Operations of one forward pass: `pairs` is the number of (query, visible key) pairs, images are latent sizes.
+
+    A position is computed by one tower alone, so experts add nothing but what a wider `image_d_ff` takes.
+    """
     block = config.d_model * (config.qkv_dim + config.heads_dim + 3 * config.ffn_dim)
-    transformer = config.n_layers * (2 * block * positions + 4 * config.heads_dim * pairs)
+    wider = 3 * config.d_model * (config.image_ffn_dim - config.ffn_dim)  # of a patch
+    patches = sum(rows * columns for rows, columns in images) // config.patch_size**2
+    transformer = config.n_layers * (2 * (block * positions + wider * patches) + 4 * config.heads_dim * pairs)
     head = 2 * config.d_model * config.vocab_size * predictions
     return transformer + head + sum(adapter_flops(config, *size) for size in images)
 

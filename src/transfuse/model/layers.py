@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Attend
+from .attention import Towers
 from .config import ModelConfig
 
 
@@ -216,31 +216,28 @@ class TimestepEmbedding(nn.Module):
         return self.outer(F.silu(self.inner(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))))
 
 
-class Block(nn.Module):
-    """One decoder block: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`. `[N, C] -> [N, C]`.
+class Tower(nn.Module):
+    """The weights of a decoder block for one kind of position, and all of its arithmetic but attention.
 
-    With `norm_order="swin"` the outputs are normed instead: `x + norm(attention(x))`.
+    `attention=False` builds the feed-forward half alone. `layer` is the block's number, `ffn_dim` the channels inside
+    the SwiGLU layer.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ffn_dim: int, attention: bool = True) -> None:
         super().__init__()
-        self.layer, self.n_heads, self.kv_heads = layer, config.n_heads, config.kv_heads
-        self.head_dim = config.head_dim
+        self.n_heads, self.kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
         self.pre_norm, self.dropout = config.norm_order == "pre", config.dropout
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.qkv = Linear(config.d_model, config.qkv_dim, config.qkv_bias)
-        self.out = Linear(config.heads_dim, config.d_model)
+        self.has_attention = attention
+        if attention:
+            self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+            self.qkv = Linear(config.d_model, config.qkv_dim, config.qkv_bias)
+            self.out = Linear(config.heads_dim, config.d_model)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward = SwiGLU(config.d_model, config.ffn_dim)
+        self.feed_forward = SwiGLU(config.d_model, ffn_dim)
         self.has_positions = layer not in config.nope_layers
-        self.query_norm = head_norm(config, self.n_heads) if config.qk_norm else None
-        self.key_norm = head_norm(config, self.kv_heads) if config.qk_norm else None
-
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, dropout: torch.Generator | None = None
-    ) -> Tensor:
-        q, k, v = self.project_qkv(x, rotary)
-        return self.finish(x, attend(self.layer, q, k, v), dropout)
+        normed = attention and config.qk_norm
+        self.query_norm = head_norm(config, self.n_heads) if normed else None
+        self.key_norm = head_norm(config, self.kv_heads) if normed else None
 
     def project_qkv(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries `[N, H, D]` and keys `[N, K, D]`, and values `[N, K, D]`."""
@@ -262,16 +259,63 @@ class Block(nn.Module):
         q, k = qk.split_with_sizes([self.n_heads, self.kv_heads], dim=1)
         return q, k, v
 
+    def add_attention(self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+        """Add the heads' outputs `[N, H * D]` to the residual stream `[N, C]`."""
+        out = self.out(attended)
+        return x + self._drop(out if self.pre_norm else self.attention_norm(out), dropout)
+
+    def add_feed_forward(self, x: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+        """Add the feed-forward layer's output to the residual stream `[N, C]`."""
+        if self.pre_norm:
+            return x + self._drop(self.feed_forward(self.feed_forward_norm(x)), dropout)
+        return x + self._drop(self.feed_forward_norm(self.feed_forward(x)), dropout)
+
     def finish(self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None) -> Tensor:
         """Return the block's output, given its input `[N, C]` and the heads' outputs `[N, H * D]`."""
-        if self.pre_norm:
-            x = x + self._drop(self.out(attended), dropout)
-            return x + self._drop(self.feed_forward(self.feed_forward_norm(x)), dropout)
-        x = x + self._drop(self.attention_norm(self.out(attended)), dropout)
-        return x + self._drop(self.feed_forward_norm(self.feed_forward(x)), dropout)
+        return self.add_feed_forward(self.add_attention(x, attended, dropout), dropout)
 
     def _drop(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if generator is None or not self.dropout:
             return x
         kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
         return x * kept.div_(1 - self.dropout)
+
+
+class Block(Tower):
+    """One decoder block: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`. `[N, C] -> [N, C]`.
+
+    With `norm_order="swin"` the outputs are normed instead: `x + norm(attention(x))`.
+
+    `image` is the tower of image positions with `experts` (Mixture-of-Transformers, arXiv 2411.04996); the block's
+    remaining weights are then the tower of text. It takes such positions apart, as `Towers`.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer, config.ffn_dim)
+        self.layer = layer
+        self.image: Tower | None = None
+        if config.experts != "shared":
+            self.image = Tower(config, layer, config.image_ffn_dim, config.experts == "all")
+
+    def forward(self, x: Any, rotary: Any, attend: Any, dropout: torch.Generator | None = None) -> Any:
+        """Map `x [N, C]`, with its rotary table; or `Towers` of both, with an `AttendTowers` unless text is None."""
+        if not isinstance(x, Towers):
+            q, k, v = self.project_qkv(x, rotary)
+            return self.finish(x, attend(self.layer, q, k, v), dropout)
+        image_qkv = self.project_image_qkv(x.image, rotary.image)
+        if x.text is None:
+            return Towers(None, self.finish_image(x.image, attend(self.layer, *image_qkv), dropout))
+        text_qkv = self.project_qkv(x.text, rotary.text)
+        out = attend(self.layer, *map(Towers, text_qkv, image_qkv))
+        return Towers(self.finish(x.text, out.text, dropout), self.finish_image(x.image, out.image, dropout))
+
+    def project_image_qkv(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `project_qkv` of image positions, by the image tower if it has weights for attention."""
+        assert self.image is not None
+        return (self.image if self.image.has_attention else self).project_qkv(x, rotary)
+
+    def finish_image(self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+        """Return `finish` of image positions."""
+        assert self.image is not None
+        owner = self.image if self.image.has_attention else self
+        return self.image.add_feed_forward(owner.add_attention(x, attended, dropout), dropout)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..devices import on_meta
 from ..sequence import Images
-from .attention import Attend
+from .attention import Attend, AttendTowers, Towers, for_towers, merge_towers, text_positions
 from .config import ModelConfig
 from .image_adapter import Conv, GridPositions, LinearAdapter, UNetAdapter
 from .layers import Block, HeadNorm, Linear, RMSNorm, rotary_table
@@ -50,8 +50,9 @@ def current_name(weight: str) -> str:
 
 
 class Transformer(nn.Module):
-    """All blocks and the final norm: `x [N, C]`, `position_ids [N]` or `[N, 3]` -> `[N, C]`.
+    """All blocks and the final norm: `x [N, C]`, `position_ids [N]` or `[N, 3]` -> `[N, C]`, or `Towers` of each.
 
+    `image_norm` is the final norm of image positions, with `ModelConfig.experts`.
     `dropout` is the generator for dropout masks; None disables dropout. `table` holds `rotary_table` of positions
     0, 1, ... in the dtype of `x`; a lookup is faster than computing the sines again, but serves tokens alone.
     """
@@ -61,22 +62,31 @@ class Transformer(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.image_norm = None if config.experts == "shared" else RMSNorm(config.d_model, config.norm_eps)
 
     def forward(
         self,
-        x: Tensor,
-        position_ids: Tensor,
-        attend: Attend,
+        x: Any,
+        position_ids: Any,
+        attend: Attend | AttendTowers,
         dropout: torch.Generator | None = None,
         table: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        if table is None or position_ids.dim() == 2:
-            rotary = rotary_table(position_ids, self.config, x.dtype)
-        else:
-            rotary = table[0].index_select(0, position_ids), table[1].index_select(0, position_ids)
+    ) -> Any:
+        def rotary_of(position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            if table is None or position_ids.dim() == 2:
+                return rotary_table(position_ids, self.config, dtype)
+            return table[0].index_select(0, position_ids), table[1].index_select(0, position_ids)
+
+        if not isinstance(x, Towers):
+            rotary: Any = rotary_of(position_ids, x.dtype)
+            for block in self.blocks:
+                x = block(x, rotary, attend, dropout)
+            return self.norm(x)
+        assert self.image_norm is not None
+        rotary = Towers(*(rotary_of(ids, x.image.dtype) for ids in position_ids))
         for block in self.blocks:
             x = block(x, rotary, attend, dropout)
-        return self.norm(x)
+        return Towers(None if x.text is None else self.norm(x.text), self.image_norm(x.image))
 
 
 class Output(NamedTuple):
@@ -129,7 +139,8 @@ class Transfusion(nn.Module):
         position_ids                rotary positions, `[N]` or `[N, 3]`, as in `Layout`
         attend                      attention: a backend of `attention`, or an inference cache
         loss_positions [M]          positions to compute logits for
-        patches [P], latents, timesteps [I]   positions of the patches, the (noised) latents, each image's timestep
+        patches [P], latents, timesteps [I]   positions of the patches, the (noised) latents, each image's timestep; of
+                                    codes with `experts`, patches are their positions, and there are no latents
         dropout                     generator of dropout masks in training; None disables dropout
         lm_head_fn                  replaces the logits where all of them would take too much memory; called in here,
                                     because FSDP has the output layer's weight gathered only during this call
@@ -139,19 +150,49 @@ class Transfusion(nn.Module):
 
         Raises ValueError for latents given to a model without an image adapter.
         """
-        x = self.embedding(input_ids).to(self.compute_dtype)
-        if not len(latents):
-            x = self.transformer(x, position_ids, attend, dropout, table=table)
-            return Output(lm_head_fn(self.lm_head, x.index_select(0, loss_positions)), [])
-        if self.image_adapter is None:
+        if len(latents) and self.image_adapter is None:
             raise ValueError(f'latents: expected none with model.images "{self.config.images}", found {len(latents)}')
-        assert patches is not None
-        assert timesteps is not None
-        vectors, state = self.image_adapter.encode(latents, timesteps, self.compute_dtype, separate)
-        x = vectors if len(patches) == len(input_ids) else x.index_copy(0, patches, vectors)
-        x = self.transformer(x, position_ids, attend, dropout, table=table)
-        predictions = self.image_adapter.decode(x.index_select(0, patches), latents, state)
+        adapter, vectors, state = self.image_adapter if len(latents) else None, None, None
+        if adapter is not None:
+            assert timesteps is not None
+            vectors, state = adapter.encode(latents, timesteps, self.compute_dtype, separate)
+        if self.config.experts != "shared" and patches is not None:
+            x = self._by_towers(input_ids, position_ids, attend, patches, vectors, dropout, table)
+        else:
+            x = self.embedding(input_ids).to(self.compute_dtype)
+            if vectors is not None:
+                assert patches is not None
+                x = vectors if len(patches) == len(input_ids) else x.index_copy(0, patches, vectors)
+            x = self.transformer(x, position_ids, attend, dropout, table=table)
+        predictions: Images = []
+        if adapter is not None:
+            assert patches is not None
+            predictions = adapter.decode(x.index_select(0, patches), latents, state)
         return Output(lm_head_fn(self.lm_head, x.index_select(0, loss_positions)), predictions)
+
+    def _by_towers(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        patches: Tensor,
+        vectors: Tensor | None,
+        dropout: torch.Generator | None,
+        table: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Run the transformer over text and image positions apart, and return `[N, C]` in order.
+
+        vectors [P, C]   of the patches; None for codes
+        """
+        text = text_positions(patches, len(input_ids))
+        ids = Towers(position_ids.index_select(0, text), position_ids.index_select(0, patches))
+        if vectors is None:
+            vectors = self.embedding(input_ids.index_select(0, patches)).to(self.compute_dtype)
+        if not len(text):
+            return self.transformer(Towers(None, vectors), ids, attend, dropout, table=table).image
+        words = self.embedding(input_ids.index_select(0, text)).to(self.compute_dtype)
+        x = self.transformer(Towers(words, vectors), ids, for_towers(attend, text, patches), dropout, table=table)
+        return merge_towers(x, text, patches)
 
     def initialise(self, seed: int, place: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> Transfusion:
         """Initialise all weights from `seed`, on any device, and return self.
@@ -181,10 +222,9 @@ class Transfusion(nn.Module):
                 bias = getattr(module, "bias", None)
                 if isinstance(bias, Tensor):
                     bias.zero_()
-            for block in self.transformer.blocks:
-                assert isinstance(block, Block)
-                for residual in (block.out, block.feed_forward.down):
-                    residual.weight.div_(math.sqrt(2 * self.config.n_layers))
+            for name, weight in self.transformer.named_parameters():
+                if name.endswith((".out.weight", ".down.weight")):  # into the residual stream
+                    weight.div_(math.sqrt(2 * self.config.n_layers))
             if isinstance(self.image_adapter, LinearAdapter):
                 self.image_adapter.out_proj.weight.zero_()
             elif self.image_adapter is not None:

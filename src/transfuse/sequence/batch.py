@@ -72,7 +72,7 @@ class Batch:
     kv_end: torch.Tensor
     documents: tuple[int, ...]  # length of each document, in order, the padding included; they sum to N
     samples: tuple[int, ...]  # each document's number in the data set, without the padding
-    patches: torch.Tensor  # [P], positions of the patches, image after image, row by row
+    patches: torch.Tensor  # [P], positions of the patches (or codes), image after image, row by row
     loss_positions: torch.Tensor  # [M], positions whose next token is predicted
     targets: torch.Tensor  # [M], that token
     is_image_token: torch.Tensor  # [M], bool: which targets are image codes
@@ -165,7 +165,7 @@ def collate(
         kv_end=torch.from_numpy(kv_end),
         documents=tuple(len(layout) for layout in layouts),
         samples=packed.samples[: len(documents)],
-        patches=torch.from_numpy(np.flatnonzero((packed.image >= 0) & (fmt.first_code is None))),
+        patches=torch.from_numpy(np.flatnonzero(packed.image >= 0)),
         loss_positions=torch.from_numpy(loss_positions),
         targets=torch.from_numpy(packed.input_ids[loss_positions + 1]),
         is_image_token=torch.from_numpy(packed.image[loss_positions + 1] >= 0),

@@ -183,7 +183,8 @@ class TokenObjective(Objective):
             batch.position_ids,
             for_batch(batch, model.compute_dtype),
             batch.loss_positions,
-            *(() if noised is None else (batch.patches, noised.latents, noised.timesteps.to(device))),
+            batch.patches,
+            *(() if noised is None else (noised.latents, noised.timesteps.to(device))),
             dropout=dropout,
             lm_head_fn=partial(token_losses, targets=batch.targets, z=z, max_logits=self.max_logits),
         )

@@ -21,23 +21,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
-    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
 )
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..devices import on_meta
 from ..errors import UserError
 from ..model import ModelConfig, Transfusion
 from ..model.activations import Checkpointing
-from ..model.attention import Attend
-from ..model.layers import Block, Linear
+from ..model.layers import Linear, Tower
 from .distributed import Distributed
 
 
@@ -58,6 +57,7 @@ def check_tensor_parallel(config: ModelConfig, ranks: int) -> None:
     for fits, expected in (
         (config.n_heads % ranks == 0, f"a divisor of model.n_heads ({config.n_heads})"),
         (config.ffn_dim % ranks == 0, f"a divisor of the hidden channels ({config.ffn_dim})"),
+        (config.image_ffn_dim % ranks == 0, f"a divisor of model.image_d_ff ({config.image_ffn_dim})"),
         (config.kv_heads == config.n_heads, "1 with model.n_kv_heads"),
         (not config.qk_norm, "1 with model.qk_norm"),
         (not config.qkv_bias, "1 with model.qkv_bias"),
@@ -85,17 +85,27 @@ def share_matrices(model: Transfusion, mesh: DeviceMesh) -> None:
         "feed_forward.gate_up.parts.*": column,
         "feed_forward.down": row,
     }
-    for block in model.transformer.blocks:
-        assert isinstance(block, Block)
-        block.qkv = Parts(block.qkv, 3)  # type: ignore[assignment]
-        block.feed_forward.gate_up = Parts(block.feed_forward.gate_up, 2)  # type: ignore[assignment]
-        block.n_heads, block.kv_heads = block.n_heads // mesh.size(), block.kv_heads // mesh.size()
-        parallelize_module(block, mesh, plan)
-    parallelize_module(model.transformer, mesh, {"norm": norm})
-    inputs = PrepareModuleInput(input_layouts=(whole, None, None, None), desired_input_layouts=(rows, None, None, None))
-    outputs = PrepareModuleOutput(output_layouts=(rows,), desired_output_layouts=(whole,))
-    parallelize_module(model, mesh, {"transformer": inputs})
-    parallelize_module(model, mesh, {"transformer": outputs})
+    for tower in [module for module in model.transformer.modules() if isinstance(module, Tower)]:
+        own = plan
+        if tower.has_attention:
+            tower.qkv = Parts(tower.qkv, 3)  # type: ignore[assignment]
+        else:
+            own = {name: style for name, style in plan.items() if name.startswith("feed_forward")}
+        tower.feed_forward.gate_up = Parts(tower.feed_forward.gate_up, 2)  # type: ignore[assignment]
+        tower.n_heads, tower.kv_heads = tower.n_heads // mesh.size(), tower.kv_heads // mesh.size()
+        parallelize_module(tower, mesh, own)
+    parallelize_module(model.transformer, mesh, dict.fromkeys(("norm", "image_norm"), norm))
+
+    def share_positions(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = tree_map(lambda part: DTensor.from_local(part, mesh, [whole], run_check=False), inputs[0])
+        return tree_map(lambda part: part.redistribute(placements=[rows]), x), *inputs[1:]
+
+    def gather_positions(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        return tree_map(lambda part: part.redistribute(placements=[whole]).to_local(), output)
+
+    # Hooks, because `PrepareModuleInput` does not look into `Towers`.
+    model.transformer.register_forward_pre_hook(share_positions)
+    model.transformer.register_forward_hook(gather_positions)
 
 
 # Predictions are views of one tensor, which nothing changes in place.
@@ -180,10 +190,10 @@ def _recompute(block: nn.Module, kind: Checkpointing) -> None:
     """Make a block's backward pass recompute its activations: all, or all but the results of KEPT."""
     forward = block.forward
 
-    def again(x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, dropout: torch.Generator | None) -> Tensor:
+    def again(x: Any, rotary: Any, attend: Any, dropout: torch.Generator | None) -> Any:
         state = None if dropout is None else dropout.get_state()
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Any) -> Any:
             if dropout is not None and state is not None:  # the recomputation must drop the same elements
                 dropout.set_state(state)
             return forward(x, rotary, attend, dropout)
