@@ -27,7 +27,7 @@ from ..io import atomic_write, sha256
 from ..log import logger, progress
 from ..sequence import Tokenizer
 from ..version import __version__
-from .dataset import SUMS, DataSet, Manifest, Shard
+from .dataset import SUMS, VERSION, DataSet, Manifest, Shard
 from .prefetch import parallel_map
 from .prepare import BuildConfig, Outcome, Preparer, build_autoencoder
 from .readers import Part, Reader, SetReader, open_source
@@ -74,7 +74,9 @@ def build_set(
     tokenizer = Tokenizer.load(out / "tokenizer.json")
     (out / "shards").mkdir(exist_ok=True)
     preparer = Preparer(config, tokenizer, reader.text_only)
-    writer = Writer(out, preparer, url_name(source) if is_remote(source) else Path(source).name or source, max_errors)
+    name = url_name(source) if is_remote(source) else Path(source).name or source
+    sides_of = reader.data if isinstance(reader, SetReader) and config.heldout is None else None
+    writer = Writer(out, preparer, name, max_errors, sides_of)
     writer.resume()
     parts = iter(reader.parts())
     done = sum(part.weight for part in islice(parts, writer.next.part))
@@ -154,6 +156,9 @@ def _check_built(out: Path, identity: dict[str, Any]) -> Manifest:
         manifest = DataSet(str(out)).manifest
     except UserError as error:
         raise UserError(f"{error}; {OTHERWISE.format(out)}") from None
+    if manifest.version != VERSION:
+        expected = f"expected a set of version {VERSION}, whose held-out part is chosen by content"
+        raise UserError(f"{out}: {expected}, found version {manifest.version}; {OTHERWISE.format(out)}")
     weights = manifest.encoding and manifest.encoding.fingerprint
     stored = {**manifest.settings, "autoencoder_weights": weights, "tokenizer_fingerprint": manifest.tokenizer}
     _compare(out, out / "manifest.json", stored, identity)

@@ -7,13 +7,16 @@
         documents.npy               a row a document: its place, its tokens, its hash; mapped, never read whole
         pictures.npy                a row an image: rows and columns of pixels
         captions.npy                a row each caption of an image with several: its document, tokens and weight
+        heldout.npy                 the documents that are held out from training, in ascending order
+        groups.npy                  a row each near duplicate: the first document of its group, and itself
         shards/shard-00000.tar      members KEY.png KEY.txt of a pair (KEY.json if it has several captions), KEY.0.png
                                     KEY.json of a document of several parts
         shards/shard-00000.tokens   or, of text alone: token ids, uint16 (uint32 where there are more than 65,536)
         dropped.jsonl  quarantine.jsonl        what is not in it, by name and reason: by a filter; because it is faulty
 
-Document n is in shard n // shard_size, so no list of shards needs to be searched. Which documents are held out from
-training is decided by a shuffle of the whole set that no seed changes.
+Document n is in shard n // shard_size, so no list of shards needs to be searched. Whole groups of documents are held
+out: near duplicates, and pieces of one text, never stand on both sides (`groups`). In sets of version 2, which stay as
+they are, a shuffle of the documents decides, which knows nothing of their content.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from ..sequence import Tokenizer
 from .packing import Place, Shuffle
 from .remote import Cache, MissingError, is_remote
 
-VERSION = 2
+VERSION, READABLE = 3, (2, 3)
 SUMS = "SHA256SUMS"
 DOCUMENT = np.dtype(
     [
@@ -55,6 +58,7 @@ DOCUMENT = np.dtype(
 )
 ROW = struct.Struct("<QIIQ??16s")  # a row of DOCUMENT
 IMAGE = np.dtype([("rows", "<u2"), ("columns", "<u2")])
+GROUP = np.dtype([("first", "<u8"), ("document", "<u8")])
 CAPTION = np.dtype([("document", "<u8"), ("tokens", "<u4"), ("weight", "<f4")])
 OPEN_SHARDS = 64  # files that a process keeps open
 FREE_FAULTS = 10  # faulty documents of a source that are always let pass, whatever their share
@@ -104,7 +108,8 @@ class Manifest:
     tokens: of all texts; of an image with several captions, all of them. longest: tokens of the longest document.
     tokenizer: its fingerprint. index: SHA-256 of each .npy file. seen: documents of the source, whether they are in
     the set or not. dropped, changed: counts by reason, of documents left out and of changes made to content.
-    captions: rows of captions.npy, which a set without images of several captions lacks.
+    captions, grouped: rows of captions.npy and groups.npy, which a set lacks where there are none. split: what decided
+    which documents are held out: their content, or (version 2, and sets built from those) their numbers alone.
     """
 
     version: int
@@ -125,6 +130,8 @@ class Manifest:
     dropped: dict[str, int] = field(default_factory=dict)
     faulty: int = 0
     captions: int = 0
+    grouped: int = 0
+    split: Literal["document", "content"] = "document"
     changed: dict[str, int] = field(default_factory=dict)
 
 
@@ -161,16 +168,25 @@ class DataSet:
             values = json.loads(manifest.decode())
         except ValueError as error:
             raise UserError(f"{where}: expected JSON, found something else ({error})") from None
-        if not isinstance(values, dict) or values.get("version") != VERSION:
+        if not isinstance(values, dict) or values.get("version") not in READABLE:
             other = values.get("version") if isinstance(values, dict) else type(values).__name__
-            raise UserError(f"{where}: version: expected {VERSION}, found {other}; build the set again")
+            wanted = " or ".join(map(str, READABLE))
+            raise UserError(f"{where}: version: expected {wanted}, found {other}; build the set again")
         self.manifest = from_dict(Manifest, values, where)
         self._manifest, self.fingerprint = manifest, _fingerprint(manifest)
         self.documents = self._mapped("documents.npy", DOCUMENT, self.manifest.documents)
         self.images = self._mapped("pictures.npy", IMAGE, self.manifest.pictures)
-        count = self.manifest.captions
-        self.captions = self._mapped("captions.npy", CAPTION, count) if count else np.zeros(0, CAPTION)
-        self._split = Shuffle(self.manifest.documents, "heldout") if self.manifest.documents else None
+        captions, grouped = self.manifest.captions, self.manifest.grouped
+        self.captions = self._mapped("captions.npy", CAPTION, captions) if captions else np.zeros(0, CAPTION)
+        self.groups = self._mapped("groups.npy", GROUP, grouped) if grouped else np.zeros(0, GROUP)
+        count = self.manifest.heldout
+        if self.manifest.version == 2:
+            self._shuffle = Shuffle(self.manifest.documents or 1, "heldout")
+            self.heldout = np.sort(self._shuffle(np.arange(count)))
+        else:
+            self._shuffle = Shuffle(count or 1, "heldout")
+            self.heldout = self._mapped("heldout.npy", np.dtype("<u8"), count).astype(np.int64)
+        self._skipped = self.heldout - np.arange(count)
         self._shards: OrderedDict[tuple[int, int], BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -206,8 +222,13 @@ class DataSet:
 
     def number(self, split: Split, index: Place) -> Place:
         """Return which document is number `index` of a split; or which are numbers `[n]`."""
-        assert self._split is not None
-        return self._split(index + (self.manifest.heldout if split == "train" else 0))
+        if self.manifest.version == 2:
+            return self._shuffle(index + (self.manifest.heldout if split == "train" else 0))
+        if split == "heldout":
+            numbers = self.heldout[self._shuffle(index)]
+        else:
+            numbers = index + np.searchsorted(self._skipped, index, "right")
+        return numbers if isinstance(index, np.ndarray) else int(numbers)
 
     def sizes(self, number: int) -> list[tuple[int, int]]:
         """Return rows and columns, in pixels, of a document's images."""

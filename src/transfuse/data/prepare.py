@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..images import decode_image, fit
 from ..sequence import Tokenizer
 from .dataset import Encoding, digest, to_members
+from .groups import Fingerprint
 from .readers import Columns, Fault, Raw
 from .sources import is_conditional
 
@@ -57,8 +58,9 @@ class BuildConfig:
     """drop documents with images that have more tokens of text; cut text alone into documents of this length"""
     duplicates: Literal["drop", "keep"] = "drop"
     """documents that are equal to an earlier one, once stored; of text alone the whole, before it is cut"""
-    heldout: float = 0.01
-    """share that training never sees"""
+    heldout: float | None = None
+    """share that training never sees, near duplicates together; none: 0.01, or what a set that this one is built from
+    holds out"""
     shard_size: int = 2048
     """documents per shard"""
     columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
@@ -71,7 +73,7 @@ class BuildConfig:
             raise ValueError(f"size: expected at most {MOST_SIDE}, found {self.size}")
         if self.columns.count < 0:
             raise ValueError(f"count: expected at least 0, found {self.columns.count}")
-        if not 0 <= self.heldout < 1:
+        if self.heldout is not None and not 0 <= self.heldout < 1:
             raise ValueError(f"heldout: expected a share from 0 to below 1, found {self.heldout}")
         if self.max_aspect is not None and self.max_aspect < 1:
             raise ValueError(f"max_aspect: expected at least 1, found {self.max_aspect}")
@@ -86,7 +88,8 @@ class Prepared:
     key: its name in the source. parts: text, and images as bytes; or token ids alone, as bytes. conditional: text
     comes before its last image. tokens: of its text; of several captions, of the longest. sizes: rows and columns of
     its images, in pixels. captions: tokens and weight of each of several captions. changed: a reason for each change
-    that was made to its content.
+    that was made to its content. fingerprints: of its images, or of its text. heldout: its side in the data set that it
+    comes from.
     """
 
     key: str
@@ -99,6 +102,8 @@ class Prepared:
     weights: tuple[float, ...] = ()
     captions: tuple[tuple[int, float], ...] = ()
     changed: tuple[str, ...] = ()
+    fingerprints: tuple[Fingerprint, ...] = ()
+    heldout: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -181,10 +186,12 @@ class Preparer:
         dtype = "<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4"
         ids = np.array(self.tokenizer.encode("\n".join(map(str, item.parts))), dtype)
         outcomes: list[Outcome] = []
+        whole = (Fingerprint.of_bytes(ids.tobytes()),)  # of all pieces: they stand on one side
         for start in range(0, len(ids), self.config.max_tokens):
             piece = ids[start : start + self.config.max_tokens]
             data = piece.tobytes()
-            outcomes.append(Prepared(item.key, (data,), False, False, len(piece), (), digest([("tokens", data)])))
+            hash_ = digest([("tokens", data)])
+            outcomes.append(Prepared(item.key, (data,), False, False, len(piece), (), hash_, fingerprints=whole))
         return outcomes or [Dropped(item.key, "empty", "no tokens")]
 
     def _captions(self, item: Raw) -> tuple[Raw, tuple[str, ...]] | Dropped:
@@ -237,11 +244,24 @@ class Preparer:
         if tokens > config.max_tokens:
             return Dropped(item.key, "too many tokens", f"{tokens} of at most {config.max_tokens}")
         sizes = tuple(part.shape[:2] for part in parts if isinstance(part, np.ndarray))
+        looks = tuple(Fingerprint.of_image(part) for part in parts if isinstance(part, np.ndarray))
         stored = tuple(part if isinstance(part, str) else self._encode(item.key, part) for part in parts)
         hash_ = digest(to_members("", stored, item.pair, self.suffix, item.weights))
         several = tuple(zip(captions, item.weights or [1.0] * len(captions), strict=True)) if captions[1:] else ()
-        kind = item.pair, is_conditional(counts)
-        return Prepared(item.key, stored, *kind, tokens, sizes, hash_, item.weights, several, changed)
+        return Prepared(
+            item.key,
+            stored,
+            item.pair,
+            is_conditional(counts),
+            tokens,
+            sizes,
+            hash_,
+            weights=item.weights,
+            captions=several,
+            changed=changed,
+            fingerprints=looks or (Fingerprint.of_bytes(hash_),),
+            heldout=item.heldout,
+        )
 
     def _encode(self, key: str, pixels: np.ndarray) -> bytes:
         """Return an image file, or latents or codes as .npy. Each image alone: it must not depend on its neighbours."""

@@ -23,8 +23,24 @@ from ..config import to_dict
 from ..errors import UserError
 from ..io import atomic_write, sha256
 from ..log import logger
-from .dataset import CAPTION, DOCUMENT, FREE_FAULTS, IMAGE, SUMS, VERSION, Manifest, Shard, to_members, to_tar
+from .dataset import (
+    CAPTION,
+    DOCUMENT,
+    FREE_FAULTS,
+    GROUP,
+    IMAGE,
+    SUMS,
+    VERSION,
+    DataSet,
+    Manifest,
+    Shard,
+    to_members,
+    to_tar,
+)
+from .groups import FINGERPRINT, group, held_out
 from .prepare import Dropped, Outcome, Prepared, Preparer
+
+HELD_OUT = 0.01  # share that is held out where none is given
 
 
 @dataclass(frozen=True)
@@ -40,23 +56,32 @@ class Place:
 class Unwritten:
     """The documents since the last shard. texts: hashes of whole texts. dropped: those left out meanwhile.
 
-    captions: (document, tokens, weight) of each caption of an image with several.
+    captions: (document, tokens, weight) of each caption of an image with several. fingerprints: rows of FINGERPRINT.
+    heldout: documents that are held out in the data set that this one is built from.
     """
 
     pieces: list[bytes] = field(default_factory=list)
     documents: list[tuple[Any, ...]] = field(default_factory=list)
     images: list[tuple[int, int]] = field(default_factory=list)
     captions: list[tuple[int, int, float]] = field(default_factory=list)
+    fingerprints: list[tuple[Any, ...]] = field(default_factory=list)
+    heldout: list[int] = field(default_factory=list)
     texts: list[bytes] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     bytes: int = 0
 
 
 class Writer:
-    """Writes shards in order, and for each a record of what the index will say about it, so that a build can resume."""
+    """Writes shards in order, and for each a record of what the index will say about it, so that a build can resume.
 
-    def __init__(self, out: Path, preparer: Preparer, source: str, max_errors: float) -> None:
+    sides_of: the data set whose sides documents keep; None: their content decides.
+    """
+
+    def __init__(
+        self, out: Path, preparer: Preparer, source: str, max_errors: float, sides_of: DataSet | None = None
+    ) -> None:
         self.out, self.preparer, self.source, self.max_errors = out, preparer, source, max_errors
+        self.sides_of = sides_of
         self.config, self.text_only = preparer.config, preparer.text_only
         self.next = Place()
         self.seen = self.faulty = self.written = self.images = self.captions = 0
@@ -130,6 +155,10 @@ class Writer:
         new.documents.append((new.bytes, len(piece), document.tokens, len(new.images), *kind, document.hash))
         new.images.extend(document.sizes)
         new.captions.extend((self.written, *caption) for caption in document.captions)
+        new.fingerprints.extend(
+            (self.written, *mark[:3], np.frombuffer(mark.colour, "u1")) for mark in document.fingerprints
+        )
+        new.heldout += [self.written] if document.heldout else []
         new.pieces.append(piece)
         new.bytes += len(piece)
         self.written += 1
@@ -174,6 +203,8 @@ class Writer:
             "documents": documents,
             "pictures": np.array(new.images, IMAGE) if new.images else np.zeros(0, IMAGE),
             "captions": np.array(new.captions, CAPTION),
+            "fingerprints": np.array(new.fingerprints, FINGERPRINT),
+            "heldout": np.array(new.heldout, "<u8"),
             "texts": np.array(new.texts, "V16"),
             "record": np.frombuffer(json.dumps(record).encode(), "u1"),
         }
@@ -208,6 +239,10 @@ class Writer:
             captions = np.load(self.out / "captions.npy", mmap_mode="r")
             # A document counts for its longest caption.
             total += int(captions["tokens"].sum()) - int(tokens[np.unique(captions["document"])].sum())
+        heldout, groups = self._sides()
+        index["heldout.npy"] = self._save("heldout", heldout)
+        if len(groups):
+            index["groups.npy"] = self._save("groups", groups)
         manifest = Manifest(
             version=VERSION,
             kind="text" if self.text_only else "pictures",
@@ -215,7 +250,7 @@ class Writer:
             pictures=self.images,
             tokens=total,
             longest=int(tokens.max()),
-            heldout=round(self.written * self.config.heldout),
+            heldout=len(heldout),
             shard_size=self.config.shard_size,
             shards=tuple(shard for shard in self.shards if shard.bytes),
             tokenizer=self.preparer.tokenizer.fingerprint,
@@ -227,6 +262,8 @@ class Writer:
             dropped=dict(sorted(Counter(d.reason for d in self._left_out() if not d.faulty).items())),
             faulty=self.faulty,
             captions=self.captions,
+            grouped=len(groups),
+            split=self.sides_of.manifest.split if self.sides_of else "content",
             changed=dict(sorted(self.changed.items())),
         )
         text = json.dumps(to_dict(manifest), indent=1) + "\n"
@@ -238,6 +275,37 @@ class Writer:
         atomic_write(self.out / "manifest.json", lambda partial: partial.write_text(text))
         shutil.rmtree(self.out / "building", ignore_errors=True)
         return manifest
+
+    def _sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the documents that are held out, and a row of GROUP for each document that shares an image."""
+        names = ("fingerprints", "heldout")
+        records = [_load_record(self._record(number), names)[1] for number in range(len(self.shards))]
+        fingerprints = np.concatenate([arrays["fingerprints"] for arrays in records])
+        labels = group(fingerprints, self.written)
+        if self.sides_of:
+            heldout = np.concatenate([arrays["heldout"] for arrays in records])
+        else:
+            target = round(self.written * (HELD_OUT if self.config.heldout is None else self.config.heldout))
+            heldout = held_out(labels, fingerprints, target)
+            if len(heldout) < target:
+                reason = "the others come in groups too large for it: near duplicates, or pieces of one text"
+                logger.info(f"{self.out}: {len(heldout)} documents held out instead of {target}; {reason}")
+        several = np.bincount(labels)[labels] > 1 if not self.text_only else np.zeros(0, bool)
+        groups = np.zeros(several.sum(), GROUP)
+        groups["document"] = np.flatnonzero(several)
+        groups["first"] = labels[groups["document"].astype(np.int64)]
+        return heldout.astype("<u8"), np.sort(groups)
+
+    def _save(self, name: str, array: np.ndarray) -> str:
+        """Write an index as one array; return its hash."""
+        path = self.out / f"{name}.npy"
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:  # by name, numpy would append a suffix
+                np.save(file, array)
+
+        atomic_write(path, write)
+        return sha256(path)
 
     def _record(self, number: int) -> Path:
         return self.out / "building" / f"shard-{number:05d}.npz"
@@ -281,9 +349,9 @@ class Writer:
         return sha256(path)
 
 
-def _load_record(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return what a build noted about a shard, and its arrays."""
+def _load_record(
+    path: Path, names: tuple[str, ...] = ("documents", "pictures", "captions", "texts", "fingerprints", "heldout")
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return what a build noted about a shard, and its arrays of these names."""
     with np.load(path, allow_pickle=False) as archive:
-        return json.loads(bytes(archive["record"])), {
-            n: archive[n] for n in ("documents", "pictures", "captions", "texts")
-        }
+        return json.loads(bytes(archive["record"])), {name: archive[name] for name in names}

@@ -42,7 +42,8 @@ class Raw:
     """A document as it was read: text, and images as the bytes of an image file, or as pixels.
 
     pair: it is an image and its captions, `(image, caption, ...)`; training shows one of them, in either order.
-    weights: how often each of several captions is shown, relative to the others; none: equally often.
+    weights: how often each of several captions is shown, relative to the others; none: equally often. heldout: its side
+    in the data set that it comes from, if it comes from one.
 
     Raises ValueError for weights that do not go with the captions.
     """
@@ -51,6 +52,7 @@ class Raw:
     parts: tuple[str | bytes | np.ndarray, ...]
     pair: bool = False
     weights: tuple[float, ...] = ()
+    heldout: bool | None = None
 
     def __post_init__(self) -> None:
         if self.weights and (not self.pair or len(self.weights) != len(self.parts) - 1):
@@ -251,10 +253,11 @@ class SetReader(CountedReader):
         return {"manifest.json": self.data.fingerprint}  # which has the hashes of everything else
 
     def read(self, part: Part) -> Iterator[Raw | Fault]:
+        heldout = set(self.data.heldout.tolist())
         for number in part.what:
             try:
                 stored = self.data.read(number)
-                yield Raw(stored.key, stored.parts, stored.pair, stored.weights)
+                yield Raw(stored.key, stored.parts, stored.pair, stored.weights, number in heldout)
             except CorruptSampleError as error:
                 yield Fault(error.sample.key, error.sample.reason)
 
