@@ -101,7 +101,7 @@ def prose(folder: Path) -> Path:
 KINDS: dict[str, tuple[Callable[[Path], Path], BuildConfig]] = {
     "pictures": (pictures, replace(CONFIG, min_side=10)),
     "tars": (tars, replace(CONFIG, format="webp", shard_size=5)),
-    "stories": (stories, replace(CONFIG, buckets=True, multiple=8, format="jpeg")),
+    "stories": (stories, replace(CONFIG, fit="bucket", multiple=8, format="jpeg")),
     "prose": (prose, replace(CONFIG, max_tokens=21, columns=Columns(split="paragraph"))),
 }
 
@@ -437,7 +437,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_shard(
 OTHER: list[tuple[str, BuildConfig]] = [
     ("size", replace(CONFIG, size=32)),
     ("format", replace(CONFIG, format="webp")),
-    ("buckets", replace(CONFIG, buckets=True)),
+    ("fit", replace(CONFIG, fit="bucket")),
     ("max_tokens", replace(CONFIG, max_tokens=7)),
     ("heldout", replace(CONFIG, heldout=0.3)),
     ("shard_size", replace(CONFIG, shard_size=5)),
@@ -528,7 +528,7 @@ def test_an_autoencoder_that_does_not_fit(root: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, autoencoder="kl-f4-small")
     for settings, what in (
         (replace(config, size=18), "size: expected a multiple of 4 for .*, found 18"),
-        (replace(config, buckets=True, multiple=2), "multiple: expected a multiple of 4"),
+        (replace(config, fit="bucket", multiple=2), "multiple: expected a multiple of 4"),
         (replace(config, autoencoder="pixels"), "expected one that encodes"),
         (replace(config, autoencoder="nowhere"), "nowhere"),
         (replace(CONFIG, tokenizer="nowhere"), "nowhere"),
@@ -575,7 +575,7 @@ def test_an_autoencoder_that_was_trained_further_is_another_one(
         ({"size": 0}, "size: expected at least 1"),
         ({"heldout": 1.0}, "heldout: expected a share"),
         ({"max_aspect": 0.5}, "max_aspect: expected at least 1"),
-        ({"buckets": True, "multiple": 10}, "size: expected a multiple of 10"),
+        ({"fit": "bucket", "multiple": 10}, "size: expected a multiple of 10"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], what: str) -> None:
@@ -785,7 +785,7 @@ def test_buckets_of_a_folder(tmp_path: Path) -> None:
     shapes = {"a": (64, 64), "b": (40, 100), "c": (99, 60)}
     for name, shape in shapes.items():
         write(tmp_path / "s", {f"{name}.png": png(pixels(1, *shape)), f"{name}.txt": name})
-    build(tmp_path / "s", tmp_path / "out", replace(CONFIG, size=32, buckets=True, multiple=8))
+    build(tmp_path / "s", tmp_path / "out", replace(CONFIG, size=32, fit="bucket", multiple=8))
     data = DataSet(str(tmp_path / "out"))
     for number, shape in enumerate(shapes.values()):
         expected = bucket(*shape, 32, 8)
@@ -889,7 +889,7 @@ def test_latents_and_codes(tmp_path: Path, name: str) -> None:
     shapes = [(16, 16), (30, 20), (20, 41)]
     for i, shape in enumerate(shapes):
         write(tmp_path / "s", {f"{i}.png": png(pixels(i, *shape)), f"{i}.txt": f"{i}"})
-    build(tmp_path / "s", tmp_path / "out", replace(CONFIG, autoencoder=name, buckets=True, multiple=8))
+    build(tmp_path / "s", tmp_path / "out", replace(CONFIG, autoencoder=name, fit="bucket", multiple=8))
     data, autoencoder = DataSet(str(tmp_path / "out")), open_autoencoder(name)
     codes = name.startswith("vq")
     for number, shape in enumerate(shapes):
@@ -908,7 +908,7 @@ def test_latents_and_codes(tmp_path: Path, name: str) -> None:
     assert (encoding.autoencoder, encoding.fingerprint, encoding.factor) == (name, autoencoder.fingerprint, 4)
     assert (encoding.codebook is not None) == codes
     assert not problems(tmp_path / "out")
-    build(tmp_path / "s", tmp_path / "again", replace(CONFIG, autoencoder=name, buckets=True, multiple=8), workers=1)
+    build(tmp_path / "s", tmp_path / "again", replace(CONFIG, autoencoder=name, fit="bucket", multiple=8), workers=1)
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 

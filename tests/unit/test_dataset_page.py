@@ -67,7 +67,7 @@ def folder(tmp_path_factory) -> Path:
         for i in range(60)
     ]
     (root / "stories.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"parts": [{"image": "gone.png"}]}])))
-    build_set(str(root / "stories.jsonl"), root / "stories", replace(shared, buckets=True, multiple=8), workers=0)
+    build_set(str(root / "stories.jsonl"), root / "stories", replace(shared, fit="bucket", multiple=8), workers=0)
     return root
 
 

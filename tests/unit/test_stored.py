@@ -64,7 +64,7 @@ def folder(tmp_path_factory) -> Path:
         for i in range(60)
     ]
     (root / "stories.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    stories = replace(shared, buckets=True, multiple=8, columns=Columns())
+    stories = replace(shared, fit="bucket", multiple=8, columns=Columns())
     build_set(str(root / "stories.jsonl"), root / "stories", stories, workers=0)
     lines = [{"parts": [part(letter, i) for letter in ORDERS[i % len(ORDERS)]]} for i in range(90)]
     (root / "orders.jsonl").write_text("\n".join(map(json.dumps, lines)))

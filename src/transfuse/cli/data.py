@@ -59,7 +59,9 @@ def _summary(counts: dict[str, Any]) -> str:
     left_out = [f"{count} {reason}" for reason, count in counts["dropped"].items()]
     left_out += [f"{counts['faulty']} faulty (see quarantine.jsonl)"] if counts["faulty"] else []
     total = f"{counts['documents']} documents, {counts['pictures']} pictures, {counts['tokens']} tokens of text"
-    return f"{total}; left out: {', '.join(left_out)}" if left_out else total
+    changed = [f"{count} {name}" for name, count in counts["changed"].items()]
+    parts = [("left out", left_out), ("changed", changed)]
+    return "; ".join([total, *(f"{name}: {', '.join(items)}" for name, items in parts if items)])
 
 
 def inspect(

@@ -5,7 +5,7 @@
         SHA256SUMS                  of all files, as `sha256sum -c` reads them
         tokenizer.json              the index counts in its tokens
         documents.npy               a row a document: its place, its tokens, its hash; mapped, never read whole
-        pictures.npy                a row an image: rows and columns of pixels
+        pictures.npy                a row an image: rows and columns of pixels; if padded, also those of its inside
         captions.npy                a row each caption of an image with several: its document, tokens and weight
         heldout.npy                 the documents that are held out from training, in ascending order
         groups.npy                  a row each near duplicate: the first document of its group, and itself
@@ -26,7 +26,6 @@ import io
 import json
 import os
 import struct
-import tarfile
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from ..errors import UserError
 from ..images import decode_image
 from ..io import sha256
 from ..sequence import Tokenizer
+from .members import digest, untar
 from .packing import Place, Shuffle
 from .remote import Cache, MissingError, is_remote
 
@@ -58,6 +58,7 @@ DOCUMENT = np.dtype(
 )
 ROW = struct.Struct("<QIIQ??16s")  # a row of DOCUMENT
 IMAGE = np.dtype([("rows", "<u2"), ("columns", "<u2")])
+PADDED = np.dtype([*IMAGE.descr, ("inner_rows", "<u2"), ("inner_columns", "<u2")])
 GROUP = np.dtype([("first", "<u8"), ("document", "<u8")])
 CAPTION = np.dtype([("document", "<u8"), ("tokens", "<u4"), ("weight", "<f4")])
 OPEN_SHARDS = 64  # files that a process keeps open
@@ -110,6 +111,7 @@ class Manifest:
     the set or not. dropped, changed: counts by reason, of documents left out and of changes made to content.
     captions, grouped: rows of captions.npy and groups.npy, which a set lacks where there are none. split: what decided
     which documents are held out: their content, or (version 2, and sets built from those) their numbers alone.
+    padded: images are padded to a square, and pictures.npy is of dtype PADDED.
     """
 
     version: int
@@ -132,6 +134,7 @@ class Manifest:
     captions: int = 0
     grouped: int = 0
     split: Literal["document", "content"] = "document"
+    padded: bool = False
     changed: dict[str, int] = field(default_factory=dict)
 
 
@@ -175,7 +178,7 @@ class DataSet:
         self.manifest = from_dict(Manifest, values, where)
         self._manifest, self.fingerprint = manifest, _fingerprint(manifest)
         self.documents = self._mapped("documents.npy", DOCUMENT, self.manifest.documents)
-        self.images = self._mapped("pictures.npy", IMAGE, self.manifest.pictures)
+        self.images = self._mapped("pictures.npy", PADDED if self.manifest.padded else IMAGE, self.manifest.pictures)
         captions, grouped = self.manifest.captions, self.manifest.grouped
         self.captions = self._mapped("captions.npy", CAPTION, captions) if captions else np.zeros(0, CAPTION)
         self.groups = self._mapped("groups.npy", GROUP, grouped) if grouped else np.zeros(0, GROUP)
@@ -233,7 +236,16 @@ class DataSet:
     def sizes(self, number: int) -> list[tuple[int, int]]:
         """Return rows and columns, in pixels, of a document's images."""
         first, counts = self._images_of(np.array([number]))
-        return [(int(rows), int(columns)) for rows, columns in self.images[first[0] : first[0] + counts[0]]]
+        images = self.images[first[0] : first[0] + counts[0]]
+        return [(int(image["rows"]), int(image["columns"])) for image in images]
+
+    def insides(self, number: int) -> list[tuple[int, int]]:
+        """Return rows and columns, in pixels, of what is not padding in a document's images: in the middle of each."""
+        if not self.manifest.padded:
+            return self.sizes(number)
+        first, counts = self._images_of(np.array([number]))
+        images = self.images[first[0] : first[0] + counts[0]]
+        return [(int(image["inner_rows"]), int(image["inner_columns"])) for image in images]
 
     def image_positions(self, numbers: np.ndarray, side: int, last_only: bool = False) -> np.ndarray:
         """Return positions `[n]` of the images of documents `[n]` in patches of `side` pixels, with their markers.
@@ -429,64 +441,3 @@ class DataSet:
 
 def _fingerprint(manifest: bytes) -> str:
     return hashlib.sha256(manifest).hexdigest()[:16]
-
-
-# --- a document's members ---------------------------------------------------------------------------------------------
-
-Members = list[tuple[str, bytes]]
-"""name and content, in order; the first name up to its first dot is the document's key"""
-
-
-def digest(members: Members) -> bytes:
-    """Return 16 bytes that identify a document: its kinds of members and their content, not its name."""
-    pieces = []
-    for name, content in members:
-        kind = name.rpartition("/")[2].partition(".")[2]
-        pieces += [f"{kind}\0{len(content)}\0".encode(), content]
-    return hashlib.blake2b(b"".join(pieces), digest_size=16).digest()
-
-
-def to_members(
-    key: str, parts: tuple[str | bytes, ...], pair: bool, suffix: str, weights: tuple[float, ...] = ()
-) -> Members:
-    """Return a document's members; its images are files of kind `suffix`. weights: of the captions of a pair."""
-    images = [part for part in parts if isinstance(part, bytes)]
-    if pair:
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) == 1:
-            return [(f"{key}.{suffix}", images[0]), (f"{key}.txt", texts[0].encode())]
-        captions = {"captions": texts, **({"weights": weights} if weights else {})}
-        return [(f"{key}.{suffix}", images[0]), (f"{key}.json", json.dumps(captions, ensure_ascii=False).encode())]
-    numbers = iter(range(len(images)))
-    listed = [{"text": part} if isinstance(part, str) else {"image": next(numbers)} for part in parts]
-    record = json.dumps({"parts": listed}, ensure_ascii=False).encode()
-    return [*((f"{key}.{i}.{suffix}", content) for i, content in enumerate(images)), (f"{key}.json", record)]
-
-
-def to_tar(members: Members) -> bytes:
-    """Return a piece of a tar: the same members give the same bytes, whenever and by whomever they are written."""
-    pieces = []
-    for name, content in members:
-        header = tarfile.TarInfo(name)
-        header.size, header.mode = len(content), 0o644
-        pieces += [header.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % tarfile.BLOCKSIZE)]
-    return b"".join(pieces)
-
-
-def untar(data: bytes) -> Members:
-    """Return the members of a piece that `to_tar` wrote. Raises ValueError for anything else."""
-    members: Members = []
-    place = 0
-    while place < len(data):
-        header = data[place : place + tarfile.BLOCKSIZE]
-        start = place + tarfile.BLOCKSIZE
-        try:
-            size = int(header[124:135], 8)
-            name = header[:100].rstrip(b"\0").decode()
-        except ValueError:
-            raise ValueError("its header in the tar is damaged") from None
-        if start + size > len(data) or not name:
-            raise ValueError("its header in the tar is damaged")
-        members.append((name, data[start : start + size]))
-        place = start + size + -size % tarfile.BLOCKSIZE
-    return members

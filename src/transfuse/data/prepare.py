@@ -5,26 +5,35 @@ The outcome depends on the document and the settings alone, so documents may be 
 
 from __future__ import annotations
 
+import html
 import io
 import math
+import re
+import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
 import PIL.Image
+import PIL.ImageColor
 import tyro
 
 from ..autoencoders import Autoencoder, VQTokenizer, open_autoencoder
 from ..errors import UserError
-from ..images import decode_image, fit
+from ..images import decode_image, fit, pad, unpad
 from ..sequence import Tokenizer
-from .dataset import Encoding, digest, to_members
+from .dataset import Encoding
 from .groups import Fingerprint
+from .members import digest, to_members
 from .readers import Columns, Fault, Raw
 from .sources import is_conditional
 
 MOST_SIDE = 16_384  # pixels: the index counts to 65,535, and a bucket may be wider than `size`
 WIDEST = 2.0  # aspect ratio of the widest and the tallest bucket
+ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff\ufffe\uffff]")  # not tab and line feed
 QUALITY = {"jpeg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95, "method": 4}, "png": {}}
 
 
@@ -33,9 +42,12 @@ class BuildConfig:
     """The content of a data set and how it is stored; together with its source, it decides every byte."""
 
     size: int = 64
-    """pixels of a side; images are cut to their middle square and scaled"""
-    buckets: bool = False
-    """keep the shape: rows and columns are the nearest of those with about size x size pixels, at most 2 : 1"""
+    """pixels of a side"""
+    fit: Literal["crop", "smart", "pad", "bucket"] = "crop"
+    """crop: the middle square; smart: the square that loses fewest edges; pad: all of it on a square, whose rest is not
+    learned; bucket: keep the shape: the nearest rows and columns with about size x size pixels, at most 2 : 1"""
+    background: str = "white"
+    """colour behind what is transparent, and around what is padded, as CSS writes it: white, #ffcc00"""
     multiple: int = 16
     """of which rows and columns of buckets are multiples (a patch's side in pixels, or several)"""
     format: Literal["png", "jpeg", "webp"] = "png"
@@ -48,6 +60,8 @@ class BuildConfig:
     """ids of a tokenizer that is trained on the source"""
     min_side: int = 1
     """drop images whose shorter side has fewer pixels; others are enlarged where they must"""
+    max_side: int | None = None
+    """drop images whose longer side has more pixels"""
     max_aspect: float | None = None
     """drop images whose longer side is more than this many times the shorter"""
     min_caption: int = 1
@@ -55,7 +69,12 @@ class BuildConfig:
     max_caption: int | None = None
     """or more"""
     max_tokens: int = 500
-    """drop documents with images that have more tokens of text; cut text alone into documents of this length"""
+    """drop captions, or documents with images, that have more tokens of text; cut text alone into documents of this
+    length"""
+    long: Literal["drop", "cut"] = "drop"
+    """what becomes of a caption that is too long: cut keeps the words that fit"""
+    clean: bool = True
+    """write text in composed characters (NFC) without control characters; next to images also & for &amp;"""
     duplicates: Literal["drop", "keep"] = "drop"
     """documents that are equal to an earlier one, once stored; of text alone the whole, before it is cut"""
     heldout: float | None = None
@@ -77,7 +96,13 @@ class BuildConfig:
             raise ValueError(f"heldout: expected a share from 0 to below 1, found {self.heldout}")
         if self.max_aspect is not None and self.max_aspect < 1:
             raise ValueError(f"max_aspect: expected at least 1, found {self.max_aspect}")
-        if self.buckets and self.size % self.multiple:
+        if self.max_side is not None and self.max_side < self.min_side:
+            raise ValueError(f"max_side: expected at least min_side, {self.min_side}, found {self.max_side}")
+        try:
+            PIL.ImageColor.getrgb(self.background)
+        except ValueError:
+            raise ValueError(f'background: expected a colour (white, "#ffcc00"), found {self.background!r}') from None
+        if self.fit == "bucket" and self.size % self.multiple:
             raise ValueError(f"size: expected a multiple of {self.multiple} (multiple) with buckets, found {self.size}")
 
 
@@ -85,11 +110,15 @@ class BuildConfig:
 class Prepared:
     """A document ready to be stored.
 
-    key: its name in the source. parts: text, and images as bytes; or token ids alone, as bytes. conditional: text
-    comes before its last image. tokens: of its text; of several captions, of the longest. sizes: rows and columns of
-    its images, in pixels. captions: tokens and weight of each of several captions. changed: a reason for each change
-    that was made to its content. fingerprints: of its images, or of its text. heldout: its side in the data set that it
-    comes from.
+    key: its name in the source.
+    parts: text, and images as bytes; or token ids alone, as bytes.
+    conditional: text comes before its last image.
+    tokens: of its text; of several captions, of the longest.
+    sizes: rows and columns of its images, in pixels, and, where they are padded, of what is not padding.
+    captions: tokens and weight of each of several captions.
+    changed: the name of each change that was made to its text.
+    fingerprints: of its images, or of its text.
+    heldout: its side in the data set that it comes from.
     """
 
     key: str
@@ -97,7 +126,7 @@ class Prepared:
     pair: bool
     conditional: bool
     tokens: int
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, ...], ...]
     hash: bytes
     weights: tuple[float, ...] = ()
     captions: tuple[tuple[int, float], ...] = ()
@@ -144,10 +173,34 @@ def build_autoencoder(config: BuildConfig) -> Autoencoder | None:
     autoencoder = open_autoencoder(config.autoencoder)
     if autoencoder.factor == 1:
         raise UserError(f"autoencoder: expected one that encodes, found {autoencoder.name}")
-    step, name = (config.multiple, "multiple") if config.buckets else (config.size, "size")
+    step, name = (config.multiple, "multiple") if config.fit == "bucket" else (config.size, "size")
     if step % autoencoder.factor:
         raise UserError(f"{name}: expected a multiple of {autoencoder.factor} for {autoencoder.name}, found {step}")
     return autoencoder if getattr(autoencoder, "codebook_size", None) is None else VQTokenizer(autoencoder)
+
+
+def clean(text: str, changed: list[str], entities: bool = True) -> str:
+    """Return a text in composed characters (NFC), without control characters, and without HTML entities.
+
+    changed: the name of each change is added. entities: False leaves them as they are, for text about HTML.
+    """
+    steps: dict[str, Callable[[str], str]] = {
+        "HTML entities decoded": _unescape if entities else str,
+        "control characters removed": lambda text: CONTROL.sub("", re.sub("\r\n?", "\n", text)),
+        "composed (NFC)": partial(unicodedata.normalize, "NFC"),
+    }
+    for name, step in steps.items():
+        if (after := step(text)) != text:
+            text = after
+            changed.append(name)
+    return text
+
+
+def _unescape(text: str) -> str:
+    """Decode entities, also of text that was escaped twice (&amp;quot;); "AT&T" and "?a=1&copy=2" stay."""
+    while (after := ENTITY.sub(lambda match: html.unescape(match.group()), text)) != text:
+        text = after
+    return text
 
 
 class Preparer:
@@ -180,9 +233,13 @@ class Preparer:
                     part.encode()
         except UnicodeEncodeError as error:  # JSON may have half a character, an emoji cut in two
             return [Dropped(item.key, "faulty", f"expected whole characters, found half of one at {error.start}", True)]
-        return self._texts(item) if self.text_only else [self._images(item)]
+        changed: list[str] = []
+        if self.config.clean:
+            parts = [clean(part, changed, not self.text_only) if isinstance(part, str) else part for part in item.parts]
+            item = replace(item, parts=tuple(parts))
+        return self._texts(item, changed) if self.text_only else [self._images(item, changed)]
 
-    def _texts(self, item: Raw) -> list[Outcome]:
+    def _texts(self, item: Raw, changed: list[str]) -> list[Outcome]:
         dtype = "<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4"
         ids = np.array(self.tokenizer.encode("\n".join(map(str, item.parts))), dtype)
         outcomes: list[Outcome] = []
@@ -191,15 +248,19 @@ class Preparer:
             piece = ids[start : start + self.config.max_tokens]
             data = piece.tobytes()
             hash_ = digest([("tokens", data)])
-            outcomes.append(Prepared(item.key, (data,), False, False, len(piece), (), hash_, fingerprints=whole))
+            document = Prepared(item.key, (data,), False, False, len(piece), (), hash_, fingerprints=whole)
+            outcomes.append(document if start else replace(document, changed=tuple(changed)))
         return outcomes or [Dropped(item.key, "empty", "no tokens")]
 
-    def _captions(self, item: Raw) -> tuple[Raw, tuple[str, ...]] | Dropped:
-        """Return a pair without captions of the wrong length, and the reason for each; or why none is left."""
+    def _captions(self, item: Raw, changed: list[str]) -> Raw | Dropped:
+        """Return a pair without captions of the wrong length, whose reasons are added; or why none is left."""
         config, (image, *captions) = self.config, item.parts
         kept, reasons = [], []
         for caption, weight in zip(captions, item.weights or [1.0] * len(captions), strict=True):
             assert isinstance(caption, str)
+            if config.long == "cut" and (fits := self._cut(caption)) != caption:
+                caption = fits
+                changed.append("caption cut")
             if not config.min_caption <= len(caption) <= (config.max_caption or math.inf):
                 reasons.append(("caption length", f"{len(caption)} characters"))
             elif (tokens := len(self.tokenizer.encode(caption))) > config.max_tokens:
@@ -210,41 +271,59 @@ class Preparer:
             return Dropped(item.key, *reasons[0])
         texts, weights = zip(*kept, strict=True)
         weights = weights if len(set(weights)) > 1 else ()
-        return replace(item, parts=(image, *texts), weights=weights), tuple(
-            f"caption left out: {r}" for r, _ in reasons
-        )
+        changed += [f"caption left out: {reason}" for reason, _ in reasons]
+        return replace(item, parts=(image, *texts), weights=weights)
 
-    def _images(self, item: Raw) -> Outcome:
+    def _cut(self, caption: str) -> str:
+        """Return the whole words of a caption that fit; of a single word, the characters."""
+        fits = caption[: self.config.max_caption]
+        while len(ids := self.tokenizer.encode(fits)) > self.config.max_tokens:
+            fits = self.tokenizer.decode(list(ids[: self.config.max_tokens])).rstrip("\ufffd")[: len(fits) - 1]
+        if fits == caption:
+            return caption
+        words = re.match(r".*\S(?=\s)", caption[: len(fits) + 1], re.DOTALL)
+        return words.group() if words else fits
+
+    def _images(self, item: Raw, changed: list[str]) -> Outcome:
         config = self.config
-        changed: tuple[str, ...] = ()
         if item.pair:
-            outcome = self._captions(item)
+            outcome = self._captions(item, changed)
             if isinstance(outcome, Dropped):
                 return outcome
-            item, changed = outcome
+            item = outcome
         parts: list[str | np.ndarray] = []
+        sizes: list[tuple[int, ...]] = []
+        looks: list[Fingerprint] = []
         for part in item.parts:
             if isinstance(part, str):
                 parts.append(part)
                 continue
             try:
-                pixels = part if isinstance(part, np.ndarray) else decode_image(part, "image")
+                decoded = part if isinstance(part, np.ndarray) else decode_image(part, background=config.background)
             except UserError as error:
                 return Dropped(item.key, "faulty", str(error).removeprefix("image: "), faulty=True)
-            rows, columns = pixels.shape[:2]
+            rows, columns = decoded.shape[:2]
             if min(rows, columns) < config.min_side:
                 return Dropped(item.key, "too small", f"{columns}x{rows} pixels")
+            if config.max_side is not None and max(rows, columns) > config.max_side:
+                return Dropped(item.key, "too large", f"{columns}x{rows} pixels")
             if config.max_aspect is not None and max(rows, columns) > config.max_aspect * min(rows, columns):
                 return Dropped(item.key, "aspect ratio", f"{columns}x{rows} pixels")
-            shape = bucket(rows, columns, config.size, config.multiple) if config.buckets else config.size
-            parts.append(fit(pixels, shape))
+            if config.fit == "pad":
+                image, inside = pad(decoded, config.size, config.background)
+                sizes.append((config.size, config.size, *inside))
+                looks.append(Fingerprint.of_image(unpad(image, inside)))
+            else:
+                shape = bucket(rows, columns, config.size, config.multiple) if config.fit == "bucket" else config.size
+                image = fit(decoded, shape, smart=config.fit == "smart")
+                sizes.append(image.shape[:2])
+                looks.append(Fingerprint.of_image(image))
+            parts.append(image)
         counts = [len(self.tokenizer.encode(part)) if isinstance(part, str) else None for part in parts]
         captions = [count for count in counts if count is not None] if item.pair else []
         tokens = max(captions) if captions else sum(count for count in counts if count)
         if tokens > config.max_tokens:
             return Dropped(item.key, "too many tokens", f"{tokens} of at most {config.max_tokens}")
-        sizes = tuple(part.shape[:2] for part in parts if isinstance(part, np.ndarray))
-        looks = tuple(Fingerprint.of_image(part) for part in parts if isinstance(part, np.ndarray))
         stored = tuple(part if isinstance(part, str) else self._encode(item.key, part) for part in parts)
         hash_ = digest(to_members("", stored, item.pair, self.suffix, item.weights))
         several = tuple(zip(captions, item.weights or [1.0] * len(captions), strict=True)) if captions[1:] else ()
@@ -254,12 +333,12 @@ class Preparer:
             item.pair,
             is_conditional(counts),
             tokens,
-            sizes,
+            tuple(sizes),
             hash_,
             weights=item.weights,
             captions=several,
-            changed=changed,
-            fingerprints=looks or (Fingerprint.of_bytes(hash_),),
+            changed=tuple(changed),
+            fingerprints=tuple(looks) or (Fingerprint.of_bytes(hash_),),
             heldout=item.heldout,
         )
 

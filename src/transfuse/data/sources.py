@@ -11,8 +11,9 @@ pairs.lengths(...)                      # the positions of many, from the index 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -417,14 +418,15 @@ class StoredImages(StoredTexts):
             drawn = self._drawn_caption(number, index // self.epoch, first, count)
             shown, expected = (shown[0], shown[1 + drawn]), int(self.data.captions["tokens"][first + drawn])
         parts: list[Text | Image] = []
+        areas = self._areas(number)
         for part in shown:
             if isinstance(part, str):
                 parts.append(Text(self.tokenizer.encode(part)))
             elif isinstance(part, bytes):
                 pixels = self.data.decode(number, stored, part)
-                parts.append(document_images(pixels[None], self.autoencoder)[0])
+                parts.append(replace(document_images(pixels[None], self.autoencoder)[0], content=next(areas)))
             else:
-                parts.append(Image(as_latent(part)))
+                parts.append(Image(as_latent(part), content=next(areas)))
         tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
         if tokens != expected:
             raise self.data.corrupt(number, f"{tokens} tokens, not as many as the index says", stored.key)
@@ -463,6 +465,16 @@ class StoredImages(StoredTexts):
         last = self.data.image_positions(numbers[conditional], side, last_only=True)
         lengths[conditional] -= self.config.caption_drop * (tokens[conditional] + images[conditional] - last)
         return lengths
+
+    def _areas(self, number: int) -> Iterator[tuple[int, int, int, int] | None]:
+        """Yield (top, bottom, left, right) of what is not padding in a document's latents or codes; None: all of it."""
+        if not self.data.manifest.padded:
+            yield from repeat(None)
+        factor = self.autoencoder.factor
+        for whole, inside in zip(self.data.sizes(number), self.data.insides(number), strict=True):
+            begins = [(w - i) // 2 for w, i in zip(whole, inside, strict=True)]
+            sides = [(b // factor, -(-(b + i) // factor)) for b, i in zip(begins, inside, strict=True)]
+            yield (*sides[0], *sides[1]) if inside != whole else None
 
     def _drawn_caption(self, number: int, epoch: int, first: int, count: int) -> int:
         """Return which of a document's captions an epoch shows, by (seed, document, epoch) and the captions' weights.

@@ -29,15 +29,15 @@ from .dataset import (
     FREE_FAULTS,
     GROUP,
     IMAGE,
+    PADDED,
     SUMS,
     VERSION,
     DataSet,
     Manifest,
     Shard,
-    to_members,
-    to_tar,
 )
 from .groups import FINGERPRINT, group, held_out
+from .members import to_members, to_tar
 from .prepare import Dropped, Outcome, Prepared, Preparer
 
 HELD_OUT = 0.01  # share that is held out where none is given
@@ -62,7 +62,7 @@ class Unwritten:
 
     pieces: list[bytes] = field(default_factory=list)
     documents: list[tuple[Any, ...]] = field(default_factory=list)
-    images: list[tuple[int, int]] = field(default_factory=list)
+    images: list[tuple[int, ...]] = field(default_factory=list)
     captions: list[tuple[int, int, float]] = field(default_factory=list)
     fingerprints: list[tuple[Any, ...]] = field(default_factory=list)
     heldout: list[int] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Writer:
         self, out: Path, preparer: Preparer, source: str, max_errors: float, sides_of: DataSet | None = None
     ) -> None:
         self.out, self.preparer, self.source, self.max_errors = out, preparer, source, max_errors
-        self.sides_of = sides_of
+        self.sides_of, self.image_dtype = sides_of, PADDED if preparer.config.fit == "pad" else IMAGE
         self.config, self.text_only = preparer.config, preparer.text_only
         self.next = Place()
         self.seen = self.faulty = self.written = self.images = self.captions = 0
@@ -201,7 +201,7 @@ class Writer:
         }
         arrays = {
             "documents": documents,
-            "pictures": np.array(new.images, IMAGE) if new.images else np.zeros(0, IMAGE),
+            "pictures": np.array(new.images, self.image_dtype),
             "captions": np.array(new.captions, CAPTION),
             "fingerprints": np.array(new.fingerprints, FINGERPRINT),
             "heldout": np.array(new.heldout, "<u8"),
@@ -230,7 +230,7 @@ class Writer:
             )
         index = {
             "documents.npy": self._write_index("documents", DOCUMENT, self.written),
-            "pictures.npy": self._write_index("pictures", IMAGE, self.images),
+            "pictures.npy": self._write_index("pictures", self.image_dtype, self.images),
         }
         tokens = np.load(self.out / "documents.npy", mmap_mode="r")["tokens"]
         total = int(tokens.sum())
@@ -264,6 +264,7 @@ class Writer:
             captions=self.captions,
             grouped=len(groups),
             split=self.sides_of.manifest.split if self.sides_of else "content",
+            padded=self.config.fit == "pad" and not self.text_only,
             changed=dict(sorted(self.changed.items())),
         )
         text = json.dumps(to_dict(manifest), indent=1) + "\n"

@@ -84,6 +84,7 @@ class Batch:
     pixels: Images = ()  # uint8 `[row, column, 3]` of each image that is encoded later; its latent is only a shape
     timesteps: torch.Tensor | None = None  # [I], where they have been drawn already
     noise: Images = ()  # likewise, a `[channel, row, column]` per image
+    content: tuple[tuple[int, int, int, int] | None, ...] = ()  # of each latent, if some are padded
     sources: tuple[tuple[str, int], ...] = ()  # (name, positions) of each named source of documents
     n_padding: int = 0  # positions at the end that pad the run; part of N
 
@@ -175,6 +176,7 @@ def collate(
         max_timestep=torch.tensor([image.max_timestep or 0 for image in images], dtype=torch.int64),
         noise_ids=tuple(noise_ids),
         pixels=stacked([image.pixels for image in images if image.pixels is not None]),
+        content=tuple(image.content for image in images) if any(image.content for image in images) else (),
         sources=tuple(sorted(sources.items())),
         n_padding=sum(len(layout) for layout in layouts[len(documents) :]),
     )

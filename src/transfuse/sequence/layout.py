@@ -75,12 +75,15 @@ class Image:
     target        True: the image loss includes it (it is noised, or its codes are predicted). False: clean context.
     max_timestep  the largest timestep drawn for it in training (Transfusion section 4.3.4); None: no cap.
     pixels        uint8 `[row, column, 3]` of an image that is encoded later: its latent is a shape on the meta device.
+    content       (top, bottom, left, right) of what is not padding in its latent or codes: only that is in the loss.
+                  None: all of it.
     """
 
     latent: torch.Tensor
     target: bool = True
     max_timestep: int | None = None
     pixels: torch.Tensor | None = None
+    content: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.max_timestep is not None and self.max_timestep < 1:
@@ -276,7 +279,11 @@ def layout_document(document: Document, fmt: SequenceFormat) -> Layout:
             codes = [0] * patches if fmt.first_code is None else (part.latent.flatten() + fmt.first_code).tolist()
             spans.append(Span(len(ids) + 1, len(ids) + 1 + patches, part))
             ids.extend([fmt.boi, *codes, fmt.eoi])
-            learned.extend([document.predict, *[part.is_codes and part.target] * patches, False])
+            predicted = np.full((rows, columns), part.is_codes and part.target)
+            if part.is_codes and part.content is not None:
+                top, bottom, left, right = part.content
+                predicted[:top], predicted[bottom:], predicted[:, :left], predicted[:, right:] = (False,) * 4
+            learned.extend([document.predict, *predicted.flatten().tolist(), False])
             image_at.extend([-1, *[len(spans) - 1] * patches, -1])
     if document.closed:
         ids.append(fmt.eos)

@@ -290,12 +290,21 @@ class TransfusionObjective(TokenObjective):
         tokens, predictions = self._forward(model, batch, noised)
         if not len(predictions):
             errors = torch.zeros(0, device=batch.input_ids.device)
+        elif batch.content:  # padding is not learned
+            triples = zip(predictions, noised.targets, batch.content, strict=True)
+            errors = torch.stack([F.mse_loss(_inside(p, area), _inside(x, area)) for p, x, area in triples])
         elif isinstance(predictions, Tensor) and isinstance(noised.targets, Tensor):
             errors = (predictions - noised.targets).square().flatten(1).mean(1)
         else:
             pairs = zip(predictions, noised.targets, strict=True)
             errors = torch.stack([F.mse_loss(prediction, target) for prediction, target in pairs])
         return tokens, errors, noised.timesteps
+
+
+def _inside(image: Tensor, area: tuple[int, int, int, int] | None) -> Tensor:
+    """Return an area (top, bottom, left, right) of `[channel, row, column]`; None: all of it."""
+    top, bottom, left, right = area or (0, image.shape[1], 0, image.shape[2])
+    return image[:, top:bottom, left:right]
 
 
 def _encode_pixels(autoencoder: ImageAutoencoder, pixels: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ...errors import UserError
+from ...images import unpad
 from ...io import sha256
 from ...log import logger
 from .. import bundled
@@ -257,7 +258,14 @@ class SetReader(CountedReader):
         for number in part.what:
             try:
                 stored = self.data.read(number)
-                yield Raw(stored.key, stored.parts, stored.pair, stored.weights, number in heldout)
+                parts = stored.parts
+                if self.data.manifest.padded:  # a new set pads them anew, or crops what is not padding
+                    insides = iter(self.data.insides(number))
+                    parts = tuple(
+                        part if isinstance(part, str) else unpad(self.data.decode(number, stored, part), next(insides))
+                        for part in parts
+                    )
+                yield Raw(stored.key, parts, stored.pair, stored.weights, number in heldout)
             except CorruptSampleError as error:
                 yield Fault(error.sample.key, error.sample.reason)
 
