@@ -1,4 +1,4 @@
-"""Which documents must stand on one side of the split: those that share an image, nearly or exactly, or a text.
+"""Groups of documents that stand on one side of the split: they share an image, nearly or exactly, or a text.
 
     Fingerprint.of_image(pixels)          what an image is recognised by: its pixels, and its look
     labels = group(fingerprints, count)   the first document of each document's group
@@ -35,7 +35,7 @@ FREQUENCIES = np.cos(_angles)  # of the cosine transform, the lowest eight
 
 
 class Fingerprint(NamedTuple):
-    """What an image or a text is recognised by: content, 64 bits of a hash; of an image also its look and colour.
+    """The marks by which an image or a text is recognised: content, 64 bits of a hash; of an image also its look and colour.
 
     look: the 64 bits of a perceptual hash (pHash): which low frequencies of its brightness are above the median.
     colour: mean Cb and Cr of its four quarters, 8 bytes.
@@ -105,9 +105,9 @@ def _ranges(start: np.ndarray, end: np.ndarray) -> Iterator[tuple[np.ndarray, np
     while begin < len(counts):
         before = ends[begin] - counts[begin]
         stop = max(begin + 1, int(np.searchsorted(ends, before + PAIRS, "right")))
-        some = counts[begin:stop]
-        left = np.repeat(np.arange(begin, stop), some)
-        yield left, np.arange(some.sum()) - np.repeat(some.cumsum() - some, some) + np.repeat(start[begin:stop], some)
+        each = counts[begin:stop]
+        left = np.repeat(np.arange(begin, stop), each)
+        yield left, np.arange(each.sum()) - np.repeat(each.cumsum() - each, each) + np.repeat(start[begin:stop], each)
         begin = stop
 
 

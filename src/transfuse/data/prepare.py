@@ -47,7 +47,7 @@ class BuildConfig:
     """crop: the middle square; smart: the square that loses fewest edges; pad: all of it on a square, whose rest is not
     learned; bucket: keep the shape: the nearest rows and columns with about size x size pixels, at most 2 : 1"""
     background: str = "white"
-    """colour behind what is transparent, and around what is padded, as CSS writes it: white, #ffcc00"""
+    """colour that shows through what is transparent, and around what is padded, as CSS writes it: white, #ffcc00"""
     multiple: int = 16
     """of which rows and columns of buckets are multiples (a patch's side in pixels, or several)"""
     format: Literal["png", "jpeg", "webp"] = "png"

@@ -259,7 +259,7 @@ class SetReader(CountedReader):
             try:
                 stored = self.data.read(number)
                 parts = stored.parts
-                if self.data.manifest.padded:  # a new set pads them anew, or crops what is not padding
+                if self.data.manifest.padded:  # a new set pads them again, or crops what is not padding
                     insides = iter(self.data.insides(number))
                     parts = tuple(
                         part if isinstance(part, str) else unpad(self.data.decode(number, stored, part), next(insides))
