@@ -14,6 +14,7 @@ from transfuse.errors import UserError
 from transfuse.inference import Conversation, Done, Engine, Event, ImageEnd, TextDelta, TransfusionPipeline
 from transfuse.inference.kv_cache import SlotAllocator
 from transfuse.sequence import Document, Image, Text, Tokenizer, layout_document
+from transfuse.sequence.chat import chat_prompt
 
 SETTINGS = {"max_tokens": 6, "temperature": 1.0, "code_temperature": 1.0}
 
@@ -44,8 +45,8 @@ def test_turns_equal_fresh_readings(tokenizer: Tokenizer, arm: str, draw: str, s
             assert type(mine) is type(theirs)
             if isinstance(mine, ImageEnd) and isinstance(theirs, ImageEnd):
                 torch.testing.assert_close(mine.latent, theirs.latent, atol=1e-5, rtol=1e-4)
-        known = len(layout_document(Document(talk.parts, closed=False), talk.engine.grammar))
-        drawn = [part for part in talk.parts[len(asked.document.parts) :] if isinstance(part, Image)]
+        known = len(layout_document(chat_prompt(tokenizer, talk.messages), talk.engine.grammar))
+        drawn = [part for part in talk.messages[-1].parts if isinstance(part, Image)]
         assert len(drawn) == done.images
 
 
@@ -57,7 +58,7 @@ def test_the_cache_of_a_second_turn_is_that_of_a_fresh_reading(tokenizer: Tokeni
     fresh = Engine(one, slots=1)
     fresh.submit(replace(talk.request([]), draw="never", max_tokens=0))
     fresh.step()
-    length = len(layout_document(Document(talk.parts, closed=False), fresh.grammar)) - 1
+    length = len(layout_document(chat_prompt(tokenizer, talk.messages), fresh.grammar)) - 1
     for mine, theirs in ((talk.engine.cache.keys, fresh.cache.keys), (talk.engine.cache.values, fresh.cache.values)):
         torch.testing.assert_close(mine[:, 0, :, :length], theirs[:, 0, :, :length], atol=1e-5, rtol=1e-4)
 
@@ -74,7 +75,7 @@ def test_a_turn_that_is_left_is_forgotten(tokenizer: Tokenizer) -> None:
     assert not talk.engine.busy
     with pytest.raises(UserError, match="prompt: expected at most 256 positions"):
         list(talk.say(["crab " * 300]))
-    assert [type(part) for part in talk.parts] == [type(part) for part in other.parts]
+    assert [len(message.parts) for message in talk.messages] == [len(message.parts) for message in other.messages]
     last = [list(each.say(["the moon"], draw="never", **SETTINGS)) for each in (talk, other)]
     assert tokens(last[0]) == tokens(last[1])
 

@@ -116,4 +116,4 @@ def test_a_character_cut_at_the_end_of_a_turn_is_kept_as_it_was_written() -> Non
     pipe = TransfusionPipeline(chained(linked(b"a\xe2\x82", BYTES.eos, start)))
     talk = Conversation(pipe)
     assert said(list(talk.say(["?"], draw="never"))) == ["a\ufffd"]
-    assert talk.parts[-1] == Text(tuple(of_bytes(b"a\xe2\x82")))
+    assert talk.messages[-1].parts[-1] == Text(tuple(of_bytes(b"a\xe2\x82")))

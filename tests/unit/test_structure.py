@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convert": {"sequence", "model"},
     "training": {"sequence", "model", "diffusion", "autoencoders", "data"},
     "inference": {"sequence", "model", "diffusion", "autoencoders", "export"},
-    "serving": {"inference", "model"},
+    "serving": {"inference", "model", "sequence"},
     "evaluation": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "inference"},
     "recipes": {"sequence", "model", "diffusion", "autoencoders", "data", "export", "training"},
 }

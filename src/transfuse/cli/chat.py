@@ -43,6 +43,8 @@ class ChatOptions:
     """force: every reply begins with an image; never: words only"""
     resize: bool = False
     """crop and resize images shown to the model, instead of refusing those of another size"""
+    system: str | None = None
+    """system prompt, for a model with a chat template; None: the template's own"""
 
 
 def chat(*, model: ModelChoice, options: Annotated[ChatOptions, Flat]) -> int:
@@ -84,7 +86,7 @@ class _Session:
         from ..inference import Conversation
 
         self.options, self.pipe = options, pipe
-        self.conversation = Conversation(self.pipe)
+        self.conversation = Conversation(self.pipe, self.options.system)
         self.shown: list[np.ndarray] = []
         self.seed, self.images = options.seed, 0
         self.last: tuple[PIL.Image.Image, dict[str, Any]] | None = None
@@ -108,7 +110,7 @@ class _Session:
                     raise UserError(f"/seed: expected a number, found {rest or 'none'}")
                 self.seed = int(rest)
             case "/new":
-                self.conversation, self.shown = Conversation(self.pipe), []
+                self.conversation, self.shown = Conversation(self.pipe, self.options.system), []
             case _ if line.startswith("/"):
                 raise UserError(f"chat: expected one of the commands that /help lists, found {command}")
             case _:

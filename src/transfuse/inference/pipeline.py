@@ -33,6 +33,7 @@ from ..images import ImageSource, decode_image, read_mask
 from ..log import logger
 from ..model import Transfusion
 from ..sequence import Document, Image, Part, Text
+from ..sequence.chat import Message, chat_prompt
 from ..vocabulary import PromptReading
 from .engine import Engine
 from .events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
@@ -343,6 +344,11 @@ class TransfusionPipeline:
             raise UserError(f"image: expected {side}x{side} pixels, found {width}x{height}")
         return Image(self.exported.autoencoder.encode(pixels[None])[0], target=False)
 
+    def message(self, role: str, parts: Sequence[PromptPart]) -> Message:
+        """Return a turn of a conversation; its images must have the model's size."""
+        encoded = [part if isinstance(part, str) else self.part(part) for part in parts]
+        return Message(role, tuple(part for part in encoded if isinstance(part, str | Image)))
+
     def stream(self, request: Request) -> Iterator[Event]:
         """Yield the events of one request as they happen."""
         return self.engine.run([request])
@@ -393,19 +399,19 @@ class TransfusionPipeline:
 class Conversation:
     """Turns of text and images in one sequence, whose cache stays from one turn to the next.
 
-    `parts` is the whole conversation in order, as in a training document: there are no markers of turns. A turn reads
-    only what is new; its result is that of reading everything, up to rounding. The cache is as long as the model's
-    max_seq_len.
+    The sequence is the conversation in the model's chat template, or, without one, its texts and images in order, as in
+    a training document. A turn reads only what is new; its result is that of reading everything, up to rounding. The
+    cache is as long as the model's max_seq_len. system: the system prompt; None: the template's own, if it has one.
     """
 
-    def __init__(self, pipe: TransfusionPipeline) -> None:
+    def __init__(self, pipe: TransfusionPipeline, system: str | None = None) -> None:
         self.pipe = pipe
         self.engine = Engine(pipe.engine.runner, slots=1)
-        self.parts: list[Part] = []
+        self.messages = [] if system is None else [Message("system", (system,))]
 
     def request(self, parts: Sequence[PromptPart], **settings: Any) -> Request:
         """Return the request of a turn that begins with `parts`; settings are fields of `Request`."""
-        document = Document([*self.parts, *(self.pipe.part(part) for part in parts)], closed=False)
+        document = chat_prompt(self.pipe.exported.tokenizer, [*self.messages, self.pipe.message("user", parts)])
         return replace(self.pipe.request([]), document=document, reuse=True, **settings)
 
     def say(self, parts: Sequence[PromptPart], **settings: Any) -> Iterator[Event]:
@@ -413,9 +419,9 @@ class Conversation:
 
         Raises UserError, and nothing is added, where the turn does not fit.
         """
-        request = self.request(parts, **settings)
-        number = self.engine.submit(request)
-        turn: list[Part] = list(request.document.parts)
+        said = self.pipe.message("user", parts)
+        number = self.engine.submit(self.request(parts, **settings))
+        reply: list[Part] = []
         tokens: list[int] = []
         try:
             while self.engine.busy:
@@ -424,12 +430,13 @@ class Conversation:
                         case TextDelta(token=token):
                             tokens.append(token)
                         case ImageEnd(latent=latent):
-                            turn += [Text(tuple(tokens)), Image(latent, target=False)]
+                            reply += [Text(tuple(tokens)), Image(latent, target=False)]
                             tokens = []
                         case Failed(reason=reason):
                             raise MemoryError(reason)
                         case Done():
-                            self.parts = [*turn, Text(tuple(tokens))]
+                            answer = Message("assistant", (*reply, Text(tuple(tokens))))
+                            self.messages = [*self.messages, said, answer]
                     yield event
         finally:
             self.engine.cancel(number)

@@ -77,6 +77,7 @@ class Image:
     pixels        uint8 `[row, column, 3]` of an image that is encoded later: its latent is a shape on the meta device.
     content       (top, bottom, left, right) of what is not padding in its latent or codes: only that is in the loss.
                   None: all of it.
+    predict       the next-token loss includes the BOI before it; False for images that somebody else shows.
     """
 
     latent: torch.Tensor
@@ -84,6 +85,7 @@ class Image:
     max_timestep: int | None = None
     pixels: torch.Tensor | None = None
     content: tuple[int, int, int, int] | None = None
+    predict: bool = True
 
     def __post_init__(self) -> None:
         if self.max_timestep is not None and self.max_timestep < 1:
@@ -106,6 +108,7 @@ class Document:
     closed   True: it ends with the end-of-sequence token. False: it is a prompt and stays open.
     predict  False: no token is a target, not even the markers (the caption-dropped sample of guidance).
     source   name of the data set it comes from.
+    first    id that begins it in place of BOS, as in a chat template; None: BOS.
     """
 
     parts: Sequence[Part]
@@ -113,6 +116,7 @@ class Document:
     closed: bool = True
     predict: bool = True
     source: str = field(default="", compare=False)
+    first: int | None = None
 
     @property
     def images(self) -> list[Image]:
@@ -130,7 +134,7 @@ def unconditional(document: Document) -> Document:
     """
     if not document.images:
         raise ValueError("unconditional(document): expected a document with an image, found text only")
-    return replace(document, parts=document.images[-1:], predict=False)
+    return replace(document, parts=document.images[-1:], predict=False, first=None)
 
 
 def images_alone(document: Document) -> Document:
@@ -142,7 +146,7 @@ def images_alone(document: Document) -> Document:
     """
     if not document.images:
         raise ValueError("images_alone(document): expected a document with an image, found text only")
-    return replace(document, parts=document.images, predict=False)
+    return replace(document, parts=document.images, predict=False, first=None)
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,7 @@ def layout_document(document: Document, fmt: SequenceFormat) -> Layout:
 
     Raises ValueError for a latent that does not divide into patches.
     """
-    ids: list[int] = [fmt.bos]
+    ids: list[int] = [fmt.bos if document.first is None else document.first]
     learned: list[bool] = [False]  # learned[p]: the token at p is a target
     image_at: list[int] = [-1]
     spans: list[Span] = []
@@ -283,7 +287,7 @@ def layout_document(document: Document, fmt: SequenceFormat) -> Layout:
             if part.is_codes and part.content is not None:
                 top, bottom, left, right = part.content
                 predicted[:top], predicted[bottom:], predicted[:, :left], predicted[:, right:] = (False,) * 4
-            learned.extend([document.predict, *predicted.flatten().tolist(), False])
+            learned.extend([document.predict and part.predict, *predicted.flatten().tolist(), False])
             image_at.extend([-1, *[len(spans) - 1] * patches, -1])
     if document.closed:
         ids.append(fmt.eos)

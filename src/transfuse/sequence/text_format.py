@@ -29,22 +29,25 @@ class TextFormat:
     """The tokens that begin and end a text, by name, and the chat template.
 
     other_ends       further tokens after which nothing is written, such as the end of a document in a chat model
+    bos_token        the `bos_token` that a template knows, which need not begin other texts; None: it has none
     chat_template    Jinja source of the chat template (`chat`); None: turns follow each other without markers
     """
 
     bos: str = BOS
     eos: str = EOS
     other_ends: tuple[str, ...] = ()
+    bos_token: str | None = BOS
     chat_template: str | None = None
 
     def config(self) -> dict[str, Any]:
-        """Return tokenizer_config.json as transformers reads it; `end_tokens` is ours."""
+        """Return tokenizer_config.json as transformers reads it; `begin_token` and `end_tokens` are ours."""
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "bos_token": self.bos,
+            "bos_token": self.bos_token,
             "eos_token": self.eos,
             "pad_token": self.eos,
+            "begin_token": self.bos,
             "end_tokens": list(self.other_ends),
             "chat_template": self.chat_template,
         }
@@ -66,8 +69,8 @@ def read_text_format(folder: Path, backend: tokenizers.Tokenizer) -> TextFormat:
     if (folder / TEMPLATE).is_file():
         template = (folder / TEMPLATE).read_text(encoding="utf-8")
     if "end_tokens" in named:  # written by `TextFormat.config`
-        bos, eos = (_token(folder, named, name, backend) for name in ("bos_token", "eos_token"))
-        return TextFormat(bos or BOS, eos or EOS, tuple(named["end_tokens"]), template)
+        begin, eos, bos = (_token(folder, named, f"{name}_token", backend) for name in ("begin", "eos", "bos"))
+        return TextFormat(begin or BOS, eos or EOS, tuple(named["end_tokens"]), bos, template)
 
     def by_id(field: str) -> list[str]:
         """Return the tokens that a field of config.json and generation_config.json names by id, each once."""
@@ -86,11 +89,14 @@ def read_text_format(folder: Path, backend: tokenizers.Tokenizer) -> TextFormat:
     end_of_text = next((name for name in END_OF_TEXT if backend.token_to_id(name) is not None), None)
     ends = by_id("eos_token_id") + ([] if end_of_text is None else [end_of_text])
     eos = _token(folder, named, "eos_token", backend) or next(iter(ends), EOS)
-    bos = _token(folder, named, "bos_token", backend) or next(iter(by_id("bos_token_id")), None)
+    bos_token = _token(folder, named, "bos_token", backend)
+    bos = bos_token or next(iter(by_id("bos_token_id")), None)
     if bos is None or not (named.get("add_bos_token") or _prepends(backend, bos)):
         bos = end_of_text or bos or eos
     others = tuple(dict.fromkeys(name for name in ends if name != eos))
-    return TextFormat(BOS if eos == EOS and bos == EOS else bos, eos, others, template)
+    if bos == eos == EOS:  # nothing is known: both are ours
+        return TextFormat(other_ends=others, chat_template=template)
+    return TextFormat(bos, eos, others, bos_token, template)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,23 @@ class Tokenizer:
         self.bos, self.eos, self.boi, self.eoi, *others = (number for number in ids if number is not None)
         self.ends = self.eos, *others
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "marked"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.backend.encode_special_tokens = True  # which a pickle does not keep
+
+    @cached_property
+    def marked(self) -> tokenizers.Tokenizer:
+        """A copy that reads special tokens in a text as tokens: for the text that a chat template makes."""
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The names of all tokens that a template may write and a person may not, longest first."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return tuple(sorted((token.content for token in added), key=lambda name: (-len(name), name)))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -92,7 +92,7 @@ class GenerationOptions(Strict):
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
-    def job_of(self, parts: list[str | np.ndarray], settings: dict[str, Any], **start: Any) -> Job:
+    def job_of(self, parts: list[str | np.ndarray], settings: dict[str, Any], **more: Any) -> Job:
         """Return a job whose settings hold only what the request names, and a seed."""
         settings = {"seed": secrets.randbelow(2**31) if self.seed is None else self.seed, **settings}
         for name in ("guidance_scale", "image_guidance_scale", "guidance_interval"):
@@ -101,7 +101,7 @@ class GenerationOptions(Strict):
         if self.size != "auto":
             columns, rows = (int(side) for side in self.size.split("x"))
             settings["size"] = (rows, columns)
-        return Job(tuple(parts), settings, self.num_inference_steps, self.sampler, **start)
+        return Job(tuple(parts), settings, self.num_inference_steps, self.sampler, **more)
 
 
 class TextPart(Strict):
@@ -140,7 +140,7 @@ class ImagePart(Strict):
 
 
 class Message(BaseModel):
-    """One turn: its parts, then its `images`, whatever its role, for the model knows no roles.
+    """One turn: its parts, then its `images`. Roles count where the model has a chat template.
 
     A reply of this server may come back as a message: fields that are not listed are ignored.
     """
@@ -196,7 +196,8 @@ class ChatRequest(GenerationOptions):
 
     def job(self) -> Job:
         """Return the job of the request. Raises UserError for an image that cannot be decoded."""
-        parts = [part for number, message in enumerate(self.messages) for part in message.parts(f"messages.{number}")]
+        said = [message.parts(f"messages.{number}") for number, message in enumerate(self.messages)]
+        parts = [part for message in said for part in message]
         if not parts:
             raise UserError("messages: expected some text or a picture, found none")
         kinds = set(self.modalities or ["text", "image"])
@@ -207,7 +208,9 @@ class ChatRequest(GenerationOptions):
         settings |= {name: value for name, value in optional.items() if value is not None}
         if self.stream and self.stream_options is not None and self.stream_options.include_progress:
             settings["preview_every"] = self.stream_options.preview_every
-        return self.job_of(parts, settings)
+        roles = ("system" if message.role == "developer" else message.role for message in self.messages)
+        turns = tuple((role, len(message)) for role, message in zip(roles, said, strict=True))
+        return self.job_of(parts, settings, turns=turns)
 
 
 class ImagesRequest(GenerationOptions):

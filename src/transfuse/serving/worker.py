@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ class WorkerConfig:
 class Job:
     """A request before the model has read it: texts and uint8 RGB images `[row, column, 3]` of any size, in order.
 
+    turns      of a conversation: who speaks, and how many of the parts; none: the parts are the prompt as they are
     settings   fields of `inference.Request`
     steps      denoising steps; None, here and for `sampler`: the model's default
     start      the image to begin from, with `strength`; `mask`, bool `[row, column]` of its size, is True to redraw
@@ -70,6 +72,7 @@ class Job:
     start: np.ndarray | None = None
     mask: np.ndarray | None = None
     strength: float = 1.0
+    turns: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,10 +205,15 @@ class Worker:
     def build(self, job: Job) -> Request:
         """Return the engine's request for a job. Raises UserError for an invalid one."""
         from ..inference.sequence_state import with_image_guidance
+        from ..sequence.chat import chat_prompt
 
         side = self.pipe.exported.image_size
         parts = [part if isinstance(part, str) else fit(part, side) for part in job.parts]
-        request = self.pipe.request(parts, job.steps, None, job.sampler)
+        request = self.pipe.request([] if job.turns else parts, job.steps, None, job.sampler)
+        if job.turns:
+            rest = iter(parts)
+            messages = [self.pipe.message(role, list(islice(rest, count))) for role, count in job.turns]
+            request = replace(request, document=chat_prompt(self.pipe.exported.tokenizer, messages))
         if job.start is not None:
             mask = None if job.mask is None else fit(job.mask, side)
             request = replace(request, start=self.pipe.start(fit(job.start, side), job.strength, mask))
