@@ -20,6 +20,7 @@ from transfuse.inference.events import Done
 from transfuse.sequence import Image, Tokenizer, layout_document
 from transfuse.sequence.chat import Message, chat_prompt
 from transfuse.serving.protocol import ChatRequest
+from transfuse.serving.responses import to_png
 from transfuse.serving.worker import Worker, WorkerConfig
 
 CHATML = (
@@ -90,7 +91,7 @@ def test_an_export_opens_with_its_template(chatty: Exported, folder: Path) -> No
 
 def test_the_server_reads_roles(folder: Path) -> None:
     worker = Worker(WorkerConfig(str(folder), slots=1, guidance="packed", device="cpu", precision="float32"))
-    url = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+    url = f"data:image/png;base64,{to_png(np.zeros((8, 8, 3), np.uint8))}"
     body = {
         "messages": [
             {"role": "developer", "content": "be brief"},

@@ -419,7 +419,7 @@ class Conversation:
 
         Raises UserError, and nothing is added, where the turn does not fit.
         """
-        said = self.pipe.message("user", parts)
+        turn = self.pipe.message("user", parts)
         number = self.engine.submit(self.request(parts, **settings))
         reply: list[Part] = []
         tokens: list[int] = []
@@ -436,7 +436,7 @@ class Conversation:
                             raise MemoryError(reason)
                         case Done():
                             answer = Message("assistant", (*reply, Text(tuple(tokens))))
-                            self.messages = [*self.messages, said, answer]
+                            self.messages = [*self.messages, turn, answer]
                     yield event
         finally:
             self.engine.cancel(number)

@@ -4,8 +4,8 @@ messages = [Message("user", ("Draw a crab.",)), Message("assistant", ("Here it i
 chat_prompt(tokenizer, messages)        # an open document that ends where the assistant's next turn begins
 chat_sample(tokenizer, messages)        # a training document: the assistant's turns are learned, and no others
 
-The ids of a conversation without images are those of transformers' `apply_chat_template`; an image stands where the
-template puts the content that has it. A special token that a person typed stays plain characters. Without a template
+The ids of a conversation without images are those of transformers' `apply_chat_template`; an image stands in
+its place within the content. A special token that a person typed stays plain characters. Without a template
 turns follow each other, with nothing between them.
 """
 
@@ -149,14 +149,14 @@ def _marked(text: str) -> list[tuple[int, int]]:
 
 def _turns(tokenizer: Tokenizer, whole: str, prompts: Sequence[str], turns: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Yield the characters of each of the assistant's turns, its end token included."""
-    ends = [tokenizer.backend.id_to_token(number) for number in tokenizer.ends]
+    ends = [tokenizer.text_format.eos, *tokenizer.text_format.other_ends]
     for prompt, turn in zip(prompts, turns, strict=True):
         if not whole.startswith(prompt):
             wanted = "the beginning of a conversation rendered as in the whole"
             raise UserError(f"chat_template: expected {wanted}, found another; mark the turns with {{% generation %}}")
         limit = len(turn) if whole.startswith(turn) else len(whole)
-        found = [place + len(end) for end in ends if (place := whole.find(end, len(prompt), limit)) >= 0]
-        yield len(prompt), min(found, default=limit)
+        after = [place + len(end) for end in ends if (place := whole.find(end, len(prompt), limit)) >= 0]
+        yield len(prompt), min(after, default=limit)
 
 
 # --- rendering --------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ class Renderer:
             self._process = None
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: the files next to it are no modules of its own.
+        # -P: the files next to it are not modules to import.
         command = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]
         pipe = subprocess.PIPE
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A process that renders chat templates: `python -P render.py`, started by `chat`, which ends it when it takes too long.
+"""A process that renders chat templates, `python -P render.py`; `chat` starts it, and ends it when it takes too long.
 
 A template is a program that came with a downloaded model. Jinja's sandbox keeps it from Python's internals; a process
 with little memory keeps its loops and its output from ours. Requests and answers are lines of JSON.

@@ -196,8 +196,8 @@ class ChatRequest(GenerationOptions):
 
     def job(self) -> Job:
         """Return the job of the request. Raises UserError for an image that cannot be decoded."""
-        said = [message.parts(f"messages.{number}") for number, message in enumerate(self.messages)]
-        parts = [part for message in said for part in message]
+        spoken = [message.parts(f"messages.{number}") for number, message in enumerate(self.messages)]
+        parts = [part for turn in spoken for part in turn]
         if not parts:
             raise UserError("messages: expected some text or a picture, found none")
         kinds = set(self.modalities or ["text", "image"])
@@ -209,7 +209,7 @@ class ChatRequest(GenerationOptions):
         if self.stream and self.stream_options is not None and self.stream_options.include_progress:
             settings["preview_every"] = self.stream_options.preview_every
         roles = ("system" if message.role == "developer" else message.role for message in self.messages)
-        turns = tuple((role, len(message)) for role, message in zip(roles, said, strict=True))
+        turns = tuple((role, len(turn)) for role, turn in zip(roles, spoken, strict=True))
         return self.job_of(parts, settings, turns=turns)
 
 
