@@ -170,7 +170,7 @@ def test_dates_of_training_documents_do_not_change(tmp_path: Path) -> None:
 
 HOSTILE = {
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "more than 3 seconds",
-    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "less than|more than",
+    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "than",
     "{{ 9 ** (9 ** (9 ** 9)) }}": "more than 3 seconds|less than",
     "{{ 'a' * 5000000 }}": "expected at most 4000000 characters, found 5000000",
     "{{ messages.__class__.__mro__ }}": "access to attribute '__class__' .* is unsafe",
