@@ -6,7 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import PIL.Image
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from running import Running, png
 
@@ -104,7 +106,7 @@ def test_pictures_are_taken_and_kept(page: Page, tmp_path: Path) -> None:
         page.locator("#attached img").get_attribute("src"),
     )
     expect(page.locator("#attached img")).to_have_count(2)
-    page.locator("[aria-label='Remove this picture']").first.click()
+    page.locator("[aria-label='Remove this image']").first.click()
     ask(page, "", "write")
     expect(page.get_by_text("copy as curl")).to_have_count(1)
     page.reload()
@@ -115,38 +117,136 @@ def test_pictures_are_taken_and_kept(page: Page, tmp_path: Path) -> None:
     expect(page.locator(".turn")).to_have_count(0)
 
 
-def test_a_picture_is_changed_where_it_is_painted(page: Page, tmp_path: Path) -> None:
-    picture = tmp_path / "shown.png"
-    picture.write_bytes(png(8))
-    page.set_input_files("#file", picture)
+def show(page: Page, path: Path, side: int = 8) -> None:
+    path.write_bytes(png(side))
+    page.set_input_files("#file", path)
+    expect(page.locator("#attached img")).to_have_count(1)
+
+
+def test_an_image_is_changed_where_it_is_painted(page: Page, tmp_path: Path) -> None:
+    """Half the mask is painted by pointer; the other half stays as it was, to the pixel."""
+    show(page, tmp_path / "shown.png")
     page.select_option("#mode", "edit")
-    box = page.locator("#attached canvas").bounding_box()
+    page.click("text=paint a mask")
+    page.fill("#brush", "30")
+    box = page.locator("#board canvas").bounding_box()
     assert box is not None
-    page.mouse.move(box["x"] + 4, box["y"] + 4)
+    page.mouse.move(box["x"] + 2, box["y"] + 2)
     page.mouse.down()
-    for step in range(10):
-        page.mouse.move(box["x"] + 4, box["y"] + 4 + 9 * step)  # the left edge
+    page.mouse.move(box["x"] + 2, box["y"] + box["height"] - 2, steps=6)  # the left edge
     page.mouse.up()
+    page.click("#painted")
+    expect(page.get_by_text("change the mask")).to_be_visible()
     ask(page, "a crab", "edit", strength="0.9")
-    expect(page.locator(".answer img")).to_have_count(1)
+    expect(page.locator(".answer img")).to_have_count(2)
     expect(page.get_by_text("strength 0.9")).to_be_visible()
     read = """image => { const c = document.createElement('canvas'); c.width = c.height = 8;
         const p = c.getContext('2d'); p.drawImage(image, 0, 0); return [...p.getImageData(0, 0, 8, 8).data]; }"""
-    before = page.locator(".asked img").evaluate(read)
-    after = page.locator(".answer img").evaluate(read)
+    before, after = (page.locator(".compare img").nth(number).evaluate(read) for number in (0, 1))
     right = [index for index in range(256) if index // 4 % 8 >= 4]
     assert [before[index] for index in right] == [after[index] for index in right]
     assert before != after
+    page.fill(".answer input[type=range]", "40")
+    assert page.locator(".compare").evaluate("e => e.style.getPropertyValue('--cut')") == "40%"
 
 
-def test_narrow_dark_and_by_keyboard(page: Page) -> None:
-    page.emulate_media(color_scheme="dark")
-    page.set_viewport_size({"width": 340, "height": 640})
+def test_the_mask_is_painted_and_undone_by_keyboard(page: Page, tmp_path: Path) -> None:
+    show(page, tmp_path / "shown.png")
+    page.select_option("#mode", "edit")
+    page.click("text=paint a mask")
+    painted = """c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data
+        .filter((value, index) => index % 4 == 3 && value > 127).length"""
+    canvas = page.locator("#board canvas")
+    assert canvas.evaluate(painted) == 0
+    page.keyboard.press("Space")
+    first = canvas.evaluate(painted)
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Shift+ArrowUp")
+    assert canvas.evaluate(painted) > first > 0
+    page.keyboard.press("Control+z")
+    assert canvas.evaluate(painted) == first
+    page.click("#erase")
+    canvas.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    assert canvas.evaluate(painted) < first
+    page.click("#wipe")
+    assert canvas.evaluate(painted) == 0
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("paint a mask")).to_be_visible()
+
+
+def test_after_a_stop_everything_is_there_again_and_can_be_retried(page: Page, tmp_path: Path) -> None:
+    show(page, tmp_path / "shown.png")
+    page.select_option("#mode", "edit")
+    page.click("text=paint a mask")
+    page.keyboard.press("Space")
+    page.click("#painted")
+    ask(page, "a crab", "edit", strength="1", steps="1000")
+    expect(page.locator("#attached img")).to_have_count(0)
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("Stopped.")).to_be_visible()
+    assert page.input_value("#prompt") == "a crab"
+    expect(page.get_by_text("change the mask")).to_be_visible()
+    page.fill("#steps", "2")
+    page.click("text=retry")
+    expect(page.locator(".answer .compare")).to_have_count(1)
+
+
+def test_several_images_have_seeds_counted_up_and_large_ones_stay_exact(page: Page) -> None:
+    seed = 2**62 + 1
+    page.fill("#count", "3")
+    ask(page, "a crab", "draw", seed=str(seed), steps="2")
+    expect(page.get_by_text("copy as curl")).to_have_count(1)
+    names = {page.locator(".answer a").nth(number).get_attribute("download") for number in range(3)}
+    assert names == {f"transfuse-{seed + number}.png" for number in range(3)}
+
+
+def test_files_are_made_to_fit_or_named(page: Page, tmp_path: Path) -> None:
+    PIL.Image.linear_gradient("L").resize((3000, 1500)).save(tmp_path / "large.png")
+    PIL.Image.new("RGB", (20, 10), "red").save(tmp_path / "small.bmp")
+    (tmp_path / "notes.txt").write_text("no image")
+    page.set_input_files("#file", [tmp_path / name for name in ("large.png", "notes.txt", "small.bmp")])
+    expect(page.locator("#attached img")).to_have_count(2)
+    expect(page.locator("#left-out")).to_contain_text("notes.txt: expected an image that this browser can open")
+    sides = [page.locator("#attached img").nth(n).evaluate("i => [i.naturalWidth, i.naturalHeight]") for n in (0, 1)]
+    assert sides == [[1024, 512], [20, 10]]
+
+
+def test_what_was_cleared_comes_back(page: Page) -> None:
+    ask(page, "a crab", "draw", steps="2")
+    expect(page.get_by_text("copy as curl")).to_have_count(1)
+    page.click("#clear")
+    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator("#welcome")).to_be_visible()
+    page.click("#toast button")
+    expect(page.locator(".turn")).to_have_count(1)
+
+
+@pytest.mark.parametrize(("width", "height", "scheme"), [(320, 568, "light"), (390, 844, "dark"), (1280, 800, "light")])
+def test_at_any_width_in_both_themes(page: Page, width: int, height: int, scheme: str) -> None:
+    """Nothing is cut off, the conversation keeps room above open settings, and axe finds no fault."""
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    page.set_viewport_size({"width": width, "height": height})
+    ask(page, "a crab", "draw", steps="2")
+    expect(page.get_by_text("copy as curl")).to_have_count(1)
+    page.evaluate("document.querySelector('details').open = true")
+    expect(page.locator("#settings")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.locator("main").evaluate("e => e.clientHeight") >= height / 5
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert sum(int(part) for part in back[4:-1].split(",")) < 150
+    assert (sum(int(part) for part in back[4:-1].split(",")) < 150) == (scheme == "dark")
+    violations = Axe().run(page).response["violations"]
+    assert not [(fault["id"], fault["nodes"][0]["html"]) for fault in violations]
+
+
+def test_by_keyboard_alone(page: Page) -> None:
     page.focus("#prompt")
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "send"
     assert page.evaluate("document.activeElement.matches(':focus-visible')")
+    page.focus("#prompt")
+    page.keyboard.type("a crab")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("copy as curl")).to_have_count(1)

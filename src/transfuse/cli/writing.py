@@ -192,18 +192,15 @@ def _reply(pipe: TransfusionPipeline, prompt: str, sample: SampleOptions, out: P
     """Draw a reply, save its images and return what is in it, as JSON."""
     from ..inference.settings import settings_of
 
-    vocabulary = pipe.exported.vocabulary
-    # A prompt that only the definitions' words make up may be one to write on: it stays as it is.
-    if vocabulary and (sample.strict or sample.draw == "force" or not vocabulary.read(prompt).unknown):
-        prompt = pipe.read_prompt(prompt, sample.strict).text
+    prompt = pipe.read_prompt(prompt, sample.strict, sample.draw).text
     request = replace(pipe.request([prompt], sample.steps, sample.guidance_scale), seed=sample.seed, draw=sample.draw)
     if sample.max_tokens is not None:
         request = replace(request, max_tokens=sample.max_tokens)
     if sample.temperature is not None:
         request = replace(request, temperature=sample.temperature)
     reply = pipe.replies([request], sample.candidates)[0]
-    if reply.images and vocabulary and sample.draw == "auto":
-        pipe.read_prompt(prompt)
+    if reply.images and sample.draw == "auto":
+        pipe.read_prompt(prompt)  # now it was drawn: unknown words matter
     request = replace(request, seed=reply.seed)
     parts: list[dict[str, str]] = []
     for part in reply.parts:

@@ -219,15 +219,18 @@ class TransfusionPipeline:
         arrays = [self.exported.autoencoder.decode(latent[None])[0] for latent in latents]
         return ImagesOutput([PIL.Image.fromarray(a) for a in arrays] if output_type == "pil" else arrays, seeds)
 
-    def read_prompt(self, prompt: str, strict: bool = False) -> PromptReading:
+    def read_prompt(self, prompt: str, strict: bool = False, draw: str = "force") -> PromptReading:
         """Return a prompt in the words of the model's captions; what is changed and what is unknown is logged.
 
-        Raises UserError for unknown words if `strict`.
+        One that the model need not draw (`draw` as in `Request`) stays as it is if it has unknown words: it may be one
+        to write on. Raises UserError for unknown words if `strict`.
         """
         vocabulary = self.exported.vocabulary
-        if vocabulary is None:
+        if vocabulary is None or draw == "never":
             return PromptReading(prompt)
         reading = vocabulary.read_strictly(prompt) if strict else vocabulary.read(prompt)
+        if reading.unknown and draw != "force":
+            return PromptReading(prompt)
         if reading.changes:
             logger.info("prompt: read " + ", ".join(f'"{was}" as "{now}"' for was, now in reading.changes))
         if reading.unknown:

@@ -1,4 +1,4 @@
-"""Which requests hold the slots of the cache: fair between clients, and between the kinds of work of each client.
+"""The choice of requests that hold the slots of the cache: fair between clients, and between the kinds of their work.
 
 Weighted fair queueing (Demers, Keshav and Shenker, 1989) with the network's positions as the unit of work. A client's
 requests of one kind are a flow, served in order. The first of each flow has a virtual finish time: when it would end if

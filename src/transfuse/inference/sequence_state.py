@@ -24,7 +24,7 @@ T = TypeVar("T")
 REPLACEMENT = "\ufffd"
 """the character that a decoder gives for bytes that are no character, or not yet one"""
 MAX_PENALTY = 2.0
-"""of presence and frequency, in logits, as OpenAI's API has it"""
+"""of presence and frequency, in logits (OpenAI's bound)"""
 LONGEST_PREFIX = 3
 """bytes of a character that lacks its last one, so at most as many replacements"""
 
@@ -158,16 +158,16 @@ class StopStrings:
         self._held += pieces
         text = "".join(piece for _, piece in self._held)
         # The first that is complete counts, so that the tokens' borders have no influence.
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
-        self.matched = bool(found)
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
+        self.matched = bool(ends)
         # The longest end of the text that begins a stop string stays.
         prefixes = (n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n]))
-        safe = min(found)[1] if found else len(text) - max(prefixes)
+        safe = min(ends)[1] if ends else len(text) - max(prefixes)
         released = []
         while self._held and len(self._held[0][1]) <= safe:
             released.append(self._held.pop(0))
             safe -= len(released[-1][1])
-        if found:
+        if ends:
             released += [(token, piece[:safe]) for token, piece in self._held[:1] if safe]
             self._held = []
         return released

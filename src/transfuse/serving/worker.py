@@ -22,6 +22,7 @@ from ..devices import Device, Precision, for_inference, keep_freed_memory, out_o
 from ..errors import UserError
 from ..images import fit
 from ..inference.events import Done, Event, Failed, ImageEnd, ImageProgress, ImageStart, TextDelta
+from ..log import quiet
 
 if TYPE_CHECKING:
     from ..inference import Request
@@ -144,10 +145,12 @@ class Worker:
         exported, folder = self.pipe.exported, Path(self.config.model).resolve()
         config, sampler = exported.model.config, exported.generation.sampler
         unpacked = Transfusion.on_meta(config)  # quantizing hides some of the parameters of the model that computes
+        known = exported.vocabulary
         return {
             "name": folder.parent.name if folder.name == "export" else folder.name,
             "images": config.images,
             "image_size": exported.image_size,
+            "vocabulary": known and {"things": known.things, "colours": known.colours, "examples": known.examples},
             "context": config.max_seq_len,
             "parameters": sum(parameter.numel() for parameter in unpacked.parameters()),
             "fingerprint": exported.fingerprint,
@@ -208,7 +211,12 @@ class Worker:
         from ..sequence.chat import chat_prompt
 
         side = self.pipe.exported.image_size
-        parts = [part if isinstance(part, str) else fit(part, side) for part in job.parts]
+        draw = job.settings.get("draw", "auto")
+        with quiet():  # a server's log has no prompts
+            parts = [
+                self.pipe.read_prompt(part, draw=draw).text if isinstance(part, str) else fit(part, side)
+                for part in job.parts
+            ]
         request = self.pipe.request([] if job.turns else parts, job.steps, None, job.sampler)
         if job.turns:
             rest = iter(parts)
