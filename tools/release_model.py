@@ -112,7 +112,7 @@ def main() -> None:
     source = last if (last / "checkpoints").is_dir() else last / "export"  # of a run elsewhere, that alone may be here
     done(["export", str(source), "--out", str(folder), "--dtype", "float16"])
     settings = to_dict(preset(recipe.preset).generation)  # chosen when the model was there to be looked at
-    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "transfuse_generation.json").write_text(json.dumps(settings, indent=2) + "\n")
     done(["evaluate", "--model", recipe.preset, "--suite", *SUITE, "--count", str(COUNT), "--out", str(asked.out)])
     report = json.loads((asked.out / "results.json").read_text())
     ends = [read_metrics(run / "metrics.jsonl")[-1] for run in asked.runs]

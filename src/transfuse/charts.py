@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn by matplotlib in the pages' style; it is an extra: `pip install 'transfuse[report]'`.
+"""Charts as SVG, drawn by matplotlib in the pages' style; it is the extra `report`.
 
 Without matplotlib, `line_chart` and `histogram` return "" and a page says in the chart's place how to install it.
 """

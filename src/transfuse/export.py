@@ -4,10 +4,11 @@
                               learned, fingerprints of tokenizer and autoencoder
     model.safetensors         the averaged weights
     tokenizer.json            tokenizer_config.json, for transformers, too
-    autoencoder/              generation_config.json        README.md (model card)
+    autoencoder/              transfuse_generation.json        README.md (model card)
     vocabulary.json           the words it has learned to draw, if its world is not open
 
-Diffusers' layout of the same files, whose `vae` and `scheduler` diffusers opens, loads as well (`relayout`):
+and the files by which transformers opens it (`hub_files`). Diffusers' layout of the same files, whose `vae` and
+`scheduler` diffusers opens, loads as well (`relayout`):
 
     model_index.json    transformer/    vae/    scheduler/    tokenizer/
 
@@ -37,7 +38,8 @@ from .autoencoders.folder import fingerprint
 from .config import from_dict, nearest, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from .errors import UserError
-from .folders import DIFFUSERS, INDEX, MODEL_TYPE, bundled_models, find_export, places
+from .folders import DIFFUSERS, GENERATION, MODEL_TYPE, bundled_models, find_export, places
+from .hub_files import ARCHITECTURES, write_diffusers_files, write_json, write_transformers_files
 from .io import atomic_dir, sha256
 from .model import ModelConfig, Transfusion
 from .model.transfusion import current_name
@@ -46,12 +48,8 @@ from .sequence.text_format import TOKENIZER_CONFIG
 from .version import __version__
 from .vocabulary import Vocabulary
 
-ARCHITECTURES = {
-    "latents": "TransfusionForConditionalGeneration",
-    "codes": "TransfusionChameleon",
-    "none": "TransfusionForCausalLM",
-}
-"""by `ModelConfig.images`"""
+METADATA = {"format": "pt"}
+"""of the weights' file; transformers opens no other"""
 MAX_SCALE = 1000.0  # of a temperature or a guidance scale: beyond any use, far below overflow
 
 
@@ -167,14 +165,15 @@ def save_export(
             "autoencoder": {"name": autoencoder.name, "fingerprint": fingerprint(partial / "autoencoder")},
             "world": world,
         }
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", to_dict(generation))
-        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / "model.safetensors")
+        write_transformers_files(partial, config, model, tokenizer, autoencoder.factor, generation.max_tokens)
+        write_json(partial / GENERATION, to_dict(generation))
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
+        save_file(tensors, partial / "model.safetensors", METADATA)
         tokenizer.save(partial / "tokenizer.json")
         if vocabulary is not None:
-            _write_json(partial / "vocabulary.json", to_dict(vocabulary))
-        _write_json(partial / TOKENIZER_CONFIG, tokenizer.text_format.config())
-        (partial / "README.md").write_text(card)
+            write_json(partial / "vocabulary.json", to_dict(vocabulary))
+        write_json(partial / TOKENIZER_CONFIG, tokenizer.text_format.config())
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
@@ -211,7 +210,7 @@ def describe(folder: Path | str) -> Described:
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         model_type = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise UserError(f'{where}: expected model_type "{MODEL_TYPE}", found {model_type!r}')
-    generation = place["generation_config.json"]
+    generation = place[GENERATION]
     return Described(
         place,
         from_dict(ModelConfig, config.get("model"), where),
@@ -244,7 +243,7 @@ def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
         try:
             Sampler(process, export.generation.sampler)
         except ValueError as error:
-            raise UserError(f"{place['generation_config.json']}: sampler: {error}") from None
+            raise UserError(f"{place[GENERATION]}: sampler: {error}") from None
     load_weights(model, place["model.safetensors"])
     return Exported(
         model.to(device=device, dtype=dtype).eval().requires_grad_(False),
@@ -325,62 +324,37 @@ def load_weights(model: Transfusion, path: Path, strict: bool = True) -> int:
 def relayout(
     source: Path, folder: Path, layout: Literal["transfuse", "diffusers"], dtype: torch.dtype | None = None
 ) -> Path:
-    """Write an export in either layout.
+    """Write an export in either layout, with the files that other libraries read; an older one gets those it lacks.
 
-    Files are copied under the layout's names, so that a round trip changes no byte; `dtype` converts the network's
+    Parts are copied under the layout's names, so that a round trip changes no byte; `dtype` converts the network's
     weights. Raises UserError for a folder that is not an export or cannot be written.
     """
     export = load_export(source)  # refuses what cannot be loaded
+    model = export.model.config
     with atomic_dir(folder, "export") as partial:
         for name, path in places(source).items():
             target = partial / (DIFFUSERS[name] if layout == "diffusers" else name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if name == "model.safetensors" and dtype is not None:
-                save_file({key: value.to(dtype) for key, value in load_file(path).items()}, target)
+            if name == "model.safetensors":
+                _copy_weights(path, target, dtype)
             elif path.is_dir():
                 shutil.copytree(path, target)
             elif path.exists():
                 shutil.copyfile(path, target)
+        config, most = read_json(places(source)["config.json"]), export.generation.max_tokens
         if layout == "diffusers":
-            scheduler = _scheduler(export.process.config)
-            vae = json.loads((partial / "vae" / "config.json").read_text()).get("_class_name")
-            index = {
-                "_class_name": "TransfusionPipeline",
-                "transformer": ["transfuse", ARCHITECTURES[export.model.config.images]],
-                "vae": ["diffusers", vae] if vae else ["transfuse", "Pixels"],
-                "scheduler": ["diffusers", scheduler["_class_name"]],
-                "tokenizer": ["tokenizers", "Tokenizer"],
-            }
-            (partial / "scheduler").mkdir()
-            _write_json(partial / INDEX, index)
-            _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
+            write_diffusers_files(partial, model.images, export.process.config)
+        else:
+            write_transformers_files(partial, config, model, export.tokenizer, export.autoencoder.factor, most)
     return folder
 
 
-def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
-    """Return the process as a configuration of diffusers' schedulers.
-
-    Raises UserError for a flow schedule whose network does not predict the velocity, which none of them can read.
-    """
-    if config.schedule == "flow":
-        if config.prediction != "v":
-            raise UserError(f"prediction: expected v for diffusers' flow schedulers, found {config.prediction!r}")
-        return {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": config.timesteps,
-            "shift": config.shift,
-        }
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": config.timesteps,
-        "beta_schedule": "squaredcos_cap_v2",
-        "prediction_type": {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[config.prediction],
-        "timestep_spacing": "trailing",
-        "clip_sample": config.clip_x0 is not None,
-        "clip_sample_range": config.clip_x0 or 1.0,
-        "set_alpha_to_one": True,
-    }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _copy_weights(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """Copy a file of weights, converted to `dtype`, with today's names and the metadata that transformers needs."""
+    with safe_open(source, framework="pt") as file:
+        current = file.metadata() == METADATA and all(name == current_name(name) for name in file.keys())  # noqa: SIM118
+    if dtype is None and current:
+        shutil.copyfile(source, target)
+    else:
+        tensors = {current_name(name): tensor.to(dtype or tensor.dtype) for name, tensor in load_file(source).items()}
+        save_file(tensors, target, METADATA)

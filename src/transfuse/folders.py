@@ -17,10 +17,14 @@ from .config import read_json
 
 MODEL_TYPE = "transfusion"
 """`model_type` in an export's config.json"""
+GENERATION, FORMER_GENERATION = "transfuse_generation.json", "generation_config.json"
+"""default settings of generation, and their file in exports of before 2026-12, when transformers' own took its name"""
+MODELLING = "modeling_transfusion.py"
+"""the file of an export by which transformers opens it"""
 DIFFUSERS = {
     "config.json": "transformer/config.json",
     "model.safetensors": "transformer/diffusion_pytorch_model.safetensors",
-    "generation_config.json": "transformer/generation_config.json",
+    GENERATION: f"transformer/{GENERATION}",
     "tokenizer.json": "tokenizer/tokenizer.json",
     "tokenizer_config.json": "tokenizer/tokenizer_config.json",
     "autoencoder": "vae",
@@ -59,7 +63,11 @@ def places(folder: Path) -> dict[str, Path]:
     """Return the paths of an export's parts, in the layout it has; `folder` may be a bundled model's name."""
     folder = find_export(folder)
     diffusers = (folder / INDEX).is_file()
-    return {name: folder / (path if diffusers else name) for name, path in DIFFUSERS.items()}
+    paths = {name: folder / (path if diffusers else name) for name, path in DIFFUSERS.items()}
+    former = paths[GENERATION].with_name(FORMER_GENERATION)
+    if former.is_file() and not paths[GENERATION].exists() and not (folder / MODELLING).exists():
+        paths[GENERATION] = former
+    return paths
 
 
 def is_export(folder: Path) -> bool:

@@ -15,6 +15,9 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 
+REMOTE_CODE = ("modeling_transfusion.py", "pipeline.py")
+"""files of code in an export, which transformers and diffusers run"""
+
 
 @contextmanager
 def atomic_dir(folder: Path, what: str) -> Iterator[Path]:
@@ -65,7 +68,7 @@ def _not_a_models(place: Path) -> Path | None:
             known = ("config.json", "tokenizer.json", "scheduler_config.json")  # parts, as diffusers lays them out
             if not any((path / name).is_file() for name in known):
                 return path
-        elif path.suffix not in (".json", ".safetensors", ".jinja", ".md"):
+        elif path.suffix not in (".json", ".safetensors", ".jinja", ".md") and path.name not in REMOTE_CODE:
             return path
     return None
 

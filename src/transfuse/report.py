@@ -20,11 +20,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from .errors import UserError
+from .errors import UserError, install_command
 from .io import atomic_write
 from .version import __version__
-
-MISSING_CHARTS = "Charts need matplotlib: pip install 'transfuse[report]'."
 
 
 @dataclass(frozen=True)
@@ -225,7 +223,8 @@ def render(page: Page) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["png"] = _png
-    return environment.get_template("report.html.jinja").render(page=page, missing_charts=MISSING_CHARTS)
+    missing = f"Charts need matplotlib: {install_command('report')}."
+    return environment.get_template("report.html.jinja").render(page=page, missing_charts=missing)
 
 
 def write_page(path: Path, page: Page) -> Path:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = [  # what has been rewritten so far
-    "tools/house.py",
+    *("tools/house.py", "tools/try_install.py", "src/transfuse/hub_files.py", "src/transfuse/remote_code"),
     *(f"tests/unit/test_{name}.py" for name in ("scene_fingerprints", "world", "open_set", "report")),
     *(
         f"src/transfuse/{room}"

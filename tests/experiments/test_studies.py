@@ -317,7 +317,7 @@ def test_image_editing_before_and_after(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert run([*asked, "--rate", "1e-3"]) == 2
     assert "study.json: expected --rate 0.0005, found 0.001" in capsys.readouterr().err
-    (tmp_path / "run" / "export" / "generation_config.json").write_text('{"guidance_scale": 2.0}')
+    (tmp_path / "run" / "export" / "transfuse_generation.json").write_text('{"guidance_scale": 2.0}')
     assert run(asked) == 2
     assert "study.json: expected --start " in capsys.readouterr().err
 

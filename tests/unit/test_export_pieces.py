@@ -17,7 +17,7 @@ from transfuse.export import load_export, relayout
 from transfuse.folders import DIFFUSERS, WEIGHTS
 from transfuse.sequence import Tokenizer
 
-PIECES = ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "autoencoder/config.json")
+PIECES = ("config.json", "transfuse_generation.json", "tokenizer.json", "model.safetensors", "autoencoder/config.json")
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_pieces_of_another_kind(folder: Path, piece: str, content: bytes | None)
         (folder / piece).mkdir()
     else:
         (folder / piece).write_bytes(content)
-    if (piece, content) == ("generation_config.json", b"{}"):
+    if (piece, content) == ("transfuse_generation.json", b"{}"):
         load_export(folder)  # all of it has defaults
     else:
         refused(folder, Path(piece).name)
@@ -88,8 +88,12 @@ def test_pieces_of_another_kind(folder: Path, piece: str, content: bytes | None)
         ("config.json", lambda c: c["model"].update(n_layers=10**30), r"model\.n_layers: expected at most 1000"),
         ("config.json", lambda c: c["model"].update(d_model=10**30), r"config\.json: model"),
         ("config.json", lambda c: c["diffusion"].update(timesteps=10**30), r"config\.json: model"),
-        ("generation_config.json", lambda c: c["sampler"].update(steps=4000), r"generation_config\.json: sampler"),
-        ("generation_config.json", lambda c: c["sampler"].update(first=2), r"generation_config\.json: sampler"),
+        (
+            "transfuse_generation.json",
+            lambda c: c["sampler"].update(steps=4000),
+            r"transfuse_generation\.json: sampler",
+        ),
+        ("transfuse_generation.json", lambda c: c["sampler"].update(first=2), r"transfuse_generation\.json: sampler"),
     ],
 )
 def test_values_that_cannot_be(folder: Path, piece: str, change: Callable[..., object], says: str) -> None:

@@ -318,8 +318,8 @@ def test_pipeline_mistakes(pipe: TransfusionPipeline) -> None:
 def test_a_model_may_say_where_it_is_guided(served: Path, tmp_path: Path) -> None:
     plain, folder = transfuse.load(str(served)), tmp_path / "export"
     shutil.copytree(served, folder)
-    settings = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "guidance_interval": [0.3, 0.8]}))
+    settings = json.loads((folder / "transfuse_generation.json").read_text())
+    (folder / "transfuse_generation.json").write_text(json.dumps({**settings, "guidance_interval": [0.3, 0.8]}))
     pipe = transfuse.load(str(folder))
     assert pipe.request(["a"]).guidance_interval == (0.3, 0.8)
     for own, other in ((None, (0.3, 0.8)), ((0.0, 1.0), None)):
@@ -333,9 +333,9 @@ def test_a_model_may_say_how_it_samples(served: Path, tmp_path: Path) -> None:
     """All of it: eta and the first level too, as far as they go with what is asked for."""
     folder = tmp_path / "export"
     shutil.copytree(served, folder)
-    settings = json.loads((folder / "generation_config.json").read_text())
+    settings = json.loads((folder / "transfuse_generation.json").read_text())
     own = {"name": "ddim", "steps": 10, "eta": 0.5, "first": 700}
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "sampler": own}))
+    (folder / "transfuse_generation.json").write_text(json.dumps({**settings, "sampler": own}))
     pipe = transfuse.load(str(folder))
     assert pipe.request(["a"]).sampler == SamplerConfig(**own)
     assert pipe.request(["a"], steps=20).sampler == SamplerConfig("ddim", 20, 0.5, 700)

@@ -275,4 +275,4 @@ def test_without_matplotlib_a_page_names_the_extra(monkeypatch) -> None:
     svg = line_chart([("a", [(1, 2.0), (5, 3.0)], ACCENT)], "step")
     has_charts.cache_clear()
     assert svg == ""
-    assert "pip install &#39;transfuse[report]&#39;" in render(Page("m", "", [Charts([("Loss", svg)])]))
+    assert "pip install &#34;matplotlib&lt;" in render(Page("m", "", [Charts([("Loss", svg)])]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ..config import nearest
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..folders import bundled_models, is_export
 from .options import Flat
 from .writing import ModelChoice, default_model
@@ -67,7 +67,7 @@ def serve(*, model: ModelChoice, options: Annotated[ServeOptions, Flat]) -> int:
         from ..serving.server import run
         from ..serving.worker import WorkerConfig
     except ModuleNotFoundError as error:
-        wanted = "the extra serve (pip install 'transfuse[serve]')"
+        wanted = f"the extra serve ({install_command('serve')})"
         raise UserError(f"serve: expected {wanted}, found no {error.name}") from None
     keys = tuple(key for key in os.environ.get("TRANSFUSE_API_KEYS", "").split(",") if key)
     everywhere = options.host in ("0.0.0.0", "::")

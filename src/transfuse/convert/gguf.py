@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..io import atomic_dir
 from .architectures import EMBEDDING, HEAD
 
@@ -83,7 +83,7 @@ def gguf_to_folder(source: Path, folder: Path, dtype: torch.dtype = torch.float3
     try:
         import gguf
     except ImportError:
-        raise UserError("gguf: expected the extra (pip install 'transfuse[gguf]'), found no such package") from None
+        raise UserError(f"gguf: expected the extra, found no such package; {install_command('gguf')}") from None
     if not source.is_file():
         raise UserError(f"{source}: expected a GGUF file, found no file")
     try:

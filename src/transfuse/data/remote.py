@@ -32,7 +32,7 @@ from urllib.request import Request, urlopen
 
 from filelock import FileLock
 
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..io import sha256
 from ..log import logger, progress
 from .prefetch import prefetch
@@ -181,7 +181,7 @@ def _attempt(url: str, work: Callable[[], Result], waits: tuple[float, ...] | No
             raise MissingError(f"{url}: expected a file, found none") from None
         except ImportError as error:
             extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(url.partition("://")[0])
-            hint = f": pip install 'transfuse[{extra}]'" if extra else ""
+            hint = f": {install_command(extra)}" if extra else ""
             raise UserError(f"{url}: expected what reaches it, found none ({error}){hint}") from None
         except (OSError, ValueError, HTTPException) as error:
             if isinstance(error, HTTPError):

@@ -26,7 +26,7 @@ import PIL.Image
 import torch
 
 from ..config import nearest, to_dict
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..io import sha256
 from ..log import logger, progress
 from .confidence import Estimate, bootstrap
@@ -175,8 +175,7 @@ def _check_clip(context: EvalContext) -> None:
     check_pairs(context, "clip", CLIP_LEAST)
     options = context.options
     if importlib.util.find_spec("open_clip") is None:
-        install = "pip install 'transfuse[eval]'"
-        raise UserError(f"clip: expected the package open_clip, found none; install it with {install}")
+        raise UserError(f"clip: expected the package open_clip, found none; {install_command('eval')}")
     if options.clip is None or not options.clip.is_file():
         given = "none" if options.clip is None else f"no {options.clip}"
         raise UserError(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..data.readers import Columns, Fault, open_source
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..export import Exported
 from ..inference import TransfusionPipeline, score
 from ..log import logger, progress
@@ -346,8 +346,7 @@ def _task_manager(context: EvalContext) -> Any:
 
 def _check_harness(context: EvalContext) -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        install = "pip install 'transfuse[eval]'"
-        raise UserError(f"harness: expected the package lm_eval, found none; install it with {install}")
+        raise UserError(f"harness: expected the package lm_eval, found none; {install_command('eval')}")
     folder = context.options.tasks_folder
     if folder is not None and not folder.is_dir():
         raise UserError(f"--tasks-folder: expected a folder of lm-evaluation-harness's task files, found no {folder}")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..devices import as_device, as_dtype
 from ..diffusion import Sampler, SamplerConfig
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..export import Exported, load_export, out_of_range
 from ..images import ImageSource, decode_image, read_mask
 from ..log import logger
@@ -479,7 +479,7 @@ def check_quantize(kind: Quantize, device: torch.device) -> Any:
     try:
         return importlib.import_module("torchao.quantization")
     except ImportError:
-        raise UserError("quantize: expected torchao, found none; pip install 'transfuse[quantize]'") from None
+        raise UserError(f"quantize: expected torchao, found none; {install_command('quantize')}") from None
 
 
 def quantize_blocks(model: Transfusion, kind: Quantize, torchao: Any) -> None:

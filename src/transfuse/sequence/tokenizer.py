@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ..config import read_json
-from ..errors import UserError
+from ..errors import UserError, install_command
 from .layout import Positions, SequenceFormat
 from .text_format import BOI, BOS, EOI, EOS, TOKENIZER_CONFIG, TextFormat, read_text_format
 
@@ -216,7 +216,7 @@ def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     try:
         from sentencepiece import sentencepiece_model_pb2 as format_
     except ImportError:
-        needed = "expected the extra that reads it, found none: pip install 'transfuse[sentencepiece]'"
+        needed = f"expected the extra that reads it, found none: {install_command('sentencepiece')}"
         raise UserError(f"{path}: {needed}") from None
     proto = format_.ModelProto()  # type: ignore[attr-defined]
     try:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..images import read_image
 from ..io import append_jsonl, atomic_write
 from ..log import logger
@@ -55,9 +55,7 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
             importlib.import_module(MODULES[name])
         except ImportError as error:
             problem = "none" if error.name == name else f"a package that does not import ({error})"
-            raise UserError(
-                f"loop.trackers: expected {name}, found {problem}; pip install 'transfuse[{name}]'"
-            ) from None
+            raise UserError(f"loop.trackers: expected {name}, found {problem}; {install_command(name)}") from None
 
 
 class MetricsLog:

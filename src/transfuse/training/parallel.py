@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..devices import on_meta
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..model import ModelConfig, Transfusion
 from ..model.activations import Checkpointing
 from ..model.layers import Linear, Tower
@@ -157,9 +157,8 @@ def parallelize(model: Transfusion, ranks: Distributed, config: ParallelConfig) 
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
         except ImportError:
-            raise UserError(
-                "parallel.float8: expected torchao, found none; pip install 'transfuse[quantize]'"
-            ) from None
+            install = install_command("quantize")
+            raise UserError(f"parallel.float8: expected torchao, found none; {install}") from None
         for block in model.transformer.blocks:  # on a CPU the 8-bit products are emulated
             convert_to_float8_training(block, config=Float8LinearConfig(emulate=not torch.cuda.is_available()))
     for block in model.transformer.blocks:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, install_command
 from ...images import SUFFIXES, image_files
 from ..remote import File, hash_files
 from . import (
@@ -377,7 +377,7 @@ class ParquetReader(FileReader):
         try:
             import pyarrow.parquet
         except ImportError:
-            needed = "expected the extra that reads it, found none: pip install 'transfuse[parquet]'"
+            needed = f"expected the extra that reads it, found none: {install_command('parquet')}"
             raise UserError(f"{file.place}: {needed}") from None
         path = file.here()
         try:

@@ -1,0 +1,114 @@
+"""Files of an export that only other libraries read: transformers opens its layout, diffusers the other.
+
+config.json                    also auto_map, and ids by transformers' names
+modeling_transfusion.py        the model and processor that auto_map names (`remote_code`)
+generation_config.json         transformers' own; ours is transfuse_generation.json
+processor_config.json
+
+model_index.json  scheduler/   diffusers'; its `vae` is our autoencoder
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .diffusion import DiffusionConfig
+from .errors import UserError
+from .folders import INDEX, MODELLING
+from .model import ModelConfig
+from .sequence import Tokenizer
+
+ARCHITECTURES = {
+    "latents": "TransfusionForConditionalGeneration",
+    "codes": "TransfusionChameleon",
+    "none": "TransfusionForCausalLM",
+}
+"""by `ModelConfig.images`"""
+REMOTE_CODE = Path(__file__).with_name("remote_code")
+AUTO_CLASSES = {
+    "AutoConfig": "TransfusionConfig",
+    "AutoProcessor": "TransfusionProcessor",
+    **dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), ARCHITECTURES["latents"]),
+}
+AUTO_MAP = {auto: f"{Path(MODELLING).stem}.{name}" for auto, name in AUTO_CLASSES.items()}
+
+
+def write_transformers_files(
+    folder: Path,
+    config: dict[str, Any],
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    factor: int,
+    max_tokens: int,
+) -> None:
+    """Write config.json, with transformers' fields next to ours, and the other files that transformers reads.
+
+    factor: pixels per latent element along a side. max_tokens: the model's own number of tokens to write.
+    """
+    names = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+    images = {"boi_token_id": tokenizer.boi, "eoi_token_id": tokenizer.eoi}
+    write_json(folder / "config.json", config | {"auto_map": AUTO_MAP} | names | images)
+    unwritten = [tokenizer.bos, tokenizer.boi, tokenizer.eoi, *range(tokenizer.vocab_size, model.vocab_size)]
+    generation = names | {"max_new_tokens": max_tokens, "do_sample": False, "suppress_tokens": sorted(unwritten)}
+    write_json(folder / "generation_config.json", generation)
+    grid = config["image_size"] // factor // (1 if model.images == "codes" else model.patch_size)
+    processor = {
+        "processor_class": "TransfusionProcessor",
+        "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
+        "image_size": config["image_size"],
+        "image_grid": grid,
+    }
+    write_json(folder / "processor_config.json", processor)
+    shutil.copyfile(REMOTE_CODE / MODELLING, folder / MODELLING)
+
+
+def write_diffusers_files(folder: Path, images: str, diffusion: DiffusionConfig) -> None:
+    """Write model_index.json and the scheduler into a folder that has its other parts.
+
+    images: `ModelConfig.images`. Raises UserError for a process that no scheduler of diffusers describes.
+    """
+    scheduler = _scheduler(diffusion)
+    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    index = {
+        "_class_name": "TransfusionPipeline",
+        "transformer": ["transfuse", ARCHITECTURES[images]],
+        "vae": ["diffusers", vae] if vae else ["transfuse", "Pixels"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "tokenizer": ["tokenizers", "Tokenizer"],
+    }
+    (folder / "scheduler").mkdir()
+    write_json(folder / INDEX, index)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+
+
+def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
+    """Return the process as a configuration of diffusers' schedulers.
+
+    Raises UserError for a flow schedule whose network does not predict the velocity, which none of them can read.
+    """
+    if config.schedule == "flow":
+        if config.prediction != "v":
+            raise UserError(f"prediction: expected v for diffusers' flow schedulers, found {config.prediction!r}")
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": config.timesteps,
+            "shift": config.shift,
+        }
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": config.timesteps,
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[config.prediction],
+        "timestep_spacing": "trailing",
+        "clip_sample": config.clip_x0 is not None,
+        "clip_sample_range": config.clip_x0 or 1.0,
+        "set_alpha_to_one": True,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,308 @@
+"""An export of Transfuse as a model of Hugging Face's transformers: it captions images, reads them and writes.
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+    pipe(images=image, text="<image>", max_new_tokens=32)
+
+Every export holds a copy of this file. The network, its autoencoder and the format of its sequences come from the
+package transfuse, so that there is one of each. Drawing is the package's, too: `transfuse.load(folder)`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.configuration_utils import PretrainedConfig
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.hub import cached_file
+
+try:
+    from transfuse.autoencoders import Autoencoder, VQTokenizer, load_autoencoder
+    from transfuse.config import from_dict
+    from transfuse.images import decode_image, fit
+    from transfuse.model import ModelConfig, Transfusion
+    from transfuse.sequence import Document, Image, SequenceFormat, Text, layout_document
+except ImportError as error:
+    raise ImportError(
+        "this model runs on the package transfuse, which no index has: install it from its repository, "
+        f"pip install . in a checkout ({error})"
+    ) from error
+
+IMAGE = "<image>"
+"""stands for an image in a text"""
+TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+"""turns follow each other without markers, as in `transfuse.inference.Conversation`"""
+OURS = ("autoencoder", "tokenizer.json", "transfuse_generation.json", "README.md")
+"""files of an export that transformers does not write, but `transfuse.load` reads"""
+
+
+class TransfusionConfig(PretrainedConfig):
+    """The configuration in an export's config.json. `model` has the fields of `transfuse.model.ModelConfig`."""
+
+    model_type = "transfusion"
+
+    def __init__(self, model: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.model = model or {}
+        network = from_dict(ModelConfig, self.model, "config.json: model") if model else None
+        if network is not None:  # by transformers' names, for its caches and tools
+            self.vocab_size, self.hidden_size = network.vocab_size, network.d_model
+            self.num_hidden_layers, self.num_attention_heads = network.n_layers, network.n_heads
+            self.num_key_value_heads, self.head_dim = network.kv_heads, network.head_dim
+            self.max_position_embeddings = network.max_seq_len
+        super().__init__(**{**kwargs, "tie_word_embeddings": False})
+
+
+class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """The network with a language model's interface.
+
+    An image is BOI, one position for each of its patches, EOI, as `TransfusionProcessor` lays it out: the positions are
+    marked by repeating BOI's id.
+    """
+
+    config_class = TransfusionConfig
+    main_input_name = "input_ids"
+    _no_split_modules = {"Block"}  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: TransfusionConfig) -> None:
+        super().__init__(config)
+        network = Transfusion(from_dict(ModelConfig, config.model, "config.json: model"))
+        for name, module in network.named_children():  # the weights keep the names of the export's file
+            setattr(self, name, module)
+        self.network = (network,)  # in a tuple, lest its weights have a second name
+        self.folder: Path | None = None
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as any model of transformers; the export's folder is kept, for its autoencoder."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model, folder = loaded[0] if isinstance(loaded, tuple) else loaded, Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            names = ("revision", "cache_dir", "token", "local_files_only")
+            where = {name: kwargs[name] for name in names if name in kwargs}
+            patterns = [name for part in OURS for name in (part, f"{part}/*")]
+            folder = Path(snapshot_download(str(folder.as_posix()), allow_patterns=patterns, **where))
+        model.folder = folder
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write the model with all that `transfuse.load` needs."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for part in (self.folder / name for name in OURS) if self.folder is not None else ():
+            target = Path(save_directory) / part.name
+            if part.is_dir():
+                shutil.copytree(part, target, dirs_exist_ok=True)
+            elif part.is_file() and part.resolve() != target.resolve():
+                shutil.copyfile(part, target)
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        """The export's autoencoder, opened for the first image."""
+        if self.folder is None:
+            raise ValueError("pixel_values: expected a model that was loaded from an export, which has an autoencoder")
+        autoencoder = load_autoencoder(self.folder / "autoencoder", device=self.device)
+        return VQTokenizer(autoencoder) if self.network[0].config.images == "codes" else autoencoder
+
+    def _init_weights(self, module: Any) -> None:
+        """Leave torch's own initialisation: a model is trained with `transfuse train`."""
+
+    def get_input_embeddings(self) -> Any:
+        return self.embedding
+
+    def get_output_embeddings(self) -> Any:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        pixel_values: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return the logits of the next tokens, `[sequence, position, id]`.
+
+        input_ids, attention_mask   `[sequence, position]`, padded on either side
+        pixel_values                uint8 `[sequence, image, row, column, 3]`; each sequence takes as many as its ids
+                                    have places for. Only before the first token is written
+        logits_to_keep              compute those of the last positions alone; 0: of all
+        """
+        (network,) = self.network
+        network.compute_dtype = self.lm_head.weight.dtype
+        rows, length = input_ids.shape
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        known = input_ids.new_ones(rows, past + length) if attention_mask is None else attention_mask
+        if position_ids is None:
+            position_ids = (known.cumsum(-1) - 1).clamp_min(0)[:, past:]
+        boi = self.config.boi_token_id
+        before = F.pad(input_ids, (1, 0), value=-1)[:, :-1]
+        patches = (input_ids == boi) & (before == boi) & (past == 0)
+        visible = self._visible(known.bool(), patches, past)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, layer)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1])
+            return out.transpose(1, 2).reshape(rows * length, -1)
+
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        wanted = torch.arange(rows * length, device=input_ids.device).view(rows, length)[:, kept].flatten()
+        ids, images = input_ids.flatten(), {}
+        if patches.any():
+            latents = self._encode(patches, pixel_values)
+            places = patches.flatten().nonzero().flatten()
+            if latents.is_floating_point():
+                images = {"patches": places, "latents": latents, "timesteps": places.new_zeros(len(latents))}
+            else:
+                ids = ids.index_copy(0, places, latents.flatten() + network.config.text_vocab_size)
+        output = network(ids, position_ids.expand(rows, length).flatten(), attend, wanted, **images)
+        return CausalLMOutputWithPast(
+            logits=output.logits.view(rows, -1, self.vocab_size), past_key_values=past_key_values
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def _visible(self, known: Tensor, patches: Tensor, past: int) -> Tensor:
+        """Return attention's mask, bool `[sequence, 1, query, key]`: `transfuse.sequence.visible`, with padding."""
+        length, keys = patches.shape[1], known.shape[1]
+        key = torch.arange(keys, device=known.device)
+        query = key[past : past + length, None]
+        visible = (key <= query) & known[:, None]
+        if not past and self.network[0].config.image_attention == "bidirectional":
+            number = (patches & ~F.pad(patches, (1, 0))[:, :-1]).cumsum(-1)
+            visible |= patches[:, :, None] & patches[:, None] & (number[:, :, None] == number[:, None])
+        return (visible | (key == query))[:, None]  # a padded position sees itself: no softmax is empty
+
+    def _encode(self, patches: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Return the latents or codes of the images that the ids have places for, in their order."""
+        if pixel_values is None:
+            raise ValueError("pixel_values: expected those of the images in input_ids, found none")
+        begins = patches & ~F.pad(patches, (1, 0))[:, :-1]
+        used = torch.arange(pixel_values.shape[1], device=begins.device) < begins.sum(-1, keepdim=True)
+        if int(used.sum()) != int(begins.sum()):
+            raise ValueError(f"pixel_values: expected {int(begins.sum())} images, found {int(used.sum())}")
+        pixels = pixel_values[used.to(pixel_values.device)].cpu().numpy()
+        latents = self.autoencoder.encode(pixels)
+        return latents.to(self.device, self.dtype if latents.is_floating_point() else latents.dtype)
+
+
+class TransfusionProcessor(ProcessorMixin):
+    """Texts and images to input_ids, attention_mask and pixel_values: `<image>` in a text is where an image stands.
+
+    image_size   pixels along a side; other images are cropped to the middle square and resized
+    image_grid   an image's patches, or codes, along a side
+    """
+
+    attributes = ("tokenizer",)
+    tokenizer_class = "PreTrainedTokenizerFast"
+
+    def __init__(
+        self, tokenizer: Any, image_size: int = 0, image_grid: int = 0, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
+        self.image_size, self.image_grid = image_size, image_grid
+        self.tokenizer_file: str | None = None
+        tokenizer.padding_side = "left"
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.bos_token or "<|bos|>", tokenizer.eos_token or "<|eos|>"
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or TEMPLATE)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load the tokenizer and processor_config.json of an export."""
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        where = {name: value for name, value in kwargs.items() if name in names}
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **where)
+        settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **where)
+        processor = cls(tokenizer, settings["image_size"], settings["image_grid"])
+        processor.tokenizer_file = cached_file(pretrained_model_name_or_path, "tokenizer.json", **where)
+        return processor
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write as any processor of transformers, with the tokenizer.json that `transfuse.load` knows."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        target = Path(save_directory) / "tokenizer.json"
+        if self.tokenizer_file is not None and Path(self.tokenizer_file).resolve() != target.resolve():
+            shutil.copyfile(self.tokenizer_file, target)
+        return saved
+
+    def __call__(
+        self, images: Any = None, text: Any = None, padding: bool = True, return_tensors: str = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        """Return a batch of prompts. Without a text each image is a prompt, to be captioned.
+
+        images: one, a list for all texts in order, or a list for each text. Where there is one image for each text, and
+        no text says where it stands, it stands before its text. Raises ValueError for another number of images.
+        """
+        pixels = [decode_image(image) for image in _flat(images)]
+        texts = [IMAGE] * len(pixels) if text is None else [text] if isinstance(text, str) else list(text)
+        if pixels and len(pixels) == len(texts) and not any(IMAGE in prompt for prompt in texts):
+            texts = [IMAGE + prompt for prompt in texts]
+        counts = [prompt.count(IMAGE) for prompt in texts]
+        if sum(counts) != len(pixels):
+            raise ValueError(f"images: expected {sum(counts)}, as texts have {IMAGE}, found {len(pixels)}")
+        rows = [self._ids(prompt) for prompt in texts]
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if pixels:
+            side, number = self.image_size, 0
+            values = torch.zeros(len(rows), max(counts), side, side, 3, dtype=torch.uint8)
+            for row, count in enumerate(counts):
+                for place in range(count):
+                    values[row, place] = torch.from_numpy(fit(pixels[number], side))
+                    number += 1
+            batch["pixel_values"] = values
+        return BatchFeature(batch)
+
+    def _ids(self, prompt: str) -> list[int]:
+        """Lay out a prompt as training did; BOI's id marks the positions of an image's patches."""
+        bos, eos, boi, eoi = (
+            self.tokenizer.convert_tokens_to_ids(name)
+            for name in (self.tokenizer.bos_token, self.tokenizer.eos_token, "<|boi|>", "<|eoi|>")
+        )
+        image = Image(torch.empty(1, self.image_grid, self.image_grid, device="meta"), target=False)
+        parts: list[Any] = []
+        for number, words in enumerate(prompt.split(IMAGE)):
+            parts += [image] * (number > 0)
+            parts.append(Text(tuple(self.tokenizer(words, add_special_tokens=False)["input_ids"])))
+        layout = layout_document(Document(parts, closed=False), SequenceFormat(bos, eos, boi, eoi, 1))
+        layout.input_ids[layout.image >= 0] = boi
+        return layout.input_ids.tolist()
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _flat(images: Any) -> list[Any]:
+    """Return images in order, from one, a list, or a list for each text."""
+    if images is None:
+        return []
+    return [one for part in images for one in _flat(part)] if isinstance(images, list | tuple) else [images]
