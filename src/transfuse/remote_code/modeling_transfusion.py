@@ -305,4 +305,4 @@ def _flat(images: Any) -> list[Any]:
     """Return images in order, from one, a list, or a list for each text."""
     if images is None:
         return []
-    return [one for part in images for one in _flat(part)] if isinstance(images, list | tuple) else [images]
+    return [image for part in images for image in _flat(part)] if isinstance(images, list | tuple) else [images]
