@@ -17,7 +17,7 @@ import PIL.ImageFile
 from PIL.Image import Resampling, Transpose
 from PIL.PngImagePlugin import PngInfo
 
-from .errors import UserError
+from .errors import UserError, install_command
 
 ImageSource = str | Path | bytes | BinaryIO | PIL.Image.Image | np.ndarray
 """An image file by path, its bytes, an open file, a PIL image, or an array as `PIL.Image.fromarray` takes it."""
@@ -173,7 +173,7 @@ def _register_heif(file: BinaryIO, name: str) -> None:
     try:
         import pillow_heif
     except ImportError:
-        needed = "expected the extra that reads HEIC and HEIF, found none: pip install 'transfuse[heif]'"
+        needed = f"expected the extra that reads HEIC and HEIF, found none: {install_command('heif')}"
         raise UserError(f"{name}: {needed}") from None
     pillow_heif.register_heif_opener()
 

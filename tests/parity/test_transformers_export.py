@@ -31,6 +31,7 @@ KINDS = {
     "linear": {},
     "unet, fewer keys": {"adapter": "unet", "n_kv_heads": 2, "qk_norm": True},
     "causal, swin": {"image_attention": "causal", "norm_order": "swin", "qkv_bias": True},
+    "two dimensions": {"positions": "2d", "patch_size": 1, "unet_channels": None, "patch_positions": "none"},
     "text": {"images": "none"},
     "codes": {
         "images": "codes", "codebook_size": 24, "patch_size": 1, "image_attention": "causal", "unet_channels": None,

@@ -133,7 +133,6 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         past_key_values: Any = None,
         pixel_values: Tensor | None = None,
         use_cache: bool | None = None,
@@ -154,8 +153,6 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         known = input_ids.new_ones(rows, past + length) if attention_mask is None else attention_mask
-        if position_ids is None:
-            position_ids = (known.cumsum(-1) - 1).clamp_min(0)[:, past:]
         boi = self.config.boi_token_id
         before = F.pad(input_ids, (1, 0), value=-1)[:, :-1]
         patches = (input_ids == boi) & (before == boi) & (past == 0)
@@ -171,14 +168,19 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         wanted = torch.arange(rows * length, device=input_ids.device).view(rows, length)[:, kept].flatten()
         ids, images = input_ids.flatten(), {}
+        positions = (known.cumsum(-1) - 1).clamp_min(0)[:, past:] + getattr(past_key_values, "position_shift", 0)
         if patches.any():
             latents = self._encode(patches, pixel_values)
             places = patches.flatten().nonzero().flatten()
+            if network.config.positions == "2d":
+                positions, shift = self._positions(known[:, past:], patches, latents)
+                if past_key_values is not None:
+                    past_key_values.position_shift = shift
             if latents.is_floating_point():
                 images = {"patches": places, "latents": latents, "timesteps": places.new_zeros(len(latents))}
             else:
                 ids = ids.index_copy(0, places, latents.flatten() + network.config.text_vocab_size)
-        output = network(ids, position_ids.expand(rows, length).flatten(), attend, wanted, **images)
+        output = network(ids, positions.flatten(0, 1), attend, wanted, **images)
         return CausalLMOutputWithPast(
             logits=output.logits.view(rows, -1, self.vocab_size), past_key_values=past_key_values
         )
@@ -197,6 +199,20 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             number = (patches & ~F.pad(patches, (1, 0))[:, :-1]).cumsum(-1)
             visible |= patches[:, :, None] & patches[:, None] & (number[:, :, None] == number[:, None])
         return (visible | (key == query))[:, None]  # a padded position sees itself: no softmax is empty
+
+    def _positions(self, known: Tensor, patches: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rotary positions `[sequence, position, 3]` ("2d"), and what is added to those of later tokens."""
+        config = self.network[0].config
+        ends = (self.config.bos_token_id, self.config.eos_token_id, self.config.boi_token_id, self.config.eoi_token_id)
+        grammar = SequenceFormat(*ends, config.patch_size, positions="2d")
+        rows, columns = (side // config.patch_size for side in latents.shape[-2:])
+        begins = patches & ~F.pad(patches, (1, 0))[:, :-1]
+        taken = torch.where(patches, begins * grammar.span(rows, columns), known).cumsum(-1)
+        positions = (taken - 1).clamp_min(0)[..., None].expand(-1, -1, 3).float().clone()
+        for row, place in begins.nonzero().tolist():
+            image = grammar.patch_positions(int(taken[row, place - 1]), rows, columns)
+            positions[row, place : place + rows * columns] = torch.from_numpy(image).to(positions)
+        return positions, taken[:, -1:] - known.sum(-1, keepdim=True)
 
     def _encode(self, patches: Tensor, pixel_values: Tensor | None) -> Tensor:
         """Return the latents or codes of the images that the ids have places for, in their order."""
