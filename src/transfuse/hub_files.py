@@ -48,10 +48,12 @@ def write_transformers_files(
 
     factor: pixels per latent element along a side. max_tokens: the model's own number of tokens to write.
     """
-    names = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+    ends = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.eos
+    names = {"bos_token_id": tokenizer.bos, "eos_token_id": ends, "pad_token_id": tokenizer.eos}
     images = {"boi_token_id": tokenizer.boi, "eoi_token_id": tokenizer.eoi}
     write_json(folder / "config.json", config | {"auto_map": AUTO_MAP} | names | images)
-    unwritten = [tokenizer.bos, tokenizer.boi, tokenizer.eoi, *range(tokenizer.vocab_size, model.vocab_size)]
+    unwritten = {tokenizer.bos, tokenizer.boi, tokenizer.eoi, *range(tokenizer.vocab_size, model.vocab_size)}
+    unwritten -= {*tokenizer.ends}  # some models' texts begin with a token that also ends them
     generation = names | {"max_new_tokens": max_tokens, "do_sample": False, "suppress_tokens": sorted(unwritten)}
     write_json(folder / "generation_config.json", generation)
     grid = config["image_size"] // factor // (1 if model.images == "codes" else model.patch_size)

@@ -106,7 +106,7 @@ def _subfolder(folder: Path) -> Path:
     """Return the folder of the autoencoder in a model's folder; any other folder is returned as it is."""
     config = folder / "config.json"
     values = read_json(config) if config.is_file() else {}
-    if isinstance(values, dict) and ("kind" in values or values.get("_class_name") in CLASSES):
+    if isinstance(values, dict) and ("kind" in values or values.get("_class_name") in tuple(CLASSES)):
         return folder
     return next((folder / name for name in SUBFOLDERS if (folder / name / "config.json").is_file()), folder)
 

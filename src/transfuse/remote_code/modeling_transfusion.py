@@ -40,13 +40,19 @@ except ImportError as error:
 
 IMAGE = "<image>"
 """stands for an image in a text"""
-TEMPLATE = (
-    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
-    "{% endif %}{% endfor %}"
+FLATTEN = (
+    "{%- set found = namespace(turns=[], text='') -%}{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}{%- set found.text = message['content'] -%}"
+    "{%- else -%}{%- set found.text = '' -%}{%- for part in message['content'] -%}"
+    "{%- set found.text = found.text + ('<image>' if part['type'] == 'image' else part['text']) -%}{%- endfor -%}"
+    "{%- endif -%}{%- set found.turns = found.turns + [dict(message, content=found.text)] -%}{%- endfor -%}"
+    "{%- set messages = found.turns -%}"
 )
+"""gives a chat template, which is written for text, messages of text and images"""
+TURNS = "{%- for message in messages -%}{{ message['content'] }}{%- endfor -%}"
 """turns follow each other without markers, as in `transfuse.inference.Conversation`"""
-OURS = ("autoencoder", "tokenizer.json", "transfuse_generation.json", "README.md")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+OURS = (*TOKENIZER, "autoencoder", "transfuse_generation.json", "vocabulary.json", "README.md")
 """files of an export that transformers does not write, but `transfuse.load` reads"""
 
 
@@ -241,11 +247,11 @@ class TransfusionProcessor(ProcessorMixin):
         self, tokenizer: Any, image_size: int = 0, image_grid: int = 0, chat_template: str | None = None, **kwargs: Any
     ) -> None:
         self.image_size, self.image_grid = image_size, image_grid
-        self.tokenizer_file: str | None = None
+        self.tokenizer_files: list[str] = []
         tokenizer.padding_side = "left"
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.bos_token or "<|bos|>", tokenizer.eos_token or "<|eos|>"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or TEMPLATE)
+        super().__init__(tokenizer, chat_template=chat_template or FLATTEN + (tokenizer.chat_template or TURNS))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -255,15 +261,18 @@ class TransfusionProcessor(ProcessorMixin):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **where)
         settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **where)
         processor = cls(tokenizer, settings["image_size"], settings["image_grid"])
-        processor.tokenizer_file = cached_file(pretrained_model_name_or_path, "tokenizer.json", **where)
+        optional = {"_raise_exceptions_for_missing_entries": False, **where}
+        files = (cached_file(pretrained_model_name_or_path, name, **optional) for name in TOKENIZER)
+        processor.tokenizer_files = [file for file in files if file is not None]
         return processor
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Write as any processor of transformers, with the tokenizer.json that `transfuse.load` knows."""
+        """Write as any processor of transformers, with the tokenizer's files that `transfuse.load` knows."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
-        target = Path(save_directory) / "tokenizer.json"
-        if self.tokenizer_file is not None and Path(self.tokenizer_file).resolve() != target.resolve():
-            shutil.copyfile(self.tokenizer_file, target)
+        (Path(save_directory) / "chat_template.jinja").unlink(missing_ok=True)  # made of the tokenizer's
+        for file in map(Path, self.tokenizer_files):
+            if file.resolve() != (Path(save_directory) / file.name).resolve():
+                shutil.copyfile(file, Path(save_directory) / file.name)
         return saved
 
     def __call__(
@@ -303,6 +312,7 @@ class TransfusionProcessor(ProcessorMixin):
             self.tokenizer.convert_tokens_to_ids(name)
             for name in (self.tokenizer.bos_token, self.tokenizer.eos_token, "<|boi|>", "<|eoi|>")
         )
+        prompt = prompt.removeprefix(self.tokenizer.bos_token)  # of a chat template
         image = Image(torch.empty(1, self.image_grid, self.image_grid, device="meta"), target=False)
         parts: list[Any] = []
         for number, words in enumerate(prompt.split(IMAGE)):
