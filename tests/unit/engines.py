@@ -68,6 +68,7 @@ ARMS = {
     "linear": lambda tokenizer: packed(exported(tokenizer)),
     "unet": lambda tokenizer: packed(exported(tokenizer, adapter="unet")),
     "causal": lambda tokenizer: packed(exported(tokenizer, image_attention="causal", n_kv_heads=2)),
+    "newer": lambda tokenizer: packed(exported(tokenizer, positions="2d", timestep="adaln")),
     "codes": lambda tokenizer: packed(coded(tokenizer)),
     "experts": lambda tokenizer: packed(exported(tokenizer, experts="all")),
     "experts codes": lambda tokenizer: packed(coded(tokenizer, experts="all")),

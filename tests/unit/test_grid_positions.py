@@ -151,6 +151,7 @@ VARIANTS = [
     {"adapter": "unet"},
     {"image_attention": "causal", "n_kv_heads": 2},
     {"nope_layers": (1,), "patch_positions": "none", "qk_norm": True, "qk_norm_type": "rms"},
+    {"experts": "all", "timestep": "adaln"},
     {"rope_scaling": RopeScaling("yarn", factor=4.0, original_max_seq_len=64), "timestep_at": "patch"},
 ]
 

@@ -139,6 +139,8 @@ CASES: dict[str, tuple[ModelConfig, list[tuple[int, int]], int]] = {
     "deep": (tiny(n_layers=8, d_model=96, n_heads=2), [(12, 8)], 30),
     "images of two sizes": (tiny(**BASE), [(16, 16), (8, 4)], 10),
     "timestep before the linear map": (tiny(**BASE, timestep_at="patch"), [(16, 16)], 10),
+    "timestep in the blocks": (tiny(**BASE, timestep="adaln"), [(16, 16), (8, 4)], 10),
+    "no timestep": (tiny(**{**UNET, "unet_channels": (32, 64), "timestep": "none"}), [(16, 16)], 10),
     "grouped queries": (tiny(**BASE, n_kv_heads=2), [(16, 16)], 30),
     "qk_norm of Qwen3": (tiny(**BASE, qk_norm=True, qk_norm_type="rms", d_head=48, qkv_bias=True), [(16, 16)], 30),
     "qk_norm of OLMo 2": (tiny(**BASE, qk_norm=True, qk_norm_type="rms-all", norm_order="swin"), [(16, 16)], 30),

@@ -20,10 +20,12 @@ from transfuse.training import LoopConfig, ObjectiveConfig, OptimizerConfig, Tra
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "2-D positions": {"model": {"positions": "2d"}},
+    "adaLN": {"model": {"timestep": "adaln"}},
+    "no timestep": {"model": {"timestep": "none", "adapter": "unet"}},
 }
 """fields of a recipe's parts, by the name of the switch"""
 TOGETHER: dict[str, Any] = {
-    "model": {"positions": "2d", "patch_size": 4, "qk_norm": True, "qk_norm_type": "rms"},
+    "model": {"positions": "2d", "timestep": "adaln", "patch_size": 4, "qk_norm": True, "qk_norm_type": "rms"},
     "diffusion": {"schedule": "flow", "prediction": "v", "weighting": "uniform", "times": "logit-normal"},
 }
 
@@ -76,6 +78,8 @@ def test_all_together_resume_and_their_export_draws_the_same(tmp_path: Path) -> 
 WRONG = [
     ({"positions": "2d", "images": "none"}, 'positions: expected raster with images "none", found 2d'),
     ({"positions": "2d", "d_head": 4}, "positions: expected raster with heads of 4 channels"),
+    ({"timestep": "adaln", "images": "none"}, 'timestep: expected added with images "none"'),
+    ({"timestep": "none", "timestep_at": "patch"}, 'timestep_at: expected hidden with timestep "none"'),
 ]
 
 

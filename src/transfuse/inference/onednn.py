@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..model.layers import Linear, RMSNorm, Tower
+from ..model.layers import Linear, RMSNorm, TimestepModulation, Tower
 
 
 class PackedLinear(nn.Module):
@@ -60,7 +60,10 @@ def pack(model: nn.Module) -> None:
     if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)):
         return
 
-    for tower in [module for module in model.modules() if isinstance(module, Tower) and module.pre_norm]:
+    # Not of modulated blocks, where a shift comes between the norm and the map.
+    modulated = any(isinstance(module, TimestepModulation) for module in model.modules())
+    towers = [module for module in model.modules() if isinstance(module, Tower) and module.pre_norm]
+    for tower in [] if modulated else towers:
         readers = {"feed_forward_norm": tower.feed_forward.gate_up}
         if tower.has_attention:
             readers["attention_norm"] = tower.qkv

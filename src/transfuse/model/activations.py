@@ -50,8 +50,11 @@ def block_bytes(config: ModelConfig, positions: int, element: int, attention: At
     3 F        gate and up, and their product
     2 C        dropout masks, with dropout
     (H + K) D  normalised queries and keys, with q/k LayerNorm; statistics of norms are float32
+    8 C        with adaLN: scales and gates, what they multiply, and the modulated input of each half
     """
     elements = 4 * config.d_model + 3 * config.ffn_dim + (2 * config.d_model if config.dropout else 0)
+    if config.timestep == "adaln":
+        elements += 8 * config.d_model
     statistics = 2 * FLOAT
     heads = config.n_heads + config.kv_heads
     if config.qk_norm and config.qk_norm_type == "layer":
@@ -131,10 +134,13 @@ def patch_bytes(config: ModelConfig, size: tuple[int, int], element: int) -> tup
     # Vectors inserted among the tokens, and selected from the output.
     vectors = element * config.d_model * pixels // config.patch_size**2
     image = element * config.latent_channels * pixels
+    if config.timestep == "adaln":  # of `TimestepModulation`: sinusoids, inputs and outputs of SiLU, and six vectors
+        image += element * (TimestepEmbedding.sinusoids + 10 * config.d_model)
     if config.adapter == "linear":
         time = config.patch_dim if config.timestep_at == "patch" else config.d_model
         # The sinusoids, the first layer's output, and SiLU of that; likewise in the U-Net.
-        return image + element * (TimestepEmbedding.sinusoids + 2 * time) + vectors, vectors
+        told = element * (TimestepEmbedding.sinusoids + 2 * time) if config.timestep == "added" else 0
+        return image + told + vectors, vectors
     before, after = _unet_bytes(config, pixels, element)
     return 2 * image + before + vectors, vectors + after
 
@@ -142,7 +148,7 @@ def patch_bytes(config: ModelConfig, size: tuple[int, int], element: int) -> tup
 def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, int]:
     """Return the bytes of the U-Net's down and up layers, in the order of `UNetAdapter`; each counts its input."""
     levels, last = config.unet_levels, len(config.unet_levels) - 1
-    time = 4 * levels[0]
+    time = 4 * levels[0] if config.timestep == "added" else 0
 
     def residual(inputs: int, outputs: int, pixels: int) -> int:
         """Each half keeps its input, the normed input, and SiLU of that; SiLU of the timestep is kept, too."""
@@ -153,7 +159,8 @@ def _unet_bytes(config: ModelConfig, pixels: int, element: int) -> tuple[int, in
         return pixels * (element * 6 * channels + FLOAT * (2 + max(1, channels // 64)))
 
     skips, current = [levels[0]], levels[0]
-    down = element * (TimestepEmbedding.sinusoids + 3 * time)  # and t_emb again, for a group of images of one size
+    # And t_emb again, for a group of images of one size.
+    down = element * (TimestepEmbedding.sinusoids + 3 * time) if time else 0
     for level, channels in enumerate(levels):
         here = pixels // 4**level
         for _ in range(2):

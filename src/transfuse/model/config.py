@@ -90,6 +90,10 @@ class ModelConfig:
     """patch layers: one linear map each way, or U-Net down and up blocks"""
     unet_channels: tuple[int, ...] | None = None
     """U-Net channels per resolution, log2(patch_size) + 1 of them; None: the paper's 0.27B, whatever the transformer"""
+    timestep: Literal["added", "adaln", "none"] = "added"
+    """how the network learns the timestep of an image. added: in the patch layers (paper); adaln: in every block, which
+    scales, shifts and gates the image's positions by it (adaLN-zero of DiT, arXiv 2212.09748; one projection for all
+    blocks, as in PixArt-alpha, arXiv 2310.00426); none: not at all (arXiv 2502.13129)"""
     timestep_at: Literal["hidden", "patch"] = "hidden"
     """where the linear patch layers add the timestep embedding. hidden: to the vectors `[d_model]` after the linear
     map; patch: to the flat patches `[patch_size**2 * latent_channels]` before it (the paper's footnote 6)"""
@@ -157,9 +161,12 @@ class ModelConfig:
         check(self.patch_size in (1, 2, 4, 8), "patch_size", "1, 2, 4 or 8")
         linear = self.adapter == "linear"
         check(linear or self.timestep_at == "hidden", "timestep_at", 'hidden with adapter "unet"')
+        added = self.timestep == "added"
+        check(added or self.timestep_at == "hidden", "timestep_at", f'hidden with timestep "{self.timestep}"')
         check(0 <= self.dropout < 1, "dropout", "a share of at least 0 and below 1")
         latents = self.images == "latents"
         check(latents or self.positions == "raster", "positions", f'raster with images "{self.images}"')
+        check(latents or added, "timestep", f'added with images "{self.images}", which have none')
         enough = self.positions == "raster" or self.head_dim >= 6
         check(enough, "positions", f"raster with heads of {self.head_dim} channels, for 2d needs at least 6")
         if self.images == "codes":

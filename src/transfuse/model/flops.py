@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..sequence import Batch, shapes_of
 from .config import ModelConfig
+from .layers import TimestepEmbedding
 from .transfusion import Transfusion
 
 
@@ -67,7 +68,9 @@ def forward_flops(
     patches = sum(rows * columns for rows, columns in images) // config.patch_size**2
     transformer = config.n_layers * (2 * (block * positions + wider * patches) + 4 * config.heads_dim * pairs)
     head = 2 * config.d_model * config.vocab_size * predictions
-    return transformer + head + sum(adapter_flops(config, *size) for size in images)
+    modulation = 2 * config.d_model * (TimestepEmbedding.sinusoids + 7 * config.d_model) * len(images)
+    modulation *= config.timestep == "adaln"
+    return transformer + head + modulation + sum(adapter_flops(config, *size) for size in images)
 
 
 def train_flops(config: ModelConfig, batch: Batch) -> int:

@@ -59,14 +59,17 @@ def unpatchify(flat: Tensor, rows: int, size: int) -> Tensor:
 class LinearAdapter(nn.Module):
     """One linear map from a k x k patch of latents to d_model, and one back.
 
-    The timestep embedding is added to every patch, before or after the first map (`ModelConfig.timestep_at`).
+    The timestep embedding is added to every patch, before or after the first map (`ModelConfig.timestep_at`), with
+    `ModelConfig.timestep` "added".
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.size, elements = config.patch_size, config.patch_dim
         self.time_first = config.timestep_at == "patch"
-        self.time = TimestepEmbedding(elements if self.time_first else config.d_model)
+        self.time = None
+        if config.timestep == "added":
+            self.time = TimestepEmbedding(elements if self.time_first else config.d_model)
         self.in_proj = Linear(elements, config.d_model)
         self.out_proj = Linear(config.d_model, elements)
         self.positions = GridPositions(config.d_model) if config.patch_positions == "learned" else None
@@ -78,12 +81,16 @@ class LinearAdapter(nn.Module):
 
         Images of one shape are computed together, or each by itself if `separate`.
         """
-        time = self.time(timesteps, dtype)
+        time = None if self.time is None else self.time(timesteps, dtype)
         groups, pieces = group_by_shape(latents, separate), []
         for group in groups:
             stacked = stack_group(latents, group).to(dtype)
-            x, t_emb = patchify(stacked, self.size), stack_group(time, group)[:, None, None]
-            x = self.in_proj(x + t_emb) if self.time_first else self.in_proj(x) + t_emb
+            x = patchify(stacked, self.size)
+            t_emb = None if time is None else stack_group(time, group)[:, None, None]
+            if t_emb is None:
+                x = self.in_proj(x)
+            else:
+                x = self.in_proj(x + t_emb) if self.time_first else self.in_proj(x) + t_emb
             if self.positions is not None:
                 x = x + self.positions(*x.shape[1:3]).to(dtype)
             pieces.append(x.flatten(1, 2))
@@ -142,17 +149,19 @@ class Conv(nn.Conv2d):
 
 
 class ResBlock(nn.Module):
-    """A residual block of two convolutions, with the timestep added between them (DDPM, arXiv 2006.11239)."""
+    """A residual block of two convolutions, with the timestep, if any, added between them (DDPM, arXiv 2006.11239)."""
 
-    def __init__(self, inputs: int, outputs: int, time_channels: int) -> None:
+    def __init__(self, inputs: int, outputs: int, time_channels: int | None) -> None:
         super().__init__()
         self.first_norm, self.first = ChannelNorm(inputs), Conv(inputs, outputs)
-        self.time = Linear(time_channels, outputs, bias=True)
+        self.time = None if time_channels is None else Linear(time_channels, outputs, bias=True)
         self.second_norm, self.second = ChannelNorm(outputs), Conv(outputs, outputs)
         self.skip = Conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.first(F.silu(self.first_norm(x))) + self.time(F.silu(time))[:, :, None, None]
+    def forward(self, x: Tensor, time: Tensor | None) -> Tensor:
+        h = self.first(F.silu(self.first_norm(x)))
+        if self.time is not None and time is not None:
+            h = h + self.time(F.silu(time))[:, :, None, None]
         return self.skip(x) + self.second(F.silu(self.second_norm(h)))
 
 
@@ -189,8 +198,8 @@ class UNetAdapter(nn.Module):
         self.skip_in, self.skip_out = Linear(elements, config.d_model), Linear(config.d_model, elements)
         self.positions = GridPositions(config.d_model) if config.patch_positions == "learned" else None
         levels = config.unet_levels
-        time = 4 * levels[0]
-        self.time = TimestepEmbedding(time)
+        time = 4 * levels[0] if config.timestep == "added" else None
+        self.time = None if time is None else TimestepEmbedding(time)
         self.first = Conv(config.latent_channels, levels[0])
         skips, current = [levels[0]], levels[0]
         self.down = nn.ModuleList()
@@ -220,10 +229,11 @@ class UNetAdapter(nn.Module):
         self, latents: Images, timesteps: Tensor, dtype: torch.dtype, separate: bool = False
     ) -> tuple[Tensor, Any]:
         """Like `LinearAdapter.encode`; the state for `decode` holds each group's timestep embedding and skips."""
-        time = self.time(timesteps, dtype)
+        time = None if self.time is None else self.time(timesteps, dtype)
         groups, pieces, kept = group_by_shape(latents, separate), [], []
         for group in groups:
-            stacked, t_emb = stack_group(latents, group).to(dtype), stack_group(time, group)
+            stacked = stack_group(latents, group).to(dtype)
+            t_emb = None if time is None else stack_group(time, group)
             x = self.first(stacked)
             skips = [x]
             for module in self.down:

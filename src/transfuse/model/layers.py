@@ -6,7 +6,8 @@ Shapes: N positions, C channels, H query heads, K key heads, D channels per head
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -216,9 +217,67 @@ class TimestepEmbedding(nn.Module):
         return self.outer(F.silu(self.inner(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))))
 
 
+class TimestepModulation(nn.Module):
+    """Timesteps `[I]` to the six vectors `[I, 6 * C]` by which every block modulates an image's positions.
+
+    They are shift, scale and gate of attention, then of the feed-forward layer. All blocks share the projection,
+    and each adds six learned vectors (PixArt-alpha, arXiv 2310.00426): DiT's projection, one in each block, is half as
+    large again as the block.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.time = TimestepEmbedding(channels)
+        self.out = Linear(channels, 6 * channels, bias=True)
+
+    def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.out(F.silu(self.time(timesteps, dtype)))
+
+
+Six = tuple[Tensor, ...]
+"""shift, scale and gate of attention, then of the feed-forward layer, at each position: `[N, C]` each"""
+
+
+class Modulation(NamedTuple):
+    """The vectors of a pass's images, and where the images are.
+
+    vectors [I, 6 * C]   of `TimestepModulation`
+    image [N]            the image of each position, I for text
+    patches [P]          positions of the patches, image after image
+    counts               patches of each image
+    """
+
+    vectors: Tensor
+    image: Tensor
+    patches: Tensor
+    counts: Sequence[int]
+
+    def by_position(self, own: Tensor) -> Six:
+        """Return the six vectors of each position, `[N, C]`, with a block's own `[6 * C]` added; of text, zeros."""
+        vectors = (self.vectors + own).to(self.vectors.dtype)
+        return _Spread.apply(vectors, self.image, self.patches, self.counts).chunk(6, dim=-1)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows `[I, C]` to positions `[N, C]`; the gradient is summed image by image, in one order on every device."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, image: Tensor, patches: Tensor, counts: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(patches)
+        ctx.counts = list(counts)
+        return F.pad(rows, (0, 0, 0, 1)).index_select(0, image)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (patches,) = ctx.saved_tensors
+        of_patches = gradient.index_select(0, patches)
+        return torch.stack([part.sum(0) for part in of_patches.split(ctx.counts)]), None, None, None
+
+
 class Tower(nn.Module):
     """The weights of a decoder block for one kind of position, and all of its arithmetic but attention.
 
+    `six` are the vectors that modulate each position (`Modulation.by_position`), with `timestep="adaln"`.
     `attention=False` builds the feed-forward half alone. `layer` is the block's number, `ffn_dim` the channels inside
     the SwiGLU layer.
     """
@@ -239,11 +298,14 @@ class Tower(nn.Module):
         self.query_norm = head_norm(config, self.n_heads) if normed else None
         self.key_norm = head_norm(config, self.kv_heads) if normed else None
 
-    def project_qkv(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], six: Six | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries `[N, H, D]` and keys `[N, K, D]`, and values `[N, K, D]`."""
         # `view` and `split_with_sizes`, because `unflatten` and `split` run Python code, which one token's pass feels.
         rotated = self.n_heads + self.kv_heads
-        qkv = self.qkv(self.attention_norm(x) if self.pre_norm else x)
+        h = self.attention_norm(x) if self.pre_norm else x
+        qkv = self.qkv(h if six is None else torch.addcmul(six[0], h, 1 + six[1]))
         qkv = qkv.view(-1, rotated + self.kv_heads, self.head_dim)
         qk, v = qkv.split_with_sizes([rotated, self.kv_heads], dim=1)
         if isinstance(self.query_norm, HeadNorm) and isinstance(self.key_norm, HeadNorm):
@@ -259,20 +321,26 @@ class Tower(nn.Module):
         q, k = qk.split_with_sizes([self.n_heads, self.kv_heads], dim=1)
         return q, k, v
 
-    def add_attention(self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+    def add_attention(
+        self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None, six: Six | None = None
+    ) -> Tensor:
         """Add the heads' outputs `[N, H * D]` to the residual stream `[N, C]`."""
         out = self.out(attended)
-        return x + self._drop(out if self.pre_norm else self.attention_norm(out), dropout)
+        out = self._drop(out if self.pre_norm else self.attention_norm(out), dropout)
+        return x + out if six is None else torch.addcmul(x, out, 1 + six[2])
 
-    def add_feed_forward(self, x: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+    def add_feed_forward(self, x: Tensor, dropout: torch.Generator | None = None, six: Six | None = None) -> Tensor:
         """Add the feed-forward layer's output to the residual stream `[N, C]`."""
-        if self.pre_norm:
-            return x + self._drop(self.feed_forward(self.feed_forward_norm(x)), dropout)
-        return x + self._drop(self.feed_forward_norm(self.feed_forward(x)), dropout)
+        h = self.feed_forward_norm(x) if self.pre_norm else x
+        out = self.feed_forward(h if six is None else torch.addcmul(six[3], h, 1 + six[4]))
+        out = self._drop(out if self.pre_norm else self.feed_forward_norm(out), dropout)
+        return x + out if six is None else torch.addcmul(x, out, 1 + six[5])
 
-    def finish(self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+    def finish(
+        self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None, six: Six | None = None
+    ) -> Tensor:
         """Return the block's output, given its input `[N, C]` and the heads' outputs `[N, H * D]`."""
-        return self.add_feed_forward(self.add_attention(x, attended, dropout), dropout)
+        return self.add_feed_forward(self.add_attention(x, attended, dropout, six), dropout, six)
 
     def _drop(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if generator is None or not self.dropout:
@@ -284,7 +352,8 @@ class Tower(nn.Module):
 class Block(Tower):
     """One decoder block: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`. `[N, C] -> [N, C]`.
 
-    With `norm_order="swin"` the outputs are normed instead: `x + norm(attention(x))`.
+    With `norm_order="swin"` the outputs are normed instead: `x + norm(attention(x))`. With `timestep="adaln"` each half
+    is `x + gate * f(norm(x) * (1 + scale) + shift)` at an image's positions (adaLN-zero, DiT, arXiv 2212.09748).
 
     `image` is the tower of image positions with `experts` (Mixture-of-Transformers, arXiv 2411.04996); the block's
     remaining weights are then the tower of text. It takes such positions apart, as `Towers`.
@@ -296,26 +365,41 @@ class Block(Tower):
         self.image: Tower | None = None
         if config.experts != "shared":
             self.image = Tower(config, layer, config.image_ffn_dim, config.experts == "all")
+        # Flat, so that weight decay, which is for matrices, passes it by. Gates are stored less 1, so that zeros in
+        # place of all six vectors leave text as it is.
+        self.modulation = nn.Parameter(torch.zeros(6 * config.d_model)) if config.timestep == "adaln" else None
 
-    def forward(self, x: Any, rotary: Any, attend: Any, dropout: torch.Generator | None = None) -> Any:
+    def forward(
+        self,
+        x: Any,
+        rotary: Any,
+        attend: Any,
+        dropout: torch.Generator | None = None,
+        modulation: Modulation | None = None,
+    ) -> Any:
         """Map `x [N, C]`, with its rotary table; or `Towers` of both, with an `AttendTowers` unless text is None."""
+        six = None if modulation is None or self.modulation is None else modulation.by_position(self.modulation)
         if not isinstance(x, Towers):
-            q, k, v = self.project_qkv(x, rotary)
-            return self.finish(x, attend(self.layer, q, k, v), dropout)
-        image_qkv = self.project_image_qkv(x.image, rotary.image)
+            q, k, v = self.project_qkv(x, rotary, six)
+            return self.finish(x, attend(self.layer, q, k, v), dropout, six)
+        image_qkv = self.project_image_qkv(x.image, rotary.image, six)
         if x.text is None:
-            return Towers(None, self.finish_image(x.image, attend(self.layer, *image_qkv), dropout))
+            return Towers(None, self.finish_image(x.image, attend(self.layer, *image_qkv), dropout, six))
         text_qkv = self.project_qkv(x.text, rotary.text)
         out = attend(self.layer, *map(Towers, text_qkv, image_qkv))
-        return Towers(self.finish(x.text, out.text, dropout), self.finish_image(x.image, out.image, dropout))
+        return Towers(self.finish(x.text, out.text, dropout), self.finish_image(x.image, out.image, dropout, six))
 
-    def project_image_qkv(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project_image_qkv(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], six: Six | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return `project_qkv` of image positions, by the image tower if it has weights for attention."""
         assert self.image is not None
-        return (self.image if self.image.has_attention else self).project_qkv(x, rotary)
+        return (self.image if self.image.has_attention else self).project_qkv(x, rotary, six)
 
-    def finish_image(self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+    def finish_image(
+        self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None, six: Six | None = None
+    ) -> Tensor:
         """Return `finish` of image positions."""
         assert self.image is not None
         owner = self.image if self.image.has_attention else self
-        return self.image.add_feed_forward(owner.add_attention(x, attended, dropout), dropout)
+        return self.image.add_feed_forward(owner.add_attention(x, attended, dropout, six), dropout, six)

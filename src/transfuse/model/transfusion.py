@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import on_meta
-from ..sequence import Images
+from ..sequence import Images, shapes_of
 from .attention import Attend, AttendTowers, Towers, for_towers, merge_towers, text_positions
 from .config import ModelConfig
 from .image_adapter import Conv, GridPositions, LinearAdapter, UNetAdapter
-from .layers import Block, HeadNorm, Linear, RMSNorm, rotary_table
+from .layers import Block, HeadNorm, Linear, Modulation, RMSNorm, TimestepModulation, rotary_table
 
 LMHeadFn = Callable[[Linear, Tensor], Tensor]
 """A function of the output layer and the hidden states `[M, C]`, such as a fused loss that never holds all logits."""
@@ -55,6 +55,7 @@ class Transformer(nn.Module):
     `image_norm` is the final norm of image positions, with `ModelConfig.experts`.
     `dropout` is the generator for dropout masks; None disables dropout. `table` holds `rotary_table` of positions
     0, 1, ... in the dtype of `x`; a lookup is faster than computing the sines again, but serves tokens alone.
+    `modulation` is that of the pass's images with `timestep="adaln"`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -71,6 +72,7 @@ class Transformer(nn.Module):
         attend: Attend | AttendTowers,
         dropout: torch.Generator | None = None,
         table: tuple[Tensor, Tensor] | None = None,
+        modulation: Modulation | None = None,
     ) -> Any:
         def rotary_of(position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             if table is None or position_ids.dim() == 2:
@@ -80,12 +82,12 @@ class Transformer(nn.Module):
         if not isinstance(x, Towers):
             rotary: Any = rotary_of(position_ids, x.dtype)
             for block in self.blocks:
-                x = block(x, rotary, attend, dropout)
+                x = block(x, rotary, attend, dropout, modulation)
             return self.norm(x)
         assert self.image_norm is not None
         rotary = Towers(*(rotary_of(ids, x.image.dtype) for ids in position_ids))
         for block in self.blocks:
-            x = block(x, rotary, attend, dropout)
+            x = block(x, rotary, attend, dropout, modulation)
         return Towers(None if x.text is None else self.norm(x.text), self.image_norm(x.image))
 
 
@@ -118,6 +120,8 @@ class Transfusion(nn.Module):
             self.image_adapter = LinearAdapter(config) if config.adapter == "linear" else UNetAdapter(config)
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.d_model, config.vocab_size)
+        # Last, so that the other weights that a seed gives are the same without it.
+        self.timestep_modulation = TimestepModulation(config.d_model) if config.timestep == "adaln" else None
 
     def forward(
         self,
@@ -157,13 +161,15 @@ class Transfusion(nn.Module):
             assert timesteps is not None
             vectors, state = adapter.encode(latents, timesteps, self.compute_dtype, separate)
         if self.config.experts != "shared" and patches is not None:
-            x = self._by_towers(input_ids, position_ids, attend, patches, vectors, dropout, table)
+            modulation = self._modulation(torch.arange(len(patches), device=patches.device), latents, timesteps)
+            x = self._by_towers(input_ids, position_ids, attend, patches, vectors, dropout, table, modulation)
         else:
             x = self.embedding(input_ids).to(self.compute_dtype)
             if vectors is not None:
                 assert patches is not None
                 x = vectors if len(patches) == len(input_ids) else x.index_copy(0, patches, vectors)
-            x = self.transformer(x, position_ids, attend, dropout, table=table)
+            modulation = self._modulation(patches, latents, timesteps, len(input_ids))
+            x = self.transformer(x, position_ids, attend, dropout, table=table, modulation=modulation)
         predictions: Images = []
         if adapter is not None:
             assert patches is not None
@@ -179,26 +185,51 @@ class Transfusion(nn.Module):
         vectors: Tensor | None,
         dropout: torch.Generator | None,
         table: tuple[Tensor, Tensor] | None,
+        modulation: Modulation | None,
     ) -> Tensor:
         """Run the transformer over text and image positions apart, and return `[N, C]` in order.
 
         vectors [P, C]   of the patches; None for codes
+        modulation       of the image positions, in their own order
         """
         text = text_positions(patches, len(input_ids))
         ids = Towers(position_ids.index_select(0, text), position_ids.index_select(0, patches))
         if vectors is None:
             vectors = self.embedding(input_ids.index_select(0, patches)).to(self.compute_dtype)
         if not len(text):
-            return self.transformer(Towers(None, vectors), ids, attend, dropout, table=table).image
+            x = self.transformer(Towers(None, vectors), ids, attend, dropout, table=table, modulation=modulation)
+            return x.image
         words = self.embedding(input_ids.index_select(0, text)).to(self.compute_dtype)
-        x = self.transformer(Towers(words, vectors), ids, for_towers(attend, text, patches), dropout, table=table)
+        attend_towers = for_towers(attend, text, patches)
+        x = Towers(words, vectors)
+        x = self.transformer(x, ids, attend_towers, dropout, table=table, modulation=modulation)
         return merge_towers(x, text, patches)
+
+    def _modulation(
+        self, patches: Tensor | None, latents: Images, timesteps: Tensor | None, positions: int | None = None
+    ) -> Modulation | None:
+        """Return the modulation of a pass over `positions`, or patches alone; None without latents or adaLN."""
+        if self.timestep_modulation is None or not len(latents):
+            return None
+        assert patches is not None
+        assert timesteps is not None
+        counts = [rows * columns // self.config.patch_size**2 for _, rows, columns in shapes_of(latents)]
+        image = torch.arange(len(counts), device=patches.device)
+        if len(set(counts)) == 1:
+            image = image.repeat_interleave(counts[0])
+        else:
+            image = image.repeat_interleave(torch.tensor(counts, device=patches.device), output_size=len(patches))
+        if positions is not None:
+            text = torch.full((positions,), len(counts), device=patches.device)
+            image = text.index_copy(0, patches, image)
+        return Modulation(self.timestep_modulation(timesteps, self.compute_dtype), image, patches, counts)
 
     def initialise(self, seed: int, place: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> Transfusion:
         """Initialise all weights from `seed`, on any device, and return self.
 
         Normal with deviation 0.02; projections into the residual stream are divided by sqrt(2 * n_layers); the last
-        layer of the image adapter starts at zero, so that the first image loss is the variance of the target.
+        layer of the image adapter starts at zero, so that the first image loss is the variance of the target. So do
+        the gates of modulated blocks, which pass images through at first (adaLN-zero).
         `place(weight, values)` stores the values; a shard draws them all and keeps its part, so that every number of
         ranks starts from the same weights.
         """
@@ -225,6 +256,13 @@ class Transfusion(nn.Module):
             for name, weight in self.transformer.named_parameters():
                 if name.endswith((".out.weight", ".down.weight")):  # into the residual stream
                     weight.div_(math.sqrt(2 * self.config.n_layers))
+            if self.timestep_modulation is not None:
+                self.timestep_modulation.out.weight.zero_()
+                shift, gate = torch.zeros(2 * self.config.d_model), -torch.ones(self.config.d_model)
+                for block in self.transformer.blocks:
+                    assert isinstance(block, Block)
+                    assert block.modulation is not None
+                    place(block.modulation, torch.cat([shift, gate, shift, gate]))
             if isinstance(self.image_adapter, LinearAdapter):
                 self.image_adapter.out_proj.weight.zero_()
             elif self.image_adapter is not None:

@@ -36,7 +36,7 @@ from ..devices import on_meta
 from ..errors import UserError, install_command
 from ..model import ModelConfig, Transfusion
 from ..model.activations import Checkpointing
-from ..model.layers import Linear, Tower
+from ..model.layers import Linear, Modulation, Tower
 from .distributed import Distributed
 
 
@@ -61,6 +61,7 @@ def check_tensor_parallel(config: ModelConfig, ranks: int) -> None:
         (config.kv_heads == config.n_heads, "1 with model.n_kv_heads"),
         (not config.qk_norm, "1 with model.qk_norm"),
         (not config.qkv_bias, "1 with model.qkv_bias"),
+        (config.timestep != "adaln", "1 with model.timestep adaln"),
         (not config.dropout, "1 with model.dropout"),
     ):
         if not fits:
@@ -189,13 +190,13 @@ def _recompute(block: nn.Module, kind: Checkpointing) -> None:
     """Make a block's backward pass recompute its activations: all, or all but the results of KEPT."""
     forward = block.forward
 
-    def again(x: Any, rotary: Any, attend: Any, dropout: torch.Generator | None) -> Any:
+    def again(x: Any, rotary: Any, attend: Any, dropout: torch.Generator | None, modulation: Modulation | None) -> Any:
         state = None if dropout is None else dropout.get_state()
 
         def run(x: Any) -> Any:
             if dropout is not None and state is not None:  # the recomputation must drop the same elements
                 dropout.set_state(state)
-            return forward(x, rotary, attend, dropout)
+            return forward(x, rotary, attend, dropout, modulation)
 
         options: dict[str, Any] = {} if kind == "full" else {"context_fn": _selective}
         return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, **options)
