@@ -34,6 +34,7 @@ SHAPE: dict[str, Any] = {
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1000000.0}
+WINDOW = {"use_sliding_window": True}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 2": ("Llama", {"num_key_value_heads": 4}),
     "Llama 3.1": ("Llama", {"rope_parameters": LLAMA3}),
@@ -54,6 +55,16 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo 2": ("Olmo2", {}),
     "OLMo 2, grouped": ("Olmo2", {"num_key_value_heads": 4}),
     "Phi-3": ("Phi3", {"sliding_window": None}),
+    "Mistral, window": ("Mistral", {"sliding_window": 17}),
+    "Phi-3, window": ("Phi3", {"sliding_window": 24}),
+    "Qwen2, window of some layers": ("Qwen2", WINDOW | {"sliding_window": 12, "max_window_layers": 2}),
+    "Qwen3, window": ("Qwen3", WINDOW | {"sliding_window": 33, "max_window_layers": 0, "head_dim": 32}),
+    "SmolLM3, window, tied": (
+        "SmolLM3",
+        WINDOW
+        | {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]}
+        | {"tie_word_embeddings": True},
+    ),
 }
 IDS = torch.randint(5, 320, (60,), generator=torch.Generator().manual_seed(0))
 
@@ -92,7 +103,7 @@ def test_logits_are_those_of_transformers(row: str, tmp_path: Path) -> None:
     # Two documents packed into a row: BOS, whose id is 0, stands before each.
     batch = collate([Document([Text(text)], sample=i) for i, text in enumerate(texts)], sequence_format)
     every = torch.arange(batch.positions)
-    for attend in (dense(batch), for_batch(batch, torch.float32)):
+    for attend in (dense(batch, ours.config), for_batch(batch, torch.float32, ours.config)):
         with torch.no_grad():
             found = ours(batch.input_ids, batch.position_ids, attend, every).logits
         begin = 0
@@ -110,7 +121,8 @@ def test_a_written_folder_opens_in_transformers(row: str, tmp_path: Path) -> Non
     save_hf_folder(tmp_path / "out", ours)
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     # Phi-3 and Mistral without anything of their own are written as Llamas, which they are.
-    family = {"Mistral": "Llama", "Phi3": "Llama"}.get(ROWS[row][0], ROWS[row][0])
+    plain = "Mistral" if "window" in row else "Llama"
+    family = {"Mistral": plain, "Phi3": plain}.get(ROWS[row][0], ROWS[row][0])
     assert type(opened).__name__ == f"{family}ForCausalLM"
     torch.testing.assert_close(expected(opened, IDS), expected(model, IDS), rtol=0, atol=1e-4)
     assert read_hf_config(tmp_path / "out") == read_hf_config(tmp_path / "in")

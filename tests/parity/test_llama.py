@@ -114,7 +114,7 @@ def test_import_of_a_tied_network(tmp_path) -> None:
     model = hf_model_of(tie_word_embeddings=True)
     ours = started(saved(model, tmp_path / "tied"))
     close(ours_of(ours), theirs_of(model))
-    assert ours.lm_head.weight.data_ptr() != ours.embedding.weight.data_ptr()
+    assert ours.lm_head.weight is ours.embedding.weight
 
 
 def test_import_into_a_larger_vocabulary(tmp_path) -> None:
@@ -146,18 +146,6 @@ def test_import_reads_either_spelling_of_the_rotary_base(tmp_path) -> None:
     del values["rope_parameters"]
     (folder / "config.json").write_text(json.dumps(values | {"rope_theta": 500000.0, "rope_scaling": None}))
     close(ours_of(started(folder)), theirs_of(model))
-
-
-def test_a_window_narrower_than_the_context_is_refused_and_a_wider_one_is_none(tmp_path) -> None:
-    """Their window of 64 lets a position see 64, itself among them: all of 58 positions."""
-    model = hf_model_of("mistral", sliding_window=64)
-    folder = saved(model, tmp_path / "mistral")
-    with pytest.raises(UserError, match=r"sliding_window: expected none, or at least .* \(128\), found 64"):
-        read_hf_config(folder)
-    fields = read_hf_config(folder, max_seq_len=64)
-    ours = randomised(tiny(**fields), seed=5).eval()
-    start_from_hf(ours, folder)
-    close(ours_of(ours), theirs_of(model))
 
 
 def test_norms_of_qwen3_are_named(tmp_path) -> None:

@@ -70,6 +70,7 @@ ARMS = {
     "causal": lambda tokenizer: packed(exported(tokenizer, image_attention="causal", n_kv_heads=2)),
     "newer": lambda tokenizer: packed(exported(tokenizer, positions="2d", timestep="adaln")),
     "codes": lambda tokenizer: packed(coded(tokenizer)),
+    "windows": lambda tokenizer: packed(exported(tokenizer, sliding_window=9, tie_embeddings=True)),
     "experts": lambda tokenizer: packed(exported(tokenizer, experts="all")),
     "experts codes": lambda tokenizer: packed(coded(tokenizer, experts="all")),
     "stable codes": lambda tokenizer: packed(coded(tokenizer, n_kv_heads=2, **STABLE)),

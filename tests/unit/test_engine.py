@@ -55,7 +55,13 @@ def uncached_image(
         times = torch.zeros(len(batch.latents), dtype=torch.int64)
         times[-1] = t
         out = model(
-            batch.input_ids, batch.position_ids, dense(batch), batch.loss_positions, batch.patches, batch.latents, times
+            batch.input_ids,
+            batch.position_ids,
+            dense(batch, model.config),
+            batch.loss_positions,
+            batch.patches,
+            batch.latents,
+            times,
         )
         return out.predictions[-1]
 
@@ -91,6 +97,8 @@ VARIANTS = [
     {"n_kv_heads": 2},
     {"timestep_at": "patch"},
     {"experts": "ffn"},
+    {"sliding_window": 7, "full_attention_layers": (1,), "n_kv_heads": 1},
+    {"sliding_window": 3, "image_attention": "causal", "tie_embeddings": True},
     {"experts": "all", "image_d_ff": 96},
 ]
 
@@ -117,7 +125,7 @@ def test_script_with_cache_equals_whole_recomputation(tokenizer: Tokenizer, monk
     every = torch.arange(batch.positions)
     zero = torch.zeros(2, dtype=torch.int64)
     whole = engine.exported.model(
-        batch.input_ids, batch.position_ids, dense(batch), every, batch.patches, batch.latents, zero
+        batch.input_ids, batch.position_ids, dense(batch, engine.config), every, batch.patches, batch.latents, zero
     ).logits
     # logits were asked for after: 12, 30, 31, EOI, 32, EOI, 33
     at = [3, 4, 5, 5 + 1 + 16 + 1, 5 + 1 + 16 + 2, 5 + 1 + 16 + 2 + 1 + 16 + 1, 5 + 1 + 16 + 2 + 1 + 16 + 2]

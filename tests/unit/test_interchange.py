@@ -114,8 +114,6 @@ def test_the_fields_of_either_spelling(tmp_path) -> None:
         ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "rope_parameters: expected the same"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1, found 0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor: expected 1, found 0.25"),
-        ({"sliding_window": 127}, r"sliding_window: expected none, or at least .* \(128\), found 127"),
-        ({"sliding_window": 64, "use_sliding_window": True}, "sliding_window: .* found 64"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types: .* found chunked_attention"),
     ],
     ids=str,

@@ -2,8 +2,8 @@
 
 | family | what it adds to Llama 2 |
 | --- | --- |
-| llama (2, 3.x, SmolLM2) | scaled rotary frequencies, free head dimension |
-| mistral | free head dimension; a window at least as long as the context |
+| llama (2, 3.x, SmolLM2) | scaled rotary frequencies, free head dimension, tied embeddings |
+| mistral | free head dimension; a sliding window |
 | qwen2 (2, 2.5) | biases of q, k, v |
 | qwen3 (dense) | RMSNorm of each head's q and k |
 | smollm3 | layers without rotary positions |
@@ -132,15 +132,26 @@ def read_fields(values: Mapping[str, Any], max_seq_len: int | None, check: Check
     fields |= _rotary_fields(values, check)
     if kind == "smollm3":
         fields["nope_layers"] = _nope_layers(values, fields["n_layers"])
-    # Every layer must attend to the whole context.
-    layers = values.get("layer_types") or ["full_attention", "sliding_attention"]
-    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
-    if window is not None and "sliding_attention" in layers:
-        expected = f"none, or at least the context asked for ({fields['max_seq_len']})"
-        check(window >= fields["max_seq_len"], "sliding_window", expected, window)
-    other = ", ".join(sorted({*layers} - {"full_attention", "sliding_attention"}))
-    check(not other, "layer_types", "full_attention", other)
+    fields |= _window_fields(values, fields["n_layers"], fields["max_seq_len"], check)
+    if values.get("tie_word_embeddings", kind == "smollm3"):
+        fields["tie_embeddings"] = True
     return fields
+
+
+def _window_fields(values: Mapping[str, Any], n_layers: int, max_seq_len: int, check: Check) -> dict[str, Any]:
+    """Read sliding windows, unless they hide nothing: all layers have them, those of a list, or those from a number."""
+    kind = values["model_type"]
+    window = values.get("sliding_window", 4096 if kind == "mistral" else None)
+    if not values.get("use_sliding_window", kind not in ("qwen2", "qwen3", "smollm3")):
+        window = None
+    first = values.get("max_window_layers", 28) if kind in ("qwen2", "qwen3") else 0
+    layers = values.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * n_layers
+    other = ", ".join(sorted({*layers} - {"full_attention", "sliding_attention"}))
+    check(not other, "layer_types", "full_attention or sliding_attention", other)
+    full = tuple(layer for layer in range(n_layers) if layers[layer] == "full_attention")
+    if window is None or window >= max_seq_len or len(full) == n_layers:
+        return {}
+    return {"sliding_window": window, "full_attention_layers": full}
 
 
 def _rotary_fields(values: Mapping[str, Any], check: Check) -> dict[str, Any]:
@@ -180,7 +191,10 @@ def model_type_of(config: ModelConfig) -> str:
     if config.qk_norm:
         own["qk_norm_type"] = config.qk_norm_type
     plain = {"qkv_bias": False, "qk_norm": False, "norm_order": "pre"}
-    for model_type in ["smollm3"] if config.nope_layers else ARCHITECTURES:
+    kin = ["smollm3"] if config.nope_layers else [*ARCHITECTURES]
+    if config.sliding_window is not None and not config.nope_layers:  # Mistral has one in every layer, SmolLM3 in some
+        kin = ["smollm3" if config.full_attention_layers else "mistral", "qwen2", "qwen3"]
+    for model_type in kin:
         if plain | dict(ARCHITECTURES[model_type].fields) == own:
             return model_type
     pieces = ", ".join(f"{name} {value}" for name, value in own.items())
@@ -208,7 +222,7 @@ def shared_config(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": None if config.rope_scaling.type == "none" else rope,
         "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
         "hidden_act": "silu",
@@ -227,8 +241,11 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     }
     if model_type == "smollm3":
         values["no_rope_layers"] = [int(layer not in config.nope_layers) for layer in range(config.n_layers)]
-    if model_type in ("smollm3", "qwen2", "qwen3"):
-        values["use_sliding_window"] = False
+    if model_type in ("mistral", "smollm3", "qwen2", "qwen3"):
+        kinds = ["sliding_attention" if windowed else "full_attention" for windowed in config.windowed]
+        values |= {"sliding_window": config.sliding_window}
+        if model_type != "mistral":
+            values |= {"use_sliding_window": config.sliding_window is not None, "layer_types": kinds}
     return values
 
 
@@ -242,8 +259,9 @@ def hf_weights(model: Transfusion, model_type: str = "llama") -> dict[str, Tenso
     weights = {
         EMBEDDING: model.embedding.weight,
         "model.norm.weight": model.transformer.norm.weight,
-        HEAD: model.lm_head.weight,
     }
+    if not config.tie_embeddings:
+        weights[HEAD] = model.lm_head.weight
     own = dict(model.transformer.named_parameters())
     # A model may lack what its family has, where one starts from a folder without insisting on all of it.
     kinds = ("weight", "bias") if family.fields.get("qkv_bias") and config.qkv_bias else ("weight",)

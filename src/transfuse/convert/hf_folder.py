@@ -63,6 +63,7 @@ def check_transformer(config: ModelConfig, folder: Path, strict: bool) -> None:
     names = ["n_heads", "kv_heads", "head_dim", "norm_order"]
     if strict:
         names += ["rope_theta", "rope_scaling", "nope_layers", "norm_eps", "qkv_bias"]
+        names += ["sliding_window", "full_attention_layers"]
         # A norm that the folder does not have begins as it was made: one may add it.
         names += ["qk_norm", "qk_norm_type"] if expected.qk_norm else []
     for name in names:
@@ -98,7 +99,7 @@ def start_from_hf(model: Transfusion, folder: Path, strict: bool = True, new_ids
     """Copy a folder's weights into a model, in the model's dtype. The image adapter and q/k norms keep their values.
 
     strict: refuse a folder that lacks a weight of the transformer, has one more, or has other constants; otherwise copy
-    what fits. A tied output layer starts as a copy of the embedding and is untied from then on.
+    what fits. A tied output layer starts as a copy of the embedding where the model's are not tied.
     new_ids: ids that the folder's model has not learned (`new_markers`); their rows become the mean of the others.
 
     Raises UserError before the first weight is written.
@@ -109,10 +110,11 @@ def start_from_hf(model: Transfusion, folder: Path, strict: bool = True, new_ids
     files = _open_weights(folder)
     shapes = {name: tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()}  # noqa: SIM118
     tied = bool(_read_config(folder).get("tie_word_embeddings")) and EMBEDDING in shapes and HEAD not in shapes
+    unexpected = shapes.keys() - own.keys() - ({HEAD} if config.tie_embeddings else set())
     match = Match(
         tuple(sorted(own.keys() & shapes.keys())),
         tuple(sorted(own.keys() - shapes.keys() - ({HEAD} if tied else set()))),
-        tuple(sorted(name for name in shapes.keys() - own.keys() if not name.endswith(BUFFERS))),
+        tuple(sorted(name for name in unexpected if not name.endswith(BUFFERS))),
     )
     if strict and (match.missing or match.unexpected):
         lines = "; ".join(str(match).splitlines()[1:])
@@ -130,11 +132,11 @@ def start_from_hf(model: Transfusion, folder: Path, strict: bool = True, new_ids
     for file in files:
         for name in sorted(own.keys() & set(file.keys())):
             tensor = file.get_tensor(name)
-            for target in (EMBEDDING, HEAD) if tied and name == EMBEDDING else (name,):
+            for target in (EMBEDDING, HEAD) if tied and name == EMBEDDING and HEAD in own else (name,):
                 own[target][: len(tensor)] = tensor
     if new_ids:
         for name in (EMBEDDING, HEAD):
-            if tied or name in shapes:
+            if name in own and (tied or name in shapes):
                 known = own[name][: min(new_ids)]  # later rows pad the table: nothing has learned them
                 own[name][list(new_ids)] = known.mean(0, dtype=torch.float32).to(known.dtype)
     return match
@@ -155,7 +157,7 @@ def save_hf_folder(
     try:
         values = {
             **hf_config(model.config),
-            "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+            "torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
             # Written even if None: without them transformers assumes 1 and 2.
             "bos_token_id": None if tokenizer is None else tokenizer.bos,
             "eos_token_id": None if tokenizer is None else tokenizer.eos,

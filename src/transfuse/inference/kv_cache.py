@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model import ModelConfig
+from ..model.attention import window_start
 from ..sequence import Layout
 from .cuda_graphs import GraphCache
 
@@ -46,6 +47,7 @@ class KeyValueCache:
         self.positions = -(-positions // BLOCK) * BLOCK
         self.shape = (config.n_layers, slots, config.kv_heads, self.positions, config.head_dim)
         self.queries = config.n_heads // config.kv_heads
+        self.window, self.windowed = config.sliding_window, config.windowed
         self.dtype, self.device = dtype, torch.device(device)
 
     @cached_property
@@ -59,6 +61,10 @@ class KeyValueCache:
     @cached_property
     def graphs(self) -> GraphCache:
         return GraphCache()
+
+    def cuts(self, segment: Segment) -> bool:
+        """Return True if a sliding window hides keys from some position of a segment."""
+        return self.window is not None and segment.end > self.window
 
     def clear(self, slot: int, start: int, end: int) -> None:
         """Zero positions of a slot, to the end of the block, so that no NaN of an earlier sequence remains."""
@@ -120,17 +126,17 @@ class Cached:
                 return segment.end
             return min(-(-segment.end // BLOCK) * BLOCK, cache.positions - segment.origin)
 
-        def kind(numbered: tuple[int, Segment]) -> tuple[int, int, int, int, bool]:
+        def kind(numbered: tuple[int, Segment]) -> tuple[int, int, int, int, bool, bool]:
             number, segment = numbered
             unmasked = segment.count > FEW and segment.ends is None
-            return segment.slot - number, segment.origin, segment.count, n_keys(segment), unmasked
+            return segment.slot - number, segment.origin, segment.count, n_keys(segment), unmasked, cache.cuts(segment)
 
         # Neighbouring slots share a call where counts, keys and origins are equal.
         runs = [[segment for _, segment in members] for _, members in groupby(enumerate(segments), kind)]
         self.calls = [_Call(cache, run, n_keys(run[0]), recorded) for run in runs]
         self.sizes = [call.positions for call in self.calls]
         self.shape = tuple(call.shape for call in self.calls)
-        tensors = (tensor for call in self.calls for tensor in (call.mask, *(call.places or ())))
+        tensors = (tensor for call in self.calls for tensor in (*call.masks, *(call.places or ())))
         self.tensors = [tensor for tensor in tensors if tensor is not None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -150,8 +156,8 @@ class _Call:
 
     places: (slot, position) of each new position, unless all segments start at the same position; always where
     `recorded`, because a recording must not contain where they start.
-    mask: added to the scores; `[slot, 1, query, key]`, None where every query sees every key; of few queries on CPU
-    `[slot * key head, queries of all its heads, key]`.
+    masks: added to the scores, of layers without and with a sliding window; `[slot, 1, query, key]`, None where every
+    query sees every key; of few queries on CPU `[slot * key head, queries of all its heads, key]`.
     """
 
     def __init__(self, cache: KeyValueCache, run: Sequence[Segment], length: int, recorded: bool) -> None:
@@ -159,8 +165,11 @@ class _Call:
         self.rows, self.count = len(run), first.count
         self.positions = self.rows * self.count
         self.plain = cache.device.type == "cpu" and self.count <= FEW
-        self.mask = self._mask(cache, run, length)
-        self.shape = first.slot, self.rows, self.count, first.origin, length, self.mask is None
+        mask = self._mask(cache, run, length)
+        self.masks = mask, self._mask(cache, run, length, windowed=True) if cache.cuts(first) else mask
+        self.windowed = cache.windowed
+        unmasked = [mask is None for mask in self.masks]
+        self.shape = first.slot, self.rows, self.count, first.origin, length, *unmasked
         self.places: tuple[Tensor, Tensor] | None = None
         # Views of every layer are taken at once: a decoding step has so few operations that each counts.
         slots, low = slice(first.slot, first.slot + self.rows), first.origin
@@ -179,14 +188,22 @@ class _Call:
         self.places = slot_of, position_of
         self.new_keys, self.new_values = cache.keys.unbind(0), cache.values.unbind(0)
 
-    def _mask(self, cache: KeyValueCache, run: Sequence[Segment], length: int) -> Tensor | None:
-        if all(segment.ends is None for segment in run) and self.count > FEW:
+    def _mask(self, cache: KeyValueCache, run: Sequence[Segment], length: int, windowed: bool = False) -> Tensor | None:
+        if all(segment.ends is None for segment in run) and self.count > FEW and not windowed:
             return None
         ends = torch.tensor([[segment.end] for segment in run], device=cache.device)
         if any(segment.ends is not None for segment in run):
             to_the_end = zip(ends.expand(-1, self.count), run, strict=True)
             ends = torch.stack([end if segment.ends is None else segment.ends for end, segment in to_the_end])
-        hidden = torch.arange(length, device=cache.device) >= ends[..., None]
+        keys = torch.arange(length, device=cache.device)
+        hidden = keys >= ends[..., None]
+        if windowed:
+            assert cache.window is not None
+            starts = []
+            for segment, end in zip(run, ends.expand(-1, self.count), strict=True):
+                position = torch.arange(segment.start, segment.end, device=cache.device)
+                starts.append(window_start(position, end, cache.window))
+            hidden = hidden | (keys < torch.stack(starts)[..., None])
         if self.plain:  # `[slot, query, key]`, the queries of all heads that share keys one after another
             hidden = hidden[:, None, None].expand(-1, cache.shape[2], cache.queries, self.count, -1)
             hidden = hidden.flatten(2, 3).flatten(0, 1)
@@ -208,15 +225,15 @@ class _Call:
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Map queries `[row * count, head, D]` to `[row * count, head * D]`, in the dtype of the cache."""
         keys, values = self.keys[layer], self.values[layer]
-        query = self.by_row(q.to(keys.dtype))
+        query, mask = self.by_row(q.to(keys.dtype)), self.masks[self.windowed[layer]]
         if self.plain:
-            assert self.mask is not None
+            assert mask is not None
             few = query.reshape(keys.shape[0], -1, q.shape[-1])
-            scores = torch.baddbmm(self.mask, few, keys, alpha=q.shape[-1] ** -0.5)
+            scores = torch.baddbmm(mask, few, keys, alpha=q.shape[-1] ** -0.5)
             out = torch.bmm(scores.softmax(-1), values).view_as(query)
         else:
             gqa = q.shape[1] != keys.shape[1]
-            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, enable_gqa=gqa)
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=gqa)
         return out.transpose(1, 2).reshape(self.positions, -1)
 
 

@@ -11,13 +11,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..model.layers import Linear, RMSNorm, TimestepModulation, Tower
+from ..model.layers import Linear, RMSNorm, TiedLinear, TimestepModulation, Tower
 
 
 class PackedLinear(nn.Module):
     """A linear map whose weight is stored in oneDNN's layout."""
 
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: Linear | TiedLinear) -> None:
         super().__init__()
         self.outputs = linear.out_features
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
@@ -72,7 +72,7 @@ def pack(model: nn.Module) -> None:
                 setattr(tower, norm, FoldedNorm(getattr(tower, norm), reader))
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if not isinstance(child, Linear) or type(child.weight.data) is not Tensor:
+            if not isinstance(child, Linear | TiedLinear) or type(child.weight.data) is not Tensor:
                 continue
             if child.weight.device.type == "cpu" and can_pack(child.weight.dtype):
                 setattr(parent, name, PackedLinear(child))

@@ -48,7 +48,7 @@ def score(exported: Exported, documents: Sequence[Document], batch: int = 32) ->
             raise UserError(
                 f"text: expected at most {model.config.max_seq_len} positions, found {max(packed.documents)}"
             )
-        attend, clean = for_batch(packed, model.compute_dtype), torch.zeros_like(packed.max_timestep)
+        attend, clean = for_batch(packed, model.compute_dtype, model.config), torch.zeros_like(packed.max_timestep)
         images = packed.patches, packed.latents, clean
         separate = device.type == "cpu"  # as in the engine
         logits = model(

@@ -4,7 +4,8 @@
 
 `dense` is the reference: one table of N x N, for tests. `Grouped` is what a CPU trains with: documents of like length
 are computed together, so no time is spent on pairs of positions that cannot see each other. `flexible` is for CUDA:
-FlexAttention over the flat run. All three read the same two integers per position (`sequence.visible`).
+FlexAttention over the flat run. All three read the same two integers per position (`sequence.visible`), and for layers
+with a sliding window a later start.
 
 With `ModelConfig.experts` text and image positions are computed apart, and `for_towers` makes of any backend one that
 takes and returns both. Positions are sorted once a pass, without asking the device how many there are of each kind:
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..sequence import Batch
+from .config import ModelConfig
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -46,19 +48,42 @@ BLOCK = 128
 """queries, and keys, in a block of FlexAttention's mask (its default)"""
 
 
-def for_batch(batch: Batch, dtype: torch.dtype) -> Attend:
-    """Return the training backend for a batch: FlexAttention on CUDA, documents grouped by length elsewhere."""
+def for_batch(batch: Batch, dtype: torch.dtype, config: ModelConfig | None = None) -> Attend:
+    """Return the training backend for a batch: FlexAttention on CUDA, documents grouped by length elsewhere.
+
+    config has the sliding windows of the layers; None: there are none.
+    """
     if batch.input_ids.is_cuda:
-        return flexible(batch)
-    return Grouped(batch, dtype)
+        return flexible(batch, config)
+    return Grouped(batch, dtype, config)
 
 
-def dense(batch: Batch) -> Attend:
+def starts_of(batch: Batch, config: ModelConfig | None) -> list[Tensor]:
+    """Return the first key that each position sees, `[N]`; if layers have a sliding window, also the first in it."""
+    starts = [batch.kv_start]
+    if config is not None and config.sliding_window is not None:
+        position = torch.arange(batch.positions, device=batch.kv_start.device)
+        starts.append(batch.kv_start.maximum(window_start(position, batch.kv_end, config.sliding_window)))
+    return starts
+
+
+def window_start(position: Tensor, end: Tensor, window: int) -> Tensor:
+    """Return the first key inside a sliding window, `[N]`, or of the own image, if that begins earlier.
+
+    position [N], end [N]   consecutive positions, and the end of the keys that each sees: patches see to one end, that
+                            of their image, and a token sees up to itself
+    """
+    image_start = position[0] + torch.searchsorted(end.contiguous(), end.contiguous())
+    return (position - window + 1).minimum(image_start).clamp(min=0)
+
+
+def dense(batch: Batch, config: ModelConfig | None = None) -> Attend:
     """Attend over all pairs of positions with a mask, in N x N memory: the oracle for the other backends."""
     key = torch.arange(batch.positions, device=batch.input_ids.device)
-    mask = (batch.kv_start[:, None] <= key) & (key < batch.kv_end[:, None])
+    masks = [(start[:, None] <= key) & (key < batch.kv_end[:, None]) for start in starts_of(batch, config)]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = masks[-1] if config is not None and config.windowed[layer] else masks[0]
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1).flatten(1)
@@ -98,13 +123,16 @@ class Grouped:
     backward is several times slower there (docs/benchmarks.md).
     """
 
-    def __init__(self, batch: Batch, dtype: torch.dtype) -> None:
+    def __init__(self, batch: Batch, dtype: torch.dtype, config: ModelConfig | None = None) -> None:
         device = batch.input_ids.device
+        self.windowed = None if config is None else config.windowed
+        visible_from = [start.cpu() for start in starts_of(batch, config)]
         lengths = torch.tensor(batch.documents)
         starts = lengths.cumsum(0) - lengths
         uniform = len(set(batch.documents)) == 1
         padded = lengths if uniform else (lengths + 7) // 8 * 8
-        self.groups: list[tuple[int, int, Tensor]] = []  # documents, length, additive mask [document, 1, query, key]
+        # Documents, length, additive masks [document, 1, query, key] of layers without and with a window.
+        self.groups: list[tuple[int, int, list[Tensor]]] = []
         index: list[Tensor] = []
         inverse = torch.empty(batch.positions, dtype=torch.int64)
         slots = 0
@@ -121,8 +149,12 @@ class Grouped:
             slots += position.numel()
             seen = batch.kv_end.cpu()[position] - starts[members, None]
             hidden = offset >= torch.where(inside, seen, 1)[..., None]
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            self.groups.append((len(members), length, mask[:, None].to(device)))
+            masks = []
+            for start in visible_from:
+                begin = torch.where(inside, start[position] - starts[members, None], 0)[..., None]
+                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden | (offset < begin), float("-inf"))
+                masks.append(mask[:, None].to(device))
+            self.groups.append((len(members), length, masks))
         self.index, self.inverse = torch.cat(index).to(device), inverse.to(device)
         self.in_order = slots == batch.positions and bool((self.index == torch.arange(slots, device=device)).all())
         filled = torch.zeros(slots, dtype=torch.bool)
@@ -139,7 +171,9 @@ class Grouped:
     def over_slots(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend within the documents of `[slots, head, D]`; padding slots must be zero."""
         outputs, slot = [], 0
-        for documents, length, mask in self.groups:
+        kind = -1 if self.windowed is not None and self.windowed[layer] else 0
+        for documents, length, masks in self.groups:
+            mask = masks[kind]
             part = slice(slot, slot + documents * length)
             a, b, c = (x[part].view(documents, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
             if q.dtype == torch.bfloat16 and not q.is_cuda and length <= LONGEST_EXPLICIT:
@@ -243,19 +277,23 @@ class _Explicit(torch.autograd.Function):
         return of_q.view(shape), of_k.view(shape), of_v.view(shape), None
 
 
-def flexible(batch: Batch) -> Attend:
-    """FlexAttention over the flat run, for CUDA (its backward does not support CPU). One block mask per batch.
+def flexible(batch: Batch, config: ModelConfig | None = None) -> Attend:
+    """FlexAttention over the flat run, for CUDA (its backward does not support CPU).
+
+    One block mask per batch, or two where some layers have a sliding window.
 
     A batch with the same number of positions as an earlier one compiles nothing, neither the kernel nor a compiled
     `Block` that takes `attend` as an argument: Dynamo compares functions by code and closure and tensors by size, so a
-    new `attend` per batch is fine, but all sizes must follow from the number of positions. `layer` is ignored, so that
-    all blocks share one graph. Compared with the oracle and timed in docs/benchmarks.md.
+    new `attend` per batch is fine, but all sizes must follow from the number of positions. `layer` only tells which mask,
+    so that all blocks of a kind share one graph. Compared with the oracle and timed in docs/benchmarks.md.
     """
-    mask, kernel = block_mask(batch.kv_start, batch.kv_end), _compiled_flex_attention()
+    masks = [block_mask(start, batch.kv_end) for start in starts_of(batch, config)]
+    windowed, kernel = None if config is None else config.windowed, _compiled_flex_attention()
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         v = v.contiguous()  # as in `Grouped`: a view would keep all of q, k and v until the backward pass
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        mask = masks[-1] if windowed is not None and windowed[layer] else masks[0]
         out = kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1).flatten(1)
 

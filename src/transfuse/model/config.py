@@ -81,6 +81,13 @@ class ModelConfig:
     rope_scaling: RopeScaling = RopeScaling()
     nope_layers: tuple[int, ...] = ()
     """layers, from 0, whose attention has no rotary positions (SmolLM3)"""
+    sliding_window: int | None = None
+    """positions that a position attends to, itself among them (Mistral); all patches of its image in any case. None:
+    all before it"""
+    full_attention_layers: tuple[int, ...] = ()
+    """layers, from 0, without the sliding window (Qwen2)"""
+    tie_embeddings: bool = False
+    """one matrix is embedding and output layer (SmolLM2, Llama 3.2)"""
     norm_eps: float = 1e-5
     latent_channels: int = 8
     """channels of the autoencoder's latent"""
@@ -151,8 +158,12 @@ class ModelConfig:
             check(self.d_model % (2 * self.n_heads) == 0, "d_model", f"a multiple of 2 x n_heads ({2 * self.n_heads})")
         else:
             check(self.d_head > 0 and self.d_head % 2 == 0, "d_head", "a positive, even number")
-        fits = all(0 <= layer < self.n_layers for layer in self.nope_layers)
-        check(fits, "nope_layers", f"layers of 0..{self.n_layers - 1}")
+        for name in ("nope_layers", "full_attention_layers"):
+            fits = all(0 <= layer < self.n_layers for layer in getattr(self, name))
+            check(fits, name, f"layers of 0..{self.n_layers - 1}")
+        windowed = self.sliding_window is not None
+        check(not windowed or self.sliding_window > 0, "sliding_window", "a positive number")  # type: ignore[operator]
+        check(windowed or not self.full_attention_layers, "full_attention_layers", "none without a sliding_window")
         check(
             self.n_heads % (self.n_kv_heads or self.n_heads) == 0,
             "n_kv_heads",
@@ -187,6 +198,12 @@ class ModelConfig:
     def vocab_size(self) -> int:
         """All token ids: those of text, then those of image codes."""
         return self.text_vocab_size + self.codebook_size
+
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """True for each layer with a sliding window."""
+        window = self.sliding_window is not None
+        return tuple(window and layer not in self.full_attention_layers for layer in range(self.n_layers))
 
     @property
     def head_dim(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..sequence import Batch, shapes_of
+from .attention import starts_of
 from .config import ModelConfig
 from .layers import TimestepEmbedding
 from .transfusion import Transfusion
@@ -80,7 +81,8 @@ def train_flops(config: ModelConfig, batch: Batch) -> int:
     positions and images that fill a batch up are left out.
     """
     real = batch.positions - batch.n_padding
-    pairs = int((batch.kv_end[:real] - batch.kv_start[:real]).sum())
+    pairs_of = [int((batch.kv_end[:real] - start[:real]).sum()) for start in starts_of(batch, config)]
+    pairs = sum(pairs_of[-1 if windowed else 0] for windowed in config.windowed) // config.n_layers
     patches, sizes = int((batch.patches < real).sum()), []
     for _, rows, columns in shapes_of(batch.latents):
         if patches:  # an image that fills up is the last one

@@ -27,13 +27,39 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # No `.to` of the same dtype: quantised weights do not support it.
-        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if x.dim() == 2:
-            return F.linear(x, weight, bias)
-        # torch multiplies more dimensions in another way, with other last bits, where the weight needs no gradient.
-        return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+        return _linear(x, self.weight, self.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # No `.to` of the same dtype: quantised weights do not support it.
+    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.dim() == 2:
+        return F.linear(x, weight, bias)
+    # torch multiplies more dimensions in another way, with other last bits, where the weight needs no gradient.
+    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
+class TiedLinear(nn.Module):
+    """An output layer without a weight: it reads the embedding's, whatever that is at the time of a pass.
+
+    One matrix is then trained, sharded, averaged and saved once, under the embedding's name.
+    """
+
+    bias: Tensor | None = None
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that it is not a submodule and its weight has one name
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's matrix, `[vocab_size, C]`."""
+        return self._embedding[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _linear(x, self.weight, None)
 
 
 class RMSNorm(nn.Module):

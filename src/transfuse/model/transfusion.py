@@ -22,9 +22,9 @@ from ..sequence import Images, shapes_of
 from .attention import Attend, AttendTowers, Towers, for_towers, merge_towers, text_positions
 from .config import ModelConfig
 from .image_adapter import Conv, GridPositions, LinearAdapter, UNetAdapter
-from .layers import Block, HeadNorm, Linear, Modulation, RMSNorm, TimestepModulation, rotary_table
+from .layers import Block, HeadNorm, Linear, Modulation, RMSNorm, TiedLinear, TimestepModulation, rotary_table
 
-LMHeadFn = Callable[[Linear, Tensor], Tensor]
+LMHeadFn = Callable[[Linear | TiedLinear, Tensor], Tensor]
 """A function of the output layer and the hidden states `[M, C]`, such as a fused loss that never holds all logits."""
 
 
@@ -119,7 +119,9 @@ class Transfusion(nn.Module):
         if config.images == "latents":
             self.image_adapter = LinearAdapter(config) if config.adapter == "linear" else UNetAdapter(config)
         self.transformer = Transformer(config)
-        self.lm_head = Linear(config.d_model, config.vocab_size)
+        self.lm_head: Linear | TiedLinear = Linear(config.d_model, config.vocab_size)
+        if config.tie_embeddings:
+            self.lm_head = TiedLinear(self.embedding)
         # Last, so that the other weights that a seed gives are the same without it.
         self.timestep_modulation = TimestepModulation(config.d_model) if config.timestep == "adaln" else None
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ..autoencoders import ImageAutoencoder
 from ..diffusion import Process
 from ..model import Transfusion, for_batch, group_by_shape, stack_group
-from ..model.layers import Linear
+from ..model.layers import Linear, TiedLinear
 from ..rng import generator_for
 from ..sequence import Batch, Images, shapes_of, stacked
 
@@ -103,7 +103,9 @@ class Objective(Protocol):
         return
 
 
-def token_losses(head: Linear, x: Tensor, targets: Tensor, z: bool, max_logits: int = MAX_LOGITS) -> Tensor:
+def token_losses(
+    head: Linear | TiedLinear, x: Tensor, targets: Tensor, z: bool, max_logits: int = MAX_LOGITS
+) -> Tensor:
     """Return the losses of each target in float32: cross-entropy `[1, M]`, or cross-entropy and z `[2, M]`.
 
     x [M, C], targets [M]   hidden states, in any dtype, and the next tokens
@@ -122,7 +124,7 @@ def token_losses(head: Linear, x: Tensor, targets: Tensor, z: bool, max_logits: 
     return torch.cat(parts, dim=1)
 
 
-def _token_losses(head: Linear, x: Tensor, targets: Tensor, z: bool) -> Tensor:
+def _token_losses(head: Linear | TiedLinear, x: Tensor, targets: Tensor, z: bool) -> Tensor:
     logits = head(x).float()
     if not z:
         # Stacked, not `[None]`, because FSDP warns about views in its root's output.
@@ -181,7 +183,7 @@ class TokenObjective(Objective):
         losses, predictions = model(
             batch.input_ids,
             batch.position_ids,
-            for_batch(batch, model.compute_dtype),
+            for_batch(batch, model.compute_dtype, model.config),
             batch.loss_positions,
             batch.patches,
             *(() if noised is None else (noised.latents, noised.timesteps.to(device))),

@@ -162,11 +162,12 @@ def parallelize(model: Transfusion, ranks: Distributed, config: ParallelConfig) 
             raise UserError(f"parallel.float8: expected torchao, found none; {install}") from None
         for block in model.transformer.blocks:  # on a CPU the 8-bit products are emulated
             convert_to_float8_training(block, config=Float8LinearConfig(emulate=not torch.cuda.is_available()))
-    for block in model.transformer.blocks:
+    windowed = model.config.windowed
+    for layer, block in enumerate(model.transformer.blocks):
         if config.activation_checkpointing != "none":
             _recompute(block, config.activation_checkpointing)
         if config.compile:
-            compile_block(block)
+            compile_block(block, windowed.index(windowed[layer]))
     if ranks.mesh is not None:
         mesh = ranks.mesh["replicate", "shard"] if config.replicate > 1 else ranks.mesh["shard"]
         # Layers cast their inputs themselves; gathering weights in that dtype halves the traffic.
@@ -179,10 +180,10 @@ def parallelize(model: Transfusion, ranks: Distributed, config: ParallelConfig) 
     return model
 
 
-def compile_block(block: nn.Module, **options: Any) -> None:
-    """Compile a block so that all blocks of a network share one graph."""
+def compile_block(block: nn.Module, layer: int = 0, **options: Any) -> None:
+    """Compile a block so that it shares a graph with all whose attention is like that of `layer`."""
     # torch 2.11 specialises on the layer number, and would compile a graph per block and stop at the eighth.
-    block.layer = 0  # type: ignore[assignment]
+    block.layer = layer  # type: ignore[assignment]
     block.compile(**options)
 
 
