@@ -284,8 +284,8 @@ def flexible(batch: Batch, config: ModelConfig | None = None) -> Attend:
 
     A batch with the same number of positions as an earlier one compiles nothing, neither the kernel nor a compiled
     `Block` that takes `attend` as an argument: Dynamo compares functions by code and closure and tensors by size, so a
-    new `attend` per batch is fine, but all sizes must follow from the number of positions. `layer` only tells which mask,
-    so that all blocks of a kind share one graph. Compared with the oracle and timed in docs/benchmarks.md.
+    new `attend` per batch is fine, but all sizes must follow from the number of positions. `layer` only tells
+    which mask, so that all blocks of a kind share one graph. Compared with the oracle and timed in docs/benchmarks.md.
     """
     masks = [block_mask(start, batch.kv_end) for start in starts_of(batch, config)]
     windowed, kernel = None if config is None else config.windowed, _compiled_flex_attention()
