@@ -236,6 +236,8 @@ def _data_described(run: Run) -> Iterator[str]:
             yield f"scenes of the bundled world at {world.size} pixels ({len(world.noun_names)} nouns)"
         elif spec.name == "edits":
             yield "instructions to change scenes, with what they ask for"
+        elif spec.name == "dialogues":
+            yield "conversations about such scenes"
         elif spec.name == "glosses":
             yield "WordNet definitions"
         else:

@@ -1,6 +1,7 @@
 """Data: sources of documents, their mixture, the loader; data sets on disk. `data.bundled` has the bundled data set."""
 
 from .dataset import CorruptSample, CorruptSampleError, DataSet
+from .dialogues import SceneDialogues
 from .loader import CorruptLog, Finish, StepLoader, unchanged
 from .mixture import Mixture, MixtureComponent
 from .packing import Packer
@@ -30,6 +31,7 @@ __all__ = [
     "MixtureComponent",
     "Packer",
     "PairConfig",
+    "SceneDialogues",
     "SceneEdits",
     "ScenePairs",
     "Source",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # read by type checkers alone, and so never used here
         draw_accuracy,
         held_out_scenes,
     )
+    from emoji_scenes.dialogues import MOST_IMAGES, TEMPLATE, Turn, dialogue  # noqa: F401
     from emoji_scenes.scene_classifier import (  # noqa: F401
         CLASSIFIER_STEPS,
         SceneClassifier,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # read by type checkers alone, and so never used here
 MODULES = {
     "emoji_scenes": "NOUNS Edit World WorldConfig caption edit glosses",
     "emoji_scenes.accuracy": "CaptionResult DrawingResult caption_accuracy draw_accuracy held_out_scenes",
+    "emoji_scenes.dialogues": "MOST_IMAGES TEMPLATE Turn dialogue",
     "emoji_scenes.scene_classifier": "CLASSIFIER_STEPS SceneClassifier bundled_classifier keep_scene_classifier",
     "emoji_scenes.scenes": "Split",
     "emoji_scenes.scorer": "SceneScorer",

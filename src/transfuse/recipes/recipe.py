@@ -22,8 +22,8 @@ from ..training import LoopConfig, ObjectiveConfig, OptimizerConfig, ParallelCon
 
 VERSION = 2  # of the layout of `config.json`
 
-BUNDLED = {"world": "pictures", "edits": "pictures", "glosses": "text"}  # kinds of the bundled sources
-OF_THE_WORLD = ("world", "edits")  # bundled sources whose images are `data.world.size` pixels
+OF_THE_WORLD = ("world", "edits", "dialogues")  # bundled sources whose images are `data.world.size` pixels
+BUNDLED = {**dict.fromkeys(OF_THE_WORLD, "pictures"), "glosses": "text"}  # kinds of the bundled sources
 SOURCE_SETTINGS = ("weight", "epochs", "final")
 
 
@@ -75,7 +75,8 @@ class DataConfig:
     """The sources of a run, their shares, and the size of a batch."""
 
     sources: tuple[str, ...] = ("world", "glosses")
-    """ "world" (captioned scenes), "edits" (instructions to change scenes), "glosses" (definitions), data sets (folders
+    """ "world" (captioned scenes), "edits" (instructions to change scenes), "dialogues" (conversations about scenes),
+    "glosses" (definitions), data sets (folders
     or URLs that transfuse data build made); each may have settings after commas: photos,weight=2,epochs=4,final=10"""
     source_fingerprints: tuple[str, ...] = ()
     """fingerprints of the data sets, filled in when a run begins; resuming requires the same"""

@@ -23,7 +23,7 @@ from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
 from ..config import to_dict
 from ..convert.hf_folder import check_transformer, new_markers, read_hf_config, start_from_hf
 from ..data import Mixture
-from ..data.bundled import World, caption, edit, glosses, vocabulary
+from ..data.bundled import TEMPLATE, World, caption, edit, glosses, vocabulary
 from ..diffusion import Process, Sampler
 from ..errors import UserError
 from ..export import describe, load_weights
@@ -57,7 +57,10 @@ class Run:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the run's folder, else of its data sets or `start`, else one trained on the bundled text."""
-        return self.saved_tokenizer or self.sources.tokenizer or train_tokenizer(self.recipe, self.sources.world)
+        tokenizer = self.saved_tokenizer or self.sources.tokenizer or train_tokenizer(self.recipe, self.sources.world)
+        if tokenizer.text_format.chat_template is None and any(spec.name == "dialogues" for spec in self.sources.specs):
+            return tokenizer.with_template(TEMPLATE)
+        return tokenizer
 
     @cached_property
     def process(self) -> Process:
@@ -187,11 +190,11 @@ def _with_vocabulary(recipe: Recipe, sources: Sources, init: Tokenizer | None) -
 def _check_world(sources: Sources) -> None:
     """Raise UserError for a bundled world, if it is used, with nothing to show, hold out or edit."""
     names = [spec.name for spec in sources.specs]
-    if not {"world", "edits"} & set(names):
+    if not set(OF_THE_WORLD) & set(names):
         return
     try:
         world, _ = sources.world, sources.heldout
-        for number in range(EDITED if "edits" in names else 0):
+        for number in range(EDITED if {"edits", "dialogues"} & set(names) else 0):
             edit(world.scene(number), world, number)
     except ValueError as error:
         raise UserError(f"data.world: {error}") from None

@@ -22,6 +22,7 @@ from ..data import (
     DataSet,
     Mixture,
     MixtureComponent,
+    SceneDialogues,
     SceneEdits,
     ScenePairs,
     Source,
@@ -257,6 +258,9 @@ def _source(
     if spec.name == "edits":
         assert autoencoder is not None
         return SceneEdits(sources.world, tokenizer, autoencoder, recipe.data.edits, recipe.seed)
+    if spec.name == "dialogues":
+        assert autoencoder is not None
+        return SceneDialogues(sources.world, tokenizer, autoencoder, recipe.seed)
     if spec.name == "glosses":
         return Texts(glosses("train"), tokenizer, recipe.seed)
     data = sources.sets[spec.name]

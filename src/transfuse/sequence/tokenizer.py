@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,10 @@ class Tokenizer:
         text_format = read_text_format(folder, backend)
         names = text_format.bos, text_format.eos, BOI, EOI
         return cls(_with_markers(path, backend, [name for name in names if name in SPECIAL]), text_format)
+
+    def with_template(self, template: str) -> Tokenizer:
+        """Return the same tokenizer with another chat template (Jinja source)."""
+        return Tokenizer(self.backend, replace(self.text_format, chat_template=template))
 
     def save(self, path: Path | str) -> None:
         """Write a `tokenizer.json`; and tokenizer_config.json next to it, unless BOS, EOS and template are ours."""

@@ -1,0 +1,148 @@
+"""Conversations about scenes: a drawing is asked for, changed and asked about, in plain words.
+
+    turns = dialogue(World(WorldConfig(size=64)), index=0)
+    turns[0].request, turns[0].reply, turns[0].scene
+
+A dialogue is a function of the world and its number. Every answer is exact, and every image is the scene that the turn
+leaves. One wording in `HELD_OUT_EVERY` of each kind of request, questions apart, comes up in the held-out split alone:
+understanding is measured on words that training never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transfuse.rng import Draws
+
+from .editing import edit
+from .language import RELATION_PHRASES, article, listed, phrase, questions
+from .nouns import NOUNS
+from .scenes import Scene, World
+
+TurnKind = Literal["greeting", "ability", "draw", "change", "question", "unknown", "thanks"]
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""chat template of models that are trained on dialogues, unless they start from one with a template"""
+MOST_IMAGES = 3
+"""images in a dialogue"""
+MOST_TURNS = 7
+HELD_OUT_EVERY = 5
+
+GREETINGS = ("hello", "hi", "hey there", "good morning", "hi, how are you?", "good evening", "hello there", "hey")
+WELCOMES = ("Hello! What shall I draw?", "Hi! Tell me what to draw.", "Hello! Shall I draw something?")
+ABILITIES = (
+    *("what can you do?", "what can you draw?", "who are you?", "help", "what do you know?", "what are you good at?"),
+    *("tell me what you can do", "how can you help me?", "which things can you draw?", "what is possible here?"),
+)
+REQUESTS = (
+    *("draw {x}", "please draw {x}", "could you draw me {x}?", "can you draw {x}?", "I would like {x}", "{x}, please"),
+    *("show me {x}", "I want to see {x}", "make a picture of {x}", "paint {x}", "would you draw {x} for me?"),
+    *("give me a picture of {x}", "let me see {x}", "now draw {x}", "how about {x}?"),
+)
+OFFERS = ("Here is {x}.", "Here you are: {x}.", "Sure, {x}.", "{x}, as you wished.", "I drew {x}.")
+CHANGES = (
+    *("{x}", "please {x}", "could you {x}?", "now {x}", "can you {x}?", "and now {x}", "I would like you to {x}"),
+    *("{x}, please", "would you {x}?", "next, {x}"),
+)
+DONE = ("Done.", "Here it is.", "Like this?", "Of course.", "There you go.")
+THANKS = ("thanks", "thank you", "great, thank you!", "nice", "that is lovely", "well done", "perfect", "thanks a lot")
+REPLIES = ("You are welcome.", "My pleasure.", "Glad you like it.", "Any time.")
+REFUSALS = ("I cannot draw {x}. I know {known}.", "Sorry, I have never seen {x}. I can draw {known}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A request, the reply's words, and the scene of the image that comes after them (None: words alone).
+
+    answer   what a right reply to a question says, exactly; empty for other kinds
+    """
+
+    kind: TurnKind
+    request: str
+    reply: str
+    scene: Scene | None = None
+    answer: str = ""
+
+
+def wordings(options: Sequence[str], split: str) -> Sequence[str]:
+    """Return the wordings of a split: training lacks every fifth, the held-out split has those alone."""
+    held_out = options[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or options[:1]
+    return held_out if split == "heldout" else [each for each in options if each not in held_out] or options
+
+
+def dialogue(world: World, index: int) -> list[Turn]:
+    """Return the turns of a dialogue, 2 to `MOST_TURNS`, with 1 to `MOST_IMAGES` images."""
+    draws = Draws("dialogue", world.config.seed, world.config.split, index)
+    split = world.config.split
+    turns: list[Turn] = []
+    if draws.chance(0.3):
+        turns.append(Turn("greeting", draws.pick(wordings(GREETINGS, split)), draws.pick(WELCOMES)))
+    if draws.chance(0.15):
+        can = f"I can draw {_some(world, draws)}, change my drawings, and answer questions about them."
+        turns.append(Turn("ability", draws.pick(wordings(ABILITIES, split)), can))
+    if draws.chance(0.12):
+        turns.append(_unknown(world, draws))
+    scene = world.scene(MOST_IMAGES * index)
+    turns.append(_draw(scene, draws, split))
+    images = 1
+    for _ in range(draws.between(1, MOST_TURNS - len(turns))):
+        roll = draws.below(100)
+        if roll < 45:
+            turns.append(_question(scene, draws, split))
+        elif roll < 75 and images < MOST_IMAGES:
+            change = edit(scene, world, MOST_IMAGES * index + images)
+            scene, images = change.target, images + 1
+            words = draws.pick(wordings(CHANGES, split)).format(x=change.instruction)
+            turns.append(Turn("change", words, draws.pick(DONE), scene))
+        elif roll < 88 and images < MOST_IMAGES:
+            scene, images = world.scene(MOST_IMAGES * index + images), images + 1
+            turns.append(_draw(scene, draws, split))
+        else:
+            turns.append(Turn("thanks", draws.pick(wordings(THANKS, split)), draws.pick(REPLIES)))
+            break
+    return turns
+
+
+def described(scene: Scene) -> str:
+    """Return the things of a scene in words, without the background: "a crab to the left of two stars"."""
+    phrases = [phrase(thing) for thing in scene.things]
+    return listed(phrases) if scene.relation is None else f" {RELATION_PHRASES[scene.relation][0]} ".join(phrases)
+
+
+def _draw(scene: Scene, draws: Draws, split: str) -> Turn:
+    """Ask for a scene; where the request leaves the background open, the reply chooses it."""
+    words = described(scene)
+    whole = f"{words} on {article(scene.background)} {scene.background} background"
+    request = draws.pick(wordings(REQUESTS, split)).format(x=words if draws.chance(0.25) else whole)
+    offer = draws.pick(OFFERS).format(x=whole)
+    return Turn("draw", request, offer[0].upper() + offer[1:], scene)
+
+
+def _question(scene: Scene, draws: Draws, split: str) -> Turn:
+    question = draws.pick(questions(scene, draws.below(1 << 20), seed=int(split == "heldout")))
+    reply = question.answer[0].upper() + question.answer[1:] + "."
+    return Turn("question", question.question, reply, None, question.answer)
+
+
+def _unknown(world: World, draws: Draws) -> Turn:
+    """Ask for a thing that this world does not have."""
+    others = [noun for noun in NOUNS if noun not in world.nouns] or ["griffin"]
+    name = draws.pick(others)
+    thing = NOUNS[name].a if name in NOUNS else f"a {name}"
+    request = draws.pick(wordings(REQUESTS, world.config.split)).format(x=thing)
+    return Turn("unknown", request, draws.pick(REFUSALS).format(x=thing, known=_some(world, draws)))
+
+
+def _some(world: World, draws: Draws) -> str:
+    """Return a few things that the world has: "crabs, keys and stars"."""
+    names: list[str] = []
+    while len(names) < min(3, len(world.nouns)):
+        name = NOUNS[draws.pick(world.nouns)].plural
+        names += [name] if name not in names else []
+    return listed(names)

@@ -1,0 +1,98 @@
+"""Dialogues about scenes: true, of unseen wordings in the held-out split, and learned in a chat template."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import transfuse
+from emoji_scenes import World, WorldConfig, colours_in, nouns_in
+from emoji_scenes.dialogues import MOST_IMAGES, MOST_TURNS, TEMPLATE, Turn, dialogue
+from transfuse.autoencoders import Pixels
+from transfuse.data import SceneDialogues
+from transfuse.recipes import preset
+from transfuse.runs import resolve
+from transfuse.sequence import Image, Text, Tokenizer, layout_document
+from transfuse.train import train
+
+CONFIG = WorldConfig(size=16, nouns=24, max_objects=2, max_count=3)
+
+
+def turns_of(split: str, count: int = 300) -> list[Turn]:
+    world = World(replace(CONFIG, split=split))  # type: ignore[arg-type]
+    return [turn for index in range(count) for turn in dialogue(world, index)]
+
+
+def test_every_reply_is_true_of_its_scene() -> None:
+    world, kinds = World(CONFIG), set()
+    for index in range(300):
+        turns = dialogue(world, index)
+        assert 1 <= sum(turn.scene is not None for turn in turns) <= MOST_IMAGES
+        assert 2 <= len(turns) <= MOST_TURNS
+        for turn in turns:
+            kinds.add(turn.kind)
+            assert (turn.scene is None) == (turn.kind not in ("draw", "change"))
+            if turn.kind == "draw":
+                assert turn.scene is not None
+                assert nouns_in(turn.request) == nouns_in(turn.reply) == {t.noun for t in turn.scene.things}
+                assert colours_in(turn.reply) == {turn.scene.background} >= colours_in(turn.request)
+            if turn.kind == "unknown":
+                assert not nouns_in(turn.request) & set(world.nouns)
+            if turn.kind == "question":
+                assert turn.answer.lower() in turn.reply.lower()
+    assert kinds == {"greeting", "ability", "draw", "change", "question", "unknown", "thanks"}
+
+
+def test_a_dialogue_is_a_function_of_its_number() -> None:
+    assert dialogue(World(CONFIG), 7) == dialogue(World(CONFIG), 7) != dialogue(World(CONFIG), 8)
+    assert dialogue(World(replace(CONFIG, seed=1)), 7) != dialogue(World(CONFIG), 7)
+
+
+def test_held_out_wordings_never_come_up_in_training() -> None:
+    greetings, thanks = (
+        {split: {turn.request for turn in turns_of(split) if turn.kind == kind} for split in ("train", "heldout")}
+        for kind in ("greeting", "thanks")
+    )
+    for found in (greetings, thanks):
+        assert found["train"]
+        assert found["heldout"]
+        assert not found["train"] & found["heldout"]
+
+
+@pytest.fixture
+def source(tokenizer: Tokenizer) -> SceneDialogues:
+    return SceneDialogues(World(CONFIG), tokenizer.with_template(TEMPLATE), Pixels(), seed=0)
+
+
+def test_the_assistants_turns_alone_are_learned(source: SceneDialogues) -> None:
+    document = source.document(3, 5)
+    turns = dialogue(World(CONFIG), 3)
+    learned = "".join(source.tokenizer.decode(p.ids) for p in document.parts if isinstance(p, Text) and p.predict)
+    assert learned == "".join(turn.reply for turn in turns)
+    images = [part for part in document.parts if isinstance(part, Image)]
+    assert all(image.target for image in images)
+    scenes = [turn.scene for turn in turns if turn.scene is not None]
+    for image, scene in zip(images, scenes, strict=True):
+        expected = World(CONFIG).render(scene)
+        assert np.array_equal(source.autoencoder.decode(image.latent[None])[0], expected)
+
+
+def test_lengths_are_those_of_the_documents(source: SceneDialogues) -> None:
+    form = source.tokenizer.sequence_format(patch_size=4)
+    numbers = np.arange(12)
+    expected = [len(layout_document(source.document(n, n), form).input_ids) for n in numbers.tolist()]
+    assert source.lengths(numbers, numbers, form).tolist() == expected
+
+
+def test_a_model_learns_and_exports_them_with_their_template(tmp_path: Path) -> None:
+    base = preset("tiny")
+    data = replace(base.data, sources=("world", "dialogues", "glosses"), batch_size=4)
+    recipe = replace(base, data=data, loop=replace(base.loop, steps=2, checkpoint_every=1))
+    assert resolve(recipe).tokenizer.text_format.chat_template == TEMPLATE
+    export = train(recipe, tmp_path / "run").export
+    assert export is not None
+    tokenizer = transfuse.load(str(export)).exported.tokenizer
+    assert tokenizer.text_format.chat_template == TEMPLATE
