@@ -34,7 +34,7 @@ def commands(page: Path) -> list[list[str]]:
         text = "\n".join(block for language, block in blocks if language in ("", "sh", "bash"))
     found = []
     for line in text.replace("\\\n", " ").splitlines():
-        words = line.split("#")[0].split()
+        words = re.sub(r"^\s*(\w+=\S+ +)+", "", line.split("#")[0]).split()  # without variables set for it
         if "torchrun" in words:
             words = shlex.split(re.split(r"#|\|\||&", line)[0])
             words = started(words[words.index("torchrun") + 1 :])
