@@ -16,7 +16,7 @@ from typing import Literal
 
 from transfuse.rng import Draws
 
-from .editing import edit
+from .editing import Edit, edit
 from .language import RELATION_PHRASES, article, listed, phrase, questions
 from .nouns import NOUNS
 from .scenes import Scene, World
@@ -61,6 +61,7 @@ class Turn:
     """A request, the reply's words, and the scene of the image that comes after them (None: words alone).
 
     answer   what a right reply to a question says, exactly; empty for other kinds
+    change   the edit that a change asks for
     """
 
     kind: TurnKind
@@ -68,6 +69,7 @@ class Turn:
     reply: str
     scene: Scene | None = None
     answer: str = ""
+    change: Edit | None = None
 
 
 def wordings(options: Sequence[str], split: str) -> Sequence[str]:
@@ -99,7 +101,7 @@ def dialogue(world: World, index: int) -> list[Turn]:
             change = edit(scene, world, MOST_IMAGES * index + images)
             scene, images = change.target, images + 1
             words = draws.pick(wordings(CHANGES, split)).format(x=change.instruction)
-            turns.append(Turn("change", words, draws.pick(DONE), scene))
+            turns.append(Turn("change", words, draws.pick(DONE), scene, change=change))
         elif roll < 88 and images < MOST_IMAGES:
             scene, images = world.scene(MOST_IMAGES * index + images), images + 1
             turns.append(_draw(scene, draws, split))

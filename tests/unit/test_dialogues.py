@@ -7,12 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import exported
 
 import transfuse
 from emoji_scenes import World, WorldConfig, colours_in, nouns_in
+from emoji_scenes.dialogue_metric import is_right
 from emoji_scenes.dialogues import MOST_IMAGES, MOST_TURNS, TEMPLATE, Turn, dialogue
+from emoji_scenes.scene_detector import Seen
+from emoji_scenes.scorer import SceneScorer
 from transfuse.autoencoders import Pixels
 from transfuse.data import SceneDialogues
+from transfuse.evaluation import EvalConfig, EvalContext, evaluate, named
+from transfuse.inference import TransfusionPipeline
 from transfuse.recipes import preset
 from transfuse.runs import resolve
 from transfuse.sequence import Image, Text, Tokenizer, layout_document
@@ -87,6 +93,7 @@ def test_lengths_are_those_of_the_documents(source: SceneDialogues) -> None:
     assert source.lengths(numbers, numbers, form).tolist() == expected
 
 
+@pytest.mark.long
 def test_a_model_learns_and_exports_them_with_their_template(tmp_path: Path) -> None:
     base = preset("tiny")
     data = replace(base.data, sources=("world", "dialogues", "glosses"), batch_size=4)
@@ -96,3 +103,32 @@ def test_a_model_learns_and_exports_them_with_their_template(tmp_path: Path) -> 
     assert export is not None
     tokenizer = transfuse.load(str(export)).exported.tokenizer
     assert tokenizer.text_format.chat_template == TEMPLATE
+
+
+def test_verdicts_of_right_and_wrong_replies() -> None:
+    world = World(replace(CONFIG, split="heldout"))
+    counted = 0
+    for index in range(80):
+        for turn in dialogue(world, index):
+            image = None if turn.scene is None else world.render(turn.scene)
+            things = turn.scene.things if turn.scene else ()
+            seen = [Seen(thing.noun, *place.centre, place.side) for thing in things for place in thing.places]
+            assert is_right(turn, turn.reply, image, seen), turn
+            assert not is_right(turn, turn.reply, np.zeros((16, 16, 3), np.uint8), [])
+            assert not is_right(turn, "", None, [])
+            assert turn.kind != "question" or not is_right(turn, "Elephants, I think.", None, [])
+            assert turn.kind != "unknown" or not is_right(turn, "Here it is.", None, [])
+            counted += 1
+    assert counted > 200
+
+
+def test_a_model_is_judged_turn_by_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """An untrained model answers nonsense: few turns are right, and every kind is reported with its reference."""
+    model = replace(exported(tokenizer.with_template(TEMPLATE), max_seq_len=1024), image_size=16)
+    scorer = SceneScorer(WorldConfig(size=16, nouns=4))
+    context = EvalContext(TransfusionPipeline(model), "untrained", tmp_path, scorer, EvalConfig(count=3, judge_steps=2))
+    (outcome,) = evaluate(context, named(["dialogues"]))
+    results = {result.name: result for result in outcome}
+    turns = [turn for index in range(3) for turn in dialogue(World(WorldConfig(nouns=4, split="heldout")), index)]
+    assert results["turns right"].count == len(turns)
+    assert results["turns right"].ceiling is not None

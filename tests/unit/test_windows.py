@@ -90,7 +90,7 @@ def test_hidden_pairs_cost_nothing_in_the_count() -> None:
         train_flops(tiny(**changes), batch)
         for changes in ({}, {"sliding_window": 4}, {"sliding_window": 4, "full_attention_layers": (0,)})
     )
-    fewer = int((seen(batch, "bidirectional", None).sum() - seen(batch, "bidirectional", 4).sum()))
+    fewer = int(seen(batch, "bidirectional", None).sum() - seen(batch, "bidirectional", 4).sum())
     assert whole - windowed == 3 * 2 * 4 * 64 * fewer
     assert abs((whole - half) * 2 - (whole - windowed)) <= 3 * 2 * 4 * 64 * 2
 

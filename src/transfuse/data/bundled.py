@@ -62,4 +62,5 @@ def data_set_metrics() -> Mapping[str, Any]:
     except ValueError:  # a blocked module: None in sys.modules
         return {}
     metrics: Mapping[str, Any] = import_module("emoji_scenes.metrics").METRICS
-    return metrics
+    dialogues = import_module("emoji_scenes.dialogue_metric").DIALOGUES
+    return {**metrics, dialogues.name: dialogues}
