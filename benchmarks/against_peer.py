@@ -39,7 +39,7 @@ from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Done, Engine, ImageProgress, Request
 from transfuse.inference.onednn import pack
-from transfuse.inference.pipeline import Quantize, check_quantize, quantize_blocks
+from transfuse.inference.quantize import Quantize, check_quantize, quantize_blocks
 from transfuse.model import ModelConfig, Transfusion
 from transfuse.model.flops import train_flops
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate

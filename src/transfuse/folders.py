@@ -21,6 +21,8 @@ GENERATION, FORMER_GENERATION = "transfuse_generation.json", "generation_config.
 """default settings of generation, and their file in exports of before 2026-12, when transformers' own took its name"""
 MODELLING = "modeling_transfusion.py"
 """the file of an export by which transformers opens it"""
+PIPELINE = "pipeline.py"
+"""the file of an export in diffusers' layout by which diffusers opens it"""
 DIFFUSERS = {
     "config.json": "transformer/config.json",
     "model.safetensors": "transformer/diffusion_pytorch_model.safetensors",

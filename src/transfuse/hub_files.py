@@ -17,7 +17,7 @@ from typing import Any
 
 from .diffusion import DiffusionConfig
 from .errors import UserError
-from .folders import INDEX, MODELLING
+from .folders import INDEX, MODELLING, PIPELINE
 from .model import ModelConfig
 from .sequence import Tokenizer
 
@@ -82,6 +82,7 @@ def write_diffusers_files(folder: Path, images: str, diffusion: DiffusionConfig)
         "tokenizer": ["tokenizers", "Tokenizer"],
     }
     (folder / "scheduler").mkdir()
+    shutil.copyfile(REMOTE_CODE / PIPELINE, folder / PIPELINE)
     write_json(folder / INDEX, index)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
 

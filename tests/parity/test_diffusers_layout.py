@@ -78,3 +78,89 @@ def test_mistakes(served: Path, tmp_path: Path, capsys) -> None:
     assert "expected --out" in capsys.readouterr().err
     assert run(["export", str(served), "--format", "llama", "--out", str(tmp_path / "x")]) == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def pipe(theirs: Path) -> diffusers.DiffusionPipeline:
+    return diffusers.DiffusionPipeline.from_pretrained(theirs, custom_pipeline=str(theirs), trust_remote_code=True)
+
+
+FEW = {"num_inference_steps": 3}
+
+
+def test_diffusers_pipeline_draws_the_same(served: Path, theirs: Path, pipe: diffusers.DiffusionPipeline) -> None:
+    ours = transfuse.load(str(served))
+    picture = ours("a crab", generator=3, **FEW).images[0]
+    for options in (
+        {},
+        {"num_images_per_prompt": 2, "negative_prompt": "two balloons"},
+        {"image": picture},
+        {"image": picture, "strength": 0.5, "guidance_scale": 2.0},
+    ):
+        drawn, expected = (draw("a crab", **options, generator=3, **FEW).images for draw in (pipe, ours))
+        assert len(drawn) == options.get("num_images_per_prompt", 1)
+        assert all(np.array_equal(a, b) for a, b in zip(drawn, expected, strict=True))
+
+
+def test_diffusers_outputs_and_generators(pipe: diffusers.DiffusionPipeline) -> None:
+    drawn = {
+        kind: pipe(["a crab", "moon"], generator=[torch.Generator().manual_seed(1), 7], output_type=kind, **FEW).images
+        for kind in ("np", "pt", "latent")
+    }
+    assert drawn["np"].shape == (2, 8, 8, 3)
+    assert drawn["np"].dtype == np.float32
+    assert torch.equal(drawn["pt"], torch.from_numpy(drawn["np"]).permute(0, 3, 1, 2))
+    assert drawn["latent"].shape == (2, 3, 8, 8)
+    noisy = [pipe("moon", generator=7, output_type="np", eta=eta, **FEW).images for eta in (1.0, 1.0, 0.5)]
+    assert np.array_equal(noisy[0], noisy[1])
+    assert not np.array_equal(noisy[0], noisy[2])
+    (alone,) = pipe("moon", generator=7, output_type="np", return_dict=False, **FEW)
+    assert np.array_equal(alone[0], drawn["np"][1])
+    steps = []
+
+    def step_end(of, step, t, tensors):
+        steps.append((of is pipe, step, tensors["latents"].shape))
+
+    pipe("moon", callback_on_step_end=step_end, **FEW)
+    assert steps == [(True, number, (1, 3, 8, 8)) for number in range(3)]
+
+
+def test_diffusers_pipeline_moves_and_comes_back(
+    served: Path, pipe: diffusers.DiffusionPipeline, tmp_path: Path
+) -> None:
+    assert set(pipe.components) == {"transformer", "vae", "tokenizer", "scheduler"}
+    assert isinstance(pipe.components["scheduler"], diffusers.DDIMScheduler)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert run(["export", str(tmp_path / "saved"), "--out", str(tmp_path / "back")]) == 0
+    assert files(tmp_path / "back") == files(served)
+    again = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "saved", custom_pipeline=str(tmp_path / "saved"), trust_remote_code=True
+    )
+    assert again.to("cpu", torch.bfloat16) is again
+    assert (again.dtype, again.device.type, again.to(torch.float32).dtype) == (torch.bfloat16, "cpu", torch.float32)
+    assert np.array_equal(again("b", generator=1, **FEW).images[0], pipe("b", generator=1, **FEW).images[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prompt": 3}, "prompt: expected text, or a list of texts, found 3"),
+        ({"prompt": []}, r"prompt: expected text, or a list of texts, found \[\]"),
+        ({"negative_prompt": 1}, "negative_prompt: expected text"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: expected 1 or 1, as prompts, found 2"),
+        ({"negative_prompt": "a", "guidance_scale": 1.0}, "negative: expected a guidance_scale other than 1"),
+        ({"generator": "3"}, "generator: expected a torch.Generator, a seed or a list of them, found '3'"),
+        ({"generator": [1, 2]}, "generator: expected 1, as there are images, found 2"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt: expected a whole number of at least 1, found 0"),
+        ({"height": "8"}, "height: expected a whole number of at least 1, found '8'"),
+        ({"guidance_scale": "3"}, "guidance_scale: expected a number, found '3'"),
+        ({"eta": 2}, "sampler: eta: expected 0..1 for ddim"),
+        ({"output_type": "jpg"}, "output_type: expected"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end: expected a function, found 3"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs: expected latents"),
+    ],
+)
+def test_wrong_values_are_one_line(pipe: diffusers.DiffusionPipeline, options: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        pipe(**{"prompt": "a crab", **FEW, **options})
+    assert "\n" not in str(caught.value)

@@ -904,9 +904,9 @@ def test_a_model_of_text_alone(tokenizer: Tokenizer) -> None:
 def test_only_what_denoises_has_steps(made: Callable[[Tokenizer], Exported], tokenizer: Tokenizer) -> None:
     pipe = TransfusionPipeline(made(tokenizer))
     for options in ({"num_inference_steps": 5}, {"sampler": "ddim"}):
-        with pytest.raises(UserError, match=r"^steps, sampler: expected none, for the model does not denoise"):
+        with pytest.raises(UserError, match=r"^steps, sampler, eta: expected none, for the model does not denoise"):
             pipe("a crab", **options)
-    with pytest.raises(UserError, match="steps, sampler: expected none"):
+    with pytest.raises(UserError, match="steps, sampler, eta: expected none"):
         pipe.request(["a crab"], steps=0)
 
 

@@ -171,21 +171,24 @@ def open_branches(runner: ModelRunner, cache: KeyValueCache, seq: SequenceState)
     """Place in the slot the branches that guide the image at `seq.length`, and return what they have to read.
 
     From the slot's end: the null branch, whose first positions are the same for all and copied; before it the branch
-    that sees images alone, which reads these images and BOI.
+    that sees images alone, which reads these images and BOI. A negative prompt is read in place of the null branch.
     """
-    scale, origin, inputs = seq.request.guidance_scale, cache.positions, []
-    image_scale = seq.request.image_guidance_scale if seq.seen else None
+    request, origin = seq.request, cache.positions
+    scale, inputs = request.guidance_scale, list[StepInput]()
+    image_scale = request.image_guidance_scale if seq.seen else None
     null_scale = scale if image_scale is None else image_scale
     branches = [Branch(seq.slot, seq.length + 1, seq.position + 1)]
     null_branches = []
-    if null_scale != 1:
+    read = request.negative
+    if null_scale != 1 and read is None:
         known = len(runner.null_tokens)
         origin -= known + seq.patches
         cache.copy(seq.slot, origin, runner.null_branch()[0], known)
         null_branches = [Branch(seq.slot, known, known, origin)]
     if image_scale is not None:
-        images = [replace(image, target=False) for image in seq.seen]
-        layout = layout_document(Document(images, closed=False), runner.grammar)
+        read = Document([replace(image, target=False) for image in seq.seen], closed=False)
+    if read is not None:
+        layout = layout_document(read, runner.grammar)
         origin -= len(layout) + 1 + seq.patches
         position = layout.next_position
         segment = Segment(seq.slot, len(layout), 1, origin=origin)

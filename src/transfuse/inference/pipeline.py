@@ -11,34 +11,34 @@ pipe.generate("a story about a crab")        # text and images, in whatever orde
 
 from __future__ import annotations
 
-import importlib
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..devices import as_device, as_dtype
 from ..diffusion import Sampler, SamplerConfig
-from ..errors import UserError, install_command
+from ..errors import UserError
 from ..export import Exported, load_export, out_of_range
 from ..images import ImageSource, decode_image, read_mask
 from ..log import logger
-from ..model import Transfusion
 from ..sequence import Document, Image, Part, Text
 from ..sequence.chat import Message, chat_prompt
 from ..vocabulary import PromptReading
+from .arguments import as_output, check_counts, check_output_type, read_prompts, read_seeds
 from .engine import Engine
 from .events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
 from .model_runner import GUIDANCE, Guidance, ModelRunner, compile_blocks
 from .onednn import pack
+from .quantize import Quantize, check_quantize, quantize_blocks
 from .scoring import score
 from .sequence_state import Request, Start, with_image_guidance
 from .settings import latent_mask
@@ -52,10 +52,6 @@ CANDIDATE = 1_000_003
 
 StepEnd = Callable[["TransfusionPipeline", int, int, dict[str, Any]], dict[str, Any] | None]
 """diffusers' callback_on_step_end: pipeline, number of the step from 0, its noise level, its tensors"""
-
-Quantize = Literal["int8", "float8"]
-TORCHAO: dict[Quantize, str] = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
-"""torchao's formats for weights alone"""
 
 
 @dataclass
@@ -159,6 +155,7 @@ class TransfusionPipeline:
         self,
         prompt: str | Sequence[str],
         *,
+        negative_prompt: str | Sequence[str] | None = None,
         image: ImageSource | None = None,
         strength: float | None = None,
         mask_image: ImageSource | None = None,
@@ -170,13 +167,17 @@ class TransfusionPipeline:
         guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         candidates: int = 1,
-        generator: torch.Generator | int | None = None,
+        generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
         sampler: str | None = None,
+        eta: float | None = None,
         callback_on_step_end: StepEnd | None = None,
         output_type: str = "pil",
         strict: bool = False,
     ) -> ImagesOutput:
-        """Draw an image for each prompt. output_type: "pil", "np" (uint8 `[row, column, 3]`) or "latent".
+        """Draw an image for each prompt, away from the negative prompt (one for all, or one for each) if there is one.
+
+        output_type: "pil", "np" (uint8 `[row, column, 3]`), "pt" (float32 `[3, row, column]`, 0 to 1) or "latent".
+        generator: a seed, which counts up from image to image, a generator, or a list with one of either for each.
 
         With `image` alone prompts are instructions to change it, and it stands before them in the sequence, clean. With
         `strength` or `mask_image` prompts describe the result, and drawing begins from the image (`Start`). The mask
@@ -188,11 +189,10 @@ class TransfusionPipeline:
         column]}) is called after every denoising step, of all candidates; it cannot change the latents. strict: refuse
         prompts with words that training never showed (`Vocabulary`), instead of a warning.
         """
-        if output_type not in ("pil", "np", "latent"):
-            raise UserError(f'output_type: expected "pil", "np" or "latent", found {output_type!r}')
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        check_output_type(output_type)
+        check_counts(num_images_per_prompt=num_images_per_prompt, height=height, width=width)
+        prompts, negatives = read_prompts(prompt, negative_prompt, num_images_per_prompt)
         prompts = [self.read_prompt(text, strict).text for text in prompts]
-        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         if image is None and (strength is not None or mask_image is not None):
             raise UserError("image: expected one with strength or mask_image, found none")
         before, start = [], None
@@ -204,9 +204,12 @@ class TransfusionPipeline:
                 start = self.start(pixels, 1.0 if strength is None else strength, mask_image)
                 height, width = pixels.shape[:2]
         side = self.exported.image_size
-        seeds, requests = _seeds(generator, len(prompts)), []
-        for text, seed in zip(prompts, seeds, strict=True):
-            request = self.request([*before, text], num_inference_steps, guidance_scale, sampler, guidance_interval)
+        seeds, requests = read_seeds(generator, len(prompts)), []
+        for number, (text, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            settings = (num_inference_steps, guidance_scale, sampler, guidance_interval, eta)
+            request = self.request([*before, text], *settings)
+            if negatives:
+                request = replace(request, negative=self.request([*before, negatives[number]], *settings).document)
             request = with_image_guidance(request, image_guidance_scale)
             size = (height or side, width or side)
             requests.append(replace(request, draw="force", max_tokens=0, size=size, start=start, seed=seed))
@@ -217,7 +220,7 @@ class TransfusionPipeline:
         if output_type == "latent":
             return ImagesOutput(latents, seeds)
         arrays = [self.exported.autoencoder.decode(latent[None])[0] for latent in latents]
-        return ImagesOutput([PIL.Image.fromarray(a) for a in arrays] if output_type == "pil" else arrays, seeds)
+        return ImagesOutput([as_output(array, output_type) for array in arrays], seeds)
 
     def read_prompt(self, prompt: str, strict: bool = False, draw: str = "force") -> PromptReading:
         """Return a prompt in the words of the model's captions; what is changed and what is unknown is logged.
@@ -301,13 +304,15 @@ class TransfusionPipeline:
         guidance_scale: float | None = None,
         sampler: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        eta: float | None = None,
     ) -> Request:
         """Return a request of texts and images with the model's own defaults. Raises UserError for a bad setting."""
         defaults, process = self.exported.generation, self.exported.process
         if steps is not None and not isinstance(steps, int):
             raise UserError(f"steps: expected a whole number, found {steps!r}")
-        if self.exported.model.config.images != "latents" and (steps is not None or sampler is not None):
-            raise UserError("steps, sampler: expected none, for the model does not denoise, found some")
+        given = {"steps": steps, "sampler": sampler, "eta": eta}
+        if self.exported.model.config.images != "latents" and any(value is not None for value in given.values()):
+            raise UserError("steps, sampler, eta: expected none, for the model does not denoise, found some")
         try:
             chosen = defaults.sampler
             if sampler is not None and sampler != chosen.name:
@@ -315,6 +320,8 @@ class TransfusionPipeline:
             if steps is not None:
                 first = None if chosen.first is None else max(chosen.first, steps)
                 chosen = replace(chosen, steps=steps, first=first)
+            if eta is not None:
+                chosen = replace(chosen, eta=eta)
             if chosen.steps > (most := process.config.timesteps):
                 raise UserError(f"steps: expected at most {most}, found {chosen.steps}")
             Sampler(process, chosen)
@@ -458,39 +465,3 @@ def repeated(requests: Sequence[Request], candidates: int) -> list[Request]:
         ):
             raise UserError("candidates: expected 1 where a prompt is not of words alone, found more")
     return [replace(base, seed=base.seed + number * CANDIDATE) for base in requests for number in range(candidates)]
-
-
-def _seeds(generator: torch.Generator | int | None, count: int) -> list[int]:
-    """Return one seed per image: counted up from a number, or drawn from a generator (None: not reproducible)."""
-    if isinstance(generator, int):
-        return [generator + number for number in range(count)]
-    return torch.randint(2**31, (count,), generator=generator).tolist()
-
-
-def check_quantize(kind: Quantize, device: torch.device) -> Any:
-    """Return torchao's quantization module, before any weight is read.
-
-    Raises UserError where it is not installed, or float8 lacks CUDA of compute capability 8.9.
-    """
-    if kind not in TORCHAO:
-        raise UserError(f"quantize: expected {' or '.join(TORCHAO)}, found {kind}")
-    if kind == "float8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise UserError(f"quantize: float8: expected CUDA with compute capability 8.9 or newer, found {device.type}")
-    try:
-        return importlib.import_module("torchao.quantization")
-    except ImportError:
-        raise UserError(f"quantize: expected torchao, found none; {install_command('quantize')}") from None
-
-
-def quantize_blocks(model: Transfusion, kind: Quantize, torchao: Any) -> None:
-    """Replace the weights of the blocks' linear maps by eight bits, in place. torchao: from `check_quantize`.
-
-        int8     CPU or CUDA: whole numbers, one scale per output, multiplied in the model's dtype
-        float8   CUDA: e4m3, likewise
-
-    Embedding, head and patch layers keep their precision: they are small, and rounding them is visible. Products are
-    torch's, not oneDNN's packed ones: a sequence's last bits depend on its batch.
-    """
-    torchao.quantize_(
-        model.transformer.blocks, getattr(torchao, TORCHAO[kind])(), lambda m, _: isinstance(m, nn.Linear)
-    )

@@ -55,6 +55,7 @@ class Request:
                      (`guide`). None: text and images are one condition
     guidance_interval   noise levels, as shares of all (0 clean, 1 noise), at which an image is guided; elsewhere only
                      the prompt's own branch is computed. None: everywhere
+    negative         an open document, the prompt that guidance leads away from; None: the null branch of training
     start            where the first image begins; None: noise
     temperature      0 is greedy; top_p keeps the most probable tokens that make up this much probability
     presence_penalty, frequency_penalty   subtracted from the logit of each token already written: once, and for each
@@ -76,6 +77,7 @@ class Request:
     guidance_scale: float = 3.0
     image_guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
+    negative: Document | None = None
     start: Start | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -255,7 +257,9 @@ def accept(runner: ModelRunner, request: Request, number: int, where: str) -> Se
         has_images_branch = image_scale is not None and bool(seen)
         if has_images_branch:
             cfg_len += sum(count + 2 for count in seen) + 2 + patches
-        if scale != 1 or (has_images_branch and image_scale != 1):
+        if request.negative is not None:
+            cfg_len += len(layout_document(request.negative, runner.grammar)) + 1 + patches
+        elif scale != 1 or (has_images_branch and image_scale != 1):
             cfg_len += len(runner.null_tokens) + patches
     last = request.document.parts[-1] if request.document.parts else None
     return SequenceState(
@@ -287,6 +291,10 @@ def _wrong_settings(runner: ModelRunner, request: Request) -> str:
         return wrong
     if (scale := request.image_guidance_scale) is not None and not 0 <= scale <= MAX_SCALE:
         return f"image_guidance_scale: expected 0 to {MAX_SCALE:g}, found {scale}"
+    if request.negative is not None:
+        given = "guidance_scale 1" if request.guidance_scale == 1 else "image_guidance_scale"
+        if given != "image_guidance_scale" or request.image_guidance_scale is not None:
+            return f"negative: expected a guidance_scale other than 1 and no image_guidance_scale, found {given}"
     for name in ("presence_penalty", "frequency_penalty"):
         if not -MAX_PENALTY <= getattr(request, name) <= MAX_PENALTY:
             return f"{name}: expected -{MAX_PENALTY:g} to {MAX_PENALTY:g}, found {getattr(request, name)}"

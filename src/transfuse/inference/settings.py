@@ -80,6 +80,7 @@ class Settings:
     first: int | None = None
     code_temperature: float | None = None
     code_top_p: float | None = None
+    negative_prompt: str | None = None  # the text of `Request.negative`; its images are the prompt's
     start: str | None = None  # fingerprint of the latent it begins from
     strength: float | None = None
     mask: str | None = None  # fingerprint of the latent's mask
@@ -117,6 +118,9 @@ def settings_of(request: Request, exported: Exported, image_index: int = 0) -> d
         values |= {"code_temperature": None, "code_top_p": None}
     for name in ("presence_penalty", "frequency_penalty", "stop"):  # change the words before an image
         values[name] = getattr(request, name) or None
+    if request.negative is not None:
+        words = (part.ids for part in request.negative.parts if isinstance(part, Text))
+        values["negative_prompt"] = "".join(map(tokenizer.decode, words))
     if (start := request.start) is not None:
         values |= {"start": _fingerprint(start.latent), "strength": start.strength}
         values |= {} if start.mask is None else {"mask": _fingerprint(start.mask), "masked": True}
@@ -176,9 +180,14 @@ def request_again(
             sampler = Sampler(exported.process, from_dict(SamplerConfig, values, where)).config
         except ValueError as error:
             raise UserError(f"{where}: sampler: {error}") from None
-    same = {field.name for field in fields(Request)} - {"document", "sampler", "start"}
+    negative = None
+    if settings.negative_prompt is not None:
+        shown = [part for part in parts if isinstance(part, Image)]
+        words = Text(exported.tokenizer.encode(settings.negative_prompt))
+        negative = Document([*shown, words], closed=False)
+    same = {field.name for field in fields(Request)} - {"document", "sampler", "start", "negative"}
     known = {name: value for name in same if (value := getattr(settings, name, None)) is not None}
-    return Request(Document(parts, closed=False), sampler=sampler, start=start, **known)
+    return Request(Document(parts, closed=False), sampler=sampler, start=start, negative=negative, **known)
 
 
 def _encode(

@@ -56,8 +56,6 @@ class OmniTransfusion(nn.Module):
         try:
             for prompt in req.prompts:
                 fields: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-                if fields.get("negative_prompt"):
-                    raise UserError("negative_prompt: expected none, for the model has no such branch, found one")
                 given = (fields.get("multi_modal_data") or {}).get("image") or []
                 given = given if isinstance(given, list) else [given]
                 if len(given) > 1:
@@ -65,6 +63,7 @@ class OmniTransfusion(nn.Module):
                 images += self.pipe(
                     fields.get("prompt") or "",
                     image=given[0] if given else None,
+                    negative_prompt=fields.get("negative_prompt"),
                     height=sampling.height,
                     width=sampling.width,
                     num_inference_steps=sampling.num_inference_steps,

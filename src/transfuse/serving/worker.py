@@ -27,7 +27,7 @@ from ..log import quiet
 if TYPE_CHECKING:
     from ..inference import Request
     from ..inference.model_runner import Guidance
-    from ..inference.pipeline import Quantize
+    from ..inference.quantize import Quantize
 
 OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter text"
 

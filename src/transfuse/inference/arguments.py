@@ -1,0 +1,64 @@
+"""The arguments of a pipeline's call, of any type that diffusers' pipelines take; a wrong one is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+import torch
+
+from ..errors import UserError
+
+
+def check_output_type(kind: str) -> None:
+    """Raise UserError for a kind that `as_output` does not know; "latent" needs no conversion."""
+    if kind not in ("pil", "np", "pt", "latent"):
+        raise UserError(f'output_type: expected "pil", "np", "pt" or "latent", found {kind!r}')
+
+
+def as_output(pixels: np.ndarray, kind: str) -> PIL.Image.Image | np.ndarray | torch.Tensor:
+    """Return uint8 pixels `[row, column, 3]` as "pil", "np" (as they are) or "pt" (float32 `[3, row, column]`)."""
+    if kind == "pt":
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return PIL.Image.fromarray(pixels) if kind == "pil" else pixels
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise UserError unless each is a whole number of at least 1, or None."""
+    for name, number in counts.items():
+        if not isinstance(number, int | None) or (number is not None and number < 1):
+            raise UserError(f"{name}: expected a whole number of at least 1, found {number!r}")
+
+
+def read_prompts(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, times: int
+) -> tuple[list[str], list[str]]:
+    """Return every prompt `times` times, and as many negative prompts, or none. Raises UserError for another number."""
+    prompts, negatives = _texts("prompt", prompt), _texts("negative_prompt", negative_prompt)
+    if len(negatives) not in (0, 1, len(prompts)):
+        raise UserError(f"negative_prompt: expected 1 or {len(prompts)}, as prompts, found {len(negatives)}")
+    negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
+    return [text for text in prompts for _ in range(times)], [text for text in negatives for _ in range(times)]
+
+
+def _texts(name: str, texts: str | Sequence[str] | None) -> list[str]:
+    """Return prompts as a list. Raises UserError for anything but text."""
+    listed = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, list | tuple) else []
+    if (texts is None and name != "prompt") or (listed and all(isinstance(text, str) for text in listed)):
+        return listed
+    raise UserError(f"{name}: expected text, or a list of texts, found {texts!r:.80}")
+
+
+def read_seeds(generator: torch.Generator | int | Sequence[torch.Generator | int] | None, count: int) -> list[int]:
+    """Return one seed per image: counted up from a number, or drawn (None: not reproducible). Raises UserError."""
+    if isinstance(generator, list | tuple):
+        if len(generator) != count:
+            raise UserError(f"generator: expected {count}, as there are images, found {len(generator)}")
+        return [seed for each in generator for seed in read_seeds(each, 1)]
+    if isinstance(generator, int):
+        return [generator + number for number in range(count)]
+    if not isinstance(generator, torch.Generator | None):
+        raise UserError(f"generator: expected a torch.Generator, a seed or a list of them, found {generator!r:.80}")
+    device = None if generator is None else generator.device
+    return torch.randint(2**31, (count,), generator=generator, device=device).tolist()

@@ -1,0 +1,140 @@
+"""An export of Transfuse, in diffusers' layout, as a pipeline of diffusers.
+
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    pipe("a crab on a blue background", num_inference_steps=20, guidance_scale=3.0).images[0]
+
+Every export in that layout holds a copy of this file. The drawing is the package's (`transfuse.load`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+try:
+    import transfuse
+    from transfuse.errors import UserError
+    from transfuse.export import relayout
+    from transfuse.folders import find_export
+    from transfuse.images import ImageSource
+except ImportError as error:
+    raise ImportError(
+        "this pipeline runs on the package transfuse, which no index has: install it from its repository, "
+        f"pip install . in a checkout ({error})"
+    ) from error
+
+
+class TransfusionDiffusionPipeline(DiffusionPipeline):
+    """Draws and edits as `transfuse.inference.TransfusionPipeline`, with diffusers' arguments and outputs."""
+
+    def __init__(self, transformer: Any = None, vae: Any = None, scheduler: Any = None, tokenizer: Any = None) -> None:
+        super().__init__()  # the names that model_index.json has; the export is opened whole
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Keep the configuration; open the export once `from_pretrained` has said which it is."""
+        super().register_to_config(**kwargs)
+        if "_name_or_path" in kwargs:
+            self.folder = find_export(kwargs["_name_or_path"])
+            self._open("cpu", torch.float32)
+
+    def _open(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.pipe = transfuse.load(str(self.folder), dtype=dtype, device=device)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The network, autoencoder and tokenizer of the package, and the scheduler that diffusers reads."""
+        exported = self.pipe.exported
+        config = diffusers.DDIMScheduler.load_config(self.folder, subfolder="scheduler")
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        parts = {"transformer": exported.model, "vae": exported.autoencoder, "tokenizer": exported.tokenizer}
+        return {**parts, "scheduler": scheduler}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.pipe.exported.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipe.exported.model.compute_dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> TransfusionDiffusionPipeline:
+        """Move to a device, a dtype or both, as `torch.nn.Module.to`; the export is opened again."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **{k: kwargs[k] for k in ("device", "dtype") if k in kwargs})
+        self._open(device or self.device, dtype or self.dtype)
+        return self
+
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the export, in this layout. repo_id, token, private, ... as in diffusers, with `push_to_hub`."""
+        relayout(self.folder, Path(save_directory), "diffusers")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        negative_prompt: str | list[str] | None = None,
+        image: ImageSource | None = None,
+        strength: float | None = None,
+        mask_image: ImageSource | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float | None = None,
+        generator: torch.Generator | int | list[torch.Generator | int] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Draw an image for each prompt; None leaves a setting to the model.
+
+        eta           share of DDIM's noise that is drawn again; above 0 the sampler is DDIM
+        output_type   "pil", "np" (float32 `[image, row, column, 3]`), "pt" (`[image, 3, row, column]`) or "latent"
+        return_dict   False returns `(images,)`
+        callback_on_step_end(pipe, step, timestep, {"latents": ...})   sees the latents, and cannot change them
+
+        Raises UserError, one line, for values that cannot be.
+        """
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            given = list(callback_on_step_end_tensor_inputs)
+            raise UserError(f"callback_on_step_end_tensor_inputs: expected latents alone, found {given}")
+        step_end = None
+        if callback_on_step_end is not None:
+            if not callable(callback_on_step_end):
+                raise UserError(f"callback_on_step_end: expected a function, found {callback_on_step_end!r:.80}")
+
+            def step_end(pipe: Any, step: int, t: int, tensors: dict[str, Any]) -> dict[str, Any] | None:
+                return callback_on_step_end(self, step, t, tensors)
+
+        images = self.pipe(
+            prompt,
+            negative_prompt=negative_prompt,
+            image=image,
+            strength=strength,
+            mask_image=mask_image,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            sampler="ddim" if eta else None,
+            eta=eta,
+            generator=generator,
+            callback_on_step_end=step_end,
+            output_type=output_type,
+        ).images
+        if output_type == "np":
+            images = np.stack(images).astype(np.float32) / 255
+        elif output_type != "pil":
+            images = torch.stack(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
