@@ -107,6 +107,7 @@ def _with_current_names(kind: Any, values: Any) -> Any:
     kind = dataclass_in(kind)
     if not (dataclasses.is_dataclass(kind) and isinstance(values, dict)):
         return values
+    values = kind.upgraded(values) if hasattr(kind, "upgraded") else values
     types, renamed = typing.get_type_hints(kind), getattr(kind, "renamed", {})
     named = {renamed.get(key, key): value for key, value in values.items()}
     return {key: _with_current_names(types.get(str(key)), value) for key, value in named.items()}

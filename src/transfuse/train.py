@@ -138,7 +138,7 @@ def build_model(run: Run, folder: Path, ranks: Distributed) -> Transfusion:
     if recipe.start and CheckpointFolder(folder / "checkpoints", ranks=ranks).newest()[0] is None:
         start = Path(recipe.start)
         whole = Transfusion.on_meta(recipe.model, recipe.compute).to_empty(device="cpu").initialise(recipe.seed)
-        logger.info(f"{start}: {init_from(whole, start, run.tokenizer, recipe.start_strict)}")
+        logger.info(f"{start}: {init_from(whole, start, run.tokenizer, recipe.init.allow_changes)}")
         with torch.no_grad():
             for weight, values in zip(model.parameters(), whole.parameters(), strict=True):
                 place(weight, values)

@@ -148,7 +148,7 @@ def test_a_plan_counts_what_the_papers_loader_gives(autoencoder: str, tokenizer:
 
 def test_a_plan_takes_the_options_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--data.batch-size 1024 --model.patch-size 4 --parallel.compile --data.pairs.image-first-max-timestep 250"
-    words += " --optimizer.betas 0.8 0.9 --no-start-strict"
+    words += " --optimizer.betas 0.8 0.9 --init.allow-changes network"
     assert run(["plan", "1.4b", *words.split(), "--gpu", "h100", "--gpus", "8", "--json"]) == 0
     costs = json.loads(capsys.readouterr().out)
     assert (costs["positions_per_step"], costs["patches_per_image"]) == (2**22, 64)
@@ -157,7 +157,7 @@ def test_a_plan_takes_the_options_of_a_run(capsys: pytest.CaptureFixture[str]) -
     _, _, launch = costs["launch"].partition(" train 1.4b ")
     launched = find_command(["train", "1.4b", *shlex.split(launch)]).keywords["recipe"]
     assert launched.data.batch_size == 1024
-    for part in ("model", "optimizer", "loop", "start_strict", "diffusion"):
+    for part in ("model", "optimizer", "loop", "init", "diffusion"):
         assert getattr(launched, part) == getattr(recipe, part), part
     assert launched.data.pairs == recipe.data.pairs
     assert launched.parallel.compile

@@ -59,7 +59,8 @@ def test_files_of_the_first_release_are_read() -> None:
             del values["model"][new]
         for new in ("share_of", "autoencoder_weights"):
             del values["data"][new]
-        del values["start"], values["start_strict"]
+        del values["start"], values["init"]
+        values["start_strict"] = True
         assert from_dict(Recipe, values, "config.json") == preset(name)
     old = ModelConfig(adapter="unet", unet_channels=(576, 1216))
     assert old == ModelConfig(adapter="unet"), "a run of the paper's resumes"

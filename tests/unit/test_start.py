@@ -14,7 +14,7 @@ from emoji_scenes import WorldConfig
 from transfuse.data import EditConfig
 from transfuse.errors import UserError
 from transfuse.export import load_export, save_export
-from transfuse.recipes import Recipe
+from transfuse.recipes import InitConfig, Recipe
 from transfuse.recipes.small import tiny
 from transfuse.runs import resolve
 from transfuse.sequence import Tokenizer
@@ -63,7 +63,7 @@ def test_an_export_keeps_where_its_timestep_enters(kept: str | None, tokenizer: 
 def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Path) -> None:
     """Other patch layers, the same trunk: the network stays the recipe's; its trunk, its words and the vectors of rows
     and columns are the export's."""
-    base = recipe(served, precision="float32", start_strict=False)
+    base = recipe(served, precision="float32", init=InitConfig(("network",)))
     export = load_export(served)
     config = replace(export.model.config, adapter="unet", patch_size=2, unet_channels=(8, 8))
     run = resolve(replace(base, model=config))
@@ -82,7 +82,7 @@ def test_what_fits_another_network_is_taken_on_asking(served: Path, tmp_path: Pa
 
 def test_a_network_that_takes_nothing_is_refused(served: Path, tmp_path: Path) -> None:
     config = replace(load_export(served).model.config, d_model=48, n_heads=3, d_ff=40)
-    run = resolve(replace(recipe(served, start_strict=False), model=config, precision="float32"))
+    run = resolve(replace(recipe(served, init=InitConfig(("network",))), model=config, precision="float32"))
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="found none of"):
         build_trainer(run, tmp_path / "run", Distributed(torch.device("cpu")))

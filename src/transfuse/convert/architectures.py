@@ -168,7 +168,7 @@ def _rotary_fields(values: Mapping[str, Any], check: Check) -> dict[str, Any]:
         share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1
         check(share == 1, "partial_rotary_factor", "1", share)
         theta = rope.get("rope_theta", theta)
-        if kind != "default":
+        if kind in ("linear", "llama3", "yarn"):
             scaling = {ours: rope[hf_name] for hf_name, ours in SCALING.items() if rope.get(hf_name) is not None}
             scaling.setdefault("original_max_seq_len", values["max_position_embeddings"])
             fields["rope_scaling"] = RopeScaling(type=kind, **scaling)

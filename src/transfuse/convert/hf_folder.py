@@ -15,7 +15,8 @@ safetensors only: nothing is unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,42 +32,70 @@ from ..io import atomic_dir
 from ..model import ModelConfig, Transfusion
 from ..sequence import Tokenizer
 from ..sequence.tokenizer import SPECIAL
-from .architectures import EMBEDDING, HEAD, hf_config, hf_weights, read_fields
+from .architectures import EMBEDDING, HEAD, NUMBERS, hf_config, hf_weights, read_fields
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUFFERS = ".rotary_emb.inv_freq"  # suffix of tensors in old files that are not weights
 NAMED = 8  # names that a message lists at most
+LAYER = re.compile(r"^model\.layers\.\d+\.")
+REQUIRED = {"model_type", *NUMBERS.values()}
+"""fields of config.json without which there is no network"""
+DROPPABLE = {
+    "sliding_window": "sliding_window",
+    "full_attention_layers": "sliding_window",
+    "tie_embeddings": "tie_word_embeddings",
+}
+"""fields of ours that may be as if the folder did not have theirs"""
+FEWEST_TOKENS = 0.75
+"""share of the embedding's rows that have a token: padding takes a few percent at most"""
 
 
-def read_hf_config(folder: Path, max_seq_len: int | None = None) -> dict[str, Any]:
+def read_hf_config(folder: Path, max_seq_len: int | None = None, allow: Collection[str] = ()) -> dict[str, Any]:
     """Return the fields of `ModelConfig` that describe a folder's transformer, the inverse of `hf_config`.
 
-    `max_seq_len` replaces the folder's own length, if given. Raises UserError for a model that ours cannot be.
+    max_seq_len   replaces the folder's own length, if given
+    allow         fields of config.json that may be dropped where a Transfusion cannot have them
+
+    Raises UserError for a model that ours cannot be.
     """
     values = _read_config(folder)
 
     def check(fits: bool, name: str, expected: str, value: Any) -> None:
-        if not fits:
-            raise UserError(f"{folder / 'config.json'}: {name}: expected {expected}, found {value}")
+        if not fits and name not in allow:
+            found = f"{value}" if name in REQUIRED else f"{value} (--init.allow-changes {name} drops it)"
+            raise UserError(f"{folder / 'config.json'}: {name}: expected {expected}, found {found}")
 
     try:
         fields = read_fields(values, max_seq_len, check)
+        for name in [name for name, their_name in DROPPABLE.items() if their_name in allow]:
+            fields.pop(name, None)
         ModelConfig(images="none", **fields)
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     return fields
 
 
-def check_transformer(config: ModelConfig, folder: Path, strict: bool) -> None:
-    """Raise UserError if the folder's transformer differs in fields that shapes do not show, such as the heads."""
-    expected = ModelConfig(images="none", **read_hf_config(folder, config.max_seq_len))
+def check_vocabulary(folder: Path, rows: int, allow: Collection[str] = ()) -> None:
+    """Raise UserError for a tokenizer of another model: more tokens than the embedding has rows, or far fewer."""
+    tokens = Tokenizer.adopt(folder).vocab_size - len(SPECIAL)
+    if tokens > rows or (tokens < rows * FEWEST_TOKENS and "vocabulary" not in allow):
+        hint = "" if tokens > rows else " (--init.allow-changes vocabulary takes it)"
+        wanted = f"the tokens of a vocabulary of {rows}, as config.json says"
+        raise UserError(f"{folder / 'tokenizer.json'}: expected {wanted}, found {tokens}{hint}")
+
+
+def check_transformer(config: ModelConfig, folder: Path, allow: Collection[str] = ()) -> None:
+    """Raise UserError if a network differs from the folder's in what shapes do not show, such as the heads.
+
+    allow: fields of `ModelConfig` that may differ, and those of `read_hf_config`.
+    """
+    expected = ModelConfig(images="none", **read_hf_config(folder, config.max_seq_len, allow))
     names = ["n_heads", "kv_heads", "head_dim", "norm_order"]
-    if strict:
-        names += ["rope_theta", "rope_scaling", "nope_layers", "norm_eps", "qkv_bias"]
-        names += ["sliding_window", "full_attention_layers"]
-        # A norm that the folder does not have begins as it was made: one may add it.
-        names += ["qk_norm", "qk_norm_type"] if expected.qk_norm else []
-    for name in names:
+    free = ["rope_theta", "rope_scaling", "nope_layers", "norm_eps", "qkv_bias", "sliding_window"]
+    free += ["full_attention_layers"]
+    # A norm that the folder does not have begins as it was made: one may add it.
+    free += ["qk_norm", "qk_norm_type"] if expected.qk_norm else []
+    for name in [*names, *(name for name in free if name not in allow)]:
         wanted, value = getattr(expected, name), getattr(config, name)
         if value != wanted:
             field = {"kv_heads": "n_kv_heads", "head_dim": "d_head"}.get(name, name)
@@ -95,30 +124,32 @@ class Match:
         return "\n".join(lines)
 
 
-def start_from_hf(model: Transfusion, folder: Path, strict: bool = True, new_ids: Collection[int] = ()) -> Match:
-    """Copy a folder's weights into a model, in the model's dtype. The image adapter and q/k norms keep their values.
+def match_weights(model: Transfusion, folder: Path, allow: Collection[str] = ()) -> tuple[list[Any], Match]:
+    """Return a folder's open files, and its weights against those of a network, which may be on the meta device.
 
-    strict: refuse a folder that lacks a weight of the transformer, has one more, or has other constants; otherwise copy
-    what fits. A tied output layer starts as a copy of the embedding where the model's are not tied.
-    new_ids: ids that the folder's model has not learned (`new_markers`); their rows become the mean of the others.
+    allow: kinds of weights, such as self_attn.o_proj.bias, that may be missing or left over; and the names that
+    `check_transformer` takes.
 
-    Raises UserError before the first weight is written.
+    Raises UserError for files that are missing, damaged or pickled, and for weights that do not fit.
     """
     config = model.config
-    check_transformer(config, folder, strict)
-    own = hf_weights(model, str(_read_config(folder)["model_type"]))
+    check_transformer(config, folder, allow)
+    values = _read_config(folder)
+    own = hf_weights(model, str(values["model_type"]))
     files = _open_weights(folder)
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()}  # noqa: SIM118
-    tied = bool(_read_config(folder).get("tie_word_embeddings")) and EMBEDDING in shapes and HEAD not in shapes
-    unexpected = shapes.keys() - own.keys() - ({HEAD} if config.tie_embeddings else set())
+    shapes = _shapes(files)
+    left = shapes.keys() - own.keys() - ({HEAD} if config.tie_embeddings else set())
+    tied = bool(values.get("tie_word_embeddings")) and EMBEDDING in shapes
     match = Match(
         tuple(sorted(own.keys() & shapes.keys())),
         tuple(sorted(own.keys() - shapes.keys() - ({HEAD} if tied else set()))),
-        tuple(sorted(name for name in unexpected if not name.endswith(BUFFERS))),
+        tuple(sorted(name for name in left if not name.endswith(BUFFERS))),
     )
-    if strict and (match.missing or match.unexpected):
+    kinds = sorted({LAYER.sub("", name) for name in (*match.missing, *match.unexpected)} - set(allow))
+    if kinds:
         lines = "; ".join(str(match).splitlines()[1:])
-        raise UserError(f"{folder}: expected the weights of its architecture and no others, found {lines}")
+        hint = f"(--init.allow-changes {' '.join(kinds)} does without)"
+        raise UserError(f"{folder}: expected the weights of its architecture and no others, found {lines} {hint}")
     for name in match.matched:
         shape, expected = shapes[name], str(tuple(own[name].shape))
         fits = str(shape) == expected
@@ -127,19 +158,41 @@ def start_from_hf(model: Transfusion, folder: Path, strict: bool = True, new_ids
             fits = len(shape) == 2 and shape[0] <= config.text_vocab_size and shape[1] == config.d_model
         if not fits:
             raise UserError(f"{folder}: tensor {name}: expected {expected}, found {shape}")
+    return files, match
+
+
+def start_from_hf(
+    model: Transfusion, folder: Path, allow: Collection[str] = (), new_ids: Collection[int] = ()
+) -> Match:
+    """Copy a folder's weights into a model, in the model's dtype. The image adapter and q/k norms keep their values.
+
+    A tied output layer starts as a copy of the embedding where the model's are not tied.
+    allow: what may be dropped or missing, as in `match_weights`; missing weights keep their values.
+    new_ids: ids that the folder's model has not learned (`new_markers`); their rows become the mean of the others.
+
+    Raises UserError before the first weight is written.
+    """
+    config = model.config
+    files, match = match_weights(model, folder, allow)
     if any(not 0 <= row < config.text_vocab_size for row in new_ids):
         raise UserError(f"{folder}: new_ids: expected ids below {config.text_vocab_size}, found {sorted(new_ids)}")
+    own = hf_weights(model, str(_read_config(folder)["model_type"]))
+    copied = HEAD in own and HEAD not in (*match.matched, *match.missing)
     for file in files:
         for name in sorted(own.keys() & set(file.keys())):
             tensor = file.get_tensor(name)
-            for target in (EMBEDDING, HEAD) if tied and name == EMBEDDING and HEAD in own else (name,):
+            for target in (EMBEDDING, HEAD) if copied and name == EMBEDDING else (name,):
                 own[target][: len(tensor)] = tensor
     if new_ids:
         for name in (EMBEDDING, HEAD):
-            if name in own and (tied or name in shapes):
+            if name in own and name not in match.missing:
                 known = own[name][: min(new_ids)]  # later rows pad the table: nothing has learned them
                 own[name][list(new_ids)] = known.mean(0, dtype=torch.float32).to(known.dtype)
     return match
+
+
+def _shapes(files: Iterable[Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()}  # noqa: SIM118
 
 
 def save_hf_folder(

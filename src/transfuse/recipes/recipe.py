@@ -6,7 +6,7 @@ Nothing is opened here. `transfuse.runs.resolve(recipe)` opens what a recipe nam
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -135,6 +135,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """How a run begins from the model in `start`."""
+
+    allow_changes: tuple[str, ...] = ()
+    """changes of that model that are accepted, by the names that the refusals give: fields of its config.json that are
+    dropped, kinds of weights that are missing or left over, "vocabulary" for a tokenizer with far fewer tokens; of an
+    export "network": the recipe's network takes its vocabulary and the weights that fit"""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that defines a training run. Presets are functions that return one."""
 
@@ -145,10 +155,8 @@ class Recipe:
     """dtype of the residual stream; auto: bfloat16 where the processor multiplies it natively, else float32"""
     device: Device = "auto"
     start: str = ""
-    """an export, taken whole; or the folder of a Llama-shaped Hugging Face model: its trunk and tokenizer are taken"""
-    start_strict: bool = True
-    """if not: of an export the words and those weights that fit the network asked for; of a Llama what fits, where
-    weights may be missing, unexpected or of other constants"""
+    """an export, taken whole; or a language model's folder in Hugging Face's layout: its transformer and tokenizer"""
+    init: InitConfig = field(default_factory=InitConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -157,6 +165,15 @@ class Recipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    renamed: ClassVar[dict[str, str]] = dict.fromkeys(("start_strict", "no_start_strict"), "init.allow_changes")
+
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values of a file in which `start_strict` was yes or no."""
+        rest = {name: value for name, value in values.items() if name != "start_strict"}
+        changes = {} if values.get("start_strict", True) else {"init": {"allow_changes": ["network"]}}
+        return {**changes, **rest}
 
     @property
     def compute(self) -> torch.dtype:

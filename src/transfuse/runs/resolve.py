@@ -13,7 +13,7 @@ All that trains, samples, exports and plans takes a `Run` and opens nothing itse
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
 from ..config import to_dict
-from ..convert.hf_folder import check_transformer, new_markers, read_hf_config, start_from_hf
+from ..convert.hf_folder import check_vocabulary, match_weights, new_markers, read_hf_config, start_from_hf
 from ..data import Mixture
 from ..data.bundled import TEMPLATE, World, caption, edit, glosses, vocabulary
 from ..diffusion import Process, Sampler
@@ -261,18 +261,18 @@ def _with_model(recipe: Recipe, name: str, value: int, reason: str) -> Recipe:
 def resolve_init(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
     """Return the recipe with the settings that `start` determines, or determined when a run had `begun`; log changes.
 
-    An export determines the network, diffusion process, autoencoder and generation settings; with `start_strict` off,
-    the vocabulary alone. A Llama determines the shape of the transformer.
+    An export determines the network, diffusion process, autoencoder and generation settings; with the change
+    "network" allowed, the vocabulary alone. A language model determines the shape of the transformer.
 
     Raises UserError for a folder that is neither, or does not fit.
     """
     folder = Path(recipe.start)
     if not is_export(folder):
-        return _with_llama_shape(recipe, folder, begun)
+        return _with_hf_shape(recipe, folder, begun)
     if bundled_name(folder) is None:
         folder = folder.resolve()  # the run may be resumed or exported from another directory
     export = describe(folder)
-    if not recipe.start_strict:
+    if "network" in recipe.init.allow_changes:
         return replace(
             recipe, start=str(folder), model=replace(recipe.model, text_vocab_size=export.model.text_vocab_size)
         )
@@ -294,15 +294,19 @@ def resolve_init(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
     return replace(recipe, start=str(folder), **parts)  # type: ignore[arg-type]
 
 
-def _with_llama_shape(recipe: Recipe, folder: Path, begun: Recipe | None) -> Recipe:
+def _with_hf_shape(recipe: Recipe, folder: Path, begun: Recipe | None) -> Recipe:
     """Return the recipe with the shape of a language model's transformer."""
-    fields: dict[str, Any] = read_hf_config(folder, recipe.model.max_seq_len)
+    allow = recipe.init.allow_changes
+    fields: dict[str, Any] = read_hf_config(folder, recipe.model.max_seq_len, allow)
+    check_vocabulary(folder, fields["text_vocab_size"], allow)
     fields["text_vocab_size"] = max(fields["text_vocab_size"], init_tokenizer(folder).vocab_size)
-    if begun is not None and begun.start == recipe.start:  # an earlier version may have taken less from the folder
+    resumed = begun is not None and begun.start == recipe.start
+    if begun is not None and resumed:  # an earlier version may have taken less from the folder
         fields = {name: getattr(begun.model, name) for name in fields}
     changed = {name: value for name, value in fields.items() if getattr(recipe.model, name) != value}
     model = replace(recipe.model, **changed)
-    check_transformer(model, folder, recipe.start_strict)
+    if not resumed:
+        match_weights(Transfusion.on_meta(model), folder, allow)
     if changed:
         logger.info(f"model: {', '.join(f'{name} {value}' for name, value in changed.items())}, to start from {folder}")
     return replace(recipe, model=model)
@@ -313,14 +317,14 @@ def init_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(places(folder)["tokenizer.json"]) if is_export(folder) else Tokenizer.of_model(folder)
 
 
-def init_from(model: Transfusion, folder: Path, tokenizer: Tokenizer, strict: bool) -> str:
+def init_from(model: Transfusion, folder: Path, tokenizer: Tokenizer, allow: Collection[str] = ()) -> str:
     """Load a folder's weights into a model on the CPU and return how many fit, in words.
 
-    Raises UserError if they do not fit.
+    allow: changes, by name (`InitConfig`). Raises UserError if they do not fit.
     """
     if not is_export(folder):
-        return str(start_from_hf(model, folder, strict, new_markers(folder, tokenizer)))
-    export = describe(folder)
+        return str(start_from_hf(model, folder, allow, new_markers(folder, tokenizer)))
+    export, strict = describe(folder), "network" not in allow
     if strict and export.model != model.config:
         raise UserError(f"{folder}: expected the network that the run began with, found another")
     loaded = load_weights(model, export.place["model.safetensors"], strict)
