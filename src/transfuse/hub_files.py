@@ -52,8 +52,12 @@ def write_transformers_files(
     names = {"bos_token_id": tokenizer.bos, "eos_token_id": ends, "pad_token_id": tokenizer.eos}
     images = {"boi_token_id": tokenizer.boi, "eoi_token_id": tokenizer.eoi}
     write_json(folder / "config.json", config | {"auto_map": AUTO_MAP} | names | images)
-    unwritten = {tokenizer.bos, tokenizer.boi, tokenizer.eoi, *range(tokenizer.vocab_size, model.vocab_size)}
+    unwritten = {tokenizer.bos, tokenizer.eoi, *range(tokenizer.vocab_size, model.vocab_size)}
     unwritten -= {*tokenizer.ends}  # some models' texts begin with a token that also ends them
+    if model.images == "none":
+        unwritten.add(tokenizer.boi)
+    else:  # where this model would draw, transformers' `generate` stops
+        names = names | {"eos_token_id": [*tokenizer.ends, tokenizer.boi]}
     generation = names | {"max_new_tokens": max_tokens, "do_sample": False, "suppress_tokens": sorted(unwritten)}
     write_json(folder / "generation_config.json", generation)
     grid = config["image_size"] // factor // (1 if model.images == "codes" else model.patch_size)
@@ -62,6 +66,7 @@ def write_transformers_files(
         "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
         "image_size": config["image_size"],
         "image_grid": grid,
+        "begin_token": tokenizer.text_format.bos,
     }
     write_json(folder / "processor_config.json", processor)
     shutil.copyfile(REMOTE_CODE / MODELLING, folder / MODELLING)

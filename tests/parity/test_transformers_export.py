@@ -127,7 +127,8 @@ def test_configuration_and_generation_are_transformers_own(served: Path) -> None
     tokenizer = load_export(served).tokenizer
     assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (64, 2, 4)
     assert (generation.bos_token_id, generation.do_sample, generation.max_new_tokens) == (tokenizer.bos, False, 64)
-    assert tokenizer.boi in generation.suppress_tokens
+    assert generation.eos_token_id == [tokenizer.eos, tokenizer.boi]  # where ours would draw, `generate` stops
+    assert tokenizer.eoi in generation.suppress_tokens
     with safe_open(served / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 

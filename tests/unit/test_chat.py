@@ -116,3 +116,18 @@ def test_the_server_reads_roles(folder: Path) -> None:
     assert (document.first, list(document.parts)[:1]) == (expected.first, list(expected.parts)[:1])
     ids = [layout_document(each, worker.engine.grammar).input_ids for each in (document, expected)]
     assert np.array_equal(*ids)
+
+
+def test_transformers_processor_lays_out_as_we_do(chatty: Exported, folder: Path) -> None:
+    """The export's own processor: texts begin with its BOS, and conversations with what the template begins with."""
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    engine = Engine(chatty)
+    ours = [TransfusionPipeline(chatty).request(["a crab"]).document]
+    ours.append(chat_prompt(chatty.tokenizer, [Message("user", ("a crab",))]))
+    rendered = "<|im_start|>user\na crab<|im_end|>\n<|im_start|>assistant\n"
+    for document, text in zip(ours, ("a crab", rendered), strict=True):
+        ids = processor(text=text)["input_ids"][0].tolist()
+        assert ids == layout_document(document, engine.grammar).input_ids.tolist()
+    ends = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+    assert ends == [*chatty.tokenizer.ends, chatty.tokenizer.boi]

@@ -178,7 +178,7 @@ def test_export_round_trip(tmp_path, tokenizer: Tokenizer) -> None:
     assert config["architectures"] == ["TransfusionForConditionalGeneration"]
     assert {p.name for p in (tmp_path / "export").iterdir()} == {
         "config.json", "transfuse_generation.json", "model.safetensors", "tokenizer.json", "autoencoder", "README.md",
-        "generation_config.json", "processor_config.json", "modeling_transfusion.py",
+        "generation_config.json", "processor_config.json", "modeling_transfusion.py", "tokenizer_config.json",
     }  # fmt: skip
     images = [
         p("a crab", num_inference_steps=2, generator=3).images[0] for p in (transfuse.load(tmp_path / "export"),) * 2

@@ -62,8 +62,8 @@ def read_hf_config(folder: Path, max_seq_len: int | None = None, allow: Collecti
 
     def check(fits: bool, name: str, expected: str, value: Any) -> None:
         if not fits and name not in allow:
-            found = f"{value}" if name in REQUIRED else f"{value} (--init.allow-changes {name} drops it)"
-            raise UserError(f"{folder / 'config.json'}: {name}: expected {expected}, found {found}")
+            hint = "" if name in REQUIRED else f" (--init.allow-changes {name} drops it)"
+            raise UserError(f"{folder / 'config.json'}: {name}: expected {expected}, found {value}{hint}")
 
     try:
         fields = read_fields(values, max_seq_len, check)

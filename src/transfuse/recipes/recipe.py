@@ -136,7 +136,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """How a run begins from the model in `start`."""
+    """The beginning of a run from the model in `start`."""
 
     allow_changes: tuple[str, ...] = ()
     """changes of that model that are accepted, by the names that the refusals give: fields of its config.json that are

@@ -238,18 +238,27 @@ class TransfusionProcessor(ProcessorMixin):
 
     image_size   pixels along a side; other images are cropped to the middle square and resized
     image_grid   an image's patches, or codes, along a side
+    begin_token  with which texts begin that no chat template has rendered; None: the tokenizer's bos_token
     """
 
     attributes = ("tokenizer",)
     tokenizer_class = "PreTrainedTokenizerFast"
 
     def __init__(
-        self, tokenizer: Any, image_size: int = 0, image_grid: int = 0, chat_template: str | None = None, **kwargs: Any
+        self,
+        tokenizer: Any,
+        image_size: int = 0,
+        image_grid: int = 0,
+        chat_template: str | None = None,
+        begin_token: str | None = None,
+        **kwargs: Any,
     ) -> None:
         self.image_size, self.image_grid = image_size, image_grid
         self.tokenizer_files: list[str] = []
         tokenizer.padding_side = "left"
-        tokenizer.bos_token, tokenizer.eos_token = tokenizer.bos_token or "<|bos|>", tokenizer.eos_token or "<|eos|>"
+        self.begin_token = begin_token or tokenizer.bos_token or "<|bos|>"
+        tokenizer.bos_token = tokenizer.bos_token or self.begin_token
+        tokenizer.eos_token = tokenizer.eos_token or "<|eos|>"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         super().__init__(tokenizer, chat_template=chat_template or FLATTEN + (tokenizer.chat_template or TURNS))
 
@@ -260,7 +269,8 @@ class TransfusionProcessor(ProcessorMixin):
         where = {name: value for name, value in kwargs.items() if name in names}
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **where)
         settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **where)
-        processor = cls(tokenizer, settings["image_size"], settings["image_grid"])
+        begin = settings.get("begin_token")
+        processor = cls(tokenizer, settings["image_size"], settings["image_grid"], begin_token=begin)
         optional = {"_raise_exceptions_for_missing_entries": False, **where}
         files = (cached_file(pretrained_model_name_or_path, name, **optional) for name in TOKENIZER)
         processor.tokenizer_files = [file for file in files if file is not None]
@@ -310,15 +320,19 @@ class TransfusionProcessor(ProcessorMixin):
         """Lay out a prompt as training did; BOI's id marks the positions of an image's patches."""
         bos, eos, boi, eoi = (
             self.tokenizer.convert_tokens_to_ids(name)
-            for name in (self.tokenizer.bos_token, self.tokenizer.eos_token, "<|boi|>", "<|eoi|>")
+            for name in (self.begin_token, self.tokenizer.eos_token, "<|boi|>", "<|eoi|>")
         )
-        prompt = prompt.removeprefix(self.tokenizer.bos_token)  # of a chat template
+        first = None  # what a chat template begins with stands in place of BOS
+        for number, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special and token.content != IMAGE and prompt.startswith(token.content):
+                first, prompt = number, prompt.removeprefix(token.content)
+                break
         image = Image(torch.empty(1, self.image_grid, self.image_grid, device="meta"), target=False)
         parts: list[Any] = []
         for number, words in enumerate(prompt.split(IMAGE)):
             parts += [image] * (number > 0)
             parts.append(Text(tuple(self.tokenizer(words, add_special_tokens=False)["input_ids"])))
-        layout = layout_document(Document(parts, closed=False), SequenceFormat(bos, eos, boi, eoi, 1))
+        layout = layout_document(Document(parts, closed=False, first=first), SequenceFormat(bos, eos, boi, eoi, 1))
         layout.input_ids[layout.image >= 0] = boi
         return layout.input_ids.tolist()
 
