@@ -46,7 +46,7 @@ COMMANDS = """\
 
 on one NVIDIA H200 (4,690 of 8,200 steps of 512 documents; the time was over when the learning rate had come down to
 42 %), and then, for which of two things lies where it had not learned at all, on two CPU cores with AMX, 48 documents a
-step, each from where the one before had ended (`--start`, the first with `--no-start-strict`):
+step, each from where the one before had ended (`--start`, the first with `--init.allow-changes network`):
 
 | what is shown | settings | steps |
 | --- | --- | ---: |
