@@ -16,6 +16,7 @@ from typing import Any
 
 from .charts import ACCENT, line_chart
 from .config import from_dict
+from .data import DataSet
 from .data.bundled import SceneScorer, WorldConfig
 from .devices import Device, pick_device
 from .errors import UserError
@@ -31,6 +32,7 @@ from .evaluation import (
     model_hash,
     named,
 )
+from .evaluation.image_quality import CLASSIFIER, MOBILENET
 from .export import describe
 from .inference import TransfusionPipeline
 from .io import atomic_write
@@ -60,6 +62,11 @@ def run_evaluation(
 
     Raises UserError, before any work, for something missing in the model, the files or the names.
     """
+    if options.data:
+        suite = suite or (("text",) if DataSet(options.data).manifest.kind == "text" else ("pairs",))
+        if options.features == CLASSIFIER:  # it knows the bundled scenes alone
+            options = replace(options, features=MOBILENET)
+    suite = suite or ("quick",)
     metrics = named(suite)
     try:
         drawings = Drawing.sweep(sweep, drawing) if sweep else []
@@ -95,6 +102,8 @@ def open_context(
 ) -> EvalContext:
     """Open an export for measuring in a folder; `world` as in `run_evaluation`."""
     pipe = TransfusionPipeline.from_pretrained(model, device=pick_device(device))
+    if options.data:
+        return EvalContext(pipe, model_hash(model), folder, None, options)
     scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
     return EvalContext(pipe, model_hash(model), folder, SceneScorer(scenes), options)
 

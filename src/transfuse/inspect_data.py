@@ -6,6 +6,7 @@ report = inspect_sources(("photos-64", "glosses"), Path("inspection"), "demo", r
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -49,7 +50,9 @@ from .runs.sources import mixture
 from .sequence import Tokenizer, count_positions
 from .version import __version__
 
-IMAGES, TEXTS, SIZES, LINES = 40, 12, 8, 5  # shown: images, documents of text, sizes, lines of what was left out
+IMAGES, TEXTS, SIZES, LINES = 40, 12, 8, 5  # shown: images, documents of text, sizes, what was left out for each reason
+GROUPS, ALIKE, CUT = 6, 6, 3  # shown: groups of near duplicates, images of each, captions cut into tokens
+MOST_LINES, CAPTIONS = 20_000, 500  # read: lines of what was left out, images for figures of their captions
 CHARACTERS, TOKENS, SIDE = 160, 90, 192  # of a caption; of a text; pixels an image is shrunk to
 
 
@@ -126,9 +129,15 @@ def _figures(data: DataSet, tokens: np.ndarray, positions: np.ndarray | None, li
     for name, count in (("dropped", manifest.dropped), ("quarantine", manifest.faulty)):
         if count:
             with data.file(f"{name}.jsonl").open(encoding="utf-8") as file:
-                left_out += [json.loads(line) for line in islice(file, LINES)]
-    names = ("kind", "documents", "pictures", "tokens", "heldout", "seen", "dropped", "faulty", "source", "settings")
-    sizes = Counter(data.images[_evenly(len(data.images), limits.lengths)].tolist()).most_common()
+                of_reason: Counter[str] = Counter()
+                for line in map(json.loads, islice(file, MOST_LINES)):
+                    reason = line["reason"].partition(":")[0] if name == "dropped" else name
+                    of_reason[reason] += 1
+                    left_out += [line] if of_reason[reason] <= LINES else []
+    counts = ("documents", "pictures", "captions", "tokens", "heldout", "seen", "faulty")
+    names = ("kind", *counts, "dropped", "changed", "source", "split", "settings")
+    sizes = Counter(data.images[["rows", "columns"]][_evenly(len(data.images), limits.lengths)].tolist()).most_common()
+    _, members = np.unique(data.groups["first"], return_counts=True)
     return {
         "fingerprint": data.fingerprint,
         **{name: getattr(manifest, name) for name in names},
@@ -138,6 +147,11 @@ def _figures(data: DataSet, tokens: np.ndarray, positions: np.ndarray | None, li
         "tokens_per_document": _distribution(tokens),
         "positions_per_document": None if positions is None else _distribution(positions),
         "sizes": [[rows, columns, count] for (rows, columns), count in sizes],
+        "near_duplicates": {
+            "groups": len(members),
+            "images": int(members.sum()),
+            "largest": int(members.max(initial=0)),
+        },
         "left_out": left_out,
     }
 
@@ -220,11 +234,18 @@ def data_page(report: dict[str, Any], opened: Sources, lengths: dict[str, Length
                     f"{spread['percentile_95']:,}, longest {spread['longest']:,}"
                 )
                 charts.append((heading, histogram(values, title.split()[0].lower())))
-        blocks = [_set_numbers(figures), *_examples(data, figures["sizes"], limits), Charts(charts)]
+        blocks = [
+            _set_numbers(figures),
+            *_examples(data, figures["sizes"], limits),
+            *_words(data, limits),
+            *_alike(data, figures),
+        ]
+        blocks.append(Charts(charts))
         sections.append(Section(data.name, f"{data.path}, built from {figures['source']}.", blocks))
         left_out = [[line["key"], line["reason"]] for line in figures["left_out"]]
         if left_out:
-            provenance.append(Details(f"{data.name}: the first that were left out", [Table([], left_out)]))
+            title = f"{data.name}: the first that were left out for each reason"
+            provenance.append(Details(title, [Table(["document", "why"], left_out)]))
         settings = {"fingerprint": figures["fingerprint"], **figures["settings"], **figures["settings"]["columns"]}
         rows = [[name.replace("_", " "), str(value)] for name, value in settings.items() if name != "columns"]
         provenance.append(Details(f"{data.name}: settings that made it", [Table([], rows)]))
@@ -265,6 +286,8 @@ def _set_numbers(figures: dict[str, Any]) -> Numbers:
     left_out = {**figures["dropped"], **({"faulty": figures["faulty"]} if figures["faulty"] else {})}
     reasons = "".join(f"; {count:,} {reason}" for reason, count in left_out.items())
     shown = f"all {sizes[0][0]} × {sizes[0][1]} pixels" if len(sizes) == 1 else f"of {len(sizes)} sizes"
+    changed = figures["changed"]
+    changes = "; ".join(f"{count:,} {name}" for name, count in changed.items())
     return Numbers(
         [
             ("Documents", f"{figures['documents']:,}", f"{figures['heldout']:,} held out from training"),
@@ -272,6 +295,7 @@ def _set_numbers(figures: dict[str, Any]) -> Numbers:
             ("Tokens of text", f"{figures['tokens']:,}", f"{mean:,.1f} a document"),
             ("On disk", f"{figures['bytes'] / 1e6:,.1f} MB", f"shards: {figures['shards']:,}"),
             ("Left out", f"{sum(left_out.values()):,}", f"of {figures['seen']:,} seen{reasons}"),
+            *([("Changed", f"{sum(changed.values()):,}", changes)] if changed else []),
         ]
     )
 
@@ -296,6 +320,62 @@ def _examples(data: DataSet, sizes: list[list[int]], limits: Limits) -> list[Blo
         rows = [[f"{height} × {width}", f"{number:,}"] for height, width, number in sizes[:SIZES]]
         blocks.append(Details(f"Sizes: {len(sizes)}", [Table(["rows × columns", "images"], rows)]))
     return blocks
+
+
+def _words(data: DataSet, limits: Limits) -> list[Block]:
+    """Return figures of the captions, and how the tokenizer cuts a few of them; of a set with pairs."""
+    pairs = np.flatnonzero(data.documents["pair"][: limits.lengths])
+    if not len(pairs) or is_remote(data.path):
+        return []
+    numbers, tokenizer = pairs[_evenly(len(pairs), CAPTIONS)], data.tokenizer()
+    captions: list[str] = []
+    for number in numbers.tolist():
+        with suppress(CorruptSampleError):
+            captions += [str(part) for part in data.read(number).parts[1:]]
+    lengths = np.array([len(caption) for caption in captions])
+    words = [word for caption in captions for word in re.findall(r"\w+", caption.lower())]
+    tokens = sum(len(tokenizer.encode(caption)) for caption in captions)
+    often = ", ".join(word for word, _ in Counter(words).most_common(8))
+    cut = [
+        " · ".join(tokenizer.decode([token]) for token in tokenizer.encode(text)[:TOKENS]) for text in captions[:CUT]
+    ]
+    return [
+        Numbers(
+            [
+                ("Captions read", f"{len(captions):,}", f"of {len(numbers):,} images"),
+                (
+                    "Different ones",
+                    f"{len(set(captions)):,}",
+                    f"with {len(set(words)):,} different words; most often {often}",
+                ),
+                ("Characters", f"{np.median(lengths):,g}", f"in the median; {lengths.min():,} to {lengths.max():,}"),
+                (
+                    "Tokens a word",
+                    f"{tokens / max(1, len(words)):.2f}",
+                    f"of a tokenizer with {tokenizer.vocab_size:,} ids",
+                ),
+            ]
+        ),
+        Details("What the tokenizer makes of captions", [Table([], [[text] for text in cut])]),
+    ]
+
+
+def _alike(data: DataSet, figures: dict[str, Any]) -> list[Block]:
+    """Return the largest groups of near duplicates; of a remote set none, whose shards would be fetched."""
+    counts = figures["near_duplicates"]
+    if not counts["groups"] or is_remote(data.path):
+        return []
+    firsts, starts, members = np.unique(data.groups["first"], return_index=True, return_counts=True)
+    tokenizer, decoder, cards = data.tokenizer(), _decoder(data), []
+    for place in np.argsort(-members, kind="stable")[:GROUPS].tolist():
+        numbers = data.groups["document"][starts[place] : starts[place] + min(members[place], ALIKE)].tolist()
+        shown = [image for number in numbers for image in _card(data, number, tokenizer, decoder).images[:1]]
+        cards.append(Card(f"{members[place]:,} documents, the first is {firsts[place]:,}", shown))
+    note = (
+        f"{counts['images']:,} documents share an image, exactly or nearly, with another. Each of their "
+        f"{counts['groups']:,} groups stands on one side of the split."
+    )
+    return [Text(note), Cards(cards, "Near duplicates, the largest groups first", "wide", GROUPS)]
 
 
 def _decoder(data: DataSet) -> Autoencoder | None:

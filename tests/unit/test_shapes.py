@@ -20,6 +20,8 @@ from transfuse.data.build import build_set, verify_set
 from transfuse.data.prepare import BuildConfig, Dropped, Prepared, Preparer, clean
 from transfuse.data.readers import Raw
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
+from transfuse.errors import UserError
+from transfuse.folders import WEIGHTS
 from transfuse.images import busiest, decode_image, fit, pad, unpad
 from transfuse.inference import Engine, ImageEnd, Request
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate, layout_document
@@ -282,3 +284,31 @@ def test_changes_are_counted_in_the_manifest(tmp_path: Path) -> None:
     assert counts["changed"] == expected == DataSet(str(tmp_path / "out")).manifest.changed
     kept = build_set(str(source), tmp_path / "raw", replace(CONFIG, clean=False), workers=0)
     assert kept["changed"] == {}
+
+
+# --- a tokenizer by a model's name, and builds that failed ------------------------------------------------------------
+
+
+def test_a_tokenizer_may_be_a_bundled_model_s(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "in", {"a": (20, 20)})
+    for name in ("small-64", str(WEIGHTS / "small-64")):
+        build_set(str(source), tmp_path / name.replace("/", "_"), replace(CONFIG, tokenizer=name), workers=0)
+        tokenizer = DataSet(str(tmp_path / name.replace("/", "_"))).tokenizer()
+        assert tokenizer.fingerprint == Tokenizer.load(WEIGHTS / "small-64" / "tokenizer.json").fingerprint
+
+
+def test_a_build_that_stored_nothing_does_not_block_its_folder(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "in", dict.fromkeys("abc", (20, 20)))
+    with pytest.raises(UserError, match="none of which can be used"):
+        build_set(str(source), tmp_path / "out", replace(CONFIG, min_side=100), workers=0)
+    with pytest.raises(UserError, match=r"expected a tokenizer\.json"):
+        build_set(str(source), tmp_path / "out", replace(CONFIG, tokenizer="small-99"), workers=0)
+    counts = build_set(str(source), tmp_path / "out", CONFIG, workers=0)
+    assert counts["documents"] == 3
+    build_set(str(source), tmp_path / "straight", CONFIG, workers=0)
+    for path in (tmp_path / "straight").rglob("*"):
+        assert (
+            path.is_dir()
+            or path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "straight")).read_bytes()
+        )
+    assert not (tmp_path / "out" / "building").exists()

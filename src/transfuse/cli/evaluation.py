@@ -17,8 +17,10 @@ class EvaluateOptions:
 
     model: Path | None = None
     """export folder, or a bundled model's name; not given: the newest under runs/ that draws, else the bundled one"""
-    suite: tuple[str, ...] = ("quick",)
-    """quick, paper, or names of measures"""
+    suite: tuple[str, ...] = ()
+    """quick, pairs, paper, or names of measures; not given: quick, and with --data what fits the set"""
+    data: str = ""
+    """a data set, whose held-out images and captions (or texts) are used in place of the bundled world"""
     out: Path = Path("evaluation")
     """folder for what is made, results.json and report.html"""
     count: int = 120
@@ -71,6 +73,10 @@ def evaluate(*, args: Annotated[EvaluateOptions, Flat], json: Json = False) -> i
     """Measure a model: text, captions, drawings; every number with its interval, and a page that shows what it saw.
 
     $ transfuse evaluate --model runs/demo/export --suite quick --out evaluation
+
+    On your own pairs, of which the page shows the image next to its caption and to a drawing of it:
+
+    $ transfuse evaluate --model runs/photos/export --data photos
 
     Finished work is kept: the same command resumes where it stopped. docs/evaluation.md says what each number is. Files
     are local, nothing is fetched.

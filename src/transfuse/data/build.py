@@ -35,6 +35,7 @@ from .remote import UNREADABLE, Cache, is_remote, url_name
 from .writer import Place, Writer
 
 TRAINED_ON = 300  # evenly spread parts of a source that a tokenizer is trained on
+FAILED = ("shards", "dropped.jsonl", "quarantine.jsonl", "left_out.jsonl")  # left by a build that stored nothing
 OTHERWISE = "name another folder, or remove {}, to build it again"
 VERIFIED_TOGETHER = 256  # documents that a process verifies at a time
 
@@ -166,14 +167,22 @@ def _check_built(out: Path, identity: dict[str, Any]) -> Manifest:
 
 
 def _claim(out: Path, identity: dict[str, Any], contents: dict[str, str]) -> None:
-    """Begin a build. Raises UserError where another one was begun, or the folder holds something else."""
+    """Begin a build. Raises UserError where another one was begun, or the folder holds something else.
+
+    One that failed before it stored a document does not stand in the way of another.
+    """
     identity = identity | {"transfuse": __version__}  # another version may decode images otherwise
     path, files = out / "building" / "settings.json", out / "building" / "source.json"
+    expected = ["building"]
+    if path.exists() and not any((out / "shards").glob("*")):
+        shutil.rmtree(path.parent)
+        (out / "tokenizer.json").unlink(missing_ok=True)
+        expected += FAILED
     if path.exists():
         changes = _difference(read_json(files), contents) if files.exists() else ""
         _compare(out, path, read_json(path), identity, changes)
         return
-    if out.exists() and (not out.is_dir() or any(entry.name != "building" for entry in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(entry.name not in expected for entry in out.iterdir())):
         raise UserError(f"{out}: expected an empty folder, or a data set begun before, found something else")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,8 +35,9 @@ FREQUENCIES = np.cos(_angles)  # of the cosine transform, the lowest eight
 
 
 class Fingerprint(NamedTuple):
-    """The marks by which an image or a text is recognised: 64 bits of content; of an image also look and colour.
+    """The marks by which an image or a text is recognised.
 
+    content: 64 bits of a hash.
     look: the 64 bits of a perceptual hash (pHash): which low frequencies of its brightness are above the median.
     colour: mean Cb and Cr of its four quarters, 8 bytes.
     """

@@ -55,7 +55,8 @@ class BuildConfig:
     autoencoder: str = ""
     """store its latents, or codes, in place of images: a folder, or the name of a bundled one"""
     tokenizer: str = ""
-    """a tokenizer.json, a folder with one (a data set, a model), or a sentencepiece .model; none: one is trained"""
+    """a tokenizer.json, a folder with one (a data set, a model), a bundled model's name, or a sentencepiece .model; not
+    given: one is trained"""
     vocabulary: int = 4096
     """ids of a tokenizer that is trained on the source"""
     min_side: int = 1
@@ -316,6 +317,8 @@ class Preparer:
             else:
                 shape = bucket(rows, columns, config.size, config.multiple) if config.fit == "bucket" else config.size
                 image = fit(decoded, shape, smart=config.fit == "smart")
+                share = image.shape[0] * columns / (rows * image.shape[1])
+                changed += ["cropped by more than a quarter"] if min(share, 1 / share) < 0.75 else []
                 sizes.append(image.shape[:2])
                 looks.append(Fingerprint.of_image(image))
             parts.append(image)

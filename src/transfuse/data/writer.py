@@ -81,8 +81,10 @@ class Writer:
         self, out: Path, preparer: Preparer, source: str, max_errors: float, sides_of: DataSet | None = None
     ) -> None:
         self.out, self.preparer, self.source, self.max_errors = out, preparer, source, max_errors
-        self.sides_of, self.image_dtype = sides_of, PADDED if preparer.config.fit == "pad" else IMAGE
+        self.sides_of = sides_of
         self.config, self.text_only = preparer.config, preparer.text_only
+        self.padded = self.config.fit == "pad" and not self.text_only
+        self.image_dtype = PADDED if self.padded else IMAGE
         self.next = Place()
         self.seen = self.faulty = self.written = self.images = self.captions = 0
         self.changed: Counter[str] = Counter()
@@ -264,7 +266,7 @@ class Writer:
             captions=self.captions,
             grouped=len(groups),
             split=self.sides_of.manifest.split if self.sides_of else "content",
-            padded=self.config.fit == "pad" and not self.text_only,
+            padded=self.padded,
             changed=dict(sorted(self.changed.items())),
         )
         text = json.dumps(to_dict(manifest), indent=1) + "\n"

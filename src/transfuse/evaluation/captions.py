@@ -11,12 +11,13 @@ Stanford's own instead where a jar is given; each result says which of the two i
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -24,8 +25,11 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 import PIL.Image
 
+from ..data.sources import document_images
 from ..errors import UserError
+from ..inference import score
 from ..io import sha256
+from ..sequence import Document, Text
 from .confidence import Estimate, bootstrap, resampled, share
 from .context import EvalContext, Example, Metric, MetricResult, Result, extremes
 from .generate import Made, Task
@@ -39,7 +43,7 @@ MAX_TOKENS = 64
 SHOWN = 12
 LEAST = 2
 """Fewest images: with a single one no n-gram is rarer than another, and every CIDEr-D is 0."""
-NAMES = ("CIDEr-D x 100", "BLEU-4 x 100")
+NAMES, PERPLEXITY = ("CIDEr-D x 100", "BLEU-4 x 100"), "perplexity of captions"
 
 Gram = tuple[str, ...]
 Words = Sequence[str]
@@ -262,6 +266,8 @@ def _check(context: EvalContext) -> None:
 
 
 def _names(context: EvalContext) -> Sequence[str]:
+    if context.options.data:
+        return (*NAMES, PERPLEXITY)
     if context.options.captions is not None:
         return NAMES
     return (*NAMES, *context.needs_scorer("captioning").caption_facts())
@@ -287,7 +293,9 @@ def _score(context: EvalContext) -> MetricResult:
         Result.of(NAMES[0], bootstrap(scores), "higher", f"{code}, n 4, sigma 6", data, **bounds),
         Result.of(NAMES[1], bleu_4(words, references), "higher", f"{code}, nearest length", data),
     ]
-    if context.options.captions is None:
+    if context.options.data:
+        results.append(_perplexity(context, pairs))
+    if not context.options.own_pairs:
         results += _facts_right(context, pairs, captions)
     examples = []
     for n, title in extremes(scores, SHOWN, "captions", "CIDEr-D"):
@@ -307,6 +315,26 @@ def _captions(context: EvalContext, pairs: Pairs) -> list[str]:
     settings = {"data": pairs.whole_label, "max_tokens": MAX_TOKENS, "prompt": "the picture alone"}
     task = Task("captions", settings, len(pairs.ids), work)
     return [record["said"] for record in context.make(task).records]
+
+
+def _perplexity(context: EvalContext, pairs: Pairs) -> Result:
+    """Return the perplexity of the true captions, EOS included, each after its image."""
+    exported, count = context.pipe.exported, len(pairs.ids)
+    texts = [exported.tokenizer.encode(prompt) for prompt in pairs.prompts]
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        images = document_images(np.stack([pairs.picture(n) for n in numbers]), exported.autoencoder)
+        clean = [replace(image, target=False) for image in images]
+        documents = [Document([image, Text(texts[n])]) for n, image in zip(numbers, clean, strict=True)]
+        scores = score(exported, documents, context.batch)
+        return [Made({"nats": s.nll[-len(texts[n]) - 1 :].sum()}) for n, s in zip(numbers, scores, strict=True)]
+
+    nats = [r["nats"] for r in context.make(Task("caption-scores", {"data": pairs.whole_label}, count, work)).records]
+    mean = bootstrap(nats, [len(ids) + 1 for ids in texts])
+    value = Estimate(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.count)
+    code = f"{context.version}, tokenizer {exported.tokenizer.fingerprint}"
+    floor = float(exported.tokenizer.vocab_size)
+    return Result.of(PERPLEXITY, value, "lower", code, pairs.whole_label, floor=floor)
 
 
 def _facts_right(context: EvalContext, pairs: Pairs, captions: Sequence[str]) -> Iterator[Result]:

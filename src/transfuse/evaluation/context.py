@@ -44,6 +44,7 @@ class EvalConfig:
     """
 
     count: int = 120
+    data: str = ""
     features: str = "recogniser"
     texts: tuple[Path, ...] = ()
     stride: int | None = None
@@ -62,6 +63,13 @@ class EvalConfig:
         for name in ("count", "stride", "judge_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+        if self.data and self.captions is not None:
+            raise UserError("--data: expected a data set or --captions, found both")
+
+    @property
+    def own_pairs(self) -> bool:
+        """True where pairs are the user's, False where they are the scorer's."""
+        return bool(self.data) or self.captions is not None
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ class EvalContext:
         """Return the scorer. Raises UserError where the data set brings none."""
         if self.scorer is None:
             raise UserError(
-                f"{metric}: expected a data set with a scorer, found none (--captions and --images name data)"
+                f"{metric}: expected a data set with a scorer, found none (see --data, --captions, --images)"
             )
         return self.scorer
 

@@ -33,6 +33,7 @@ from .confidence import Estimate, bootstrap
 from .context import EvalContext, Example, Metric, MetricResult, Result, extremes, first_of
 from .generate import Made, Outcome, Task, short_hash
 from .image_quality import (
+    LEAST,
     RESAMPLES,
     all_features,
     check_images,
@@ -42,7 +43,7 @@ from .image_quality import (
     kernel_distance,
     precision_recall,
 )
-from .pairs import Pairs, check_pairs, context_pairs
+from .pairs import Pairs, check_pairs, context_pairs, further_pairs
 
 SHOWN, SHOWN_CLIP = 24, 12
 CLIP_BATCH, CLIP_LEAST = 32, 2  # chance is the drawing of another prompt
@@ -113,9 +114,9 @@ def _score_drawing(context: EvalContext) -> MetricResult:
 
     drawings, real = all_features(network, drawn.image, count), all_features(network, pairs.picture, count)
     ceilings: list[float | None] = [None] * 4
-    if context.options.captions is None:
-        others = context.needs_scorer("drawing").pairs(2 * count, context.pipe.exported.image_size)
-        further = all_features(network, lambda n: others.picture(count + n), count)
+    others = further_pairs(context, count)
+    if others is not None and len(others.ids) > LEAST:
+        further = all_features(network, others.picture, len(others.ids))
         ceilings = [estimate.value for estimate in distances(further, 2)]
     code = f"{context.version}, features {network.name}@{network.digest}"
     numbers = zip(_drawing_names(context), distances(drawings), ceilings, strict=True)
@@ -138,7 +139,7 @@ DRAWING = Metric(
     _score_drawing,
     _drawing_names,
     True,
-    "Reference: other real pictures of the bundled world, as many, in place of the drawings, which can pass it.",
+    "Reference: other real pictures of the same data, as many, in place of the drawings, which can pass it.",
 )
 
 

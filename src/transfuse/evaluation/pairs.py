@@ -1,8 +1,8 @@
 """Pairs of prompts and images: what is drawn, captioned, and compared with.
 
-Held-out pairs of the data set's scorer, or files the user has: `captions_val2014.json` as COCO ships it, or Karpathy's
-`dataset_coco.json` (its test split), and the image folder. A list (`read_ids`) says which items are taken and which
-caption is the prompt; without one this rule does, which never changes (`RULE`):
+Held-out pairs of the data set's scorer, of a data set on disk, or files the user has: `captions_val2014.json` as COCO
+ships it, or Karpathy's `dataset_coco.json` (its test split), and the image folder. A list (`read_ids`) says which items
+are taken and which caption is the prompt; without one this rule does, which never changes (`RULE`):
 
     images that have captions, by the SHA-256 of their id in decimal digits; the first `count`
     of an image's captions the one with the least SHA-256 of "ID:CAPTION", white space around it cut off
@@ -16,7 +16,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from ..config import read_json
+from ..data.dataset import DataSet, Split
 from ..errors import UserError
-from ..images import fit, read_image
+from ..images import fit, read_image, unpad
 from ..log import logger
 from .context import EvalContext
 from .generate import content_hash, short_hash
@@ -75,6 +76,8 @@ def ids_fingerprint(ids: Sequence[str]) -> str:
 def context_pairs(context: EvalContext) -> Pairs:
     """Return the user's captions and images, or the scorer's. Raises UserError where there are neither."""
     options, size = context.options, context.pipe.exported.image_size
+    if options.data:
+        return set_pairs(DataSet(options.data), options.count, size)
     if options.captions is None:
         return context.needs_scorer("--captions").pairs(options.count, size)
     assert options.images is not None
@@ -95,13 +98,57 @@ def check_pairs(context: EvalContext, metric: str, least: int) -> Pairs:
     pairs = context_pairs(context)
     if len(pairs.ids) < least:
         raise UserError(f"{metric}: expected at least {least} pictures, found {len(pairs.ids)} (--count, --ids)")
-    if options.captions is not None:
+    if options.own_pairs:
         if len(pairs.ids) < options.count:
-            source = options.ids or options.captions
+            source = options.data or options.ids or options.captions
             logger.info(f"{source}: {len(pairs.ids)} pictures, fewer than the {options.count} asked for")
         for number in (0, len(pairs.ids) - 1):
             pairs.picture(number)
     return pairs
+
+
+def further_pairs(context: EvalContext, count: int) -> Pairs | None:
+    """Return `count` other pairs of the same kind, to compare with: the data set's training part, or the scorer's."""
+    options, size = context.options, context.pipe.exported.image_size
+    if options.data:
+        return set_pairs(DataSet(options.data), count, size, "train")
+    if options.captions is not None:
+        return None
+    both = context.needs_scorer("drawing").pairs(2 * count, size)
+    return replace(both, ids=both.ids[count:], picture=lambda number: both.picture(count + number))
+
+
+def set_pairs(data: DataSet, count: int, size: int, split: Split = "heldout") -> Pairs:
+    """Return the first `count` pairs of a split of a data set, in an order that no seed changes.
+
+    Images are cut to their middle square and resized to `size`; the prompt of several captions is chosen by `RULE`.
+    Raises UserError for a set of latents or of text, and one without held-out pairs.
+    """
+    if data.manifest.kind == "text" or data.manifest.encoding is not None:
+        kind = "text" if data.manifest.encoding is None else "latents or codes"
+        raise UserError(f"--data: {data.path}: expected a data set of images, found one of {kind}")
+    numbers = data.number(split, np.arange(data.size(split)))
+    numbers = numbers[data.documents["pair"][numbers]][:count]
+    if not len(numbers):
+        raise UserError(
+            f"--data: {data.path}: expected held-out images with captions, found none of {len(data)} documents; build "
+            "it with a larger --heldout"
+        )
+    stored = [data.read(number) for number in numbers.tolist()]
+    captions = [[str(part) for part in one.parts[1:]] for one in stored]
+
+    def picture(number: int) -> np.ndarray:
+        whole = data.decode(int(numbers[number]), stored[number], content(number))
+        return fit(unpad(whole, data.insides(int(numbers[number]))[0]), size)
+
+    def content(number: int) -> bytes:
+        image = stored[number].parts[0]
+        assert isinstance(image, bytes)
+        return image
+
+    keys = [one.key for one in stored]
+    prompts = [_chosen(key, texts) for key, texts in zip(keys, captions, strict=True)]
+    return Pairs(f"{data.name} {split} by {RULE}", keys, prompts, captions, picture, content)
 
 
 # --- COCO -------------------------------------------------------------------------------------------------------------
@@ -119,7 +166,7 @@ def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path
         chosen = sorted((key for key in files if captions.get(key)), key=_rank)[:count]
         if not chosen:
             raise UserError(f"{annotations}: expected pictures with captions, found none")
-        prompts = {key: min(captions[key], key=lambda text: _rank(f"{key}:{text}")) for key in chosen}
+        prompts = {key: _chosen(key, captions[key]) for key in chosen}
     else:
         prompts = dict(list(_listed(ids, annotations, files, captions).items())[:count])
         chosen = list(prompts)
@@ -178,7 +225,7 @@ def _listed(ids: Path, annotations: Path, files: dict[str, str], captions: Capti
         own = {" ".join(caption.split()): caption for caption in captions[key]}
         if words is not None and words not in own:
             raise UserError(f"--ids: {ids}: expected a caption of picture {key} in {annotations}, found {words!r:.60}")
-        prompts[key] = min(own.values(), key=lambda text: _rank(f"{key}:{text}")) if words is None else own[words]
+        prompts[key] = _chosen(key, list(own.values())) if words is None else own[words]
     return prompts
 
 
@@ -221,3 +268,8 @@ def read_ids(path: Path) -> dict[str, str | None]:
 
 def _rank(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _chosen(key: str, captions: Sequence[str]) -> str:
+    """Return the caption of an image that is its prompt, by `RULE`."""
+    return min(captions, key=lambda text: _rank(f"{key}:{text}"))

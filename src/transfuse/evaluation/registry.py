@@ -47,9 +47,11 @@ METRICS: dict[str, Metric] = {
 """The metrics for any data set; `all_metrics` adds those that data sets bring."""
 SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("text", "choice", "captioning", "drawing", "composition", "speed"),
+    "pairs": ("captioning", "drawing", "autoencoder"),
     "paper": ("text", "harness", "captioning", "drawing", "clip", "geneval"),
 }
-"""quick: the metrics that need only the package. paper: Transfusion's own metrics, on files that the user has."""
+"""quick: the metrics that need only the package. pairs: those of a data set with images. paper: Transfusion's own
+metrics, on files that the user has."""
 TEXT_ONLY = ("text", "choice", "harness", "speed")
 """The metrics for models without images."""
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..data.dataset import DataSet
 from ..data.readers import Columns, Fault, open_source
 from ..errors import UserError, install_command
 from ..export import Exported
@@ -117,8 +119,20 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
+def _held_out_texts(data: DataSet, count: int) -> list[str]:
+    """Return held-out documents of a set of text. Raises UserError where there is none."""
+    if data.manifest.kind != "text" or not data.manifest.heldout:
+        kind = "images" if data.manifest.kind != "text" else "which nothing is held out"
+        raise UserError(f"--data: {data.path}: expected a data set of text with a held-out part, found one of {kind}")
+    tokenizer = data.tokenizer()
+    numbers = [data.number("heldout", index) for index in range(min(count, data.manifest.heldout))]
+    return [tokenizer.decode(data.read_ids(number).tolist()) for number in numbers]
+
+
 def _check_text(context: EvalContext) -> None:
-    if not context.options.texts:
+    if context.options.data:
+        _held_out_texts(DataSet(context.options.data), 1)
+    elif not context.options.texts:
         context.needs_scorer("--texts")
     for path in context.options.texts:
         if not path.exists():
@@ -128,17 +142,28 @@ def _check_text(context: EvalContext) -> None:
         raise UserError(f"--stride: expected 1 to {room} tokens, found {stride}")
 
 
+def _named_texts(context: EvalContext) -> dict[str, Callable[[], list[str]]]:
+    """Return what reads the texts, by name: a data set's held-out part, files, or the scorer's held-out texts."""
+    options = context.options
+    if options.data:
+        data = DataSet(options.data)
+        return {data.name: partial(_held_out_texts, data, options.count)}
+    if options.texts:
+        return {path.stem: partial(read_texts, path) for path in options.texts}
+    return {GLOSSES: lambda: list(context.needs_scorer("text").texts())}
+
+
 def _text_names(name: str) -> tuple[str, str]:
     return f"perplexity of {name}", f"bits per byte of {name}"
 
 
 def _score_text(context: EvalContext) -> MetricResult:
     tokenizer, result = context.pipe.exported.tokenizer, MetricResult([])
-    for path in context.options.texts or (None,):
-        texts = list(context.needs_scorer("text").texts()) if path is None else read_texts(path)
-        name = GLOSSES if path is None else path.stem
-        label = "glosses:heldout" if path is None else f"{path.name}:{short_hash(texts)}"
-        task = _text_task(context, name, texts, whole=path is None)
+    bundled = not context.options.data and not context.options.texts
+    for name, read in _named_texts(context).items():
+        texts = read()
+        label = "glosses:heldout" if bundled else f"{name}:{short_hash(texts)}"
+        task = _text_task(context, name, texts, whole=bundled)
         records = context.make(task).records
         nll, tokens, sizes = ([record[key] for record in records] for key in ("nats", "tokens", "bytes"))
         total = _total(nll, tokens, sizes, len(texts))
@@ -198,7 +223,7 @@ TEXT = Metric(
     "perplexity and bits per byte on text it never read",
     _check_text,
     _score_text,
-    lambda context: [n for path in context.options.texts or (Path(GLOSSES),) for n in _text_names(path.stem)],
+    lambda context: [number for name in _named_texts(context) for number in _text_names(name)],
     compared="Chance: every token of the vocabulary as likely as any other.",
 )
 

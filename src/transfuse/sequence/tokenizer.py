@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from ..config import read_json
 from ..errors import UserError, install_command
+from ..folders import bundled_models, places
 from .layout import Positions, SequenceFormat
 from .text_format import BOI, BOS, EOI, EOS, TOKENIZER_CONFIG, TextFormat, read_text_format
 
@@ -95,11 +96,13 @@ class Tokenizer:
     def adopt(cls, path: Path | str) -> Tokenizer:
         """Open any tokenizer.json or sentencepiece `.model`; the markers it lacks take the ids after its own.
 
-        A folder stands for the tokenizer.json in it. A pretrained network may have spare rows for the new ids: its
-        vocabulary must be the larger of the two. Raises UserError like `load`, and for ids with gaps.
+        A folder, or a bundled model's name, stands for the tokenizer.json in it. A pretrained network may have spare
+        rows for the new ids: its vocabulary must be the larger of the two. Raises UserError like `load`, and for ids
+        with gaps.
         """
         path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
+        if path.is_dir() or str(path) in bundled_models():
+            path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else places(path)["tokenizer.json"]
         backend = _from_json(path) if path.suffix == ".json" or not path.is_file() else from_sentencepiece(path)
         return cls(_with_markers(path, backend, SPECIAL))
 
