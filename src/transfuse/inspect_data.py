@@ -142,7 +142,7 @@ def _figures(data: DataSet, tokens: np.ndarray, positions: np.ndarray | None, li
         "fingerprint": data.fingerprint,
         **{name: getattr(manifest, name) for name in names},
         "shards": len(manifest.shards),
-        "bytes": sum(shard.bytes for shard in manifest.shards) + data.documents.nbytes + data.images.nbytes,
+        "bytes": sum(shard.bytes for shard in manifest.shards) + sum(index.nbytes for index in data.index()),
         "encoding": None if manifest.encoding is None else to_dict(manifest.encoding),
         "tokens_per_document": _distribution(tokens),
         "positions_per_document": None if positions is None else _distribution(positions),

@@ -304,7 +304,7 @@ def test_what_is_written_is_not_prepared_again(
             build(tmp_path / "s", tmp_path / "out", CONFIG)
     decoded: list[bytes] = []
     monkeypatch.setattr(
-        "transfuse.data.prepare.decode_image", lambda *image: decoded.append(image[0]) or decode_image(*image)
+        "transfuse.data.prepare.decode_image", lambda image, **how: decoded.append(image) or decode_image(image, **how)
     )
     capfd.readouterr()
     assert build(tmp_path / "s", tmp_path / "out", CONFIG)["documents"] == 70

@@ -112,7 +112,7 @@ def test_figures_of_a_set_are_those_of_its_documents(done, names: list[str]) -> 
         files = [path for path in Path(name).rglob("*") if path.suffix in (".tar", ".tokens")]
         assert result["shards"] == len(files)
         on_disk = sum(path.stat().st_size for path in [*files, *Path(name).glob("*.npy")])
-        assert 0 <= on_disk - result["bytes"] <= 2 * 256, "but for the heads of the index files"
+        assert 0 <= on_disk - result["bytes"] <= 5 * 256, "but for the heads of the index files"
 
 
 def test_what_was_left_out_is_counted_and_named(done, names: list[str]) -> None:
@@ -265,7 +265,7 @@ def test_damage_is_shown_in_its_place(folder: Path, tmp_path: Path) -> None:
     inspect_sources((str(tmp_path / "pairs"), str(tmp_path / "text")), tmp_path / "out", "demo", 1024)
     html = (tmp_path / "out" / "index.html").read_text()
     assert len(re.findall(r"Damaged: \S+: [^<]*its content does not match its hash", html)) == 2
-    assert len(shown(tmp_path / "out")) == 2
+    assert len(shown(tmp_path / "out")) == 4, "two of three documents, which are shown as one image, too"
 
 
 @pytest.fixture(scope="module")

@@ -212,7 +212,7 @@ def verify_set(path: str, workers: int = 2) -> tuple[int, list[str]]:
     """
     problems: list[str] = []
     data, documents = DataSet(path), 0
-    lines = [line.split("  ", 1) for line in data.file(SUMS).read_text(errors="replace").splitlines()]
+    lines = [line.split("  ", 1) for line in data.file(SUMS).read_bytes().decode(errors="replace").split("\n")]
     sums = {line[1]: line[0] for line in lines if len(line) == 2}
     for name in ("manifest.json", "tokenizer.json", *data.manifest.index):
         expected = data.manifest.index.get(name, sums.get(name))

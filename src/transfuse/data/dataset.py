@@ -209,6 +209,11 @@ class DataSet:
         """The last part of its path."""
         return self.path.rsplit("/", 1)[-1]
 
+    def index(self) -> tuple[np.ndarray, ...]:
+        """Return the arrays of its index that are on disk."""
+        held_out = (self.heldout,) if self.manifest.version > 2 else ()
+        return self.documents, self.images, self.captions, self.groups, *held_out
+
     def tokenizer(self) -> Tokenizer:
         """Return the set's tokenizer. Raises UserError where it is not the one that the index was made with."""
         tokenizer = Tokenizer.load(self.file("tokenizer.json"))

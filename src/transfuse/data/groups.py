@@ -4,8 +4,8 @@
     labels = group(fingerprints, count)   the first document of each document's group
     held_out(labels, fingerprints, 100)   the documents of whole groups, 100 in all
 
-Two images are near duplicates if their perceptual hashes differ in at most `NEAR` of 64 bits and their colours hardly
-differ: one is the other in another size, format or brightness, or with a little cut off at its edges. Near duplicates
+Two images are near duplicates if their perceptual hashes differ in at most `NEAR` of 64 bits and their colours in at
+most `NEAR_COLOUR`: one is the other in another size, format or brightness, or with a little cut off at its edges. Near duplicates
 of near duplicates are in one group too. All of it is exact, so it depends neither on order nor on processes.
 """
 
@@ -21,12 +21,12 @@ import PIL.Image
 SIDE = 32  # pixels to which an image is shrunk before its frequencies are taken
 NEAR = 7  # bits in which near duplicates differ at most; the search below needs it below twice the number of its bands
 BANDS, BAND = 4, 16  # of a hash: two within 7 bits of each other differ in at most one bit of some band
-NEAR_COLOUR = 16  # levels of 256 in which near duplicates' colours differ at most
+NEAR_COLOUR = (32, 16, 16)  # levels of 256 in which near duplicates' brightness, Cb and Cr differ at most
 FLAT = 1.0  # a frequency must exceed the median by this much: in flat images the sign of rounding errors decides
 PAIRS = 1 << 22  # candidates compared at a time
 
 FINGERPRINT = np.dtype(
-    [("document", "<u8"), ("content", "<u8"), ("seen", "?"), ("look", "<u8"), ("colour", "u1", (8,))]
+    [("document", "<u8"), ("content", "<u8"), ("seen", "?"), ("look", "<u8"), ("colour", "u1", (12,))]
 )
 """a row an image of a document, or a row a document without images (seen: False)"""
 
@@ -39,13 +39,13 @@ class Fingerprint(NamedTuple):
 
     content: 64 bits of a hash.
     look: the 64 bits of a perceptual hash (pHash): which low frequencies of its brightness are above the median.
-    colour: mean Cb and Cr of its four quarters, 8 bytes.
+    colour: mean brightness, Cb and Cr of its four quarters, 12 bytes.
     """
 
     content: int
     seen: bool = False
     look: int = 0
-    colour: bytes = bytes(8)
+    colour: bytes = bytes(12)
 
     @classmethod
     def of_bytes(cls, content: bytes) -> Fingerprint:
@@ -60,7 +60,7 @@ class Fingerprint(NamedTuple):
         low = (FREQUENCIES @ planes[..., 0] @ FREQUENCIES.T).flatten()
         low[0] = 0  # the mean, which brightness changes
         bits = low > np.median(low[1:]) + FLAT
-        quarters = planes[..., 1:].reshape(2, SIDE // 2, 2, SIDE // 2, 2).mean((1, 3))
+        quarters = planes.reshape(2, SIDE // 2, 2, SIDE // 2, 3).mean((1, 3))
         colour = quarters.round().astype(np.uint8).tobytes()
         return cls(exact.content, True, int.from_bytes(np.packbits(bits).tobytes(), "big"), colour)
 
@@ -94,7 +94,7 @@ def _near_pairs(images: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 left, right = order[left], order[right]
                 near = np.bitwise_count(looks[left] ^ looks[right]) <= NEAR
                 left, right = left[near], right[near]
-                near = np.abs(colours[left] - colours[right]).max(1, initial=0) <= NEAR_COLOUR
+                near = (np.abs(colours[left] - colours[right]) <= NEAR_COLOUR * 4).all(1)
                 yield left[near], right[near]
 
 
