@@ -5,8 +5,8 @@
     held_out(labels, fingerprints, 100)   the documents of whole groups, 100 in all
 
 Two images are near duplicates if their perceptual hashes differ in at most `NEAR` of 64 bits and their colours in at
-most `NEAR_COLOUR`: one is the other in another size, format or brightness, or with a little cut off at its edges. Near duplicates
-of near duplicates are in one group too. All of it is exact, so it depends neither on order nor on processes.
+most `NEAR_COLOUR`: one is the other in another size, format or brightness, or with a little cut off at its edges. Near
+duplicates of near duplicates are in one group too. All of it is exact: it depends neither on order nor on processes.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def set_pairs(data: DataSet, count: int, size: int, split: Split = "heldout") ->
             "it with a larger --heldout"
         )
     stored = [data.read(number) for number in numbers.tolist()]
-    captions = [[str(part) for part in one.parts[1:]] for one in stored]
+    captions = [[str(part) for part in document.parts[1:]] for document in stored]
 
     def picture(number: int) -> np.ndarray:
         whole = data.decode(int(numbers[number]), stored[number], content(number))
@@ -146,7 +146,7 @@ def set_pairs(data: DataSet, count: int, size: int, split: Split = "heldout") ->
         assert isinstance(image, bytes)
         return image
 
-    keys = [one.key for one in stored]
+    keys = [document.key for document in stored]
     prompts = [_chosen(key, texts) for key, texts in zip(keys, captions, strict=True)]
     return Pairs(f"{data.name} {split} by {RULE}", keys, prompts, captions, picture, content)
 
