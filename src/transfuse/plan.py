@@ -28,6 +28,8 @@ from .runs import Run, open_recipe_autoencoder, open_sources
 from .runs.resolve import init_tokenizer
 from .training.hardware import ASSUMED_MFU, card
 from .training.loss import MAX_LOGITS
+from .training.muon import block_matrices
+from .training.optimizer import OptimizerConfig
 
 TEXT_POSITIONS = 12  # positions of a caption and its markers: an estimate
 NODE = 8  # GPUs of a node
@@ -45,7 +47,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     positions_per_step               of packed rows, their capacity; else the mean of a step's documents
     images_per_step                  an estimate
     executed_train_flops_per_image   of an image without a caption: attention within it, logits of codes alone
-    memory_gigabytes                 weights, gradients, AdamW moments and EMA in float32, without activations
+    memory_gigabytes                 weights, gradients, moments and EMA in float32, without activations
 
     Raises UserError for a recipe whose parts do not fit.
     """
@@ -65,7 +67,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "steps": recipe.loop.steps,
         "train_tokens": tokens,
         "train_flops": 6 * count.total * tokens,
-        "memory_gigabytes": round(count.total * 4 * 5 / 2**30, 3),
+        "memory_gigabytes": round(4 * (count.total * 3 + _moments(model, recipe.optimizer)) / 2**30, 3),
     }
 
 
@@ -210,14 +212,21 @@ class StepContents:
 
 
 def memory(
-    config: ModelConfig, load: Load, checkpointing: Checkpointing, element: int = 2, gpus: int = 1, shard: int = 1
+    config: ModelConfig,
+    load: Load,
+    checkpointing: Checkpointing,
+    element: int = 2,
+    gpus: int = 1,
+    shard: int = 1,
+    optimizer: OptimizerConfig | None = None,
 ) -> dict[str, int]:
     """Return the memory of a GPU, in bytes by piece, in a step whose micro-batch is `load`.
 
     element       bytes of the compute dtype
     gpus, shard   the GPUs of the run, and the parts that each copy of the network is sharded into
 
-    weights, gradients, moments, EMA   4, 4, 8 and 4 bytes a parameter, float32; divided among shards
+    weights, gradients, moments, EMA   4, 4, 8 and 4 bytes a parameter, float32; divided among shards. Muon keeps one
+                  moment of the blocks' matrices, where AdamW keeps two
     gathered      on one GPU, each product's cast of its weight, kept for the backward pass (with recomputation, of one
                   block), and one matrix's gradient in that dtype; nothing in float32. On several (FSDP2), what is
                   outside the blocks, with a gradient, and of the blocks one computed with, one waiting, one arriving,
@@ -243,7 +252,7 @@ def memory(
     return {
         "weights": 4 * part,
         "gradients": 4 * part,
-        "moments": 8 * part,
+        "moments": 4 * -(-_moments(config, optimizer or OptimizerConfig()) // shard),
         "ema": 4 * part,
         "gathered": gathered,
         "activations": activations,
@@ -257,6 +266,14 @@ def _parameters(config: ModelConfig) -> tuple[int, int, int]:
     model = Transfusion.on_meta(config)
     block = sum(weight.numel() for weight in model.transformer.blocks[0].parameters())
     return sum(weight.numel() for weight in model.parameters()), block, model.embedding.weight.numel()
+
+
+@lru_cache(maxsize=64)
+def _moments(config: ModelConfig, optimizer: OptimizerConfig) -> int:
+    """Return the numbers that an optimizer keeps of all parameters."""
+    model = Transfusion.on_meta(config)
+    matrices = block_matrices(model) if optimizer.name == "muon" else {}
+    return sum((1 if name in matrices else 2) * weight.numel() for name, weight in model.named_parameters())
 
 
 def _choices(step: StepContents, gpus: int, usable: float) -> Iterator[dict[str, Any]]:
@@ -276,7 +293,8 @@ def _choices(step: StepContents, gpus: int, usable: float) -> Iterator[dict[str,
         while not fits and documents > 1:
             documents //= 2
             load = step.load(recipe.data.batch_size / documents)
-            pieces = memory(recipe.model, load, way, 4 if recipe.precision == "float32" else 2, gpus, shard)
+            element = 4 if recipe.precision == "float32" else 2
+            pieces = memory(recipe.model, load, way, element, gpus, shard, recipe.optimizer)
             pieces["total"] = sum(pieces.values())
             fits = pieces["total"] <= usable
         yield {

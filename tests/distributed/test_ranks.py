@@ -32,6 +32,8 @@ def runs(tmp_path_factory) -> Path:
         "full",
         "selective",
         "timestep",
+        "muon",
+        "newer",
         "unet",
         "dropout",
         "dropout-full",
@@ -45,9 +47,9 @@ def runs(tmp_path_factory) -> Path:
     ]
     cases.main(str(folder / "1"), *everywhere, *alone, f"shard:2:{moved}/1-4", f"shard:2:{moved}/1-tensor")
     two = [*everywhere, *(name for name in alone if "dropout" not in name), "replicate", "tensor"]
-    two += ["experts-tensor", "poisoned-copies"]
+    two += ["experts-tensor", "muon-tensor", "poisoned-copies", f"muon:2:{moved}/muon"]
     stopped = [f"shard:2:{moved}/2-2", f"shard:2:{moved}/2-1", f"tensor:2:{moved}/tensor-1"]
-    going_on = [f"shard:4:{moved}/2-2", f"tensor:4:{moved}/1-tensor"]
+    going_on = [f"shard:4:{moved}/2-2", f"tensor:4:{moved}/1-tensor", f"muon:4:{moved}/muon"]
     finished(torchrun(2, str(HERE / "cases.py"), str(folder / "2"), *two, *stopped, *going_on))
     finished(torchrun(3, str(HERE / "cases.py"), str(folder / "3"), *everywhere, "accumulate", "codes"))
     cases.main(str(folder / "1"), f"shard:4:{moved}/2-1", f"shard:4:{moved}/tensor-1")
@@ -103,7 +105,8 @@ def same(run: Path, other: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["shard", "accumulate", "full", "selective", "timestep", "unet", "codes", *EXPERTS, "text", "uneven"]
+    "name",
+    ["shard", "accumulate", "full", "selective", "timestep", "newer", "unet", "codes", *EXPERTS, "text", "uneven"],
 )
 def test_two_equal_one(runs: Path, name: str) -> None:
     same(runs / "1" / name, runs / "2" / name, 1e-5)
@@ -176,9 +179,19 @@ def test_checkpointing_drops_the_same_again(runs: Path) -> None:
     assert max(moved) > 1e-5, "dropout does something"
 
 
-def test_two_resumed_by_two_are_equal_to_the_bit(runs: Path) -> None:
+@pytest.mark.parametrize("name", ["muon", "muon-tensor"])
+def test_muon_gathers_whole_matrices(runs: Path, name: str) -> None:
+    """Newton-Schulz of shards would be another update."""
+    same(runs / "1" / "muon", runs / "2" / name, 1e-6)
+    adamw = weights(runs / "1" / "shard")
+    moved = [(weight - adamw[key]).abs().max() for key, weight in weights(runs / "1" / "muon").items() if "qkv" in key]
+    assert min(moved) > 1e-5, "Muon does something else"
+
+
+@pytest.mark.parametrize(("name", "of_two"), [("shard", "2-2"), ("muon", "muon")])
+def test_two_resumed_by_two_are_equal_to_the_bit(runs: Path, name: str, of_two: str) -> None:
     for kind in ("weights", "averages"):
-        straight, resumed = weights(runs / "2" / "shard", kind), weights(runs / "moved" / "2-2", kind)
+        straight, resumed = weights(runs / "2" / name, kind), weights(runs / "moved" / of_two, kind)
         assert all(torch.equal(weight, resumed[name]) for name, weight in straight.items())
 
 

@@ -21,12 +21,15 @@ from transfuse.training import LoopConfig, ObjectiveConfig, OptimizerConfig, Tra
 SWITCHES: dict[str, dict[str, Any]] = {
     "2-D positions": {"model": {"positions": "2d"}},
     "adaLN": {"model": {"timestep": "adaln"}},
+    "Muon": {"optimizer": {"name": "muon"}},
+    "Muon, two towers": {"model": {"experts": "all", "qk_norm": True}, "optimizer": {"name": "muon"}},
     "no timestep": {"model": {"timestep": "none", "adapter": "unet"}},
 }
 """fields of a recipe's parts, by the name of the switch"""
 TOGETHER: dict[str, Any] = {
     "model": {"positions": "2d", "timestep": "adaln", "patch_size": 4, "qk_norm": True, "qk_norm_type": "rms"},
     "diffusion": {"schedule": "flow", "prediction": "v", "weighting": "uniform", "times": "logit-normal"},
+    "optimizer": {"name": "muon"},
 }
 
 

@@ -1,5 +1,5 @@
-"""The update of a step: whether its losses allow one, AdamW with its schedule, groups and clipping (Transfusion
-section 4.1), and the moving average of the weights.
+"""The update of a step: whether its losses allow one, AdamW or Muon with its schedule, groups and clipping
+(Transfusion section 4.1), and the moving average of the weights.
 
 Every step is judged before the optimizer changes a weight, by the losses and gradient norm of all ranks, so all ranks
 reach the same verdict.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..errors import UserError
+from ..model import Transfusion
 from .distributed import Distributed, local
+from .muon import Muon, MuonConfig, block_matrices
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of AdamW; the defaults are the paper's. Raises ValueError, naming the field, for values out of range."""
+    """Settings of AdamW, the paper's by default, and of Muon. Raises ValueError, naming the field, if out of range."""
 
     learning_rate: float = 3e-4
     final_learning_rate: float = 1.5e-5
@@ -35,8 +38,13 @@ class OptimizerConfig:
     """weight decay of matrices; norms and biases have none"""
     clip: float = 1.0
     """largest global norm of the gradient"""
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the transformer's blocks, AdamW for embeddings, heads, norms and patch layers"""
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optimizer.name: expected adamw or muon, found {self.name}")
         for name in ("clip", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name}: expected a number above 0, found {getattr(self, name)}")
@@ -58,17 +66,32 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, betas: Mapping[str, tuple[float, float]] | None = None
-) -> torch.optim.AdamW:
-    """Return fused AdamW over the model's parameters; `betas` overrides the config's by name of a child module."""
+) -> torch.optim.Optimizer:
+    """Return fused AdamW over the model's parameters, or Muon over the blocks' matrices and AdamW over the rest.
+
+    `betas` overrides the config's by name of a child module. Raises UserError for Muon without blocks.
+    """
+    matrices: dict[str, tuple[int, ...]] = {}
+    if config.name == "muon":
+        if not isinstance(model, Transfusion):
+            raise UserError("optimizer.name: expected adamw for a network without a transformer's blocks, found muon")
+        matrices = block_matrices(model)
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
             own = (betas or {}).get(name.split(".")[0], config.betas)
             # Tensors sharded over different axes cannot be updated in one call.
-            key = decay, own, getattr(parameter, "device_mesh", None)
+            key = name in matrices, decay, own, getattr(parameter, "device_mesh", None)
             groups.setdefault(key, {"params": [], "weight_decay": decay, "betas": own})["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), lr=config.learning_rate, eps=config.eps, fused=True)
+    by_adamw = [group for (is_matrix, *_), group in groups.items() if not is_matrix]
+    adamw = torch.optim.AdamW(by_adamw, lr=config.learning_rate, eps=config.eps, fused=True)
+    by_muon = [group for (is_matrix, *_), group in groups.items() if is_matrix]
+    if not by_muon:
+        return adamw
+    assert isinstance(model, Transfusion)
+    rows = {weight: matrices[name] for name, weight in model.named_parameters() if name in matrices}
+    return Muon(by_muon, adamw, rows, config.muon, model.compute_dtype)
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Distributed) -> Tensor:

@@ -428,7 +428,7 @@ class Trainer:
         moments = {}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
+            for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
                 if key not in state and stacked_name(f"optimizer/{key}.{name}") in allocate:
                     counter = torch.zeros((), device=local(parameter).device if parameter.is_cuda else "cpu")
                     state[key] = counter if key == "step" else torch.zeros_like(parameter, requires_grad=False)

@@ -1,0 +1,135 @@
+"""Muon for the matrices of a transformer's blocks (Keller Jordan, 2024; arXiv 2502.16982), AdamW for all else.
+
+An update is the gradient's momentum, orthogonalised by a few Newton-Schulz steps: its singular values become about 1.
+The arithmetic is that of `torch.optim.Muon`, to which the tests compare it. That class cannot be used here, because two
+things come between a parameter and the matrices that it holds:
+
+- Stacked matrices (queries, keys and values; gate and up) are orthogonalised apart. The stack has no more singular
+  values than one of them, so that together each would get a part of an update, and the one with the largest gradient
+  most of it.
+- Sharded matrices are gathered, one at a time, because Newton-Schulz needs all of one. Momentum stays sharded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..model import ModelConfig, Transfusion
+from .distributed import local, place, whole
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: the steepest at zero that stays within 0.7 to 1.2
+EPS = 1e-7
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    """Settings of Muon, by `torch.optim.Muon`'s names. Raises ValueError, naming the field, for values out of range."""
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    """Newton-Schulz steps"""
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """how a matrix's shape changes the learning rate. match_rms_adamw: the update is as large as AdamW's, so that one
+    learning rate and one weight decay suit both (arXiv 2502.16982); original: Keller Jordan's"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.muon.momentum: expected a number from 0 to below 1, found {self.momentum}")
+        if not 1 <= self.ns_steps < 100:
+            raise ValueError(f"optimizer.muon.ns_steps: expected 1 to 99, found {self.ns_steps}")
+
+    def factor(self, rows: int, columns: int) -> float:
+        """Return what multiplies the learning rate of a matrix."""
+        if self.adjust_lr_fn == "original":
+            return math.sqrt(max(1, rows / columns))
+        return 0.2 * math.sqrt(max(rows, columns))
+
+
+def block_matrices(model: Transfusion) -> dict[str, tuple[int, ...]]:
+    """Return the names of the blocks' matrices, each with the rows of the matrices that are stacked in it."""
+    prefix, matrices = "transformer.blocks.", {}
+    for name, weight in model.named_parameters():
+        if name.startswith(prefix) and weight.ndim == 2:
+            matrices[name] = _stacked_rows(model.config, name, len(weight))
+    return matrices
+
+
+def _stacked_rows(config: ModelConfig, name: str, rows: int) -> tuple[int, ...]:
+    if name.endswith("qkv.weight"):
+        return config.heads_dim, *[config.kv_heads * config.head_dim] * 2
+    return (rows // 2,) * 2 if name.endswith("gate_up.weight") else (rows,)
+
+
+def orthogonalised(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Return U V^T of `matrix` = U S V^T, roughly: its singular values are about 0.7 to 1.2. Computed in `dtype`."""
+    a, b, c = COEFFICIENTS
+    x = matrix.to(dtype)
+    tall = len(x) > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=EPS)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for `groups`, and `others` for the parameters that it holds; both by one list of groups and one state.
+
+    rows    of each of Muon's parameters the rows of the matrices in it (`block_matrices`)
+    dtype   of Newton-Schulz
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        others: torch.optim.Optimizer,
+        rows: Mapping[nn.Parameter, tuple[int, ...]],
+        config: MuonConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__([dict(group) for group in groups], {"lr": others.defaults["lr"]})
+        self.rows, self.config, self.dtype, self.others = rows, config, dtype, others
+        self.own = list(self.param_groups)
+        self.param_groups += others.param_groups
+        self.state = others.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.own:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    update = self._update(weight)
+                    local(weight).mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+        self.others.step()
+
+    def _update(self, weight: nn.Parameter) -> Tensor:
+        """Update the momentum, and return this rank's part of the orthogonalised update."""
+        gradient, momentum = weight.grad, self.config.momentum
+        assert gradient is not None
+        if "momentum_buffer" not in self.state[weight]:
+            self.state[weight]["momentum_buffer"] = torch.zeros_like(weight, requires_grad=False)
+        buffer = self.state[weight]["momentum_buffer"]
+        local(buffer).lerp_(local(gradient), 1 - momentum)
+        direction = buffer
+        if self.config.nesterov:
+            direction = torch.empty_like(buffer)
+            local(direction).copy_(local(gradient).lerp(local(buffer), momentum))
+        pieces = [
+            orthogonalised(piece, self.config.ns_steps, self.dtype).to(weight.dtype) * self.config.factor(*piece.shape)
+            for piece in whole(direction).split(self.rows[weight])
+        ]
+        update = torch.cat(pieces)
+        if not isinstance(weight, DTensor):
+            return update
+        shard = torch.empty_like(buffer)
+        place(shard, update)
+        return local(shard)
