@@ -100,6 +100,8 @@ def test_ids_name_tokens_where_no_name_does(tmp_path: Path) -> None:
         ),
         ("generation_config.json", {"eos_token_id": [1, -1]}, r"generation_config\.json: eos_token_id: .* found -1"),
         ("config.json", [], r"config\.json: expected settings by name, found a list"),
+        ("tokenizer_config.json", {"chat_template": 7}, r"chat_template: expected a text, found a int"),
+        ("tokenizer_config.json", {"end_tokens": "</s>"}, r"end_tokens: expected a list of tokens, found '</s>'"),
     ],
 )
 def test_tokens_that_the_tokenizer_does_not_have(file: str, values: Any, match: str, tmp_path: Path) -> None:

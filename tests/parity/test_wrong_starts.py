@@ -99,6 +99,14 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         r'rope_scaling: .* found "longrope" \(--init\.allow-changes rope_scaling drops it\)',
     ),
     "no width": (lambda f: config(f, hidden_size=None), r"hidden_size: expected a number, found None$"),
+    "fewer rows than it says": (
+        lambda f: config(f, vocab_size=320),
+        r"tensor lm_head\.weight: expected 320 rows, as config\.json's vocab_size says, found \(300, 48\)",
+    ),
+    "a template of other bytes": (
+        lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"),
+        r"chat_template\.jinja: expected a template in UTF-8, found none",
+    ),
     "no tokenizer": (
         lambda f: (f / "tokenizer.json").unlink(),
         r"tokenizer\.json: expected a tokenizer\.json, found no file",

@@ -220,6 +220,8 @@ def _tokenizer_config(values: dict[str, Any], config: dict[str, Any], special: d
         "model_max_length": config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
         "chat_template": values.get("tokenizer.chat_template"),
+        # Llama 3's files may not say it; llama.cpp takes it for granted.
+        "add_bos_token": values.get("tokenizer.ggml.add_bos_token", values.get("tokenizer.ggml.pre") == "llama-bpe"),
         **{name.removesuffix("_id"): tokens[number] for name, number in special.items()},
     }
 

@@ -156,6 +156,8 @@ def match_weights(model: Transfusion, folder: Path, allow: Collection[str] = ())
         if name in (EMBEDDING, HEAD):  # image codes follow the text ids in the table
             expected = f"at most {config.text_vocab_size} rows of {config.d_model}"
             fits = len(shape) == 2 and shape[0] <= config.text_vocab_size and shape[1] == config.d_model
+            if fits and shape[0] < values["vocab_size"]:
+                fits, expected = False, f"{values['vocab_size']} rows, as config.json's vocab_size says"
         if not fits:
             raise UserError(f"{folder}: tensor {name}: expected {expected}, found {shape}")
     return files, match

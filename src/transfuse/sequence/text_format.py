@@ -63,14 +63,13 @@ def read_text_format(folder: Path, backend: tokenizers.Tokenizer) -> TextFormat:
     """
     files = {name: _read(folder / name) for name in (TOKENIZER_CONFIG, "config.json", "generation_config.json")}
     named = files.pop(TOKENIZER_CONFIG)
-    template = named.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    if (folder / TEMPLATE).is_file():
-        template = (folder / TEMPLATE).read_text(encoding="utf-8")
+    template = _template(folder, named.get("chat_template"))
     if "end_tokens" in named:  # written by `TextFormat.config`
         begin, eos, bos = (_token(folder, named, f"{name}_token", backend) for name in ("begin", "eos", "bos"))
-        return TextFormat(begin or BOS, eos or EOS, tuple(named["end_tokens"]), bos, template)
+        others = named["end_tokens"]
+        if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
+            raise UserError(f"{folder / TOKENIZER_CONFIG}: end_tokens: expected a list of tokens, found {others!r:.80}")
+        return TextFormat(begin or BOS, eos or EOS, tuple(others), bos, template)
 
     def by_id(field: str) -> list[str]:
         """Return the tokens that a field of config.json and generation_config.json names by id, each once."""
@@ -97,6 +96,22 @@ def read_text_format(folder: Path, backend: tokenizers.Tokenizer) -> TextFormat:
     if bos == eos == EOS:  # nothing is known: both are ours
         return TextFormat(other_ends=others, chat_template=template)
     return TextFormat(bos, eos, others, bos_token, template)
+
+
+def _template(folder: Path, template: Any) -> str | None:
+    """Return the chat template: of its file, or from tokenizer_config.json, where it stands alone or in a list."""
+    if (folder / TEMPLATE).is_file():
+        try:
+            return (folder / TEMPLATE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder / TEMPLATE}: expected a template in UTF-8, found none ({error})") from None
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        kind = type(template).__name__
+        raise UserError(f"{folder / TOKENIZER_CONFIG}: chat_template: expected a text, found a {kind}")
+    return template
 
 
 def _read(path: Path) -> Mapping[str, Any]:
