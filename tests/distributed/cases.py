@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "muon": {"optimizer.name": "muon"},
     "muon-tensor": {"optimizer.name": "muon", "parallel.tensor": 2},
     "newer": {"model": {"positions": "2d", "timestep": "adaln"}},
+    "tied": {"model": {"tie_embeddings": True, "sliding_window": 9, "full_attention_layers": (0,)}},
     "unet": {"model.adapter": "unet", "model.unet_channels": (8, 16, 16, 16)},
     "dropout": {"model.dropout": 0.1},
     "dropout-full": {"model.dropout": 0.1, "parallel.activation_checkpointing": "full"},

@@ -34,6 +34,7 @@ def runs(tmp_path_factory) -> Path:
         "timestep",
         "muon",
         "newer",
+        "tied",
         "unet",
         "dropout",
         "dropout-full",
@@ -106,14 +107,14 @@ def same(run: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["shard", "accumulate", "full", "selective", "timestep", "newer", "unet", "codes", *EXPERTS, "text", "uneven"],
+    ["shard", "accumulate", "full", "selective", "timestep", "newer", "tied", "unet", "codes", *EXPERTS, "text", "uneven"],
 )
 def test_two_equal_one(runs: Path, name: str) -> None:
     same(runs / "1" / name, runs / "2" / name, 1e-5)
 
 
 @pytest.mark.parametrize(
-    "name", ["shard", "accumulate", "full", "selective", "timestep", "unet", "codes", *EXPERTS, "text", "uneven"]
+    "name", ["shard", "accumulate", "full", "selective", "timestep", "tied", "unet", "codes", *EXPERTS, "text", "uneven"]
 )
 def test_loss_and_gradient_of_equal_weights(runs: Path, name: str) -> None:
     """The first step's, before rounding has gone through Adam, which makes much of it.
