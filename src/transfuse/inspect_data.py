@@ -28,7 +28,7 @@ from .data.sources import as_latent
 from .errors import UserError
 from .io import atomic_write
 from .log import logger
-from .recipes import Recipe, preset
+from .recipes import ImageContext, Recipe, preset
 from .report import (
     Bar,
     Bars,
@@ -70,27 +70,32 @@ Lengths = tuple[np.ndarray, np.ndarray | None]
 
 
 def inspect_sources(
-    sources: tuple[str, ...], out: Path, preset_name: str, row_length: int, limits: Limits | None = None
+    sources: tuple[str, ...],
+    out: Path,
+    preset_name: str,
+    row_length: int,
+    limits: Limits | None = None,
+    context: ImageContext | None = None,
 ) -> dict[str, Any]:
     """Inspect data sets and their mixture under a preset; write `index.html` and `report.json`, which is returned.
 
-    Why sources cannot be mixed is part of the report.
+    Why sources cannot be mixed is part of the report. context: `data.context`; None: the preset's.
 
     Raises:
         UserError: no such source or preset, sets that do not go together, images that do not fit the preset's patches,
             or a folder that cannot be written.
     """
     limits, recipe = limits or Limits(), preset(preset_name)
-    recipe = replace(recipe, data=replace(recipe.data, sources=sources))
+    recipe = replace(recipe, data=replace(recipe.data, sources=sources, context=context or recipe.data.context))
     opened = open_sources(recipe.data)
     sets = opened.sets.values()
-    context, needed = recipe.model.max_seq_len, 2 + max((data.manifest.longest for data in sets), default=0)
+    most, needed = recipe.model.max_seq_len, 2 + max((data.manifest.longest for data in sets), default=0)
     # The page reports a context that is too short; it does not prevent the inspection.
-    recipe = replace(recipe, model=replace(recipe.model, max_seq_len=max(context, needed)))
+    recipe = replace(recipe, model=replace(recipe.model, max_seq_len=max(most, needed)))
     run = resolve(recipe, here=False)
     autoencoder = None if run.recipe.model.images == "none" else run.autoencoder
     lengths = {data.path: _lengths(data, run.recipe, autoencoder, limits) for data in sets}
-    report: dict[str, Any] = {"version": __version__, "preset": preset_name, "context": context, "needed": needed}
+    report: dict[str, Any] = {"version": __version__, "preset": preset_name, "context": most, "needed": needed}
     report["sets"] = {data.path: _figures(data, *lengths[data.path], limits) for data in sets}
     try:
         report |= _mixture(run.recipe, opened, autoencoder, row_length, report["sets"], limits)
@@ -120,7 +125,8 @@ def _lengths(data: DataSet, recipe: Recipe, autoencoder: Autoencoder | None, lim
     if autoencoder is None:
         return tokens, None
     side = recipe.model.patch_size * (data.manifest.encoding or autoencoder).factor
-    return tokens, count_positions(tokens, []) + data.image_positions(numbers, side)
+    copies = data.copy_positions(numbers, side) if recipe.data.context == "clean-copy" else 0
+    return tokens, count_positions(tokens, []) + data.image_positions(numbers, side) + copies
 
 
 def _figures(data: DataSet, tokens: np.ndarray, positions: np.ndarray | None, limits: Limits) -> dict[str, Any]:
@@ -176,13 +182,15 @@ def _mixture(
 ) -> dict[str, Any]:
     """Return `mixture` and `rows` of the report. Raises UserError where the sources cannot be mixed."""
     tokenizer = opened.tokenizer or train_tokenizer(recipe)
-    form = recipe.model.sequence_format(tokenizer)
+    form = recipe.sequence_format(tokenizer)
     # The stream of a run whose end is far: annealed weights and the number of samples needed do not matter here.
     opened = replace(opened, specs=tuple(replace(spec, final=None) for spec in opened.specs))
     data = replace(recipe.data, batch_size=1, accumulate=1, row_length=None)
     recipe = replace(recipe, data=data, loop=replace(recipe.loop, steps=1))
     stream = mixture(recipe, opened, tokenizer, form, autoencoder)
-    lengths = stream.lengths(range(int(min(limits.samples, stream.end))), form)
+    samples = range(int(min(limits.samples, stream.end)))
+    lengths = stream.lengths(samples, form)
+    copied = lengths - stream.lengths(samples, replace(form, clean_copy=False)) if form.clean_copy else np.zeros(1)
     ends = [*(phase.start for phase in stream.phases[1:]), len(lengths)]
     phases = [
         (phase, range(phase.start, min(end, len(lengths)))) for phase, end in zip(stream.phases, ends, strict=True)
@@ -209,6 +217,7 @@ def _mixture(
             "samples": len(lengths),
             "share_of": data.share_of,
             "mean_positions": float(lengths.mean()),
+            "share_of_copies": float(copied.sum() / lengths.sum()),
             "ends_after": int(stream.end) if isfinite(stream.end) else None,
             "sources": sources,
         },
@@ -274,6 +283,9 @@ def _first_screen(report: dict[str, Any]) -> list[Block]:
     else:
         numbers.append(("Rows", f"{rows['rows']:,}", f"of {rows['length']:,} positions, as data.row_length packs"))
         numbers.append(("Filled", percent(rows["used"]), "of these rows; the rest is padding"))
+    if mixture["share_of_copies"]:
+        copies = percent(mixture["share_of_copies"])
+        numbers.append(("Noised copies", copies, "of all positions: data.context clean-copy"))
     if mixture["ends_after"] is not None:
         numbers.append(("Used up after", f"{mixture['ends_after']:,}", "samples, by the epochs allowed"))
     head = ["source", "share of positions", "share of samples", "weight", "passes"]

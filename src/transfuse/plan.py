@@ -183,15 +183,21 @@ class StepContents:
             positions = data.batch_size * data.row_length
         patches = (side // model.patch_size) ** 2
         if patches and sources.pictures:
-            share, document = 1 - data.text_share, patches + TEXT_POSITIONS
+            share, of_image = 1 - data.text_share, patches * (1 + _copied_share(recipe))
+            document = of_image + TEXT_POSITIONS
             if data.share_of == "documents":
-                share = share * document / (share * patches + TEXT_POSITIONS)
+                share = share * document / (share * of_image + TEXT_POSITIONS)
             images = round(positions * (share if sources.texts else 1) / document)
         return cls(recipe, positions, images, side, patches)
 
+    @property
+    def copies(self) -> int:
+        """Images that stand twice in a step, an estimate: `images` counts them once."""
+        return round(self.images * _copied_share(self.recipe))
+
     def load(self, parts: float) -> Load:
         """Return one of `parts` equal parts of the step; fractions of an image are rounded up."""
-        positions, images = -int(-self.positions // parts), -int(-self.images // parts)
+        positions, images = -int(-self.positions // parts), -int(-(self.images + self.copies) // parts)
         if self.recipe.model.images != "latents":
             return Load(positions, positions)
         return Load(positions, max(0, positions - images * self.patches), {(self.side, self.side): images})
@@ -203,12 +209,18 @@ class StepContents:
 
     def executed_flops(self) -> int:
         """Return the operations of the forward and backward pass, without recomputation."""
-        text = self.positions - self.images * (self.patches + TEXT_POSITIONS)
+        text = self.positions - self.images * (self.patches + TEXT_POSITIONS) - self.copies * self.patches
         document = self.recipe.data.row_length or TEXT_POSITIONS  # of text alone: at most a row, where rows are packed
-        pairs = self.images * self.image_pairs(TEXT_POSITIONS) + text * (document + 1) // 2
+        pairs = self.images * self.image_pairs(TEXT_POSITIONS) + self.copies * self.image_pairs()
+        pairs += text * (document + 1) // 2
         load = self.load(1)
         sizes = [size for size, count in load.images.items() for _ in range(count)]
         return 3 * forward_flops(self.recipe.model, load.positions, pairs, load.predictions, sizes)
+
+
+def _copied_share(recipe: Recipe) -> float:
+    """Return the share of images, taken for those of pairs, that have a noised copy: those before their caption."""
+    return 1 - recipe.data.pairs.caption_first if recipe.data.context == "clean-copy" else 0.0
 
 
 def memory(

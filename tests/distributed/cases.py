@@ -57,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "unet": {"model.adapter": "unet", "model.unet_channels": (8, 16, 16, 16)},
     "dropout": {"model.dropout": 0.1},
     "dropout-full": {"model.dropout": 0.1, "parallel.activation_checkpointing": "full"},
+    "clean-copy": {"data.context": "clean-copy", "data.pairs.caption_first": 0.3},
     "uneven": {},
     "poisoned": {"loop.guard.nonfinite": "skip"},
     "poisoned-copies": {"loop.guard.nonfinite": "skip", "parallel.replicate": 2},

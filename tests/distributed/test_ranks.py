@@ -36,6 +36,7 @@ def runs(tmp_path_factory) -> Path:
         "newer",
         "tied",
         "unet",
+        "clean-copy",
         "dropout",
         "dropout-full",
         "codes",
@@ -66,6 +67,7 @@ def runs(tmp_path_factory) -> Path:
         ("shard", ["2/accumulate", "3/accumulate", "2/replicate", "4/replicate", "2/tensor", "4/tensor", "moved/2-1"]),
         ("codes", ["2/codes", "3/codes"]),
         ("unet", ["2/unet"]),
+        ("clean-copy", ["2/clean-copy"]),
     ],
 )
 def test_counts_are_equal_for_every_split(runs: Path, alone: str, others: list[str]) -> None:
@@ -107,14 +109,42 @@ def same(run: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["shard", "accumulate", "full", "selective", "timestep", "newer", "tied", "unet", "codes", *EXPERTS, "text", "uneven"],
+    [
+        "shard",
+        "accumulate",
+        "full",
+        "selective",
+        "timestep",
+        "newer",
+        "tied",
+        "unet",
+        "clean-copy",
+        "codes",
+        *EXPERTS,
+        "text",
+        "uneven",
+    ],
 )
 def test_two_equal_one(runs: Path, name: str) -> None:
     same(runs / "1" / name, runs / "2" / name, 1e-5)
 
 
 @pytest.mark.parametrize(
-    "name", ["shard", "accumulate", "full", "selective", "timestep", "tied", "unet", "codes", *EXPERTS, "text", "uneven"]
+    "name",
+    [
+        "shard",
+        "accumulate",
+        "full",
+        "selective",
+        "timestep",
+        "tied",
+        "unet",
+        "clean-copy",
+        "codes",
+        *EXPERTS,
+        "text",
+        "uneven",
+    ],
 )
 def test_loss_and_gradient_of_equal_weights(runs: Path, name: str) -> None:
     """The first step's, before rounding has gone through Adam, which makes much of it.

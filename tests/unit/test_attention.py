@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -28,35 +29,47 @@ PARTS = st.one_of(
 )
 
 
+Seen = tuple[Tensor, Tensor, Tensor | None]
+
+
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """What positions of random documents see."""
+def layouts(draw: st.DrawFn) -> Seen:
+    """What positions of random documents see, with noised copies and without."""
     documents = draw(st.lists(st.lists(PARTS, max_size=4).map(Document), min_size=1, max_size=6))
-    batch = collate(documents, GRAMMAR, draw(st.sampled_from(["bidirectional", "causal"])))
-    return batch.kv_start, batch.kv_end
+    form = replace(GRAMMAR, clean_copy=draw(st.booleans()))
+    batch = collate(documents, form, draw(st.sampled_from(["bidirectional", "causal"])))
+    return batch.kv_start, batch.kv_end, batch.gaps
 
 
 @st.composite
-def intervals(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Any intervals at all in which each position sees itself."""
+def intervals(draw: st.DrawFn) -> Seen:
+    """Any intervals at all in which each position sees itself, and any gaps before it."""
     length, seed = draw(st.integers(1, 300)), draw(st.integers(0, 2**32))
     shares = torch.rand(2, length, generator=torch.Generator().manual_seed(seed))
     before, after = shares.pow(draw(st.sampled_from([0.1, 1.0, 8.0])))
     position = torch.arange(length)
     start, end = position - (before * position).round(), position + 1 + (after * (length - 1 - position)).round()
-    return start.long(), end.long()
+    start, end = start.long(), end.long()
+    if not draw(st.booleans()):
+        return start, end, None
+    shares = torch.rand(2, length, generator=torch.Generator().manual_seed(seed + 1))
+    first = start + (shares[0] * (position - start)).long()
+    return start, end, torch.stack([first, first + (shares[1] * (position - first)).long()])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=90)
 @given(st.one_of(layouts(), intervals()), st.sampled_from([1, 4, 16, 128]))
-def test_the_block_mask_is_what_torch_makes_of_all_pairs(seen: tuple[Tensor, Tensor], block: int) -> None:
+def test_the_block_mask_is_what_torch_makes_of_all_pairs(seen: Seen, block: int) -> None:
     """Every table to the last number, the order of columns included, for queries and for keys."""
-    start, end = seen
+    start, end, gaps = seen
     length = len(start)
+    first, last = torch.zeros(2, length, dtype=torch.int64) if gaps is None else gaps
     with patch.object(attention, "BLOCK", block):
-        found = block_mask(start, end)
+        found = block_mask(start, end, gaps)
     expected = flex_attention.create_block_mask(
-        lambda b, h, query, key: (start[query] <= key) & (key < end[query]),
+        lambda b, h, query, key: (
+            (start[query] <= key) & (key < end[query]) & ~((first[query] <= key) & (key < last[query]))
+        ),
         None, None, length, length, device="cpu", BLOCK_SIZE=block,
     )  # fmt: skip
     assert found.shape == expected.shape
@@ -76,7 +89,7 @@ def test_the_block_mask_looks_at_no_pairs() -> None:
     assert mode.elements <= max(4 * blocks**2, blocks * attention.BLOCK)
 
 
-def some_batches(count: int, positions: int) -> Iterator[Batch]:
+def some_batches(count: int, positions: int, form: SequenceFormat = GRAMMAR) -> Iterator[Batch]:
     """Batches of equally many positions, 910 or more, but different layouts; a document of each is several blocks."""
     for seed in range(count):
         rng = random.Random(seed)
@@ -90,7 +103,7 @@ def some_batches(count: int, positions: int) -> Iterator[Batch]:
 
         documents = [document(rng.randint(1, 25)) for _ in range(8)]
         documents.insert(rng.randint(0, 8), document(rng.randint(400, 440)))
-        batch = collate(documents, GRAMMAR, multiple=positions)
+        batch = collate(documents, form, multiple=positions)
         assert batch.positions == positions
         yield batch
 
@@ -111,12 +124,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize(
+    ("kv_heads", "clean_copy"), [pytest.param(4, False, marks=pytest.mark.long), (2, False), (2, True)]
+)
 @torch.no_grad()
-def test_the_kernel_is_compiled_once_for_a_number_of_positions(kv_heads: int, counted) -> None:
-    compiled = []
+def test_the_kernel_is_compiled_once_for_a_number_of_positions(kv_heads: int, clean_copy: bool, counted) -> None:
+    compiled, form = [], replace(GRAMMAR, clean_copy=clean_copy)
     for positions, count in ((1000, 6), (1300, 2), (1100, 2)):
-        for batch in some_batches(count, positions):
+        for batch in some_batches(count, positions, form):
             heads = random_heads(batch, 4, kv_heads)
             torch.testing.assert_close(flexible(batch)(0, *heads), dense(batch)(0, *heads), atol=1e-5, rtol=1e-5)
             compiled.append(counted.frame_count)

@@ -310,8 +310,8 @@ def test_bad_settings() -> None:
     assert Image(torch.zeros(3, 2, 2)).target
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "clean_copy"), [(0, False), (2, False), (2, True)])
+def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int, clean_copy: bool) -> None:
     """Pictures that come as pixels, with timesteps and noise from the loader, cost what encoded ones do."""
     config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=3)
     autoencoder = ImageAutoencoder(config).initialise(0)
@@ -325,10 +325,12 @@ def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int)
             SceneEdits(world, tokenizer, encoder, EditConfig(), 0),
         ]
         stream = Mixture([MixtureComponent(source, 1.0) for source in sources], None)
-        grammar = tokenizer.sequence_format(patch_size=2)
+        grammar = replace(tokenizer.sequence_format(patch_size=2), clean_copy=clean_copy)
         settings = {"workers": workers, "finish": goal.sample_noise} if later else {}
         (batch,) = StepLoader(stream.document, grammar, 12, **settings)(1)
-        assert bool(len(batch.pixels)) == bool(len(batch.noise)) == later
+        assert len(batch.pixels) == later * (len(batch.latents) - len(batch.copies))
+        assert bool(len(batch.noise)) == later
+        assert bool(batch.copies) == clean_copy
         assert all(latent.is_meta == later for latent in batch.latents)
         assert batch.to("cpu").quantities == batch.quantities
         sums = goal.loss(model, batch.to("cpu"))

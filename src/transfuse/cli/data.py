@@ -11,6 +11,7 @@ from ..data.remote import Cache
 from ..errors import UserError
 from ..inspect_data import inspect_sources
 from ..log import logger
+from ..recipes import ImageContext
 from .options import Flat, Json, Positional, print_json
 
 SHOWN_PROBLEMS = 100  # problems of a data set that are named one by one
@@ -70,6 +71,7 @@ def inspect(
     out: Path = Path("inspection"),
     preset: str = "demo",
     row_length: int = 4096,
+    context: ImageContext | None = None,
     json: Json = False,
 ) -> int:
     """Look at data sets, and what a run would make of them: counts, lengths, images with captions, the mixture.
@@ -81,8 +83,9 @@ def inspect(
         out: folder for index.html and report.json
         preset: whose text share, patches and autoencoder are taken for the mixture
         row_length: positions of the packed rows that are tried
+        context: data.context of transfuse train, which decides what images cost; by default the preset's
     """
-    report = inspect_sources(sources, out, preset, row_length)
+    report = inspect_sources(sources, out, preset, row_length, context=context)
     if json:
         print_json({"report": str(out / "index.html"), **report})
     else:

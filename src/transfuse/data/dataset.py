@@ -53,10 +53,13 @@ DOCUMENT = np.dtype(
         ("first_picture", "<u8"),
         ("pair", "?"),
         ("conditional", "?"),  # text comes before its last image
+        ("followed", "?"),  # text comes after its last image
         ("hash", "u1", (16,)),
     ]
 )
-ROW = struct.Struct("<QIIQ??16s")  # a row of DOCUMENT
+# A set built before `followed` was noted; it is read as before.
+OLD_DOCUMENT = np.dtype([field for field in DOCUMENT.descr if field[0] != "followed"])
+ROWS = {DOCUMENT: struct.Struct("<QIIQ???16s"), OLD_DOCUMENT: struct.Struct("<QIIQ??16s")}
 IMAGE = np.dtype([("rows", "<u2"), ("columns", "<u2")])
 PADDED = np.dtype([*IMAGE.descr, ("inner_rows", "<u2"), ("inner_columns", "<u2")])
 GROUP = np.dtype([("first", "<u8"), ("document", "<u8")])
@@ -177,7 +180,8 @@ class DataSet:
             raise UserError(f"{where}: version: expected {wanted}, found {other}; build the set again")
         self.manifest = from_dict(Manifest, values, where)
         self._manifest, self.fingerprint = manifest, _fingerprint(manifest)
-        self.documents = self._mapped("documents.npy", DOCUMENT, self.manifest.documents)
+        self.documents = self._mapped("documents.npy", DOCUMENT, self.manifest.documents, OLD_DOCUMENT)
+        self._row = ROWS[self.documents.dtype]
         self.images = self._mapped("pictures.npy", PADDED if self.manifest.padded else IMAGE, self.manifest.pictures)
         captions, grouped = self.manifest.captions, self.manifest.grouped
         self.captions = self._mapped("captions.npy", CAPTION, captions) if captions else np.zeros(0, CAPTION)
@@ -264,6 +268,19 @@ class DataSet:
         images = self.images[np.arange(len(owners)) + np.repeat(first - (counts.cumsum() - counts), counts)]
         positions = 2 + images["rows"].astype(np.int64) * images["columns"] // side**2
         return np.bincount(owners, positions, len(numbers)).astype(np.int64)
+
+    def copy_positions(self, numbers: np.ndarray, side: int) -> np.ndarray:
+        """Return the patches `[n]`, of `side` pixels, of those images of documents `[n]` that text or an image follows.
+
+        A set that does not say whether text follows its last image counts as if all of its texts did.
+        """
+        documents = self.documents[numbers]
+        followed = documents["followed"] if documents.dtype == DOCUMENT else documents["tokens"] > 0
+        counts = self._images_of(numbers)[1]
+        patches = self.image_positions(numbers, side) - 2 * counts
+        bare = (counts > 0) & ~followed
+        patches[bare] -= self.image_positions(numbers[bare], side, last_only=True) - 2
+        return patches
 
     def _images_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the place in the index of each document's first image, and the number of its images."""
@@ -402,7 +419,7 @@ class DataSet:
             wanted = f"expected the data set {self.fingerprint}, as it was opened"
             raise UserError(f"{self.path}: {wanted}, found {fingerprint}: it has changed")
 
-    def _mapped(self, name: str, dtype: np.dtype[Any], count: int) -> np.ndarray:
+    def _mapped(self, name: str, dtype: np.dtype[Any], count: int, older: np.dtype[Any] | None = None) -> np.ndarray:
         try:
             index = np.load(self.file(name), mmap_mode="r" if count else None, allow_pickle=False)
         except UserError:
@@ -410,14 +427,14 @@ class DataSet:
         except Exception as error:  # a damaged header can make numpy raise anything: EOFError, TokenError, ...
             reason = " ".join(str(error).split())
             raise UserError(f"{self.path}/{name}: expected the index of the set, found none ({reason})") from None
-        if index.dtype != dtype or index.shape != (count,):
+        if index.dtype not in (dtype, older or dtype) or index.shape != (count,):
             raise UserError(f"{self.path}/{name}: expected {count} rows, as the manifest says, found {index.shape}")
         return index.view(np.ndarray)
 
     def _read(self, number: int) -> tuple[bytes, int, bytes]:
         """Return the bytes of a document; and, from the index, its tokens and its hash."""
         # Unpacked at once: each field of a numpy row costs as much as all of them.
-        place, size, tokens, _, _, _, expected = ROW.unpack(self.documents[number].tobytes())
+        place, size, tokens, *_, expected = self._row.unpack(self.documents[number].tobytes())
         try:
             with self._lock:
                 file = self._shard_file(number // self.manifest.shard_size)

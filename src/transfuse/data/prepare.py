@@ -10,7 +10,7 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Literal
@@ -120,6 +120,7 @@ class Prepared:
     changed: the name of each change that was made to its text.
     fingerprints: of its images, or of its text.
     heldout: its side in the data set that it comes from.
+    followed: text comes after its last image.
     """
 
     key: str
@@ -134,6 +135,7 @@ class Prepared:
     changed: tuple[str, ...] = ()
     fingerprints: tuple[Fingerprint, ...] = ()
     heldout: bool | None = None
+    followed: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,12 @@ def bucket(rows: int, columns: int, size: int, multiple: int) -> tuple[int, int]
         if width and 1 / WIDEST <= width / height <= WIDEST:
             shapes.append((height, width))
     return min(shapes, key=lambda shape: (abs(math.log(shape[1] / shape[0]) - math.log(columns / rows)), shape))
+
+
+def is_followed(tokens: Sequence[int | None]) -> bool:
+    """Return True if a document has text after its last image. tokens: of each part; None: an image."""
+    images = [place for place, count in enumerate(tokens) if count is None]
+    return any(tokens[images[-1] + 1 :]) if images else False
 
 
 def build_autoencoder(config: BuildConfig) -> Autoencoder | None:
@@ -343,6 +351,7 @@ class Preparer:
             changed=tuple(changed),
             fingerprints=tuple(looks) or (Fingerprint.of_bytes(hash_),),
             heldout=item.heldout,
+            followed=is_followed(counts),
         )
 
     def _encode(self, key: str, pixels: np.ndarray) -> bytes:

@@ -202,11 +202,13 @@ class ScenePairs(SceneSource):
         return pair_document(text, self.image(index), self.config, self.seed, sample)
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
-        tokens = np.zeros(len(indices), dtype=np.int64)
+        tokens, copied = np.zeros((2, len(indices)), dtype=np.int64)
         for place, (index, sample) in enumerate(zip(indices.tolist(), samples.tolist(), strict=True)):
-            if pair_order(self.config, self.seed, sample) != "unconditional":
+            order = pair_order(self.config, self.seed, sample)
+            if order != "unconditional":
                 tokens[place] = len(self.tokenizer.encode(bundled.caption(self.world.scene(index), index)))
-        return count_positions(tokens, [self.patches(form)])
+            copied[place] = form.clean_copy and order == "caption"
+        return count_positions(tokens, [self.patches(form)]) + copied * self.patches(form)
 
     def render(self, number: int) -> np.ndarray:
         return self.world.render(self.world.scene(number))
@@ -447,23 +449,29 @@ class StoredImages(StoredTexts):
             epoch, several = int(indices[place]) // self.epoch, (int(first[place]), int(counts[place]))
             drawn = self._drawn_caption(int(numbers[place]), epoch, *several)
             tokens[place] = self.data.captions["tokens"][several[0] + drawn]
+        copies = self.data.copy_positions(numbers, side) if form.clean_copy else np.zeros_like(images)
         for place in np.flatnonzero(documents["pair"]):
-            if pair_order(self.config, self.seed, int(samples[place])) == "unconditional":
+            order = pair_order(self.config, self.seed, int(samples[place]))
+            if order == "unconditional":
                 tokens[place] = 0
+            if order != "caption" or not tokens[place]:
+                copies[place] = 0
         conditional = np.flatnonzero(documents["conditional"])
         dropped = [i for i in conditional if caption_dropped(self.config, self.seed, int(samples[i]))]
-        tokens[dropped] = 0
+        tokens[dropped] = copies[dropped] = 0
         images[dropped] = self.data.image_positions(numbers[dropped], side, last_only=True)
-        return count_positions(tokens, []) + images
+        return count_positions(tokens, []) + images + copies
 
     def _expected_lengths(self, numbers: np.ndarray, form: SequenceFormat) -> np.ndarray:
         documents, side = self.data.documents[numbers], form.patch_size * self.autoencoder.factor
         tokens, images = self.data.expected_tokens(numbers), self.data.image_positions(numbers, side)
-        lengths = count_positions(tokens, []) + images
+        copies = self.data.copy_positions(numbers, side) if form.clean_copy else np.zeros_like(images)
+        lengths = count_positions(tokens, []) + images + copies
         pair, conditional = documents["pair"], documents["conditional"]
-        lengths[pair] -= self.config.caption_first * self.config.caption_drop * tokens[pair]
+        lengths[pair] -= self.config.caption_first * (self.config.caption_drop * tokens[pair] + copies[pair])
         last = self.data.image_positions(numbers[conditional], side, last_only=True)
-        lengths[conditional] -= self.config.caption_drop * (tokens[conditional] + images[conditional] - last)
+        left_out = tokens[conditional] + images[conditional] + copies[conditional] - last
+        lengths[conditional] -= self.config.caption_drop * left_out
         return lengths
 
     def _areas(self, number: int) -> Iterator[tuple[int, int, int, int] | None]:

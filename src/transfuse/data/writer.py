@@ -153,7 +153,7 @@ class Writer:
             name = f"{self.written:09d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[-48:]}"
             members = to_members(name, document.parts, document.pair, self.preparer.suffix, document.weights)
             piece = to_tar(members)
-        kind = document.pair, document.conditional
+        kind = document.pair, document.conditional, document.followed
         new.documents.append((new.bytes, len(piece), document.tokens, len(new.images), *kind, document.hash))
         new.images.extend(document.sizes)
         new.captions.extend((self.written, *caption) for caption in document.captions)

@@ -4,8 +4,8 @@
 
 `dense` is the reference: one table of N x N, for tests. `Grouped` is what a CPU trains with: documents of like length
 are computed together, so no time is spent on pairs of positions that cannot see each other. `flexible` is for CUDA:
-FlexAttention over the flat run. All three read the same two integers per position (`sequence.visible`), and for layers
-with a sliding window a later start.
+FlexAttention over the flat run. All three read the same two integers per position (`sequence.visible`), or four where
+images have noised copies (`sequence.gaps`), and for layers with a sliding window a later start.
 
 With `ModelConfig.experts` text and image positions are computed apart, and `for_towers` makes of any backend one that
 takes and returns both. Positions are sorted once a pass, without asking the device how many there are of each kind:
@@ -63,7 +63,11 @@ def starts_of(batch: Batch, config: ModelConfig | None) -> list[Tensor]:
     starts = [batch.kv_start]
     if config is not None and config.sliding_window is not None:
         position = torch.arange(batch.positions, device=batch.kv_start.device)
-        starts.append(batch.kv_start.maximum(window_start(position, batch.kv_end, config.sliding_window)))
+        late = batch.kv_start.maximum(window_start(position, batch.kv_end, config.sliding_window))
+        if batch.gaps is not None:  # a noised copy sees what its original sees before itself
+            first, end = batch.gaps
+            late = late[torch.where(first < end, position + first - end, position)]
+        starts.append(late)
     return starts
 
 
@@ -81,6 +85,8 @@ def dense(batch: Batch, config: ModelConfig | None = None) -> Attend:
     """Attend over all pairs of positions with a mask, in N x N memory: the oracle for the other backends."""
     key = torch.arange(batch.positions, device=batch.input_ids.device)
     masks = [(start[:, None] <= key) & (key < batch.kv_end[:, None]) for start in starts_of(batch, config)]
+    if batch.gaps is not None:
+        masks = [mask & ((key < batch.gaps[0, :, None]) | (batch.gaps[1, :, None] <= key)) for mask in masks]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = masks[-1] if config is not None and config.windowed[layer] else masks[0]
@@ -149,6 +155,9 @@ class Grouped:
             slots += position.numel()
             seen = batch.kv_end.cpu()[position] - starts[members, None]
             hidden = offset >= torch.where(inside, seen, 1)[..., None]
+            if batch.gaps is not None:
+                first, end = (batch.gaps.cpu()[:, position] - starts[members, None])[..., None]
+                hidden |= (first <= offset) & (offset < end)
             masks = []
             for start in visible_from:
                 begin = torch.where(inside, start[position] - starts[members, None], 0)[..., None]
@@ -287,7 +296,7 @@ def flexible(batch: Batch, config: ModelConfig | None = None) -> Attend:
     new `attend` per batch is fine, but all sizes must follow from the number of positions. `layer` only tells
     which mask, so that all blocks of a kind share one graph. Compared with the oracle and timed in docs/benchmarks.md.
     """
-    masks = [block_mask(start, batch.kv_end) for start in starts_of(batch, config)]
+    masks = [block_mask(start, batch.kv_end, batch.gaps) for start in starts_of(batch, config)]
     windowed, kernel = None if config is None else config.windowed, _compiled_flex_attention()
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -300,31 +309,46 @@ def flexible(batch: Batch, config: ModelConfig | None = None) -> Attend:
     return attend
 
 
-def block_mask(start: Tensor, end: Tensor) -> BlockMask:
+def block_mask(start: Tensor, end: Tensor, gaps: Tensor | None = None) -> BlockMask:
     """Return the blocks of `BLOCK` x `BLOCK` that FlexAttention skips, masks, or computes unmasked.
 
     start [N], end [N]   the keys each position sees, itself among them
+    gaps [2, N]          first and end of the keys between those that it does not see, equal where it sees all
 
-    The result equals `create_block_mask`, in memory N + blocks x blocks instead of N x N. The keys of neighbouring
-    positions overlap or touch, because each sees itself; so the keys seen by any query of a block are one interval,
-    from the least start to the largest end, and the keys seen by every query are another, from the largest start to the
-    least end. Tables have a column for every block, visible or not, so that sizes follow from N.
+    The result equals `create_block_mask`, in memory N + blocks x blocks instead of N x N: the keys of a position are at
+    most two intervals, and each adds one to a run of blocks. A block is computed if any query of its row sees a key in
+    it, and unmasked if every query sees all of it. Tables have a column for every block, visible or not, so that sizes
+    follow from N.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (start[query] <= key) & (key < end[query])
 
+    def seen_with_gaps(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert gaps is not None
+        return seen(b, h, query, key) & ((key < gaps[0][query]) | (gaps[1][query] <= key))
+
     positions = len(start)
     blocks = -(-positions // BLOCK)
-    # Padding of the last block sees nothing, so no block of keys is fully visible from it.
-    fill = (0, blocks * BLOCK - positions)
-    starts = F.pad(start, fill, value=positions).view(blocks, BLOCK)
-    ends = F.pad(end, fill, value=0).view(blocks, BLOCK)
-    first = torch.arange(blocks, device=start.device) * BLOCK
-    partly = (starts.amin(1, keepdim=True) < first + BLOCK) & (first < ends.amax(1, keepdim=True))
-    whole = (starts.amax(1, keepdim=True) <= first) & (first + BLOCK <= ends.amin(1, keepdim=True))
-    partly &= ~whole
+    intervals = [(start, end)]
+    if gaps is not None:
+        split = gaps[0] < gaps[1]
+        intervals = [(start, torch.where(split, gaps[0], end)), (torch.where(split, gaps[1], end), end)]
+    row = torch.arange(positions, device=start.device) // BLOCK * (blocks + 1)
+    # For each row of blocks, the queries that see a key of each block, and those that see all of it, as differences of
+    # neighbouring columns.
+    change = torch.zeros(2, blocks * (blocks + 1), dtype=torch.int32, device=start.device)
+    ones = torch.ones_like(row, dtype=torch.int32)
+    for low, high in intervals:
+        for counts, first, last in (
+            (change[0], low // BLOCK, torch.where(low < high, -(-high // BLOCK), low // BLOCK)),
+            (change[1], -(-low // BLOCK), torch.maximum(-(-low // BLOCK), high // BLOCK)),
+        ):
+            counts.index_add_(0, row + first, ones).index_add_(0, row + last, -ones)
+    partial, complete = change.view(2, blocks, blocks + 1).cumsum(-1, dtype=torch.int32)[..., :-1]
+    whole = complete == BLOCK  # never where the last row has fewer queries
+    partly = (partial > 0) & ~whole
     # For each row of blocks: the number of true columns, and all columns, true ones first; with axes for batch and
     # heads. All four tables at once take about twenty small operations, `BlockMask.from_kv_blocks` sixty more.
     tables = torch.stack([partly, whole, partly.T, whole.T])
@@ -341,7 +365,7 @@ def block_mask(start: Tensor, end: Tensor) -> BlockMask:
         full_q_num_blocks=counts[3],
         full_q_indices=columns[3],
         BLOCK_SIZE=(BLOCK, BLOCK),
-        mask_mod=seen,
+        mask_mod=seen if gaps is None else seen_with_gaps,
     )
 
 

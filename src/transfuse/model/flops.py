@@ -83,6 +83,8 @@ def train_flops(config: ModelConfig, batch: Batch) -> int:
     real = batch.positions - batch.n_padding
     pairs_of = [int((batch.kv_end[:real] - start[:real]).sum()) for start in starts_of(batch, config)]
     pairs = sum(pairs_of[-1 if windowed else 0] for windowed in config.windowed) // config.n_layers
+    if batch.gaps is not None:
+        pairs -= int((batch.gaps[1, :real] - batch.gaps[0, :real]).sum())
     patches, sizes = int((batch.patches < real).sum()), []
     for _, rows, columns in shapes_of(batch.latents):
         if patches:  # an image that fills up is the last one

@@ -10,7 +10,7 @@ from ..errors import UserError
 from .autoencoders import AUTOENCODERS, AutoencoderRecipe
 from .baselines import chameleon_32, llama_32, llama_32_stable, transfusion_32
 from .paper import PAPER
-from .recipe import VERSION, InitConfig, Recipe
+from .recipe import VERSION, ImageContext, InitConfig, Recipe
 from .small import demo, epsilon_32, latent_64, small_64, tiny
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
@@ -38,4 +38,14 @@ def preset(name: str, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
     return recipe
 
 
-__all__ = ["AUTOENCODERS", "NAMED", "PRESETS", "VERSION", "AutoencoderRecipe", "InitConfig", "Recipe", "preset"]
+__all__ = [
+    "AUTOENCODERS",
+    "NAMED",
+    "PRESETS",
+    "VERSION",
+    "AutoencoderRecipe",
+    "ImageContext",
+    "InitConfig",
+    "Recipe",
+    "preset",
+]

@@ -5,7 +5,7 @@ Nothing is opened here. `transfuse.runs.resolve(recipe)` opens what a recipe nam
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +18,10 @@ from ..diffusion import DiffusionConfig
 from ..errors import UserError
 from ..export import GenerationConfig
 from ..model import ModelConfig
+from ..sequence import SequenceFormat, Tokenizer
 from ..training import LoopConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+
+ImageContext = Literal["capped", "clean-copy"]
 
 VERSION = 2  # of the layout of `config.json`
 
@@ -97,6 +100,10 @@ class DataConfig:
     """positions, as in the paper: the more a picture takes, the fewer there are; documents: sample i is the same
     document for every model, whatever its images are made of"""
     pairs: PairConfig = field(default_factory=PairConfig)
+    context: ImageContext = "capped"
+    """how an image that is learned is seen by what follows it. capped: with its noise, which `data.pairs` limits where
+    it comes before all text (the paper); clean-copy: clean, while a noised copy, seen by itself alone, is learned
+    without any limit, at the cost of that copy's positions (BAGEL, arXiv 2505.14683)"""
     edits: EditConfig = field(default_factory=EditConfig)
     row_length: int | None = None
     """positions of a packed row; None: a batch counts documents"""
@@ -174,6 +181,10 @@ class Recipe:
         rest = {name: value for name, value in values.items() if name != "start_strict"}
         changes = {} if values.get("start_strict", True) else {"init": {"allow_changes": ["network"]}}
         return {**changes, **rest}
+
+    def sequence_format(self, tokenizer: Tokenizer) -> SequenceFormat:
+        """Return how this run lays documents out in training."""
+        return replace(self.model.sequence_format(tokenizer), clean_copy=self.data.context == "clean-copy")
 
     @property
     def compute(self) -> torch.dtype:

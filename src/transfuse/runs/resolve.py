@@ -75,7 +75,7 @@ class Run:
     @property
     def format(self) -> SequenceFormat:
         """The layout of documents as sequences."""
-        return self.recipe.model.sequence_format(self.tokenizer)
+        return self.recipe.sequence_format(self.tokenizer)
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
@@ -203,6 +203,8 @@ def _check_world(sources: Sources) -> None:
 def _with_autoencoder(recipe: Recipe, sources: Sources, autoencoder: Autoencoder) -> Recipe:
     """Return the recipe with the channels, or codes, of its autoencoder. Raises UserError if they do not fit."""
     model, name = recipe.model, recipe.data.autoencoder
+    if recipe.data.context == "clean-copy" and model.images != "latents":
+        raise UserError(f'data.context: expected "capped" with model.images "{model.images}", found "clean-copy"')
     empty = 0.0 if model.images == "none" else 1.0
     if recipe.data.text_share == empty:
         raise UserError(
@@ -230,7 +232,7 @@ def _check_images(recipe: Recipe, sources: Sources, step: int) -> None:
     model, size = recipe.model, recipe.data.world.size
     most = math.inf if model.max_grid is None else model.max_grid
     sources.check_sizes(step, most)
-    sources.check_positions(step, model.max_seq_len)
+    sources.check_positions(step, model.max_seq_len, recipe.data.context == "clean-copy")
     if recipe.data.of_the_world and size > most * step:
         raise UserError(
             f"data.world.size: expected at most {most * step:g} (model.patch_positions learned), found {size}"

@@ -106,17 +106,19 @@ class Sources:
                         f"learned), found one of {largest}"
                     )
 
-    def check_positions(self, step: int, context: int) -> None:
-        """Raise UserError for a document that takes more than `context` positions."""
+    def check_positions(self, step: int, context: int, clean_copy: bool) -> None:
+        """Raise UserError for a document that takes more than `context` positions, noised copies among them."""
         for name, data in self.sets.items():
             if not len(data.documents):
                 continue
             words = count_positions(data.documents["tokens"].astype(np.int64), [])
-            longest = int((words + data.image_positions(np.arange(len(data.documents)), step)).max())
-            if longest > context:
+            numbers = np.arange(len(data.documents))
+            words += data.image_positions(numbers, step) + (data.copy_positions(numbers, step) if clean_copy else 0)
+            if (longest := int(words.max())) > context:
+                patches = f"patches of {step} pixels{' and their noised copies' if clean_copy else ''}"
                 raise UserError(
                     f"{name}: expected documents of at most {context} positions (model.max_seq_len), found one of "
-                    f"{longest}, its pictures' patches of {step} pixels among them"
+                    f"{longest}, its pictures' {patches} among them"
                 )
 
     def check_lengths(self, most: int, what: str) -> None:
@@ -252,9 +254,12 @@ def _source(
 ) -> Source | None:
     if sources.kind(spec) == "pictures" and autoencoder is None:
         return None
+    pairs = recipe.data.pairs
+    if recipe.data.context == "clean-copy":  # nothing reads an image with its noise
+        pairs = replace(pairs, image_first_max_timestep=None)
     if spec.name == "world":
         assert autoencoder is not None
-        return ScenePairs(sources.world, tokenizer, autoencoder, recipe.data.pairs, recipe.seed)
+        return ScenePairs(sources.world, tokenizer, autoencoder, pairs, recipe.seed)
     if spec.name == "edits":
         assert autoencoder is not None
         return SceneEdits(sources.world, tokenizer, autoencoder, recipe.data.edits, recipe.seed)
@@ -267,7 +272,7 @@ def _source(
     if data.manifest.kind == "text":
         return StoredTexts(data, recipe.seed)
     assert autoencoder is not None
-    return StoredImages(data, tokenizer, autoencoder, recipe.data.pairs, recipe.seed)
+    return StoredImages(data, tokenizer, autoencoder, pairs, recipe.seed)
 
 
 def _left_out(recipe: Recipe, sources: Sources, spec: SourceSpec) -> int | None:

@@ -13,6 +13,7 @@ from .layout import (
     Span,
     Text,
     count_positions,
+    gaps,
     images_alone,
     join_positions,
     layout_document,
@@ -25,6 +26,6 @@ from .tokenizer import Tokenizer
 
 __all__ = [
     "FILL", "Batch", "Document", "Image", "ImageAttention", "Images", "Layout", "Part", "Positions", "SequenceFormat",
-    "Span", "Text", "Tokenizer", "collate", "concatenate", "count_positions", "images_alone", "join_positions",
-    "layout_document", "shapes_of", "stacked", "unconditional", "visible",
+    "Span", "Text", "Tokenizer", "collate", "concatenate", "count_positions", "gaps", "images_alone",
+    "join_positions", "layout_document", "shapes_of", "stacked", "unconditional", "visible",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from .layout import (
     SequenceFormat,
     Span,
     Text,
+    gaps,
     join_positions,
     layout_document,
     stacked,
@@ -48,7 +49,16 @@ def concatenate(layouts: Sequence[Layout]) -> Layout:
     for layout in layouts:
         document.append(layout.document + documents)
         image.append(np.where(layout.image >= 0, layout.image + len(spans), -1))
-        spans.extend(replace(span, start=span.start + offset, end=span.end + offset) for span in layout.spans)
+        first = len(spans)
+        spans.extend(
+            replace(
+                span,
+                start=span.start + offset,
+                end=span.end + offset,
+                copy_of=None if span.copy_of is None else span.copy_of + first,
+            )
+            for span in layout.spans
+        )
         offset += len(layout)
         documents += len(layout.samples)
     return Layout(
@@ -81,12 +91,14 @@ class Batch:
     denoise: torch.Tensor  # [I], bool: which images are targets of the diffusion loss
     max_timestep: torch.Tensor  # [I], the largest timestep drawn for each; 0 means no cap
     noise_ids: tuple[tuple[int, int], ...]  # (sample, index in its document) per image: with the seed, fixes the noise
-    pixels: Images = ()  # uint8 `[row, column, 3]` of each image that is encoded later; its latent is only a shape
+    pixels: Images = ()  # uint8 `[row, column, 3]` of each image, not copy, that is encoded later (a shape as latent)
     timesteps: torch.Tensor | None = None  # [I], where they have been drawn already
     noise: Images = ()  # likewise, a `[channel, row, column]` per image
     content: tuple[tuple[int, int, int, int] | None, ...] = ()  # of each latent, if some are padded
     sources: tuple[tuple[str, int], ...] = ()  # (name, positions) of each named source of documents
     n_padding: int = 0  # positions at the end that pad the run; part of N
+    gaps: torch.Tensor | None = None  # [2, N]: each position does not see the keys gaps[0] to gaps[1], as in `gaps`
+    copies: tuple[tuple[int, int], ...] = ()  # (noised copy, its clean original), as numbers of images
 
     @property
     def positions(self) -> int:
@@ -95,9 +107,11 @@ class Batch:
 
     @property
     def quantities(self) -> dict[str, int]:
-        """The counts a run reports: positions without padding, in all and by source, text targets, image targets."""
+        """The counts a run reports: positions without padding, those of noised copies, text targets, image targets."""
+        copied = {} if self.gaps is None else {"copied_positions": int((self.gaps[0] < self.gaps[1]).sum())}
         return {
             "positions": self.positions - self.n_padding,
+            **copied,
             "text_targets": len(self.targets) - int(self.is_image_token.sum()),
             "images": self.image_targets,
             **{f"positions of {name}": count for name, count in self.sources},
@@ -149,7 +163,7 @@ def collate(
     kv_start, kv_end = visible(packed, image_attention)
     loss_positions = np.flatnonzero(packed.loss_mask)
     noise_ids = [
-        (layout.samples[0], number)
+        (layout.samples[0], number if span.copy_of is None else span.copy_of)
         for layout in layouts
         for number, span in enumerate(layout.spans)
         if not span.image.is_codes
@@ -175,8 +189,12 @@ def collate(
         denoise=torch.tensor([image.target for image in images], dtype=torch.bool),
         max_timestep=torch.tensor([image.max_timestep or 0 for image in images], dtype=torch.int64),
         noise_ids=tuple(noise_ids),
-        pixels=stacked([image.pixels for image in images if image.pixels is not None]),
+        pixels=stacked(
+            [span.image.pixels for span in packed.spans if span.image.pixels is not None and span.copy_of is None]
+        ),
         content=tuple(image.content for image in images) if any(image.content for image in images) else (),
         sources=tuple(sorted(sources.items())),
         n_padding=sum(len(layout) for layout in layouts[len(documents) :]),
+        gaps=torch.from_numpy(np.stack(gaps(packed))) if fmt.clean_copy else None,
+        copies=tuple((copy, span.copy_of) for copy, span in enumerate(packed.spans) if span.copy_of is not None),
     )

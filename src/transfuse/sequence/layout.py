@@ -23,6 +23,15 @@ section 2.1): its image's place in the sequence, its row, and its column. The th
     row            0    1    2     3  4.5 4.5 6.5 6.5   8    9       an image takes as many positions as it has patches,
     column         0    1    2     3  4.5 6.5 4.5 6.5   8    9       but at most 16: `IMAGE_SPAN`
 
+With `SequenceFormat.clean_copy` an image that is learned and has more after it stands twice, as in BAGEL (arXiv
+2505.14683): clean in its place, for what follows, and noised at the document's end, seen by itself alone.
+`[Text("a crab"), Image(2x2 patches), Text("on red")]` becomes, with the noised patches written as n:
+
+    position       0    1    2     3    4   5   6   7   8    9   10   11    12   13   14   15
+    input_ids     BOS   a   crab  BOI   .   .   .   .  EOI   on  red  EOS    n    n    n    n
+    position_ids   0    1    2     3    4   5   6   7   8    9   10   11     4    5    6    7
+    visible       0:1  0:2  0:3   0:4  0:8 0:8 0:8 0:8 0:9 0:10 0:11 0:12  0:4 and 12:16, each of them
+
 In a Chameleon (arXiv 2405.09818) an image is a run of codes, and they are tokens like any other: `input_ids` holds
 `first_code` plus the code, and each is predicted from the position before it, the first from BOI.
 """
@@ -157,6 +166,10 @@ class SequenceFormat:
     patch_size           side of a patch, in latent elements
     first_code           token id of code 0 where images are codes; None where they are patches
     positions            rotary positions of patches: "raster", one after another, or "2d", in sequence, row and column
+    clean_copy           an image that is a target and has more after it stands clean in its place, and noised at the
+                         document's end; False: it stands once, noised, and what follows sees it so
+
+    Raises ValueError for a clean copy of codes, which are read as they are.
     """
 
     bos: int
@@ -166,6 +179,11 @@ class SequenceFormat:
     patch_size: int
     first_code: int | None = None
     positions: Positions = "raster"
+    clean_copy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.clean_copy and self.first_code is not None:
+            raise ValueError("clean_copy: expected False where images are codes, found True")
 
     def grid(self, image: Image) -> tuple[int, int]:
         """Return an image's rows and columns of patches.
@@ -209,11 +227,15 @@ class SequenceFormat:
 
 @dataclass(frozen=True)
 class Span:
-    """An image's place in a layout: its patches occupy positions `start` to `end`, exclusive."""
+    """An image's place in a layout: its patches occupy positions `start` to `end`, exclusive.
+
+    copy_of: of a noised copy, the number of the span where the image stands clean, in its place; None: no copy.
+    """
 
     start: int
     end: int
     image: Image
+    copy_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -221,12 +243,12 @@ class Layout:
     """One or more documents, position by position. All arrays are `[position]`.
 
     input_ids      token id; 0 at patches, where it has no meaning; `first_code` and up at codes
-    position_ids   position for the rotary embedding, from 0 in each document: int64, or float32 `[position, 3]` in a
-                   layout with images where `SequenceFormat.positions` is "2d"
+    position_ids   position for the rotary embedding, from 0 in each document; a noised copy has its original's.
+                   int64, or float32 `[position, 3]` in a layout with images where `SequenceFormat.positions` is "2d"
     document       index of the document
     image          index of the image, -1 for text
     loss_mask      True where the next token is predicted
-    spans          one per image, in order
+    spans          one per image, in order, noised copies after all others of their document
     samples        one per document: its number in the data set
     """
 
@@ -272,7 +294,9 @@ def layout_document(document: Document, fmt: SequenceFormat) -> Layout:
     learned: list[bool] = [False]  # learned[p]: the token at p is a target
     image_at: list[int] = [-1]
     spans: list[Span] = []
-    for part in document.parts:
+    copied: list[tuple[int, Image]] = []  # number of the span, and the image as it is noised
+    filled = [place for place, part in enumerate(document.parts) if isinstance(part, Image) or part.ids]
+    for place, part in enumerate(document.parts):
         if isinstance(part, Text):
             ids.extend(part.ids)
             learned.extend([part.predict and document.predict] * len(part.ids))
@@ -281,6 +305,9 @@ def layout_document(document: Document, fmt: SequenceFormat) -> Layout:
             rows, columns = fmt.grid(part)
             patches = rows * columns
             codes = [0] * patches if fmt.first_code is None else (part.latent.flatten() + fmt.first_code).tolist()
+            if fmt.clean_copy and part.target and place < filled[-1]:
+                copied.append((len(spans), part))
+                part = replace(part, target=False)
             spans.append(Span(len(ids) + 1, len(ids) + 1 + patches, part))
             ids.extend([fmt.boi, *codes, fmt.eoi])
             predicted = np.full((rows, columns), part.is_codes and part.target)
@@ -293,10 +320,6 @@ def layout_document(document: Document, fmt: SequenceFormat) -> Layout:
         ids.append(fmt.eos)
         learned.append(document.predict)
         image_at.append(-1)
-    length = len(ids)
-    loss_mask = np.zeros(length, dtype=bool)
-    # EOI and patches are never targets, so nothing is predicted from a patch, or from BOI before one.
-    loss_mask[:-1] = learned[1:]
     # A run of tokens after each image resumes where the image's span ends.
     positions, end, resumed = [], 0, 0
     for span in spans:
@@ -304,7 +327,18 @@ def layout_document(document: Document, fmt: SequenceFormat) -> Layout:
         first = resumed + span.start - end
         positions += [np.arange(resumed, first), fmt.patch_positions(first, rows, columns)]
         end, resumed = span.end, first + fmt.span(rows, columns)
-    positions.append(np.arange(resumed, resumed + length - end))
+    positions.append(np.arange(resumed, resumed + len(ids) - end))
+    for original, image in copied:
+        patches = spans[original].end - spans[original].start
+        positions.append(positions[2 * original + 1])
+        image_at.extend([len(spans)] * patches)
+        spans.append(Span(len(ids), len(ids) + patches, image, copy_of=original))
+        ids.extend([0] * patches)
+        learned.extend([False] * patches)
+    length = len(ids)
+    loss_mask = np.zeros(length, dtype=bool)
+    # EOI and patches are never targets, so nothing is predicted from a patch, or from BOI before one.
+    loss_mask[:-1] = learned[1:]
     return Layout(
         input_ids=np.asarray(ids, dtype=np.int64),
         position_ids=join_positions(positions),
@@ -320,8 +354,9 @@ def visible(layout: Layout, image_attention: ImageAttention = "bidirectional") -
     """Return `(start, end)`, int64 `[position]`: position p attends to the keys `start[p] <= key < end[p]`.
 
     A position sees its own document, where the key is not later or both are in the same image. An image is contiguous,
-    so these keys are one interval, and every attention backend works from two integers per position. `causal`
-    (Transfusion, Table 5) has no look-ahead within an image.
+    so these keys are one interval, and every attention backend works from two integers per position; from two more,
+    those of `gaps`, where a document has noised copies. `causal` (Transfusion, Table 5) has no look-ahead within an
+    image.
     """
     begins = np.diff(layout.document, prepend=-1) != 0
     start = np.flatnonzero(begins)[np.cumsum(begins) - 1]
@@ -329,4 +364,18 @@ def visible(layout: Layout, image_attention: ImageAttention = "bidirectional") -
     if image_attention == "bidirectional":
         for span in layout.spans:
             end[span.start : span.end] = span.end
+    return start, end
+
+
+def gaps(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Return `(start, end)`, int64 `[position]`: of the keys that `visible` gives, p does not see those from `start[p]`
+    up to `end[p]`.
+
+    They are equal but for noised copies: those see what comes before their original, and themselves.
+    """
+    start, end = np.zeros((2, len(layout)), dtype=np.int64)
+    for span in layout.spans:
+        if span.copy_of is not None:
+            start[span.start : span.end] = layout.spans[span.copy_of].start
+            end[span.start : span.end] = span.start
     return start, end

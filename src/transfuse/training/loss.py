@@ -221,7 +221,7 @@ class TransfusionObjective(TokenObjective):
         return (len(batch.targets), batch.image_targets, len(batch.targets))[: len(self.names)]
 
     def sample_noise(self, batch: Batch) -> Batch:
-        """Return the batch with timesteps and noise: t in 1..T (or up to the cap), 0 for context images.
+        """Return the batch with timesteps and noise: t in 1..T (or up to the cap), 0 for context images and originals.
 
         Both depend on (seed, sample, image) alone, so resuming or resharding changes nothing. Loaders call this ahead
         of the step, because sampling image by image takes longer than a GPU needs for its share of a step.
@@ -255,14 +255,22 @@ class TransfusionObjective(TokenObjective):
             return batch
         if self.autoencoder is None:
             raise ValueError("autoencoder: expected one, because images arrive as pixels, found none")
+        original = dict(batch.copies)
         if isinstance(batch.latents, Tensor) and isinstance(batch.pixels, Tensor):
-            return replace(batch, latents=_encode_pixels(self.autoencoder, batch.pixels), pixels=())
+            encoded = _encode_pixels(self.autoencoder, batch.pixels)
+            if original:
+                numbers = range(len(batch.latents))
+                place = {number: place for place, number in enumerate(n for n in numbers if n not in original)}
+                encoded = encoded[[place[original.get(number, number)] for number in numbers]]
+            return replace(batch, latents=encoded, pixels=())
         latents = list(batch.latents)
-        waiting = [number for number, latent in enumerate(latents) if latent.is_meta]
+        waiting = [number for number, latent in enumerate(latents) if latent.is_meta and number not in original]
         for group in group_by_shape(batch.pixels):
             encoded = _encode_pixels(self.autoencoder, stack_group(batch.pixels, group))
             for number, latent in zip(group, encoded, strict=True):
                 latents[waiting[number]] = latent
+        for copy, number in batch.copies:
+            latents[copy] = latents[number]
         return replace(batch, latents=stacked(latents), pixels=())
 
     def loss(self, model: Transfusion, batch: Batch) -> LossSums:
