@@ -11,6 +11,7 @@ from torch import nn
 
 from transfuse.errors import UserError
 from transfuse.recipes import preset
+from transfuse.recipes.autoencoders import AutoencoderRecipe
 from transfuse.training import OptimizerConfig, build_optimizer
 from transfuse.training.muon import Muon, MuonConfig, block_matrices, orthogonalised
 
@@ -96,4 +97,6 @@ def test_settings_that_cannot_be_are_one_line() -> None:
         OptimizerConfig(name="mion")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^optimizer.name: expected adamw for a network without"):
         build_optimizer(nn.Linear(4, 4), OptimizerConfig(name="muon"))
+    with pytest.raises(ValueError, match=r"^optimizer.name: expected adamw for an autoencoder, found muon"):
+        AutoencoderRecipe(optimizer=OptimizerConfig(name="muon"))
     assert preset("demo").optimizer.name == "adamw"

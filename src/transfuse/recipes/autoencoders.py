@@ -40,7 +40,7 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """Everything that defines a training run of an autoencoder."""
+    """Everything that defines a training run of an autoencoder. Raises ValueError for another optimizer than AdamW."""
 
     preset: str = ""
     version: int = VERSION
@@ -57,6 +57,10 @@ class AutoencoderRecipe:
     objective: AutoencoderObjectiveConfig = field(default_factory=AutoencoderObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if self.optimizer.name != "adamw":
+            raise ValueError(f"optimizer.name: expected adamw for an autoencoder, found {self.optimizer.name}")
 
 
 def paper(kind: Literal["kl", "vq"]) -> AutoencoderRecipe:
