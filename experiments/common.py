@@ -168,6 +168,7 @@ def surveyed(folder: Path, recipe: Recipe) -> float:
     rows = "documents" if data.row_length is None else f"rows of {data.row_length}"
     key = f"{model.images}, patches of {model.patch_size}, {data.autoencoder}, {data.batch_size} {rows} a step"
     key += f", text {data.text_share:g} of {data.share_of}"
+    key += "" if data.context == "capped" else f", context {data.context}"
     with lock(folder, "positions"):
         known = read_json(path) if path.is_file() else {}
         if key not in known:
