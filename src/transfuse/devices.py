@@ -122,6 +122,20 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, -1)
 
 
+def stop_keeping_memory() -> None:
+    """Undo `keep_freed_memory`, for a process that lives long and needs much only now and then."""
+    trim_threshold, mmap_threshold, default = -1, -3, 128 << 10
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_threshold, default)
+        libc.mallopt(trim_threshold, default)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system where glibc can (malloc_trim); elsewhere the allocator decides."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Return True for an out-of-memory error. torch has a class for GPUs; its CPU allocator raises RuntimeError."""
     messages = ("out of memory", "not enough memory", "can't allocate memory")

@@ -6,6 +6,7 @@ it as any other. Progress is a bar on a terminal, and a line every 15 seconds el
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -38,6 +39,21 @@ def set_level(level: int) -> None:
     """Show messages from this level of `logging` on; DEBUG also shows the time of each."""
     logger.setLevel(level)
     _handler.setFormatter(logging.Formatter("%(asctime)s %(message)s") if level <= logging.DEBUG else None)
+
+
+class _JsonFormatter(logging.Formatter):
+    """One line of JSON a message: time, level, message, and what the message has as `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        fields = getattr(record, "fields", {"message": record.getMessage()})
+        return json.dumps({"time": when, "level": record.levelname.lower(), **fields})
+
+
+def set_format(form: str) -> None:
+    """Write messages as "text" with time and level, or as "json", one object a line: for a process that lives long."""
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    _handler.setFormatter(_JsonFormatter() if form == "json" else text)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 T = TypeVar("T")
-ADDRESS = re.compile(r"serve: (http://\S+?)/ ")
+ADDRESS = re.compile(r"serve: (https?://\S+?)/ ")
 LONG = {"num_inference_steps": 1000, "guidance_scale": 3.0}
 """settings of an image that takes the small model seconds"""
 PATIENCE = 120.0
@@ -30,9 +30,10 @@ PATIENCE = 120.0
 
 
 class Running:
-    """`transfuse serve` with these options, once it is ready."""
+    """`transfuse serve` with these options, once it is ready; `key` goes with each request."""
 
-    def __init__(self, model: Path, *options: str, **environment: str) -> None:
+    def __init__(self, model: Path, *options: str, key: str = "", **environment: str) -> None:
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         command = [sys.executable, "-m", "transfuse", "serve", "--model", str(model), "--port", "0", *options]
         settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)
@@ -60,9 +61,10 @@ class Running:
         raise AssertionError(f"not within {seconds} s; the server's log: {''.join(self.log)}")
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **options)
+        return httpx.get(self.url + path, timeout=60, **{"headers": self.headers, "verify": False, **options})
 
     def post(self, path: str, body: object = None, **options: Any) -> httpx.Response:
+        options = {"headers": self.headers, "verify": False, **options}
         return httpx.post(self.url + path, json=body, timeout=120, **options)
 
     def metric(self, name: str) -> float:
@@ -75,9 +77,13 @@ class Running:
 
     @property
     def worker(self) -> int:
-        """Process number of the worker: the child that has torch in it."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return max(map(int, children), key=memory)
+        """Process number of the worker: of those that the fork server has started, the largest."""
+        return max(self.forked, key=memory)
+
+    @property
+    def forked(self) -> list[int]:
+        """Process numbers of the worker and of those that read bodies."""
+        return [forked for child in children(self.process.pid) for forked in children(child)]
 
     def connect(self, head: str, content: bytes = b"") -> socket.socket:
         """Send the head of a POST request, without its last empty line, and some content; return the connection."""
@@ -109,6 +115,11 @@ class Running:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+def children(process: int) -> list[int]:
+    """Return the numbers of a process's children."""
+    return [*map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())]
 
 
 def memory(process: int) -> int:

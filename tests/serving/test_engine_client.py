@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -21,7 +22,7 @@ from transfuse.errors import UserError
 from transfuse.export import GenerationConfig, save_export
 from transfuse.inference.events import Done, Event, Failed, ImageProgress, TextDelta
 from transfuse.serving.app import build
-from transfuse.serving.engine_client import EngineClient, QueueConfig, RequestStream
+from transfuse.serving.engine_client import EngineClient, QueueConfig, RequestStream, Share
 from transfuse.serving.middleware import AccessConfig
 from transfuse.serving.protocol import ApiError
 from transfuse.serving.worker import Accepted, Job, Refused, Started, Worker, WorkerConfig
@@ -39,7 +40,10 @@ class Process:
         pass
 
     def is_alive(self) -> bool:
-        return False
+        return True
+
+    def kill(self) -> None:
+        self.killed = True
 
 
 class Workers:
@@ -47,11 +51,12 @@ class Workers:
 
     def __init__(self) -> None:
         self.pipes: list[Connection] = []
+        self.description: object = {"name": "small", "steps": 20}
 
     def __call__(self, config: WorkerConfig) -> tuple[Process, Connection]:
         ours, workers = Pipe()
         self.pipes.append(workers)
-        workers.send({"name": "small", "steps": 20})
+        workers.send(self.description)
         return Process(), ours
 
     async def receive(self, count: int) -> list[int]:
@@ -73,7 +78,7 @@ def with_client(script: Callable[[EngineClient, Workers], Awaitable[None]], **li
 
     async def run() -> None:
         workers = Workers()
-        client = EngineClient(WorkerConfig("none"), QueueConfig(**limits), workers)
+        client = EngineClient(WorkerConfig("none"), QueueConfig(**{"share": 1.0, **limits}), workers)
         client.start()
         try:
             await until(lambda: client.model is not None)
@@ -103,20 +108,20 @@ def test_a_job_that_kills_workers_is_read_twice_at_most() -> None:
     async def script(client: EngineClient, workers: Workers) -> None:
         tasks = {name: asyncio.ensure_future(client.submit([JOB])) for name in ("runs", "waits", "kills", "follows")}
         await workers.receive(4)
-        workers.send(Accepted(0, 1, 9), Accepted(1, 1, 9), Started(0))
+        workers.send(Accepted(0, 1, 0, 9), Accepted(1, 1, 0, 9), Started(0))
         running, waiting = await tasks["runs"], await tasks["waits"]
         await until(lambda: client.streams[0].started is not None)
         await workers.die()
         assert await workers.receive(3) == [1, 2, 3], "the next worker gets those that did not run, in their order"
         with pytest.raises(ApiError, match="the worker ended"):
             await collect(client, running, [])
-        workers.send(Accepted(1, 1, 9))
+        workers.send(Accepted(1, 1, 0, 9))
         await workers.die()
         assert await workers.receive(2) == [1, 3]
         with pytest.raises(ApiError, match="the worker ended"):
             await tasks["kills"]
         workers.send(
-            Accepted(1, 1, 9), Accepted(3, 1, 9), Started(1), TextDelta(1, "a", 7), Done(1, "stop", 1, 0, 0, 0)
+            Accepted(1, 1, 0, 9), Accepted(3, 1, 0, 9), Started(1), TextDelta(1, "a", 7), Done(1, "stop", 1, 0, 0, 0)
         )
         events: list[tuple[int, Event | None]] = []
         await collect(client, waiting, events)
@@ -144,7 +149,7 @@ def test_jobs_of_one_request_are_accepted_together_or_not_at_all() -> None:
     async def script(client: EngineClient, workers: Workers) -> None:
         task = asyncio.ensure_future(client.submit([JOB, JOB]))
         await workers.receive(2)
-        workers.send(Accepted(0, 1, 9), Refused(1, "size: expected less"))
+        workers.send(Accepted(0, 1, 0, 9), Refused(1, "size: expected less"))
         with pytest.raises(UserError, match="size: expected less"):
             await task
         assert await workers.receive(1) == [0], "the accepted one is cancelled"
@@ -152,7 +157,7 @@ def test_jobs_of_one_request_are_accepted_together_or_not_at_all() -> None:
             await client.submit([JOB] * 3)
         task = asyncio.ensure_future(client.submit([JOB, JOB]))
         await workers.receive(2)
-        workers.send(Accepted(2, 1, 9), Accepted(3, 1, 9))
+        workers.send(Accepted(2, 1, 0, 9), Accepted(3, 1, 0, 9))
         with pytest.raises(ApiError, match="at most 10 positions"):
             await task
         assert not client.streams
@@ -166,7 +171,7 @@ def test_events_of_several_streams_keep_their_index_and_their_order() -> None:
     async def script(client: EngineClient, workers: Workers) -> None:
         task = asyncio.ensure_future(client.submit([JOB, JOB]))
         await workers.receive(2)
-        workers.send(Accepted(0, 1, 9), Accepted(1, 1, 9))
+        workers.send(Accepted(0, 1, 0, 9), Accepted(1, 1, 0, 9))
         streams = await task
         pixels = np.zeros((8, 8, 3), np.uint8)
         for step in range(1, 5):
@@ -186,9 +191,9 @@ def test_events_of_several_streams_keep_their_index_and_their_order() -> None:
 
 def test_nothing_new_is_answered_with_a_ping_until_the_deadline() -> None:
     async def script(client: EngineClient, workers: Workers) -> None:
-        task = asyncio.ensure_future(client.submit([JOB], timeout=0.5))
+        task = asyncio.ensure_future(client.submit([JOB], deadline=time.monotonic() + 0.5))
         await workers.receive(1)
-        workers.send(Accepted(0, 1, 9))
+        workers.send(Accepted(0, 1, 0, 9))
         streams, events = await task, list[tuple[int, Event | None]]()
         with pytest.raises(ApiError, match="the deadline passed") as expired:
             await collect(client, streams, events, ping=0.05)
@@ -203,7 +208,7 @@ def test_what_still_runs_when_draining_ends_fails() -> None:
     async def script(client: EngineClient, workers: Workers) -> None:
         task = asyncio.ensure_future(client.submit([JOB]))
         await workers.receive(1)
-        workers.send(Accepted(0, 1, 9))
+        workers.send(Accepted(0, 1, 0, 9))
         streams = await task
         await client.drain(0.05)
         with pytest.raises(ApiError, match="the server stops") as stopped:
@@ -213,6 +218,93 @@ def test_what_still_runs_when_draining_ends_fails() -> None:
             await client.submit([JOB])
 
     with_client(script)
+
+
+def test_a_worker_that_is_replaced_finishes_what_it_has() -> None:
+    """Nothing is dropped by a reload: what waits and what runs ends where it began, and new requests go to the new."""
+
+    async def script(client: EngineClient, workers: Workers) -> None:
+        task = asyncio.ensure_future(client.submit([JOB, JOB]))
+        await workers.receive(2)
+        workers.send(Accepted(0, 1, 0, 9), Accepted(1, 1, 0, 9), Started(0))
+        (old, _), old_worker = await task, client.worker
+        assert old_worker is not None
+        client.reload()
+        await until(lambda: client.next is None and client.worker is not old_worker)
+        assert client.model == {"name": "small", "steps": 20}
+        new = asyncio.ensure_future(client.submit([JOB]))
+        assert await workers.receive(1) == [2]
+        workers.send(Accepted(2, 1, 0, 9))
+        await new
+        assert not hasattr(old_worker.process, "killed")
+        workers.pipes[0].send([Done(0, "stop", 1, 0, 0, 0), Done(1, "stop", 1, 0, 0, 0)])
+        await until(lambda: hasattr(old_worker.process, "killed"))
+        assert [type(event) for event in old.queue] == [Done]
+        assert list(client.streams) == [2]
+
+    with_client(script)
+
+
+def test_a_model_that_cannot_be_loaded_again_changes_nothing() -> None:
+    async def script(client: EngineClient, workers: Workers) -> None:
+        worker = client.worker
+        workers.description = UserError("config.json: expected JSON, found something else")
+        client.reload()
+        await until(lambda: len(workers.pipes) == 2 and client.next is None)
+        assert client.worker is worker
+        client.check_ready()
+
+    with_client(script)
+
+
+def test_one_client_cannot_take_all_room() -> None:
+    """A client has a share of requests and of cost, or what its key says; others still get in."""
+
+    async def script(client: EngineClient, workers: Workers) -> None:
+        client.check_room("a", count=4)
+        for share, count in ((Share(), 5), (Share(requests=2), 3), (Share(requests=9), 9)):
+            with pytest.raises(ApiError, match="at a time") as full:
+                client.check_room("a", share, count)
+            assert full.value.status_code == 429
+        task = asyncio.ensure_future(client.submit([JOB] * 4, "a"))
+        await workers.receive(4)
+        workers.send(*(Accepted(number, 1, 0, 10) for number in range(4)))
+        await task
+        with pytest.raises(ApiError, match="4 requests of one client"):
+            client.check_room("a")
+        client.check_room("b")
+        task = asyncio.ensure_future(client.submit([JOB], "b", Share(cost=5)))
+        await workers.receive(1)
+        workers.send(Accepted(4, 1, 0, 6))
+        with pytest.raises(ApiError, match="at most 5 positions to compute of one client"):
+            await task
+
+    with_client(script, requests=8, share=0.5, cost=100)
+
+
+def test_retry_after_is_when_there_is_room() -> None:
+    """At a pace of one request in 0.4 s there is room for two after 0.8 s, and for four after 1.6 s."""
+
+    async def script(client: EngineClient, workers: Workers) -> None:
+        async def ask(number: int) -> None:
+            task = asyncio.ensure_future(client.submit([JOB]))
+            await workers.receive(1)
+            workers.send(Accepted(number, 1, 0, 9), Started(number))
+            await task
+
+        for number in range(4):
+            await ask(number)
+        for number in range(12):
+            await asyncio.sleep(0.4)
+            workers.send(Done(number, "stop", 1, 0, 0, 0))
+            await until(lambda: len(client.streams) == 3)
+            await ask(number + 4)
+        for count, seconds in ((2, "1"), (4, "2")):
+            with pytest.raises(ApiError) as full:
+                client.check_room("a", count=count)
+            assert full.value.headers["Retry-After"] == seconds
+
+    with_client(script, requests=4)
 
 
 def test_a_cut_character_is_not_lost(tmp_path: Path) -> None:
@@ -239,7 +331,7 @@ def test_a_cut_character_is_not_lost(tmp_path: Path) -> None:
 
     client = EngineClient(WorkerConfig(str(folder), slots=1), QueueConfig(), in_thread)
     body = {"messages": says("?"), "content_format": "parts"}
-    with TestClient(build(client, AccessConfig(hosts=()))) as http:
+    with TestClient(build(client, lambda: AccessConfig(hosts=()))) as http:
         while http.get("/ready").status_code != 200:
             pass
         parts = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]

@@ -25,7 +25,7 @@ def brief(body: object) -> None:
         body.setdefault("num_inference_steps", BRIEF["num_inference_steps"])
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [75, pytest.param(2500, marks=pytest.mark.long)])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/images/generations", "/v1/images/edits", None])
 def test_fuzz(server: Running, path: str | None, count: int) -> None:
     """Try `count` cases of a route that generates, or of all other routes together."""
@@ -52,7 +52,7 @@ def test_fuzz(server: Running, path: str | None, count: int) -> None:
         brief(case.body)
         reply = case.call(timeout=60)
         statuses[reply.status_code] = statuses.get(reply.status_code, 0) + 1
-        assert reply.status_code < 500, (reply.text, [line for line in server.log if not line[:16].isalnum()])
+        assert reply.status_code < 500, (reply.text, [line for line in server.log if "ERROR" in line])
         assert "Traceback" not in reply.text
         if reply.status_code >= 400:
             error = reply.json()["error"]

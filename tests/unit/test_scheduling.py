@@ -29,7 +29,7 @@ CAPTION = Request(SEEN, draw="never", max_tokens=6)
 
 
 def outcome(events: Sequence[Event], number: int) -> list[object]:
-    """What one request gave: tokens, latents and its end."""
+    """Tokens, latents and the end of one request."""
     values: list[object] = []
     for event in events:
         if event.request_id == number:

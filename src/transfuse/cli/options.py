@@ -53,6 +53,9 @@ def parse(function: Callable[..., int], words: Sequence[str], name: str) -> part
     hints = get_type_hints(function)
     if "words" in hints:
         return partial(function, words)
+    if "options" in hints and "config" in hints:
+        doc, function = function.__doc__, with_file(function, words, name)
+        function.__doc__ = doc
     if "recipe" in hints:
         if words and words[0] in ("-h", "--help"):
             return partial(print_presets, function, hints["recipe"], name)
@@ -188,6 +191,30 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
+def with_file(function: Callable[..., int], words: Sequence[str], name: str) -> Callable[..., int]:
+    """Return a function whose dataclasses have the settings of the file that `--config` names as their defaults."""
+    files = config_files(words)
+    if not files:
+        return function
+    values, hints = read_settings(Path(files[-1])), get_type_hints(function)
+    kinds: dict[str, Any] = {option: kind for option, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    own = {option: {field.name for field in dataclasses.fields(kind)} for option, kind in kinds.items()}
+    known = [field for fields in own.values() for field in fields]
+    if unknown := [key for key in values if key not in known]:
+        raise UserError(f'{files[-1]}: unknown setting "{unknown[0]}"{nearest(unknown[0], known)}')
+    defaults = {
+        option: updated(kind(), {key: value for key, value in values.items() if key in own[option]}, files[-1])
+        for option, kind in kinds.items()
+    }
+    return partial(function, **defaults)
+
+
+def config_files(words: Sequence[str]) -> list[str]:
+    """Return the files that `--config` names."""
+    files = [value for word, value in pairwise(words) if word == "--config"]
+    return files + [word.partition("=")[2] for word in words if word.startswith("--config=")]
+
+
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
@@ -199,8 +226,7 @@ def starting_recipe(kind: type[Any], words: Sequence[str], name: str) -> Any:
     from ..recipes import VERSION, preset
 
     chosen = words[0] if words and not words[0].startswith("-") else None
-    files = [value for word, value in pairwise(words) if word == "--config"]
-    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    files = config_files(words)
     if not files:
         if chosen is None:
             word = words[0] if words else "none"

@@ -24,6 +24,7 @@ class TextDelta:
 
     logprob        the token's log probability under the model, before penalties and temperature, if it is asked for
     top_logprobs   the most probable tokens with theirs
+    texts          of the token and of these, where they are sent
     """
 
     request_id: int
@@ -31,6 +32,7 @@ class TextDelta:
     token: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ from .scoring import score
 from .sequence_state import Request, Start, with_image_guidance
 from .settings import latent_mask
 
-PromptPart = str | Path | bytes | PIL.Image.Image | np.ndarray
-"""Text, or an image as `images.decode_image` takes it, except that a path is a `Path`: a str is text."""
+PromptPart = str | Part | Path | bytes | PIL.Image.Image | np.ndarray
+"""Text, a part of a document, or an image as `images.decode_image` takes it; a str is text, a `Path` an image file."""
 Prompt = str | Sequence[PromptPart]
 
 CANDIDATE = 1_000_003
@@ -345,6 +345,8 @@ class TransfusionPipeline:
 
     def part(self, part: PromptPart) -> Part:
         """Return a part of a document; an image must have the model's size."""
+        if isinstance(part, Text | Image):
+            return part
         if isinstance(part, str):
             return Text(self.exported.tokenizer.encode(part))
         side = self.exported.image_size

@@ -25,6 +25,8 @@ from .layout import Positions, SequenceFormat
 from .text_format import BOI, BOS, EOI, EOS, TOKENIZER_CONFIG, TextFormat, read_text_format
 
 SPECIAL = (BOS, EOS, BOI, EOI)
+LONG = 20_000
+"""characters above which other threads run while a text is encoded: only the call for batches releases Python's lock"""
 
 
 class Tokenizer:
@@ -170,12 +172,19 @@ class Tokenizer:
         Raises UserError for a lone surrogate, which terminals and files make of bytes that are not UTF-8.
         """
         try:
+            if len(text) > LONG:
+                return tuple(self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
             return tuple(self.backend.encode(text, add_special_tokens=False).ids)
         except TypeError:
             bad = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
             if bad is None:
                 raise
             raise UserError(f"text: expected UTF-8, found {bad!a} in {text!a:.80}") from None
+
+    def piece(self, token: int) -> str:
+        """Return the text that an id adds in the middle of a text; U+FFFD where it is a part of a character."""
+        before = self.encode("a")
+        return self.decode([*before, token]).removeprefix(self.decode(before))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without markers."""

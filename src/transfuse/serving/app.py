@@ -4,37 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Form, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import generate_latest
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import UserError
 from ..version import __version__
 from .engine_client import EngineClient
-from .middleware import AccessConfig, Middleware
-from .protocol import ApiError, ChatRequest, EditRequest, ImagesRequest
+from .intake import KINDS, Intake, Read
+from .middleware import AccessConfig, Exchange, Middleware
+from .protocol import ApiError
 from .responses import chat_content, images_content, respond
 
 PAGE_POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'"
 )
+ROUTES = {"/v1/chat/completions": "chat", "/v1/images/generations": "images", "/v1/images/edits": "edits"}
 
 
-def build(client: EngineClient, access: AccessConfig) -> FastAPI:
-    """Return the application; while it runs, the engine client does."""
+def build(client: EngineClient, access: Callable[[], AccessConfig], aliases: tuple[str, ...] = ()) -> FastAPI:
+    """Return the application; while it runs, the engine client does. `access` gives the limits as they are now."""
+    intake = Intake()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         client.start()
+        intake.start()
         yield
+        intake.stop()
         await client.stop()
 
     async def on_error(request: Request, error: Exception) -> JSONResponse:
@@ -42,11 +49,33 @@ def build(client: EngineClient, access: AccessConfig) -> FastAPI:
 
     app = FastAPI(title="Transfuse", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Middleware, client=client, config=access)
-    for kind in (HTTPException, UserError, RequestValidationError):
+    if origins := access().origins:
+        exposed = ["x-request-id", "retry-after"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
+        )
+    for kind in (HTTPException, UserError):
         app.add_exception_handler(kind, on_error)
-    add_operations(app, client)
-    add_generation(app, client)
+    add_operations(app, client, aliases)
+    add_generation(app, client, intake, aliases)
+    app.openapi = lambda: with_bodies(app)  # type: ignore[method-assign]
     return app
+
+
+def with_bodies(app: FastAPI) -> dict[str, Any]:
+    """Return the schema of all routes, with the bodies that `intake` reads."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        models, shared = models_json_schema(
+            [(kind, "validation") for kind in KINDS.values()], ref_template="#/components/schemas/{model}"
+        )
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(shared["$defs"])
+        for path, name in ROUTES.items():
+            media = "multipart/form-data" if name == "edits" else "application/json"
+            content = {media: {"schema": models[KINDS[name], "validation"]}}
+            schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+        app.openapi_schema = schema
+    return app.openapi_schema
 
 
 def to_api_error(request: Request, error: Exception) -> ApiError:
@@ -56,22 +85,12 @@ def to_api_error(request: Request, error: Exception) -> ApiError:
             return error
         case UserError():
             return ApiError(400, str(error), "invalid_request", str(error).partition(":")[0])
-        case RequestValidationError():
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-            reason, value = first["msg"].removeprefix("Value error, ").replace("\n", " "), first.get("input")
-            message = f"{field}: {reason[:1].lower()}{reason[1:]}"
-            if first["type"] not in ("missing", "value_error") and not isinstance(value, dict | list):
-                message += f", found {str(value)[:60]!r}"
-            return ApiError(400, message, "invalid_request", field)
-        case HTTPException(status_code=400):
-            return ApiError(400, f"body: {error.detail}", "invalid_request", "body")
         case HTTPException():
             return ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
     raise error
 
 
-def add_operations(app: FastAPI, client: EngineClient) -> None:
+def add_operations(app: FastAPI, client: EngineClient, aliases: tuple[str, ...]) -> None:
     """Add the page, the model's description, and what an operator watches."""
     page = (files(__package__) / "page.html").read_text(encoding="utf-8")
     started = int(time.time())
@@ -98,48 +117,70 @@ def add_operations(app: FastAPI, client: EngineClient) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        name = client.require_model()["name"]
-        return {"object": "list", "data": [await model(name)]}
+        names = [client.require_model()["name"], *aliases]
+        return {"object": "list", "data": [await model(name) for name in names]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        check_model(client, name)
+        check_model(client, name, aliases)
         about = dict(client.require_model())
-        entry = {"id": about.pop("name"), "object": "model", "created": started, "owned_by": "transfuse"}
-        return {**entry, "transfuse": about}
+        del about["name"]
+        return {"id": name, "object": "model", "created": started, "owned_by": "transfuse", "transfuse": about}
 
 
-def check_model(client: EngineClient, name: str | None) -> None:
+def check_model(client: EngineClient, name: str | None, aliases: tuple[str, ...]) -> None:
     """Raise ApiError if a request names another model."""
     served = client.require_model()["name"]
-    if name not in (None, served):
+    if name not in (None, served, *aliases):
         message = f"model: expected {served!r}, which is served here, found {str(name)[:100]!r}"
         raise ApiError(404, message, "model_not_found", "model")
 
 
-def add_generation(app: FastAPI, client: EngineClient) -> None:
+def add_generation(app: FastAPI, client: EngineClient, intake: Intake, aliases: tuple[str, ...]) -> None:
     """Add the routes that write and draw."""
 
+    async def read(request: Request, kind: str) -> tuple[Read, float]:
+        """Return a request's jobs and its deadline, which counts from its first byte."""
+        exchange: Exchange = request.scope["exchange"]
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+        deadline = exchange.began + client.limits.deadline
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                content_type = request.headers.get("content-type", "")
+                prepared = await intake.read(exchange.client, kind, content_type, body, client.require_model())
+        except TimeoutError:
+            raise ApiError(504, "the deadline passed before the request was read", retry_after=1) from None
+        finally:
+            del body
+            exchange.read()
+        check_model(client, prepared.body.model, aliases)
+        return prepared, min(deadline, exchange.began + (prepared.body.timeout or client.limits.deadline))
+
     @app.post("/v1/chat/completions")
-    async def chat(request: Request, body: ChatRequest) -> Response:
+    async def chat(request: Request) -> Response:
         """Continue messages of words and pictures, in words and pictures."""
-        check_model(client, body.model)
-        (stream,) = await client.submit([await asyncio.to_thread(body.job)], body.timeout)
-        content = chat_content(client, stream, body, client.require_model()["name"])
-        return await respond(request, content, body.stream, "data: [DONE]\n\n")
+        prepared, deadline = await read(request, "chat")
+        exchange: Exchange = request.scope["exchange"]
+        (stream,) = await client.submit(prepared.jobs, exchange.client, exchange.share, deadline)
+        content = chat_content(client, stream, prepared.body, client.require_model()["name"], exchange)
+        return await respond(request, content, prepared.body.stream, "data: [DONE]\n\n")
 
     @app.post("/v1/images/generations")
-    async def generations(request: Request, body: ImagesRequest) -> Response:
+    async def generations(request: Request) -> Response:
         """Draw pictures for a prompt."""
-        return await images(request, body, "image_generation")
+        return await images(request, "images", "image_generation")
 
     @app.post("/v1/images/edits")
-    async def edits(request: Request, body: Annotated[EditRequest, Form(media_type="multipart/form-data")]) -> Response:
+    async def edits(request: Request) -> Response:
         """Change pictures: by an instruction, by strength, or within a mask."""
-        return await images(request, body, "image_edit")
+        return await images(request, "edits", "image_edit")
 
-    async def images(request: Request, body: ImagesRequest, kind: str) -> Response:
-        check_model(client, body.model)
-        jobs = await asyncio.to_thread(body.jobs, client.require_model()["steps"])
-        streams = await client.submit(jobs, body.timeout)
-        return await respond(request, images_content(client, streams, body, kind), body.stream)
+    async def images(request: Request, kind: str, event: str) -> Response:
+        prepared, deadline = await read(request, kind)
+        exchange: Exchange = request.scope["exchange"]
+        streams = await client.submit(prepared.jobs, exchange.client, exchange.share, deadline)
+        return await respond(
+            request, images_content(client, streams, prepared.body, event, exchange), prepared.body.stream
+        )

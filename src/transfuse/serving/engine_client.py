@@ -5,7 +5,7 @@
                     └ kept if the worker dies:          └ each ends the request with one clear line
                       the next worker gets it
 
-Everything here runs on the event loop; two threads carry messages to and from the pipe.
+Everything here runs on the event loop; two threads for each worker carry messages to and from its pipe.
 """
 
 from __future__ import annotations
@@ -13,27 +13,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import multiprocessing
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
 from ..errors import UserError
 from ..inference.events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
 from ..log import logger
+from .metrics import Metrics
 from .protocol import ApiError
-from .worker import Accepted, Job, Refused, Started, WorkerConfig, WorkerMessage, work
+from .worker import Accepted, Job, Refused, Started, WorkerConfig, WorkerMessage, process_context, work
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-"""limits of the buckets of each histogram"""
 OUTPUTS = {TextDelta: "text", ImageProgress: "preview", ImageEnd: "picture"}
 """labels of the metric `transfuse_first_output_seconds`"""
 RESTART_WINDOW = 60.0
@@ -46,14 +42,24 @@ class QueueConfig:
 
     requests   most requests at a time
     cost       most positions that the network computes for all of them
-    deadline   seconds from a request's arrival to its end, waiting included; a client may ask for fewer
+    share      most of either that one client may hold, unless its key says otherwise
+    deadline   seconds from a request's first byte to its end, waiting included; a client may ask for fewer
     restarts   most replacements of a dead worker within a minute, before the server gives up
     """
 
     requests: int = 64
     cost: int = 4_000_000
+    share: float = 0.75
     deadline: float = 300.0
     restarts: int = 5
+
+
+@dataclass(frozen=True)
+class Share:
+    """A client's own limits of requests and cost; None: the general share."""
+
+    requests: int | None = None
+    cost: int | None = None
 
 
 @dataclass(eq=False)
@@ -66,11 +72,14 @@ class RequestStream:
 
     request_id: int
     job: Job
+    worker: WorkerProcess
+    client: str
     deadline: float
     changed: asyncio.Event
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
     prompt_tokens: int = 0
+    prompt_image_tokens: int = 0
     cost: int = 0
     """0 until a worker has accepted the job"""
     suspected: int = 0
@@ -87,42 +96,57 @@ class RequestStream:
         self.changed.set()
 
 
-class Metrics:
-    """The counts that Prometheus reads, in a registry for each server."""
-
-    def __init__(self) -> None:
-        registry = CollectorRegistry()
-        known: dict[str, Any] = {"namespace": "transfuse", "registry": registry}
-        timed: dict[str, Any] = {**known, "buckets": SECONDS}
-        self.registry = registry
-        self.requests = Counter("requests", "HTTP requests", ["route", "status"], **known)
-        self.seconds = Histogram(
-            "request_seconds", "From a request's first byte to its response's last", ["route"], **timed
-        )
-        self.queued_seconds = Histogram("queued_seconds", "From a request's arrival to its first step", **timed)
-        self.first_seconds = Histogram(
-            "first_output_seconds", "To the first text, preview or picture", ["kind"], **timed
-        )
-        self.waiting = Gauge("waiting", "Requests that wait for a slot", **known)
-        self.running = Gauge("running", "Requests that have a slot", **known)
-        self.cost = Gauge("cost", "Positions that may be computed for both, at most", **known)
-        self.text_tokens = Counter("text_tokens", "Tokens written", **known)
-        self.images = Counter("images", "Pictures drawn", **known)
-        self.evaluations = Counter("network_evaluations", "Denoising steps, or codes", **known)
-        self.rejected = Counter("rejected", "Requests for which there was no room", **known)
-        self.cancelled = Counter("cancelled", "Requests left before their end", **known)
-        self.expired = Counter("expired", "Requests whose deadline passed", **known)
-        self.restarts = Counter("worker_restarts", "Workers that died and were replaced", **known)
-
-
 def start_process(config: WorkerConfig) -> tuple[BaseProcess, Connection]:
     """Start a worker's process; return it and our end of its pipe."""
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     ours, workers = context.Pipe()
     process = context.Process(target=work, args=(workers, config), name="transfuse-worker", daemon=True)
     process.start()
     workers.close()
     return process, ours
+
+
+class WorkerProcess:
+    """A worker, its pipe, and the description of its model (None: not loaded yet)."""
+
+    def __init__(self, process: Any, connection: Connection, on_message: Callable[[WorkerProcess, Any], None]) -> None:
+        self.process, self.connection, self.on_message = process, connection, on_message
+        self.model: dict[str, Any] | None = None
+        self.outbox: queue.SimpleQueue[tuple[int, str, Job | None] | None] = queue.SimpleQueue()
+        self.loop = asyncio.get_running_loop()
+        for carry in (self._read, self._write):
+            threading.Thread(target=carry, daemon=True).start()
+
+    def stop(self) -> None:
+        """End the process, which has nothing to lose."""
+        self.outbox.put(None)
+        if self.process.is_alive():
+            self.process.kill()
+
+    def _read(self) -> None:
+        """Carry messages from the pipe to the loop, in a thread, until the worker ends."""
+        message: Any = ()
+        while message is not None:
+            try:
+                message = self.connection.recv()
+            except (EOFError, OSError):
+                self.process.join(10)  # sets its exit code
+                self.connection.close()
+                message = None
+            try:
+                self.loop.call_soon_threadsafe(self.on_message, self, message)
+            except RuntimeError:
+                return  # the loop is closed
+
+    def _write(self) -> None:
+        """Carry jobs to the pipe, in a thread, so that the loop need not wait until the worker reads a large one."""
+        message: Any = ()
+        while message is not None:
+            message = self.outbox.get()
+            try:
+                self.connection.send(message)  # None ends the worker
+            except OSError:
+                return  # `_read` reports it
 
 
 class EngineClient:
@@ -137,52 +161,65 @@ class EngineClient:
         limits: QueueConfig,
         start_worker: Callable[[WorkerConfig], tuple[Any, Connection]] = start_process,
     ) -> None:
-        self.worker, self.limits, self.start_worker = worker, limits, start_worker
+        self.config, self.limits, self.start_worker = worker, limits, start_worker
         self.metrics = Metrics()
-        self.model: dict[str, Any] | None = None
-        """the worker's description of its model; None while no worker is ready"""
         self.failure: str | None = None
         """why there will be no worker again"""
         self.draining = False
         self.streams: dict[int, RequestStream] = {}
         """the requests that wait or run, in order of arrival"""
-        self.process: Any = None
+        self.arriving: Counter[str] = Counter()
+        """requests whose bodies are being read, by client"""
+        self.worker: WorkerProcess | None = None
+        """the worker that gets new requests; others finish what they have"""
+        self.next: WorkerProcess | None = None
+        """the worker that takes its place once it has loaded its model"""
         self.stopped = asyncio.Event()
         """set when there will be no further worker"""
         self._ids = itertools.count()
-        self._outbox: queue.SimpleQueue[tuple[int, Job | None] | None] = queue.SimpleQueue()
         self._deaths: deque[float] = deque()
-        self._mean_seconds = 1.0
-        """of the last requests, from start to end"""
+        self._last_end = 0.0
+        self._interval = 1.0
+        """seconds between the ends of requests, while there are some"""
+
+    @property
+    def model(self) -> dict[str, Any] | None:
+        """The worker's description of its model; None while no worker is ready."""
+        return None if self.worker is None else self.worker.model
 
     def start(self) -> None:
         """Start a worker, which gets all requests that wait."""
-        self._loop = asyncio.get_running_loop()
-        self.process, connection = self.start_worker(self.worker)
-        self._outbox.put(None)  # ends the writer of the worker before
-        self._outbox = queue.SimpleQueue()
+        self.worker = self._new_worker()
         for stream in self.streams.values():
-            self._outbox.put((stream.request_id, stream.job))
-        for carry in (self._read, self._write):
-            threading.Thread(target=carry, args=(self.process, connection, self._outbox), daemon=True).start()
+            if stream.started is None:
+                stream.worker = self.worker
+                self.worker.outbox.put((stream.request_id, stream.client, stream.job))
+
+    def reload(self) -> None:
+        """Load the model again, in a worker that takes the place of this one; this one finishes what it has."""
+        if self.next is None and self.model is not None and not self.draining:
+            self.next = self._new_worker()
+
+    def _new_worker(self) -> WorkerProcess:
+        process, connection = self.start_worker(self.config)
+        return WorkerProcess(process, connection, self._on_message)
 
     async def stop(self) -> None:
-        """End the worker; requests that still run fail."""
+        """End the workers; requests that still run fail."""
         self.draining = True
-        process, self.process = self.process, None
-        self._outbox.put(None)
+        workers = {stream.worker for stream in self.streams.values()} | {self.worker, self.next}
+        self.worker = self.next = None
         self._fail_all("the server stops")
-        if process is not None:
-            await asyncio.to_thread(process.join, 10)
-            if process.is_alive():
-                process.kill()
+        for worker in workers:
+            if worker is not None:
+                worker.stop()
         self.stopped.set()
 
     async def drain(self, seconds: float) -> None:
         """Accept nothing new, and wait until nothing runs; after `seconds`, what still runs fails."""
         self.draining = True
         end = time.monotonic() + seconds
-        while self.streams and time.monotonic() < end:
+        while (self.streams or self.arriving) and time.monotonic() < end:
             await asyncio.sleep(0.05)
         self._fail_all("the server stops")
 
@@ -200,45 +237,67 @@ class EngineClient:
             raise ApiError(503, "the server is about to stop and takes nothing new", retry_after=10)
         self.require_model()
 
-    def check_room(self, count: int = 1) -> None:
-        """Raise ApiError if `count` requests would not be accepted now, whatever they ask for."""
+    def check_room(self, client: str = "", share: Share = Share(), count: int = 1) -> None:
+        """Raise ApiError if `count` requests of a client would not be accepted now, whatever they ask for."""
         self.check_ready()
-        if len(self.streams) + count > self.limits.requests:
-            raise self._full(f"expected at most {self.limits.requests} requests at a time, found as many")
+        most = share.requests or max(1, int(self.limits.requests * self.limits.share))
+        own = sum(stream.client == client for stream in self.streams.values()) + self.arriving[client]
+        if own + count > most:
+            self._refuse(f"expected at most {most} requests of one client at a time, found as many", own + count - most)
+        over = len(self.streams) + self.arriving.total() + count - self.limits.requests
+        if over > 0:
+            self._refuse(f"expected at most {self.limits.requests} requests at a time, found as many", over)
 
-    def _full(self, message: str) -> ApiError:
+    def _check_cost(self, client: str, share: Share) -> None:
+        """Raise ApiError if what waits and runs costs too much: that of one client, or of all."""
+        most = share.cost or int(self.limits.cost * self.limits.share)
+        own = [stream.cost for stream in self.streams.values() if stream.client == client]
+        every = [stream.cost for stream in self.streams.values()]
+        for costs, limit, whose in ((own, most, "of one client"), (every, self.limits.cost, "for all requests")):
+            if sum(costs) > limit:
+                over = (sum(costs) - limit) * len(costs) / sum(costs)
+                self._refuse(f"expected at most {limit} positions to compute {whose}, found more", math.ceil(over))
+
+    def _refuse(self, message: str, count: int) -> None:
+        """Raise ApiError for a request that has room once `count` requests have ended, at the pace of the last ones."""
         self.metrics.rejected.inc()
-        return ApiError(429, message, retry_after=max(1, min(60, math.ceil(self._mean_seconds))))
+        waited = time.monotonic() - self._last_end if self._last_end else 0.0
+        seconds = count * max(self._interval, min(waited, 60.0) if self.streams else 0.0)
+        raise ApiError(429, message, retry_after=max(1, min(600, math.ceil(seconds))))
 
-    async def submit(self, jobs: Sequence[Job], timeout: float | None = None) -> list[RequestStream]:
+    async def submit(
+        self,
+        jobs: Sequence[Job],
+        client: str = "",
+        share: Share = Share(),
+        deadline: float = math.inf,
+    ) -> list[RequestStream]:
         """Return the streams of jobs, once the worker has accepted all of them; if one is refused, none is kept.
 
-        `timeout` counts from now, where it is shorter than the server's deadline.
+        `deadline` is a time of `time.monotonic`; the server's own counts from now where that is earlier.
 
         Raises:
             UserError: a job is invalid.
             ApiError: there is no room, or no worker, or the deadline passed.
         """
-        self.check_room(len(jobs))
-        deadline = time.monotonic() + min(timeout or math.inf, self.limits.deadline)
+        self.check_room(client, share, len(jobs))
+        assert self.worker is not None
+        deadline = min(deadline, time.monotonic() + self.limits.deadline)
         changed = asyncio.Event()
-        streams = [RequestStream(next(self._ids), job, deadline, changed) for job in jobs]
+        streams = [RequestStream(next(self._ids), job, self.worker, client, deadline, changed) for job in jobs]
         for stream in streams:
             self.streams[stream.request_id] = stream
-            self._outbox.put((stream.request_id, stream.job))
+            self.worker.outbox.put((stream.request_id, client, stream.job))
         self._set_gauges()
         try:
             while not all(stream.cost for stream in streams):
                 changed.clear()
-                async with asyncio.timeout(deadline - time.monotonic()):
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                     await changed.wait()
                 for stream in streams:
                     if stream.queue and isinstance(error := stream.queue[0], Exception):
                         raise error
-            if sum(stream.cost for stream in self.streams.values()) > self.limits.cost:
-                raise self._full(
-                    f"expected at most {self.limits.cost} positions to compute for all requests, found more"
-                )
+            self._check_cost(client, share)
         except BaseException as error:
             for stream in streams:
                 self.cancel(stream)
@@ -285,8 +344,16 @@ class EngineClient:
         """Forget a request, wherever it is. One that has ended stays as it is."""
         if self.streams.pop(stream.request_id, None) is not None:
             self.metrics.cancelled.inc()
-            self._outbox.put((stream.request_id, None))
+            stream.worker.outbox.put((stream.request_id, stream.client, None))
+            self._retire(stream.worker)
             self._set_gauges()
+
+    def _retire(self, worker: WorkerProcess) -> None:
+        """End a worker that another has replaced, once it has no request left."""
+        if worker not in (self.worker, self.next) and all(
+            other.worker is not worker for other in self.streams.values()
+        ):
+            worker.stop()
 
     def _set_gauges(self) -> None:
         running = sum(stream.started is not None for stream in self.streams.values())
@@ -294,27 +361,40 @@ class EngineClient:
         self.metrics.waiting.set(len(self.streams) - running)
         self.metrics.cost.set(sum(stream.cost for stream in self.streams.values()))
 
-    def _on_message(self, process: Any, message: dict[str, Any] | UserError | list[WorkerMessage] | None) -> None:
+    def _on_message(
+        self, worker: WorkerProcess, message: dict[str, Any] | UserError | list[WorkerMessage] | None
+    ) -> None:
         """Handle what a worker has sent: its model's description, why it has none, events, or None when it has died."""
-        if process is not self.process:
-            return
         match message:
-            case None:
-                self._on_death()
+            case None if worker is self.worker:
+                self._on_death(worker)
+            case None if worker is not self.next:
+                self._fail_running(worker)
             case dict():
-                self.model = message
-            case UserError():
+                worker.model = message
+                # What was timed at the start need not be timed again.
+                self.config = replace(self.config, guidance=message.get("guidance", self.config.guidance))
+                if worker is self.next:
+                    old, self.worker, self.next = self.worker, worker, None
+                    logger.info("serve: the model is loaded again, and serves new requests")
+                    if old is not None:
+                        self._retire(old)
+            case None | UserError() if worker is self.next:
+                logger.error(f"serve: the model was not loaded again: {message or 'the worker ended'}")
+                self.next = None
+            case UserError() if worker is self.worker:
                 self._give_up(str(message))
             case list():
                 for event in message:
                     stream = self.streams.get(event.request_id)
-                    if stream is not None:
+                    if stream is not None and stream.worker is worker:
                         self._on_event(stream, event)
 
     def _on_event(self, stream: RequestStream, event: WorkerMessage) -> None:
         match event:
-            case Accepted(prompt_tokens=prompt_tokens, cost=cost):
-                stream.prompt_tokens, stream.cost = prompt_tokens, cost
+            case Accepted():
+                stream.prompt_tokens, stream.cost = event.prompt_tokens, event.cost
+                stream.prompt_image_tokens = event.image_tokens
                 stream.changed.set()
             case Started():
                 stream.started = time.monotonic()
@@ -337,65 +417,52 @@ class EngineClient:
         self._set_gauges()
 
     def _end(self, stream: RequestStream, event: Done | Exception) -> None:
-        del self.streams[stream.request_id]
+        now, busy = time.monotonic(), len(self.streams) > 1
         if stream.started is not None:
-            self._mean_seconds += (time.monotonic() - stream.started - self._mean_seconds) / 8
+            # With one request at a time, from its start; else between two ends.
+            since = max(self._last_end, stream.started) if busy else stream.started
+            self._interval += (now - since - self._interval) / 4
+            self._last_end = now
+        del self.streams[stream.request_id]
         stream.put(event)
+        self._retire(stream.worker)
         self._set_gauges()
 
     def _fail_all(self, message: str) -> None:
         for stream in list(self.streams.values()):
             self._end(stream, ApiError(503, message, retry_after=1))
 
-    def _on_death(self) -> None:
+    def _on_death(self, worker: WorkerProcess) -> None:
         """Fail the requests that ran; the next worker gets those that waited, in their order."""
-        self.model, now = None, time.monotonic()
+        now = time.monotonic()
         self._deaths.append(now)
         while now - self._deaths[0] > RESTART_WINDOW:
             self._deaths.popleft()
-        exit_code, count = self.process.exitcode, len(self.streams)
-        logger.info(f"serve: the worker ended (exit code {exit_code}); {count} requests were with it")
+        exit_code, count = worker.process.exitcode, len(self.streams)
+        logger.error(f"serve: the worker ended (exit code {exit_code}); {count} requests were with it")
         # Jobs are read in order, so only the first that was not accepted may have killed it. Twice is no accident.
         unread = next((stream for stream in self.streams.values() if not stream.cost), None)
         if unread is not None:
             unread.suspected += 1
-        for stream in list(self.streams.values()):
-            if stream.started is not None or stream.suspected > 1:
-                message = "the worker ended while it computed this request; try again"
-                self._end(stream, ApiError(503, message, retry_after=1))
+        self._fail_running(worker)
         if len(self._deaths) > self.limits.restarts:
             self._give_up(f"the worker ended {len(self._deaths)} times within a minute")
         else:
             self.metrics.restarts.inc()
             self.start()
 
+    def _fail_running(self, worker: WorkerProcess) -> None:
+        """Fail the requests that a dead worker computed; the current one gets those of a replaced one that waited."""
+        for stream in [stream for stream in self.streams.values() if stream.worker is worker]:
+            if stream.started is not None or stream.suspected > 1:
+                message = "the worker ended while it computed this request; try again"
+                self._end(stream, ApiError(503, message, retry_after=1))
+            elif self.worker is not None and worker is not self.worker:
+                stream.worker = self.worker
+                self.worker.outbox.put((stream.request_id, stream.client, stream.job))
+
     def _give_up(self, message: str) -> None:
         self.failure = message
         logger.info(f"serve: {message}")
         self._fail_all(message)
         self.stopped.set()
-
-    def _read(self, process: Any, connection: Connection, _: object) -> None:
-        """Carry messages from the pipe to the loop, in a thread, until the worker ends."""
-        message: Any = ()
-        while message is not None:
-            try:
-                message = connection.recv()
-            except (EOFError, OSError):
-                process.join(10)  # sets its exit code
-                connection.close()
-                message = None
-            try:
-                self._loop.call_soon_threadsafe(self._on_message, process, message)
-            except RuntimeError:
-                return  # the loop is closed
-
-    def _write(self, process: Any, connection: Connection, outbox: queue.SimpleQueue[Any]) -> None:
-        """Carry jobs to the pipe, in a thread, so that the loop need not wait until the worker reads a large one."""
-        message: Any = ()
-        while message is not None:
-            message = outbox.get()
-            try:
-                connection.send(message)  # None ends the worker
-            except OSError:
-                return  # `_read` reports it

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
+import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..config import from_dict, read_settings
+from ..devices import give_back_memory
+from ..errors import UserError
 from ..log import logger
-from .engine_client import EngineClient
+from .engine_client import EngineClient, Share
 from .protocol import ApiError
 
 Scope = MutableMapping[str, Any]
@@ -21,75 +28,158 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+OPEN = ("/", "/health", "/ready")
+"""routes that need no key"""
 QUIET = ("/health", "/ready", "/metrics")
 """routes that are not logged"""
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-9]*)?", re.IGNORECASE)
+FREE = 65_536
+"""bytes of each body that do not count against the budget"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A client's key, and its name in logs and for fairness; `requests` and `cost` replace the general share."""
+
+    name: str
+    key: str
+    requests: int | None = None
+    cost: int | None = None
 
 
 @dataclass(frozen=True)
 class AccessConfig:
     """Limits of every HTTP request.
 
-    keys       accepted as `Authorization: Bearer KEY` under /v1/; empty: no key is needed
+    keys       accepted as `Authorization: Bearer KEY`, on all routes but `OPEN`; empty: no key is needed
     hosts      names that a request may be addressed to, which keeps other sites' pages out; empty: any
+    origins    other sites whose pages may send requests (CORS), such as https://chat.example; "*": all
     max_body   bytes
+    bodies     bytes of all bodies that are being read; of one client three quarters of them
     patience   seconds to wait for the next piece of a body, or for the client to take one of a response
+    root_path  prefix of all paths under a proxy
     """
 
-    keys: tuple[str, ...] = ()
+    keys: tuple[Key, ...] = ()
     hosts: tuple[str, ...] = LOOPBACK
+    origins: tuple[str, ...] = ()
     max_body: int = 32_000_000
+    bodies: int = 128_000_000
     patience: float = 30.0
+    root_path: str = ""
+
+
+def read_keys(path: Path | None, environment: str = "") -> tuple[Key, ...]:
+    """Return keys of a file, and of a list separated by commas. Raises UserError.
+
+    A file has lines `name:key`, or is TOML with a table for each name: `key`, and if wanted `requests` and `cost`.
+    """
+    keys: list[Key] = []
+    lines = [(f"TRANSFUSE_API_KEYS {number + 1}", entry) for number, entry in enumerate(environment.split(","))]
+    if path is not None and path.suffix == ".toml":
+        keys += [from_dict(Key, {"name": name, **values}, f"{path}: {name}")
+                 for name, values in read_settings(path).items()]  # fmt: skip
+    elif path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: expected lines name:key, found no readable file ({error})") from None
+        lines += [(f"{path} line {number + 1}", line) for number, line in enumerate(text.splitlines())]
+    for where, line in lines:
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, colon, key = line.strip().partition(":")
+        if not colon and not where.startswith("TRANSFUSE"):
+            raise UserError(f"{where}: expected name:key, found no colon")
+        name, key = name.strip(), key.strip()
+        keys.append(Key(name, key) if colon else Key(where.replace("TRANSFUSE_API_KEYS", "key"), name))
+    for what in ("name", "key"):
+        repeated = [value for value, count in Counter(getattr(key, what) for key in keys).items() if count > 1]
+        if repeated or not all(getattr(key, what) for key in keys):
+            raise UserError(
+                f"{path or 'TRANSFUSE_API_KEYS'}: expected a different {what} for each, found one twice or none"
+            )
+    return tuple(keys)
+
+
+def address_of(host: str) -> str:
+    """Return what stands for a client without a key: its address, and of IPv6 the network, which is one customer's."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    return host if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
 
 
 class Middleware:
-    """ASGI middleware that admits, measures and logs each request, by its number and never by its content."""
+    """ASGI middleware that admits, measures and logs each request, never its content. `config` may be replaced."""
 
-    def __init__(self, app: App, client: EngineClient, config: AccessConfig) -> None:
+    def __init__(self, app: App, client: EngineClient, config: Callable[[], AccessConfig]) -> None:
         self.app, self.client, self.config = app, client, config
+        self.bodies: Counter[str] = Counter()
+        """bytes of bodies that are being read, by client"""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, number = time.monotonic(), uuid.uuid4().hex[:16]
-        exchange = Exchange(self.config, number, receive, send)
+        began = scope.get("began") or time.monotonic()
+        # uvicorn keeps the method in the scope that it made, and sends no body for HEAD.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        if root := self.config().root_path:
+            inner["root_path"] = root
+        exchange = Exchange(self, uuid.uuid4().hex[:16], began, receive, send)
+        inner["exchange"] = exchange
         try:
-            self.admit(scope)
-            await self.app(scope, exchange.receive, exchange.send)
+            self.admit(inner, exchange)
+            await self.app(inner, exchange.receive, exchange.send)
         except ApiError as error:
-            await exchange.fail(scope, error)
+            await exchange.fail(inner, error)
         except SlowReader:
             pass  # the connection is closed
         except Exception as error:
-            logger.info(f"{number} {type(error).__name__}: {error}")
-            message = f"the server made a mistake; it is logged under {number}"
-            await exchange.fail(scope, ApiError(500, message))
+            logger.error(f"{exchange.number} {type(error).__name__}: {error}")
+            message = f"the server made a mistake; it is logged under {exchange.number}"
+            await exchange.fail(inner, ApiError(500, message))
         finally:
-            seconds, route = time.monotonic() - began, getattr(scope.get("route"), "path", "other")
+            exchange.read()
+            route = getattr(inner.get("route"), "path", "other")
             self.client.metrics.requests.labels(route, exchange.status or 499).inc()
-            self.client.metrics.seconds.labels(route).observe(seconds)
+            self.client.metrics.seconds.labels(route).observe(time.monotonic() - began)
             if route not in QUIET:
-                logger.info(f"{number} {scope['method']} {route} {exchange.status or 'left'} {seconds:.2f} s")
+                exchange.log(scope["method"], route)
 
-    def admit(self, scope: Scope) -> None:
+    def admit(self, scope: Scope, exchange: Exchange) -> None:
         """Raise ApiError for a request that is refused by its head alone."""
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        host, origin, hosts = headers.get("host", ""), headers.get("origin"), self.config.hosts
-        name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-        if hosts and name not in hosts:
-            raise ApiError(403, f"expected a request to {' or '.join(hosts)}, found one to {name[:100]!r}")
-        if origin is not None and urlsplit(origin).netloc != host:
+        config, headers = self.config(), dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        parts = HOST.fullmatch(host)
+        if parts is None and (host or config.hosts):
+            raise ApiError(400, f"host: expected a name and a port, found {host[:100]!r}", "invalid_request", "host")
+        if parts and config.hosts and parts[1].lower().removesuffix(".") not in map(str.lower, config.hosts):
+            raise ApiError(403, f"expected a request to {' or '.join(config.hosts)}, found one to {host[:100]!r}")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        allowed = not origin or urlsplit(origin).netloc.lower() == host.lower()
+        if not allowed and origin not in config.origins and "*" not in config.origins:
             raise ApiError(403, f"expected a page of this server, found one of {origin[:100]!r}")
-        if scope["path"].startswith("/v1/") and self.config.keys:
-            given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-            if not any(hmac.compare_digest(given, key.encode()) for key in self.config.keys):
+        path, peer = scope["path"].removeprefix(config.root_path), scope.get("client")
+        exchange.client = address_of(peer[0]) if peer else "unknown"
+        if config.keys and path not in OPEN:
+            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+            token = token.strip() if scheme.lower() == b"bearer" else b""
+            given = [key for key in config.keys if hmac.compare_digest(token, key.key.encode())]
+            if not given:
                 message = "expected a key of this server in the header Authorization: Bearer KEY"
                 raise ApiError(401, message, "invalid_api_key")
+            exchange.client, exchange.key = given[0].name, given[0].name
+            exchange.share = Share(given[0].requests, given[0].cost)
         if scope["method"] == "POST":
-            self.client.check_room()
-            length = headers.get("content-length", "0")
-            if not length.isdecimal() or int(length) > self.config.max_body:
-                raise too_large(self.config.max_body, length)
+            length = headers.get(b"content-length", b"0").decode("latin-1")
+            if not length.isdecimal() or int(length) > config.max_body:
+                raise too_large(config.max_body, length)
+            self.client.check_room(exchange.client, exchange.share)
+            exchange.reading = True
+            self.client.arriving[exchange.client] += 1
 
 
 def too_large(limit: int, length: str) -> ApiError:
@@ -101,30 +191,66 @@ class SlowReader(Exception):
     """The client does not take the response."""
 
 
+@dataclass
 class Exchange:
-    """One request and its response: counts the bytes of the body, and limits the waiting in both directions."""
+    """One request and its response: counts the bytes of the body, and limits the waiting in both directions.
 
-    def __init__(self, config: AccessConfig, number: str, receive: Receive, send: Send) -> None:
-        self.config, self.number, self._receive, self._send = config, number, receive, send
-        self.status: int | None = None
-        self.bytes, self.complete = 0, False
-        """of the body so far, and whether that is all of it"""
+    client   whose request it is, for fairness: a key's name, or an address
+    counts   tokens and images of the response, for the log
+    """
+
+    middleware: Middleware
+    number: str
+    began: float
+    receive_: Receive
+    send_: Send
+    client: str = ""
+    key: str = ""
+    share: Share = field(default_factory=lambda: Share())
+    status: int | None = None
+    bytes: int = 0
+    complete: bool = False
+    reading: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """Receive a piece of the body. Raises ApiError for a slow or a large one."""
+        """Receive a piece of the body. Raises ApiError for a slow or a large one, or where there is no room for it."""
         if self.complete:
-            return await self._receive()  # only `http.disconnect` can follow, at any time
+            return await self.receive_()  # only `http.disconnect` can follow, at any time
+        config = self.middleware.config()
+        left = self.began + self.middleware.client.limits.deadline - time.monotonic()
         try:
-            async with asyncio.timeout(self.config.patience):
-                message = await self._receive()
+            async with asyncio.timeout(max(0.0, min(config.patience, left))):
+                message = await self.receive_()
         except TimeoutError:
-            slow = f"body: expected its next piece within {self.config.patience:g} s, found none"
+            slow = f"body: expected its next piece within {config.patience:g} s, found none"
+            if left <= config.patience:
+                slow = "body: expected all of it before the deadline, found less"
             raise ApiError(408, slow) from None
-        self.bytes += len(message.get("body", b""))
+        piece = len(message.get("body", b""))
+        before, self.bytes = max(0, self.bytes - FREE), self.bytes + piece
         self.complete = not message.get("more_body", False)
-        if self.bytes > self.config.max_body:
-            raise too_large(self.config.max_body, "more")
+        if self.bytes > config.max_body:
+            raise too_large(config.max_body, "more")
+        held = self.middleware.bodies
+        if self.reading:
+            held[self.client] += max(0, self.bytes - FREE) - before
+            if held[self.client] > config.bodies * 3 // 4 or held.total() > config.bodies:
+                status = 429 if held[self.client] > config.bodies * 3 // 4 else 503
+                raise ApiError(status, "body: expected fewer large bodies at a time, found too many", retry_after=5)
         return message
+
+    def read(self) -> None:
+        """The body is read, and no longer held."""
+        if self.reading:
+            self.reading = False
+            client, held = self.middleware.client, max(0, self.bytes - FREE)
+            for counter, count in ((client.arriving, 1), (self.middleware.bodies, held)):
+                counter[self.client] -= count
+                if not counter[self.client]:
+                    del counter[self.client]
+            if held:
+                give_back_memory()
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Send a piece of the response. Raises SlowReader."""
@@ -135,8 +261,8 @@ class Exchange:
                 headers.append((b"connection", b"close"))  # the rest of the body is not read
             message["headers"] = [*message.get("headers", []), *headers]
         try:
-            async with asyncio.timeout(self.config.patience):
-                await self._send(message)
+            async with asyncio.timeout(self.middleware.config().patience):
+                await self.send_(message)
         except TimeoutError:
             raise SlowReader from None
 
@@ -144,3 +270,11 @@ class Exchange:
         """Respond with an error, unless a response has begun."""
         if self.status is None:
             await error.response()(scope, self.receive, self.send)
+
+    def log(self, method: str, route: str) -> None:
+        """Write the line of this request: numbers and names, nothing of what it says."""
+        ms = round(1000 * (time.monotonic() - self.began))
+        fields: dict[str, Any] = {"request_id": self.number, "key": self.key, "method": method, "route": route}
+        fields |= {"status": self.status or 499, "tokens": 0, "images": 0, **self.counts, "ms": ms}
+        pairs = [f"{name}={value}" for name, value in fields.items() if value != "" and name not in ("method", "route")]
+        logger.info(f"{method} {route} {' '.join(pairs)}", extra={"fields": fields})

@@ -1,30 +1,43 @@
-"""The shapes of requests and of errors: OpenAI's, plus the settings of images. An unknown field is refused by name.
+"""The shapes of requests and of errors: OpenAI's, plus the settings of images.
 
-Pydantic checks a request's fields; `job` and `jobs` decode its images, which takes a thread. What depends on the model
-(its sizes, its context) the engine checks.
+A field that asks for nothing passes, as front ends send many (`SAYS_NOTHING`); any other that is unknown is refused by
+name. Pydantic checks a request's fields and `intake` decodes its images; what depends on the model the engine checks.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
+import re
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import HTTPException, UploadFile
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ..config import nearest
 from ..errors import UserError
-from ..images import decode_image, read_mask
 from .worker import Job
 
 MAX_TEXT = 100_000
 """characters of one text"""
-MAX_PIXELS = 16_000_000
-FORMATS = ("PNG", "JPEG", "WEBP")
+ANY = object()
+SAYS_NOTHING: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    **dict.fromkeys(("service_tier", "store", "metadata", "user", "safety_identifier", "prompt_cache_key"), (ANY,)),
+    **dict.fromkeys(("prediction", "audio", "web_search_options"), ()),
+}
+"""fields of OpenAI's that the server does not have, each with the values that change no result; null changes none"""
 
 
 class ApiError(HTTPException):
@@ -63,6 +76,23 @@ def _file(value: object) -> object:
     return value
 
 
+def _size(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|[1-9]\d{0,3}x[1-9]\d{0,3}", value):
+        raise ValueError(f"expected auto, or columns and rows such as 64x64, found {value!r:.60}")
+    return value
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+Int = Annotated[int, Field(strict=True)]
+Float = Annotated[float, Field(strict=True)]
+Bool = Annotated[bool, Field(strict=True)]
 String = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_unicode)]
 Upload = Annotated[UploadFile, BeforeValidator(_file)]
 
@@ -77,27 +107,25 @@ class GenerationOptions(Strict):
     """Fields of every request. None: the model's own default."""
 
     model: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] | None = None
+    num_inference_steps: Annotated[Int, Field(ge=1, le=1000)] | None = None
     sampler: Literal["ddpm", "ddim", "dpmpp", "euler", "heun"] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
-    image_guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
-    guidance_interval: tuple[float, float] | None = None
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,3}x[1-9]\d{0,3})$")] = "auto"
+    guidance_scale: Annotated[Float, Field(ge=0, le=100)] | None = None
+    image_guidance_scale: Annotated[Float, Field(ge=0, le=100)] | None = None
+    guidance_interval: Annotated[list[Float], Field(min_length=2, max_length=2)] | None = None
+    size: Annotated[str, BeforeValidator(_size), Field(json_schema_extra={"pattern": r"^(auto|\d+x\d+)$"})] = "auto"
     """columns x rows"""
-    timeout: Annotated[float, Field(gt=0)] | None = None
-    """seconds; the server's own deadline holds where it is shorter"""
-    user: str | None = None
-    """ignored, as are `metadata` and `store`"""
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
+    timeout: Annotated[Float, Field(gt=0)] | None = None
+    """seconds from the request's first byte; the server's own deadline holds where it is shorter"""
 
-    def job_of(self, parts: list[str | np.ndarray], settings: dict[str, Any], **more: Any) -> Job:
+    def job_of(self, parts: Sequence[str | np.ndarray], settings: dict[str, Any], **more: Any) -> Job:
         """Return a job whose settings hold only what the request names, and a seed."""
         settings = {"seed": secrets.randbelow(2**31) if self.seed is None else self.seed, **settings}
-        for name in ("guidance_scale", "image_guidance_scale", "guidance_interval"):
+        for name in ("guidance_scale", "image_guidance_scale"):
             if getattr(self, name) is not None:
                 settings[name] = getattr(self, name)
+        if self.guidance_interval is not None:
+            settings["guidance_interval"] = tuple(self.guidance_interval)
         if self.size != "auto":
             columns, rows = (int(side) for side in self.size.split("x"))
             settings["size"] = (rows, columns)
@@ -117,26 +145,19 @@ class ImageURL(Strict):
     url: str
     detail: str | None = None
 
-    def decode(self, field: str) -> np.ndarray:
-        """Return the image, uint8 RGB. Raises UserError, one line that names `field`."""
-        head, comma, data = self.url.partition(",")
-        if not head.startswith("data:") or not comma:
-            wanted, start = "a data: URL with the picture in it", self.url[:24]
-            raise UserError(f"{field}: expected {wanted}, found {start!r}; none is fetched")
-        if not head.endswith(";base64"):
-            raise UserError(f"{field}: expected base64 after {head[:40]!r}, found something else")
-        try:
-            content = base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise UserError(f"{field}: expected base64, found something else ({error})") from None
-        return decode_image(content, field, MAX_PIXELS, FORMATS)
-
 
 class ImagePart(Strict):
     """An image in a message."""
 
     type: Literal["image_url"]
     image_url: ImageURL
+
+
+Parts = Annotated[
+    list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+    Field(max_length=64),
+    BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart | ImagePart]),
+]
 
 
 class Message(BaseModel):
@@ -148,32 +169,29 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: (
-        String
-        | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=64)]
-        | None
-    ) = None
+    content: Parts | None = None
     images: Annotated[list[ImagePart], Field(max_length=16)] | None = None
 
-    def parts(self, field: str) -> list[str | np.ndarray]:
-        """Return texts that are not empty, and images. Raises UserError, which names the part of `field`."""
-        content = [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content or []
-        parts: list[str | np.ndarray] = []
-        for number, part in enumerate([*content, *(self.images or [])]):
+    def parts(self, field: str) -> list[tuple[str, str | ImageURL]]:
+        """Return texts that are not empty, and images, each with its name in the request, in order."""
+        parts: list[tuple[str, str | ImageURL]] = []
+        for number, part in enumerate([*(self.content or []), *(self.images or [])]):
             if isinstance(part, ImagePart):
-                parts.append(part.image_url.decode(f"{field}.content.{number}.image_url"))
+                parts.append((f"{field}.content.{number}.image_url", part.image_url))
             elif part.text:
-                parts.append(part.text)
+                parts.append((f"{field}.content.{number}.text", part.text))
         return parts
 
 
 class StreamOptions(Strict):
     """Chunks of a chat's stream."""
 
-    include_usage: bool = False
-    include_progress: bool = False
+    include_usage: Bool = False
+    include_obfuscation: Bool = False
+    """ignored"""
+    include_progress: Bool = False
     """add chunks with a field `progress`: how far an image is, and previews"""
-    preview_every: Annotated[int, Field(ge=1, le=1000)] = 5
+    preview_every: Annotated[Int, Field(ge=1, le=1000)] = 5
     """denoising steps between previews"""
 
 
@@ -183,58 +201,70 @@ class ChatRequest(GenerationOptions):
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1, max_length=2)] | None = None
     """["text"]: words only; ["image"]: an image comes first; both, or none given: the model decides"""
-    max_tokens: Annotated[int, Field(ge=0, le=100_000)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=0, le=100_000)] | None = None
-    max_images: Annotated[int, Field(ge=0, le=16)] = 1
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Literal[1] | None = 1
-    stream: bool | None = False
+    max_tokens: Annotated[Int, Field(ge=0, le=100_000)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=0, le=100_000)] | None = None
+    max_images: Annotated[Int, Field(ge=0, le=16)] = 1
+    temperature: Annotated[Float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
+    stop: (
+        Annotated[
+            list[Annotated[String, Field(min_length=1, max_length=1000)]],
+            Field(max_length=4),
+            BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+        ]
+        | None
+    ) = None
+    logprobs: Bool | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    n: Annotated[Int, Field(ge=1, le=1)] | None = 1
+    stream: Bool | None = False
     stream_options: StreamOptions | None = None
     content_format: Literal["text", "parts"] = "text"
     """text: the words in `content`, the images in `images`; parts: both in `content`, in their order"""
 
-    def job(self) -> Job:
-        """Return the job of the request. Raises UserError for an image that cannot be decoded."""
-        spoken = [message.parts(f"messages.{number}") for number, message in enumerate(self.messages)]
-        parts = [part for turn in spoken for part in turn]
-        if not parts:
-            raise UserError("messages: expected some text or a picture, found none")
+    def job(self, parts: Sequence[str | np.ndarray]) -> Job:
+        """Return the job of the request; `parts` are those of its messages, with their images decoded."""
         kinds = set(self.modalities or ["text", "image"])
         draw = "auto" if len(kinds) == 2 else "force" if "image" in kinds else "never"
         settings: dict[str, Any] = {"draw": draw, "max_images": self.max_images, "reuse": len(self.messages) > 1}
-        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        optional = {"max_tokens": max_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        optional = {
+            "max_tokens": self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            "stop": None if self.stop is None else tuple(self.stop),
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            **{name: getattr(self, name) for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty")},
+        }
         settings |= {name: value for name, value in optional.items() if value is not None}
         if self.stream and self.stream_options is not None and self.stream_options.include_progress:
             settings["preview_every"] = self.stream_options.preview_every
         roles = ("system" if message.role == "developer" else message.role for message in self.messages)
-        turns = tuple((role, len(turn)) for role, turn in zip(roles, spoken, strict=True))
+        turns = tuple((role, len(message.parts(""))) for role, message in zip(roles, self.messages, strict=True))
         return self.job_of(parts, settings, turns=turns)
 
 
 class ImagesRequest(GenerationOptions):
     """`POST /v1/images/generations`."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_unicode)]
-    n: Annotated[int, Field(ge=1, le=10)] | None = 1
+    prompt: Annotated[String, Field(min_length=1)]
+    n: Annotated[Int, Field(ge=1, le=10)] | None = 1
     response_format: Literal["b64_json"] | None = None
     """a URL is never given: nothing is kept"""
     output_format: Literal["png"] | None = None
-    stream: bool | None = False
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    stream: Bool | None = False
+    partial_images: Annotated[Int, Field(ge=0, le=3)] | None = None
     quality: str | None = None
     style: str | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: str | None = None
 
-    def jobs(self, default_steps: int, images: list[np.ndarray] | None = None, **start: Any) -> list[Job]:
+    def jobs(self, default_steps: int, images: Sequence[np.ndarray] = (), **start: Any) -> list[Job]:
         """Return a job for each image to draw, with seeds counted up; `images` stand before the prompt."""
         settings: dict[str, Any] = {"draw": "force", "max_tokens": 0}
         if self.stream and self.partial_images:
             steps = self.num_inference_steps or default_steps
             settings["preview_every"] = max(1, steps // (self.partial_images + 1))
-        first = self.job_of([*(images or []), self.prompt], settings, **start)
+        first = self.job_of([*images, self.prompt], settings, **start)
         seed = first.settings["seed"]
         seeds = [(seed + number) % 2**63 for number in range(self.n or 1)]
         return [replace(first, settings={**first.settings, "seed": seed}) for seed in seeds]
@@ -247,24 +277,65 @@ class EditRequest(ImagesRequest):
     the result, which is drawn from the image.
     """
 
-    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    strength: Annotated[Float, Field(ge=0, le=1)] | None = None
     input_fidelity: str | None = None
     image: Annotated[list[Upload], Field(max_length=16)] = []
     images: Annotated[list[Upload], Field(max_length=16, alias="image[]")] = []
     mask: Annotated[list[Upload], Field(max_length=1)] = []
 
-    def jobs(self, default_steps: int, *_: Any, **__: Any) -> list[Job]:
-        """Return a job for each image to draw. Raises UserError for a file that cannot be decoded."""
-        files = [file.file.read() for file in (*self.image, *self.images)]
-        if not files:
-            raise UserError("image: expected a file, found none")
-        images = [decode_image(file, "image", MAX_PIXELS, FORMATS) for file in files]
-        if self.strength is None and not self.mask:
-            return super().jobs(default_steps, images)
-        if len(images) != 1:
-            raise UserError(f"image: expected one with strength or mask, found {len(images)}")
-        area = None
-        if self.mask:
-            area = read_mask(self.mask[0].file.read(), images[0].shape[:2], "mask", MAX_PIXELS, FORMATS)
-        strength = 1.0 if self.strength is None else self.strength
-        return super().jobs(default_steps, start=images[0], mask=area, strength=strength)
+
+def validate(kind: type[GenerationOptions], values: Mapping[str, Any]) -> Any:
+    """Return a request of plain values. Raises UserError: one line that names the field and what was found."""
+    given = {}
+    for name, value in values.items():
+        known = name in kind.model_fields or name == "image[]"
+        if value is None or (not known and _says_nothing(name, value)):
+            continue
+        if not known and name in SAYS_NOTHING:
+            raise UserError(f"{name}: expected none, which this server does not support, found {_shown(value)}")
+        given[name] = value
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise UserError(_first_mistake(error, given, kind)) from None
+
+
+def _says_nothing(name: str, value: object) -> bool:
+    harmless = SAYS_NOTHING.get(name, ())
+    return ANY in harmless or any(type(value) is type(other) and value == other for other in harmless)
+
+
+def _first_mistake(error: ValidationError, values: object, kind: type[BaseModel]) -> str:
+    """Return the first error by the names and numbers that lead to it in the request, without pydantic's own."""
+    first, path = error.errors(include_url=False)[0], []
+    for part in first["loc"]:
+        inside = isinstance(values, Mapping) and part in values
+        if inside or (isinstance(values, list) and isinstance(part, int) and part < len(values)):
+            path.append(str(part))
+            values = values[part]  # type: ignore[index]
+    message = first["msg"]
+    match first["type"]:
+        case "missing":
+            path.append(str(first["loc"][-1]))
+            reason = "expected a value, found none"
+        case "extra_forbidden":
+            reason = f"unknown field{nearest(path[-1], kind.model_fields, '') if len(path) == 1 else ''}"
+        case "value_error":
+            reason = message.removeprefix("Value error, ")
+        case "model_type" | "model_attributes_type" | "dict_type":
+            reason = f"expected an object, found {_shown(values)}"
+        case "union_tag_invalid" | "union_tag_not_found":
+            reason = f"expected a type, 'text' or 'image_url', found {_shown(values)}"
+        case "too_long" | "too_short":
+            bound = re.sub(r"^\w+ should have ", "", message.split(" after ")[0])
+            bound = bound.replace("item", "character") if isinstance(values, str) else bound
+            reason = f"expected {bound}, found {first['ctx']['actual_length']}"
+        case _:
+            wanted = re.sub(r"^\w+ should (be|have|match) ?", "", message).partition(", unable")[0]
+            wanted = re.sub(r"a valid (?=[aeiou])", "an ", wanted).replace("a valid ", "a ")
+            reason = f"expected {wanted}, found {_shown(values)}"
+    return f"{'.'.join(path) or 'body'}: {' '.join(reason.split())}"
+
+
+def _shown(value: object) -> str:
+    return "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else f"{value!r:.60}"

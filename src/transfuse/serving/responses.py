@@ -20,10 +20,17 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ..images import save_png
 from ..inference.events import Done, ImageEnd, ImageProgress, TextDelta
 from .engine_client import EngineClient, RequestStream
+from .middleware import Exchange
 from .protocol import ApiError, ChatRequest, ImagesRequest
 
 Content = AsyncGenerator[dict[str, Any] | None, None]
 """the JSON of each server-sent event of a stream, None where nothing has happened for a while; or one whole response"""
+
+
+def counted(exchange: Exchange, done: Sequence[Done]) -> None:
+    """Note what a request has made, for its line in the log."""
+    tokens, images = sum(end.text_tokens for end in done), sum(end.images for end in done)
+    exchange.counts = {"tokens": tokens, "images": images}
 
 
 async def respond(request: Request, content: Content, stream: bool | None, end: str = "") -> Response:
@@ -78,26 +85,35 @@ def to_png(pixels: np.ndarray | None, settings: dict[str, Any] | None = None) ->
     return base64.b64encode(file.getvalue()).decode()
 
 
-async def chat_content(client: EngineClient, stream: RequestStream, body: ChatRequest, model: str) -> Content:
+async def chat_content(
+    client: EngineClient, stream: RequestStream, body: ChatRequest, model: str, exchange: Exchange
+) -> Content:
     """Yield a `chat.completion`, or its chunks where the request asks for a stream."""
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model or model}
     chunk = {**head, "object": "chat.completion.chunk"}
-    seed, role = stream.job.settings["seed"], {"role": "assistant"}
+    seed = stream.job.settings["seed"]
     parts: list[dict[str, Any]] = []
+    logprobs: list[dict[str, Any]] = []
+    if body.stream:
+        choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        yield {**chunk, "choices": [choice]}
     async with aclosing(client.events([stream])) as events:
         async for _, event in events:
             delta: dict[str, Any] = {}
             more: dict[str, Any] = {}
+            token: list[dict[str, Any]] = []
             match event:
                 case TextDelta(text=text):
+                    token = [token_logprobs(event)] if event.logprob is not None else []
+                    logprobs += token
                     if not parts or parts[-1]["type"] != "text":
                         parts.append({"type": "text", "text": ""})
                     parts[-1]["text"] += text
-                    delta = {**role, "content": text}
+                    delta = {"content": text}
                 case ImageEnd(pixels=pixels, settings=settings):
                     url = f"data:image/png;base64,{await asyncio.to_thread(to_png, pixels, settings)}"
                     parts.append({"type": "image_url", "image_url": {"url": url}})
-                    delta = {**role, "images": [{**parts[-1], "settings": settings}]}
+                    delta = {"images": [{**parts[-1], "settings": settings}]}
                 case ImageProgress(image=image, step=step, total=total, pixels=pixels):
                     more = {"progress": {"image": image, "step": step, "total": total}}
                     if pixels is not None:
@@ -107,11 +123,12 @@ async def chat_content(client: EngineClient, stream: RequestStream, body: ChatRe
                     done = event
                     break
             if body.stream:
-                role = {} if delta else role
                 choice = {"index": 0, "delta": delta, "finish_reason": None}
+                choice |= {"logprobs": {"content": token, "refusal": None}} if body.logprobs else {}
                 yield None if event is None else {**chunk, "choices": [choice], **more}
     finish_reason = "length" if done.reason == "length" else "stop"
     used = usage([stream], [done])
+    counted(exchange, [done])
     if body.stream:
         yield {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}], "seed": seed}
         if body.stream_options is not None and body.stream_options.include_usage:
@@ -125,11 +142,23 @@ async def chat_content(client: EngineClient, stream: RequestStream, body: ChatRe
     elif images:
         message["images"] = images
     choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
+    if body.logprobs:
+        choice["logprobs"] = {"content": logprobs, "refusal": None}
     yield {**head, "object": "chat.completion", "choices": [choice], "usage": used, "seed": seed}
 
 
+def token_logprobs(event: TextDelta) -> dict[str, Any]:
+    """Return a token and the most probable ones in OpenAI's shape; `bytes` is None for a part of a character."""
+    values = [event.logprob, *(logprob for _, logprob in event.top_logprobs)]
+    entries = [
+        {"token": text, "logprob": value, "bytes": None if "\ufffd" in text else [*text.encode()]}
+        for text, value in zip(event.texts, values, strict=True)
+    ]
+    return {**entries[0], "top_logprobs": entries[1:]}
+
+
 async def images_content(
-    client: EngineClient, streams: Sequence[RequestStream], body: ImagesRequest, kind: str
+    client: EngineClient, streams: Sequence[RequestStream], body: ImagesRequest, kind: str, exchange: Exchange
 ) -> Content:
     """Yield a list of images; where the request asks for a stream, events `KIND.partial_image` and `KIND.completed`."""
     head = {"created_at": int(time.time()), "output_format": "png"}
@@ -153,6 +182,7 @@ async def images_content(
                     images[index] = {"b64_json": content, "seed": settings["seed"], "settings": settings}
                 case Done():
                     ended[index] = event
+                    counted(exchange, [*ended.values()])
                     item = {"type": f"{kind}.completed", "usage": usage([streams[index]], [event]), **images[index]}
             if body.stream and (item is not None or event is None):
                 yield None if item is None else {**head, "image_index": index, **item}
@@ -166,6 +196,8 @@ async def images_content(
 def usage(streams: Sequence[RequestStream], done: Sequence[Done]) -> dict[str, Any]:
     """Return the counts of requests that have ended, by the names of chat and by those of images."""
     prompt = sum(stream.prompt_tokens for stream in streams)
+    of_images = sum(stream.prompt_image_tokens for stream in streams)
+    details = {"text_tokens": prompt - of_images, "image_tokens": of_images}
     text, images = sum(end.text_tokens for end in done), sum(end.image_positions for end in done)
     return {
         "prompt_tokens": prompt,
@@ -174,5 +206,7 @@ def usage(streams: Sequence[RequestStream], done: Sequence[Done]) -> dict[str, A
         "output_tokens": text + images,
         "total_tokens": prompt + text + images,
         "completion_tokens_details": {"text_tokens": text, "image_tokens": images},
+        "prompt_tokens_details": details,
+        "input_tokens_details": details,
         "network_evaluations": sum(end.network_evaluations for end in done),
     }

@@ -1,15 +1,20 @@
 """The worker: a process that holds the model, and steps its engine while any request runs.
 
-Jobs and cancellations come through a pipe. After each step the worker sends a list of messages: the engine's events,
-with pixels in place of latents, and the three below. It ends when the pipe is closed. Importing this file needs no
-torch, so that the HTTP process starts at once.
+Jobs and cancellations come through a pipe. A thread reads them, encodes their texts and images, and hands them over
+between two steps. After each step the worker sends a list of messages: the engine's events, with pixels in place of
+latents, and the three below. It ends when the pipe is closed. Importing this file needs no torch, so that the HTTP
+process starts at once.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import queue
 import signal
 import sys
+import threading
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from ..inference import Request
     from ..inference.model_runner import Guidance
     from ..inference.quantize import Quantize
+    from ..sequence import Image
 
 OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter text"
 
@@ -56,7 +62,7 @@ class WorkerConfig:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A request before the model has read it: texts and uint8 RGB images `[row, column, 3]` of any size, in order.
+    """A request before the model has read it: texts and uint8 RGB images `[row, column, 3]`, in order.
 
     turns      of a conversation: who speaks, and how many of the parts; none: the parts are the prompt as they are
     settings   fields of `inference.Request`
@@ -78,10 +84,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Accepted:
-    """A job waits for a slot: the positions of its prompt, and the most positions that the network computes for it."""
+    """A job waits for a slot.
+
+    prompt_tokens   positions of its prompt, `image_tokens` of them those of images
+    cost            the most positions that the network computes for it
+    """
 
     request_id: int
     prompt_tokens: int
+    image_tokens: int
     cost: int
 
 
@@ -103,6 +114,19 @@ class Started:
 WorkerMessage = Accepted | Refused | Started | Event
 
 
+def process_context() -> Any:
+    """Return how processes of the server start.
+
+    Where the system can, they are forked from one that has imported torch and done nothing else, so that one that
+    replaces a dead one spends no seconds on imports.
+    """
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transfuse.inference.pipeline", "transfuse.serving.intake"])
+    return context
+
+
 def work(connection: Connection, config: WorkerConfig) -> None:
     """Run the worker's process: send the model's description, or the UserError that prevents loading it, then serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; only the parent acts on it
@@ -122,6 +146,20 @@ def work(connection: Connection, config: WorkerConfig) -> None:
         sys.exit(1)
 
 
+class Turns:
+    """A lock that two threads hold in turn: whoever waits comes before who had it last."""
+
+    def __init__(self) -> None:
+        self.next, self.held = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        with self.next:
+            self.held.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.held.release()
+
+
 class Worker:
     """An engine, and the client's number of each request in it."""
 
@@ -134,6 +172,8 @@ class Worker:
             config.model, self.dtype, self.device, config.quantize, config.compile, config.graphs
         )
         self.engine = Engine(self.pipe.engine.runner, config.slots)
+        # On a GPU the two threads take turns: one's work would break a graph that the other records.
+        self.device_turn: AbstractContextManager[Any] = Turns() if self.device == "cuda" else nullcontext()
         self.requests: dict[int, tuple[int, Request]] = {}
         """the client's number and the request, by the engine's number"""
         self.pipe.warm_up(config.slots, config.guidance)
@@ -143,6 +183,7 @@ class Worker:
         from ..model import Transfusion
 
         exported, folder = self.pipe.exported, Path(self.config.model).resolve()
+        longest = max(map(len, exported.tokenizer.backend.get_vocab(with_added_tokens=True)))
         config, sampler = exported.model.config, exported.generation.sampler
         unpacked = Transfusion.on_meta(config)  # quantizing hides some of the parameters of the model that computes
         known = exported.vocabulary
@@ -152,6 +193,7 @@ class Worker:
             "image_size": exported.image_size,
             "vocabulary": known and {"things": known.things, "colours": known.colours, "examples": known.examples},
             "context": config.max_seq_len,
+            "max_characters": config.max_seq_len * longest,
             "parameters": sum(parameter.numel() for parameter in unpacked.parameters()),
             "fingerprint": exported.fingerprint,
             "slots": self.config.slots,
@@ -171,52 +213,86 @@ class Worker:
     def serve(self, connection: Connection) -> None:
         """Send the model's description; then take jobs and send messages until None comes or the pipe is closed."""
         connection.send(self.describe())
+        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self.receive, args=(connection, inbox), daemon=True).start()
         while True:
-            while connection.poll(0 if self.engine.busy else None):
-                order = connection.recv()
+            while not (self.engine.busy and inbox.empty()):
+                order = inbox.get()
                 if order is None:
                     return
+                if isinstance(order, BaseException):
+                    raise order
                 if reply := self.take(*order):
                     connection.send([reply])
-            # Sent before the step, so that the client knows which requests ran if this process dies in it.
-            started = [self.requests[number][0] for number in self.engine.schedule()]
-            if started:
-                connection.send([Started(request_id) for request_id in started])
-            messages = [message for event in self.engine.step() if (message := self.outgoing(event))]
+            with self.device_turn:
+                # Sent before the step, so that the client knows which requests ran if this process dies in it.
+                started = [self.requests[number][0] for number in self.engine.schedule()]
+                if started:
+                    connection.send([Started(request_id) for request_id in started])
+                messages = [message for event in self.engine.step() if (message := self.outgoing(event))]
             if messages:
                 connection.send(messages)
 
-    def take(self, request_id: int, job: Job | None) -> Accepted | Refused | Failed | None:
-        """Submit a job to the engine; None cancels the request of that number."""
-        if job is None:
-            for number in [number for number, (other, _) in self.requests.items() if other == request_id]:
-                self.engine.cancel(number)
-                del self.requests[number]
-            return None
+    def receive(self, connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
+        """Put each job's request, or what refuses it, into the inbox; None at the end. Runs in a thread."""
         try:
-            request = self.build(job)
-            number = self.engine.submit(request)
+            while (order := connection.recv()) is not None:
+                request_id, client, job = order
+                inbox.put((request_id, client, None if job is None else self.prepare(request_id, job)))
+            inbox.put(None)
+        except (EOFError, OSError):
+            inbox.put(None)
+        except BaseException as error:
+            inbox.put(error)
+
+    def prepare(self, request_id: int, job: Job) -> Request | Refused | Failed:
+        """Return the engine's request for a job, or why there is none."""
+        try:
+            return self.build(job)
         except UserError as error:
             return Refused(request_id, str(error))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             return Failed(request_id, OUT_OF_MEMORY)
+
+    def take(
+        self, request_id: int, client: str, request: Request | Refused | Failed | None
+    ) -> Accepted | Refused | Failed | None:
+        """Submit a request to the engine; None cancels the one of that number."""
+        if request is None:
+            for number in [number for number, (other, _) in self.requests.items() if other == request_id]:
+                self.engine.cancel(number)
+                del self.requests[number]
+            return None
+        if isinstance(request, Refused | Failed):
+            return request
+        try:
+            number = self.engine.submit(request, client)
+        except UserError as error:
+            return Refused(request_id, str(error))
         self.requests[number] = request_id, request
-        return Accepted(request_id, *self.engine.cost(number))
+        tokens, cost = self.engine.cost(number)
+        images = sum(image.latent.shape[-2] * image.latent.shape[-1] for image in request.document.images)
+        patch = 1 if self.engine.grammar.first_code is not None else self.engine.grammar.patch_size**2
+        return Accepted(request_id, tokens, images // patch, cost)
 
     def build(self, job: Job) -> Request:
         """Return the engine's request for a job. Raises UserError for an invalid one."""
         from ..inference.sequence_state import with_image_guidance
+        from ..sequence import Image
         from ..sequence.chat import chat_prompt
 
         side = self.pipe.exported.image_size
         draw = job.settings.get("draw", "auto")
+        parts: list[str | Image] = []
         with quiet():  # a server's log has no prompts
-            parts = [
-                self.pipe.read_prompt(part, draw=draw).text if isinstance(part, str) else fit(part, side)
-                for part in job.parts
-            ]
+            for part in job.parts:
+                if isinstance(part, str):
+                    parts.append(self.pipe.read_prompt(part, draw=draw).text)
+                else:
+                    with self.device_turn:
+                        parts.append(Image(self.pipe.exported.autoencoder.encode(fit(part, side)[None])[0], False))
         request = self.pipe.request([] if job.turns else parts, job.steps, None, job.sampler)
         if job.turns:
             rest = iter(parts)
@@ -224,7 +300,8 @@ class Worker:
             request = replace(request, document=chat_prompt(self.pipe.exported.tokenizer, messages))
         if job.start is not None:
             mask = None if job.mask is None else fit(job.mask, side)
-            request = replace(request, start=self.pipe.start(fit(job.start, side), job.strength, mask))
+            with self.device_turn:
+                request = replace(request, start=self.pipe.start(fit(job.start, side), job.strength, mask))
         settings = dict(job.settings)
         scale = settings.pop("image_guidance_scale", None)
         return with_image_guidance(replace(request, **settings), scale)
@@ -242,8 +319,13 @@ class Worker:
         exported, changes = self.pipe.exported, dict[str, Any]()
         try:
             match event:
-                case ImageStart() | TextDelta(text=""):
+                case ImageStart():
                     return None
+                case TextDelta(text="", logprob=None):
+                    return None
+                case TextDelta(logprob=logprob, top_logprobs=top) if logprob is not None:
+                    ids = [event.token, *(token for token, _ in top)]
+                    changes = {"texts": tuple(exported.tokenizer.piece(token) for token in ids)}
                 case ImageProgress(step=step, total=total, preview=preview):
                     if not request.preview_every or (preview is None and step != total):
                         return None
