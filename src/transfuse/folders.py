@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import read_json
+from .hub import fetched
 
 MODEL_TYPE = "transfusion"
 """`model_type` in an export's config.json"""
@@ -49,8 +50,8 @@ def bundled_models() -> tuple[str, ...]:
 
 
 def find_export(name: Path | str) -> Path:
-    """Resolve a path or the name of a bundled model to a folder. An export at that path comes first."""
-    path = Path(name)
+    """Resolve a path, or the name of a bundled model or of one on the Hub, to a folder. A path that exists is first."""
+    path = fetched(name)
     own = any((path / file).is_file() for file in (INDEX, "model.safetensors"))
     return WEIGHTS / path if not own and str(name) in bundled_models() else path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -393,3 +394,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     if reason:
         raise UserError(f"{path}: expected a PNG with the settings it was drawn with, found {reason}")
     return settings
+
+
+def html_image(image: PIL.Image.Image) -> str:
+    """Return an `<img>` that contains the image, as PNG."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'

@@ -183,7 +183,7 @@ def _write(out: Path, report: dict[str, Any], page: Page) -> None:
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        atomic_write(out / "report.json", lambda path: path.write_text(text))
+        atomic_write(out / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{out}: inspection not written ({error.strerror or error})") from None
     write_page(out / "index.html", page)

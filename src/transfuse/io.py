@@ -79,7 +79,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(partial)
         sync(partial)
-        partial.rename(path)
+        os.replace(partial, path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
@@ -110,7 +110,9 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
+    """Flush a file, or a folder's list of names, to the disk; Windows opens no folders, and needs no flush of them."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

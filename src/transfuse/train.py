@@ -10,16 +10,19 @@ trainer and the export.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .autoencoders import DeferredEncoder, ImageAutoencoder
+from .charts import ACCENT, WARM, line_chart
 from .config import to_dict
 from .data import CorruptLog, Finish, Packer, StepLoader, unchanged
 from .export import save_export
@@ -39,6 +42,7 @@ from .training import (
     join,
     parallelize,
     place,
+    read_metrics,
 )
 from .training.trainer import Measure, Sample
 
@@ -69,6 +73,16 @@ class Trained:
     def recipe(self) -> Recipe:
         """The recipe, resolved."""
         return self.run.recipe
+
+    def _repr_html_(self) -> str:
+        """Return the run's losses as a chart, for notebooks."""
+        lines = read_metrics(self.trainer.folder / "metrics.jsonl")
+        colours = {"text": ACCENT, "image": WARM}
+        curves = [
+            (name, [(line["step"], line[name]) for line in lines if line.get(name) is not None], colour)
+            for name, colour in colours.items()
+        ]
+        return f"<p>{self.outcome} at step {self.trainer.step}</p>{line_chart(curves, 'step')}"
 
 
 def train(recipe: Recipe, folder: Path) -> Trained:
@@ -243,3 +257,17 @@ def _data_described(run: Run) -> Iterator[str]:
         else:
             data = sources.sets[spec.name]
             yield f"the data set {data.name} ({len(data)} documents of {data.manifest.source})"
+
+
+def train_recipe(recipe: Recipe, folder: Path | str) -> Trained:
+    """Train a recipe in a run folder, or resume the run there: `transfuse.train`. Raises UserError as `train`."""
+    return train(recipe, Path(folder))
+
+
+class _CallableModule(ModuleType):
+    """A module that is called as `train_recipe`: the package has the module and the function under one name."""
+
+    __call__ = staticmethod(train_recipe)
+
+
+sys.modules[__name__].__class__ = _CallableModule

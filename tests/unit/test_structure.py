@@ -19,6 +19,7 @@ EVERYWHERE = {
     "folders",
     "images",
     "rng",
+    "hub",
     "version",
     "report",
     "charts",

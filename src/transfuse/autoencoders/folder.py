@@ -137,7 +137,7 @@ def save_autoencoder(
             tensors = {key: value.detach().cpu().to(dtype or value.dtype).contiguous() for key, value in state}
             save_file(tensors, partial / WEIGHTS, metadata={"format": "pt", "name": name})
             values = to_diffusers(autoencoder.config, sample_size)
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprint(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import os
 import platform
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 import tyro
 
 from ..config import nearest
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..folders import find_export, is_export
 from ..version import __version__
 from .options import Json, Positional, Words, print_json, registry
@@ -153,12 +153,10 @@ def convert(
 
 
 def doctor(*, json: Json = False) -> int:
-    """Check this machine: versions, threads, bfloat16, cards, communication backends, disk, and what is missing.
+    """Check this machine: versions, threads, bfloat16, cards, communication backends, disk, and say what to do next.
 
     $ transfuse doctor
     """
-    import importlib.util
-
     import torch
     import torch.distributed as dist
 
@@ -185,17 +183,39 @@ def doctor(*, json: Json = False) -> int:
     }
     problems = []
     if facts["free_disk_gigabytes"] < 2:
-        problems.append(f"disk: expected at least 2 GB free, found {facts['free_disk_gigabytes']}")
+        free = facts["free_disk_gigabytes"]
+        problems.append(f"disk: expected at least 2 GB free, found {free}; free some, or run in a folder elsewhere")
     if not facts["folder_writable"]:
-        problems.append("folder: expected to be writable, found read-only")
+        problems.append("folder: expected to be writable, found read-only; change to one that is yours")
     facts["problems"] = problems
+    facts["next"] = [] if problems else _next_steps(cards, facts["precision"])
     if json:
         print_json(facts)
     else:
         for name, value in facts.items():
-            print(f"{name:<22} {value}")
+            if name not in ("problems", "next"):
+                print(f"{name:<22} {value}")
         print("\n".join(problems) or "everything needed is here")
+        print("\n".join(f"next: {step}" for step in facts["next"]))
     return 2 if problems else 0
+
+
+def _next_steps(cards: list[str], precision: str) -> list[str]:
+    """Return commands that this machine can run now, each with what it gives."""
+    from ..folders import trained_exports
+
+    trained = next(iter(trained_exports()), None)
+    model = f" --model {trained}" if trained else ""
+    steps = [f'transfuse generate "a crab on a blue background"{model}    # an image']
+    if not trained:
+        minutes = "" if cards or precision == "bfloat16" else " --minutes 25"
+        steps.append(f"transfuse demo{minutes}    # train a small model and look at what it draws")
+    if cards:
+        steps.append("transfuse plan 0.16b    # what a size of the paper costs on this card")
+    for extra, package in (("serve", "fastapi"), ("report", "matplotlib")):
+        if importlib.util.find_spec(package) is None:
+            steps.append(f"{install_command(extra)}    # the extra {extra}")
+    return steps
 
 
 def study(words: Words) -> int:

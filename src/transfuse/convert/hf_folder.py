@@ -220,7 +220,7 @@ def save_hf_folder(
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
     with atomic_dir(folder, "Llama") as partial:
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         tensors = {name: weight.contiguous().cpu() for name, weight in hf_weights(model, values["model_type"]).items()}
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:

@@ -188,8 +188,8 @@ def _claim(out: Path, identity: dict[str, Any], contents: dict[str, str]) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: expected a folder to write to, found none ({error.strerror})") from None
-    atomic_write(files, lambda partial: partial.write_text(json.dumps(contents) + "\n"))
-    atomic_write(path, lambda partial: partial.write_text(json.dumps(identity, indent=2) + "\n"))
+    atomic_write(files, lambda partial: partial.write_text(json.dumps(contents) + "\n", encoding="utf-8"))
+    atomic_write(path, lambda partial: partial.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
 
 
 def _compare(out: Path, path: Path, stored: dict[str, Any], wanted: dict[str, Any], changes: str = "") -> None:

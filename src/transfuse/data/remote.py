@@ -180,7 +180,7 @@ def _attempt(url: str, work: Callable[[], Result], waits: tuple[float, ...] | No
         except FileNotFoundError:
             raise MissingError(f"{url}: expected a file, found none") from None
         except ImportError as error:
-            extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(url.partition("://")[0])
+            extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hub"}.get(url.partition("://")[0])
             hint = f": {install_command(extra)}" if extra else ""
             raise UserError(f"{url}: expected what reaches it, found none ({error}){hint}") from None
         except (OSError, ValueError, HTTPException) as error:

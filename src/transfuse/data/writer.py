@@ -274,8 +274,8 @@ class Writer:
         sums["tokenizer.json"] = sha256(self.out / "tokenizer.json")
         sums["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-        atomic_write(self.out / SUMS, lambda partial: partial.write_text(lines))
-        atomic_write(self.out / "manifest.json", lambda partial: partial.write_text(text))
+        atomic_write(self.out / SUMS, lambda partial: partial.write_text(lines, encoding="utf-8"))
+        atomic_write(self.out / "manifest.json", lambda partial: partial.write_text(text, encoding="utf-8"))
         shutil.rmtree(self.out / "building", ignore_errors=True)
         return manifest
 
@@ -323,7 +323,7 @@ class Writer:
         """Write dropped.jsonl or quarantine.jsonl, a line at a time: millions of a text's lines may be dropped."""
 
         def write(partial: Path) -> None:
-            with partial.open("w") as file:
+            with partial.open("w", encoding="utf-8") as file:
                 for dropped in self._left_out():
                     if dropped.faulty == faulty:
                         reason = dropped.detail if faulty else f"{dropped.reason}: {dropped.detail}"

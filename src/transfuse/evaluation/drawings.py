@@ -247,7 +247,7 @@ def _geneval_prompts(context: EvalContext) -> list[dict[str, Any]]:
         given = "none" if path is None else f"no {path}"
         raise UserError(f"--geneval: expected evaluation_metadata.jsonl, found {given}; from {GENEVAL_URL}")
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if lines and all(isinstance(line["prompt"], str) for line in lines):
             return lines
     except (ValueError, KeyError, TypeError) as error:
@@ -266,7 +266,7 @@ def _draw_geneval(context: EvalContext) -> MetricResult:
         for number, line in enumerate(lines):
             place = folder / f"{number:05d}"
             (place / "samples").mkdir(parents=True, exist_ok=True)
-            (place / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+            (place / "metadata.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
             for sample in range(GENEVAL_SAMPLES):
                 source = drawn.path(number * GENEVAL_SAMPLES + sample)
                 shutil.copyfile(source, place / "samples" / f"{sample:04d}.png")

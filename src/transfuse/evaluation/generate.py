@@ -81,9 +81,9 @@ def generate(folder: Path, task: Task, batch: int) -> Outcome:
         (place / "images").mkdir(parents=True, exist_ok=True)
         records, _ = _complete_lines(lines)
         if len(records) < task.count:
-            with FileLock(place / "items.lock"), lines.open("a") as file:
+            with FileLock(place / "items.lock"), lines.open("a", encoding="utf-8") as file:
                 text = json.dumps({"name": task.name, **settings}, indent=2) + "\n"
-                atomic_write(place / "task.json", lambda path: path.write_text(text))
+                atomic_write(place / "task.json", lambda path: path.write_text(text, encoding="utf-8"))
                 records, size = _complete_lines(lines)
                 file.truncate(size)
                 with progress(task.name, task.count, len(records), "samples") as bar:

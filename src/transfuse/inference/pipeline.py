@@ -11,6 +11,7 @@ pipe.generate("a story about a crab")        # text and images, in whatever orde
 
 from __future__ import annotations
 
+import html
 import math
 import statistics
 import time
@@ -28,7 +29,7 @@ from ..devices import as_device, as_dtype
 from ..diffusion import Sampler, SamplerConfig
 from ..errors import UserError
 from ..export import Exported, load_export, out_of_range
-from ..images import ImageSource, decode_image, read_mask
+from ..images import ImageSource, decode_image, html_image, read_mask
 from ..log import logger
 from ..sequence import Document, Image, Part, Text
 from ..sequence.chat import Message, chat_prompt
@@ -61,6 +62,11 @@ class ImagesOutput:
     images: list[Any]
     seeds: list[int]
 
+    def _repr_html_(self) -> str | None:
+        """Return PIL images side by side, for notebooks; None for arrays and tensors."""
+        shown = [image for image in self.images if isinstance(image, PIL.Image.Image)]
+        return "".join(map(html_image, shown)) if shown else None
+
 
 @dataclass
 class Reply:
@@ -69,6 +75,10 @@ class Reply:
     parts: list[str | PIL.Image.Image]
     done: Done
     seed: int = 0
+
+    def _repr_html_(self) -> str:
+        """Return words and images in order, for notebooks."""
+        return "".join(html.escape(part) if isinstance(part, str) else html_image(part) for part in self.parts)
 
     @property
     def text(self) -> str:

@@ -64,7 +64,7 @@ class Settings:
     config: str
     tokenizer: str
     autoencoder: str
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "mps"]
     precision: Literal["float32", "bfloat16", "float16", "float64"]
     version: str
     quantize: str | None = None

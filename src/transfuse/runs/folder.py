@@ -76,7 +76,9 @@ def record_recipe(recipe: RunRecipe, folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: expected a folder to write to, found {error.strerror or error}") from None
-        atomic_write(path, lambda partial: partial.write_text(json.dumps(to_dict(recipe), indent=2) + "\n"))
+        atomic_write(
+            path, lambda partial: partial.write_text(json.dumps(to_dict(recipe), indent=2) + "\n", encoding="utf-8")
+        )
         return
     saved = read_recipe(path, type(recipe))
     differences = list(_differences(to_dict(saved), to_dict(recipe)))

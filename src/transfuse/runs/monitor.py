@@ -68,7 +68,7 @@ def sample_grid(run: Run) -> Callable[[dict[str, Tensor], Path], None] | None:
         images = pipeline_of(run, weights)(prompts, generator=0, output_type="np").images
         path.parent.mkdir(parents=True, exist_ok=True)
         grid(images, GRID[1], zoom=max(1, 96 // run.image_size)).save(path)
-        path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
+        path.with_suffix(".txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
     return sample
 
@@ -106,7 +106,9 @@ def measuring(
                 export_best(weights)
                 note = {"measure": loop.best, "value": best.value, "step": trainer.step}
                 note |= {"implementation": best.implementation, "data": best.data}
-                atomic_write(folder / "best.json", lambda path: path.write_text(json.dumps(note) + "\n"))
+                atomic_write(
+                    folder / "best.json", lambda path: path.write_text(json.dumps(note) + "\n", encoding="utf-8")
+                )
         values = {name: result.value for name, result in results.items()}
         logger.info(f"step {trainer.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         return values

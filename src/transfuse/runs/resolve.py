@@ -28,6 +28,7 @@ from ..diffusion import Process, Sampler
 from ..errors import UserError
 from ..export import describe, load_weights
 from ..folders import bundled_name, is_export, places
+from ..hub import fetched
 from ..io import atomic_write
 from ..log import logger
 from ..model import Transfusion
@@ -109,7 +110,7 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
     if folder is not None and (folder / "config.json").exists():
         begun = read_recipe(folder / "config.json", Recipe)
     if recipe.start:
-        recipe = resolve_init(recipe, begun)
+        recipe = resolve_init(replace(recipe, start=str(fetched(recipe.start))), begun)
     sources = open_sources(recipe.data)
     recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))
     saved = init_tokenizer(Path(recipe.start)) if recipe.start else None

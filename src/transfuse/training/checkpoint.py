@@ -136,15 +136,17 @@ class CheckpointFolder:
             saving.result()
             if not self.ranks.first:
                 return
-            (partial / "progress.json").write_text(progress)
+            (partial / "progress.json").write_text(progress, encoding="utf-8")
             files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
-            (partial / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
+            (partial / MANIFEST).write_text(
+                json.dumps({"version": VERSION, "files": files}, indent=1), encoding="utf-8"
+            )
             for path in [*partial.iterdir(), partial]:
                 sync(path)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             sync(self.folder)
-            atomic_write(self.folder / LATEST, lambda path: path.write_text(final.name + "\n"))
+            atomic_write(self.folder / LATEST, lambda path: path.write_text(final.name + "\n", encoding="utf-8"))
         except BaseException:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -203,7 +205,7 @@ class CheckpointFolder:
                 reason = f"{name}: expected {_shape(expected)}, found {_shape(stored)}"
                 raise UserError(f"{path}: the checkpoint has another shape than the model ({reason})")
         self._read_into(path, tensors)
-        progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
+        progress: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         return progress
 
     def _read_into(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -233,7 +235,7 @@ def step_of(path: Path) -> int:
 def verify(path: Path) -> str | None:
     """Return None if every file has the size and hash in the manifest, else what is wrong."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, expected = manifest["version"], manifest["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"

@@ -42,7 +42,7 @@ MODULES: dict[TrackerName, str] = {"tensorboard": "torch.utils.tensorboard", "wa
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return all complete lines; one cut short by a kill is skipped."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
     return lines
@@ -76,7 +76,7 @@ class MetricsLog:
         def rewrite(partial: Path) -> None:
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
         self.ranks.on_rank0(lambda: atomic_write(self.path, rewrite))
         self.close()
@@ -93,7 +93,7 @@ class MetricsLog:
     def image(self, step: int, path: Path) -> None:
         """Send a sample grid, if the file exists, to the trackers, with the prompts from its .txt file."""
         text = path.with_suffix(".txt")
-        prompts = text.read_text() if text.exists() else ""
+        prompts = text.read_text(encoding="utf-8") if text.exists() else ""
         for name, tracker in self._open.items() if path.exists() else ():
             self._try(name, tracker.image, step, path, prompts)
 
@@ -111,7 +111,7 @@ class MetricsLog:
 
     def _start(self, name: TrackerName, step: int) -> None:
         path = self.folder / "config.json"
-        config = json.loads(path.read_text()) if path.exists() else {}
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if name == "tensorboard":
             self._open[name] = TensorBoard(self.folder, step, config)
         else:
@@ -164,8 +164,8 @@ class Remote:
         path = folder / "tracker-id"
         if not path.exists():
             new = re.sub(r"[^\w-]+", "-", folder.resolve().name) + f"-{secrets.token_hex(4)}\n"
-            atomic_write(path, lambda partial: partial.write_text(new))
-        run, common = path.read_text().strip(), {"config": config, "resume": "allow"}
+            atomic_write(path, lambda partial: partial.write_text(new, encoding="utf-8"))
+        run, common = path.read_text(encoding="utf-8").strip(), {"config": config, "resume": "allow"}
         if self.wandb:
             project = os.environ.get("WANDB_PROJECT", "transfuse")
             self.run = self.module.init(project=project, id=run, name=run, dir=str(folder), **common)

@@ -1,0 +1,179 @@
+"""The package from Python, from the Hub's cache, in notebooks, in ComfyUI's and Gradio's hands, and off Linux."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import transfuse
+from transfuse.cli import run
+from transfuse.errors import UserError
+from transfuse.hub import fetched, is_repository
+
+ROOT = Path(__file__).parents[2]
+
+
+def integration(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "integrations" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_importing_the_package_imports_nothing_large() -> None:
+    code = """
+import sys, transfuse
+assert not {"torch", "numpy", "PIL", "pydantic", "tyro", "transformers"} & set(sys.modules)
+assert callable(transfuse.train) and callable(transfuse.evaluate)
+import transfuse.train, transfuse.evaluate
+assert callable(transfuse.train) and callable(transfuse.evaluate) and transfuse.train.Trained
+assert transfuse.Recipe is type(transfuse.preset("tiny"))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_options_are_typed() -> None:
+    for function in (transfuse.load, transfuse.train.train_recipe, transfuse.evaluate.evaluate_model):
+        kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD not in kinds
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dtpye'"):
+        transfuse.load("small-64", dtpye="float16")  # type: ignore[call-arg]
+
+
+def test_rich_display(served: Path) -> None:
+    pipe = transfuse.load(served)
+    drawn = pipe(["a crab", "b"], num_inference_steps=1, generator=1)
+    assert drawn._repr_html_().count('<img src="data:image/png;base64,') == 2
+    assert pipe("a", num_inference_steps=1, output_type="np")._repr_html_() is None
+    reply = pipe.generate("a crab", draw="force", max_tokens=4, sampler=pipe.request(["a"], steps=1).sampler)
+    assert reply._repr_html_().count("<img") == len(reply.images) == 1
+
+
+@pytest.fixture
+def cached(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An export in the layout of the Hub's cache, without a network."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--someone--crabs"
+    shutil.copytree(served, repository / "snapshots" / "abc123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return "someone/crabs"
+
+
+def test_a_model_in_the_hubs_cache(cached: str, served: Path, tmp_path: Path, capsys) -> None:
+    ours, theirs = (transfuse.load(name)("a crab", generator=1).images[0] for name in (served, cached))
+    assert np.array_equal(ours, theirs)
+    assert run(["generate", "a crab", "--draw", "force", "--model", cached, "--out", "out"]) == 0
+    assert list((tmp_path / "out").glob("*.png"))
+    assert is_repository(cached)
+    assert fetched(cached).name == "abc123"
+    capsys.readouterr()
+    assert run(["caption", "a.png", "--model", "someone/else"]) == 2
+    told = capsys.readouterr().err
+    assert "someone/else: expected a folder, or a model on the Hub, found neither" in told
+    assert told.count("\n") == 1
+
+
+def test_paths_are_not_taken_for_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/demo", "a", "a/b/c", "/a/b", "../a", "./b", str(tmp_path / "x")):
+        assert not is_repository(name), name
+    with pytest.raises(UserError, match=r"runs/demo/config\.json: expected a JSON file, found none"):
+        transfuse.load("runs/demo")
+
+
+def test_comfyui_nodes_keep_its_contract(served: Path) -> None:
+    nodes = integration("comfyui_transfuse")
+    made = {name.removeprefix("Transfuse"): node for name, node in nodes.NODE_CLASS_MAPPINGS.items()}
+    assert nodes.NODE_DISPLAY_NAME_MAPPINGS.keys() == nodes.NODE_CLASS_MAPPINGS.keys()
+
+    def call(name: str, **given: object) -> object:
+        """As ComfyUI does: inputs by name, defaults where none is connected, one output for each type."""
+        node = made[name]
+        wanted = node.INPUT_TYPES()["required"]
+        values = {
+            key: given.get(key, (kind[1] if len(kind) > 1 else {}).get("default")) for key, kind in wanted.items()
+        }
+        outputs = getattr(node(), node.FUNCTION)(**values)
+        assert len(outputs) == len(node.RETURN_TYPES)
+        return outputs[0]
+
+    model = call("LoadModel", model=str(served), device="cpu")
+    images = call("Draw", model=model, prompt="a crab", count=2, steps=2)
+    assert (images.shape, images.dtype) == ((2, 8, 8, 3), torch.float32)
+    assert 0 <= images.min() <= images.max() <= 1
+    alone = model("a crab", generator=1, num_inference_steps=2, guidance_scale=3.0, output_type="np").images[0]
+    assert np.array_equal((images[1] * 255).round().numpy().astype(np.uint8), alone)
+    assert call("Edit", model=model, image=torch.rand(2, 20, 30, 3), instruction="b", steps=1).shape == (2, 8, 8, 3)
+    assert call("Caption", model=model, image=images).count("\n") == 1
+
+
+def test_the_gradio_functions(served: Path) -> None:
+    draw, edit, caption = integration("gradio_app").functions(str(served))
+    picture = draw("a crab", "", 3)
+    assert np.array_equal(picture, transfuse.load(served)("a crab", generator=3).images[0])
+    assert edit(picture.resize((30, 20)), "make it blue", 1).size == (8, 8)
+    assert isinstance(caption(picture), str)
+
+
+def test_doctor_says_what_to_do_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["doctor", "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)["next"]
+    assert steps[0].startswith("transfuse generate ")
+    assert any(step.startswith("transfuse demo") for step in steps)
+    assert run(["doctor"]) == 0
+    assert "next: transfuse generate" in capsys.readouterr().out
+
+
+def test_mps_is_a_device_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transfuse.devices import for_inference, pick_device
+
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    with pytest.raises(UserError, match="device: expected a Mac with MPS, found none"):
+        transfuse.load("small-64", device="mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert for_inference("mps", "auto") == ("mps", torch.float32)
+    assert pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu"), "never by itself: it was not tried"
+
+
+def test_commands_run_without_what_only_unix_has(tmp_path: Path) -> None:
+    """And with a locale that is not UTF-8, as on Windows: no file is read or written in the locale's encoding."""
+    code = """
+import filelock, signal, sys, warnings  # filelock has a lock of Windows' own
+for name in ("fcntl", "resource", "termios", "pwd", "grp"): sys.modules[name] = None
+for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM"): delattr(signal, name)
+warnings.filterwarnings("error", category=EncodingWarning, module="transfuse")
+from transfuse.cli import run
+for words in (
+    ["doctor"],
+    ["plan", "tiny"],
+    ["train", "tiny", "--run", "run", "--loop.steps", "2"],
+    ["export", "run", "--out", "model"],
+    ["export", "model", "--out", "theirs", "--format", "diffusers"],
+    ["data", "build", "world", "scenes", "--count", "4", "--size", "32"],
+    ["data", "verify", "scenes"],
+):
+    assert run(words) == 0, words
+"""
+    command = [sys.executable, "-X", "warn_default_encoding", "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
