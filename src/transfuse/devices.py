@@ -79,7 +79,7 @@ def as_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, TypeError):
         raise UserError(f"device: expected cpu, cuda, cuda:N or mps, found {device}") from None
     if chosen.type in ("cuda", "mps"):
-        pick_device(chosen.type)
+        pick_device(chosen.type)  # type: ignore[arg-type]
     return chosen
 
 

@@ -235,7 +235,8 @@ def _draw_again(file: Path, model: Path | None, out: Path, images: Sequence[Path
     shown = [read_image(path) for path in images]
     device, dtype = pick_device(settings.device), getattr(torch, settings.precision)
     path = str(model or _model_with(settings.model, file))
-    pipe = load(path, device=device, dtype=dtype, quantize=settings.quantize, compile=bool(settings.compiled))
+    how = {"quantize": settings.quantize, "compile": bool(settings.compiled)}
+    pipe = load(path, device=device, dtype=dtype, **how)  # type: ignore[arg-type]
     request = request_again(settings, pipe.exported, shown, mask, str(file))
     drawn = (event for event in pipe.stream(request) if isinstance(event, ImageEnd))
     latent = next((event.latent for event in drawn if event.image == settings.image_index), None)

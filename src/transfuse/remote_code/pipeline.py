@@ -39,7 +39,7 @@ class TransfusionDiffusionPipeline(DiffusionPipeline):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Keep the configuration; open the export once `from_pretrained` has said which it is."""
-        super().register_to_config(**kwargs)
+        super().register_to_config(**kwargs)  # type: ignore[misc]
         if "_name_or_path" in kwargs:
             self.folder = find_export(kwargs["_name_or_path"])
             self._open("cpu", torch.float32)
@@ -74,7 +74,7 @@ class TransfusionDiffusionPipeline(DiffusionPipeline):
         """Write the export, in this layout. repo_id, token, private, ... as in diffusers, with `push_to_hub`."""
         relayout(self.folder, Path(save_directory), "diffusers")
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)  # type: ignore[attr-defined]
 
     def __call__(
         self,
@@ -116,7 +116,7 @@ class TransfusionDiffusionPipeline(DiffusionPipeline):
             def step_end(pipe: Any, step: int, t: int, tensors: dict[str, Any]) -> dict[str, Any] | None:
                 return callback_on_step_end(self, step, t, tensors)
 
-        images = self.pipe(
+        images: Any = self.pipe(
             prompt,
             negative_prompt=negative_prompt,
             image=image,
