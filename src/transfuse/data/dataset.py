@@ -147,6 +147,7 @@ class StoredDocument:
 
     pair: `parts` is an image and its captions, of which a sample shows one. tokens: the number that the index says it
     has; of several captions, that of the longest. weights: of several captions, relative; none: they are equal.
+    roles: of a dialogue, who says or shows each part.
     """
 
     key: str
@@ -154,6 +155,7 @@ class StoredDocument:
     pair: bool
     tokens: int
     weights: tuple[float, ...] = ()
+    roles: tuple[str, ...] = ()
 
 
 class DataSet:
@@ -328,7 +330,8 @@ class DataSet:
                 return StoredDocument(key, parts, True, tokens, tuple(record.get("weights", ())))
             parts = record["parts"]
             contents_in_order = tuple(part["text"] if "text" in part else contents[part["image"]] for part in parts)
-            return StoredDocument(key, contents_in_order, False, tokens)
+            roles = tuple(part["role"] for part in parts if "role" in part)
+            return StoredDocument(key, contents_in_order, False, tokens, roles=roles)
         except (ValueError, IndexError, KeyError, TypeError) as error:
             raise self.corrupt(number, f"unreadable ({error})") from None
 

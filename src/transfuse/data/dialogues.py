@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from ..autoencoders import Autoencoder
-from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions
+from ..sequence import Document, Image, SequenceFormat, Tokenizer, layout_document
 from ..sequence.chat import Message, chat_sample
 from . import bundled
-from .sources import SceneSource
+from .sources import SceneSource, blank_image
 
 MEASURED = 64
 """dialogues whose length stands for all"""
@@ -40,13 +39,12 @@ class SceneDialogues(SceneSource):
         return self._written(index, sample, [self.image(first + number) for number in range(len(drawn))])
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
-        shape, patches = (self.autoencoder.channels, 1, 1), self.patches(form)
+        side = self.world.config.size // self.autoencoder.factor
+        blank = blank_image(form, self.autoencoder.channels, side, side)
         lengths = []
         for index in indices.tolist():
             count = sum(turn.scene is not None for turn in self.turns(index))
-            document = self._written(index, 0, [Image(torch.empty(shape, device="meta"))] * count)
-            tokens = sum(len(part.ids) for part in document.parts if isinstance(part, Text))
-            lengths.append(int(count_positions(np.array([tokens]), [patches] * count)[0]) - (not document.closed))
+            lengths.append(len(layout_document(self._written(index, 0, [blank] * count), form)))
         return np.array(lengths)
 
     def _written(self, index: int, sample: int, images: list[Image]) -> Document:

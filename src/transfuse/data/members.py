@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+from typing import Any
 
 Members = list[tuple[str, bytes]]
 """Name and content, in order."""
@@ -23,9 +24,17 @@ def digest(members: Members) -> bytes:
 
 
 def to_members(
-    key: str, parts: tuple[str | bytes, ...], pair: bool, suffix: str, weights: tuple[float, ...] = ()
+    key: str,
+    parts: tuple[str | bytes, ...],
+    pair: bool,
+    suffix: str,
+    weights: tuple[float, ...] = (),
+    roles: tuple[str, ...] = (),
 ) -> Members:
-    """Return a document's members; its images are files of kind `suffix`. weights: of the captions of a pair."""
+    """Return a document's members; its images are files of kind `suffix`.
+
+    weights: of the captions of a pair. roles: who says or shows each part of a dialogue.
+    """
     images = [part for part in parts if isinstance(part, bytes)]
     if pair:
         texts = [part for part in parts if isinstance(part, str)]
@@ -34,7 +43,11 @@ def to_members(
         captions = {"captions": texts, **({"weights": weights} if weights else {})}
         return [(f"{key}.{suffix}", images[0]), (f"{key}.json", json.dumps(captions, ensure_ascii=False).encode())]
     numbers = iter(range(len(images)))
-    listed = [{"text": part} if isinstance(part, str) else {"image": next(numbers)} for part in parts]
+    listed: list[dict[str, Any]] = [
+        {"text": part} if isinstance(part, str) else {"image": next(numbers)} for part in parts
+    ]
+    for part, role in zip(listed, roles, strict=bool(roles)):
+        part["role"] = role
     record = json.dumps({"parts": listed}, ensure_ascii=False).encode()
     return [*((f"{key}.{i}.{suffix}", content) for i, content in enumerate(images)), (f"{key}.json", record)]
 

@@ -116,6 +116,7 @@ class Prepared:
     conditional: text comes before its last image.
     tokens: of its text; of several captions, of the longest.
     sizes: rows and columns of its images, in pixels, and, where they are padded, of what is not padding.
+    roles: who says or shows each part of a dialogue.
     captions: tokens and weight of each of several captions.
     changed: the name of each change that was made to its text.
     fingerprints: of its images, or of its text.
@@ -131,6 +132,7 @@ class Prepared:
     sizes: tuple[tuple[int, ...], ...]
     hash: bytes
     weights: tuple[float, ...] = ()
+    roles: tuple[str, ...] = ()
     captions: tuple[tuple[int, float], ...] = ()
     changed: tuple[str, ...] = ()
     fingerprints: tuple[Fingerprint, ...] = ()
@@ -336,7 +338,7 @@ class Preparer:
         if tokens > config.max_tokens:
             return Dropped(item.key, "too many tokens", f"{tokens} of at most {config.max_tokens}")
         stored = tuple(part if isinstance(part, str) else self._encode(item.key, part) for part in parts)
-        hash_ = digest(to_members("", stored, item.pair, self.suffix, item.weights))
+        hash_ = digest(to_members("", stored, item.pair, self.suffix, item.weights, item.roles))
         several = tuple(zip(captions, item.weights or [1.0] * len(captions), strict=True)) if captions[1:] else ()
         return Prepared(
             item.key,
@@ -347,6 +349,7 @@ class Preparer:
             tuple(sizes),
             hash_,
             weights=item.weights,
+            roles=item.roles,
             captions=several,
             changed=tuple(changed),
             fingerprints=tuple(looks) or (Fingerprint.of_bytes(hash_),),

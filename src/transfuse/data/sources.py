@@ -11,9 +11,10 @@ pairs.lengths(...)                      # the positions of many, from the index 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import groupby, repeat
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,9 +23,20 @@ import torch
 from ..autoencoders import Autoencoder, DeferredEncoder, VQTokenizer
 from ..errors import UserError
 from ..rng import Draws, generator_for
-from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, images_alone, unconditional
+from ..sequence import (
+    Document,
+    Image,
+    SequenceFormat,
+    Text,
+    Tokenizer,
+    count_positions,
+    images_alone,
+    layout_document,
+    unconditional,
+)
+from ..sequence.chat import Message, chat_sample
 from . import bundled
-from .dataset import DataSet, Split
+from .dataset import CorruptSampleError, DataSet, Split, StoredDocument
 from .packing import Shuffle
 
 IMAGE_BLOCK = 32  # images that a network encodes together
@@ -409,6 +421,9 @@ class StoredImages(StoredTexts):
         if encoding is not None and (encoding.codebook is not None) != isinstance(autoencoder, VQTokenizer):
             stored = "latents" if encoding.codebook is None else "codes"
             raise UserError(f"{data.path}: expected what model.images needs, found {stored}")
+        self.of_dialogues = False
+        with suppress(CorruptSampleError):  # a set is of dialogues alone, or has none
+            self.of_dialogues = bool(data.read(0).roles)
 
     def document(self, index: int, sample: int) -> Document:
         """Return a document. Raises CorruptSampleError."""
@@ -432,6 +447,9 @@ class StoredImages(StoredTexts):
         tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
         if tokens != expected:
             raise self.data.corrupt(number, f"{tokens} tokens, not as many as the index says", stored.key)
+        if stored.roles:
+            spoken = (part if isinstance(part, str) else own for part, own in zip(shown, parts, strict=True))
+            return self._dialogue(stored, spoken, sample)
         if stored.pair:
             image, text = parts
             assert isinstance(image, Image)
@@ -460,7 +478,25 @@ class StoredImages(StoredTexts):
         dropped = [i for i in conditional if caption_dropped(self.config, self.seed, int(samples[i]))]
         tokens[dropped] = copies[dropped] = 0
         images[dropped] = self.data.image_positions(numbers[dropped], side, last_only=True)
-        return count_positions(tokens, []) + images + copies
+        lengths = count_positions(tokens, []) + images + copies
+        for row in range(len(numbers)) if self.of_dialogues else ():
+            with suppress(CorruptSampleError):  # which `document` reports
+                lengths[row] = self._dialogue_length(int(numbers[row]), form)
+        return lengths
+
+    def _dialogue(self, stored: StoredDocument, parts: Iterable[str | Text | Image], sample: int) -> Document:
+        """Return a dialogue in the chat template, of which the assistant's turns are learned."""
+        turns = groupby(zip(stored.roles, parts, strict=True), key=lambda pair: pair[0])
+        messages = [Message(role, tuple(part for _, part in turn)) for role, turn in turns]
+        return chat_sample(self.tokenizer, messages, sample)
+
+    def _dialogue_length(self, number: int, form: SequenceFormat) -> int:
+        """Return the positions of a dialogue, which depend on the template, without making its images."""
+        stored, factor = self.data.read(number), self.autoencoder.factor
+        sides = ((rows // factor, columns // factor) for rows, columns in self.data.sizes(number))
+        blanks = (blank_image(form, self.autoencoder.channels, *shape) for shape in sides)
+        spoken = (part if isinstance(part, str) else next(blanks) for part in stored.parts)
+        return len(layout_document(self._dialogue(stored, spoken, 0), form))
 
     def _expected_lengths(self, numbers: np.ndarray, form: SequenceFormat) -> np.ndarray:
         documents, side = self.data.documents[numbers], form.patch_size * self.autoencoder.factor
@@ -492,6 +528,13 @@ class StoredImages(StoredTexts):
         ends = self.data.captions["weight"][first : first + count].astype(np.float64).cumsum()
         drawn = Draws("caption", self.seed, number, epoch).word() / (1 << 32)
         return int(np.searchsorted(ends, drawn * ends[-1], side="right"))
+
+
+def blank_image(form: SequenceFormat, channels: int, rows: int, columns: int) -> Image:
+    """Return an image of which only the shape counts, in latent elements: for a document whose length is asked for."""
+    if form.first_code is None:
+        return Image(torch.empty(channels, rows, columns, device="meta"))
+    return Image(torch.zeros(rows, columns, dtype=torch.int64))
 
 
 def as_latent(stored: np.ndarray) -> torch.Tensor:

@@ -151,7 +151,8 @@ class Writer:
             stem = stem if stem and "/" not in ending else document.key
             # In a tar a dot would end the key.
             name = f"{self.written:09d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[-48:]}"
-            members = to_members(name, document.parts, document.pair, self.preparer.suffix, document.weights)
+            parts, suffix = document.parts, self.preparer.suffix
+            members = to_members(name, parts, document.pair, suffix, document.weights, document.roles)
             piece = to_tar(members)
         kind = document.pair, document.conditional, document.followed
         new.documents.append((new.bytes, len(piece), document.tokens, len(new.images), *kind, document.hash))

@@ -44,7 +44,7 @@ class Raw:
 
     pair: it is an image and its captions, `(image, caption, ...)`; training shows one of them, in either order.
     weights: how often each of several captions is shown, relative to the others; none: equally often. heldout: its side
-    in the data set that it comes from, if it comes from one.
+    in the data set that it comes from, if it comes from one. roles: of a dialogue, who says or shows each part.
 
     Raises ValueError for weights that do not go with the captions.
     """
@@ -54,6 +54,7 @@ class Raw:
     pair: bool = False
     weights: tuple[float, ...] = ()
     heldout: bool | None = None
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.weights and (not self.pair or len(self.weights) != len(self.parts) - 1):
@@ -265,7 +266,7 @@ class SetReader(CountedReader):
                         part if isinstance(part, str) else unpad(self.data.decode(number, stored, part), next(insides))
                         for part in parts
                     )
-                yield Raw(stored.key, parts, stored.pair, stored.weights, number in heldout)
+                yield Raw(stored.key, parts, stored.pair, stored.weights, number in heldout, stored.roles)
             except CorruptSampleError as error:
                 yield Fault(error.sample.key, error.sample.reason)
 

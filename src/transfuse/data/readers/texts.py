@@ -4,6 +4,7 @@
 {"image": "a.png", "text": "a crab"}                                     a pair (or "file_name" for "image")
 {"parts": [{"text": "first"}, {"image": "a.png"}, {"text": "then"}]}     images by path, or as "data:...;base64,..."
 {"texts": ["first", null, "then"], "images": [null, "a.png", null]}      as OBELICS writes them
+{"messages": [{"role": "user", "content": "draw a crab"}, ...]}          a dialogue; content may be a list of parts
 """
 
 from __future__ import annotations
@@ -113,8 +114,9 @@ class JsonReader(FileReader):
         lines = [line for line in first.split(b"\n")[:100] if line.strip()]
         if not lines:
             raise UserError(f"{files[0].place}: expected a JSON document a line, found an empty file")
-        names = [json.dumps(name).encode() for name in {"images", *IMAGE_FIELDS, *self.images}]
+        names = [json.dumps(name).encode() for name in {"images", "messages", *IMAGE_FIELDS, *self.images}]
         self.text_only = not any(name in line for line in lines for name in names)
+        self.dialogues = b'"messages"' in lines[0]
 
     def contents(self) -> dict[str, str]:
         """Return hashes, also of the image files that documents name; at a URL these go by the version of the jsonl."""
@@ -167,6 +169,10 @@ class JsonReader(FileReader):
         pair = False
         if not isinstance(record, dict):
             raise ValueError(f"a {type(record).__name__}")
+        if ("messages" in record) != self.dialogues:
+            raise ValueError("a dialogue, where the first line has none" if "messages" in record else "no messages")
+        if self.dialogues:
+            return _dialogue(key, record["messages"], image)
         if isinstance(record.get("parts"), list):
             listed = record["parts"]
         elif isinstance(record.get("texts"), list) and isinstance(record.get("images"), list):
@@ -190,3 +196,29 @@ class JsonReader(FileReader):
         if self.text_only and not all(isinstance(part, str) for part in parts):
             raise ValueError("pictures, where the first lines have none")
         return Raw(key, parts, pair)
+
+
+ROLES = ("system", "user", "assistant")
+
+
+def _dialogue(key: str, messages: Any, image: Callable[[Any], bytes]) -> Raw:
+    """Return a dialogue of OpenAI's messages: content is a text, or a list of texts and images.
+
+    Raises ValueError for other messages, two turns of one role after another, or no turn of the assistant.
+    """
+    parts: list[str | bytes] = []
+    roles: list[str] = []
+    for message in messages if isinstance(messages, list) else [None]:
+        if not isinstance(message, dict) or message.get("role") not in ROLES or message["role"] in roles[-1:]:
+            raise ValueError(f"expected messages of {', '.join(ROLES)} in turns, found {json.dumps(message):.60}")
+        content = message.get("content")
+        listed = [
+            {"image": part["image_url"]["url"]} if isinstance(part, dict) and "image_url" in part else part
+            for part in (content if isinstance(content, list) else [content])
+        ]
+        spoken = interleaved(listed, image)
+        parts += spoken
+        roles += [message["role"]] * len(spoken)
+    if "assistant" not in roles:
+        raise ValueError("expected a turn of the assistant, found none")
+    return Raw(key, tuple(parts), roles=tuple(roles))

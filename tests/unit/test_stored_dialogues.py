@@ -1,0 +1,113 @@
+"""Dialogues in a data set: who says what is stored, and the template of the run that reads them makes the document."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from language_models import write_tokenizer
+
+from transfuse.autoencoders import Pixels
+from transfuse.data import DataSet, PairConfig, StoredImages
+from transfuse.data.build import build_set, verify_set
+from transfuse.data.prepare import BuildConfig
+from transfuse.data.readers import Columns
+from transfuse.sequence import SequenceFormat, Text, Tokenizer, layout_document
+from transfuse.sequence.chat import Message, chat_sample
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def picture(seed: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+TALKS = [
+    [
+        {"role": "system", "content": "be brief"},
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "?"}],
+        },
+        {"role": "assistant", "content": "a crab"},
+        {"role": "user", "content": "draw another"},
+        {"role": "assistant", "content": [{"text": "here:"}, {"image": "b.png"}]},
+    ],
+    [{"role": "user", "content": "hello <|im_end|>"}, {"role": "assistant", "content": "hello, world"}],
+]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return write_tokenizer(tmp_path / "model", special, template=CHATML, eos_token="<|im_end|>")
+
+
+@pytest.fixture
+def data(tmp_path: Path, model: Path) -> DataSet:
+    source = tmp_path / "source"
+    source.mkdir()
+    for seed, name in enumerate("ab"):
+        (source / f"{name}.png").write_bytes(picture(seed))
+    wrong = [
+        {"messages": [{"role": "user", "content": "alone"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+        {"messages": [{"role": "tool", "content": "a"}]},
+        {"text": "no dialogue"},
+    ]
+    lines = [*({"messages": talk} for talk in TALKS), *wrong]
+    (source / "talks.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = BuildConfig(size=8, heldout=0.0, tokenizer=str(model), columns=Columns())
+    counts = build_set(str(source / "talks.jsonl"), tmp_path / "set", config, workers=0)
+    assert (counts["documents"], counts["faulty"], counts["pictures"]) == (2, 4, 2)
+    assert verify_set(str(tmp_path / "set"), workers=0) == (2, [])
+    return DataSet(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("clean_copy", [False, True])
+def test_the_runs_template_makes_the_documents(data: DataSet, model: Path, clean_copy: bool) -> None:
+    tokenizer, pixels = Tokenizer.of_model(model), Pixels()
+    form = replace(tokenizer.sequence_format(2), clean_copy=clean_copy)
+    source = StoredImages(data, tokenizer, pixels, PairConfig(), seed=0)
+    indices = np.arange(4)
+    lengths, seen = source.lengths(indices, indices, form), []
+    for index in range(4):
+        document = source.document(index, sample=9)
+        layout = layout_document(document, form)
+        assert len(layout) == lengths[index]
+        assert document.first == 1
+        learned = [int(layout.input_ids[place + 1]) for place in np.flatnonzero(layout.loss_mask)]
+        seen.append(tokenizer.marked.decode(learned, skip_special_tokens=False))
+        assert [image.target for image in document.images] in ([False, True], [])
+    assert set(seen) == {"a crab<|im_end|>here:<|boi|><|im_end|>", "hello, world<|im_end|>"}
+
+
+def test_without_a_template_the_texts_follow_each_other(data: DataSet) -> None:
+    tokenizer = data.tokenizer()
+    form = SequenceFormat(tokenizer.bos, tokenizer.eos, tokenizer.boi, tokenizer.eoi, 2)
+    source = StoredImages(data, tokenizer, Pixels(), PairConfig(), seed=0)
+    for index in range(2):
+        document = source.document(index, 0)
+        assert len(layout_document(document, form)) == source.lengths(np.array([index]), np.array([0]), form)[0]
+        texts = "".join(tokenizer.decode(part.ids) for part in document.parts if isinstance(part, Text))
+        assert texts in ("be brief?a crabdraw anotherhere:", "hello <|im_end|>hello, world")
+
+
+def test_an_equal_dialogue_made_by_hand(data: DataSet, model: Path) -> None:
+    tokenizer = Tokenizer.of_model(model)
+    source = StoredImages(data, tokenizer, Pixels(), PairConfig(), seed=0)
+    documents = [source.document(index, 3) for index in range(2)]
+    (ours,) = [document for document in documents if not document.images]
+    messages = [Message("user", ("hello <|im_end|>",)), Message("assistant", ("hello, world",))]
+    assert ours == chat_sample(tokenizer, messages, 3)
