@@ -22,9 +22,9 @@ from .autoencoders import Autoencoder, VQTokenizer, open_autoencoder
 from .charts import histogram
 from .config import to_dict
 from .data import CorruptSampleError, DataSet
+from .data.dataset import as_latent
 from .data.packing import best_fit
 from .data.remote import is_remote
-from .data.sources import as_latent
 from .errors import UserError
 from .io import atomic_write
 from .log import logger

@@ -13,7 +13,7 @@ import pytest
 from language_models import write_tokenizer
 
 from transfuse.autoencoders import Pixels
-from transfuse.data import DataSet, PairConfig, StoredImages
+from transfuse.data import DataSet, PairConfig, StoredDialogues
 from transfuse.data.build import build_set, verify_set
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
@@ -79,7 +79,7 @@ def data(tmp_path: Path, model: Path) -> DataSet:
 def test_the_runs_template_makes_the_documents(data: DataSet, model: Path, clean_copy: bool) -> None:
     tokenizer, pixels = Tokenizer.of_model(model), Pixels()
     form = replace(tokenizer.sequence_format(2), clean_copy=clean_copy)
-    source = StoredImages(data, tokenizer, pixels, PairConfig(), seed=0)
+    source = StoredDialogues(data, tokenizer, pixels, PairConfig(), seed=0)
     indices = np.arange(4)
     lengths, seen = source.lengths(indices, indices, form), []
     for index in range(4):
@@ -96,7 +96,7 @@ def test_the_runs_template_makes_the_documents(data: DataSet, model: Path, clean
 def test_without_a_template_the_texts_follow_each_other(data: DataSet) -> None:
     tokenizer = data.tokenizer()
     form = SequenceFormat(tokenizer.bos, tokenizer.eos, tokenizer.boi, tokenizer.eoi, 2)
-    source = StoredImages(data, tokenizer, Pixels(), PairConfig(), seed=0)
+    source = StoredDialogues(data, tokenizer, Pixels(), PairConfig(), seed=0)
     for index in range(2):
         document = source.document(index, 0)
         assert len(layout_document(document, form)) == source.lengths(np.array([index]), np.array([0]), form)[0]
@@ -106,7 +106,7 @@ def test_without_a_template_the_texts_follow_each_other(data: DataSet) -> None:
 
 def test_an_equal_dialogue_made_by_hand(data: DataSet, model: Path) -> None:
     tokenizer = Tokenizer.of_model(model)
-    source = StoredImages(data, tokenizer, Pixels(), PairConfig(), seed=0)
+    source = StoredDialogues(data, tokenizer, Pixels(), PairConfig(), seed=0)
     documents = [source.document(index, 3) for index in range(2)]
     (ours,) = [document for document in documents if not document.images]
     messages = [Message("user", ("hello <|im_end|>",)), Message("assistant", ("hello, world",))]

@@ -1,7 +1,7 @@
 """Data: sources of documents, their mixture, the loader; data sets on disk. `data.bundled` has the bundled data set."""
 
 from .dataset import CorruptSample, CorruptSampleError, DataSet
-from .dialogues import SceneDialogues
+from .dialogues import SceneDialogues, StoredDialogues, has_dialogues
 from .loader import CorruptLog, Finish, StepLoader, unchanged
 from .mixture import Mixture, MixtureComponent
 from .packing import Packer
@@ -32,6 +32,8 @@ __all__ = [
     "Packer",
     "PairConfig",
     "SceneDialogues",
+    "StoredDialogues",
+    "has_dialogues",
     "SceneEdits",
     "ScenePairs",
     "Source",

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import torch
 
 from ..config import from_dict
 from ..errors import UserError
@@ -466,3 +467,8 @@ class DataSet:
 
 def _fingerprint(manifest: bytes) -> str:
     return hashlib.sha256(manifest).hexdigest()[:16]
+
+
+def as_latent(stored: np.ndarray) -> torch.Tensor:
+    """Return latents (float16) or codes (uint16 or int32) of a set as a model takes them: float32, or int64."""
+    return torch.from_numpy(stored.astype(np.int64 if stored.dtype.kind in "iu" else np.float32))

@@ -1,14 +1,20 @@
-"""Dialogues about the bundled scenes as training documents, in a chat template."""
+"""Dialogues as training documents, in a chat template: about the bundled scenes, or of a data set."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import groupby
+
 import numpy as np
+import torch
 
 from ..autoencoders import Autoencoder
-from ..sequence import Document, Image, SequenceFormat, Tokenizer, layout_document
+from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, layout_document
 from ..sequence.chat import Message, chat_sample
 from . import bundled
-from .sources import SceneSource, blank_image
+from .dataset import CorruptSampleError, DataSet, StoredDocument
+from .sources import SceneSource, StoredImages
 
 MEASURED = 64
 """dialogues whose length stands for all"""
@@ -59,3 +65,48 @@ class SceneDialogues(SceneSource):
         index, place = divmod(number, bundled.MOST_IMAGES)
         scenes = [turn.scene for turn in self.turns(index) if turn.scene is not None]
         return self.world.render(scenes[min(place, len(scenes) - 1)])
+
+
+class StoredDialogues(StoredImages):
+    """The dialogues of a data set: the assistant's words and images are learned, the others' are not."""
+
+    def document(self, index: int, sample: int) -> Document:
+        """Return a document. Raises CorruptSampleError."""
+        number = self.number(index)
+        stored = self.data.read(number)
+        encoded = self.encoded(number, stored, stored.parts)
+        tokens = sum(len(part.ids) for part in encoded if isinstance(part, Text))
+        if tokens != stored.tokens:
+            raise self.data.corrupt(number, f"{tokens} tokens, not as many as the index says", stored.key)
+        images = (part for part in encoded if isinstance(part, Image))
+        return self._written(stored, images, sample)
+
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
+        lengths = super().lengths(indices, samples, form)
+        factor = self.autoencoder.factor
+        for row, number in enumerate(self.numbers(indices).tolist()):
+            sides = ((rows // factor, columns // factor) for rows, columns in self.data.sizes(number))
+            blanks = (blank_image(form, self.autoencoder.channels, *shape) for shape in sides)
+            with suppress(CorruptSampleError):  # which `document` reports
+                lengths[row] = len(layout_document(self._written(self.data.read(number), blanks, 0), form))
+        return lengths
+
+    def _written(self, stored: StoredDocument, images: Iterator[Image], sample: int) -> Document:
+        spoken = (part if isinstance(part, str) else next(images) for part in stored.parts)
+        turns = groupby(zip(stored.roles, spoken, strict=True), key=lambda pair: pair[0])
+        messages = [Message(role, tuple(part for _, part in turn)) for role, turn in turns]
+        return chat_sample(self.tokenizer, messages, sample)
+
+
+def has_dialogues(data: DataSet) -> bool:
+    """Return True for a data set of dialogues: all of its documents are, or none is."""
+    with suppress(CorruptSampleError):
+        return data.manifest.kind == "pictures" and bool(data.read(0).roles)
+    return False
+
+
+def blank_image(form: SequenceFormat, channels: int, rows: int, columns: int) -> Image:
+    """Return an image of which only the shape counts, in latent elements: for a document whose length is asked for."""
+    if form.first_code is None:
+        return Image(torch.empty(channels, rows, columns, device="meta"))
+    return Image(torch.zeros(rows, columns, dtype=torch.int64))

@@ -3,19 +3,17 @@
 scenes = ScenePairs(World(WorldConfig(size=32)), tokenizer, Pixels(), PairConfig(), seed=0)
 scenes.document(17, sample=17)          # always the same document: a caption and an image, in either order
 
-data = DataSet("photos-64")
-pairs = StoredImages(data, data.tokenizer(), Pixels(), PairConfig(), seed=0)
+pairs = StoredImages(DataSet("photos-64"), tokenizer, Pixels(), PairConfig(), seed=0)
 pairs.document(17, sample=40)           # the 18th of the first epoch, as the mixture's sample 40
 pairs.lengths(...)                      # the positions of many, from the index alone
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, repeat
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from itertools import repeat
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,20 +21,9 @@ import torch
 from ..autoencoders import Autoencoder, DeferredEncoder, VQTokenizer
 from ..errors import UserError
 from ..rng import Draws, generator_for
-from ..sequence import (
-    Document,
-    Image,
-    SequenceFormat,
-    Text,
-    Tokenizer,
-    count_positions,
-    images_alone,
-    layout_document,
-    unconditional,
-)
-from ..sequence.chat import Message, chat_sample
+from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, images_alone, unconditional
 from . import bundled
-from .dataset import CorruptSampleError, DataSet, Split, StoredDocument
+from .dataset import DataSet, Split, StoredDocument, as_latent
 from .packing import Shuffle
 
 IMAGE_BLOCK = 32  # images that a network encodes together
@@ -421,9 +408,6 @@ class StoredImages(StoredTexts):
         if encoding is not None and (encoding.codebook is not None) != isinstance(autoencoder, VQTokenizer):
             stored = "latents" if encoding.codebook is None else "codes"
             raise UserError(f"{data.path}: expected what model.images needs, found {stored}")
-        self.of_dialogues = False
-        with suppress(CorruptSampleError):  # a set is of dialogues alone, or has none
-            self.of_dialogues = bool(data.read(0).roles)
 
     def document(self, index: int, sample: int) -> Document:
         """Return a document. Raises CorruptSampleError."""
@@ -434,6 +418,19 @@ class StoredImages(StoredTexts):
         if count:
             drawn = self._drawn_caption(number, index // self.epoch, first, count)
             shown, expected = (shown[0], shown[1 + drawn]), int(self.data.captions["tokens"][first + drawn])
+        parts = self.encoded(number, stored, shown)
+        tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
+        if tokens != expected:
+            raise self.data.corrupt(number, f"{tokens} tokens, not as many as the index says", stored.key)
+        if stored.pair:
+            image, text = parts
+            assert isinstance(image, Image)
+            assert isinstance(text, Text)
+            return pair_document(text.ids, image, self.config, self.seed, sample)
+        return interleaved_document(parts, self.config, self.seed, sample)
+
+    def encoded(self, number: int, stored: StoredDocument, shown: Sequence[Any]) -> list[Text | Image]:
+        """Return parts of a stored document as a model reads them."""
         parts: list[Text | Image] = []
         areas = self._areas(number)
         for part in shown:
@@ -444,18 +441,7 @@ class StoredImages(StoredTexts):
                 parts.append(replace(document_images(pixels[None], self.autoencoder)[0], content=next(areas)))
             else:
                 parts.append(Image(as_latent(part), content=next(areas)))
-        tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
-        if tokens != expected:
-            raise self.data.corrupt(number, f"{tokens} tokens, not as many as the index says", stored.key)
-        if stored.roles:
-            spoken = (part if isinstance(part, str) else own for part, own in zip(shown, parts, strict=True))
-            return self._dialogue(stored, spoken, sample)
-        if stored.pair:
-            image, text = parts
-            assert isinstance(image, Image)
-            assert isinstance(text, Text)
-            return pair_document(text.ids, image, self.config, self.seed, sample)
-        return interleaved_document(parts, self.config, self.seed, sample)
+        return parts
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
         numbers, side = self.numbers(indices), form.patch_size * self.autoencoder.factor
@@ -478,25 +464,7 @@ class StoredImages(StoredTexts):
         dropped = [i for i in conditional if caption_dropped(self.config, self.seed, int(samples[i]))]
         tokens[dropped] = copies[dropped] = 0
         images[dropped] = self.data.image_positions(numbers[dropped], side, last_only=True)
-        lengths = count_positions(tokens, []) + images + copies
-        for row in range(len(numbers)) if self.of_dialogues else ():
-            with suppress(CorruptSampleError):  # which `document` reports
-                lengths[row] = self._dialogue_length(int(numbers[row]), form)
-        return lengths
-
-    def _dialogue(self, stored: StoredDocument, parts: Iterable[str | Text | Image], sample: int) -> Document:
-        """Return a dialogue in the chat template, of which the assistant's turns are learned."""
-        turns = groupby(zip(stored.roles, parts, strict=True), key=lambda pair: pair[0])
-        messages = [Message(role, tuple(part for _, part in turn)) for role, turn in turns]
-        return chat_sample(self.tokenizer, messages, sample)
-
-    def _dialogue_length(self, number: int, form: SequenceFormat) -> int:
-        """Return the positions of a dialogue, which depend on the template, without making its images."""
-        stored, factor = self.data.read(number), self.autoencoder.factor
-        sides = ((rows // factor, columns // factor) for rows, columns in self.data.sizes(number))
-        blanks = (blank_image(form, self.autoencoder.channels, *shape) for shape in sides)
-        spoken = (part if isinstance(part, str) else next(blanks) for part in stored.parts)
-        return len(layout_document(self._dialogue(stored, spoken, 0), form))
+        return count_positions(tokens, []) + images + copies
 
     def _expected_lengths(self, numbers: np.ndarray, form: SequenceFormat) -> np.ndarray:
         documents, side = self.data.documents[numbers], form.patch_size * self.autoencoder.factor
@@ -528,15 +496,3 @@ class StoredImages(StoredTexts):
         ends = self.data.captions["weight"][first : first + count].astype(np.float64).cumsum()
         drawn = Draws("caption", self.seed, number, epoch).word() / (1 << 32)
         return int(np.searchsorted(ends, drawn * ends[-1], side="right"))
-
-
-def blank_image(form: SequenceFormat, channels: int, rows: int, columns: int) -> Image:
-    """Return an image of which only the shape counts, in latent elements: for a document whose length is asked for."""
-    if form.first_code is None:
-        return Image(torch.empty(channels, rows, columns, device="meta"))
-    return Image(torch.zeros(rows, columns, dtype=torch.int64))
-
-
-def as_latent(stored: np.ndarray) -> torch.Tensor:
-    """Return latents (float16) or codes (uint16 or int32) of a set as a model takes them: float32, or int64."""
-    return torch.from_numpy(stored.astype(np.int64 if stored.dtype.kind in "iu" else np.float32))

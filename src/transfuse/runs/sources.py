@@ -26,9 +26,11 @@ from ..data import (
     SceneEdits,
     ScenePairs,
     Source,
+    StoredDialogues,
     StoredImages,
     StoredTexts,
     Texts,
+    has_dialogues,
 )
 from ..data.bundled import World, WorldConfig, caption, glosses
 from ..data.dataset import Split
@@ -272,7 +274,8 @@ def _source(
     if data.manifest.kind == "text":
         return StoredTexts(data, recipe.seed)
     assert autoencoder is not None
-    return StoredImages(data, tokenizer, autoencoder, pairs, recipe.seed)
+    kind = StoredDialogues if has_dialogues(data) else StoredImages
+    return kind(data, tokenizer, autoencoder, pairs, recipe.seed)
 
 
 def _left_out(recipe: Recipe, sources: Sources, spec: SourceSpec) -> int | None:
