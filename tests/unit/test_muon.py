@@ -97,6 +97,6 @@ def test_settings_that_cannot_be_are_one_line() -> None:
         OptimizerConfig(name="mion")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^optimizer.name: expected adamw for a network without"):
         build_optimizer(nn.Linear(4, 4), OptimizerConfig(name="muon"))
-    with pytest.raises(ValueError, match=r"^optimizer.name: expected adamw for an autoencoder, found muon"):
+    with pytest.raises(UserError, match=r"^optimizer.name: expected adamw for an autoencoder, found muon"):
         AutoencoderRecipe(optimizer=OptimizerConfig(name="muon"))
     assert preset("demo").optimizer.name == "adamw"

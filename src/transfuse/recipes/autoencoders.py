@@ -40,7 +40,7 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """Everything that defines a training run of an autoencoder. Raises ValueError for another optimizer than AdamW."""
+    """Everything that defines a training run of an autoencoder. Raises UserError for another optimizer than AdamW."""
 
     preset: str = ""
     version: int = VERSION
@@ -60,7 +60,7 @@ class AutoencoderRecipe:
 
     def __post_init__(self) -> None:
         if self.optimizer.name != "adamw":
-            raise ValueError(f"optimizer.name: expected adamw for an autoencoder, found {self.optimizer.name}")
+            raise UserError(f"optimizer.name: expected adamw for an autoencoder, found {self.optimizer.name}")
 
 
 def paper(kind: Literal["kl", "vq"]) -> AutoencoderRecipe:
