@@ -971,7 +971,9 @@ def test_a_damaged_document_of_a_set_is_named(root: Path, tmp_path: Path) -> Non
     assert hashes(tmp_path / "out") == [item for n, item in enumerate(hashes(tmp_path / "set")) if n != 1]
 
 
-def test_a_set_that_has_changed_is_another_source(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_that_has_changed_is_built_from_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     source = tmp_path / "set"
     shutil.copytree(root / "pictures-set", source)
     with monkeypatch.context() as patch:
@@ -980,8 +982,9 @@ def test_a_set_that_has_changed_is_another_source(root: Path, tmp_path: Path, mo
             build(source, tmp_path / "out", CONFIG)
     shutil.rmtree(source)
     build(root / "tars", source, CONFIG)
-    with pytest.raises(UserError, match="listing: expected the same source, found another source"):
-        build(source, tmp_path / "out", CONFIG)
+    build(source, tmp_path / "out", CONFIG)
+    assert "begun again, because the source has changed (manifest.json has other content)" in caplog.text
+    assert hashes(tmp_path / "out") == hashes(source)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

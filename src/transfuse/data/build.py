@@ -35,7 +35,7 @@ from .remote import UNREADABLE, Cache, is_remote, url_name
 from .writer import Place, Writer
 
 TRAINED_ON = 300  # evenly spread parts of a source that a tokenizer is trained on
-FAILED = ("shards", "dropped.jsonl", "quarantine.jsonl", "left_out.jsonl")  # left by a build that stored nothing
+BEGUN = ("tokenizer.json", "dropped.jsonl", "quarantine.jsonl", "left_out.jsonl")  # files of a build that has not ended
 OTHERWISE = "name another folder, or remove {}, to build it again"
 VERIFIED_TOGETHER = 256  # documents that a process verifies at a time
 
@@ -98,7 +98,7 @@ def build_set(
             if writer.seen >= most:
                 break
     if changes := _difference(contents, reader.contents()):
-        raise UserError(f"{source}: changed while the set was built ({changes}); remove {out} and build it again")
+        raise UserError(f"{source}: changed while the set was built ({changes}); the same command builds it again")
     manifest = writer.finish(settings)
     return {**_counts(manifest), "seconds": time.monotonic() - began}
 
@@ -169,20 +169,26 @@ def _check_built(out: Path, identity: dict[str, Any]) -> Manifest:
 def _claim(out: Path, identity: dict[str, Any], contents: dict[str, str]) -> None:
     """Begin a build. Raises UserError where another one was begun, or the folder holds something else.
 
-    One that failed before it stored a document does not stand in the way of another.
+    A build of the same source, some of which has changed, is begun again; and one that failed before it stored a
+    document does not stand in the way of another.
     """
     identity = identity | {"transfuse": __version__}  # another version may decode images otherwise
     path, files = out / "building" / "settings.json", out / "building" / "source.json"
-    expected = ["building"]
-    if path.exists() and not any((out / "shards").glob("*")):
-        shutil.rmtree(path.parent)
-        (out / "tokenizer.json").unlink(missing_ok=True)
-        expected += FAILED
     if path.exists():
-        changes = _difference(read_json(files), contents) if files.exists() else ""
-        _compare(out, path, read_json(path), identity, changes)
-        return
-    if out.exists() and (not out.is_dir() or any(entry.name not in expected for entry in out.iterdir())):
+        begun, stored = read_json(path), any((out / "shards").glob("*"))
+        before = read_json(files) if files.exists() else {}
+        changes = _difference(before, contents)
+        kept = sum(name in contents for name in before) >= max(1, len(before) / 2)  # or it is another source
+        if stored and not (changes and kept and begun | {"listing": identity["listing"]} == identity):
+            _compare(out, path, begun, identity, changes)
+            return
+        if stored:
+            logger.info(f"{out}: begun again, because the source has changed ({changes})")
+        for name in ("building", "shards"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in BEGUN:
+            (out / name).unlink(missing_ok=True)
+    if out.exists() and (not out.is_dir() or any(entry.name != "building" for entry in out.iterdir())):
         raise UserError(f"{out}: expected an empty folder, or a data set begun before, found something else")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
