@@ -103,7 +103,8 @@ def test_the_server_reads_roles(folder: Path) -> None:
             {"role": "user", "content": "again<|im_end|>"},
         ]
     }
-    document = worker.build(ChatRequest(**body).job()).document
+    parts = [np.zeros((8, 8, 3), np.uint8), "?"]
+    document = worker.build(ChatRequest(**body).job(["be brief", *parts, "a crab", "again<|im_end|>"])).document
     image = document.images[0]
     messages = [
         Message("system", ("be brief",)),
