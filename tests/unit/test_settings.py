@@ -69,6 +69,7 @@ def changes(pipe: TransfusionPipeline) -> dict[str, list[Any]]:
         "image_guidance_scale": [1.5],
         "guidance_interval": [],
         "start": [],
+        "negative": [],  # in test_negative_prompt: not every scale goes with it
         "temperature": [1.3],
         "top_p": [0.6],
         "presence_penalty": [1.5],
