@@ -91,7 +91,7 @@ def plan_baselines(folder: Path, flops: float, presets: Sequence[str]) -> list[S
     runs = []
     for name, recipe in recipes.items():
         budget_model = first if recipe.model.images == "none" else recipe
-        positions = flops / (6 * count_parameters(budget_model.model).total)
+        positions = flops / (6 * count_parameters(budget_model.model).active)
         runs.append(plan_run(folder, name, recipe, positions, budget_model, {"variant": name, "seed": recipe.seed}))
     return runs
 

@@ -149,7 +149,7 @@ class StudyRun:
     @property
     def flops(self) -> float:
         """The planned 6 N D."""
-        return 6 * count_parameters(self.recipe.model).total * self.positions * self.recipe.loop.steps
+        return 6 * count_parameters(self.recipe.model).active * self.positions * self.recipe.loop.steps
 
 
 def comparable(recipe: Recipe) -> tuple[Any, ...]:
@@ -363,7 +363,7 @@ class Study:
                 else:
                     state = "begun" if (self.folder / "runs" / run.name / "config.json").is_file() else "open"
             left += 0.0 if state == "done" else run.flops
-            steps, parameters = run.recipe.loop.steps, count_parameters(run.recipe.model).total
+            steps, parameters = run.recipe.loop.steps, count_parameters(run.recipe.model).active
             lines.append(f"{number:>4}  {run.name:<{width}}  {state:<7}{parameters:>12,}{steps:>9,}{run.flops:>9.2g}")
         total = sum(run.flops for run in self.runs)
         return "\n".join([*lines, f"6 N D in all {total:.3g}, of runs not yet done {left:.3g}"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from emoji_scenes import WorldConfig, glosses
 from emoji_scenes.accuracy import caption_accuracy, draw_accuracy, held_out_scenes
@@ -18,11 +19,13 @@ from transfuse.errors import UserError
 from transfuse.evaluation import Estimate, bootstrap, perplexity
 from transfuse.evaluation.captions import cider_d, tokenize
 from transfuse.evaluation.image_quality import frechet, frechet_distance
+from transfuse.export import Exported
 from transfuse.inference import TransfusionPipeline
 from transfuse.model.flops import count_parameters
 from transfuse.recipes import Recipe
 from transfuse.runs import read_recipe
-from transfuse.training import read_metrics
+from transfuse.sequence import Document, Image, Text, collate
+from transfuse.training import ObjectiveConfig, TransfusionObjective, read_metrics
 
 UNEQUAL = 1.05
 """factor in text read above which the perplexities of two runs are not compared"""
@@ -58,7 +61,7 @@ def evaluate_run(
     recipe = read_recipe(folder / "config.json", Recipe)
     pipe = TransfusionPipeline.from_pretrained(folder / "export", device=pick_device(recipe.device))
     totals = read_metrics(folder / "metrics.jsonl")[-1]
-    parameters = count_parameters(recipe.model).total
+    parameters = count_parameters(recipe.model).active
     result: dict[str, Any] = {
         "preset": recipe.preset,
         "parameters": parameters,
@@ -85,7 +88,7 @@ def _evaluate_images(
     pipe: TransfusionPipeline, world: WorldConfig, size: EvalSize, judge: SceneClassifier
 ) -> tuple[np.ndarray, dict[str, Estimate], dict[str, Any]]:
     """Return drawings, measures with intervals, and further facts of a model that draws."""
-    (_, _, real), (_, _, others) = (held_out_scenes(world, size.pictures, seed=seed) for seed in (0, 1))
+    (_, truths, real), (_, _, others) = (held_out_scenes(world, size.pictures, seed=seed) for seed in (0, 1))
     drawings = draw_accuracy(pipe, world, size.pictures, judge)
     captions = caption_accuracy(pipe, world, size.pictures)
     autoencoder, features = pipe.exported.autoencoder, judge.features(real)
@@ -115,7 +118,23 @@ def _evaluate_images(
         "caption_cider": bootstrap(cider),
         "caption_perplexity": perplexity(pipe.exported, captions.truths).perplexity,
     }
+    if pipe.exported.model.config.images == "latents":
+        measured["image_loss"] = image_loss(pipe.exported, truths, real)
     return drawings.images, measured, facts
+
+
+@torch.inference_mode()
+def image_loss(exported: Exported, captions: Sequence[str], images: np.ndarray) -> Estimate:
+    """Return the diffusion loss of images after their captions; the noise of an image follows from its number."""
+    form = exported.model.config.sequence_format(exported.tokenizer)
+    objective = TransfusionObjective(ObjectiveConfig(), exported.process, seed=0)
+    device = next(exported.model.parameters()).device
+    losses = []
+    for number, (caption, pixels) in enumerate(zip(captions, images, strict=True)):
+        text, latent = exported.tokenizer.encode(caption), exported.autoencoder.encode(pixels[None])[0]
+        batch = collate([Document([Text(tuple(text)), Image(latent.cpu())], sample=number)], form)
+        losses.append(float(objective.loss(exported.model, batch.to(device)).losses[1]))
+    return bootstrap(losses)
 
 
 def text_read(result: Mapping[str, Any]) -> float:

@@ -43,6 +43,7 @@ PRESET, BASE, BEST = "latent-64", "base", "best"
 
 MEASURES: dict[str, tuple[str, str]] = {
     "noun_strict": ("drawn: noun right, strict judge", "higher"),
+    "image_loss": ("diffusion loss of held-out images", "lower"),
     "frechet": ("drawn: Fréchet distance", "lower"),
     "caption_noun": ("caption: noun right", "higher"),
     "text_perplexity": ("perplexity of unseen definitions", "lower"),
@@ -91,6 +92,11 @@ def row_recipe(name: str, size: str) -> Recipe:
     return updated(scaled(preset(PRESET), size), read_settings(path), str(path))
 
 
+def same_target(row: str, reference: str) -> bool:
+    """Return True if two rows minimise one and the same diffusion loss, so that its values compare."""
+    return row_recipe(row, "xs").diffusion == row_recipe(reference, "xs").diffusion
+
+
 def reference_of(row: str) -> str:
     """Return the row that a row is compared with: `best` for a leave-one-out of it, else the base."""
     return BEST if row.startswith(f"{BEST}-without-") else BASE
@@ -126,7 +132,7 @@ def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]
     comparisons = []
     for row, (measure, (_, better)) in product(rows, MEASURES.items()):
         reference = reference_of(row)
-        if row == BASE:
+        if row == BASE or (measure == "image_loss" and not same_target(row, reference)):
             continue
         if differences := weighted_sums({reference: -1, row: 1}, scores[measure]):
             difference, of = paired(differences), list(scores[measure][reference].values())

@@ -20,12 +20,14 @@ from .devices import on_meta
 from .errors import UserError
 from .model import ModelConfig, Transfusion
 from .model.activations import Checkpointing, Load, forward_bytes, step_bytes
-from .model.flops import count_parameters, forward_flops
+from .model.flops import Frozen, count_parameters, step_flops
 from .recipes import Recipe, preset
 from .recipes.autoencoders import AUTOENCODERS
 from .recipes.paper import POSITIONS_PER_STEP
 from .runs import Run, open_recipe_autoencoder, open_sources
-from .runs.resolve import init_tokenizer
+from .runs.resolve import check_finetuning, init_tokenizer, resolve_init
+from .sequence import SequenceFormat
+from .training.finetune import Freeze, LoRAConfig, adapt, frozen
 from .training.hardware import ASSUMED_MFU, card
 from .training.loss import MAX_LOGITS
 from .training.muon import block_matrices
@@ -42,32 +44,39 @@ PAPER_RUNS = {"paper_0.5t": 250_000 * POSITIONS_PER_STEP, "paper_2t": 500_000 * 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Return figures by name. `parameters` counts as the paper does: embeddings, blocks, head, without patch layers.
 
+    image_tower_parameters           with model.experts
+    trained_parameters               with freeze or lora
     train_flops_per_token            6 N, the paper's theoretical measure, N = parameters + adapter_parameters
     patches_per_image                or codes
     positions_per_step               of packed rows, their capacity; else the mean of a step's documents
     images_per_step                  an estimate
     executed_train_flops_per_image   of an image without a caption: attention within it, logits of codes alone
-    memory_gigabytes                 weights, gradients, moments and EMA in float32, without activations
+    memory_gigabytes                 weights, gradients, moments and EMA in float32, without activations; the last
+                                     three of trained parameters alone
 
     Raises UserError for a recipe whose parts do not fit.
     """
     step = StepContents.of(recipe)
     model, count, tokens = step.recipe.model, count_parameters(step.recipe.model), step.positions * recipe.loop.steps
     codes, sizes = (step.patches if model.images == "codes" else 0), [(step.side, step.side)] * bool(step.patches)
+    total, trained, moments = _counted(model, recipe.optimizer, recipe.freeze, recipe.lora)
+    image = (model, step.patches, step.image_pairs(), codes, sizes, step.frozen)
     return {
         "preset": recipe.preset,
         "parameters": count.transformer,
         "adapter_parameters": count.adapter,
-        "total_parameters": count.total,
+        **({"image_tower_parameters": count.image_tower} if count.image_tower else {}),
+        "total_parameters": total,
+        **({"trained_parameters": trained} if trained < total else {}),
         "patches_per_image": step.patches,
         "positions_per_step": step.positions,
         "images_per_step": step.images,
-        "train_flops_per_token": 6 * count.total,
-        "executed_train_flops_per_image": 3 * forward_flops(model, step.patches, step.image_pairs(), codes, sizes),
+        "train_flops_per_token": 6 * count.active,
+        "executed_train_flops_per_image": step_flops(*image),
         "steps": recipe.loop.steps,
         "train_tokens": tokens,
-        "train_flops": 6 * count.total * tokens,
-        "memory_gigabytes": round(4 * (count.total * 3 + _moments(model, recipe.optimizer)) / 2**30, 3),
+        "train_flops": 6 * count.active * tokens,
+        "memory_gigabytes": round(4 * (total + 2 * trained + moments) / 2**30, 3),
     }
 
 
@@ -113,7 +122,7 @@ def cluster_plan(recipe: Recipe, gpus: int, gpu: str, mfu: float | None = None) 
         "mfu_is": "assumed" if mfu is None else "given",
         "step": {
             "positions": step.positions,
-            "flops": 6 * count_parameters(step.recipe.model).total * step.positions,
+            "flops": 6 * count_parameters(step.recipe.model).active * step.positions,
             "executed_flops": executed,
             "seconds": seconds,
             "tokens_per_second": step.positions / seconds,
@@ -164,6 +173,9 @@ class StepContents:
     @lru_cache(maxsize=16)
     def of(cls, recipe: Recipe) -> StepContents:
         """Return the contents of a recipe's steps. Raises UserError for images that do not divide into patches."""
+        if recipe.start:
+            recipe = resolve_init(recipe)
+        check_finetuning(recipe)
         recipe, autoencoder = fitted(recipe)
         model, data, sources = recipe.model, recipe.data, open_sources(recipe.data)
         side = images = 0
@@ -215,7 +227,12 @@ class StepContents:
         pairs += text * (document + 1) // 2
         load = self.load(1)
         sizes = [size for size, count in load.images.items() for _ in range(count)]
-        return 3 * forward_flops(self.recipe.model, load.positions, pairs, load.predictions, sizes)
+        return step_flops(self.recipe.model, load.positions, pairs, load.predictions, sizes, self.frozen)
+
+    @property
+    def frozen(self) -> Frozen:
+        """The matrices that are not trained."""
+        return frozen(self.recipe.freeze, self.recipe.lora)
 
 
 def _copied_share(recipe: Recipe) -> float:
@@ -231,14 +248,16 @@ def memory(
     gpus: int = 1,
     shard: int = 1,
     optimizer: OptimizerConfig | None = None,
+    freeze: Freeze = "none",
+    lora: LoRAConfig | None = None,
 ) -> dict[str, int]:
     """Return the memory of a GPU, in bytes by piece, in a step whose micro-batch is `load`.
 
     element       bytes of the compute dtype
     gpus, shard   the GPUs of the run, and the parts that each copy of the network is sharded into
 
-    weights, gradients, moments, EMA   4, 4, 8 and 4 bytes a parameter, float32; divided among shards. Muon keeps one
-                  moment of the blocks' matrices, where AdamW keeps two
+    weights, gradients, moments, EMA   4, 4, 8 and 4 bytes a parameter, float32, divided among shards; the last three of
+                  trained parameters alone. Muon keeps one moment of the blocks' matrices, where AdamW keeps two
     gathered      on one GPU, each product's cast of its weight, kept for the backward pass (with recomputation, of one
                   block), and one matrix's gradient in that dtype; nothing in float32. On several (FSDP2), what is
                   outside the blocks, with a gradient, and of the blocks one computed with, one waiting, one arriving,
@@ -258,14 +277,15 @@ def memory(
         largest = max(embedding, 2 * config.d_model * config.ffn_dim)
         casts = config.n_layers if checkpointing == "none" else 1
         gathered = element * (outside - embedding + casts * block + largest)
-    part = -(-total // shard)
+    counted = _counted(config, optimizer or OptimizerConfig(), freeze, lora or LoRAConfig())
+    part, trained, moments = (-(-count // shard) for count in counted)
     activations = step_bytes(config, load, element, checkpointing)
     later = activations - forward_bytes(config, load, element, checkpointing)
     return {
         "weights": 4 * part,
-        "gradients": 4 * part,
-        "moments": 4 * -(-_moments(config, optimizer or OptimizerConfig()) // shard),
-        "ema": 4 * part,
+        "gradients": 4 * trained,
+        "moments": 4 * moments,
+        "ema": 4 * trained,
         "gathered": gathered,
         "activations": activations,
         "logits": max(0, 12 * min(MAX_LOGITS, load.predictions * config.vocab_size) - later),
@@ -281,11 +301,13 @@ def _parameters(config: ModelConfig) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=64)
-def _moments(config: ModelConfig, optimizer: OptimizerConfig) -> int:
-    """Return the numbers that an optimizer keeps of all parameters."""
-    model = Transfusion.on_meta(config)
+def _counted(config: ModelConfig, optimizer: OptimizerConfig, freeze: Freeze, lora: LoRAConfig) -> tuple[int, int, int]:
+    """Return the numbers of all parameters, of those that are trained, and of the moments that an optimizer keeps."""
+    model = adapt(Transfusion.on_meta(config), freeze, lora, SequenceFormat(0, 1, 2, 3, 1))
     matrices = block_matrices(model) if optimizer.name == "muon" else {}
-    return sum((1 if name in matrices else 2) * weight.numel() for name, weight in model.named_parameters())
+    trained = {name: weight.numel() for name, weight in model.named_parameters() if weight.requires_grad}
+    moments = sum(size if name in matrices else 2 * size for name, size in trained.items())
+    return sum(weight.numel() for weight in model.parameters()), sum(trained.values()), moments
 
 
 def _choices(step: StepContents, gpus: int, usable: float) -> Iterator[dict[str, Any]]:
@@ -306,7 +328,7 @@ def _choices(step: StepContents, gpus: int, usable: float) -> Iterator[dict[str,
             documents //= 2
             load = step.load(recipe.data.batch_size / documents)
             element = 4 if recipe.precision == "float32" else 2
-            pieces = memory(recipe.model, load, way, element, gpus, shard, recipe.optimizer)
+            pieces = memory(recipe.model, load, way, element, gpus, shard, recipe.optimizer, recipe.freeze, recipe.lora)
             pieces["total"] = sum(pieces.values())
             fits = pieces["total"] <= usable
         yield {

@@ -29,6 +29,7 @@ from .export import save_export
 from .log import logger
 from .model import Transfusion
 from .model.flops import train_flops
+from .model.transfusion import of_images
 from .recipes import Recipe
 from .runs import Run, held, open_run, run_device, unseen_noise
 from .runs.monitor import averaged_model, measuring, sample_grid
@@ -44,6 +45,7 @@ from .training import (
     place,
     read_metrics,
 )
+from .training.finetune import adapt, begin, frozen, merged
 from .training.trainer import Measure, Sample
 
 __all__ = [
@@ -123,8 +125,22 @@ def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> T
     loader = build_loader(run, folder, ranks.data, ranks.datas, finish)
     if recipe.model.images == "latents" and ranks.first and (warning := unseen_noise(recipe, loader.document)):
         logger.info(warning)
-    flops = partial(train_flops, recipe.model)
-    return Trainer(model, objective, loader, folder, recipe.loop, recipe.optimizer, flops, ranks)
+
+    def rate_of(name: str) -> float:
+        return 1.0 if of_images(name) else recipe.text_rate
+
+    return Trainer(
+        model,
+        objective,
+        loader,
+        folder,
+        recipe.loop,
+        recipe.optimizer,
+        partial(train_flops, recipe.model, frozen=frozen(recipe.freeze, recipe.lora)),
+        ranks,
+        rate_of=rate_of,
+        plain=partial(merged, model),
+    )
 
 
 def run_trainer(
@@ -147,15 +163,15 @@ def encodes_later(recipe: Recipe) -> bool:
 def build_model(run: Run, folder: Path, ranks: Distributed) -> Transfusion:
     """Return the network with its initial weights, or this rank's shards of it; they do not depend on the ranks."""
     recipe = run.recipe
-    model = parallelize(Transfusion.on_meta(recipe.model, recipe.compute), ranks, recipe.parallel)
+    model = adapt(Transfusion.on_meta(recipe.model, recipe.compute), recipe.freeze, recipe.lora, run.format)
+    model = parallelize(model, ranks, recipe.parallel)
     model.to_empty(device=ranks.device).initialise(recipe.seed, place)
     if recipe.start and CheckpointFolder(folder / "checkpoints", ranks=ranks).newest()[0] is None:
         start = Path(recipe.start)
-        whole = Transfusion.on_meta(recipe.model, recipe.compute).to_empty(device="cpu").initialise(recipe.seed)
-        logger.info(f"{start}: {init_from(whole, start, run.tokenizer, recipe.init.allow_changes)}")
-        with torch.no_grad():
-            for weight, values in zip(model.parameters(), whole.parameters(), strict=True):
-                place(weight, values)
+        plain = Transfusion.on_meta(recipe.model, recipe.compute).to_empty(device="cpu").initialise(recipe.seed)
+        copy_tower = recipe.init.image_tower == "copy"
+        logger.info(f"{start}: {init_from(plain, start, run.tokenizer, recipe.init.allow_changes, copy_tower)}")
+        begin(model, plain, recipe.seed)
     return model
 
 

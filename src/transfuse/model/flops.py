@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,31 +18,42 @@ from ..sequence import Batch, shapes_of
 from .attention import starts_of
 from .config import ModelConfig
 from .layers import TimestepEmbedding
-from .transfusion import Transfusion
+from .transfusion import Transfusion, of_images
+
+Frozen = Literal["none", "text", "all"]
+"""matrices that get no gradient: none, those of text, or all of the transformer"""
 
 
 @dataclass(frozen=True)
 class Parameters:
     """Numbers of parameters.
 
-    transformer   embeddings, blocks and output layer, as the paper counts its sizes
+    transformer   embeddings, blocks and output layer, as the paper counts its sizes; with experts, those of text
     adapter       the patch layers
+    image_tower   with experts, the blocks of images
     """
 
     transformer: int
     adapter: int
+    image_tower: int = 0
+
+    @property
+    def active(self) -> int:
+        """The parameters that text or patches use, N of the paper's 6 N D: all but the image tower."""
+        return self.transformer + self.adapter
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.transformer + self.adapter
+        return self.active + self.image_tower
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
     """Count the parameters of a network without building it."""
     model = Transfusion.on_meta(config)
-    adapter = sum(p.numel() for name, p in model.named_parameters() if name.startswith("image_adapter."))
-    return Parameters(sum(p.numel() for p in model.parameters()) - adapter, adapter)
+    images = sum(p.numel() for name, p in model.named_parameters() if of_images(name))
+    adapter = 0 if model.image_adapter is None else sum(p.numel() for p in model.image_adapter.parameters())
+    return Parameters(sum(p.numel() for p in model.parameters()) - images, adapter, images - adapter)
 
 
 @lru_cache(maxsize=64)
@@ -74,8 +86,31 @@ def forward_flops(
     return transformer + head + modulation + sum(adapter_flops(config, *size) for size in images)
 
 
-def train_flops(config: ModelConfig, batch: Batch) -> int:
-    """Operations of forward and backward for a batch (backward is twice the forward).
+def step_flops(
+    config: ModelConfig,
+    positions: int,
+    pairs: int,
+    predictions: int,
+    images: Sequence[tuple[int, int]],
+    frozen: Frozen = "none",
+) -> int:
+    """Operations of forward and backward, with the arguments of `forward_flops`.
+
+    The backward pass is twice the forward pass; frozen matrices take half of that, for they pass gradients on and have
+    none themselves. Adapters of LoRA, small next to the matrices they adapt, are not counted.
+    """
+    total = 3 * forward_flops(config, positions, pairs, predictions, images)
+    if frozen == "none":
+        return total
+    if frozen == "text":
+        patches = sum(rows * columns for rows, columns in images) // config.patch_size**2
+        return total - forward_flops(config, positions - patches, 0, predictions, ())
+    trained = sum(adapter_flops(config, *size) for size in images)
+    return total - forward_flops(config, positions, 0, predictions, images) + trained
+
+
+def train_flops(config: ModelConfig, batch: Batch, frozen: Frozen = "none") -> int:
+    """Operations of forward and backward for a batch.
 
     Only the documents' own positions and images count, so that the sum over a step is the same however it is split:
     positions and images that fill a batch up are left out.
@@ -90,4 +125,4 @@ def train_flops(config: ModelConfig, batch: Batch) -> int:
         if patches:  # an image that fills up is the last one
             sizes.append((rows, columns))
             patches -= rows * columns // config.patch_size**2
-    return 3 * forward_flops(config, real, pairs, len(batch.loss_positions), sizes)
+    return step_flops(config, real, pairs, len(batch.loss_positions), sizes, frozen)

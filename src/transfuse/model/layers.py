@@ -95,12 +95,14 @@ class _RMSNorm(torch.autograd.Function):
         return normed
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         scale, wide = scale.to(x.dtype), torch.promote_types(x.dtype, torch.float32)
         unit, weighted = x * scale, gradient * weight.to(x.dtype)
         along = (weighted * unit).mean(-1, keepdim=True, dtype=wide).to(x.dtype)
-        of_weight = (gradient * unit).flatten(0, -2).sum(0, dtype=wide).to(weight.dtype)
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient * unit).flatten(0, -2).sum(0, dtype=wide).to(weight.dtype)
         return torch.addcmul(weighted, unit, along, value=-1).mul_(scale), of_weight, None
 
 

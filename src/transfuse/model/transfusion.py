@@ -49,6 +49,11 @@ def current_name(weight: str) -> str:
     return weight
 
 
+def of_images(weight: str) -> bool:
+    """Return True for the name of a weight that images alone use: image adapter, image tower, adaLN's modulation."""
+    return any(part.startswith("image") or part.endswith("modulation") for part in weight.split("."))
+
+
 class Transformer(nn.Module):
     """All blocks and the final norm: `x [N, C]`, `position_ids [N]` or `[N, 3]` -> `[N, C]`, or `Towers` of each.
 
@@ -89,6 +94,14 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, rotary, attend, dropout, modulation)
         return Towers(None if x.text is None else self.norm(x.text), self.image_norm(x.image))
+
+    @torch.no_grad()
+    def copy_text_tower(self) -> None:
+        """Give the image tower the weights of the text tower, which must have the same sizes."""
+        weights = dict(self.named_parameters())
+        for name, weight in weights.items():
+            if of_images(name):
+                weight.copy_(weights[name.replace(".image.", ".").replace("image_norm", "norm")])
 
 
 class Output(NamedTuple):

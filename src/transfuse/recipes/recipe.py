@@ -20,6 +20,7 @@ from ..export import GenerationConfig
 from ..model import ModelConfig
 from ..sequence import SequenceFormat, Tokenizer
 from ..training import LoopConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from ..training.finetune import Freeze, LoRAConfig
 
 ImageContext = Literal["capped", "clean-copy"]
 
@@ -149,6 +150,8 @@ class InitConfig:
     """changes of that model that are accepted, by the names that the refusals give: fields of its config.json that are
     dropped, kinds of weights that are missing or left over, "vocabulary" for a tokenizer with far fewer tokens; of an
     export "network": the recipe's network takes its vocabulary and the weights that fit"""
+    image_tower: Literal["copy", "new"] = "copy"
+    """with model.experts, the image tower of a model that has none: a copy of its text tower, or new random weights"""
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,12 @@ class Recipe:
     start: str = ""
     """an export, taken whole; or a language model's folder in Hugging Face's layout: its transformer and tokenizer"""
     init: InitConfig = field(default_factory=InitConfig)
+    freeze: Freeze = "none"
+    """weights of `start` that are not trained. text: all that text positions use, so that its text stays the same, bit
+    for bit; needs model.experts (LMFusion, arXiv 2412.15188)"""
+    text_rate: float = 1.0
+    """the learning rate of those weights is multiplied by this (LMFusion tried 0.1)"""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -181,6 +190,10 @@ class Recipe:
         rest = {name: value for name, value in values.items() if name != "start_strict"}
         changes = {} if values.get("start_strict", True) else {"init": {"allow_changes": ["network"]}}
         return {**changes, **rest}
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.text_rate < float("inf"):
+            raise ValueError(f"text_rate: expected at least 0, found {self.text_rate}")
 
     def sequence_format(self, tokenizer: Tokenizer) -> SequenceFormat:
         """Return how this run lays documents out in training."""

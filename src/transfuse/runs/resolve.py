@@ -26,12 +26,12 @@ from ..data import Mixture
 from ..data.bundled import TEMPLATE, World, caption, edit, glosses, vocabulary
 from ..diffusion import Process, Sampler
 from ..errors import UserError
-from ..export import describe, load_weights
+from ..export import Described, describe, load_weights
 from ..folders import bundled_name, is_export, places
 from ..hub import fetched
 from ..io import atomic_write
 from ..log import logger
-from ..model import Transfusion
+from ..model import ModelConfig, Transfusion
 from ..recipes.autoencoders import AUTOENCODERS
 from ..recipes.recipe import OF_THE_WORLD, Recipe
 from ..sequence import SequenceFormat, Tokenizer
@@ -111,6 +111,8 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
         begun = read_recipe(folder / "config.json", Recipe)
     if recipe.start:
         recipe = resolve_init(replace(recipe, start=str(fetched(recipe.start))), begun)
+    check_finetuning(recipe)
+    recipe = _untied(recipe)
     sources = open_sources(recipe.data)
     recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))
     saved = init_tokenizer(Path(recipe.start)) if recipe.start else None
@@ -186,6 +188,34 @@ def _with_vocabulary(recipe: Recipe, sources: Sources, init: Tokenizer | None) -
     if init is not None and recipe.model.text_vocab_size >= init.vocab_size:
         return recipe
     return _with_model(recipe, "text_vocab_size", tokenizer.vocab_size, "as the tokenizer of the data sets has")
+
+
+def check_finetuning(recipe: Recipe) -> None:
+    """Raise UserError for `freeze`, `lora` and `init.image_tower` that do not fit together."""
+    rank, freeze, model, tower = recipe.lora.rank, recipe.freeze, recipe.model, recipe.init.image_tower
+    frozen, wider = freeze != "none", model.image_d_ff not in (None, model.ffn_dim)
+    partly = frozen or rank > 0
+    for fits, name, expected, value in (
+        (not rank or recipe.start, "lora.rank", "0 without start", rank),
+        (not frozen or recipe.start, "freeze", "none without start", freeze),
+        (not frozen or not rank, "lora.rank", "0 with freeze text, which keeps its text as it is", rank),
+        (not frozen or model.images == "latents", "freeze", f'none with model.images "{model.images}"', freeze),
+        (not frozen or model.experts != "shared", "freeze", "none with model.experts shared", freeze),
+        (not rank or tower == "copy", "init.image_tower", "copy with lora", tower),
+        (not wider or tower == "new" or not _lacks_tower(recipe), "init.image_tower", "new with image_d_ff", tower),
+        (not partly or not recipe.parallel.float8, "parallel.float8", "False with freeze or lora", True),
+        (not partly or recipe.parallel.tensor == 1, "parallel.tensor", "1 with freeze or lora", recipe.parallel.tensor),
+    ):
+        if not fits:
+            raise UserError(f"{name}: expected {expected}, found {value}")
+
+
+def _lacks_tower(recipe: Recipe) -> bool:
+    """Return True if `start` has no image tower, where the network needs one."""
+    if not recipe.start or recipe.model.experts == "shared":
+        return False
+    folder = Path(recipe.start)
+    return not is_export(folder) or describe(folder).model.experts == "shared"
 
 
 def _check_world(sources: Sources) -> None:
@@ -281,7 +311,7 @@ def resolve_init(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
         )
     name = "pixels" if export.autoencoder.name == "pixels" else str(export.place["autoencoder"])
     parts = {
-        "model": export.model,
+        "model": _with_experts(export.model, recipe.model),
         "diffusion": export.diffusion,
         "generation": export.generation,
         "data": replace(recipe.data, autoencoder=name),
@@ -320,17 +350,57 @@ def init_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(places(folder)["tokenizer.json"]) if is_export(folder) else Tokenizer.of_model(folder)
 
 
-def init_from(model: Transfusion, folder: Path, tokenizer: Tokenizer, allow: Collection[str] = ()) -> str:
+def init_from(
+    model: Transfusion, folder: Path, tokenizer: Tokenizer, allow: Collection[str] = (), copy_tower: bool = True
+) -> str:
     """Load a folder's weights into a model on the CPU and return how many fit, in words.
 
-    allow: changes, by name (`InitConfig`). Raises UserError if they do not fit.
+    allow: changes, by name (`InitConfig`)
+    copy_tower: an image tower that the folder does not have becomes a copy of its text tower
+
+    Raises UserError if the weights do not fit.
     """
-    if not is_export(folder):
-        return str(start_from_hf(model, folder, allow, new_markers(folder, tokenizer)))
-    export, strict = describe(folder), "network" not in allow
-    if strict and export.model != model.config:
-        raise UserError(f"{folder}: expected the network that the run began with, found another")
-    loaded = load_weights(model, export.place["model.safetensors"], strict)
+    strict, new_tower, export = "network" not in allow, model.config.experts != "shared", None
+    if is_export(folder):
+        export = describe(folder)
+        new_tower = new_tower and export.model.experts == "shared"
+        expected = _with_experts(export.model, model.config)
+        tied = expected.tie_embeddings and model.config.tie_embeddings  # `_untied`
+        if strict and replace(expected, tie_embeddings=tied) != model.config:
+            raise UserError(f"{folder}: expected the network that the run began with, found another")
+    if export is None:
+        words = str(start_from_hf(model, folder, allow, new_markers(folder, tokenizer)))
+    else:
+        words = _load_export(model, export, folder, strict)
+    if new_tower and copy_tower:
+        model.transformer.copy_text_tower()
+    if new_tower:
+        words += f"\nimage tower: {'a copy of the text tower' if copy_tower else 'new'}"
+    return words
+
+
+def _with_experts(model: ModelConfig, wanted: ModelConfig) -> ModelConfig:
+    """Return an export's network with the image tower that is asked for, if it has none."""
+    if model.experts != "shared":
+        return model
+    return replace(model, experts=wanted.experts, image_d_ff=wanted.image_d_ff)
+
+
+def _untied(recipe: Recipe) -> Recipe:
+    """Return the recipe with two matrices for tied embeddings if BOI's output row is trained without its embedding."""
+    if not recipe.model.tie_embeddings or (recipe.freeze == "none" and not recipe.lora.rank):
+        return recipe
+    return _with_model(recipe, "tie_embeddings", False, "so that output rows are trained apart")
+
+
+def _load_export(model: Transfusion, export: Described, folder: Path, strict: bool) -> str:
+    """Load an export's weights and return how many fit, in words."""
+    if strict and export.model != model.config:  # all of the export's weights must fit; a new tower is not among them
+        source = Transfusion.on_meta(export.model)
+        loaded, weights = load_weights(source, export.place["model.safetensors"]), source.state_dict()
+        model.load_state_dict({"lm_head.weight": weights["embedding.weight"], **weights}, strict=False)
+    else:
+        loaded = load_weights(model, export.place["model.safetensors"], strict)
     total = len(list(model.parameters()))
     if loaded == 0:
         raise UserError(f"{folder}: expected weights that fit this network, found none of {total}")

@@ -274,7 +274,7 @@ def restacked(name: str, tensor: Tensor, saved: list[Tensor]) -> Tensor:
     """Return the values of a tensor of this name from the saved stacked matrix, or from its parts in order."""
     if not tensor.ndim:
         return saved[0]
-    stacked = torch.cat(saved)
+    stacked = saved[0] if len(saved) == 1 else torch.cat(saved)
     if stacked_name(name) == name:
         return stacked
     number = int(name.partition(".parts.")[2].split(".", 1)[0])

@@ -57,7 +57,7 @@ def block_matrices(model: Transfusion) -> dict[str, tuple[int, ...]]:
     """Return the names of the blocks' matrices, each with the rows of the matrices that are stacked in it."""
     prefix, matrices = "transformer.blocks.", {}
     for name, weight in model.named_parameters():
-        if name.startswith(prefix) and weight.ndim == 2:
+        if name.startswith(prefix) and name.endswith(".weight") and weight.ndim == 2:  # not adapters of LoRA
             matrices[name] = _stacked_rows(model.config, name, len(weight))
     return matrices
 

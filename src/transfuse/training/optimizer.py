@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,11 +65,17 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, betas: Mapping[str, tuple[float, float]] | None = None
+    model: nn.Module,
+    config: OptimizerConfig,
+    betas: Mapping[str, tuple[float, float]] | None = None,
+    rate_of: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
-    """Return fused AdamW over the model's parameters, or Muon over the blocks' matrices and AdamW over the rest.
+    """Return fused AdamW over the trained parameters, or Muon over the blocks' matrices and AdamW over the rest.
 
-    `betas` overrides the config's by name of a child module. Raises UserError for Muon without blocks.
+    betas     override the config's by name of a child module
+    rate_of   the factor of the learning rate of a parameter, kept as `rate` of its group
+
+    Raises UserError for Muon without blocks.
     """
     matrices: dict[str, tuple[int, ...]] = {}
     if config.name == "muon":
@@ -81,9 +87,11 @@ def build_optimizer(
         if parameter.requires_grad:
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
             own = (betas or {}).get(name.split(".")[0], config.betas)
+            rate = rate_of(name)
             # Tensors sharded over different axes cannot be updated in one call.
-            key = name in matrices, decay, own, getattr(parameter, "device_mesh", None)
-            groups.setdefault(key, {"params": [], "weight_decay": decay, "betas": own})["params"].append(parameter)
+            key = name in matrices, decay, own, rate, getattr(parameter, "device_mesh", None)
+            group = groups.setdefault(key, {"params": [], "weight_decay": decay, "betas": own, "rate": rate})
+            group["params"].append(parameter)
     by_adamw = [group for (is_matrix, *_), group in groups.items() if not is_matrix]
     adamw = torch.optim.AdamW(by_adamw, lr=config.learning_rate, eps=config.eps, fused=True)
     by_muon = [group for (is_matrix, *_), group in groups.items() if is_matrix]
@@ -116,14 +124,16 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float, ranks: Distri
 
 
 class EMA:
-    """An exponential moving average of every parameter, the weights that are exported and sampled from.
+    """An exponential moving average of every trained parameter, the weights that are exported and sampled from.
 
     The decay is `min(decay, (1 + step) / (10 + step))`. In a sharded network each rank averages its shards.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.weights: dict[str, Tensor] = {
+            name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

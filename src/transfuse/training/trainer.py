@@ -121,6 +121,8 @@ class Trainer:
     ranks    the processes of the run; `load` returns this one's part
     flops    operations of a batch, as an integer so that sums are exact
     betas    Adam's betas by name of a child module; the gradients of each such module are clipped by their norm
+    rate_of  factor of the learning rate by name of a parameter
+    plain    weights by the model's names -> by those of the network that is exported
     meter    time, memory and peak of the device
     """
 
@@ -136,12 +138,14 @@ class Trainer:
         ranks: Distributed | None = None,
         betas: Mapping[str, tuple[float, float]] | None = None,
         meter: Meter | None = None,
+        rate_of: Callable[[str], float] = lambda name: 1.0,
+        plain: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda weights: weights,
     ) -> None:
         self.model, self.objective, self.load, self.folder = model, objective, load, folder
         self.config, self.optimizer_config = loop, optimizer
-        self.flops, self.ranks = flops, ranks or Distributed()
+        self.flops, self.ranks, self.plain = flops, ranks or Distributed(), plain
         self.device = next(model.parameters()).device
-        self.optimizer, self.clipped_modules = build_optimizer(model, optimizer, betas), tuple(betas or ())
+        self.optimizer, self.clipped_modules = build_optimizer(model, optimizer, betas, rate_of), tuple(betas or ())
         self.ema = EMA(model, loop.ema_decay)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep, loop.keep_every, self.ranks)
         self.metrics = MetricsLog(folder, loop.trackers, self.ranks)
@@ -294,7 +298,7 @@ class Trainer:
         """Update weights and moving averages."""
         with self.meter.part("optimizer"):
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate"]
             self.optimizer.step()
             self.objective.after_step(self.model, self.step + 1, batches)
             self.ema.update(self.model, self.step)
@@ -374,13 +378,17 @@ class Trainer:
         self.totals |= self.ranks.broadcast({name: self.totals[name] for name in ("seconds", "waited")})
 
     def averaged(self) -> dict[str, Tensor]:
-        """Return the averaged weights by name, unsharded: on rank 0 only, but every rank must call this."""
+        """Return the averaged weights by name, unsharded: on rank 0 only, but every rank must call this.
+
+        Frozen weights have no average and are returned as they are.
+        """
         weights = {}
-        for name, weight in self.ema.weights.items():
+        for name, parameter in self.model.named_parameters():
+            weight = self.ema.weights.get(name, parameter.detach())
             full = whole(weight)
             if self.ranks.first:
                 weights[name] = full if full is weight else full.cpu()
-        return stack(weights.items())
+        return self.plain(stack(weights.items())) if self.ranks.first else {}
 
     def restore(self) -> bool:
         """Load the newest complete checkpoint. Return False if there is none."""
