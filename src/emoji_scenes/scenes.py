@@ -203,6 +203,12 @@ class World:
                 f"found none among {len(self.nouns)} nouns and backgrounds {config.backgrounds or 'all'}"
             )
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, World) and other.config == self.config
+
+    def __hash__(self) -> int:
+        return hash(self.config)
+
     def __reduce__(self) -> tuple[type[World], tuple[WorldConfig]]:
         """Send workers the configuration alone; they load the sprites, which would cost megabytes to send."""
         return World, (self.config,)

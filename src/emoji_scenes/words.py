@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from functools import cache
 
 from transfuse.vocabulary import WORD, Vocabulary, shortened
@@ -11,9 +10,9 @@ from transfuse.vocabulary import WORD, Vocabulary, shortened
 from .editing import edit
 from .language import caption, glosses
 from .nouns import NOUNS
-from .scenes import World, WorldConfig
+from .scenes import World
 
-SCENES = 1_000
+SCENES = 800
 """scenes whose captions are read; every template and noun comes up"""
 EXAMPLES = 6
 OTHER_WORDS = {
@@ -36,9 +35,8 @@ OTHER_WORDS = {
 
 
 @cache
-def vocabulary(config: WorldConfig, edits: bool = False) -> Vocabulary:
+def vocabulary(world: World, edits: bool = False) -> Vocabulary:
     """Return the words of a world's captions, and of its instructions if a model learns `edits`."""
-    world = World(replace(config, split="train"))
     scenes = [world.scene(index) for index in range(SCENES)]
     captions = [caption(scene, index) for index, scene in enumerate(scenes)]
     instructions = [edit(scene, world, index).instruction for index, scene in enumerate(scenes)] if edits else []

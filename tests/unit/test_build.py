@@ -187,15 +187,15 @@ def test_stopped_after_any_document(root: Path, tmp_path: Path, monkeypatch: pyt
 
 def die_at_rename(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Ends the process with the file that is number `count` written aside, and not yet under its name."""
-    rename, left = Path.rename, [count]
+    replace_file, left = os.replace, [count]
 
-    def mortal(path: Path, target: Path) -> Path:
+    def mortal(path: Path, target: Path) -> None:
         if not left[0]:
             raise Killed
         left[0] -= 1
-        return rename(path, target)
+        replace_file(path, target)
 
-    monkeypatch.setattr(Path, "rename", mortal)
+    monkeypatch.setattr(os, "replace", mortal)
 
 
 def test_stopped_between_any_two_files(

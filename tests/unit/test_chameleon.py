@@ -145,7 +145,9 @@ def test_a_batch_of_codes_and_one_of_latents() -> None:
     assert (batch.targets[batch.is_image_token] - 100).tolist() == codes(2, 3).flatten().tolist()
     assert (batch.targets[~batch.is_image_token] < 100).all()
     assert batch.quantities == {"positions": 18, "text_targets": 2 + 2 + 1 + 1 + 1, "images": 1}
-    assert batch.patches.tolist() == batch.denoise.tolist() == batch.max_timestep.tolist() == []
+    assert (batch.input_ids[batch.patches] >= 100).all()
+    assert len(batch.patches) == 7
+    assert batch.denoise.tolist() == batch.max_timestep.tolist() == []
     assert batch.latents == batch.noise_ids == ()
     assert batch.samples == (4, 5)
     patches = replace(G, patch_size=2, first_code=None)
@@ -202,7 +204,7 @@ def test_codes_agree_with_a_walk(documents: list[Document], multiple: int) -> No
         "text_targets": len(learned) - coded,
         "images": batch.image_targets,
     }
-    assert not len(batch.patches)
+    assert len(batch.patches) == sum(place.image >= 0 for places in walked for place in places)
     assert not batch.latents
     assert not batch.noise_ids
 

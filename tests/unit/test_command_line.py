@@ -190,7 +190,7 @@ def test_python_calls_with_wrong_values() -> None:
         pipe("a crab", num_inference_steps="ten")
     with pytest.raises(UserError, match=r"^dtype: expected one of float32, bfloat16, float16, found int3$"):
         transfuse.load("small-64", dtype="int3")
-    with pytest.raises(UserError, match=r"^device: expected cpu, cuda or cuda:N, found abacus$"):
+    with pytest.raises(UserError, match=r"^device: expected cpu, cuda, cuda:N or mps, found abacus$"):
         transfuse.load("small-64", device="abacus")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"^device: expected a CUDA device, found none"):

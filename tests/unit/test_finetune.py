@@ -163,7 +163,10 @@ def test_an_adapter_that_is_zero_changes_nothing() -> None:
     model.to_empty(device="cpu").initialise(0)
     plain = merged(model, {name: torch.randn(w.shape) for name, w in model.named_parameters()})
     assert plain.keys() == Transfusion.on_meta(tiny()).state_dict().keys()
-    weights = {name: torch.zeros(w.shape) if "lora_b" in name else w.detach() for name, w in model.named_parameters()}
+    weights = {
+        name: torch.zeros(w.shape) if "lora_b" in name else torch.ones(w.shape) if "lora_a" in name else w.detach()
+        for name, w in model.named_parameters()
+    }
     assert torch.equal(
         merged(model, weights)["transformer.blocks.1.out.weight"], model.transformer.blocks[1].out.weight
     )

@@ -185,9 +185,9 @@ def test_an_error_waits_for_the_checkpoint_that_is_being_written(
 ) -> None:
     plain = Path.write_text
 
-    def slow(path: Path, text: str) -> int:
+    def slow(path: Path, text: str, **options: str) -> int:
         time.sleep(0.5 if path.name == "progress.json" else 0)
-        return plain(path, text)
+        return plain(path, text, **options)
 
     monkeypatch.setattr(Path, "write_text", slow)
     trainer = make("run", Numbered(grammar, {2: NAN}), checkpoint_every=2)

@@ -87,7 +87,7 @@ def test_rolling_windows_are_the_harness_own() -> None:
 def test_a_missing_package_is_named(pipe, tmp_path, monkeypatch) -> None:
     bench = EvalContext(pipe, "a", tmp_path, SceneScorer(WorldConfig(size=16, nouns=4)))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"expected the package lm_eval, found none; install it with pip install"):
+    with pytest.raises(UserError, match=r"expected the package lm_eval, found none; pip install"):
         list(evaluate(bench, named(["harness"])))
 
 

@@ -177,8 +177,8 @@ def test_what_is_new_and_what_is_gone(
     assert "(2.txt is gone)" in begun_again(source, tmp_path / "a", caplog)
     (source / "2.txt").write_bytes(words)
     write(source, {"9.bmp": bmp(9), "9.txt": caption(9)})
-    said = begun_again(source, tmp_path / "b", caplog)
-    assert "(the list of pictures and captions has other content, and 2 more changed)" in said
+    message = begun_again(source, tmp_path / "b", caplog)
+    assert "(the list of pictures and captions has other content, and 2 more changed)" in message
 
 
 @pytest.mark.parametrize("made", [tars, prose])

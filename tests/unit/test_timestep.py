@@ -140,7 +140,7 @@ def test_parameters_and_operations_are_counted() -> None:
     embedding = (256 + 1) * width + (width + 1) * width
     assert count_parameters(added).adapter - count_parameters(none).adapter == embedding
     own = embedding + 6 * width * (width + 1) + added.n_layers * 6 * width
-    assert count_parameters(adaln).transformer - count_parameters(none).transformer == own
+    assert count_parameters(adaln).total - count_parameters(none).total == own
     products = 2 * (256 * width + width * width)
     assert adapter_flops(added, 8, 8) - adapter_flops(none, 8, 8) == products
     images = [(8, 8), (4, 8)]

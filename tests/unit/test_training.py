@@ -375,9 +375,9 @@ def test_a_checkpoint_counts_what_was_counted_when_it_was_begun(tmp_path, gramma
         Path.write_text,
     )
 
-    def slow(path: Path, text: str) -> int:
+    def slow(path: Path, text: str, **options: str) -> int:
         go_on.wait(60)
-        return plain(path, text)
+        return plain(path, text, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", slow)
@@ -418,7 +418,7 @@ def test_a_damaged_checkpoint_of_the_last_step_is_written_anew(tmp_path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("steps", 0), ("log_every", 0), ("keep", 0), ("sample_every", -1), ("profile", -1)]
+    ("name", "value"), [("steps", -1), ("log_every", 0), ("keep", 0), ("sample_every", -1), ("profile", -1)]
 )
 def test_settings_of_the_loop_that_make_no_sense(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"loop\.{name}: expected at least {value + 1}, found {value}"):

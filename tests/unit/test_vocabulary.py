@@ -22,8 +22,8 @@ from transfuse.runs import resolve
 from transfuse.vocabulary import Vocabulary, edit_distance
 
 CONFIG = WorldConfig(nouns=24, max_objects=2, max_count=3)
-KNOWN = vocabulary(CONFIG, edits=True)
-EVERY = vocabulary(WorldConfig())
+KNOWN = vocabulary(World(CONFIG), edits=True)
+EVERY = vocabulary(World(WorldConfig()))
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -113,15 +113,15 @@ def test_edit_distance_is_the_shortest_way(first: str, second: str) -> None:
 def test_the_bundled_model_has_the_words_of_its_scenes(tmp_path: Path) -> None:
     folder = WEIGHTS / "small-64"
     config = from_dict(WorldConfig, read_json(folder / "config.json")["world"], "config.json")
-    assert Vocabulary.load(folder / "vocabulary.json") == vocabulary(config, edits=True)
+    assert Vocabulary.load(folder / "vocabulary.json") == vocabulary(World(config), edits=True)
     relayout(folder, tmp_path / "diffusers", "diffusers")
-    assert transfuse.load(str(tmp_path / "diffusers")).exported.vocabulary == vocabulary(config, edits=True)
+    assert transfuse.load(str(tmp_path / "diffusers")).exported.vocabulary == vocabulary(World(config), edits=True)
     assert describe(folder).model.images == "latents"
 
 
 def test_only_models_of_the_bundled_scenes_have_one() -> None:
     recipe = preset("tiny")
-    assert resolve(recipe).vocabulary == vocabulary(recipe.data.world)
+    assert resolve(recipe).vocabulary == vocabulary(World(recipe.data.world))
     assert resolve(preset("llama-32")).vocabulary is None
 
 

@@ -186,8 +186,8 @@ def _claim(out: Path, identity: dict[str, Any], contents: dict[str, str]) -> Non
             logger.info(f"{out}: begun again, because the source has changed ({changes})")
         for name in ("building", "shards"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in BEGUN:
-            (out / name).unlink(missing_ok=True)
+        for file in [*(out / name for name in BEGUN), *out.glob("*.partial")]:
+            file.unlink(missing_ok=True)
     if out.exists() and (not out.is_dir() or any(entry.name != "building" for entry in out.iterdir())):
         raise UserError(f"{out}: expected an empty folder, or a data set begun before, found something else")
     try:

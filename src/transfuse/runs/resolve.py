@@ -84,7 +84,7 @@ class Run:
         names = {spec.name for spec in self.sources.pictures}
         if self.recipe.model.images == "none" or self.recipe.start or not names <= set(OF_THE_WORLD):
             return None
-        return vocabulary(self.recipe.data.world, "edits" in names)
+        return vocabulary(self.sources.world, "edits" in names)
 
     def mixture(self, autoencoder: Autoencoder | None) -> Mixture:
         """Return the stream of documents, with images through `autoencoder`, or without images."""

@@ -298,7 +298,7 @@ class Trainer:
         """Update weights and moving averages."""
         with self.meter.part("optimizer"):
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["rate"]
+                group["lr"] = rate * group.get("rate", 1.0)
             self.optimizer.step()
             self.objective.after_step(self.model, self.step + 1, batches)
             self.ema.update(self.model, self.step)
