@@ -300,26 +300,59 @@ def unpad(square: np.ndarray, inside: tuple[int, int]) -> np.ndarray:
 def image_files(source: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, by suffix, sorted; or `source` itself if it is a file.
 
-    Hidden files are left out and links to folders are not followed; a broken link is listed, so that reading it raises
-    an error. Raises UserError if there are none.
+    Hidden files are left out; a broken link is listed, so that reading it raises an error. Raises UserError if there
+    are none.
     """
     if os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
         raise UserError(f"{source}: expected an image file or a folder of them, found {_what_else(source)}")
-
-    def refuse(error: OSError) -> None:
-        reason = f"expected a readable folder, found an unreadable one ({error.strerror})"
-        raise UserError(f"{error.filename}: {reason}") from None
-
-    files = []
-    for folder, folders, names in os.walk(source, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(folder, name) for name in names if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
-        files += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
+    files = [path for path in walk_folder(source)[0] if path.name.lower().endswith(SUFFIXES)]
     if not files:
         raise UserError(f"{source}: expected image files ({' '.join(SUFFIXES)}), found none")
     return sorted(files, key=lambda path: path.relative_to(source).as_posix())
+
+
+def walk_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Return the files in a folder and its subfolders, and why each other entry is left out.
+
+    Left out are hidden files and those in hidden folders, entries that are no file, and folders that cannot be read. A
+    linked folder is followed once, unless it is also reached without the link or contains `folder`. A broken link is a
+    file. Raises UserError if the folder itself cannot be read.
+    """
+    files, left_out = list[Path](), dict[Path, str]()
+    read, waiting, top = set[str](), [folder], os.path.realpath(folder)
+
+    def refuse(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            reason = f"expected a readable folder, found an unreadable one ({error.strerror})"
+            raise UserError(f"{folder}: {reason}") from None
+        left_out[Path(error.filename)] = f"unreadable folder ({error.strerror})"
+
+    while waiting:
+        begin, real = waiting[0], os.path.realpath(waiting.pop(0))
+        if real in read or (begin != folder and Path(top).is_relative_to(real)):
+            left_out[begin] = "link to a folder that is read without it"
+            continue
+        for place, folders, names in os.walk(begin, onerror=refuse):
+            real = os.path.realpath(place)
+            if real in read:
+                left_out[Path(place)] = "folder that another link leads to"
+                folders.clear()
+                continue
+            read.add(real)
+            hidden = any(part.startswith(".") for part in Path(place).relative_to(folder).parts)
+            links = [Path(place, name) for name in folders if os.path.islink(Path(place, name))]
+            left_out |= {link: "hidden" for link in links if hidden or link.name.startswith(".")}
+            waiting += sorted(link for link in links if link not in left_out)
+            for path in (Path(place, name) for name in names):
+                if hidden or path.name.startswith("."):
+                    left_out[path] = "hidden"
+                elif os.path.isfile(path) or not os.path.exists(path):
+                    files.append(path)
+                else:
+                    left_out[path] = "not a file"
+    return sorted(files), left_out
 
 
 def _from_grey16(image: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:

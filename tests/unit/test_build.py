@@ -682,8 +682,9 @@ def test_count_and_seen_are_documents_where_text_is_cut(tmp_path: Path) -> None:
 
 def table(folder: Path, count: int, faulty: set[int]) -> Path:
     """A table of `count` images, all alike, with captions that are not; some images are gone."""
-    rows = [f"{'gone' if i in faulty else 'a'}.png,number {i}" for i in range(count)]
-    return write(folder, {"a.png": png(pixels(0)), "list.csv": "\n".join(["file_name,text", *rows])}) / "list.csv"
+    rows = [f"{'gone' if i in faulty else 'a'}{i}.png,number {i}" for i in range(count)]
+    write(folder, {f"a{i}.png": png(pixels(0)) for i in range(count) if i not in faulty})
+    return write(folder, {"list.csv": "\n".join(["file_name,text", *rows])}) / "list.csv"
 
 
 def test_ten_faults_are_free(tmp_path: Path) -> None:
@@ -714,7 +715,7 @@ def test_too_many_faults_stop_the_build_and_more_let_it_go_on(tmp_path: Path) ->
         build(source, tmp_path / "out", config, max_errors=0.1)
     assert "quarantine.jsonl" in one_line(caught)
     assert len(listed(tmp_path / "out" / "quarantine.jsonl")) == 11
-    assert {key for key, _ in listed(tmp_path / "out" / "quarantine.jsonl")} == {"gone.png"}
+    assert all(key.startswith("gone") for key, _ in listed(tmp_path / "out" / "quarantine.jsonl"))
     assert not (tmp_path / "out" / "manifest.json").exists()
     with pytest.raises(UserError, match="11 of 48 documents are faulty"):
         build(source, tmp_path / "out", config, workers=2, max_errors=0.1)

@@ -26,9 +26,10 @@ from hypothesis import strategies as st
 from emoji_scenes import World, WorldConfig, caption
 from transfuse.cli import run
 from transfuse.data.prepare import BuildConfig, Dropped, Outcome, Preparer
-from transfuse.data.readers import Columns, Fault, Raw, Reader, open_source
-from transfuse.data.readers.images import scan
-from transfuse.data.readers.texts import JsonReader, TextReader
+from transfuse.data.readers import Columns, Fault, Raw, Reader, TextReader, open_source
+from transfuse.data.readers.contract import Listing
+from transfuse.data.readers.records import JsonReader
+from transfuse.data.readers.tars import scan
 from transfuse.data.remote import File
 from transfuse.errors import UserError
 from transfuse.sequence import Tokenizer
@@ -62,6 +63,12 @@ def read(source: Path | Reader, **columns: Any) -> list[Raw | Fault]:
             assert item.key.strip(), "a fault has a name"
             assert item.reason.strip(), "and a reason"
     return values
+
+
+def listed(path: Path) -> tuple[Listing, list[File]]:
+    """A file that is the whole source."""
+    file = File.of(path.parent, path)
+    return Listing(str(path), path.parent, (file,)), [file]
 
 
 def outcomes(source: Path, tokenizer: Tokenizer, **columns: Any) -> list[Outcome]:
@@ -208,17 +215,19 @@ def test_faults_of_a_table(tmp_path: Path) -> None:
 def test_a_row_without_a_file_name(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": picture(0), "list.csv": "file_name,text\n,words\na.png,eh\n"})
     items = read(tmp_path / "list.csv")
-    assert len(faults(items)) == 1
-    assert isinstance(items[1], Raw)
+    assert list(faults(items)) == ["row 1"]
+    assert [item.parts for item in items if isinstance(item, Raw)] == [(picture(0), "eh")]
 
 
 def test_a_row_with_more_fields_than_the_header(tmp_path: Path) -> None:
-    """A comma that no quotes protect: half a caption is none."""
+    """A comma that no quotes protect: of the last column it is known to be the caption's, of another half is lost."""
     write(tmp_path, {"a.png": picture(0), "list.csv": "file_name,text\na.png,a cat, on a mat\n"})
+    assert documents(read(tmp_path / "list.csv")) == [(picture(0), "a cat, on a mat")]
+    write(tmp_path, {"list.csv": "file_name,text,id\na.png,a cat, on a mat,3\n"})
     assert list(faults(read(tmp_path / "list.csv"))) == ["a.png"]
 
 
-@pytest.mark.parametrize("words", [["one", "two"], {"en": "one"}, 5, True])
+@pytest.mark.parametrize("words", [["one", 2], {"en": "one"}, 5, True])
 def test_a_caption_that_is_no_text(tmp_path: Path, words: object) -> None:
     write(tmp_path, {"a.png": picture(0), "metadata.jsonl": json.dumps({"file_name": "a.png", "text": words})})
     assert list(faults(read(tmp_path))) == ["a.png"]
@@ -243,7 +252,7 @@ def test_absolute_paths_in_a_table(tmp_path: Path) -> None:
     with (tmp_path / "lists/list.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["file_name", "text"], *rows])
     items = read(tmp_path / "lists/list.csv")
-    assert documents(items) == [(picture(0), "eh"), (picture(0), "bee"), (picture(1), "sea")]
+    assert documents(items) == [(picture(0), "eh", "bee"), (picture(1), "sea")], "rows of one file are its captions"
 
 
 def test_the_ending_of_a_table_in_capitals(tmp_path: Path) -> None:
@@ -352,13 +361,29 @@ def test_parts_that_are_none_in_a_tar(tmp_path: Path, parts: list[object]) -> No
     assert list(faults(read(tar(tmp_path / "t.tar", members)))) == ["t.tar/x"]
 
 
-def test_numbered_frames_count_as_the_documents_they_may_be(tmp_path: Path) -> None:
-    """Members clip.0000.png, clip.0001.png, ... are one document by name: as many are lost as there are images."""
-    members = [(f"clip.{i:04d}.{end}", data) for i in range(9) for end, data in (("png", picture(i)), ("txt", f"{i}"))]
-    (fault,) = read(tar(tmp_path / "t.tar", members))
-    assert isinstance(fault, Fault)
-    assert (fault.key, fault.lost) == ("t.tar/clip", 9)
-    assert fault.reason == "expected one picture, found 0000.png, 0000.txt, 0001.png, 0001.txt, 0002.png and 13 more"
+def test_names_with_dots(tmp_path: Path) -> None:
+    """Each of several images up to the first dot is a document; one image is one, whatever dots its name has."""
+    members = [
+        (f"clip.{i:04d}.{end}", data) for i in range(9) for end, data in (("png", picture(i)), ("txt", f"n {i}"))
+    ]
+    members += [("photo.v2.png", picture(20)), ("photo.v2.txt", "second"), ("shot.left.png", picture(21))]
+    members += [("shot.png", picture(22)), ("shot.json", json.dumps({"caption": "both"}))]
+    items = read(tar(tmp_path / "t.tar", members))
+    kept = [(item.key, item.parts) for item in items if isinstance(item, Raw)]
+    assert kept == [
+        *((f"t.tar/clip.{i:04d}", (picture(i), f"n {i}")) for i in range(9)),
+        ("t.tar/photo", (picture(20), "second")),
+        ("t.tar/shot", (picture(22), "both")),
+    ]
+    assert list(faults(items)) == ["t.tar/shot.left"]
+
+
+@pytest.mark.parametrize("record", [None, {"caption": "of all"}])
+def test_numbered_images_that_are_lost_count_each(tmp_path: Path, record: dict[str, str] | None) -> None:
+    members: list[tuple[str, bytes | str]] = [(f"clip.{i:04d}.png", picture(i)) for i in range(9)]
+    members += [] if record is None else [("clip.json", json.dumps(record))]
+    items = read(tar(tmp_path / "t.tar", members))
+    assert sum(item.lost for item in items if isinstance(item, Fault)) == 9
 
 
 def test_interleaved_keys(tmp_path: Path) -> None:
@@ -448,7 +473,7 @@ def test_a_header_wiped_to_zeros(tmp_path: Path, after: int) -> None:
 
 def test_a_name_with_a_line_end(tmp_path: Path) -> None:
     path = tar(tmp_path / "t.tar", [("x.png", picture(0)), ("x.a\nb.png", picture(1)), ("x.txt", "words")])
-    assert list(faults(read(path))) == ["t.tar/x"]
+    assert list(faults(read(path))) == ["t.tar/x.a b"]
 
 
 def test_two_tars_one_after_the_other(tmp_path: Path) -> None:
@@ -526,7 +551,7 @@ def test_faults_of_parquet(tmp_path: Path) -> None:
     assert "bytes of an image" in told["a.parquet/0/1"]
     assert "caption" in told["a.parquet/0/4"]
     told = faults(read(parquet(tmp_path / "b.parquet", {"image": [picture(0)], "text": [5]})))
-    assert "found no text" in told["b.parquet/0/0"]
+    assert told["b.parquet/0/0"] == "expected words in text, found 5"
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
@@ -708,7 +733,7 @@ def test_jsonl_at_any_boundary_of_a_chunk(
 ) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "d.jsonl"
     path.write_bytes(end.join(json.dumps({"text": word}, ensure_ascii=False) for word in words).encode())
-    items = read(JsonReader([File.of(path.parent, path)], Columns(), chunk))
+    items = read(JsonReader(*listed(path), Columns(), chunk))
     assert documents(items) == [(word.strip(),) for word in words]
     assert [item.key for item in items] == [f"d.jsonl:{i * len(end.lstrip(chr(13))) + 1}" for i in range(len(words))]
 
@@ -748,7 +773,7 @@ def test_text_at_any_boundary_of_a_chunk(
     text = "".join(pieces)
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(text.encode())
-    items = read(TextReader([File.of(path.parent, path)], Columns(split=split), chunk))
+    items = read(TextReader(*listed(path), Columns(split=split), chunk))
     expected = re.split(r"\n" if split == "line" else r"\n{2,}", text.replace("\r\n", "\n"))
     assert documents(items) == [(piece.strip(),) for piece in expected if piece.strip()]
     if split == "line":
@@ -761,7 +786,7 @@ def test_paragraphs_are_read_part_by_part(tmp_path: Path, end: str) -> None:
     """Whatever the line ends are: a file is in memory a part at a time."""
     words = [f"paragraph {i},{end}and more of it" for i in range(50)]
     write(tmp_path, {"a.txt": (2 * end).join(words)})
-    reader = TextReader([File.of(tmp_path, tmp_path / "a.txt")], Columns(split="paragraph"), chunk=100)
+    reader = TextReader(*listed(tmp_path / "a.txt"), Columns(split="paragraph"), chunk=100)
     values = [part.weight for part in reader.parts()]
     assert sum(values) == reader.total
     assert max(values) < 200
@@ -846,7 +871,7 @@ def test_wrong_paths_are_one_line(tmp_path: Path) -> None:
     [
         ("a.csv", b"", "found no rows"),
         ("a.csv", b"file_name,text\n", "found no rows"),
-        ("a.csv", b"a;b\n1;2\n", "image column: expected one of file_name, .*found a;b"),
+        ("a.csv", b"a;b\n1;2\n", "image column: expected one of file_name, .*found a, b"),
         ("a.csv", b"file_name,words\na.png,b\n", "caption column: expected one of text, .*found file_name, words"),
         ("a.csv", b"file_name,text\na.png,caf\xe9\n", "expected UTF-8"),
         ("metadata.jsonl", b"", "found no rows"),

@@ -37,10 +37,10 @@ def build(
     $ transfuse train demo --data.sources photos-64
 
     Args:
-        source: a folder of images with captions (a .txt next to each, metadata.jsonl or a .csv table), WebDataset tars,
-            parquet, .jsonl of documents with words and images, plain text, "world" (with --count), or a data set, to be
-            stored otherwise (--size, --autoencoder). Files may be remote: "https://host/{00000..00041}.tar",
-            s3://bucket/x
+        source: a folder of images with captions (a .txt next to each, a table, COCO's, Flickr's or kohya's lists,
+            folders of classes), WebDataset tars, parquet, arrow, .jsonl of documents with words and images, plain text,
+            "world" (with --count), or a data set, to be stored otherwise (--size, --autoencoder). Files may be remote:
+            "https://host/{00000..00041}.tar", s3://bucket/x
         out: a new folder, or the one of a build that was stopped
         workers: processes that prepare documents; 0: this one
         max_errors: share of faulty documents let pass; ten always are
@@ -61,7 +61,8 @@ def _summary(counts: dict[str, Any]) -> str:
     left_out += [f"{counts['faulty']} faulty (see quarantine.jsonl)"] if counts["faulty"] else []
     total = f"{counts['documents']} documents, {counts['pictures']} pictures, {counts['tokens']} tokens of text"
     changed = [f"{count} {name}" for name, count in counts["changed"].items()]
-    parts = [("left out", left_out), ("changed", changed)]
+    files = [f"{count} {name}" for name, count in counts["files"].items()]
+    parts = [("left out", left_out), ("changed", changed), ("files", files)]
     return "; ".join([total, *(f"{name}: {', '.join(items)}" for name, items in parts if items)])
 
 

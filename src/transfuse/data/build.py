@@ -99,12 +99,16 @@ def build_set(
                 break
     if changes := _difference(contents, reader.contents()):
         raise UserError(f"{source}: changed while the set was built ({changes}); the same command builds it again")
-    manifest = writer.finish(settings)
+    left_out = {} if reader.listing is None else reader.listing.left_out({*contents, *reader.names})
+    manifest = writer.finish(settings, 0 if reader.listing is None else reader.listing.n_files, left_out)
     return {**_counts(manifest), "seconds": time.monotonic() - began}
 
 
 def _counts(manifest: Manifest) -> dict[str, Any]:
-    names = ("kind", "documents", "pictures", "captions", "tokens", "heldout", "seen", "dropped", "faulty", "changed")
+    names = (
+        *("kind", "documents", "pictures", "captions", "tokens", "heldout", "seen"),
+        *("dropped", "faulty", "changed", "files"),
+    )
     return {name: getattr(manifest, name) for name in names}
 
 

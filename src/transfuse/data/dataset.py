@@ -13,6 +13,7 @@
                                     KEY.json of a document of several parts
         shards/shard-00000.tokens   or, of text alone: token ids, uint16 (uint32 where there are more than 65,536)
         dropped.jsonl  quarantine.jsonl        what is not in it, by name and reason: by a filter; because it is faulty
+        left_out.jsonl              files of the source that no document is made of, and why
 
 Document n is in shard n // shard_size, so no list of shards needs to be searched. Whole groups of documents are held
 out: near duplicates, and pieces of one text, never stand on both sides (`groups`). In sets of version 2, which stay as
@@ -115,7 +116,8 @@ class Manifest:
     the set or not. dropped, changed: counts by reason, of documents left out and of changes made to content.
     captions, grouped: rows of captions.npy and groups.npy, which a set lacks where there are none. split: what decided
     which documents are held out: their content, or (version 2, and sets built from those) their numbers alone.
-    padded: images are padded to a square, and pictures.npy is of dtype PADDED.
+    padded: images are padded to a square, and pictures.npy is of dtype PADDED. files: those of the source that were
+    found, read, and left out (left_out.jsonl).
     """
 
     version: int
@@ -140,6 +142,7 @@ class Manifest:
     split: Literal["document", "content"] = "document"
     padded: bool = False
     changed: dict[str, int] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

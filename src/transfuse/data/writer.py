@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -220,12 +220,17 @@ class Writer:
         self.shards.append(shard)
         self.unwritten = Unwritten()
 
-    def finish(self, settings: dict[str, Any]) -> Manifest:
-        """Write the rest, the index, and last the manifest. Raises UserError for a set without documents."""
+    def finish(self, settings: dict[str, Any], files: int, left_out: Mapping[str, str]) -> Manifest:
+        """Write the rest, the index, and last the manifest. Raises UserError for a set without documents.
+
+        files: those found in the source. left_out: why each that no document is made of is left out, by name.
+        """
         if self.unwritten.documents or self.unwritten.dropped:
             self._flush()
         self._list_left_out("dropped.jsonl", faulty=False)
         self._list_left_out("quarantine.jsonl", faulty=True)
+        listed = "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in left_out.items())
+        atomic_write(self.out / "left_out.jsonl", lambda partial: partial.write_text(listed))
         if not self.written:
             raise UserError(
                 f"{self.source}: expected documents, found {self.seen}, none of which can be used; why, is in "
@@ -269,6 +274,7 @@ class Writer:
             split=self.sides_of.manifest.split if self.sides_of else "content",
             padded=self.padded,
             changed=dict(sorted(self.changed.items())),
+            files={"found": files, "read": files - len(left_out), "left out": len(left_out)} if files else {},
         )
         text = json.dumps(to_dict(manifest), indent=1) + "\n"
         sums = {shard.file: shard.sha256 for shard in manifest.shards} | index

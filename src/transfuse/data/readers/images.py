@@ -1,10 +1,14 @@
-"""Images with captions: files in a folder, WebDataset tars, parquet.
+"""Images with captions that are files: captions in files of the same name, in a table, in JSON, or in folders' names.
 
-photos/cat.jpg  photos/cat.txt              the caption is the content of cat.txt
-photos/cat.jpg  photos/metadata.jsonl       {"file_name": "cat.jpg", "text": "a cat"}, a line each
-photos/cat.jpg  photos/list.csv             file_name,text
-photos/00000.tar                            000000012.jpg 000000012.txt 000000012.json: as img2dataset writes them
-photos/0000.parquet                         an image column (bytes, or {"bytes", "path"}) and a caption column
+photos/cat.jpg  photos/cat.txt                  the caption is the content of cat.txt, .caption, or "caption" in .json
+photos/cat.jpg  photos/metadata.jsonl           {"file_name": "cat.jpg", "text": "a cat"}, a line each, at any level
+photos/cat.jpg  photos/list.csv                 file_name,text; also .tsv, and Flickr8k's and Flickr30k's lists
+annotations/captions_train2017.json             COCO's captions, or Karpathy's splits of COCO and Flickr
+meta_cap.json                                   {"cat": {"caption": "a cat"}}, as kohya's scripts write it
+photos/cat/1.jpg  photos/dog/2.jpg              a class each; --caption "a photo of a {class}"
+
+Each shape is a function from the files that it claims to `Row`s: an image's file, and its captions. Rows that name the
+same file are captions of one image.
 """
 
 from __future__ import annotations
@@ -13,90 +17,91 @@ import csv
 import hashlib
 import io
 import json
-import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, compress
+from operator import not_
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ...errors import UserError, install_command
-from ...images import SUFFIXES, image_files
+from ...errors import UserError
+from ...images import SUFFIXES
+from ...log import logger
 from ..remote import File, hash_files
-from . import (
-    LOST_REST,
-    PER_PART,
+from .contract import (
+    CAPTION_COLUMNS,
+    CAPTION_ENDINGS,
+    DOWNLOAD,
+    IMAGE_COLUMNS,
+    SPLITS,
     Columns,
     Fault,
-    FileReader,
+    Listing,
     Part,
     Raw,
-    captions,
+    caption_columns,
+    caption_text,
+    captions_in,
+    column,
     decode_text,
-    interleaved,
+    is_image_name,
     parse_json,
     parts_of,
+    sniff,
+    worded,
 )
 
-IMAGE_COLUMNS = ("file_name", "image", "image_path", "filepath", "path", "file")
-CAPTION_COLUMNS = ("text", "caption", "TEXT", "prompt", "description")
-MOST_NAMES = 5  # of a document's members, in a message
 TABLE = "the list of pictures and captions"  # the name, among files, of a table's rows or of a folder's names
-
-
-def column(where: str, known: Iterable[str], what: str, wanted: str, usual: tuple[str, ...]) -> str:
-    """Return the name of a column: the wanted one, or the first usual one. Raises UserError that lists the columns."""
-    known = list(known)
-    for name in (wanted,) if wanted else usual:
-        if name in known:
-            return name
-    expected = f'"{wanted}"' if wanted else f"one of {', '.join(usual)} (or --{what}-column)"
-    raise UserError(f"{where}: {what} column: expected {expected}, found {', '.join(map(str, known))}")
-
-
-# --- folders and tables -----------------------------------------------------------------------------------------------
+TABLES = (".csv", ".tsv", ".txt", ".token")
+SURPLUS = ""  # in place of the column of fields that a row of a table has more than its head
+SAMPLED = 100  # records that tell what a source holds
+SPEAKING = re.compile(r"image|img|picture|photo|pixel|thumbnail|jpe?g|file_?name", re.IGNORECASE)
+URLS = ("url", "urls", "uri", "link", "src")
+METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 @dataclass(frozen=True)
 class Row:
-    """An image's file, relative to the folder, and its caption.
-
-    caption: None if it is in a .txt file of the same name. fault: why the row is no document.
-    """
+    """An image's file, relative to the folder, and its captions, or files of them. fault: why it is no document."""
 
     name: str
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     fault: str = ""
 
 
 class ImageReader:
-    """Documents are the rows, in their order. whole_folder: images in the folder that no row names are faults."""
+    """Documents are the rows, in their order. In a whole folder, images that no row names are faults.
+
+    tables: the files that rows are from. passed_over: images that are left out on purpose.
+    """
 
     text_only = False
 
-    def __init__(self, folder: Path, rows: list[Row], columns: Columns, whole_folder: bool = False) -> None:
-        self.folder, self.rows, self.first_line = folder, rows, columns.first_line
-        if whole_folder:
-            named = {folder / row.name for row in rows}
-            missing = "expected a row of the table, found none"
-            unnamed = [path for path in image_files(folder) if path not in named]
-            self.rows = [*rows, *(Row(path.relative_to(folder).as_posix(), "", missing) for path in unnamed)]
+    def __init__(
+        self,
+        listing: Listing,
+        tables: Sequence[File],
+        rows: Sequence[Row],
+        columns: Columns,
+        passed_over: Iterable[str] = (),
+    ) -> None:
+        self.listing: Listing | None = listing
+        self.root, self.first_line = listing.root, columns.first_line
+        self.names: Sequence[str] = [table.name for table in tables]
+        named = {row.name for row in rows} | set(passed_over)
+        unnamed = sorted(file.name for file in listing.images() if file.name not in named) if listing.whole else []
+        fault = "expected a row of the table, found none"
+        self.rows = [*rows, *(Row(name, fault=fault) for name in unnamed)]
         self.total = len(self.rows)
-
-    @classmethod
-    def of_folder(cls, folder: Path, columns: Columns) -> ImageReader:
-        """Return the reader of all images in a folder. Raises UserError where there is none."""
-        return cls(folder, [Row(path.relative_to(folder).as_posix()) for path in image_files(folder)], columns)
 
     def contents(self) -> dict[str, str]:
         """Return hashes of images and captions; a table counts by what its rows say."""
-        paths = []
-        for row in self.rows:
-            if not row.fault:
-                paths.append(self.folder / row.name)
-                if row.caption is None:
-                    paths.append(paths[-1].with_suffix(".txt"))
-        rows = json.dumps([(row.name, row.caption, row.fault) for row in self.rows])
-        hashes = hash_files(File.of(self.folder, path) for path in paths)
+        names = dict.fromkeys(chain.from_iterable((row.name, *row.files) for row in self.rows))
+        hashes = hash_files(File(name, str(self.root / name), 0) for name in names)
+        rows = json.dumps([(row.name, row.captions or None, row.fault if self.names else "") for row in self.rows])
         return hashes | {TABLE: hashlib.sha256(rows.encode()).hexdigest()}
 
     def parts(self) -> Iterable[Part]:
@@ -107,281 +112,351 @@ class ImageReader:
             try:
                 if row.fault:
                     raise ValueError(row.fault)
-                caption = row.caption
-                if caption is None:
-                    path = (self.folder / row.name).with_suffix(".txt")
-                    if not path.is_file():
-                        raise ValueError(f"expected a caption in {path.name}, found no such file")
-                    caption = _caption(decode_text(path.read_bytes(), path.name), self.first_line)
-                if not caption:
+                captions = [*row.captions, *chain.from_iterable(map(self._captions, row.files))]
+                if not captions:
                     raise ValueError("expected a caption, found none")
-                yield Raw(row.name, ((self.folder / row.name).read_bytes(), caption), pair=True)
+                image = (self.root / row.name).read_bytes()
+                yield Raw(row.name, (image, *dict.fromkeys(captions)), pair=True)
             except OSError as error:
                 yield Fault(row.name, f"expected a file, found none ({error.strerror})")
             except ValueError as error:
                 yield Fault(row.name, str(error))
 
+    def _captions(self, name: str) -> list[str]:
+        path = self.root / name
+        text = decode_text(path.read_bytes(), path.name)
+        if name.endswith(".json"):
+            record = parse_json(text)
+            record = record if isinstance(record, dict) else {}
+            return next((captions_in(record[key], key) for key in CAPTION_COLUMNS if record.get(key)), [])
+        return list(filter(None, [caption_text(text, self.first_line)]))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "rows": []}  # parts carry theirs
+        return {**vars(self), "rows": [], "listing": None}  # parts carry their rows
 
 
-def _caption(text: str, first_line: bool) -> str:
-    text = text.replace("\r\n", "\n").strip()
-    return text.split("\n", 1)[0].strip() if first_line else text
+# --- captions in files next to images, and in names -------------------------------------------------------------------
 
 
-def read_table(path: Path, columns: Columns) -> list[Row]:
-    """Return file name and caption of each row of a .csv or .jsonl file. Raises UserError where it is no such table."""
+def claim_images(listing: Listing, columns: Columns) -> list[File]:
+    return listing.images()
+
+
+def open_images(listing: Listing, files: list[File], columns: Columns) -> ImageReader:
+    """Read images and the files of their captions: x.txt, x.caption or x.jpg.txt of x.jpg, several being several."""
+    names = {file.name for file in listing.files}
+    rows = []
+    for image in sorted(file.name for file in files):
+        sidecars = _caption_files(image, names)
+        stem = image.rpartition(".")[0]
+        fault = "" if sidecars else f"expected a caption in {stem.rpartition('/')[2]}.txt, found no such file"
+        rows.append(Row(image, files=tuple(sidecars), fault=fault))
+    return ImageReader(listing, [], rows, columns)
+
+
+def _caption_files(image: str, names: set[str]) -> list[str]:
+    stem = image.rpartition(".")[0]
+    sidecars = [f"{base}{ending}" for base in (stem, image) for ending in CAPTION_ENDINGS]
+    return [name for name in sidecars if name in names] or [name for name in (f"{stem}.json",) if name in names]
+
+
+def claim_classes(listing: Listing, columns: Columns) -> list[File]:
+    """Claim images that are all in folders, of two classes or more, unless there are captions, or names are numbers."""
+    images = listing.images()
+    classes = {_class_of(file.name) for file in images}
+    if "" in classes or (not columns.caption and (len(classes) < 2 or all(name.isdecimal() for name in classes))):
+        return []
+    names = {file.name for file in listing.files}
+    captioned = not columns.caption and any(_caption_files(file.name, names) for file in images)
+    return [] if captioned else images
+
+
+def _class_of(name: str) -> str:
+    """Return the folder of an image, without the number of repeats that kohya's scripts put before it."""
+    return re.sub(r"^\d+_(?=.)", "", PurePosixPath(name).parent.name)
+
+
+def open_classes(listing: Listing, files: list[File], columns: Columns) -> ImageReader:
+    """Read images whose folder's name is their class, which becomes the caption."""
+    rows = [Row(name, (worded(_class_of(name), columns),)) for name in sorted(file.name for file in files)]
+    return ImageReader(listing, [], rows, columns)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+Named = tuple[str, Sequence[str], str]
+"""the name of an image in a table, captions, and why the row is none"""
+
+
+def _rows(listing: Listing, table: File, named: Iterable[Named]) -> list[Row]:
+    """Return a row for each image that a table names, with all captions it has there, and one for each fault.
+
+    Raises UserError if none of the images exist.
+    """
+    below = str(PurePosixPath(table.name).parent)
+    images: dict[str, list[str]] = {}
+    faults, missing = list[Row](), list[str]()
+    total = 0
+    for name, captions, fault in named:
+        total += 1
+        try:
+            path = None if fault else listing.find(name, below)
+        except ValueError as error:
+            fault, path = str(error), None
+        if fault:
+            faults.append(Row(name, fault=fault))
+            continue
+        if path is None:
+            missing.append(name)
+        images.setdefault(path or f"{below}/{name}".removeprefix("./"), []).extend(captions)
+    if missing and len(missing) == total - len(faults):
+        first = (
+            f"{table.place}: expected the images it names, found none of {len(images)} (the first: {missing[0]:.80})"
+        )
+        if re.match(r"https?://", missing[0]):
+            raise UserError(f"{first}: these are URLs; {DOWNLOAD}")
+        raise UserError(f"{first}; put them next to it, or take its words alone with --reader text")
+    return [*(Row(name, tuple(captions)) for name, captions in images.items()), *faults]
+
+
+def read_records(file: File) -> list[dict[str, Any]]:
+    """Return the rows of a .csv, .tsv or .jsonl file, or of a list without a head, by column.
+
+    Raises UserError where it is no such table.
+    """
+    path, number = Path(file.place), 0
     expected = f"{path}: expected a table of file names and captions"
     records: list[Any] = []
-    number = 0
     try:
         text = decode_text(path.read_bytes(), str(path))
-        if path.suffix.lower() == ".csv":
-            records = list(csv.DictReader(io.StringIO(text, newline="")))
-        else:
+        if path.suffix.lower() == ".jsonl":
             for number, line in enumerate(text.split("\n"), 1):  # noqa: B007  (named where it fails)
                 if line.strip():
                     records.append(parse_json(line))
+        else:
+            records = _csv_records(text)
     except (ValueError, csv.Error) as error:
         where = f"in line {number} " if number else ""
         raise UserError(f"{expected}, {where}found something else ({error})") from None
     if not records or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{expected}, found {'rows of another kind' if records else 'no rows'}")
-    image = column(str(path), records[0], "image", columns.image_column, IMAGE_COLUMNS)
-    caption = column(str(path), records[0], "caption", columns.caption_column, CAPTION_COLUMNS)
-    rows = []
+    return records
+
+
+def _csv_records(text: str) -> list[dict[str, Any]]:
+    """Return rows by column; of a list whose first line names an image, the columns are image and caption."""
+    first = text.partition("\n")[0]
+    delimiter = next((mark for mark in "\t|" if mark in first), max(",;", key=first.count))
+    fields = [field.strip() for field in first.split(delimiter)]
+    at_image = next((place for place, field in enumerate(fields) if is_image_name(field)), None)
+    quoting = csv.QUOTE_NONE if delimiter == "|" or (delimiter == "\t" and at_image is not None) else csv.QUOTE_MINIMAL
+    options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting}
+    lines = io.StringIO(text, newline="")
+    if at_image is None:
+        heads = [head.strip() for head in next(csv.reader(lines, **options), [])]
+        rows = [row for row in csv.reader(lines, **options) if row]
+        return [
+            dict(zip(heads, row, strict=False))
+            | ({SURPLUS: "".join(delimiter + field for field in row[len(heads) :])} if row[len(heads) :] else {})
+            for row in rows
+        ]
+    at_caption = 0 if at_image else len(fields) - 1
+    rows = [row for row in csv.reader(lines, **options) if row]
+    return [
+        {"image": row[at_image].strip(), "caption": row[at_caption]} if len(row) == len(fields) else {"image": row[0]}
+        for row in rows
+    ]
+
+
+def table_rows(listing: Listing, table: File, columns: Columns) -> tuple[list[Row], list[str]]:
+    """Return the rows of one table, and the images it has of splits that are not taken. Raises UserError."""
+    records = read_records(table)
+    image = column(table.place, filter(None, records[0]), "image", columns.image_column, IMAGE_COLUMNS)
+    texts = caption_columns(table.place, filter(None, records[0]), columns.caption_column)
+    records, others = _of_split(records, listing, table, columns)
+    named: list[Named] = []
     for number, record in enumerate(records, 1):
-        name, words = record.get(image), record.get(caption)
+        name, fault, captions = record.get(image), "", list[str]()
         if not isinstance(name, str) or not name:
-            rows.append(Row(f"row {number}", "", f"expected a file name in {image}, found none"))
-        elif None in record:  # the fields that csv has left over
+            name, fault = f"row {number}", f"expected a file name in {image}, found none"
+        elif SURPLUS in record and texts != [*filter(None, records[0])][-1:]:  # the fields that csv has left over
             fault = "expected as many fields as the first line, found more: a comma needs quotes around it"
-            rows.append(Row(name, "", fault))
-        elif words is not None and not isinstance(words, str):
-            rows.append(Row(name, "", f"expected words in {caption}, found {json.dumps(words):.60}"))
-        else:
-            rows.append(Row(name, (words or "").strip()))
-    return rows
-
-
-# --- tars -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Members:
-    """One document's members: suffix, place in the file (None: a link), size."""
-
-    key: str
-    files: tuple[tuple[str, int | None, int], ...]
-
-
-class TarReader(FileReader):
-    """WebDataset tars: members of one name up to the first dot are one document.
-
-        000000012.jpg  000000012.txt  000000012.json         an image and its caption (.txt, or "caption" in .json)
-        000000012.jpg  000000012.json                        {"captions": [...], "weights": [...]}: several of them
-        000000013.0.png  000000013.1.png  000000013.json     {"parts": [{"text": ...}, {"image": 0}, ...]}
-
-    Members of a document must be adjacent. Where they are not, the file was put together wrongly, and nobody knows
-    which caption belongs to which image: each such document is a fault.
-    """
-
-    def __init__(self, files: list[File], columns: Columns) -> None:
-        super().__init__(files)
-        self.columns = columns
-
-    def parts(self) -> Iterable[Part]:
-        for file in self.files:
-            waiting: list[Members | Fault] = []
-            for item in scan(file.here()):
-                waiting.append(item)
-                if len(waiting) == PER_PART:
-                    yield _tar_part(file, waiting)
-                    waiting = []
-            if waiting:
-                yield _tar_part(file, waiting)
-
-    def read(self, part: Part) -> Iterator[Raw | Fault]:
-        source, items = part.what
-        with source.here().open("rb") as file:
-            for item in items:
-                key = f"{source.name}/{item.key}"
-                if isinstance(item, Fault):
-                    yield replace(item, key=key)
-                    continue
-                data = {}
-                try:
-                    for suffix, place, size in item.files:
-                        file.seek(place)
-                        data[suffix] = file.read(size)
-                    yield self._document(key, data)
-                except (OSError, ValueError) as error:
-                    # Without a list of parts several images are several documents, whose names have another dot.
-                    yield Fault(key, str(error), 1 if "json" in data else max(1, len(_images(data))))
-
-    def _document(self, key: str, data: dict[str, bytes]) -> Raw:
-        images = _images(data)
-        names = ", ".join(sorted(data)[:MOST_NAMES]) + (
-            f" and {len(data) - MOST_NAMES} more" if len(data) > MOST_NAMES else ""
-        )
-        record = parse_json(decode_text(data["json"], "json")) if "json" in data else {}
-        if isinstance(record, dict) and isinstance(record.get("parts"), list):
-            numbered = {suffix.split(".")[0]: value for suffix, value in images.items()}
-
-            def image(number: Any) -> bytes:
-                if not isinstance(number, int) or str(number) not in numbered:
-                    raise ValueError(f"expected picture {number} among the members, found {names}")
-                return numbered[str(number)]
-
-            return Raw(key, interleaved(record["parts"], image))
-        if len(images) != 1:
-            raise ValueError(f"expected one picture, found {names}")
-        name, weights = self.columns.caption_column, ()
-        texts = [decode_text(data["txt"], "txt")] if "txt" in data and not name else []
-        if not any(text.strip() for text in texts) and isinstance(record, dict):
-            values = (record.get(usual) for usual in ((name,) if name else ("captions", *CAPTION_COLUMNS)))
-            texts = next((captions(value) for value in values if isinstance(value, str | list)), [])
-            weights = tuple(record.get("weights", ()))
-        texts = [_caption(text, self.columns.first_line) for text in texts]
-        if not any(texts):
-            raise ValueError("expected a caption, found none")
-        return Raw(key, (next(iter(images.values())), *texts), True, weights)
-
-
-def _images(data: dict[str, bytes]) -> dict[str, bytes]:
-    """Return the members that are images, by suffix."""
-    return {suffix: value for suffix, value in data.items() if f".{suffix.split('.')[-1].lower()}" in SUFFIXES}
-
-
-def _tar_part(file: File, items: list[Members | Fault]) -> Part:
-    return Part((file, items), sum(size for item in items if isinstance(item, Members) for _, _, size in item.files))
-
-
-def scan(path: Path) -> Iterator[Members | Fault]:
-    """Yield the documents of one tar, by its headers alone.
-
-    Where it is cut short or damaged, a fault says from where on.
-    """
-    seen: set[str] = set()
-    key, files = "", list[tuple[str, int | None, int]]()
-    reached = -1
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
-                if tar.offset <= reached:  # a negative size would lead back here for ever
-                    raise tarfile.ReadError("a member's size is below zero")
-                reached = tar.offset
-                if member.isdir() or member.name.rsplit("/", 1)[-1].startswith("."):
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                name = f"{folder}/{stem}".lstrip("./")
-                if name != key:
-                    if files:
-                        yield _members(key, files, seen)
-                    key, files = name, []
-                files.append((suffix, member.offset_data if member.isfile() else None, member.size))
-            if files:
-                yield _members(key, files, seen)
-            end = tar.offset
-        with path.open("rb") as file:
-            # tarfile takes a damaged header, or one block of zeros, for the end: after the end all is zeros.
-            file.seek(end)
-            while block := file.read(1 << 20):
-                if block.strip(b"\0"):
-                    lost = f"expected a tar's end at byte {end}, found more after it, which is lost"
-                    yield Fault("(the file)", lost, LOST_REST)
-                    break
-    except (tarfile.TarError, OSError) as error:
-        # The member read last may be the one cut short: what is left of its document cannot be trusted.
-        lost = f"found one cut short or damaged ({error}); what follows is lost"
-        yield Fault(key or "(the file)", f"expected a tar, {lost}", LOST_REST)
-
-
-def _members(key: str, files: list[tuple[str, int | None, int]], seen: set[str]) -> Members | Fault:
-    if key in seen:
-        return Fault(key, "expected a document's members side by side, found more of this name further on")
-    seen.add(key)
-    suffixes = [suffix for suffix, _, _ in files]
-    if any(place is None for _, place, _ in files):
-        return Fault(key, "expected files, found links to others")
-    if len(set(suffixes)) != len(files):
-        return Fault(key, f"expected members of different kinds, found {', '.join(suffixes)}")
-    return Members(key, tuple(files))
-
-
-# --- parquet ----------------------------------------------------------------------------------------------------------
-
-
-class ParquetReader(FileReader):
-    """Rows with an image column and a caption column, as the Hugging Face hub exports data sets; or text alone.
-
-    Raises UserError without the extra `parquet`, for a damaged file, or where columns are missing.
-    """
-
-    def __init__(self, files: list[File], columns: Columns) -> None:
-        super().__init__(files)
-        opened = [self._open(file) for file in files]
-        schema = opened[0].schema_arrow
-        names, where = list(schema.names), files[0].place
-        binary = [n for n in names if str(schema.field(n).type).startswith(("binary", "large_binary", "struct"))]
-        self.caption = column(where, names, "caption", columns.caption_column, CAPTION_COLUMNS)
-        self.text_only = not columns.image_column and not set(IMAGE_COLUMNS) & set(binary)
-        self.image = ""
-        if not self.text_only:
-            known = names if columns.image_column else binary
-            self.image = column(where, known, "image", columns.image_column, IMAGE_COLUMNS)
-        self.rows, self.sizes = [], []
-        for file, parquet in zip(files, opened, strict=True):
-            for name in filter(None, (self.image, self.caption)):
-                if name not in parquet.schema_arrow.names:
-                    raise UserError(f'{file.place}: expected the column "{name}", as {files[0].name} has, found none')
-            groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
-            self.rows.append([group.num_rows for group in groups])
-            self.sizes.append([group.total_byte_size for group in groups])
-        self.total = sum(map(sum, self.sizes))
-
-    def parts(self) -> Iterable[Part]:
-        for number, sizes in enumerate(self.sizes):
-            for group, size in enumerate(sizes):
-                yield Part((number, group), size)
-
-    def read(self, part: Part) -> Iterator[Raw | Fault]:
-        number, group = part.what
-        file = self.files[number]
-        columns = [self.caption] if self.text_only else [self.image, self.caption]
+        elif SURPLUS in record:  # of a caption that is last, with commas and no quotes, as Flickr8k's are
+            record[texts[0]] += record[SURPLUS]
         try:
-            rows = self._open(file).read_row_group(group, columns=columns).to_pylist()
-        except Exception as error:  # pyarrow's kinds, which may not be named without it
-            reason = f"expected a readable row group, found a damaged one ({error})"
-            yield Fault(f"{file.name}/{group}", reason, max(1, self.rows[number][group]))
-            return
-        for place, row in enumerate(rows):
-            key = f"{file.name}/{group}/{place}"
-            text = row[self.caption]
-            if not isinstance(text, str) or not text.strip():
-                yield Fault(key, f"expected a caption in {self.caption}, found {'no text' if text else 'none'}")
-            elif self.text_only:
-                yield Raw(key, (text,))
+            captions = [words for text in texts for words in captions_in(record.get(text), text)]
+        except ValueError as error:
+            fault = fault or str(error)
+        named.append((re.sub(r"#\d+$", "", name), captions, fault))
+    rows = _rows(listing, table, named)
+    below = str(PurePosixPath(table.name).parent)
+    return rows, [listing.find(str(record.get(image)), below) or "" for record in others]
+
+
+def _of_split(
+    records: list[dict[str, Any]], listing: Listing, table: File, columns: Columns
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the records of the wanted split by their field "split", and the others. Raises UserError for none."""
+    splits = [SPLITS.get(str(record.get("split")).lower()) for record in records]
+    known = {split for split in splits if split}
+    chosen = listing.split or columns.source_split
+    if chosen == "all" or (not chosen and len(known) < 2) or (listing.split and not known):
+        return records, []
+    wanted = SPLITS.get(chosen, chosen or "train")
+    if wanted not in known:
+        there = ", ".join(sorted(known)) or "no splits"
+        raise UserError(f'{table.place}: expected a split "{wanted}" (--source-split), found {there}')
+    counts = sum(split not in (wanted, None) for split in splits)
+    logger.info(f"{table.place}: taking the split {wanted}, not {counts} rows of others (--source-split NAME, or all)")
+    taken = [split in (wanted, None) for split in splits]
+    return [*compress(records, taken)], [*compress(records, map(not_, taken))]
+
+
+def _open_tables(
+    rows_of: Callable[[Listing, File, Columns], tuple[list[Row], list[str]]],
+    listing: Listing,
+    files: list[File],
+    columns: Columns,
+) -> ImageReader:
+    """Read the rows of several tables; an image that two of them name has the captions of both."""
+    merged, faults, passed_over = dict[str, Row](), list[Row](), list[str]()
+    for table in files:
+        rows, others = rows_of(listing, table, columns)
+        passed_over += others
+        for row in rows:
+            if row.fault:
+                faults.append(row)
             else:
-                data = row[self.image]
-                data = data.get("bytes") if isinstance(data, dict) else data
-                if isinstance(data, bytes):
-                    yield Raw(key, (data, text.strip()), pair=True)
-                else:
-                    yield Fault(key, f"expected bytes of an image in {self.image}, found {type(data).__name__}")
+                earlier = merged.get(row.name, row)
+                merged[row.name] = row if earlier is row else Row(row.name, (*earlier.captions, *row.captions))
+    return ImageReader(listing, files, [*merged.values(), *faults], columns, passed_over)
 
-    def _open(self, file: File) -> Any:
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            needed = f"expected the extra that reads it, found none: {install_command('parquet')}"
-            raise UserError(f"{file.place}: {needed}") from None
-        path = file.here()
-        try:
-            return pyarrow.parquet.ParquetFile(path)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{file.place}: expected a parquet file, found something else ({reason})") from None
+
+def claim_metadata(listing: Listing, columns: Columns) -> list[File]:
+    """Claim one metadata file of each folder, .jsonl before .csv."""
+    chosen: dict[str, File] = {}
+    for name in METADATA:
+        for file in listing.files:
+            folder, _, last = file.name.rpartition("/")
+            if last == name:
+                chosen.setdefault(folder, file)
+    return sorted(chosen.values(), key=lambda file: file.name.split("/"))
+
+
+def claim_table(listing: Listing, columns: Columns) -> list[File]:
+    """Claim tables whose first rows name images: by their ending if one is the whole source, else by content."""
+    if not listing.whole:
+        named = listing.ending(".csv", ".tsv")
+        return named or [file for file in listing.ending(*TABLES) if _names_images(file, columns)]
+    sidecars = {ending.rpartition(".")[0] for ending in (file.name for file in listing.images())}
+    candidates = [file for file in listing.ending(*TABLES) if file.name.rpartition(".")[0] not in sidecars]
+    return [file for file in candidates if _names_images(file, columns)]
+
+
+def _names_images(file: File, columns: Columns) -> bool:
+    """Return True if the first rows of a table have an image's name or URL each, in one column."""
+    text = sniff(file).decode("utf-8", "replace").removeprefix("\ufeff").replace("\r\n", "\n")
+    try:
+        records = _csv_records("\n".join(text.split("\n")[:20]))
+    except (csv.Error, ValueError):
+        return False
+    for name in (columns.image_column,) if columns.image_column else [*(records or [{}])[0]]:
+        values = [str(record.get(name) or "").strip() for record in records]
+        if name and len([*(records or [{}])[0]]) > 1 and values and all(map(is_image_name, values[:10])):
+            return True
+    return False
+
+
+def check_text(where: str, records: Sequence[Mapping[str, Any]], columns: Columns) -> None:
+    """Raise UserError if records that would be read as text alone have fields that speak of images.
+
+    Such fields are named so (image_url, file_name), or hold names or URLs of images, or URLs next to captions or sizes
+    in pixels. A set of text may have URLs of its pages, and paths of its files.
+    """
+    if columns.reader == "text" or not records:
+        return
+    names = [str(name) for name in records[0] if name != columns.caption_column]
+    lower = {name.lower() for name in names}
+    of_images = {"caption", "alt", "alt_text", "width", "height", "similarity"} & lower or "TEXT" in names
+    for name in names:
+        values = [record.get(name) for record in records[:SAMPLED]]
+        words = [value for value in values if isinstance(value, str) and value]
+        ends = sum(re.sub(r"[?#].*$", "", value).lower().endswith(SUFFIXES) for value in words)
+        if SPEAKING.search(name) and name.lower() not in CAPTION_COLUMNS and any(values):
+            speaks = True
+        elif name.lower() in URLS:
+            speaks = bool(words) and (bool(of_images) or 2 * ends > len(words))
+        else:
+            speaks = bool(words) and 2 * ends > len(words) and max(map(len, words)) < 300
+        if speaks:
+            kind = "their URLs" if any(re.match(r"https?://", value) for value in words) else "their names"
+            what = DOWNLOAD if kind == "their URLs" else "name the column of their bytes or files (--image-column)"
+            raise UserError(
+                f'{where}: expected images, found {kind} in "{name}", and no images: {what}, or take the text alone '
+                "with --reader text"
+            )
+
+
+# --- captions in JSON -------------------------------------------------------------------------------------------------
+
+
+def claim_coco(listing: Listing, columns: Columns) -> list[File]:
+    """Claim JSON files with COCO's fields and captions; those of boxes and keypoints have none."""
+    marks = ((b'"caption"', b'"image_id"'), (b'"sentences"', b'"raw"'))
+    return [file for file, data in _json_files(listing) if any(all(mark in data for mark in both) for both in marks)]
+
+
+def _json_files(listing: Listing) -> Iterator[tuple[File, bytes]]:
+    """Yield the files of JSON records by name, and both of their ends, but not those that belong to an image."""
+    sidecars = {name.rpartition(".")[0] for name in (file.name for file in listing.images())}
+    for file in listing.ending(".json"):
+        if file.name.rpartition(".")[0] not in sidecars and (data := sniff(file).lstrip()).startswith(b"{"):
+            yield file, data
+
+
+def coco_rows(listing: Listing, table: File, columns: Columns) -> tuple[list[Row], list[str]]:
+    """Return COCO's rows, or Karpathy's of the wanted split, and the images of his other splits. Raises UserError."""
+    try:
+        record = parse_json(decode_text(Path(table.place).read_bytes(), table.name))
+        images, others = _of_split(record["images"], listing, table, columns)
+        if "annotations" in record:
+            captions: dict[Any, list[str]] = {}
+            for annotation in record["annotations"]:
+                captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]).strip())
+            named = [(image["file_name"], captions.get(image["id"], []), "") for image in images]
+        else:
+            named = [(_karpathy_name(image), captions_in(image["sentences"], "sentences"), "") for image in images]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{table.place}: expected COCO's or Karpathy's captions, found others ({reason})") from None
+    below = str(PurePosixPath(table.name).parent)
+    return _rows(listing, table, named), [listing.find(_karpathy_name(image), below) or "" for image in others]
+
+
+def _karpathy_name(image: dict[str, Any]) -> str:
+    return "/".join(filter(None, [image.get("filepath"), image.get("filename") or image.get("file_name")]))
+
+
+def claim_captions_json(listing: Listing, columns: Columns) -> list[File]:
+    """Claim JSON files that map names of images to captions, or to records with "caption" or "tags"."""
+    ending = "|".join(re.escape(suffix) for suffix in SUFFIXES).encode()
+    named = re.compile(rb'^\{\s*"[^"]+"\s*:\s*\{[^{}]*"(caption|tags)"\s*:|^\{\s*"[^"]+(' + ending + rb')"\s*:', re.I)
+    return [file for file, data in _json_files(listing) if named.search(data)]
+
+
+def captions_json_rows(listing: Listing, table: File, columns: Columns) -> tuple[list[Row], list[str]]:
+    """Return the rows of a file that maps names to captions, as kohya's meta_cap.json. Raises UserError."""
+    try:
+        record = parse_json(decode_text(Path(table.place).read_bytes(), table.name))
+        named: list[Named] = []
+        for name, value in record.items():
+            value = (value.get("caption") or value.get("tags")) if isinstance(value, dict) else value
+            named.append((name, captions_in(value, name), ""))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{table.place}: expected captions by the names of images, found others ({error})") from None
+    return _rows(listing, table, named), []
+
+
+open_metadata = open_table = partial(_open_tables, table_rows)
+open_coco = partial(_open_tables, coco_rows)
+open_captions_json = partial(_open_tables, captions_json_rows)

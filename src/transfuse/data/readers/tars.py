@@ -1,0 +1,215 @@
+"""WebDataset tars: members of one name are one document.
+
+000000012.jpg  000000012.txt  000000012.json         an image and its caption (.txt, or "caption" in .json)
+000000012.jpg  000000012.json                        {"captions": [...], "weights": [...]}: several of them
+000000013.0.png  000000013.1.png  000000013.json     {"parts": [{"text": ...}, {"image": 0}, ...]}
+clip.0000.jpg  clip.0000.txt  clip.0001.jpg  ...     images of one name up to the first dot: each is its own document
+
+A tar is read by its headers alone, and a part at a time, so memory does not grow with it.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...images import SUFFIXES
+from ..remote import File
+from .contract import (
+    CAPTION_COLUMNS,
+    CAPTION_ENDINGS,
+    LOST_REST,
+    PER_PART,
+    Columns,
+    Fault,
+    FileReader,
+    Listing,
+    Part,
+    Raw,
+    caption_text,
+    captions_in,
+    decode_text,
+    interleaved,
+    parse_json,
+)
+
+MOST_NAMES = 5  # of a document's members, in a message
+Entry = tuple[str, int | None, int]
+"""of a member: its ending after the document's name, its place in the file (None: a link), its size"""
+
+
+@dataclass(frozen=True)
+class Members:
+    """The members of one document."""
+
+    key: str
+    files: tuple[Entry, ...]
+
+
+class TarReader(FileReader):
+    """Members of a document must be adjacent.
+
+    Where they are not, the file was put together wrongly, and nobody knows which caption belongs to which image: each
+    such document is a fault.
+    """
+
+    def __init__(self, listing: Listing, files: list[File], columns: Columns) -> None:
+        super().__init__(listing, files)
+        self.columns = columns
+
+    def parts(self) -> Iterable[Part]:
+        for file in self.files:
+            waiting: list[Members | Fault] = []
+            for item in scan(file.here()):
+                waiting.append(item)
+                if len(waiting) == PER_PART:
+                    yield _tar_part(file, waiting)
+                    waiting = []
+            if waiting:
+                yield _tar_part(file, waiting)
+
+    def read(self, part: Part) -> Iterator[Raw | Fault]:
+        source, items = part.what
+        with source.here().open("rb") as file:
+            for item in items:
+                key = f"{source.name}/{item.key}"
+                if isinstance(item, Fault):
+                    yield replace(item, key=key)
+                    continue
+                data = {}
+                try:
+                    for suffix, place, size in item.files:
+                        file.seek(place)
+                        data[suffix] = file.read(size)
+                    yield self._document(key, data)
+                except (OSError, ValueError) as error:
+                    # Without a list of parts, several images are several documents.
+                    images = 0 if b'"parts"' in data.get("json", b"") else sum(map(_is_image, data))
+                    yield Fault(key, str(error), max(1, images))
+
+    def _document(self, key: str, data: dict[str, bytes]) -> Raw:
+        images = {suffix: value for suffix, value in data.items() if _is_image(suffix)}
+        names = ", ".join(sorted(data)[:MOST_NAMES]) + (
+            f" and {len(data) - MOST_NAMES} more" if len(data) > MOST_NAMES else ""
+        )
+        record = parse_json(decode_text(data["json"], "json")) if "json" in data else {}
+        if isinstance(record, dict) and isinstance(record.get("parts"), list):
+            numbered = {suffix.split(".")[0]: value for suffix, value in images.items()}
+
+            def image(number: Any) -> bytes:
+                if not isinstance(number, int) or str(number) not in numbered:
+                    raise ValueError(f"expected picture {number} among the members, found {names}")
+                return numbered[str(number)]
+
+            return Raw(key, interleaved(record["parts"], image))
+        if len(images) != 1:
+            raise ValueError(f"expected one picture, found {names}")
+        captions, weights = self._captions(data, record)
+        if not captions:
+            raise ValueError(f"expected a caption, found none among {names}")
+        return Raw(key, (next(iter(images.values())), *captions), True, weights)
+
+    def _captions(self, data: dict[str, bytes], record: Any) -> tuple[list[str], tuple[float, ...]]:
+        """Return the captions of the text members, or of the first caption field of the record, with its weights."""
+        name = self.columns.caption_column
+        texts = [] if name else [suffix for suffix in data if f".{suffix}".lower().endswith(CAPTION_ENDINGS)]
+        captions = [caption_text(decode_text(data[text], text), self.columns.first_line) for text in texts]
+        if not any(captions) and isinstance(record, dict):
+            fields = [field for field in ((name,) if name else ("captions", *CAPTION_COLUMNS)) if record.get(field)]
+            captions = captions_in(record[fields[0]], fields[0]) if fields else []
+            if fields and record.get("weights"):
+                return captions, tuple(record["weights"])
+        return list(dict.fromkeys(filter(None, captions))), ()
+
+
+def _is_image(suffix: str) -> bool:
+    return f".{suffix.split('.')[-1].lower()}" in SUFFIXES
+
+
+def _tar_part(file: File, items: list[Members | Fault]) -> Part:
+    return Part((file, items), sum(size for item in items if isinstance(item, Members) for _, _, size in item.files))
+
+
+def scan(path: Path) -> Iterator[Members | Fault]:
+    """Yield the documents of one tar, by its headers alone.
+
+    Where it is cut short or damaged, a fault says from where on, and counts the documents that the rest would hold.
+    """
+    seen: set[str] = set()
+    key, files = "", list[Entry]()
+    reached, documents = -1, 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
+                if tar.offset <= reached:  # a negative size would lead back here for ever
+                    raise tarfile.ReadError("a member's size is below zero")
+                reached = tar.offset
+                if member.isdir() or member.name.rsplit("/", 1)[-1].startswith("."):
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                name = f"{folder}/{stem}".lstrip("./")
+                if name != key:
+                    yield from _documents(key, files, seen)
+                    documents += bool(files)
+                    key, files = name, []
+                files.append((suffix, member.offset_data if member.isfile() else None, member.size))
+            yield from _documents(key, files, seen)
+            documents += bool(files)
+            end = tar.offset
+        with path.open("rb") as file:
+            # tarfile takes a damaged header, or one block of zeros, for the end: after the end all is zeros.
+            file.seek(end)
+            while block := file.read(1 << 20):
+                if block.strip(b"\0"):
+                    lost = f"expected a tar's end at byte {end}, found more after it, which is lost"
+                    yield Fault("(the file)", lost, _lost_documents(path, end, documents))
+                    break
+    except (tarfile.TarError, OSError) as error:
+        # The member read last may be the one cut short: what is left of its document cannot be trusted.
+        lost = f"found one cut short or damaged ({error}); what follows is lost"
+        yield Fault(key or "(the file)", f"expected a tar, {lost}", _lost_documents(path, reached, documents))
+
+
+def _lost_documents(path: Path, reached: int, documents: int) -> int:
+    """Return how many documents of the size of those before it the rest of a tar may hold, at least `LOST_REST`."""
+    rest = path.stat().st_size - reached
+    return max(LOST_REST, rest * documents // reached) if reached > 0 else LOST_REST
+
+
+def _documents(key: str, files: list[Entry], seen: set[str]) -> Iterator[Members | Fault]:
+    """Yield the documents among members of one name up to the first dot.
+
+    They are one, unless it has several images of further names (clip.0000.jpg, a.left.jpg) and no list of parts, which
+    is in KEY.json: then each name up to the last dot is a document.
+    """
+    images = [suffix for suffix, _, _ in files if _is_image(suffix)]
+    numbered = all(suffix.split(".")[0].isdecimal() for suffix in images)
+    several = len({suffix.rpartition(".")[0] for suffix in images}) > 1
+    if not files or not several or (numbered and "json" in {suffix for suffix, _, _ in files}):
+        documents = {key: files} if files else {}
+    else:
+        documents = {}
+        for suffix, place, size in files:
+            further, _, ending = suffix.rpartition(".")
+            documents.setdefault(f"{key}.{further}" if further else key, []).append((ending, place, size))
+    for name, members in documents.items():
+        yield _members(name, members, seen)
+
+
+def _members(key: str, files: list[Entry], seen: set[str]) -> Members | Fault:
+    suffixes = [suffix for suffix, _, _ in files]
+    lost = max(1, sum(map(_is_image, suffixes)))
+    if key in seen:
+        reason = "expected a document's members side by side, found more of this name further on"
+        return Fault(key, reason, lost)
+    seen.add(key)
+    if any(place is None for _, place, _ in files):
+        return Fault(key, "expected files, found links to others", lost)
+    if len(set(suffixes)) != len(files):
+        return Fault(key, f"expected members of different kinds, found {', '.join(suffixes[:MOST_NAMES])}", lost)
+    return Members(key, tuple(files))

@@ -1,0 +1,409 @@
+"""Every shape in which people have images: built from a small real example, decoded, and compared with its source."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import write
+
+from transfuse.data.build import build_set
+from transfuse.data.dataset import DataSet
+from transfuse.data.prepare import BuildConfig
+from transfuse.data.readers import FORMATS, Columns, Fault, Raw, open_source
+from transfuse.errors import UserError
+
+CAPTIONS = [["a red ball", "the ball, seen again"], ["a blue box"], ["a green tree", "one tree", "a tree"]]
+Expected = list[tuple[int, list[str]]]
+"""number of the image, and its captions"""
+
+
+def pixels(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def png(number: int) -> bytes:
+    stream = io.BytesIO()
+    PIL.Image.fromarray(pixels(number)).save(stream, "png")
+    return stream.getvalue()
+
+
+def images(folder: Path, pattern: str = "{}.png") -> Path:
+    return write(folder, {pattern.format(number): png(number) for number in range(3)})
+
+
+def lines(*records: Any) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def coco(folder: Path) -> None:
+    """COCO as it is shipped: captions, boxes, and a folder of images for each split."""
+    images(folder, "train2017/{:012d}.png")
+    write(folder, {"val2017/000000000009.png": png(9)})
+    listed = [{"id": 10 + n, "file_name": f"{n:012d}.png", "coco_url": "http://x/y.png"} for n in range(3)]
+    told = [{"id": 7 * n, "image_id": 10 + n, "caption": text} for n in range(3) for text in CAPTIONS[n]]
+    boxes = [{"id": 1, "image_id": 10, "bbox": [0, 0, 1, 1], "category_id": 3}]
+    other = {"images": [{"id": 9, "file_name": "000000000009.png"}], "annotations": [{"image_id": 9, "caption": "x"}]}
+    contents = {"captions_train2017": {"info": {}, "images": listed, "annotations": told}}
+    contents |= {"instances_train2017": {"images": listed, "annotations": boxes}, "captions_val2017": other}
+    write(folder, {f"annotations/{name}.json": json.dumps(value) for name, value in contents.items()})
+
+
+def karpathy(folder: Path) -> None:
+    images(folder, "val2014/{}.png")
+    write(folder, {"val2014/9.png": png(9)})
+    splits = ["train", "restval", "train", "test"]
+    told = [*CAPTIONS, ["of the test"]]
+    listed = [
+        {"filepath": "val2014", "filename": f"{n}.png", "split": split, "sentences": [{"raw": t} for t in texts]}
+        for n, split, texts in zip((0, 1, 2, 9), splits, told, strict=True)
+    ]
+    write(folder, {"dataset_coco.json": json.dumps({"images": listed, "dataset": "coco"})})
+
+
+def flickr8k(folder: Path) -> None:
+    """As Kaggle has it: images in a folder, captions.txt beside it, commas without quotes."""
+    images(folder, "Images/{}.png")
+    rows = [f"{n}.png,{text}" for n in range(3) for text in CAPTIONS[n]]
+    write(folder, {"captions.txt": "\n".join(["image,caption", *rows]) + "\n"})
+
+
+def flickr8k_token(folder: Path) -> None:
+    images(folder, "Flicker8k_Dataset/{}.png")
+    rows = [f"{n}.png#{i}\t{text}" for n in range(3) for i, text in enumerate(CAPTIONS[n])]
+    write(folder, {"Flickr8k.token.txt": "\n".join(rows), "readme.txt": "Please cite us."})
+
+
+def flickr30k(folder: Path) -> None:
+    images(folder, "flickr30k_images/{}.png")
+    rows = [f"{n}.png| {i}| {text}" for n in range(3) for i, text in enumerate(CAPTIONS[n])]
+    write(folder, {"results.csv": "\n".join(["image_name| comment_number| comment", *rows])})
+
+
+def tsv(folder: Path) -> None:
+    images(folder)
+    rows = [f"{7 * n}\t{n}.png\t{text}" for n in range(3) for text in CAPTIONS[n]]
+    write(folder, {"all.tsv": "\n".join(["id\tfilename\tcaption", *rows])})
+
+
+def metadata(folder: Path) -> None:
+    """In each subfolder its own, of either kind."""
+    for number, name in enumerate(("one", "two", "two/three")):
+        write(folder / name, {f"{number}.png": png(number)})
+    write(folder, {"one/metadata.jsonl": lines({"file_name": "0.png", "text": CAPTIONS[0]})})
+    write(folder, {"two/metadata.csv": "file_name,caption\n1.png,a blue box\n"})
+    write(folder, {"two/three/metadata.jsonl": lines({"file_name": "2.png", "captions": CAPTIONS[2]})})
+
+
+def kohya(folder: Path) -> None:
+    images(folder, "img/{}.png")
+    write(
+        folder,
+        {f"img/{n}.{end}": text for n in range(3) for end, text in zip(("txt", "caption"), CAPTIONS[n], strict=False)},
+    )
+    write(folder, {"img/2.png.txt": CAPTIONS[2][2]})
+
+
+def meta_cap(folder: Path) -> None:
+    images(folder, "img/{}.png")
+    told = [{"caption": CAPTIONS[0]}, {"tags": CAPTIONS[1][0]}, {"caption": CAPTIONS[2], "train_resolution": [16, 16]}]
+    write(folder, {"meta_cap.json": json.dumps({f"/data/img/{n}": value for n, value in enumerate(told)})})
+
+
+def sidecars(folder: Path) -> None:
+    images(folder)
+    write(folder, {f"{n}.json": json.dumps({"caption": CAPTIONS[n], "width": 16}) for n in range(3)})
+
+
+def captions_jsonl(folder: Path) -> None:
+    images(folder, "images/{}.png")
+    write(folder, {"captions.jsonl": lines(*({"filename": f"{n}.png", "caption": CAPTIONS[n]} for n in range(3)))})
+
+
+def hub(folder: Path) -> None:
+    """Parquet of the Hugging Face hub, of two splits."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir(parents=True)
+    for split, numbers in (("train", range(3)), ("test", [9])):
+        told = [CAPTIONS[n] if n < 3 else ["of the test"] for n in numbers]
+        column = [{"bytes": png(n), "path": f"{n}.png"} for n in numbers]
+        table = arrow.table({"image": column, "caption": told, "width": [16 for _ in numbers]})
+        parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet", row_group_size=2)
+
+
+def numbered_columns(folder: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir(parents=True)
+    columns = {f"caption_{i}": [(texts + [None] * 3)[i] for texts in CAPTIONS] for i in range(3)}
+    parquet.write_table(arrow.table({"jpg": [png(n) for n in range(3)], **columns}), folder / "a.parquet")
+
+
+def saved_to_disk(folder: Path) -> None:
+    """What `datasets.DatasetDict.save_to_disk` writes: streams of arrow, a folder a split."""
+    arrow = pytest.importorskip("pyarrow")
+    write(folder, {"dataset_dict.json": '{"splits": ["train", "validation"]}'})
+    for split, numbers in (("train", [[0, 1], [2]]), ("validation", [[9]])):
+        write(folder / split, {"state.json": "{}", "dataset_info.json": "{}"})
+        told = [*CAPTIONS, *[["of validation"]] * 7]
+        tables = [
+            arrow.table({"image": [{"bytes": png(n), "path": None} for n in part], "text": [told[n] for n in part]})
+            for part in numbers
+        ]
+        with arrow.ipc.new_stream(str(folder / split / "data-00000-of-00001.arrow"), tables[0].schema) as out:
+            for table in tables:
+                out.write_table(table)
+
+
+def img2dataset(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "00000.tar", "w") as file:
+        for n in range(3):
+            record = json.dumps({"key": f"{n:09d}", "caption": "not this", "url": "https://x/y.jpg"})
+            for end, data in (("png", png(n)), ("txt", CAPTIONS[n][0].encode()), ("json", record.encode())):
+                header = tarfile.TarInfo(f"{n:09d}.{end}")
+                header.size = len(data)
+                file.addfile(header, io.BytesIO(data))
+    write(folder, {"00000_stats.json": "{}"})
+
+
+EVERY: Expected = list(enumerate(CAPTIONS))
+FIRST: Expected = [(number, texts[:1]) for number, texts in EVERY]
+SHAPES: dict[str, tuple[Callable[[Path], None], str, Expected, int]] = {
+    "COCO": (coco, "coco", EVERY, 3),
+    "Karpathy's COCO": (karpathy, "coco", EVERY, 1),
+    "Flickr8k": (flickr8k, "table", EVERY, 0),
+    "Flickr8k's token file": (flickr8k_token, "table", EVERY, 1),
+    "Flickr30k": (flickr30k, "table", EVERY, 0),
+    "a TSV": (tsv, "table", EVERY, 0),
+    "metadata at any level": (metadata, "metadata", EVERY, 0),
+    "kohya's captions": (kohya, "images", EVERY, 0),
+    "kohya's meta_cap.json": (meta_cap, "captions-json", EVERY, 0),
+    "a .json each": (sidecars, "images", EVERY, 0),
+    "captions.jsonl": (captions_jsonl, "records", EVERY, 0),
+    "the hub's parquet": (hub, "parquet", EVERY, 1),
+    "columns of a caption each": (numbered_columns, "parquet", EVERY, 0),
+    "save_to_disk": (saved_to_disk, "arrow", EVERY, 6),
+    "img2dataset's tars": (img2dataset, "tar", FIRST, 1),
+}
+"""maker, reader, documents, and the files that are left out: of other splits, and not of images"""
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_a_shape_is_built_as_its_source_has_it(shape: str, tmp_path: Path) -> None:
+    """By content alone, and the same with the reader's name; every file is read or in the list, with totals."""
+    make, name, expected, left_out = SHAPES[shape]
+    make(tmp_path / "source")
+    config = BuildConfig(size=16, vocabulary=300, heldout=0.0)
+    counts = build_set(str(tmp_path / "source"), tmp_path / "set", config, workers=0)
+    data = DataSet(str(tmp_path / "set"))
+    assert len(data) == len(expected)
+    assert counts["faulty"] == 0
+    for number, (image, captions) in enumerate(expected):
+        stored = data.read(number)
+        np.testing.assert_array_equal(data.decode(number, stored, stored.parts[0]), pixels(image))
+        assert list(stored.parts[1:]) == captions
+        assert stored.pair
+    found = [path for path in (tmp_path / "source").rglob("*") if path.is_file()]
+    listed = (tmp_path / "set" / "left_out.jsonl").read_text().splitlines()
+    assert counts["files"] == {"found": len(found), "read": len(found) - left_out, "left out": left_out}
+    assert len(listed) == left_out
+    forced = open_source(str(tmp_path / "source"), Columns(reader=name))
+    assert type(forced) is type(open_source(str(tmp_path / "source"), Columns()))
+
+
+def read(source: Path, **columns: Any) -> list[tuple[Any, ...]]:
+    reader = open_source(str(source), Columns(**columns))
+    items = [item for part in reader.parts() for item in reader.read(part)]
+    assert not [item for item in items if isinstance(item, Fault)]
+    return [item.parts for item in items if isinstance(item, Raw)]
+
+
+def test_a_split_is_chosen_and_never_merged_silently(tmp_path: Path) -> None:
+    hub(tmp_path / "a")
+    assert [parts[1:] for parts in read(tmp_path / "a", source_split="test")] == [("of the test",)]
+    assert len(read(tmp_path / "a", source_split="all")) == 4
+    with pytest.raises(UserError, match='expected a split "val", found test, train'):
+        read(tmp_path / "a", source_split="val")
+    write(tmp_path / "b", {"test/0.jsonl": lines({"text": "a"}), "dev/0.jsonl": lines({"text": "b"})})
+    with pytest.raises(UserError, match=r"expected a split to take \(--source-split NAME, or all\), found test, valid"):
+        read(tmp_path / "b")
+    assert read(tmp_path / "b", source_split="validation") == [("b",)]
+    with pytest.raises(UserError, match=r'0\.jsonl: expected a split "train", found no splits|found test, valid'):
+        read(tmp_path / "b", source_split="train")
+    karpathy(tmp_path / "c")
+    with pytest.raises(UserError, match=r'coco\.json: expected a split "late" .* found test, train'):
+        read(tmp_path / "c", source_split="late")
+    assert [parts[1:] for parts in read(tmp_path / "c", source_split="test")] == [("of the test",)]
+
+
+def test_folders_of_classes(tmp_path: Path) -> None:
+    write(tmp_path, {f"{n % 2}0_red_{'ball' if n % 2 else 'box'}/{n}.png": png(n) for n in range(3)})
+    template = "a photo of a {class}"
+    boxes, ball = [(png(n), "a photo of a red box") for n in (0, 2)], (png(1), "a photo of a red ball")
+    assert read(tmp_path, caption=template) == [*boxes, ball]
+    assert [parts[1] for parts in read(tmp_path)] == ["red box", "red box", "red ball"]
+    write(tmp_path, {"00_red_box/0.txt": "a caption"})  # where one image has a caption, all are to have one
+    with pytest.raises(AssertionError):
+        read(tmp_path)
+    write(tmp_path / "years", {f"{year}/a.png": png(year) for year in (2019, 2020)})
+    with pytest.raises(AssertionError):
+        read(tmp_path / "years")
+    with pytest.raises(ValueError, match=r"caption: expected words with one \{class\} in them"):
+        Columns(caption="a photo")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_classes_have_the_names_of_the_schema(tmp_path: Path, kind: str) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    features = {"image": {"_type": "Image"}, "label": {"names": ["tabby_cat", "dog"], "_type": "ClassLabel"}}
+    table = arrow.table({"image": [{"bytes": png(n), "path": None} for n in range(3)], "label": [1, 0, 1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    if kind == "parquet":
+        parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        write(tmp_path, {"state.json": "{}"})
+        with arrow.ipc.new_stream(str(tmp_path / "data.arrow"), table.schema) as out:
+            out.write_table(table)
+    words = ["a dog", "a tabby cat", "a dog"]
+    assert read(tmp_path, caption="a {class}") == [(png(n), text) for n, text in enumerate(words)]
+    assert read(tmp_path)[1] == (png(1), "tabby cat")
+
+
+def test_documents_of_several_parts(tmp_path: Path) -> None:
+    """LLaVA's conversations, MMC4's matched sentences, OBELICS' lists in parquet."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images(tmp_path / "llava", "coco/train/{}.png")
+    turns = [["human", "<image>\nWhat is it?"], ["gpt", "A ball."], ["human", "Red?"], ["gpt", "Yes."]]
+    talk = [{"from": who, "value": words} for who, words in turns]
+    records = [{"id": "a", "image": "train/1.png", "conversations": talk}, {"id": "b", "conversations": talk[2:]}]
+    write(tmp_path / "llava", {"llava.json": json.dumps(records)})
+    assert read(tmp_path / "llava") == [(png(1), "What is it?\nA ball.\nRed?\nYes."), ("Red?\nYes.",)]
+
+    info = [{"image_name": f"{n}.png", "matched_text_index": 1, "raw_url": "https://x/y.png"} for n in (0, 2)]
+    images(tmp_path / "mmc4", "images/{}.png")
+    write(tmp_path / "mmc4", {"docs_shard_0_v2.jsonl": lines({"text_list": ["one", "two"], "image_info": info})})
+    assert read(tmp_path / "mmc4") == [("one", png(0), png(2), "two")]
+
+    (tmp_path / "obelics").mkdir()
+    bytes_of = [{"bytes": png(2), "path": None}, None, {"bytes": png(0), "path": None}]
+    table = arrow.table({"images": [bytes_of], "texts": [[None, "between", None]], "metadata": ["[]"]})
+    parquet.write_table(table, tmp_path / "obelics" / "a.parquet")
+    assert read(tmp_path / "obelics") == [(png(2), "between", png(0))]
+
+
+URL = "https://host.org/{}.jpg?size=1"
+NO_IMAGES: dict[str, dict[str, Any] | str] = {
+    "laion.parquet": {"URL": [URL, URL], "TEXT": ["a", "b"], "similarity": [0.3, 0.4]},
+    "urls.parquet": {"url": ["https://host.org/a", "https://host.org/b"], "caption": ["a", "b"]},
+    "named.parquet": {"text": ["a", "b"], "image_id": [1, 2]},
+    "paths.parquet": {"text": ["a", "b"], "where": ["x/1.png", "x/2.png"]},
+    "obelics.parquet": {"images": [[URL, None]], "texts": [[None, "a"]]},
+    "urls.jsonl": lines({"url": URL, "caption": "a"}),
+    "image_url.jsonl": lines({"image_url": "https://host.org/1", "text": "a"}),
+    "image.jsonl": lines({"image": URL, "text": "a"}),
+    "obelics.jsonl": lines({"images": [URL, None], "texts": [None, "a"]}),
+    "mine.jsonl": lines({"img_path": "a.png", "text": "a"}),
+    "cc3m.tsv": "a cat\thttps://host.org/1.jpg\na dog\thttps://host.org/2.jpg\n",
+    "captions.txt": "image,caption\n1.jpg,a cat\n2.jpg,a dog\n",
+    "metadata.jsonl": lines({"file_name": "gone.jpg", "text": "a"}),
+    "captions_val2014.json": json.dumps(
+        {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(NO_IMAGES))
+@pytest.mark.parametrize("whole", [True, False])
+def test_names_of_images_that_cannot_be_had_are_refused(tmp_path: Path, name: str, whole: bool) -> None:
+    """Never taken for text alone without a word; the line says what to do."""
+    content = NO_IMAGES[name]
+    if isinstance(content, str):
+        write(tmp_path, {name: content})
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.table(content), tmp_path / name)
+    with pytest.raises(UserError, match=r"download them|--image-column|put them|in place of") as caught:
+        read(tmp_path if whole else tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": ["a", "b"], "url": ["https://host.org/page", "https://host.org/2"], "date": ["1", "2"]},
+        {"text": ["a", "b"], "path": ["src/a.py", "src/b.py"]},
+    ],
+)
+def test_text_with_the_addresses_of_its_pages_stays_text(tmp_path: Path, columns: dict[str, list[str]]) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table(columns), tmp_path / "a.parquet")
+    assert read(tmp_path) == [("a",), ("b",)]
+    (tmp_path / "a.parquet").unlink()
+    write(
+        tmp_path,
+        {"a.jsonl": lines(*(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)))},
+    )
+    assert read(tmp_path) == [("a",), ("b",)]
+
+
+def test_text_alone_may_be_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, {"captions.txt": "image,caption\n1.jpg,a cat\n"})
+    assert read(tmp_path, reader="text") == [("image,caption\n1.jpg,a cat",)]
+    write(tmp_path / "b", {"a.jsonl": lines({"url": URL, "caption": "a"})})
+    assert read(tmp_path / "b", reader="text") == read(tmp_path / "b" / "a.jsonl", reader="text") == [("a",)]
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"URL": [URL], "TEXT": ["a"]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", reader="text") == [("a",)]
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ({"a.zip": "x", "b.zip": "x", "c.pdf": "x"}, r"2 \.zip, 1 \.pdf; nearest: unpack"),
+        ({"a.svg": "<svg/>", ".hidden.png": "x"}, r"1 \.svg, 1 left aside; nearest: images: write them as PNG"),
+        ({"a.json": '{"x": 1}'}, r"1 \.json; nearest: coco"),
+        ({"a.csv": "x,y\n1,2\n"}, r"1 \.csv; nearest: table: name its columns with --image-column"),
+        ({"a.mp4": "x"}, r"nearest: images: extract frames"),
+    ],
+)
+def test_a_folder_that_no_reader_fits_says_what_is_in_it(tmp_path: Path, files: dict[str, str], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        read(write(tmp_path, dict(files)))
+
+
+def test_a_stray_file_does_not_choose_the_reader(tmp_path: Path) -> None:
+    """A log in jsonl or a table of something else next to images and their captions is left out."""
+    images(tmp_path)
+    write(tmp_path, {f"{n}.txt": CAPTIONS[n][0] for n in range(3)})
+    write(tmp_path, {"log.jsonl": lines({"step": 1, "loss": 0.5}), "scores.csv": "run,score\na,1\n"})
+    assert read(tmp_path) == [(png(n), CAPTIONS[n][0]) for n in range(3)]
+    reader = open_source(str(tmp_path), Columns())
+    assert reader.listing is not None
+    left_out = reader.listing.left_out({*reader.contents(), *reader.names})
+    assert list(left_out) == ["log.jsonl", "scores.csv"]
+
+
+def test_an_image_that_two_files_may_be(tmp_path: Path) -> None:
+    write(tmp_path, {"a/0.png": png(0), "b/0.png": png(1), "list.csv": "file_name,text\n0.png,which\na/0.png,this\n"})
+    reader = open_source(str(tmp_path), Columns())
+    items = [item for part in reader.parts() for item in reader.read(part)]
+    assert [item.parts for item in items if isinstance(item, Raw)] == [(png(0), "this")]
+    faults = {item.key: item.reason for item in items if isinstance(item, Fault)}
+    assert faults["0.png"] == "expected one file of this name, found a/0.png, b/0.png"
+    assert "b/0.png" in faults
+
+
+def test_the_readers_names_are_the_options(tmp_path: Path) -> None:
+    names = [form.name for form in FORMATS]
+    assert len(set(names)) == len(names)
+    with pytest.raises(UserError, match=f"--reader: expected one of {', '.join(names)}, found cocoa"):
+        open_source(str(tmp_path), Columns(reader="cocoa"))
+    with pytest.raises(UserError, match=r"expected COCO's or Karpathy's captions in \.json, and images, found a"):
+        open_source(str(images(tmp_path)), Columns(reader="coco"))
