@@ -96,7 +96,7 @@ def trainer_of(recipe: Recipe, scratch: str, made: int = 0) -> Trainer:
 
 def rows(share: float, quick: bool) -> Recipe:
     """Rows of the demo's world and words, `share` of the positions text alone."""
-    base = preset("demo")
+    base = preset("pixels-32")
     width = (
         {"d_model": 128, "n_layers": 2, "n_heads": 2}
         if quick
@@ -144,7 +144,7 @@ def main() -> None:
     rounds, steps = (2, 2) if arguments.quick else (arguments.rounds, LOGGED_EVERY)
     found = {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as scratch:
-        demo = preset("demo")
+        demo = preset("pixels-32")
         pair = engine(trainer_of(demo, scratch)), bare(trainer_of(demo, scratch))
         found["engine beside a bare loop"] = compare(*pair, rounds, steps)
         mixed, text = (trainer_of(rows(share, arguments.quick), scratch, made=4) for share in (0.5, 1.0))

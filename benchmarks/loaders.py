@@ -321,7 +321,7 @@ def start_of_index(arguments: argparse.Namespace, scale: Mapping[str, int]) -> J
 
 
 def demo(folder: Path, workers: int, steps: int) -> Recipe:
-    recipe = preset("demo")
+    recipe = preset("pixels-32")
     loop = replace(recipe.loop, steps=steps, log_every=steps // 6, sample_every=0, checkpoint_every=0)
     return replace(recipe, data=replace(recipe.data, sources=(str(folder), "glosses"), workers=workers), loop=loop)
 

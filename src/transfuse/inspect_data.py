@@ -1,6 +1,6 @@
 """`transfuse data inspect`: data sets before a run learns from them: documents, lengths, and their mixture.
 
-report = inspect_sources(("photos-64", "glosses"), Path("inspection"), "demo", row_length=4096)
+report = inspect_sources(("photos-64", "glosses"), Path("inspection"), "pixels-32", row_length=4096)
 """
 
 from __future__ import annotations

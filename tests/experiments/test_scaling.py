@@ -189,6 +189,7 @@ def test_without_the_rival_or_pictures_nothing_is_made_up() -> None:
     assert (found["ratio"], found["note"]) == (None, "no run of the baseline is done")
 
 
+@pytest.mark.long
 def test_the_report_is_made_of_the_results_or_of_an_earlier_report(tmp_path: Path) -> None:
     """Figures too, and the same ones: a report that was moved elsewhere is enough."""
     (tmp_path / "results").mkdir()

@@ -248,7 +248,7 @@ def test_dead_codes_are_revived() -> None:
     assert float(codes.max()) == 1000
 
 
-@pytest.mark.parametrize("kind", ["kl", "vq"])
+@pytest.mark.parametrize("kind", ["kl", pytest.param("vq", marks=pytest.mark.long)])
 def test_straight_is_resumed(kind: str, tmp_path: Path) -> None:
     """With the critic at work and codes being revived: weights, average, moments and counts are the same to the bit."""
     asked = recipe(kind)

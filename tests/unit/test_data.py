@@ -310,7 +310,9 @@ def test_bad_settings() -> None:
     assert Image(torch.zeros(3, 2, 2)).target
 
 
-@pytest.mark.parametrize(("workers", "clean_copy"), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("workers", "clean_copy"), [(0, False), (0, True), *(pytest.param(2, each, marks=pytest.mark.long) for each in (False, True))]
+)
 def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int, clean_copy: bool) -> None:
     """Pictures that come as pixels, with timesteps and noise from the loader, cost what encoded ones do."""
     config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=3)

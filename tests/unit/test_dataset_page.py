@@ -80,7 +80,7 @@ def names(folder: Path) -> list[str]:
 def done(folder: Path, names: list[str], tmp_path_factory):
     out = tmp_path_factory.mktemp("inspection") / "deep"
     sources = (f"{names[0]},weight=2", *names[1:], "world", "glosses")
-    return inspect_sources(sources, out, "demo", 1024, Limits(samples=MIXED)), out, sources
+    return inspect_sources(sources, out, "pixels-32", 1024, Limits(samples=MIXED)), out, sources
 
 
 def test_figures_of_a_set_are_those_of_its_documents(done, names: list[str]) -> None:
@@ -137,7 +137,7 @@ def test_what_was_left_out_is_counted_and_named(done, names: list[str]) -> None:
 @pytest.fixture(scope="module")
 def stream(done):
     """The stream of a run with the preset, and the lengths of its first documents by source."""
-    recipe = preset("demo")
+    recipe = preset("pixels-32")
     recipe = resolve(replace(recipe, data=replace(recipe.data, sources=done[2])), here=False).recipe
     opened = open_sources(recipe.data)
     grammar = recipe.model.sequence_format(opened.tokenizer)
@@ -180,25 +180,25 @@ def test_rows_hold_all_samples_and_no_others(done, stream) -> None:
 
 
 def test_rows_that_are_too_short(names: list[str], tmp_path: Path) -> None:
-    report = inspect_sources((names[1], names[3]), tmp_path, "demo", 100, Limits(samples=10))
+    report = inspect_sources((names[1], names[3]), tmp_path, "pixels-32", 100, Limits(samples=10))
     longest = report["rows"]["longest"]
     assert (longest > 100, report["rows"]["rows"], report["rows"]["used"]) == (True, None, None)
     assert longest == max(item["positions_per_document"]["longest"] for item in report["sets"].values()), (
         "seen or not yet"
     )
     assert "the longest document does not fit" in (tmp_path / "index.html").read_text()
-    report = inspect_sources((names[1], names[3]), tmp_path, "demo", longest, Limits(samples=10))
+    report = inspect_sources((names[1], names[3]), tmp_path, "pixels-32", longest, Limits(samples=10))
     assert report["rows"]["rows"] > 0
 
 
 def test_epochs_and_a_last_stretch(names: list[str], tmp_path: Path) -> None:
     """A run of the preset would be longer than these sources last: here the page reports how long that is."""
-    report = inspect_sources((f"{names[0]},epochs=2,final=9", f"{names[3]},epochs=1"), tmp_path, "demo", 1024)
+    report = inspect_sources((f"{names[0]},epochs=2,final=9", f"{names[3]},epochs=1"), tmp_path, "pixels-32", 1024)
     assert report["mixture"]["samples"] == report["mixture"]["ends_after"] == 2 * 81 + 135
     assert [item["passes"] for item in report["mixture"]["sources"].values()] == [2, 1]
     assert [item["asked"] for item in report["mixture"]["sources"].values()] == pytest.approx([0.9, 0.1])
     values = [
-        inspect_sources((names[0] + end, names[1]), tmp_path, "demo", 1024, Limits(samples=50))["mixture"]
+        inspect_sources((names[0] + end, names[1]), tmp_path, "pixels-32", 1024, Limits(samples=50))["mixture"]
         for end in ("", ",final=9")
     ]
     assert values[0] == values[1], "the last stretch is left aside"
@@ -229,7 +229,7 @@ def shown(out: Path) -> list[np.ndarray]:
 
 
 def test_pictures_are_those_of_the_set(names: list[str], tmp_path: Path) -> None:
-    inspect_sources((names[0],), tmp_path, "demo", 1024)
+    inspect_sources((names[0],), tmp_path, "pixels-32", 1024)
     data = DataSet(names[0])
     numbers = np.linspace(0, 89, 40).round().astype(int).tolist()
     html = unescape((tmp_path / "index.html").read_text())
@@ -248,7 +248,7 @@ def test_large_sets_are_sampled_and_distant_ones_read_from_few_shards(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     url = f"file://{names[0]}"
     limits = Limits(lengths=10, remote_shards=2)
-    figures = inspect_sources((url,), tmp_path / "out", "demo", 1024, limits)["sets"][url]
+    figures = inspect_sources((url,), tmp_path / "out", "pixels-32", 1024, limits)["sets"][url]
     assert figures["tokens_per_document"]["documents"] == figures["positions_per_document"]["documents"] == 10
     fetched = {path.name.partition("-")[2] for path in (tmp_path / "transfuse").glob("*.tar")}
     assert fetched == {"shard-00000.tar", "shard-00004.tar"}, "the first shard and the last, which is half full"
@@ -262,7 +262,7 @@ def test_damage_is_shown_in_its_place(folder: Path, tmp_path: Path) -> None:
         content = bytearray(shard.read_bytes())
         content[place] ^= 1
         shard.write_bytes(content)
-    inspect_sources((str(tmp_path / "pairs"), str(tmp_path / "text")), tmp_path / "out", "demo", 1024)
+    inspect_sources((str(tmp_path / "pairs"), str(tmp_path / "text")), tmp_path / "out", "pixels-32", 1024)
     html = (tmp_path / "out" / "index.html").read_text()
     assert len(re.findall(r"Damaged: \S+: [^<]*its content does not match its hash", html)) == 2
     assert len(shown(tmp_path / "out")) == 4, "two of three documents, which are shown as one image, too"
@@ -292,7 +292,7 @@ def test_latents_and_codes_are_decoded(encoded: dict[str, Path], tmp_path: Path,
 
 
 def test_what_can_not_be_mixed_or_decoded_is_looked_at_all_the_same(encoded: dict[str, Path], tmp_path: Path) -> None:
-    report = inspect_sources((str(encoded["kl"]),), tmp_path / "out", "demo", 1024)
+    report = inspect_sources((str(encoded["kl"]),), tmp_path / "out", "pixels-32", 1024)
     assert report["mixture"] is report["rows"] is None
     assert "found those of kl-f4-small" in report["not_mixed"]
     assert report["not_mixed"] in unescape((tmp_path / "out" / "index.html").read_text())
@@ -303,7 +303,7 @@ def test_what_can_not_be_mixed_or_decoded_is_looked_at_all_the_same(encoded: dic
     manifest = json.loads((tmp_path / "strange" / "manifest.json").read_text())
     manifest["encoding"]["fingerprint"] = "0123456789ab"
     (tmp_path / "strange" / "manifest.json").write_text(json.dumps(manifest))
-    inspect_sources((str(tmp_path / "strange"),), tmp_path / "out", "demo", 1024)
+    inspect_sources((str(tmp_path / "strange"),), tmp_path / "out", "pixels-32", 1024)
     html = (tmp_path / "out" / "index.html").read_text()
     assert "kl-f4-small (0123456789ab), which is not here" in html
     assert not shown(tmp_path / "out")
@@ -322,7 +322,7 @@ def test_a_model_of_text_alone(names: list[str], tmp_path: Path) -> None:
 def test_texts_longer_than_the_context_are_looked_at(folder: Path, tmp_path: Path) -> None:
     config = BuildConfig(tokenizer=str(folder / "scenes"), max_tokens=1024, columns=Columns(split="file"))
     build_set(str(folder / "words.txt"), tmp_path / "long", config, workers=0)
-    report = inspect_sources((str(tmp_path / "long"),), tmp_path / "out", "demo", 4096)
+    report = inspect_sources((str(tmp_path / "long"),), tmp_path / "out", "pixels-32", 4096)
     assert (report["context"], report["needed"]) == (512, 1026)
     assert (
         "model.max_seq_len 512 is too short for its texts: 1,026 are needed"
@@ -331,7 +331,7 @@ def test_texts_longer_than_the_context_are_looked_at(folder: Path, tmp_path: Pat
 
 
 def test_refusals(folder: Path, names: list[str], tmp_path: Path) -> None:
-    def refused(message: str, *sources: str, name: str = "demo", out: str = "out") -> None:
+    def refused(message: str, *sources: str, name: str = "pixels-32", out: str = "out") -> None:
         with pytest.raises(UserError, match=message):
             inspect_sources(sources, tmp_path / out, name, 1024)
 

@@ -155,6 +155,7 @@ def test_mps_is_a_device_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu"), "never by itself: it was not tried"
 
 
+@pytest.mark.long
 def test_commands_run_without_what_only_unix_has(tmp_path: Path) -> None:
     """And with a locale that is not UTF-8, as on Windows: no file is read or written in the locale's encoding."""
     code = """

@@ -181,6 +181,7 @@ def test_seed_and_split_change_the_scenes(world: World, unseen: World) -> None:
     assert sum(world.scene(i) == unseen.scene(i) for i in range(50)) < 5
 
 
+@pytest.mark.long
 def test_every_kind_noun_and_colour_comes_up(world: World) -> None:
     scenes = [world.scene(i) for i in range(6000)]
     assert {scene.kind for scene in scenes} == {"one", "copies", "pair", "group"}

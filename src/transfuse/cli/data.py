@@ -70,7 +70,7 @@ def inspect(
     sources: Positional[tuple[str, ...]],
     *,
     out: Path = Path("inspection"),
-    preset: str = "demo",
+    preset: str = "pixels-32",
     row_length: int = 4096,
     context: ImageContext | None = None,
     json: Json = False,

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..export import GenerationConfig
 from ..training import OptimizerConfig
 from .recipe import Recipe
-from .small import demo
+from .small import pixels_32
 
 STABILITY: dict[str, Any] = {"qk_norm": True, "norm_order": "swin"}
 """of the network; the z-loss and AdamW's settings go with it (`stable`)"""
@@ -77,7 +77,7 @@ def transfusion_32() -> Recipe:
     A quarter of the positions a Chameleon spends on the same picture, as in the paper. A step is one packed row of
     1,024 positions, half of definitions and half of captioned pictures.
     """
-    base = demo()
+    base = pixels_32()
     return replace(
         base,
         preset="transfusion-32",
