@@ -165,6 +165,12 @@ def _decode(
         raise UserError(f"{name}: expected {wanted}, found a damaged or unreadable file ({reason})") from None
 
 
+def is_animated(data: bytes) -> bool:
+    """Return True for an image file that decodes, and has more frames or pages than the one that is read."""
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        return bool(getattr(image, "is_animated", False))
+
+
 def _register_heif(file: BinaryIO, name: str) -> None:
     """Let PIL open HEIF files, if this is one. Raises UserError without the extra `heif`."""
     head = file.read(64)

@@ -243,6 +243,23 @@ def test_a_split_is_chosen_and_never_merged_silently(tmp_path: Path) -> None:
     assert [parts[1:] for parts in read(tmp_path / "c", source_split="test")] == [("of the test",)]
 
 
+def test_an_animation_is_counted(tmp_path: Path) -> None:
+    """The first frame is read, and the summary says so."""
+    frames = [PIL.Image.fromarray(pixels(number)) for number in range(3)]
+    for name, some in (("moving", frames), ("still", frames[:1])):
+        frames[0].save(tmp_path / f"{name}.gif", save_all=True, append_images=some[1:])
+        write(tmp_path, {f"{name}.txt": f"a {name} image"})
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    write(tmp_path, {"pages.txt": "several pages"})
+    config = BuildConfig(size=16, vocabulary=300, heldout=0.0)
+    counts = build_set(str(tmp_path), tmp_path.with_name("animated"), config, workers=0)
+    assert counts["changed"]["first of several frames"] == 2
+    data = DataSet(str(tmp_path.with_name("animated")))
+    stored = data.read(1)
+    assert stored.parts[1] == "several pages"
+    np.testing.assert_array_equal(data.decode(1, stored, stored.parts[0]), pixels(0))
+
+
 def test_folders_of_classes(tmp_path: Path) -> None:
     write(tmp_path, {f"{n % 2}0_red_{'ball' if n % 2 else 'box'}/{n}.png": png(n) for n in range(3)})
     template = "a photo of a {class}"
@@ -310,6 +327,7 @@ NO_IMAGES: dict[str, dict[str, Any] | str] = {
     "image.jsonl": lines({"image": URL, "text": "a"}),
     "obelics.jsonl": lines({"images": [URL, None], "texts": [None, "a"]}),
     "mine.jsonl": lines({"img_path": "a.png", "text": "a"}),
+    "urls.csv": f"url,caption\n{URL},a cat\n{URL},a dog\n",
     "cc3m.tsv": "a cat\thttps://host.org/1.jpg\na dog\thttps://host.org/2.jpg\n",
     "captions.txt": "image,caption\n1.jpg,a cat\n2.jpg,a dog\n",
     "metadata.jsonl": lines({"file_name": "gone.jpg", "text": "a"}),

@@ -22,7 +22,7 @@ import tyro
 
 from ..autoencoders import Autoencoder, VQTokenizer, open_autoencoder
 from ..errors import UserError
-from ..images import decode_image, fit, pad, unpad
+from ..images import decode_image, fit, is_animated, pad, unpad
 from ..sequence import Tokenizer
 from .dataset import Encoding
 from .groups import Fingerprint
@@ -313,6 +313,7 @@ class Preparer:
                 decoded = part if isinstance(part, np.ndarray) else decode_image(part, background=config.background)
             except UserError as error:
                 return Dropped(item.key, "faulty", str(error).removeprefix("image: "), faulty=True)
+            changed += ["first of several frames"] if isinstance(part, bytes) and is_animated(part) else []
             rows, columns = decoded.shape[:2]
             if min(rows, columns) < config.min_side:
                 return Dropped(item.key, "too small", f"{columns}x{rows} pixels")

@@ -179,6 +179,9 @@ def _class_of(name: str) -> str:
 def open_classes(listing: Listing, files: list[File], columns: Columns) -> ImageReader:
     """Read images whose folder's name is their class, which becomes the caption."""
     rows = [Row(name, (worded(_class_of(name), columns),)) for name in sorted(file.name for file in files)]
+    if not columns.caption:
+        words = ", ".join(sorted({row.captions[0] for row in rows})[:5])
+        logger.info(f"{listing.source}: no captions, so the names of folders are taken ({words}); --caption words them")
     return ImageReader(listing, [], rows, columns)
 
 
@@ -271,7 +274,11 @@ def _csv_records(text: str) -> list[dict[str, Any]]:
 def table_rows(listing: Listing, table: File, columns: Columns) -> tuple[list[Row], list[str]]:
     """Return the rows of one table, and the images it has of splits that are not taken. Raises UserError."""
     records = read_records(table)
-    image = column(table.place, filter(None, records[0]), "image", columns.image_column, IMAGE_COLUMNS)
+    try:
+        image = column(table.place, filter(None, records[0]), "image", columns.image_column, IMAGE_COLUMNS)
+    except UserError:
+        check_text(table.place, records, columns)  # which says what to do about URLs
+        raise
     texts = caption_columns(table.place, filter(None, records[0]), columns.caption_column)
     records, others = _of_split(records, listing, table, columns)
     named: list[Named] = []
