@@ -311,7 +311,8 @@ def test_bad_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "clean_copy"), [(0, False), (0, True), *(pytest.param(2, each, marks=pytest.mark.long) for each in (False, True))]
+    ("workers", "clean_copy"),
+    [(0, False), (0, True), *(pytest.param(2, each, marks=pytest.mark.long) for each in (False, True))],
 )
 def test_encoded_later_and_drawn_ahead_is_the_same_step(tokenizer, workers: int, clean_copy: bool) -> None:
     """Pictures that come as pixels, with timesteps and noise from the loader, cost what encoded ones do."""
