@@ -19,7 +19,7 @@ from transfuse.errors import UserError
 from transfuse.evaluation import Estimate, bootstrap, perplexity
 from transfuse.evaluation.captions import cider_d, tokenize
 from transfuse.evaluation.image_quality import frechet, frechet_distance
-from transfuse.export import Exported
+from transfuse.export import Exported, load_export
 from transfuse.inference import TransfusionPipeline
 from transfuse.model.flops import count_parameters
 from transfuse.recipes import Recipe
@@ -119,7 +119,11 @@ def _evaluate_images(
         "caption_perplexity": perplexity(pipe.exported, captions.truths).perplexity,
     }
     if pipe.exported.model.config.images == "latents":
-        measured["image_loss"] = image_loss(pipe.exported, truths, real)
+        assert pipe.exported.weights is not None
+        plain = load_export(
+            pipe.exported.weights.parent, device=next(pipe.exported.model.parameters()).device
+        )  # the pipeline packs its matrices
+        measured["image_loss"] = image_loss(plain, truths, real)
     return drawings.images, measured, facts
 
 

@@ -230,7 +230,7 @@ class Writer:
         self._list_left_out("dropped.jsonl", faulty=False)
         self._list_left_out("quarantine.jsonl", faulty=True)
         listed = "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in left_out.items())
-        atomic_write(self.out / "left_out.jsonl", lambda partial: partial.write_text(listed))
+        atomic_write(self.out / "left_out.jsonl", lambda partial: partial.write_text(listed, encoding="utf-8"))
         if not self.written:
             raise UserError(
                 f"{self.source}: expected documents, found {self.seen}, none of which can be used; why, is in "
