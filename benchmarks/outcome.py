@@ -15,7 +15,6 @@ import os
 os.environ.setdefault("TQDM_DISABLE", "1")  # the peer draws a progress bar for every call
 
 import argparse
-import copy
 import json
 import time
 from dataclasses import replace
@@ -39,7 +38,7 @@ from transfuse.runs import Run, resolve
 from transfuse.runs.monitor import grid
 from transfuse.sequence import Document, Image, Text
 from transfuse.train import build_loader
-from transfuse.training import build_optimizer
+from transfuse.training import EMA, build_optimizer
 
 MIDPOINTS = 12
 """sampler steps of two evaluations each, as many evaluations as our demo's 25 steps make"""
@@ -135,8 +134,8 @@ def train(run: Run, strategy: str, clean: bool, rate: float, seconds: float) -> 
     pipe = PeerPipeline(nn.Identity(), run)
     numbers = recipe.model.latent_channels * recipe.model.patch_size**2
     model = build(recipe, strategy, clean, numbers, pipe.shape, run.tokenizer.vocab_size)
-    average, optimizer = copy.deepcopy(model), build_optimizer(model, optimizer_config)
-    batch, decay = recipe.data.batch_size, recipe.loop.ema_decay
+    average, optimizer = EMA(model, recipe.loop.ema_decay), build_optimizer(model, optimizer_config)
+    batch = recipe.data.batch_size
     began, step, losses = time.monotonic(), 0, []
     with TemporaryDirectory() as scratch:
         loader = build_loader(run, Path(scratch))
@@ -151,13 +150,11 @@ def train(run: Run, strategy: str, clean: bool, rate: float, seconds: float) -> 
             nn.utils.clip_grad_norm_(model.parameters(), optimizer_config.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                kept = min(decay, (1 + step) / (10 + step))
-                for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-                    mean.lerp_(weight, 1 - kept)
+            average.update(model, step)
             step += 1
             losses.append(float(loss.detach()))
-    pipe.model = average.eval()
+    model.load_state_dict(average.weights, strict=False)
+    pipe.model = model.eval()
     parameters = sum(weight.numel() for weight in model.parameters())
     facts = {"steps": step, "images": step * batch, "seconds": round(time.monotonic() - began, 1)}
     return pipe, {**facts, "parameters": parameters, "last_loss": sum(losses[-20:]) / len(losses[-20:])}

@@ -25,7 +25,7 @@ from transfuse.runs import resolve
 from transfuse.version import __version__
 
 from .common import Shared, StudyRun, check_grid, failures_block, parse, plan_run, run_script, run_study, write_report
-from .evaluation import unequal_text
+from .evaluation import by_seed, check_one_size, unequal_text
 from .paper_results import ABLATIONS
 from .statistics import paired, weighted_sums
 
@@ -209,9 +209,7 @@ def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]
 
     Raises UserError for results of several sizes or budgets, whose differences are not those of the rows alone.
     """
-    for fact in ("size", "budget"):
-        if len(values := {result[fact] for result in results}) > 1:
-            raise UserError(f"ablations: expected results of one {fact}, found {', '.join(map(str, sorted(values)))}")
+    check_one_size("ablations", results)
     return {
         "study": "ablations",
         "version": __version__,
@@ -223,11 +221,7 @@ def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]
 
 def _compare(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     for comparison, (measure, (key, _)) in product(COMPARISONS, MEASURES.items()):
-        values: dict[str, dict[int, float]] = {}
-        for result in results:
-            if key in result:
-                values.setdefault(result["variant"], {})[result["seed"]] = result[key]
-        differences = weighted_sums(comparison.weights, values)
+        differences = weighted_sums(comparison.weights, by_seed(results, key))
         if not differences:
             continue
         difference, expected = paired(differences), comparison.expected(measure)

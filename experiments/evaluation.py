@@ -156,6 +156,22 @@ def unequal_text(results: Sequence[Mapping[str, Any]], share: bool = False) -> f
     return factor if factor > UNEQUAL else None
 
 
+def check_one_size(study: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError for results of several sizes or budgets, whose differences are not those of the rows alone."""
+    for fact in ("size", "budget"):
+        if len(values := {result[fact] for result in results}) > 1:
+            raise UserError(f"{study}: expected results of one {fact}, found {', '.join(map(str, sorted(values)))}")
+
+
+def by_seed(results: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[int, float]]:
+    """Return a number of the results by variant and seed; results without that number are left out."""
+    values: dict[str, dict[int, float]] = {}
+    for result in results:
+        if key in result:
+            values.setdefault(result["variant"], {})[result["seed"]] = result[key]
+    return values
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """Read a result, also one from before `arm` was called `variant`."""
     return with_variant(read_json(path))

@@ -36,6 +36,7 @@ from .common import (
     run_study,
     write_report,
 )
+from .evaluation import by_seed, check_one_size
 from .statistics import Difference, paired, weighted_sums
 
 FOLDER = Path(__file__).with_name("rows")
@@ -120,13 +121,8 @@ def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]
 
     Raises UserError for results of several sizes or budgets, whose differences are not those of the rows alone.
     """
-    for fact in ("size", "budget"):
-        if len(values := {result[fact] for result in results}) > 1:
-            raise UserError(f"since: expected results of one {fact}, found {', '.join(map(str, sorted(values)))}")
-    scores: dict[str, dict[str, dict[int, float]]] = {measure: {} for measure in MEASURES}
-    for result, measure in product(results, MEASURES):
-        if measure in result:
-            scores[measure].setdefault(result["variant"], {})[result["seed"]] = result[measure]
+    check_one_size("since", results)
+    scores = {measure: by_seed(results, measure) for measure in MEASURES}
     trained = {result["variant"] for result in results}
     rows = [row for row in row_names() if row in trained]
     comparisons = []

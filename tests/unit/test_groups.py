@@ -28,7 +28,7 @@ CONFIG = BuildConfig(size=64, vocabulary=300, shard_size=8, heldout=0.25)
 
 
 def scene(number: int, side: int = 96) -> PIL.Image.Image:
-    """A smooth image of its own, as photographs are: six blurred blobs of colour."""
+    """Return a smooth image, as photographs are: six blurred blobs of colour."""
     draw = np.random.default_rng(number)
     rows, columns = np.mgrid[:side, :side] / side
     pixels = np.full((side, side, 3), draw.uniform(0, 255, 3))
