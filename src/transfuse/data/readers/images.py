@@ -277,7 +277,8 @@ def table_rows(listing: Listing, table: File, columns: Columns) -> tuple[list[Ro
     try:
         image = column(table.place, filter(None, records[0]), "image", columns.image_column, IMAGE_COLUMNS)
     except UserError:
-        check_text(table.place, records, columns)  # which says what to do about URLs
+        if not columns.image_column:
+            check_text(table.place, records, columns)  # which says what to do about URLs
         raise
     texts = caption_columns(table.place, filter(None, records[0]), columns.caption_column)
     records, others = _of_split(records, listing, table, columns)
