@@ -30,6 +30,7 @@ from transfuse.config import to_dict
 from transfuse.export import describe
 from transfuse.folders import WEIGHTS
 from transfuse.model.flops import count_parameters
+from transfuse.model_card import model_index, write_card
 from transfuse.recipes import Recipe, preset
 from transfuse.runs import open_sources, read_recipe
 from transfuse.runs.monitor import grid
@@ -57,12 +58,8 @@ step, each from where the one before had ended (`--start`, the first with `--ini
 
 Rates: 3e-4, 4e-4, 4e-4, and 3.5e-4 brought down to 1e-6."""
 
-CARD = """---
-pipeline_tag: any-to-any
-library_name: transfuse
-license: apache-2.0
----
-# {name}
+METADATA = {"pipeline_tag": "any-to-any", "library_name": "transfuse", "license": "apache-2.0"}
+CARD = """# {name}
 
 A small Transfusion (Zhou et al., arXiv 2408.11039), trained from nothing by
 
@@ -117,7 +114,9 @@ def main() -> None:
     report = json.loads((asked.out / "results.json").read_text())
     ends = [read_metrics(run / "metrics.jsonl")[-1] for run in asked.runs]
     totals = {name: sum(line[name] for line in ends) for name in ("step", "images", "flops", "seconds")}
-    (folder / "README.md").write_text(card(recipe, totals, report["results"]))
+    kept = [result for result in report["results"] if not result["name"].endswith("corrected")]
+    metadata = METADATA | {"model-index": model_index(recipe.preset, kept)}
+    (folder / "README.md").write_text(write_card(metadata, card(recipe, totals, kept)), encoding="utf-8")
     shutil.copyfile(asked.out / "report.html", Path("docs/reports") / f"{recipe.preset}.html")
     draw_sheet(recipe, Path("docs/images") / f"{recipe.preset}.png")
 
@@ -166,14 +165,14 @@ def card(recipe: Recipe, totals: dict[str, Any], results: list[dict[str, Any]]) 
         size=world.size,
         styles=", ".join(world.styles or ("all",)),
         parameters=count_parameters(recipe.model).total,
-        autoencoder=describe(recipe.preset).autoencoder["name"],
+        autoencoder=describe(recipe.preset).autoencoder.name,
         steps=totals["step"],
         images=totals["images"],
         flops=totals["flops"],
         minutes=totals["seconds"] / 60,
         suite=" ".join(SUITE),
         measured=COUNT,
-        rows="\n".join(row(result) for result in results if not result["name"].endswith("corrected")),
+        rows="\n".join(map(row, results)),
     )
 
 

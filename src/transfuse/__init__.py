@@ -4,6 +4,7 @@ import transfuse
 pipe = transfuse.load("small-64")             # the bundled model, an export folder, or "org/name" on the Hub
 pipe("a crab on a blue background").images[0].save("crab.png")
 trained = transfuse.train(transfuse.preset("tiny"), "runs/tiny")
+transfuse.curves("runs/tiny")                 # its losses, as charts in a notebook
 transfuse.evaluate("runs/tiny/export", ["quick"], "evaluation")
 
 Importing the package imports no torch; each name is imported when it is first used.
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from .inference import TransfusionPipeline
     from .inference.quantize import Quantize
     from .recipes import Recipe, preset
+    from .runs import read_curves as curves
     from .train import train_recipe as train
 
-__all__ = ["Recipe", "__version__", "evaluate", "load", "preset", "train"]
+__all__ = ["Recipe", "__version__", "curves", "evaluate", "load", "preset", "train"]
 
 
 def load(
@@ -56,6 +58,8 @@ def load(
 def __getattr__(name: str) -> Any:
     if name in ("Recipe", "preset"):
         return getattr(import_module(".recipes", __name__), name)
+    if name == "curves":
+        return import_module(".runs", __name__).read_curves
     if name in ("evaluate", "train"):  # modules that are called like the functions they are named after
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -74,6 +74,12 @@ def svg_of(figure: Figure, standalone: bool = False) -> str:
     return svg
 
 
+def standing_alone(chart: str) -> str:
+    """Return a page's chart with the light theme's colours, for a notebook, which has no theme; "" as it is."""
+    colours = ";".join(f"--{name}:{colour}" for colour, name in _THEME.items())
+    return chart.replace("<svg", f'<svg style="{colours};background:white"', 1)
+
+
 def line_chart(
     curves: Sequence[tuple[str, Sequence[tuple[float, float]], str]], x_label: str, logarithmic: bool = False
 ) -> str:

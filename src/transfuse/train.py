@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from .autoencoders import DeferredEncoder, ImageAutoencoder
-from .charts import ACCENT, WARM, line_chart
 from .config import to_dict
 from .data import CorruptLog, Finish, Packer, StepLoader, unchanged
 from .export import save_export
@@ -30,8 +29,9 @@ from .log import logger
 from .model import Transfusion
 from .model.flops import train_flops
 from .model.transfusion import of_images
+from .model_card import write_card
 from .recipes import Recipe
-from .runs import Run, held, open_run, run_device, unseen_noise
+from .runs import Curves, Run, held, open_run, run_device, unseen_noise
 from .runs.monitor import averaged_model, measuring, sample_grid
 from .runs.resolve import init_from
 from .training import (
@@ -78,13 +78,9 @@ class Trained:
 
     def _repr_html_(self) -> str:
         """Return the run's losses as a chart, for notebooks."""
-        lines = read_metrics(self.trainer.folder / "metrics.jsonl")
-        colours = {"text": ACCENT, "image": WARM}
-        curves = [
-            (name, [(line["step"], line[name]) for line in lines if line.get(name) is not None], colour)
-            for name, colour in colours.items()
-        ]
-        return f"<p>{self.outcome} at step {self.trainer.step}</p>{line_chart(curves, 'step')}"
+        folder = self.trainer.folder
+        curves = Curves({str(folder): read_metrics(folder / "metrics.jsonl")})
+        return f"<p>{self.outcome} at step {self.trainer.step}</p>{curves._repr_html_()}"
 
 
 def train(recipe: Recipe, folder: Path) -> Trained:
@@ -241,11 +237,10 @@ def _model_card(run: Run, trainer: Trainer) -> str:
         call = '.generate("crab:").text'
     done = {"positions": 0, "images": 0, "flops": 0, "seconds": 0, **trainer.totals}
     start = f"\n- Started from the weights in {Path(recipe.start).name}, whose licence holds." if recipe.start else ""
-    return f"""---
-pipeline_tag: {"text-generation" if images == "none" else "any-to-any"}
-library_name: transfuse
-{"" if recipe.start else "license: apache-2.0" + chr(10)}---
-# A {kind} model trained with the preset "{recipe.preset}"
+    metadata = {"pipeline_tag": "text-generation" if images == "none" else "any-to-any", "library_name": "transfuse"}
+    if not recipe.start and not run.sources.sets:  # nothing but what comes with the package
+        metadata["license"] = "apache-2.0"
+    text = f"""# A {kind} model trained with the preset "{recipe.preset}"
 
 - Data: {data}.{start}
 - Autoencoder: {"none" if images == "none" else recipe.data.autoencoder}.
@@ -256,6 +251,7 @@ library_name: transfuse
     import transfuse
     transfuse.load("this folder"){call}
 """
+    return write_card(metadata, text)
 
 
 def _data_described(run: Run) -> Iterator[str]:

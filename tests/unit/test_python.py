@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,9 @@ import transfuse
 from transfuse.cli import run
 from transfuse.errors import UserError
 from transfuse.hub import fetched, is_repository
+from transfuse.inference import TransfusionPipeline
+from transfuse.inference.arguments import DrawOptions, ReplySettings
+from transfuse.inference.sequence_state import Request
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,12 +49,73 @@ assert transfuse.Recipe is type(transfuse.preset("tiny"))
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_options_are_typed() -> None:
+def test_importing_the_package_is_fast() -> None:
+    """Less than 100 ms of processor time more than Python itself, the best of five: the machine may be busy."""
+
+    def spent(code: str) -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert min(spent("import transfuse") for _ in range(5)) - min(spent("pass") for _ in range(5)) < 0.1
+
+
+def test_options_are_typed(served: Path) -> None:
     for function in (transfuse.load, transfuse.train.train_recipe, transfuse.evaluate.evaluate_model):
         kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
         assert inspect.Parameter.VAR_KEYWORD not in kinds
+    call = inspect.signature(TransfusionPipeline.__call__).parameters
+    assert set(DrawOptions.__annotations__) == {*call} - {"self", "prompt", "image"}
+    assert all(
+        DrawOptions.__annotations__[name].__forward_arg__ == call[name].annotation
+        for name in DrawOptions.__annotations__
+    )
+    fields = {
+        field.name: field.type for field in dataclasses.fields(Request) if field.name not in ("document", "reuse")
+    }
+    assert {name: kind.__forward_arg__ for name, kind in ReplySettings.__annotations__.items()} == fields
     with pytest.raises(TypeError, match="unexpected keyword argument 'dtpye'"):
         transfuse.load("small-64", dtpye="float16")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_token'"):
+        transfuse.load(served).generate("a", max_token=3)  # type: ignore[call-arg]
+
+
+USER = """
+import transfuse
+
+pipe = transfuse.load("small-64", dtype="float32", device="cpu")
+image = pipe("a crab", guidance_scale=3.0, generator=[1]).images[0]
+pipe.edit(image, "make it blue", num_inference_steps=4).save("blue.png")
+text: str = pipe.generate(["what is", image], draw="never", max_tokens=4).text
+words: list[str] = pipe.caption(image)
+trained = transfuse.train(transfuse.preset("tiny"), "runs/tiny")
+lines = transfuse.curves("runs/tiny").lines
+numbers = transfuse.evaluate("small-64", ["text"], "out", count=3)
+"""
+MISTAKES = {
+    'pipe.edit(image, "x", num_inference_step=4)': "num_inference_step",
+    'pipe.generate("x", temperature="hot")': "temperature",
+    'pipe("x", output_type=3)': "output_type",
+    'transfuse.load("x", compile="yes")': "compile",
+    'transfuse.train("tiny", "runs/tiny")': "Recipe",
+    'transfuse.evaluate("x", counts=3)': "counts",
+}
+
+
+@pytest.mark.long
+def test_types_are_checked_in_a_users_file(tmp_path: Path) -> None:
+    (tmp_path / "right.py").write_text(USER)
+    (tmp_path / "wrong.py").write_text(USER + "\n".join(MISTAKES))
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", "", "--cache-dir", str(tmp_path / "cache")]
+    found = subprocess.run([*command, "right.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    found = subprocess.run([*command, "wrong.py"], cwd=tmp_path, capture_output=True, text=True)
+    errors = {int(line.split(":")[1]): line for line in found.stdout.splitlines() if ": error:" in line}
+    first = USER.count("\n") + 1
+    for number, name in enumerate(MISTAKES.values(), first):
+        assert name in errors.get(number, ""), (name, found.stdout)
+    assert min(errors) == first
 
 
 def test_rich_display(served: Path) -> None:
@@ -59,6 +125,23 @@ def test_rich_display(served: Path) -> None:
     assert pipe("a", num_inference_steps=1, output_type="np")._repr_html_() is None
     reply = pipe.generate("a crab", draw="force", max_tokens=4, sampler=pipe.request(["a"], steps=1).sampler)
     assert reply._repr_html_().count("<img") == len(reply.images) == 1
+
+
+def test_curves_of_runs(tmp_path: Path) -> None:
+    for run_, rate in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / run_).mkdir()
+        lines = [{"step": step, "text": rate / step, "image_by_timestep/0": 1.0, "seconds": step} for step in (1, 2, 4)]
+        lines.append({"step": 4, "choice/acc": 0.25})
+        (tmp_path / run_ / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = transfuse.curves(tmp_path / "a", str(tmp_path / "b"))
+    assert curves.names == ["text", "choice/acc"]
+    assert curves.points(str(tmp_path / "b"), "text") == [(1, 2.0), (2, 1.0), (4, 0.5)]
+    page = curves._repr_html_()
+    assert page.count("<svg") == 1, "a number that was logged once has no curve"
+    assert "--accent:#" in page, "colours do not depend on a page's theme"
+    assert f"<td>{tmp_path / 'a'}</td><td>4</td><td>0.25</td><td>4</td>" in page
+    with pytest.raises(UserError, match=r"c/metrics\.jsonl: expected the logged steps of a run, found none"):
+        transfuse.curves(tmp_path / "c")
 
 
 @pytest.fixture

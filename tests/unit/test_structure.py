@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "autoencoders": set(),
     "model": {"sequence"},
     "data": {"sequence", "autoencoders"},
+    "model_card": set(),
     "hub_files": {"sequence", "model", "diffusion"},
     "remote_code": {"sequence", "model", "autoencoders", "export", "inference"},
     "export": {"sequence", "model", "diffusion", "autoencoders", "hub_files"},

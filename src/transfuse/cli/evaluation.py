@@ -67,6 +67,8 @@ class EvaluateOptions:
     """folder with files of such tasks"""
     judge_steps: int | None = None
     """steps that the judges of drawings are trained for"""
+    card: bool = False
+    """write the numbers into the model's card, its README.md: a table, and the metadata that the Hub shows"""
 
 
 def evaluate(*, args: Annotated[EvaluateOptions, Flat], json: Json = False) -> int:
@@ -88,10 +90,18 @@ def evaluate(*, args: Annotated[EvaluateOptions, Flat], json: Json = False) -> i
 
     from ..evaluate import run_evaluation
     from ..evaluation import Drawing, EvalConfig
+    from ..folders import bundled_name, find_export
+    from ..model_card import add_results, read_card
 
     options = EvalConfig(**{field.name: getattr(args, field.name) for field in fields(EvalConfig)})
+    model = args.model or default_model()
+    readme = find_export(model) / "README.md"
+    if args.card and bundled_name(model):
+        raise UserError(f"--card: expected an export of yours, found the bundled model {model}")
+    if args.card:
+        read_card(readme)
     report = run_evaluation(
-        args.model or default_model(),
+        model,
         args.suite,
         args.out,
         options,
@@ -101,6 +111,9 @@ def evaluate(*, args: Annotated[EvaluateOptions, Flat], json: Json = False) -> i
         batch=args.batch_size,
         device=args.device,
     )
+    if args.card:
+        folder = readme.parent
+        add_results(readme, folder.parent.name if folder.name == "export" else folder.name, report["results"])
     if json:
         print_json({"report": str(args.out / "report.html"), **report})
     return 0

@@ -1,14 +1,72 @@
-"""The arguments of a pipeline's call, of any type that diffusers' pipelines take; a wrong one is one line."""
+"""The arguments of a pipeline's methods: their types, and checks of those that diffusers' pipelines take.
+
+A wrong one is one line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 import PIL.Image
 import torch
 
+from ..diffusion import SamplerConfig
 from ..errors import UserError
+from ..images import ImageSource
+from ..sequence import Document
+from .sequence_state import Start
+
+StepEnd = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
+"""diffusers' callback_on_step_end: pipeline, number of the step from 0, its noise level, its tensors"""
+
+
+class DrawOptions(TypedDict, total=False):
+    """The keyword arguments of a pipeline's call (`TransfusionPipeline.__call__`), except `image`."""
+
+    negative_prompt: str | Sequence[str] | None
+    strength: float | None
+    mask_image: ImageSource | None
+    height: int | None
+    width: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    image_guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+    num_images_per_prompt: int
+    candidates: int
+    generator: torch.Generator | int | Sequence[torch.Generator | int] | None
+    sampler: str | None
+    eta: float | None
+    callback_on_step_end: StepEnd | None
+    output_type: str
+    strict: bool
+
+
+class ReplySettings(TypedDict, total=False):
+    """The fields of a `Request`, which explains them, except its document and `reuse`."""
+
+    draw: str
+    max_tokens: int
+    max_images: int
+    size: tuple[int, int]
+    sampler: SamplerConfig
+    guidance_scale: float
+    image_guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+    negative: Document | None
+    start: Start | None
+    temperature: float
+    top_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    stop: tuple[str, ...]
+    logprobs: int | None
+    code_temperature: float
+    code_top_p: float
+    seed: int
+    preview_every: int
 
 
 def check_output_type(kind: str) -> None:

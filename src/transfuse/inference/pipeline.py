@@ -15,10 +15,10 @@ import html
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import PIL.Image
@@ -34,7 +34,16 @@ from ..log import logger
 from ..sequence import Document, Image, Part, Text
 from ..sequence.chat import Message, chat_prompt
 from ..vocabulary import PromptReading
-from .arguments import as_output, check_counts, check_output_type, read_prompts, read_seeds
+from .arguments import (
+    DrawOptions,
+    ReplySettings,
+    StepEnd,
+    as_output,
+    check_counts,
+    check_output_type,
+    read_prompts,
+    read_seeds,
+)
 from .engine import Engine
 from .events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
 from .model_runner import GUIDANCE, Guidance, ModelRunner, compile_blocks
@@ -50,9 +59,6 @@ Prompt = str | Sequence[PromptPart]
 
 CANDIDATE = 1_000_003
 """the difference between the seeds of two candidates"""
-
-StepEnd = Callable[["TransfusionPipeline", int, int, dict[str, Any]], dict[str, Any] | None]
-"""diffusers' callback_on_step_end: pipeline, number of the step from 0, its noise level, its tensors"""
 
 
 @dataclass
@@ -267,7 +273,7 @@ class TransfusionPipeline:
                             raise ValueError("callback_on_step_end: expected the latents as they were, found others")
         return [latents[row] for row in range(len(requests))]
 
-    def edit(self, image: ImageSource, instruction: str, **options: Any) -> PIL.Image.Image:
+    def edit(self, image: ImageSource, instruction: str, **options: Unpack[DrawOptions]) -> PIL.Image.Image:
         """Return the image changed as the instruction says; options: those of a call."""
         edited: PIL.Image.Image = self(instruction, image=image, **options).images[0]
         return edited
@@ -298,14 +304,9 @@ class TransfusionPipeline:
         ]
         return [reply.text.strip() for reply in self.replies(requests)]
 
-    def generate(
-        self, prompt: Prompt, *, seed: int = 0, draw: str = "auto", max_tokens: int | None = None, **settings: Any
-    ) -> Reply:
-        """Continue a prompt of text and images; settings are fields of `Request`."""
-        request = self.request([prompt] if isinstance(prompt, str) else prompt)
-        if max_tokens is not None:
-            settings["max_tokens"] = max_tokens
-        return self.replies([replace(request, seed=seed, draw=draw, **settings)])[0]
+    def generate(self, prompt: Prompt, **settings: Unpack[ReplySettings]) -> Reply:
+        """Continue a prompt of text and images; settings are fields of `Request`, else the model's own defaults."""
+        return self.replies([replace(self.request([prompt] if isinstance(prompt, str) else prompt), **settings)])[0]
 
     def request(
         self,
@@ -431,12 +432,12 @@ class Conversation:
         self.engine = Engine(pipe.engine.runner, slots=1)
         self.messages = [] if system is None else [Message("system", (system,))]
 
-    def request(self, parts: Sequence[PromptPart], **settings: Any) -> Request:
+    def request(self, parts: Sequence[PromptPart], **settings: Unpack[ReplySettings]) -> Request:
         """Return the request of a turn that begins with `parts`; settings are fields of `Request`."""
         document = chat_prompt(self.pipe.exported.tokenizer, [*self.messages, self.pipe.message("user", parts)])
         return replace(self.pipe.request([]), document=document, reuse=True, **settings)
 
-    def say(self, parts: Sequence[PromptPart], **settings: Any) -> Iterator[Event]:
+    def say(self, parts: Sequence[PromptPart], **settings: Unpack[ReplySettings]) -> Iterator[Event]:
         """Take a turn, and yield the reply's events. A turn that is left before its end is dropped whole.
 
         Raises UserError, and nothing is added, where the turn does not fit.

@@ -1,10 +1,12 @@
 """Runs: a recipe resolved into what it names, and the folder it trains in."""
 
+from .curves import Curves, read_curves
 from .folder import held, is_kind, read_recipe, run_device, settle_device
 from .resolve import Run, open_recipe_autoencoder, open_run, resolve, train_tokenizer
 from .sources import Sources, open_sources, unseen_noise
 
 __all__ = [
+    "Curves",
     "Run",
     "Sources",
     "held",
@@ -12,6 +14,7 @@ __all__ = [
     "open_recipe_autoencoder",
     "open_run",
     "open_sources",
+    "read_curves",
     "read_recipe",
     "resolve",
     "run_device",

@@ -1,0 +1,65 @@
+"""The cards of committed results: each result has one, and files, pages and cards have the same figures."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("results", ROOT / "tools" / "results.py")
+assert spec is not None
+assert spec.loader is not None
+results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(results)
+CARDS = results.read_cards()
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_figures_are_those_of_files_and_pages(name: str) -> None:
+    """After a new measurement, change the card (and its days), then run `python tools/results.py`."""
+    assert list(results.differences(name, CARDS[name])) == []
+
+
+def test_the_page_is_that_of_the_cards() -> None:
+    assert results.PAGE.read_text(encoding="utf-8") == results.page(CARDS), "run python tools/results.py"
+
+
+def test_every_committed_result_has_a_card() -> None:
+    known = {figure["at"].partition(": ")[0] for card in CARDS.values() for figure in card["figures"]}
+    docs = ROOT / "docs"
+    files = [*docs.glob("benchmark*.json"), *docs.glob("reports/*/report.json")]
+    files += [*docs.glob("reports/*.json"), *docs.glob("reports/*.html")]
+    assert {path.relative_to(docs).as_posix() for path in files} == known
+
+
+def test_what_differs_is_found(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.json").write_text(json.dumps({"rows": [{"name": "x", "unit": "s", "ratio": 2.04}]}))
+    (tmp_path / "docs" / "a.html").write_text("<p>speed</p> <b>2.04</b>")
+    (tmp_path / "README.md").write_text("| x |  2.0 times |")
+    figure = {"name": "x", "value": 2.04, "shown": "2.0", "at": "a.json: rows / x & s / ratio"}
+    figure["quoted"] = ["README.md: | x | 2.0 times |"]
+    card = dict.fromkeys(results.FIELDS, "") | {"figures": [figure]}
+    assert not list(results.differences("a", card, tmp_path))
+    changes = [
+        ({"value": 2.05}, "found 2.04 in a.json"),
+        ({"shown": "2.1"}, "as it rounds, found '2.1'"),
+        ({"at": "a.json: rows / y / ratio"}, "nothing under 'y'"),
+        ({"quoted": ["README.md: | x | 2.0 fold |"]}, "in README.md, found other words"),
+        ({"quoted": ["README.md: times |"]}, "'2.0' in its quotation"),
+        ({"at": "a.html", "text": "speed 2.0"}, "at the end of its text"),
+        ({"at": "a.html", "text": "pace 2.04"}, "expected 'pace 2.04' in a.html"),
+    ]
+    for change, expected in changes:
+        wrong = copy.deepcopy(card)
+        wrong["figures"][0] |= change
+        lines = list(results.differences("a", wrong, tmp_path))
+        assert any(expected in line for line in lines), (change, lines)
+    del card["machine"]
+    assert list(results.differences("a", card, tmp_path)) == ["a: machine: expected in a card, found none"]
+    page = {"at": "a.html", "text": "speed 2.04", "quoted": []}
+    assert not list(results.differences("a", {**card, "machine": "m", "figures": [figure | page]}, tmp_path))
