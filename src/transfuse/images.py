@@ -178,11 +178,11 @@ def _register_heif(file: BinaryIO, name: str) -> None:
     if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS or b"avif" in head:
         return
     try:
-        import pillow_heif
+        import pi_heif
     except ImportError:
         needed = f"expected the extra that reads HEIC and HEIF, found none: {install_command('heif')}"
         raise UserError(f"{name}: {needed}") from None
-    pillow_heif.register_heif_opener()
+    pi_heif.register_heif_opener()
 
 
 def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:

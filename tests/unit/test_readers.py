@@ -142,7 +142,7 @@ def test_lines_of_a_caption_from_windows(tmp_path: Path) -> None:
 def test_faults_of_a_folder(tmp_path: Path) -> None:
     names = ["bare", "blank", "empty", "latin", "whole"]
     write(tmp_path, {f"{name}.png": picture(i) for i, name in enumerate(names)})
-    write(tmp_path, {"blank.txt": " \n\r\n", "empty.txt": "", "latin.txt": b"caf\xe9", "whole.txt": "a crab"})
+    write(tmp_path, {"blank.txt": " \n\r\n", "empty.txt": "", "latin.txt": b"caf\x81", "whole.txt": "a crab"})
     write(tmp_path, {"gone.txt": "a picture that went"})
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     items = read(tmp_path)
@@ -152,7 +152,7 @@ def test_faults_of_a_folder(tmp_path: Path) -> None:
     assert "bare.txt" in told["bare.png"]
     assert told["blank.png"] == told["empty.png"] == "expected a caption, found none"
     assert "No such file" in told["gone.png"]
-    assert re.search(r"latin\.txt: expected UTF-8, .* byte 3", told["latin.png"])
+    assert re.search(r"latin\.txt: expected UTF-8 .* byte 3", told["latin.png"])
 
 
 def test_pictures_that_are_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -327,7 +327,7 @@ FAULTY_MEMBERS: dict[str, list[tuple[str, bytes | str]]] = {
     "no caption": [("x.png", picture(0))],
     "empty caption": [("x.png", picture(0)), ("x.txt", "")],
     "blank caption": [("x.png", picture(0)), ("x.txt", " \r\n")],
-    "caption of another encoding": [("x.png", picture(0)), ("x.txt", b"caf\xe9")],
+    "caption of another encoding": [("x.png", picture(0)), ("x.txt", b"caf\x81")],
     "no picture": [("x.txt", "words")],
     "two pictures": [("x.png", picture(0)), ("x.jpg", picture(1)), ("x.txt", "words")],
     "two of one kind": [("x.png", picture(0)), ("x.png", picture(1)), ("x.txt", "words")],
@@ -679,7 +679,7 @@ def test_faults_of_jsonl(tmp_path: Path, what: str) -> None:
 
 
 def test_more_faults_of_jsonl(tmp_path: Path) -> None:
-    write(tmp_path, {"d.jsonl": b'{"text": "eh"}\n{"text": "caf\xe9"}\n{"text": "bee"}'})
+    write(tmp_path, {"d.jsonl": b'{"text": "eh"}\n{"text": "caf\x81"}\n{"text": "bee"}'})
     assert list(faults(read(tmp_path))) == ["d.jsonl:2"]
     write(tmp_path, {"a.png": picture(0), "d.jsonl": lines(*[{"text": "eh"}] * 100, {"parts": [{"image": "a.png"}]})})
     assert "pictures, where the first lines have none" in faults(read(tmp_path / "d.jsonl"))["d.jsonl:101"]
@@ -803,7 +803,7 @@ def test_paragraphs_far_apart_have_the_line_they_begin_at(tmp_path: Path) -> Non
 def test_faults_of_text(tmp_path: Path) -> None:
     write(
         tmp_path,
-        {"a.txt": "one", "b.txt": b"caf\xe9", "c.txt.gz": gzip.compress(b"three" * 99)[:-12], "d.txt.gz": b"no"},
+        {"a.txt": "one", "b.txt": b"caf\x81", "c.txt.gz": gzip.compress(b"three" * 99)[:-12], "d.txt.gz": b"no"},
     )
     told = faults(read(tmp_path))
     assert list(told) == ["b.txt:1", "c.txt.gz:1", "d.txt.gz:1"]
@@ -818,7 +818,7 @@ def test_an_empty_file_of_text(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize(("split", "between"), [("line", b"\n"), ("paragraph", b"\n\n")])
 def test_one_line_of_another_encoding_costs_no_other(tmp_path: Path, split: str, between: bytes) -> None:
-    write(tmp_path, {"a.txt": between.join([b"one", b"caf\xe9", b"three"])})
+    write(tmp_path, {"a.txt": between.join([b"one", b"caf\x81", b"three"])})
     items = read(tmp_path / "a.txt", split=split)
     assert [item.parts for item in items if isinstance(item, Raw)] == [("one",), ("three",)]
     assert list(faults(items)) == [f"a.txt:{1 + len(between)}"]
@@ -873,7 +873,7 @@ def test_wrong_paths_are_one_line(tmp_path: Path) -> None:
         ("a.csv", b"file_name,text\n", "found no rows"),
         ("a.csv", b"a;b\n1;2\n", "image column: expected one of file_name, .*found a, b"),
         ("a.csv", b"file_name,words\na.png,b\n", "caption column: expected one of text, .*found file_name, words"),
-        ("a.csv", b"file_name,text\na.png,caf\xe9\n", "expected UTF-8"),
+        ("a.csv", b"file_name,text\na.png,caf\x81\n", "expected UTF-8"),
         ("metadata.jsonl", b"", "found no rows"),
         ("metadata.jsonl", b"[1]\n", "found rows of another kind"),
         ("metadata.jsonl", b"{\n", "found something else"),

@@ -14,11 +14,14 @@ import PIL.Image
 import pytest
 from conftest import write
 
+from transfuse.autoencoders import Pixels
+from transfuse.data import PairConfig, StoredDialogues, has_dialogues
 from transfuse.data.build import build_set
 from transfuse.data.dataset import DataSet
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import FORMATS, Columns, Fault, Raw, open_source
 from transfuse.errors import UserError
+from transfuse.sequence import Text
 
 CAPTIONS = [["a red ball", "the ball, seen again"], ["a blue box"], ["a green tree", "one tree", "a tree"]]
 Expected = list[tuple[int, list[str]]]
@@ -243,6 +246,70 @@ def test_a_split_is_chosen_and_never_merged_silently(tmp_path: Path) -> None:
     assert [parts[1:] for parts in read(tmp_path / "c", source_split="test")] == [("of the test",)]
 
 
+def by_split(folder: Path, kind: str, splits: list[str | None]) -> Path:
+    """One file with a field "split": a document each, the number of which is its text."""
+    rows = [{"text": f"number {n}", "split": split} for n, split in enumerate(splits)]
+    if kind == "jsonl":
+        return write(folder, {"all.jsonl": lines(*rows)})
+    if kind == "json":
+        return write(folder, {"all.json": json.dumps(rows)})
+    if kind == "csv":
+        images = {f"{n}.png": png(n) for n in range(len(rows))}
+        told = "".join(f"{n}.png,{row['split'] or ''},{row['text']}\n" for n, row in enumerate(rows))
+        return write(folder, {**images, "all.csv": f"file_name,split,text\n{told}"})
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir(parents=True)
+    table = arrow.Table.from_pylist(rows)
+    if kind == "parquet":
+        parquet.write_table(table, folder / "all.parquet", row_group_size=2)
+    else:
+        write(folder, {"state.json": "{}"})
+        with arrow.ipc.new_stream(str(folder / "data.arrow"), table.schema) as out:
+            out.write_table(table)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow"])
+def test_a_field_of_splits_is_never_merged_silently(
+    tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def numbers(folder: Path, **columns: Any) -> list[int]:
+        return [int(str(parts[-1]).split()[-1]) for parts in read(folder, **columns)]
+
+    source = by_split(tmp_path / "a", kind, ["train", "Val", "train", "extra", None, "test", "val"])
+    assert numbers(source) == [0, 2, 4]
+    line = capfd.readouterr().err
+    assert "taking the split train, not 1 of extra, 1 of test, 2 of validation (--source-split takes another" in line
+    assert numbers(source, source_split="validation") == numbers(source, source_split="dev") == [1, 4, 6]
+    assert numbers(source, source_split="extra") == [3, 4]
+    assert numbers(source, source_split="all") == [*range(7)]
+    with pytest.raises(UserError, match=r'expected a split "late" .* found extra, test, train, validation'):
+        numbers(source, source_split="late")
+    with pytest.raises(UserError, match=r'expected a split "train".* found test, validation'):
+        numbers(by_split(tmp_path / "b", kind, ["test", "val"]))
+    assert numbers(by_split(tmp_path / "c", kind, ["test", "test"])) == [0, 1]
+    assert numbers(by_split(tmp_path / "d", kind, ["left", "right"])) == [0, 1], "a field of something else"
+    with pytest.raises(UserError, match="expected a split"):
+        numbers(by_split(tmp_path / "e", kind, [None, None]), source_split="test")
+
+
+def test_splits_of_files_and_of_a_field_agree(tmp_path: Path) -> None:
+    rows = {name: lines(*({"text": f"{name} {split}", "split": split} for split in ("train", "test"))) for name in "ab"}
+    write(tmp_path, {"train-0.jsonl": rows["a"], "test-0.jsonl": rows["b"]})
+    assert read(tmp_path) == [("a train",)]
+    assert read(tmp_path, source_split="test") == [("b test",)]
+
+
+def test_an_image_called_train_is_of_no_split(tmp_path: Path) -> None:
+    write(tmp_path, {f"{name}.png": png(n) for n, name in enumerate(("test", "train"))})
+    write(tmp_path, {"test.txt": "a test", "train.txt": "a train"})
+    assert read(tmp_path) == [(png(0), "a test"), (png(1), "a train")]
+    write(tmp_path / "words", {"test.txt": "a test", "train.txt": "a train"})
+    assert read(tmp_path / "words") == [("a train",)]
+    with pytest.raises(UserError, match="expected a split"):
+        read(write(tmp_path / "images", {"a.png": png(0), "a.txt": "a"}), source_split="test")
+
+
 def test_an_animation_is_counted(tmp_path: Path) -> None:
     """The first frame is read, and the summary says so."""
     frames = [PIL.Image.fromarray(pixels(number)) for number in range(3)]
@@ -293,16 +360,68 @@ def test_classes_have_the_names_of_the_schema(tmp_path: Path, kind: str) -> None
     assert read(tmp_path)[1] == (png(1), "tabby cat")
 
 
-def test_documents_of_several_parts(tmp_path: Path) -> None:
-    """LLaVA's conversations, MMC4's matched sentences, OBELICS' lists in parquet."""
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    images(tmp_path / "llava", "coco/train/{}.png")
-    turns = [["human", "<image>\nWhat is it?"], ["gpt", "A ball."], ["human", "Red?"], ["gpt", "Yes."]]
-    talk = [{"from": who, "value": words} for who, words in turns]
-    records = [{"id": "a", "image": "train/1.png", "conversations": talk}, {"id": "b", "conversations": talk[2:]}]
-    write(tmp_path / "llava", {"llava.json": json.dumps(records)})
-    assert read(tmp_path / "llava") == [(png(1), "What is it?\nA ball.\nRed?\nYes."), ("Red?\nYes.",)]
+TURNS = [["human", "<image>\nWhat is it?"], ["gpt", "A ball."], ["human", "Red?"], ["gpt", "Yes."]]
 
+
+def turns(*spoken: list[str]) -> list[dict[str, str]]:
+    return [{"from": who, "value": words} for who, words in spoken]
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_llavas_conversations_are_dialogues(tmp_path: Path, kind: str) -> None:
+    """Who says what is kept: an image is in its turn, and only the assistant's words are learned."""
+    records = [
+        {"id": "a", "image": "train/1.png", "conversations": turns(*TURNS)},
+        {"id": "b", "image": None, "conversations": turns(["system", "Be brief."], *TURNS[2:])},
+        {"id": "c", "image": "train/2.png", "conversations": turns(["human", "Look."], ["gpt", "I do."])},
+        {"id": "d", "image": "train/0.png", "conversations": turns(["human", "<image> <image>"], ["gpt", "No."])},
+        {"id": "e", "image": None, "conversations": turns(["human", "Alone."])},
+    ]
+    source, out = tmp_path / "source", tmp_path / "set"
+    images(source / "coco", "train/{}.png")
+    if kind == "json":
+        write(source, {"llava.json": json.dumps(records)})
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        held = [
+            {**row, "image": row["image"] and {"bytes": png(int(row["image"][6])), "path": None}} for row in records
+        ]
+        parquet.write_table(arrow.Table.from_pylist(held), source / "llava.parquet")
+    counts = build_set(str(source), out, BuildConfig(size=16, vocabulary=300, heldout=0.0), 0)
+    assert (counts["documents"], counts["faulty"]) == (3, 2)
+    data = DataSet(str(out))
+    assert has_dialogues(data)
+    stored = [data.read(number) for number in range(3)]
+    spoken = [
+        tuple(zip(one.roles, (p if isinstance(p, str) else "image" for p in one.parts), strict=True)) for one in stored
+    ]
+    user, assistant = "user", "assistant"
+    assert spoken[0] == (
+        *((user, "image"), (user, "What is it?"), (assistant, "A ball.")),
+        *((user, "Red?"), (assistant, "Yes.")),
+    )
+    assert spoken[1] == (("system", "Be brief."), (user, "Red?"), (assistant, "Yes."))
+    assert spoken[2] == ((user, "image"), (user, "Look."), (assistant, "I do."))
+    np.testing.assert_array_equal(data.decode(2, stored[2], stored[2].parts[0]), pixels(2))
+    source = StoredDialogues(data, data.tokenizer(), Pixels(), PairConfig(), seed=0)
+    for index in range(3):
+        document = source.document(index, 0)
+        learned = [
+            data.tokenizer().decode(part.ids) for part in document.parts if isinstance(part, Text) and part.predict
+        ]
+        assert learned in (["A ball.", "Yes."], ["Yes."], ["I do."])
+        assert not any(image.target for image in document.images)
+
+
+def test_conversations_may_be_taken_as_text_alone(tmp_path: Path) -> None:
+    write(tmp_path, {"a.json": json.dumps([{"conversations": turns(*TURNS[2:])}])})
+    assert read(tmp_path, reader="text") == [("Red?", "Yes.")]
+    assert open_source(str(tmp_path), Columns(reader="text")).text_only
+
+
+def test_documents_of_several_parts(tmp_path: Path) -> None:
+    """MMC4's matched sentences, OBELICS' lists in parquet."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     info = [{"image_name": f"{n}.png", "matched_text_index": 1, "raw_url": "https://x/y.png"} for n in (0, 2)]
     images(tmp_path / "mmc4", "images/{}.png")
     write(tmp_path / "mmc4", {"docs_shard_0_v2.jsonl": lines({"text_list": ["one", "two"], "image_info": info})})
@@ -369,6 +488,17 @@ def test_text_with_the_addresses_of_its_pages_stays_text(tmp_path: Path, columns
         {"a.jsonl": lines(*(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)))},
     )
     assert read(tmp_path) == [("a",), ("b",)]
+
+
+def test_text_of_save_to_disk(tmp_path: Path) -> None:
+    """Streams are read once: looking at the first rows takes none away."""
+    arrow = pytest.importorskip("pyarrow")
+    write(tmp_path, {"state.json": "{}"})
+    tables = [arrow.table({"text": [f"{part} {n}" for n in range(3)]}) for part in range(2)]
+    with arrow.ipc.new_stream(str(tmp_path / "data.arrow"), tables[0].schema) as out:
+        for table in tables:
+            out.write_table(table)
+    assert read(tmp_path) == [(f"{part} {n}",) for part in range(2) for n in range(3)]
 
 
 def test_text_alone_may_be_asked_for(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from ..autoencoders import open_autoencoder
 from ..autoencoders.features import load_features
 from ..errors import UserError
 from ..evaluation.image_quality import LEAST
+from ..evaluation.reconstruction import WINDOW
 from ..inspect_autoencoder import inspect_autoencoder, inspected_images
 from ..log import logger
 from ..recipes import AutoencoderRecipe
@@ -76,6 +77,8 @@ def inspect(
         raise UserError(
             f"--size: expected a multiple of {opened.factor} for the autoencoder {opened.name}, found {size}"
         )
+    if size < WINDOW:
+        raise UserError(f"--size: expected at least {WINDOW} pixels, the window of SSIM, found {size}")
     network = None if features is None else load_features(features)
     pixels, names, held_apart = inspected_images(images, size, count)
     if network is not None and len(pixels) < LEAST:

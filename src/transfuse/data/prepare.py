@@ -27,7 +27,7 @@ from ..sequence import Tokenizer
 from .dataset import Encoding
 from .groups import Fingerprint
 from .members import digest, to_members
-from .readers import Columns, Fault, Raw
+from .readers import Columns, Fault, Item, LeftOut, Raw
 from .sources import is_conditional
 
 MOST_SIDE = 16_384  # pixels: the index counts to 65,535, and a bucket may be wider than `size`
@@ -231,20 +231,22 @@ class Preparer:
         codebook = self.autoencoder.codebook_size if isinstance(self.autoencoder, VQTokenizer) else None
         return Encoding(self.autoencoder.name, self.autoencoder.fingerprint, self.autoencoder.factor, codebook)
 
-    def __call__(self, item: Raw | Fault) -> list[Outcome]:
+    def __call__(self, item: Item) -> list[Outcome]:
         """Return the outcome of a document: several if it is text that is cut because it is too long.
 
         Raises UserError for latents that half precision cannot hold.
         """
         if isinstance(item, Fault):
             return [Dropped(item.key, "faulty", item.reason, True, item.lost)]
+        if isinstance(item, LeftOut):
+            return [Dropped(item.key, item.reason, item.detail)]
         try:
             for part in item.parts:
                 if isinstance(part, str):
                     part.encode()
         except UnicodeEncodeError as error:  # JSON may have half a character, an emoji cut in two
             return [Dropped(item.key, "faulty", f"expected whole characters, found half of one at {error.start}", True)]
-        changed: list[str] = []
+        changed = [*item.changed]
         if self.config.clean:
             parts = [clean(part, changed, not self.text_only) if isinstance(part, str) else part for part in item.parts]
             item = replace(item, parts=tuple(parts))

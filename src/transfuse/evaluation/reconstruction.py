@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..autoencoders import Autoencoder, CodeAutoencoder, Pixels
 from ..autoencoders.features import Features
+from ..errors import UserError
 from .confidence import Estimate, bootstrap
 from .context import EvalContext, Example, Metric, MetricResult, Result
 from .generate import Made, Task
@@ -335,10 +336,17 @@ def _score(context: EvalContext) -> MetricResult:
     return MetricResult(results, examples)
 
 
+def _check(context: EvalContext) -> None:
+    size = context.pipe.exported.image_size
+    if size < WINDOW:
+        raise UserError(f"autoencoder: expected a model of at least {WINDOW} pixels, SSIM's window, found {size}")
+    check_images(context, "autoencoder")
+
+
 AUTOENCODER = Metric(
     "autoencoder",
     "PSNR, SSIM and Fréchet distance of reconstructions",
-    lambda context: check_images(context, "autoencoder"),
+    _check,
     _score,
     _names,
     compared="Reference: the picture itself.",

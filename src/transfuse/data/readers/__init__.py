@@ -24,37 +24,22 @@ from ...io import sha256
 from .. import bundled
 from ..dataset import CorruptSampleError, DataSet
 from ..remote import Cache, File, MissingError, is_remote, remote_files, url_name
-from .contract import (
-    CHUNK,
-    LOST_REST,
-    SPLITS,
-    Columns,
-    CountedReader,
-    Fault,
-    FileReader,
-    Listing,
-    Part,
-    Raw,
-    Reader,
-    chunks,
-    decode_text,
-    open_file,
-)
-from .images import (
+from .content import CHUNK, chunks, decode_text, file_encoding, open_file
+from .contract import LOST_REST, Columns, CountedReader, Fault, FileReader, Item, LeftOut, Part, Raw, Reader
+from .images import claim_classes, claim_images, open_classes, open_images
+from .listing import SPLITS, Listing
+from .parquet import ArrowReader, ParquetReader, claim_arrow
+from .records import JsonReader, claim_json
+from .tables import (
     claim_captions_json,
-    claim_classes,
     claim_coco,
-    claim_images,
     claim_metadata,
     claim_table,
     open_captions_json,
-    open_classes,
     open_coco,
-    open_images,
     open_metadata,
     open_table,
 )
-from .records import ArrowReader, JsonReader, ParquetReader, claim_arrow, claim_json
 from .tars import TarReader
 
 __all__ = [
@@ -62,6 +47,8 @@ __all__ = [
     "LOST_REST",
     "Columns",
     "Fault",
+    "Item",
+    "LeftOut",
     "Listing",
     "Part",
     "Raw",
@@ -107,16 +94,20 @@ def open_source(source: str, columns: Columns, size: int = 64, cache: Cache | No
         forced += [known[name] for name in ("arrow", "parquet", "records")]
     for form in forced:
         if files := form.claim(listing, columns):
-            reader = form.open(listing, files, columns)
-            split = SPLITS.get(columns.source_split, columns.source_split)
-            if isinstance(reader, FileReader) and split not in ("", "all", listing.split):
-                wanted = f'a split "{split}"'
-                raise UserError(f"{path}: expected {wanted} (--source-split), found files without a split's name")
-            return reader
+            return _of_split(form.open(listing, files, columns), source, columns)
     what = "a folder with none of these" if listing.whole else "a file of another kind"
     raise UserError(
         f"{path}: {f'expected {form.holds}' if columns.reader else EXPECTED}, found {what}{listing.what_is_there()}"
     )
+
+
+def _of_split(reader: Reader, source: str, columns: Columns) -> Reader:
+    """Return a reader that has the wanted split. Raises UserError for one that knows of no splits."""
+    wanted = columns.source_split.lower()
+    if SPLITS.get(wanted, wanted) not in ("", "all", reader.source_split):
+        expected = f'expected a split "{columns.source_split}" (--source-split)'
+        raise UserError(f"{source}: {expected}, found neither files nor records of one")
+    return reader
 
 
 def _open_url(source: str, columns: Columns, cache: Cache) -> Reader:
@@ -136,7 +127,7 @@ def _open_url(source: str, columns: Columns, cache: Cache) -> Reader:
     listing = Listing(source, Path(), tuple(files)).of_split(columns.source_split)
     for form in forms:
         if chosen := listing.ending(*form.remote):
-            return form.open(listing, chosen, columns)
+            return _of_split(form.open(listing, chosen, columns), source, columns)
     what = "none" if not files else "a file of another kind" if len(files) == 1 else "files of another kind"
     raise UserError(f"{source}: {EXPECTED_AT_URL}, found {what}")
 
@@ -151,43 +142,49 @@ class TextReader(FileReader):
 
     def __init__(self, listing: Listing, files: list[File], columns: Columns, chunk: int = CHUNK) -> None:
         super().__init__(listing, files)
-        self.split, self.chunk = columns.split, chunk
+        self.split, self.encoding, self.chunk = columns.split, columns.encoding, chunk
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:
             if self.split == "file":
-                yield Part((file, 0, None), file.size)
+                yield Part((file, 0, None, self.encoding), file.size)
             else:
-                for lines, data in chunks(file, self.chunk, *SEPARATORS[self.split]):
-                    yield Part((file, lines, data), len(data))
+                encoding = file_encoding(file, self.encoding)
+                for lines, data in chunks(file, self.chunk, encoding, *SEPARATORS[self.split]):
+                    yield Part((file, lines, data, encoding), len(data))
 
-    def read(self, part: Part) -> Iterator[Raw | Fault]:
-        source, lines, data = part.what
+    def read(self, part: Part) -> Iterator[Item]:
+        source, lines, data, encoding = part.what
         if data is None:
-            try:
-                with open_file(source) as file:
-                    data = file.read()
-            except (OSError, EOFError, zlib.error) as error:
-                yield Fault(f"{source.name}:1", f"expected a readable file, found an unreadable one ({error})")
-                return
+            yield self._whole(source)
+            return
         data = data.replace(b"\r\n", b"\n")
-        if self.split == "file":
-            pieces = [data]
-        else:  # with their separators, to count lines
-            pieces = re.split(rb"(\n)" if self.split == "line" else rb"(\n{2,})", data)
-        for piece in pieces:
+        # with their separators, to count lines
+        for piece in re.split(rb"(\n)" if self.split == "line" else rb"(\n{2,})", data):
             begin = lines + 1 + piece[: len(piece) - len(piece.lstrip())].count(b"\n")
             lines += piece.count(b"\n")
-            key = f"{source.name}:{begin}"
+            changed = [f"read as {encoding}"] if encoding else []
             try:
-                text = decode_text(piece, source.name).strip()
+                text = decode_text(piece, source.name, changed, "utf-8" if encoding else "").strip()
+                if text:
+                    yield Raw(f"{source.name}:{begin}", (text,), changed=tuple(changed))
             except ValueError as error:
-                yield Fault(key, str(error))
-                continue
-            if text:
-                yield Raw(key, (text,))
-            elif self.split == "file":
-                yield Fault(f"{source.name}:1", "expected words, found none")
+                yield Fault(f"{source.name}:{begin}", str(error))
+
+    def _whole(self, source: File) -> Item:
+        changed: list[str] = []
+        try:
+            with open_file(source) as file:
+                text = decode_text(file.read(), source.name, changed, self.encoding)
+        except (OSError, EOFError, zlib.error) as error:
+            return Fault(f"{source.name}:1", f"expected a readable file, found an unreadable one ({error})")
+        except ValueError as error:
+            return Fault(f"{source.name}:1", str(error))
+        words = text.replace("\r\n", "\n").strip()
+        if not words:
+            return Fault(f"{source.name}:1", "expected words, found none")
+        begin = 1 + text[: len(text) - len(text.lstrip())].count("\n")
+        return Raw(f"{source.name}:{begin}", (words,), changed=tuple(changed))
 
 
 class SetReader(CountedReader):
@@ -206,7 +203,7 @@ class SetReader(CountedReader):
     def contents(self) -> dict[str, str]:
         return {"manifest.json": self.data.fingerprint}  # which has the hashes of everything else
 
-    def read(self, part: Part) -> Iterator[Raw | Fault]:
+    def read(self, part: Part) -> Iterator[Item]:
         heldout = set(self.data.heldout.tolist())
         for number in part.what:
             try:
@@ -234,7 +231,7 @@ class WorldReader(CountedReader):
     def contents(self) -> dict[str, str]:
         return {bundled.SPRITE_FILE.name: sha256(bundled.SPRITE_FILE)}  # count and size are settings of the build
 
-    def read(self, part: Part) -> Iterator[Raw | Fault]:
+    def read(self, part: Part) -> Iterator[Item]:
         world = bundled.World(bundled.WorldConfig(size=self.size))
         for number in part.what:
             scene = world.scene(number)

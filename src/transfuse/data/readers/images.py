@@ -1,75 +1,44 @@
-"""Images with captions that are files: captions in files of the same name, in a table, in JSON, or in folders' names.
+"""Images with captions that are files of the same name, or the names of their folders; and the reader of all rows.
 
 photos/cat.jpg  photos/cat.txt                  the caption is the content of cat.txt, .caption, or "caption" in .json
-photos/cat.jpg  photos/metadata.jsonl           {"file_name": "cat.jpg", "text": "a cat"}, a line each, at any level
-photos/cat.jpg  photos/list.csv                 file_name,text; also .tsv, and Flickr8k's and Flickr30k's lists
-annotations/captions_train2017.json             COCO's captions, or Karpathy's splits of COCO and Flickr
-meta_cap.json                                   {"cat": {"caption": "a cat"}}, as kohya's scripts write it
 photos/cat/1.jpg  photos/dog/2.jpg              a class each; --caption "a photo of a {class}"
 
-Each shape is a function from the files that it claims to `Row`s: an image's file, and its captions. Rows that name the
-same file are captions of one image.
+Each shape, and those of `tables`, is a function from the files that it claims to `Row`s: an image's file, and its
+captions.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, compress
-from operator import not_
-from pathlib import Path, PurePosixPath
+from itertools import chain
+from pathlib import PurePosixPath
 from typing import Any
 
-from ...errors import UserError
-from ...images import SUFFIXES
 from ...log import logger
 from ..remote import File, hash_files
-from .contract import (
-    CAPTION_COLUMNS,
-    CAPTION_ENDINGS,
-    DOWNLOAD,
-    IMAGE_COLUMNS,
-    SPLITS,
-    Columns,
-    Fault,
-    Listing,
-    Part,
-    Raw,
-    caption_columns,
-    caption_text,
-    captions_in,
-    column,
-    decode_text,
-    is_image_name,
-    parse_json,
-    parts_of,
-    sniff,
-    worded,
-)
+from .content import CAPTION_COLUMNS, caption_text, captions_in, decode_text, parse_json, worded
+from .contract import Columns, Fault, Item, Part, Raw, parts_of
+from .listing import CAPTION_ENDINGS, Listing
 
 TABLE = "the list of pictures and captions"  # the name, among files, of a table's rows or of a folder's names
-TABLES = (".csv", ".tsv", ".txt", ".token")
-SURPLUS = ""  # in place of the column of fields that a row of a table has more than its head
-SAMPLED = 100  # records that tell what a source holds
-SPEAKING = re.compile(r"image|img|picture|photo|pixel|thumbnail|jpe?g|file_?name", re.IGNORECASE)
-URLS = ("url", "urls", "uri", "link", "src")
-METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 @dataclass(frozen=True)
 class Row:
-    """An image's file, relative to the folder, and its captions, or files of them. fault: why it is no document."""
+    """An image's file, relative to the folder, and its captions, or files of them.
+
+    fault: why it is no document. changed: as in `Raw`.
+    """
 
     name: str
     captions: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     fault: str = ""
+    changed: tuple[str, ...] = ()
 
 
 class ImageReader:
@@ -87,9 +56,10 @@ class ImageReader:
         rows: Sequence[Row],
         columns: Columns,
         passed_over: Iterable[str] = (),
+        split: str = "",
     ) -> None:
         self.listing: Listing | None = listing
-        self.root, self.first_line = listing.root, columns.first_line
+        self.root, self.columns, self.source_split = listing.root, columns, split or listing.split
         self.names: Sequence[str] = [table.name for table in tables]
         named = {row.name for row in rows} | set(passed_over)
         unnamed = sorted(file.name for file in listing.images() if file.name not in named) if listing.whole else []
@@ -107,29 +77,31 @@ class ImageReader:
     def parts(self) -> Iterable[Part]:
         return parts_of(self.rows)
 
-    def read(self, part: Part) -> Iterator[Raw | Fault]:
+    def read(self, part: Part) -> Iterator[Item]:
         for row in part.what:
+            changed = [*row.changed]
             try:
                 if row.fault:
                     raise ValueError(row.fault)
-                captions = [*row.captions, *chain.from_iterable(map(self._captions, row.files))]
+                captions = [*row.captions, *chain.from_iterable(self._captions(name, changed) for name in row.files)]
                 if not captions:
                     raise ValueError("expected a caption, found none")
                 image = (self.root / row.name).read_bytes()
-                yield Raw(row.name, (image, *dict.fromkeys(captions)), pair=True)
+                notes = tuple(dict.fromkeys(changed))
+                yield Raw(row.name, (image, *dict.fromkeys(captions)), pair=True, changed=notes)
             except OSError as error:
                 yield Fault(row.name, f"expected a file, found none ({error.strerror})")
             except ValueError as error:
                 yield Fault(row.name, str(error))
 
-    def _captions(self, name: str) -> list[str]:
+    def _captions(self, name: str, changed: list[str]) -> list[str]:
         path = self.root / name
-        text = decode_text(path.read_bytes(), path.name)
+        text = decode_text(path.read_bytes(), path.name, changed, self.columns.encoding)
         if name.endswith(".json"):
             record = parse_json(text)
             record = record if isinstance(record, dict) else {}
             return next((captions_in(record[key], key) for key in CAPTION_COLUMNS if record.get(key)), [])
-        return list(filter(None, [caption_text(text, self.first_line)]))
+        return list(filter(None, [caption_text(text, self.columns.first_line)]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "rows": [], "listing": None}  # parts carry their rows
@@ -183,288 +155,3 @@ def open_classes(listing: Listing, files: list[File], columns: Columns) -> Image
         words = ", ".join(sorted({row.captions[0] for row in rows})[:5])
         logger.info(f"{listing.source}: no captions, so the names of folders are taken ({words}); --caption words them")
     return ImageReader(listing, [], rows, columns)
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-Named = tuple[str, Sequence[str], str]
-"""the name of an image in a table, captions, and why the row is none"""
-
-
-def _rows(listing: Listing, table: File, named: Iterable[Named]) -> list[Row]:
-    """Return a row for each image that a table names, with all captions it has there, and one for each fault.
-
-    Raises UserError if none of the images exist.
-    """
-    below = str(PurePosixPath(table.name).parent)
-    images: dict[str, list[str]] = {}
-    faults, missing = list[Row](), list[str]()
-    total = 0
-    for name, captions, fault in named:
-        total += 1
-        try:
-            path = None if fault else listing.find(name, below)
-        except ValueError as error:
-            fault, path = str(error), None
-        if fault:
-            faults.append(Row(name, fault=fault))
-            continue
-        if path is None:
-            missing.append(name)
-        images.setdefault(path or f"{below}/{name}".removeprefix("./"), []).extend(captions)
-    if missing and len(missing) == total - len(faults):
-        first = (
-            f"{table.place}: expected the images it names, found none of {len(images)} (the first: {missing[0]:.80})"
-        )
-        if re.match(r"https?://", missing[0]):
-            raise UserError(f"{first}: these are URLs; {DOWNLOAD}")
-        raise UserError(f"{first}; put them next to it, or take its words alone with --reader text")
-    return [*(Row(name, tuple(captions)) for name, captions in images.items()), *faults]
-
-
-def read_records(file: File) -> list[dict[str, Any]]:
-    """Return the rows of a .csv, .tsv or .jsonl file, or of a list without a head, by column.
-
-    Raises UserError where it is no such table.
-    """
-    path, number = Path(file.place), 0
-    expected = f"{path}: expected a table of file names and captions"
-    records: list[Any] = []
-    try:
-        text = decode_text(path.read_bytes(), str(path))
-        if path.suffix.lower() == ".jsonl":
-            for number, line in enumerate(text.split("\n"), 1):  # noqa: B007  (named where it fails)
-                if line.strip():
-                    records.append(parse_json(line))
-        else:
-            records = _csv_records(text)
-    except (ValueError, csv.Error) as error:
-        where = f"in line {number} " if number else ""
-        raise UserError(f"{expected}, {where}found something else ({error})") from None
-    if not records or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{expected}, found {'rows of another kind' if records else 'no rows'}")
-    return records
-
-
-def _csv_records(text: str) -> list[dict[str, Any]]:
-    """Return rows by column; of a list whose first line names an image, the columns are image and caption."""
-    first = text.partition("\n")[0]
-    delimiter = next((mark for mark in "\t|" if mark in first), max(",;", key=first.count))
-    fields = [field.strip() for field in first.split(delimiter)]
-    at_image = next((place for place, field in enumerate(fields) if is_image_name(field)), None)
-    quoting = csv.QUOTE_NONE if delimiter == "|" or (delimiter == "\t" and at_image is not None) else csv.QUOTE_MINIMAL
-    options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting}
-    lines = io.StringIO(text, newline="")
-    if at_image is None:
-        heads = [head.strip() for head in next(csv.reader(lines, **options), [])]
-        rows = [row for row in csv.reader(lines, **options) if row]
-        return [
-            dict(zip(heads, row, strict=False))
-            | ({SURPLUS: "".join(delimiter + field for field in row[len(heads) :])} if row[len(heads) :] else {})
-            for row in rows
-        ]
-    at_caption = 0 if at_image else len(fields) - 1
-    rows = [row for row in csv.reader(lines, **options) if row]
-    return [
-        {"image": row[at_image].strip(), "caption": row[at_caption]} if len(row) == len(fields) else {"image": row[0]}
-        for row in rows
-    ]
-
-
-def table_rows(listing: Listing, table: File, columns: Columns) -> tuple[list[Row], list[str]]:
-    """Return the rows of one table, and the images it has of splits that are not taken. Raises UserError."""
-    records = read_records(table)
-    try:
-        image = column(table.place, filter(None, records[0]), "image", columns.image_column, IMAGE_COLUMNS)
-    except UserError:
-        if not columns.image_column:
-            check_text(table.place, records, columns)  # which says what to do about URLs
-        raise
-    texts = caption_columns(table.place, filter(None, records[0]), columns.caption_column)
-    records, others = _of_split(records, listing, table, columns)
-    named: list[Named] = []
-    for number, record in enumerate(records, 1):
-        name, fault, captions = record.get(image), "", list[str]()
-        if not isinstance(name, str) or not name:
-            name, fault = f"row {number}", f"expected a file name in {image}, found none"
-        elif SURPLUS in record and texts != [*filter(None, records[0])][-1:]:  # the fields that csv has left over
-            fault = "expected as many fields as the first line, found more: a comma needs quotes around it"
-        elif SURPLUS in record:  # of a caption that is last, with commas and no quotes, as Flickr8k's are
-            record[texts[0]] += record[SURPLUS]
-        try:
-            captions = [words for text in texts for words in captions_in(record.get(text), text)]
-        except ValueError as error:
-            fault = fault or str(error)
-        named.append((re.sub(r"#\d+$", "", name), captions, fault))
-    rows = _rows(listing, table, named)
-    below = str(PurePosixPath(table.name).parent)
-    return rows, [listing.find(str(record.get(image)), below) or "" for record in others]
-
-
-def _of_split(
-    records: list[dict[str, Any]], listing: Listing, table: File, columns: Columns
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the records of the wanted split by their field "split", and the others. Raises UserError for none."""
-    splits = [SPLITS.get(str(record.get("split")).lower()) for record in records]
-    known = {split for split in splits if split}
-    chosen = listing.split or columns.source_split
-    if chosen == "all" or (not chosen and len(known) < 2) or (listing.split and not known):
-        return records, []
-    wanted = SPLITS.get(chosen, chosen or "train")
-    if wanted not in known:
-        there = ", ".join(sorted(known)) or "no splits"
-        raise UserError(f'{table.place}: expected a split "{wanted}" (--source-split), found {there}')
-    counts = sum(split not in (wanted, None) for split in splits)
-    logger.info(f"{table.place}: taking the split {wanted}, not {counts} rows of others (--source-split NAME, or all)")
-    taken = [split in (wanted, None) for split in splits]
-    return [*compress(records, taken)], [*compress(records, map(not_, taken))]
-
-
-def _open_tables(
-    rows_of: Callable[[Listing, File, Columns], tuple[list[Row], list[str]]],
-    listing: Listing,
-    files: list[File],
-    columns: Columns,
-) -> ImageReader:
-    """Read the rows of several tables; an image that two of them name has the captions of both."""
-    merged, faults, passed_over = dict[str, Row](), list[Row](), list[str]()
-    for table in files:
-        rows, others = rows_of(listing, table, columns)
-        passed_over += others
-        for row in rows:
-            if row.fault:
-                faults.append(row)
-            else:
-                earlier = merged.get(row.name, row)
-                merged[row.name] = row if earlier is row else Row(row.name, (*earlier.captions, *row.captions))
-    return ImageReader(listing, files, [*merged.values(), *faults], columns, passed_over)
-
-
-def claim_metadata(listing: Listing, columns: Columns) -> list[File]:
-    """Claim one metadata file of each folder, .jsonl before .csv."""
-    chosen: dict[str, File] = {}
-    for name in METADATA:
-        for file in listing.files:
-            folder, _, last = file.name.rpartition("/")
-            if last == name:
-                chosen.setdefault(folder, file)
-    return sorted(chosen.values(), key=lambda file: file.name.split("/"))
-
-
-def claim_table(listing: Listing, columns: Columns) -> list[File]:
-    """Claim tables whose first rows name images: by their ending if one is the whole source, else by content."""
-    if not listing.whole:
-        named = listing.ending(".csv", ".tsv")
-        return named or [file for file in listing.ending(*TABLES) if _names_images(file, columns)]
-    sidecars = {ending.rpartition(".")[0] for ending in (file.name for file in listing.images())}
-    candidates = [file for file in listing.ending(*TABLES) if file.name.rpartition(".")[0] not in sidecars]
-    return [file for file in candidates if _names_images(file, columns)]
-
-
-def _names_images(file: File, columns: Columns) -> bool:
-    """Return True if the first rows of a table have an image's name or URL each, in one column."""
-    text = sniff(file).decode("utf-8", "replace").removeprefix("\ufeff").replace("\r\n", "\n")
-    try:
-        records = _csv_records("\n".join(text.split("\n")[:20]))
-    except (csv.Error, ValueError):
-        return False
-    for name in (columns.image_column,) if columns.image_column else [*(records or [{}])[0]]:
-        values = [str(record.get(name) or "").strip() for record in records]
-        if name and len([*(records or [{}])[0]]) > 1 and values and all(map(is_image_name, values[:10])):
-            return True
-    return False
-
-
-def check_text(where: str, records: Sequence[Mapping[str, Any]], columns: Columns) -> None:
-    """Raise UserError if records that would be read as text alone have fields that speak of images.
-
-    Such fields are named so (image_url, file_name), or hold names or URLs of images, or URLs next to captions or sizes
-    in pixels. A set of text may have URLs of its pages, and paths of its files.
-    """
-    if columns.reader == "text" or not records:
-        return
-    names = [str(name) for name in records[0] if name != columns.caption_column]
-    lower = {name.lower() for name in names}
-    of_images = {"caption", "alt", "alt_text", "width", "height", "similarity"} & lower or "TEXT" in names
-    for name in names:
-        values = [record.get(name) for record in records[:SAMPLED]]
-        words = [value for value in values if isinstance(value, str) and value]
-        ends = sum(re.sub(r"[?#].*$", "", value).lower().endswith(SUFFIXES) for value in words)
-        if SPEAKING.search(name) and name.lower() not in CAPTION_COLUMNS and any(values):
-            speaks = True
-        elif name.lower() in URLS:
-            speaks = bool(words) and (bool(of_images) or 2 * ends > len(words))
-        else:
-            speaks = bool(words) and 2 * ends > len(words) and max(map(len, words)) < 300
-        if speaks:
-            kind = "their URLs" if any(re.match(r"https?://", value) for value in words) else "their names"
-            what = DOWNLOAD if kind == "their URLs" else "name the column of their bytes or files (--image-column)"
-            raise UserError(
-                f'{where}: expected images, found {kind} in "{name}", and no images: {what}, or take the text alone '
-                "with --reader text"
-            )
-
-
-# --- captions in JSON -------------------------------------------------------------------------------------------------
-
-
-def claim_coco(listing: Listing, columns: Columns) -> list[File]:
-    """Claim JSON files with COCO's fields and captions; those of boxes and keypoints have none."""
-    marks = ((b'"caption"', b'"image_id"'), (b'"sentences"', b'"raw"'))
-    return [file for file, data in _json_files(listing) if any(all(mark in data for mark in both) for both in marks)]
-
-
-def _json_files(listing: Listing) -> Iterator[tuple[File, bytes]]:
-    """Yield the files of JSON records by name, and both of their ends, but not those that belong to an image."""
-    sidecars = {name.rpartition(".")[0] for name in (file.name for file in listing.images())}
-    for file in listing.ending(".json"):
-        if file.name.rpartition(".")[0] not in sidecars and (data := sniff(file).lstrip()).startswith(b"{"):
-            yield file, data
-
-
-def coco_rows(listing: Listing, table: File, columns: Columns) -> tuple[list[Row], list[str]]:
-    """Return COCO's rows, or Karpathy's of the wanted split, and the images of his other splits. Raises UserError."""
-    try:
-        record = parse_json(decode_text(Path(table.place).read_bytes(), table.name))
-        images, others = _of_split(record["images"], listing, table, columns)
-        if "annotations" in record:
-            captions: dict[Any, list[str]] = {}
-            for annotation in record["annotations"]:
-                captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]).strip())
-            named = [(image["file_name"], captions.get(image["id"], []), "") for image in images]
-        else:
-            named = [(_karpathy_name(image), captions_in(image["sentences"], "sentences"), "") for image in images]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{table.place}: expected COCO's or Karpathy's captions, found others ({reason})") from None
-    below = str(PurePosixPath(table.name).parent)
-    return _rows(listing, table, named), [listing.find(_karpathy_name(image), below) or "" for image in others]
-
-
-def _karpathy_name(image: dict[str, Any]) -> str:
-    return "/".join(filter(None, [image.get("filepath"), image.get("filename") or image.get("file_name")]))
-
-
-def claim_captions_json(listing: Listing, columns: Columns) -> list[File]:
-    """Claim JSON files that map names of images to captions, or to records with "caption" or "tags"."""
-    ending = "|".join(re.escape(suffix) for suffix in SUFFIXES).encode()
-    named = re.compile(rb'^\{\s*"[^"]+"\s*:\s*\{[^{}]*"(caption|tags)"\s*:|^\{\s*"[^"]+(' + ending + rb')"\s*:', re.I)
-    return [file for file, data in _json_files(listing) if named.search(data)]
-
-
-def captions_json_rows(listing: Listing, table: File, columns: Columns) -> tuple[list[Row], list[str]]:
-    """Return the rows of a file that maps names to captions, as kohya's meta_cap.json. Raises UserError."""
-    try:
-        record = parse_json(decode_text(Path(table.place).read_bytes(), table.name))
-        named: list[Named] = []
-        for name, value in record.items():
-            value = (value.get("caption") or value.get("tags")) if isinstance(value, dict) else value
-            named.append((name, captions_in(value, name), ""))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{table.place}: expected captions by the names of images, found others ({error})") from None
-    return _rows(listing, table, named), []
-
-
-open_metadata = open_table = partial(_open_tables, table_rows)
-open_coco = partial(_open_tables, coco_rows)
-open_captions_json = partial(_open_tables, captions_json_rows)

@@ -1,4 +1,4 @@
-"""Documents that are records: lines of jsonl, items of a JSON list, rows of parquet and of HF's saved arrow tables.
+"""Documents that are records: lines of jsonl, items of a JSON list; also rows of tables, which `parquet` reads.
 
 {"text": "words"}
 {"image": "a.png", "text": "a crab"}                                     a pair; captions may be a list
@@ -6,52 +6,48 @@
 {"parts": [{"text": "first"}, {"image": "a.png"}, {"text": "then"}]}     images by path, or as "data:...;base64,..."
 {"texts": ["first", null, "then"], "images": [null, "a.png", null]}      as OBELICS writes them
 {"text_list": ["first", "then"], "image_info": [{"image_name": "a.png", "matched_text_index": 1}]}       as MMC4 does
-{"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nwhat is it?"}, ...]}         as LLaVA does
 {"messages": [{"role": "user", "content": "draw a crab"}, ...]}          a dialogue; content may be a list of parts
+{"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nwhat is it?"}, ...]}         as LLaVA does
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ...errors import UserError, install_command
+from ...errors import UserError
 from ..remote import File, hash_files
-from .contract import (
+from .content import (
     CAPTION_COLUMNS,
     CHUNK,
     DOWNLOAD,
     IMAGE_COLUMNS,
-    Columns,
-    Fault,
-    FileReader,
-    Listing,
-    Part,
-    Raw,
-    caption_columns,
     captions_in,
     chunks,
-    column,
+    conversation,
     decode_text,
     dialogue,
+    file_encoding,
     interleaved,
     is_image_name,
     parse_json,
     sniff,
-    worded,
 )
-from .images import SAMPLED, check_text
+from .contract import Columns, Fault, FileReader, Item, Part, Raw
+from .listing import Listing, choose_split, split_in
+from .tables import SAMPLED, check_text
 
 DATA = "data:"  # begins an image that is in the record itself
 ROWS = 64  # of a table, read at a time
-LISTS = ("parts", "texts", "text_list", "conversations", "messages")  # fields of documents of several parts
+DIALOGUES = ("messages", "conversations")
+LISTS = ("parts", "texts", "text_list", *DIALOGUES)  # fields of documents of several parts
 Image = Callable[[Any], bytes]
 
 
@@ -73,9 +69,8 @@ def document(key: str, record: Any, columns: Columns, image: Image) -> Raw:
         return Raw(key, interleaved(_mmc4_parts(record), image))
     if "messages" in record:
         return dialogue(key, record["messages"], image)
-    turns = record.get("conversations")
-    if isinstance(turns, list):
-        return Raw(key, interleaved(_conversation_parts(record, turns), image))
+    if isinstance(turns := record.get("conversations"), list):
+        return dialogue(key, conversation(turns, record.get("image", record.get("images"))), image)
     texts = [columns.caption_column] if columns.caption_column else [name for name in CAPTION_COLUMNS if name in record]
     text = next((name for name in texts if name in record), None)
     if text is None:
@@ -118,28 +113,8 @@ def _mmc4_parts(record: dict[str, Any]) -> list[Any]:
     return [part for number, text in enumerate(record["text_list"]) for part in (*images.get(number, []), text)]
 
 
-def _conversation_parts(record: dict[str, Any], turns: list[Any]) -> list[Any]:
-    """Return the turns' words, a line each, and images where `<image>` stands, or else first. Raises ValueError."""
-    named = record.get("image", record.get("images")) or []
-    images = [{"image": name} for name in (named if isinstance(named, list) else [named])]
-    pieces: list[Any] = []
-    for turn in turns:
-        words = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if not isinstance(words, str):
-            raise ValueError(f"expected turns with words, found {json.dumps(turn, default=str):.60}")
-        pieces += re.split("(<image>)", words if not pieces else f"\n{words}")
-    marks = pieces.count("<image>")
-    if marks and marks != len(images):
-        raise ValueError(f"{marks} marks <image> and {len(images)} pictures")
-    left = iter(images)
-    parts = [next(left) if piece == "<image>" else piece for piece in pieces]
-    merged: list[Any] = [] if marks else [*images]
-    for part in parts:
-        if isinstance(part, str) and merged and isinstance(merged[-1], str):
-            merged[-1] += part
-        elif not isinstance(part, str) or part.strip():
-            merged.append(part)
-    return merged
+def is_dialogue(record: Any) -> bool:
+    return isinstance(record, dict) and any(isinstance(record.get(name), list) for name in DIALOGUES)
 
 
 def has_images(record: Any, columns: Columns) -> bool:
@@ -165,46 +140,44 @@ class JsonReader(FileReader):
     def __init__(self, listing: Listing, files: list[File], columns: Columns, chunk: int = CHUNK) -> None:
         super().__init__(listing, files)
         self.columns, self.chunk = columns, chunk
-        first = list(islice(self._first_records(), SAMPLED))
+        self.by_field, place = False, self.files[0].place
+        first = list(islice(self._every_record(), SAMPLED))
         if not first:
-            raise UserError(f"{self.files[0].place}: expected a JSON document a line, found an empty file")
-        self.dialogues = isinstance(first[0], dict) and "messages" in first[0]
-        images = self.dialogues or any(has_images(record, columns) for record in first)
-        self.text_only = columns.reader == "text" or not images
+            raise UserError(f"{place}: expected a JSON document a line, found an empty file")
+        if any(split_in(record) for record in first):
+            chosen = choose_split(listing, place, self._every_record(), columns.source_split)
+            self.by_field, self.source_split = chosen is not None, chosen or listing.split
+        self.dialogues = columns.reader != "text" and is_dialogue(first[0])
+        self.text_only = not (self.dialogues or any(has_images(record, columns) for record in first))
         records = [record for record in first if isinstance(record, dict)]
+        names = list(self._image_names(first))
         if self.text_only:
-            check_text(self.files[0].place, records, columns)
-        else:
-            self._check_urls(records)
+            check_text(place, records, columns)
+        elif names and all(re.match(r"https?://", name) for name in names):
+            raise UserError(
+                f"{place}: expected images, found their URLs (the first: {names[0]:.80}); {DOWNLOAD}, or write the "
+                "names of their files in place of the URLs"
+            )
 
-    def _first_records(self) -> Iterator[Any]:
-        file = self.files[0]
-        if _is_list(file):
-            yield from _items(file.place)
-            return
-        for line in next(iter(chunks(file, self.chunk, b"\n")), (0, b""))[1].split(b"\n"):
-            if line.strip():
-                try:
-                    yield parse_json(decode_text(line, "line"))
-                except ValueError:  # a fault, once it is read
-                    yield None
+    def _every_record(self) -> Iterator[Any]:
+        """Yield the records, or the ValueErrors of lines that are none, as they are needed."""
+        for part in self.parts():
+            for _, record, _ in self._records(part):
+                yield record
 
-    def _check_urls(self, records: list[dict[str, Any]]) -> None:
-        """Raise UserError if all images of the first records are URLs."""
-        names: list[Any] = []
-
-        def image(name: Any) -> bytes:
-            names.append(name)
-            return b""
-
+    def _image_names(self, records: Iterable[Any]) -> Iterator[str]:
+        """Yield the names of image files in records, except in those that are faults once they are read."""
         for record in records:
+            names: list[str] = []
+
+            def image(name: Any, names: list[str] = names) -> bytes:
+                if isinstance(name, str) and not name.startswith(DATA):
+                    names.append(name)
+                return b""
+
             with suppress(ValueError):
                 document("", record, self.columns, image)
-        if names and all(isinstance(name, str) and re.match(r"https?://", name) for name in names):
-            raise UserError(
-                f"{self.files[0].place}: expected images, found their URLs (the first: {names[0]:.80}); {DOWNLOAD}, or "
-                "write the names of their files in place of the URLs"
-            )
+            yield from names
 
     def contents(self) -> dict[str, str]:
         """Return hashes, also of the image files that documents name; at a URL these go by the version of the jsonl."""
@@ -213,21 +186,11 @@ class JsonReader(FileReader):
     def _image_files(self) -> Iterator[File]:
         assert self.listing is not None
         for part in self.parts():
-            file, _, data = part.what
+            file = part.what[0]
             if file.cache is not None:
                 continue
-            names: list[str] = []
-
-            def image(name: Any, names: list[str] = names) -> bytes:
-                if isinstance(name, str) and not name.startswith(DATA):
-                    names.append(name)
-                return b""
-
-            for _, record in self._records(file, data, 0):
-                with suppress(ValueError):  # a fault, once it is read
-                    document("", record, self.columns, image)
             below = str(PurePosixPath(file.name).parent)
-            for name in names:
+            for name in self._image_names(record for _, record, _ in self._records(part) if self._is_taken(record)):
                 with suppress(ValueError):
                     path = self.listing.find(name, below) or str(PurePosixPath(below, name))
                     yield File(path, str(self.listing.root / path), 0)
@@ -235,40 +198,49 @@ class JsonReader(FileReader):
     def parts(self) -> Iterable[Part]:
         for file in self.files:
             if _is_list(file):
-                count = len(_items(file.place))
+                count = len(_items(file.place, self.columns.encoding)[0])
                 for start in range(0, count, ROWS):
-                    yield Part((file, start, None), file.size * ROWS // max(ROWS, count))
+                    yield Part((file, start, None, ""), file.size * ROWS // max(ROWS, count))
             else:
-                for lines, data in chunks(file, self.chunk, b"\n"):
-                    yield Part((file, lines, data), len(data))
+                encoding = file_encoding(file, self.columns.encoding)
+                for lines, data in chunks(file, self.chunk, encoding, b"\n"):
+                    yield Part((file, lines, data, encoding), len(data))
 
-    def _records(self, file: File, data: bytes | None, before: int) -> Iterator[tuple[int, Any]]:
-        """Yield the number of each record of a part, and the record, or the ValueError of a line that is none."""
+    def _records(self, part: Part) -> Iterator[tuple[int, Any, list[str]]]:
+        """Yield the number of each record, the record (of a line that is none the ValueError), and what was changed."""
+        file, before, data, encoding = part.what
         if data is None:
-            yield from enumerate(_items(file.place)[before : before + ROWS], before + 1)
+            items, changed = _items(file.place, self.columns.encoding)
+            for number, item in enumerate(items[before : before + ROWS], before + 1):
+                yield number, item, changed
             return
         for number, line in enumerate(data.split(b"\n"), before + 1):
             if line.strip():
+                changed = [f"read as {encoding}"] if encoding else []
                 try:
-                    yield number, parse_json(decode_text(line, "line"))
+                    yield number, parse_json(decode_text(line, "line", changed, "utf-8" if encoding else "")), changed
                 except ValueError as error:
-                    yield number, error
+                    yield number, error, []
 
-    def read(self, part: Part) -> Iterator[Raw | Fault]:
-        file, before, data = part.what
+    def _is_taken(self, record: Any) -> bool:
+        return not self.by_field or split_in(record) in (self.source_split, None)
+
+    def read(self, part: Part) -> Iterator[Item]:
+        file = part.what[0]
         image = image_loader(file, self.listing)
-        for number, record in self._records(file, data, before):
+        for number, record, changed in self._records(part):
             key = f"{file.name}:{number}"
+            if not self._is_taken(record):
+                continue
             try:
                 if isinstance(record, ValueError):
                     raise record
-                if isinstance(record, dict) and ("messages" in record) != self.dialogues:
-                    there = "a dialogue, where the first line has none"
-                    raise ValueError("no messages" if self.dialogues else there)
+                if self.columns.reader != "text" and isinstance(record, dict) and is_dialogue(record) != self.dialogues:
+                    raise ValueError("no turns" if self.dialogues else "a dialogue, where the first line has none")
                 raw = document(key, record, self.columns, image)
                 if self.text_only and not all(isinstance(part, str) for part in raw.parts):
                     raise ValueError("pictures, where the first lines have none")
-                yield raw
+                yield replace(raw, changed=tuple(changed))
             except (OSError, ValueError) as error:
                 yield Fault(key, f"expected a document, found none ({error})")
 
@@ -297,15 +269,16 @@ def _is_list(file: File) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _items(place: str) -> list[Any]:
-    """Return the items of a list in JSON. Raises UserError for anything else."""
+def _items(place: str, encoding: str) -> tuple[list[Any], list[str]]:
+    """Return the items of a list in JSON, and what reading it changed. Raises UserError for anything else."""
+    changed: list[str] = []
     try:
-        items = parse_json(decode_text(Path(place).read_bytes(), place))
+        items = parse_json(decode_text(Path(place).read_bytes(), "the file", changed, encoding))
     except (OSError, ValueError) as error:
         raise UserError(f"{place}: expected a list of documents in JSON, found something else ({error})") from None
     if not isinstance(items, list):
         raise UserError(f"{place}: expected a list of documents in JSON, found a {type(items).__name__}")
-    return items
+    return items, changed
 
 
 def claim_json(listing: Listing, columns: Columns) -> list[File]:
@@ -318,172 +291,3 @@ def claim_json(listing: Listing, columns: Columns) -> list[File]:
     images = {file.name.rpartition(".")[0] for file in listing.images()}
     lists = [file for file in listing.ending(".json") if file.name.rpartition(".")[0] not in images]
     return [*lines, *(file for file in lists if re.match(rb"\s*\[\s*\{", sniff(file)))]
-
-
-# --- parquet, and arrow -----------------------------------------------------------------------------------------------
-
-
-class ParquetReader(FileReader):
-    """Rows with images and captions, as the Hugging Face hub exports data sets; documents of several parts; or text.
-
-    The caption may be a list, several columns (caption_0, ...), or a class whose name the schema has. Raises UserError
-    without the extra `parquet`, for a damaged file, where columns are missing, and for images by URL.
-    """
-
-    def __init__(self, listing: Listing, files: list[File], columns: Columns) -> None:
-        super().__init__(listing, files)
-        self.columns = columns
-        opened = [self.open(file) for file in self.files]
-        schema, where = self.schema(opened[0]), self.files[0].place
-        names = list(schema.names)
-        self.classes = _class_names(schema)
-        self.image, self.captions = "", list[str]()
-        self.wanted = [name for name in ("texts", "images", *LISTS, "image_info", "image") if name in names]
-        self.several = bool({*LISTS, "image_info"} & set(self.wanted))
-        holding = [name for name in names if _holds_images(schema.field(name).type)]
-        self.text_only = columns.reader == "text" or not (holding or columns.image_column)
-        if not self.several or columns.image_column or columns.caption_column:
-            self.several = False
-            self._choose_columns(where, names, holding)
-            self.wanted = [*filter(None, [self.image]), *self.captions]
-        if self.text_only:
-            with suppress(OSError):  # a damaged group is a fault, once it is read
-                check_text(where, next(self.batches(opened[0], None, names, SAMPLED), []), columns)
-        for file, table in zip(self.files, opened, strict=True):
-            for name in self.wanted:
-                if name not in self.schema(table).names:
-                    raise UserError(
-                        f'{file.place}: expected the column "{name}", as {self.files[0].name} has, found none'
-                    )
-        self.groups = [self.sizes(table) for table in opened]
-        self.total = sum(size for groups in self.groups for _, size in groups)
-
-    def _choose_columns(self, where: str, names: list[str], holding: list[str]) -> None:
-        if not self.text_only:
-            known = names if self.columns.image_column else holding
-            usual = (*IMAGE_COLUMNS, *holding[:1]) if len(holding) == 1 else IMAGE_COLUMNS
-            self.image = column(where, known, "image", self.columns.image_column, usual)
-        try:
-            self.captions = caption_columns(where, names, self.columns.caption_column)
-        except UserError:
-            if self.columns.caption_column or len(self.classes) != 1:
-                raise
-            self.captions = [*self.classes]
-
-    def parts(self) -> Iterable[Part]:
-        for number, groups in enumerate(self.groups):
-            for group, (_, size) in enumerate(groups):
-                yield Part((number, group), size)
-
-    def read(self, part: Part) -> Iterator[Raw | Fault]:
-        number, group = part.what
-        file, place = self.files[number], 0
-        image = image_loader(file, self.listing)
-        try:
-            for rows in self.batches(self.open(file), group, self.wanted, ROWS):
-                for row in rows:
-                    key = f"{file.name}/{group}/{place}"
-                    try:
-                        yield self._document(key, row, image)
-                    except (OSError, ValueError) as error:
-                        yield Fault(key, str(error))
-                    place += 1
-        except Exception as error:  # pyarrow's kinds, which may not be named without it
-            reason = f"expected a readable row group, found a damaged one ({error})"
-            yield Fault(f"{file.name}/{group}", reason, max(1, self.groups[number][group][0] - place))
-
-    def _document(self, key: str, row: dict[str, Any], image: Image) -> Raw:
-        if self.several:
-            return document(key, row, self.columns, image)
-        captions = []
-        for name in self.captions:
-            value = row[name]
-            if name in self.classes and isinstance(value, int) and 0 <= value < len(self.classes[name]):
-                value = worded(self.classes[name][value], self.columns)
-            captions += captions_in(value, name)
-        if not captions:
-            raise ValueError(f"expected a caption in {', '.join(self.captions)}, found none")
-        if self.text_only:
-            return Raw(key, (row[self.captions[0]],))
-        try:
-            return Raw(key, (image(row[self.image]), *dict.fromkeys(captions)), pair=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"expected bytes of an image in {self.image}, found none ({error})") from None
-
-    def open(self, file: File) -> Any:
-        """Open a file. Raises UserError."""
-        arrow = _pyarrow(file)
-        try:
-            return arrow.parquet.ParquetFile(file.here())
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{file.place}: expected a parquet file, found something else ({reason})") from None
-
-    def schema(self, table: Any) -> Any:
-        return table.schema_arrow
-
-    def sizes(self, table: Any) -> list[tuple[int, int]]:
-        """Return rows and bytes of each group of rows that is read on its own."""
-        groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
-        return [(group.num_rows, group.total_byte_size) for group in groups]
-
-    def batches(self, table: Any, group: int | None, names: list[str], rows: int) -> Iterator[list[dict[str, Any]]]:
-        """Yield rows of a group, or of the file, a few at a time: a group of images may be larger than memory."""
-        groups = None if group is None else [group]
-        for batch in table.iter_batches(rows, row_groups=groups, columns=names, use_threads=False):
-            yield batch.to_pylist()
-
-
-class ArrowReader(ParquetReader):
-    """Tables as `datasets.save_to_disk` writes them."""
-
-    def open(self, file: File) -> Any:
-        arrow = _pyarrow(file)
-        try:
-            return arrow.ipc.open_stream(arrow.memory_map(str(file.here())))
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{file.place}: expected a stream of arrow tables, found something else ({reason})"
-            ) from None
-
-    def schema(self, table: Any) -> Any:
-        return table.schema
-
-    def sizes(self, table: Any) -> list[tuple[int, int]]:
-        return [(batch.num_rows, batch.nbytes) for batch in table]
-
-    def batches(self, table: Any, group: int | None, names: list[str], rows: int) -> Iterator[list[dict[str, Any]]]:
-        for batch in islice(table, group or 0, None if group is None else group + 1):
-            for start in range(0, batch.num_rows, rows):
-                yield batch.select(names).slice(start, rows).to_pylist()
-
-
-def _pyarrow(file: File) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        needed = f"expected the extra that reads it, found none: {install_command('parquet')}"
-        raise UserError(f"{file.place}: {needed}") from None
-    return pyarrow
-
-
-def _holds_images(kind: Any) -> bool:
-    """Return True for bytes, {"bytes", "path"}, and lists of these."""
-    text = str(kind)
-    return text.startswith(("binary", "large_binary")) or ("bytes: binary" in text or "bytes: large_binary" in text)
-
-
-def _class_names(schema: Any) -> dict[str, list[str]]:
-    """Return the names of classes by column, from the features that `datasets` keeps in a table's schema."""
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return {name: value["names"] for name, value in features.items() if value.get("_type") == "ClassLabel"}
-    return {}
-
-
-def claim_arrow(listing: Listing, columns: Columns) -> list[File]:
-    """Claim the tables next to a state.json that lists them."""
-    folders = {str(PurePosixPath(file.name).parent) for file in listing.files if file.name.endswith("state.json")}
-    return [file for file in listing.ending(".arrow") if str(PurePosixPath(file.name).parent) in folders]

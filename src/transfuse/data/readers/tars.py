@@ -18,23 +18,9 @@ from typing import Any
 
 from ...images import SUFFIXES
 from ..remote import File
-from .contract import (
-    CAPTION_COLUMNS,
-    CAPTION_ENDINGS,
-    LOST_REST,
-    PER_PART,
-    Columns,
-    Fault,
-    FileReader,
-    Listing,
-    Part,
-    Raw,
-    caption_text,
-    captions_in,
-    decode_text,
-    interleaved,
-    parse_json,
-)
+from .content import CAPTION_COLUMNS, caption_text, captions_in, decode_text, interleaved, parse_json
+from .contract import LOST_REST, PER_PART, Columns, Fault, FileReader, Item, LeftOut, Part, Raw
+from .listing import CAPTION_ENDINGS, Listing
 
 MOST_NAMES = 5  # of a document's members, in a message
 Entry = tuple[str, int | None, int]
@@ -47,6 +33,9 @@ class Members:
 
     key: str
     files: tuple[Entry, ...]
+
+
+Found = Members | Fault | LeftOut
 
 
 class TarReader(FileReader):
@@ -62,7 +51,7 @@ class TarReader(FileReader):
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:
-            waiting: list[Members | Fault] = []
+            waiting: list[Found] = []
             for item in scan(file.here()):
                 waiting.append(item)
                 if len(waiting) == PER_PART:
@@ -71,12 +60,12 @@ class TarReader(FileReader):
             if waiting:
                 yield _tar_part(file, waiting)
 
-    def read(self, part: Part) -> Iterator[Raw | Fault]:
+    def read(self, part: Part) -> Iterator[Item]:
         source, items = part.what
         with source.here().open("rb") as file:
             for item in items:
                 key = f"{source.name}/{item.key}"
-                if isinstance(item, Fault):
+                if not isinstance(item, Members):
                     yield replace(item, key=key)
                     continue
                 data = {}
@@ -95,45 +84,59 @@ class TarReader(FileReader):
         names = ", ".join(sorted(data)[:MOST_NAMES]) + (
             f" and {len(data) - MOST_NAMES} more" if len(data) > MOST_NAMES else ""
         )
-        record = parse_json(decode_text(data["json"], "json")) if "json" in data else {}
+        texts, changed = dict[str, str](), list[str]()
+        for suffix, value in data.items():
+            if suffix == "json" or f".{suffix}".lower().endswith(CAPTION_ENDINGS):
+                texts[suffix] = decode_text(value, suffix, changed, self.columns.encoding)
+        record = parse_json(texts.pop("json")) if "json" in texts else {}
         if isinstance(record, dict) and isinstance(record.get("parts"), list):
-            numbered = {suffix.split(".")[0]: value for suffix, value in images.items()}
+            numbered = {suffix.split(".")[0]: suffix for suffix in images}
+            used = {"json"}
 
             def image(number: Any) -> bytes:
                 if not isinstance(number, int) or str(number) not in numbered:
                     raise ValueError(f"expected picture {number} among the members, found {names}")
-                return numbered[str(number)]
+                used.add(numbered[str(number)])
+                return images[numbered[str(number)]]
 
-            return Raw(key, interleaved(record["parts"], image))
-        if len(images) != 1:
-            raise ValueError(f"expected one picture, found {names}")
-        captions, weights = self._captions(data, record)
-        if not captions:
-            raise ValueError(f"expected a caption, found none among {names}")
-        return Raw(key, (next(iter(images.values())), *captions), True, weights)
+            raw = Raw(key, interleaved(record["parts"], image))
+        else:
+            if len(images) != 1:
+                raise ValueError(f"expected one picture, found {names}")
+            captions, weights, used = self._captions(texts, record)
+            if not captions:
+                raise ValueError(f"expected a caption, found none among {names}")
+            used |= {*images}
+            raw = Raw(key, (*images.values(), *captions), True, weights)
+        unused = [f".{suffix.rpartition('.')[2]} file of a tar not used" for suffix in data if suffix not in used]
+        return replace(raw, changed=(*changed, *unused))
 
-    def _captions(self, data: dict[str, bytes], record: Any) -> tuple[list[str], tuple[float, ...]]:
-        """Return the captions of the text members, or of the first caption field of the record, with its weights."""
+    def _captions(self, texts: dict[str, str], record: Any) -> tuple[list[str], tuple[float, ...], set[str]]:
+        """Return the captions of the text members, or of the first caption field of the record, with its weights.
+
+        The last are the members that have them.
+        """
         name = self.columns.caption_column
-        texts = [] if name else [suffix for suffix in data if f".{suffix}".lower().endswith(CAPTION_ENDINGS)]
-        captions = [caption_text(decode_text(data[text], text), self.columns.first_line) for text in texts]
-        if not any(captions) and isinstance(record, dict):
-            fields = [field for field in ((name,) if name else ("captions", *CAPTION_COLUMNS)) if record.get(field)]
-            captions = captions_in(record[fields[0]], fields[0]) if fields else []
-            if fields and record.get("weights"):
-                return captions, tuple(record["weights"])
-        return list(dict.fromkeys(filter(None, captions))), ()
+        captions = {} if name else {end: caption_text(text, self.columns.first_line) for end, text in texts.items()}
+        if any(captions.values()):
+            return list(dict.fromkeys(filter(None, captions.values()))), (), {*captions}
+        fields = ((name,) if name else ("captions", *CAPTION_COLUMNS)) if isinstance(record, dict) else ()
+        field = next((field for field in fields if record.get(field)), None)
+        if field is None:
+            return [], (), set()
+        listed, weights = captions_in(record[field], field), tuple(record.get("weights") or ())
+        return listed if weights else list(dict.fromkeys(listed)), weights, {"json"}
 
 
 def _is_image(suffix: str) -> bool:
     return f".{suffix.split('.')[-1].lower()}" in SUFFIXES
 
 
-def _tar_part(file: File, items: list[Members | Fault]) -> Part:
+def _tar_part(file: File, items: list[Found]) -> Part:
     return Part((file, items), sum(size for item in items if isinstance(item, Members) for _, _, size in item.files))
 
 
-def scan(path: Path) -> Iterator[Members | Fault]:
+def scan(path: Path) -> Iterator[Found]:
     """Yield the documents of one tar, by its headers alone.
 
     Where it is cut short or damaged, a fault says from where on, and counts the documents that the rest would hold.
@@ -148,7 +151,10 @@ def scan(path: Path) -> Iterator[Members | Fault]:
                 if tar.offset <= reached:  # a negative size would lead back here for ever
                     raise tarfile.ReadError("a member's size is below zero")
                 reached = tar.offset
-                if member.isdir() or member.name.rsplit("/", 1)[-1].startswith("."):
+                if member.isdir():
+                    continue
+                if member.name.rsplit("/", 1)[-1].startswith("."):
+                    yield LeftOut(member.name, "hidden file of a tar", f"{member.size} bytes")
                     continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")

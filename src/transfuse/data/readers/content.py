@@ -1,0 +1,288 @@
+"""The content of text files: their encoding, lines, JSON; and the fields of records that have captions or images."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, cast
+
+from ...errors import UserError
+from ...images import SUFFIXES
+from ..remote import File
+from .contract import Columns, Raw
+
+SNIFFED = 1 << 16  # bytes at each end of a file that tell what is in it
+CHUNK = 1 << 18  # bytes of lines that make a part
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after those of UTF-32, which begin alike
+WIDE = ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
+ODD = re.compile(r"[\x00-\x08\x0e-\x1f]|[\x80-\uffff]{3}|\w[\xa1-\xb6\xb8\xb9\xbb-\xbf]\w")
+"""what text of Western Europe does not have: control characters, three letters in a row with accents, signs in words"""
+IMAGE_COLUMNS = (
+    *("file_name", "image", "image_path", "filepath", "path", "file"),
+    *("filename", "image_name", "image_file", "img", "jpg", "png", "picture", "photo"),
+)
+CAPTION_COLUMNS = (
+    *("text", "caption", "TEXT", "prompt", "description"),
+    *("captions", "sentences", "sentence", "comment", "alt_text", "raw"),
+)
+NUMBERED = re.compile(r"(caption|text|sentence)_?\d+", re.IGNORECASE)  # columns of one caption each
+DOWNLOAD = "download them first (img2dataset writes tars, which are read as they are)"
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+"""roles by what messages and LLaVA's conversations call them"""
+
+
+# --- files and their encodings ----------------------------------------------------------------------------------------
+
+
+def encoding_of(data: bytes, whole: bool = True) -> str:
+    """Return the encoding of a text by its bytes: by its mark, zero bytes as UTF-16 has them, or UTF-8 if it is that.
+
+    Otherwise "cp1252" if it reads like Western European text: most letters are ASCII, and nothing is `ODD`. "" is none
+    of these. whole: more of the text does not follow.
+    """
+    for mark, name in MARKS.items():
+        if data.startswith(mark):
+            return name
+    if b"\0" in data and len(data) % 2 == 0:
+        first, second = (2 * data[start::2].count(0) / len(data) for start in (0, 1))
+        if max(first, second) > 0.4 and min(first, second) < 0.1:
+            return "utf-16-be" if first > second else "utf-16-le"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data, whole)
+        return "utf-8"
+    except UnicodeDecodeError:
+        pass
+    try:
+        text = data.decode("cp1252")
+    except UnicodeDecodeError:
+        return ""
+    foreign = sum(char.isalpha() and not char.isascii() for char in text)
+    return "" if ODD.search(text) or foreign >= sum(map(str.isalpha, text)) - foreign else "cp1252"
+
+
+def decode_text(data: bytes, what: str, changed: list[str], encoding: str = "") -> str:
+    """Decode a text by its byte order mark, or as `encoding`; none: by its bytes, as `encoding_of`.
+
+    changed: what it was read as is added, unless it is UTF-8. Raises ValueError that names the first wrong byte.
+    """
+    marked = next((name for mark, name in MARKS.items() if data.startswith(mark)), "")
+    name = marked or encoding or encoding_of(data) or "utf-8"
+    try:
+        text = data.decode(name).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        wanted = name if encoding and not marked else "UTF-8 (or --encoding NAME)" if name == "utf-8" else name
+        raise ValueError(f"{what}: expected {wanted}, found something else at byte {error.start}") from None
+    if not name.startswith("utf-8"):
+        changed.append(f"read as {name}")
+    return text
+
+
+def sniff(file: File) -> bytes:
+    """Return both ends of a file, in UTF-8 where its encoding is known.
+
+    Raises UserError like `File.here`; an unreadable file is empty.
+    """
+    path = file.here()
+    try:
+        with path.open("rb") as opened:
+            head = opened.read(SNIFFED)
+            opened.seek(max(len(head), path.stat().st_size - SNIFFED))
+            data = head + opened.read(SNIFFED)
+    except OSError:
+        return b""
+    name = encoding_of(head, whole=len(head) < SNIFFED)
+    return data.decode(name, "ignore").encode() if name in WIDE else data.removeprefix(codecs.BOM_UTF8)
+
+
+def open_file(file: File) -> BinaryIO:
+    """Open a file, decompressed if its name ends in .gz. Raises OSError, UserError."""
+    path = file.here()
+    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
+
+
+def file_encoding(file: File, wanted: str) -> str:
+    """Return the encoding of a file of lines, by its beginning if none is wanted; "" for UTF-8.
+
+    Raises UserError for a file that cannot be read.
+    """
+    try:
+        with open_file(file) as opened:
+            head = opened.read(SNIFFED)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file.place}: expected a readable file, found an unreadable one ({error})") from None
+    marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
+    name = marked or wanted or encoding_of(head, whole=len(head) < SNIFFED)
+    return "" if codecs.lookup(name or "utf-8").name.startswith("utf-8") else name
+
+
+def chunks(source: File, chunk: int, encoding: str, *separators: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield stretches of a file that end after a separator, and the number of lines before each.
+
+    encoding: of the file, if it is not UTF-8; the stretches are UTF-8, but for bytes that it does not have.
+    """
+    lines, rest = 0, bytearray()
+    try:
+        with open_file(source) as opened:
+            file: Any = codecs.EncodedFile(opened, "utf-8", encoding, "surrogateescape") if encoding else opened
+            while block := file.read(chunk):
+                begin = max(0, len(rest) - max(map(len, separators)) + 1)  # a separator may have begun in the rest
+                rest += block
+                ends = [(rest.rfind(separator, begin), len(separator)) for separator in separators]
+                cut = max((place + length for place, length in ends if place >= 0), default=0)
+                if cut:
+                    yield lines, bytes(rest[:cut])
+                    lines += rest.count(b"\n", 0, cut)
+                    del rest[:cut]
+    except (OSError, EOFError, UnicodeError, zlib.error) as error:
+        raise UserError(f"{source.place}: expected a readable file, found an unreadable one ({error})") from None
+    if rest:
+        yield lines, bytes(rest)
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError where it is no JSON, or nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("expected JSON, found brackets in brackets without end") from None
+    except ValueError as error:
+        raise ValueError(f"expected JSON, found something else ({error})") from None
+
+
+def interleaved(parts: list[Any], image: Callable[[Any], bytes]) -> tuple[str | bytes, ...]:
+    """Return strings, `{"text": text}` and `{"image": name}` as parts of a document. Raises ValueError."""
+    converted: list[str | bytes] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            converted.append(text.strip())
+        elif isinstance(part, dict) and "image" in part and text is None:
+            converted.append(image(part["image"]))
+        else:
+            raise ValueError(f"expected parts that are words or pictures, found {json.dumps(part):.60}")
+    if not converted:
+        raise ValueError("expected parts, found none")
+    return tuple(converted)
+
+
+def dialogue(key: str, messages: Any, image: Callable[[Any], bytes]) -> Raw:
+    """Return a dialogue of OpenAI's messages: content is a text, or a list of texts and images.
+
+    Raises ValueError for other messages, two turns of one role after another, or no turn of the assistant.
+    """
+    parts: list[str | bytes] = []
+    roles: list[str] = []
+    for message in messages if isinstance(messages, list) else [None]:
+        role = ROLES.get(str(message.get("role"))) if isinstance(message, dict) else None
+        if role is None or role in roles[-1:]:
+            known = ", ".join(dict.fromkeys(ROLES.values()))
+            raise ValueError(f"expected messages of {known} in turns, found {json.dumps(message, default=str):.60}")
+        content = message.get("content")
+        listed = [
+            {"image": part["image_url"]["url"]} if isinstance(part, dict) and "image_url" in part else part
+            for part in (content if isinstance(content, list) else [content])
+        ]
+        spoken = interleaved(listed, image)
+        parts += spoken
+        roles += [role] * len(spoken)
+    if "assistant" not in roles:
+        raise ValueError("expected a turn of the assistant, found none")
+    return Raw(key, tuple(parts), roles=tuple(roles))
+
+
+def conversation(turns: list[Any], named: Any) -> list[dict[str, Any]]:
+    """Return LLaVA's or ShareGPT's turns (from, value) as messages, with images where `<image>` stands.
+
+    named: the images of the record. Without a mark they come first in the first turn that is no system's. Raises
+    ValueError.
+    """
+    names = named if isinstance(named, list) else [named] if named else []
+    images = [{"image": name} for name in names]
+    messages = []
+    for turn in turns:
+        words = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if not isinstance(words, str):
+            raise ValueError(f"expected turns with words, found {json.dumps(turn, default=str):.60}")
+        pieces = [piece.strip() for piece in re.split("(<image>)", words)]
+        messages.append({"role": turn.get("from", turn.get("role")), "content": list(filter(None, pieces))})
+    marks = sum(message["content"].count("<image>") for message in messages)
+    if marks and marks != len(images):
+        raise ValueError(f"{marks} marks <image> and {len(images)} pictures")
+    waiting = iter(images)
+    for message in messages:
+        if not marks and message["role"] != "system":
+            message["content"] = [*waiting, *message["content"]]
+        message["content"] = [next(waiting) if piece == "<image>" else piece for piece in message["content"]]
+    return messages
+
+
+# --- fields and their names -------------------------------------------------------------------------------------------
+
+
+def column(where: str, known: Iterable[str], what: str, wanted: str, usual: tuple[str, ...]) -> str:
+    """Return the name of a column: the wanted one, or the first usual one, in upper or lower case.
+
+    Raises UserError that lists the columns.
+    """
+    known = [str(name) for name in known]
+    for name in (wanted,) if wanted else usual:
+        if name in known:
+            return name
+    lower = {name.lower(): name for name in reversed(known)}
+    for name in () if wanted else usual:
+        if name.lower() in lower:
+            return lower[name.lower()]
+    expected = f'"{wanted}"' if wanted else f"one of {', '.join(usual)} (or --{what}-column)"
+    raise UserError(f"{where}: {what} column: expected {expected}, found {', '.join(known)}")
+
+
+def caption_columns(where: str, known: Iterable[str], wanted: str) -> list[str]:
+    """Return the caption column as `column` does; or all of caption_0, caption_1, ... Raises UserError."""
+    known = list(known)
+    try:
+        return [column(where, known, "caption", wanted, CAPTION_COLUMNS)]
+    except UserError:
+        numbered = [name for name in known if NUMBERED.fullmatch(str(name))]
+        if wanted or not numbered:
+            raise
+        return numbered
+
+
+def captions_in(value: Any, where: str) -> list[str]:
+    """Return the captions of a field: words, or a list of words or of records that have them. Raises ValueError."""
+    if isinstance(value, str) and value.startswith('["') and value.endswith('"]'):  # a list in a table's field
+        value = parse_json(value)
+    values = value if isinstance(value, list | tuple) else [value]
+    captions = []
+    for item in values:
+        if isinstance(item, dict):
+            item = next((item[name] for name in ("raw", *CAPTION_COLUMNS) if isinstance(item.get(name), str)), item)
+        if item is not None and not isinstance(item, str):
+            raise ValueError(f"expected words in {where}, found {json.dumps(item, default=str):.60}")
+        captions.append((item or "").strip())
+    return list(filter(None, captions))
+
+
+def worded(class_name: str, columns: Columns) -> str:
+    """Return the caption of a class, by the template `columns.caption`."""
+    words = class_name.replace("_", " ").strip()
+    return columns.caption.replace("{class}", words) if columns.caption else words
+
+
+def is_image_name(field: str) -> bool:
+    """Return True for the name or URL of an image, with the number of its caption (#0) or without."""
+    return len(field) < 300 and re.sub(r"[#?].*$", "", field).lower().endswith(SUFFIXES)
+
+
+def caption_text(text: str, first_line: bool) -> str:
+    """Return the caption in a text file: all of it, or its first line."""
+    text = text.replace("\r\n", "\n").strip()
+    return text.split("\n", 1)[0].strip() if first_line else text

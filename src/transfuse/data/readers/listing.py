@@ -1,0 +1,205 @@
+"""The files of a source: each is read, or left out with a reason; and the splits that their names or records tell."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ...errors import UserError
+from ...images import SUFFIXES, walk_folder
+from ...log import logger
+from ..remote import File
+
+CAPTION_ENDINGS = (".txt", ".caption")
+NOT_READ = (".svg", ".svgz", ".eps", ".psd", ".xcf", ".tga", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw", ".raw")
+"""image formats that are left out by name"""
+SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test", "testing": "test", "eval": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+CONTAINERS = (".tar", ".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
+"""files whose names may hold the name of a split among others, as in captions_train2017.json"""
+TABLES_OF_IMAGES = (".json", ".csv", ".tsv", "metadata.jsonl")
+"""files of records that name images by a path, whatever the split of its folder"""
+NEAREST = {
+    (".zip", ".7z", ".rar", ".tgz", ".tar.gz", ".tar.zst", ".gz"): "unpack them, and build from the folder",
+    (".json",): "coco, records or captions-json: their fields are none of those (docs/data.md lists them)",
+    (".csv", ".tsv"): "table: name its columns with --image-column and --caption-column",
+    NOT_READ: "images: write them as PNG, with a .txt file of the same name as the caption",
+    (".npy", ".npz", ".h5", ".hdf5", ".mat", ".tfrecord", ".pkl"): "parquet or images: write its arrays as image files",
+    (".mp4", ".avi", ".mov", ".mkv", ".webm"): "images: extract frames, with a .txt file each",
+    (".pdf", ".html", ".htm", ".docx", ".epub"): "text: convert them to .txt",
+}
+"""what to do with files that no reader takes"""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source by name, which is their path below `root`.
+
+    aside: the reason for each file that no reader is shown. whole: it is a folder, every file of which is accounted
+    for; otherwise it is one file, or files at a URL. split: the one that `files` are of, if it was chosen.
+    """
+
+    source: str
+    root: Path
+    files: tuple[File, ...]
+    aside: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = False
+    split: str = ""
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Listing:
+        """List a folder and its subfolders."""
+        paths, left_out = walk_folder(folder)
+        files = tuple(File.of(folder, path) for path in paths)
+        aside = {path.relative_to(folder).as_posix(): reason for path, reason in left_out.items()}
+        return cls(str(folder), folder, files, aside, whole=True)
+
+    def of_split(self, wanted: str) -> Listing:
+        """Return the listing of one split alone, if names show several; the files of others are left out, and counted.
+
+        Folders are named as a split (train/, val2017/), tables and archives have it in their names (test-00000.tar).
+        Files of no split are kept. Raises UserError for a split that does not exist, or if none is called train.
+        """
+        stems = {file.name.rpartition(".")[0] for file in self.images()}
+        splits = {file.name: split_of(file.name, stems) for file in self.files}
+        known = sorted({split for split in splits.values() if split})
+        if wanted == "all" or (not wanted and len(known) < 2):
+            return self
+        chosen = SPLITS.get(wanted, wanted or "train")
+        if chosen not in known:
+            fields = TABLES_OF_IMAGES if known[1:] else CONTAINERS
+            if wanted and self.ending(*fields):  # which may have a field "split"
+                return self
+            expected = f'a split "{wanted}"' if wanted else "a split to take (--source-split NAME, or all)"
+            raise UserError(f"{self.source}: expected {expected}, found {', '.join(known) or 'no splits'}")
+        others = {name: split for name, split in splits.items() if split and split != chosen}
+        counts = ", ".join(f"{count} of {split}" for split, count in sorted(Counter(others.values()).items()))
+        if counts:
+            logger.info(
+                f"{self.source}: taking the split {chosen}, not {counts} (--source-split takes another, or all)"
+            )
+        aside = {name: f"of the split {split}" for name, split in others.items()}
+        files = tuple(file for file in self.files if file.name not in others)
+        return replace(self, files=files, aside={**self.aside, **aside}, split=chosen)
+
+    def ending(self, *endings: str) -> list[File]:
+        """Return the files whose names end so, in upper or lower case."""
+        return [file for file in self.files if file.name.lower().endswith(endings)]
+
+    def images(self) -> list[File]:
+        return self.ending(*SUFFIXES)
+
+    def find(self, name: str, below: str = "") -> str | None:
+        """Return the name of the file that a table in the folder `below` calls `name`; None: there is none.
+
+        It is looked for below that folder, below the root, on the disk, and last anywhere by its own name, with or
+        without its ending. Raises ValueError for a name that several files have.
+        """
+        name = name.replace("\\", "/")
+        for path in (os.path.normpath(os.path.join(below, name)), os.path.normpath(name)):
+            if path in self._names or (path and os.path.isfile(self.root / path)):
+                return os.path.relpath(self.root / path, self.root) if os.path.isabs(path) else path
+        named = self._by_last.get(name.rpartition("/")[2], [])
+        if len(named) > 1:
+            further = [other for other in named if f"/{other}".endswith(f"/{name}")]
+            if len(further) != 1:
+                raise ValueError(f"expected one file of this name, found {', '.join(named[:3])}")
+            named = further
+        return named[0] if named else None
+
+    @cached_property
+    def _names(self) -> set[str]:
+        return {file.name for file in self.files}
+
+    @cached_property
+    def _by_last(self) -> dict[str, list[str]]:
+        """Names of images by their last part, with and without its ending."""
+        named: dict[str, list[str]] = {}
+        for file in self.images():
+            last = file.name.rpartition("/")[2]
+            for key in {last, last.rpartition(".")[0]}:
+                named.setdefault(key, []).append(file.name)
+        return named
+
+    @property
+    def n_files(self) -> int:
+        """The number of files, with those that no reader is shown."""
+        return len(self.files) + len(self.aside)
+
+    def left_out(self, used: Collection[str]) -> dict[str, str]:
+        """Return why each file is left out of whose content (`used`, names) no document is made, sorted by name."""
+        unused = {file.name: _why_unused(file) for file in self.files if file.name not in used}
+        aside = {name: reason for name, reason in self.aside.items() if name not in used}
+        return dict(sorted({**aside, **unused}.items()))
+
+    def what_is_there(self) -> str:
+        """Return the number of files by ending, and what to do with the most frequent kind."""
+        counts = Counter(PurePosixPath(file.name).suffix.lower() or "without an ending" for file in self.files)
+        listed = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
+        hints = (hint for ending, _ in counts.most_common() for kinds, hint in NEAREST.items() if ending in kinds)
+        hint = next(hints, "")
+        aside = [f"{len(self.aside)} left aside"] if self.aside else []
+        there = ", ".join(filter(None, [listed, *aside]))
+        return (f": {there}" if there else "") + (f"; nearest: {hint}" if hint else "")
+
+
+def _why_unused(file: File) -> str:
+    ending = PurePosixPath(file.name).suffix.lower()
+    if not os.path.exists(file.place):
+        return "broken link"
+    if ending in SUFFIXES:
+        return "image that no document names"
+    if ending in NOT_READ:
+        return f"image format that is not read ({ending}): write it as PNG"
+    if ending in CAPTION_ENDINGS:
+        return "text of no image"
+    return f"not read by this reader ({ending or 'no ending'})"
+
+
+def split_of(name: str, images: Collection[str] = ()) -> str | None:
+    """Return "train", "validation" or "test" if a folder or file name says so, None otherwise.
+
+    images: names of images without their endings; an image's own name, and that of its caption, say nothing.
+    """
+    *folders, last = name.lower().split("/")
+    words = [re.sub(r"\d+$", "", folder) for folder in folders]
+    if last.endswith(CONTAINERS):
+        words += re.findall(r"[a-z]+", last.rpartition(".")[0])
+    elif name.rpartition(".")[0] not in images:
+        words.append(last.partition(".")[0])
+    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), None)
+
+
+def split_in(record: Any) -> str | None:
+    """Return the split that a record's field "split" names, None for a record without one."""
+    value = record.get("split") if isinstance(record, dict) else None
+    return SPLITS.get(value.lower(), value.lower()) if isinstance(value, str) and value else None
+
+
+def choose_split(listing: Listing, place: str, records: Iterable[Any], chosen: str) -> str | None:
+    """Return which split of the records by their field "split" is taken; None: there are none, or all are wanted.
+
+    Records without a split are of every one. chosen: the split that is wanted, if names of files have not told; "" is
+    train. The field counts as one of splits if a value of it is a usual name of one.
+
+    Raises UserError for a split that does not exist.
+    """
+    counts = Counter(split for record in records if (split := split_in(record)) is not None)
+    known = not counts.keys().isdisjoint(SPLITS.values())
+    chosen = listing.split or chosen
+    if chosen == "all" or (not chosen and (len(counts) < 2 or not known)) or (listing.split and not known):
+        return None
+    wanted = SPLITS.get(chosen.lower(), chosen.lower() or "train")
+    if wanted not in counts:
+        there = ", ".join(sorted(counts)) or "no splits"
+        raise UserError(f'{place}: expected a split "{wanted}" (--source-split NAME, or all), found {there}')
+    others = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()) if name != wanted)
+    if others:
+        logger.info(f"{place}: taking the split {wanted}, not {others} (--source-split takes another, or all)")
+    return wanted

@@ -1,0 +1,195 @@
+"""Rows of parquet as the Hugging Face hub exports data sets, and of the arrow tables that `datasets` saves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain, islice
+from pathlib import PurePosixPath
+from typing import Any
+
+from ...errors import UserError, install_command
+from ..remote import File
+from .content import IMAGE_COLUMNS, caption_columns, captions_in, column, worded
+from .contract import Columns, Fault, FileReader, Item, Part, Raw
+from .listing import Listing, choose_split, split_in
+from .records import DIALOGUES, LISTS, ROWS, Image, document, image_loader
+from .tables import SAMPLED, check_text
+
+SPLIT_ROWS = 1 << 16  # of the column "split", read at a time
+
+
+class ParquetReader(FileReader):
+    """Rows with images and captions, as the Hugging Face hub exports data sets; documents of several parts; or text.
+
+    The caption may be a list, several columns (caption_0, ...), or a class whose name the schema has. Raises UserError
+    without the extra `parquet`, for a damaged file, where columns are missing, and for images by URL.
+    """
+
+    def __init__(self, listing: Listing, files: list[File], columns: Columns) -> None:
+        super().__init__(listing, files)
+        self.columns = columns
+        opened = [self.open(file) for file in self.files]
+        schema, where = self.schema(opened[0]), self.files[0].place
+        names = list(schema.names)
+        self.classes = _class_names(schema)
+        self.image, self.captions = "", list[str]()
+        self.wanted = [name for name in ("texts", "images", *LISTS, "image_info", "image") if name in names]
+        self.several = bool({*LISTS, "image_info"} & set(self.wanted))
+        holding = [name for name in names if _holds_images(schema.field(name).type)]
+        dialogues = columns.reader != "text" and not {*DIALOGUES}.isdisjoint(self.wanted)
+        self.text_only = columns.reader == "text" or not (holding or columns.image_column or dialogues)
+        if not self.several or columns.image_column or columns.caption_column:
+            self.several = False
+            self._choose_columns(where, names, holding)
+            self.wanted = [*filter(None, [self.image]), *self.captions]
+        if self.text_only:
+            with suppress(OSError):  # a damaged group is a fault, once it is read
+                check_text(where, next(self.batches(self.open(self.files[0]), None, names, SAMPLED), []), columns)
+        for file, table in zip(self.files, opened, strict=True):
+            for name in self.wanted:
+                if name not in self.schema(table).names:
+                    raise UserError(
+                        f'{file.place}: expected the column "{name}", as {self.files[0].name} has, found none'
+                    )
+        self.by_field = False
+        if "split" in names and all("split" in self.schema(table).names for table in opened):
+            every = (self.batches(self.open(file), None, ["split"], SPLIT_ROWS) for file in self.files)
+            chosen = choose_split(listing, where, chain.from_iterable(chain.from_iterable(every)), columns.source_split)
+            self.by_field, self.source_split = chosen is not None, chosen or listing.split
+            self.wanted += ["split"] if self.by_field else []
+        self.groups = [self.sizes(table) for table in opened]
+        self.total = sum(size for groups in self.groups for _, size in groups)
+
+    def _choose_columns(self, where: str, names: list[str], holding: list[str]) -> None:
+        if not self.text_only:
+            known = names if self.columns.image_column else holding
+            usual = (*IMAGE_COLUMNS, *holding[:1]) if len(holding) == 1 else IMAGE_COLUMNS
+            self.image = column(where, known, "image", self.columns.image_column, usual)
+        try:
+            self.captions = caption_columns(where, names, self.columns.caption_column)
+        except UserError:
+            if self.columns.caption_column or len(self.classes) != 1:
+                raise
+            self.captions = [*self.classes]
+
+    def parts(self) -> Iterable[Part]:
+        for number, groups in enumerate(self.groups):
+            for group, (_, size) in enumerate(groups):
+                yield Part((number, group), size)
+
+    def read(self, part: Part) -> Iterator[Item]:
+        number, group = part.what
+        file, place = self.files[number], 0
+        image = image_loader(file, self.listing)
+        try:
+            for rows in self.batches(self.open(file), group, self.wanted, ROWS):
+                for row in rows:
+                    key = f"{file.name}/{group}/{place}"
+                    place += 1
+                    if self.by_field and split_in(row) not in (self.source_split, None):
+                        continue
+                    try:
+                        yield self._document(key, row, image)
+                    except (OSError, ValueError) as error:
+                        yield Fault(key, str(error))
+        except Exception as error:  # pyarrow's kinds, which may not be named without it
+            reason = f"expected a readable row group, found a damaged one ({error})"
+            yield Fault(f"{file.name}/{group}", reason, max(1, self.groups[number][group][0] - place))
+
+    def _document(self, key: str, row: dict[str, Any], image: Image) -> Raw:
+        if self.several:
+            return document(key, row, self.columns, image)
+        captions = []
+        for name in self.captions:
+            value = row[name]
+            if name in self.classes and isinstance(value, int) and 0 <= value < len(self.classes[name]):
+                value = worded(self.classes[name][value], self.columns)
+            captions += captions_in(value, name)
+        if not captions:
+            raise ValueError(f"expected a caption in {', '.join(self.captions)}, found none")
+        if self.text_only:
+            return Raw(key, (row[self.captions[0]],))
+        try:
+            return Raw(key, (image(row[self.image]), *dict.fromkeys(captions)), pair=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"expected bytes of an image in {self.image}, found none ({error})") from None
+
+    def open(self, file: File) -> Any:
+        """Open a file. Raises UserError."""
+        arrow = _pyarrow(file)
+        try:
+            return arrow.parquet.ParquetFile(file.here())
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{file.place}: expected a parquet file, found something else ({reason})") from None
+
+    def schema(self, table: Any) -> Any:
+        return table.schema_arrow
+
+    def sizes(self, table: Any) -> list[tuple[int, int]]:
+        """Return rows and bytes of each group of rows that is read on its own."""
+        groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in groups]
+
+    def batches(self, table: Any, group: int | None, names: list[str], rows: int) -> Iterator[list[dict[str, Any]]]:
+        """Yield rows of a group, or of the file, a few at a time: a group of images may be larger than memory."""
+        groups = None if group is None else [group]
+        for batch in table.iter_batches(rows, row_groups=groups, columns=names, use_threads=False):
+            yield batch.to_pylist()
+
+
+class ArrowReader(ParquetReader):
+    """Tables as `datasets.save_to_disk` writes them."""
+
+    def open(self, file: File) -> Any:
+        arrow = _pyarrow(file)
+        try:
+            return arrow.ipc.open_stream(arrow.memory_map(str(file.here())))
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{file.place}: expected a stream of arrow tables, found something else ({reason})"
+            ) from None
+
+    def schema(self, table: Any) -> Any:
+        return table.schema
+
+    def sizes(self, table: Any) -> list[tuple[int, int]]:
+        return [(batch.num_rows, batch.nbytes) for batch in table]
+
+    def batches(self, table: Any, group: int | None, names: list[str], rows: int) -> Iterator[list[dict[str, Any]]]:
+        for batch in islice(table, group or 0, None if group is None else group + 1):
+            for start in range(0, batch.num_rows, rows):
+                yield batch.select(names).slice(start, rows).to_pylist()
+
+
+def _pyarrow(file: File) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        needed = f"expected the extra that reads it, found none: {install_command('parquet')}"
+        raise UserError(f"{file.place}: {needed}") from None
+    return pyarrow
+
+
+def _holds_images(kind: Any) -> bool:
+    """Return True for bytes, {"bytes", "path"}, and lists of these."""
+    text = str(kind)
+    return text.startswith(("binary", "large_binary")) or ("bytes: binary" in text or "bytes: large_binary" in text)
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """Return the names of classes by column, from the features that `datasets` keeps in a table's schema."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return {name: value["names"] for name, value in features.items() if value.get("_type") == "ClassLabel"}
+    return {}
+
+
+def claim_arrow(listing: Listing, columns: Columns) -> list[File]:
+    """Claim the tables next to a state.json that lists them."""
+    folders = {str(PurePosixPath(file.name).parent) for file in listing.files if file.name.endswith("state.json")}
+    return [file for file in listing.ending(".arrow") if str(PurePosixPath(file.name).parent) in folders]
