@@ -1,4 +1,4 @@
-"""Data sets in training, beside other loaders: documents a second, memory, start-up of a large index, time waited.
+"""Data sets in training, beside other loaders: documents a second, memory, start-up of a large index; also builds.
 
     pip install 'webdataset>=1.0,<2' 'datasets>=4,<6' 'grain>=0.2.18,<0.3'                         # each is optional
     python benchmarks/loaders.py --folder /tmp/loaders [--rounds 5] [--count 20000] [--only A] [--json FILE]
@@ -29,6 +29,7 @@ import io
 import json
 import multiprocessing
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -42,6 +43,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch.utils.data import DataLoader
 
@@ -49,6 +51,7 @@ from transfuse.autoencoders import Pixels
 from transfuse.data import DataSet, Packer, PairConfig, StepLoader, StoredImages
 from transfuse.data.build import build_set
 from transfuse.data.dataset import DOCUMENT, IMAGE
+from transfuse.data.members import to_tar
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.devices import keep_freed_memory
@@ -64,8 +67,8 @@ BATCH, BUFFER, RANKS = 32, 1000, 8
 PREFETCH = 4  # batches that each of torch's workers is ahead, as StepLoader's are
 AT_WORK: dict[int, dict[str, Any]] = {0: {"num_workers": 0}, 2: {"num_workers": 2, "prefetch_factor": PREFETCH}}
 # warm: batches before the clock starts; by then all workers are up, and the buffers of streams are full
-FULL = dict(warm=80, batches=300, plan=1_000_000, read=50_000, index=10_000_000, steps=60, rank_steps=40)  # noqa: C408
-QUICK = dict(warm=10, batches=20, plan=20_000, read=1000, index=100_000, steps=18, rank_steps=5)  # noqa: C408
+FULL = dict(warm=80, batches=300, plan=1_000_000, read=50_000, index=10_000_000, steps=60, rank_steps=40, build=100_000)  # noqa: C408
+QUICK = dict(warm=10, batches=20, plan=20_000, read=1000, index=100_000, steps=18, rank_steps=5, build=1000)  # noqa: C408
 
 Reading = dict[str, float]
 Jobs = dict[str, tuple[Callable[..., Reading], tuple[Any, ...]] | None]  # None: not installed
@@ -382,7 +385,63 @@ def wait(arguments: argparse.Namespace, scale: Mapping[str, int]) -> Jobs:
     return jobs | {f"{RANKS} ranks of 1 worker, 256 documents in {arguments.step_seconds:g} s": ranks}
 
 
-MEASURES = {"A": throughput, "B": memory, "C": start_of_index, "D": wait}
+def source(folder: Path, kind: str, count: int) -> Path:
+    """Images of 32 pixels with captions, in tars of 10,000 documents or loose in folders of 1,000; kept like sets."""
+    out = folder / f"{kind}-{count}"
+    if out.exists():
+        return out
+    draw, partial = np.random.default_rng(0), out.with_suffix(".partial")
+    partial.mkdir()
+    for number in range(count):
+        small = PIL.Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        stream = io.BytesIO()
+        small.resize((32, 32), PIL.Image.Resampling.BICUBIC).save(stream, "png", compress_level=1)
+        members = [(f"{number:06d}.png", stream.getvalue()), (f"{number:06d}.txt", f"image {number}".encode())]
+        if kind == "tars":
+            with (partial / f"{number // 10_000:03d}.tar").open("ab") as file:
+                file.write(to_tar(members))
+        else:
+            below = partial / f"{number // 1000:03d}"
+            below.mkdir(exist_ok=True)
+            for name, content in members:
+                (below / name).write_bytes(content)
+    partial.rename(out)
+    return out
+
+
+def build(folder: Path, kind: str, count: int, tokenizer: Path) -> Reading:
+    """A build in this process. The machine may be busy, so that seconds of processor time count."""
+    path, memory, done = source(folder, kind, count), [], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            memory.append(resident()[1])
+
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        watcher = threading.Thread(target=watch)
+        began, at_first = time.perf_counter(), sum(os.times()[:2])
+        watcher.start()
+        build_set(str(path), Path(out, "set"), BuildConfig(size=32, tokenizer=str(tokenizer)), workers=0)
+        spent, seconds = sum(os.times()[:2]) - at_first, time.perf_counter() - began
+        done.set()
+        watcher.join()
+    fifth = memory[len(memory) // 5]
+    return {
+        "documents/s": count / seconds,
+        "a second of CPU": count / spent,
+        "MB": fifth,
+        "MB grown": max(memory) - fifth,
+    }
+
+
+def builds(arguments: argparse.Namespace, scale: Mapping[str, int]) -> Jobs:
+    """Documents a second of a build in one process, and MB that it grows by after its first fifth"""
+    tokens = built(arguments.folder, 64, arguments.count)
+    kinds = ("tars", "loose")
+    return {f"from {kind}": (build, (arguments.folder, kind, scale["build"], tokens)) for kind in kinds}
+
+
+MEASURES = {"A": throughput, "B": memory, "C": start_of_index, "D": wait, "E": builds}
 
 
 def main() -> None:
@@ -390,14 +449,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for the sets; they are reused")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, help="documents of a set (20,000; 2,000 with --quick)")
-    parser.add_argument("--only", default="ABCD", help="some of ABCD")
+    parser.add_argument("--only", default="ABCDE", help="some of ABCDE")
     parser.add_argument("--step-seconds", type=float, default=0.35, help="a step of the eight ranks")
     parser.add_argument("--quick", action="store_true", help="tiny: to see that it runs")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
     arguments.count = arguments.count or (2000 if arguments.quick else 20_000)
     if set(arguments.only) - set(MEASURES) or arguments.rounds < 1 or arguments.count < 1000:
-        parser.error("expected --only some of ABCD, --rounds of at least 1, --count of at least 1000")
+        parser.error("expected --only some of ABCDE, --rounds of at least 1, --count of at least 1000")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     names = {"torch", "numpy", "pillow", "tokenizers", *(name for name, _ in CONTENDERS.values() if find_spec(name))}
     report: dict[str, Any] = {name: getattr(arguments, name) for name in ("rounds", "count", "quick")}

@@ -108,3 +108,23 @@ def test_what_cannot_be_measured_is_refused(
         build_set(str(folder / "in"), folder / "all", config, workers=0)
     with pytest.raises(UserError, match=message):
         run_evaluation(folder / "model", suite, tmp_path, EvalConfig(data=str(folder / name)), FEW, device="cpu")
+
+
+def test_images_below_the_window_of_ssim_are_refused_in_a_line(
+    folder: Path, tmp_path: Path, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = exported(tokenizer)
+    parts = (one.model.state_dict(), one.model.config, one.process.config, tokenizer, one.autoencoder)
+    save_export(tmp_path / "model", *parts, 8, GenerationConfig(), "# A model")
+    words = ["evaluate", "--model", str(tmp_path / "model"), "--data", str(folder / "pairs"), "--suite", "autoencoder"]
+    for command, line in (
+        (
+            [*words, "--out", str(tmp_path / "out")],
+            "autoencoder: expected a model of at least 11 pixels, SSIM's window",
+        ),
+        (["autoencoder", "inspect", "kl-f4-small", "world", "--size", "8"], "--size: expected at least 11 pixels"),
+    ):
+        assert run(command) == 2
+        printed = capfd.readouterr().err
+        assert line in printed
+        assert "Traceback" not in printed

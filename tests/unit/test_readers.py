@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 
 from emoji_scenes import World, WorldConfig, caption
 from transfuse.cli import run
+from transfuse.data.build import build_set
 from transfuse.data.prepare import BuildConfig, Dropped, Outcome, Preparer
-from transfuse.data.readers import Columns, Fault, Raw, Reader, TextReader, open_source
-from transfuse.data.readers.contract import Listing
+from transfuse.data.readers import Columns, Fault, Item, LeftOut, Raw, Reader, TextReader, open_source
+from transfuse.data.readers.listing import Listing
 from transfuse.data.readers.records import JsonReader
 from transfuse.data.readers.tars import scan
 from transfuse.data.remote import File
@@ -53,7 +54,7 @@ def tar(path: Path, members: Iterable[tuple[str, bytes | str]], kind: int = tarf
     return path
 
 
-def read(source: Path | Reader, **columns: Any) -> list[Raw | Fault]:
+def read(source: Path | Reader, **columns: Any) -> list[Item]:
     """All of a source, reader and parts sent through a pickle, as they are to worker processes."""
     reader = source if not isinstance(source, Path) else open_source(str(source), Columns(**columns))
     sent: Reader = pickle.loads(pickle.dumps(reader))
@@ -77,12 +78,12 @@ def outcomes(source: Path, tokenizer: Tokenizer, **columns: Any) -> list[Outcome
     return [outcome for item in read(reader) for outcome in prepare(item)]
 
 
-def documents(result: list[Raw | Fault]) -> list[tuple[Any, ...]]:
+def documents(result: list[Item]) -> list[tuple[Any, ...]]:
     assert not [item for item in result if isinstance(item, Fault)]
     return [item.parts for item in result if isinstance(item, Raw)]
 
 
-def faults(result: list[Raw | Fault]) -> dict[str, str]:
+def faults(result: list[Item]) -> dict[str, str]:
     assert not [item for item in result if isinstance(item, Fault) and "\n" in item.reason], "reasons are of one line"
     return {item.key: item.reason for item in result if isinstance(item, Fault)}
 
@@ -312,6 +313,25 @@ def test_long_names_folders_and_what_is_no_document(tmp_path: Path, kind: int) -
             header.size = len(content)
             file.addfile(header, io.BytesIO(content))
     assert documents(read(tmp_path / "a.tar")) == [(picture(1), "words")] * 2
+
+
+def test_files_of_a_tar_that_no_document_uses_are_counted(tmp_path: Path) -> None:
+    parts = json.dumps({"parts": [{"text": "one"}, {"image": 1}]})
+    members: list[tuple[str, bytes | str]] = [("._a.png", b"junk"), ("sub/.DS_Store", b"junk")]
+    members += [("a.png", picture(0)), ("a.txt", "words"), ("a.json", '{"caption": "other"}'), ("a.npy", b"\x93")]
+    members += [("b.png", picture(1)), ("b.json", '{"caption": "words"}')]
+    members += [("c.0.png", picture(2)), ("c.1.png", picture(3)), ("c.json", parts), ("c.cls", "7")]
+    items = read(tar(tmp_path / "t.tar", members))
+    hidden = [(item.key, item.reason) for item in items if isinstance(item, LeftOut)]
+    assert hidden == [(f"t.tar/{name}", "hidden file of a tar") for name in ("._a.png", "sub/.DS_Store")]
+    unused = {item.key[-1]: item.changed for item in items if isinstance(item, Raw)}
+    assert unused["a"] == (".json file of a tar not used", ".npy file of a tar not used")
+    assert unused["b"] == ()
+    assert unused["c"] == (".png file of a tar not used", ".cls file of a tar not used")
+    counts = build_set(str(tmp_path / "t.tar"), tmp_path / "set", BuildConfig(size=4, vocabulary=300), workers=0)
+    assert counts["dropped"] == {"hidden file of a tar": 2}
+    assert counts["changed"] == {f".{end} file of a tar not used": 1 for end in ("cls", "json", "npy", "png")}
+    assert counts["seen"] == counts["documents"] + 2
 
 
 def test_documents_of_several_parts_in_a_tar(tmp_path: Path) -> None:

@@ -300,6 +300,23 @@ def test_splits_of_files_and_of_a_field_agree(tmp_path: Path) -> None:
     assert read(tmp_path, source_split="test") == [("b test",)]
 
 
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+@pytest.mark.parametrize("folders", [True, False])
+def test_rows_of_images_in_folders_of_splits(tmp_path: Path, name: str, folders: bool) -> None:
+    """One table for all splits: an image's folder tells its row's, whether the row has the folder or not."""
+    write(tmp_path, {"train/0.png": png(0), "test/1.png": png(1), "2.png": png(2)})
+    places = ["train/0.png", "test/1.png", "2.png"]
+    rows = [{"file_name": place if folders else place[-5:], "text": f"n {n}"} for n, place in enumerate(places)]
+    told = "file_name,text\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    write(tmp_path, {name: told if name.endswith("csv") else lines(*rows)})
+    assert read(tmp_path) == [(png(0), "n 0"), (png(2), "n 2")]
+    assert read(tmp_path, source_split="test") == [(png(1), "n 1"), (png(2), "n 2")]
+    assert len(read(tmp_path, source_split="all")) == 3
+    reader = open_source(str(tmp_path), Columns())
+    assert reader.listing is not None
+    assert reader.listing.left_out({*reader.contents(), *reader.names}) == {"test/1.png": "of the split test"}
+
+
 def test_an_image_called_train_is_of_no_split(tmp_path: Path) -> None:
     write(tmp_path, {f"{name}.png": png(n) for n, name in enumerate(("test", "train"))})
     write(tmp_path, {"test.txt": "a test", "train.txt": "a train"})
@@ -506,6 +523,9 @@ def test_text_alone_may_be_asked_for(tmp_path: Path) -> None:
     assert read(tmp_path, reader="text") == [("image,caption\n1.jpg,a cat",)]
     write(tmp_path / "b", {"a.jsonl": lines({"url": URL, "caption": "a"})})
     assert read(tmp_path / "b", reader="text") == read(tmp_path / "b" / "a.jsonl", reader="text") == [("a",)]
+    write(tmp_path / "c", {"a.jsonl": lines({"images": ["gone.png"], "text": "a"})})
+    assert read(tmp_path / "c", reader="text") == [("a",)]
+    assert open_source(str(tmp_path / "c"), Columns(reader="text")).text_only
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"URL": [URL], "TEXT": ["a"]}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", reader="text") == [("a",)]

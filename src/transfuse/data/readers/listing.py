@@ -42,7 +42,8 @@ class Listing:
     """The files of a source by name, which is their path below `root`.
 
     aside: the reason for each file that no reader is shown. whole: it is a folder, every file of which is accounted
-    for; otherwise it is one file, or files at a URL. split: the one that `files` are of, if it was chosen.
+    for; otherwise it is one file, or files at a URL. split: the one that `files` are of, if it was chosen. others: the
+    split of each file of another one.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Listing:
     aside: Mapping[str, str] = field(default_factory=dict)
     whole: bool = False
     split: str = ""
+    others: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_folder(cls, folder: Path) -> Listing:
@@ -84,9 +86,8 @@ class Listing:
             logger.info(
                 f"{self.source}: taking the split {chosen}, not {counts} (--source-split takes another, or all)"
             )
-        aside = {name: f"of the split {split}" for name, split in others.items()}
         files = tuple(file for file in self.files if file.name not in others)
-        return replace(self, files=files, aside={**self.aside, **aside}, split=chosen)
+        return replace(self, files=files, split=chosen, others=others)
 
     def ending(self, *endings: str) -> list[File]:
         """Return the files whose names end so, in upper or lower case."""
@@ -99,13 +100,15 @@ class Listing:
         """Return the name of the file that a table in the folder `below` calls `name`; None: there is none.
 
         It is looked for below that folder, below the root, on the disk, and last anywhere by its own name, with or
-        without its ending. Raises ValueError for a name that several files have.
+        without its ending; files of other splits (`others`) come after. Raises ValueError for a name that several files
+        have.
         """
         name = name.replace("\\", "/")
         for path in (os.path.normpath(os.path.join(below, name)), os.path.normpath(name)):
             if path in self._names or (path and os.path.isfile(self.root / path)):
                 return os.path.relpath(self.root / path, self.root) if os.path.isabs(path) else path
-        named = self._by_last.get(name.rpartition("/")[2], [])
+        last = name.rpartition("/")[2]
+        named = self._by_last.get(last) or self._others_by_last.get(last, [])
         if len(named) > 1:
             further = [other for other in named if f"/{other}".endswith(f"/{name}")]
             if len(further) != 1:
@@ -119,23 +122,22 @@ class Listing:
 
     @cached_property
     def _by_last(self) -> dict[str, list[str]]:
-        """Names of images by their last part, with and without its ending."""
-        named: dict[str, list[str]] = {}
-        for file in self.images():
-            last = file.name.rpartition("/")[2]
-            for key in {last, last.rpartition(".")[0]}:
-                named.setdefault(key, []).append(file.name)
-        return named
+        return _by_last(file.name for file in self.images())
+
+    @cached_property
+    def _others_by_last(self) -> dict[str, list[str]]:
+        return _by_last(name for name in self.others if name.lower().endswith(SUFFIXES))
 
     @property
     def n_files(self) -> int:
         """The number of files, with those that no reader is shown."""
-        return len(self.files) + len(self.aside)
+        return len(self.files) + len(self.aside) + len(self.others)
 
     def left_out(self, used: Collection[str]) -> dict[str, str]:
         """Return why each file is left out of whose content (`used`, names) no document is made, sorted by name."""
         unused = {file.name: _why_unused(file) for file in self.files if file.name not in used}
-        aside = {name: reason for name, reason in self.aside.items() if name not in used}
+        others = {name: f"of the split {split}" for name, split in self.others.items()}
+        aside = {name: reason for name, reason in {**self.aside, **others}.items() if name not in used}
         return dict(sorted({**aside, **unused}.items()))
 
     def what_is_there(self) -> str:
@@ -144,9 +146,19 @@ class Listing:
         listed = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
         hints = (hint for ending, _ in counts.most_common() for kinds, hint in NEAREST.items() if ending in kinds)
         hint = next(hints, "")
-        aside = [f"{len(self.aside)} left aside"] if self.aside else []
+        aside = [f"{len(self.aside) + len(self.others)} left aside"] if self.aside or self.others else []
         there = ", ".join(filter(None, [listed, *aside]))
         return (f": {there}" if there else "") + (f"; nearest: {hint}" if hint else "")
+
+
+def _by_last(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return names of images by their last part, with and without its ending."""
+    named: dict[str, list[str]] = {}
+    for name in names:
+        last = name.rpartition("/")[2]
+        for key in {last, last.rpartition(".")[0]}:
+            named.setdefault(key, []).append(name)
+    return named
 
 
 def _why_unused(file: File) -> str:

@@ -147,8 +147,9 @@ class JsonReader(FileReader):
         if any(split_in(record) for record in first):
             chosen = choose_split(listing, place, self._every_record(), columns.source_split)
             self.by_field, self.source_split = chosen is not None, chosen or listing.split
-        self.dialogues = columns.reader != "text" and is_dialogue(first[0])
-        self.text_only = not (self.dialogues or any(has_images(record, columns) for record in first))
+        text = columns.reader == "text"
+        self.dialogues = not text and is_dialogue(first[0])
+        self.text_only = text or not (self.dialogues or any(has_images(record, columns) for record in first))
         records = [record for record in first if isinstance(record, dict)]
         names = list(self._image_names(first))
         if self.text_only:
@@ -190,7 +191,8 @@ class JsonReader(FileReader):
             if file.cache is not None:
                 continue
             below = str(PurePosixPath(file.name).parent)
-            for name in self._image_names(record for _, record, _ in self._records(part) if self._is_taken(record)):
+            taken = (record for _, record, _ in self._records(part) if self._is_taken(record, below))
+            for name in self._image_names(taken):
                 with suppress(ValueError):
                     path = self.listing.find(name, below) or str(PurePosixPath(below, name))
                     yield File(path, str(self.listing.root / path), 0)
@@ -222,15 +224,22 @@ class JsonReader(FileReader):
                 except ValueError as error:
                     yield number, error, []
 
-    def _is_taken(self, record: Any) -> bool:
-        return not self.by_field or split_in(record) in (self.source_split, None)
+    def _is_taken(self, record: Any, below: str) -> bool:
+        """Return False for a record of another split: by its field, or by the folder of its images."""
+        if self.by_field or self.listing is None or not self.listing.others:
+            return not self.by_field or split_in(record) in (self.source_split, None)
+        with suppress(ValueError):
+            return not any(
+                self.listing.find(name, below) in self.listing.others for name in self._image_names([record])
+            )
+        return True
 
     def read(self, part: Part) -> Iterator[Item]:
         file = part.what[0]
-        image = image_loader(file, self.listing)
+        image, below = image_loader(file, self.listing), str(PurePosixPath(file.name).parent)
         for number, record, changed in self._records(part):
             key = f"{file.name}:{number}"
-            if not self._is_taken(record):
+            if not self._is_taken(record, below):
                 continue
             try:
                 if isinstance(record, ValueError):

@@ -60,35 +60,48 @@ Named = tuple[str, Sequence[str], str]
 """the name of an image in a table, captions, and why the row is none"""
 
 
-def _rows(listing: Listing, table: File, named: Iterable[Named], changed: Sequence[str]) -> list[Row]:
+def rows_of(
+    listing: Listing,
+    table: File,
+    named: Iterable[Named],
+    changed: Sequence[str],
+    others: Iterable[str] = (),
+    split: str = "",
+) -> Rows:
     """Return a row for each image that a table names, with all captions it has there, and one for each fault.
 
-    changed: by reading the table. Raises UserError if none of the images exist.
+    changed: by reading the table. others: the images of its records of other splits than `split`, which it chose by a
+    field; without one, images of other splits by their folders are not taken. Raises UserError if none of the images
+    exist.
     """
     below = str(PurePosixPath(table.name).parent)
     images: dict[str, list[str]] = {}
-    faults, missing = list[Row](), list[str]()
-    total = 0
+    faults, missing, passed_over, taken = list[Row](), list[str](), list[str](), 0
+    for name in others:
+        with suppress(ValueError):
+            passed_over.append(listing.find(name, below) or "")
     for name, captions, fault in named:
-        total += 1
         try:
             path = None if fault else listing.find(name, below)
         except ValueError as error:
             fault, path = str(error), None
         if fault:
             faults.append(Row(name, fault=fault))
-            continue
-        if path is None:
-            missing.append(name)
-        images.setdefault(path or f"{below}/{name}".removeprefix("./"), []).extend(captions)
-    if missing and len(missing) == total - len(faults):
+        elif path in listing.others and not split:
+            passed_over.append(path)
+        else:
+            taken += 1
+            missing += [name] if path is None else []
+            images.setdefault(path or f"{below}/{name}".removeprefix("./"), []).extend(captions)
+    if missing and len(missing) == taken:
         first = (
             f"{table.place}: expected the images it names, found none of {len(images)} (the first: {missing[0]:.80})"
         )
         if re.match(r"https?://", missing[0]):
             raise UserError(f"{first}: these are URLs; {DOWNLOAD}")
         raise UserError(f"{first}; put them next to it, or take its words alone with --reader text")
-    return [*(Row(name, tuple(captions), changed=tuple(changed)) for name, captions in images.items()), *faults]
+    rows = [*(Row(name, tuple(captions), changed=tuple(changed)) for name, captions in images.items()), *faults]
+    return Rows(rows, passed_over, split)
 
 
 def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str, Any]]:
@@ -166,20 +179,7 @@ def table_rows(listing: Listing, table: File, columns: Columns) -> Rows:
         except ValueError as error:
             fault = fault or str(error)
         named.append((re.sub(r"#\d+$", "", name), captions, fault))
-    passed_over = [str(record.get(image)) for record in others]
-    return _rows_of(listing, table, named, passed_over, split, changed)
-
-
-def _rows_of(
-    listing: Listing, table: File, named: Iterable[Named], others: Iterable[str], split: str, changed: Sequence[str]
-) -> Rows:
-    """Return the rows of a table whose images are `named`, without `others`, which are of another split."""
-    below = str(PurePosixPath(table.name).parent)
-    passed_over = []
-    for name in others:
-        with suppress(ValueError):
-            passed_over.append(listing.find(name, below) or "")
-    return Rows(_rows(listing, table, named, changed), passed_over, split)
+    return rows_of(listing, table, named, changed, (str(record.get(image)) for record in others), split)
 
 
 def _of_split(
@@ -194,14 +194,14 @@ def _of_split(
 
 
 def _open_tables(
-    rows_of: Callable[[Listing, File, Columns], Rows],
+    read: Callable[[Listing, File, Columns], Rows],
     listing: Listing,
     files: list[File],
     columns: Columns,
 ) -> ImageReader:
     """Read the rows of several tables; an image that two of them name has the captions of both."""
     merged, faults, passed_over, split = dict[str, Row](), list[Row](), list[str](), ""
-    for table in (rows_of(listing, file, columns) for file in files):
+    for table in (read(listing, file, columns) for file in files):
         passed_over += table.passed_over
         split = split or table.split
         for row in table.rows:
@@ -314,7 +314,7 @@ def coco_rows(listing: Listing, table: File, columns: Columns) -> Rows:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{table.place}: expected COCO's or Karpathy's captions, found others ({reason})") from None
-    return _rows_of(listing, table, named, map(_karpathy_name, others), split, changed)
+    return rows_of(listing, table, named, changed, map(_karpathy_name, others), split)
 
 
 def _karpathy_name(image: dict[str, Any]) -> str:
@@ -339,7 +339,7 @@ def captions_json_rows(listing: Listing, table: File, columns: Columns) -> Rows:
             named.append((name, captions_in(value, name), ""))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{table.place}: expected captions by the names of images, found others ({error})") from None
-    return Rows(_rows(listing, table, named, changed))
+    return rows_of(listing, table, named, changed)
 
 
 open_metadata = open_table = partial(_open_tables, table_rows)
