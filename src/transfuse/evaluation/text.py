@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..data.dataset import DataSet
-from ..data.readers import Columns, Fault, open_source
+from ..data.readers import Columns, Fault, Raw, open_source
 from ..errors import UserError, install_command
 from ..export import Exported
 from ..inference import TransfusionPipeline, score
@@ -113,7 +113,8 @@ def read_texts(path: Path) -> list[str]:
         for item in reader.read(part):
             if isinstance(item, Fault):
                 raise UserError(f"{path}: {item.key}: {item.reason}")
-            texts += [words for words in item.parts if isinstance(words, str)]
+            if isinstance(item, Raw):
+                texts += [words for words in item.parts if isinstance(words, str)]
     if not texts:
         raise UserError(f"{path}: expected documents with words, found none")
     return texts

@@ -181,11 +181,11 @@ def dialogue(key: str, messages: Any, image: Callable[[Any], bytes]) -> Raw:
     parts: list[str | bytes] = []
     roles: list[str] = []
     for message in messages if isinstance(messages, list) else [None]:
-        role = ROLES.get(str(message.get("role"))) if isinstance(message, dict) else None
+        fields = message if isinstance(message, dict) else {}
+        role, content = ROLES.get(str(fields.get("role"))), fields.get("content")
         if role is None or role in roles[-1:]:
             known = ", ".join(dict.fromkeys(ROLES.values()))
             raise ValueError(f"expected messages of {known} in turns, found {json.dumps(message, default=str):.60}")
-        content = message.get("content")
         listed = [
             {"image": part["image_url"]["url"]} if isinstance(part, dict) and "image_url" in part else part
             for part in (content if isinstance(content, list) else [content])

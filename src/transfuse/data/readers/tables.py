@@ -87,7 +87,7 @@ def rows_of(
             fault, path = str(error), None
         if fault:
             faults.append(Row(name, fault=fault))
-        elif path in listing.others and not split:
+        elif path is not None and path in listing.others and not split:
             passed_over.append(path)
         else:
             taken += 1
