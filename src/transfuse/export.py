@@ -92,6 +92,25 @@ def out_of_range(settings: Any) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """The origin of a model that draws in few steps without guidance (`training.distillation`).
+
+    steps           its steps
+    teacher         the first 16 hexadecimal digits of the SHA-256 of its teacher's weights
+    teacher_steps, guidance_scale   how its teacher drew
+    """
+
+    steps: int
+    teacher: str
+    teacher_steps: int
+    guidance_scale: float
+
+    def __str__(self) -> str:
+        guided = "" if self.guidance_scale == 1 else f" guided by {self.guidance_scale:g}"
+        return f"draws in {self.steps} steps without guidance what took its teacher {self.teacher_steps}{guided}"
+
+
 @dataclass
 class Exported:
     """A model with its tokenizer, autoencoder and settings, ready to write and draw."""
@@ -107,6 +126,8 @@ class Exported:
     """the file it was loaded from"""
     vocabulary: Vocabulary | None = None
     """the words it has learned to draw; None: an open world"""
+    distilled: Distilled | None = None
+    """how it was distilled; None: it was not"""
     quantize: str | None = None
     """8-bit format of the blocks' weights; None: not quantised"""
     compiled: bool = False
@@ -142,12 +163,14 @@ def save_export(
     world: Mapping[str, Any] | None = None,
     preset: str = "",
     vocabulary: Vocabulary | None = None,
+    distilled: Distilled | None = None,
 ) -> Path:
     """Write an export folder; it appears whole or not at all.
 
     world: settings of the bundled scenes the model learned from, for its evaluation; None: none.
     preset: the recipe's name; commands do not choose models of the presets in `folders.TRIALS`.
     vocabulary: the words it has learned to draw; None: an open world, and no file.
+    distilled: how it was distilled; None: it was not.
 
     Raises UserError if it cannot be written.
     """
@@ -164,7 +187,7 @@ def save_export(
             "tokenizer": {"fingerprint": tokenizer.fingerprint},
             "autoencoder": {"name": autoencoder.name, "fingerprint": fingerprint(partial / "autoencoder")},
             "world": world,
-        }
+        } | ({} if distilled is None else {"distilled": to_dict(distilled)})
         write_transformers_files(partial, config, model, tokenizer, autoencoder.factor, generation.max_tokens)
         write_json(partial / GENERATION, to_dict(generation))
         tensors = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
@@ -198,6 +221,7 @@ class Described:
     autoencoder: Origin
     world: dict[str, Any] | None
     """settings of the bundled scenes it learned from; None: none"""
+    distilled: Distilled | None = None
 
 
 def describe(folder: Path | str) -> Described:
@@ -220,6 +244,7 @@ def describe(folder: Path | str) -> Described:
         from_dict(Origin, config.get("tokenizer"), f"{where}: tokenizer"),
         from_dict(Origin, config.get("autoencoder"), f"{where}: autoencoder"),
         config.get("world"),
+        from_dict(Distilled, config["distilled"], f"{where}: distilled") if "distilled" in config else None,
     )
 
 
@@ -254,6 +279,7 @@ def load_export(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
         export.generation,
         place["model.safetensors"],
         Vocabulary.load(place["vocabulary.json"]),
+        export.distilled,
     )
 
 

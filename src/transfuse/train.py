@@ -24,7 +24,8 @@ from torch import Tensor
 from .autoencoders import DeferredEncoder, ImageAutoencoder
 from .config import to_dict
 from .data import CorruptLog, Finish, Packer, StepLoader, unchanged
-from .export import save_export
+from .export import Distilled, describe, load_weights, save_export
+from .io import sha256
 from .log import logger
 from .model import Transfusion
 from .model.flops import train_flops
@@ -34,8 +35,10 @@ from .recipes import Recipe
 from .runs import Curves, Run, held, open_run, run_device, unseen_noise
 from .runs.monitor import averaged_model, measuring, sample_grid
 from .runs.resolve import init_from
+from .sequence import Batch
 from .training import (
     CheckpointFolder,
+    DistillationObjective,
     Distributed,
     TokenObjective,
     Trainer,
@@ -116,7 +119,13 @@ def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> T
         if encodes_later(recipe):
             assert isinstance(run.autoencoder, ImageAutoencoder)
             encoder = copy.deepcopy(run.autoencoder).to(ranks.device)
-        objective = TransfusionObjective(recipe.objective, run.process, recipe.seed, encoder)
+        if recipe.distil.steps:
+            teacher, distil = load_teacher(run).to(ranks.device), recipe.distil
+            objective = DistillationObjective(
+                recipe.objective, run.process, recipe.seed, teacher, run.format, distil, encoder
+            )
+        else:
+            objective = TransfusionObjective(recipe.objective, run.process, recipe.seed, encoder)
         finish = objective.sample_noise
     loader = build_loader(run, folder, ranks.data, ranks.datas, finish)
     if recipe.model.images == "latents" and ranks.first and (warning := unseen_noise(recipe, loader.document)):
@@ -125,6 +134,10 @@ def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> T
     def rate_of(name: str) -> float:
         return 1.0 if of_images(name) else recipe.text_rate
 
+    def flops(batch: Batch) -> int:
+        student = train_flops(recipe.model, batch, frozen(recipe.freeze, recipe.lora))
+        return student + (objective.teacher_flops(batch) if isinstance(objective, DistillationObjective) else 0)
+
     return Trainer(
         model,
         objective,
@@ -132,7 +145,7 @@ def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> T
         folder,
         recipe.loop,
         recipe.optimizer,
-        partial(train_flops, recipe.model, frozen=frozen(recipe.freeze, recipe.lora)),
+        flops,
         ranks,
         rate_of=rate_of,
         plain=partial(merged, model),
@@ -169,6 +182,14 @@ def build_model(run: Run, folder: Path, ranks: Distributed) -> Transfusion:
         logger.info(f"{start}: {init_from(plain, start, run.tokenizer, recipe.init.allow_changes, copy_tower)}")
         begin(model, plain, recipe.seed)
     return model
+
+
+def load_teacher(run: Run) -> Transfusion:
+    """Load the network that a distilled one learns from, in float32 and without gradients."""
+    export = describe(run.recipe.start)
+    teacher = Transfusion.on_meta(export.model, run.recipe.compute)
+    load_weights(teacher, export.place["model.safetensors"])
+    return teacher.float().requires_grad_(False)
 
 
 def build_loader(run: Run, folder: Path, rank: int = 0, ranks: int = 1, finish: Finish = unchanged) -> StepLoader:
@@ -225,7 +246,19 @@ def export_weights(run: Run, trainer: Trainer, weights: dict[str, Tensor], folde
         to_dict(recipe.data.world) if recipe.data.of_the_world else None,
         recipe.preset,
         run.vocabulary,
+        distilled_by(recipe),
     )
+
+
+def distilled_by(recipe: Recipe) -> Distilled | None:
+    """Return how a recipe distils its model; None if it trains one."""
+    distil = recipe.distil
+    if not distil.steps:
+        return None
+    teacher = sha256(describe(recipe.start).place["model.safetensors"])[:16]
+    assert distil.teacher_steps is not None
+    assert distil.guidance_scale is not None
+    return Distilled(distil.steps, teacher, distil.teacher_steps, distil.guidance_scale)
 
 
 def _model_card(run: Run, trainer: Trainer) -> str:
@@ -237,6 +270,8 @@ def _model_card(run: Run, trainer: Trainer) -> str:
         call = '.generate("crab:").text'
     done = {"positions": 0, "images": 0, "flops": 0, "seconds": 0, **trainer.totals}
     start = f"\n- Started from the weights in {Path(recipe.start).name}, whose licence holds." if recipe.start else ""
+    if distilled := distilled_by(recipe):
+        start += f"\n- Distilled: {distilled}."
     metadata = {"pipeline_tag": "text-generation" if images == "none" else "any-to-any", "library_name": "transfuse"}
     if not recipe.start and not run.sources.sets:  # nothing but what comes with the package
         metadata["license"] = "apache-2.0"

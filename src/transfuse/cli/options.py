@@ -59,7 +59,8 @@ def parse(function: Callable[..., int], words: Sequence[str], name: str) -> part
     if "recipe" in hints:
         if words and words[0] in ("-h", "--help"):
             return partial(print_presets, function, hints["recipe"], name)
-        doc, function = function.__doc__, partial(function, recipe=starting_recipe(hints["recipe"], words, name))
+        recipe = starting_recipe(hints["recipe"], words, name, "model" in hints)
+        doc, function = function.__doc__, partial(function, recipe=recipe)
         function.__doc__ = doc
 
     @wraps(function)
@@ -218,8 +219,10 @@ def config_files(words: Sequence[str]) -> list[str]:
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
-def starting_recipe(kind: type[Any], words: Sequence[str], name: str) -> Any:
+def starting_recipe(kind: type[Any], words: Sequence[str], name: str, of_model: bool = False) -> Any:
     """Return a recipe before the options of a command line: a preset, changed by the file that `--config` names.
+
+    of_model: the first word is an export, to be distilled, and needed
 
     A file without a preset's name next to it may name one itself. Raises UserError where there is neither.
     """
@@ -227,11 +230,16 @@ def starting_recipe(kind: type[Any], words: Sequence[str], name: str) -> Any:
 
     chosen = words[0] if words and not words[0].startswith("-") else None
     files = config_files(words)
+    if chosen is None and (of_model or not files):
+        word, wanted = words[0] if words else "none", "an export folder" if of_model else "a preset"
+        raise UserError(f"{name}: expected {wanted}, found {word}; transfuse {name} --help lists them")
+    if of_model:
+        from ..runs import student_of
+
+        recipe = student_of(str(chosen))
+        return updated(recipe, read_settings(Path(files[-1])), files[-1]) if files else recipe
     if not files:
-        if chosen is None:
-            word = words[0] if words else "none"
-            raise UserError(f"{name}: expected a preset, found {word}; transfuse {name} --help lists them")
-        return preset(chosen, kind)
+        return preset(str(chosen), kind)
     values = read_settings(Path(files[-1]))
     if values.get("version", VERSION) != VERSION:
         raise UserError(f"{files[-1]}: version: expected {VERSION}, found {values['version']}")
@@ -241,13 +249,14 @@ def starting_recipe(kind: type[Any], words: Sequence[str], name: str) -> Any:
 
 
 def print_presets(function: Callable[..., int], kind: type[Any], name: str) -> int:
-    """Print a command's help without the settings, which depend on the preset; return the exit code 0."""
+    """Print a command's help without the settings, which depend on the first word; return the exit code 0."""
     from ..recipes import NAMED
 
-    text = inspect.getdoc(function) or ""
+    text, of_model = inspect.getdoc(function) or "", "model" in get_type_hints(function)
     print(text.partition("\nArgs:")[0] + "\n")
-    print(fill(f"presets: {', '.join(NAMED[kind])}", 100, break_on_hyphens=False))
-    print(f"settings: transfuse {name} PRESET --help")
+    if not of_model:
+        print(fill(f"presets: {', '.join(NAMED[kind])}", 100, break_on_hyphens=False))
+    print(f"settings: transfuse {name} {'MODEL' if of_model else 'PRESET'} --help")
     return 0
 
 

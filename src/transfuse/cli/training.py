@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from ..log import logger
 from ..plan import cluster_plan
 from ..plan import plan as plan_of
 from ..recipes import Recipe
+from ..train import Trained
 from ..train import train as train_model
 from ..training import stopped_code
 from .options import Config, Flat, Json, Positional, Preset, RunFolder, print_json, run_folder
@@ -37,7 +39,36 @@ def train(
     $ torchrun --nproc-per-node 8 -m transfuse -- train demo --run runs/mine
     """
     folder = run_folder(run, recipe.preset, config)
-    trained = train_model(recipe, folder)
+    return _finished(train_model(recipe, folder), folder, json)
+
+
+def distil(
+    recipe: Annotated[Recipe, Flat],
+    model: Positional[str],
+    *,
+    steps: int = 4,
+    config: Config = None,
+    run: RunFolder = None,
+    json: Json = False,
+) -> int:
+    """Teach a model to draw in few steps without guidance, with another model as its teacher.
+
+    $ transfuse distil runs/demo/export --steps 4 --run runs/demo-4-steps
+
+    The data are those that the teacher was trained on: of its run, in whose folder it is, or else of its preset. Every
+    setting of the recipe is an option. The same command resumes from the newest checkpoint, as with transfuse train.
+
+    Args:
+        model: export folder of the teacher, or a bundled model's name
+        steps: denoising steps of the student
+    """
+    recipe = replace(recipe, start=model, distil=replace(recipe.distil, steps=steps))
+    folder = run or Path("runs") / f"{recipe.preset}-{steps}-steps"
+    return _finished(train_model(recipe, folder), folder, json)
+
+
+def _finished(trained: Trained, folder: Path, json: bool) -> int:
+    """Report a trained model, or that the run was stopped; return the exit code."""
     if trained.export is None:
         return stopped_code(trained.trainer.ranks)
     if not trained.trainer.ranks.first:

@@ -193,6 +193,8 @@ def _reply(pipe: TransfusionPipeline, prompt: str, sample: SampleOptions, out: P
     from ..inference.settings import settings_of
 
     prompt = pipe.read_prompt(prompt, sample.strict, sample.draw).text
+    if distilled := pipe.exported.distilled:
+        logger.info(f"the model {distilled}")
     request = replace(pipe.request([prompt], sample.steps, sample.guidance_scale), seed=sample.seed, draw=sample.draw)
     if sample.max_tokens is not None:
         request = replace(request, max_tokens=sample.max_tokens)

@@ -201,6 +201,21 @@ class Process:
                 per_sigma = torch.where(sigma > 0, 1 / sigma, 0)
                 return ((x_t - signal * prediction) * per_sigma).to(x_t.dtype)
 
+    def step(self, x0: Tensor, x_t: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
+        """Return x_s, s < t, with the noise that x0 and x_t imply: DDIM without noise, Euler for "flow"."""
+        return self.add_noise(x0, self.implied_noise(x0, x_t, t), s)
+
+    def implied_noise(self, x0: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
+        """Return the noise with which x0 becomes x_t, t > 0."""
+        signal, sigma = self._amplitudes(x0, x_t, t)
+        return ((x_t - signal * x0) / sigma).to(x_t.dtype)
+
+    def x0_of_step(self, x_s: Tensor, x_t: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
+        """Return the x0 for which `step` leads from x_t to x_s (arXiv 2202.00512, appendix G)."""
+        (signal_t, sigma_t), (signal_s, sigma_s) = (self._amplitudes(x_t, x_s, level) for level in (t, s))
+        ratio = sigma_s / sigma_t
+        return ((x_s - ratio * x_t) / (signal_s - ratio * signal_t)).to(x_t.dtype)
+
     def weight(self, t: Tensor | int) -> Tensor:
         """Return each image's loss weight, float32, shaped and placed as t.
 

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..export import GenerationConfig
 from ..model import ModelConfig
 from ..sequence import SequenceFormat, Tokenizer
-from ..training import LoopConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from ..training import DistilConfig, LoopConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from ..training.finetune import Freeze, LoRAConfig
 
 ImageContext = Literal["capped", "clean-copy"]
@@ -173,6 +173,7 @@ class Recipe:
     text_rate: float = 1.0
     """the learning rate of those weights is multiplied by this (LMFusion tried 0.1)"""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -203,3 +204,22 @@ class Recipe:
     def compute(self) -> torch.dtype:
         """The dtype of the residual stream, once `precision` is no longer "auto"."""
         return torch.float32 if self.precision == "float32" else torch.bfloat16
+
+
+def student(recipe: Recipe, teacher: str, steps: int = 4) -> Recipe:
+    """Return the recipe that distils a model, trained by `recipe`, to few steps, on the data that it was trained on.
+
+    teacher: the model's export. A run of a few hundred steps: most of what a student needs, its teacher knows.
+    """
+    optimizer = OptimizerConfig(learning_rate=5e-4, final_learning_rate=1e-5, warmup=20, weight_decay=0.0)
+    loop = LoopConfig(steps=600, ema_decay=0.99, log_every=10, sample_every=100, checkpoint_every=100, keep=1)
+    return Recipe(
+        preset=recipe.preset,
+        start=teacher,
+        distil=DistilConfig(steps),
+        model=recipe.model,
+        data=replace(recipe.data, autoencoder_weights=""),  # the teacher's copy
+        objective=recipe.objective,
+        optimizer=optimizer,
+        loop=loop,
+    )

@@ -1,7 +1,7 @@
 """Runs: a recipe resolved into what it names, and the folder it trains in."""
 
 from .curves import Curves, read_curves
-from .folder import held, is_kind, read_recipe, run_device, settle_device
+from .folder import held, is_kind, read_recipe, run_device, settle_device, student_of
 from .resolve import Run, open_recipe_autoencoder, open_run, resolve, train_tokenizer
 from .sources import Sources, open_sources, unseen_noise
 
@@ -19,6 +19,7 @@ __all__ = [
     "resolve",
     "run_device",
     "settle_device",
+    "student_of",
     "train_tokenizer",
     "unseen_noise",
 ]

@@ -12,11 +12,15 @@ from typing import Any, Protocol, TypeVar
 from filelock import FileLock, Timeout
 
 from ..config import from_dict, read_json, to_dict
+from ..data.bundled import WorldConfig
 from ..devices import Device, Precision, pick_device, training_precision
 from ..errors import UserError
+from ..export import describe
+from ..folders import find_export
 from ..io import atomic_write
 from ..log import logger
-from ..recipes.recipe import VERSION
+from ..recipes import PRESETS, Recipe, preset
+from ..recipes.recipe import VERSION, student
 from ..training import Distributed, LoopConfig
 
 FREE = {
@@ -131,6 +135,25 @@ def read_recipe(path: Path, kind: type[R]) -> R:
     if version != VERSION:
         raise UserError(f"{path}: version: expected {VERSION}, found {version}")
     return from_dict(kind, values, str(path))
+
+
+def student_of(model: str) -> Recipe:
+    """Return the recipe that distils an export: of its run, whose folder it is in, else of the preset that it names.
+
+    Raises UserError for an export that has neither.
+    """
+    export, run = describe(model), find_export(model).parent / "config.json"
+    if run.is_file() and is_kind(run, Recipe):
+        return student(read_recipe(run, Recipe), model)
+    config = export.place["config.json"]
+    name = read_json(config).get("preset")
+    if name not in PRESETS:
+        raise UserError(f"{config}: preset: expected a preset, whose data it learns from, found {name!r}")
+    recipe = preset(name)
+    if export.world is not None:
+        world = from_dict(WorldConfig, export.world, f"{config}: world")
+        recipe = replace(recipe, data=replace(recipe.data, world=world))
+    return student(recipe, model)
 
 
 def is_kind(path: Path, kind: type[RunRecipe]) -> bool:

@@ -24,7 +24,7 @@ from ..config import to_dict
 from ..convert.hf_folder import check_vocabulary, match_weights, new_markers, read_hf_config, start_from_hf
 from ..data import Mixture
 from ..data.bundled import TEMPLATE, World, caption, edit, glosses, vocabulary
-from ..diffusion import Process, Sampler
+from ..diffusion import Process, Sampler, SamplerConfig
 from ..errors import UserError
 from ..export import Described, describe, load_weights
 from ..folders import bundled_name, is_export, places
@@ -81,6 +81,8 @@ class Run:
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The words of the bundled scenes; None for a model that draws something else, or nothing."""
+        if self.recipe.distil.steps:
+            return Vocabulary.load(places(Path(self.recipe.start))["vocabulary.json"])
         names = {spec.name for spec in self.sources.pictures}
         if self.recipe.model.images == "none" or self.recipe.start or not names <= set(OF_THE_WORLD):
             return None
@@ -112,7 +114,7 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
     if recipe.start:
         recipe = resolve_init(replace(recipe, start=str(fetched(recipe.start))), begun)
     check_finetuning(recipe)
-    recipe = _untied(recipe)
+    recipe = _untied(_with_distillation(recipe))
     sources = open_sources(recipe.data)
     recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))
     saved = init_tokenizer(Path(recipe.start)) if recipe.start else None
@@ -384,6 +386,42 @@ def _with_experts(model: ModelConfig, wanted: ModelConfig) -> ModelConfig:
     if model.experts != "shared":
         return model
     return replace(model, experts=wanted.experts, image_d_ff=wanted.image_d_ff)
+
+
+def _with_distillation(recipe: Recipe) -> Recipe:
+    """Return the recipe with its teacher's way of drawing, and its student's: DDIM in `distil.steps`, not guided.
+
+    Images before all text are shown clean, for a noised one would be part of the way of no drawing. Raises UserError
+    for a teacher that cannot be distilled.
+    """
+    distil, pairs = recipe.distil, recipe.data.pairs
+    if not distil.steps:
+        return recipe
+    if not recipe.start or not is_export(Path(recipe.start)) or recipe.init.allow_changes:
+        raise UserError(f"distil.steps: expected 0 without a teacher, an export in start, found {distil.steps}")
+    teacher = describe(recipe.start)
+    if teacher.model.images != "latents" or teacher.diffusion.prediction == "epsilon":
+        predicted = teacher.diffusion.prediction if teacher.model.images == "latents" else teacher.model.images
+        raise UserError(
+            f"{recipe.start}: expected a model that predicts x0 or v, which few steps can draw with, found {predicted}"
+        )
+    own, levels = teacher.generation, teacher.diffusion.timesteps
+    teacher_steps = distil.teacher_steps or -(-own.sampler.steps // distil.steps) * distil.steps
+    if teacher_steps % distil.steps or teacher_steps > levels:
+        raise UserError(
+            f"distil.teacher_steps: expected a multiple of the student's {distil.steps}, at most {levels}, "
+            f"found {teacher_steps}"
+        )
+    scale, interval = distil.guidance_scale, distil.guidance_interval
+    if scale is None:
+        scale, interval = own.guidance_scale, own.guidance_interval
+    sampler = SamplerConfig("ddim", distil.steps)
+    return replace(
+        recipe,
+        distil=replace(distil, teacher_steps=teacher_steps, guidance_scale=scale, guidance_interval=interval),
+        generation=replace(own, sampler=sampler, guidance_scale=1.0, guidance_interval=None),
+        data=replace(recipe.data, pairs=replace(pairs, image_first_max_timestep=0)),
+    )
 
 
 def _untied(recipe: Recipe) -> Recipe:

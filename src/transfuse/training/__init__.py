@@ -1,6 +1,7 @@
 """Training: one loop, objectives that plug into it, checkpoints, metrics."""
 
 from .checkpoint import Checkpoint, CheckpointFolder, read, verify
+from .distillation import DistilConfig, DistillationObjective
 from .distributed import RESUMABLE, Distributed, join, place, stopped_code
 from .loss import LossSums, Objective, ObjectiveConfig, TokenObjective, TransfusionObjective
 from .metrics import read_metrics
@@ -12,6 +13,8 @@ __all__ = [
     "RESUMABLE",
     "Checkpoint",
     "CheckpointFolder",
+    "DistilConfig",
+    "DistillationObjective",
     "DivergedError",
     "EMA",
     "LoopConfig",

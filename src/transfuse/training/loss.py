@@ -232,9 +232,13 @@ class TransfusionObjective(TokenObjective):
             generator = generator_for(self.seed, "noise", sample, image)
             if batch.denoise[number]:
                 cap = int(batch.max_timestep[number]) or None
-                timesteps[number] = self.process.sample_timestep(generator, shape[1], shape[2], cap)
+                timesteps[number] = self.sample_timestep(generator, shape[1], shape[2], cap)
             noise.append(torch.randn(shape, generator=generator))
         return replace(batch, timesteps=timesteps, noise=stacked(noise))
+
+    def sample_timestep(self, generator: torch.Generator, rows: int, columns: int, cap: int | None) -> int:
+        """Draw the timestep of an image, at most `cap`, whose latent has `rows` and `columns`."""
+        return self.process.sample_timestep(generator, rows, columns, cap)
 
     def noise(self, batch: Batch) -> Noised:
         """Add noise to a batch of encoded images, by its timesteps and noise, which are sampled if it has none."""
