@@ -1,9 +1,9 @@
 """The open ablation table of unified models: what the field measured since 2024, one switch a row.
 
-    python -m experiments.since --size xs --positions 3e6 --seeds 0 1 2        or: transfuse study since ...
+    python -m experiments.since --size s --positions 1e6 --seeds 0 1 2        or: transfuse study since ...
 
 A row is a file of `experiments/rows/`: its first line says what it is, the rest is settings for the preset
-`latent-64`. The same file trains the row alone: `transfuse train latent-64 --config experiments/rows/flow.toml`.
+`demo`. The same file trains the row alone: `transfuse train demo --config experiments/rows/flow.toml`.
 `best` combines switches, and `best-without-X` leaves one of them out. All rows get the same number of positions, the
 same share of them text, the same seeds and the same judges; differences are paired by seed. Rows that lose stay.
 """
@@ -40,7 +40,7 @@ from .evaluation import by_seed, check_one_size
 from .statistics import Difference, paired, weighted_sums
 
 FOLDER = Path(__file__).with_name("rows")
-PRESET, BASE, BEST = "latent-64", "base", "best"
+PRESET, BASE, BEST = "demo", "base", "best"
 
 MEASURES: dict[str, tuple[str, str]] = {
     "noun_strict": ("drawn: noun right, strict judge", "higher"),
@@ -57,7 +57,7 @@ MEASURES: dict[str, tuple[str, str]] = {
 class Since(Shared):
     """Train the rows of the open ablation table at several seeds, and compare each with the base.
 
-    transfuse study since --size xs --positions 3e6 --seeds 0 1 2
+    transfuse study since --size s --positions 1e6 --seeds 0 1 2
 
     Any number of processes may run this command on one folder.
     """
@@ -66,9 +66,9 @@ class Since(Shared):
     """folder of all runs, results and the report"""
     rows: tuple[str, ...] = ()
     """names of rows, the files of experiments/rows; all if not given"""
-    size: str = "xs"
+    size: str = "s"
     """of the transformer: xxs, xs, s, m, l, xl, xxl"""
-    positions: float = 3e6
+    positions: float = 1e6
     """positions that each row is trained on"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """differences are paired by seed; a single one gives no interval"""

@@ -30,9 +30,9 @@ from transfuse.report import render
 
 @pytest.mark.parametrize("name", row_names())
 def test_a_row_is_a_settings_file_that_trains_alone(name: str) -> None:
-    options = find_command(["train", "latent-64", "--config", str(FOLDER / f"{name}.toml")]).keywords
+    options = find_command(["train", "demo", "--config", str(FOLDER / f"{name}.toml")]).keywords
     assert options["recipe"] == row_recipe(name, "m")
-    assert (row_recipe(name, "m") == preset("latent-64")) == (name == BASE), "it changes something"
+    assert (row_recipe(name, "m") == preset("demo")) == (name == BASE), "it changes something"
     assert len(row_title(name)) > 20
 
 
@@ -61,10 +61,10 @@ def result(row: str, seed: int, **values: float) -> dict[str, object]:
 
 
 def test_outcomes_are_paired_by_seed_and_know_their_direction() -> None:
-    base, flow, x0 = (30.0, 40.0, 50.0), (20.0, 31.0, 39.0), (31.0, 39.0, 51.0)
+    base, flow, v = (30.0, 40.0, 50.0), (20.0, 31.0, 39.0), (31.0, 39.0, 51.0)
     results = [
         result(row, seed, frechet=values[seed], noun_strict=values[seed] / 100)
-        for row, values in {"base": base, "flow": flow, "x0": x0}.items()
+        for row, values in {"base": base, "flow": flow, "v": v}.items()
         for seed in range(3)
     ]
     report = analyse(results)
@@ -72,7 +72,7 @@ def test_outcomes_are_paired_by_seed_and_know_their_direction() -> None:
     assert found["flow", "frechet"]["mean"] == pytest.approx(-10)
     assert found["flow", "frechet"]["outcome"] == "better"
     assert found["flow", "noun_strict"]["outcome"] == "worse"
-    assert found["x0", "frechet"]["outcome"] == "undecided"
+    assert found["v", "frechet"]["outcome"] == "undecided"
     assert ("flow", "seconds") not in found
     page = render(since_page(report, Path()))
     assert row_title("flow") in page.replace("&#39;", "'")
