@@ -21,15 +21,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .autoencoders import DeferredEncoder, ImageAutoencoder
+from .autoencoders import DeferredEncoder, ImageAutoencoder, Pixels
 from .config import to_dict
 from .data import CorruptLog, Finish, Packer, StepLoader, unchanged
+from .devices import on_meta
 from .export import Distilled, describe, load_weights, save_export
 from .io import sha256
 from .log import logger
 from .model import Transfusion
 from .model.flops import train_flops
-from .model.transfusion import of_images
+from .model.transfusion import AlignmentHead, of_images
 from .model_card import write_card
 from .recipes import Recipe
 from .runs import Curves, Run, held, open_run, run_device, unseen_noise
@@ -115,18 +116,25 @@ def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> T
     model = build_model(run, folder, ranks)
     objective, finish = TokenObjective(recipe.objective, recipe.seed), unchanged
     if recipe.model.images == "latents":
-        encoder = None
+        # Where batches of pixels are encoded: on the trainer's GPU, or in the loader's processes.
+        on_gpu, encoder, features = recipe.device == "cuda", None, None
+        place_of_encoder = ranks.device if on_gpu else torch.device("cpu")
         if encodes_later(recipe):
-            assert isinstance(run.autoencoder, ImageAutoencoder)
-            encoder = copy.deepcopy(run.autoencoder).to(ranks.device)
+            assert isinstance(run.autoencoder, ImageAutoencoder | Pixels)
+            encoder = run.autoencoder
+            if isinstance(encoder, ImageAutoencoder):
+                encoder = copy.deepcopy(encoder).to(place_of_encoder)
+        if run.features is not None:
+            side = recipe.model.patch_size * run.autoencoder.factor
+            features = partial(run.features.to(place_of_encoder).patches, side=side)
         if recipe.distil.steps:
             teacher, distil = load_teacher(run).to(ranks.device), recipe.distil
             objective = DistillationObjective(
                 recipe.objective, run.process, recipe.seed, teacher, run.format, distil, encoder
             )
         else:
-            objective = TransfusionObjective(recipe.objective, run.process, recipe.seed, encoder)
-        finish = objective.sample_noise
+            objective = TransfusionObjective(recipe.objective, run.process, recipe.seed, encoder, features)
+        finish = objective.sample_noise if on_gpu else objective.prepare
     loader = build_loader(run, folder, ranks.data, ranks.datas, finish)
     if recipe.model.images == "latents" and ranks.first and (warning := unseen_noise(recipe, loader.document)):
         logger.info(warning)
@@ -165,14 +173,19 @@ def run_trainer(
 
 
 def encodes_later(recipe: Recipe) -> bool:
-    """Return True if images are encoded by the trainer, on its GPU, instead of in the loader."""
-    return recipe.device == "cuda" and recipe.model.images == "latents" and recipe.data.autoencoder != "pixels"
+    """Return True if batches of pixels are encoded whole: by the trainer on its GPU, or with a teacher's features."""
+    by_network = recipe.device == "cuda" and recipe.data.autoencoder != "pixels"
+    return recipe.model.images == "latents" and (by_network or recipe.objective.align_weight > 0)
 
 
 def build_model(run: Run, folder: Path, ranks: Distributed) -> Transfusion:
     """Return the network with its initial weights, or this rank's shards of it; they do not depend on the ranks."""
     recipe = run.recipe
     model = adapt(Transfusion.on_meta(recipe.model, recipe.compute), recipe.freeze, recipe.lora, run.format)
+    if run.features is not None:
+        with on_meta():
+            layer, channels = recipe.objective.align_layer, run.features.channels[-2]
+            model.image_alignment = AlignmentHead(recipe.model.d_model, layer, channels)
     model = parallelize(model, ranks, recipe.parallel)
     model.to_empty(device=ranks.device).initialise(recipe.seed, place)
     if recipe.start and CheckpointFolder(folder / "checkpoints", ranks=ranks).newest()[0] is None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from transfuse.autoencoders.features import MobileNetV2
 from transfuse.data.loader import EMPTY
 from transfuse.recipes import Recipe, preset
 from transfuse.recipes.autoencoders import AUTOENCODERS, AutoencoderRecipe
@@ -58,6 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"model.dropout": 0.1},
     "dropout-full": {"model.dropout": 0.1, "parallel.activation_checkpointing": "full"},
     "clean-copy": {"data.context": "clean-copy", "data.pairs.caption_first": 0.3},
+    "align": {"objective": {"align_weight": 0.5, "align_layer": 1}},
+    "align-uneven": {"objective": {"align_weight": 0.5, "align_layer": 1}},
     "uneven": {},
     "poisoned": {"loop.guard.nonfinite": "skip"},
     "poisoned-copies": {"loop.guard.nonfinite": "skip", "parallel.replicate": 2},
@@ -145,6 +148,13 @@ def run(name: str, steps: int, folder: Path) -> None:
     """Train a case up to a step, from the folder's newest checkpoint if there is one; save. Losses and norms of each
     step, and all weights, are left in the folder."""
     opened, ranks = recipe(name), ranks_for(name)
+    if name.startswith("align"):
+        opened = changed(opened, ["objective", "align_teacher"], str(folder / "teacher.safetensors"))
+        if ranks.first:
+            torch.manual_seed(0)
+            folder.mkdir(parents=True)
+            named = MobileNetV2().state_dict().items()
+            save_file({key: x for key, x in named if not key.endswith("tracked")}, folder / "teacher.safetensors")
     begin: Any = open_run if isinstance(opened, Recipe) else open_autoencoder_run
     if ranks.first:
         begin(opened, folder)
@@ -153,7 +163,7 @@ def run(name: str, steps: int, folder: Path) -> None:
         trainer = build_trainer(open_run(opened, folder), folder, ranks)
     else:
         trainer = build_autoencoder_trainer(open_autoencoder_run(opened, folder), folder, ranks=ranks)
-    if name == "uneven":
+    if name.endswith("uneven"):
         trainer.load = Uneven(trainer.load, ranks)  # type: ignore[assignment]
     if name.startswith("poisoned"):
         trainer.load = Poisoned(trainer.load, ranks)  # type: ignore[assignment]

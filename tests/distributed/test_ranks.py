@@ -37,6 +37,8 @@ def runs(tmp_path_factory) -> Path:
         "tied",
         "unet",
         "clean-copy",
+        "align",
+        "align-uneven",
         "dropout",
         "dropout-full",
         "codes",
@@ -83,7 +85,7 @@ def test_counts_are_equal_for_every_split(runs: Path, alone: str, others: list[s
         assert totals(runs / other) == expected, other
 
 
-LOSSES = ("text", "image", "tokens", "gradient_norm")
+LOSSES = ("text", "image", "align", "tokens", "gradient_norm")
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
@@ -119,6 +121,8 @@ def same(run: Path, other: Path, tolerance: float) -> None:
         "tied",
         "unet",
         "clean-copy",
+        "align",
+        "align-uneven",
         "codes",
         *EXPERTS,
         "text",
@@ -140,6 +144,8 @@ def test_two_equal_one(runs: Path, name: str) -> None:
         "tied",
         "unet",
         "clean-copy",
+        "align",
+        "align-uneven",
         "codes",
         *EXPERTS,
         "text",

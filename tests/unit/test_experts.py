@@ -57,7 +57,10 @@ def some_documents(config: ModelConfig) -> list[Document]:
 def passed(model: Transfusion, batch: Batch, attend=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
     times = torch.arange(1, len(batch.latents) + 1) * 90
     attend = attend or Grouped(batch, torch.float32)
-    return model(batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches, batch.latents, times)
+    output = model(
+        batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches, batch.latents, times
+    )
+    return output.logits, output.predictions
 
 
 def loss(model: Transfusion, batch: Batch, attend=None) -> torch.Tensor:

@@ -169,7 +169,7 @@ def test_padding_has_no_loss_and_everything_else_has_the_same(padded: Path) -> N
         batch = objective.sample_noise(collate([document], form))
         whole = replace(batch, content=())
         noised = objective.noise(batch)
-        _, predictions = objective._forward(model, batch, noised)
+        predictions = objective._forward(model, batch, noised).predictions
         errors = (predictions[0] - noised.targets[0]).square()
         assert objective.loss(model, whole).losses[1].item() == pytest.approx(errors.mean().item(), rel=1e-5)
         expected = errors[:, top:bottom, left:right].mean().item()

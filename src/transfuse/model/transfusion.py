@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..devices import on_meta
 from ..sequence import Images, shapes_of
@@ -60,7 +61,8 @@ class Transformer(nn.Module):
     `image_norm` is the final norm of image positions, with `ModelConfig.experts`.
     `dropout` is the generator for dropout masks; None disables dropout. `table` holds `rotary_table` of positions
     0, 1, ... in the dtype of `x`; a lookup is faster than computing the sines again, but serves tokens alone.
-    `modulation` is that of the pass's images with `timestep="adaln"`.
+    `modulation` is that of the pass's images with `timestep="adaln"`. Of the blocks whose numbers, from 1, are keys of
+    `taps`, the outputs are put there.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -78,21 +80,25 @@ class Transformer(nn.Module):
         dropout: torch.Generator | None = None,
         table: tuple[Tensor, Tensor] | None = None,
         modulation: Modulation | None = None,
+        taps: dict[int, Any] | None = None,
     ) -> Any:
         def rotary_of(position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             if table is None or position_ids.dim() == 2:
                 return rotary_table(position_ids, self.config, dtype)
             return table[0].index_select(0, position_ids), table[1].index_select(0, position_ids)
 
+        rotary: Any
+        if isinstance(x, Towers):
+            rotary = Towers(*(rotary_of(ids, x.image.dtype) for ids in position_ids))
+        else:
+            rotary = rotary_of(position_ids, x.dtype)
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x, rotary, attend, dropout, modulation)
+            if taps and number in taps:
+                taps[number] = x
         if not isinstance(x, Towers):
-            rotary: Any = rotary_of(position_ids, x.dtype)
-            for block in self.blocks:
-                x = block(x, rotary, attend, dropout, modulation)
             return self.norm(x)
         assert self.image_norm is not None
-        rotary = Towers(*(rotary_of(ids, x.image.dtype) for ids in position_ids))
-        for block in self.blocks:
-            x = block(x, rotary, attend, dropout, modulation)
         return Towers(None if x.text is None else self.norm(x.text), self.image_norm(x.image))
 
     @torch.no_grad()
@@ -104,17 +110,37 @@ class Transformer(nn.Module):
                 weight.copy_(weights[name.replace(".image.", ".").replace("image_norm", "norm")])
 
 
+class AlignmentHead(nn.Module):
+    """A perceptron of three layers from patches' hidden states after block `layer`, `[P, C]`, to features `[P, D]`.
+
+    Part of a network in training alone, where the features are another network's of the clean images (REPA, arXiv
+    2410.06940); exports do not have it.
+    """
+
+    def __init__(self, channels: int, layer: int, features: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.inner = Linear(channels, 2 * channels, bias=True)
+        self.middle = Linear(2 * channels, 2 * channels, bias=True)
+        self.outer = Linear(2 * channels, features, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(F.silu(self.middle(F.silu(self.inner(x)))))
+
+
 class Output(NamedTuple):
     """The result of a forward pass.
 
     logits        `[M, vocab_size]` for the M positions in `loss_positions`, or the result of `lm_head_fn`
     predictions   one float32 `[channel, row, column]` per latent
+    features      `[P, D]` of the patches, by a network with an `AlignmentHead`
 
     It is a tuple because FSDP hooks onto the tensors its root returns, and some versions do not look into a dataclass.
     """
 
     logits: Tensor
     predictions: Images
+    features: Tensor | None = None
 
 
 class Transfusion(nn.Module):
@@ -137,6 +163,7 @@ class Transfusion(nn.Module):
             self.lm_head = TiedLinear(self.embedding)
         # Last, so that the other weights that a seed gives are the same without it.
         self.timestep_modulation = TimestepModulation(config.d_model) if config.timestep == "adaln" else None
+        self.image_alignment: AlignmentHead | None = None
 
     def forward(
         self,
@@ -172,24 +199,31 @@ class Transfusion(nn.Module):
         if len(latents) and self.image_adapter is None:
             raise ValueError(f'latents: expected none with model.images "{self.config.images}", found {len(latents)}')
         adapter, vectors, state = self.image_adapter if len(latents) else None, None, None
+        align = self.image_alignment if len(latents) else None
+        taps = None if align is None else dict.fromkeys([align.layer])
         if adapter is not None:
             assert timesteps is not None
             vectors, state = adapter.encode(latents, timesteps, self.compute_dtype, separate)
         if self.config.experts != "shared" and patches is not None:
             modulation = self._modulation(torch.arange(len(patches), device=patches.device), latents, timesteps)
-            x = self._by_towers(input_ids, position_ids, attend, patches, vectors, dropout, table, modulation)
+            x = self._by_towers(input_ids, position_ids, attend, patches, vectors, dropout, table, modulation, taps)
         else:
             x = self.embedding(input_ids).to(self.compute_dtype)
             if vectors is not None:
                 assert patches is not None
                 x = vectors if len(patches) == len(input_ids) else x.index_copy(0, patches, vectors)
             modulation = self._modulation(patches, latents, timesteps, len(input_ids))
-            x = self.transformer(x, position_ids, attend, dropout, table=table, modulation=modulation)
+            x = self.transformer(x, position_ids, attend, dropout, table, modulation, taps)
         predictions: Images = []
         if adapter is not None:
             assert patches is not None
             predictions = adapter.decode(x.index_select(0, patches), latents, state)
-        return Output(lm_head_fn(self.lm_head, x.index_select(0, loss_positions)), predictions)
+        features = None
+        if align is not None and taps is not None:
+            assert patches is not None
+            hidden: Any = taps[align.layer]
+            features = align(hidden.image if isinstance(hidden, Towers) else hidden.index_select(0, patches))
+        return Output(lm_head_fn(self.lm_head, x.index_select(0, loss_positions)), predictions, features)
 
     def _by_towers(
         self,
@@ -201,6 +235,7 @@ class Transfusion(nn.Module):
         dropout: torch.Generator | None,
         table: tuple[Tensor, Tensor] | None,
         modulation: Modulation | None,
+        taps: dict[int, Any] | None,
     ) -> Tensor:
         """Run the transformer over text and image positions apart, and return `[N, C]` in order.
 
@@ -212,12 +247,10 @@ class Transfusion(nn.Module):
         if vectors is None:
             vectors = self.embedding(input_ids.index_select(0, patches)).to(self.compute_dtype)
         if not len(text):
-            x = self.transformer(Towers(None, vectors), ids, attend, dropout, table=table, modulation=modulation)
-            return x.image
+            return self.transformer(Towers(None, vectors), ids, attend, dropout, table, modulation, taps).image
         words = self.embedding(input_ids.index_select(0, text)).to(self.compute_dtype)
         attend_towers = for_towers(attend, text, patches)
-        x = Towers(words, vectors)
-        x = self.transformer(x, ids, attend_towers, dropout, table=table, modulation=modulation)
+        x = self.transformer(Towers(words, vectors), ids, attend_towers, dropout, table, modulation, taps)
         return merge_towers(x, text, patches)
 
     def _modulation(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
+from ..autoencoders.features import Features, load_features
 from ..config import to_dict
 from ..convert.hf_folder import check_vocabulary, match_weights, new_markers, read_hf_config, start_from_hf
 from ..data import Mixture
@@ -54,6 +55,8 @@ class Run:
     """of a text-only model, pixels"""
     saved_tokenizer: Tokenizer | None = None
     """tokenizer of the run's folder, or of `start`"""
+    features: Features | None = None
+    """the network with whose features images are aligned, with `objective.align_weight`"""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -126,7 +129,7 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
         recipe = settle_device(recipe)
     if folder is not None and (folder / "tokenizer.json").exists():
         saved = Tokenizer.load(folder / "tokenizer.json")
-    return Run(recipe, sources, autoencoder, saved)
+    return Run(recipe, sources, autoencoder, saved, open_features(recipe, sources))
 
 
 def open_run(recipe: Recipe, folder: Path) -> Run:
@@ -174,6 +177,24 @@ def open_recipe_autoencoder(recipe: Recipe) -> Autoencoder:
         return VQTokenizer(autoencoder)
     except ValueError as error:
         raise UserError(f"data.{error}") from None
+
+
+def open_features(recipe: Recipe, sources: Sources) -> Features | None:
+    """Open the network with whose features images are aligned; None if they are not. Raises UserError."""
+    weight, layer, model = recipe.objective.align_weight, recipe.objective.align_layer, recipe.model
+    if not weight:
+        return None
+    stored = [name for name, data in sources.sets.items() if data.manifest.encoding is not None]
+    for fits, name, expected, value in (
+        (model.images == "latents", "align_weight", f'0 with model.images "{model.images}"', weight),
+        (recipe.parallel.tensor == 1, "align_weight", f"0 with parallel.tensor {recipe.parallel.tensor}", weight),
+        (not recipe.distil.steps, "align_weight", f"0 with distil.steps {recipe.distil.steps}", weight),
+        (not stored, "align_weight", f"0 with {', '.join(stored)}, which has latents and no pixels", weight),
+        (layer <= model.n_layers, "align_layer", f"at most model.n_layers ({model.n_layers})", layer),
+    ):
+        if not fits:
+            raise UserError(f"objective.{name}: expected {expected}, found {value}")
+    return load_features(recipe.objective.align_teacher)
 
 
 def _with_vocabulary(recipe: Recipe, sources: Sources, init: Tokenizer | None) -> Recipe:

@@ -94,6 +94,7 @@ class Batch:
     pixels: Images = ()  # uint8 `[row, column, 3]` of each image, not copy, that is encoded later (a shape as latent)
     timesteps: torch.Tensor | None = None  # [I], where they have been drawn already
     noise: Images = ()  # likewise, a `[channel, row, column]` per image
+    features: torch.Tensor | None = None  # [P, D] of the patches' clean images, which a network is to be aligned with
     content: tuple[tuple[int, int, int, int] | None, ...] = ()  # of each latent, if some are padded
     sources: tuple[tuple[str, int], ...] = ()  # (name, positions) of each named source of documents
     n_padding: int = 0  # positions at the end that pad the run; part of N

@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..autoencoders import ImageAutoencoder
+from ..autoencoders import ImageAutoencoder, Pixels
 from ..diffusion import Process, Sampler, SamplerConfig
 from ..model import Attend, Transfusion, for_batch
 from ..model.flops import train_flops
@@ -96,7 +96,7 @@ class DistillationObjective(TransfusionObjective):
         teacher: Transfusion,
         form: SequenceFormat,
         distil: DistilConfig,
-        autoencoder: ImageAutoencoder | None = None,
+        autoencoder: ImageAutoencoder | Pixels | None = None,
     ) -> None:
         super().__init__(config, process, seed, autoencoder)
         assert distil.teacher_steps is not None

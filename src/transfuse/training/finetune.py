@@ -29,6 +29,8 @@ TARGETS = ("qkv", "out", "gate_up", "down")
 """linear maps of a block: queries, keys and values; attention's output; the two of the feed-forward layer"""
 ADDED = (".lora_a", ".lora_b", ".rows")
 """ends of the names of weights that the plain network does not have"""
+ALIGNMENT = "image_alignment."
+"""beginning of the names of other weights that it does not have"""
 
 Freeze = Literal["none", "text"]
 
@@ -145,14 +147,20 @@ def begin(model: Transfusion, plain: Transfusion, seed: int) -> None:
             values = torch.zeros(weight.shape)
         elif kind == "rows":
             values = weights[f"{owner}.weight"][list(model.get_submodule(owner).ids)]  # type: ignore[arg-type]
+        elif name.startswith(ALIGNMENT):
+            continue  # new, as it was initialised
         else:
             values = restacked(name, weight, [weights[stacked_name(name)]])
         place(weight, values)
 
 
 def merged(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapted network's weights (unsharded, by name) with adapters and rows put into the plain matrices."""
-    plain = {name: weight for name, weight in weights.items() if not name.endswith(ADDED)}
+    """Return an adapted network's weights (unsharded, by name) with adapters and rows put into the plain matrices.
+
+    The alignment head is left out.
+    """
+    added = [name for name in weights if name.endswith(ADDED) or name.startswith(ALIGNMENT)]
+    plain = {name: weight for name, weight in weights.items() if name not in added}
     for name, module in model.named_modules():
         key = f"{name}.weight"
         if isinstance(module, LoRALinear) and key in plain:

@@ -12,7 +12,7 @@ product of the output layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..autoencoders import ImageAutoencoder
+from ..autoencoders import ImageAutoencoder, Pixels
 from ..diffusion import Process
-from ..model import Transfusion, for_batch, group_by_shape, stack_group
+from ..model import Output, Transfusion, for_batch, group_by_shape, stack_group
 from ..model.layers import Linear, TiedLinear
 from ..rng import generator_for
 from ..sequence import Batch, Images, shapes_of, stacked
@@ -33,6 +33,8 @@ MAX_LOGITS = 2**26
 """logits that may exist at once: 256 MiB in float32, plus some copies"""
 ENCODE_MULTIPLE = 128  # images per call of the autoencoder on a GPU, a multiple of this
 
+PatchFeatures = Callable[[Tensor], Tensor]
+"""a frozen network: uint8 `[image, row, column, 3]` -> features of the patches, `[image, row, column, D]`"""
 Details = dict[str, tuple[Tensor | float, float]]
 """name -> (sum, count); a sum may be a tensor, because reading its value would wait for the device"""
 
@@ -47,13 +49,22 @@ class ObjectiveConfig:
     """weight of z-loss, the squared log of the softmax's denominator (Chameleon: 1e-5)"""
     timestep_bins: int = 10
     """the diffusion loss is also logged in this many equal bins of the timestep"""
+    align_weight: float = 0.0
+    """weight of the alignment of images' hidden states with another network's features of the clean image (REPA, arXiv
+    2410.06940: 0.5); 0: none"""
+    align_layer: int = 2
+    """number of the block, from 1, whose output is aligned"""
+    align_teacher: str = "imagenet-mobilenet"
+    """the network with the features: a file with weights of VGG16, ResNet-50 or MobileNetV2, or the latter's of an
+    optional package"""
 
     def __post_init__(self) -> None:
-        for name in ("image_weight", "z_weight"):
+        for name in ("image_weight", "z_weight", "align_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"objective.{name}: expected at least 0, found {getattr(self, name)}")
-        if self.timestep_bins < 1:
-            raise ValueError(f"objective.timestep_bins: expected at least 1, found {self.timestep_bins}")
+        for name in ("timestep_bins", "align_layer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"objective.{name}: expected at least 1, found {getattr(self, name)}")
 
 
 @dataclass
@@ -160,7 +171,7 @@ class TokenObjective(Objective):
 
     def loss(self, model: Transfusion, batch: Batch) -> LossSums:
         """Return losses summed over the batch's targets; the details split text and codes."""
-        losses, _ = self._forward(model, batch)
+        losses = self._forward(model, batch).logits
         entropy, codes = losses[0].detach(), batch.is_image_token
         details: Details = {
             name: (entropy[chosen].sum(), float(chosen.sum()))
@@ -172,15 +183,15 @@ class TokenObjective(Objective):
     @torch.no_grad()
     def nonfinite_samples(self, model: Transfusion, batch: Batch) -> list[int]:
         """Return the samples whose own loss is not finite."""
-        return self._samples_of(batch, ~self._forward(model, batch)[0][0].isfinite())
+        return self._samples_of(batch, ~self._forward(model, batch).logits[0].isfinite())
 
-    def _forward(self, model: Transfusion, batch: Batch, noised: Noised | None = None) -> tuple[Tensor, Images]:
-        """Return the losses of each target `[1 or 2, M]` (`token_losses`), and the predictions of noised images."""
+    def _forward(self, model: Transfusion, batch: Batch, noised: Noised | None = None) -> Output:
+        """Return the network's output, with the losses of each target `[1 or 2, M]` (`token_losses`) for logits."""
         device, dropout = batch.input_ids.device, None
         if model.config.dropout:  # keyed by the batch's first sample, so that resuming is exact
             dropout = generator_for(self.seed, "dropout", batch.samples[0], device=device)
         z = bool(self.config.z_weight)
-        losses, predictions = model(
+        output: Output = model(
             batch.input_ids,
             batch.position_ids,
             for_batch(batch, model.compute_dtype, model.config),
@@ -190,7 +201,7 @@ class TokenObjective(Objective):
             dropout=dropout,
             lm_head_fn=partial(token_losses, targets=batch.targets, z=z, max_logits=self.max_logits),
         )
-        return losses, predictions
+        return output
 
     def _samples_of(self, batch: Batch, targets: Tensor) -> list[int]:
         """Return the sample numbers of the documents with a chosen target (bool `[M]`)."""
@@ -202,7 +213,11 @@ class TokenObjective(Objective):
 class TransfusionObjective(TokenObjective):
     """Cross-entropy summed over text targets; mean squared error per image, summed over images.
 
-    autoencoder: encodes images that arrive as pixels, on its device.
+    With `patch_features` also the negative cosine of the network's features and those, summed over the patches of all
+    images, those that are shown clean among them (REPA, arXiv 2410.06940).
+
+    autoencoder      encodes images that arrive as pixels, on its device
+    patch_features   of the clean images, all of which arrive as pixels, on the same device
     """
 
     def __init__(
@@ -210,15 +225,23 @@ class TransfusionObjective(TokenObjective):
         config: ObjectiveConfig,
         process: Process,
         seed: int,
-        autoencoder: ImageAutoencoder | None = None,
+        autoencoder: ImageAutoencoder | Pixels | None = None,
+        patch_features: PatchFeatures | None = None,
         max_logits: int = MAX_LOGITS,
     ) -> None:
-        super().__init__(config, seed, max_logits, {"text": 1.0, "image": config.image_weight})
-        self.process, self.autoencoder = process, autoencoder
+        aligned = {} if patch_features is None else {"align": config.align_weight}
+        super().__init__(config, seed, max_logits, {"text": 1.0, "image": config.image_weight, **aligned})
+        self.process, self.autoencoder, self.patch_features = process, autoencoder, patch_features
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
         """Return the number of targets of each term."""
-        return (len(batch.targets), batch.image_targets, len(batch.targets))[: len(self.names)]
+        real = any(sample >= 0 for sample, _ in batch.noise_ids)  # otherwise an image that fills up, alone
+        of = {"image": batch.image_targets, "align": len(batch.patches) if real else 0}
+        return tuple(of.get(name, len(batch.targets)) for name in self.names)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the batch with latents, features and noise: `encode` and `sample_noise`."""
+        return self.sample_noise(self.encode(batch))
 
     def sample_noise(self, batch: Batch) -> Batch:
         """Return the batch with timesteps and noise: t in 1..T (or up to the cap), 0 for context images and originals.
@@ -254,14 +277,19 @@ class TransfusionObjective(TokenObjective):
         return Noised(latents, timesteps, [self.process.target(x0, noise, t) for x0, noise, t in triples])
 
     def encode(self, batch: Batch) -> Batch:
-        """Return the batch with latents for images that arrived as pixels; ValueError without an autoencoder."""
+        """Return the batch with latents, and with features to align with, of images that arrived as pixels.
+
+        Raises ValueError without an autoencoder.
+        """
         if not len(batch.pixels):
             return batch
+        if self.patch_features is not None:
+            batch = replace(batch, features=self._features(batch, self.patch_features))
         if self.autoencoder is None:
             raise ValueError("autoencoder: expected one, because images arrive as pixels, found none")
         original = dict(batch.copies)
         if isinstance(batch.latents, Tensor) and isinstance(batch.pixels, Tensor):
-            encoded = _encode_pixels(self.autoencoder, batch.pixels)
+            encoded = _by_network(self.autoencoder.latents, batch.pixels)
             if original:
                 numbers = range(len(batch.latents))
                 place = {number: place for place, number in enumerate(n for n in numbers if n not in original)}
@@ -270,16 +298,27 @@ class TransfusionObjective(TokenObjective):
         latents = list(batch.latents)
         waiting = [number for number, latent in enumerate(latents) if latent.is_meta and number not in original]
         for group in group_by_shape(batch.pixels):
-            encoded = _encode_pixels(self.autoencoder, stack_group(batch.pixels, group))
+            encoded = _by_network(self.autoencoder.latents, stack_group(batch.pixels, group))
             for number, latent in zip(group, encoded, strict=True):
                 latents[waiting[number]] = latent
         for copy, number in batch.copies:
             latents[copy] = latents[number]
         return replace(batch, latents=stacked(latents), pixels=())
 
+    @torch.no_grad()
+    def _features(self, batch: Batch, network: PatchFeatures) -> Tensor:
+        """Return a network's features of all patches, `[P, D]`."""
+        original = dict(batch.copies)
+        waiting = [number for number in range(len(batch.latents)) if number not in original]
+        images: dict[int, Tensor] = {}
+        for group in group_by_shape(batch.pixels):
+            features = _by_network(network, stack_group(batch.pixels, group))
+            images.update(zip([waiting[number] for number in group], features, strict=True))
+        return torch.cat([images[original.get(n, n)].flatten(0, 1) for n in range(len(batch.latents))])
+
     def loss(self, model: Transfusion, batch: Batch) -> LossSums:
         """Return both losses summed over the batch's targets; the details are image errors in bins of the timestep."""
-        tokens, errors, timesteps = self._losses(model, batch)
+        tokens, errors, timesteps, aligned = self._losses(model, batch)
         weighted = (errors * self.process.weight(timesteps).to(errors))[batch.denoise]
         entropy, *z = [term.sum() for term in tokens]
         bins = self.config.timestep_bins
@@ -288,20 +327,31 @@ class TransfusionObjective(TokenObjective):
         total = torch.zeros(bins, device=errors.device).index_add_(0, number.to(errors.device), chosen)
         count = torch.bincount(number, minlength=bins).tolist()
         details: Details = {f"image_by_timestep/{i}": (total[i], count[i]) for i in range(bins)}
-        return LossSums(torch.stack([entropy, weighted.sum(), *z]), details)
+        return LossSums(torch.stack([entropy, weighted.sum(), *aligned, *z]), details)
 
     @torch.no_grad()
     def nonfinite_samples(self, model: Transfusion, batch: Batch) -> list[int]:
         """Return the samples whose own loss is not finite."""
-        tokens, errors, _ = self._losses(model, batch)
+        tokens, errors, *_ = self._losses(model, batch)
         images = torch.nonzero(~errors.isfinite().cpu() & batch.denoise).flatten()
         return self._samples_of(batch, ~tokens[0].isfinite()) + [batch.noise_ids[i][0] for i in images.tolist()]
 
-    def _losses(self, model: Transfusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return token losses `[1 or 2, M]`, mean squared error of each image `[I]`, and its timestep `[I]`."""
+    def _losses(self, model: Transfusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Return token losses `[1 or 2, M]`, and mean squared error and timestep of each image `[I]`.
+
+        With features to align with also the sum of the patches' negative cosines.
+        """
         batch = self.encode(batch)
         noised = self.noise(batch)
-        tokens, predictions = self._forward(model, batch, noised)
+        output = self._forward(model, batch, noised)
+        predictions, aligned = output.predictions, []
+        if self.patch_features is not None and output.features is None:
+            aligned = [torch.zeros((), device=batch.input_ids.device)]
+        elif self.patch_features is not None and output.features is not None:
+            features = output.features.float()
+            # An image that fills up has no pixels, but a sharded head must be used on every rank.
+            targets = torch.zeros_like(features) if batch.features is None else batch.features
+            aligned = [-F.cosine_similarity(features, targets, dim=-1).sum()]
         if not len(predictions):
             errors = torch.zeros(0, device=batch.input_ids.device)
         elif batch.content:  # padding is not learned
@@ -312,7 +362,7 @@ class TransfusionObjective(TokenObjective):
         else:
             pairs = zip(predictions, noised.targets, strict=True)
             errors = torch.stack([F.mse_loss(prediction, target) for prediction, target in pairs])
-        return tokens, errors, noised.timesteps
+        return output.logits, errors, noised.timesteps, aligned
 
 
 def _inside(image: Tensor, area: tuple[int, int, int, int] | None) -> Tensor:
@@ -321,9 +371,9 @@ def _inside(image: Tensor, area: tuple[int, int, int, int] | None) -> Tensor:
     return image[:, top:bottom, left:right]
 
 
-def _encode_pixels(autoencoder: ImageAutoencoder, pixels: Tensor) -> Tensor:
-    """Encode uint8 `[image, row, column, 3]` to latents."""
+def _by_network(network: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """Return what a network makes of uint8 `[image, row, column, 3]`."""
     count = len(pixels)
     if pixels.is_cuda:  # cuDNN plans every convolution again for each new number of images
         pixels = torch.cat([pixels, pixels[:1].expand(-count % ENCODE_MULTIPLE, *pixels.shape[1:])])
-    return autoencoder.latents(pixels)[:count]
+    return network(pixels)[:count]
