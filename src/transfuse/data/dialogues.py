@@ -27,7 +27,6 @@ class SceneDialogues(SceneSource):
     """
 
     name = "dialogues"
-    epoch = None
 
     def __init__(self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, seed: int) -> None:
         super().__init__(world, tokenizer, autoencoder, seed)

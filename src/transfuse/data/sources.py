@@ -27,6 +27,7 @@ from .dataset import DataSet, Split, StoredDocument, as_latent
 from .packing import Shuffle
 
 IMAGE_BLOCK = 32  # images that a network encodes together
+MOST_KEPT = 1024  # blocks in memory of a source whose images come again
 CHUNK = 1 << 20  # documents whose lengths are added up at once
 SAMPLED = 2_000  # documents measured of a source that never ends
 MOST_MEASURED = 100_000  # documents measured of a source that does not know its mean length
@@ -74,6 +75,9 @@ class PairConfig:
     image_first_max_timestep: int | None = 500
     """largest timestep of an image that comes before its caption (section 4.3.4); None: no limit; 0: it is shown clean,
     as a sampler shows it, and not learned"""
+    count: int | None = None
+    """of different scenes of the bundled world, which come again in the same order, in other words; each is then
+    rendered and encoded once. None: there is no end of them"""
     caption_drop: float = 0.1
     """share of the caption-first pairs, and of documents of several parts whose last image has text before it, that
     lose their text, for guidance; captioning documents keep theirs"""
@@ -86,6 +90,8 @@ class PairConfig:
             raise ValueError(
                 f"data.pairs.image_first_max_timestep: expected at least 0, found {self.image_first_max_timestep}"
             )
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"data.pairs.count: expected at least 1, found {self.count}")
 
 
 def pair_order(config: PairConfig, seed: int, sample: int) -> Literal["draw", "caption", "unconditional"]:
@@ -157,12 +163,21 @@ class SceneSource:
     """The images of scenes, by number. A subclass renders them and makes documents of them.
 
     A network encodes a block of images at once, always the same ones together, for speed: so a latent depends on its
-    number alone, whatever was read before. The block encoded last is kept in memory.
+    number alone, whatever was read before. The block encoded last is kept in memory, and `MOST_KEPT` of them if the
+    scenes come again.
+
+    epoch: number of different documents; None: there is no end of them.
     """
+
+    epoch: int | None = None
 
     def __init__(self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, seed: int) -> None:
         self.world, self.tokenizer, self.autoencoder, self.seed = world, tokenizer, autoencoder, seed
-        self._block: tuple[int, list[Image]] = (-1, [])
+        self._blocks: dict[int, list[Image]] = {}
+
+    def number(self, index: int) -> int:
+        """Return which of the different documents comes at an index."""
+        return index % self.epoch if self.epoch else index
 
     def render(self, number: int) -> np.ndarray:
         """Return the pixels of an image, uint8 `[row, column, 3]`."""
@@ -173,10 +188,12 @@ class SceneSource:
         alone = self.autoencoder.factor == 1 or isinstance(self.autoencoder, DeferredEncoder)
         block_size = 1 if alone else IMAGE_BLOCK
         block, place = divmod(number, block_size)
-        if self._block[0] != block:
+        if block not in self._blocks:
+            if self.epoch is None or len(self._blocks) == MOST_KEPT:
+                self._blocks.clear()
             pixels = np.stack([self.render(other) for other in range(number - place, number - place + block_size)])
-            self._block = block, document_images(pixels, self.autoencoder)
-        image = self._block[1][place]
+            self._blocks[block] = document_images(pixels, self.autoencoder)
+        image = self._blocks[block][place]
         return replace(image, latent=image.latent.clone())  # without the rest of the block
 
     def patches(self, form: SequenceFormat) -> int:
@@ -188,24 +205,25 @@ class ScenePairs(SceneSource):
     """Scenes of the bundled data set and their captions."""
 
     name = "world"
-    epoch = None
 
     def __init__(
         self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: PairConfig, seed: int
     ) -> None:
         super().__init__(world, tokenizer, autoencoder, seed)
-        self.config = config
+        self.config, self.epoch = config, config.count
 
     def document(self, index: int, sample: int) -> Document:
-        text = self.tokenizer.encode(bundled.caption(self.world.scene(index), index))
-        return pair_document(text, self.image(index), self.config, self.seed, sample)
+        return pair_document(self._caption(index), self.image(self.number(index)), self.config, self.seed, sample)
+
+    def _caption(self, index: int) -> tuple[int, ...]:
+        return self.tokenizer.encode(bundled.caption(self.world.scene(self.number(index)), index))
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
         tokens, copied = np.zeros((2, len(indices)), dtype=np.int64)
         for place, (index, sample) in enumerate(zip(indices.tolist(), samples.tolist(), strict=True)):
             order = pair_order(self.config, self.seed, sample)
             if order != "unconditional":
-                tokens[place] = len(self.tokenizer.encode(bundled.caption(self.world.scene(index), index)))
+                tokens[place] = len(self._caption(index))
             copied[place] = form.clean_copy and order == "caption"
         return count_positions(tokens, [self.patches(form)]) + copied * self.patches(form)
 
@@ -256,7 +274,7 @@ class SceneEdits(SceneSource):
         self.config, self.epoch = config, config.count
 
     def document(self, index: int, sample: int) -> Document:
-        number = index % self.epoch if self.epoch else index
+        number = self.number(index)
         before, after = self.image(2 * number), self.image(2 * number + 1)
         # Not learned: a model that learned to write instructions would begin captions with them.
         words = Text(self.tokenizer.encode(self.edit(number).instruction), predict=False)
@@ -273,8 +291,7 @@ class SceneEdits(SceneSource):
         lengths, patches = [], self.patches(form)
         for index, sample in zip(indices.tolist(), samples.tolist(), strict=True):
             kept = self._kept(sample)
-            number = index % self.epoch if self.epoch else index
-            words = len(self.tokenizer.encode(self.edit(number).instruction)) if kept == "all" else 0
+            words = len(self.tokenizer.encode(self.edit(self.number(index)).instruction)) if kept == "all" else 0
             lengths.append(int(count_positions(np.array([words]), [patches] * (1 if kept == "target" else 2))[0]))
         return np.array(lengths)
 
