@@ -17,11 +17,16 @@ from torch.distributed.run import get_args_parser
 from transfuse.cli import COMMANDS, find_command
 from transfuse.cli.options import read, run_folder
 from transfuse.cli.tools import STUDIES
+from transfuse.errors import UserError
 from transfuse.recipes import PRESETS, Recipe
 from transfuse.runs import resolve
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / f"{name}/README.md" for name in ("benchmarks", "experiments", "src/emoji_scenes")),
+]
 LAUNCH = ROOT / "docs" / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.rglob("*") if path.is_file())
 
@@ -89,12 +94,51 @@ def test_scripts_of_studies_can_be_started() -> None:
         assert len([words for words in commands(path) if words[:2] == ["transfuse", "study"]]) == 1
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "CHANGELOG"], ids=lambda page: page.name)
+def test_every_option_in_a_page_is_known(page: Path) -> None:
+    """Each line of a block is parsed as a shell would give it; of one in a sentence only its options are."""
+    text = page.read_text()
+    blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+    shell = "\n".join(block for kind, block in blocks if kind in ("", "sh"))
+    lines = shell.replace("\\\n", " ").splitlines()
+    sentences = re.findall(r"`(transfuse [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in [*lines, *sentences]:
+        match = re.match(r"(?:\w+=\S+ +)*(?:\.venv/bin/)?transfuse ([^|&]*)", " ".join(line.split()))
+        words = shlex.split(match[1], comments=True) if match else []
+        if not words or words[0] == "study" or {"--config", "--help"} & {*words}:
+            continue
+        wrong = ""
+        try:
+            find_command(words)
+        except UserError as error:
+            wrong = str(error)
+        if line in sentences and not re.search("unknown (option|command)", wrong):
+            continue  # it may leave out what it does not speak of
+        assert not wrong, f"{page.name}: {line}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", page.read_text()):
-        path = target[0] or target[1]
-        if not path.startswith("http"):
-            assert (page.parent / path).exists(), f"{page.name}: {path}"
+    for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", page.read_text()):
+        path, _, anchor = (target[0] or target[1]).partition("#")
+        if path.startswith("http"):
+            continue
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name}: {path}"
+        assert not anchor or file.suffix != ".md" or anchor in anchors(file), f"{page.name}: {path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_pages_compiles(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        compile(block, page.name, "exec")
 
 
 def test_readme_python_runs_as_written() -> None:

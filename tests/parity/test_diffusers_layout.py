@@ -141,6 +141,17 @@ def test_diffusers_pipeline_moves_and_comes_back(
     assert np.array_equal(again("b", generator=1, **FEW).images[0], pipe("b", generator=1, **FEW).images[0])
 
 
+def test_what_diffusers_asks_for_and_this_pipeline_lacks_is_one_line(
+    pipe: diffusers.DiffusionPipeline, tmp_path: Path
+) -> None:
+    for options in ({"variant": "fp16"}, {"safe_serialization": False}):
+        with pytest.raises(UserError, match=r"^save_pretrained: expected no variant, and safetensors"):
+            pipe.save_pretrained(tmp_path / "no", **options)
+    assert not (tmp_path / "no").exists()
+    with pytest.raises(UserError, match=r"^pipeline: expected the folder of an export"):
+        type(pipe)(**pipe.components)("a crab")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -155,6 +166,10 @@ def test_diffusers_pipeline_moves_and_comes_back(
         ({"height": "8"}, "height: expected a whole number of at least 1, found '8'"),
         ({"guidance_scale": "3"}, "guidance_scale: expected a number, found '3'"),
         ({"eta": 2}, "sampler: eta: expected 0..1 for ddim"),
+        ({"eta": "0.5"}, "eta: expected a number, found '0.5'"),
+        ({"image": np.zeros((8, 8, 3), np.uint8), "strength": "half"}, "strength: expected a number, found 'half'"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt: expected a whole number of at least 1, found True"),
+        ({"num_inference_steps": True}, "steps: expected a whole number, found True"),
         ({"output_type": "jpg"}, "output_type: expected"),
         ({"callback_on_step_end": 3}, "callback_on_step_end: expected a function, found 3"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs: expected latents"),

@@ -105,6 +105,17 @@ def test_logits_equal_whatever_is_cached_padded_or_kept(folder: Path) -> None:
     torch.testing.assert_close(last, whole[:, -1:])
 
 
+def test_labels_give_the_loss_of_text(folder: Path) -> None:
+    model, processor = (kind.from_pretrained(folder, **TRUST) for kind in (AutoModel, AutoProcessor))
+    inputs = processor(text=["two balloons", "moon"])
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    output = model(**inputs, labels=labels)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
 def test_the_pipeline_captions_and_writes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = export(tmp_path / "export", tokenizer, adapter="unet")
     pipe = pipeline("image-text-to-text", model=str(folder), **TRUST)
@@ -165,6 +176,20 @@ def test_mistakes_are_one_line(served: Path) -> None:
     inputs = processor(images=image(1))
     with pytest.raises(ValueError, match=r"^pixel_values: expected those of the images in input_ids, found none$"):
         model(inputs["input_ids"])
+    with pytest.raises(ValueError, match=r"^labels: expected \(1, 1\), as logits, found \(1, 67\)$"):
+        model(**inputs, labels=torch.zeros(1, 67, dtype=torch.long), logits_to_keep=1)
+    with pytest.raises(ValueError, match=r"^past_key_values: expected a dynamic cache, found a static one of"):
+        model.generate(**inputs, max_new_tokens=4, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"^output_hidden_states: expected none"):
+        model(**inputs, output_hidden_states=True)
+    for wrong in ({"truncation": True, "max_length": 4}, {"padding": "max_length"}, {"return_tensors": "np"}):
+        with pytest.raises(ValueError, match=r"^processor: expected padding to the longest, no truncation and torch's"):
+            processor(text="a", **wrong)
+    for text in (3, [], ["a", None]):
+        with pytest.raises(ValueError, match=r"^text: expected a text, or a list of them, found "):
+            processor(text=text)
+    with pytest.raises(ValueError, match=r"^max_shard_size: expected none, for weights are one file, found 10MB$"):
+        model.save_pretrained("nowhere", max_shard_size="10MB")
     with pytest.raises(ValueError, match=r"^pixel_values: expected 1 images, found 0$"):
         model(**{**inputs, "pixel_values": inputs["pixel_values"][:, :0]})
     assert processor(images=image(1, side=30))["pixel_values"].shape == (1, 1, 8, 8, 3), "fitted as by --resize"

@@ -14,11 +14,14 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import transfuse
 from transfuse.cli import run
+from transfuse.data import DataSet
 from transfuse.errors import UserError
 from transfuse.hub import fetched, is_repository
 from transfuse.inference import TransfusionPipeline
@@ -169,8 +172,62 @@ def test_a_model_in_the_hubs_cache(cached: str, served: Path, tmp_path: Path, ca
     capsys.readouterr()
     assert run(["caption", "a.png", "--model", "someone/else"]) == 2
     told = capsys.readouterr().err
-    assert "someone/else: expected a folder, or a model on the Hub, found neither" in told
+    assert "someone/else: expected a folder, or a model on the Hub or in its cache, found none" in told
     assert told.count("\n") == 1
+
+
+@pytest.fixture
+def pets(cached: str, tmp_path: Path) -> str:
+    """A repository of data in the same cache, whose files are links, as the Hub's library lays them out."""
+    blobs = tmp_path / "hub" / "datasets--someone--pets" / "blobs"
+    snapshot = blobs.parent / "snapshots" / "def456"
+    for folder in (blobs, snapshot / "train", snapshot / "words", blobs.parent / "refs"):
+        folder.mkdir(parents=True)
+    (blobs.parent / "refs" / "main").write_text("def456")
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(blobs / f"{number}", "PNG")
+        (snapshot / "train" / f"{number}.png").symlink_to(blobs / f"{number}")
+        (snapshot / "train" / f"{number}.txt").write_text(f"pet number {number}")
+        (snapshot / "words" / f"{number}.jsonl").write_text(json.dumps({"text": f"a word on pet {number}"}) + "\n")
+    return "hf://datasets/someone/pets"
+
+
+def test_data_in_the_hubs_cache(pets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "build", "--size", "8", "--vocabulary", "300", "--workers", "0"]
+    documents = {}
+    for name, source in {
+        "folder": f"{pets}/train",
+        "revision": f"{pets}@main/train/",
+        "file": f"{pets}/words/3.jsonl",
+        "numbers": pets + "/words/{2..5}.jsonl",
+        "stars": f"{pets}/w*/*.jsonl",
+    }.items():
+        assert run([*words, source, name]) == 0, capsys.readouterr().err
+        documents[name] = len(DataSet(str(tmp_path / name)))
+    assert documents == {"folder": 6, "revision": 6, "file": 1, "numbers": 4, "stars": 6}
+    for source, says in {
+        f"{pets}/test": "expected",
+        f"{pets}/*.tar": "found no such file on the Hub, or in its cache",
+        "hf://datasets/someone/else": "expected data on the Hub or in its cache, found none",
+        "hf://someone/pets/train": "expected hf://datasets/ORG/NAME or a path below it",
+    }.items():
+        capsys.readouterr()
+        assert run([*words, source, "no"]) == 2
+        told = capsys.readouterr().err
+        assert says in told, told
+        assert source in told or "/test" in told
+        assert told.count("\n") == 1
+
+
+@pytest.mark.long
+def test_a_run_starts_from_the_hubs_cache(cached: str, served: Path, tmp_path: Path) -> None:
+    words = ["train", "tiny", "--start", cached, "--init.allow-changes", "network", "--loop.steps", "1"]
+    assert run([*words, "--run", "hubs"]) == 0
+    assert run(["train", "tiny", "--start", str(served), *words[4:], "--run", "ours"]) == 0
+    hubs, ours = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("hubs", "ours"))
+    assert all(torch.equal(hubs[name], weight) for name, weight in ours.items())
+    assert run([*words, "--run", "hubs"]) == 0, "the same command finds the run finished"
 
 
 def test_paths_are_not_taken_for_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

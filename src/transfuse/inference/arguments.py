@@ -6,6 +6,7 @@ A wrong one is one line.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, TypedDict
 
 import numpy as np
@@ -85,8 +86,15 @@ def as_output(pixels: np.ndarray, kind: str) -> PIL.Image.Image | np.ndarray | t
 def check_counts(**counts: int | None) -> None:
     """Raise UserError unless each is a whole number of at least 1, or None."""
     for name, number in counts.items():
-        if not isinstance(number, int | None) or (number is not None and number < 1):
+        if not isinstance(number, int | None) or isinstance(number, bool) or (number is not None and number < 1):
             raise UserError(f"{name}: expected a whole number of at least 1, found {number!r}")
+
+
+def check_numbers(**numbers: float | None) -> None:
+    """Raise UserError unless each is a number, or None; ranges are checked where they are known."""
+    for name, number in numbers.items():
+        if not isinstance(number, Real | None) or isinstance(number, bool):
+            raise UserError(f"{name}: expected a number, found {number!r:.80}")
 
 
 def read_prompts(

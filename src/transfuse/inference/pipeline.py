@@ -40,6 +40,7 @@ from .arguments import (
     StepEnd,
     as_output,
     check_counts,
+    check_numbers,
     check_output_type,
     read_prompts,
     read_seeds,
@@ -207,6 +208,7 @@ class TransfusionPipeline:
         """
         check_output_type(output_type)
         check_counts(num_images_per_prompt=num_images_per_prompt, height=height, width=width)
+        check_numbers(strength=strength, guidance_scale=guidance_scale, eta=eta)
         prompts, negatives = read_prompts(prompt, negative_prompt, num_images_per_prompt)
         prompts = [self.read_prompt(text, strict).text for text in prompts]
         if image is None and (strength is not None or mask_image is not None):
@@ -319,7 +321,7 @@ class TransfusionPipeline:
     ) -> Request:
         """Return a request of texts and images with the model's own defaults. Raises UserError for a bad setting."""
         defaults, process = self.exported.generation, self.exported.process
-        if steps is not None and not isinstance(steps, int):
+        if not isinstance(steps, int | None) or isinstance(steps, bool):
             raise UserError(f"steps: expected a whole number, found {steps!r}")
         given = {"steps": steps, "sampler": sampler, "eta": eta}
         if self.exported.model.config.images != "latents" and any(value is not None for value in given.values()):

@@ -109,8 +109,12 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write the model with all that `transfuse.load` needs."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        """Write the model with all that `transfuse.load` needs; its weights are one file."""
+        if "max_shard_size" in kwargs:
+            raise ValueError(
+                f"max_shard_size: expected none, for weights are one file, found {kwargs['max_shard_size']}"
+            )
+        super().save_pretrained(save_directory, *args, **{**kwargs, "max_shard_size": "1000TB"})
         for part in (self.folder / name for name in OURS) if self.folder is not None else ():
             target = Path(save_directory) / part.name
             if part.is_dir():
@@ -143,15 +147,20 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return the logits of the next tokens, `[sequence, position, id]`.
+        """Return the logits of the next tokens, `[sequence, position, id]`, and with labels the loss of text.
 
         input_ids, attention_mask   `[sequence, position]`, padded on either side
         pixel_values                uint8 `[sequence, image, row, column, 3]`; each sequence takes as many as its ids
                                     have places for. Only before the first token is written
         logits_to_keep              compute those of the last positions alone; 0: of all
+        labels                      ids to predict, where `input_ids` has them; -100: not, as positions of images
         """
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(f"{name}: expected none, for the network does not return them, found {kwargs[name]}")
         (network,) = self.network
         network.compute_dtype = self.lm_head.weight.dtype
         rows, length = input_ids.shape
@@ -168,6 +177,9 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, layer)
+            if k.shape[2] != visible.shape[3]:
+                sizes = f"{k.shape[2]} positions for {visible.shape[3]}"
+                raise ValueError(f"past_key_values: expected a dynamic cache, found a static one of {sizes}")
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1])
             return out.transpose(1, 2).reshape(rows * length, -1)
 
@@ -187,9 +199,13 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             else:
                 ids = ids.index_copy(0, places, latents.flatten() + network.config.text_vocab_size)
         output = network(ids, positions.flatten(0, 1), attend, wanted, **images)
-        return CausalLMOutputWithPast(
-            logits=output.logits.view(rows, -1, self.vocab_size), past_key_values=past_key_values
-        )
+        logits = output.logits.view(rows, -1, self.vocab_size)
+        loss = None
+        if labels is not None:
+            if logits.shape[:2] != labels.shape:
+                raise ValueError(f"labels: expected {tuple(logits.shape[:2])}, as logits, found {tuple(labels.shape)}")
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     @property
     def vocab_size(self) -> int:
@@ -286,15 +302,30 @@ class TransfusionProcessor(ProcessorMixin):
         return saved
 
     def __call__(
-        self, images: Any = None, text: Any = None, padding: bool = True, return_tensors: str = "pt", **kwargs: Any
+        self,
+        images: Any = None,
+        text: Any = None,
+        padding: bool | str = True,
+        return_tensors: str = "pt",
+        truncation: bool = False,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Return a batch of prompts. Without a text each image is a prompt, to be captioned.
 
         images: one, a list for all texts in order, or a list for each text. Where there is one image for each text, and
-        no text says where it stands, it stands before its text. Raises ValueError for another number of images.
+        no text says where it stands, it stands before its text. padding: to the longest, on the left.
+
+        Raises ValueError for another number of images, no prompt, and what is not done here.
         """
+        if truncation or padding == "max_length" or return_tensors not in ("pt", None):
+            given = f"padding {padding!r}, truncation {truncation!r}, return_tensors {return_tensors!r}"
+            raise ValueError(
+                f"processor: expected padding to the longest, no truncation and torch's tensors, found {given}"
+            )
         pixels = [decode_image(image) for image in _flat(images)]
-        texts = [IMAGE] * len(pixels) if text is None else [text] if isinstance(text, str) else list(text)
+        texts = [IMAGE] * len(pixels) if text is None else list(text) if isinstance(text, list | tuple) else [text]
+        if not texts or not all(isinstance(prompt, str) for prompt in texts):
+            raise ValueError(f"text: expected a text, or a list of them, found {text!r:.80}")
         if pixels and len(pixels) == len(texts) and not any(IMAGE in prompt for prompt in texts):
             texts = [IMAGE + prompt for prompt in texts]
         counts = [prompt.count(IMAGE) for prompt in texts]

@@ -34,6 +34,9 @@ except ImportError as error:
 class TransfusionDiffusionPipeline(DiffusionPipeline):
     """Draws and edits as `transfuse.inference.TransfusionPipeline`, with diffusers' arguments and outputs."""
 
+    pipe: Any = None
+    """the package's pipeline, once the export is open"""
+
     def __init__(self, transformer: Any = None, vae: Any = None, scheduler: Any = None, tokenizer: Any = None) -> None:
         super().__init__()  # the names that model_index.json has; the export is opened whole
 
@@ -72,6 +75,8 @@ class TransfusionDiffusionPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the export, in this layout. repo_id, token, private, ... as in diffusers, with `push_to_hub`."""
+        if args or kwargs.get("variant") or not kwargs.get("safe_serialization", True):
+            raise UserError("save_pretrained: expected no variant, and safetensors, found others")
         relayout(self.folder, Path(save_directory), "diffusers")
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)  # type: ignore[attr-defined]
@@ -105,6 +110,8 @@ class TransfusionDiffusionPipeline(DiffusionPipeline):
 
         Raises UserError, one line, for values that cannot be.
         """
+        if self.pipe is None:
+            raise UserError("pipeline: expected the folder of an export (from_pretrained), found its parts")
         if set(callback_on_step_end_tensor_inputs) - {"latents"}:
             given = list(callback_on_step_end_tensor_inputs)
             raise UserError(f"callback_on_step_end_tensor_inputs: expected latents alone, found {given}")

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError
+from ...hub import data_address, fetched_data
 from ...images import unpad
 from ...io import sha256
 from .. import bundled
 from ..dataset import CorruptSampleError, DataSet
-from ..remote import Cache, File, MissingError, is_remote, remote_files, url_name
+from ..remote import Cache, File, MissingError, expanded, is_remote, remote_files, url_name
 from .content import CHUNK, chunks, decode_text, file_encoding, open_file
 from .contract import LOST_REST, Columns, CountedReader, Fault, FileReader, Item, LeftOut, Part, Raw, Reader
 from .images import claim_classes, claim_images, open_classes, open_images
@@ -78,13 +79,24 @@ def open_source(source: str, columns: Columns, size: int = 64, cache: Cache | No
         raise UserError(f"--reader: expected one of {', '.join(known)}, found {columns.reader}")
     if source == "world":
         return WorldReader(columns.count, size)
-    if is_remote(source):
+    if is_remote(source) and not source.startswith("hf://"):
         return _open_url(source, columns, cache or Cache())
     path = Path(source)
+    if source.startswith("hf://"):
+        *_, below = data_address(source)
+        patterns = expanded(below)
+        folder = fetched_data(source, patterns)
+        path = folder / below
     if path.is_dir():
         if all((path / name).is_file() for name in SET):
-            return SetReader(DataSet(source))
+            return SetReader(DataSet(str(path)))
         listing = Listing.of_folder(path).of_split(columns.source_split)
+    elif source.startswith("hf://") and not path.exists():
+        matches = (match for pattern in patterns for match in sorted(folder.glob(pattern)))
+        matched = tuple(dict.fromkeys(File.of(folder, match) for match in matches if match.is_file()))
+        if not matched:
+            raise UserError(f"{source}: {EXPECTED}, found no such file on the Hub, or in its cache")
+        listing = Listing(source, folder, matched).of_split(columns.source_split)
     elif path.is_file():
         listing = Listing(source, path.parent, (File.of(path.parent, path),))
     else:
