@@ -293,7 +293,8 @@ def test_settings_that_do_not_fit_are_one_line(weights: Path, changes: dict[str,
 def test_a_missing_teacher_is_one_line(tmp_path: Path, weights: Path) -> None:
     made = recipe(tmp_path / "none.pth")
     with pytest.raises(UserError, match=r"none.pth: expected the weights of a network, found no file$"):
-        resolve(made)
+        open_run(made, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     for name, value in (("align_weight", -0.1), ("align_layer", 0)):
         with pytest.raises(ValueError, match=rf"^objective.{name}: expected at least"):
             ObjectiveConfig(**{name: value})

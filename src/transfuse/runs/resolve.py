@@ -55,8 +55,6 @@ class Run:
     """of a text-only model, pixels"""
     saved_tokenizer: Tokenizer | None = None
     """tokenizer of the run's folder, or of `start`"""
-    features: Features | None = None
-    """the network with whose features images are aligned, with `objective.align_weight`"""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -65,6 +63,12 @@ class Run:
         if tokenizer.text_format.chat_template is None and any(spec.name == "dialogues" for spec in self.sources.specs):
             return tokenizer.with_template(TEMPLATE)
         return tokenizer
+
+    @cached_property
+    def features(self) -> Features | None:
+        """The network with whose features images are aligned; None if they are not. Raises UserError."""
+        objective = self.recipe.objective
+        return load_features(objective.align_teacher) if objective.align_weight else None
 
     @cached_property
     def process(self) -> Process:
@@ -119,6 +123,7 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
     check_finetuning(recipe)
     recipe = _untied(_with_distillation(recipe))
     sources = open_sources(recipe.data)
+    _check_alignment(recipe, sources)
     recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))
     saved = init_tokenizer(Path(recipe.start)) if recipe.start else None
     recipe = _with_vocabulary(recipe, sources, saved)
@@ -129,7 +134,7 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
         recipe = settle_device(recipe)
     if folder is not None and (folder / "tokenizer.json").exists():
         saved = Tokenizer.load(folder / "tokenizer.json")
-    return Run(recipe, sources, autoencoder, saved, open_features(recipe, sources))
+    return Run(recipe, sources, autoencoder, saved)
 
 
 def open_run(recipe: Recipe, folder: Path) -> Run:
@@ -140,6 +145,7 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
     """
     check_trackers(recipe.loop.trackers)
     run = resolve(settle_device(recipe, folder), folder)
+    _ = run.features  # a missing file is reported before anything is written
     record_recipe(run.recipe, folder)
     if not (folder / "tokenizer.json").exists():
         atomic_write(folder / "tokenizer.json", run.tokenizer.save)
@@ -179,11 +185,11 @@ def open_recipe_autoencoder(recipe: Recipe) -> Autoencoder:
         raise UserError(f"data.{error}") from None
 
 
-def open_features(recipe: Recipe, sources: Sources) -> Features | None:
-    """Open the network with whose features images are aligned; None if they are not. Raises UserError."""
+def _check_alignment(recipe: Recipe, sources: Sources) -> None:
+    """Raise UserError for images that cannot be aligned with another network's features."""
     weight, layer, model = recipe.objective.align_weight, recipe.objective.align_layer, recipe.model
     if not weight:
-        return None
+        return
     stored = [name for name, data in sources.sets.items() if data.manifest.encoding is not None]
     for fits, name, expected, value in (
         (model.images == "latents", "align_weight", f'0 with model.images "{model.images}"', weight),
@@ -194,7 +200,6 @@ def open_features(recipe: Recipe, sources: Sources) -> Features | None:
     ):
         if not fits:
             raise UserError(f"objective.{name}: expected {expected}, found {value}")
-    return load_features(recipe.objective.align_teacher)
 
 
 def _with_vocabulary(recipe: Recipe, sources: Sources, init: Tokenizer | None) -> Recipe:
