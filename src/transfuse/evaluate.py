@@ -223,6 +223,8 @@ def evaluate_model(
 
     count: images, captions and edits of each metric. Raises UserError as `run_evaluation`, which has every option.
     """
+    if isinstance(suite, str) or not isinstance(count, int):
+        raise UserError(f"evaluate: expected a list of names, and a whole number as count, found {suite!r}, {count!r}")
     return run_evaluation(Path(model), suite, Path(out), EvalConfig(count=count), Drawing())
 
 

@@ -25,6 +25,7 @@ from .autoencoders import DeferredEncoder, ImageAutoencoder, Pixels
 from .config import to_dict
 from .data import CorruptLog, Finish, Packer, StepLoader, unchanged
 from .devices import on_meta
+from .errors import UserError
 from .export import Distilled, describe, load_weights, save_export
 from .io import sha256
 from .log import logger
@@ -321,6 +322,8 @@ def _data_described(run: Run) -> Iterator[str]:
 
 def train_recipe(recipe: Recipe, folder: Path | str) -> Trained:
     """Train a recipe in a run folder, or resume the run there: `transfuse.train`. Raises UserError as `train`."""
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"recipe: expected a transfuse.Recipe, as transfuse.preset(NAME) returns, found {recipe!r:.80}")
     return train(recipe, Path(folder))
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -82,6 +83,24 @@ def test_options_are_typed(served: Path) -> None:
         transfuse.load("small-64", dtpye="float16")  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_token'"):
         transfuse.load(served).generate("a", max_token=3)  # type: ignore[call-arg]
+
+
+def test_wrong_types_are_one_line(served: Path) -> None:
+    pipe = transfuse.load(served)
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: pipe.edit(None, "blue"), "image: expected one to change, found none"),  # type: ignore[arg-type]
+        (lambda: pipe.generate(5), "prompt: expected text, or a list of texts and images, found 5"),  # type: ignore
+        (lambda: pipe.generate("a", seed="x"), "seed: expected a whole number, found 'x'"),  # type: ignore[arg-type]
+        (lambda: pipe.generate("a", size=8), "size: expected two whole numbers of pixels, found 8"),  # type: ignore
+        (lambda: pipe.generate("a", temperature="hot"), "temperature: expected a number, found 'hot'"),  # type: ignore
+        (lambda: transfuse.train("tiny", "a"), "recipe: expected a transfuse.Recipe"),  # type: ignore[arg-type]
+        (lambda: transfuse.evaluate(served, "text"), "evaluate: expected a list of names"),
+        (lambda: transfuse.evaluate(served, ["text"], count="3"), "a whole number as count"),  # type: ignore[arg-type]
+    ]
+    for call, says in calls:
+        with pytest.raises(UserError, match=says) as caught:
+            call()
+        assert "\n" not in str(caught.value)
 
 
 USER = """

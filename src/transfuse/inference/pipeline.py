@@ -277,6 +277,8 @@ class TransfusionPipeline:
 
     def edit(self, image: ImageSource, instruction: str, **options: Unpack[DrawOptions]) -> PIL.Image.Image:
         """Return the image changed as the instruction says; options: those of a call."""
+        if image is None:  # a call without an image draws
+            raise UserError("image: expected one to change, found none")
         edited: PIL.Image.Image = self(instruction, image=image, **options).images[0]
         return edited
 
@@ -308,6 +310,8 @@ class TransfusionPipeline:
 
     def generate(self, prompt: Prompt, **settings: Unpack[ReplySettings]) -> Reply:
         """Continue a prompt of text and images; settings are fields of `Request`, else the model's own defaults."""
+        if not isinstance(prompt, str | Sequence):
+            raise UserError(f"prompt: expected text, or a list of texts and images, found {prompt!r:.80}")
         return self.replies([replace(self.request([prompt] if isinstance(prompt, str) else prompt), **settings)])[0]
 
     def request(
@@ -479,4 +483,6 @@ def repeated(requests: Sequence[Request], candidates: int) -> list[Request]:
             isinstance(part, Text) and part.ids for part in request.document.parts
         ):
             raise UserError("candidates: expected 1 where a prompt is not of words alone, found more")
+    if candidates == 1:
+        return list(requests)
     return [replace(base, seed=base.seed + number * CANDIDATE) for base in requests for number in range(candidates)]

@@ -6,6 +6,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -282,6 +283,10 @@ def _wrong_settings(runner: ModelRunner, request: Request) -> str:
     images = runner.config.images
     if request.draw not in ("auto", "force", "never"):
         return f'draw: expected "auto", "force" or "never", found {request.draw!r}'
+    if not isinstance(request.seed, Integral):
+        return f"seed: expected a whole number, found {request.seed!r:.80}"
+    if not isinstance(request.size, Sequence) or [isinstance(side, Integral) for side in request.size] != [True, True]:
+        return f"size: expected two whole numbers of pixels, found {request.size!r:.80}"
     if images == "none" and (request.draw == "force" or request.document.images):
         given = "an image" if request.document.images else 'draw "force"'
         return f"expected text alone, for the model knows no images, found {given}"
