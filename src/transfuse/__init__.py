@@ -6,6 +6,7 @@ pipe("a crab on a blue background").images[0].save("crab.png")
 trained = transfuse.train(transfuse.preset("tiny"), "runs/tiny")
 transfuse.curves("runs/tiny")                 # its losses, as charts in a notebook
 transfuse.evaluate("runs/tiny/export", ["quick"], "evaluation")
+transfuse.tune("small-64", "photos", "runs/photos")
 
 Importing the package imports no torch; each name is imported when it is first used.
 """
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
     from .recipes import Recipe, preset
     from .runs import read_curves as curves
     from .train import train_recipe as train
+    from .tune import tune_model as tune
 
-__all__ = ["Recipe", "__version__", "curves", "evaluate", "load", "preset", "train"]
+__all__ = ["Recipe", "__version__", "curves", "evaluate", "load", "preset", "train", "tune"]
 
 
 def load(
@@ -60,6 +62,6 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(".recipes", __name__), name)
     if name == "curves":
         return import_module(".runs", __name__).read_curves
-    if name in ("evaluate", "train"):  # modules that are called like the functions they are named after
+    if name in ("evaluate", "train", "tune"):  # modules that are called like the functions they are named after
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

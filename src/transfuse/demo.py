@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -63,11 +62,10 @@ from .report import (
     percent,
     write_page,
 )
-from .runs import read_recipe, resolve
+from .runs import read_recipe
 from .runs.monitor import grid
-from .train import build_trainer, train
+from .train import step_seconds, train
 from .training import RESUMABLE, read_metrics
-from .training.metrics import Average
 from .version import __version__
 
 SAFETY = 0.9
@@ -197,18 +195,9 @@ def _check_minutes(folder: Path, recipe: Recipe, minutes: float) -> None:
 def fit(recipe: Recipe, minutes: float) -> Recipe:
     """Return the recipe with the number of steps that fit into the time here, at most its own.
 
-    The learning rate decays over the planned steps, so they must be known before the first: a temporary trainer takes
-    20 steps and is timed.
+    The learning rate decays over the planned steps, so they must be known before the first: a few steps are timed.
     """
-    average, paces = Average(), []
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = build_trainer(resolve(recipe), Path(scratch))
-        for _ in range(20):
-            began = time.monotonic()
-            trainer.train_step(average)
-            paces.append(time.monotonic() - began)
-    # The first quartile, because the first steps prepare kernels and other work may disturb some.
-    pace = sorted(paces)[len(paces) // 4]
+    pace = step_seconds(recipe)
     steps = max(1, min(recipe.loop.steps, int(SAFETY * minutes * 60 / pace)))
     logger.info(f"demo: {pace * 1000:.0f} ms a step here: {steps} steps, about {steps * pace / 60:.1f} minutes")
     return replace(recipe, loop=replace(recipe.loop, steps=steps, max_seconds=minutes * 60))

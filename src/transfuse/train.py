@@ -10,7 +10,10 @@ trainer and the export.
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,14 +30,14 @@ from .data import CorruptLog, Finish, Packer, StepLoader, unchanged
 from .devices import on_meta
 from .errors import UserError
 from .export import Distilled, describe, load_weights, save_export
-from .io import sha256
+from .io import atomic_dir, sha256
 from .log import logger
 from .model import Transfusion
 from .model.flops import train_flops
 from .model.transfusion import AlignmentHead, of_images
 from .model_card import write_card
 from .recipes import Recipe
-from .runs import Curves, Run, held, open_run, run_device, unseen_noise
+from .runs import Curves, Run, held, open_run, resolve, run_device, unseen_noise
 from .runs.monitor import averaged_model, measuring, sample_grid
 from .runs.resolve import init_from
 from .sequence import Batch
@@ -51,6 +54,7 @@ from .training import (
     read_metrics,
 )
 from .training.finetune import adapt, begin, frozen, merged
+from .training.metrics import Average
 from .training.trainer import Measure, Sample
 
 __all__ = [
@@ -107,7 +111,25 @@ def train(recipe: Recipe, folder: Path) -> Trained:
                 )
             if run_trainer(trainer, sample, measure) == "stopped":
                 return Trained(run, trainer, "stopped", None)
+            if run.recipe.loop.patience and (folder / "best").is_dir():
+                ranks.on_rank0(lambda: copy_export(folder / "best", folder / "export"))
+                return Trained(run, trainer, "finished", folder / "export")
             return Trained(run, trainer, "finished", export_run(run, trainer, folder / "export"))
+
+
+def step_seconds(recipe: Recipe, steps: int = 20) -> float:
+    """Return the seconds that a step of a recipe takes on this machine, by a trainer that is thrown away.
+
+    The first quartile of `steps`, because the first steps prepare kernels and other work may disturb some.
+    """
+    average, paces = Average(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(resolve(recipe), Path(scratch))
+        for _ in range(steps):
+            began = time.monotonic()
+            trainer.train_step(average)
+            paces.append(time.monotonic() - began)
+    return sorted(paces)[steps // 4]
 
 
 def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> Trainer:
@@ -242,6 +264,12 @@ def export_run(run: Run, trainer: Trainer, folder: Path) -> Path:
     trainer.merge()
     trainer.ranks.on_rank0(lambda: export_weights(run, trainer, weights, folder))
     return folder
+
+
+def copy_export(source: Path, folder: Path) -> None:
+    """Copy an export. Raises UserError if it cannot be written."""
+    with atomic_dir(folder, "export") as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)
 
 
 def export_weights(run: Run, trainer: Trainer, weights: dict[str, Tensor], folder: Path) -> Path:

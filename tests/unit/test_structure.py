@@ -46,7 +46,7 @@ MAY_IMPORT["runs"] = {*MAY_IMPORT} - {"serving"}
 MAY_IMPORT["plan"] = {*MAY_IMPORT} - {"serving"}
 MAY_IMPORT["train"] = {*MAY_IMPORT} - {"serving", "plan"}
 MAY_IMPORT["train_autoencoder"] = {*MAY_IMPORT} - {"serving", "plan"}
-for entry in ("evaluate", "demo", "inspect_data", "inspect_autoencoder"):
+for entry in ("evaluate", "tune", "demo", "inspect_data", "inspect_autoencoder"):
     MAY_IMPORT[entry] = {*MAY_IMPORT}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, ""}
 

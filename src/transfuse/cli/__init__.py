@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serving", "Serve a model over HTTP, with a page to try it"),
     "demo": ("training", "Train a small model on this machine and report (about 9 minutes)"),
     "train": ("training", "Train a preset, or resume a run"),
+    "tune": ("training", "Teach a model your own images, with a page of before and after"),
     "distil": ("training", "Teach a model to draw in few steps without guidance"),
     "plan": ("training", "Show what a preset costs: parameters, operations, memory, time"),
     "evaluate": ("evaluation", "Measure a model and write a report"),

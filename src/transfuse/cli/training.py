@@ -1,4 +1,4 @@
-"""`transfuse train`, `transfuse demo` and `transfuse plan`."""
+"""`transfuse train`, `transfuse tune`, `transfuse demo` and `transfuse plan`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..data.readers import Columns
 from ..demo import run_demo
 from ..errors import UserError
 from ..log import logger
@@ -16,7 +17,8 @@ from ..plan import plan as plan_of
 from ..recipes import Recipe
 from ..train import Trained
 from ..train import train as train_model
-from ..training import stopped_code
+from ..training import RESUMABLE, stopped_code
+from ..tune import tune_model
 from .options import Config, Flat, Json, Positional, Preset, RunFolder, print_json, run_folder
 
 
@@ -78,6 +80,49 @@ def _finished(trained: Trained, folder: Path, json: bool) -> int:
     if json:
         step, totals = trained.trainer.step, trained.trainer.totals
         print_json({"run": str(folder), "step": step, "export": str(trained.export), **totals})
+    return 0
+
+
+def tune(
+    model: Positional[str],
+    pictures: Positional[str],
+    *,
+    run: Path | None = None,
+    lora: int = 0,
+    replay: float = 0.3,
+    heldout: float = 0.1,
+    steps: int | None = None,
+    batch_size: int = 32,
+    columns: Annotated[Columns, Flat] = Columns(),  # noqa: B008
+    json: Json = False,
+) -> int:
+    """Teach a model your own images, and show what it draws and says before and after.
+
+    $ transfuse tune small-64 photos/ --run runs/photos
+
+    Builds a data set with the model's tokenizer and image size, mixes it with what the model learned from, trains until
+    held-out images get no better, exports the best weights and writes a page. The same command resumes.
+
+    Args:
+        model: an export's folder, or a bundled model's name
+        pictures: a folder of images with captions, or whatever transfuse data build reads, or a data set
+        run: folder for data set, run, export and page; runs/NAME of the images if not given
+        lora: rank of adapters that are trained in place of all weights; 0: all weights
+        replay: share that comes from what the model learned from, so that it is not forgotten
+        heldout: share of the images that is not learned, to measure by; a data set has its own
+        steps: of training at most; by the number of images if not given
+        batch_size: documents in a step
+    """
+    folder = run or Path("runs") / (Path(pictures).name or "tuned")
+    options = {"lora": lora, "replay": replay, "heldout": heldout, "steps": steps, "batch_size": batch_size}
+    tuned = tune_model(model, pictures, folder, **options, columns=columns)  # type: ignore[arg-type]
+    if tuned.export is None:
+        return RESUMABLE
+    logger.info(f"{tuned.export}: exported; try: transfuse generate PROMPT --model {tuned.export}")
+    if json:
+        print_json(
+            {name: str(getattr(tuned, name)) for name in ("run", "export", "report")} | {"numbers": tuned.numbers}
+        )
     return 0
 
 

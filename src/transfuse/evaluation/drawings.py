@@ -1,6 +1,7 @@
 """Metrics of drawings: prompts are drawn once, and compared with their images, by CLIP, or by GenEval's own scorer.
 
 `drawing`   Fréchet distance, KID, precision and recall against the images the prompts belong to
+`denoising` the image loss of real pictures: what training minimises, on pairs it has not seen
 `clip`      100 x the cosine of drawing and prompt, at least 0 (Hessel et al. 2021; Transfusion section 4.1)
 `geneval`   no number: the prompts of GenEval (Ghosh et al. 2023) in its own folder layout, for its own scorer, which
             wants CUDA and packages of 2022
@@ -26,9 +27,13 @@ import PIL.Image
 import torch
 
 from ..config import nearest, to_dict
+from ..data.sources import document_images
 from ..errors import UserError, install_command
 from ..io import sha256
 from ..log import logger, progress
+from ..model import for_batch
+from ..rng import generator_for
+from ..sequence import Document, Text, collate
 from .confidence import Estimate, bootstrap
 from .context import EvalContext, Example, Metric, MetricResult, Result, extremes, first_of
 from .generate import Made, Outcome, Task, short_hash
@@ -46,6 +51,8 @@ from .image_quality import (
 from .pairs import Pairs, check_pairs, context_pairs, further_pairs
 
 SHOWN, SHOWN_CLIP = 24, 12
+LEVELS = 8  # of noise, evenly spaced over all timesteps
+IMAGE_LOSS = "image loss"
 CLIP_BATCH, CLIP_LEAST = 32, 2  # chance is the drawing of another prompt
 CLIP_URL = "https://huggingface.co/openai/clip-vit-large-patch14, or what `open_clip.list_pretrained()` names"
 GENEVAL_SAMPLES = 4
@@ -140,6 +147,57 @@ DRAWING = Metric(
     _drawing_names,
     True,
     "Reference: other real pictures of the same data, as many, in place of the drawings, which can pass it.",
+)
+
+
+# --- denoising --------------------------------------------------------------------------------------------------------
+
+
+def _check_denoising(context: EvalContext) -> None:
+    if (images := context.pipe.exported.model.config.images) != "latents":
+        raise UserError(f"denoising: expected a model that denoises, found one of {images}")
+    check_pairs(context, "denoising", 1)
+
+
+@torch.inference_mode()
+def _score_denoising(context: EvalContext) -> MetricResult:
+    pairs, exported = context_pairs(context), context.pipe.exported
+    model, process, form = exported.model, exported.process, exported.model.config.sequence_format(exported.tokenizer)
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        images = document_images(np.stack([pairs.picture(n) for n in numbers]), exported.autoencoder)
+        texts = [Text(exported.tokenizer.encode(pairs.prompts[n])) for n in numbers]
+        documents = [Document([text, image]) for text, image in zip(texts, images, strict=True)]
+        batch = collate(documents, form, model.config.image_attention).to(context.device)
+        if max(batch.documents) > model.config.max_seq_len:
+            raise UserError(
+                f"denoising: expected at most {model.config.max_seq_len} positions, found {max(batch.documents)}"
+            )
+        attend, x0 = for_batch(batch, model.compute_dtype, model.config), torch.stack(list(batch.latents))
+        errors = torch.zeros(len(numbers), device=context.device)
+        for level in range(LEVELS):
+            # The same noise for every model, so that two of them, or two checkpoints, differ in nothing else.
+            generators = [generator_for(0, "denoising", n, level) for n in numbers]
+            noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(x0)
+            t = torch.full((len(numbers),), round((level + 0.5) / LEVELS * process.config.timesteps), device=x0.device)
+            inputs = batch.input_ids, batch.position_ids, attend, batch.loss_positions, batch.patches
+            predictions = model(*inputs, process.add_noise(x0, noise, t), t).predictions
+            squares = (torch.stack(list(predictions)) - process.target(x0, noise, t)).square()
+            errors += squares.flatten(1).mean(1) * process.weight(t) / LEVELS
+        return [Made({"id": pairs.ids[n], "error": error}) for n, error in zip(numbers, errors.tolist(), strict=True)]
+
+    task = Task("denoising", {"data": pairs.whole_label, "levels": LEVELS}, len(pairs.ids), work)
+    errors = [record["error"] for record in context.make(task).records]
+    code = f"{context.version}, {LEVELS} levels of noise, weighted {process.config.weighting}"
+    return MetricResult([Result.of(IMAGE_LOSS, bootstrap(errors), "lower", code, pairs.whole_label)])
+
+
+DENOISING = Metric(
+    "denoising",
+    "image loss of real pictures after their captions, as in training, at fixed levels of noise",
+    _check_denoising,
+    _score_denoising,
+    lambda context: (IMAGE_LOSS,),
 )
 
 

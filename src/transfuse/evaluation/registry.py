@@ -34,7 +34,7 @@ from ..data.bundled import data_set_metrics
 from ..errors import UserError
 from .captions import CAPTIONING
 from .context import Drawing, EvalConfig, EvalContext, Metric, MetricResult
-from .drawings import CLIP, CLIP_URL, DRAWING, GENEVAL, GENEVAL_URL
+from .drawings import CLIP, CLIP_URL, DENOISING, DRAWING, GENEVAL, GENEVAL_URL
 from .image_quality import CLASSIFIER, FID_FILE, FID_URL, MOBILENET
 from .pairs import WHERE
 from .reconstruction import AUTOENCODER
@@ -42,7 +42,8 @@ from .speed import SPEED
 from .text import CHOICE, HARNESS, TEXT
 
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (TEXT, CHOICE, HARNESS, CAPTIONING, DRAWING, CLIP, GENEVAL, AUTOENCODER, SPEED)
+    metric.name: metric
+    for metric in (TEXT, CHOICE, HARNESS, CAPTIONING, DRAWING, DENOISING, CLIP, GENEVAL, AUTOENCODER, SPEED)
 }
 """The metrics for any data set; `all_metrics` adds those that data sets bring."""
 SUITES: dict[str, tuple[str, ...]] = {

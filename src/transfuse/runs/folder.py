@@ -27,7 +27,7 @@ FREE = {
     "parallel",
     *(f"data.{name}" for name in ("accumulate", "workers", "cache_gigabytes")),
     *(f"loop.{name}" for name in ("keep", "keep_every", "checkpoint_every", "log_every", "sample_every")),
-    *(f"loop.{name}" for name in ("measure_every", "measures", "measure_count", "best")),
+    *(f"loop.{name}" for name in ("measure_every", "measures", "measure_count", "measure_data", "best", "patience")),
     *(f"loop.{name}" for name in ("session_seconds", "guard", "profile", "trackers")),
 }
 """settings that may change when a run is resumed, as they do not change what it learns"""

@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..evaluation import EvalConfig, EvalContext, Metric, check, evaluate, named, numbers
 from ..evaluation.context import Result
 from ..evaluation.generate import weights_digest
+from ..evaluation.image_quality import MOBILENET
 from ..export import Exported
 from ..inference import TransfusionPipeline
 from ..io import atomic_write
@@ -29,6 +30,7 @@ from ..log import logger
 from ..model import Transfusion
 from ..recipes import Recipe
 from ..training import Trainer
+from ..training.trainer import SINCE_BEST
 from .resolve import Run
 
 GRID = (3, 6)  # rows and columns of a grid drawn while training
@@ -82,14 +84,14 @@ def measuring(
     """
     loop = run.recipe.loop
     metrics = named(loop.measures, "loop.measures")
-    world = replace(run.recipe.data.world, size=run.image_size, split="train")
+    scorer, config = None, EvalConfig(count=loop.measure_count, data=loop.measure_data, features=MOBILENET)
+    if not loop.measure_data:
+        scorer = SceneScorer(replace(run.recipe.data.world, size=run.image_size, split="train"))
+        config = EvalConfig(count=loop.measure_count)
 
     def context_of(weights: dict[str, Tensor]) -> EvalContext:
-        config = EvalConfig(count=loop.measure_count)
         # Keyed by the weights, not the step: after a rollback a step comes again with other weights.
-        return EvalContext(
-            pipeline_of(run, weights), weights_digest(weights), folder / "measures", SceneScorer(world), config
-        )
+        return EvalContext(pipeline_of(run, weights), weights_digest(weights), folder / "measures", scorer, config)
 
     first = trainer.averaged()
     trainer.ranks.on_rank0(lambda: _check(context_of(first), metrics, loop.best))
@@ -111,6 +113,8 @@ def measuring(
                 )
         values = {name: result.value for name, result in results.items()}
         logger.info(f"step {trainer.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        if loop.best:  # by the file, because a resumed run meets the step of its best again
+            values[SINCE_BEST] = max(0.0, trainer.step - read_json(folder / "best.json")["step"])
         return values
 
     return measure

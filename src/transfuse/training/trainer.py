@@ -38,7 +38,8 @@ from .optimizer import (
 Sample = Callable[[dict[str, Tensor], Path], None]
 """(averaged weights, path) -> None: draws a sample grid"""
 Measure = Callable[[dict[str, Tensor]], dict[str, float]]
-"""averaged weights -> results by name"""
+"""averaged weights -> results by name, `SINCE_BEST` among them if there is a best one"""
+SINCE_BEST = "steps_since_best"
 
 
 class DivergedError(UserError):
@@ -62,6 +63,10 @@ class LoopConfig:
     """images, captions or questions per metric; few, so results are rough"""
     best: str = ""
     """METRIC/NUMBER, one of those evaluated: the best weights by it are exported to best/; empty: none"""
+    measure_data: str = ""
+    """data set whose held-out pairs are evaluated, in place of the bundled world"""
+    patience: int = 0
+    """evaluations without a better `best` after which the run ends; its export is then the best weights; 0: no end"""
     checkpoint_every: int = 1000
     keep: int = 2
     """number of newest checkpoints to keep"""
@@ -79,9 +84,8 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("log_every", "keep", "measure_count"), 1)
-        least |= dict.fromkeys(
-            ("steps", "keep_every", "checkpoint_every", "sample_every", "measure_every", "profile"), 0
-        )
+        counts = "steps", "keep_every", "checkpoint_every", "sample_every", "measure_every", "patience", "profile"
+        least |= dict.fromkeys(counts, 0)
         least |= dict.fromkeys(("max_seconds", "session_seconds"), 0)
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -91,6 +95,10 @@ class LoopConfig:
             raise ValueError(f"loop.ema_decay: expected a number from 0 to below 1, found {self.ema_decay}")
         if self.best and not self.measure_every:
             raise ValueError(f"loop.measure_every: expected above 0 where loop.best is {self.best!r}, found 0")
+        if self.patience and not self.best:
+            raise ValueError(
+                f"loop.best: expected the number that loop.patience ({self.patience}) is about, found none"
+            )
 
 
 class Loader(Protocol):
@@ -113,6 +121,7 @@ class StopFlags(NamedTuple):
     time_over: bool = False
     session_over: bool = False
     save_failed: bool = False
+    no_better: bool = False
 
 
 class Trainer:
@@ -150,7 +159,7 @@ class Trainer:
         self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep, loop.keep_every, self.ranks)
         self.metrics = MetricsLog(folder, loop.trackers, self.ranks)
         self.guard, self.meter = Guard(loop.guard), meter or Meter(self.device)
-        self.step, self.data_offset = 0, 0
+        self.step, self.data_offset, self.since_best = 0, 0, 0.0
         self.totals: dict[str, float] = {"flops": 0, "seconds": 0.0, "waited": 0.0}
         self.losses: dict[str, float] = {}
         # Means since the last line of metrics.jsonl; after a restart rank 0 holds those of all ranks.
@@ -183,13 +192,16 @@ class Trainer:
             self.ranks.wait()
         if flags.time_over and self.step < self.config.steps:
             logger.info(f"train: {self.config.max_seconds:.0f} s are over at step {self.step} of {self.config.steps}")
-        stopped = (flags.stop or flags.session_over) and not flags.time_over and self.step < self.config.steps
-        return "stopped" if stopped else "finished"
+        if flags.no_better and self.step < self.config.steps:
+            logger.info(f"train: no better {self.config.best} in {self.since_best:.0f} steps: ends at step {self.step}")
+        over = flags.time_over or flags.no_better or self.step >= self.config.steps
+        return "stopped" if (flags.stop or flags.session_over) and not over else "finished"
 
     def _train(self, stop: Callable[[], bool], sample: Sample | None, measure: Measure | None) -> StopFlags:
         """Train until the last step or the first stop flag, with logs, samples, evaluations and checkpoints."""
         loop, began = self.config, time.monotonic()
-        window, before, flags = began, dict(self.totals), StopFlags(time_over=self._time_over())
+        window, before = began, dict(self.totals)
+        flags = StopFlags(time_over=self._time_over(), no_better=self._no_better())
         if self.step < loop.steps <= self.optimizer_config.warmup:
             logger.info(
                 f"warning: optimizer.warmup: expected fewer steps than the run has ({loop.steps}), found "
@@ -219,6 +231,7 @@ class Trainer:
                 # Before the step's checkpoint, so that a run resumed from it has the result.
                 if measure is not None and loop.measure_every and self.step % loop.measure_every == 0:
                     self._measure(measure)
+                    flags = flags._replace(no_better=self._no_better())
                 if loop.checkpoint_every and self.step % loop.checkpoint_every == 0:
                     self.begin_save()
                 if sample is not None and loop.sample_every and self.step % loop.sample_every == 0:
@@ -331,6 +344,9 @@ class Trainer:
     def _time_over(self) -> bool:
         return self.config.max_seconds is not None and self.totals["seconds"] > self.config.max_seconds
 
+    def _no_better(self) -> bool:
+        return 0 < self.config.patience * self.config.measure_every <= self.since_best
+
     def _line(self, before: dict[str, float], seconds: float) -> dict[str, Any]:
         """Return a line of metrics.jsonl for the last `seconds`: means, totals, rates, shares of this rank's time."""
         self.merge()
@@ -354,7 +370,9 @@ class Trainer:
         """Evaluate the averaged weights and log the results."""
         self.merge()
         weights = self.averaged()
-        self.metrics.write({"step": self.step, **(self.ranks.on_rank0(lambda: measure(weights)) or {})})
+        results = self.ranks.broadcast(self.ranks.on_rank0(lambda: measure(weights)) or {})
+        self.since_best = results.get(SINCE_BEST, 0.0)
+        self.metrics.write({"step": self.step, **results})
 
     def _sample(self, sample: Sample) -> None:
         """Draw a sample grid. Raises UserError if it cannot be written."""
@@ -399,6 +417,7 @@ class Trainer:
             return False
         progress = self.checkpoints.load(path, lambda saved: self._state({stacked_name(name) for name in saved}))
         self.step, self.totals, self.data_offset = progress["step"], progress["totals"], progress["data_offset"]
+        self.since_best = progress.get("since_best", 0.0)
         self._saved_step, self._counted = self.step, {}
         self.average = Average(**progress["average"]) if self.ranks.first else Average()
         self.guard.restore(progress["guard"])
@@ -418,6 +437,7 @@ class Trainer:
             "totals": self.totals,
             "data": self.load.position(),
             "data_offset": self.data_offset,
+            "since_best": self.since_best,
             "guard": self.guard.state(),
             "average": vars(self.average.merged(self.ranks)),
         }
