@@ -29,7 +29,7 @@ ROOMS = [  # what has been rewritten so far
     *(f"src/transfuse/{room}" for room in ("data", "recipes", "runs", "serving")),
     "tests/serving",
     *(f"src/transfuse/{name}.py" for name in ("plan", "train", "train_autoencoder")),
-    *(f"src/transfuse/{name}.py" for name in ("charts", "demo", "evaluate", "report")),
+    *(f"src/transfuse/{name}.py" for name in ("charts", "demo", "evaluate", "report", "tune")),
     *(f"src/transfuse/inspect_{name}.py" for name in ("data", "autoencoder")),
     "experiments",
     "tests/distributed",
