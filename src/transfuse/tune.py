@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,10 +22,10 @@ import numpy as np
 import PIL.Image
 
 from .charts import ACCENT, line_chart
-from .config import from_dict, read_json
+from .config import read_json
 from .data import DataSet
 from .data.build import build_set
-from .data.bundled import SceneScorer, WorldConfig
+from .data.bundled import SceneScorer
 from .data.prepare import BuildConfig
 from .data.readers import Columns
 from .errors import UserError
@@ -38,10 +38,10 @@ from .folders import bundled_name, find_export
 from .inference import TransfusionPipeline
 from .io import atomic_write
 from .log import logger
-from .recipes import PRESETS, Recipe, preset
-from .recipes.recipe import BUNDLED, DataConfig, SourceSpec
+from .recipes import Recipe
+from .recipes.recipe import BUNDLED, OF_THE_WORLD, DataConfig, SourceSpec
 from .report import Block, Card, Cards, Charts, Numbers, Page, Section, Table, plain, write_page
-from .runs import is_kind, read_recipe
+from .runs import recipe_of
 from .train import step_seconds, train
 from .training import LoopConfig, OptimizerConfig, read_metrics
 from .training.finetune import LoRAConfig
@@ -96,14 +96,14 @@ def tune_model(
         ("lora", lora >= 0, "at least 0", lora),
         ("steps", steps is None or steps > 0, "at least 1", steps),
         ("batch_size", batch_size > 0, "at least 1", batch_size),
+        ("model", export.distilled is None, "a model that was not distilled", model),
         ("model", export.model.images == "latents", "a model that denoises", f"{model}, one of {export.model.images}"),
     ):
         if not fits:
             raise UserError(f"{name}: expected {expected}, found {value}")
     data = _open_pictures(str(model), str(pictures), folder / "pictures", export, heldout, columns or Columns())
     held = _pairs_in(data, "heldout")
-    before = _trained_by(Path(model), export)
-    recipe = _recipe(str(model), data, held, before, replay, lora, steps, batch_size)
+    recipe = _recipe(str(model), export, data, held, replay, lora, steps, batch_size)
     loop, kept = recipe.loop, ", ".join(SourceSpec.parse(text).name for text in recipe.data.sources[1:])
     logger.info(f"{data.path}: {data.size('train')} documents to learn from, {held} pairs held out to measure by")
     if kept:
@@ -166,20 +166,7 @@ def _pairs_in(data: DataSet, split: Any) -> int:
     return int(data.documents["pair"][numbers].sum())
 
 
-def _trained_by(model: Path, export: Described) -> Recipe | None:
-    """Return the recipe of a model: its run's, or its preset with the scenes that the export records; None: neither."""
-    run = find_export(model).parent / "config.json"
-    if run.is_file() and is_kind(run, Recipe):
-        return read_recipe(run, Recipe)
-    if export.world is None:
-        return None
-    name = read_json(export.place["config.json"]).get("preset")
-    recipe = preset(name) if name in PRESETS else Recipe()
-    world = from_dict(WorldConfig, export.world, str(export.place["config.json"]))
-    return replace(recipe, data=replace(recipe.data, world=world))
-
-
-def _rehearsed(before: Recipe | None, data: DataSet) -> tuple[list[SourceSpec], list[SourceSpec]]:
+def _rehearsed(before: Recipe | None, export: Described, data: DataSet) -> tuple[list[SourceSpec], list[SourceSpec]]:
     """Return the sources that a model learned from and that can be had, with images and of text alone."""
     images: list[SourceSpec] = []
     texts: list[SourceSpec] = []
@@ -189,24 +176,26 @@ def _rehearsed(before: Recipe | None, data: DataSet) -> tuple[list[SourceSpec], 
         except UserError as error:
             logger.info(f"not rehearsed: {error}")
             continue
-        if spec.weight and spec.name != data.path:
+        learned = export.world is not None or spec.name not in OF_THE_WORLD
+        if spec.weight and learned and spec.name != data.path:
             (images if kind == "pictures" else texts).append(spec)
     return images, texts
 
 
 def _recipe(
     model: str,
+    export: Described,
     data: DataSet,
     held: int,
-    before: Recipe | None,
     replay: float,
     lora: int,
     steps: int | None,
     batch_size: int,
 ) -> Recipe:
     """Return the run: the new images and the replayed sources, each with its share of positions."""
+    before = recipe_of(model)
     base = before or Recipe()
-    images, texts = _rehearsed(before, data) if replay else ([], [])
+    images, texts = _rehearsed(before, export, data) if replay else ([], [])
     steps = steps or steps_for(data.size("train"))
     every = max(1, steps // MEASURES)
     whole = sum(spec.weight for spec in images)

@@ -1,7 +1,7 @@
 """Runs: a recipe resolved into what it names, and the folder it trains in."""
 
 from .curves import Curves, read_curves
-from .folder import held, is_kind, read_recipe, run_device, settle_device, student_of
+from .folder import held, is_kind, read_recipe, recipe_of, run_device, settle_device, student_of
 from .resolve import Run, open_recipe_autoencoder, open_run, resolve, train_tokenizer
 from .sources import Sources, open_sources, unseen_noise
 
@@ -16,6 +16,7 @@ __all__ = [
     "open_sources",
     "read_curves",
     "read_recipe",
+    "recipe_of",
     "resolve",
     "run_device",
     "settle_device",

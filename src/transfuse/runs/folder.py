@@ -137,22 +137,29 @@ def read_recipe(path: Path, kind: type[R]) -> R:
     return from_dict(kind, values, str(path))
 
 
-def student_of(model: str) -> Recipe:
-    """Return the recipe that distils an export: of its run, whose folder it is in, else of the preset that it names.
-
-    Raises UserError for an export that has neither.
-    """
+def recipe_of(model: str) -> Recipe | None:
+    """Return the recipe of an export: of the run whose folder it is in, else of the preset that it names, or None."""
     export, run = describe(model), find_export(model).parent / "config.json"
     if run.is_file() and is_kind(run, Recipe):
-        return student(read_recipe(run, Recipe), model)
+        return read_recipe(run, Recipe)
     config = export.place["config.json"]
     name = read_json(config).get("preset")
     if name not in PRESETS:
-        raise UserError(f"{config}: preset: expected a preset, whose data it learns from, found {name!r}")
+        return None
     recipe = preset(name)
     if export.world is not None:
         world = from_dict(WorldConfig, export.world, f"{config}: world")
         recipe = replace(recipe, data=replace(recipe.data, world=world))
+    return recipe
+
+
+def student_of(model: str) -> Recipe:
+    """Return the recipe that distils an export (`student`). Raises UserError for one whose own recipe is not known."""
+    recipe = recipe_of(model)
+    if recipe is None:
+        config = describe(model).place["config.json"]
+        name = read_json(config).get("preset")
+        raise UserError(f"{config}: preset: expected a preset, whose data it learns from, found {name!r}")
     return student(recipe, model)
 
 
