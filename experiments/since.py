@@ -3,7 +3,7 @@
     python -m experiments.since --size s --positions 1e6 --seeds 0 1 2        or: transfuse study since ...
 
 A row is a file of `experiments/rows/`: its first line says what it is, the rest is settings for the preset
-`demo`. The same file trains the row alone: `transfuse train demo --config experiments/rows/flow.toml`.
+`latents-32`. The same file trains the row alone: `transfuse train latents-32 --config experiments/rows/flow.toml`.
 `best` combines switches, and `best-without-X` leaves one of them out. All rows get the same number of positions, the
 same share of them text, the same seeds and the same judges; differences are paired by seed. Rows that lose stay.
 """
@@ -40,7 +40,7 @@ from .evaluation import by_seed, check_one_size
 from .statistics import Difference, paired, weighted_sums
 
 FOLDER = Path(__file__).with_name("rows")
-PRESET, BASE, BEST = "demo", "base", "best"
+PRESET, BASE, BEST = "latents-32", "base", "best"
 
 MEASURES: dict[str, tuple[str, str]] = {
     "noun_strict": ("drawn: noun right, strict judge", "higher"),

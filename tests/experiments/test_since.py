@@ -30,9 +30,9 @@ from transfuse.report import render
 
 @pytest.mark.parametrize("name", row_names())
 def test_a_row_is_a_settings_file_that_trains_alone(name: str) -> None:
-    options = find_command(["train", "demo", "--config", str(FOLDER / f"{name}.toml")]).keywords
+    options = find_command(["train", "latents-32", "--config", str(FOLDER / f"{name}.toml")]).keywords
     assert options["recipe"] == row_recipe(name, "m")
-    assert (row_recipe(name, "m") == preset("demo")) == (name == BASE), "it changes something"
+    assert (row_recipe(name, "m") == preset("latents-32")) == (name == BASE), "it changes something"
     assert len(row_title(name)) > 20
 
 

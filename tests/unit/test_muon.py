@@ -99,4 +99,4 @@ def test_settings_that_cannot_be_are_one_line() -> None:
         build_optimizer(nn.Linear(4, 4), OptimizerConfig(name="muon"))
     with pytest.raises(UserError, match=r"^optimizer.name: expected adamw for an autoencoder, found muon"):
         AutoencoderRecipe(optimizer=OptimizerConfig(name="muon"))
-    assert preset("demo").optimizer.name == "adamw"
+    assert preset("latents-32").optimizer.name == "adamw"

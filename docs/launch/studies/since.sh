@@ -1,5 +1,5 @@
 #!/bin/bash
-# The table of newer methods: each switch alone against the demo's recipe. Start it as often as there are cores or cards.
+# The table of newer methods: each switch alone against `latents-32`. Start it as often as there are cores or cards.
 set -euo pipefail
 
 transfuse study since --run runs/since --size s --positions 1e6 --seeds 0 1 2 "$@"

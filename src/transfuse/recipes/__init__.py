@@ -11,11 +11,12 @@ from .autoencoders import AUTOENCODERS, AutoencoderRecipe
 from .baselines import chameleon_32, llama_32, llama_32_stable, transfusion_32
 from .paper import PAPER
 from .recipe import VERSION, ImageContext, InitConfig, Recipe
-from .small import demo, epsilon_32, latent_64, pixels_32, small_64, tiny
+from .small import demo, epsilon_32, latent_64, latents_32, pixels_32, small_64, tiny
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "pixels-32": pixels_32,
+    "latents-32": latents_32,
     "tiny": tiny,
     "epsilon-32": epsilon_32,
     "latent-64": latent_64,

@@ -47,8 +47,8 @@ def pixels_32() -> Recipe:
     )
 
 
-def demo() -> Recipe:
-    """The world of `pixels-32` through the bundled KL-VAE: what two cores can learn in eight minutes.
+def latents_32() -> Recipe:
+    """The world of `pixels-32` through the bundled KL-VAE; the base of the study `since`.
 
     16 patches of 2 x 2 of its 8 x 8 x 8 latents a picture, as many as pixels have in patches of 8 x 8. Drawings are far
     plainer than those of pixels. Captions, which latents teach more slowly, come with clean pictures: in three pairs of
@@ -57,7 +57,7 @@ def demo() -> Recipe:
     base = pixels_32()
     return replace(
         base,
-        preset="demo",
+        preset="latents-32",
         model=replace(base.model, patch_size=2, latent_channels=8),
         diffusion=replace(base.diffusion, clip_x0=None),
         data=replace(
@@ -65,6 +65,21 @@ def demo() -> Recipe:
             autoencoder="kl-f4-small",
             pairs=PairConfig(caption_first=0.7, image_first_max_timestep=0),
         ),
+    )
+
+
+def demo() -> Recipe:
+    """`latents-32` with Muon: what two cores can learn in eight minutes.
+
+    Muon takes half as many steps to the same losses. Its 16,384 scenes, seen several times in other words, are rendered
+    and encoded once.
+    """
+    base = latents_32()
+    return replace(
+        base,
+        preset="demo",
+        data=replace(base.data, pairs=replace(base.data.pairs, count=16_384)),
+        optimizer=replace(base.optimizer, name="muon"),
     )
 
 
