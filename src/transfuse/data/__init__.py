@@ -6,18 +6,8 @@ from .loader import CorruptLog, Finish, StepLoader, unchanged
 from .mixture import Mixture, MixtureComponent
 from .packing import Packer
 from .remote import Cache
-from .sources import (
-    EditConfig,
-    PairConfig,
-    SceneEdits,
-    ScenePairs,
-    Source,
-    StoredImages,
-    StoredTexts,
-    Texts,
-    interleaved_document,
-    pair_document,
-)
+from .scenes import EditConfig, SceneEdits, ScenePairs
+from .sources import PairConfig, Source, StoredImages, StoredTexts, Texts, interleaved_document, pair_document
 
 __all__ = [
     "Cache",

@@ -14,7 +14,8 @@ from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, layout_
 from ..sequence.chat import Message, chat_sample
 from . import bundled
 from .dataset import CorruptSampleError, DataSet, StoredDocument
-from .sources import SceneSource, StoredImages
+from .scenes import SceneSource
+from .sources import StoredImages
 
 MEASURED = 64
 """dialogues whose length stands for all"""
