@@ -219,7 +219,7 @@ def student(recipe: Recipe, teacher: str, steps: int = 4) -> Recipe:
         distil=DistilConfig(steps),
         model=recipe.model,
         data=replace(recipe.data, autoencoder_weights=""),  # the teacher's copy
-        objective=recipe.objective,
+        objective=replace(recipe.objective, align_weight=0.0),
         optimizer=optimizer,
         loop=loop,
     )
