@@ -283,6 +283,18 @@ def test_tars_as_img2dataset_writes_them(tmp_path: Path) -> None:
     assert documents(read(tmp_path / "00001.tar")) == [(picture(3), "n 3"), (picture(4), "n 4")]
 
 
+def test_the_parts_of_a_tar_weigh_what_they_take(tmp_path: Path) -> None:
+    """Small members, too: the tokenizer is trained on evenly spread parts, and the bar foretells when it ends."""
+    members: list[tuple[str, bytes | str]] = []
+    for i in range(200):
+        members += [(f"{i:03d}.png", picture(i)), (f"{i:03d}.txt", "x")]
+    reader = open_source(str(tar(tmp_path / "a.tar", members)), Columns())
+    weights = [part.weight for part in reader.parts()]
+    assert len(weights) == 4
+    assert 0.9 * reader.total < sum(weights) <= reader.total
+    assert reader.unit == "bytes"
+
+
 def test_captions_in_the_json_alone(tmp_path: Path) -> None:
     record = json.dumps({"caption": " été ", "alt": "other", "text": None})
     path = tar(tmp_path / "a.tar", [("x.jpg", picture(0)), ("x.json", "\ufeff" + record)])

@@ -86,7 +86,7 @@ def build_set(
     make = partial(_worker, reader, config, out / "tokenizer.json")
     most = config.columns.count or math.inf
     with (
-        progress("build", reader.total, done, unit="documents") as bar,
+        progress("build", reader.total, done, unit=reader.unit) as bar,
         closing(parallel_map(make, work, workers, str(out))) as results,
     ):
         for weight, documents in results:

@@ -113,13 +113,14 @@ class Columns:
 class Reader(Protocol):
     """A source of documents; it is sent to other processes, and so is each part.
 
-    text_only: documents are text alone. total: weight of all parts. listing: the files of the source; None: it is not
-    made of files. names: those that are read, and not among those of `contents`. source_split: the one that is read of
-    several, chosen by names or by a field.
+    text_only: documents are text alone. total: weight of all parts, in `unit`. listing: the files of the source; None:
+    it is not made of files. names: those that are read, and not among those of `contents`. source_split: the one that
+    is read of several, chosen by names or by a field.
     """
 
     text_only: bool
     total: int
+    unit: str
     listing: Listing | None
     names: Sequence[str]
     source_split: str
@@ -135,7 +136,7 @@ class Reader(Protocol):
 class FileReader:
     """The base of readers whose documents are in the files `files` of a listing, weighed in bytes."""
 
-    text_only = False
+    text_only, unit = False, "bytes"
 
     def __init__(self, listing: Listing, files: Sequence[File]) -> None:
         self.listing: Listing | None = listing
@@ -151,7 +152,7 @@ class FileReader:
 class CountedReader:
     """The base of readers whose documents have numbers, each of weight 1."""
 
-    text_only = False
+    text_only, unit = False, "documents"
     total: int
     listing: Listing | None = None
     names: Sequence[str] = ()

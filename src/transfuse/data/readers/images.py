@@ -47,7 +47,7 @@ class ImageReader:
     tables: the files that rows are from. passed_over: images that are left out on purpose.
     """
 
-    text_only = False
+    text_only, unit = False, "documents"
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from .content import CAPTION_COLUMNS, caption_text, captions_in, decode_text, in
 from .contract import LOST_REST, PER_PART, Columns, Fault, FileReader, Item, LeftOut, Part, Raw
 from .listing import CAPTION_ENDINGS, Listing
 
+BLOCK = tarfile.BLOCKSIZE  # of a header, and of what contents are filled up to
 MOST_NAMES = 5  # of a document's members, in a message
 Entry = tuple[str, int | None, int]
 """of a member: its ending after the document's name, its place in the file (None: a link), its size"""
@@ -133,7 +134,8 @@ def _is_image(suffix: str) -> bool:
 
 
 def _tar_part(file: File, items: list[Found]) -> Part:
-    return Part((file, items), sum(size for item in items if isinstance(item, Members) for _, _, size in item.files))
+    sizes = (size for item in items if isinstance(item, Members) for _, _, size in item.files)
+    return Part((file, items), sum(BLOCK + -(-size // BLOCK) * BLOCK for size in sizes))
 
 
 def scan(path: Path) -> Iterator[Found]:
