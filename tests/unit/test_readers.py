@@ -13,6 +13,7 @@ import pickle
 import re
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from emoji_scenes import World, WorldConfig, caption
 from transfuse.cli import run
 from transfuse.data.build import build_set
 from transfuse.data.prepare import BuildConfig, Dropped, Outcome, Preparer
-from transfuse.data.readers import Columns, Fault, Item, LeftOut, Raw, Reader, TextReader, open_source
+from transfuse.data.readers import LOST_REST, Columns, Fault, Item, LeftOut, Raw, Reader, TextReader, open_source
 from transfuse.data.readers.listing import Listing
 from transfuse.data.readers.records import JsonReader
 from transfuse.data.readers.tars import scan
@@ -596,6 +597,42 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     for cut in (0, 3, 50, len(data) - 1):
         path.write_bytes(data[:cut])
         refused(path, "expected a parquet file")
+
+
+def test_a_damaged_column_of_splits(tmp_path: Path) -> None:
+    columns = {"split": ["train", "test"] * 2, "text": [f"{n} " * 40 for n in range(4)]}
+    path = parquet(tmp_path / "a.parquet", columns, row_group_size=2, use_dictionary=False, compression="none")
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 20 + data[24:])
+    items = read(path)
+    assert list(faults(items)) == ["a.parquet/0"]
+    assert [item.parts for item in items if isinstance(item, Raw)] == [("2 " * 40,)]
+
+
+def test_saved_arrow_cut_short(tmp_path: Path) -> None:
+    """What comes before the damage is read; what follows is a fault that counts as many documents."""
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"text": [f"number {n}" for n in range(6)]})
+    write(tmp_path, {"state.json": "{}"})
+    with arrow.ipc.new_stream(str(tmp_path / "data.arrow"), table.schema) as out:
+        out.write_table(table, max_chunksize=2)
+    whole = (tmp_path / "data.arrow").read_bytes()
+    kept = set()
+    for cut in range(len(whole) - 1, 300, -40):
+        (tmp_path / "data.arrow").write_bytes(whole[:cut])
+        try:
+            items = read(tmp_path)
+        except UserError:  # not even its head is left
+            break
+        texts = [item.parts for item in items if isinstance(item, Raw)]
+        assert texts == [(f"number {n}",) for n in range(len(texts))]
+        assert len(texts) == 6 or [item.lost for item in items if isinstance(item, Fault)] == [LOST_REST]
+        kept.add(len(texts))
+    assert kept == {0, 2, 4, 6}
+    for place in range(len(whole)):  # a damaged byte, too, must not end the process
+        (tmp_path / "data.arrow").write_bytes(whole[:place] + bytes([whole[place] ^ 0x91]) + whole[place + 1 :])
+        with suppress(UserError):
+            read(tmp_path)
 
 
 def test_parquet_files_that_do_not_agree(tmp_path: Path) -> None:

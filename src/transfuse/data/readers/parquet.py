@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import chain, islice
-from pathlib import PurePosixPath
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import UserError, install_command
 from ..remote import File
 from .content import IMAGE_COLUMNS, caption_columns, captions_in, column, worded
-from .contract import Columns, Fault, FileReader, Item, Part, Raw
+from .contract import LOST_REST, Columns, Fault, FileReader, Item, Part, Raw
 from .listing import Listing, choose_split, split_in
 from .records import DIALOGUES, LISTS, ROWS, Image, document, image_loader
 from .tables import SAMPLED, check_text
@@ -26,6 +26,8 @@ class ParquetReader(FileReader):
     The caption may be a list, several columns (caption_0, ...), or a class whose name the schema has. Raises UserError
     without the extra `parquet`, for a damaged file, where columns are missing, and for images by URL.
     """
+
+    holds = "a parquet file"
 
     def __init__(self, listing: Listing, files: list[File], columns: Columns) -> None:
         super().__init__(listing, files)
@@ -45,22 +47,31 @@ class ParquetReader(FileReader):
             self._choose_columns(where, names, holding)
             self.wanted = [*filter(None, [self.image]), *self.captions]
         if self.text_only:
-            with suppress(OSError):  # a damaged group is a fault, once it is read
-                check_text(where, next(self.batches(self.open(self.files[0]), None, names, SAMPLED), []), columns)
+            first: list[dict[str, Any]] = []
+            with suppress(Exception):  # a damaged group is a fault, once it is read
+                first = next(self.batches(self.open(self.files[0]), None, names, SAMPLED), [])
+            check_text(where, first, columns)
         for file, table in zip(self.files, opened, strict=True):
             for name in self.wanted:
                 if name not in self.schema(table).names:
                     raise UserError(
                         f'{file.place}: expected the column "{name}", as {self.files[0].name} has, found none'
                     )
-        self.by_field = False
-        if "split" in names and all("split" in self.schema(table).names for table in opened):
-            every = (self.batches(self.open(file), None, ["split"], SPLIT_ROWS) for file in self.files)
-            chosen = choose_split(listing, where, chain.from_iterable(chain.from_iterable(every)), columns.source_split)
-            self.by_field, self.source_split = chosen is not None, chosen or listing.split
-            self.wanted += ["split"] if self.by_field else []
         self.groups = [self.sizes(table) for table in opened]
         self.total = sum(size for groups in self.groups for _, size in groups)
+        self.by_field = False
+        if "split" in names and all("split" in self.schema(table).names for table in opened):
+            chosen = choose_split(listing, where, self._splits(), columns.source_split)
+            self.by_field, self.source_split = chosen is not None, chosen or listing.split
+            self.wanted += ["split"] if self.by_field else []
+
+    def _splits(self) -> Iterator[dict[str, Any]]:
+        """Yield every row's field "split", but none of damaged groups: those are faults, once they are read."""
+        for file, groups in zip(self.files, self.groups, strict=True):
+            for group in range(len(groups)):
+                with suppress(Exception):
+                    for rows in self.batches(self.open(file), group, ["split"], SPLIT_ROWS):
+                        yield from rows
 
     def _choose_columns(self, where: str, names: list[str], holding: list[str]) -> None:
         if not self.text_only:
@@ -120,10 +131,15 @@ class ParquetReader(FileReader):
         """Open a file. Raises UserError."""
         arrow = _pyarrow(file)
         try:
-            return arrow.parquet.ParquetFile(file.here())
+            table = self.opened(arrow, file.here())
+            list(self.schema(table).names)  # a damaged one shows when it is looked at
+            return table
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{file.place}: expected a parquet file, found something else ({reason})") from None
+            raise UserError(f"{file.place}: expected {self.holds}, found something else ({reason})") from None
+
+    def opened(self, arrow: Any, path: Path) -> Any:
+        return arrow.parquet.ParquetFile(path)
 
     def schema(self, table: Any) -> Any:
         return table.schema_arrow
@@ -143,26 +159,29 @@ class ParquetReader(FileReader):
 class ArrowReader(ParquetReader):
     """Tables as `datasets.save_to_disk` writes them."""
 
-    def open(self, file: File) -> Any:
-        arrow = _pyarrow(file)
-        try:
-            return arrow.ipc.open_stream(arrow.memory_map(str(file.here())))
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{file.place}: expected a stream of arrow tables, found something else ({reason})"
-            ) from None
+    holds = "a stream of arrow tables"
+
+    def opened(self, arrow: Any, path: Path) -> Any:
+        return arrow.ipc.open_stream(arrow.memory_map(str(path)))
 
     def schema(self, table: Any) -> Any:
         return table.schema
 
     def sizes(self, table: Any) -> list[tuple[int, int]]:
-        return [(batch.num_rows, batch.nbytes) for batch in table]
+        sizes = []
+        try:
+            for batch in table:
+                sizes.append((batch.num_rows, batch.get_total_buffer_size()))
+        except Exception:  # of a stream that is damaged or cut short: reading the rest reports it
+            sizes.append((LOST_REST, 0))
+        return sizes
 
     def batches(self, table: Any, group: int | None, names: list[str], rows: int) -> Iterator[list[dict[str, Any]]]:
-        for batch in islice(table, group or 0, None if group is None else group + 1):
+        for whole in islice(table, group or 0, None if group is None else group + 1):
+            batch = whole.select(names)
+            batch.validate(full=True)  # what is damaged may end the process otherwise
             for start in range(0, batch.num_rows, rows):
-                yield batch.select(names).slice(start, rows).to_pylist()
+                yield batch.slice(start, rows).to_pylist()
 
 
 def _pyarrow(file: File) -> Any:
