@@ -132,16 +132,18 @@ def _lengths(data: DataSet, recipe: Recipe, autoencoder: Autoencoder | None, lim
 def _figures(data: DataSet, tokens: np.ndarray, positions: np.ndarray | None, limits: Limits) -> dict[str, Any]:
     """Return the report of one set."""
     manifest, left_out = data.manifest, []
-    for name, count in (("dropped", manifest.dropped), ("quarantine", manifest.faulty)):
+    unread = manifest.files.get("left out", 0)
+    for name, count in (("dropped", manifest.dropped), ("quarantine", manifest.faulty), ("left_out", unread)):
         if count:
             with data.file(f"{name}.jsonl").open(encoding="utf-8") as file:
                 of_reason: Counter[str] = Counter()
                 for line in map(json.loads, islice(file, MOST_LINES)):
-                    reason = line["reason"].partition(":")[0] if name == "dropped" else name
+                    reason = name if name == "quarantine" else line["reason"].partition(":")[0]
                     of_reason[reason] += 1
-                    left_out += [line] if of_reason[reason] <= LINES else []
+                    named = {"key": line.get("key", line.get("file")), "reason": line["reason"]}
+                    left_out += [named] if of_reason[reason] <= LINES else []
     counts = ("documents", "pictures", "captions", "tokens", "heldout", "seen", "faulty")
-    names = ("kind", *counts, "dropped", "changed", "source", "split", "settings")
+    names = ("kind", *counts, "dropped", "changed", "files", "source", "split", "settings")
     sizes = Counter(data.images[["rows", "columns"]][_evenly(len(data.images), limits.lengths)].tolist()).most_common()
     _, members = np.unique(data.groups["first"], return_counts=True)
     return {
@@ -254,7 +256,7 @@ def data_page(report: dict[str, Any], opened: Sources, lengths: dict[str, Length
         left_out = [[line["key"], line["reason"]] for line in figures["left_out"]]
         if left_out:
             title = f"{data.name}: the first that were left out for each reason"
-            provenance.append(Details(title, [Table(["document", "why"], left_out)]))
+            provenance.append(Details(title, [Table(["document or file", "why"], left_out)]))
         settings = {"fingerprint": figures["fingerprint"], **figures["settings"], **figures["settings"]["columns"]}
         rows = [[name.replace("_", " "), str(value)] for name, value in settings.items() if name != "columns"]
         provenance.append(Details(f"{data.name}: settings that made it", [Table([], rows)]))
@@ -298,7 +300,7 @@ def _set_numbers(figures: dict[str, Any]) -> Numbers:
     left_out = {**figures["dropped"], **({"faulty": figures["faulty"]} if figures["faulty"] else {})}
     reasons = "".join(f"; {count:,} {reason}" for reason, count in left_out.items())
     shown = f"all {sizes[0][0]} × {sizes[0][1]} pixels" if len(sizes) == 1 else f"of {len(sizes)} sizes"
-    changed = figures["changed"]
+    changed, files = figures["changed"], figures["files"]
     changes = "; ".join(f"{count:,} {name}" for name, count in changed.items())
     return Numbers(
         [
@@ -308,6 +310,7 @@ def _set_numbers(figures: dict[str, Any]) -> Numbers:
             ("On disk", f"{figures['bytes'] / 1e6:,.1f} MB", f"shards: {figures['shards']:,}"),
             ("Left out", f"{sum(left_out.values()):,}", f"of {figures['seen']:,} seen{reasons}"),
             *([("Changed", f"{sum(changed.values()):,}", changes)] if changed else []),
+            *([("Files", f"{files['found']:,}", f"{files['left out']:,} left out")] if files else []),
         ]
     )
 

@@ -51,6 +51,7 @@ def folder(tmp_path_factory) -> Path:
         PIL.Image.fromarray(colour).save(pictures / f"{number}.png")
         if caption:
             (pictures / f"{number}.txt").write_text(caption)
+    (pictures / "logo.svg").write_text("<svg/>")
     build_set(str(pictures), root / "pairs", replace(shared, min_caption=3, heldout=0.0), workers=0)
     (root / "words.txt").write_text("\n".join(glosses("heldout")[:150]))
     build_set(str(root / "words.txt"), root / "text", replace(shared, columns=Columns(split="line")), workers=0)
@@ -122,11 +123,14 @@ def test_what_was_left_out_is_counted_and_named(done, names: list[str]) -> None:
     assert pairs["dropped"] == {"caption length": 1, "duplicate": 1}
     reasons = {line["key"]: line["reason"] for line in pairs["left_out"]}
     assert reasons["2.png"] == "caption length: 1 characters"
+    assert reasons["logo.svg"] == "image format that is not read (.svg): write it as PNG"
+    assert pairs["files"] == {"found": 12, "read": 11, "left out": 1}
     assert "5.txt" in reasons["5.png"]
     text = unescape((out / "index.html").read_text())
     for line in [*pairs["left_out"], *report["sets"][names[2]]["left_out"]]:
         assert f"{line['key']}</th><td>{line['reason']}</td>" in text
     assert "of 6 seen; 1 caption length; 1 duplicate; 1 faulty" in text
+    assert "1 left out" in text
     assert pairs["settings"] == DataSet(names[1]).manifest.settings
     assert report["sets"][names[3]]["left_out"] == []
 
