@@ -416,7 +416,8 @@ def _card(data: DataSet, number: int, tokenizer: Tokenizer, decoder: Autoencoder
         images = [data.decode(number, stored, part) for part in stored.parts if not isinstance(part, str)]
     except CorruptSampleError as error:
         return Card(f"Damaged: {error}")
-    words = " ".join(part if isinstance(part, str) else "▢" for part in stored.parts[stored.pair :])
+    between = " / " if stored.pair else " "  # captions of one image, or parts in their order
+    words = between.join(part if isinstance(part, str) else "▢" for part in stored.parts[stored.pair :])
     words = words if len(words) <= CHARACTERS else words[:CHARACTERS].rstrip() + "…"
     shown = []
     for image in images[:4]:
