@@ -285,7 +285,7 @@ def test_tars_as_img2dataset_writes_them(tmp_path: Path) -> None:
 
 
 def test_the_parts_of_a_tar_weigh_what_they_take(tmp_path: Path) -> None:
-    """Small members, too: the tokenizer is trained on evenly spread parts, and the bar foretells when it ends."""
+    """Small members, too: the tokenizer is trained on evenly spread parts, and the bar knows when it ends."""
     members: list[tuple[str, bytes | str]] = []
     for i in range(200):
         members += [(f"{i:03d}.png", picture(i)), (f"{i:03d}.txt", "x")]
@@ -610,7 +610,7 @@ def test_a_damaged_column_of_splits(tmp_path: Path) -> None:
 
 
 def test_saved_arrow_cut_short(tmp_path: Path) -> None:
-    """What comes before the damage is read; what follows is a fault that counts as many documents."""
+    """Batches before the damage are read; the rest is a fault that counts as many documents."""
     arrow = pytest.importorskip("pyarrow")
     table = arrow.table({"text": [f"number {n}" for n in range(6)]})
     write(tmp_path, {"state.json": "{}"})
