@@ -108,6 +108,15 @@ class Vocabulary:
         choices = "|".join(r"\s+".join(map(re.escape, name.split())) for name in names)
         return re.compile(rf"(?<![\w'’-])(?:{choices})(?![\w'’-])", re.IGNORECASE) if names else None
 
+    @cached_property
+    def _shortened(self) -> dict[str, list[str]]:
+        """The known words by what is left of them without one or two letters."""
+        known: dict[str, list[str]] = {}
+        for word in self._known:
+            for variant in shortened(word) if len(word) > 2 else ():
+                known.setdefault(variant, []).append(word)
+        return known
+
     def _near(self, word: str) -> str | None:
         """Return the known word that a word in lower case stands for."""
         if word in self._known:
@@ -115,10 +124,11 @@ class Vocabulary:
         for ending, other in ENDINGS:
             if word.endswith(ending) and (base := word[: len(word) - len(ending)] + other) in self._known:
                 return self._known[base]
-        if word in self.english or len(word) < 4:
-            return None
         allowed = mended(word)
-        distances = {each: edit_distance(word, each, allowed) for each in self._known if len(each) > 2}
+        if word in self.english or not 4 <= len(word) <= max(map(len, self._known), default=0) + allowed:
+            return None
+        near = {each for variant in shortened(word) for each in self._shortened.get(variant, ())}
+        distances = {each: edit_distance(word, each, allowed) for each in near}
         nearest = min(distances.values(), default=allowed + 1)
         found = [each for each, distance in distances.items() if distance == nearest]
         return self._known[found[0]] if nearest <= allowed and len(found) == 1 else None

@@ -118,8 +118,9 @@ class Running:
 
 
 def children(process: int) -> list[int]:
-    """Return the numbers of a process's children."""
-    return [*map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())]
+    """Return the numbers of the children of a process, whichever of its threads started them."""
+    lists = [task / "children" for task in Path(f"/proc/{process}/task").iterdir()]
+    return [int(number) for each in lists for number in each.read_text().split()]
 
 
 def memory(process: int) -> int:

@@ -21,7 +21,7 @@ import httpx2 as httpx
 import numpy as np
 import PIL.Image
 import pytest
-from running import LONG, Running, data_url, memory, png, says
+from running import LONG, Running, children, data_url, memory, png, says
 
 pytestmark = [pytest.mark.xdist_group("serving")]
 CHAT = "/v1/chat/completions"
@@ -197,6 +197,19 @@ def test_bodies_that_are_withheld(attacked: Running) -> None:
         attacked.wait_for(attacked.idle)
     attacked.wait_for(lambda: memory(attacked.process.pid) < before + 60_000_000, 20)
     assert attacked.post(CHAT, {"messages": says("a"), "max_tokens": 1}).status_code == 200
+
+
+def test_nothing_outlives_a_server_that_is_killed(served: Path) -> None:
+    with Running(served, "--slots", "1") as running:
+        assert running.post(CHAT, {**chat(png()), "max_tokens": 1}).status_code == 200
+        started = [*children(running.process.pid), *running.forked]
+        assert len(started) >= 4  # fork server, its tracker, the worker, a process that reads bodies
+        running.process.kill()
+        running.process.wait()
+        end = time.monotonic() + 20
+        while any(Path(f"/proc/{number}").exists() for number in started) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not [number for number in started if Path(f"/proc/{number}").exists()]
 
 
 def test_a_deadline_begins_with_the_first_byte(served: Path) -> None:

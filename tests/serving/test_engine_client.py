@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,8 +18,9 @@ import numpy as np
 import pytest
 from conftest import BYTES, chained, linked
 from fastapi.testclient import TestClient
-from running import says
+from running import png, says
 
+from transfuse.config import to_dict
 from transfuse.errors import UserError
 from transfuse.export import GenerationConfig, save_export
 from transfuse.inference.events import Done, Event, Failed, ImageProgress, TextDelta
@@ -26,6 +29,7 @@ from transfuse.serving.engine_client import EngineClient, QueueConfig, RequestSt
 from transfuse.serving.middleware import AccessConfig
 from transfuse.serving.protocol import ApiError
 from transfuse.serving.worker import Accepted, Job, Refused, Started, Worker, WorkerConfig
+from transfuse.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.xdist_group("serving")
 JOB = Job(("a",), {"seed": 0})
@@ -307,6 +311,49 @@ def test_retry_after_is_when_there_is_room() -> None:
     with_client(script, requests=4)
 
 
+@contextmanager
+def in_thread(folder: Path) -> Iterator[TestClient]:
+    """Serve a model whose worker is a thread of this process."""
+
+    def start(config: WorkerConfig) -> tuple[Process, Connection]:
+        ours, workers = Pipe()
+        threading.Thread(target=lambda: Worker(config).serve(workers), daemon=True).start()
+        return Process(), ours
+
+    client = EngineClient(WorkerConfig(str(folder), slots=1), QueueConfig(), start)
+    with TestClient(build(client, lambda: AccessConfig(hosts=()))) as http:
+        while http.get("/ready").status_code != 200:
+            pass
+        yield http
+
+
+def test_what_became_of_a_prompt_is_in_the_reply(served: Path, tmp_path: Path) -> None:
+    """The prompt as it was read, where that differs, and the words that training never showed; nothing otherwise."""
+    folder = shutil.copytree(served, tmp_path / "export")
+    known = Vocabulary(("a", "moon", "crab", "and", "on", "blue", "background"), synonyms={"lobster": "crab"})
+    (folder / "vocabulary.json").write_text(json.dumps(to_dict(known)))
+    drawn = {"num_inference_steps": 1, "prompt": "A Lobster and a zebra, a gnu and a zebra"}
+    with in_thread(folder) as http:
+        reply = http.post("/v1/images/generations", json={**drawn, "n": 2}).json()
+        assert [image["revised_prompt"] for image in reply["data"]] == ["a crab and a zebra, a gnu and a zebra"] * 2
+        assert reply["unknown_words"] == ["zebra", "gnu"]
+        last = http.post("/v1/images/generations", json={**drawn, "stream": True}).text.split("data: ")[-1]
+        assert json.loads(last)["revised_prompt"] == reply["data"][0]["revised_prompt"]
+        assert json.loads(last)["unknown_words"] == ["zebra", "gnu"]
+        file = {"image": ("a.png", png())}
+        form = {"prompt": "moons", "num_inference_steps": "1", "strength": "0.5"}
+        edited = http.post("/v1/images/edits", data=form, files=file).json()
+        assert edited["data"][0]["revised_prompt"] == "moon"
+        assert "unknown_words" not in edited
+        asked = {"messages": [*says("a moon"), *says("a gnu")], "max_tokens": 0, "num_inference_steps": 1}
+        assert http.post("/v1/chat/completions", json={**asked, "modalities": ["image"]}).json()["unknown_words"] == ["gnu"]
+        asked["max_tokens"] = 2
+        assert "unknown_words" not in http.post("/v1/chat/completions", json={**asked, "modalities": ["text"]}).json()
+        right = http.post("/v1/images/generations", json={**drawn, "prompt": "a crab on a blue background"}).json()
+        assert "revised_prompt" not in right["data"][0]
+        assert "unknown_words" not in right
+
+
 def test_a_cut_character_is_not_lost(tmp_path: Path) -> None:
     """Text may end within a character, before an image and at the end, in a whole response and in a stream."""
     start = BYTES.encode("?")[0]
@@ -324,16 +371,8 @@ def test_a_cut_character_is_not_lost(tmp_path: Path) -> None:
         "",
     )
 
-    def in_thread(config: WorkerConfig) -> tuple[Process, Connection]:
-        ours, workers = Pipe()
-        threading.Thread(target=lambda: Worker(config).serve(workers), daemon=True).start()
-        return Process(), ours
-
-    client = EngineClient(WorkerConfig(str(folder), slots=1), QueueConfig(), in_thread)
     body = {"messages": says("?"), "content_format": "parts"}
-    with TestClient(build(client, lambda: AccessConfig(hosts=()))) as http:
-        while http.get("/ready").status_code != 200:
-            pass
+    with in_thread(folder) as http:
         parts = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
         assert [part.get("text") for part in parts] == ["ab\ufffd", None, "cd\ufffd"]
         lines = http.post("/v1/chat/completions", json={**body, "stream": True}).text.split("\n\n")

@@ -198,14 +198,21 @@ MISTAKES = ({}, {"messages": []}, {"messages": says("")}, {"messages": says("a")
 
 
 class Crowd:
-    """Requests of every kind: good ones, bad ones, those that leave, those that read slowly."""
+    """Requests of every kind: good ones, bad ones, those that leave (a tenth), those that read slowly.
+
+    Each answer is compared with the one to the same request alone.
+    """
 
     WRITE = {"messages": says("a crab"), "modalities": ["text"]}  # noqa: RUF012
+    CHAT = {"messages": says("a crab"), "seed": 3, "stream": True, "stream_options": {"include_progress": True}}  # noqa: RUF012
+    SIDES = (8, 30)
 
     def __init__(self, server: Running) -> None:
         self.server, self.failures = server, []
         self.pictures = [self.draw(seed) for seed in range(4)]
         self.text = server.post("/v1/chat/completions", self.WRITE).json()["choices"]
+        self.edits = {side: self.edit(side) for side in self.SIDES}
+        self.reply = self.read()
 
     def draw(self, seed: int) -> str:
         reply = self.server.post("/v1/images/generations", {"prompt": "a crab", "seed": seed})
@@ -236,9 +243,8 @@ class Crowd:
         return "" if json.loads(last)["b64_json"] == self.pictures[seed] else "another picture"
 
     def edited(self, draw: random.Random) -> str:
-        files = {"image": ("a.png", png(draw.choice([8, 30])))}
-        reply = self.server.post("/v1/images/edits", files=files, data={"prompt": "red", "strength": "0.5"})
-        return "" if reply.status_code == 200 else reply.text
+        side = draw.choice(self.SIDES)
+        return "" if self.edit(side) == self.edits[side] else "another picture"
 
     def mistaken(self, draw: random.Random) -> str:
         status = self.server.post("/v1/chat/completions", draw.choice(MISTAKES)).status_code
@@ -251,11 +257,23 @@ class Crowd:
     def leaving(self, draw: random.Random) -> None:
         self.server.leave({"prompt": "a", **LONG, "stream": draw.random() < 0.5}, draw.random() * 0.3)
 
-    def slow(self, draw: random.Random) -> None:
-        body = {"messages": says("a crab"), "stream": True, "stream_options": {"include_progress": True}}
-        with httpx.stream("POST", self.server.url + "/v1/chat/completions", json=body, timeout=60) as reply:
-            for _ in reply.iter_raw(64):
-                time.sleep(0.002)
+    def slow(self, draw: random.Random) -> str:
+        return "" if self.read(0.002) == self.reply else "another reply"
+
+    def edit(self, side: int) -> str:
+        form = {"prompt": "red", "strength": "0.5", "seed": "5"}
+        reply = self.server.post("/v1/images/edits", files={"image": ("a.png", png(side))}, data=form)
+        return reply.json()["data"][0]["b64_json"]
+
+    def read(self, pause: float = 0.0) -> list[dict[str, Any]]:
+        """Return what a stream adds, read in small pieces with a pause after each."""
+        content = b""
+        with httpx.stream("POST", self.server.url + "/v1/chat/completions", json=self.CHAT, timeout=120) as reply:
+            for piece in reply.iter_raw(64):
+                content += piece
+                time.sleep(pause)
+        chunks = [json.loads(line[6:]) for line in content.decode().split("\n\n") if line.startswith("data: {")]
+        return [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"][0]["delta"]]
 
 
 KINDS = ("drawn", "written", "streamed", "edited", "mistaken", "huge", "leaving", "slow")
@@ -271,6 +289,7 @@ def test_a_crowd_is_served_right(server: Running, count: int) -> None:
             list(threads.map(crowd, range(start, start + count // 4)))
             server.wait_for(server.idle)
             held.append((memory(server.process.pid), memory(server.worker)))
+            print(f"{start + count // 4} requests: {[round(part / 1e6, 1) for part in held[-1]]} MB")
     assert not crowd.failures
     assert server.metric("transfuse_worker_restarts") == 0
     assert server.metric("transfuse_cancelled") > 0

@@ -251,7 +251,7 @@ class TransfusionPipeline:
             return PromptReading(prompt)
         reading = vocabulary.read_strictly(prompt) if strict else vocabulary.read(prompt)
         if reading.unknown and draw != "force":
-            return PromptReading(prompt)
+            return PromptReading(prompt, unknown=reading.unknown)
         if reading.changes:
             logger.info("prompt: read " + ", ".join(f'"{was}" as "{now}"' for was, now in reading.changes))
         if reading.unknown:

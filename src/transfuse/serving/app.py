@@ -29,6 +29,8 @@ PAGE_POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'"
 )
+PIECE = 1_000_000
+"""bytes in which bodies are kept"""
 ROUTES = {"/v1/chat/completions": "chat", "/v1/images/generations": "images", "/v1/images/edits": "edits"}
 
 
@@ -142,9 +144,13 @@ def add_generation(app: FastAPI, client: EngineClient, intake: Intake, aliases: 
     async def read(request: Request, kind: str) -> tuple[Read, float]:
         """Return a request's jobs and its deadline, which counts from its first byte."""
         exchange: Exchange = request.scope["exchange"]
-        body = bytearray()
+        body, rest = list[bytes](), bytearray()
         async for piece in request.stream():
-            body += piece
+            rest += piece
+            if len(rest) >= PIECE:
+                body.append(bytes(rest))
+                rest.clear()
+        body.append(bytes(rest))
         deadline = exchange.began + client.limits.deadline
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
@@ -153,7 +159,7 @@ def add_generation(app: FastAPI, client: EngineClient, intake: Intake, aliases: 
         except TimeoutError:
             raise ApiError(504, "the deadline passed before the request was read", retry_after=1) from None
         finally:
-            del body
+            del body, rest
             exchange.read()
         check_model(client, prepared.body.model, aliases)
         return prepared, min(deadline, exchange.began + (prepared.body.timeout or client.limits.deadline))

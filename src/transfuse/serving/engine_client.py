@@ -26,6 +26,7 @@ from typing import Any
 from ..errors import UserError
 from ..inference.events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
 from ..log import logger
+from ..vocabulary import PromptReading
 from .metrics import Metrics
 from .protocol import ApiError
 from .worker import Accepted, Job, Refused, Started, WorkerConfig, WorkerMessage, process_context, work
@@ -82,6 +83,7 @@ class RequestStream:
     prompt_image_tokens: int = 0
     cost: int = 0
     """0 until a worker has accepted the job"""
+    readings: tuple[PromptReading, ...] = ()
     suspected: int = 0
     """workers that died while this may have been what they read"""
     seen: set[str] = field(default_factory=set)
@@ -107,24 +109,41 @@ def start_process(config: WorkerConfig) -> tuple[BaseProcess, Connection]:
 
 
 class WorkerProcess:
-    """A worker, its pipe, and the description of its model (None: not loaded yet)."""
+    """A worker, its pipe, and the description of its model (None: not loaded yet).
 
-    def __init__(self, process: Any, connection: Connection, on_message: Callable[[WorkerProcess, Any], None]) -> None:
-        self.process, self.connection, self.on_message = process, connection, on_message
+    `start` returns the process and the pipe. It runs in a thread: the first process of a server imports torch, which
+    takes seconds.
+    """
+
+    def __init__(
+        self, start: Callable[[], tuple[Any, Connection]], on_message: Callable[[WorkerProcess, Any], None]
+    ) -> None:
+        self.start, self.on_message = start, on_message
+        self.process: Any = None
         self.model: dict[str, Any] | None = None
         self.outbox: queue.SimpleQueue[tuple[int, str, Job | None] | None] = queue.SimpleQueue()
+        self.stopped = False
         self.loop = asyncio.get_running_loop()
-        for carry in (self._read, self._write):
-            threading.Thread(target=carry, daemon=True).start()
+        threading.Thread(target=self._read, daemon=True).start()
 
     def stop(self) -> None:
         """End the process, which has nothing to lose."""
+        self.stopped = True
         self.outbox.put(None)
-        if self.process.is_alive():
+        if self.process is not None and self.process.is_alive():
             self.process.kill()
 
     def _read(self) -> None:
-        """Carry messages from the pipe to the loop, in a thread, until the worker ends."""
+        """Start the process, and carry messages from the pipe to the loop until it ends, in a thread."""
+        try:
+            self.process, self.connection = self.start()
+        except OSError as error:
+            failure = UserError(f"expected to start the worker's process, found {error}")
+            self.loop.call_soon_threadsafe(self.on_message, self, failure)
+            return
+        if self.stopped:
+            self.process.kill()
+        threading.Thread(target=self._write, daemon=True).start()
         message: Any = ()
         while message is not None:
             try:
@@ -201,8 +220,8 @@ class EngineClient:
             self.next = self._new_worker()
 
     def _new_worker(self) -> WorkerProcess:
-        process, connection = self.start_worker(self.config)
-        return WorkerProcess(process, connection, self._on_message)
+        config = self.config
+        return WorkerProcess(lambda: self.start_worker(config), self._on_message)
 
     async def stop(self) -> None:
         """End the workers; requests that still run fail."""
@@ -394,7 +413,7 @@ class EngineClient:
         match event:
             case Accepted():
                 stream.prompt_tokens, stream.cost = event.prompt_tokens, event.cost
-                stream.prompt_image_tokens = event.image_tokens
+                stream.prompt_image_tokens, stream.readings = event.image_tokens, event.readings
                 stream.changed.set()
             case Started():
                 stream.started = time.monotonic()

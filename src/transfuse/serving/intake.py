@@ -11,8 +11,11 @@ import base64
 import binascii
 import io
 import json
+import multiprocessing
+import os
 import re
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -54,7 +57,7 @@ class Read:
     jobs: list[Job]
 
 
-def parse(kind: str, content_type: str, body: bytes | bytearray) -> Any:
+def parse(kind: str, content_type: str, body: bytes) -> Any:
     """Return a request's fields: of a form for edits, and of JSON otherwise, whatever the content type says.
 
     Raises UserError, one line, with the position where JSON is broken.
@@ -78,11 +81,11 @@ def parse(kind: str, content_type: str, body: bytes | bytearray) -> Any:
     return validate(KINDS[kind], values)
 
 
-async def _form(content_type: str, body: bytes | bytearray) -> Mapping[str, Any]:
+async def _form(content_type: str, body: bytes) -> Mapping[str, Any]:
     """Return the fields of a multipart form; an empty one is not given, and numbers are numbers."""
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": bytes(body), "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     if not content_type.lower().startswith(("multipart/form-data", "application/x-www-form-urlencoded")):
         raise UserError(f"body: expected multipart/form-data, found {content_type[:60] or 'no content type'}")
@@ -205,10 +208,10 @@ def jobs_of(body: Any, model: Mapping[str, Any]) -> Read:
     return Read(body, body.jobs(model["steps"]))
 
 
-def read(kind: str, content_type: str, body: bytes | bytearray, model: Mapping[str, Any]) -> Read | UserError:
-    """Read a body, in a process of the pool."""
+def read(kind: str, content_type: str, body: list[bytes], model: Mapping[str, Any]) -> Read | UserError:
+    """Read the pieces of a body, in a process of the pool."""
     try:
-        return jobs_of(parse(kind, content_type, body), model)
+        return jobs_of(parse(kind, content_type, b"".join(body)), model)
     except UserError as error:
         return error
     finally:
@@ -221,9 +224,19 @@ def has_images(body: Any) -> bool:
     return any(isinstance(part, ImageURL) for _, part in parts)
 
 
-def ignore_signals() -> None:
-    """Prepare a process of the pool: only its parent acts on Ctrl-C."""
+def prepare_process() -> None:
+    """Prepare a process of the pool: it gives way to the model, ends with its parent, which alone acts on Ctrl-C."""
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)  # it holds both ends of its queue, so nothing else ends it if the parent is killed
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if hasattr(os, "nice"):
+        os.nice(5)
 
 
 class Intake:
@@ -234,11 +247,14 @@ class Intake:
         self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def read(
-        self, client: str, kind: str, content_type: str, body: bytes | bytearray, model: Mapping[str, Any]
+        self, client: str, kind: str, content_type: str, body: list[bytes], model: Mapping[str, Any]
     ) -> Read:
-        """Return a request's jobs. Raises UserError, or ApiError if the process that reads it dies."""
-        if len(body) <= SMALL and kind != "edits":
-            parsed = parse(kind, content_type, body)
+        """Return a request's jobs; the body is in pieces, which take least time to send to a process.
+
+        Raises UserError, or ApiError if the process that reads it dies.
+        """
+        if sum(map(len, body)) <= SMALL and kind != "edits":
+            parsed = parse(kind, content_type, b"".join(body))
             if not has_images(parsed):
                 return jobs_of(parsed, model)
         async with self.locks.setdefault(client, asyncio.Lock()):
@@ -257,7 +273,7 @@ class Intake:
 
     def start(self) -> None:
         """Allow for the processes; each is started when it is first needed."""
-        self.pool = ProcessPoolExecutor(PROCESSES, process_context(), ignore_signals)
+        self.pool = ProcessPoolExecutor(PROCESSES, process_context(), prepare_process)
 
     def stop(self) -> None:
         """End the processes, each after what it reads."""

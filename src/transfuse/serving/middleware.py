@@ -136,7 +136,7 @@ class Middleware:
         except ApiError as error:
             await exchange.fail(inner, error)
         except SlowReader:
-            pass  # the connection is closed
+            scope.get("abort", lambda: None)()  # closing it would wait for the client to take what is left
         except Exception as error:
             logger.error(f"{exchange.number} {type(error).__name__}: {error}")
             message = f"the server made a mistake; it is logged under {exchange.number}"

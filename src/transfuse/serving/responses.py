@@ -27,6 +27,12 @@ Content = AsyncGenerator[dict[str, Any] | None, None]
 """the JSON of each server-sent event of a stream, None where nothing has happened for a while; or one whole response"""
 
 
+def unknown_words(streams: Sequence[RequestStream]) -> dict[str, Any]:
+    """Return the field of a reply with an image that names the prompt's words which training never showed, if any."""
+    words = [word for stream in streams for reading in stream.readings for word in reading.unknown]
+    return {"unknown_words": [*dict.fromkeys(words)]} if words else {}
+
+
 def counted(exchange: Exchange, done: Sequence[Done]) -> None:
     """Note what a request has made, for its line in the log."""
     tokens, images = sum(end.text_tokens for end in done), sum(end.images for end in done)
@@ -129,8 +135,9 @@ async def chat_content(
     finish_reason = "length" if done.reason == "length" else "stop"
     used = usage([stream], [done])
     counted(exchange, [done])
+    more = {"seed": seed, **(unknown_words([stream]) if done.images else {})}
     if body.stream:
-        yield {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}], "seed": seed}
+        yield {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}], **more}
         if body.stream_options is not None and body.stream_options.include_usage:
             yield {**chunk, "choices": [], "usage": used}
         return
@@ -144,7 +151,7 @@ async def chat_content(
     choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
     if body.logprobs:
         choice["logprobs"] = {"content": logprobs, "refusal": None}
-    yield {**head, "object": "chat.completion", "choices": [choice], "usage": used, "seed": seed}
+    yield {**head, "object": "chat.completion", "choices": [choice], "usage": used, **more}
 
 
 def token_logprobs(event: TextDelta) -> dict[str, Any]:
@@ -180,17 +187,21 @@ async def images_content(
                     assert settings is not None
                     content = await asyncio.to_thread(to_png, pixels, settings)
                     images[index] = {"b64_json": content, "seed": settings["seed"], "settings": settings}
+                    if (read := streams[index].readings[-1].text) != body.prompt:
+                        images[index]["revised_prompt"] = read
                 case Done():
                     ended[index] = event
                     counted(exchange, [*ended.values()])
                     item = {"type": f"{kind}.completed", "usage": usage([streams[index]], [event]), **images[index]}
+                    item |= unknown_words(streams)
             if body.stream and (item is not None or event is None):
                 yield None if item is None else {**head, "image_index": index, **item}
     if not body.stream:
         order = range(len(streams))
         used = usage(streams, [ended[index] for index in order])
         data = [images[index] for index in order]
-        yield {"created": head["created_at"], "data": data, "output_format": "png", "usage": used}
+        known = {"created": head["created_at"], "output_format": "png", **unknown_words(streams)}
+        yield {**known, "data": data, "usage": used}
 
 
 def usage(streams: Sequence[RequestStream], done: Sequence[Done]) -> dict[str, Any]:

@@ -8,13 +8,15 @@ import os
 import signal
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -26,6 +28,13 @@ from .engine_client import EngineClient, QueueConfig
 from .middleware import AccessConfig, address_of
 from .protocol import ApiError
 from .worker import WorkerConfig
+
+ACCEPTED = 16
+"""connections that are accepted in one turn of the event loop, so that a flood of them does not delay the others"""
+CHUNKS, CHUNK = 256, 64
+"""chunks of a body, after which they must have so many bytes on average"""
+WAITING = 512
+"""connections that the system keeps until they are accepted"""
 
 
 @dataclass(frozen=True)
@@ -49,68 +58,124 @@ class ServerConfig:
     idle: float = 20.0
 
 
+class Parser(h11.Connection):
+    """HTTP/1.1's parser, which refuses a body of many tiny chunks: each takes it as long as a large one."""
+
+    chunks = data = 0
+    tiny = False
+
+    def next_event(self) -> Any:
+        """Return the next part of what was received. Raises RemoteProtocolError."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.chunks = self.data = 0
+        elif isinstance(event, h11.Data):
+            self.chunks, self.data = self.chunks + event.chunk_start, self.data + len(event.data)
+            self.tiny = self.chunks > CHUNKS and self.data < self.chunks * CHUNK
+            if self.tiny:
+                raise h11.RemoteProtocolError("tiny chunks")
+        return event
+
+
 class BoundedProtocol(H11Protocol):
-    """A connection that must send its request's head in time. One too many takes the place of the oldest idle one.
+    """A connection that must send its request's head in time. One too many takes the place of one that is idle.
 
     uvicorn bounds neither the time of a head nor the connections of an address, and its own refusals are plain text.
     """
 
     limits = ServerConfig()
+    open: ClassVar[dict[BoundedProtocol, None]] = {}
+    """all connections, those first that have been idle for longest"""
+    of_address: ClassVar[Counter[str]] = Counter()
+    """their number, by address"""
     began: float | None = None
     timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.conn: Parser = Parser(h11.SERVER)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Admit a connection, or refuse it with one line if all others have a request in progress."""
         super().connection_made(transport)
         self.address, limit = address_of(self.client[0]) if self.client else "", self.limits.connections
-        others = [other for other in self.connections if isinstance(other, BoundedProtocol) and other is not self]
-        others = [other for other in others if not other.transport.is_closing()]
-        same = [other for other in others if other.address == self.address]
-        crowd = same if len(same) >= max(1, limit // 2) else others if len(others) >= limit else []
-        idle = [other for other in crowd if other.idle]
-        if idle:
-            min(idle, key=lambda other: other.opened).close()
-        elif crowd:
-            self.refuse(ApiError(503, "expected fewer connections at a time, found too many", retry_after=1))
-        self.opened = self.loop.time()
+        crowded = self.of_address[self.address] >= max(1, limit // 2)
+        if crowded or len(self.open) >= limit:
+            same = (other for other in self.open if other.idle and (not crowded or other.address == self.address))
+            if longest := next(same, None):
+                longest.close()
+            else:
+                self.refuse(ApiError(503, "expected fewer connections at a time, found too many", retry_after=1))
+                return
+        self.of_address[self.address] += 1
+        self.open[self] = None
         self.wait()
 
     @property
     def idle(self) -> bool:
-        """True if no request is in progress."""
-        return self.cycle is None or self.cycle.response_complete
+        """True if no request is in progress, and its response is sent."""
+        return (self.cycle is None or self.cycle.response_complete) and not self.transport.get_write_buffer_size()
 
     def wait(self) -> None:
-        """Give the client some seconds for the next request's head."""
-        self.began = None
-        self.timer = self.loop.call_later(self.limits.idle, self.close)
+        """Give the client some seconds to take the last response, and then for the next request's head."""
+        self.began, self.unsent = None, self.transport.get_write_buffer_size()
+        self.timer = self.loop.call_later(self.limits.idle, self.expire)
+        if self in self.open:
+            self.open[self] = self.open.pop(self)  # now the last
+
+    def expire(self) -> None:
+        """Close the connection, unless its client has taken some of the last response meanwhile."""
+        if self.transport.get_write_buffer_size() < self.unsent:
+            self.wait()
+        else:
+            self.close()
 
     def close(self) -> None:
-        """Close an idle connection."""
-        if not self.transport.is_closing() and self.idle:
-            self.transport.close()
+        """Close the connection at once, whatever its client has not taken yet."""
+        self.leave()
+        self.transport.abort()
+
+    def leave(self) -> None:
+        """Count the connection no longer."""
+        if self in self.open:
+            del self.open[self]
+            self.of_address[self.address] -= 1
+            if not self.of_address[self.address]:
+                del self.of_address[self.address]
+        if self.timer is not None:
+            self.timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Note when a request begins, and that its head is complete."""
         before = self.cycle
         self.began = self.loop.time() if self.began is None else self.began
         super().data_received(data)
-        if self.cycle is not before and self.timer is not None:
+        if self.cycle is not before:
+            self.begin()
+
+    def begin(self) -> None:
+        """Tell the application when the request began, and how to end the connection."""
+        if self.timer is not None:
             self.timer.cancel()
-            self.cycle.scope["began"] = self.began  # type: ignore[typeddict-unknown-key]
+        more = {"began": self.began or self.loop.time(), "abort": self.transport.abort}
+        self.cycle.scope.update(more)  # type: ignore[typeddict-item]
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
+        """Wait for the next request, or begin the one that has come already."""
+        before = self.cycle
         super().on_response_complete()
         if self.timer is not None:
             self.timer.cancel()
-        self.wait()
+        if self.cycle is before:
+            self.wait()
+        else:
+            self.began = None
+            self.begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         super().connection_lost(exc)
-        if self.timer is not None:
-            self.timer.cancel()
+        self.leave()
 
     def refuse(self, error: ApiError) -> None:
         """Send an error and close, outside of any request."""
@@ -122,7 +187,10 @@ class BoundedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP."""
-        self.refuse(ApiError(400, f"request: expected HTTP/1.1, found something else ({msg})", "invalid_request"))
+        found = f"request: expected HTTP/1.1, found something else ({msg})"
+        if self.conn.tiny:
+            found = f"body: expected chunks of {CHUNK} bytes and more, found over {CHUNKS} smaller ones"
+        self.refuse(ApiError(400, found, "invalid_request"))
 
 
 class Server(uvicorn.Server):
@@ -161,6 +229,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening, and end when there is no worker to be had."""
         await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(WAITING)  # asyncio has set it to `ACCEPTED`
         if hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
         self._tasks.append(asyncio.create_task(self._exit_after(self.client.stopped.wait())))
@@ -184,12 +254,14 @@ def run(
     if server.cert is not None:
         certificate = {"ssl_certfile": server.cert, "ssl_keyfile": server.key}
         check_certificate(server)
-    listening = listen(server.host, server.port, server.connections)
+    listening = listen(server.host, server.port)
     host, port = listening.getsockname()[:2]
-    protocol = type("Protocol", (BoundedProtocol,), {"limits": server})
+    protocol = type("Protocol", (BoundedProtocol,), {"limits": server, "open": {}, "of_address": Counter()})
     config = uvicorn.Config(
         build(client, lambda: access[0], server.aliases),
         http=protocol,
+        backlog=ACCEPTED,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -219,7 +291,7 @@ def check_certificate(server: ServerConfig) -> None:
         raise UserError(f"{server.cert}: expected a certificate and its key in PEM, found none ({error})") from None
 
 
-def listen(host: str, port: int, backlog: int = 512) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises UserError if the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sends small pieces at once (TCP_NODELAY) only on a socket made with its protocol.
@@ -227,7 +299,7 @@ def listen(host: str, port: int, backlog: int = 512) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-        listening.listen(backlog)  # now, so that whoever reads the address can connect
+        listening.listen(WAITING)  # now, so that whoever reads the address can connect
     except (OSError, OverflowError) as error:
         listening.close()
         raise UserError(f"serve: expected to listen on {host} port {port}, found {error}") from None

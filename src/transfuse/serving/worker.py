@@ -28,12 +28,15 @@ from ..errors import UserError
 from ..images import fit
 from ..inference.events import Done, Event, Failed, ImageEnd, ImageProgress, ImageStart, TextDelta
 from ..log import quiet
+from ..vocabulary import PromptReading
 
 if TYPE_CHECKING:
     from ..inference import Request
     from ..inference.model_runner import Guidance
     from ..inference.quantize import Quantize
     from ..sequence import Image
+
+    Prepared = tuple[Request, tuple[PromptReading, ...]]
 
 OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter text"
 
@@ -88,12 +91,14 @@ class Accepted:
 
     prompt_tokens   positions of its prompt, `image_tokens` of them those of images
     cost            the most positions that the network computes for it
+    readings        its texts as the model reads them, with the words that it does not know
     """
 
     request_id: int
     prompt_tokens: int
     image_tokens: int
     cost: int
+    readings: tuple[PromptReading, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -245,8 +250,8 @@ class Worker:
         except BaseException as error:
             inbox.put(error)
 
-    def prepare(self, request_id: int, job: Job) -> Request | Refused | Failed:
-        """Return the engine's request for a job, or why there is none."""
+    def prepare(self, request_id: int, job: Job) -> Prepared | Refused | Failed:
+        """Return the engine's request for a job with its texts as they were read, or why there is none."""
         try:
             return self.build(job)
         except UserError as error:
@@ -257,16 +262,17 @@ class Worker:
             return Failed(request_id, OUT_OF_MEMORY)
 
     def take(
-        self, request_id: int, client: str, request: Request | Refused | Failed | None
+        self, request_id: int, client: str, prepared: Prepared | Refused | Failed | None
     ) -> Accepted | Refused | Failed | None:
         """Submit a request to the engine; None cancels the one of that number."""
-        if request is None:
+        if prepared is None:
             for number in [number for number, (other, _) in self.requests.items() if other == request_id]:
                 self.engine.cancel(number)
                 del self.requests[number]
             return None
-        if isinstance(request, Refused | Failed):
-            return request
+        if isinstance(prepared, Refused | Failed):
+            return prepared
+        request, readings = prepared
         try:
             number = self.engine.submit(request, client)
         except UserError as error:
@@ -275,10 +281,10 @@ class Worker:
         tokens, cost = self.engine.cost(number)
         images = sum(image.latent.shape[-2] * image.latent.shape[-1] for image in request.document.images)
         patch = 1 if self.engine.grammar.first_code is not None else self.engine.grammar.patch_size**2
-        return Accepted(request_id, tokens, images // patch, cost)
+        return Accepted(request_id, tokens, images // patch, cost, readings)
 
-    def build(self, job: Job) -> Request:
-        """Return the engine's request for a job. Raises UserError for an invalid one."""
+    def build(self, job: Job) -> Prepared:
+        """Return the engine's request for a job, and its texts as they were read. Raises UserError for an invalid one."""
         from ..inference.sequence_state import with_image_guidance
         from ..sequence import Image
         from ..sequence.chat import chat_prompt
@@ -286,10 +292,12 @@ class Worker:
         side = self.pipe.exported.image_size
         draw = job.settings.get("draw", "auto")
         parts: list[str | Image] = []
+        readings: list[PromptReading] = []
         with quiet():  # a server's log has no prompts
             for part in job.parts:
                 if isinstance(part, str):
-                    parts.append(self.pipe.read_prompt(part, draw=draw).text)
+                    readings.append(self.pipe.read_prompt(part, draw=draw))
+                    parts.append(readings[-1].text)
                 else:
                     with self.device_turn:
                         parts.append(Image(self.pipe.exported.autoencoder.encode(fit(part, side)[None])[0], False))
@@ -304,7 +312,7 @@ class Worker:
                 request = replace(request, start=self.pipe.start(fit(job.start, side), job.strength, mask))
         settings = dict(job.settings)
         scale = settings.pop("image_guidance_scale", None)
-        return with_image_guidance(replace(request, **settings), scale)
+        return with_image_guidance(replace(request, **settings), scale), tuple(readings)
 
     def outgoing(self, event: Event) -> Event | None:
         """Return an event for the client, with its number and with pixels; None for one that it does not need.
