@@ -1,6 +1,7 @@
 """A server under load: text-then-image requests that arrive at random (open loop, Poisson), at several rates.
 
     python benchmarks/serving.py MODEL [--rates 0.5,1,2,4] [--seconds 60] [--out FILE] [--plot FILE.png]
+    python benchmarks/serving.py MODEL --quick                               # a try of half a minute, no measurement
     python benchmarks/serving.py --url http://host:8000 [--key KEY]          # a server that runs
 
 Open loop: a request is sent when its time has come, however many others have not ended, as users do. Each writes and
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--url")
     parser.add_argument("--key")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rates", default="0.5,1,2,4")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--tokens", type=int, default=32)
@@ -175,6 +177,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    if options.quick:
+        options.rates, options.seconds, options.tokens = "1,2", 6.0, 8
 
     def measure(url: str) -> list[dict[str, Any]]:
         results = []

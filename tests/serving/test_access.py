@@ -276,14 +276,14 @@ def test_any_content_type_is_json_but_a_forms() -> None:
 
 def test_texts_and_pictures_that_no_model_could_read_are_refused_before_any_work() -> None:
     long = json.dumps({"messages": says("a" * 2000) * 2}).encode()
-    error = read("chat", "", long, MODEL)
+    error = read("chat", "", [long[:1000], long[1000:]], MODEL)
     assert str(error).startswith("messages: prompt: expected at most 256 positions, so at most 2560 characters")
     parts = [{"type": "image_url", "image_url": {"url": data_url(png())}}] * 17
     many = json.dumps({"messages": [{"role": "user", "content": parts}]}).encode()
-    assert "expected at most 16 images in a request, found 17" in str(read("chat", "", many, MODEL))
+    assert "expected at most 16 images in a request, found 17" in str(read("chat", "", [many], MODEL))
     single = json.dumps({"messages": [{"role": "user", "content": parts[:1]}]}).encode()
-    assert "the model knows no images" in str(read("chat", "", single, {**MODEL, "images": "none"}))
-    accepted = read("chat", "", single, MODEL)
+    assert "the model knows no images" in str(read("chat", "", [single], {**MODEL, "images": "none"}))
+    accepted = read("chat", "", [single], MODEL)
     assert not isinstance(accepted, UserError)
     assert [part.shape for part in accepted.jobs[0].parts if not isinstance(part, str)] == [(8, 8, 3)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import socket
 import statistics
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,8 +35,8 @@ HEALTH = 0.2
 """most seconds of `/health`, on a machine with nothing else to do"""
 GAP = 0.05
 """most seconds by which another's gap between tokens may grow, on such a machine"""
-BUSY = 10
-"""how much slower this machine may be: it also runs the attack, and whatever else"""
+BUSY = float(os.environ.get("TRANSFUSE_TEST_BUSY", "10"))
+"""how much slower this machine may be: it also runs the attack, and whatever else; 1 on a quiet one"""
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,40 @@ def test_silent_connections_leave_room(attacked: Running) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_a_client_that_goes_on_asking_keeps_its_connection(attacked: Running) -> None:
+    """Not the oldest connection makes way, but the one that has been idle for longest."""
+    host, port = attacked.url.removeprefix("http://").split(":")
+    with httpx.Client() as client:
+        silent = []
+        for _ in range(30):
+            silent += [socket.create_connection((host, int(port)), timeout=30) for _ in range(20)]
+            reply = client.get(attacked.url + "/health")
+            assert reply.status_code == 200
+        streams = {id(reply.extensions["network_stream"])}
+        assert len(streams) == 1
+        for line in silent:
+            line.close()
+
+
+def test_bodies_in_tiny_chunks(attacked: Running) -> None:
+    """Forty thousand chunks of one byte: parsed to their end, they would hold the loop for half a second each read."""
+    chunks = b"1\r\n \r\n" * 40_000
+
+    def send(_: int) -> bytes:
+        with attacked.connect(f"{CHAT} HTTP/1.1\r\nTransfer-Encoding: chunked") as line:
+            with suppress(OSError):
+                line.sendall(chunks)
+            return line.recv(1000)
+
+    with Watch(attacked), ThreadPoolExecutor(8) as crowd:
+        replies = list(crowd.map(send, range(8)))
+    assert all(b"expected chunks of 64 bytes and more" in reply for reply in replies if reply)
+    assert any(replies)
+    body = json.dumps({"messages": says("a"), "max_tokens": 1}).encode()
+    pieces = iter([body[:10], *(body[at : at + 1] for at in range(10, len(body)))])
+    assert httpx.post(attacked.url + CHAT, content=pieces, timeout=60).status_code == 200
+
+
 def test_bodies_that_are_withheld(attacked: Running) -> None:
     """Forty connections that send 30 MB and never the last byte: most are refused, and the memory comes back."""
     attacked.post(CHAT, chat(png()))
@@ -218,7 +253,7 @@ def test_a_deadline_begins_with_the_first_byte(served: Path) -> None:
     with Running(served, "--slots", "1", "--deadline", "2") as running, running.connect(head, body[:1]) as line:
         began = time.monotonic()
         assert b" 408 " in line.recv(1000)
-        assert time.monotonic() - began < 2 * BUSY
+        assert time.monotonic() - began < 2 + BUSY
 
 
 def test_a_caption_after_forty_drawings(served: Path) -> None:

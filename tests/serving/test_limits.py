@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
+import uvicorn
+from fastapi import Request
 from running import LONG, PATIENCE, Running, memory, png, says
 
 from transfuse.cli import run
 from transfuse.serving.engine_client import EngineClient, QueueConfig
 from transfuse.serving.middleware import AccessConfig, Middleware
-from transfuse.serving.server import listen
+from transfuse.serving.server import BoundedProtocol, ServerConfig, listen
 from transfuse.serving.worker import WorkerConfig
 
 pytestmark = pytest.mark.xdist_group("serving")
@@ -53,17 +56,19 @@ def test_pages_of_others_are_kept_out(server: Running) -> None:
     assert server.get("/v1/models", headers={"Origin": server.url}).status_code == 200
 
 
-@pytest.mark.parametrize(("slow", "log"), [("body", [408]), ("reader", [])])
+@pytest.mark.parametrize(("slow", "log"), [("body", [408]), ("reader", []), ("left", [])])
 def test_slow_clients_do_not_hold_a_request(slow: str, log: list[int]) -> None:
-    """A body that stops is a 408; a client that does not read is left."""
+    """A body that stops is a 408; a client that does not read is left; one that leaves while it sends gets nothing."""
     statuses: list[int] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
+        await Request(scope, receive).body()
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def receive() -> dict[str, Any]:
         await asyncio.sleep(60 if slow == "body" else 0)
+        if slow == "left":
+            return {"type": "http.disconnect"}
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: dict[str, Any]) -> None:
@@ -75,6 +80,51 @@ def test_slow_clients_do_not_hold_a_request(slow: str, log: list[int]) -> None:
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     asyncio.run(asyncio.wait_for(middleware(scope, receive, send), 10))
     assert statuses == log
+
+
+def test_connections_are_bounded() -> None:
+    """Silent ones are closed, one too many takes an idle one's place, and so are those that take no response."""
+    big = 8_000_000
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        length = big if scope["path"] == "/big" else 2
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % length)]})
+        await send({"type": "http.response.body", "body": b"x" * length})
+
+    async def script() -> None:
+        limits = ServerConfig(idle=0.5, connections=6)
+        kind = type("Protocol", (BoundedProtocol,), {"limits": limits, "open": {}, "of_address": Counter()})
+        config, state = uvicorn.Config(app, log_config=None, ws="none"), uvicorn.server.ServerState()
+        config.load()
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: kind(config, state, {}), "127.0.0.1", 0)
+        address = server.sockets[0].getsockname()
+
+        async def connect(path: str = "") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            reader, writer = await asyncio.open_connection(*address, limit=1_000_000)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode() if path else b"GET /")
+            return reader, writer
+
+        silent = [await connect() for _ in range(3)]  # half of all connections may be of one address
+        await asyncio.sleep(0.1)
+        asks, _ = await connect("/small")
+        assert b" 200 " in await asks.readline()
+        assert await silent[0][0].read() == b""
+        assert len(state.connections) == 3
+        assert [await reader.read() for reader, _ in silent[1:]] == [b"", b""]
+        unread = [await connect("/big") for _ in range(2)]
+        await asyncio.sleep(2)
+        assert not state.connections
+        slow, _ = await connect("/big")
+        received = 0
+        while received < big:  # for longer than a connection may be idle
+            received += len(await slow.read(1_000_000))
+            await asyncio.sleep(0.2)
+        assert received > big
+        del unread
+        server.close()
+
+    asyncio.run(asyncio.wait_for(script(), 60))
 
 
 def test_deadline(server: Running) -> None:

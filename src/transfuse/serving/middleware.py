@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.requests import ClientDisconnect
+
 from ..config import from_dict, read_settings
 from ..devices import give_back_memory
 from ..errors import UserError
@@ -135,7 +137,7 @@ class Middleware:
             await self.app(inner, exchange.receive, exchange.send)
         except ApiError as error:
             await exchange.fail(inner, error)
-        except SlowReader:
+        except (SlowReader, ClientDisconnect):
             scope.get("abort", lambda: None)()  # closing it would wait for the client to take what is left
         except Exception as error:
             logger.error(f"{exchange.number} {type(error).__name__}: {error}")

@@ -33,6 +33,8 @@ class OmniTransfusion(nn.Module):
     """The pipeline as vLLM-Omni builds and calls it. It loads the export itself, so it has no parameters to load."""
 
     supports_step_execution = False
+    dummy_run_num_frames = 0
+    """its engine's warm-up draws 512 x 512 pixels, more positions than a small model has: 0 skips it"""
     weights_sources: tuple[object, ...] = ()
 
     def __init__(self, *, od_config: Any, prefix: str = "") -> None:

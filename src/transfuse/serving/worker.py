@@ -284,7 +284,7 @@ class Worker:
         return Accepted(request_id, tokens, images // patch, cost, readings)
 
     def build(self, job: Job) -> Prepared:
-        """Return the engine's request for a job, and its texts as they were read. Raises UserError for an invalid one."""
+        """Return the engine's request for a job, and its texts as they were read. Raises UserError for a wrong one."""
         from ..inference.sequence_state import with_image_guidance
         from ..sequence import Image
         from ..sequence.chat import chat_prompt
