@@ -345,12 +345,12 @@ def test_what_became_of_a_prompt_is_in_the_reply(served: Path, tmp_path: Path) -
         edited = http.post("/v1/images/edits", data=form, files=file).json()
         assert edited["data"][0]["revised_prompt"] == "moon"
         assert "unknown_words" not in edited
-        asked = {"messages": [*says("a moon"), *says("a gnu")], "max_tokens": 0, "num_inference_steps": 1}
-        assert http.post("/v1/chat/completions", json={**asked, "modalities": ["image"]}).json()["unknown_words"] == [
+        chat = {"messages": [*says("a moon"), *says("a gnu")], "max_tokens": 0, "num_inference_steps": 1}
+        assert http.post("/v1/chat/completions", json={**chat, "modalities": ["image"]}).json()["unknown_words"] == [
             "gnu"
         ]
-        asked["max_tokens"] = 2
-        assert "unknown_words" not in http.post("/v1/chat/completions", json={**asked, "modalities": ["text"]}).json()
+        chat["max_tokens"] = 2
+        assert "unknown_words" not in http.post("/v1/chat/completions", json={**chat, "modalities": ["text"]}).json()
         right = http.post("/v1/images/generations", json={**drawn, "prompt": "a crab on a blue background"}).json()
         assert "revised_prompt" not in right["data"][0]
         assert "unknown_words" not in right

@@ -1,4 +1,4 @@
-"""Two servers behind a proxy that keeps a client with one of them: nginx as it is shipped, or a few lines here."""
+"""Two servers, and a proxy that keeps a client with one of them: nginx as it is shipped, or a few lines here."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def small(servers: Sequence[Running], folder: Path) -> Iterator[str]:
         first = int(writer.get_extra_info("peername")[0].split(".")[1]) % 2
         for host, number in (addresses[first], addresses[1 - first]):
             try:
-                theirs = await asyncio.open_connection(host, int(number))
+                server = await asyncio.open_connection(host, int(number))
             except OSError:
                 continue
-            await asyncio.gather(copy(reader, theirs[1]), copy(theirs[0], writer), return_exceptions=True)
+            await asyncio.gather(copy(reader, server[1]), copy(server[0], writer), return_exceptions=True)
             return
 
     async def run() -> None:
@@ -88,8 +88,8 @@ def small(servers: Sequence[Running], folder: Path) -> Iterator[str]:
 def test_two_servers_are_one(served: Path, tmp_path: Path, proxy: Any) -> None:
     """Conversations stay with a server, replies do not depend on which, streams flow, and one may stop."""
     options = ("--slots", "2", "--drain", "200")
-    with Running(served, *options) as one, Running(served, *options) as other:
-        servers = [one, other]
+    with Running(served, *options) as left, Running(served, *options) as right:
+        servers = [left, right]
         with proxy(servers, tmp_path) as url:
 
             def ask(client: str, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -125,11 +125,11 @@ def test_two_servers_are_one(served: Path, tmp_path: Path, proxy: Any) -> None:
             client = next(client for client in CLIENTS if place[client] == 0)
             with ThreadPoolExecutor(1) as crowd:
                 drawn = crowd.submit(ask, client, "/v1/images/generations", {"prompt": "a crab", **LONG, "seed": 1})
-                one.wait_for(lambda: one.metric("transfuse_running") == 1)
-                one.process.send_signal(signal.SIGTERM)
+                left.wait_for(lambda: left.metric("transfuse_running") == 1)
+                left.process.send_signal(signal.SIGTERM)
                 if proxy is nginx:  # it asks the other server while the first one finishes
-                    one.wait_for(lambda: one.get("/ready").status_code == 503)
+                    left.wait_for(lambda: left.get("/ready").status_code == 503)
                     assert ask(client, CHAT, {"messages": says("a"), "max_tokens": 1}).status_code == 200
                 assert drawn.result().status_code == 200
-            one.process.wait(60)
+            left.process.wait(60)
             assert ask(client, CHAT, {"messages": says("a"), "max_tokens": 1}).status_code == 200

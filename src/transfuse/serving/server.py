@@ -32,7 +32,7 @@ from .worker import WorkerConfig
 ACCEPTED = 16
 """connections that are accepted in one turn of the event loop, so that a flood of them does not delay the others"""
 CHUNKS, CHUNK = 256, 64
-"""chunks of a body, after which they must have so many bytes on average"""
+"""after the first number of chunks of a body, the second is the fewest bytes that they must have on average"""
 WAITING = 512
 """connections that the system keeps until they are accepted"""
 
@@ -187,10 +187,10 @@ class BoundedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP."""
-        found = f"request: expected HTTP/1.1, found something else ({msg})"
+        message = f"request: expected HTTP/1.1, found something else ({msg})"
         if self.conn.tiny:
-            found = f"body: expected chunks of {CHUNK} bytes and more, found over {CHUNKS} smaller ones"
-        self.refuse(ApiError(400, found, "invalid_request"))
+            message = f"body: expected chunks of {CHUNK} bytes and more, found over {CHUNKS} smaller ones"
+        self.refuse(ApiError(400, message, "invalid_request"))
 
 
 class Server(uvicorn.Server):
