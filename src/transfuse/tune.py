@@ -313,8 +313,8 @@ def _write_report(
     ]  # fmt: skip
     if len(curve) > 1:
         sections.append(Section("Image loss of the held-out pairs", "Lower is better.", [Charts([("By step", chart)])]))
-    name = bundled_name(model) or model.resolve().parent.name
-    lead = f"What {name} draws and says before and after {Path(data.path).resolve().parent.name}."
+    name = bundled_name(model) or (model.resolve().parent if model.name == "export" else model).name
+    lead = f"What {name} draws and says before and after it learned from {data.manifest.source}."
     write_page(folder / "report.html", Page(f"{name}, tuned", lead, summary, sections))
     return numbers
 
