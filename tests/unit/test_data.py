@@ -31,7 +31,6 @@ from transfuse.sequence import (
     Document,
     Image,
     Part,
-    SequenceFormat,
     Text,
     Tokenizer,
     images_alone,
@@ -80,33 +79,6 @@ def test_latents_do_not_depend_on_the_order_they_are_asked_for(tokenizer) -> Non
     assert all((a == b).all() for a, b in zip(forwards, backwards, strict=True))
     alone = autoencoder.encode(world.render(world.scene(31))[None])[0]
     torch.testing.assert_close(forwards[2], alone, atol=1e-5, rtol=1e-5)
-
-
-def test_a_number_of_scenes_comes_again_rendered_once_and_in_other_words(tokenizer) -> None:
-    class Counting(ScenePairs):
-        rendered = 0
-
-        def render(self, number: int) -> np.ndarray:
-            self.rendered += 1
-            return super().render(number)
-
-    config = AutoencoderConfig(widths=(8, 16), blocks=1, groups=4, latent_channels=4)
-    autoencoder, world = ImageAutoencoder(config).initialise(0), World(WorldConfig(size=16))
-    always = PairConfig(caption_first=1.0, caption_drop=0.0)
-    endless = ScenePairs(world, tokenizer, autoencoder, always, 0)
-    again = Counting(world, tokenizer, autoencoder, replace(always, count=40), 0)
-    documents = [again.document(index, index) for index in range(120)]
-    assert again.rendered == 64, "two blocks, each once"
-    form = SequenceFormat(bos=0, eos=1, boi=2, eoi=3, patch_size=2)
-    lengths = again.lengths(np.arange(120), np.arange(120), form).tolist()
-    assert lengths == [len(layout_document(document, form)) for document in documents]
-    for index in (0, 39):
-        latents = [documents[at].images[0].latent for at in (index, index + 40, index + 80)]
-        assert all(torch.equal(latent, endless.image(index).latent) for latent in latents)
-    words = [{documents[at].parts[0].ids for at in (index, index + 40, index + 80)} for index in range(40)]
-    assert sum(len(each) > 1 for each in words) > 20
-    with pytest.raises(ValueError, match=r"data\.pairs\.count: expected at least 1, found 0"):
-        PairConfig(count=0)
 
 
 def test_shares_of_order_and_drop() -> None:

@@ -18,28 +18,20 @@ from . import bundled
 from .sources import PairConfig, document_images, pair_document, pair_order
 
 IMAGE_BLOCK = 32  # images that a network encodes together
-MOST_KEPT = 1024  # blocks in memory of a source whose images come again
 
 
 class SceneSource:
     """The images of scenes, by number. A subclass renders them and makes documents of them.
 
     A network encodes a block of images at once, always the same ones together, for speed: so a latent depends on its
-    number alone, whatever was read before. The block encoded last is kept in memory, and `MOST_KEPT` of them if the
-    scenes come again.
-
-    epoch: number of different documents; None: there is no end of them.
+    number alone, whatever was read before. The block encoded last is kept in memory.
     """
 
     epoch: int | None = None
 
     def __init__(self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, seed: int) -> None:
         self.world, self.tokenizer, self.autoencoder, self.seed = world, tokenizer, autoencoder, seed
-        self._blocks: dict[int, list[Image]] = {}
-
-    def number(self, index: int) -> int:
-        """Return which of the different documents comes at an index."""
-        return index % self.epoch if self.epoch else index
+        self._block: tuple[int, list[Image]] = (-1, [])
 
     def render(self, number: int) -> np.ndarray:
         """Return the pixels of an image, uint8 `[row, column, 3]`."""
@@ -50,12 +42,10 @@ class SceneSource:
         alone = self.autoencoder.factor == 1 or isinstance(self.autoencoder, DeferredEncoder)
         block_size = 1 if alone else IMAGE_BLOCK
         block, place = divmod(number, block_size)
-        if block not in self._blocks:
-            if self.epoch is None or len(self._blocks) == MOST_KEPT:
-                self._blocks.clear()
+        if self._block[0] != block:
             pixels = np.stack([self.render(other) for other in range(number - place, number - place + block_size)])
-            self._blocks[block] = document_images(pixels, self.autoencoder)
-        image = self._blocks[block][place]
+            self._block = block, document_images(pixels, self.autoencoder)
+        image = self._block[1][place]
         return replace(image, latent=image.latent.clone())  # without the rest of the block
 
     def patches(self, form: SequenceFormat) -> int:
@@ -72,13 +62,13 @@ class ScenePairs(SceneSource):
         self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, config: PairConfig, seed: int
     ) -> None:
         super().__init__(world, tokenizer, autoencoder, seed)
-        self.config, self.epoch = config, config.count
+        self.config = config
 
     def document(self, index: int, sample: int) -> Document:
-        return pair_document(self._caption(index), self.image(self.number(index)), self.config, self.seed, sample)
+        return pair_document(self._caption(index), self.image(index), self.config, self.seed, sample)
 
     def _caption(self, index: int) -> tuple[int, ...]:
-        return self.tokenizer.encode(bundled.caption(self.world.scene(self.number(index)), index))
+        return self.tokenizer.encode(bundled.caption(self.world.scene(index), index))
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
         tokens, copied = np.zeros((2, len(indices)), dtype=np.int64)
@@ -136,7 +126,7 @@ class SceneEdits(SceneSource):
         self.config, self.epoch = config, config.count
 
     def document(self, index: int, sample: int) -> Document:
-        number = self.number(index)
+        number = index % self.epoch if self.epoch else index
         before, after = self.image(2 * number), self.image(2 * number + 1)
         # Not learned: a model that learned to write instructions would begin captions with them.
         words = Text(self.tokenizer.encode(self.edit(number).instruction), predict=False)
@@ -153,7 +143,8 @@ class SceneEdits(SceneSource):
         lengths, patches = [], self.patches(form)
         for index, sample in zip(indices.tolist(), samples.tolist(), strict=True):
             kept = self._kept(sample)
-            words = len(self.tokenizer.encode(self.edit(self.number(index)).instruction)) if kept == "all" else 0
+            number = index % self.epoch if self.epoch else index
+            words = len(self.tokenizer.encode(self.edit(number).instruction)) if kept == "all" else 0
             lengths.append(int(count_positions(np.array([words]), [patches] * (1 if kept == "target" else 2))[0]))
         return np.array(lengths)
 

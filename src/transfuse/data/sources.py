@@ -69,9 +69,6 @@ class PairConfig:
     image_first_max_timestep: int | None = 500
     """largest timestep of an image that comes before its caption (section 4.3.4); None: no limit; 0: it is shown clean,
     as a sampler shows it, and not learned"""
-    count: int | None = None
-    """of different scenes of the bundled world, which come again in the same order, in other words; each is then
-    rendered and encoded once. None: there is no end of them"""
     caption_drop: float = 0.1
     """share of the caption-first pairs, and of documents of several parts whose last image has text before it, that
     lose their text, for guidance; captioning documents keep theirs"""
@@ -84,8 +81,6 @@ class PairConfig:
             raise ValueError(
                 f"data.pairs.image_first_max_timestep: expected at least 0, found {self.image_first_max_timestep}"
             )
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"data.pairs.count: expected at least 1, found {self.count}")
 
 
 def pair_order(config: PairConfig, seed: int, sample: int) -> Literal["draw", "caption", "unconditional"]:
