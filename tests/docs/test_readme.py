@@ -115,6 +115,8 @@ def test_every_option_in_a_page_is_known(page: Path) -> None:
             wrong = str(error)
         if line in sentences and not re.search("unknown (option|command)", wrong):
             continue  # it may leave out what it does not speak of
+        if re.match(r"runs/\S+: expected .* found none$", wrong):
+            continue  # a run of the reader
         assert not wrong, f"{page.name}: {line}"
 
 

@@ -104,7 +104,7 @@ def test_the_server_reads_roles(folder: Path) -> None:
         ]
     }
     parts = [np.zeros((8, 8, 3), np.uint8), "?"]
-    document = worker.build(ChatRequest(**body).job(["be brief", *parts, "a crab", "again<|im_end|>"])).document
+    document = worker.build(ChatRequest(**body).job(["be brief", *parts, "a crab", "again<|im_end|>"]))[0].document
     image = document.images[0]
     messages = [
         Message("system", ("be brief",)),
