@@ -274,7 +274,7 @@ def copy_export(source: Path, folder: Path) -> None:
 
 def export_weights(run: Run, trainer: Trainer, weights: dict[str, Tensor], folder: Path) -> Path:
     """Export averaged weights from this process."""
-    recipe = run.recipe
+    recipe, distilled = run.recipe, distilled_by(run.recipe)
     return save_export(
         folder,
         weights,
@@ -284,11 +284,11 @@ def export_weights(run: Run, trainer: Trainer, weights: dict[str, Tensor], folde
         run.autoencoder,
         run.image_size,
         recipe.generation,
-        _model_card(run, trainer),
+        _model_card(run, trainer, distilled),
         to_dict(recipe.data.world) if recipe.data.of_the_world else None,
         recipe.preset,
         run.vocabulary,
-        distilled_by(recipe),
+        distilled,
     )
 
 
@@ -303,7 +303,7 @@ def distilled_by(recipe: Recipe) -> Distilled | None:
     return Distilled(distil.steps, teacher, distil.teacher_steps, distil.guidance_scale)
 
 
-def _model_card(run: Run, trainer: Trainer) -> str:
+def _model_card(run: Run, trainer: Trainer, distilled: Distilled | None) -> str:
     recipe, images = run.recipe, run.recipe.model.images
     kind = {"latents": "Transfusion", "codes": "Chameleon", "none": "text-only"}[images]
     data = ", ".join(_data_described(run))
@@ -312,7 +312,7 @@ def _model_card(run: Run, trainer: Trainer) -> str:
         call = '.generate("crab:").text'
     done = {"positions": 0, "images": 0, "flops": 0, "seconds": 0, **trainer.totals}
     start = f"\n- Started from the weights in {Path(recipe.start).name}, whose licence holds." if recipe.start else ""
-    if distilled := distilled_by(recipe):
+    if distilled:
         start += f"\n- Distilled: {distilled}."
     metadata = {"pipeline_tag": "text-generation" if images == "none" else "any-to-any", "library_name": "transfuse"}
     if not recipe.start and not run.sources.sets:  # nothing but what comes with the package
