@@ -179,12 +179,14 @@ class Grouped:
 
     def over_slots(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend within the documents of `[slots, head, D]`; padding slots must be zero."""
-        outputs, slot = [], 0
         kind = -1 if self.windowed is not None and self.windowed[layer] else 0
-        for documents, length, masks in self.groups:
+        sizes = [documents * length for documents, length, _ in self.groups]
+        # Split, not sliced: the gradient of each slice would be as long as the whole, and added to that of the others.
+        parts = zip(*(x.split(sizes) if len(sizes) > 1 else [x] for x in (q, k, v)), strict=True)
+        outputs = []
+        for (documents, length, masks), part in zip(self.groups, parts, strict=True):
             mask = masks[kind]
-            part = slice(slot, slot + documents * length)
-            a, b, c = (x[part].view(documents, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+            a, b, c = (x.view(documents, length, *x.shape[1:]).transpose(1, 2) for x in part)
             if q.dtype == torch.bfloat16 and not q.is_cuda and length <= LONGEST_EXPLICIT:
                 if a.shape[1] != b.shape[1]:
                     b, c = (x.repeat_interleave(a.shape[1] // x.shape[1], dim=1) for x in (b, c))
@@ -192,7 +194,6 @@ class Grouped:
             else:
                 attended = F.scaled_dot_product_attention(a, b, c, attn_mask=mask, enable_gqa=a.shape[1] != b.shape[1])
             outputs.append(attended.transpose(1, 2).reshape(documents * length, -1))
-            slot += documents * length
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
