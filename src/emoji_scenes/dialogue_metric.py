@@ -6,7 +6,7 @@ A turn is right if it does what was asked for, by an exact rule:
     change     an image comes; by the scores of edits its objects are right and the instruction is obeyed
     question   words alone, which give the exact answer
     unknown    words alone, which say that it cannot
-    other      words alone (greetings, thanks, what it can do)
+    other      words alone, one of the replies to greetings, thanks or farewells, or what it can do, with things it has
 
 Images are judged by the scene detector, whose verdicts on the real scenes are the reference.
 """
@@ -27,8 +27,8 @@ from transfuse.evaluation.generate import short_hash
 from transfuse.inference import Reply
 from transfuse.sequence.chat import Message, chat_prompt
 
-from .dialogues import Turn, dialogue
-from .language import colours_in
+from .dialogues import CAN, PARTINGS, WELCOME_BACK, WELCOMES, Turn, TurnKind, dialogue
+from .language import colours_in, nouns_in
 from .metrics import nouns_of, obeyed
 from .nouns import background_of
 from .scene_detector import Seen
@@ -38,6 +38,10 @@ from .scorer import scene_scorer
 KINDS = ("draw", "change", "question", "unknown", "other")
 SHOWN = 10
 """conversations shown whole, the first ones in order"""
+TURNS = (6, 10)
+"""fewest and most turns of a conversation"""
+SMALL_TALK: dict[TurnKind, tuple[str, ...]] = {"greeting": WELCOMES, "thanks": WELCOME_BACK, "farewell": PARTINGS}
+ABLE = re.compile(re.escape(CAN).replace(re.escape("{known}"), "[a-z ,]+"))
 CANNOT = re.compile(r"\b(can ?not|can\'t|never|sorry|unable|don\'t know)\b", re.IGNORECASE)
 
 
@@ -50,11 +54,7 @@ def is_right(turn: Turn, words: str, image: np.ndarray | None, seen: Sequence[Se
     if (image is None) != (turn.scene is None):
         return False
     if image is None:
-        if turn.kind == "question":
-            plain = re.sub(r"[^a-z ]", "", words.lower()).split()
-            answer = re.sub(r"[^a-z ]", "", turn.answer.lower()).split()
-            return any(plain[at : at + len(answer)] == answer for at in range(len(plain))) and len(plain) < 12
-        return bool(words.strip()) and bool(CANNOT.search(words)) == (turn.kind == "unknown")
+        return _says_right(turn, words.strip())
     assert turn.scene is not None
     if Counter(thing.noun for thing in seen) != nouns_of(turn.scene):
         return False
@@ -64,7 +64,19 @@ def is_right(turn: Turn, words: str, image: np.ndarray | None, seen: Sequence[Se
     return not named or background_of(image) in named
 
 
-def replay(context: EvalContext, dialogues: Sequence[Sequence[Turn]]) -> list[list[Reply]]:
+def _says_right(turn: Turn, words: str) -> bool:
+    if turn.kind == "question":
+        plain = re.sub(r"[^a-z ]", "", words.lower()).split()
+        answer = re.sub(r"[^a-z ]", "", turn.answer.lower()).split()
+        return any(plain[at : at + len(answer)] == answer for at in range(len(plain))) and len(plain) < 12
+    if turn.kind == "unknown":
+        return bool(CANNOT.search(words))
+    if turn.kind == "ability":
+        return bool(ABLE.fullmatch(words)) and bool(nouns_in(words))
+    return words in SMALL_TALK[turn.kind]
+
+
+def replay(context: EvalContext, dialogues: Sequence[Sequence[Turn]], world: World) -> list[list[Reply]]:
     """Return the model's reply to every turn, after the turns before it with its own replies; all dialogues at once."""
     pipe, drawing = context.pipe, context.drawing
     heard: list[list[Message]] = [[] for _ in dialogues]
@@ -73,7 +85,9 @@ def replay(context: EvalContext, dialogues: Sequence[Sequence[Turn]]) -> list[li
         going = [number for number, turns in enumerate(dialogues) if step < len(turns)]
         requests = []
         for number in going:
-            heard[number].append(pipe.message("user", [dialogues[number][step].request]))
+            turn = dialogues[number][step]
+            shown = [] if turn.shown is None else [world.render(turn.shown)]
+            heard[number].append(pipe.message("user", [*shown, turn.request]))
             request = pipe.request([], drawing.steps, drawing.guidance_scale, drawing.sampler)
             document = chat_prompt(pipe.exported.tokenizer, heard[number])
             requests.append(replace(request, document=document, seed=drawing.seed + 1000 * number + step))
@@ -87,14 +101,14 @@ def _score(context: EvalContext) -> MetricResult:
     scorer = scene_scorer(context, "dialogues")
     config = replace(scorer.world, size=context.pipe.exported.image_size, split="heldout")
     world = World(config)
-    dialogues = [dialogue(world, index) for index in range(context.options.count)]
+    dialogues = [dialogue(world, index, TURNS) for index in range(context.options.count)]
     detector = scorer.detector(context.folder, context.options.judge_steps)
     label = f"world dialogues:{config.size}, {len(dialogues)}, ids {short_hash([repr(turns) for turns in dialogues])}"
     implementation = f"{context.version}, detector@{detector.digest}"
     verdicts: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     real: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     examples: list[Example] = []
-    for number, (turns, replies) in enumerate(zip(dialogues, replay(context, dialogues), strict=True)):
+    for number, (turns, replies) in enumerate(zip(dialogues, replay(context, dialogues, world), strict=True)):
         for turn, reply in zip(turns, replies, strict=True):
             image = np.asarray(reply.images[0]) if reply.images else None
             right = is_right(turn, reply.text, image, [] if image is None else detector(image[None])[0])
@@ -103,7 +117,8 @@ def _score(context: EvalContext) -> MetricResult:
             exactly = [] if exact is None else detector(exact[None])[0]
             real[kind_of(turn)].append(is_right(turn, turn.reply, exact, exactly))
             if number < SHOWN:
-                pictures = [] if image is None else [(image, "drawn")]
+                pictures = [] if turn.shown is None else [(world.render(turn.shown), "shown")]
+                pictures += [] if image is None else [(image, "drawn")]
                 pictures += [] if exact is None else [(exact, "as asked for")]
                 group = first_of(len(dialogues), SHOWN, "conversations")
                 examples.append(

@@ -3,9 +3,10 @@
     turns = dialogue(World(WorldConfig(size=64)), index=0)
     turns[0].request, turns[0].reply, turns[0].scene
 
-A dialogue is a function of the world and its number. Every answer is exact, and every image is the scene that the turn
-leaves. One wording in `HELD_OUT_EVERY` of each kind of request, questions apart, comes up in the held-out split alone:
-understanding is measured on words that training never used.
+A dialogue is a function of the world and its number. Every answer is exact, and every drawing is the scene that the
+turn leaves. In one dialogue of five the person shows an image and asks about it. One wording in `HELD_OUT_EVERY` of
+each kind of request, questions apart, comes up in the held-out split alone: understanding is measured on words that
+training never used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .language import RELATION_PHRASES, article, listed, phrase, questions
 from .nouns import NOUNS
 from .scenes import Scene, World
 
-TurnKind = Literal["greeting", "ability", "draw", "change", "question", "unknown", "thanks"]
+TurnKind = Literal["greeting", "ability", "draw", "change", "question", "unknown", "thanks", "farewell"]
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}"
@@ -30,29 +31,40 @@ TEMPLATE = (
 )
 """chat template of models that are trained on dialogues, unless they start from one with a template"""
 MOST_IMAGES = 3
-"""images in a dialogue"""
-MOST_TURNS = 7
+"""images in a dialogue, those that the person shows among them"""
+TURNS = (2, 8)
+"""fewest and most turns of a dialogue, unless others are asked for"""
 HELD_OUT_EVERY = 5
 
-GREETINGS = ("hello", "hi", "hey there", "good morning", "hi, how are you?", "good evening", "hello there", "hey")
+GREETINGS = (
+    *("hello", "hi", "hey there", "good morning", "hi, how are you?", "good evening", "hello there", "hey"),
+    *("good afternoon", "hi there", "hello, are you there?", "greetings"),
+)
 WELCOMES = ("Hello! What shall I draw?", "Hi! Tell me what to draw.", "Hello! Shall I draw something?")
 ABILITIES = (
     *("what can you do?", "what can you draw?", "who are you?", "help", "what do you know?", "what are you good at?"),
     *("tell me what you can do", "how can you help me?", "which things can you draw?", "what is possible here?"),
 )
+CAN = "I can draw {known}, change my drawings, and answer questions about them."
 REQUESTS = (
     *("draw {x}", "please draw {x}", "could you draw me {x}?", "can you draw {x}?", "I would like {x}", "{x}, please"),
     *("show me {x}", "I want to see {x}", "make a picture of {x}", "paint {x}", "would you draw {x} for me?"),
-    *("give me a picture of {x}", "let me see {x}", "now draw {x}", "how about {x}?"),
+    *("give me a picture of {x}", "let me see {x}", "now draw {x}", "how about {x}?", "{x}", "a drawing of {x}"),
+    *("{x}, if you can", "draw me {x}", "I need {x}", "create an image of {x}", "can I have {x}?"),
 )
-OFFERS = ("Here is {x}.", "Here you are: {x}.", "Sure, {x}.", "{x}, as you wished.", "I drew {x}.")
+OFFERS = ("Here you go: {x}.", "Here you are: {x}.", "Sure, {x}.", "{x}, as you wished.", "I drew {x}.")
 CHANGES = (
     *("{x}", "please {x}", "could you {x}?", "now {x}", "can you {x}?", "and now {x}", "I would like you to {x}"),
-    *("{x}, please", "would you {x}?", "next, {x}"),
+    *("{x}, please", "would you {x}?", "next, {x}", "{x} now", "I want you to {x}"),
 )
 DONE = ("Done.", "Here it is.", "Like this?", "Of course.", "There you go.")
-THANKS = ("thanks", "thank you", "great, thank you!", "nice", "that is lovely", "well done", "perfect", "thanks a lot")
-REPLIES = ("You are welcome.", "My pleasure.", "Glad you like it.", "Any time.")
+THANKS = (
+    *("thanks", "thank you", "great, thank you", "nice", "that is lovely", "well done", "perfect", "thanks a lot"),
+    *("good job", "cool", "I like it", "beautiful"),
+)
+WELCOME_BACK = ("You are welcome.", "My pleasure.", "Glad you like it.", "Any time.")
+FAREWELLS = ("bye", "goodbye", "see you", "good night", "bye for now", "that is all", "see you later")
+PARTINGS = ("Goodbye!", "See you!", "Bye!")
 REFUSALS = ("I cannot draw {x}. I know {known}.", "Sorry, I have never seen {x}. I can draw {known}.")
 
 
@@ -60,6 +72,7 @@ REFUSALS = ("I cannot draw {x}. I know {known}.", "Sorry, I have never seen {x}.
 class Turn:
     """A request, the reply's words, and the scene of the image that comes after them (None: words alone).
 
+    shown    the scene of an image that the person shows before the request
     answer   what a right reply to a question says, exactly; empty for other kinds
     change   the edit that a change asks for
     """
@@ -68,6 +81,7 @@ class Turn:
     request: str
     reply: str
     scene: Scene | None = None
+    shown: Scene | None = None
     answer: str = ""
     change: Edit | None = None
 
@@ -78,37 +92,73 @@ def wordings(options: Sequence[str], split: str) -> Sequence[str]:
     return held_out if split == "heldout" else [each for each in options if each not in held_out] or options
 
 
-def dialogue(world: World, index: int) -> list[Turn]:
-    """Return the turns of a dialogue, 2 to `MOST_TURNS`, with 1 to `MOST_IMAGES` images."""
+def dialogue(world: World, index: int, turns: tuple[int, int] = TURNS) -> list[Turn]:
+    """Return the turns of a dialogue, of which 1 to `MOST_IMAGES` have an image.
+
+    turns: the fewest and the most of them; at least 2.
+    """
+    fewest, most = turns
     draws = Draws("dialogue", world.config.seed, world.config.split, index)
     split = world.config.split
-    turns: list[Turn] = []
+    numbers = iter(range(MOST_IMAGES * index, MOST_IMAGES * (index + 1)))
+    scene, images = world.scene(next(numbers)), 1
+    opening: list[Turn] = []
     if draws.chance(0.3):
-        turns.append(Turn("greeting", draws.pick(wordings(GREETINGS, split)), draws.pick(WELCOMES)))
+        opening.append(_greeting(draws, split))
     if draws.chance(0.15):
-        can = f"I can draw {_some(world, draws)}, change my drawings, and answer questions about them."
-        turns.append(Turn("ability", draws.pick(wordings(ABILITIES, split)), can))
+        opening.append(_ability(world, draws))
     if draws.chance(0.12):
-        turns.append(_unknown(world, draws))
-    scene = world.scene(MOST_IMAGES * index)
-    turns.append(_draw(scene, draws, split))
-    images = 1
-    for _ in range(draws.between(1, MOST_TURNS - len(turns))):
+        opening.append(_unknown(world, draws))
+    first = _question(scene, draws, split, shown=True) if draws.chance(0.2) else _draw(scene, draws, split)
+    said = [*opening[: most - 2], first]
+    wanted = draws.between(max(fewest, len(said) + 1), most)
+    while len(said) < wanted:
         roll = draws.below(100)
-        if roll < 45:
-            turns.append(_question(scene, draws, split))
-        elif roll < 75 and images < MOST_IMAGES:
-            change = edit(scene, world, MOST_IMAGES * index + images)
+        if roll < 45 or (roll < 83 and images == MOST_IMAGES):
+            said.append(_question(scene, draws, split))
+        elif roll < 70:
+            change = edit(scene, world, next(numbers))
             scene, images = change.target, images + 1
-            words = draws.pick(wordings(CHANGES, split)).format(x=change.instruction)
-            turns.append(Turn("change", words, draws.pick(DONE), scene, change=change))
-        elif roll < 88 and images < MOST_IMAGES:
-            scene, images = world.scene(MOST_IMAGES * index + images), images + 1
-            turns.append(_draw(scene, draws, split))
-        else:
-            turns.append(Turn("thanks", draws.pick(wordings(THANKS, split)), draws.pick(REPLIES)))
+            words = _spoken(draws.pick(wordings(CHANGES, split)).format(x=change.instruction), draws)
+            said.append(Turn("change", words, draws.pick(DONE), scene, change=change))
+        elif roll < 83:
+            scene, images = world.scene(next(numbers)), images + 1
+            said.append(_draw(scene, draws, split))
+        elif roll < 88:
+            said.append(_unknown(world, draws))
+        elif roll < 91:
+            said.append(_ability(world, draws))
+        elif roll < 96:
+            said.append(_thanks(draws, split))
+        elif len(said) + 1 >= fewest:
+            said.append(_farewell(draws, split))
             break
-    return turns
+    return said
+
+
+def _spoken(text: str, draws: Draws) -> str:
+    """Return a request as people type it: with a capital or without, and with or without a mark at its end."""
+    text = (text[0].upper() if draws.chance(0.5) else text[0].lower()) + text[1:]
+    if text[-1] in "?.":
+        return text[:-1] if draws.chance(0.2) else text
+    return text + draws.pick(("", "", "", ".", "!"))
+
+
+def _greeting(draws: Draws, split: str) -> Turn:
+    return Turn("greeting", _spoken(draws.pick(wordings(GREETINGS, split)), draws), draws.pick(WELCOMES))
+
+
+def _thanks(draws: Draws, split: str) -> Turn:
+    return Turn("thanks", _spoken(draws.pick(wordings(THANKS, split)), draws), draws.pick(WELCOME_BACK))
+
+
+def _farewell(draws: Draws, split: str) -> Turn:
+    return Turn("farewell", _spoken(draws.pick(wordings(FAREWELLS, split)), draws), draws.pick(PARTINGS))
+
+
+def _ability(world: World, draws: Draws) -> Turn:
+    words = _spoken(draws.pick(wordings(ABILITIES, world.config.split)), draws)
+    return Turn("ability", words, CAN.format(known=_some(world, draws)))
 
 
 def described(scene: Scene) -> str:
@@ -123,13 +173,14 @@ def _draw(scene: Scene, draws: Draws, split: str) -> Turn:
     whole = f"{words} on {article(scene.background)} {scene.background} background"
     request = draws.pick(wordings(REQUESTS, split)).format(x=words if draws.chance(0.25) else whole)
     offer = draws.pick(OFFERS).format(x=whole)
-    return Turn("draw", request, offer[0].upper() + offer[1:], scene)
+    return Turn("draw", _spoken(request, draws), offer[0].upper() + offer[1:], scene)
 
 
-def _question(scene: Scene, draws: Draws, split: str) -> Turn:
+def _question(scene: Scene, draws: Draws, split: str, shown: bool = False) -> Turn:
     question = draws.pick(questions(scene, draws.below(1 << 20), seed=int(split == "heldout")))
     reply = question.answer[0].upper() + question.answer[1:] + "."
-    return Turn("question", question.question, reply, None, question.answer)
+    words = _spoken(question.question, draws)
+    return Turn("question", words, reply, None, scene if shown else None, question.answer)
 
 
 def _unknown(world: World, draws: Draws) -> Turn:
@@ -138,7 +189,7 @@ def _unknown(world: World, draws: Draws) -> Turn:
     name = draws.pick(others)
     thing = NOUNS[name].a if name in NOUNS else f"a {name}"
     request = draws.pick(wordings(REQUESTS, world.config.split)).format(x=thing)
-    return Turn("unknown", request, draws.pick(REFUSALS).format(x=thing, known=_some(world, draws)))
+    return Turn("unknown", _spoken(request, draws), draws.pick(REFUSALS).format(x=thing, known=_some(world, draws)))
 
 
 def _some(world: World, draws: Draws) -> str:

@@ -11,8 +11,9 @@ from conftest import exported
 
 import transfuse
 from emoji_scenes import World, WorldConfig, colours_in, nouns_in
+from emoji_scenes.dialogue_metric import TURNS as JUDGED_TURNS
 from emoji_scenes.dialogue_metric import is_right
-from emoji_scenes.dialogues import MOST_IMAGES, MOST_TURNS, TEMPLATE, Turn, dialogue
+from emoji_scenes.dialogues import MOST_IMAGES, TEMPLATE, TURNS, Turn, dialogue
 from emoji_scenes.scene_detector import Seen
 from emoji_scenes.scorer import SceneScorer
 from transfuse.autoencoders import Pixels
@@ -36,11 +37,12 @@ def test_every_reply_is_true_of_its_scene() -> None:
     world, kinds = World(CONFIG), set()
     for index in range(300):
         turns = dialogue(world, index)
-        assert 1 <= sum(turn.scene is not None for turn in turns) <= MOST_IMAGES
-        assert 2 <= len(turns) <= MOST_TURNS
+        assert 1 <= sum(turn.scene is not None or turn.shown is not None for turn in turns) <= MOST_IMAGES
+        assert TURNS[0] <= len(turns) <= TURNS[1]
         for turn in turns:
             kinds.add(turn.kind)
             assert (turn.scene is None) == (turn.kind not in ("draw", "change"))
+            assert turn.shown is None or turn.kind == "question"
             if turn.kind == "draw":
                 assert turn.scene is not None
                 assert nouns_in(turn.request) == nouns_in(turn.reply) == {t.noun for t in turn.scene.things}
@@ -49,7 +51,22 @@ def test_every_reply_is_true_of_its_scene() -> None:
                 assert not nouns_in(turn.request) & set(world.nouns)
             if turn.kind == "question":
                 assert turn.answer.lower() in turn.reply.lower()
-    assert kinds == {"greeting", "ability", "draw", "change", "question", "unknown", "thanks"}
+    assert kinds == {"greeting", "ability", "draw", "change", "question", "unknown", "thanks", "farewell"}
+
+
+@pytest.mark.parametrize("turns", [(2, 2), (3, 3), (6, 10), (12, 12)])
+def test_a_dialogue_has_as_many_turns_as_asked_for(turns: tuple[int, int]) -> None:
+    for index in range(100):
+        said = dialogue(World(CONFIG), index, turns)
+        assert turns[0] <= len(said) <= turns[1]
+        assert all(turn.kind != "farewell" for turn in said[:-1])
+
+
+def test_people_type_with_and_without_capitals_and_marks() -> None:
+    typed = [turn.request for turn in turns_of("train")]
+    assert 0.4 < sum(text[0].isupper() for text in typed) / len(typed) < 0.6
+    assert {text[-1] for text in typed if not text[-1].isalpha()} == {".", "!", "?"}
+    assert not any(text.endswith((".!", "?!", "..")) for text in typed)
 
 
 def test_a_dialogue_is_a_function_of_its_number() -> None:
@@ -73,14 +90,16 @@ def source(tokenizer: Tokenizer) -> SceneDialogues:
     return SceneDialogues(World(CONFIG), tokenizer.with_template(TEMPLATE), Pixels(), seed=0)
 
 
-def test_the_assistants_turns_alone_are_learned(source: SceneDialogues) -> None:
-    document = source.document(3, 5)
-    turns = dialogue(World(CONFIG), 3)
+@pytest.mark.parametrize("number", [*range(3, 12)])
+def test_the_assistants_turns_alone_are_learned(source: SceneDialogues, number: int) -> None:
+    document = source.document(number, 5)
+    turns = dialogue(World(CONFIG), number)
     learned = "".join(source.tokenizer.decode(p.ids) for p in document.parts if isinstance(p, Text) and p.predict)
     assert learned == "".join(turn.reply for turn in turns)
     images = [part for part in document.parts if isinstance(part, Image)]
-    assert all(image.target for image in images)
-    scenes = [turn.scene for turn in turns if turn.scene is not None]
+    scenes = [scene for turn in turns for scene in (turn.shown, turn.scene) if scene is not None]
+    shown = [scene is turn.shown for turn in turns for scene in (turn.shown, turn.scene) if scene is not None]
+    assert [image.target for image in images] == [not each for each in shown]
     for image, scene in zip(images, scenes, strict=True):
         expected = World(CONFIG).render(scene)
         assert np.array_equal(source.autoencoder.decode(image.latent[None])[0], expected)
@@ -117,7 +136,7 @@ def test_verdicts_of_right_and_wrong_replies() -> None:
             assert not is_right(turn, turn.reply, np.zeros((16, 16, 3), np.uint8), [])
             assert not is_right(turn, "", None, [])
             assert turn.kind != "question" or not is_right(turn, "Elephants, I think.", None, [])
-            assert turn.kind != "unknown" or not is_right(turn, "Here it is.", None, [])
+            assert turn.kind in ("draw", "change", "question") or not is_right(turn, "Here it is.", None, [])
             counted += 1
     assert counted > 200
 
@@ -129,6 +148,7 @@ def test_a_model_is_judged_turn_by_turn(tokenizer: Tokenizer, tmp_path: Path) ->
     context = EvalContext(TransfusionPipeline(model), "untrained", tmp_path, scorer, EvalConfig(count=3, judge_steps=2))
     (outcome,) = evaluate(context, named(["dialogues"]))
     results = {result.name: result for result in outcome}
-    turns = [turn for index in range(3) for turn in dialogue(World(WorldConfig(nouns=4, split="heldout")), index)]
+    world = World(WorldConfig(nouns=4, split="heldout"))
+    turns = [turn for index in range(3) for turn in dialogue(world, index, JUDGED_TURNS)]
     assert results["turns right"].count == len(turns)
     assert results["turns right"].ceiling is not None

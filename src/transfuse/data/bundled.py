@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # read by type checkers alone, and so never used here
         bundled_classifier,
         keep_scene_classifier,
     )
-    from emoji_scenes.scenes import Split  # noqa: F401
+    from emoji_scenes.scenes import Scene, Split  # noqa: F401
     from emoji_scenes.scorer import SceneScorer  # noqa: F401
     from emoji_scenes.sprites import SPRITE_FILE  # noqa: F401
     from emoji_scenes.words import vocabulary  # noqa: F401
@@ -38,7 +38,7 @@ MODULES = {
     "emoji_scenes.accuracy": "CaptionResult DrawingResult caption_accuracy draw_accuracy held_out_scenes",
     "emoji_scenes.dialogues": "MOST_IMAGES TEMPLATE Turn dialogue",
     "emoji_scenes.scene_classifier": "CLASSIFIER_STEPS SceneClassifier bundled_classifier keep_scene_classifier",
-    "emoji_scenes.scenes": "Split",
+    "emoji_scenes.scenes": "Scene Split",
     "emoji_scenes.scorer": "SceneScorer",
     "emoji_scenes.sprites": "SPRITE_FILE",
     "emoji_scenes.words": "vocabulary",

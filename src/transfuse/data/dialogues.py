@@ -40,30 +40,34 @@ class SceneDialogues(SceneSource):
         return self._turns[1]
 
     def document(self, index: int, sample: int) -> Document:
-        drawn = [turn for turn in self.turns(index) if turn.scene is not None]
         first = bundled.MOST_IMAGES * index
-        return self._written(index, sample, [self.image(first + number) for number in range(len(drawn))])
+        return self._written(index, sample, [self.image(first + place) for place in range(len(self._scenes(index)))])
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
         side = self.world.config.size // self.autoencoder.factor
         blank = blank_image(form, self.autoencoder.channels, side, side)
         lengths = []
         for index in indices.tolist():
-            count = sum(turn.scene is not None for turn in self.turns(index))
-            lengths.append(len(layout_document(self._written(index, 0, [blank] * count), form)))
+            written = self._written(index, 0, [blank] * len(self._scenes(index)))
+            lengths.append(len(layout_document(written, form)))
         return np.array(lengths)
+
+    def _scenes(self, index: int) -> list[bundled.Scene]:
+        """Return the scenes of a dialogue's images, shown and drawn, in order."""
+        either = (turn.shown or turn.scene for turn in self.turns(index))
+        return [scene for scene in either if scene is not None]
 
     def _written(self, index: int, sample: int, images: list[Image]) -> Document:
         messages, waiting = [], iter(images)
         for turn in self.turns(index):
-            messages.append(Message("user", (turn.request,)))
-            reply: tuple[str | Image, ...] = (turn.reply,) if turn.scene is None else (turn.reply, next(waiting))
-            messages.append(Message("assistant", reply))
+            shown: tuple[Image, ...] = () if turn.shown is None else (next(waiting),)
+            drawn: tuple[Image, ...] = () if turn.scene is None else (next(waiting),)
+            messages += [Message("user", (*shown, turn.request)), Message("assistant", (turn.reply, *drawn))]
         return chat_sample(self.tokenizer, messages, sample)
 
     def render(self, number: int) -> np.ndarray:
         index, place = divmod(number, bundled.MOST_IMAGES)
-        scenes = [turn.scene for turn in self.turns(index) if turn.scene is not None]
+        scenes = self._scenes(index)
         return self.world.render(scenes[min(place, len(scenes) - 1)])
 
 
