@@ -10,7 +10,7 @@ then draws for the same prompt, streamed. Percentiles are in milliseconds:
     first token         from sending to the first text
     token               between two texts
     first preview       from sending to the first preview of the image
-    denoising step      between the progress of two steps
+    denoising step      between two previews, divided by their steps
     end                 from sending the first to the last byte of the second
 
 Per rate also: requests sent, refused (429, 503) and failed, and what the server made, texts and images a second. Run it
@@ -67,7 +67,7 @@ async def send(client: httpx.AsyncClient, number: int, options: argparse.Namespa
 
 async def read(reply: httpx.Response, samples: Samples, began: float) -> bool:
     """Add the times of a stream that was asked for at `began`; return False if it ends with an error."""
-    last = began
+    last, taken = began, 0  # when the last part came, and the denoising steps that were taken by then
     begun: set[str] = set()
     async for line in reply.aiter_lines():
         if line.startswith("event: error"):
@@ -82,12 +82,12 @@ async def read(reply: httpx.Response, samples: Samples, began: float) -> bool:
             samples["tokens"].append(1)
             begun.add("text")
         elif progress:
-            if "step" in begun:
-                samples["denoising step"].append(now - last)
+            if taken:
+                samples["denoising step"].append((now - last) / (progress["step"] - taken))
+            taken = progress["step"]
             if "preview" in progress and "preview" not in begun:
                 samples["first preview"].append(now - began)
                 begun.add("preview")
-            begun.add("step")
         elif delta.get("images"):
             samples["images"].append(1)
         else:
