@@ -27,7 +27,7 @@ from transfuse.evaluation.generate import short_hash
 from transfuse.inference import Reply
 from transfuse.sequence.chat import Message, chat_prompt
 
-from .dialogues import CAN, PARTINGS, WELCOME_BACK, WELCOMES, Turn, TurnKind, dialogue
+from .dialogues import CAN, SMALL_TALK, Turn, dialogue
 from .language import colours_in, nouns_in
 from .metrics import nouns_of, obeyed
 from .nouns import background_of
@@ -40,7 +40,6 @@ SHOWN = 10
 """conversations shown whole, the first ones in order"""
 TURNS = (6, 10)
 """fewest and most turns of a conversation"""
-SMALL_TALK: dict[TurnKind, tuple[str, ...]] = {"greeting": WELCOMES, "thanks": WELCOME_BACK, "farewell": PARTINGS}
 ABLE = re.compile(re.escape(CAN).replace(re.escape("{known}"), "[a-z ,]+"))
 CANNOT = re.compile(r"\b(can ?not|can\'t|never|sorry|unable|don\'t know)\b", re.IGNORECASE)
 
@@ -73,7 +72,7 @@ def _says_right(turn: Turn, words: str) -> bool:
         return bool(CANNOT.search(words))
     if turn.kind == "ability":
         return bool(ABLE.fullmatch(words)) and bool(nouns_in(words))
-    return words in SMALL_TALK[turn.kind]
+    return words in SMALL_TALK[turn.kind][1]
 
 
 def replay(context: EvalContext, dialogues: Sequence[Sequence[Turn]], world: World) -> list[list[Reply]]:

@@ -4,15 +4,15 @@
     turns[0].request, turns[0].reply, turns[0].scene
 
 A dialogue is a function of the world and its number. Every answer is exact, and every drawing is the scene that the
-turn leaves. In one dialogue of five the person shows an image and asks about it. One wording in `HELD_OUT_EVERY` of
-each kind of request, questions apart, comes up in the held-out split alone: understanding is measured on words that
-training never used.
+turn leaves. In one dialogue of four the person shows an image, and asks about it or has it changed. One wording in
+`HELD_OUT_EVERY` of each kind of request, questions apart, comes up in the held-out split alone: understanding is
+measured on words that training never used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transfuse.rng import Draws
@@ -36,11 +36,6 @@ TURNS = (2, 8)
 """fewest and most turns of a dialogue, unless others are asked for"""
 HELD_OUT_EVERY = 5
 
-GREETINGS = (
-    *("hello", "hi", "hey there", "good morning", "hi, how are you?", "good evening", "hello there", "hey"),
-    *("good afternoon", "hi there", "hello, are you there?", "greetings"),
-)
-WELCOMES = ("Hello! What shall I draw?", "Hi! Tell me what to draw.", "Hello! Shall I draw something?")
 ABILITIES = (
     *("what can you do?", "what can you draw?", "who are you?", "help", "what do you know?", "what are you good at?"),
     *("tell me what you can do", "how can you help me?", "which things can you draw?", "what is possible here?"),
@@ -58,19 +53,33 @@ CHANGES = (
     *("{x}, please", "would you {x}?", "next, {x}", "{x} now", "I want you to {x}"),
 )
 DONE = ("Done.", "Here it is.", "Like this?", "Of course.", "There you go.")
-THANKS = (
-    *("thanks", "thank you", "great, thank you", "nice", "that is lovely", "well done", "perfect", "thanks a lot"),
-    *("good job", "cool", "I like it", "beautiful"),
-)
-WELCOME_BACK = ("You are welcome.", "My pleasure.", "Glad you like it.", "Any time.")
-FAREWELLS = ("bye", "goodbye", "see you", "good night", "bye for now", "that is all", "see you later")
-PARTINGS = ("Goodbye!", "See you!", "Bye!")
+SMALL_TALK: dict[TurnKind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "greeting": (
+        (
+            *("hello", "hi", "hey there", "good morning", "hi, how are you?", "good evening", "hello there", "hey"),
+            *("good afternoon", "hi there", "hello, are you there?", "greetings"),
+        ),
+        ("Hello! What shall I draw?", "Hi! Tell me what to draw.", "Hello! Shall I draw something?"),
+    ),
+    "thanks": (
+        (
+            *("thanks", "thank you", "great, thank you", "nice", "that is lovely", "well done", "perfect"),
+            *("thanks a lot", "good job", "cool", "I like it", "beautiful"),
+        ),
+        ("You are welcome.", "My pleasure.", "Glad you like it.", "Any time."),
+    ),
+    "farewell": (
+        ("bye", "goodbye", "see you", "good night", "bye for now", "that is all", "see you later"),
+        ("Goodbye!", "See you!", "Bye!"),
+    ),
+}
+"""requests and replies by kind"""
 REFUSALS = ("I cannot draw {x}. I know {known}.", "Sorry, I have never seen {x}. I can draw {known}.")
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A request, the reply's words, and the scene of the image that comes after them (None: words alone).
+    """A request, the reply's words, which an image needs not have, and that image's scene (None: words alone).
 
     shown    the scene of an image that the person shows before the request
     answer   what a right reply to a question says, exactly; empty for other kinds
@@ -104,12 +113,18 @@ def dialogue(world: World, index: int, turns: tuple[int, int] = TURNS) -> list[T
     scene, images = world.scene(next(numbers)), 1
     opening: list[Turn] = []
     if draws.chance(0.3):
-        opening.append(_greeting(draws, split))
+        opening.append(_small_talk("greeting", draws, split))
     if draws.chance(0.15):
         opening.append(_ability(world, draws))
     if draws.chance(0.12):
         opening.append(_unknown(world, draws))
-    first = _question(scene, draws, split, shown=True) if draws.chance(0.2) else _draw(scene, draws, split)
+    if not draws.chance(0.25):
+        first = _draw(scene, draws, split)
+    elif draws.chance(0.5):
+        first = replace(_question(scene, draws, split), shown=scene)
+    else:
+        first = replace(_change(scene, world, next(numbers), draws), shown=scene)
+        scene, images = first.scene or scene, images + 1
     said = [*opening[: most - 2], first]
     wanted = draws.between(max(fewest, len(said) + 1), most)
     while len(said) < wanted:
@@ -117,10 +132,8 @@ def dialogue(world: World, index: int, turns: tuple[int, int] = TURNS) -> list[T
         if roll < 45 or (roll < 83 and images == MOST_IMAGES):
             said.append(_question(scene, draws, split))
         elif roll < 70:
-            change = edit(scene, world, next(numbers))
-            scene, images = change.target, images + 1
-            words = _spoken(draws.pick(wordings(CHANGES, split)).format(x=change.instruction), draws)
-            said.append(Turn("change", words, draws.pick(DONE), scene, change=change))
+            said.append(_change(scene, world, next(numbers), draws))
+            scene, images = said[-1].scene or scene, images + 1
         elif roll < 83:
             scene, images = world.scene(next(numbers)), images + 1
             said.append(_draw(scene, draws, split))
@@ -129,9 +142,9 @@ def dialogue(world: World, index: int, turns: tuple[int, int] = TURNS) -> list[T
         elif roll < 91:
             said.append(_ability(world, draws))
         elif roll < 96:
-            said.append(_thanks(draws, split))
+            said.append(_small_talk("thanks", draws, split))
         elif len(said) + 1 >= fewest:
-            said.append(_farewell(draws, split))
+            said.append(_small_talk("farewell", draws, split))
             break
     return said
 
@@ -144,16 +157,9 @@ def _spoken(text: str, draws: Draws) -> str:
     return text + draws.pick(("", "", "", ".", "!"))
 
 
-def _greeting(draws: Draws, split: str) -> Turn:
-    return Turn("greeting", _spoken(draws.pick(wordings(GREETINGS, split)), draws), draws.pick(WELCOMES))
-
-
-def _thanks(draws: Draws, split: str) -> Turn:
-    return Turn("thanks", _spoken(draws.pick(wordings(THANKS, split)), draws), draws.pick(WELCOME_BACK))
-
-
-def _farewell(draws: Draws, split: str) -> Turn:
-    return Turn("farewell", _spoken(draws.pick(wordings(FAREWELLS, split)), draws), draws.pick(PARTINGS))
+def _small_talk(kind: TurnKind, draws: Draws, split: str) -> Turn:
+    requests, replies = SMALL_TALK[kind]
+    return Turn(kind, _spoken(draws.pick(wordings(requests, split)), draws), draws.pick(replies))
 
 
 def _ability(world: World, draws: Draws) -> Turn:
@@ -173,14 +179,25 @@ def _draw(scene: Scene, draws: Draws, split: str) -> Turn:
     whole = f"{words} on {article(scene.background)} {scene.background} background"
     request = draws.pick(wordings(REQUESTS, split)).format(x=words if draws.chance(0.25) else whole)
     offer = draws.pick(OFFERS).format(x=whole)
-    return Turn("draw", _spoken(request, draws), offer[0].upper() + offer[1:], scene)
+    return Turn("draw", _spoken(request, draws), _or_silent(offer[0].upper() + offer[1:], draws), scene)
 
 
-def _question(scene: Scene, draws: Draws, split: str, shown: bool = False) -> Turn:
+def _change(scene: Scene, world: World, number: int, draws: Draws) -> Turn:
+    change = edit(scene, world, number)
+    words = draws.pick(wordings(CHANGES, world.config.split)).format(x=change.instruction)
+    reply = _or_silent(draws.pick(DONE), draws)
+    return Turn("change", _spoken(words, draws), reply, change.target, change=change)
+
+
+def _or_silent(words: str, draws: Draws) -> str:
+    """Return the words before an image, or now and then none: as where a client asks for nothing but an image."""
+    return "" if draws.chance(0.2) else words
+
+
+def _question(scene: Scene, draws: Draws, split: str) -> Turn:
     question = draws.pick(questions(scene, draws.below(1 << 20), seed=int(split == "heldout")))
     reply = question.answer[0].upper() + question.answer[1:] + "."
-    words = _spoken(question.question, draws)
-    return Turn("question", words, reply, None, scene if shown else None, question.answer)
+    return Turn("question", _spoken(question.question, draws), reply, answer=question.answer)
 
 
 def _unknown(world: World, draws: Draws) -> Turn:

@@ -42,11 +42,17 @@ def test_every_reply_is_true_of_its_scene() -> None:
         for turn in turns:
             kinds.add(turn.kind)
             assert (turn.scene is None) == (turn.kind not in ("draw", "change"))
-            assert turn.shown is None or turn.kind == "question"
+            assert turn.shown is None or turn.kind in ("question", "change")
+            assert turn.reply or turn.scene is not None
             if turn.kind == "draw":
                 assert turn.scene is not None
-                assert nouns_in(turn.request) == nouns_in(turn.reply) == {t.noun for t in turn.scene.things}
-                assert colours_in(turn.reply) == {turn.scene.background} >= colours_in(turn.request)
+                assert nouns_in(turn.request) == {t.noun for t in turn.scene.things}
+                assert {turn.scene.background} >= colours_in(turn.request)
+            if turn.kind == "draw" and turn.reply:
+                assert nouns_in(turn.request) == nouns_in(turn.reply)
+                assert colours_in(turn.reply) == {turn.scene.background}
+            if turn.change is not None:
+                assert (turn.shown or turn.change.source, turn.scene) == (turn.change.source, turn.change.target)
             if turn.kind == "unknown":
                 assert not nouns_in(turn.request) & set(world.nouns)
             if turn.kind == "question":

@@ -54,8 +54,8 @@ class SceneDialogues(SceneSource):
 
     def _scenes(self, index: int) -> list[bundled.Scene]:
         """Return the scenes of a dialogue's images, shown and drawn, in order."""
-        either = (turn.shown or turn.scene for turn in self.turns(index))
-        return [scene for scene in either if scene is not None]
+        both = (scene for turn in self.turns(index) for scene in (turn.shown, turn.scene))
+        return [scene for scene in both if scene is not None]
 
     def _written(self, index: int, sample: int, images: list[Image]) -> Document:
         messages, waiting = [], iter(images)
