@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, permutations
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from transfuse.inference import Reply
 from transfuse.sequence.chat import Message, chat_prompt
 
 from .dialogues import CAN, SMALL_TALK, Turn, dialogue
-from .language import colours_in, nouns_in
+from .language import colours_in, listed, nouns_in
 from .metrics import nouns_of, obeyed
 from .nouns import background_of
 from .scene_detector import Seen
@@ -40,7 +40,7 @@ SHOWN = 10
 """conversations shown whole, the first ones in order"""
 TURNS = (6, 10)
 """fewest and most turns of a conversation"""
-ABLE = re.compile(re.escape(CAN).replace(re.escape("{known}"), "[a-z ,]+"))
+ABLE = re.compile(re.escape(CAN).replace(re.escape("{known}"), "[A-Za-z ,-]+"))
 CANNOT = re.compile(r"\b(can ?not|can\'t|never|sorry|unable|don\'t know)\b", re.IGNORECASE)
 
 
@@ -66,8 +66,11 @@ def is_right(turn: Turn, words: str, image: np.ndarray | None, seen: Sequence[Se
 def _says_right(turn: Turn, words: str) -> bool:
     if turn.kind == "question":
         plain = re.sub(r"[^a-z ]", "", words.lower()).split()
-        answer = re.sub(r"[^a-z ]", "", turn.answer.lower()).split()
-        return any(plain[at : at + len(answer)] == answer for at in range(len(plain))) and len(plain) < 12
+        # The things of an image may be listed in any order.
+        orders = permutations(re.split(", | and ", turn.answer.lower()))
+        answers = [re.sub(r"[^a-z ]", "", listed(list(order))).split() for order in orders]
+        said = (plain[at : at + len(answer)] == answer for answer in answers for at in range(len(plain)))
+        return any(said) and len(plain) < 12
     if turn.kind == "unknown":
         return bool(CANNOT.search(words))
     if turn.kind == "ability":

@@ -25,9 +25,9 @@ from .scenes import Scene, World
 TurnKind = Literal["greeting", "ability", "draw", "change", "question", "unknown", "thanks", "farewell"]
 
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{{ bos_token }}{% for message in messages %}{{ message.role + ':\\n' + message.content }}"
+    "{{ (eos_token if message.role == 'assistant' else '') + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
 """chat template of models that are trained on dialogues, unless they start from one with a template"""
 MOST_IMAGES = 3

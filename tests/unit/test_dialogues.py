@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import exported
 
 import transfuse
@@ -14,15 +15,18 @@ from emoji_scenes import World, WorldConfig, colours_in, nouns_in
 from emoji_scenes.dialogue_metric import TURNS as JUDGED_TURNS
 from emoji_scenes.dialogue_metric import is_right
 from emoji_scenes.dialogues import MOST_IMAGES, TEMPLATE, TURNS, Turn, dialogue
+from emoji_scenes.language import listed
 from emoji_scenes.scene_detector import Seen
 from emoji_scenes.scorer import SceneScorer
 from transfuse.autoencoders import Pixels
 from transfuse.data import SceneDialogues
 from transfuse.evaluation import EvalConfig, EvalContext, evaluate, named
+from transfuse.folders import WEIGHTS
 from transfuse.inference import TransfusionPipeline
 from transfuse.recipes import preset
 from transfuse.runs import resolve
-from transfuse.sequence import Image, Text, Tokenizer, layout_document
+from transfuse.sequence import Document, Image, Text, Tokenizer, layout_document
+from transfuse.sequence.chat import Message, chat_prompt, chat_sample
 from transfuse.train import train
 
 CONFIG = WorldConfig(size=16, nouns=24, max_objects=2, max_count=3)
@@ -111,6 +115,29 @@ def test_the_assistants_turns_alone_are_learned(source: SceneDialogues, number: 
         assert np.array_equal(source.autoencoder.decode(image.latent[None])[0], expected)
 
 
+@pytest.mark.parametrize("turns", [(2, 8), (6, 10)])
+def test_a_prompt_ends_where_the_reply_begins(turns: tuple[int, int]) -> None:
+    """The ids of each prompt begin the document that was learned, so that every token of a reply is learned after it.
+
+    By the tokenizer of the bundled model, which joins a space with the word after it.
+    """
+    world, tokenizer = World(CONFIG), Tokenizer.load(WEIGHTS / "small-64" / "tokenizer.json").with_template(TEMPLATE)
+    blank = Image(torch.zeros(3, 16, 16))
+
+    def flat(document: Document) -> list[int]:
+        return [token for part in document.parts for token in (part.ids if isinstance(part, Text) else (-1,))]
+
+    for index in range(8):
+        messages = []
+        for turn in dialogue(world, index, turns):
+            messages.append(Message("user", (*([blank] if turn.shown else []), turn.request)))
+            messages.append(Message("assistant", (turn.reply, *([blank] if turn.scene else []))))
+        whole = flat(chat_sample(tokenizer, messages))
+        for place in range(1, len(messages), 2):
+            prompt = flat(chat_prompt(tokenizer, messages[:place]))
+            assert whole[: len(prompt)] == prompt
+
+
 def test_lengths_are_those_of_the_documents(source: SceneDialogues) -> None:
     form = source.tokenizer.sequence_format(patch_size=4)
     numbers = np.arange(12)
@@ -143,6 +170,10 @@ def test_verdicts_of_right_and_wrong_replies() -> None:
             assert not is_right(turn, "", None, [])
             assert turn.kind != "question" or not is_right(turn, "Elephants, I think.", None, [])
             assert turn.kind in ("draw", "change", "question") or not is_right(turn, "Here it is.", None, [])
+            if turn.kind == "question":
+                things = turn.answer.replace(" and ", ", ").split(", ")
+                assert is_right(turn, listed(things[::-1]).capitalize(), None, [])
+                assert len(things) < 2 or not is_right(turn, listed(things[1:]), None, [])
             counted += 1
     assert counted > 200
 
