@@ -7,8 +7,9 @@ from functools import cache
 
 from transfuse.vocabulary import WORD, Vocabulary, shortened
 
+from .dialogues import dialogue
 from .editing import edit
-from .language import caption, glosses
+from .language import caption, glosses, nouns_in
 from .nouns import NOUNS
 from .scenes import World
 
@@ -35,14 +36,20 @@ OTHER_WORDS = {
 
 
 @cache
-def vocabulary(world: World, edits: bool = False) -> Vocabulary:
-    """Return the words of a world's captions, and of its instructions if a model learns `edits`."""
+def vocabulary(world: World, edits: bool = False, dialogues: bool = False) -> Vocabulary:
+    """Return the words of a world's captions, and of what a model learns beside them.
+
+    edits       the words of instructions
+    dialogues   the words of conversations, but for the names of things that the world does not have
+    """
     scenes = [world.scene(index) for index in range(SCENES)]
     captions = [caption(scene, index) for index, scene in enumerate(scenes)]
     instructions = [edit(scene, world, index).instruction for index, scene in enumerate(scenes)] if edits else []
+    talks = [turn for index in range(SCENES) for turn in dialogue(world, index)] if dialogues else []
+    said = [text for turn in talks for text in (turn.request, turn.reply) if nouns_in(text) <= {*world.nouns}]
     things = [NOUNS[name] for name in world.nouns]
     forms = [form for noun in things for form in (noun.name, noun.plural)[: world.config.max_count]]
-    counts = Counter(word for text in captions + instructions + forms for word in WORD.findall(text))
+    counts = Counter(word for text in captions + instructions + forms + said for word in WORD.findall(text))
     known = {word.lower() for word in counts}
     near = set().union(*map(shortened, known))
     english = {line.partition(":")[0].lower() for line in glosses("train") + glosses("heldout")}

@@ -127,3 +127,22 @@ def test_many_conversations_share_an_engine(tokenizer: Tokenizer, arm: str, size
     engine.submit(bare)
     engine.step()
     assert sizes[0] == len(layout_document(bare.document, engine.grammar)), "without asking for it nothing is reused"
+
+
+def test_a_long_conversation_forgets_its_oldest_turns(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    """One that fits never reads otherwise; one that does not hears what a talk without the forgotten turns hears."""
+    one = packed(exported(tokenizer))
+    talk = Conversation(TransfusionPipeline(one), "be brief")
+    for number in range(12):
+        before = talk.turns
+        events = list(talk.say([f"a crab and {number} balloons on a red background"], draw="force", **SETTINGS))
+        assert isinstance(events[-1], Done)
+        assert events[-1].images == 1
+        assert talk.turns[:-1] == before[len(before) + 1 - len(talk.turns) :]
+        length = len(layout_document(chat_prompt(tokenizer, talk.messages), talk.engine.grammar))
+        assert length <= one.model.config.max_seq_len
+    assert 1 < len(talk.turns) < 12
+    assert "turns are forgotten" in caplog.text
+    other = Conversation(TransfusionPipeline(one), "be brief")
+    other.turns = list(talk.turns)
+    assert tokens(list(talk.say(["the moon"], **SETTINGS))) == tokens(list(other.say(["the moon"], **SETTINGS)))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import transfuse
-from emoji_scenes import NOUNS, World, WorldConfig, caption, edit
+from emoji_scenes import NOUNS, World, WorldConfig, caption, edit, nouns_in
+from emoji_scenes.dialogues import dialogue
 from emoji_scenes.words import vocabulary
 from transfuse.cli import run
 from transfuse.config import from_dict, read_json
@@ -24,6 +25,19 @@ from transfuse.vocabulary import Vocabulary, edit_distance
 CONFIG = WorldConfig(nouns=24, max_objects=2, max_count=3)
 KNOWN = vocabulary(World(CONFIG), edits=True)
 EVERY = vocabulary(World(WorldConfig()))
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_what_is_said_about_known_things_stays_as_it_is(split: str) -> None:
+    talking = vocabulary(World(CONFIG), edits=True, dialogues=True)
+    world = World(replace(CONFIG, split=split))  # type: ignore[arg-type]
+    for index in range(5_000, 5_200):
+        for turn in dialogue(world, index):
+            known = nouns_in(turn.request) <= set(world.nouns)
+            reading = talking.read(turn.request)
+            assert reading.text == turn.request or split == "heldout" or not known
+            assert turn.kind != "unknown" or reading.unknown
+            assert turn.kind == "unknown" or talking.read(turn.reply).text == turn.reply
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

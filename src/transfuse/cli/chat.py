@@ -61,7 +61,7 @@ def chat(*, model: ModelChoice, options: Annotated[ChatOptions, Flat]) -> int:
             if line == "/quit":
                 break
             session.run(line)
-        except UserError as error:
+        except (UserError, MemoryError) as error:
             print(f"transfuse: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print("\nstopped: this turn is forgotten", file=sys.stderr)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from .events import Done, Event, Failed, ImageEnd, ImageProgress, ImageStart, TextDelta
 
 if TYPE_CHECKING:
+    from .conversation import Conversation
     from .engine import Engine
-    from .pipeline import Conversation, Reply, TransfusionPipeline
+    from .pipeline import Reply, TransfusionPipeline
     from .scoring import TokenScores, score
     from .sequence_state import Request, Start
 
@@ -23,7 +24,8 @@ __all__ = [
 
 LAZY = {
     "engine": ("Engine",),
-    "pipeline": ("Conversation", "Reply", "TransfusionPipeline"),
+    "conversation": ("Conversation",),
+    "pipeline": ("Reply", "TransfusionPipeline"),
     "scoring": ("TokenScores", "score"),
     "sequence_state": ("Request", "Start"),
 }

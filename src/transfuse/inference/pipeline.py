@@ -32,7 +32,7 @@ from ..export import Exported, load_export, out_of_range
 from ..images import ImageSource, decode_image, html_image, read_mask
 from ..log import logger
 from ..sequence import Document, Image, Part, Text
-from ..sequence.chat import Message, chat_prompt
+from ..sequence.chat import Message
 from ..vocabulary import PromptReading
 from .arguments import (
     DrawOptions,
@@ -46,7 +46,7 @@ from .arguments import (
     read_seeds,
 )
 from .engine import Engine
-from .events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
+from .events import Done, Event, ImageEnd, ImageProgress, TextDelta
 from .model_runner import GUIDANCE, Guidance, ModelRunner, compile_blocks
 from .onednn import pack
 from .quantize import Quantize, check_quantize, quantize_blocks
@@ -423,52 +423,6 @@ class TransfusionPipeline:
         captioned = [Document([image, *requests[row].document.parts], closed=False) for row, image in images.items()]
         losses = dict(zip(images, (scores.nll.sum() for scores in score(self.exported, captioned)), strict=True))
         return [min(range(row, row + candidates), key=lambda number: losses.get(number, math.inf)) for row in rows]
-
-
-class Conversation:
-    """Turns of text and images in one sequence, whose cache stays from one turn to the next.
-
-    The sequence is the conversation in the model's chat template, or, without one, its texts and images in order, as in
-    a training document. A turn reads only what is new; its result is that of reading everything, up to rounding. The
-    cache is as long as the model's max_seq_len. system: the system prompt; None: the template's own, if it has one.
-    """
-
-    def __init__(self, pipe: TransfusionPipeline, system: str | None = None) -> None:
-        self.pipe = pipe
-        self.engine = Engine(pipe.engine.runner, slots=1)
-        self.messages = [] if system is None else [Message("system", (system,))]
-
-    def request(self, parts: Sequence[PromptPart], **settings: Unpack[ReplySettings]) -> Request:
-        """Return the request of a turn that begins with `parts`; settings are fields of `Request`."""
-        document = chat_prompt(self.pipe.exported.tokenizer, [*self.messages, self.pipe.message("user", parts)])
-        return replace(self.pipe.request([]), document=document, reuse=True, **settings)
-
-    def say(self, parts: Sequence[PromptPart], **settings: Unpack[ReplySettings]) -> Iterator[Event]:
-        """Take a turn, and yield the reply's events. A turn that is left before its end is dropped whole.
-
-        Raises UserError, and nothing is added, where the turn does not fit.
-        """
-        turn = self.pipe.message("user", parts)
-        number = self.engine.submit(self.request(parts, **settings))
-        reply: list[Part] = []
-        tokens: list[int] = []
-        try:
-            while self.engine.busy:
-                for event in self.engine.step():
-                    match event:
-                        case TextDelta(token=token):
-                            tokens.append(token)
-                        case ImageEnd(latent=latent):
-                            reply += [Text(tuple(tokens)), Image(latent, target=False)]
-                            tokens = []
-                        case Failed(reason=reason):
-                            raise MemoryError(reason)
-                        case Done():
-                            answer = Message("assistant", (*reply, Text(tuple(tokens))))
-                            self.messages = [*self.messages, turn, answer]
-                    yield event
-        finally:
-            self.engine.cancel(number)
 
 
 def repeated(requests: Sequence[Request], candidates: int) -> list[Request]:

@@ -86,6 +86,7 @@ class Settings:
     mask: str | None = None  # fingerprint of the latent's mask
     masked: bool | None = None
     images_in_prompt: int | None = None
+    begins: int | None = None  # id that begins the prompt in place of BOS, as in a chat template
 
 
 def settings_of(request: Request, exported: Exported, image_index: int = 0) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def settings_of(request: Request, exported: Exported, image_index: int = 0) -> d
         "parts": parts,
         "image_index": image_index,
         "images_in_prompt": len(request.document.images) or None,
+        "begins": request.document.first,
         "device": next(exported.model.parameters()).device.type,
         "precision": str(exported.model.compute_dtype).removeprefix("torch."),
         "quantize": exported.quantize,
@@ -187,7 +189,8 @@ def request_again(
         negative = Document([*shown, words], closed=False)
     same = {field.name for field in fields(Request)} - {"document", "sampler", "start", "negative"}
     known = {name: value for name in same if (value := getattr(settings, name, None)) is not None}
-    return Request(Document(parts, closed=False), sampler=sampler, start=start, negative=negative, **known)
+    document = Document(parts, closed=False, first=settings.begins)
+    return Request(document, sampler=sampler, start=start, negative=negative, **known)
 
 
 def _encode(

@@ -91,9 +91,11 @@ class Run:
         if self.recipe.distil.steps:
             return Vocabulary.load(places(Path(self.recipe.start))["vocabulary.json"])
         names = {spec.name for spec in self.sources.pictures}
-        if self.recipe.model.images == "none" or self.recipe.start or not names <= set(OF_THE_WORLD):
+        if self.recipe.model.images == "none" or not names <= set(OF_THE_WORLD):
             return None
-        return vocabulary(self.sources.world, "edits" in names)
+        if self.recipe.start and Vocabulary.load(places(Path(self.recipe.start))["vocabulary.json"]) is None:
+            return None  # it has learned words elsewhere
+        return vocabulary(self.sources.world, "edits" in names, "dialogues" in names)
 
     def mixture(self, autoencoder: Autoencoder | None) -> Mixture:
         """Return the stream of documents, with images through `autoencoder`, or without images."""

@@ -211,6 +211,8 @@ class Renderer:
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to a request; `{"error": reason}` where there is none in time."""
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self.close()  # it ended since the last request
             process = self._process = self._process or self._start()
             late = threading.Event()
 
@@ -232,6 +234,9 @@ class Renderer:
                     f"one that took more than {SECONDS:g} seconds" if late.is_set() else "one that did not end well"
                 )
                 return {"error": f"expected a template that renders, found {reason}"}
+            except BaseException:  # Ctrl-C: the answer would be taken for that to the next request
+                self.close()
+                raise
             finally:
                 timer.cancel()
             return answer

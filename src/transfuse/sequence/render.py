@@ -9,6 +9,7 @@ Filters, functions and options are those of transformers' `apply_chat_template`.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from contextlib import suppress
 from datetime import datetime
@@ -122,6 +123,7 @@ def main() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes, and is for another
     sys.stdout.write("{}\n")
     sys.stdout.flush()
     for line in sys.stdin:

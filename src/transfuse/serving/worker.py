@@ -196,6 +196,7 @@ class Worker:
             "name": folder.parent.name if folder.name == "export" else folder.name,
             "images": config.images,
             "image_size": exported.image_size,
+            "chat_template": exported.tokenizer.text_format.chat_template is not None,
             "vocabulary": known and {"things": known.things, "colours": known.colours, "examples": known.examples},
             "context": config.max_seq_len,
             "max_characters": config.max_seq_len * longest,
@@ -293,16 +294,20 @@ class Worker:
         draw = job.settings.get("draw", "auto")
         parts: list[str | Image] = []
         readings: list[PromptReading] = []
+        roles = [role for role, count in job.turns for _ in range(count)] or ["user"] * len(job.parts)
         with quiet():  # a server's log has no prompts
-            for part in job.parts:
+            for role, part in zip(roles, job.parts, strict=True):
                 if isinstance(part, str):
-                    readings.append(self.pipe.read_prompt(part, draw=draw))
-                    parts.append(readings[-1].text)
+                    read = self.pipe.read_prompt(part, draw=draw) if role == "user" else PromptReading(part)
+                    readings.append(read)
+                    parts.append(read.text)
                 else:
                     with self.device_turn:
                         parts.append(Image(self.pipe.exported.autoencoder.encode(fit(part, side)[None])[0], False))
-        request = self.pipe.request([] if job.turns else parts, job.steps, None, job.sampler)
-        if job.turns:
+        # Images alone are captioned, which no template is for.
+        talk = len(job.turns) > 1 or (len(job.turns) == 1 and len(readings) > 0)
+        request = self.pipe.request([] if talk else parts, job.steps, None, job.sampler)
+        if talk:
             rest = iter(parts)
             messages = [self.pipe.message(role, list(islice(rest, count))) for role, count in job.turns]
             request = replace(request, document=chat_prompt(self.pipe.exported.tokenizer, messages))
