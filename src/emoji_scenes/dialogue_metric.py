@@ -25,7 +25,7 @@ from transfuse.evaluation.confidence import share
 from transfuse.evaluation.context import EvalContext, Example, Metric, MetricResult, Result, first_of
 from transfuse.evaluation.generate import short_hash
 from transfuse.inference import Reply
-from transfuse.sequence.chat import Message, chat_prompt
+from transfuse.inference.conversation import Turns, fitting
 
 from .dialogues import CAN, SMALL_TALK, Turn, dialogue
 from .language import colours_in, listed, nouns_in
@@ -79,22 +79,25 @@ def _says_right(turn: Turn, words: str) -> bool:
 
 
 def replay(context: EvalContext, dialogues: Sequence[Sequence[Turn]], world: World) -> list[list[Reply]]:
-    """Return the model's reply to every turn, after the turns before it with its own replies; all dialogues at once."""
+    """Return the model's reply to every turn, after the turns before it with its own replies; all dialogues at once.
+
+    As in a `Conversation`, the oldest turns are forgotten where all would not fit.
+    """
     pipe, drawing = context.pipe, context.drawing
-    heard: list[list[Message]] = [[] for _ in dialogues]
+    heard: list[Turns] = [[] for _ in dialogues]
     replies: list[list[Reply]] = [[] for _ in dialogues]
     for step in range(max(map(len, dialogues))):
         going = [number for number, turns in enumerate(dialogues) if step < len(turns)]
-        requests = []
+        asked, requests = [], []
         for number in going:
             turn = dialogues[number][step]
             shown = [] if turn.shown is None else [world.render(turn.shown)]
-            heard[number].append(pipe.message("user", [*shown, turn.request]))
+            asked.append(pipe.message("user", [*shown, turn.request]))
             request = pipe.request([], drawing.steps, drawing.guidance_scale, drawing.sampler)
-            document = chat_prompt(pipe.exported.tokenizer, heard[number])
+            document, _ = fitting(pipe, [], heard[number], asked[-1])
             requests.append(replace(request, document=document, seed=drawing.seed + 1000 * number + step))
-        for number, reply in zip(going, pipe.replies(requests), strict=True):
-            heard[number].append(pipe.message("assistant", reply.parts))
+        for number, message, reply in zip(going, asked, pipe.replies(requests), strict=True):
+            heard[number].append((message, pipe.message("assistant", reply.parts)))
             replies[number].append(reply)
     return replies
 

@@ -51,7 +51,7 @@ class Conversation:
 
     def request(self, parts: Sequence[PromptPart], **settings: Unpack[ReplySettings]) -> Request:
         """Return the request of a turn that begins with `parts`; settings are fields of `Request`."""
-        document, _ = self._fitting(self.pipe.message("user", parts))
+        document, _ = fitting(self.pipe, self.system, self.turns, self.pipe.message("user", parts))
         return replace(self.pipe.request([]), document=document, reuse=True, **settings)
 
     def say(self, parts: Sequence[PromptPart], **settings: Unpack[ReplySettings]) -> Iterator[Event]:
@@ -60,7 +60,7 @@ class Conversation:
         Raises UserError, and nothing is added or forgotten, where the turn does not fit.
         """
         turn = self.pipe.message("user", parts)
-        document, kept = self._fitting(turn)
+        document, kept = fitting(self.pipe, self.system, self.turns, turn)
         request = replace(self.pipe.request([]), document=document, reuse=True, **settings)
         number = self.engine.submit(request)
         if forgotten := len(self.turns) - len(kept):
@@ -85,13 +85,16 @@ class Conversation:
         finally:
             self.engine.cancel(number)
 
-    def _fitting(self, turn: Message) -> tuple[Document, Turns]:
-        """Return the prompt of a turn after all earlier ones, or after the latest that leave room for a reply."""
-        runner, size = self.engine.runner, self.pipe.exported.image_size
-        room = runner.config.max_seq_len - runner.latent_shape((size, size))[1] - ROOM
-        for first in range(len(self.turns) + 1):
-            kept = self.turns[first:]
-            document = chat_prompt(self.pipe.exported.tokenizer, [*self.system, *chain.from_iterable(kept), turn])
-            if len(layout_document(document, runner.grammar)) <= room:
-                break
-        return document, kept
+
+def fitting(
+    pipe: TransfusionPipeline, system: Sequence[Message], turns: Turns, turn: Message
+) -> tuple[Document, Turns]:
+    """Return the prompt of a turn after all earlier ones, or the latest that leave room for a reply; and those."""
+    runner, size = pipe.engine.runner, pipe.exported.image_size
+    room = runner.config.max_seq_len - runner.latent_shape((size, size))[1] - ROOM
+    for first in range(len(turns) + 1):
+        kept = turns[first:]
+        document = chat_prompt(pipe.exported.tokenizer, [*system, *chain.from_iterable(kept), turn])
+        if len(layout_document(document, runner.grammar)) <= room:
+            break
+    return document, kept
