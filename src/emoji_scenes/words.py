@@ -49,7 +49,10 @@ def vocabulary(world: World, edits: bool = False, dialogues: bool = False) -> Vo
     said = [text for turn in talks for text in (turn.request, turn.reply) if nouns_in(text) <= {*world.nouns}]
     things = [NOUNS[name] for name in world.nouns]
     forms = [form for noun in things for form in (noun.name, noun.plural)[: world.config.max_count]]
-    counts = Counter(word for text in captions + instructions + forms + said for word in WORD.findall(text))
+    counts = Counter(word for text in captions + instructions + forms for word in WORD.findall(text))
+    known = {word.lower() for word in counts}
+    # A word that captions have is written as they write it, in conversations, too.
+    counts.update(word for text in said for word in WORD.findall(text) if word.lower() not in known)
     known = {word.lower() for word in counts}
     near = set().union(*map(shortened, known))
     english = {line.partition(":")[0].lower() for line in glosses("train") + glosses("heldout")}

@@ -19,7 +19,7 @@ from transfuse.diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from transfuse.errors import UserError
 from transfuse.export import relayout, save_export
 from transfuse.inference import Engine, ImageEnd, Request
-from transfuse.recipes import Recipe
+from transfuse.recipes import Recipe, preset
 from transfuse.recipes.small import tiny as tiny_recipe
 from transfuse.rng import generator_for
 from transfuse.runs import open_run, resolve, student_of
@@ -247,8 +247,7 @@ def test_a_command_distils_a_run_on_its_own_data(tmp_path: Path) -> None:
 def test_the_bundled_model_is_distilled_by_its_preset() -> None:
     found = student_of("small-64")
     assert found.start == "small-64"
-    assert found.data.sources == ("world", "edits,weight=0.4", "glosses")
-    assert found.data.world.size == 64
+    assert found.data == preset("small-64").data
 
 
 @pytest.mark.parametrize(

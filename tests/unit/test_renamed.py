@@ -1,15 +1,19 @@
 """Names of version 0.1: its files load, and its options are answered with today's names."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from transfuse.cli import run
 from transfuse.config import from_dict, read_json, to_dict
 from transfuse.export import load_export
 from transfuse.folders import WEIGHTS
 from transfuse.model import ModelConfig, Transfusion
-from transfuse.model.transfusion import current_name
+from transfuse.model.transfusion import RENAMED_WEIGHTS, current_name
 from transfuse.recipes import Recipe, preset
 
 
@@ -37,14 +41,21 @@ def test_an_export_with_earlier_names_loads() -> None:
             assert current_name(old) == current_name(name) == name
 
 
-def test_the_bundled_model_is_read_whole() -> None:
-    """Its files have the names of version 0.1."""
-    folder = WEIGHTS / "small-64"
-    assert "width" in read_json(folder / "config.json")["model"]
-    stored = load_file(folder / "model.safetensors")
-    loaded = load_export("small-64").model.state_dict()
-    assert {current_name(name) for name in stored} == set(loaded)
-    assert all(torch.equal(loaded[current_name(name)], tensor.float()) for name, tensor in stored.items())
+def test_a_model_with_the_names_of_its_time_is_read_whole(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(WEIGHTS / "small-64", tmp_path / "earlier"))
+    config, fields = read_json(folder / "config.json"), {new: old for old, new in ModelConfig.renamed.items()}
+    config["model"] = {fields.get(name, name): value for name, value in config["model"].items()}
+    assert "width" in config["model"]
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        old = next((o + name.removeprefix(n) for o, n in RENAMED_WEIGHTS if name.startswith(n)), name)
+        stored[old] = tensor
+    assert not {name for name in stored if name.startswith(("transformer.", "image_adapter.", "lm_head."))}
+    save_file(stored, folder / "model.safetensors")
+    loaded, expected = (load_export(which).model.state_dict() for which in (str(folder), "small-64"))
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
