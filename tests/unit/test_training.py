@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import signal
 import threading
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.errors import UserError
+from transfuse.io import sha256
 from transfuse.model import dense
 from transfuse.recipes import preset
 from transfuse.rng import generator_for
@@ -390,6 +392,46 @@ def test_a_checkpoint_counts_what_was_counted_when_it_was_begun(tmp_path, gramma
         go_on.set()
         trainer.checkpoints.wait()
     assert newest(trainer.checkpoints).progress["totals"] == counted
+
+
+def test_a_folder_that_has_become_another_runs_gets_no_checkpoint(tmp_path, grammar: SequenceFormat) -> None:
+    """Whoever removes the folder of a run removes its lock, too, and may begin another run there."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"seed": 0}')
+    trainer = make_trainer(folder, uneven(grammar), grammar, steps=1)
+    trainer.save()
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"not written: expected the run that this process trains, found it removed"):
+        trainer.save()
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "config.json").write_text('{"seed": 1}')
+    with pytest.raises(UserError, match=r"not written: expected the run that this process trains, found it removed"):
+        trainer.save()
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    (folder / "config.json").write_text('{"seed": 0}')
+    assert trainer.save().is_dir()
+
+
+def test_a_checkpoint_resumes_the_recipe_it_was_saved_by(tmp_path, grammar: SequenceFormat) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"seed": 0}')
+    path = make_trainer(tmp_path, uneven(grammar), grammar).save()
+    assert make_trainer(tmp_path, uneven(grammar), grammar).restore()
+    config.write_text('{"seed": 1}')
+    with pytest.raises(UserError, match=r"expected a checkpoint of this run's config\.json, found another recipe's"):
+        make_trainer(tmp_path, uneven(grammar), grammar).restore()
+    progress = json.loads((path / "progress.json").read_text())
+    del progress["recipe"]  # as before checkpoints named their recipe
+    (path / "progress.json").write_text(json.dumps(progress))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["progress.json"] = {
+        "size": (path / "progress.json").stat().st_size,
+        "sha256": sha256(path / "progress.json"),
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert make_trainer(tmp_path, uneven(grammar), grammar).restore()
 
 
 def test_the_newest_stays_beside_a_damaged_one_of_a_later_step(tmp_path) -> None:

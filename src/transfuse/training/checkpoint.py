@@ -57,11 +57,22 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of a run: the `keep` newest are kept, and those of steps divisible by `keep_every`."""
+    """The checkpoints of a run: the `keep` newest are kept, and those of steps divisible by `keep_every`.
 
-    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0, ranks: Distributed | None = None) -> None:
-        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+    recipe   the run's `config.json`: each checkpoint has its digest, and is saved and loaded only while it is the same
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        keep_every: int = 0,
+        ranks: Distributed | None = None,
+        recipe: Path | None = None,
+    ) -> None:
+        self.folder, self.keep, self.keep_every, self.recipe = folder, keep, keep_every, recipe
         self.ranks = ranks or Distributed()
+        self._digest = self._recipe_digest()
         self._stager: DefaultStager | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._written: tuple[Path, Future[None]] | None = None
@@ -69,13 +80,17 @@ class CheckpointFolder:
     def begin(self, checkpoint: Checkpoint) -> Path:
         """Wait for the previous checkpoint, copy this one's tensors, and write them in a thread.
 
-        Every rank must call this. Raises UserError if either checkpoint cannot be written; partial files are removed.
+        Every rank must call this. Raises UserError if either checkpoint cannot be written, or the folder has become
+        another run's; partial files are removed.
         """
         self.wait()
         final = self.folder / f"step-{checkpoint.step:08d}"
         partial = final.with_suffix(".partial")
 
         def make_room() -> None:
+            if self._recipe_digest() != self._digest:
+                found = "expected the run that this process trains, found it removed or another"
+                raise UserError(f"{final}: checkpoint not written: {found}")
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -99,7 +114,8 @@ class CheckpointFolder:
             no_dist=self.ranks.mesh is None,
         )
         assert isinstance(saving, Future)
-        progress = json.dumps({"step": checkpoint.step, **checkpoint.progress})  # now: the run keeps counting
+        bound = {} if self._digest is None else {"recipe": self._digest}
+        progress = json.dumps({"step": checkpoint.step, **bound, **checkpoint.progress})  # now: the run keeps counting
         self._written = final, self._thread.submit(self._finish, saving, partial, final, progress)
         return final
 
@@ -187,8 +203,16 @@ class CheckpointFolder:
         """Read a checkpoint into tensors, sharded or not, and return its progress.
 
         `allocate` returns the tensors, given the saved ones' sizes by name ("group/name"). Raises UserError if names
-        or shapes differ.
+        or shapes differ, or if it is of another recipe; one from before checkpoints named theirs is accepted.
         """
+        progress: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        problem = ""
+        if self.ranks.first and self._digest is not None and progress.get("recipe", self._digest) != self._digest:
+            problem = (
+                f"{path}: expected a checkpoint of this run's config.json, found another recipe's; "
+                f"move {self.folder} away to start again"
+            )
+        self.ranks.all_agree(problem)
         metadata = HuggingFaceStorageReader(str(path)).read_metadata() if self.ranks.first else None
         saved: Any = self.ranks.broadcast(None if metadata is None else metadata.state_dict_metadata)
         tensors = _flat(allocate(saved))
@@ -205,8 +229,13 @@ class CheckpointFolder:
                 reason = f"{name}: expected {_shape(expected)}, found {_shape(stored)}"
                 raise UserError(f"{path}: the checkpoint has another shape than the model ({reason})")
         self._read_into(path, tensors)
-        progress: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         return progress
+
+    def _recipe_digest(self) -> str | None:
+        """Return the digest of the run's `config.json`; None on other ranks than the first, and where it is missing."""
+        if self.recipe is None or not self.ranks.first or not self.recipe.is_file():
+            return None
+        return sha256(self.recipe)
 
     def _read_into(self, path: Path, tensors: dict[str, Tensor]) -> None:
         reader = HuggingFaceStorageReader(str(path))

@@ -156,7 +156,9 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.optimizer, self.clipped_modules = build_optimizer(model, optimizer, betas, rate_of), tuple(betas or ())
         self.ema = EMA(model, loop.ema_decay)
-        self.checkpoints = CheckpointFolder(folder / "checkpoints", loop.keep, loop.keep_every, self.ranks)
+        self.checkpoints = CheckpointFolder(
+            folder / "checkpoints", loop.keep, loop.keep_every, self.ranks, folder / "config.json"
+        )
         self.metrics = MetricsLog(folder, loop.trackers, self.ranks)
         self.guard, self.meter = Guard(loop.guard), meter or Meter(self.device)
         self.step, self.data_offset, self.since_best = 0, 0, 0.0
