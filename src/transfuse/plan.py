@@ -25,7 +25,7 @@ from .recipes import Recipe, preset
 from .recipes.autoencoders import AUTOENCODERS
 from .recipes.paper import POSITIONS_PER_STEP
 from .runs import Run, open_recipe_autoencoder, open_sources
-from .runs.resolve import check_finetuning, init_tokenizer, resolve_init
+from .runs.start import check_finetuning, init_tokenizer, resolve_init
 from .sequence import SequenceFormat
 from .training.finetune import Freeze, LoRAConfig, adapt, frozen
 from .training.hardware import ASSUMED_MFU, card

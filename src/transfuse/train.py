@@ -39,7 +39,7 @@ from .model_card import write_card
 from .recipes import Recipe
 from .runs import Curves, Run, held, open_run, resolve, run_device, unseen_noise
 from .runs.monitor import averaged_model, measuring, sample_grid
-from .runs.resolve import init_from
+from .runs.start import init_from
 from .sequence import Batch
 from .training import (
     CheckpointFolder,

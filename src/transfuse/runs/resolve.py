@@ -13,26 +13,20 @@ All that trains, samples, exports and plans takes a `Run` and opens nothing itse
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
 from ..autoencoders.features import Features, load_features
-from ..config import to_dict
-from ..convert.hf_folder import check_vocabulary, match_weights, new_markers, read_hf_config, start_from_hf
 from ..data import Mixture
 from ..data.bundled import TEMPLATE, World, caption, edit, glosses, vocabulary
-from ..diffusion import Process, Sampler, SamplerConfig
+from ..diffusion import Process, Sampler
 from ..errors import UserError
-from ..export import Described, describe, load_weights
-from ..folders import bundled_name, is_export, places
+from ..folders import places
 from ..hub import fetched
 from ..io import atomic_write
-from ..log import logger
-from ..model import ModelConfig, Transfusion
 from ..recipes.autoencoders import AUTOENCODERS
 from ..recipes.recipe import OF_THE_WORLD, Recipe
 from ..sequence import SequenceFormat, Tokenizer
@@ -40,6 +34,7 @@ from ..training.metrics import check_trackers
 from ..vocabulary import Vocabulary
 from .folder import read_recipe, record_recipe, settle_device
 from .sources import Sources, mixture, open_sources
+from .start import check_finetuning, init_tokenizer, resolve_init, untied, with_distillation, with_model
 
 TOKENIZER_CAPTIONS = 4000  # captions of the bundled world that a tokenizer is trained on, next to the definitions
 EDITED = 100  # scenes of a world whose edits are tried before training
@@ -123,7 +118,7 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
     if recipe.start:
         recipe = resolve_init(replace(recipe, start=str(fetched(recipe.start))), begun)
     check_finetuning(recipe)
-    recipe = _untied(_with_distillation(recipe))
+    recipe = untied(with_distillation(recipe))
     sources = open_sources(recipe.data)
     _check_alignment(recipe, sources)
     recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))
@@ -217,35 +212,7 @@ def _with_vocabulary(recipe: Recipe, sources: Sources, init: Tokenizer | None) -
     sources.check_lengths(recipe.model.max_seq_len - 2, "model.max_seq_len, less two markers")
     if init is not None and recipe.model.text_vocab_size >= init.vocab_size:
         return recipe
-    return _with_model(recipe, "text_vocab_size", tokenizer.vocab_size, "as the tokenizer of the data sets has")
-
-
-def check_finetuning(recipe: Recipe) -> None:
-    """Raise UserError for `freeze`, `lora` and `init.image_tower` that do not fit together."""
-    rank, freeze, model, tower = recipe.lora.rank, recipe.freeze, recipe.model, recipe.init.image_tower
-    frozen, wider = freeze != "none", model.image_d_ff not in (None, model.ffn_dim)
-    partly = frozen or rank > 0
-    for fits, name, expected, value in (
-        (not rank or recipe.start, "lora.rank", "0 without start", rank),
-        (not frozen or recipe.start, "freeze", "none without start", freeze),
-        (not frozen or not rank, "lora.rank", "0 with freeze text, which keeps its text as it is", rank),
-        (not frozen or model.images == "latents", "freeze", f'none with model.images "{model.images}"', freeze),
-        (not frozen or model.experts != "shared", "freeze", "none with model.experts shared", freeze),
-        (not rank or tower == "copy", "init.image_tower", "copy with lora", tower),
-        (not wider or tower == "new" or not _lacks_tower(recipe), "init.image_tower", "new with image_d_ff", tower),
-        (not partly or not recipe.parallel.float8, "parallel.float8", "False with freeze or lora", True),
-        (not partly or recipe.parallel.tensor == 1, "parallel.tensor", "1 with freeze or lora", recipe.parallel.tensor),
-    ):
-        if not fits:
-            raise UserError(f"{name}: expected {expected}, found {value}")
-
-
-def _lacks_tower(recipe: Recipe) -> bool:
-    """Return True if `start` has no image tower, where the network needs one."""
-    if not recipe.start or recipe.model.experts == "shared":
-        return False
-    folder = Path(recipe.start)
-    return not is_export(folder) or describe(folder).model.experts == "shared"
+    return with_model(recipe, "text_vocab_size", tokenizer.vocab_size, "as the tokenizer of the data sets has")
 
 
 def _check_world(sources: Sources) -> None:
@@ -279,13 +246,13 @@ def _with_autoencoder(recipe: Recipe, sources: Sources, autoencoder: Autoencoder
     _check_images(recipe, sources, model.patch_size * autoencoder.factor)
     reason = f"as the autoencoder {name} has"
     if isinstance(autoencoder, VQTokenizer):
-        return _with_model(recipe, "codebook_size", autoencoder.codebook_size, reason)
+        return with_model(recipe, "codebook_size", autoencoder.codebook_size, reason)
     if recipe.diffusion.clip_x0 is not None and name != "pixels":
         raise UserError(
             f'diffusion.clip_x0: expected None with the autoencoder "{name}", whose latents have deviation 1 and go '
             f"beyond, found {recipe.diffusion.clip_x0}"
         )
-    return _with_model(recipe, "latent_channels", autoencoder.channels, reason)
+    return with_model(recipe, "latent_channels", autoencoder.channels, reason)
 
 
 def _check_images(recipe: Recipe, sources: Sources, step: int) -> None:
@@ -308,166 +275,3 @@ def _check_images(recipe: Recipe, sources: Sources, step: int) -> None:
             Sampler(Process(recipe.diffusion), recipe.generation.sampler)
         except ValueError as error:
             raise UserError(f"generation.sampler: {error}") from None
-
-
-def _with_model(recipe: Recipe, name: str, value: int, reason: str) -> Recipe:
-    """Return the recipe with one setting of the model changed, and log the change."""
-    if getattr(recipe.model, name) == value:
-        return recipe
-    logger.info(f"model.{name}: {value}, {reason}")
-    return replace(recipe, model=replace(recipe.model, **{name: value}))  # type: ignore[arg-type]
-
-
-# --- initial weights -------------------------------------------------------------------------------------------------
-
-
-def resolve_init(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
-    """Return the recipe with the settings that `start` determines, or determined when a run had `begun`; log changes.
-
-    An export determines the network, diffusion process, autoencoder and generation settings; with the change
-    "network" allowed, the vocabulary alone. A language model determines the shape of the transformer.
-
-    Raises UserError for a folder that is neither, or does not fit.
-    """
-    folder = Path(recipe.start)
-    if not is_export(folder):
-        return _with_hf_shape(recipe, folder, begun)
-    if bundled_name(folder) is None:
-        folder = folder.resolve()  # the run may be resumed or exported from another directory
-    export = describe(folder)
-    if "network" in recipe.init.allow_changes:
-        return replace(
-            recipe, start=str(folder), model=replace(recipe.model, text_vocab_size=export.model.text_vocab_size)
-        )
-    name = "pixels" if export.autoencoder.name == "pixels" else str(export.place["autoencoder"])
-    parts = {
-        "model": _with_experts(export.model, recipe.model),
-        "diffusion": export.diffusion,
-        "generation": export.generation,
-        "data": replace(recipe.data, autoencoder=name),
-    }
-    changed = [
-        f"{part}.{field} {value}"
-        for part, values in parts.items()
-        for field, value in to_dict(values).items()
-        if to_dict(getattr(recipe, part))[field] != value
-    ]
-    if changed:
-        logger.info(f"{', '.join(changed)}, to start from {folder}")
-    return replace(recipe, start=str(folder), **parts)  # type: ignore[arg-type]
-
-
-def _with_hf_shape(recipe: Recipe, folder: Path, begun: Recipe | None) -> Recipe:
-    """Return the recipe with the shape of a language model's transformer."""
-    allow = recipe.init.allow_changes
-    fields: dict[str, Any] = read_hf_config(folder, recipe.model.max_seq_len, allow)
-    check_vocabulary(folder, fields["text_vocab_size"], allow)
-    fields["text_vocab_size"] = max(fields["text_vocab_size"], init_tokenizer(folder).vocab_size)
-    resumed = begun is not None and begun.start == recipe.start
-    if begun is not None and resumed:  # an earlier version may have taken less from the folder
-        fields = {name: getattr(begun.model, name) for name in fields}
-    changed = {name: value for name, value in fields.items() if getattr(recipe.model, name) != value}
-    model = replace(recipe.model, **changed)
-    if not resumed:
-        match_weights(Transfusion.on_meta(model), folder, allow)
-    if changed:
-        logger.info(f"model: {', '.join(f'{name} {value}' for name, value in changed.items())}, to start from {folder}")
-    return replace(recipe, model=model)
-
-
-def init_tokenizer(folder: Path) -> Tokenizer:
-    """Return the tokenizer of `start`, with the markers of images."""
-    return Tokenizer.load(places(folder)["tokenizer.json"]) if is_export(folder) else Tokenizer.of_model(folder)
-
-
-def init_from(
-    model: Transfusion, folder: Path, tokenizer: Tokenizer, allow: Collection[str] = (), copy_tower: bool = True
-) -> str:
-    """Load a folder's weights into a model on the CPU and return how many fit, in words.
-
-    allow: changes, by name (`InitConfig`)
-    copy_tower: an image tower that the folder does not have becomes a copy of its text tower
-
-    Raises UserError if the weights do not fit.
-    """
-    strict, new_tower, export = "network" not in allow, model.config.experts != "shared", None
-    if is_export(folder):
-        export = describe(folder)
-        new_tower = new_tower and export.model.experts == "shared"
-        expected = _with_experts(export.model, model.config)
-        tied = expected.tie_embeddings and model.config.tie_embeddings  # `_untied`
-        if strict and replace(expected, tie_embeddings=tied) != model.config:
-            raise UserError(f"{folder}: expected the network that the run began with, found another")
-    if export is None:
-        words = str(start_from_hf(model, folder, allow, new_markers(folder, tokenizer)))
-    else:
-        words = _load_export(model, export, folder, strict)
-    if new_tower and copy_tower:
-        model.transformer.copy_text_tower()
-    if new_tower:
-        words += f"\nimage tower: {'a copy of the text tower' if copy_tower else 'new'}"
-    return words
-
-
-def _with_experts(model: ModelConfig, wanted: ModelConfig) -> ModelConfig:
-    """Return an export's network with the image tower that is asked for, if it has none."""
-    if model.experts != "shared":
-        return model
-    return replace(model, experts=wanted.experts, image_d_ff=wanted.image_d_ff)
-
-
-def _with_distillation(recipe: Recipe) -> Recipe:
-    """Return the recipe with its teacher's way of drawing, and its student's: DDIM in `distil.steps`, not guided.
-
-    Images before all text are shown clean, for a noised one would be part of the way of no drawing. Raises UserError
-    for a teacher that cannot be distilled.
-    """
-    distil, pairs = recipe.distil, recipe.data.pairs
-    if not distil.steps:
-        return recipe
-    if not recipe.start or not is_export(Path(recipe.start)) or recipe.init.allow_changes:
-        raise UserError(f"distil.steps: expected 0 without a teacher, an export in start, found {distil.steps}")
-    teacher = describe(recipe.start)
-    if teacher.model.images != "latents" or teacher.diffusion.prediction == "epsilon":
-        predicted = teacher.diffusion.prediction if teacher.model.images == "latents" else teacher.model.images
-        raise UserError(
-            f"{recipe.start}: expected a model that predicts x0 or v, which few steps can draw with, found {predicted}"
-        )
-    own, levels = teacher.generation, teacher.diffusion.timesteps
-    teacher_steps = distil.teacher_steps or -(-own.sampler.steps // distil.steps) * distil.steps
-    if teacher_steps % distil.steps or teacher_steps > levels:
-        raise UserError(
-            f"distil.teacher_steps: expected a multiple of the student's {distil.steps}, at most {levels}, "
-            f"found {teacher_steps}"
-        )
-    scale, interval = distil.guidance_scale, distil.guidance_interval
-    if scale is None:
-        scale, interval = own.guidance_scale, own.guidance_interval
-    sampler = SamplerConfig("ddim", distil.steps)
-    return replace(
-        recipe,
-        distil=replace(distil, teacher_steps=teacher_steps, guidance_scale=scale, guidance_interval=interval),
-        generation=replace(own, sampler=sampler, guidance_scale=1.0, guidance_interval=None),
-        data=replace(recipe.data, pairs=replace(pairs, image_first_max_timestep=0)),
-    )
-
-
-def _untied(recipe: Recipe) -> Recipe:
-    """Return the recipe with two matrices for tied embeddings if BOI's output row is trained without its embedding."""
-    if not recipe.model.tie_embeddings or (recipe.freeze == "none" and not recipe.lora.rank):
-        return recipe
-    return _with_model(recipe, "tie_embeddings", False, "so that output rows are trained apart")
-
-
-def _load_export(model: Transfusion, export: Described, folder: Path, strict: bool) -> str:
-    """Load an export's weights and return how many fit, in words."""
-    if strict and export.model != model.config:  # all of the export's weights must fit; a new tower is not among them
-        source = Transfusion.on_meta(export.model)
-        loaded, weights = load_weights(source, export.place["model.safetensors"]), source.state_dict()
-        model.load_state_dict({"lm_head.weight": weights["embedding.weight"], **weights}, strict=False)
-    else:
-        loaded = load_weights(model, export.place["model.safetensors"], strict)
-    total = len(list(model.parameters()))
-    if loaded == 0:
-        raise UserError(f"{folder}: expected weights that fit this network, found none of {total}")
-    return f"{'all' if loaded == total else f'{loaded} of'} {total} weights, and none of the optimiser's"
