@@ -11,12 +11,13 @@ import torch
 from conftest import exported
 
 from emoji_scenes import WorldConfig
+from transfuse.cli import find_command
 from transfuse.data import EditConfig
 from transfuse.errors import UserError
 from transfuse.export import load_export, save_export
 from transfuse.recipes import InitConfig, Recipe
 from transfuse.recipes.small import tiny
-from transfuse.runs import resolve
+from transfuse.runs import read_recipe, resolve
 from transfuse.sequence import Tokenizer
 from transfuse.train import build_trainer, train
 from transfuse.training import Distributed
@@ -116,6 +117,53 @@ def test_a_relative_path_is_the_same_folder_from_elsewhere(served: Path, monkeyp
     resolved = resolve(recipe(Path(served.name))).recipe
     monkeypatch.chdir("/")
     assert resolved == resolve(recipe(served)).recipe == resolve(resolved).recipe
+
+
+def command(served: Path, *options: str) -> Recipe:
+    made: Recipe = find_command(["train", "tiny", "--start", str(served), *options]).keywords["recipe"]
+    return made
+
+
+def test_a_longer_sequence_is_taken_if_it_was_typed(served: Path, tmp_path: Path) -> None:
+    """Neither a preset's default nor a shorter one changes an export's."""
+    export = load_export(served)
+    assert export.model.config.max_seq_len == 256
+    plain = recipe(served, precision="float32")
+    longer_preset = replace(plain, model=replace(plain.model, max_seq_len=1024))
+    assert resolve(longer_preset).recipe.model.max_seq_len == 256
+    typed = replace(plain, model=command(served, "--model.max-seq-len", "1024").model)
+    typed = replace(typed, init=command(served, "--model.max-seq-len=1024").init)
+    trained = train(typed, tmp_path / "run")
+    assert trained.recipe.model == replace(export.model.config, max_seq_len=1024)
+    assert resolve(read_recipe(tmp_path / "run" / "config.json", Recipe)).recipe == trained.recipe
+    assert trained.export is not None
+    assert load_export(trained.export).model.config.max_seq_len == 1024
+    with pytest.raises(UserError, match=r"--model\.max-seq-len: expected at least 256, as .* decides, found 128"):
+        command(served, "--model.max-seq-len", "128")
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        (["--diffusion.shift", "3"], "--diffusion.shift: expected 1.0, as EXPORT decides, found 3.0"),
+        (["--model.d_model=32"], "--model.d-model: expected 64, as EXPORT decides, found 32"),
+        (["--model.no-tie-embeddings", "--model.qk-norm"], "--model.qk-norm: expected False, as EXPORT decides, found"),
+        (["--generation.sampler.steps", "7"], "--generation.sampler.steps: expected 20, as EXPORT decides, found 7"),
+        (["--data.autoencoder", "kl-f4-small"], "--data.autoencoder: expected pixels, as EXPORT decides, found kl-f"),
+    ],
+)
+def test_an_option_that_the_export_decides_is_refused(served: Path, options: list[str], refused: str) -> None:
+    with pytest.raises(UserError) as raised:
+        command(served, *options)
+    message = str(raised.value).replace(str(served), "EXPORT")
+    assert message.startswith(f"train: {refused}")
+    assert "\n" not in message
+    assert command(served, "--init.allow-changes", "network", *options).start == str(served)
+
+
+def test_an_option_that_says_the_same_is_not_refused(served: Path) -> None:
+    same = ["--model.d-model", "64", "--data.autoencoder", "pixels", "--model.experts", "ffn", "--loop.steps", "9"]
+    assert command(served, *same).loop.steps == 9
 
 
 def test_what_is_no_model_is_refused(served: Path, tmp_path: Path) -> None:

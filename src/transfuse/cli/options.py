@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ from tyro import _errors as complaints  # structured, where the public interface
 from tyro.conf import Positional
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from ..config import dataclass_in, nearest, read_settings, updated
+from ..config import dataclass_in, nearest, read_settings, to_dict, updated
 from ..errors import UserError
 
 T = TypeVar("T")
@@ -67,7 +68,10 @@ def parse(function: Callable[..., int], words: Sequence[str], name: str) -> part
     def call(*values: Any, **options: Any) -> partial[int]:
         return partial(function, *values, **options)
 
-    return read(call, words, name)
+    made = read(call, words, name)
+    if "recipe" in hints:
+        made.keywords["recipe"] = with_start(made.keywords["recipe"], words, name, "model" in hints)
+    return made
 
 
 def read(kind: Callable[..., T], words: Sequence[str], name: str) -> T:
@@ -246,6 +250,55 @@ def starting_recipe(kind: type[Any], words: Sequence[str], name: str, of_model: 
     if chosen is None and "version" not in values:  # without it the file of a run, which has every setting
         chosen = str(values.get("preset", ""))
     return updated(preset(chosen, kind) if chosen else kind(), values, files[-1])
+
+
+def with_start(recipe: Any, words: Sequence[str], name: str, of_model: bool = False) -> Any:
+    """Return a recipe that starts from an export with the longer sequences that were typed next to it, if any were.
+
+    of_model: it is distilled, and its teacher's sequences are not longer
+
+    Raises UserError for any other option that was typed although the export decides it.
+    """
+    from ..autoencoders import open_autoencoder
+    from ..export import describe
+    from ..folders import is_export
+    from ..hub import fetched
+    from ..recipes import Recipe
+    from ..runs.start import decided_by
+
+    if not isinstance(recipe, Recipe) or not recipe.start or not is_export(folder := fetched(recipe.start)):
+        return recipe
+    export, init = describe(folder), recipe.init
+    parts = {part: _leaves(to_dict(values), f"{part}.") for part, values in decided_by(export, recipe).items()}
+    decided, own = {k: v for leaves in parts.values() for k, v in leaves.items()}, _leaves(to_dict(recipe))
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        field = option.removeprefix("--").replace("-", "_").replace(".no_", ".")
+        if not option.startswith("--") or own.get(field) == decided.get(field, own.get(field)):
+            continue
+        expected = str(decided[field])
+        if field == "model.max_seq_len" and not of_model and not recipe.distil.steps:
+            if own[field] > decided[field]:
+                recipe = replace(recipe, init=replace(init, allow_changes=(*init.allow_changes, "max_seq_len")))
+                continue
+            expected = f"at least {expected}"
+        if field == "data.autoencoder":
+            if open_autoencoder(own[field]).fingerprint == export.autoencoder.fingerprint:
+                continue
+            expected = export.autoencoder.name
+        hint = (
+            "" if of_model or "network" in init.allow_changes else " (--init.allow-changes network keeps the recipe's)"
+        )
+        raise UserError(f"{name}: {option}: expected {expected}, as {recipe.start} decides, found {own[field]}{hint}")
+    return recipe
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their full names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def print_presets(function: Callable[..., int], kind: type[Any], name: str) -> int:

@@ -149,7 +149,8 @@ class InitConfig:
     allow_changes: tuple[str, ...] = ()
     """changes of that model that are accepted, by the names that the refusals give: fields of its config.json that are
     dropped, kinds of weights that are missing or left over, "vocabulary" for a tokenizer with far fewer tokens; of an
-    export "network": the recipe's network takes its vocabulary and the weights that fit"""
+    export "network": the recipe's network takes its vocabulary and the weights that fit; "max_seq_len": its network,
+    with the recipe's longer sequences (`--model.max-seq-len` next to `--start` allows this by itself)"""
     image_tower: Literal["copy", "new"] = "copy"
     """with model.experts, the image tower of a model that has none: a copy of its text tower, or new random weights"""
 

@@ -23,7 +23,8 @@ def resolve_init(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
     """Return the recipe with the settings that `start` determines, or determined when a run had `begun`; log changes.
 
     An export determines the network, diffusion process, autoencoder and generation settings; with the change
-    "network" allowed, the vocabulary alone. A language model determines the shape of the transformer.
+    "network" allowed, the vocabulary alone; with "max_seq_len", all but a longer sequence. A language model determines
+    the shape of the transformer.
 
     Raises UserError for a folder that is neither, or does not fit.
     """
@@ -32,18 +33,7 @@ def resolve_init(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
         return _with_hf_shape(recipe, folder, begun)
     if bundled_name(folder) is None:
         folder = folder.resolve()  # the run may be resumed or exported from another directory
-    export = describe(folder)
-    if "network" in recipe.init.allow_changes:
-        return replace(
-            recipe, start=str(folder), model=replace(recipe.model, text_vocab_size=export.model.text_vocab_size)
-        )
-    name = "pixels" if export.autoencoder.name == "pixels" else str(export.place["autoencoder"])
-    parts = {
-        "model": _with_experts(export.model, recipe.model),
-        "diffusion": export.diffusion,
-        "generation": export.generation,
-        "data": replace(recipe.data, autoencoder=name),
-    }
+    parts = decided_by(describe(folder), recipe)
     changed = [
         f"{part}.{field} {value}"
         for part, values in parts.items()
@@ -53,6 +43,22 @@ def resolve_init(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
     if changed:
         logger.info(f"{', '.join(changed)}, to start from {folder}")
     return replace(recipe, start=str(folder), **parts)  # type: ignore[arg-type]
+
+
+def decided_by(export: Described, recipe: Recipe) -> dict[str, Any]:
+    """Return the parts of a recipe, by name, as an export in its `start` determines them."""
+    if "network" in recipe.init.allow_changes:
+        return {"model": replace(recipe.model, text_vocab_size=export.model.text_vocab_size)}
+    model = _with_experts(export.model, recipe.model)
+    if "max_seq_len" in recipe.init.allow_changes:
+        model = replace(model, max_seq_len=max(model.max_seq_len, recipe.model.max_seq_len))
+    name = "pixels" if export.autoencoder.name == "pixels" else str(export.place["autoencoder"])
+    return {
+        "model": model,
+        "diffusion": export.diffusion,
+        "generation": export.generation,
+        "data": replace(recipe.data, autoencoder=name),
+    }
 
 
 def _with_hf_shape(recipe: Recipe, folder: Path, begun: Recipe | None) -> Recipe:
@@ -120,7 +126,8 @@ def init_from(
     if is_export(folder):
         export = describe(folder)
         new_tower = new_tower and export.model.experts == "shared"
-        expected = _with_experts(export.model, model.config)
+        # No weight depends on the length of a sequence.
+        expected = replace(_with_experts(export.model, model.config), max_seq_len=model.config.max_seq_len)
         tied = expected.tie_embeddings and model.config.tie_embeddings  # `untied`
         if strict and replace(expected, tie_embeddings=tied) != model.config:
             raise UserError(f"{folder}: expected the network that the run began with, found another")
