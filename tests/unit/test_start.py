@@ -13,6 +13,7 @@ from conftest import exported
 from emoji_scenes import WorldConfig
 from transfuse.cli import find_command
 from transfuse.data import EditConfig
+from transfuse.diffusion import DiffusionConfig
 from transfuse.errors import UserError
 from transfuse.export import load_export, save_export
 from transfuse.recipes import InitConfig, Recipe
@@ -117,6 +118,23 @@ def test_a_relative_path_is_the_same_folder_from_elsewhere(served: Path, monkeyp
     resolved = resolve(recipe(Path(served.name))).recipe
     monkeypatch.chdir("/")
     assert resolved == resolve(recipe(served)).recipe == resolve(resolved).recipe
+
+
+@pytest.mark.parametrize("autoencoder", ["pixels", "kl-f4-small"])
+def test_image_layers_of_other_latents_and_noise_are_named(served: Path, capsys, autoencoder: str) -> None:
+    """The export learned pixels by x0 prediction; its layers fit a network for anything of their shapes."""
+    base = recipe(served, precision="float32", init=InitConfig(("network",)))
+    export = load_export(served)
+    same = replace(base, model=export.model.config, diffusion=export.process.config)
+    resolve(same)
+    assert "warning" not in capsys.readouterr().err
+    other = replace(same, diffusion=DiffusionConfig(prediction="v"), data=replace(same.data, autoencoder=autoencoder))
+    resolve(other)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    learned = f"by which the image layers of {served} learned, found prediction v, weighting uniform, clip_x0 None"
+    assert warned[-1] == f"warning: diffusion: expected prediction x0, weighting v, clip_x0 1.0, {learned}"
+    first = f"data.autoencoder: expected pixels, whose images the layers of {served} learned, found kl-f4-small"
+    assert warned[:-1] == [f"warning: {first}"] * (autoencoder != "pixels")
 
 
 def command(served: Path, *options: str) -> Recipe:

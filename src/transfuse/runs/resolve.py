@@ -34,7 +34,15 @@ from ..training.metrics import check_trackers
 from ..vocabulary import Vocabulary
 from .folder import read_recipe, record_recipe, settle_device
 from .sources import Sources, mixture, open_sources
-from .start import check_finetuning, init_tokenizer, resolve_init, untied, with_distillation, with_model
+from .start import (
+    check_finetuning,
+    init_tokenizer,
+    resolve_init,
+    untied,
+    warn_of_image_weights,
+    with_distillation,
+    with_model,
+)
 
 TOKENIZER_CAPTIONS = 4000  # captions of the bundled world that a tokenizer is trained on, next to the definitions
 EDITED = 100  # scenes of a world whose edits are tried before training
@@ -127,6 +135,8 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
     _check_world(sources)
     autoencoder = open_recipe_autoencoder(recipe)
     recipe = _with_autoencoder(recipe, sources, autoencoder)
+    if begun is None:
+        warn_of_image_weights(recipe, autoencoder.fingerprint)
     if here:
         recipe = settle_device(recipe)
     if folder is not None and (folder / "tokenizer.json").exists():

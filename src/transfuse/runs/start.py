@@ -61,6 +61,32 @@ def decided_by(export: Described, recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def warn_of_image_weights(recipe: Recipe, fingerprint: str) -> None:
+    """Log what the image layers of an export learned otherwise, where a recipe's own network takes those that fit.
+
+    fingerprint: that of the recipe's autoencoder
+    """
+    if not recipe.start or "network" not in recipe.init.allow_changes or not is_export(Path(recipe.start)):
+        return
+    export = describe(recipe.start)
+    if recipe.model.images == "none" or recipe.model.images != export.model.images:
+        return
+    if fingerprint != export.autoencoder.fingerprint:
+        logger.info(
+            f"warning: data.autoencoder: expected {export.autoencoder.name}, whose images the layers of {recipe.start} "
+            f"learned, found {recipe.data.autoencoder}"
+        )
+    theirs, ours = to_dict(export.diffusion), to_dict(recipe.diffusion)
+    expected, found = (
+        ", ".join(f"{name} {values[name]}" for name in ours if ours[name] != theirs[name]) for values in (theirs, ours)
+    )
+    if found and recipe.model.images == "latents":
+        logger.info(
+            f"warning: diffusion: expected {expected}, by which the image layers of {recipe.start} learned, "
+            f"found {found}"
+        )
+
+
 def _with_hf_shape(recipe: Recipe, folder: Path, begun: Recipe | None) -> Recipe:
     """Return the recipe with the shape of a language model's transformer."""
     allow = recipe.init.allow_changes
