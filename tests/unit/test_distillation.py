@@ -22,6 +22,8 @@ from transfuse.inference import Engine, ImageEnd, Request
 from transfuse.recipes import Recipe, preset
 from transfuse.recipes.small import tiny as tiny_recipe
 from transfuse.rng import generator_for
+from transfuse.io import sha256
+from transfuse.model import Transfusion
 from transfuse.runs import open_run, resolve, student_of
 from transfuse.runs.monitor import pipeline_of
 from transfuse.sequence import Document, Image, SequenceFormat, Text, Tokenizer, collate
@@ -157,6 +159,33 @@ def test_the_target_is_what_guided_drawing_reaches(grammar, tokenizer: Tokenizer
 
 
 def recipe(start: Path | str, steps: int = 4, **changes: object) -> Recipe:
+@pytest.mark.parametrize("shift", [1.0, 8.0])
+@pytest.mark.parametrize("teacher_steps", [8, 500])
+@torch.no_grad()
+def test_a_student_learns_at_the_levels_that_it_draws_at(grammar, shift: float, teacher_steps: int) -> None:
+    """Also where a shift and many steps leave the teacher fewer levels between them than it has steps."""
+    process = Process(DiffusionConfig(prediction="x0", weighting="v", shift=shift))
+    model = randomised(tiny())
+    goal = DistillationObjective(ObjectiveConfig(), process, 0, model, grammar, DistilConfig(4, teacher_steps, 1.0))
+    generator = torch.Generator().manual_seed(0)
+    levels = {goal.sample_timestep(generator, 8, 8, None) for _ in range(64)}
+    assert levels == set(Sampler(process, SamplerConfig("ddim", 4)).timesteps)
+    seen: set[int] = set()
+
+    class Watched(Transfusion):
+        def forward(self, *arguments):
+            seen.update(arguments[6].tolist())
+            return super().forward(*arguments)
+
+    goal.teacher = Watched(model.config).initialise(0)
+    noised = goal.noise(collate([Document([Text((10,)), Image(latent(8, 8))], sample=1)], grammar))
+    grid = (*Sampler(process, SamplerConfig("ddim", 4)).timesteps, 0)
+    start = grid.index(int(noised.timesteps[0]))
+    assert max(seen) == grid[start], "the teacher begins where the student does"
+    assert min(seen) >= max(1, grid[start + 1])
+    assert all(bool(target.isfinite().all()) for target in noised.targets)
+
+
     base = tiny_recipe()
     data = replace(base.data, world=WorldConfig(size=16, nouns=4, max_objects=1), batch_size=8)
     loop = replace(base.loop, steps=steps, checkpoint_every=2, ema_decay=0.5, sample_every=0)

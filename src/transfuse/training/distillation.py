@@ -102,14 +102,15 @@ class DistillationObjective(TransfusionObjective):
         assert distil.teacher_steps is not None
         assert distil.guidance_scale is not None
         self.teacher, self.form, self.distil = teacher, form, distil
-        self.sampler = Sampler(process, SamplerConfig("ddim", distil.teacher_steps))
+        self.sampler = Sampler(process, SamplerConfig("ddim", distil.steps))
+        self.teachers = Sampler(process, SamplerConfig("ddim", distil.teacher_steps))
         self.scale, self.interval = distil.guidance_scale, distil.guidance_interval or (0.0, 1.0)
         self.substeps = distil.teacher_steps // distil.steps
 
     def sample_timestep(self, generator: torch.Generator, rows: int, columns: int, cap: int | None) -> int:
         """Draw a level where a step of the student begins. `cap` is without effect: resolved recipes have none."""
         step = int(torch.randint(self.distil.steps, (), generator=generator))
-        return self.sampler.timesteps_for(rows, columns)[step * self.substeps]
+        return self.sampler.timesteps_for(rows, columns)[step]
 
     @torch.no_grad()
     def noise(self, batch: Batch) -> Noised:
@@ -132,11 +133,18 @@ class DistillationObjective(TransfusionObjective):
         return self.substeps * sum(train_flops(self.teacher.config, each) for each in passes) // 3
 
     def _levels(self, timesteps: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
-        """Return the levels `[substeps + 1, I]` of the teacher's steps from each timestep on."""
+        """Return the levels `[substeps + 1, I]` of the teacher's steps from each timestep on.
+
+        They begin and end where the student's sampler does. With very many steps and a shift, where levels are few, the
+        teacher's own lie beyond: such a step stays at the same level and changes nothing.
+        """
         rows = []
         for t, (_, height, width) in zip(timesteps.tolist(), shapes, strict=True):
             grid = (*self.sampler.timesteps_for(height, width), 0)
-            rows.append(grid[grid.index(t) :][: self.substeps + 1])
+            step = grid.index(t)
+            end = grid[step + 1]
+            between = self.teachers.timesteps_for(height, width)[step * self.substeps :][1 : self.substeps]
+            rows.append((t, *(min(max(level, end), t) for level in between), end))
         return torch.tensor(rows).T
 
     def _guided(self, batch: Batch, noised: Noised, drawn: Sequence[int]) -> Predict:
