@@ -136,7 +136,8 @@ def image_loss(exported: Exported, captions: Sequence[str], images: np.ndarray) 
     losses = []
     for number, (caption, pixels) in enumerate(zip(captions, images, strict=True)):
         text, latent = exported.tokenizer.encode(caption), exported.autoencoder.encode(pixels[None])[0]
-        batch = collate([Document([Text(tuple(text)), Image(latent.cpu())], sample=number)], form)
+        document = Document([Text(tuple(text)), Image(latent.cpu())], sample=number)
+        batch = collate([document], form, exported.model.config.image_attention)
         losses.append(float(objective.loss(exported.model, batch.to(device)).losses[1]))
     return bootstrap(losses)
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import exported
 
 from experiments.ablations import COMPARISONS, PIECES, ROWS, ablations_page, analyse, changed, plan_ablations, summary
+from experiments.evaluation import image_loss
 from experiments.paper_results import ABLATIONS
 from transfuse.cli import find_command
 from transfuse.config import read_json
 from transfuse.errors import UserError
 from transfuse.recipes import preset
 from transfuse.report import render
+from transfuse.sequence import Document, Image, ImageAttention, Text, Tokenizer, collate
+from transfuse.training import ObjectiveConfig, TransfusionObjective
 
 DOCS = Path(__file__).parents[2] / "docs" / "rivals.md"
 ALL = ROWS | PIECES
+ATTENTION: tuple[ImageAttention, ...] = ("causal", "bidirectional")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -130,3 +136,15 @@ def test_names_that_are_none(tmp_path: Path) -> None:
         plan_ablations(tmp_path, ("casual",), "xs", 1e3, (0,))
     with pytest.raises(UserError, match="--rows: expected at least one, and each once"):
         plan_ablations(tmp_path, ("unet", "unet"), "xs", 1e3, (0,))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_the_image_loss_is_by_the_models_own_attention(tokenizer: Tokenizer, attention: ImageAttention) -> None:
+    made = exported(tokenizer, image_attention=attention)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    document = Document([Text(tuple(tokenizer.encode("a crab"))), Image(made.autoencoder.encode(pixels)[0])], sample=0)
+    form = made.model.config.sequence_format(tokenizer)
+    objective = TransfusionObjective(ObjectiveConfig(), made.process, seed=0)
+    losses = {way: float(objective.loss(made.model, collate([document], form, way)).losses[1]) for way in ATTENTION}
+    assert image_loss(made, ["a crab"], pixels).value == pytest.approx(losses[attention])
+    assert losses["causal"] != pytest.approx(losses["bidirectional"])

@@ -140,16 +140,17 @@ def test_guidance_outside_its_interval_is_none(grammar) -> None:
 
 
 @torch.no_grad()
-def test_the_target_is_what_guided_drawing_reaches(grammar, tokenizer: Tokenizer) -> None:
+def test_the_target_is_what_guided_drawing_reaches(grammar, tokenizer: Tokenizer, attention) -> None:
     """From noise, the teacher in a batch arrives where the engine does, guided by its own null branch."""
-    made = exported(tokenizer)
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+    made = exported(tokenizer, image_attention=attention)
     made = replace(made, process=Process(DiffusionConfig(prediction="x0", weighting="v")))
     words, sampler = Text((10, 11, 12)), SamplerConfig("ddim", 4)
     request = Request(Document([words], closed=False), draw="force", max_tokens=0, size=(8, 8), sampler=sampler, seed=3)
     (drawn,) = [event.latent for event in Engine(made).run([request]) if isinstance(event, ImageEnd)]
     goal = DistillationObjective(ObjectiveConfig(), made.process, 0, made.model, grammar, DistilConfig(1, 4, 3.0))
     noise = Sampler(made.process, sampler).prepare((3, 8, 8), generator_for(3, "image", 0)).x
-    batch = collate([Document([words, Image(torch.zeros(3, 8, 8))]), Document([words])], grammar)
+    batch = collate([Document([words, Image(torch.zeros(3, 8, 8))]), Document([words])], grammar, attention)
     noised = goal.noise(replace(goal.sample_noise(batch), noise=noise[None]))
     arrived = made.process.step(noised.targets, noised.latents, noised.timesteps, torch.tensor([0]))
     torch.testing.assert_close(arrived[0], drawn, rtol=1e-4, atol=1e-4)

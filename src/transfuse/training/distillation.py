@@ -169,7 +169,7 @@ class DistillationObjective(TransfusionObjective):
     def _without_prompt(self, latents: Images) -> Batch:
         """Return the null branch of images, as training's caption drop and the sampler have it."""
         documents = [unconditional(Document([Image(latent)], closed=False)) for latent in latents]
-        return collate(documents, self.form, multiple=FILL)
+        return collate(documents, self.form, self.teacher.config.image_attention, FILL)
 
     def _attend(self, batch: Batch) -> Attend:
         return for_batch(batch, self.teacher.compute_dtype, self.teacher.config)
