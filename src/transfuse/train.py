@@ -297,7 +297,7 @@ def distilled_by(recipe: Recipe) -> Distilled | None:
     distil = recipe.distil
     if not distil.steps:
         return None
-    teacher = sha256(describe(recipe.start).place["model.safetensors"])[:16]
+    teacher = distil.teacher_weights or sha256(describe(recipe.start).place["model.safetensors"])[:16]
     assert distil.teacher_steps is not None
     assert distil.guidance_scale is not None
     return Distilled(distil.steps, teacher, distil.teacher_steps, distil.guidance_scale)

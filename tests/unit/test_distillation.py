@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_equal, exported, latent, randomised, tensors, tiny
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import transfuse
@@ -19,11 +22,11 @@ from transfuse.diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from transfuse.errors import UserError
 from transfuse.export import relayout, save_export
 from transfuse.inference import Engine, ImageEnd, Request
+from transfuse.io import sha256
+from transfuse.model import Transfusion
 from transfuse.recipes import Recipe, preset
 from transfuse.recipes.small import tiny as tiny_recipe
 from transfuse.rng import generator_for
-from transfuse.io import sha256
-from transfuse.model import Transfusion
 from transfuse.runs import open_run, resolve, student_of
 from transfuse.runs.monitor import pipeline_of
 from transfuse.sequence import Document, Image, SequenceFormat, Text, Tokenizer, collate
@@ -139,10 +142,10 @@ def test_guidance_outside_its_interval_is_none(grammar) -> None:
     assert image_loss(grammar, DistilConfig(4, 8, 3.0, (0.0, 0.8))) != plain
 
 
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @torch.no_grad()
 def test_the_target_is_what_guided_drawing_reaches(grammar, tokenizer: Tokenizer, attention) -> None:
     """From noise, the teacher in a batch arrives where the engine does, guided by its own null branch."""
-@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
     made = exported(tokenizer, image_attention=attention)
     made = replace(made, process=Process(DiffusionConfig(prediction="x0", weighting="v")))
     words, sampler = Text((10, 11, 12)), SamplerConfig("ddim", 4)
@@ -156,10 +159,6 @@ def test_the_target_is_what_guided_drawing_reaches(grammar, tokenizer: Tokenizer
     torch.testing.assert_close(arrived[0], drawn, rtol=1e-4, atol=1e-4)
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
-
-
-def recipe(start: Path | str, steps: int = 4, **changes: object) -> Recipe:
 @pytest.mark.parametrize("shift", [1.0, 8.0])
 @pytest.mark.parametrize("teacher_steps", [8, 500])
 @torch.no_grad()
@@ -187,6 +186,10 @@ def test_a_student_learns_at_the_levels_that_it_draws_at(grammar, shift: float, 
     assert all(bool(target.isfinite().all()) for target in noised.targets)
 
 
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def recipe(start: Path | str, steps: int = 4, **changes: object) -> Recipe:
     base = tiny_recipe()
     data = replace(base.data, world=WorldConfig(size=16, nouns=4, max_objects=1), batch_size=8)
     loop = replace(base.loop, steps=steps, checkpoint_every=2, ema_decay=0.5, sample_every=0)
@@ -217,15 +220,53 @@ def test_resumed_is_straight(way, served: Path, tmp_path: Path) -> None:
 
 
 def test_what_the_teacher_draws_with_is_recorded(served: Path) -> None:
-    found = resolve(recipe(served)).recipe
-    assert found.distil == DistilConfig(2, 20, 3.0)  # the export's own default
+    found, weights = resolve(recipe(served)).recipe, sha256(served / "model.safetensors")[:16]
+    assert found.distil == DistilConfig(2, 20, 3.0, None, weights)  # the export's own default
     assert found.generation.sampler == SamplerConfig("ddim", 2)
     assert found.generation.guidance_scale == 1
     assert found.data.pairs.image_first_max_timestep == 0
     assert resolve(found).recipe == found
     assert resolve(recipe(served, distil=DistilConfig(3))).recipe.distil.teacher_steps == 21
     own = resolve(recipe(served, distil=DistilConfig(2, 6, 1.5, (0.2, 0.9)))).recipe
-    assert own.distil == DistilConfig(2, 6, 1.5, (0.2, 0.9))
+    assert own.distil == DistilConfig(2, 6, 1.5, (0.2, 0.9), weights)
+    interval_alone = resolve(recipe(served, distil=DistilConfig(2, guidance_interval=(0.2, 0.9)))).recipe
+    assert interval_alone.distil == DistilConfig(2, 20, 3.0, (0.2, 0.9), weights)
+
+
+def test_a_run_keeps_the_teacher_that_it_began_with(served: Path, tmp_path: Path) -> None:
+    teacher, run_folder = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(served, teacher)
+    first = open_run(recipe(teacher), run_folder)
+    assert open_run(recipe(teacher), run_folder).recipe == first.recipe
+    weights = load_file(teacher / "model.safetensors")
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, teacher / "model.safetensors")
+    with pytest.raises(UserError, match=r"config\.json: distil\.teacher_weights: this run has '[0-9a-f]{16}', the "):
+        open_run(recipe(teacher), run_folder)
+    with pytest.raises(UserError, match=r"distil\.teacher_weights: expected .*, as the run began, found [0-9a-f]{16}$"):
+        resolve(first.recipe)
+    config = json.loads((run_folder / "config.json").read_text())
+    del config["distil"]["teacher_weights"]  # as before recipes named them
+    (run_folder / "config.json").write_text(json.dumps(config))
+    assert open_run(recipe(teacher), run_folder).recipe.distil.teacher_weights == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"guidance_interval": (0.9, 0.2)},
+            "distil.guidance_interval: expected shares 0 <= low <= high <= 1, found",
+        ),
+        (
+            {"guidance_interval": (0.0, 1.5)},
+            "distil.guidance_interval: expected shares 0 <= low <= high <= 1, found",
+        ),
+        ({"guidance_scale": -1.0}, "distil.guidance_scale: expected at least 0, found -1.0"),
+    ],
+)
+def test_guidance_out_of_range_is_refused(values, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DistilConfig(2, **values)
 
 
 def test_the_export_draws_in_few_steps_and_says_so(served: Path, tmp_path: Path, capsys) -> None:
@@ -256,7 +297,7 @@ def test_the_export_draws_in_few_steps_and_says_so(served: Path, tmp_path: Path,
 def test_a_student_can_be_a_teacher(served: Path, tmp_path: Path) -> None:
     first = train(recipe(served, 1, distil=DistilConfig(4, 8)), tmp_path / "four")
     second = resolve(recipe(str(first.export), 1, distil=DistilConfig(2)))
-    assert second.recipe.distil == DistilConfig(2, 4, 1.0)
+    assert second.recipe.distil == DistilConfig(2, 4, 1.0, None, second.recipe.distil.teacher_weights)
 
 
 def test_a_command_distils_a_run_on_its_own_data(tmp_path: Path) -> None:
@@ -267,7 +308,8 @@ def test_a_command_distils_a_run_on_its_own_data(tmp_path: Path) -> None:
     assert run(words) == 0
     made = json.loads((tmp_path / "student" / "config.json").read_text())
     assert made["data"]["world"] == {**made["data"]["world"], "size": 16, "nouns": 4}
-    assert made["distil"] == {"steps": 3, "teacher_steps": 6, "guidance_scale": 2.0, "guidance_interval": None}
+    distil = {"steps": 3, "teacher_steps": 6, "guidance_scale": 2.0, "guidance_interval": None}
+    assert made["distil"] == {**distil, "teacher_weights": sha256(teacher / "model.safetensors")[:16]}
     assert run(words) == 0, "the same command finds the run finished"
     student = transfuse.load(str(tmp_path / "student" / "export")).exported
     assert student.vocabulary == transfuse.load(str(teacher)).exported.vocabulary

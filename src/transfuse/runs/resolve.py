@@ -126,7 +126,7 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
     if recipe.start:
         recipe = resolve_init(replace(recipe, start=str(fetched(recipe.start))), begun)
     check_finetuning(recipe)
-    recipe = untied(with_distillation(recipe))
+    recipe = untied(with_distillation(recipe, begun))
     sources = open_sources(recipe.data)
     _check_alignment(recipe, sources)
     recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))

@@ -13,10 +13,12 @@ from ..diffusion import SamplerConfig
 from ..errors import UserError
 from ..export import Described, describe, load_weights
 from ..folders import bundled_name, is_export, places
+from ..io import sha256
 from ..log import logger
 from ..model import ModelConfig, Transfusion
 from ..recipes.recipe import Recipe
 from ..sequence import Tokenizer
+from ..training import DistilConfig
 
 
 def resolve_init(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
@@ -175,11 +177,11 @@ def _with_experts(model: ModelConfig, wanted: ModelConfig) -> ModelConfig:
     return replace(model, experts=wanted.experts, image_d_ff=wanted.image_d_ff)
 
 
-def with_distillation(recipe: Recipe) -> Recipe:
+def with_distillation(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
     """Return the recipe with its teacher's way of drawing, and its student's: DDIM in `distil.steps`, not guided.
 
     Images before all text are shown clean, for a noised one would be part of the way of no drawing. Raises UserError
-    for a teacher that cannot be distilled.
+    for a teacher that cannot be distilled, or another than the run began with.
     """
     distil, pairs = recipe.distil, recipe.data.pairs
     if not distil.steps:
@@ -199,13 +201,21 @@ def with_distillation(recipe: Recipe) -> Recipe:
             f"distil.teacher_steps: expected a multiple of the student's {distil.steps}, at most {levels}, "
             f"found {teacher_steps}"
         )
+    weights = sha256(teacher.place["model.safetensors"])[:16]
+    if begun is not None and begun.distil.steps and not begun.distil.teacher_weights:
+        weights = ""  # the run began before recipes named them
+    elif distil.teacher_weights not in ("", weights):
+        raise UserError(
+            f"distil.teacher_weights: expected {recipe.start} with the weights {distil.teacher_weights}, as the run "
+            f"began, found {weights}"
+        )
     scale, interval = distil.guidance_scale, distil.guidance_interval
     if scale is None:
-        scale, interval = own.guidance_scale, own.guidance_interval
+        scale, interval = own.guidance_scale, interval or own.guidance_interval
     sampler = SamplerConfig("ddim", distil.steps)
     return replace(
         recipe,
-        distil=replace(distil, teacher_steps=teacher_steps, guidance_scale=scale, guidance_interval=interval),
+        distil=DistilConfig(distil.steps, teacher_steps, scale, interval, weights),
         generation=replace(own, sampler=sampler, guidance_scale=1.0, guidance_interval=None),
         data=replace(recipe.data, pairs=replace(pairs, image_first_max_timestep=0)),
     )

@@ -12,6 +12,7 @@ documents, too, so that none is forgotten.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -50,15 +51,21 @@ class DistilConfig:
     teacher_steps: int | None = None
     """DDIM steps of the teacher, a multiple of `steps`; None: as many as it draws with, rounded up to a multiple"""
     guidance_scale: float | None = None
-    """guidance scale of the teacher; None: its own, in its own interval"""
+    """guidance scale of the teacher; None: its own"""
     guidance_interval: tuple[float, float] | None = None
-    """noise levels, as shares of T, at which the teacher is guided; None: all"""
+    """noise levels, as shares of T, at which the teacher is guided; None: all, or its own with its own scale"""
+    teacher_weights: str = ""
+    """fingerprint of the teacher, filled in when a run begins; resuming requires the same"""
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"distil.steps: expected at least 0, found {self.steps}")
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise ValueError(f"distil.teacher_steps: expected at least 1, found {self.teacher_steps}")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"distil.guidance_scale: expected at least 0, found {self.guidance_scale}")
+        if (interval := self.guidance_interval) is not None and not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"distil.guidance_interval: expected shares 0 <= low <= high <= 1, found {interval}")
 
 
 def follow(process: Process, x: Images, levels: Tensor, predict: Predict) -> Images:
