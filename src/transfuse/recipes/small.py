@@ -97,7 +97,7 @@ def tiny() -> Recipe:
 
 
 def epsilon_32() -> Recipe:
-    """The demo's network and world with the paper's objective: epsilon prediction, unweighted, 64 patches of 4 x 4.
+    """Network and world of `pixels-32` with the paper's objective: epsilon prediction, unweighted, 64 patches of 4 x 4.
 
     Needs hours where x0 prediction needs minutes: after four minutes on two cores its pictures are coloured noise.
     """
@@ -116,7 +116,7 @@ def epsilon_32() -> Recipe:
 def latent_64() -> Recipe:
     """64 pixels through the bundled KL-VAE: 64 patches of 2 x 2 of its 16 x 16 x 8 latents, v prediction.
 
-    The world of the demo, twice as large. Any other autoencoder is one setting: `--data.autoencoder vq-f4-small`.
+    The world of `pixels-32`, twice as large. Any other autoencoder is one setting: `--data.autoencoder vq-f4-small`.
     """
     base = pixels_32()
     return replace(
