@@ -27,6 +27,7 @@ from transfuse.train_autoencoder import build_autoencoder_trainer, open_autoenco
 from transfuse.training import Distributed, ParallelConfig, join
 from transfuse.training.distributed import arrange, local, stack, whole
 from transfuse.training.metrics import Average
+from transfuse.training.trainer import StopFlags
 
 STEPS = 4
 
@@ -36,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "bfloat16"},
     "replicate": {"parallel.replicate": 2},
     "tensor": {"parallel.tensor": 2},
+    "tensor-stop": {"parallel.tensor": 2},
     "experts": {"model.experts": "all"},
     "experts-tensor": {"model.experts": "all", "parallel.tensor": 2},
     "experts-codes": {
@@ -168,6 +170,12 @@ def run(name: str, steps: int, folder: Path) -> None:
     if name.startswith("poisoned"):
         trainer.load = Poisoned(trainer.load, ranks)  # type: ignore[assignment]
     trainer.restore()
+    if name == "tensor-stop":  # as if a signal had come to the last rank alone
+        flags = trainer.train_step(Average(), StopFlags(stop=ranks.rank == ranks.count - 1))
+        stops = [flags.stop for flags in ranks.gather_all(flags)]
+        if ranks.first:
+            (folder / "stops.json").write_text(json.dumps(stops))
+        return
     lines = []
     while trainer.step < steps:
         average = Average()

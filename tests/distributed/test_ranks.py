@@ -248,3 +248,9 @@ def test_ranks_write_their_shards(runs: Path) -> None:
     assert len(files) == 4
     whole = sum(weight.numel() for weight in weights(runs / "1" / "shard").values()) * 4
     assert all(file.stat().st_size < 0.3 * whole for file in files)
+
+
+def test_a_signal_to_one_rank_of_a_tensor_group_stops_all(tmp_path: Path) -> None:
+    """A rank that stops alone leaves the others waiting for it."""
+    finished(torchrun(2, str(HERE / "cases.py"), str(tmp_path), "tensor-stop"))
+    assert json.loads((tmp_path / "tensor-stop" / "stops.json").read_text()) == [True, True]

@@ -251,7 +251,9 @@ class Trainer:
         self.totals["waited"] += time.monotonic() - began
         batches = [batch.to(self.device) for batch in loaded]
         own = [sum(term) for term in zip(*(self.objective.counts(batch) for batch in batches), strict=True)]
-        agreed = self.ranks.sum(torch.tensor([*own, *own_flags], dtype=torch.float64).to(self.device))
+        # Over all ranks, so that those of a tensor group agree to stop, too; each counts the same documents.
+        agreed = self.ranks.sum_all(torch.tensor([*own, *own_flags], dtype=torch.float64).to(self.device))
+        agreed /= self.ranks.count // self.ranks.datas
         summed, norm, details = self._backward(batches, agreed[: len(own)])
         both = self.ranks.sum(summed.clone()).double(), summed.double()
         # This copy is the only place where the host waits for the device.
