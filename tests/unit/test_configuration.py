@@ -100,6 +100,7 @@ def test_what_may_be_another_when_a_run_goes_on(tmp_path, capsys) -> None:
         ("loop", "max_seconds", 3.0),
         ("loop", "ema_decay", 0.9),
         ("generation", "guidance_scale", 1.0),
+        ("parallel", "float8", True),
     ],
 )
 def test_what_may_not(tmp_path, part: str, name: str, value: object) -> None:

@@ -24,7 +24,7 @@ from ..recipes.recipe import VERSION, student
 from ..training import Distributed, LoopConfig
 
 FREE = {
-    "parallel",
+    *(f"parallel.{name}" for name in ("replicate", "tensor", "activation_checkpointing", "compile")),
     *(f"data.{name}" for name in ("accumulate", "workers", "cache_gigabytes")),
     *(f"loop.{name}" for name in ("keep", "keep_every", "checkpoint_every", "log_every", "sample_every")),
     *(f"loop.{name}" for name in ("measure_every", "measures", "measure_count", "measure_data", "best", "patience")),

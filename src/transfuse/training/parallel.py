@@ -126,7 +126,7 @@ KEPT = [
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Placement of a run on processes; it changes speed and memory, not results."""
+    """Placement of a run on processes; it changes speed and memory, not results, except for `float8`."""
 
     replicate: int = 1
     """number of copies of the network, each sharded over its processes (1: FSDP, more: HSDP)"""
@@ -137,7 +137,8 @@ class ParallelConfig:
     compile: bool = False
     """compile each block (torch.compile)"""
     float8: bool = False
-    """matrix products of the blocks in 8-bit floating point (extra: quantize; NVIDIA Hopper or newer)"""
+    """matrix products of the blocks in 8-bit floating point, the same for the whole run (extra: quantize; NVIDIA Hopper
+    or newer)"""
 
     def __post_init__(self) -> None:
         for name in ("replicate", "tensor"):
