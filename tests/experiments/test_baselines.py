@@ -14,6 +14,7 @@ from transfuse.errors import UserError
 from transfuse.recipes import PRESETS, Recipe
 from transfuse.recipes import preset as real_preset
 from transfuse.recipes.baselines import by_codes, text_only
+from transfuse.report import render
 from transfuse.runs import resolve
 from transfuse.train import build_loader
 
@@ -94,6 +95,17 @@ def test_a_report_of_before_variants_makes_a_table() -> None:
     rows = [line for line in baselines.table({"arms": {"old": old, "new": new}}).splitlines() if "noun right" in line]
     assert "|  | 12.5% (0.0% to 50.0%) |" in rows[0]
     assert rows[1].count("50.0% (25.0% to 75.0%)") == 2
+
+
+@pytest.mark.parametrize(("more", "noted"), [(1.06, True), (1.04, False)])
+def test_the_page_says_who_reads_more_text(tmp_path: Path, more: float, noted: bool) -> None:
+    """At equal 6 N D a smaller network has more positions, and so more text."""
+    results = [
+        {"variant": "ours", "positions": 2000 * more, "steps": 10, "definition_positions": 1000 * more},
+        {"variant": "codes", "positions": 2000, "steps": 10, "definition_positions": 1000},
+    ]
+    html = render(baselines.baselines_page(baselines.analyse(results), tmp_path))
+    assert ("reads 1.06 times the text of another: their perplexities of text do not compare" in html) == noted
 
 
 def test_presets_that_do_not_compare(tmp_path: Path) -> None:
