@@ -1,4 +1,4 @@
-"""What `start` determines: settings of the recipe, the tokenizer, and the initial weights."""
+"""The settings of a recipe that its `start` determines, the tokenizer, and the initial weights."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def warn_of_image_weights(recipe: Recipe, fingerprint: str) -> None:
             f"warning: data.autoencoder: expected {export.autoencoder.name}, whose images the layers of {recipe.start} "
             f"learned, found {recipe.data.autoencoder}"
         )
-    theirs, ours = to_dict(export.diffusion), to_dict(recipe.diffusion)
-    expected, found = (
-        ", ".join(f"{name} {values[name]}" for name in ours if ours[name] != theirs[name]) for values in (theirs, ours)
+    before, now = to_dict(export.diffusion), to_dict(recipe.diffusion)
+    learned, given = (
+        ", ".join(f"{name} {values[name]}" for name in now if now[name] != before[name]) for values in (before, now)
     )
-    if found and recipe.model.images == "latents":
+    if given and recipe.model.images == "latents":
         logger.info(
-            f"warning: diffusion: expected {expected}, by which the image layers of {recipe.start} learned, "
-            f"found {found}"
+            f"warning: diffusion: expected {learned}, by which the image layers of {recipe.start} learned, "
+            f"found {given}"
         )
 
 

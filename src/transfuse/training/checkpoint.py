@@ -89,8 +89,8 @@ class CheckpointFolder:
 
         def make_room() -> None:
             if self._recipe_digest() != self._digest:
-                found = "expected the run that this process trains, found it removed or another"
-                raise UserError(f"{final}: checkpoint not written: {found}")
+                problem = "expected the run that this process trains, found it removed or another"
+                raise UserError(f"{final}: checkpoint not written: {problem}")
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)

@@ -142,8 +142,8 @@ class DistillationObjective(TransfusionObjective):
     def _levels(self, timesteps: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
         """Return the levels `[substeps + 1, I]` of the teacher's steps from each timestep on.
 
-        They begin and end where the student's sampler does. With very many steps and a shift, where levels are few, the
-        teacher's own lie beyond: such a step stays at the same level and changes nothing.
+        The first and the last are those of the student's sampler. With a shift and very many steps a level of the
+        teacher's sampler may be beyond them; it is clamped, and a step between equal levels changes nothing.
         """
         rows = []
         for t, (_, height, width) in zip(timesteps.tolist(), shapes, strict=True):
