@@ -10,22 +10,23 @@ import itertools
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
 from .autoencoders import Autoencoder, ImageAutoencoder, Pixels, VQTokenizer, bundled
-from .config import to_dict
+from .config import read_settings, to_dict, updated
 from .devices import on_meta
 from .errors import UserError
+from .export import describe
 from .model import ModelConfig, Transfusion
 from .model.activations import Checkpointing, Load, forward_bytes, step_bytes
 from .model.flops import Frozen, count_parameters, step_flops
-from .recipes import Recipe, preset
+from .recipes import PRESETS, Recipe, preset
 from .recipes.autoencoders import AUTOENCODERS
 from .recipes.paper import POSITIONS_PER_STEP
-from .runs import Run, open_recipe_autoencoder, open_sources
-from .runs.start import check_finetuning, init_tokenizer, resolve_init
+from .runs import Run, open_recipe_autoencoder
+from .runs.resolve import resolve_data
 from .sequence import SequenceFormat
 from .training.finetune import Freeze, LoRAConfig, adapt, frozen
 from .training.hardware import ASSUMED_MFU, card
@@ -51,8 +52,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     positions_per_step               of packed rows, their capacity; else the mean of a step's documents
     images_per_step                  an estimate
     executed_train_flops_per_image   of an image without a caption: attention within it, logits of codes alone
+    teacher_flops                    with distil.steps: operations of the teacher's evaluations, which 6 N lacks
     memory_gigabytes                 weights, gradients, moments and EMA in float32, without activations; the last
-                                     three of trained parameters alone
+                                     three of trained parameters alone; with distil.steps the teacher's weights, too
 
     Raises UserError for a recipe whose parts do not fit.
     """
@@ -76,19 +78,24 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "steps": recipe.loop.steps,
         "train_tokens": tokens,
         "train_flops": 6 * count.active * tokens,
-        "memory_gigabytes": round(4 * (total + 2 * trained + moments) / 2**30, 3),
+        **({"teacher_flops": step.teacher_flops() * recipe.loop.steps} if step.teacher else {}),
+        "memory_gigabytes": round((4 * (total + 2 * trained + moments) + step.teacher_bytes) / 2**30, 3),
     }
 
 
-def cluster_plan(recipe: Recipe, gpus: int, gpu: str, mfu: float | None = None) -> dict[str, Any]:
+def cluster_plan(
+    recipe: Recipe, gpus: int, gpu: str, mfu: float | None = None, config: Path | None = None
+) -> dict[str, Any]:
     """Return figures by name, all calculated; a gigabyte is 2^30 bytes.
+
+    config: the file of settings that the recipe is from, if it is from no preset
 
     choices            ways to shard and to recompute, each with the largest micro-batch that fits
     recommended        the fastest of them whose micro-batch keeps a card busy or is all of its share of a step, else
                        the one with the largest micro-batch; None: nothing fits
     step               operations (6 N D, and executed) and seconds of a step; tokens_per_second
     runs               tokens, days and GPU-hours of the recipe, and of the paper's numbers of tokens
-    launch             the command; None: nothing fits
+    launch             the command; None: nothing fits, or the recipe is from neither a preset nor a file
 
     Raises UserError for an unknown card, or a number of GPUs that does not divide a step.
     """
@@ -130,7 +137,7 @@ def cluster_plan(recipe: Recipe, gpus: int, gpu: str, mfu: float | None = None) 
         "runs": runs,
         "choices": choices,
         "recommended": best,
-        "launch": None if best is None else _launch(step.recipe, best),
+        "launch": None if best is None else _launch(recipe, step.recipe.data.autoencoder, best, config),
     }
 
 
@@ -173,11 +180,9 @@ class StepContents:
     @lru_cache(maxsize=16)
     def of(cls, recipe: Recipe) -> StepContents:
         """Return the contents of a recipe's steps. Raises UserError for images that do not divide into patches."""
-        if recipe.start:
-            recipe = resolve_init(recipe)
-        check_finetuning(recipe)
+        recipe, sources, saved = resolve_data(recipe)
         recipe, autoencoder = fitted(recipe)
-        model, data, sources = recipe.model, recipe.data, open_sources(recipe.data)
+        model, data = recipe.model, recipe.data
         side = images = 0
         if autoencoder is not None:
             size, factor = sources.image_size(), autoencoder.factor
@@ -188,7 +193,6 @@ class StepContents:
                 )
             side = size // factor
         if data.row_length is None:
-            saved = init_tokenizer(Path(recipe.start)) if recipe.start and sources.tokenizer is None else None
             run = Run(recipe, sources, autoencoder or Pixels(), saved)
             positions = round(data.batch_size * run.mixture(autoencoder).mean_positions(run.format)[0])
         else:
@@ -220,14 +224,39 @@ class StepContents:
         return positions * (positions + 1) // 2 + bidirectional * self.patches * (self.patches - 1) // 2
 
     def executed_flops(self) -> int:
-        """Return the operations of the forward and backward pass, without recomputation."""
+        """Return the operations of the forward and backward pass and of the teacher, without recomputation."""
+        return self._flops(self.recipe.model, self.load(1).predictions, self.frozen) + self.teacher_flops()
+
+    def teacher_flops(self) -> int:
+        """Return the operations of the teacher's evaluations, all counted as guided; 0 without distillation."""
+        distil, config = self.recipe.distil, self.teacher
+        if config is None or distil.teacher_steps is None:
+            return 0
+        passes = self._flops(config, 0)
+        if distil.guidance_scale != 1:
+            images = [(self.side, self.side)] * self.images
+            passes += step_flops(config, self.images * self.patches, self.images * self.image_pairs(), 0, images)
+        return distil.teacher_steps // distil.steps * passes // 3
+
+    def _flops(self, config: ModelConfig, predictions: int, frozen: Frozen = "none") -> int:
+        """Return the operations of a network's forward and backward pass over the step."""
         text = self.positions - self.images * (self.patches + TEXT_POSITIONS) - self.copies * self.patches
         document = self.recipe.data.row_length or TEXT_POSITIONS  # of text alone: at most a row, where rows are packed
         pairs = self.images * self.image_pairs(TEXT_POSITIONS) + self.copies * self.image_pairs()
         pairs += text * (document + 1) // 2
         load = self.load(1)
         sizes = [size for size, count in load.images.items() for _ in range(count)]
-        return step_flops(self.recipe.model, load.positions, pairs, load.predictions, sizes, self.frozen)
+        return step_flops(config, load.positions, pairs, predictions, sizes, frozen)
+
+    @cached_property
+    def teacher(self) -> ModelConfig | None:
+        """The network that a student learns from; None without distillation."""
+        return describe(self.recipe.start).model if self.recipe.distil.steps else None
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Memory of the teacher's weights, float32 and whole on every GPU."""
+        return 0 if self.teacher is None else 4 * _parameters(self.teacher)[0]
 
     @property
     def frozen(self) -> Frozen:
@@ -329,6 +358,7 @@ def _choices(step: StepContents, gpus: int, usable: float) -> Iterator[dict[str,
             load = step.load(recipe.data.batch_size / documents)
             element = 4 if recipe.precision == "float32" else 2
             pieces = memory(recipe.model, load, way, element, gpus, shard, recipe.optimizer, recipe.freeze, recipe.lora)
+            pieces["weights"] += step.teacher_bytes
             pieces["total"] = sum(pieces.values())
             fits = pieces["total"] <= usable
         yield {
@@ -348,16 +378,23 @@ PLANNED = {"--data.accumulate", *(f"--parallel.{name}" for name in ("replicate",
 """options that a plan determines"""
 
 
-def _launch(recipe: Recipe, choice: dict[str, Any]) -> str:
-    """Return the command, to be given on each node, with the first node's name in $HEAD."""
+def _launch(recipe: Recipe, autoencoder: str, choice: dict[str, Any], config: Path | None) -> str | None:
+    """Return the command, to be given on each node, with the first node's name in $HEAD; None if nothing names it."""
     gpus, name = choice["replicate"] * choice["shard"], recipe.preset
+    if name in PRESETS:
+        base, given = preset(name), name
+    elif config is not None:
+        name = name or config.stem
+        base, given = updated(Recipe(), read_settings(config), str(config)), f"--config {shlex.quote(str(config))}"
+    else:
+        return None
     start = "transfuse"
     if gpus > 1:
         nodes = gpus // NODE if gpus > NODE else 1
         several = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 " if nodes > 1 else ""
         start = f"torchrun --nproc-per-node {gpus // nodes} {several}-m transfuse --"
-    words = [f"{start} train {name} --run runs/{name}"]
-    before = dict(_options(to_dict(fitted(preset(name))[0])))
+    words = [f"{start} train {given} --run {shlex.quote(f'runs/{name}')}"]
+    before = dict(_options(to_dict(base)))
     for option, value in _options(to_dict(recipe)):
         if value == before[option] or option in PLANNED:
             continue
@@ -372,7 +409,6 @@ def _launch(recipe: Recipe, choice: dict[str, Any]) -> str:
         f"--parallel.activation-checkpointing {choice['activation_checkpointing']}",
         f"--data.accumulate {choice['accumulate']}",
     ]
-    autoencoder = recipe.data.autoencoder
     if autoencoder in AUTOENCODERS and autoencoder not in bundled():  # to be trained first
         words.append(f"--data.autoencoder runs/{autoencoder}/export")
     return " ".join(words)

@@ -10,11 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import exported
 
+from emoji_scenes import glosses
 from transfuse.cli import find_command, run
+from transfuse.data.build import build_set
+from transfuse.data.prepare import BuildConfig
+from transfuse.data.readers import Columns
 from transfuse.errors import UserError
+from transfuse.export import save_export
+from transfuse.model import Transfusion
 from transfuse.plan import SPARE, cluster_plan, plan
-from transfuse.recipes import PRESETS, preset
+from transfuse.recipes import PRESETS, Recipe, preset
+from transfuse.runs import resolve
+from transfuse.sequence import Tokenizer
+from transfuse.train import build_trainer
+from transfuse.training import DistilConfig
+from transfuse.training.finetune import LoRAConfig
 from transfuse.training.hardware import ALIASES, CARDS, card, peak_flops
 
 PARALLEL = ("--parallel.replicate", "--parallel.tensor", "--parallel.activation-checkpointing")
@@ -175,6 +187,77 @@ def test_the_command(capsys: Any) -> None:
     assert "nothing fits" in capsys.readouterr().out
     assert run(["plan", "0.76b", "--gpus", "16"]) == 2
     assert capsys.readouterr().err == "transfuse: plan: expected a card (--gpu h100) with --gpus or --mfu, found none\n"
+
+
+# --- what a run opens before it knows its network -------------------------------------------------------------------
+
+
+def parameters_of(recipe: Recipe) -> int:
+    model = Transfusion.on_meta(resolve(recipe, here=False).recipe.model)
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def tied(tokenizer: Tokenizer, folder: Path) -> Path:
+    made = exported(tokenizer, tie_embeddings=True)
+    parts = made.model.config, made.process.config, tokenizer, made.autoencoder, 8, made.generation
+    return save_export(folder, made.model.state_dict(), *parts, "a model")
+
+
+def starting(folder: Path, **changes: Any) -> Recipe:
+    base = preset("tiny")
+    data = replace(base.data, world=replace(base.data.world, size=16))
+    return replace(base, start=str(folder), data=data, **changes)
+
+
+def test_a_plan_counts_the_row_of_a_tied_matrix_that_is_trained_apart(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    recipe = starting(tied(tokenizer, tmp_path / "export"), lora=LoRAConfig(8))
+    apart = 320 * 64
+    assert parameters_of(recipe) == parameters_of(replace(recipe, lora=LoRAConfig())) + apart
+    trainer = build_trainer(resolve(recipe), tmp_path / "run")
+    assert plan(recipe)["total_parameters"] == sum(weight.numel() for weight in trainer.model.parameters())
+
+
+def test_a_plan_counts_the_words_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("\n".join(glosses("heldout")[:150]))
+    config = BuildConfig(size=16, vocabulary=700, heldout=0.0, columns=Columns(split="line"))
+    build_set(str(tmp_path / "words.txt"), tmp_path / "text", config, workers=0)
+    base = preset("tiny")
+    recipe = replace(base, data=replace(base.data, sources=("world", str(tmp_path / "text"))))
+    words = resolve(recipe, here=False).recipe.model.text_vocab_size
+    assert words > base.model.text_vocab_size
+    planned = plan(recipe)
+    assert planned["total_parameters"] == parameters_of(recipe)
+    assert planned["total_parameters"] == plan(base)["total_parameters"] + 2 * (words - 512) * base.model.d_model
+    assert "source-fingerprints" not in cluster_plan(recipe, 1, "l4")["launch"]
+
+
+def test_a_plan_counts_the_teacher(served: Path, tmp_path: Path) -> None:
+    alone, recipe = (starting(served, distil=distil) for distil in (DistilConfig(), DistilConfig(2, 20, 3.0)))
+    planned, without = plan(recipe), plan(alone)
+    teacher = 4 * parameters_of(recipe) / 2**30
+    assert planned["memory_gigabytes"] - without["memory_gigabytes"] == pytest.approx(teacher, abs=0.002)
+    assert "teacher_flops" not in without
+    trainer = build_trainer(resolve(recipe), tmp_path)
+    steps = 8
+    measured = sum(trainer.objective.teacher_flops(batch) for step in range(steps) for batch in trainer.load(step))
+    assert planned["teacher_flops"] / recipe.loop.steps == pytest.approx(measured / steps, rel=0.2)
+    taught, plain = (cluster_plan(each, 1, "l4")["step"]["executed_flops"] for each in (recipe, alone))
+    assert taught - plain == pytest.approx(planned["teacher_flops"] / recipe.loop.steps)
+    options = words(cluster_plan(recipe, 1, "l4")["launch"])
+    assert (options["--start"], options["--distil.steps"]) == (str(served), "2")
+    assert not [name for name in options if name.startswith(("--model", "--diffusion", "--generation"))]
+
+
+def test_a_plan_of_a_file_without_a_preset(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {d_model: 64, n_layers: 2, n_heads: 2, latent_channels: 3, patch_size: 8}\n")
+    command = ["plan", "--config", str(file), "--data.batch-size", "16", "--gpu", "l4", "--json"]
+    assert run(command) == 0
+    launch = json.loads(capsys.readouterr().out)["launch"]
+    assert launch.startswith(f"transfuse train --config {file} --run runs/mine --data.batch-size 16 ")
+    planned, started = (find_command(each).keywords["recipe"] for each in (command, shlex.split(launch)[1:]))
+    assert (started.model, started.data.batch_size) == (planned.model, 16)
+    assert cluster_plan(planned, 1, "l4")["launch"] is None, "there is no name for it"
 
 
 PRINTED = Path(__file__).parents[1] / "golden" / "plans.txt"

@@ -165,7 +165,7 @@ def plan(
     if gpu is None and (gpus, mfu) != (1, None):
         raise UserError("plan: expected a card (--gpu h100) with --gpus or --mfu, found none")
     costs = plan_of(recipe)
-    spread = {} if gpu is None else cluster_plan(recipe, gpus, gpu, mfu)
+    spread = {} if gpu is None else cluster_plan(recipe, gpus, gpu, mfu, config)
     if json:
         print_json({**costs, **spread})
         return 0

@@ -123,15 +123,7 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
     begun = None
     if folder is not None and (folder / "config.json").exists():
         begun = read_recipe(folder / "config.json", Recipe)
-    if recipe.start:
-        recipe = resolve_init(replace(recipe, start=str(fetched(recipe.start))), begun)
-    check_finetuning(recipe)
-    recipe = untied(with_distillation(recipe, begun))
-    sources = open_sources(recipe.data)
-    _check_alignment(recipe, sources)
-    recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))
-    saved = init_tokenizer(Path(recipe.start)) if recipe.start else None
-    recipe = _with_vocabulary(recipe, sources, saved)
+    recipe, sources, saved = resolve_data(recipe, begun)
     _check_world(sources)
     autoencoder = open_recipe_autoencoder(recipe)
     recipe = _with_autoencoder(recipe, sources, autoencoder)
@@ -142,6 +134,19 @@ def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Ru
     if folder is not None and (folder / "tokenizer.json").exists():
         saved = Tokenizer.load(folder / "tokenizer.json")
     return Run(recipe, sources, autoencoder, saved)
+
+
+def resolve_data(recipe: Recipe, begun: Recipe | None = None) -> tuple[Recipe, Sources, Tokenizer | None]:
+    """Return the recipe as `start`, its teacher and its data sets determine it, these, and the tokenizer of `start`."""
+    if recipe.start:
+        recipe = resolve_init(replace(recipe, start=str(fetched(recipe.start))), begun)
+    check_finetuning(recipe)
+    recipe = untied(with_distillation(recipe, begun))
+    sources = open_sources(recipe.data)
+    _check_alignment(recipe, sources)
+    recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))
+    saved = init_tokenizer(Path(recipe.start)) if recipe.start else None
+    return _with_vocabulary(recipe, sources, saved), sources, saved
 
 
 def open_run(recipe: Recipe, folder: Path) -> Run:
