@@ -568,6 +568,78 @@ def test_an_image_that_two_files_may_be(tmp_path: Path) -> None:
     assert "b/0.png" in faults
 
 
+def told(source: Path, **columns: Any) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
+    """Return the documents of a source, and its faults by name."""
+    reader = open_source(str(source), Columns(**columns))
+    items = [item for part in reader.parts() for item in reader.read(part)]
+    faults = {item.key: item.reason for item in items if isinstance(item, Fault)}
+    assert len(faults) == sum(isinstance(item, Fault) for item in items), "each is named once"
+    return [item.parts for item in items if isinstance(item, Raw)], faults
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "metadata.jsonl"])
+def test_the_caption_of_a_missing_image_goes_to_no_other_of_its_name(tmp_path: Path, kind: str) -> None:
+    """Of three folders one lacks an image that another has; the table says which is meant."""
+    places = ["red/a.png", "red/b.png", "deep/blue/b.png", "green/c.png"]
+    write(tmp_path, {place: png(n) for n, place in enumerate(places)})
+    rows = [{"file_name": place, "text": place} for place in ("blue/a.png", "red/a.png", "blue/b.png", "red/b.png")]
+    rows += [
+        {"file_name": str(tmp_path / "red" / "c.png"), "text": "gone"},
+        {"file_name": "green/c.png", "text": "sea"},
+    ]
+    if kind == "csv":
+        content = "file_name,text\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    else:
+        content = lines(*rows)
+    write(tmp_path, {kind if "." in kind else f"list.{kind}": content})
+    documents, faults = told(tmp_path)
+    expected = [(png(0), "red/a.png"), (png(2), "blue/b.png"), (png(1), "red/b.png"), (png(3), "sea")]
+    assert documents == expected
+    assert len(faults) == 2
+    assert all("No such file" in reason or "found none" in reason for reason in faults.values())
+
+
+def test_folders_that_have_moved_as_a_whole_are_found(tmp_path: Path) -> None:
+    """Neither a folder more, nor less, nor one of another name makes an image missing."""
+    for case, (place, named) in enumerate(
+        [
+            ("{}.png", "images/{}.png"),
+            ("part/{}.png", "images/{}.png"),
+            ("more/part/{}.png", "/home/me/More/part/{}.png"),
+            ("part/{}.png", "C:\\photos\\PART\\{}.png"),
+        ]
+    ):
+        source = images(tmp_path / str(case), place)
+        write(source, {"list.csv": "file_name,text\n" + "".join(f"{named.format(n)},n {n}\n" for n in range(3))})
+        if case in (0, 2):
+            write(source, {"thumbs/small.png": png(9)})
+        documents, faults = told(source)
+        assert documents == [(png(n), f"n {n}") for n in range(3)], named
+        assert list(faults) == (["thumbs/small.png"] if case in (0, 2) else [])
+
+
+def test_a_row_beside_the_images_own_row_is_of_a_missing_image(tmp_path: Path) -> None:
+    """There is one folder of images only, so the names of folders alone do not tell."""
+    images(tmp_path, "birds/{}.png")
+    rows = ["fish/1.png,a carp", "birds/1.png,a wren", "birds/1.png,a small wren", "fish/2.png,found elsewhere"]
+    write(tmp_path, {"list.csv": "\n".join(["file_name,text", *rows])})
+    documents, faults = told(tmp_path)
+    assert documents == [(png(1), "a wren", "a small wren"), (png(2), "found elsewhere")]
+    assert set(faults) == {"fish/1.png", "birds/0.png"}
+
+
+def test_tables_in_folders_of_images_name_those(tmp_path: Path) -> None:
+    for number, name in enumerate(("one", "two")):
+        write(tmp_path / name, {f"{name}.png": png(number), "metadata.csv": f"file_name,text\n{name}.png,{name}\n"})
+    write(tmp_path, {"one/metadata.csv": "file_name,text\none.png,one\ntwo.png,not here\n"})
+    documents, faults = told(tmp_path)
+    assert documents == [(png(0), "one"), (png(1), "two")]
+    assert list(faults) == ["one/two.png"]
+    write(tmp_path / "apart", {"lists/all.csv": "file_name,text\na.png,eh\nb.png,bee\n", "x/a.png": png(3)})
+    write(tmp_path / "apart", {"y/b.png": png(4)})
+    assert told(tmp_path / "apart") == ([(png(3), "eh"), (png(4), "bee")], {})
+
+
 def test_the_readers_names_are_the_options(tmp_path: Path) -> None:
     names = [form.name for form in FORMATS]
     assert len(set(names)) == len(names)

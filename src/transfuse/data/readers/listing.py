@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import eq
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -100,13 +101,12 @@ class Listing:
         """Return the name of the file that a table in the folder `below` calls `name`; None: there is none.
 
         It is looked for below that folder, below the root, on the disk, and last anywhere by its own name, with or
-        without its ending; files of other splits (`others`) come after. Raises ValueError for a name that several files
-        have.
+        without its ending; files of other splits (`others`) come after. Where images are in several folders, a file in
+        another folder than the table means is not it. Raises ValueError for a name that several files have.
         """
         name = name.replace("\\", "/")
-        for path in (os.path.normpath(os.path.join(below, name)), os.path.normpath(name)):
-            if path in self._names or (path and os.path.isfile(self.root / path)):
-                return os.path.relpath(self.root / path, self.root) if os.path.isabs(path) else path
+        if exact := self._at(name, below):
+            return exact
         last = name.rpartition("/")[2]
         named = self._by_last.get(last) or self._others_by_last.get(last, [])
         if len(named) > 1:
@@ -114,11 +114,40 @@ class Listing:
             if len(further) != 1:
                 raise ValueError(f"expected one file of this name, found {', '.join(named[:3])}")
             named = further
+        if named and len(self._folders) > 1 and not self.is_meant(name, below, named[0]):
+            return None
         return named[0] if named else None
+
+    def is_meant(self, name: str, below: str, path: str) -> bool:
+        """Return False if `name` in a table of the folder `below` means another folder than that of the image `path`.
+
+        Folders may have moved as a whole: those of one path are to end with those of the other.
+        """
+        name = name.replace("\\", "/")
+        if self._at(name, below) == path:
+            return True
+        meant = [part for part in name.lower().split("/")[:-1] if part not in ("", ".", "..")]
+        here = path.lower().split("/")[:-1]
+        if not meant:  # next to the table, unless no images are there
+            return below in ("", ".") or below not in self._folders or path.startswith(f"{below}/")
+        if not here:
+            return all(PurePosixPath(folder).name.lower() != meant[-1] for folder in self._folders)
+        return all(map(eq, reversed(meant), reversed(here)))
+
+    def _at(self, name: str, below: str) -> str | None:
+        """Return the file at the path `name`, from the folder `below` or the root; None: there is none."""
+        for path in (os.path.normpath(os.path.join(below, name)), os.path.normpath(name)):
+            if path in self._names or (path and os.path.isfile(self.root / path)):
+                return os.path.relpath(self.root / path, self.root) if os.path.isabs(path) else path
+        return None
 
     @cached_property
     def _names(self) -> set[str]:
         return {file.name for file in self.files}
+
+    @cached_property
+    def _folders(self) -> set[str]:
+        return {str(PurePosixPath(file.name).parent) for file in self.images()}
 
     @cached_property
     def _by_last(self) -> dict[str, list[str]]:

@@ -70,9 +70,10 @@ def rows_of(
 ) -> Rows:
     """Return a row for each image that a table names, with all captions it has there, and one for each fault.
 
-    changed: by reading the table. others: the images of its records of other splits than `split`, which it chose by a
-    field; without one, images of other splits by their folders are not taken. Raises UserError if none of the images
-    exist.
+    An image is missing, too, if the only one of its name is in another folder than its row says, and has a row of its
+    own. changed: by reading the table. others: the images of its records of other splits than `split`, which it chose
+    by a field; without one, images of other splits by their folders are not taken. Raises UserError if none of the
+    images exist.
     """
     below = str(PurePosixPath(table.name).parent)
     images: dict[str, list[str]] = {}
@@ -80,11 +81,16 @@ def rows_of(
     for name in others:
         with suppress(ValueError):
             passed_over.append(listing.find(name, below) or "")
+    found: list[tuple[str, str | None, Sequence[str], str]] = []
     for name, captions, fault in named:
         try:
-            path = None if fault else listing.find(name, below)
+            found.append((name, None if fault else listing.find(name, below), captions, fault))
         except ValueError as error:
-            fault, path = str(error), None
+            found.append((name, None, captions, str(error)))
+    own = {path for name, path, *_ in found if path is not None and listing.is_meant(name, below, path)}
+    for name, path, captions, fault in found:
+        if path in own and not listing.is_meant(name, below, path):
+            path = None
         if fault:
             faults.append(Row(name, fault=fault))
         elif path is not None and path in listing.others and not split:
