@@ -371,6 +371,10 @@ FAULTY_MEMBERS: dict[str, list[tuple[str, bytes | str]]] = {
     "parts of another kind": [("x.0.png", picture(0)), ("x.json", '{"parts": [{"video": 0}]}')],
     "parts with a picture by name": [("x.0.png", picture(0)), ("x.json", '{"parts": [{"image": "x.png"}]}')],
     "a picture without a number": [("x.png", picture(0)), ("x.json", '{"parts": [{"image": 0}]}')],
+    "words and a picture in one part": [("x.0.png", picture(0)), ("x.json", '{"parts": [{"text": "eh", "image": 0}]}')],
+    "one weight for all": [("x.png", picture(0)), ("x.json", '{"captions": ["eh", "bee"], "weights": 2}')],
+    "weights that are words": [("x.png", picture(0)), ("x.json", '{"captions": ["eh"], "weights": ["much"]}')],
+    "weights by name": [("x.png", picture(0)), ("x.json", '{"caption": "eh", "weights": {"eh": 1}}')],
 }
 
 
@@ -730,6 +734,7 @@ FAULTY_LINES: dict[str, object] = {
     "lists of nothing": {"texts": [None], "images": [None]},
     "pictures next to text": {"images": ["a.png"], "text": "eh"},
     "pictures next to a pair": {"image": "a.png", "images": ["a.png"], "text": "eh"},
+    "words and a picture in one part": {"parts": [{"text": "eh", "image": "a.png"}]},
     "a picture of a pair gone": {"image": "gone.png", "text": "eh"},
     "a picture of a pair of another kind": {"image": {"bytes": "x"}, "text": "eh"},
     "a picture without a caption": {"image": "a.png", "text": " "},

@@ -16,7 +16,7 @@ from transfuse.autoencoders import Pixels
 from transfuse.data import DataSet, PairConfig, StoredDialogues
 from transfuse.data.build import build_set, verify_set
 from transfuse.data.prepare import BuildConfig
-from transfuse.data.readers import Columns
+from transfuse.data.readers import Columns, Fault, Raw, open_source
 from transfuse.sequence import SequenceFormat, Text, Tokenizer, layout_document
 from transfuse.sequence.chat import Message, chat_sample
 
@@ -102,6 +102,55 @@ def test_without_a_template_the_texts_follow_each_other(data: DataSet) -> None:
         assert len(layout_document(document, form)) == source.lengths(np.array([index]), np.array([0]), form)[0]
         texts = "".join(tokenizer.decode(part.ids) for part in document.parts if isinstance(part, Text))
         assert texts in ("be brief?a crabdraw anotherhere:", "hello <|im_end|>hello, world")
+
+
+def part(kind: str, text: str | None, name: object) -> dict[str, object]:
+    """A part of a message as tables have it: every field, also those that are null."""
+    return {"type": kind, "text": text, "image_url": name}
+
+
+@pytest.mark.parametrize("shape", ["url", "name"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_fields_of_a_part_may_be_null(tmp_path: Path, kind: str, shape: str) -> None:
+    """A part that is words has a null in place of an image; one that is neither costs its own dialogue only."""
+    (tmp_path / "b.png").write_bytes(picture(3))
+    (tmp_path / "a.txt").write_text("not read")
+    name = {"url": "b.png", "detail": None} if shape == "url" else "b.png"
+    shown = [part("text", "look", None), part("image_url", None, name)]
+    answer = {"role": "assistant", "content": [part("text", "yes", None)]}
+    talks = [
+        [{"role": "user", "content": shown}, {"role": "assistant", "content": [part("text", "a boat", None)]}],
+        [{"role": "user", "content": [part("text", None, None)]}, answer],
+        [{"role": "user", "content": [part("image_url", "both", name)]}, answer],
+        [{"role": "user", "content": [part("text", "hi", None)]}, answer],
+    ]
+    records = [{"messages": talk} for talk in talks]
+    path = tmp_path / f"talks.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, records)))
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(records), path)
+    reader = open_source(str(tmp_path if kind == "parquet" else path), Columns())
+    items = [item for part in reader.parts() for item in reader.read(part)]
+    assert [type(item) for item in items] == [Raw, Fault, Fault, Raw]
+    first, *_, last = (item.parts for item in items if isinstance(item, Raw))
+    assert first == ("look", picture(3), "a boat")
+    assert last == ("hi", "yes")
+
+
+def test_a_part_with_bytes_that_is_wrong_costs_its_own_dialogue_only(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def content(sound: bytes | None) -> list[dict[str, object]]:
+        return [{"text": None if sound else "hi", "audio": sound}]
+
+    talks = [[{"role": who, "content": content(s if who == "user" else None)} for who in ("user", "assistant")]
+             for s in (None, b"\xff\x00", None)]  # fmt: skip
+    parquet.write_table(arrow.Table.from_pylist([{"messages": talk} for talk in talks]), tmp_path / "a.parquet")
+    reader = open_source(str(tmp_path), Columns())
+    items = [item for part in reader.parts() for item in reader.read(part)]
+    assert [(type(item), getattr(item, "lost", 0)) for item in items] == [(Raw, 0), (Fault, 1), (Raw, 0)]
 
 
 def test_an_equal_dialogue_made_by_hand(data: DataSet, model: Path) -> None:

@@ -158,16 +158,21 @@ def parse_json(text: str) -> Any:
 
 
 def interleaved(parts: list[Any], image: Callable[[Any], bytes]) -> tuple[str | bytes, ...]:
-    """Return strings, `{"text": text}` and `{"image": name}` as parts of a document. Raises ValueError."""
+    """Return strings, `{"text": text}` and `{"image": name}` as parts of a document; other fields may be null.
+
+    Raises ValueError for a part that is neither, or both.
+    """
     converted: list[str | bytes] = []
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
+        text, shown = (part.get("text"), part.get("image")) if isinstance(part, dict) else (part, None)
+        if shown == "" or (isinstance(shown, dict) and not any(shown.values())):
+            shown = None
+        if shown is not None and text in (None, ""):
+            converted.append(image(shown))
+        elif shown is None and isinstance(text, str):
             converted.append(text.strip())
-        elif isinstance(part, dict) and "image" in part and text is None:
-            converted.append(image(part["image"]))
         else:
-            raise ValueError(f"expected parts that are words or pictures, found {json.dumps(part):.60}")
+            raise ValueError(f"expected parts that are words or pictures, found {json.dumps(part, default=str):.60}")
     if not converted:
         raise ValueError("expected parts, found none")
     return tuple(converted)
@@ -186,16 +191,22 @@ def dialogue(key: str, messages: Any, image: Callable[[Any], bytes]) -> Raw:
         if role is None or role in roles[-1:]:
             known = ", ".join(dict.fromkeys(ROLES.values()))
             raise ValueError(f"expected messages of {known} in turns, found {json.dumps(message, default=str):.60}")
-        listed = [
-            {"image": part["image_url"]["url"]} if isinstance(part, dict) and "image_url" in part else part
-            for part in (content if isinstance(content, list) else [content])
-        ]
-        spoken = interleaved(listed, image)
+        spoken = interleaved([_named(part) for part in (content if isinstance(content, list) else [content])], image)
         parts += spoken
         roles += [role] * len(spoken)
     if "assistant" not in roles:
         raise ValueError("expected a turn of the assistant, found none")
     return Raw(key, tuple(parts), roles=tuple(roles))
+
+
+def _named(part: Any) -> Any:
+    """Return a part of a message with what its "image_url" names as its "image", if it names anything.
+
+    Tables give every part all fields: the image of a text is null.
+    """
+    name = part.get("image_url") if isinstance(part, dict) else None
+    name = name.get("url", name) if isinstance(name, dict) else name
+    return {**part, "image": name} if name else part
 
 
 def conversation(turns: list[Any], named: Any) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ A tar is read by its headers alone, and a part at a time, so memory does not gro
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -125,8 +126,10 @@ class TarReader(FileReader):
         field = next((field for field in fields if record.get(field)), None)
         if field is None:
             return [], (), set()
-        listed, weights = captions_in(record[field], field), tuple(record.get("weights") or ())
-        return listed if weights else list(dict.fromkeys(listed)), weights, {"json"}
+        listed, weights = captions_in(record[field], field), record.get("weights") or []
+        if not isinstance(weights, list) or not all(isinstance(weight, int | float) for weight in weights):
+            raise ValueError(f"expected weights that are a list of numbers, found {json.dumps(weights):.60}")
+        return listed if weights else list(dict.fromkeys(listed)), tuple(weights), {"json"}
 
 
 def _is_image(suffix: str) -> bool:
