@@ -518,6 +518,31 @@ def test_text_of_save_to_disk(tmp_path: Path) -> None:
     assert read(tmp_path) == [(f"{part} {n}",) for part in range(2) for n in range(3)]
 
 
+def test_tables_of_save_to_disk_are_those_that_it_lists(tmp_path: Path) -> None:
+    """A cache that `datasets.map` left in the folder is no data; a table that is gone is noticed."""
+    arrow = pytest.importorskip("pyarrow")
+    names = [f"data-0000{n}-of-00002.arrow" for n in range(2)]
+    for folder in ("train", "test"):
+        state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "f", "_split": folder}
+        write(tmp_path / folder, {"state.json": json.dumps(state), "trainer_state.json": "{}"})
+        for name in (*names, "cache-0a1b2c.arrow"):
+            table = arrow.table({"text": [f"{folder} {name[:10]}"]})
+            with arrow.ipc.new_stream(str(tmp_path / folder / name), table.schema) as out:
+                out.write_table(table)
+    assert read(tmp_path) == [("train data-00000",), ("train data-00001",)]
+    assert read(tmp_path / "test") == [("test data-00000",), ("test data-00001",)]
+    reader = open_source(str(tmp_path / "test"), Columns())
+    assert reader.listing is not None
+    left_out = reader.listing.left_out({*reader.contents(), *reader.names})
+    assert left_out["cache-0a1b2c.arrow"] == "not read by this reader (.arrow)"
+    (tmp_path / "train" / names[1]).unlink()
+    with pytest.raises(
+        UserError, match=r"state\.json: expected the tables it lists, found no data-00001-of-00002\.arrow"
+    ):
+        read(tmp_path)
+    assert len(read(tmp_path, source_split="test")) == 2
+
+
 def test_text_alone_may_be_asked_for(tmp_path: Path) -> None:
     write(tmp_path, {"captions.txt": "image,caption\n1.jpg,a cat\n"})
     assert read(tmp_path, reader="text") == [("image,caption\n1.jpg,a cat",)]

@@ -209,6 +209,26 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
 
 
 def claim_arrow(listing: Listing, columns: Columns) -> list[File]:
-    """Claim the tables next to a state.json that lists them."""
-    folders = {str(PurePosixPath(file.name).parent) for file in listing.files if file.name.endswith("state.json")}
-    return [file for file in listing.ending(".arrow") if str(PurePosixPath(file.name).parent) in folders]
+    """Claim the tables that a state.json next to them lists, or all where it lists none: others are caches of `map`.
+
+    Raises UserError for a table that is listed and not there.
+    """
+    claimed: list[File] = []
+    for state in listing.ending("state.json"):
+        folder = PurePosixPath(state.name).parent
+        if PurePosixPath(state.name).name != "state.json":
+            continue
+        tables = [file for file in listing.ending(".arrow") if PurePosixPath(file.name).parent == folder]
+        names = _data_files(Path(state.place))
+        there = {PurePosixPath(file.name).name for file in tables}
+        if missing := [name for name in names if name not in there]:
+            raise UserError(f"{state.place}: expected the tables it lists, found no {', '.join(missing[:3])}")
+        claimed += [file for file in tables if not names or PurePosixPath(file.name).name in names]
+    return claimed
+
+
+def _data_files(state: Path) -> list[str]:
+    """Return the names of tables that a state.json lists; none for one that lists none, or is of something else."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return [str(entry["filename"]) for entry in json.loads(state.read_bytes())["_data_files"]]
+    return []
