@@ -153,6 +153,21 @@ def test_a_part_with_bytes_that_is_wrong_costs_its_own_dialogue_only(tmp_path: P
     assert [(type(item), getattr(item, "lost", 0)) for item in items] == [(Raw, 0), (Fault, 1), (Raw, 0)]
 
 
+@pytest.mark.parametrize("first", ['{"messages": [{"role": "us', '"a comment"', '{"version": 2}', '{"messages": 2}'])
+def test_a_damaged_first_line_costs_no_other(tmp_path: Path, first: str) -> None:
+    """The first line that is a document tells whether all are dialogues."""
+    path = tmp_path / "talks.jsonl"
+    for records, parts in (
+        ([{"messages": TALKS[1]}] * 3, ("hello <|im_end|>", "hello, world")),
+        ([{"text": "no dialogue"}] * 3, ("no dialogue",)),
+    ):
+        path.write_text("\n".join([first, *map(json.dumps, records)]))
+        reader = open_source(str(path), Columns())
+        items = [item for part in reader.parts() for item in reader.read(part)]
+        assert [item.key for item in items if isinstance(item, Fault)] == ["talks.jsonl:1"]
+        assert [item.parts for item in items if isinstance(item, Raw)] == [parts] * 3
+
+
 def test_an_equal_dialogue_made_by_hand(data: DataSet, model: Path) -> None:
     tokenizer = Tokenizer.of_model(model)
     source = StoredDialogues(data, tokenizer, Pixels(), PairConfig(), seed=0)

@@ -148,9 +148,11 @@ class JsonReader(FileReader):
             chosen = choose_split(listing, place, self._every_record(), columns.source_split)
             self.by_field, self.source_split = chosen is not None, chosen or listing.split
         text = columns.reader == "text"
-        self.dialogues = not text and is_dialogue(first[0])
-        self.text_only = text or not (self.dialogues or any(has_images(record, columns) for record in first))
         records = [record for record in first if isinstance(record, dict)]
+        fields = {*LISTS, *([columns.caption_column] if columns.caption_column else CAPTION_COLUMNS)} - {*DIALOGUES}
+        sound = (record for record in records if is_dialogue(record) or any(record.get(field) for field in fields))
+        self.dialogues = not text and is_dialogue(next(sound, None))
+        self.text_only = text or not (self.dialogues or any(has_images(record, columns) for record in first))
         names = list(self._image_names(first))
         if self.text_only:
             check_text(place, records, columns)
@@ -245,7 +247,7 @@ class JsonReader(FileReader):
                 if isinstance(record, ValueError):
                     raise record
                 if self.columns.reader != "text" and isinstance(record, dict) and is_dialogue(record) != self.dialogues:
-                    raise ValueError("no turns" if self.dialogues else "a dialogue, where the first line has none")
+                    raise ValueError("no turns" if self.dialogues else "a dialogue, where the first document is none")
                 raw = document(key, record, self.columns, image)
                 if self.text_only and not all(isinstance(part, str) for part in raw.parts):
                     raise ValueError("pictures, where the first lines have none")
