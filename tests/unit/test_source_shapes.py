@@ -576,11 +576,14 @@ def test_a_stray_file_does_not_choose_the_reader(tmp_path: Path) -> None:
     images(tmp_path)
     write(tmp_path, {f"{n}.txt": CAPTIONS[n][0] for n in range(3)})
     write(tmp_path, {"log.jsonl": lines({"step": 1, "loss": 0.5}), "scores.csv": "run,score\na,1\n"})
+    write(tmp_path, {"boxes.json": json.dumps([{"id": n, "category_id": 3, "area": 0.5} for n in range(4)])})
     assert read(tmp_path) == [(png(n), CAPTIONS[n][0]) for n in range(3)]
     reader = open_source(str(tmp_path), Columns())
     assert reader.listing is not None
     left_out = reader.listing.left_out({*reader.contents(), *reader.names})
-    assert list(left_out) == ["log.jsonl", "scores.csv"]
+    assert list(left_out) == ["boxes.json", "log.jsonl", "scores.csv"]
+    write(tmp_path, {"more.json": json.dumps([{"parts": [{"text": "a list of documents"}]}])})
+    assert read(tmp_path) == [("a list of documents",)]
 
 
 def test_an_image_that_two_files_may_be(tmp_path: Path) -> None:

@@ -293,12 +293,15 @@ def _items(place: str, encoding: str) -> tuple[list[Any], list[str]]:
 
 
 def claim_json(listing: Listing, columns: Columns) -> list[File]:
-    """Claim .jsonl files, and .json files of lists, whose first record has a field of a document."""
+    """Claim .jsonl files, and .json files of lists; of a folder, only those with the name of a document's field."""
     fields = {*LISTS, *CAPTION_COLUMNS, *IMAGE_COLUMNS, columns.caption_column, columns.image_column}
+    marks = tuple(f'"{field}"'.encode() for field in fields if field)
+
+    def is_marked(data: bytes) -> bool:
+        return not listing.whole or any(mark in data for mark in marks)
+
     lines = listing.ending(".jsonl", ".jsonl.gz", ".ndjson")
-    if listing.whole:
-        marks = tuple(f'"{field}"'.encode() for field in fields if field)
-        lines = [f for f in lines if f.name.endswith(".gz") or f.size == 0 or any(mark in sniff(f) for mark in marks)]
+    lines = [file for file in lines if file.name.endswith(".gz") or file.size == 0 or is_marked(sniff(file))]
     images = {file.name.rpartition(".")[0] for file in listing.images()}
     lists = [file for file in listing.ending(".json") if file.name.rpartition(".")[0] not in images]
-    return [*lines, *(file for file in lists if re.match(rb"\s*\[\s*\{", sniff(file)))]
+    return [*lines, *(file for file in lists if re.match(rb"\s*\[\s*\{", data := sniff(file)) and is_marked(data))]
