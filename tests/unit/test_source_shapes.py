@@ -668,6 +668,50 @@ def test_tables_in_folders_of_images_name_those(tmp_path: Path) -> None:
     assert told(tmp_path / "apart") == ([(png(3), "eh"), (png(4), "bee")], {})
 
 
+def test_a_row_without_a_caption_is_a_fault_whatever_others_its_image_has(tmp_path: Path) -> None:
+    """As in a list in which a mark is missing: the image is kept with its other captions, and counted as lost once."""
+    images(tmp_path / "a")
+    rows = ["0.png| 0| one", "0.png| 1 two", "0.png| 2| three", "1.png| 0 four", "1.png| 1 five", "2.png| 0| six"]
+    write(tmp_path / "a", {"list.csv": "\n".join(["image_name| comment_number| comment", *rows])})
+    documents, faults = told(tmp_path / "a")
+    assert documents == [(png(0), "one", "three"), (png(2), "six")]
+    assert faults == dict.fromkeys(["0.png", "1.png"], "expected a caption, found none")
+
+
+@pytest.mark.parametrize("place", ["deep/folder", "lists"])
+def test_a_faulty_row_is_counted_once(tmp_path: Path, place: str) -> None:
+    """Also where its image is in another folder than the table, or the table calls it otherwise."""
+    images(tmp_path, f"{place}/{{}}.png")
+    records = [
+        {"file_name": "0", "text": "eh"},
+        {"file_name": f"/home/me/{place}/1.png", "text": ["bee", 3]},
+        {"file_name": "2.png", "text": 5},
+        {"file_name": "2.png", "text": ""},
+    ]
+    write(tmp_path, {"lists/metadata.jsonl": lines(*records)})
+    documents, faults = told(tmp_path)
+    assert documents == [(png(0), "eh")]
+    assert list(faults) == [f"{place}/1.png", f"{place}/2.png"]
+    assert all(reason.startswith("expected words in text, found") for reason in faults.values())
+
+
+def test_a_faulty_row_of_an_image_of_another_split_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, {"train/0.png": png(0), "test/1.png": png(1), "test/2.png": png(2)})
+    write(tmp_path, {"list.csv": "file_name,text\ntrain/0.png,eh\ntest/1.png,\n2.png,sea\n"})
+    assert told(tmp_path) == ([(png(0), "eh")], {})
+
+
+def test_captions_of_coco_may_be_in_several_files(tmp_path: Path) -> None:
+    """Each lists all images: one without captions in a file is no fault."""
+    images(tmp_path)
+    listed = [{"id": n, "file_name": f"{n}.png"} for n in range(3)]
+    for name, numbers in (("one", (0, 1)), ("two", (1, 2))):
+        written = [{"image_id": n, "caption": f"{name} {n}"} for n in numbers]
+        write(tmp_path, {f"captions_{name}.json": json.dumps({"images": listed, "annotations": written})})
+    expected = [(png(0), "one 0"), (png(1), "one 1", "two 1"), (png(2), "two 2")]
+    assert told(tmp_path) == (expected, {})
+
+
 def test_the_readers_names_are_the_options(tmp_path: Path) -> None:
     names = [form.name for form in FORMATS]
     assert len(set(names)) == len(names)

@@ -68,7 +68,7 @@ def rows_of(
     others: Iterable[str] = (),
     split: str = "",
 ) -> Rows:
-    """Return a row for each image that a table names, with all captions it has there, and one for each fault.
+    """Return a row for each image that a table names, with all captions it has there, and one if it has faults.
 
     An image is missing, too, if the only one of its name is in another folder than its row says, and has a row of its
     own. changed: by reading the table. others: the images of its records of other splits than `split`, which it chose
@@ -77,26 +77,27 @@ def rows_of(
     """
     below = str(PurePosixPath(table.name).parent)
     images: dict[str, list[str]] = {}
-    faults, missing, passed_over, taken = list[Row](), list[str](), list[str](), 0
+    faults, missing, passed_over, taken = dict[str, Row](), list[str](), list[str](), 0
     for name in others:
         with suppress(ValueError):
             passed_over.append(listing.find(name, below) or "")
     found: list[tuple[str, str | None, Sequence[str], str]] = []
     for name, captions, fault in named:
         try:
-            found.append((name, None if fault else listing.find(name, below), captions, fault))
+            found.append((name, listing.find(name, below), captions, fault))
         except ValueError as error:
-            found.append((name, None, captions, str(error)))
+            found.append((name, None, captions, fault or str(error)))
     own = {path for name, path, *_ in found if path is not None and listing.is_meant(name, below, path)}
     for name, path, captions, fault in found:
         if path in own and not listing.is_meant(name, below, path):
             path = None
-        if fault:
-            faults.append(Row(name, fault=fault))
-        elif path is not None and path in listing.others and not split:
+        if path is not None and path in listing.others and not split:
             passed_over.append(path)
+            continue
+        taken += not fault or path is not None
+        if fault:
+            faults.setdefault(path or name, Row(path or name, fault=fault))
         else:
-            taken += 1
             missing += [name] if path is None else []
             images.setdefault(path or f"{below}/{name}".removeprefix("./"), []).extend(captions)
     if missing and len(missing) == taken:
@@ -106,8 +107,8 @@ def rows_of(
         if re.match(r"https?://", missing[0]):
             raise UserError(f"{first}: these are URLs; {DOWNLOAD}")
         raise UserError(f"{first}; put them next to it, or take its words alone with --reader text")
-    rows = [*(Row(name, tuple(captions), changed=tuple(changed)) for name, captions in images.items()), *faults]
-    return Rows(rows, passed_over, split)
+    rows = [Row(name, tuple(captions), changed=tuple(changed)) for name, captions in images.items()]
+    return Rows([*rows, *faults.values()], passed_over, split)
 
 
 def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str, Any]]:
@@ -184,6 +185,7 @@ def table_rows(listing: Listing, table: File, columns: Columns) -> Rows:
             captions = [words for text in texts for words in captions_in(record.get(text), text)]
         except ValueError as error:
             fault = fault or str(error)
+        fault = fault or ("" if captions else "expected a caption, found none")
         named.append((re.sub(r"#\d+$", "", name), captions, fault))
     return rows_of(listing, table, named, changed, (str(record.get(image)) for record in others), split)
 
