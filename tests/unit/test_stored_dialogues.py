@@ -93,6 +93,32 @@ def test_the_runs_template_makes_the_documents(data: DataSet, model: Path, clean
     assert set(seen) == {"a crab<|im_end|>here:<|boi|><|im_end|>", "hello, world<|im_end|>"}
 
 
+@pytest.mark.parametrize("count", [20, 300])
+def test_the_mean_length_counts_the_template(tmp_path: Path, model: Path, count: int) -> None:
+    """So that shares of positions are right: exactly for few dialogues, and nearly for many of very unequal length."""
+    (tmp_path / "a.png").write_bytes(picture(0))
+    draws = np.random.default_rng(2)
+    talks = []
+    for number in range(count):
+        turns = [
+            f"{number} {turn} " + "go on " * min(60, int(draws.pareto(1.2))) for turn in range(2 * (1 + number % 4))
+        ]
+        talk: list[dict[str, object]] = [
+            {"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(turns)
+        ]
+        if number % 3 == 0:
+            talk[0]["content"] = [{"text": turns[0]}, {"image": "a.png"}]
+        talks.append({"messages": talk})
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    config = BuildConfig(size=8, heldout=0.0, tokenizer=str(model))
+    build_set(str(tmp_path / "talks.jsonl"), tmp_path / "set", config, workers=0)
+    tokenizer = Tokenizer.of_model(model)
+    form = tokenizer.sequence_format(2)
+    source = StoredDialogues(DataSet(str(tmp_path / "set")), tokenizer, Pixels(), PairConfig(caption_drop=0.5), seed=1)
+    lengths = [len(layout_document(source.document(index, index), form)) for index in range(source.epoch)]
+    assert source.mean_length(form) == pytest.approx(np.mean(lengths), rel=1e-9 if count <= 64 else 0.02)
+
+
 def test_without_a_template_the_texts_follow_each_other(data: DataSet) -> None:
     tokenizer = data.tokenizer()
     form = SequenceFormat(tokenizer.bos, tokenizer.eos, tokenizer.boi, tokenizer.eoi, 2)

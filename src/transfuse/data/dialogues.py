@@ -18,7 +18,7 @@ from .scenes import SceneSource
 from .sources import StoredImages
 
 MEASURED = 64
-"""dialogues whose length stands for all"""
+"""dialogues of a data set that tell what the template adds to all"""
 
 
 class SceneDialogues(SceneSource):
@@ -94,6 +94,12 @@ class StoredDialogues(StoredImages):
             with suppress(CorruptSampleError):  # which `document` reports
                 lengths[row] = len(layout_document(self._written(self.data.read(number), blanks, 0), form))
         return lengths
+
+    def mean_length(self, form: SequenceFormat) -> float:
+        """Return the mean positions over a pass: by the index, with what the template adds to the first `MEASURED`."""
+        first = np.arange(min(MEASURED, self.epoch))
+        added = self.lengths(first, first, form) - self._expected_lengths(self.numbers(first), form)
+        return super().mean_length(form) + float(added.mean())
 
     def _written(self, stored: StoredDocument, images: Iterator[Image], sample: int) -> Document:
         spoken = (part if isinstance(part, str) else next(images) for part in stored.parts)
