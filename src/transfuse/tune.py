@@ -198,9 +198,11 @@ def _recipe(
     images, texts = _rehearsed(before, export, data) if replay else ([], [])
     steps = steps or steps_for(data.size("train"))
     every = max(1, steps // MEASURES)
+    # A share of text comes first, and the rest is divided by weights: 1 - replay, and what of it is of images.
+    of_text = replay * (base.data.text_share if images else 1.0) if texts else 0.0
     whole = sum(spec.weight for spec in images)
     sources = [f"{data.path},weight={1 - replay if images else 1:g}"]
-    sources += [f"{spec.name},weight={replay * spec.weight / whole:g}" for spec in images]
+    sources += [f"{spec.name},weight={(replay - of_text) * spec.weight / whole:g}" for spec in images]
     sources += [f"{spec.name},weight={spec.weight:g}" for spec in texts]
     own = {name: getattr(base.data, name) for name in ("world", "pairs", "edits", "context", "share_of")}
     measured: dict[str, Any] = {
@@ -216,9 +218,7 @@ def _recipe(
         start=model,
         lora=LoRAConfig(lora),
         objective=base.objective,
-        data=DataConfig(
-            tuple(sources), text_share=base.data.text_share * replay if texts else 0.0, batch_size=batch_size, **own
-        ),
+        data=DataConfig(tuple(sources), text_share=of_text, batch_size=batch_size, **own),
         optimizer=OptimizerConfig(rate, rate / 30, warmup=steps // 20, weight_decay=0.05),
         loop=LoopConfig(
             steps, 1 - 1 / max(10, every), sample_every=0, checkpoint_every=every, keep=1, **measured if held else {}
