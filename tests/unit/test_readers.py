@@ -573,6 +573,28 @@ def test_parquet_of_text_alone(tmp_path: Path) -> None:
     assert documents(read(path)) == [("one",), ("two\n\nlines ",)]
 
 
+def test_parquet_of_text_in_lists_in_columns_and_of_classes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Text alone, too, is what the columns say, and not how Python writes it; one string stays as it is."""
+    path = parquet(tmp_path / "lists.parquet", {"captions": [["One. ", "Two."], ["Three."]]})
+    assert documents(read(path)) == [("One.", "Two."), ("Three.",)]
+    ids = [outcome.parts[0] for outcome in outcomes(path, tokenizer) if not isinstance(outcome, Dropped)]
+    words = [tokenizer.decode(np.frombuffer(part, "<u2").tolist()) for part in ids if isinstance(part, bytes)]
+    assert words == ["One.\nTwo.", "Three."]
+    path = parquet(tmp_path / "columns.parquet", {"caption_0": ["a", "c"], "caption_1": ["b", None]})
+    assert documents(read(path)) == [("a", "b"), ("c",)]
+    code = ['["a" + b, "c"]', ' ["a", "b"]\n', '["a", "b"]']
+    path = parquet(tmp_path / "code.parquet", {"text": [*code, None, " \n"]})
+    items = read(path)
+    assert [item.parts for item in items if isinstance(item, Raw)] == [(text,) for text in code]
+    assert list(faults(items)) == ["code.parquet/0/3", "code.parquet/0/4"]
+    arrow, module = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    features = {"kind": {"names": ["tree_frog", "newt"], "_type": "ClassLabel"}}
+    table = arrow.table({"kind": [1, 0]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    module.write_table(table, tmp_path / "kinds.parquet")
+    assert documents(read(tmp_path / "kinds.parquet")) == [("newt",), ("tree frog",)]
+
+
 def test_parquet_of_text_with_a_column_of_paths(tmp_path: Path) -> None:
     """Sets of source code have such a column: no bytes, no images."""
     path = parquet(tmp_path / "a.parquet", {"text": ["one"], "path": ["src/one.py"]})

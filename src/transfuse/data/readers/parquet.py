@@ -112,6 +112,9 @@ class ParquetReader(FileReader):
     def _document(self, key: str, row: dict[str, Any], image: Image) -> Raw:
         if self.several:
             return document(key, row, self.columns, image)
+        text = row[self.captions[0]]
+        if self.text_only and len(self.captions) == 1 and isinstance(text, str) and text.strip():
+            return Raw(key, (text,))  # byte for byte
         captions = []
         for name in self.captions:
             value = row[name]
@@ -121,7 +124,7 @@ class ParquetReader(FileReader):
         if not captions:
             raise ValueError(f"expected a caption in {', '.join(self.captions)}, found none")
         if self.text_only:
-            return Raw(key, (row[self.captions[0]],))
+            return Raw(key, tuple(captions))
         try:
             return Raw(key, (image(row[self.image]), *dict.fromkeys(captions)), pair=True)
         except (OSError, ValueError) as error:
