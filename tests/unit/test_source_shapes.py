@@ -321,6 +321,12 @@ def test_an_image_called_train_is_of_no_split(tmp_path: Path) -> None:
     write(tmp_path, {f"{name}.png": png(n) for n, name in enumerate(("test", "train"))})
     write(tmp_path, {"test.txt": "a test", "train.txt": "a train"})
     assert read(tmp_path) == [(png(0), "a test"), (png(1), "a train")]
+    names = ("a_val", "dev", "test")
+    for ending in ("json", "png.txt", "caption"):
+        folder = write(tmp_path / ending, {f"{name}.png": png(n) for n, name in enumerate(names)})
+        for name in names:
+            write(folder, {f"{name}.{ending}": json.dumps({"caption": name}) if ending == "json" else name})
+        assert read(folder) == [(png(n), name) for n, name in enumerate(names)], ending
     write(tmp_path / "words", {"test.txt": "a test", "train.txt": "a train"})
     assert read(tmp_path / "words") == [("a train",)]
     with pytest.raises(UserError, match="expected a split"):

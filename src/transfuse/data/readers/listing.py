@@ -69,8 +69,8 @@ class Listing:
         Folders are named as a split (train/, val2017/), tables and archives have it in their names (test-00000.tar).
         Files of no split are kept. Raises UserError for a split that does not exist, or if none is called train.
         """
-        stems = {file.name.rpartition(".")[0] for file in self.images()}
-        splits = {file.name: split_of(file.name, stems) for file in self.files}
+        images = {name for file in self.images() for name in (file.name, file.name.rpartition(".")[0])}
+        splits = {file.name: split_of(file.name, images) for file in self.files}
         known = sorted({split for split in splits.values() if split})
         if wanted == "all" or (not wanted and len(known) < 2):
             return self
@@ -206,13 +206,14 @@ def _why_unused(file: File) -> str:
 def split_of(name: str, images: Collection[str] = ()) -> str | None:
     """Return "train", "validation" or "test" if a folder or file name says so, None otherwise.
 
-    images: names of images without their endings; an image's own name, and that of its caption, say nothing.
+    images: names of images, with and without endings; an image's own name, and that of its caption, say nothing.
     """
+    of_image = name.rpartition(".")[0] in images
     *folders, last = name.lower().split("/")
     words = [re.sub(r"\d+$", "", folder) for folder in folders]
-    if last.endswith(CONTAINERS):
+    if last.endswith(CONTAINERS) and not (of_image and last.endswith(".json")):
         words += re.findall(r"[a-z]+", last.rpartition(".")[0])
-    elif name.rpartition(".")[0] not in images:
+    elif not of_image:
         words.append(last.partition(".")[0])
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), None)
 
