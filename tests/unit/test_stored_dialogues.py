@@ -13,7 +13,7 @@ import pytest
 from language_models import write_tokenizer
 
 from transfuse.autoencoders import Pixels
-from transfuse.data import DataSet, PairConfig, StoredDialogues
+from transfuse.data import CorruptSampleError, DataSet, PairConfig, StoredDialogues, has_dialogues
 from transfuse.data.build import build_set, verify_set
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns, Fault, Raw, open_source
@@ -117,6 +117,21 @@ def test_the_mean_length_counts_the_template(tmp_path: Path, model: Path, count:
     source = StoredDialogues(DataSet(str(tmp_path / "set")), tokenizer, Pixels(), PairConfig(caption_drop=0.5), seed=1)
     lengths = [len(layout_document(source.document(index, index), form)) for index in range(source.epoch)]
     assert source.mean_length(form) == pytest.approx(np.mean(lengths), rel=1e-9 if count <= 64 else 0.02)
+
+
+def test_damaged_documents_do_not_hide_that_others_are_dialogues(data: DataSet) -> None:
+    assert has_dialogues(data)
+    shard = Path(data.path) / data.manifest.shards[0].file
+    content = bytearray(shard.read_bytes())
+    begin, size = (int(data.documents[0][name]) for name in ("offset", "bytes"))
+    content[begin : begin + size] = bytes(size)
+    shard.write_bytes(content)
+    damaged = DataSet(data.path)
+    with pytest.raises(CorruptSampleError):
+        damaged.read(0)
+    assert has_dialogues(damaged)
+    shard.write_bytes(bytes(len(content)))
+    assert not has_dialogues(DataSet(data.path)), "nothing is left that tells"
 
 
 def test_without_a_template_the_texts_follow_each_other(data: DataSet) -> None:

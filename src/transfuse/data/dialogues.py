@@ -109,9 +109,10 @@ class StoredDialogues(StoredImages):
 
 
 def has_dialogues(data: DataSet) -> bool:
-    """Return True for a data set of dialogues: all of its documents are, or none is."""
-    with suppress(CorruptSampleError):
-        return data.manifest.kind == "pictures" and bool(data.read(0).roles)
+    """Return True for a data set of dialogues: all of its documents are, or none is, so the first sound one tells."""
+    for number in range(len(data) if data.manifest.kind == "pictures" else 0):
+        with suppress(CorruptSampleError):
+            return bool(data.read(number).roles)
     return False
 
 
