@@ -652,7 +652,7 @@ def test_folders_that_have_moved_as_a_whole_are_found(tmp_path: Path) -> None:
         assert list(faults) == (["thumbs/small.png"] if case in (0, 2) else [])
 
 
-def test_a_row_beside_the_images_own_row_is_of_a_missing_image(tmp_path: Path) -> None:
+def test_a_row_of_another_folder_than_the_images_own_row_is_of_a_missing_image(tmp_path: Path) -> None:
     """There is one folder of images only, so the names of folders alone do not tell."""
     images(tmp_path, "birds/{}.png")
     rows = ["fish/1.png,a carp", "birds/1.png,a wren", "birds/1.png,a small wren", "fish/2.png,found elsewhere"]

@@ -81,14 +81,14 @@ def rows_of(
     for name in others:
         with suppress(ValueError):
             passed_over.append(listing.find(name, below) or "")
-    found: list[tuple[str, str | None, Sequence[str], str]] = []
+    rows_at: list[tuple[str, str | None, Sequence[str], str]] = []
     for name, captions, fault in named:
         try:
-            found.append((name, listing.find(name, below), captions, fault))
+            rows_at.append((name, listing.find(name, below), captions, fault))
         except ValueError as error:
-            found.append((name, None, captions, fault or str(error)))
-    own = {path for name, path, *_ in found if path is not None and listing.is_meant(name, below, path)}
-    for name, path, captions, fault in found:
+            rows_at.append((name, None, captions, fault or str(error)))
+    own = {path for name, path, *_ in rows_at if path is not None and listing.is_meant(name, below, path)}
+    for name, path, captions, fault in rows_at:
         if path in own and not listing.is_meant(name, below, path):
             path = None
         if path is not None and path in listing.others and not split:
