@@ -44,7 +44,7 @@ def resolve_init(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
     ]
     if changed:
         logger.info(f"{', '.join(changed)}, to start from {folder}")
-    return replace(recipe, start=str(folder), **parts)  # type: ignore[arg-type]
+    return replace(recipe, start=str(folder), **parts)
 
 
 def decided_by(export: Described, recipe: Recipe) -> dict[str, Any]:
