@@ -69,8 +69,8 @@ def _says_right(turn: Turn, words: str) -> bool:
         # The things of an image may be listed in any order.
         orders = permutations(re.split(", | and ", turn.answer.lower()))
         answers = [re.sub(r"[^a-z ]", "", listed(list(order))).split() for order in orders]
-        said = (plain[at : at + len(answer)] == answer for answer in answers for at in range(len(plain)))
-        return any(said) and len(plain) < 12
+        matches = (plain[at : at + len(answer)] == answer for answer in answers for at in range(len(plain)))
+        return any(matches) and len(plain) < 12
     if turn.kind == "unknown":
         return bool(CANNOT.search(words))
     if turn.kind == "ability":
@@ -88,15 +88,15 @@ def replay(context: EvalContext, dialogues: Sequence[Sequence[Turn]], world: Wor
     replies: list[list[Reply]] = [[] for _ in dialogues]
     for step in range(max(map(len, dialogues))):
         going = [number for number, turns in enumerate(dialogues) if step < len(turns)]
-        asked, requests = [], []
+        messages, requests = [], []
         for number in going:
             turn = dialogues[number][step]
             shown = [] if turn.shown is None else [world.render(turn.shown)]
-            asked.append(pipe.message("user", [*shown, turn.request]))
+            messages.append(pipe.message("user", [*shown, turn.request]))
             request = pipe.request([], drawing.steps, drawing.guidance_scale, drawing.sampler)
-            document, _ = fitting(pipe, [], heard[number], asked[-1])
+            document, _ = fitting(pipe, [], heard[number], messages[-1])
             requests.append(replace(request, document=document, seed=drawing.seed + 1000 * number + step))
-        for number, message, reply in zip(going, asked, pipe.replies(requests), strict=True):
+        for number, message, reply in zip(going, messages, pipe.replies(requests), strict=True):
             heard[number].append((message, pipe.message("assistant", reply.parts)))
             replies[number].append(reply)
     return replies

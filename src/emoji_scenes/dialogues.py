@@ -4,7 +4,7 @@
     turns[0].request, turns[0].reply, turns[0].scene
 
 A dialogue is a function of the world and its number. Every answer is exact, and every drawing is the scene that the
-turn leaves. In one dialogue of four the person shows an image, and asks about it or has it changed. One wording in
+turn leaves. In one dialogue of four the person shows an image, and asks about it or asks for a change. One wording in
 `HELD_OUT_EVERY` of each kind of request, questions apart, comes up in the held-out split alone: understanding is
 measured on words that training never used.
 """
@@ -125,28 +125,28 @@ def dialogue(world: World, index: int, turns: tuple[int, int] = TURNS) -> list[T
     else:
         first = replace(_change(scene, world, next(numbers), draws), shown=scene)
         scene, images = first.scene or scene, images + 1
-    said = [*opening[: most - 2], first]
-    wanted = draws.between(max(fewest, len(said) + 1), most)
-    while len(said) < wanted:
+    spoken = [*opening[: most - 2], first]
+    wanted = draws.between(max(fewest, len(spoken) + 1), most)
+    while len(spoken) < wanted:
         roll = draws.below(100)
         if roll < 45 or (roll < 83 and images == MOST_IMAGES):
-            said.append(_question(scene, draws, split))
+            spoken.append(_question(scene, draws, split))
         elif roll < 70:
-            said.append(_change(scene, world, next(numbers), draws))
-            scene, images = said[-1].scene or scene, images + 1
+            spoken.append(_change(scene, world, next(numbers), draws))
+            scene, images = spoken[-1].scene or scene, images + 1
         elif roll < 83:
             scene, images = world.scene(next(numbers)), images + 1
-            said.append(_draw(scene, draws, split))
+            spoken.append(_draw(scene, draws, split))
         elif roll < 88:
-            said.append(_unknown(world, draws))
+            spoken.append(_unknown(world, draws))
         elif roll < 91:
-            said.append(_ability(world, draws))
+            spoken.append(_ability(world, draws))
         elif roll < 96:
-            said.append(_small_talk("thanks", draws, split))
-        elif len(said) + 1 >= fewest:
-            said.append(_small_talk("farewell", draws, split))
+            spoken.append(_small_talk("thanks", draws, split))
+        elif len(spoken) + 1 >= fewest:
+            spoken.append(_small_talk("farewell", draws, split))
             break
-    return said
+    return spoken
 
 
 def _spoken(text: str, draws: Draws) -> str:

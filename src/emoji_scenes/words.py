@@ -37,7 +37,7 @@ OTHER_WORDS = {
 
 @cache
 def vocabulary(world: World, edits: bool = False, dialogues: bool = False) -> Vocabulary:
-    """Return the words of a world's captions, and of what a model learns beside them.
+    """Return the words of a world's captions, and of what else a model learns.
 
     edits       the words of instructions
     dialogues   the words of conversations, but for the names of things that the world does not have
@@ -46,13 +46,13 @@ def vocabulary(world: World, edits: bool = False, dialogues: bool = False) -> Vo
     captions = [caption(scene, index) for index, scene in enumerate(scenes)]
     instructions = [edit(scene, world, index).instruction for index, scene in enumerate(scenes)] if edits else []
     talks = [turn for index in range(SCENES) for turn in dialogue(world, index)] if dialogues else []
-    said = [text for turn in talks for text in (turn.request, turn.reply) if nouns_in(text) <= {*world.nouns}]
+    spoken = [text for turn in talks for text in (turn.request, turn.reply) if nouns_in(text) <= {*world.nouns}]
     things = [NOUNS[name] for name in world.nouns]
     forms = [form for noun in things for form in (noun.name, noun.plural)[: world.config.max_count]]
     counts = Counter(word for text in captions + instructions + forms for word in WORD.findall(text))
     known = {word.lower() for word in counts}
     # A word that captions have is written as they write it, in conversations, too.
-    counts.update(word for text in said for word in WORD.findall(text) if word.lower() not in known)
+    counts.update(word for text in spoken for word in WORD.findall(text) if word.lower() not in known)
     known = {word.lower() for word in counts}
     near = set().union(*map(shortened, known))
     english = {line.partition(":")[0].lower() for line in glosses("train") + glosses("heldout")}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .pipeline import PromptPart, TransfusionPipeline
 
 ROOM = 64
-"""positions that are left for a reply's words, beside those of an image"""
+"""positions that are left for a reply's words, on top of those of an image"""
 
 Turns = list[tuple[Message, Message]]
 """what the person and the model said"""

@@ -137,7 +137,7 @@ def small_64() -> Recipe:
     things may be anywhere, and convolutions know them in any place (linear layers drew shifted copies one over the
     other). Three pairs in ten show their image first, clean, and are captioned. Which things there are, and how many,
     is decided where noise is strong, so that levels are shifted there. Images that are talked about stand clean in
-    their place, beside the noised copies that are learned. Batches are a GPU's: two CPU cores with AMX take one of 32
+    their place, and their noised copies are learned. Batches are a GPU's: two CPU cores with AMX take one of 32
     documents (--data.batch-size 32) in two and a half seconds.
     """
     base = latent_64()

@@ -119,9 +119,9 @@ async def chat_content(
                 case ImageEnd(pixels=pixels, settings=settings):
                     url = f"data:image/png;base64,{await asyncio.to_thread(to_png, pixels, settings)}"
                     parts.append({"type": "image_url", "image_url": {"url": url}})
-                    said = next((part for part in reversed(stream.job.parts) if isinstance(part, str)), None)
-                    read = stream.readings[-1].text if stream.readings else said
-                    revised = {} if read == said else {"revised_prompt": read}
+                    request = next((part for part in reversed(stream.job.parts) if isinstance(part, str)), None)
+                    read = stream.readings[-1].text if stream.readings else request
+                    revised = {} if read == request else {"revised_prompt": read}
                     delta = {"images": [{**parts[-1], "settings": settings, **revised}]}
                 case ImageProgress(image=image, step=step, total=total, pixels=pixels):
                     more = {"progress": {"image": image, "step": step, "total": total}}
