@@ -51,8 +51,7 @@ class Conversation:
 
     def request(self, parts: Sequence[PromptPart], **settings: Unpack[ReplySettings]) -> Request:
         """Return the request of a turn that begins with `parts`; settings are fields of `Request`."""
-        document, _ = fitting(self.pipe, self.system, self.turns, self.pipe.message("user", parts))
-        return replace(self.pipe.request([]), document=document, reuse=True, **settings)
+        return self._request(self.pipe.message("user", parts), settings)[0]
 
     def say(self, parts: Sequence[PromptPart], **settings: Unpack[ReplySettings]) -> Iterator[Event]:
         """Take a turn, and yield the reply's events. A turn that is left before its end is dropped whole.
@@ -60,8 +59,7 @@ class Conversation:
         Raises UserError, and nothing is added or forgotten, where the turn does not fit.
         """
         turn = self.pipe.message("user", parts)
-        document, kept = fitting(self.pipe, self.system, self.turns, turn)
-        request = replace(self.pipe.request([]), document=document, reuse=True, **settings)
+        request, kept = self._request(turn, settings)
         number = self.engine.submit(request)
         if forgotten := len(self.turns) - len(kept):
             logger.warning(f"conversation: longer than the model reads; its first {forgotten} turns are forgotten")
@@ -84,6 +82,11 @@ class Conversation:
                     yield event
         finally:
             self.engine.cancel(number)
+
+    def _request(self, turn: Message, settings: ReplySettings) -> tuple[Request, Turns]:
+        """Return the request of a turn, and the earlier turns that it remembers."""
+        document, kept = fitting(self.pipe, self.system, self.turns, turn)
+        return replace(self.pipe.request([]), document=document, reuse=True, **settings), kept
 
 
 def fitting(
