@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,6 +42,7 @@ from .recipes import Recipe
 from .recipes.recipe import BUNDLED, OF_THE_WORLD, DataConfig, SourceSpec
 from .report import Block, Card, Cards, Charts, Numbers, Page, Section, Table, plain, write_page
 from .runs import recipe_of
+from .runs.start import decided_by
 from .train import step_seconds, train
 from .training import LoopConfig, OptimizerConfig, read_metrics
 from .training.finetune import LoRAConfig
@@ -213,7 +214,7 @@ def _recipe(
     }
     measured |= {"measure_data": data.path, "patience": PATIENCE}
     rate = RATES["lora" if lora else "whole"]
-    return Recipe(
+    recipe = Recipe(
         preset=base.preset,
         start=model,
         lora=LoRAConfig(lora),
@@ -224,6 +225,7 @@ def _recipe(
             steps, 1 - 1 / max(10, every), sample_every=0, checkpoint_every=every, keep=1, **measured if held else {}
         ),
     )
+    return replace(recipe, **decided_by(export, recipe))
 
 
 # --- before and after -------------------------------------------------------------------------------------------------
