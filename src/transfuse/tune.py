@@ -2,7 +2,7 @@
 
     run/pictures/       the data set, unless one that was built before is given
     run/config.json     checkpoints/ metrics.jsonl best/: a run, as of `transfuse train`
-    run/export/         the weights that were best on the pairs that are held out
+    run/export/         the weights of the last step, or with `patience` the best on the pairs that are held out
     run/report.html     the same captions drawn, and the same images captioned, before and after; report.json
 
 The same command resumes a stopped build or run, and repeats nothing that is done.
@@ -48,7 +48,7 @@ from .training import LoopConfig, OptimizerConfig, read_metrics
 from .training.finetune import LoRAConfig
 
 BEST = f"denoising/{IMAGE_LOSS}"
-MEASURES, PATIENCE = 20, 5  # evaluations in a run; of them without a better image loss, until it ends
+MEASURES = 20  # evaluations in a run
 MEASURED, SHOWN, SHOWN_OTHERS = 64, 12, 6  # pairs that are measured and shown; of those learned, or known before, shown
 RATES = {"whole": 3e-4, "lora": 1e-3}
 FEWEST, MOST = 300, 20_000  # steps
@@ -77,6 +77,7 @@ def tune_model(
     replay: float = 0.3,
     heldout: float = 0.1,
     steps: int | None = None,
+    patience: int = 0,
     batch_size: int = 32,
     columns: Columns | None = None,
 ) -> Tuned:
@@ -85,7 +86,9 @@ def tune_model(
     lora        rank of adapters that are trained in place of all weights; 0: all weights
     replay      share of what is learned that comes from what the model learned from before, where that can be had
     heldout     share of the images that is not learned, to measure by; a data set has its own
-    steps       of training at most; None: by the number of images (`steps_for`)
+    steps       of training; None: by the number of images (`steps_for`)
+    patience    evaluations (20 a run) without a better image loss of the held-out pairs, after which the run ends with
+                the best weights; 0: it learns to the end
     columns     which parts of a source are read, as in `transfuse data build`
 
     Raises UserError for a wrong input, before anything is written, or another run in the folder.
@@ -96,6 +99,7 @@ def tune_model(
         ("heldout", 0 <= heldout < 1, "a share from 0 to below 1", heldout),
         ("lora", lora >= 0, "at least 0", lora),
         ("steps", steps is None or steps > 0, "at least 1", steps),
+        ("patience", patience >= 0, "at least 0", patience),
         ("batch_size", batch_size > 0, "at least 1", batch_size),
         ("model", export.distilled is None, "a model that was not distilled", model),
         ("model", export.model.images == "latents", "a model that denoises", f"{model}, one of {export.model.images}"),
@@ -104,7 +108,7 @@ def tune_model(
             raise UserError(f"{name}: expected {expected}, found {value}")
     data = _open_pictures(str(model), str(pictures), folder / "pictures", export, heldout, columns or Columns())
     held = _pairs_in(data, "heldout")
-    recipe = _recipe(str(model), export, data, held, replay, lora, steps, batch_size)
+    recipe = _recipe(str(model), export, data, held, replay, lora, steps, patience, batch_size)
     loop, kept = recipe.loop, ", ".join(SourceSpec.parse(text).name for text in recipe.data.sources[1:])
     logger.info(f"{data.path}: {data.size('train')} documents to learn from, {held} pairs held out to measure by")
     if kept:
@@ -113,7 +117,7 @@ def tune_model(
         logger.info(f"{model}: what it learned from cannot be had here, so it may forget it")
     if not (folder / "config.json").exists():
         pace = step_seconds(recipe, 8)
-        early = ", fewer if the held-out pairs get no better before" if held else "; nothing is held out to end earlier"
+        early = ", fewer if the held-out pairs get no better before" if loop.patience else ""
         logger.info(
             f"tune: {loop.steps} steps of {batch_size} documents, {pace:.2f} s each here: about "
             f"{loop.steps * pace / 60:.0f} minutes{early}"
@@ -135,8 +139,8 @@ def tune_model(
 
 
 def steps_for(pictures: int) -> int:
-    """Return the most steps for a number of images: 150 times its square root."""
-    return min(MOST, max(FEWEST, round(150 * pictures**0.5 / MEASURES) * MEASURES))
+    """Return the steps for a number of images: 36 times its square root, at least 300."""
+    return min(MOST, max(FEWEST, round(36 * pictures**0.5 / MEASURES) * MEASURES))
 
 
 # --- what it learns from ----------------------------------------------------------------------------------------------
@@ -191,6 +195,7 @@ def _recipe(
     replay: float,
     lora: int,
     steps: int | None,
+    patience: int,
     batch_size: int,
 ) -> Recipe:
     """Return the run: the new images and the replayed sources, each with its share of positions."""
@@ -210,9 +215,9 @@ def _recipe(
         "measure_every": every,
         "measures": ("denoising",),
         "measure_count": min(held, MEASURED),
-        "best": BEST,
+        "measure_data": data.path,
     }
-    measured |= {"measure_data": data.path, "patience": PATIENCE}
+    measured |= {"best": BEST, "patience": patience} if patience else {}
     rate = RATES["lora" if lora else "whole"]
     recipe = Recipe(
         preset=base.preset,
@@ -309,7 +314,7 @@ def _write_report(
     summary: list[Block] = [
         Numbers([
             ("Learned from", str(data.size("train")), f"images or documents; {held} held out"),
-            ("Minutes", f"{minutes:.0f}", f"of training, {facts['steps']} of at most {recipe.loop.steps} steps"),
+            ("Minutes", f"{minutes:.0f}", f"of training, {facts['steps']} of {recipe.loop.steps} steps"),
         ]),
         Table(["", "before", "after"], rows),
     ]  # fmt: skip

@@ -92,6 +92,7 @@ def tune(
     replay: float = 0.3,
     heldout: float = 0.1,
     steps: int | None = None,
+    patience: int = 0,
     batch_size: int = 32,
     columns: Annotated[Columns, Flat] = Columns(),  # noqa: B008
     json: Json = False,
@@ -100,8 +101,8 @@ def tune(
 
     $ transfuse tune small-64 photos/ --run runs/photos
 
-    Builds a data set with the model's tokenizer and image size, mixes it with what the model learned from, trains until
-    held-out images get no better, exports the best weights and writes a page. The same command resumes.
+    Builds a data set with the model's tokenizer and image size, mixes it with what the model learned from, trains,
+    exports the weights and writes a page. The same command resumes.
 
     Args:
         model: an export's folder, or a bundled model's name
@@ -110,11 +111,14 @@ def tune(
         lora: rank of adapters that are trained in place of all weights; 0: all weights
         replay: share that comes from what the model learned from, so that it is not forgotten
         heldout: share of the images that is not learned, to measure by; a data set has its own
-        steps: of training at most; by the number of images if not given
+        steps: of training; by the number of images if not given
+        patience: end after so many evaluations (20 a run) without a better image loss of held-out pairs, with the
+            best weights; 0: learn to the end
         batch_size: documents in a step
     """
     folder = run or Path("runs") / (Path(pictures).name or "tuned")
-    options = {"lora": lora, "replay": replay, "heldout": heldout, "steps": steps, "batch_size": batch_size}
+    options = {"lora": lora, "replay": replay, "heldout": heldout, "steps": steps, "patience": patience}
+    options["batch_size"] = batch_size
     tuned = tune_model(model, pictures, folder, **options, columns=columns)  # type: ignore[arg-type]
     if tuned.export is None:
         return RESUMABLE
