@@ -196,7 +196,7 @@ def _another(world: World, noun: str, background: str, draws: Draws) -> tuple[st
     """Another noun, and a style in which it can be seen on the background."""
     while True:
         other = draws.pick(world.nouns)
-        styles = world.styles_on(other, background)
+        styles = world.styles_on.get((other, background), ())
         if styles and other != noun:
             return other, draws.pick(styles)
 

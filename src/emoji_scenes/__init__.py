@@ -8,9 +8,8 @@ from __future__ import annotations
 from .editing import Edit, EditKind, edit
 from .language import Question, caption, colours_in, glosses, nouns_in, questions
 from .layout import Place
-from .nouns import DISTINCT, NOUNS, PALETTE, Noun, background_of
+from .nouns import DISTINCT, NOUNS, PALETTE, STYLES, Noun, background_of
 from .scenes import Scene, Thing, World, WorldConfig, held_out, held_out_background, held_out_pair
-from .sprites import STYLES
 
 __all__ = [
     "DISTINCT",

@@ -118,18 +118,14 @@ def draw_accuracy(
     world_config: WorldConfig,
     count: int,
     recogniser: Name,
-    seed: int = 0,
     batch: int = 24,
-    steps: int | None = None,
 ) -> DrawingResult:
-    """Draw `count` held-out prompts and score them; `steps`: denoising steps, the model's default unless given."""
-    scenes, prompts, real = held_out_scenes(world_config, count, seed)
+    """Draw `count` held-out prompts in the model's own number of denoising steps, and score the drawings."""
+    scenes, prompts, real = held_out_scenes(world_config, count)
     nouns, backgrounds, chances = _truth(scenes)
-
-    def draw(start: int, chunk: list[str]) -> list[np.ndarray]:
-        return pipe(chunk, num_inference_steps=steps, generator=seed + start, output_type="np").images
-
-    drawn, seconds = _in_batches("draw", prompts, batch, draw)
+    drawn, seconds = _in_batches(
+        "draw", prompts, batch, lambda start, chunk: pipe(chunk, generator=start, output_type="np").images
+    )
     images, strict = np.stack(drawn), bundled_classifier()
     named, seen, named_strictly = recogniser(images), [background_of(image) for image in images], strict(images)
     return DrawingResult(
@@ -148,17 +144,17 @@ def draw_accuracy(
         real_noun=share(_same(recogniser(real), nouns)),
         real_noun_strict=share(_same(strict(real), nouns)),
         real_background=share(_same([background_of(image) for image in real], backgrounds)),
-        chance_noun_strict=strict.chance,
+        chance_noun_strict=1 / (len(strict.nouns) + 1),  # of a guess among the nouns and "none"
         seconds=seconds,
         **chances,
     )
 
 
 def caption_accuracy(
-    pipe: TransfusionPipeline, world_config: WorldConfig, count: int, seed: int = 0, batch: int = 24
+    pipe: TransfusionPipeline, world_config: WorldConfig, count: int, batch: int = 24
 ) -> CaptionResult:
     """Caption `count` held-out images greedily and score the words."""
-    scenes, truths, images = held_out_scenes(world_config, count, seed)
+    scenes, truths, images = held_out_scenes(world_config, count)
     nouns, backgrounds, chances = _truth(scenes)
     pictures = [PIL.Image.fromarray(image) for image in images]
     captions, seconds = _in_batches("caption", pictures, batch, lambda _, chunk: pipe.caption(chunk))

@@ -44,26 +44,18 @@ ABLE = re.compile(re.escape(CAN).replace(re.escape("{known}"), "[A-Za-z ,-]+"))
 CANNOT = re.compile(r"\b(can ?not|can\'t|never|sorry|unable|don\'t know)\b", re.IGNORECASE)
 
 
-def kind_of(turn: Turn) -> str:
-    return turn.kind if turn.kind in KINDS else "other"
-
-
 def is_right(turn: Turn, words: str, image: np.ndarray | None, seen: Sequence[Seen]) -> bool:
     """Return whether a reply of words and at most one image uint8 `[row, column, 3]` is right for a turn."""
     if (image is None) != (turn.scene is None):
         return False
-    if image is None:
-        return _says_right(turn, words.strip())
-    assert turn.scene is not None
-    if Counter(thing.noun for thing in seen) != nouns_of(turn.scene):
-        return False
-    if turn.change is not None:
-        return obeyed(turn.change, seen, image)
-    named = colours_in(turn.request) or colours_in(words)
-    return not named or background_of(image) in named
-
-
-def _says_right(turn: Turn, words: str) -> bool:
+    if turn.scene is not None and image is not None:
+        if Counter(thing.noun for thing in seen) != nouns_of(turn.scene):
+            return False
+        if turn.change is not None:
+            return obeyed(turn.change, seen, image)
+        named = colours_in(turn.request) or colours_in(words)
+        return not named or background_of(image) in named
+    words = words.strip()
     if turn.kind == "question":
         plain = re.sub(r"[^a-z ]", "", words.lower()).split()
         # The things of an image may be listed in any order.
@@ -115,12 +107,13 @@ def _score(context: EvalContext) -> MetricResult:
     examples: list[Example] = []
     for number, (turns, replies) in enumerate(zip(dialogues, replay(context, dialogues, world), strict=True)):
         for turn, reply in zip(turns, replies, strict=True):
+            kind = turn.kind if turn.kind in KINDS else "other"
             image = np.asarray(reply.images[0]) if reply.images else None
             right = is_right(turn, reply.text, image, [] if image is None else detector(image[None])[0])
-            verdicts[kind_of(turn)].append(right)
+            verdicts[kind].append(right)
             exact = None if turn.scene is None else world.render(turn.scene)
             exactly = [] if exact is None else detector(exact[None])[0]
-            real[kind_of(turn)].append(is_right(turn, turn.reply, exact, exactly))
+            real[kind].append(is_right(turn, turn.reply, exact, exactly))
             if number < SHOWN:
                 pictures = [] if turn.shown is None else [(world.render(turn.shown), "shown")]
                 pictures += [] if image is None else [(image, "drawn")]

@@ -35,6 +35,8 @@ MOST_IMAGES = 3
 TURNS = (2, 8)
 """fewest and most turns of a dialogue, unless others are asked for"""
 HELD_OUT_EVERY = 5
+OPENINGS: tuple[tuple[TurnKind, float], ...] = (("greeting", 0.3), ("ability", 0.15), ("unknown", 0.12))
+"""what may come before the first image or question, and the share of dialogues that it comes in"""
 
 ABILITIES = (
     *("what can you do?", "what can you draw?", "who are you?", "help", "what do you know?", "what are you good at?"),
@@ -74,6 +76,8 @@ SMALL_TALK: dict[TurnKind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """requests and replies by kind"""
+SILENT = 0.2
+"""share of images that come without words, as where a client asks for nothing but an image"""
 REFUSALS = ("I cannot draw {x}. I know {known}.", "Sorry, I have never seen {x}. I can draw {known}.")
 
 
@@ -108,20 +112,13 @@ def dialogue(world: World, index: int, turns: tuple[int, int] = TURNS) -> list[T
     """
     fewest, most = turns
     draws = Draws("dialogue", world.config.seed, world.config.split, index)
-    split = world.config.split
     numbers = iter(range(MOST_IMAGES * index, MOST_IMAGES * (index + 1)))
     scene, images = world.scene(next(numbers)), 1
-    opening: list[Turn] = []
-    if draws.chance(0.3):
-        opening.append(_small_talk("greeting", draws, split))
-    if draws.chance(0.15):
-        opening.append(_ability(world, draws))
-    if draws.chance(0.12):
-        opening.append(_unknown(world, draws))
+    opening = [_talk(kind, world, draws) for kind, share in OPENINGS if draws.chance(share)]
     if not draws.chance(0.25):
-        first = _draw(scene, draws, split)
+        first = _draw(scene, world, draws)
     elif draws.chance(0.5):
-        first = replace(_question(scene, draws, split), shown=scene)
+        first = replace(_question(scene, world, draws), shown=scene)
     else:
         first = replace(_change(scene, world, next(numbers), draws), shown=scene)
         scene, images = first.scene or scene, images + 1
@@ -130,21 +127,17 @@ def dialogue(world: World, index: int, turns: tuple[int, int] = TURNS) -> list[T
     while len(spoken) < wanted:
         roll = draws.below(100)
         if roll < 45 or (roll < 83 and images == MOST_IMAGES):
-            spoken.append(_question(scene, draws, split))
+            spoken.append(_question(scene, world, draws))
         elif roll < 70:
             spoken.append(_change(scene, world, next(numbers), draws))
             scene, images = spoken[-1].scene or scene, images + 1
         elif roll < 83:
             scene, images = world.scene(next(numbers)), images + 1
-            spoken.append(_draw(scene, draws, split))
-        elif roll < 88:
-            spoken.append(_unknown(world, draws))
-        elif roll < 91:
-            spoken.append(_ability(world, draws))
+            spoken.append(_draw(scene, world, draws))
         elif roll < 96:
-            spoken.append(_small_talk("thanks", draws, split))
+            spoken.append(_talk("unknown" if roll < 88 else "ability" if roll < 91 else "thanks", world, draws))
         elif len(spoken) + 1 >= fewest:
-            spoken.append(_small_talk("farewell", draws, split))
+            spoken.append(_talk("farewell", world, draws))
             break
     return spoken
 
@@ -157,62 +150,46 @@ def _spoken(text: str, draws: Draws) -> str:
     return text + draws.pick(("", "", "", ".", "!"))
 
 
-def _small_talk(kind: TurnKind, draws: Draws, split: str) -> Turn:
-    requests, replies = SMALL_TALK[kind]
-    return Turn(kind, _spoken(draws.pick(wordings(requests, split)), draws), draws.pick(replies))
+def _talk(kind: TurnKind, world: World, draws: Draws) -> Turn:
+    """Return a turn of words alone: small talk, what the assistant can do, or a thing that this world does not have."""
+    split = world.config.split
+    if kind in SMALL_TALK:
+        requests, replies = SMALL_TALK[kind]
+        return Turn(kind, _spoken(draws.pick(wordings(requests, split)), draws), draws.pick(replies))
+    if kind == "ability":
+        request, reply, thing = _spoken(draws.pick(wordings(ABILITIES, split)), draws), CAN, ""
+    else:
+        name = draws.pick([noun for noun in NOUNS if noun not in world.nouns] or ["griffin"])
+        thing = NOUNS[name].a if name in NOUNS else f"a {name}"
+        request = _spoken(draws.pick(wordings(REQUESTS, split)).format(x=thing), draws)
+        reply = draws.pick(REFUSALS)
+    known: list[str] = []  # a few things that the world has: "crabs, keys and stars"
+    while len(known) < min(3, len(world.nouns)):
+        name = NOUNS[draws.pick(world.nouns)].plural
+        known += [name] if name not in known else []
+    return Turn(kind, request, reply.format(x=thing, known=listed(known)))
 
 
-def _ability(world: World, draws: Draws) -> Turn:
-    words = _spoken(draws.pick(wordings(ABILITIES, world.config.split)), draws)
-    return Turn("ability", words, CAN.format(known=_some(world, draws)))
-
-
-def described(scene: Scene) -> str:
-    """Return the things of a scene in words, without the background: "a crab to the left of two stars"."""
-    phrases = [phrase(thing) for thing in scene.things]
-    return listed(phrases) if scene.relation is None else f" {RELATION_PHRASES[scene.relation][0]} ".join(phrases)
-
-
-def _draw(scene: Scene, draws: Draws, split: str) -> Turn:
+def _draw(scene: Scene, world: World, draws: Draws) -> Turn:
     """Ask for a scene; where the request leaves the background open, the reply chooses it."""
-    words = described(scene)
+    phrases = [phrase(thing) for thing in scene.things]
+    words = listed(phrases) if scene.relation is None else f" {RELATION_PHRASES[scene.relation][0]} ".join(phrases)
     whole = f"{words} on {article(scene.background)} {scene.background} background"
-    request = draws.pick(wordings(REQUESTS, split)).format(x=words if draws.chance(0.25) else whole)
+    request = draws.pick(wordings(REQUESTS, world.config.split)).format(x=words if draws.chance(0.25) else whole)
     offer = draws.pick(OFFERS).format(x=whole)
-    return Turn("draw", _spoken(request, draws), _or_silent(offer[0].upper() + offer[1:], draws), scene)
+    request = _spoken(request, draws)
+    return Turn("draw", request, "" if draws.chance(SILENT) else offer[0].upper() + offer[1:], scene)
 
 
 def _change(scene: Scene, world: World, number: int, draws: Draws) -> Turn:
     change = edit(scene, world, number)
     words = draws.pick(wordings(CHANGES, world.config.split)).format(x=change.instruction)
-    reply = _or_silent(draws.pick(DONE), draws)
+    done = draws.pick(DONE)
+    reply = "" if draws.chance(SILENT) else done
     return Turn("change", _spoken(words, draws), reply, change.target, change=change)
 
 
-def _or_silent(words: str, draws: Draws) -> str:
-    """Return the words before an image, or now and then none: as where a client asks for nothing but an image."""
-    return "" if draws.chance(0.2) else words
-
-
-def _question(scene: Scene, draws: Draws, split: str) -> Turn:
-    question = draws.pick(questions(scene, draws.below(1 << 20), seed=int(split == "heldout")))
+def _question(scene: Scene, world: World, draws: Draws) -> Turn:
+    question = draws.pick(questions(scene, draws.below(1 << 20), seed=int(world.config.split == "heldout")))
     reply = question.answer[0].upper() + question.answer[1:] + "."
     return Turn("question", _spoken(question.question, draws), reply, answer=question.answer)
-
-
-def _unknown(world: World, draws: Draws) -> Turn:
-    """Ask for a thing that this world does not have."""
-    others = [noun for noun in NOUNS if noun not in world.nouns] or ["griffin"]
-    name = draws.pick(others)
-    thing = NOUNS[name].a if name in NOUNS else f"a {name}"
-    request = draws.pick(wordings(REQUESTS, world.config.split)).format(x=thing)
-    return Turn("unknown", _spoken(request, draws), draws.pick(REFUSALS).format(x=thing, known=_some(world, draws)))
-
-
-def _some(world: World, draws: Draws) -> str:
-    """Return a few things that the world has: "crabs, keys and stars"."""
-    names: list[str] = []
-    while len(names) < min(3, len(world.nouns)):
-        name = NOUNS[draws.pick(world.nouns)].plural
-        names += [name] if name not in names else []
-    return listed(names)

@@ -10,7 +10,7 @@ from transfuse.rng import Draws
 from .language import RELATION_PHRASES, article, phrase
 from .layout import SIDES, UNITS, Place, Relation, Size, draw_side, draw_start
 from .nouns import NOUNS
-from .scenes import Scene, Thing, World
+from .scenes import Scene, Thing, World, held_out
 
 EditKind = Literal["background", "replace", "remove", "add", "resize"]
 
@@ -37,7 +37,7 @@ def edit(scene: Scene, world: World, index: int = 0, kind: EditKind | None = Non
         chosen = kinds.pop(draws.below(len(kinds)))
         for _ in range(24):
             change = _MAKERS[chosen](scene, world, draws)
-            if change is not None and world.allows(change[1]):
+            if change is not None and (world.config.split == "heldout" or not held_out(change[1])):
                 return Edit(chosen, scene, *change)
     raise ValueError(f"edit kind: expected one that suits a scene of kind {scene.kind!r}, found {kind or 'none'}")
 
@@ -65,7 +65,7 @@ def _background(scene: Scene, world: World, draws: Draws) -> tuple[str, Scene] |
 def _new_noun(scene: Scene, world: World, draws: Draws) -> tuple[str, str] | None:
     """Draw a noun that is not in the scene and a style seen on its background; None if the draw was unlucky."""
     noun = draws.pick(world.nouns)
-    styles = world.styles_on(noun, scene.background)
+    styles = world.styles_on.get((noun, scene.background), ())
     if not styles or noun in {thing.noun for thing in scene.things}:
         return None
     return noun, draws.pick(styles)

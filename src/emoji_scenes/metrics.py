@@ -128,10 +128,6 @@ class TaskScenes:
         triples = zip(self.scenes[: len(images)], seen, images, strict=True)
         return np.array([is_right(self.task, *triple) for triple in triples]), seen
 
-    def backgrounds_right(self, images: np.ndarray) -> list[bool]:
-        """Return whether images of the first prompts have their backgrounds; this needs no detector."""
-        return [background_of(image) == scene.background for scene, image in zip(self.scenes, images, strict=False)]
-
 
 def task_scenes(config: WorldConfig, split: Any, count: int) -> list[TaskScenes]:
     """Return `count` scenes of each task, of combinations shown in training ("train") or not ("heldout").
@@ -219,10 +215,10 @@ def _judge_split(
             mark = (task.task, bool(right[n]), ", ".join(things) or "nothing")
             pictures = [(images[n], "drawn"), (task.real[n], "real")]
             result.examples.append(Example(task.prompts[n], pictures, [mark], group))
-    backgrounds = [
-        np.concatenate([task.backgrounds_right(part) for task, part in zip(tasks, parts, strict=True)])
-        for parts in (drawn, [task.real for task in tasks], [task.others for task in tasks])
-    ]
+    backgrounds = []  # these need no detector
+    for parts in (drawn, [task.real for task in tasks], [task.others for task in tasks]):
+        pairs = [pair for task, part in zip(tasks, parts, strict=True) for pair in zip(task.scenes, part, strict=False)]
+        backgrounds.append(np.array([background_of(image) == scene.background for scene, image in pairs]))
     add(f"background, {name}", share(backgrounds[0]), backgrounds[2].mean(), backgrounds[1].mean(), version)
     floor, ceiling = (np.mean([part[at].mean() for part in by_task]) for at in (2, 1))
     add(f"overall, {name}", _overall([right for right, _, _ in by_task]), floor, ceiling)
@@ -240,15 +236,10 @@ def _overall(tasks: Sequence[np.ndarray]) -> Estimate:
     return Estimate(value, max(0.0, value - margin), min(1.0, value + margin), count)
 
 
-def _check_composition(context: EvalContext) -> None:
-    for split in SPLITS:
-        _tasks_of(context, split)
-
-
 COMPOSITION = Metric(
     "composition",
     "GenEval's six tasks on the bundled world",
-    _check_composition,
+    lambda context: [_tasks_of(context, split) for split in SPLITS],
     _score_composition,
     _composition_numbers,
     True,

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ from transfuse.log import progress
 from transfuse.rng import generator_for
 from transfuse.version import __version__
 
+from .nouns import SPRITE_FILE
 from .scenes import Scene, World, WorldConfig
-from .sprites import SPRITE_FILE
 
 SIDE, OPEN_SET_SIDE = 32, 48
 """Pixels per side that a `SceneClassifier` and an `OpenSetClassifier` see; images of other sizes are resized."""
@@ -59,13 +59,19 @@ OPEN_SET_WEIGHTS = Path(__file__).with_name("weights") / "open-set.safetensors"
 # --- what judges share ------------------------------------------------------------------------------------------------
 
 
-class Judge(Protocol):
+class Judge:
     """A network that judges images. `identity` names everything it depends on."""
 
-    @property
-    def identity(self) -> str: ...
+    network: nn.Module
+    identity: str
 
-    def save(self, path: Path) -> None: ...
+    @property
+    def digest(self) -> str:
+        """Eight digits of a hash of the weights."""
+        return weights_digest(self.network.state_dict())
+
+    def save(self, path: Path) -> None:
+        raise NotImplementedError
 
 
 J = TypeVar("J", bound=Judge)
@@ -220,7 +226,7 @@ def closed_set_network(nouns: int) -> PooledNetwork:
 
 
 @dataclass(eq=False)
-class SceneClassifier:
+class SceneClassifier(Judge):
     """A classifier of images with one thing, and a feature network (`transfuse.evaluation.ImageFeatures`).
 
     accuracy   share right on fresh scenes, by split
@@ -234,11 +240,6 @@ class SceneClassifier:
     identity: str
     seconds: float = 0.0
     name = "recogniser"  # part of the names of results
-
-    @property
-    def digest(self) -> str:
-        """Eight digits of a hash of the weights."""
-        return weights_digest(self.network.state_dict())
 
     @property
     def parameters(self) -> int:
@@ -337,13 +338,6 @@ class OpenSetClassifier:
     def digest(self) -> str:
         """Eight digits of a hash of the weights and the threshold: reports with the same ones compare."""
         return weights_digest({**self.network.state_dict(), "threshold": torch.tensor(self.threshold)})
-
-    identity = digest
-
-    @property
-    def chance(self) -> float:
-        """The accuracy of a guess among the nouns and "none"."""
-        return 1 / (len(self.nouns) + 1)
 
     @torch.inference_mode()
     def probabilities(self, images: np.ndarray, batch: int = 128) -> Tensor:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from transfuse.evaluation.generate import weights_digest
 from transfuse.evaluation.image_quality import pixels
 from transfuse.rng import generator_for
 
 from .scene_classifier import (
     HELD_OUT_EVERY,
     SEED_OFFSET,
+    Judge,
     convolution,
     disturbed,
     judge_identity,
@@ -92,7 +92,7 @@ class DetectorNetwork(nn.Module):
 
 
 @dataclass(eq=False)
-class SceneDetector:
+class SceneDetector(Judge):
     """A detector for the things in scenes, with its errors on fresh scenes.
 
     accuracy    "found": share of things found in their place; "named": found and rightly named; "invented": detections
@@ -109,11 +109,6 @@ class SceneDetector:
     confusion: dict[tuple[str, str], int] = field(default_factory=dict)
     seconds: float = 0.0
 
-    @property
-    def digest(self) -> str:
-        """Eight digits of a hash of the weights."""
-        return weights_digest(self.network.state_dict())
-
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, batch: int = 64) -> list[list[Seen]]:
         """Return the detections in each image, uint8 `[image, row, column, 3]`, most confident first."""
@@ -128,9 +123,12 @@ class SceneDetector:
                 x, y = (column + 0.5) / heat.shape[-1], (row + 0.5) / heat.shape[-1]
                 noun, confidence = self.nouns[int(cell[2:].argmax())], float(heat[image, row, column])
                 candidates[image].append(Seen(noun, x, y, float(cell[1].exp()), confidence))
-            detections += [
-                [seen for seen in _distinct(all_of) if seen.confidence >= self.threshold] for all_of in candidates
-            ]
+            for seen in candidates:
+                kept: list[Seen] = []  # without those at the place of a more confident one
+                for thing in sorted(seen, key=lambda thing: -thing.confidence):
+                    if all(max(abs(thing.x - o.x), abs(thing.y - o.y)) > APART * (thing.side + o.side) for o in kept):
+                        kept.append(thing)
+                detections.append([thing for thing in kept if thing.confidence >= self.threshold])
         return detections
 
     def save(self, path: Path) -> None:
@@ -153,20 +151,11 @@ class SceneDetector:
         return cls(tuple(nouns), side, network, threshold, identity, accuracy, confusion, seconds)
 
 
-def _distinct(seen: list[Seen]) -> list[Seen]:
-    """Return detections by confidence, without those at the place of a more confident one."""
-    kept: list[Seen] = []
-    for thing in sorted(seen, key=lambda thing: -thing.confidence):
-        if all(max(abs(thing.x - o.x), abs(thing.y - o.y)) > APART * (thing.side + o.side) for o in kept):
-            kept.append(thing)
-    return kept
-
-
-def keep_scene_detector(path: Path, config: WorldConfig, steps: int | None = None, seed: int = 0) -> SceneDetector:
+def keep_scene_detector(path: Path, config: WorldConfig, steps: int | None = None) -> SceneDetector:
     """Return the detector saved in a file if it is of these scenes; otherwise train one and save it there."""
     steps = steps or STEPS
-    train = partial(train_scene_detector, config, steps, seed)
-    return keep_judge(path, _identity(config, steps, seed), SceneDetector.load, train)
+    train = partial(train_scene_detector, config, steps)
+    return keep_judge(path, _identity(config, steps, seed=0), SceneDetector.load, train)
 
 
 def _identity(config: WorldConfig, steps: int, seed: int) -> str:
@@ -200,7 +189,12 @@ def train_scene_detector(
     settings = {"samples": len(scenes), "steps": steps, "batch": BATCH, "seed": seed}
     network = train_judge("detector", make, loss_of, learning_rate=3e-3, max_norm=10.0, **settings)
     detector = SceneDetector(nouns, side, network, THRESHOLDS[0], _identity(config, steps, seed))
-    _tune(detector, *fresh(test_scenes or TEST_SCENES, 1))
+    tuning_images, tuning_scenes = fresh(test_scenes or TEST_SCENES, 1)
+    # The threshold is the one with which the number of things is right most often.
+    counts = np.array([sum(thing.count for thing in scene.things) for scene in tuning_scenes])
+    confidences = [[seen.confidence for seen in detections] for detections in detector(tuning_images)]
+    right = [np.mean([sum(c >= t for c in image) for image in confidences] == counts) for t in THRESHOLDS]
+    detector.threshold = THRESHOLDS[int(np.argmax(right))]
     _measure_errors(detector, *fresh(test_scenes or TEST_SCENES, 2))
     detector.seconds = round(time.monotonic() - began, 1)
     return detector
@@ -237,14 +231,6 @@ def _loss(output: Tensor, wanted: Sequence[Tensor]) -> Tensor:
     there = noun >= 0
     names = F.cross_entropy(output[:, 2:].permute(0, 2, 3, 1)[there], noun[there], label_smoothing=0.05)
     return middles + names + 2 * F.smooth_l1_loss(output[:, 1][there], side[there])
-
-
-def _tune(detector: SceneDetector, images: np.ndarray, scenes: Sequence[Scene]) -> None:
-    """Keep the threshold with which the number of things is right most often."""
-    counts = np.array([sum(thing.count for thing in scene.things) for scene in scenes])
-    confidences = [[seen.confidence for seen in detections] for detections in detector(images)]
-    right = [np.mean([sum(c >= t for c in image) for image in confidences] == counts) for t in THRESHOLDS]
-    detector.threshold = THRESHOLDS[int(np.argmax(right))]
 
 
 def _measure_errors(detector: SceneDetector, images: np.ndarray, scenes: Sequence[Scene]) -> None:

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from transfuse.rng import Draws, stable_hash
 
 from .layout import Place, Relation, Size, copies, group, pair, single
-from .nouns import DISTINCT, NOUNS, PALETTE
-from .sprites import STYLES, sprites
+from .nouns import DISTINCT, NOUNS, PALETTE, STYLES, sprites
 
 Kind = Literal["one", "copies", "pair", "group"]
 Split = Literal["train", "heldout"]
@@ -96,11 +95,20 @@ class WorldConfig:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"WorldConfig.{field}: expected a whole number from {low} to {high}, found {value!r}")
-        known = {"nouns": NOUNS, "styles": STYLES, "backgrounds": PALETTE}
+        known = {"nouns": tuple(NOUNS), "styles": STYLES, "backgrounds": tuple(PALETTE)}
         for field, names in {**known, "sizes": get_args(Size), "kinds": get_args(Kind)}.items():
             value = getattr(self, field)
-            if value is not None and not isinstance(value, int):
-                object.__setattr__(self, field, _checked_names(field, value, tuple(names)))
+            if value is None or isinstance(value, int):
+                continue
+            if not isinstance(value, tuple | list) or not value:
+                raise ValueError(f"WorldConfig.{field}: expected one or more names, found {value!r}")
+            for name in value:
+                if name not in names:
+                    hint = ", ".join(names) if len(names) < 20 else f"one of the {len(names)} in emoji_scenes.NOUNS"
+                    raise ValueError(f"WorldConfig.{field}: expected {hint}, found {name!r}")
+            if len(set(value)) < len(value):
+                raise ValueError(f"WorldConfig.{field}: expected each name once, found {value!r}")
+            object.__setattr__(self, field, tuple(value))
         if self.split not in get_args(Split):
             raise ValueError(f"WorldConfig.split: expected 'train' or 'heldout', found {self.split!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -112,18 +120,6 @@ class WorldConfig:
         if isinstance(self.nouns, int):
             return (DISTINCT + tuple(noun for noun in NOUNS if noun not in DISTINCT))[: self.nouns]
         return tuple(NOUNS) if self.nouns is None else self.nouns
-
-
-def _checked_names(field: str, value: object, known: tuple[str, ...]) -> tuple[str, ...]:
-    if not isinstance(value, tuple | list) or not value:
-        raise ValueError(f"WorldConfig.{field}: expected one or more names, found {value!r}")
-    for name in value:
-        if name not in known:
-            hint = ", ".join(known) if len(known) < 20 else f"one of the {len(known)} in emoji_scenes.NOUNS"
-            raise ValueError(f"WorldConfig.{field}: expected {hint}, found {name!r}")
-    if len(set(value)) < len(value):
-        raise ValueError(f"WorldConfig.{field}: expected each name once, found {value!r}")
-    return tuple(value)
 
 
 @cache
@@ -155,21 +151,22 @@ class World:
     """Scenes without end. `scene(index)` depends on the configuration and the index alone, not on earlier calls.
 
     A noun is shown only on backgrounds it can be seen on, by one rule (`nouns.visible_on`): in the chosen style at
-    least 60 % of its pixels differ from the background by at least 100 in RGB distance.
+    least 60 % of its pixels differ from the background by at least 100 in RGB distance. Raises ValueError for a
+    configuration that cannot show what it promises.
     """
 
     def __init__(self, config: WorldConfig | None = None) -> None:
         self.config = config = config or WorldConfig()
         self.nouns, self._sprites = config.noun_names, sprites()
         self.backgrounds = config.backgrounds or tuple(PALETTE)
-        # (noun, background) -> the styles in which the noun can be seen there; no entry where there is none.
-        self._styles: dict[tuple[str, str], tuple[str, ...]] = {}
+        self.styles_on: dict[tuple[str, str], tuple[str, ...]] = {}
+        """(noun, background) -> the styles, of those in use, in which the noun can be seen there, if there are any"""
         for noun in self.nouns:
             styles = [style for style in self._sprites.styles_of[noun] if style in (config.styles or STYLES)]
             for colour in self.backgrounds:
                 if seen := tuple(style for style in styles if self.sees(noun, style, colour)):
-                    self._styles[noun, colour] = seen
-        self._seen_on = {n: tuple(c for c in self.backgrounds if (n, c) in self._styles) for n in self.nouns}
+                    self.styles_on[noun, colour] = seen
+        self._seen_on = {n: tuple(c for c in self.backgrounds if (n, c) in self.styles_on) for n in self.nouns}
         self._trained_on = {n: tuple(c for c in cs if c != held_out_background(n)) for n, cs in self._seen_on.items()}
         usable = self._trained_on if config.split == "train" else self._seen_on
         self._shown = tuple(noun for noun in self.nouns if usable[noun])
@@ -181,11 +178,6 @@ class World:
         self._held_nouns = tuple(n for n in self.nouns if held_out_background(n) in self._seen_on[n])
         pairs = combinations(self._shown, 2) if config.split == "heldout" and config.max_objects > 1 else ()
         self._held_pairs = tuple(both for both in pairs if held_out_pair(*both) and self._common(both))
-        self._check()
-
-    def _check(self) -> None:
-        """Raise ValueError for a configuration that cannot show what it promises."""
-        config = self.config
         if not self._kinds:
             raise ValueError(
                 f"WorldConfig.kinds: expected one that {config.max_objects} objects and {config.max_count} "
@@ -216,14 +208,6 @@ class World:
     def sees(self, noun: str, style: str, background: str) -> bool:
         """Return whether a noun drawn in a style can be seen on a background."""
         return background in self._sprites.seen_on[noun, style]
-
-    def styles_on(self, noun: str, background: str) -> tuple[str, ...]:
-        """Return the styles, of those in use, in which a noun can be seen on a background."""
-        return self._styles.get((noun, background), ())
-
-    def allows(self, scene: Scene) -> bool:
-        """Return whether this world's split may show the scene: training shows nothing that is held out."""
-        return self.config.split == "heldout" or not held_out(scene)
 
     def scene(self, index: int) -> Scene:
         """Return the scene of a sample index (0 and up): a pure function of the index and the configuration."""
@@ -273,7 +257,7 @@ class World:
 
     def _common(self, nouns: Sequence[str]) -> tuple[str, ...]:
         """Return the backgrounds on which all of these nouns can be seen."""
-        return tuple(c for c in self._seen_on[nouns[0]] if all((noun, c) in self._styles for noun in nouns[1:]))
+        return tuple(c for c in self._seen_on[nouns[0]] if all((noun, c) in self.styles_on for noun in nouns[1:]))
 
     def _held_out_scene(self, kind: Kind, draws: Draws) -> Scene:
         """Return a scene built around a held-out combination drawn at random."""
@@ -321,7 +305,7 @@ class World:
                 counts[draws.below(2)] = draws.between(2, min(3, self.config.max_count))
             sizes, places = group(counts, draws)
         things = tuple(
-            Thing(noun, draws.pick(self._styles[noun, colour]), len(spots), size, spots)
+            Thing(noun, draws.pick(self.styles_on[noun, colour]), len(spots), size, spots)
             for noun, size, spots in zip(nouns, sizes, places, strict=True)
         )
         return Scene(things, colour, relation, position)

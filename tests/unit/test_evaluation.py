@@ -161,7 +161,7 @@ class Oracle:
         self.scenes, self.prompts, self.pictures = held_out_scenes(WORLD, count)
         self.answer, self.told = answer, 0
 
-    def __call__(self, prompts, num_inference_steps, generator, output_type):
+    def __call__(self, prompts, generator, output_type):
         assert output_type == "np"
         assert prompts == self.prompts[self.told : self.told + len(prompts)]
         self.told += len(prompts)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from emoji_scenes.sprites import sprites
+from emoji_scenes.nouns import sprites
 from transfuse.autoencoders import Pixels
 from transfuse.autoencoders.features import NETWORKS, VGG16, Features, load_features, packaged_weights
 from transfuse.errors import UserError

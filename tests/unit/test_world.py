@@ -35,8 +35,7 @@ from emoji_scenes import (
 )
 from emoji_scenes.editing import EditKind
 from emoji_scenes.layout import SIDES, Place
-from emoji_scenes.nouns import visible_on
-from emoji_scenes.sprites import SPRITE_FILE, sprites
+from emoji_scenes.nouns import SPRITE_FILE, sprites, visible_on
 
 ROOT = Path(__file__).resolve().parents[2]
 indices = st.integers(min_value=0, max_value=2**40)
