@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from transfuse.autoencoders import Pixels
 from transfuse.data import DataSet, EditConfig, PairConfig, SceneEdits, ScenePairs, StoredImages
 from transfuse.data.build import build_set
 from transfuse.data.bundled import World, WorldConfig
-from transfuse.data.dataset import OLD_DOCUMENT
 from transfuse.data.prepare import BuildConfig
 from transfuse.data.sources import mean_length
 from transfuse.diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
@@ -341,23 +339,6 @@ def test_the_index_gives_every_length(orders: Path, name: str) -> None:
     assert found.sum() > source.lengths(numbers, numbers + 5, form).sum()
     many = np.arange(400 * source.epoch)
     assert mean_length(source, copied) == pytest.approx(source.lengths(many, many, copied).mean(), rel=0.01)
-
-
-def test_a_set_without_what_follows_its_images_still_reads(orders: Path, tmp_path: Path) -> None:
-    """As earlier versions built it: the same documents; lengths are never less than they are."""
-    old = shutil.copytree(orders / "mixed", tmp_path / "old")
-    index = np.load(old / "documents.npy")
-    np.save(old / "documents.npy", index[list(OLD_DOCUMENT.names)].astype(OLD_DOCUMENT))
-    source, new = stored(old), stored(orders / "mixed")
-    form, numbers = source.tokenizer.sequence_format(4), np.arange(source.epoch)
-    copied = replace(form, clean_copy=True)
-    assert np.array_equal(source.lengths(numbers, numbers, form), new.lengths(numbers, numbers, form))
-    more = source.lengths(numbers, numbers, copied) - new.lengths(numbers, numbers, copied)
-    assert more.min() == 0
-    assert more.max() > 0
-    assert [p.ids for p in source.document(3, 3).parts if isinstance(p, Text)] == [
-        p.ids for p in new.document(3, 3).parts if isinstance(p, Text)
-    ]
 
 
 def test_inspection_counts_copies(orders: Path, tmp_path: Path) -> None:

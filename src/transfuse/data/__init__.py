@@ -1,13 +1,22 @@
 """Data: sources of documents, their mixture, the loader; data sets on disk. `data.bundled` has the bundled data set."""
 
 from .dataset import CorruptSample, CorruptSampleError, DataSet
-from .dialogues import SceneDialogues, StoredDialogues, has_dialogues
 from .loader import CorruptLog, Finish, StepLoader, unchanged
 from .mixture import Mixture, MixtureComponent
 from .packing import Packer
 from .remote import Cache
-from .scenes import EditConfig, SceneEdits, ScenePairs
-from .sources import PairConfig, Source, StoredImages, StoredTexts, Texts, interleaved_document, pair_document
+from .scenes import EditConfig, SceneDialogues, SceneEdits, ScenePairs
+from .sources import (
+    PairConfig,
+    Source,
+    StoredDialogues,
+    StoredImages,
+    StoredTexts,
+    Texts,
+    has_dialogues,
+    interleaved_document,
+    pair_document,
+)
 
 __all__ = [
     "Cache",

@@ -27,7 +27,7 @@ from ..io import atomic_write, sha256
 from ..log import logger, progress
 from ..sequence import Tokenizer
 from ..version import __version__
-from .dataset import SUMS, VERSION, DataSet, Manifest, Shard
+from .dataset import SUMS, DataSet, Manifest, Shard
 from .prefetch import parallel_map
 from .prepare import BuildConfig, Outcome, Preparer, build_autoencoder
 from .readers import Part, Reader, SetReader, open_source
@@ -161,9 +161,6 @@ def _check_built(out: Path, identity: dict[str, Any]) -> Manifest:
         manifest = DataSet(str(out)).manifest
     except UserError as error:
         raise UserError(f"{error}; {OTHERWISE.format(out)}") from None
-    if manifest.version != VERSION:
-        expected = f"expected a set of version {VERSION}, whose held-out part is chosen by content"
-        raise UserError(f"{out}: {expected}, found version {manifest.version}; {OTHERWISE.format(out)}")
     weights = manifest.encoding and manifest.encoding.fingerprint
     stored = {**manifest.settings, "autoencoder_weights": weights, "tokenizer_fingerprint": manifest.tokenizer}
     _compare(out, out / "manifest.json", stored, identity)

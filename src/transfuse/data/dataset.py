@@ -16,8 +16,7 @@
         left_out.jsonl              files of the source that no document is made of, and why
 
 Document n is in shard n // shard_size, so no list of shards needs to be searched. Whole groups of documents are held
-out: near duplicates, and pieces of one text, never stand on both sides (`groups`). In sets of version 2, which stay as
-they are, a shuffle of the documents decides, which knows nothing of their content.
+out: near duplicates, and pieces of one text, never stand on both sides (`groups`).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from .members import digest, untar
 from .packing import Place, Shuffle
 from .remote import Cache, MissingError, is_remote
 
-VERSION, READABLE = 3, (2, 3)
+VERSION = 3
 SUMS = "SHA256SUMS"
 DOCUMENT = np.dtype(
     [
@@ -59,9 +58,7 @@ DOCUMENT = np.dtype(
         ("hash", "u1", (16,)),
     ]
 )
-# A set built before `followed` was noted; it is read as before.
-OLD_DOCUMENT = np.dtype([field for field in DOCUMENT.descr if field[0] != "followed"])
-ROWS = {DOCUMENT: struct.Struct("<QIIQ???16s"), OLD_DOCUMENT: struct.Struct("<QIIQ??16s")}
+ROW = struct.Struct("<QIIQ???16s")  # of documents.npy: numpy takes as long for one field of a row as this for all
 IMAGE = np.dtype([("rows", "<u2"), ("columns", "<u2")])
 PADDED = np.dtype([*IMAGE.descr, ("inner_rows", "<u2"), ("inner_columns", "<u2")])
 GROUP = np.dtype([("first", "<u8"), ("document", "<u8")])
@@ -115,9 +112,8 @@ class Manifest:
     tokenizer: its fingerprint. index: SHA-256 of each .npy file. seen: documents of the source, whether they are in
     the set or not. dropped, changed: counts by reason, of documents left out and of changes made to content.
     captions, grouped: rows of captions.npy and groups.npy, which a set lacks where there are none. split: what decided
-    which documents are held out: their content, or (version 2, and sets built from those) their numbers alone.
-    padded: images are padded to a square, and pictures.npy is of dtype PADDED. files: those of the source that were
-    found, read, and left out (left_out.jsonl).
+    which documents are held out. padded: images are padded to a square, and pictures.npy is of dtype PADDED. files:
+    those of the source that were found, read, and left out (left_out.jsonl).
     """
 
     version: int
@@ -139,7 +135,7 @@ class Manifest:
     faulty: int = 0
     captions: int = 0
     grouped: int = 0
-    split: Literal["document", "content"] = "document"
+    split: Literal["content"] = "content"
     padded: bool = False
     changed: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
@@ -180,25 +176,19 @@ class DataSet:
             values = json.loads(manifest.decode())
         except ValueError as error:
             raise UserError(f"{where}: expected JSON, found something else ({error})") from None
-        if not isinstance(values, dict) or values.get("version") not in READABLE:
+        if not isinstance(values, dict) or values.get("version") != VERSION:
             other = values.get("version") if isinstance(values, dict) else type(values).__name__
-            wanted = " or ".join(map(str, READABLE))
-            raise UserError(f"{where}: version: expected {wanted}, found {other}; build the set again")
+            raise UserError(f"{where}: version: expected {VERSION}, found {other}; build the set again")
         self.manifest = from_dict(Manifest, values, where)
         self._manifest, self.fingerprint = manifest, _fingerprint(manifest)
-        self.documents = self._mapped("documents.npy", DOCUMENT, self.manifest.documents, OLD_DOCUMENT)
-        self._row = ROWS[self.documents.dtype]
+        self.documents = self._mapped("documents.npy", DOCUMENT, self.manifest.documents)
         self.images = self._mapped("pictures.npy", PADDED if self.manifest.padded else IMAGE, self.manifest.pictures)
         captions, grouped = self.manifest.captions, self.manifest.grouped
         self.captions = self._mapped("captions.npy", CAPTION, captions) if captions else np.zeros(0, CAPTION)
         self.groups = self._mapped("groups.npy", GROUP, grouped) if grouped else np.zeros(0, GROUP)
         count = self.manifest.heldout
-        if self.manifest.version == 2:
-            self._shuffle = Shuffle(self.manifest.documents or 1, "heldout")
-            self.heldout = np.sort(self._shuffle(np.arange(count)))
-        else:
-            self._shuffle = Shuffle(count or 1, "heldout")
-            self.heldout = self._mapped("heldout.npy", np.dtype("<u8"), count).astype(np.int64)
+        self._shuffle = Shuffle(count or 1, "heldout")
+        self.heldout = self._mapped("heldout.npy", np.dtype("<u8"), count).astype(np.int64)
         self._skipped = self.heldout - np.arange(count)
         self._shards: OrderedDict[tuple[int, int], BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
@@ -221,8 +211,7 @@ class DataSet:
 
     def index(self) -> tuple[np.ndarray, ...]:
         """Return the arrays of its index that are on disk."""
-        held_out = (self.heldout,) if self.manifest.version > 2 else ()
-        return self.documents, self.images, self.captions, self.groups, *held_out
+        return self.documents, self.images, self.captions, self.groups, self.heldout
 
     def tokenizer(self) -> Tokenizer:
         """Return the set's tokenizer. Raises UserError where it is not the one that the index was made with."""
@@ -240,27 +229,21 @@ class DataSet:
 
     def number(self, split: Split, index: Place) -> Place:
         """Return which document is number `index` of a split; or which are numbers `[n]`."""
-        if self.manifest.version == 2:
-            return self._shuffle(index + (self.manifest.heldout if split == "train" else 0))
         if split == "heldout":
             numbers = self.heldout[self._shuffle(index)]
         else:
             numbers = index + np.searchsorted(self._skipped, index, "right")
         return numbers if isinstance(index, np.ndarray) else int(numbers)
 
-    def sizes(self, number: int) -> list[tuple[int, int]]:
+    def sizes(self, number: int, rows: str = "rows", columns: str = "columns") -> list[tuple[int, int]]:
         """Return rows and columns, in pixels, of a document's images."""
         first, counts = self._images_of(np.array([number]))
         images = self.images[first[0] : first[0] + counts[0]]
-        return [(int(image["rows"]), int(image["columns"])) for image in images]
+        return list(zip(images[rows].tolist(), images[columns].tolist(), strict=True))
 
     def insides(self, number: int) -> list[tuple[int, int]]:
         """Return rows and columns, in pixels, of what is not padding in a document's images: in the middle of each."""
-        if not self.manifest.padded:
-            return self.sizes(number)
-        first, counts = self._images_of(np.array([number]))
-        images = self.images[first[0] : first[0] + counts[0]]
-        return [(int(image["inner_rows"]), int(image["inner_columns"])) for image in images]
+        return self.sizes(number, "inner_rows", "inner_columns") if self.manifest.padded else self.sizes(number)
 
     def image_positions(self, numbers: np.ndarray, side: int, last_only: bool = False) -> np.ndarray:
         """Return positions `[n]` of the images of documents `[n]` in patches of `side` pixels, with their markers.
@@ -276,15 +259,10 @@ class DataSet:
         return np.bincount(owners, positions, len(numbers)).astype(np.int64)
 
     def copy_positions(self, numbers: np.ndarray, side: int) -> np.ndarray:
-        """Return the patches `[n]`, of `side` pixels, of those images of documents `[n]` that text or an image follows.
-
-        A set that does not say whether text follows its last image counts as if all of its texts did.
-        """
-        documents = self.documents[numbers]
-        followed = documents["followed"] if documents.dtype == DOCUMENT else documents["tokens"] > 0
+        """Return the patches `[n]`, of `side` pixels, of documents' images `[n]` that text or an image follows."""
         counts = self._images_of(numbers)[1]
         patches = self.image_positions(numbers, side) - 2 * counts
-        bare = (counts > 0) & ~followed
+        bare = (counts > 0) & ~self.documents["followed"][numbers]
         patches[bare] -= self.image_positions(numbers[bare], side, last_only=True) - 2
         return patches
 
@@ -426,7 +404,7 @@ class DataSet:
             wanted = f"expected the data set {self.fingerprint}, as it was opened"
             raise UserError(f"{self.path}: {wanted}, found {fingerprint}: it has changed")
 
-    def _mapped(self, name: str, dtype: np.dtype[Any], count: int, older: np.dtype[Any] | None = None) -> np.ndarray:
+    def _mapped(self, name: str, dtype: np.dtype[Any], count: int) -> np.ndarray:
         try:
             index = np.load(self.file(name), mmap_mode="r" if count else None, allow_pickle=False)
         except UserError:
@@ -434,14 +412,13 @@ class DataSet:
         except Exception as error:  # a damaged header can make numpy raise anything: EOFError, TokenError, ...
             reason = " ".join(str(error).split())
             raise UserError(f"{self.path}/{name}: expected the index of the set, found none ({reason})") from None
-        if index.dtype not in (dtype, older or dtype) or index.shape != (count,):
+        if index.dtype != dtype or index.shape != (count,):
             raise UserError(f"{self.path}/{name}: expected {count} rows, as the manifest says, found {index.shape}")
         return index.view(np.ndarray)
 
     def _read(self, number: int) -> tuple[bytes, int, bytes]:
         """Return the bytes of a document; and, from the index, its tokens and its hash."""
-        # Unpacked at once: each field of a numpy row costs as much as all of them.
-        place, size, tokens, *_, expected = self._row.unpack(self.documents[number].tobytes())
+        place, size, tokens, *_, expected = ROW.unpack(self.documents[number].tobytes())
         try:
             with self._lock:
                 file = self._shard_file(number // self.manifest.shard_size)

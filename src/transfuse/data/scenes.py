@@ -1,4 +1,4 @@
-"""Sources of the bundled data set: scenes with captions, and edits of scenes.
+"""Sources of the bundled data set: scenes with captions, edits of scenes, and dialogues about them.
 
 scenes = ScenePairs(World(WorldConfig(size=32)), tokenizer, Pixels(), PairConfig(), seed=0)
 scenes.document(17, sample=40)          # the 18th scene, as the mixture's sample 40
@@ -13,9 +13,20 @@ import numpy as np
 
 from ..autoencoders import Autoencoder, DeferredEncoder
 from ..rng import Draws
-from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, images_alone, unconditional
+from ..sequence import (
+    Document,
+    Image,
+    SequenceFormat,
+    Text,
+    Tokenizer,
+    count_positions,
+    images_alone,
+    layout_document,
+    unconditional,
+)
+from ..sequence.chat import Message, chat_sample
 from . import bundled
-from .sources import PairConfig, document_images, pair_document, pair_order
+from .sources import PairConfig, blank_image, document_images, pair_document, pair_order
 
 IMAGE_BLOCK = 32  # images that a network encodes together
 
@@ -131,13 +142,10 @@ class SceneEdits(SceneSource):
         # Not learned: a model that learned to write instructions would begin captions with them.
         words = Text(self.tokenizer.encode(self.edit(number).instruction), predict=False)
         document = Document([replace(before, target=False), words, after], sample=sample)
-        match self._kept(sample):
-            case "all":
-                return document
-            case "images":
-                return images_alone(document)
-            case _:
-                return unconditional(document)
+        kept = self._kept(sample)
+        if kept == "all":
+            return document
+        return images_alone(document) if kept == "images" else unconditional(document)
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
         lengths, patches = [], self.patches(form)
@@ -162,3 +170,53 @@ class SceneEdits(SceneSource):
     def render(self, number: int) -> np.ndarray:
         change = self.edit(number // 2)
         return self.world.render(change.target if number % 2 else change.source)
+
+
+class SceneDialogues(SceneSource):
+    """Conversations about scenes: the assistant's words and images are learned, the person's words are not.
+
+    Image `MOST_IMAGES` * n + k is the k-th of dialogue n, or of another scene where the dialogue has fewer.
+    """
+
+    name = "dialogues"
+
+    def __init__(self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, seed: int) -> None:
+        super().__init__(world, tokenizer, autoencoder, seed)
+        self._turns: tuple[int, list[bundled.Turn]] = (-1, [])
+
+    def turns(self, index: int) -> list[bundled.Turn]:
+        """Return the turns of a dialogue."""
+        if self._turns[0] != index:
+            self._turns = index, bundled.dialogue(self.world, index)
+        return self._turns[1]
+
+    def document(self, index: int, sample: int) -> Document:
+        first = bundled.MOST_IMAGES * index
+        return self._written(index, sample, [self.image(first + place) for place in range(len(self._scenes(index)))])
+
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
+        side = self.world.config.size // self.autoencoder.factor
+        blank = blank_image(form, self.autoencoder.channels, side, side)
+        lengths = []
+        for index in indices.tolist():
+            written = self._written(index, 0, [blank] * len(self._scenes(index)))
+            lengths.append(len(layout_document(written, form)))
+        return np.array(lengths)
+
+    def _scenes(self, index: int) -> list[bundled.Scene]:
+        """Return the scenes of a dialogue's images, shown and drawn, in order."""
+        both = (scene for turn in self.turns(index) for scene in (turn.shown, turn.scene))
+        return [scene for scene in both if scene is not None]
+
+    def _written(self, index: int, sample: int, images: list[Image]) -> Document:
+        messages, waiting = [], iter(images)
+        for turn in self.turns(index):
+            shown: tuple[Image, ...] = () if turn.shown is None else (next(waiting),)
+            drawn: tuple[Image, ...] = () if turn.scene is None else (next(waiting),)
+            messages += [Message("user", (*shown, turn.request)), Message("assistant", (turn.reply, *drawn))]
+        return chat_sample(self.tokenizer, messages, sample)
+
+    def render(self, number: int) -> np.ndarray:
+        index, place = divmod(number, bundled.MOST_IMAGES)
+        scenes = self._scenes(index)
+        return self.world.render(scenes[min(place, len(scenes) - 1)])

@@ -8,8 +8,9 @@ pairs.lengths(...)                      # the positions of many, from the index 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import groupby, repeat
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,13 +19,24 @@ import torch
 from ..autoencoders import Autoencoder, DeferredEncoder, VQTokenizer
 from ..errors import UserError
 from ..rng import Draws, generator_for
-from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, unconditional
-from .dataset import DataSet, Split, StoredDocument, as_latent
+from ..sequence import (
+    Document,
+    Image,
+    SequenceFormat,
+    Text,
+    Tokenizer,
+    count_positions,
+    layout_document,
+    unconditional,
+)
+from ..sequence.chat import Message, chat_sample
+from .dataset import CorruptSampleError, DataSet, Split, StoredDocument, as_latent
 from .packing import Shuffle
 
 CHUNK = 1 << 20  # documents whose lengths are added up at once
 SAMPLED = 2_000  # documents measured of a source that never ends
 MOST_MEASURED = 100_000  # documents measured of a source that does not know its mean length
+MEASURED_DIALOGUES = 64  # of a data set: they tell what the template adds to all
 
 
 class Source(Protocol):
@@ -145,6 +157,13 @@ def document_images(pixels: np.ndarray, autoencoder: Autoencoder) -> list[Image]
     return [Image(torch.empty(shape, device="meta"), pixels=image) for image in torch.from_numpy(pixels)]
 
 
+def blank_image(form: SequenceFormat, channels: int, rows: int, columns: int) -> Image:
+    """Return an image of which only the shape counts, in latent elements: for a document whose length is asked for."""
+    if form.first_code is None:
+        return Image(torch.empty(channels, rows, columns, device="meta"))
+    return Image(torch.zeros(rows, columns, dtype=torch.int64))
+
+
 class Texts:
     """Text-only documents: all of them, in a new order each epoch."""
 
@@ -193,7 +212,6 @@ class StoredTexts:
         self.epoch = data.size(split)
         if not self.epoch:
             raise UserError(f"{data.path}: expected documents to {split} on, found none of {len(data)}")
-        self._shuffle: tuple[int, Shuffle] | None = None
 
     def document(self, index: int, sample: int) -> Document:
         """Return a document. Raises CorruptSampleError."""
@@ -213,20 +231,15 @@ class StoredTexts:
     def number(self, index: int) -> int:
         """Return which document of the set is number `index` of the stream."""
         epoch, place = divmod(index, self.epoch)
-        return self.data.number(self.split, self._order(epoch)(place))
+        return self.data.number(self.split, Shuffle(self.epoch, self.seed, self.split, epoch)(place))
 
     def numbers(self, indices: np.ndarray) -> np.ndarray:
         """Return which documents of the set are numbers `[n]` of the stream."""
         epochs, places = np.divmod(indices, self.epoch)
         for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
-            places[chosen] = self._order(epoch)(places[chosen])
+            places[chosen] = Shuffle(self.epoch, self.seed, self.split, epoch)(places[chosen])
         return self.data.number(self.split, places)
-
-    def _order(self, epoch: int) -> Shuffle:
-        if self._shuffle is None or self._shuffle[0] != epoch:
-            self._shuffle = epoch, Shuffle(self.epoch, self.seed, self.split, epoch)
-        return self._shuffle[1]
 
     def _expected_lengths(self, numbers: np.ndarray, form: SequenceFormat) -> np.ndarray:
         """Return the positions of documents of the set, in the mean over everything that is drawn at random."""
@@ -269,10 +282,7 @@ class StoredImages(StoredTexts):
         if count:
             drawn = self._drawn_caption(number, index // self.epoch, first, count)
             shown, expected = (shown[0], shown[1 + drawn]), int(self.data.captions["tokens"][first + drawn])
-        parts = self.encoded(number, stored, shown)
-        tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
-        if tokens != expected:
-            raise self.data.corrupt(number, f"{tokens} tokens, not as many as the index says", stored.key)
+        parts = self.encoded(number, stored, shown, expected)
         if stored.pair:
             image, text = parts
             assert isinstance(image, Image)
@@ -280,8 +290,11 @@ class StoredImages(StoredTexts):
             return pair_document(text.ids, image, self.config, self.seed, sample)
         return interleaved_document(parts, self.config, self.seed, sample)
 
-    def encoded(self, number: int, stored: StoredDocument, shown: Sequence[Any]) -> list[Text | Image]:
-        """Return parts of a stored document as a model reads them."""
+    def encoded(self, number: int, stored: StoredDocument, shown: Sequence[Any], expected: int) -> list[Text | Image]:
+        """Return parts of a stored document as a model reads them. Raises CorruptSampleError.
+
+        expected: tokens of their texts, by the index.
+        """
         parts: list[Text | Image] = []
         areas = self._areas(number)
         for part in shown:
@@ -292,6 +305,9 @@ class StoredImages(StoredTexts):
                 parts.append(replace(document_images(pixels[None], self.autoencoder)[0], content=next(areas)))
             else:
                 parts.append(Image(as_latent(part), content=next(areas)))
+        tokens = sum(len(part.ids) for part in parts if isinstance(part, Text))
+        if tokens != expected:
+            raise self.data.corrupt(number, f"{tokens} tokens, not as many as the index says", stored.key)
         return parts
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
@@ -347,3 +363,45 @@ class StoredImages(StoredTexts):
         ends = self.data.captions["weight"][first : first + count].astype(np.float64).cumsum()
         drawn = Draws("caption", self.seed, number, epoch).word() / (1 << 32)
         return int(np.searchsorted(ends, drawn * ends[-1], side="right"))
+
+
+class StoredDialogues(StoredImages):
+    """The dialogues of a data set: the assistant's words and images are learned, the others' are not."""
+
+    def document(self, index: int, sample: int) -> Document:
+        """Return a document. Raises CorruptSampleError."""
+        number = self.number(index)
+        stored = self.data.read(number)
+        encoded = self.encoded(number, stored, stored.parts, stored.tokens)
+        images = (part for part in encoded if isinstance(part, Image))
+        return self._written(stored, images, sample)
+
+    def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
+        lengths = super().lengths(indices, samples, form)
+        factor = self.autoencoder.factor
+        for row, number in enumerate(self.numbers(indices).tolist()):
+            sides = ((rows // factor, columns // factor) for rows, columns in self.data.sizes(number))
+            blanks = (blank_image(form, self.autoencoder.channels, *shape) for shape in sides)
+            with suppress(CorruptSampleError):  # which `document` reports
+                lengths[row] = len(layout_document(self._written(self.data.read(number), blanks, 0), form))
+        return lengths
+
+    def mean_length(self, form: SequenceFormat) -> float:
+        """Return the mean positions over a pass: by the index, with what the template adds to the first few."""
+        first = np.arange(min(MEASURED_DIALOGUES, self.epoch))
+        added = self.lengths(first, first, form) - self._expected_lengths(self.numbers(first), form)
+        return super().mean_length(form) + float(added.mean())
+
+    def _written(self, stored: StoredDocument, images: Iterator[Image], sample: int) -> Document:
+        spoken = (part if isinstance(part, str) else next(images) for part in stored.parts)
+        turns = groupby(zip(stored.roles, spoken, strict=True), key=lambda pair: pair[0])
+        messages = [Message(role, tuple(part for _, part in turn)) for role, turn in turns]
+        return chat_sample(self.tokenizer, messages, sample)
+
+
+def has_dialogues(data: DataSet) -> bool:
+    """Return True for a data set of dialogues: all of its documents are, or none is, so the first sound one tells."""
+    for number in range(len(data) if data.manifest.kind == "pictures" else 0):
+        with suppress(CorruptSampleError):
+            return bool(data.read(number).roles)
+    return False

@@ -271,7 +271,6 @@ class Writer:
             faulty=self.faulty,
             captions=self.captions,
             grouped=len(groups),
-            split=self.sides_of.manifest.split if self.sides_of else "content",
             padded=self.padded,
             changed=dict(sorted(self.changed.items())),
             files={"found": files, "read": files - len(left_out), "left out": len(left_out)} if files else {},
