@@ -20,14 +20,14 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...hub import data_address, fetched_data
-from ...images import unpad
+from ...images import SUFFIXES, unpad
 from ...io import sha256
 from .. import bundled
 from ..dataset import CorruptSampleError, DataSet
 from ..remote import Cache, File, MissingError, expanded, is_remote, remote_files, url_name
 from .content import CHUNK, chunks, decode_text, file_encoding, open_file
-from .contract import LOST_REST, Columns, CountedReader, Fault, FileReader, Item, LeftOut, Part, Raw, Reader
-from .images import claim_classes, claim_images, open_classes, open_images
+from .contract import LOST_REST, Columns, Fault, FileReader, Item, LeftOut, Part, Raw, Reader
+from .images import claim_classes, open_classes, open_images
 from .listing import SPLITS, Listing
 from .parquet import ArrowReader, ParquetReader, claim_arrow
 from .records import JsonReader, claim_json
@@ -50,7 +50,6 @@ __all__ = [
     "Fault",
     "Item",
     "LeftOut",
-    "Listing",
     "Part",
     "Raw",
     "Reader",
@@ -199,7 +198,7 @@ class TextReader(FileReader):
         return Raw(f"{source.name}:{begin}", (words,), changed=tuple(changed))
 
 
-class SetReader(CountedReader):
+class SetReader(Reader):
     """A data set's documents in their order, held-out ones too, each compared with its hash; they keep its tokenizer.
 
     Raises UserError for a set without images, or of latents.
@@ -210,7 +209,7 @@ class SetReader(CountedReader):
         if data.manifest.kind == "text" or encoding is not None:
             kind = "text" if encoding is None else f"what {encoding.autoencoder} makes of them"
             raise UserError(f"{data.path}: expected a data set of pictures to build from, found one of {kind}")
-        self.data, self.total = data, len(data)
+        self.data, self.total, self.items = data, len(data), range(len(data))
 
     def contents(self) -> dict[str, str]:
         return {"manifest.json": self.data.fingerprint}  # which has the hashes of everything else
@@ -232,13 +231,13 @@ class SetReader(CountedReader):
                 yield Fault(error.sample.key, error.sample.reason)
 
 
-class WorldReader(CountedReader):
+class WorldReader(Reader):
     """Scenes of the bundled data set's training part, from number 0. Raises UserError without a count."""
 
     def __init__(self, count: int, size: int) -> None:
         if count < 1:
             raise UserError("world: expected how many documents to make (--count N), found none; it never ends")
-        self.size, self.total = size, count
+        self.size, self.total, self.items = size, count, range(count)
 
     def contents(self) -> dict[str, str]:
         return {bundled.SPRITE_FILE.name: sha256(bundled.SPRITE_FILE)}  # count and size are settings of the build
@@ -282,7 +281,7 @@ FORMATS = (
     Format("table", "a table or list of images' names and captions", claim_table, open_table),
     Format("captions-json", "captions by the names of images in .json", claim_captions_json, open_captions_json),
     Format("classes", "images in folders of their classes", claim_classes, open_classes),
-    Format("images", "images, with captions in .txt files of the same name", claim_images, open_images),
+    Format("images", "images, with captions in .txt files of the same name", _claim_ending(*SUFFIXES), open_images),
     Format("text", ".txt, .md or .txt.gz files", _claim_ending(*TEXT_ENDINGS), TextReader, TEXT_ENDINGS),
 )
 """all shapes, in the order in which they claim a source's files"""

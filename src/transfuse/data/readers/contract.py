@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -110,60 +110,45 @@ class Columns:
             raise ValueError(f'caption: expected words with one {{class}} in them, found "{self.caption}"')
 
 
-class Reader(Protocol):
+class Reader:
     """A source of documents; it is sent to other processes, and so is each part.
 
-    text_only: documents are text alone. total: weight of all parts, in `unit`. listing: the files of the source; None:
-    it is not made of files. names: those that are read, and not among those of `contents`. source_split: the one that
-    is read of several, chosen by names or by a field.
+    text_only: documents are text alone. total: weight of all parts, in `unit`. items: documents or their numbers, where
+    each weighs 1. listing: the files of the source; None: it is not made of files. names: those that are read, and not
+    among those of `contents`. source_split: the one that is read of several, chosen by names or by a field.
     """
 
-    text_only: bool
+    text_only = False
+    unit = "documents"
     total: int
-    unit: str
-    listing: Listing | None
-    names: Sequence[str]
-    source_split: str
-
-    def contents(self) -> dict[str, str]:
-        """Return hashes of everything the documents are made of, by name: other content changes one of them."""
-
-    def parts(self) -> Iterable[Part]: ...
-
-    def read(self, part: Part) -> Iterator[Item]: ...
-
-
-class FileReader:
-    """The base of readers whose documents are in the files `files` of a listing, weighed in bytes."""
-
-    text_only, unit = False, "bytes"
-
-    def __init__(self, listing: Listing, files: Sequence[File]) -> None:
-        self.listing: Listing | None = listing
-        self.source_split = listing.split
-        self.files = sorted(files, key=lambda file: file.name.split("/"))
-        self.names: Sequence[str] = [file.name for file in self.files]
-        self.total = sum(file.size for file in self.files)
-
-    def contents(self) -> dict[str, str]:
-        return hash_files(self.files)
-
-
-class CountedReader:
-    """The base of readers whose documents have numbers, each of weight 1."""
-
-    text_only, unit = False, "documents"
-    total: int
+    items: Sequence[Any]
     listing: Listing | None = None
     names: Sequence[str] = ()
     source_split = ""
 
+    def contents(self) -> dict[str, str]:
+        """Return hashes of everything the documents are made of, by name: other content changes one of them."""
+        raise NotImplementedError
+
     def parts(self) -> Iterable[Part]:
-        return parts_of(range(self.total))
+        for start in range(0, len(self.items), PER_PART):
+            chunk = self.items[start : start + PER_PART]
+            yield Part(chunk, len(chunk))
+
+    def read(self, part: Part) -> Iterator[Item]:
+        raise NotImplementedError
 
 
-def parts_of(items: Sequence[Any]) -> Iterator[Part]:
-    """Yield `PER_PART` items at a time, each of weight 1."""
-    for start in range(0, len(items), PER_PART):
-        some_items = items[start : start + PER_PART]
-        yield Part(some_items, len(some_items))
+class FileReader(Reader):
+    """The base of readers whose documents are in the files `files` of a listing, weighed in bytes."""
+
+    unit = "bytes"
+
+    def __init__(self, listing: Listing, files: Sequence[File]) -> None:
+        self.listing, self.source_split = listing, listing.split
+        self.files = sorted(files, key=lambda file: file.name.split("/"))
+        self.names = [file.name for file in self.files]
+        self.total = sum(file.size for file in self.files)
+
+    def contents(self) -> dict[str, str]:
+        return hash_files(self.files)

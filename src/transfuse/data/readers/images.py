@@ -21,7 +21,7 @@ from typing import Any
 from ...log import logger
 from ..remote import File, hash_files
 from .content import CAPTION_COLUMNS, caption_text, captions_in, decode_text, parse_json, worded
-from .contract import Columns, Fault, Item, Part, Raw, parts_of
+from .contract import Columns, Fault, Item, Part, Raw, Reader
 from .listing import CAPTION_ENDINGS, Listing
 
 TABLE = "the list of pictures and captions"  # the name, among files, of a table's rows or of a folder's names
@@ -41,13 +41,11 @@ class Row:
     changed: tuple[str, ...] = ()
 
 
-class ImageReader:
+class ImageReader(Reader):
     """Documents are the rows, in their order. In a whole folder, images that no row names are faults.
 
     tables: the files that rows are from. passed_over: images that are left out on purpose.
     """
-
-    text_only, unit = False, "documents"
 
     def __init__(
         self,
@@ -58,24 +56,19 @@ class ImageReader:
         passed_over: Iterable[str] = (),
         split: str = "",
     ) -> None:
-        self.listing: Listing | None = listing
-        self.root, self.columns, self.source_split = listing.root, columns, split or listing.split
-        self.names: Sequence[str] = [table.name for table in tables]
+        self.listing, self.root, self.columns = listing, listing.root, columns
+        self.source_split, self.names = split or listing.split, [table.name for table in tables]
         named = {row.name for row in rows} | set(passed_over)
         unnamed = sorted(file.name for file in listing.images() if file.name not in named) if listing.whole else []
-        fault = "expected a row of the table, found none"
-        self.rows = [*rows, *(Row(name, fault=fault) for name in unnamed)]
-        self.total = len(self.rows)
+        self.items = [*rows, *(Row(name, fault="expected a row of the table, found none") for name in unnamed)]
+        self.total = len(self.items)
 
     def contents(self) -> dict[str, str]:
         """Return hashes of images and captions; a table counts by what its rows say."""
-        names = dict.fromkeys(chain.from_iterable((row.name, *row.files) for row in self.rows))
+        names = dict.fromkeys(chain.from_iterable((row.name, *row.files) for row in self.items))
         hashes = hash_files(File(name, str(self.root / name), 0) for name in names)
-        rows = json.dumps([(row.name, row.captions or None, row.fault if self.names else "") for row in self.rows])
+        rows = json.dumps([(row.name, row.captions or None, row.fault if self.names else "") for row in self.items])
         return hashes | {TABLE: hashlib.sha256(rows.encode()).hexdigest()}
-
-    def parts(self) -> Iterable[Part]:
-        return parts_of(self.rows)
 
     def read(self, part: Part) -> Iterator[Item]:
         for row in part.what:
@@ -104,14 +97,10 @@ class ImageReader:
         return list(filter(None, [caption_text(text, self.columns.first_line)]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "rows": [], "listing": None}  # parts carry their rows
+        return {**vars(self), "items": [], "listing": None}  # parts carry their rows
 
 
 # --- captions in files next to images, and in names -------------------------------------------------------------------
-
-
-def claim_images(listing: Listing, columns: Columns) -> list[File]:
-    return listing.images()
 
 
 def open_images(listing: Listing, files: list[File], columns: Columns) -> ImageReader:

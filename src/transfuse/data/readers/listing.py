@@ -108,7 +108,7 @@ class Listing:
         if exact := self._at(name, below):
             return exact
         last = name.rpartition("/")[2]
-        named = self._by_last.get(last) or self._others_by_last.get(last, [])
+        named = self._by_last.get(last, [])
         if len(named) > 1:
             further = [other for other in named if f"/{other}".endswith(f"/{name}")]
             if len(further) != 1:
@@ -151,11 +151,17 @@ class Listing:
 
     @cached_property
     def _by_last(self) -> dict[str, list[str]]:
-        return _by_last(file.name for file in self.images())
-
-    @cached_property
-    def _others_by_last(self) -> dict[str, list[str]]:
-        return _by_last(name for name in self.others if name.lower().endswith(SUFFIXES))
+        """Images by the last part of their names, with and without its ending; those of other splits are the last resort."""
+        named: dict[str, list[str]] = {}
+        others = [name for name in self.others if name.lower().endswith(SUFFIXES)]
+        for names in ([file.name for file in self.images()], others):
+            of_these: dict[str, list[str]] = {}
+            for name in names:
+                last = name.rpartition("/")[2]
+                for key in {last, last.rpartition(".")[0]}:
+                    of_these.setdefault(key, []).append(name)
+            named = of_these | named
+        return named
 
     @property
     def n_files(self) -> int:
@@ -178,16 +184,6 @@ class Listing:
         aside = [f"{len(self.aside) + len(self.others)} left aside"] if self.aside or self.others else []
         there = ", ".join(filter(None, [listed, *aside]))
         return (f": {there}" if there else "") + (f"; nearest: {hint}" if hint else "")
-
-
-def _by_last(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return names of images by their last part, with and without its ending."""
-    named: dict[str, list[str]] = {}
-    for name in names:
-        last = name.rpartition("/")[2]
-        for key in {last, last.rpartition(".")[0]}:
-            named.setdefault(key, []).append(name)
-    return named
 
 
 def _why_unused(file: File) -> str:

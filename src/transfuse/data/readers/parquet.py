@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +29,7 @@ class ParquetReader(FileReader):
     """
 
     holds = "a parquet file"
+    schema: Callable[[Any], Any] = staticmethod(attrgetter("schema_arrow"))  # of an opened table
 
     def __init__(self, listing: Listing, files: list[File], columns: Columns) -> None:
         super().__init__(listing, files)
@@ -132,9 +134,14 @@ class ParquetReader(FileReader):
 
     def open(self, file: File) -> Any:
         """Open a file. Raises UserError."""
-        arrow = _pyarrow(file)
         try:
-            table = self.opened(arrow, file.here())
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            needed = f"expected the extra that reads it, found none: {install_command('parquet')}"
+            raise UserError(f"{file.place}: {needed}") from None
+        try:
+            table = self.opened(pyarrow, file.here())
             list(self.schema(table).names)  # a damaged one shows when it is looked at
             return table
         except Exception as error:
@@ -143,9 +150,6 @@ class ParquetReader(FileReader):
 
     def opened(self, arrow: Any, path: Path) -> Any:
         return arrow.parquet.ParquetFile(path)
-
-    def schema(self, table: Any) -> Any:
-        return table.schema_arrow
 
     def sizes(self, table: Any) -> list[tuple[int, int]]:
         """Return rows and bytes of each group of rows that is read on its own."""
@@ -163,12 +167,10 @@ class ArrowReader(ParquetReader):
     """Tables as `datasets.save_to_disk` writes them."""
 
     holds = "a stream of arrow tables"
+    schema = staticmethod(attrgetter("schema"))
 
     def opened(self, arrow: Any, path: Path) -> Any:
         return arrow.ipc.open_stream(arrow.memory_map(str(path)))
-
-    def schema(self, table: Any) -> Any:
-        return table.schema
 
     def sizes(self, table: Any) -> list[tuple[int, int]]:
         sizes = []
@@ -185,16 +187,6 @@ class ArrowReader(ParquetReader):
             batch.validate(full=True)  # what is damaged may end the process otherwise
             for start in range(0, batch.num_rows, rows):
                 yield batch.slice(start, rows).to_pylist()
-
-
-def _pyarrow(file: File) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        needed = f"expected the extra that reads it, found none: {install_command('parquet')}"
-        raise UserError(f"{file.place}: {needed}") from None
-    return pyarrow
 
 
 def _holds_images(kind: Any) -> bool:
@@ -222,16 +214,11 @@ def claim_arrow(listing: Listing, columns: Columns) -> list[File]:
         if PurePosixPath(state.name).name != "state.json":
             continue
         tables = [file for file in listing.ending(".arrow") if PurePosixPath(file.name).parent == folder]
-        names = _data_files(Path(state.place))
+        names: list[str] = []  # of a state.json that lists none, or is of something else
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            names = [str(entry["filename"]) for entry in json.loads(Path(state.place).read_bytes())["_data_files"]]
         there = {PurePosixPath(file.name).name for file in tables}
         if missing := [name for name in names if name not in there]:
             raise UserError(f"{state.place}: expected the tables it lists, found no {', '.join(missing[:3])}")
         claimed += [file for file in tables if not names or PurePosixPath(file.name).name in names]
     return claimed
-
-
-def _data_files(state: Path) -> list[str]:
-    """Return the names of tables that a state.json lists; none for one that lists none, or is of something else."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return [str(entry["filename"]) for entry in json.loads(state.read_bytes())["_data_files"]]
-    return []

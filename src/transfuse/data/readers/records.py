@@ -184,10 +184,9 @@ class JsonReader(FileReader):
 
     def contents(self) -> dict[str, str]:
         """Return hashes, also of the image files that documents name; at a URL these go by the version of the jsonl."""
-        return super().contents() | ({} if self.text_only else hash_files(self._image_files()))
-
-    def _image_files(self) -> Iterator[File]:
-        assert self.listing is not None
+        hashes, files = super().contents(), list[File]()
+        if self.text_only or self.listing is None:
+            return hashes
         for part in self.parts():
             file = part.what[0]
             if file.cache is not None:
@@ -197,11 +196,12 @@ class JsonReader(FileReader):
             for name in self._image_names(taken):
                 with suppress(ValueError):
                     path = self.listing.find(name, below) or str(PurePosixPath(below, name))
-                    yield File(path, str(self.listing.root / path), 0)
+                    files.append(File(path, str(self.listing.root / path), 0))
+        return hashes | hash_files(files)
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:
-            if _is_list(file):
+            if file.name.lower().endswith(".json"):
                 count = len(_items(file.place, self.columns.encoding)[0])
                 for start in range(0, count, ROWS):
                     yield Part((file, start, None, ""), file.size * ROWS // max(ROWS, count))
@@ -273,10 +273,6 @@ def image_loader(file: File, listing: Listing | None) -> Image:
         return file.sibling(value) if path is None or listing is None else (listing.root / path).read_bytes()
 
     return image
-
-
-def _is_list(file: File) -> bool:
-    return file.name.lower().endswith(".json")
 
 
 @lru_cache(maxsize=1)

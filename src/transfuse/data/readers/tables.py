@@ -13,7 +13,6 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from operator import not_
@@ -47,15 +46,8 @@ URLS = ("url", "urls", "uri", "link", "src")
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a table. passed_over: images of splits that are not taken. split: the one that is."""
-
-    rows: list[Row]
-    passed_over: Sequence[str] = ()
-    split: str = ""
-
-
+Rows = tuple[list[Row], list[str], str]
+"""the rows of a table, the images of splits that are not taken, and the split that is"""
 Named = tuple[str, Sequence[str], str]
 """the name of an image in a table, captions, and why the row is none"""
 
@@ -108,7 +100,7 @@ def rows_of(
             raise UserError(f"{first}: these are URLs; {DOWNLOAD}")
         raise UserError(f"{first}; put them next to it, or take its words alone with --reader text")
     rows = [Row(name, tuple(captions), changed=tuple(changed)) for name, captions in images.items()]
-    return Rows([*rows, *faults.values()], passed_over, split)
+    return [*rows, *faults.values()], passed_over, split
 
 
 def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str, Any]]:
@@ -209,10 +201,11 @@ def _open_tables(
 ) -> ImageReader:
     """Read the rows of several tables; an image that two of them name has the captions of both."""
     merged, faults, passed_over, split = dict[str, Row](), list[Row](), list[str](), ""
-    for table in (read(listing, file, columns) for file in files):
-        passed_over += table.passed_over
-        split = split or table.split
-        for row in table.rows:
+    for file in files:
+        rows, others, other_split = read(listing, file, columns)
+        passed_over += others
+        split = split or other_split
+        for row in rows:
             if row.fault:
                 faults.append(row)
             elif row.name in merged:

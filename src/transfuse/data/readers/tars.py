@@ -14,6 +14,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,10 @@ class TarReader(FileReader):
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:
-            waiting: list[Found] = []
-            for item in scan(file.here()):
-                waiting.append(item)
-                if len(waiting) == PER_PART:
-                    yield _tar_part(file, waiting)
-                    waiting = []
-            if waiting:
-                yield _tar_part(file, waiting)
+            documents = scan(file.here())
+            while items := list(islice(documents, PER_PART)):
+                sizes = (size for item in items if isinstance(item, Members) for _, _, size in item.files)
+                yield Part((file, items), sum(BLOCK + -(-size // BLOCK) * BLOCK for size in sizes))
 
     def read(self, part: Part) -> Iterator[Item]:
         source, items = part.what
@@ -136,11 +133,6 @@ def _is_image(suffix: str) -> bool:
     return f".{suffix.split('.')[-1].lower()}" in SUFFIXES
 
 
-def _tar_part(file: File, items: list[Found]) -> Part:
-    sizes = (size for item in items if isinstance(item, Members) for _, _, size in item.files)
-    return Part((file, items), sum(BLOCK + -(-size // BLOCK) * BLOCK for size in sizes))
-
-
 def scan(path: Path) -> Iterator[Found]:
     """Yield the documents of one tar, by its headers alone.
 
@@ -209,18 +201,15 @@ def _documents(key: str, files: list[Entry], seen: set[str]) -> Iterator[Members
             further, _, ending = suffix.rpartition(".")
             documents.setdefault(f"{key}.{further}" if further else key, []).append((ending, place, size))
     for name, members in documents.items():
-        yield _members(name, members, seen)
-
-
-def _members(key: str, files: list[Entry], seen: set[str]) -> Members | Fault:
-    suffixes = [suffix for suffix, _, _ in files]
-    lost = max(1, sum(map(_is_image, suffixes)))
-    if key in seen:
-        reason = "expected a document's members side by side, found more of this name further on"
-        return Fault(key, reason, lost)
-    seen.add(key)
-    if any(place is None for _, place, _ in files):
-        return Fault(key, "expected files, found links to others", lost)
-    if len(set(suffixes)) != len(files):
-        return Fault(key, f"expected members of different kinds, found {', '.join(suffixes[:MOST_NAMES])}", lost)
-    return Members(key, tuple(files))
+        suffixes = [suffix for suffix, _, _ in members]
+        lost = max(1, sum(map(_is_image, suffixes)))
+        if name in seen:
+            reason = "expected a document's members side by side, found more of this name further on"
+            yield Fault(name, reason, lost)
+        elif any(place is None for _, place, _ in members):
+            yield Fault(name, "expected files, found links to others", lost)
+        elif len(set(suffixes)) != len(members):
+            yield Fault(name, f"expected members of different kinds, found {', '.join(suffixes[:MOST_NAMES])}", lost)
+        else:
+            yield Members(name, tuple(members))
+        seen.add(name)
