@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -176,6 +176,12 @@ def resized(x: Tensor, side: int = SIDE) -> Tensor:
     return F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
+def batches(images: np.ndarray, count: int, side: int = SIDE) -> Iterator[Tensor]:
+    """Yield images, uint8 `[image, row, column, 3]`, as a network sees them, `count` at a time."""
+    for start in range(0, len(images), count):
+        yield resized(pixels(images[start : start + count]), side)
+
+
 def disturbed(x: Tensor, generator: torch.Generator) -> Tensor:
     """Blur, shift the colours of and add noise to each image `[image, 3, row, column]`, by a random amount."""
 
@@ -246,16 +252,14 @@ class SceneClassifier(Judge):
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray, batch: int = 256) -> list[str]:
+    def __call__(self, images: np.ndarray) -> list[str]:
         """Return the most probable noun of each image, uint8 `[image, row, column, 3]`."""
-        parts = [images[start : start + batch] for start in range(0, len(images), batch)]
-        return [self.nouns[n] for part in parts for n in self.network(resized(pixels(part))).argmax(1).tolist()]
+        return [self.nouns[n] for x in batches(images, 256) for n in self.network(x).argmax(1).tolist()]
 
     @torch.inference_mode()
-    def features(self, images: np.ndarray, batch: int = 256) -> np.ndarray:
+    def features(self, images: np.ndarray) -> np.ndarray:
         """Return float32 `[image, 256]`, for Fréchet distances between sets of scenes."""
-        parts = [images[start : start + batch] for start in range(0, len(images), batch)]
-        return np.concatenate([self.network.pooled(resized(pixels(part))).numpy() for part in parts])
+        return np.concatenate([self.network.pooled(x).numpy() for x in batches(images, 256)])
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all. Raises UserError where it cannot."""
@@ -340,10 +344,9 @@ class OpenSetClassifier:
         return weights_digest({**self.network.state_dict(), "threshold": torch.tensor(self.threshold)})
 
     @torch.inference_mode()
-    def probabilities(self, images: np.ndarray, batch: int = 128) -> Tensor:
+    def probabilities(self, images: np.ndarray) -> Tensor:
         """Return `[image, noun + 1]` for uint8 images `[image, row, column, 3]`; the last column is "none"."""
-        parts = [images[start : start + batch] for start in range(0, len(images), batch)]
-        return torch.cat([self.network(resized(pixels(part), OPEN_SET_SIDE)).softmax(1) for part in parts])
+        return torch.cat([self.network(x).softmax(1) for x in batches(images, 128, OPEN_SET_SIDE)])
 
     def __call__(self, images: np.ndarray) -> list[str | None]:
         """Return the noun in each image, or None where none is plain."""

@@ -30,6 +30,7 @@ from .scene_classifier import (
     HELD_OUT_EVERY,
     SEED_OFFSET,
     Judge,
+    batches,
     convolution,
     disturbed,
     judge_identity,
@@ -110,19 +111,19 @@ class SceneDetector(Judge):
     seconds: float = 0.0
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray, batch: int = 64) -> list[list[Seen]]:
+    def __call__(self, images: np.ndarray) -> list[list[Seen]]:
         """Return the detections in each image, uint8 `[image, row, column, 3]`, most confident first."""
         detections: list[list[Seen]] = []
-        for start in range(0, len(images), batch):
-            output = self.network(resized(pixels(images[start : start + batch]), self.side))
+        for x in batches(images, 64, self.side):
+            output = self.network(x)
             heat = output[:, 0].sigmoid()
             heat = heat * (heat == F.max_pool2d(heat[:, None], 3, stride=1, padding=1)[:, 0])  # peaks alone
             candidates: list[list[Seen]] = [[] for _ in output]
             for image, row, column in (heat >= THRESHOLDS[0]).nonzero().tolist():
                 cell = output[image, :, row, column]
-                x, y = (column + 0.5) / heat.shape[-1], (row + 0.5) / heat.shape[-1]
+                across, down = (column + 0.5) / heat.shape[-1], (row + 0.5) / heat.shape[-1]
                 noun, confidence = self.nouns[int(cell[2:].argmax())], float(heat[image, row, column])
-                candidates[image].append(Seen(noun, x, y, float(cell[1].exp()), confidence))
+                candidates[image].append(Seen(noun, across, down, float(cell[1].exp()), confidence))
             for seen in candidates:
                 kept: list[Seen] = []  # without those at the place of a more confident one
                 for thing in sorted(seen, key=lambda thing: -thing.confidence):
@@ -155,12 +156,12 @@ def keep_scene_detector(path: Path, config: WorldConfig, steps: int | None = Non
     """Return the detector saved in a file if it is of these scenes; otherwise train one and save it there."""
     steps = steps or STEPS
     train = partial(train_scene_detector, config, steps)
-    return keep_judge(path, _identity(config, steps, seed=0), SceneDetector.load, train)
+    return keep_judge(path, _identity(config, steps), SceneDetector.load, train)
 
 
-def _identity(config: WorldConfig, steps: int, seed: int) -> str:
+def _identity(config: WorldConfig, steps: int) -> str:
     world = replace(_every_kind(config, seed=0), split="train")
-    return judge_identity(world, steps=steps, seed=seed, scenes=SCENES)
+    return judge_identity(world, steps=steps, seed=0, scenes=SCENES)
 
 
 def _every_kind(config: WorldConfig, seed: int) -> WorldConfig:
@@ -168,27 +169,25 @@ def _every_kind(config: WorldConfig, seed: int) -> WorldConfig:
     return replace(config, kinds=None, max_objects=3, max_count=4, sizes=None, seed=seed)
 
 
-def train_scene_detector(
-    config: WorldConfig, steps: int = STEPS, seed: int = 0, test_scenes: int | None = None
-) -> SceneDetector:
+def train_scene_detector(config: WorldConfig, steps: int = STEPS, test_scenes: int | None = None) -> SceneDetector:
     """Train a detector of the nouns of `config` in scenes of any number of things: a function of its arguments."""
     began, nouns, side = time.monotonic(), config.noun_names, 32 if config.size <= 32 else 64
 
     def fresh(count: int, offset: int) -> tuple[np.ndarray, list[Scene]]:
-        return render_scenes(_every_kind(config, seed + SEED_OFFSET + offset), count, HELD_OUT_EVERY)
+        return render_scenes(_every_kind(config, SEED_OFFSET + offset), count, HELD_OUT_EVERY)
 
     images, scenes = fresh(min(SCENES, steps * BATCH), 0)
     targets = [_target(scene, nouns, side // CELL) for scene in scenes]
 
     def loss_of(network: DetectorNetwork, chosen: Tensor, step: int) -> Tensor:
-        x = disturbed(pixels(images[chosen.numpy()]), generator_for(seed, "disturb", step))
+        x = disturbed(pixels(images[chosen.numpy()]), generator_for(0, "disturb", step))
         wanted = [torch.stack(part) for part in zip(*(targets[n] for n in chosen.tolist()), strict=True)]
         return _loss(network(resized(x, side)), wanted)
 
     make = partial(DetectorNetwork, len(nouns))
-    settings = {"samples": len(scenes), "steps": steps, "batch": BATCH, "seed": seed}
+    settings = {"samples": len(scenes), "steps": steps, "batch": BATCH, "seed": 0}
     network = train_judge("detector", make, loss_of, learning_rate=3e-3, max_norm=10.0, **settings)
-    detector = SceneDetector(nouns, side, network, THRESHOLDS[0], _identity(config, steps, seed))
+    detector = SceneDetector(nouns, side, network, THRESHOLDS[0], _identity(config, steps))
     tuning_images, tuning_scenes = fresh(test_scenes or TEST_SCENES, 1)
     # The threshold is the one with which the number of things is right most often.
     counts = np.array([sum(thing.count for thing in scene.things) for scene in tuning_scenes])

@@ -151,7 +151,7 @@ class Listing:
 
     @cached_property
     def _by_last(self) -> dict[str, list[str]]:
-        """Images by the last part of their names, with and without its ending; those of other splits are the last resort."""
+        """Images by the last part of their names, with and without its ending; those of other splits come last."""
         named: dict[str, list[str]] = {}
         others = [name for name in self.others if name.lower().endswith(SUFFIXES)]
         for names in ([file.name for file in self.images()], others):
