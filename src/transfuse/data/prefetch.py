@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from multiprocessing import get_all_start_methods, parent_process
 from typing import Any, TypeVar
 
@@ -155,10 +156,7 @@ class SharedMemory:
 
 def _offsets(sizes: Sequence[int]) -> list[int]:
     """Return where aligned buffers of these sizes begin, and where the last one ends."""
-    offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-    return offsets
+    return [*accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)]
 
 
 class _TensorPickler(pickle.Pickler):

@@ -10,9 +10,10 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from typing import Annotated, Literal
 
 import numpy as np
@@ -169,12 +170,6 @@ def bucket(rows: int, columns: int, size: int, multiple: int) -> tuple[int, int]
         if width and 1 / WIDEST <= width / height <= WIDEST:
             shapes.append((height, width))
     return min(shapes, key=lambda shape: (abs(math.log(shape[1] / shape[0]) - math.log(columns / rows)), shape))
-
-
-def is_followed(tokens: Sequence[int | None]) -> bool:
-    """Return True if a document has text after its last image. tokens: of each part; None: an image."""
-    images = [place for place, count in enumerate(tokens) if count is None]
-    return any(tokens[images[-1] + 1 :]) if images else False
 
 
 def build_autoencoder(config: BuildConfig) -> Autoencoder | None:
@@ -357,7 +352,7 @@ class Preparer:
             changed=tuple(changed),
             fingerprints=tuple(looks) or (Fingerprint.of_bytes(hash_),),
             heldout=item.heldout,
-            followed=is_followed(counts),
+            followed=any(takewhile(lambda count: count is not None, reversed(counts))) and None in counts,
         )
 
     def _encode(self, key: str, pixels: np.ndarray) -> bytes:

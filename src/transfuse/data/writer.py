@@ -11,10 +11,11 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -23,19 +24,7 @@ from ..config import to_dict
 from ..errors import UserError
 from ..io import atomic_write, sha256
 from ..log import logger
-from .dataset import (
-    CAPTION,
-    DOCUMENT,
-    FREE_FAULTS,
-    GROUP,
-    IMAGE,
-    PADDED,
-    SUMS,
-    VERSION,
-    DataSet,
-    Manifest,
-    Shard,
-)
+from .dataset import CAPTION, DOCUMENT, FREE_FAULTS, GROUP, IMAGE, PADDED, SUMS, VERSION, DataSet, Manifest, Shard
 from .groups import FINGERPRINT, group, held_out
 from .members import to_members, to_tar
 from .prepare import Dropped, Outcome, Prepared, Preparer
@@ -139,7 +128,13 @@ class Writer:
             if outcome.faulty:
                 self.faulty += outcome.lost
                 self.seen += outcome.lost - 1
-                self._check_budget(outcome)
+                if self.faulty > max(FREE_FAULTS, self.max_errors * self.seen):
+                    self._list_left_out("quarantine.jsonl", faulty=True)
+                    raise UserError(
+                        f"{self.source}: {self.faulty} of {self.seen} documents are faulty, more than the share "
+                        f"{self.max_errors} that is let pass; the last: {outcome.key}: {outcome.detail}; all: "
+                        f"{self.out / 'quarantine.jsonl'}; mend them, or go on with a larger --max-errors"
+                    )
 
     def _write(self, document: Prepared) -> None:
         new = self.unwritten
@@ -171,25 +166,16 @@ class Writer:
         if len(new.documents) == self.config.shard_size:
             self._flush()
 
-    def _check_budget(self, last: Dropped) -> None:
-        if self.faulty > max(FREE_FAULTS, self.max_errors * self.seen):
-            self._list_left_out("quarantine.jsonl", faulty=True)
-            raise UserError(
-                f"{self.source}: {self.faulty} of {self.seen} documents are faulty, more than the share "
-                f"{self.max_errors} that is let pass; the last: {last.key}: {last.detail}; all: "
-                f"{self.out / 'quarantine.jsonl'}; mend them, or go on with a larger --max-errors"
-            )
-
     def _flush(self) -> None:
         """Write a shard, and after it its record."""
-        new, number = self.unwritten, len(self.shards)
+        new = self.unwritten
         data = b"".join(new.pieces)
         if data and not self.text_only:
             data += bytes(1024)  # the end of a tar
-        file = f"shards/shard-{number:05d}.{'tokens' if self.text_only else 'tar'}"
+        file = f"shards/shard-{len(self.shards):05d}.{'tokens' if self.text_only else 'tar'}"
         shard = Shard(file, len(data), hashlib.sha256(data).hexdigest())
         if data:
-            atomic_write(self.out / file, lambda partial: partial.write_bytes(data))
+            _write_file(self.out / file, lambda opened: opened.write(data))
         documents = np.zeros(len(new.documents), DOCUMENT)
         for place, (*numbers, hash_) in enumerate(new.documents):
             documents[place] = (*numbers, np.frombuffer(hash_, "u1"))
@@ -212,11 +198,7 @@ class Writer:
             "record": np.frombuffer(json.dumps(record).encode(), "u1"),
         }
 
-        def save(partial: Path) -> None:
-            with partial.open("wb") as file:  # by name, numpy would append a suffix
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-
-        atomic_write(self._record(number), save)
+        _write_file(self._record(len(self.shards)), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
         self.shards.append(shard)
         self.unwritten = Unwritten()
 
@@ -230,27 +212,31 @@ class Writer:
         self._list_left_out("dropped.jsonl", faulty=False)
         self._list_left_out("quarantine.jsonl", faulty=True)
         listed = "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in left_out.items())
-        atomic_write(self.out / "left_out.jsonl", lambda partial: partial.write_text(listed, encoding="utf-8"))
+        _write_file(self.out / "left_out.jsonl", lambda file: file.write(listed.encode()))
         if not self.written:
             raise UserError(
                 f"{self.source}: expected documents, found {self.seen}, none of which can be used; why, is in "
                 f"{self.out / 'dropped.jsonl'} and {self.out / 'quarantine.jsonl'}"
             )
-        index = {
-            "documents.npy": self._write_index("documents", DOCUMENT, self.written),
-            "pictures.npy": self._write_index("pictures", self.image_dtype, self.images),
+        heldout, groups = self._sides()
+        parts: dict[str, Callable[[BinaryIO], object]] = {
+            "documents.npy": partial(self._write_index, "documents", DOCUMENT, self.written),
+            "pictures.npy": partial(self._write_index, "pictures", self.image_dtype, self.images),
         }
+        if self.captions:
+            parts["captions.npy"] = partial(self._write_index, "captions", CAPTION, self.captions)
+        parts["heldout.npy"] = partial(np.save, arr=heldout)
+        if len(groups):
+            parts["groups.npy"] = partial(np.save, arr=groups)
+        for name, write in parts.items():
+            _write_file(self.out / name, write)
+        index = {name: sha256(self.out / name) for name in parts}
         tokens = np.load(self.out / "documents.npy", mmap_mode="r")["tokens"]
         total = int(tokens.sum())
         if self.captions:
-            index["captions.npy"] = self._write_index("captions", CAPTION, self.captions)
             captions = np.load(self.out / "captions.npy", mmap_mode="r")
             # A document counts for its longest caption.
             total += int(captions["tokens"].sum()) - int(tokens[np.unique(captions["document"])].sum())
-        heldout, groups = self._sides()
-        index["heldout.npy"] = self._save("heldout", heldout)
-        if len(groups):
-            index["groups.npy"] = self._save("groups", groups)
         manifest = Manifest(
             version=VERSION,
             kind="text" if self.text_only else "pictures",
@@ -280,8 +266,8 @@ class Writer:
         sums["tokenizer.json"] = sha256(self.out / "tokenizer.json")
         sums["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-        atomic_write(self.out / SUMS, lambda partial: partial.write_text(lines, encoding="utf-8"))
-        atomic_write(self.out / "manifest.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+        _write_file(self.out / SUMS, lambda file: file.write(lines.encode()))
+        _write_file(self.out / "manifest.json", lambda file: file.write(text.encode()))
         shutil.rmtree(self.out / "building", ignore_errors=True)
         return manifest
 
@@ -305,17 +291,6 @@ class Writer:
         groups["first"] = labels[groups["document"].astype(np.int64)]
         return heldout.astype("<u8"), np.sort(groups)
 
-    def _save(self, name: str, array: np.ndarray) -> str:
-        """Write an index as one array; return its hash."""
-        path = self.out / f"{name}.npy"
-
-        def write(partial: Path) -> None:
-            with partial.open("wb") as file:  # by name, numpy would append a suffix
-                np.save(file, array)
-
-        atomic_write(path, write)
-        return sha256(path)
-
     def _record(self, number: int) -> Path:
         return self.out / "building" / f"shard-{number:05d}.npz"
 
@@ -328,34 +303,36 @@ class Writer:
     def _list_left_out(self, name: str, faulty: bool) -> None:
         """Write dropped.jsonl or quarantine.jsonl, a line at a time: millions of a text's lines may be dropped."""
 
-        def write(partial: Path) -> None:
-            with partial.open("w", encoding="utf-8") as file:
-                for dropped in self._left_out():
-                    if dropped.faulty == faulty:
-                        reason = dropped.detail if faulty else f"{dropped.reason}: {dropped.detail}"
-                        file.write(json.dumps({"key": dropped.key, "reason": reason}) + "\n")
+        def write(file: BinaryIO) -> None:
+            for dropped in self._left_out():
+                if dropped.faulty == faulty:
+                    reason = dropped.detail if faulty else f"{dropped.reason}: {dropped.detail}"
+                    file.write(json.dumps({"key": dropped.key, "reason": reason}).encode() + b"\n")
 
-        atomic_write(self.out / name, write)
+        _write_file(self.out / name, write)
 
-    def _write_index(self, name: str, dtype: np.dtype[Any], total: int) -> str:
-        """Write the index of all shards as one array, a shard at a time; return its hash."""
-        path = self.out / f"{name}.npy"
+    def _write_index(self, name: str, dtype: np.dtype[Any], total: int, file: BinaryIO) -> None:
+        """Write the index of all shards as one array, a shard at a time."""
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        images = 0
+        for number in range(len(self.shards)):
+            _, arrays = _load_record(self._record(number))
+            rows = arrays[name]
+            if name == "documents":
+                rows["first_picture"] += images
+            file.write(rows.tobytes())
+            images += len(arrays["pictures"])
 
-        def write(partial: Path) -> None:
-            with partial.open("wb") as file:
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (total,)}
-                np.lib.format.write_array_header_1_0(file, header)
-                images = 0
-                for number in range(len(self.shards)):
-                    _, arrays = _load_record(self._record(number))
-                    rows = arrays[name]
-                    if name == "documents":
-                        rows["first_picture"] += images
-                    file.write(rows.tobytes())
-                    images += len(arrays["pictures"])
 
-        atomic_write(path, write)
-        return sha256(path)
+def _write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file, whole or not at all. It is open for `write`: to a name, numpy would append a suffix."""
+
+    def into(aside: Path) -> None:
+        with aside.open("wb") as file:
+            write(file)
+
+    atomic_write(path, into)
 
 
 def _load_record(
