@@ -36,6 +36,10 @@ from .writer import Place, Writer
 
 TRAINED_ON = 300  # evenly spread parts of a source that a tokenizer is trained on
 BEGUN = ("tokenizer.json", "dropped.jsonl", "quarantine.jsonl", "left_out.jsonl")  # files of a build that has not ended
+COUNTS = (  # of a manifest, that a build reports
+    *("kind", "documents", "pictures", "captions", "tokens", "heldout", "seen"),
+    *("dropped", "faulty", "changed", "files"),
+)
 OTHERWISE = "name another folder, or remove {}, to build it again"
 VERIFIED_TOGETHER = 256  # documents that a process verifies at a time
 
@@ -68,7 +72,7 @@ def build_set(
         manifest = _check_built(out, identity)
         shutil.rmtree(out / "building", ignore_errors=True)
         logger.info(f"{out}: built already")
-        return {**_counts(manifest), "seconds": 0.0}
+        return {**{name: getattr(manifest, name) for name in COUNTS}, "seconds": 0.0}
     _claim(out, identity, contents)
     if not (out / "tokenizer.json").exists():
         atomic_write(out / "tokenizer.json", _new_tokenizer(reader, given, config.vocabulary).save)
@@ -101,15 +105,7 @@ def build_set(
         raise UserError(f"{source}: changed while the set was built ({changes}); the same command builds it again")
     left_out = {} if reader.listing is None else reader.listing.left_out({*contents, *reader.names})
     manifest = writer.finish(settings, 0 if reader.listing is None else reader.listing.n_files, left_out)
-    return {**_counts(manifest), "seconds": time.monotonic() - began}
-
-
-def _counts(manifest: Manifest) -> dict[str, Any]:
-    names = (
-        *("kind", "documents", "pictures", "captions", "tokens", "heldout", "seen"),
-        *("dropped", "faulty", "changed", "files"),
-    )
-    return {name: getattr(manifest, name) for name in names}
+    return {**{name: getattr(manifest, name) for name in COUNTS}, "seconds": time.monotonic() - began}
 
 
 def _new_tokenizer(reader: Reader, given: Tokenizer | None, vocabulary: int) -> Tokenizer:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -90,7 +91,7 @@ def url_name(url: str) -> str:
 
 def look(url: str, waits: tuple[float, ...] | None = None) -> Look:
     """Return the size and version of a file. Raises MissingError, or UserError where it cannot be reached."""
-    return _attempt(url, lambda: _look(url), waits)
+    return _attempt(url, partial(_look, url), waits)
 
 
 def _look(url: str) -> Look:
@@ -129,8 +130,7 @@ def _open(url: str) -> tuple[BinaryIO, Look]:
 def _system(url: str) -> tuple[Any, str]:
     import fsspec
 
-    system, path = fsspec.core.url_to_fs(url)
-    return system, path
+    return fsspec.core.url_to_fs(url)
 
 
 def find(pattern: str) -> list[str]:
@@ -141,7 +141,7 @@ def find(pattern: str) -> list[str]:
     """
     urls: list[str] = []
     for url in expanded(pattern):
-        urls += [url] if is_http(url) else _attempt(url, lambda url=url: _listed(url))  # type: ignore[misc]
+        urls += [url] if is_http(url) else _attempt(url, partial(_listed, url))
     return sorted(dict.fromkeys(urls))
 
 
@@ -268,19 +268,19 @@ class Cache:
             if expected is not None and remote != expected:
                 raise UserError(f"{url}: expected {expected}, as it was, found {remote}: it has changed")
             self._make_room(path.parent, remote.bytes or 0)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=PARTIAL, delete=False) as partial:
-                local = Path(partial.name)
+            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=PARTIAL, delete=False) as written:
+                local = Path(written.name)
                 try:
-                    shutil.copyfileobj(file, partial, 1 << 20)
-                    if remote.bytes is not None and partial.tell() != remote.bytes:
-                        raise ConnectionError(f"it broke off after {partial.tell()} of {remote.bytes} bytes")
-                    partial.close()
+                    shutil.copyfileobj(file, written, 1 << 20)
+                    if remote.bytes is not None and written.tell() != remote.bytes:
+                        raise ConnectionError(f"it broke off after {written.tell()} of {remote.bytes} bytes")
+                    written.close()
                     _unreachable.clear()
                     if check is not None:
                         check(local)
                     os.replace(local, path)
                 except BaseException:
-                    partial.close()
+                    written.close()
                     local.unlink()
                     raise
 
