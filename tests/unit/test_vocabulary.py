@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import transfuse
 from emoji_scenes import NOUNS, World, WorldConfig, caption, edit, nouns_in
-from emoji_scenes.dialogues import dialogue
-from emoji_scenes.words import vocabulary
+from emoji_scenes.dialogues import dialogue, vocabulary
 from transfuse.cli import run
 from transfuse.config import from_dict, read_json
 from transfuse.errors import UserError

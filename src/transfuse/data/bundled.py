@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # read by type checkers alone, and so never used here
         draw_accuracy,
         held_out_scenes,
     )
-    from emoji_scenes.dialogues import MOST_IMAGES, TEMPLATE, Turn, dialogue  # noqa: F401
+    from emoji_scenes.dialogues import MOST_IMAGES, TEMPLATE, Turn, dialogue, vocabulary  # noqa: F401
     from emoji_scenes.nouns import SPRITE_FILE  # noqa: F401
     from emoji_scenes.scene_classifier import (  # noqa: F401
         CLASSIFIER_STEPS,
@@ -31,17 +31,15 @@ if TYPE_CHECKING:  # read by type checkers alone, and so never used here
     )
     from emoji_scenes.scenes import Scene, Split  # noqa: F401
     from emoji_scenes.scorer import SceneScorer  # noqa: F401
-    from emoji_scenes.words import vocabulary  # noqa: F401
 
 MODULES = {
     "emoji_scenes": "NOUNS Edit World WorldConfig caption edit glosses",
     "emoji_scenes.accuracy": "CaptionResult DrawingResult caption_accuracy draw_accuracy held_out_scenes",
-    "emoji_scenes.dialogues": "MOST_IMAGES TEMPLATE Turn dialogue",
+    "emoji_scenes.dialogues": "MOST_IMAGES TEMPLATE Turn dialogue vocabulary",
     "emoji_scenes.nouns": "SPRITE_FILE",
     "emoji_scenes.scene_classifier": "CLASSIFIER_STEPS SceneClassifier bundled_classifier keep_scene_classifier",
     "emoji_scenes.scenes": "Scene Split",
     "emoji_scenes.scorer": "SceneScorer",
-    "emoji_scenes.words": "vocabulary",
 }
 """the names that `transfuse` uses, by the module that defines them"""
 

@@ -90,9 +90,7 @@ class Writer:
             except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # cut short: that shard is made again
                 break
             file = self.out / shard.file
-            if documents.dtype != DOCUMENT or (
-                shard.bytes and not (file.is_file() and file.stat().st_size == shard.bytes)
-            ):
+            if shard.bytes and not (file.is_file() and file.stat().st_size == shard.bytes):
                 break
             self.shards.append(shard)
             self._hashes.update(row.tobytes() for row in (arrays["texts"] if self.text_only else documents["hash"]))

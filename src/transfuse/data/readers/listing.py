@@ -94,6 +94,11 @@ class Listing:
         """Return the files whose names end so, in upper or lower case."""
         return [file for file in self.files if file.name.lower().endswith(endings)]
 
+    def not_of_images(self, *endings: str) -> list[File]:
+        """Return the files whose names end so, but none that is named as an image is, of which it tells something."""
+        stems = {file.name.rpartition(".")[0] for file in self.images()}
+        return [file for file in self.ending(*endings) if file.name.rpartition(".")[0] not in stems]
+
     def images(self) -> list[File]:
         return self.ending(*SUFFIXES)
 

@@ -298,6 +298,5 @@ def claim_json(listing: Listing, columns: Columns) -> list[File]:
 
     lines = listing.ending(".jsonl", ".jsonl.gz", ".ndjson")
     lines = [file for file in lines if file.name.endswith(".gz") or file.size == 0 or is_marked(sniff(file))]
-    images = {file.name.rpartition(".")[0] for file in listing.images()}
-    lists = [file for file in listing.ending(".json") if file.name.rpartition(".")[0] not in images]
+    lists = listing.not_of_images(".json")
     return [*lines, *(file for file in lists if re.match(rb"\s*\[\s*\{", data := sniff(file)) and is_marked(data))]

@@ -233,9 +233,7 @@ def claim_table(listing: Listing, columns: Columns) -> list[File]:
     if not listing.whole:
         named = listing.ending(".csv", ".tsv")
         return named or [file for file in listing.ending(*TABLES) if _names_images(file, columns)]
-    sidecars = {ending.rpartition(".")[0] for ending in (file.name for file in listing.images())}
-    candidates = [file for file in listing.ending(*TABLES) if file.name.rpartition(".")[0] not in sidecars]
-    return [file for file in candidates if _names_images(file, columns)]
+    return [file for file in listing.not_of_images(*TABLES) if _names_images(file, columns)]
 
 
 def _names_images(file: File, columns: Columns) -> bool:
@@ -293,9 +291,8 @@ def claim_coco(listing: Listing, columns: Columns) -> list[File]:
 
 def _json_files(listing: Listing) -> Iterator[tuple[File, bytes]]:
     """Yield the files of JSON records by name, and both of their ends, but not those that belong to an image."""
-    sidecars = {name.rpartition(".")[0] for name in (file.name for file in listing.images())}
-    for file in listing.ending(".json"):
-        if file.name.rpartition(".")[0] not in sidecars and (data := sniff(file).lstrip()).startswith(b"{"):
+    for file in listing.not_of_images(".json"):
+        if (data := sniff(file).lstrip()).startswith(b"{"):
             yield file, data
 
 
