@@ -36,10 +36,8 @@ from .scenes import World
 from .scorer import scene_scorer
 
 KINDS = ("draw", "change", "question", "unknown", "other")
-SHOWN = 10
-"""conversations shown whole, the first ones in order"""
-TURNS = (6, 10)
-"""fewest and most turns of a conversation"""
+SHOWN = 10  # conversations shown whole, the first ones in order
+TURNS = (6, 10)  # fewest and most turns of a conversation
 ABLE = re.compile(re.escape(CAN).replace(re.escape("{known}"), "[A-Za-z ,-]+"))
 CANNOT = re.compile(r"\b(can ?not|can\'t|never|sorry|unable|don\'t know)\b", re.IGNORECASE)
 

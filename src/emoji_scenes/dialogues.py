@@ -33,10 +33,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
 """chat template of models that are trained on dialogues, unless they start from one with a template"""
-MOST_IMAGES = 3
-"""images in a dialogue, those that the person shows among them"""
-TURNS = (2, 8)
-"""fewest and most turns of a dialogue, unless others are asked for"""
+MOST_IMAGES = 3  # images in a dialogue, those that the person shows among them
+TURNS = (2, 8)  # fewest and most turns of a dialogue, unless others are asked for
 HELD_OUT_EVERY = 5
 OPENINGS: tuple[tuple[TurnKind, float], ...] = (("greeting", 0.3), ("ability", 0.15), ("unknown", 0.12))
 """what may come before the first image or question, and the share of dialogues that it comes in"""
@@ -79,8 +77,7 @@ SMALL_TALK: dict[TurnKind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """requests and replies by kind"""
-SILENT = 0.2
-"""share of images that come without words, as where a client asks for nothing but an image"""
+SILENT = 0.2  # share of images that come without words, as where a client asks for nothing but an image
 REFUSALS = ("I cannot draw {x}. I know {known}.", "Sorry, I have never seen {x}. I can draw {known}.")
 
 
@@ -200,8 +197,7 @@ def _question(scene: Scene, world: World, draws: Draws) -> Turn:
 
 # --- the words that a model of a world knows --------------------------------------------------------------------------
 
-SCENES = 800
-"""scenes whose captions are read; every template and noun comes up"""
+SCENES = 800  # scenes whose captions are read; every template and noun comes up
 EXAMPLES = 6
 OTHER_WORDS = {
     "grey": "gray",

@@ -21,8 +21,7 @@ from .scenes import Scene, Thing
 
 NUMBERS = ("no", "one", "two", "three", "four")
 GLOSS_FILE = Path(__file__).with_name("glosses.txt.gz")
-WORDS_PER_HELD_OUT = 50
-"""One word in this many is held out, with all its definitions."""
+WORDS_PER_HELD_OUT = 50  # one word in this many is held out, with all its definitions
 
 POSITION_PHRASES = {
     "top left": "in the top left corner",

@@ -15,10 +15,8 @@ Size = Literal["small", "medium", "large"]
 Relation = Literal["left of", "right of", "above", "below", "next to"]
 
 UNITS = 256
-MARGIN = 8
-"""Least distance from the frame's edge: the border shows the background alone, which `background_of` reads."""
-GAP = 4
-"""Least distance between squares."""
+MARGIN = 8  # least distance from the frame's edge: the border shows the background alone, which `background_of` reads
+GAP = 4  # least distance between squares
 SIDES: dict[Size, tuple[int, int]] = {"small": (80, 96), "medium": (104, 144), "large": (152, 224)}
 """Smallest and largest side of each size, in units, both ends included."""
 POSITIONS: dict[str, tuple[int, int]] = {

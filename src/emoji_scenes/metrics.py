@@ -49,19 +49,14 @@ from .scene_detector import Detect, SceneDetector, Seen
 from .scenes import Scene, World, WorldConfig
 from .scorer import scene_scorer
 
-LARGER = 1.25
-"""Ratio of sides from which a thing is clearly larger; large things are 1.6 times small ones or more."""
+LARGER = 1.25  # ratio of sides from which a thing is clearly larger; large things are 1.6 times small ones or more
 TASK_SEED_OFFSET, EDIT_SEED_OFFSET = 3_000_017, 5_000_011
 """Keep the scenes of tasks and of edits apart from the scenes of training."""
-TRIED = 80
-"""Scenes searched per scene wanted; the rarest task, attributes, suits about one in forty."""
-FEWEST_JUDGED = 60
-"""Fewest real images per task on which the detector's errors are measured."""
+TRIED = 80  # scenes searched per scene wanted; the rarest task, attributes, suits about one in forty
+FEWEST_JUDGED = 60  # fewest real images per task on which the detector's errors are measured
 SPLITS = {"train": "seen", "heldout": "held out"}
-TASK_EXAMPLES, EDIT_EXAMPLES = 4, 24
-"""Drawings shown per task and split, and of edits."""
-LEAST_REST = 0.05
-"""Smallest share of an image that must stay equal for "rest untouched"."""
+TASK_EXAMPLES, EDIT_EXAMPLES = 4, 24  # drawings shown per task and split, and of edits
+LEAST_REST = 0.05  # smallest share of an image that must stay equal for "rest untouched"
 NEAR, SIDE_OFF = 0.15, 0.25
 """Most a thing may be off its place, as a share of the frame, and off its side, as a share of it."""
 EDIT_SCORES = ("object right", "instruction obeyed", "object right and instruction obeyed")

@@ -24,8 +24,7 @@ STYLES = ("noto", "noto-v1", "fluent-flat", "fluent")
 Scaled = tuple[NDArray[np.uint8], NDArray[np.float32]]
 """A sprite at one size: colours multiplied by alpha, uint8 `[side, side, 3]`, and the share of the background that
 still shows, float32 `[side, side, 1]`."""
-CACHE_BYTES = 96 * 2**20
-"""Scaled sprites kept in memory. All of them at 32 pixels take about a third of it."""
+CACHE_BYTES = 96 * 2**20  # scaled sprites kept in memory; all of them at 32 pixels take about a third of it
 HALF = 64
 """Side in pixels of the halved drawings from which sprites of up to half of it are made: 20 MB for all of them."""
 
@@ -91,10 +90,8 @@ The two nearest differ by about 90 in Euclidean distance, so a slightly wrong ge
 _NAMES = tuple(PALETTE)
 _COLOURS = np.array([PALETTE[name] for name in _NAMES], dtype=np.float32)
 
-VISIBLE_DISTANCE = 100.0
-"""RGB distance from which a pixel stands out from a background."""
-VISIBLE_SHARE = 0.6
-"""Share of a sprite's opaque pixels that must stand out for it to be seen."""
+VISIBLE_DISTANCE = 100.0  # RGB distance from which a pixel stands out from a background
+VISIBLE_SHARE = 0.6  # share of a sprite's opaque pixels that must stand out for it to be seen
 
 
 def background_of(image: NDArray[np.uint8]) -> str:

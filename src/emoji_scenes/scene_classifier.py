@@ -52,8 +52,7 @@ SCENES = 16_000
 CLASSIFIER_STEPS, BATCH = 600, 64
 HELD_OUT_EVERY = 10
 """One scene in this many is held out: about its natural share, so that a background never gives a noun away."""
-SEED_OFFSET = 7_000_001
-"""Keeps the judges' scenes apart from those that models are trained and measured on."""
+SEED_OFFSET = 7_000_001  # keeps the judges' scenes apart from those that models are trained and measured on
 OPEN_SET_WEIGHTS = Path(__file__).with_name("weights") / "open-set.safetensors"
 
 # --- what judges share ------------------------------------------------------------------------------------------------

@@ -43,14 +43,11 @@ from .scene_classifier import (
 )
 from .scenes import Scene, WorldConfig
 
-CELL = 4
-"""Pixels per side of a grid cell, at the resolution the network sees."""
+CELL = 4  # pixels per side of a grid cell, at the resolution the network sees
 STEPS, BATCH = 600, 32
 SCENES, TEST_SCENES = 12_000, 600
-APART = 0.35
-"""Two centres closer than this share of the sum of their sides belong to one thing: things never overlap."""
-NEAR = 0.5
-"""A thing counts as found when a detection is within this share of its side, or 1.5 cells."""
+APART = 0.35  # two centres closer than this share of the sum of their sides belong to one thing: things never overlap
+NEAR = 0.5  # a thing counts as found when a detection is within this share of its side, or 1.5 cells
 THRESHOLDS = tuple(round(0.15 + 0.05 * n, 2) for n in range(14))
 """Confidence thresholds; the one that counts things best on tuning scenes is kept."""
 

@@ -24,8 +24,7 @@ Split = Literal["train", "heldout"]
 
 KIND_SHARES: dict[Kind, int] = {"one": 40, "copies": 18, "pair": 27, "group": 15}
 """Frequency of each kind of scene, in hundredths."""
-PAIRS_PER_HELD_OUT = 10
-"""One unordered pair of nouns in this many is held out."""
+PAIRS_PER_HELD_OUT = 10  # one unordered pair of nouns in this many is held out
 
 
 @dataclass(frozen=True, slots=True)

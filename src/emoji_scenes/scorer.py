@@ -26,12 +26,9 @@ from .scene_classifier import SceneClassifier, keep_scene_classifier
 from .scene_detector import SceneDetector, keep_scene_detector
 from .scenes import World, WorldConfig
 
-WORDINGS = 5
-"""Reference captions of a scene, as many as COCO has; fewer where wordings coincide."""
-NEIGHBOURS = 12
-"""Wrong endings of a question are drawn from this many endings of nearly the same length."""
-SHORTEST = 6
-"""Words of the shortest definition that is cut into a question."""
+WORDINGS = 5  # reference captions of a scene, as many as COCO has; fewer where wordings coincide
+NEIGHBOURS = 12  # wrong endings of a question are drawn from this many endings of nearly the same length
+SHORTEST = 6  # words of the shortest definition that is cut into a question
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import json
 import tarfile
 from typing import Any
 
-Members = list[tuple[str, bytes]]
-"""Name and content, in order."""
+Members = list[tuple[str, bytes]]  # name and content, in order
 
 
 def digest(members: Members) -> bytes:

@@ -48,8 +48,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 Rows = tuple[list[Row], list[str], str]
 """the rows of a table, the images of splits that are not taken, and the split that is"""
-Named = tuple[str, Sequence[str], str]
-"""the name of an image in a table, captions, and why the row is none"""
+Named = tuple[str, Sequence[str], str]  # the name of an image in a table, captions, and why the row is none
 
 
 def rows_of(
