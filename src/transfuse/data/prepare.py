@@ -112,17 +112,12 @@ class BuildConfig:
 class Prepared:
     """A document ready to be stored.
 
-    key: its name in the source.
-    parts: text, and images as bytes; or token ids alone, as bytes.
-    conditional: text comes before its last image.
-    tokens: of its text; of several captions, of the longest.
-    sizes: rows and columns of its images, in pixels, and, where they are padded, of what is not padding.
-    roles: who says or shows each part of a dialogue.
-    captions: tokens and weight of each of several captions.
-    changed: the name of each change that was made to its text.
-    fingerprints: of its images, or of its text.
-    heldout: its side in the data set that it comes from.
-    followed: text comes after its last image.
+    key: its name in the source. parts: text, and images as bytes; or token ids alone, as bytes. conditional, followed:
+    text comes before, or after, its last image. tokens: of its text; of several captions, of the longest. sizes: rows
+    and columns of its images, in pixels, and, where they are padded, of what is not padding. roles: who says or shows
+    each part of a dialogue. captions: tokens and weight of each of several captions. changed: the name of each change
+    that was made to its text. fingerprints: of its images, or of its text. heldout: its side in the data set that it
+    comes from.
     """
 
     key: str
