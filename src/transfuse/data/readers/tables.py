@@ -45,28 +45,20 @@ SPEAKING = re.compile(r"image|img|picture|photo|pixel|thumbnail|jpe?g|file_?name
 URLS = ("url", "urls", "uri", "link", "src")
 METADATA = ("metadata.jsonl", "metadata.csv")
 
-
-Rows = tuple[list[Row], list[str], str]
-"""the rows of a table, the images of splits that are not taken, and the split that is"""
 Named = tuple[str, Sequence[str], str]  # the name of an image in a table, captions, and why the row is none
+Table = tuple[Iterable[Named], Iterable[str], str]
+"""what a table names; the images of its records of other splits; and the split that it chose by a field, or """ ""
 
 
-def rows_of(
-    listing: Listing,
-    table: File,
-    named: Iterable[Named],
-    changed: Sequence[str],
-    others: Iterable[str] = (),
-    split: str = "",
-) -> Rows:
+def rows_of(listing: Listing, file: File, table: Table, changed: Sequence[str]) -> tuple[list[Row], list[str]]:
     """Return a row for each image that a table names, with all captions it has there, and one if it has faults.
 
+    Also return the images of splits that are not taken; where the table chose none, folders tell whose they are.
     An image is missing, too, if the only one of its name is in another folder than its row says, and has a row of its
-    own. changed: by reading the table. others: the images of its records of other splits than `split`, which it chose
-    by a field; without one, images of other splits by their folders are not taken. Raises UserError if none of the
-    images exist.
+    own. changed: by reading the table. Raises UserError if none of the images exist.
     """
-    below = str(PurePosixPath(table.name).parent)
+    named, others, split = table
+    below = str(PurePosixPath(file.name).parent)
     images: dict[str, list[str]] = {}
     faults, missing, passed_over, taken = dict[str, Row](), list[str](), list[str](), 0
     for name in others:
@@ -92,14 +84,12 @@ def rows_of(
             missing += [name] if path is None else []
             images.setdefault(path or f"{below}/{name}".removeprefix("./"), []).extend(captions)
     if missing and len(missing) == taken:
-        first = (
-            f"{table.place}: expected the images it names, found none of {len(images)} (the first: {missing[0]:.80})"
-        )
+        first = f"{file.place}: expected the images it names, found none of {len(images)} (the first: {missing[0]:.80})"
         if re.match(r"https?://", missing[0]):
             raise UserError(f"{first}: these are URLs; {DOWNLOAD}")
         raise UserError(f"{first}; put them next to it, or take its words alone with --reader text")
     rows = [Row(name, tuple(captions), changed=tuple(changed)) for name, captions in images.items()]
-    return [*rows, *faults.values()], passed_over, split
+    return [*rows, *faults.values()], passed_over
 
 
 def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str, Any]]:
@@ -151,9 +141,8 @@ def _csv_records(text: str) -> list[dict[str, Any]]:
     ]
 
 
-def table_rows(listing: Listing, table: File, columns: Columns) -> Rows:
-    """Return the rows of one table. Raises UserError."""
-    changed: list[str] = []
+def table_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
+    """Return what a .csv, .tsv or .jsonl file names. Raises UserError."""
     records = read_records(table, columns.encoding, changed)
     try:
         image = column(table.place, filter(None, records[0]), "image", columns.image_column, IMAGE_COLUMNS)
@@ -178,7 +167,7 @@ def table_rows(listing: Listing, table: File, columns: Columns) -> Rows:
             fault = fault or str(error)
         fault = fault or ("" if captions else "expected a caption, found none")
         named.append((re.sub(r"#\d+$", "", name), captions, fault))
-    return rows_of(listing, table, named, changed, (str(record.get(image)) for record in others), split)
+    return named, (str(record.get(image)) for record in others), split
 
 
 def _of_split(
@@ -193,7 +182,7 @@ def _of_split(
 
 
 def _open_tables(
-    read: Callable[[Listing, File, Columns], Rows],
+    read: Callable[[Listing, File, Columns, list[str]], Table],
     listing: Listing,
     files: list[File],
     columns: Columns,
@@ -201,9 +190,11 @@ def _open_tables(
     """Read the rows of several tables; an image that two of them name has the captions of both."""
     merged, faults, passed_over, split = dict[str, Row](), list[Row](), list[str](), ""
     for file in files:
-        rows, others, other_split = read(listing, file, columns)
+        changes: list[str] = []
+        table = read(listing, file, columns, changes)
+        rows, others = rows_of(listing, file, table, changes)
         passed_over += others
-        split = split or other_split
+        split = split or table[2]
         for row in rows:
             if row.fault:
                 faults.append(row)
@@ -295,9 +286,8 @@ def _json_files(listing: Listing) -> Iterator[tuple[File, bytes]]:
             yield file, data
 
 
-def coco_rows(listing: Listing, table: File, columns: Columns) -> Rows:
-    """Return COCO's rows, or Karpathy's of the wanted split. Raises UserError."""
-    changed: list[str] = []
+def coco_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
+    """Return what COCO's captions name, or Karpathy's of the wanted split. Raises UserError."""
     try:
         record = parse_json(decode_text(Path(table.place).read_bytes(), table.name, changed, columns.encoding))
         images, others, split = _of_split(record["images"], listing, table, columns)
@@ -311,7 +301,7 @@ def coco_rows(listing: Listing, table: File, columns: Columns) -> Rows:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{table.place}: expected COCO's or Karpathy's captions, found others ({reason})") from None
-    return rows_of(listing, table, named, changed, map(_karpathy_name, others), split)
+    return named, map(_karpathy_name, others), split
 
 
 def _karpathy_name(image: dict[str, Any]) -> str:
@@ -325,9 +315,8 @@ def claim_captions_json(listing: Listing, columns: Columns) -> list[File]:
     return [file for file, data in _json_files(listing) if named.search(data)]
 
 
-def captions_json_rows(listing: Listing, table: File, columns: Columns) -> Rows:
-    """Return the rows of a file that maps names to captions, as kohya's meta_cap.json. Raises UserError."""
-    changed: list[str] = []
+def captions_json_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
+    """Return what a file that maps names to captions names, as kohya's meta_cap.json. Raises UserError."""
     try:
         record = parse_json(decode_text(Path(table.place).read_bytes(), table.name, changed, columns.encoding))
         named: list[Named] = []
@@ -336,9 +325,9 @@ def captions_json_rows(listing: Listing, table: File, columns: Columns) -> Rows:
             named.append((name, captions_in(value, name), ""))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{table.place}: expected captions by the names of images, found others ({error})") from None
-    return rows_of(listing, table, named, changed)
+    return named, (), ""
 
 
-open_metadata = open_table = partial(_open_tables, table_rows)
-open_coco = partial(_open_tables, coco_rows)
-open_captions_json = partial(_open_tables, captions_json_rows)
+open_metadata = open_table = partial(_open_tables, table_names)
+open_coco = partial(_open_tables, coco_names)
+open_captions_json = partial(_open_tables, captions_json_names)
