@@ -47,7 +47,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 Named = tuple[str, Sequence[str], str]  # the name of an image in a table, captions, and why the row is none
 Table = tuple[Iterable[Named], Iterable[str], str]
-"""what a table names; the images of its records of other splits; and the split that it chose by a field, or """ ""
+"""what a table names; the images of its records of other splits; and the split that it chose by a field, if it did"""
 
 
 def rows_of(listing: Listing, file: File, table: Table, changed: Sequence[str]) -> tuple[list[Row], list[str]]:
