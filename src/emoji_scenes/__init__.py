@@ -5,11 +5,10 @@ Drawings come from icon sets under the Apache-2.0 and MIT licences, definitions 
 
 from __future__ import annotations
 
-from .editing import Edit, EditKind, edit
-from .language import Question, caption, colours_in, glosses, nouns_in, questions
-from .layout import Place
-from .nouns import DISTINCT, NOUNS, PALETTE, STYLES, Noun, background_of
-from .scenes import Scene, Thing, World, WorldConfig, held_out, held_out_background, held_out_pair
+from .editing import Edit, edit
+from .language import caption, colours_in, glosses, nouns_in, questions
+from .nouns import DISTINCT, NOUNS, PALETTE, STYLES, background_of
+from .scenes import Scene, World, WorldConfig, held_out, held_out_background, held_out_pair
 
 __all__ = [
     "DISTINCT",
@@ -17,12 +16,7 @@ __all__ = [
     "PALETTE",
     "STYLES",
     "Edit",
-    "EditKind",
-    "Noun",
-    "Place",
-    "Question",
     "Scene",
-    "Thing",
     "World",
     "WorldConfig",
     "background_of",
