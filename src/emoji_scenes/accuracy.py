@@ -114,11 +114,7 @@ def held_out_scenes(config: WorldConfig, count: int, seed: int = 0) -> tuple[lis
 
 
 def draw_accuracy(
-    pipe: TransfusionPipeline,
-    world_config: WorldConfig,
-    count: int,
-    recogniser: Name,
-    batch: int = 24,
+    pipe: TransfusionPipeline, world_config: WorldConfig, count: int, recogniser: Name, batch: int = 24
 ) -> DrawingResult:
     """Draw `count` held-out prompts in the model's own number of denoising steps, and score the drawings."""
     scenes, prompts, real = held_out_scenes(world_config, count)

@@ -101,12 +101,7 @@ BACKGROUND = (
     "What is the background colour?",
     "What is the colour of the background?",
 )
-HOW_MANY = (
-    "How many {} are there?",
-    "How many {} are in the picture?",
-    "How many {} can you see?",
-    "Count the {}.",
-)
+HOW_MANY = ("How many {} are there?", "How many {} are in the picture?", "How many {} can you see?", "Count the {}.")
 IS_THERE = ("Is there {}?", "Is there {} in the picture?", "Can you see {}?", "Does the picture show {}?")
 
 

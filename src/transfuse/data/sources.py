@@ -19,16 +19,7 @@ import torch
 from ..autoencoders import Autoencoder, DeferredEncoder, VQTokenizer
 from ..errors import UserError
 from ..rng import Draws, generator_for
-from ..sequence import (
-    Document,
-    Image,
-    SequenceFormat,
-    Text,
-    Tokenizer,
-    count_positions,
-    layout_document,
-    unconditional,
-)
+from ..sequence import Document, Image, SequenceFormat, Text, Tokenizer, count_positions, layout_document, unconditional
 from ..sequence.chat import Message, chat_sample
 from .dataset import CorruptSampleError, DataSet, Split, StoredDocument, as_latent
 from .packing import Shuffle

@@ -182,10 +182,7 @@ def _of_split(
 
 
 def _open_tables(
-    read: Callable[[Listing, File, Columns, list[str]], Table],
-    listing: Listing,
-    files: list[File],
-    columns: Columns,
+    read: Callable[[Listing, File, Columns, list[str]], Table], listing: Listing, files: list[File], columns: Columns
 ) -> ImageReader:
     """Read the rows of several tables; an image that two of them name has the captions of both."""
     merged, faults, passed_over, split = dict[str, Row](), list[Row](), list[str](), ""
