@@ -6,7 +6,10 @@ scenes.document(17, sample=40)          # the 18th scene, as the mixture's sampl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import count, repeat
 from typing import Literal
 
 import numpy as np
@@ -180,43 +183,32 @@ class SceneDialogues(SceneSource):
 
     name = "dialogues"
 
-    def __init__(self, world: bundled.World, tokenizer: Tokenizer, autoencoder: Autoencoder, seed: int) -> None:
-        super().__init__(world, tokenizer, autoencoder, seed)
-        self._turns: tuple[int, list[bundled.Turn]] = (-1, [])
-
-    def turns(self, index: int) -> list[bundled.Turn]:
-        """Return the turns of a dialogue."""
-        if self._turns[0] != index:
-            self._turns = index, bundled.dialogue(self.world, index)
-        return self._turns[1]
-
     def document(self, index: int, sample: int) -> Document:
-        first = bundled.MOST_IMAGES * index
-        return self._written(index, sample, [self.image(first + place) for place in range(len(self._scenes(index)))])
+        return self._written(index, sample, map(self.image, count(bundled.MOST_IMAGES * index)))
 
     def lengths(self, indices: np.ndarray, samples: np.ndarray, form: SequenceFormat) -> np.ndarray:
         side = self.world.config.size // self.autoencoder.factor
         blank = blank_image(form, self.autoencoder.channels, side, side)
-        lengths = []
-        for index in indices.tolist():
-            written = self._written(index, 0, [blank] * len(self._scenes(index)))
-            lengths.append(len(layout_document(written, form)))
-        return np.array(lengths)
+        documents = (self._written(index, 0, repeat(blank)) for index in indices.tolist())
+        return np.array([len(layout_document(document, form)) for document in documents])
 
-    def _scenes(self, index: int) -> list[bundled.Scene]:
-        """Return the scenes of a dialogue's images, shown and drawn, in order."""
-        both = (scene for turn in self.turns(index) for scene in (turn.shown, turn.scene))
-        return [scene for scene in both if scene is not None]
-
-    def _written(self, index: int, sample: int, images: list[Image]) -> Document:
-        messages, waiting = [], iter(images)
-        for turn in self.turns(index):
-            shown: tuple[Image, ...] = () if turn.shown is None else (next(waiting),)
-            drawn: tuple[Image, ...] = () if turn.scene is None else (next(waiting),)
+    def _written(self, index: int, sample: int, images: Iterator[Image]) -> Document:
+        """Return a dialogue in the chat template, with as many of the images as its turns show and draw."""
+        messages: list[Message] = []
+        for turn in dialogue(self.world, index):
+            shown: tuple[Image, ...] = () if turn.shown is None else (next(images),)
+            drawn: tuple[Image, ...] = () if turn.scene is None else (next(images),)
             messages += [Message("user", (*shown, turn.request)), Message("assistant", (turn.reply, *drawn))]
         return chat_sample(self.tokenizer, messages, sample)
 
     def render(self, number: int) -> np.ndarray:
         index, place = divmod(number, bundled.MOST_IMAGES)
-        scenes = self._scenes(index)
+        both = (scene for turn in dialogue(self.world, index) for scene in (turn.shown, turn.scene))
+        scenes = [scene for scene in both if scene is not None]
         return self.world.render(scenes[min(place, len(scenes) - 1)])
+
+
+@lru_cache(maxsize=4)
+def dialogue(world: bundled.World, index: int) -> list[bundled.Turn]:
+    """Return the turns of a dialogue, which are needed again for each of its images."""
+    return bundled.dialogue(world, index)
