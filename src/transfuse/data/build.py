@@ -72,7 +72,7 @@ def build_set(
         manifest = _check_built(out, identity)
         shutil.rmtree(out / "building", ignore_errors=True)
         logger.info(f"{out}: built already")
-        return {**{name: getattr(manifest, name) for name in COUNTS}, "seconds": 0.0}
+        return {name: getattr(manifest, name) for name in COUNTS} | {"seconds": 0.0}
     _claim(out, identity, contents)
     if not (out / "tokenizer.json").exists():
         atomic_write(out / "tokenizer.json", _new_tokenizer(reader, given, config.vocabulary).save)
@@ -105,7 +105,7 @@ def build_set(
         raise UserError(f"{source}: changed while the set was built ({changes}); the same command builds it again")
     left_out = {} if reader.listing is None else reader.listing.left_out({*contents, *reader.names})
     manifest = writer.finish(settings, 0 if reader.listing is None else reader.listing.n_files, left_out)
-    return {**{name: getattr(manifest, name) for name in COUNTS}, "seconds": time.monotonic() - began}
+    return {name: getattr(manifest, name) for name in COUNTS} | {"seconds": time.monotonic() - began}
 
 
 def _new_tokenizer(reader: Reader, given: Tokenizer | None, vocabulary: int) -> Tokenizer:
