@@ -173,7 +173,7 @@ class Writer:
         file = f"shards/shard-{len(self.shards):05d}.{'tokens' if self.text_only else 'tar'}"
         shard = Shard(file, len(data), hashlib.sha256(data).hexdigest())
         if data:
-            _write_file(self.out / file, lambda opened: opened.write(data))
+            atomic_write(self.out / file, lambda aside: aside.write_bytes(data))
         documents = np.zeros(len(new.documents), DOCUMENT)
         for place, (*numbers, hash_) in enumerate(new.documents):
             documents[place] = (*numbers, np.frombuffer(hash_, "u1"))
