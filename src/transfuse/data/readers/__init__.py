@@ -25,22 +25,12 @@ from ...io import sha256
 from .. import bundled
 from ..dataset import CorruptSampleError, DataSet
 from ..remote import Cache, File, MissingError, expanded, is_remote, remote_files, url_name
+from . import images
 from .content import CHUNK, chunks, decode_text, file_encoding, open_file
 from .contract import LOST_REST, Columns, Fault, FileReader, Item, LeftOut, Part, Raw, Reader
-from .images import claim_classes, open_classes, open_images
 from .listing import SPLITS, Listing
 from .parquet import ArrowReader, ParquetReader, claim_arrow
 from .records import JsonReader, claim_json
-from .tables import (
-    claim_captions_json,
-    claim_coco,
-    claim_metadata,
-    claim_table,
-    open_captions_json,
-    open_coco,
-    open_metadata,
-    open_table,
-)
 from .tars import TarReader
 
 __all__ = [
@@ -267,21 +257,21 @@ class Format:
     remote: tuple[str, ...] = ()
 
 
-def _claim_ending(*endings: str) -> Callable[[Listing, Columns], list[File]]:
+def _ending(*endings: str) -> Callable[[Listing, Columns], list[File]]:
     return lambda listing, columns: listing.ending(*endings)
 
 
 FORMATS = (
     Format("arrow", "tables of datasets.save_to_disk", claim_arrow, ArrowReader),
-    Format("tar", "WebDataset .tar files", _claim_ending(".tar"), TarReader, (".tar",)),
-    Format("parquet", ".parquet tables", _claim_ending(".parquet"), ParquetReader, (".parquet",)),
-    Format("coco", "COCO's or Karpathy's captions in .json, and images", claim_coco, open_coco),
-    Format("metadata", "metadata.jsonl or metadata.csv, and images", claim_metadata, open_metadata),
+    Format("tar", "WebDataset .tar files", _ending(".tar"), TarReader, (".tar",)),
+    Format("parquet", ".parquet tables", _ending(".parquet"), ParquetReader, (".parquet",)),
+    Format("coco", "COCO's or Karpathy's captions in .json, and images", images.claim_coco, images.open_coco),
+    Format("metadata", "metadata.jsonl or metadata.csv, and images", images.claim_metadata, images.open_metadata),
     Format("records", "records in .jsonl, or in lists in .json", claim_json, JsonReader, (".jsonl", ".jsonl.gz")),
-    Format("table", "a table or list of images' names and captions", claim_table, open_table),
-    Format("captions-json", "captions by the names of images in .json", claim_captions_json, open_captions_json),
-    Format("classes", "images in folders of their classes", claim_classes, open_classes),
-    Format("images", "images, with captions in .txt files of the same name", _claim_ending(*SUFFIXES), open_images),
-    Format("text", ".txt, .md or .txt.gz files", _claim_ending(*TEXT_ENDINGS), TextReader, TEXT_ENDINGS),
+    Format("table", "a table or list of images' names and captions", images.claim_table, images.open_table),
+    Format("captions-json", "captions by the names of images in .json", images.claim_captions, images.open_captions),
+    Format("classes", "images in folders of their classes", images.claim_classes, images.open_classes),
+    Format("images", "images, with captions in .txt files of the same name", _ending(*SUFFIXES), images.open_images),
+    Format("text", ".txt, .md or .txt.gz files", _ending(*TEXT_ENDINGS), TextReader, TEXT_ENDINGS),
 )
 """all shapes, in the order in which they claim a source's files"""

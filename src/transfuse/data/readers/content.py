@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
 from ...errors import UserError
@@ -32,6 +32,10 @@ CAPTION_COLUMNS = (
 )
 NUMBERED = re.compile(r"(caption|text|sentence)_?\d+", re.IGNORECASE)  # columns of one caption each
 DOWNLOAD = "download them first (img2dataset writes tars, which are read as they are)"
+SAMPLED = 100  # records that tell what a source holds
+SPEAKING = re.compile(r"image|img|picture|photo|pixel|thumbnail|jpe?g|file_?name", re.IGNORECASE)
+"""names of fields that speak of images"""
+URLS = ("url", "urls", "uri", "link", "src")
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 """roles by what messages and LLaVA's conversations call them"""
 
@@ -297,3 +301,33 @@ def caption_text(text: str, first_line: bool) -> str:
     """Return the caption in a text file: all of it, or its first line."""
     text = text.replace("\r\n", "\n").strip()
     return text.split("\n", 1)[0].strip() if first_line else text
+
+
+def check_text(where: str, records: Sequence[Mapping[str, Any]], columns: Columns) -> None:
+    """Raise UserError if records that would be read as text alone have fields that speak of images.
+
+    Such fields are named so (image_url, file_name), or hold names or URLs of images, or URLs next to captions or sizes
+    in pixels. A set of text may have URLs of its pages, and paths of its files.
+    """
+    if columns.reader == "text" or not records:
+        return
+    names = [str(name) for name in records[0] if name != columns.caption_column]
+    lower = {name.lower() for name in names}
+    of_images = {"caption", "alt", "alt_text", "width", "height", "similarity"} & lower or "TEXT" in names
+    for name in names:
+        values = [record.get(name) for record in records[:SAMPLED]]
+        words = [value for value in values if isinstance(value, str) and value]
+        ends = sum(re.sub(r"[?#].*$", "", value).lower().endswith(SUFFIXES) for value in words)
+        if SPEAKING.search(name) and name.lower() not in CAPTION_COLUMNS and any(values):
+            speaks = True
+        elif name.lower() in URLS:
+            speaks = bool(words) and (bool(of_images) or 2 * ends > len(words))
+        else:
+            speaks = bool(words) and 2 * ends > len(words) and max(map(len, words)) < 300
+        if speaks:
+            kind = "their URLs" if any(re.match(r"https?://", value) for value in words) else "their names"
+            what = DOWNLOAD if kind == "their URLs" else "name the column of their bytes or files (--image-column)"
+            raise UserError(
+                f'{where}: expected images, found {kind} in "{name}", and no images: {what}, or take the text alone '
+                "with --reader text"
+            )

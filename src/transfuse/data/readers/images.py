@@ -1,30 +1,61 @@
-"""Images with captions that are files of the same name, or the names of their folders; and the reader of all rows.
+"""Images, a file each, with captions: in files next to them, in tables or JSON, or in the names of their folders.
 
 photos/cat.jpg  photos/cat.txt                  the caption is the content of cat.txt, .caption, or "caption" in .json
 photos/cat/1.jpg  photos/dog/2.jpg              a class each; --caption "a photo of a {class}"
+photos/cat.jpg  photos/metadata.jsonl           {"file_name": "cat.jpg", "text": "a cat"}, a line each, at any level
+photos/cat.jpg  photos/list.csv                 file_name,text; also .tsv, and Flickr8k's and Flickr30k's lists
+annotations/captions_train2017.json             COCO's captions, or Karpathy's splits of COCO and Flickr
+meta_cap.json                                   {"cat": {"caption": "a cat"}}, as kohya's scripts write it
 
-Each shape, and those of `tables`, is a function from the files that it claims to `Row`s: an image's file, and its
-captions.
+Each shape is a function from the files that it claims to `Row`s: an image's file, and its captions. Rows of a table
+that name the same file are captions of one image.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import PurePosixPath
+from functools import partial
+from itertools import chain, compress
+from operator import not_
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ...errors import UserError
+from ...images import SUFFIXES
 from ...log import logger
 from ..remote import File, hash_files
-from .content import CAPTION_COLUMNS, caption_text, captions_in, decode_text, parse_json, worded
+from .content import (
+    CAPTION_COLUMNS,
+    DOWNLOAD,
+    IMAGE_COLUMNS,
+    caption_columns,
+    caption_text,
+    captions_in,
+    check_text,
+    column,
+    decode_text,
+    is_image_name,
+    parse_json,
+    sniff,
+    worded,
+)
 from .contract import Columns, Fault, Item, Part, Raw, Reader
-from .listing import CAPTION_ENDINGS, Listing
+from .listing import CAPTION_ENDINGS, Listing, choose_split, split_in
 
-TABLE = "the list of pictures and captions"  # the name, among files, of a table's rows or of a folder's names
+TABLES = (".csv", ".tsv", ".txt", ".token")
+SURPLUS = ""  # in place of the column of fields that a row of a table has more than its head
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+Named = tuple[str, Sequence[str], str]  # the name of an image in a table, captions, and why the row is none
+Table = tuple[Iterable[Named], Iterable[str], str]
+"""what a table names; the images of its records of other splits; and the split that it chose by a field, if it did"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +99,7 @@ class ImageReader(Reader):
         names = dict.fromkeys(chain.from_iterable((row.name, *row.files) for row in self.items))
         hashes = hash_files(File(name, str(self.root / name), 0) for name in names)
         rows = json.dumps([(row.name, row.captions or None, row.fault if self.names else "") for row in self.items])
-        return hashes | {TABLE: hashlib.sha256(rows.encode()).hexdigest()}
+        return hashes | {"the list of pictures and captions": hashlib.sha256(rows.encode()).hexdigest()}
 
     def read(self, part: Part) -> Iterator[Item]:
         for row in part.what:
@@ -144,3 +175,256 @@ def open_classes(listing: Listing, files: list[File], columns: Columns) -> Image
         words = ", ".join(sorted({row.captions[0] for row in rows})[:5])
         logger.info(f"{listing.source}: no captions, so the names of folders are taken ({words}); --caption words them")
     return ImageReader(listing, [], rows, columns)
+
+
+# --- captions in tables -----------------------------------------------------------------------------------------------
+
+
+def rows_of(listing: Listing, file: File, table: Table, changed: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """Return a row for each image that a table names, with all captions it has there, and one if it has faults.
+
+    Also return the images of splits that are not taken; where the table chose none, folders tell whose they are.
+    An image is missing, too, if the only one of its name is in another folder than its row says, and has a row of its
+    own. changed: by reading the table. Raises UserError if none of the images exist.
+    """
+    named, others, split = table
+    below = str(PurePosixPath(file.name).parent)
+    images: dict[str, list[str]] = {}
+    faults, missing, passed_over, taken = dict[str, Row](), list[str](), list[str](), 0
+    for name in others:
+        with suppress(ValueError):
+            passed_over.append(listing.find(name, below) or "")
+    rows_at: list[tuple[str, str | None, Sequence[str], str]] = []
+    for name, captions, fault in named:
+        try:
+            rows_at.append((name, listing.find(name, below), captions, fault))
+        except ValueError as error:
+            rows_at.append((name, None, captions, fault or str(error)))
+    own = {path for name, path, *_ in rows_at if path is not None and listing.is_meant(name, below, path)}
+    for name, path, captions, fault in rows_at:
+        if path in own and not listing.is_meant(name, below, path):
+            path = None
+        if path is not None and path in listing.others and not split:
+            passed_over.append(path)
+            continue
+        taken += not fault or path is not None
+        if fault:
+            faults.setdefault(path or name, Row(path or name, fault=fault))
+        else:
+            missing += [name] if path is None else []
+            images.setdefault(path or f"{below}/{name}".removeprefix("./"), []).extend(captions)
+    if missing and len(missing) == taken:
+        first = f"{file.place}: expected the images it names, found none of {len(images)} (the first: {missing[0]:.80})"
+        if re.match(r"https?://", missing[0]):
+            raise UserError(f"{first}: these are URLs; {DOWNLOAD}")
+        raise UserError(f"{first}; put them next to it, or take its words alone with --reader text")
+    rows = [Row(name, tuple(captions), changed=tuple(changed)) for name, captions in images.items()]
+    return [*rows, *faults.values()], passed_over
+
+
+def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of a .csv, .tsv or .jsonl file, or of a list without a head, by column.
+
+    encoding, changed: as in `decode_text`. Raises UserError where it is no such table.
+    """
+    path, number = Path(file.place), 0
+    expected = f"{path}: expected a table of file names and captions"
+    records: list[Any] = []
+    try:
+        text = decode_text(path.read_bytes(), path.name, changed, encoding)
+        if path.suffix.lower() == ".jsonl":
+            for number, line in enumerate(text.split("\n"), 1):  # noqa: B007  (named where it fails)
+                if line.strip():
+                    records.append(parse_json(line))
+        else:
+            records = _csv_records(text)
+    except (ValueError, csv.Error) as error:
+        where = f"in line {number} " if number else ""
+        raise UserError(f"{expected}, {where}found something else ({error})") from None
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{expected}, found {'rows of another kind' if records else 'no rows'}")
+    return records
+
+
+def _csv_records(text: str) -> list[dict[str, Any]]:
+    """Return rows by column; of a list whose first line names an image, the columns are image and caption."""
+    first = text.partition("\n")[0]
+    delimiter = next((mark for mark in "\t|" if mark in first), max(",;", key=first.count))
+    fields = [field.strip() for field in first.split(delimiter)]
+    at_image = next((place for place, field in enumerate(fields) if is_image_name(field)), None)
+    quoting = csv.QUOTE_NONE if delimiter == "|" or (delimiter == "\t" and at_image is not None) else csv.QUOTE_MINIMAL
+    options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting}
+    lines = io.StringIO(text, newline="")
+    if at_image is None:
+        heads = [head.strip() for head in next(csv.reader(lines, **options), [])]
+        rows = [row for row in csv.reader(lines, **options) if row]
+        return [
+            dict(zip(heads, row, strict=False))
+            | ({SURPLUS: "".join(delimiter + field for field in row[len(heads) :])} if row[len(heads) :] else {})
+            for row in rows
+        ]
+    at_caption = 0 if at_image else len(fields) - 1
+    rows = [row for row in csv.reader(lines, **options) if row]
+    return [
+        {"image": row[at_image].strip(), "caption": row[at_caption]} if len(row) == len(fields) else {"image": row[0]}
+        for row in rows
+    ]
+
+
+def table_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
+    """Return what a .csv, .tsv or .jsonl file names. Raises UserError."""
+    records = read_records(table, columns.encoding, changed)
+    try:
+        image = column(table.place, filter(None, records[0]), "image", columns.image_column, IMAGE_COLUMNS)
+    except UserError:
+        if not columns.image_column:
+            check_text(table.place, records, columns)  # which says what to do about URLs
+        raise
+    texts = caption_columns(table.place, filter(None, records[0]), columns.caption_column)
+    records, others, split = _of_split(records, listing, table, columns)
+    named: list[Named] = []
+    for number, record in enumerate(records, 1):
+        name, fault, captions = record.get(image), "", list[str]()
+        if not isinstance(name, str) or not name:
+            name, fault = f"row {number}", f"expected a file name in {image}, found none"
+        elif SURPLUS in record and texts != [*filter(None, records[0])][-1:]:  # the fields that csv has left over
+            fault = "expected as many fields as the first line, found more: a comma needs quotes around it"
+        elif SURPLUS in record:  # of a caption that is last, with commas and no quotes, as Flickr8k's are
+            record[texts[0]] += record[SURPLUS]
+        try:
+            captions = [words for text in texts for words in captions_in(record.get(text), text)]
+        except ValueError as error:
+            fault = fault or str(error)
+        fault = fault or ("" if captions else "expected a caption, found none")
+        named.append((re.sub(r"#\d+$", "", name), captions, fault))
+    return named, (str(record.get(image)) for record in others), split
+
+
+def _of_split(
+    records: list[dict[str, Any]], listing: Listing, table: File, columns: Columns
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
+    """Return the records of the wanted split by their field "split", the others, and the split. Raises UserError."""
+    wanted = choose_split(listing, table.place, records, columns.source_split)
+    if wanted is None:
+        return records, [], ""
+    taken = [split_in(record) in (wanted, None) for record in records]
+    return [*compress(records, taken)], [*compress(records, map(not_, taken))], wanted
+
+
+def _open_tables(
+    read: Callable[[Listing, File, Columns, list[str]], Table], listing: Listing, files: list[File], columns: Columns
+) -> ImageReader:
+    """Read the rows of several tables; an image that two of them name has the captions of both."""
+    merged, faults, passed_over, split = dict[str, Row](), list[Row](), list[str](), ""
+    for file in files:
+        changes: list[str] = []
+        table = read(listing, file, columns, changes)
+        rows, others = rows_of(listing, file, table, changes)
+        passed_over += others
+        split = split or table[2]
+        for row in rows:
+            if row.fault:
+                faults.append(row)
+            elif row.name in merged:
+                earlier = merged[row.name]
+                captions, changed = (*earlier.captions, *row.captions), (*earlier.changed, *row.changed)
+                merged[row.name] = Row(row.name, captions, changed=changed)
+            else:
+                merged[row.name] = row
+    return ImageReader(listing, files, [*merged.values(), *faults], columns, passed_over, split)
+
+
+def claim_metadata(listing: Listing, columns: Columns) -> list[File]:
+    """Claim one metadata file of each folder, .jsonl before .csv."""
+    chosen: dict[str, File] = {}
+    for name in METADATA:
+        for file in listing.files:
+            folder, _, last = file.name.rpartition("/")
+            if last == name:
+                chosen.setdefault(folder, file)
+    return sorted(chosen.values(), key=lambda file: file.name.split("/"))
+
+
+def claim_table(listing: Listing, columns: Columns) -> list[File]:
+    """Claim tables whose first rows name images: by their ending if one is the whole source, else by content."""
+    if not listing.whole:
+        named = listing.ending(".csv", ".tsv")
+        return named or [file for file in listing.ending(*TABLES) if _names_images(file, columns)]
+    return [file for file in listing.not_of_images(*TABLES) if _names_images(file, columns)]
+
+
+def _names_images(file: File, columns: Columns) -> bool:
+    """Return True if the first rows of a table have an image's name or URL each, in one column."""
+    text = sniff(file).decode("utf-8", "replace").replace("\r\n", "\n")
+    try:
+        records = _csv_records("\n".join(text.split("\n")[:20]))
+    except (csv.Error, ValueError):
+        return False
+    for name in (columns.image_column,) if columns.image_column else [*(records or [{}])[0]]:
+        values = [str(record.get(name) or "").strip() for record in records]
+        if name and len([*(records or [{}])[0]]) > 1 and values and all(map(is_image_name, values[:10])):
+            return True
+    return False
+
+
+# --- captions in JSON -------------------------------------------------------------------------------------------------
+
+
+def claim_coco(listing: Listing, columns: Columns) -> list[File]:
+    """Claim JSON files with COCO's fields and captions; those of boxes and keypoints have none."""
+    marks = ((b'"caption"', b'"image_id"'), (b'"sentences"', b'"raw"'))
+    return [file for file, data in _json_files(listing) if any(all(mark in data for mark in both) for both in marks)]
+
+
+def _json_files(listing: Listing) -> Iterator[tuple[File, bytes]]:
+    """Yield the files of JSON records by name, and both of their ends, but not those that belong to an image."""
+    for file in listing.not_of_images(".json"):
+        if (data := sniff(file).lstrip()).startswith(b"{"):
+            yield file, data
+
+
+def coco_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
+    """Return what COCO's captions name, or Karpathy's of the wanted split. Raises UserError."""
+    try:
+        record = parse_json(decode_text(Path(table.place).read_bytes(), table.name, changed, columns.encoding))
+        images, others, split = _of_split(record["images"], listing, table, columns)
+        if "annotations" in record:
+            captions: dict[Any, list[str]] = {}
+            for annotation in record["annotations"]:
+                captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]).strip())
+            named = [(image["file_name"], captions.get(image["id"], []), "") for image in images]
+        else:
+            named = [(_karpathy_name(image), captions_in(image["sentences"], "sentences"), "") for image in images]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{table.place}: expected COCO's or Karpathy's captions, found others ({reason})") from None
+    return named, map(_karpathy_name, others), split
+
+
+def _karpathy_name(image: dict[str, Any]) -> str:
+    return "/".join(filter(None, [image.get("filepath"), image.get("filename") or image.get("file_name")]))
+
+
+def claim_captions(listing: Listing, columns: Columns) -> list[File]:
+    """Claim JSON files that map names of images to captions, or to records with "caption" or "tags"."""
+    ending = "|".join(re.escape(suffix) for suffix in SUFFIXES).encode()
+    named = re.compile(rb'^\{\s*"[^"]+"\s*:\s*\{[^{}]*"(caption|tags)"\s*:|^\{\s*"[^"]+(' + ending + rb')"\s*:', re.I)
+    return [file for file, data in _json_files(listing) if named.search(data)]
+
+
+def captions_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
+    """Return what a file that maps names to captions names, as kohya's meta_cap.json. Raises UserError."""
+    try:
+        record = parse_json(decode_text(Path(table.place).read_bytes(), table.name, changed, columns.encoding))
+        named: list[Named] = []
+        for name, value in record.items():
+            value = (value.get("caption") or value.get("tags")) if isinstance(value, dict) else value
+            named.append((name, captions_in(value, name), ""))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{table.place}: expected captions by the names of images, found others ({error})") from None
+    return named, (), ""
+
+
+open_metadata = open_table = partial(_open_tables, table_names)
+open_coco = partial(_open_tables, coco_names)
+open_captions = partial(_open_tables, captions_names)

@@ -12,11 +12,10 @@ from typing import Any
 
 from ...errors import UserError, install_command
 from ..remote import File
-from .content import IMAGE_COLUMNS, caption_columns, captions_in, column, worded
+from .content import IMAGE_COLUMNS, SAMPLED, caption_columns, captions_in, check_text, column, worded
 from .contract import LOST_REST, Columns, Fault, FileReader, Item, Part, Raw
 from .listing import Listing, choose_split, split_in
 from .records import DIALOGUES, LISTS, ROWS, Image, document, image_loader
-from .tables import SAMPLED, check_text
 
 SPLIT_ROWS = 1 << 16  # of the column "split", read at a time
 

@@ -29,7 +29,9 @@ from .content import (
     CHUNK,
     DOWNLOAD,
     IMAGE_COLUMNS,
+    SAMPLED,
     captions_in,
+    check_text,
     chunks,
     conversation,
     decode_text,
@@ -42,7 +44,6 @@ from .content import (
 )
 from .contract import Columns, Fault, FileReader, Item, Part, Raw
 from .listing import Listing, choose_split, split_in
-from .tables import SAMPLED, check_text
 
 DATA = "data:"  # begins an image that is in the record itself
 ROWS = 64  # of a table, read at a time
