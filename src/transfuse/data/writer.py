@@ -147,8 +147,8 @@ class Writer:
             parts, suffix = document.parts, self.preparer.suffix
             members = to_members(name, parts, document.pair, suffix, document.weights, document.roles)
             piece = to_tar(members)
-        kind = document.pair, document.conditional, document.followed
-        new.documents.append((new.bytes, len(piece), document.tokens, len(new.images), *kind, document.hash))
+        kind, hash_ = (document.pair, document.conditional, document.followed), np.frombuffer(document.hash, "u1")
+        new.documents.append((new.bytes, len(piece), document.tokens, len(new.images), *kind, hash_))
         new.images.extend(document.sizes)
         new.captions.extend((self.written, *caption) for caption in document.captions)
         new.fingerprints.extend(
@@ -174,9 +174,6 @@ class Writer:
         shard = Shard(file, len(data), hashlib.sha256(data).hexdigest())
         if data:
             atomic_write(self.out / file, lambda aside: aside.write_bytes(data))
-        documents = np.zeros(len(new.documents), DOCUMENT)
-        for place, (*numbers, hash_) in enumerate(new.documents):
-            documents[place] = (*numbers, np.frombuffer(hash_, "u1"))
         record = {
             "shard": to_dict(shard),
             "next": to_dict(self.next),
@@ -187,7 +184,7 @@ class Writer:
             "dropped": [to_dict(outcome) for outcome in new.dropped],
         }
         arrays = {
-            "documents": documents,
+            "documents": np.array(new.documents, DOCUMENT),
             "pictures": np.array(new.images, self.image_dtype),
             "captions": np.array(new.captions, CAPTION),
             "fingerprints": np.array(new.fingerprints, FINGERPRINT),
@@ -195,7 +192,6 @@ class Writer:
             "texts": np.array(new.texts, "V16"),
             "record": np.frombuffer(json.dumps(record).encode(), "u1"),
         }
-
         _write_file(self._record(len(self.shards)), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
         self.shards.append(shard)
         self.unwritten = Unwritten()
