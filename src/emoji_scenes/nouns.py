@@ -58,8 +58,12 @@ with Path(__file__).with_name("nouns.csv").open(encoding="utf-8", newline="") as
     _ROWS = list(csv.DictReader(_file))
 NOUNS: dict[str, Noun] = {
     row["name"]: Noun(
-        *(row[field] for field in ("name", "plural", "article", "category", "colour")),
-        synonyms=tuple(filter(None, row["synonyms"].split("/"))),
+        row["name"],
+        row["plural"],
+        row["article"],
+        row["category"],
+        row["colour"],
+        tuple(filter(None, row["synonyms"].split("/"))),
     )
     for row in _ROWS
 }
