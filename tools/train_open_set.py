@@ -25,7 +25,7 @@ import torch
 from spoil import Batch
 from torch import Tensor
 from torch.nn import functional as F
-from transfuse.draws import Draws
+from transfuse.rng import Draws
 
 from emoji_scenes import NOUNS, PALETTE, World, WorldConfig
 from emoji_scenes.scene_classifier import (
