@@ -44,7 +44,7 @@ from .io import atomic_dir, sha256
 from .model import ModelConfig, Transfusion
 from .model.transfusion import current_name
 from .sequence import Tokenizer
-from .sequence.text_format import TOKENIZER_CONFIG
+from .sequence.tokenizer import TOKENIZER_CONFIG
 from .version import __version__
 from .vocabulary import Vocabulary
 

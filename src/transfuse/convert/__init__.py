@@ -1,1 +1,1 @@
-"""Other libraries' formats: Hugging Face's Llama and Chameleon."""
+"""Other libraries' formats: language models of Hugging Face, and GGUF files."""

@@ -131,7 +131,10 @@ def read_fields(values: Mapping[str, Any], max_seq_len: int | None, check: Check
         fields["d_head"] = head_dim
     fields |= _rotary_fields(values, check)
     if kind == "smollm3":
-        fields["nope_layers"] = _nope_layers(values, fields["n_layers"])
+        rotated = values.get("no_rope_layers")  # 1 for each layer that has rotary positions; or an interval
+        if rotated is None:
+            rotated = [(layer + 1) % values.get("no_rope_layer_interval", 4) for layer in range(fields["n_layers"])]
+        fields["nope_layers"] = tuple(layer for layer in range(fields["n_layers"]) if not rotated[layer])
     fields |= _window_fields(values, fields["n_layers"], fields["max_seq_len"], check)
     if values.get("tie_word_embeddings", kind == "smollm3"):
         fields["tie_embeddings"] = True
@@ -176,15 +179,6 @@ def _rotary_fields(values: Mapping[str, Any], check: Check) -> dict[str, Any]:
     return fields
 
 
-def _nope_layers(values: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
-    """Return the layers without rotary positions; theirs are a list of 1 for "has them", or an interval."""
-    rotated = values.get("no_rope_layers")
-    if rotated is None:
-        interval = values.get("no_rope_layer_interval", 4)
-        rotated = [(layer + 1) % interval for layer in range(n_layers)]
-    return tuple(layer for layer in range(n_layers) if not rotated[layer])
-
-
 def model_type_of(config: ModelConfig) -> str:
     """Return the family that a network belongs to. Raises ValueError if it belongs to none."""
     own: dict[str, Any] = {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm, "norm_order": config.norm_order}
@@ -202,7 +196,7 @@ def model_type_of(config: ModelConfig) -> str:
 
 
 def shared_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields that all families and Hugging Face's Chameleon have in common."""
+    """Return the fields that all families have in common."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling.type != "none":
         scaling = {hf_name: getattr(config.rope_scaling, ours) for hf_name, ours in SCALING.items()}
@@ -243,7 +237,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         values["no_rope_layers"] = [int(layer not in config.nope_layers) for layer in range(config.n_layers)]
     if model_type in ("mistral", "smollm3", "qwen2", "qwen3"):
         kinds = ["sliding_attention" if windowed else "full_attention" for windowed in config.windowed]
-        values |= {"sliding_window": config.sliding_window}
+        values["sliding_window"] = config.sliding_window
         if model_type != "mistral":
             values |= {"use_sliding_window": config.sliding_window is not None, "layer_types": kinds}
     return values
@@ -255,11 +249,8 @@ def hf_weights(model: Transfusion, model_type: str = "llama") -> dict[str, Tenso
     They are views: writing to them writes to the model.
     """
     config, family = model.config, ARCHITECTURES[model_type]
-    sizes = [config.n_heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
-    weights = {
-        EMBEDDING: model.embedding.weight,
-        "model.norm.weight": model.transformer.norm.weight,
-    }
+    sizes = [config.heads_dim, *[config.kv_heads * config.head_dim] * 2]
+    weights = {EMBEDDING: model.embedding.weight, "model.norm.weight": model.transformer.norm.weight}
     if not config.tie_embeddings:
         weights[HEAD] = model.lm_head.weight
     own = dict(model.transformer.named_parameters())

@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 import torch
 from safetensors.torch import save_file
@@ -22,15 +21,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from ..errors import UserError, install_command
 from ..io import atomic_dir
-from .architectures import EMBEDDING, HEAD
+from .architectures import ARCHITECTURES, EMBEDDING, HEAD
 
-ARCHITECTURES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-}
-"""GGUF's name of an architecture: the `model_type` and class of transformers"""
-
+KNOWN = ("llama", "qwen2", "qwen3")
+"""architectures, by the name that GGUF and transformers share"""
 FIELDS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -104,7 +98,8 @@ def gguf_to_folder(source: Path, folder: Path, dtype: torch.dtype = torch.float3
             ) from None
         if config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-            weight = _halves_of_neighbours(weight, heads)
+            # Rows that were neighbours are half a head apart.
+            weight = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         tensors[name] = torch.tensor(weight, dtype=dtype)
     if EMBEDDING not in tensors:
         raise UserError(f"{source}: tensor token_embd.weight: expected one, found none")
@@ -116,29 +111,34 @@ def gguf_to_folder(source: Path, folder: Path, dtype: torch.dtype = torch.float3
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         if f"tokenizer.ggml.{key}_token_id" in values
     }
+    tokens = values["tokenizer.ggml.tokens"]
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": values.get("tokenizer.chat_template"),
+        # Llama 3's files may not say it; llama.cpp takes it for granted.
+        "add_bos_token": values.get("tokenizer.ggml.add_bos_token", values.get("tokenizer.ggml.pre") == "llama-bpe"),
+        **{name.removesuffix("_id"): tokens[number] for name, number in special.items()},
+    }
+    files = {"config": config | special, "generation_config": special, "tokenizer_config": tokenizer_config}
     with atomic_dir(folder, "model") as partial:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         backend.save(str(partial / "tokenizer.json"))
-        _write_json(partial / "config.json", {**config, **special})
-        _write_json(partial / "generation_config.json", special)
-        _write_json(partial / "tokenizer_config.json", _tokenizer_config(values, config, special))
+        for name, content in files.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (partial / f"{name}.json").write_text(text, encoding="utf-8")
     return folder
 
 
 def _config(source: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Return transformers' config.json for a GGUF file's fields."""
     architecture = values.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"{source}: general.architecture: expected one of {', '.join(ARCHITECTURES)}, found {architecture}"
-        )
-    model_type, name = ARCHITECTURES[architecture]
+    if architecture not in KNOWN:
+        raise UserError(f"{source}: general.architecture: expected one of {', '.join(KNOWN)}, found {architecture}")
 
     def field(key: str, default: Any = None) -> Any:
-        value = values.get(f"{architecture}.{key}", default)
-        if value is None:
-            raise UserError(f"{source}: {architecture}.{key}: expected a value, found none")
-        return value
+        return _value(source, values, f"{architecture}.{key}", default)
 
     scaling = values.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":
@@ -146,8 +146,8 @@ def _config(source: Path, values: dict[str, Any]) -> dict[str, Any]:
     config = {hf_name: field(key) for hf_name, key in FIELDS.items()}
     heads = config["num_attention_heads"]
     return {
-        "architectures": [name],
-        "model_type": model_type,
+        "architectures": [ARCHITECTURES[architecture].model_class],
+        "model_type": architecture,
         **config,
         "num_key_value_heads": field("attention.head_count_kv", heads),
         "head_dim": field("attention.key_length", config["hidden_size"] // heads),
@@ -157,11 +157,12 @@ def _config(source: Path, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _field_of(source: Path, values: dict[str, Any], name: str) -> Any:
-    """Return a field of the file. Raises UserError if it has none of that name."""
-    if name not in values:
+def _value(source: Path, values: dict[str, Any], name: str, default: Any = None) -> Any:
+    """Return a field of the file. Raises UserError if it has none of that name, and there is no default."""
+    value = values.get(name, default)
+    if value is None:
         raise UserError(f"{source}: {name}: expected a value, found none")
-    return values[name]
+    return value
 
 
 def _tensor_name(source: Path, name: str) -> str:
@@ -174,23 +175,16 @@ def _tensor_name(source: Path, name: str) -> str:
     raise UserError(f"{source}: tensor {name}: expected one of a known network, found a part that is not known here")
 
 
-def _halves_of_neighbours(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Return the rows of each head reordered: channels that were neighbours are half a head apart."""
-    rows = weight.shape[0]
-    pairs = weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
-
-
 def _tokenizer(source: Path, values: dict[str, Any]) -> tokenizers.Tokenizer:
     """Return the byte-level BPE of a GGUF file."""
-    kind = _field_of(source, values, "tokenizer.ggml.model")
+    kind = _value(source, values, "tokenizer.ggml.model")
     if kind != "gpt2":
         raise UserError(f"{source}: tokenizer.ggml.model: expected gpt2 (byte-level BPE), found {kind}")
     split = values.get("tokenizer.ggml.pre", "default")
     if split not in SPLITS:
         raise UserError(f"{source}: tokenizer.ggml.pre: expected one of {', '.join(SPLITS)}, found {split}")
-    tokens = _field_of(source, values, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in _field_of(source, values, "tokenizer.ggml.merges")]
+    tokens = _value(source, values, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in _value(source, values, "tokenizer.ggml.merges")]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
     if split == "qwen2":
@@ -204,27 +198,6 @@ def _tokenizer(source: Path, values: dict[str, Any]) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     kinds = values.get("tokenizer.ggml.token_type", [])
-    backend.add_special_tokens(
-        [AddedToken(tokens[i], normalized=False) for i, kind in enumerate(kinds) if kind == CONTROL]
-    )
-    backend.add_tokens(
-        [AddedToken(tokens[i], normalized=False) for i, kind in enumerate(kinds) if kind == USER_DEFINED]
-    )
+    for add, added in ((backend.add_special_tokens, CONTROL), (backend.add_tokens, USER_DEFINED)):
+        add([AddedToken(tokens[i], normalized=False) for i, kind in enumerate(kinds) if kind == added])
     return backend
-
-
-def _tokenizer_config(values: dict[str, Any], config: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
-    tokens = values["tokenizer.ggml.tokens"]
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": values.get("tokenizer.chat_template"),
-        # Llama 3's files may not say it; llama.cpp takes it for granted.
-        "add_bos_token": values.get("tokenizer.ggml.add_bos_token", values.get("tokenizer.ggml.pre") == "llama-bpe"),
-        **{name.removesuffix("_id"): tokens[number] for name, number in special.items()},
-    }
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

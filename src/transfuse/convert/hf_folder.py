@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,12 @@ from ..errors import UserError
 from ..io import atomic_dir
 from ..model import ModelConfig, Transfusion
 from ..sequence import Tokenizer
-from ..sequence.tokenizer import SPECIAL
+from ..sequence.tokenizer import SPECIAL, TOKENIZER_CONFIG
 from .architectures import EMBEDDING, HEAD, NUMBERS, hf_config, hf_weights, read_fields
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BUFFERS = ".rotary_emb.inv_freq"  # suffix of tensors in old files that are not weights
 NAMED = 8  # names that a message lists at most
 LAYER = re.compile(r"^model\.layers\.\d+\.")
-REQUIRED = {"model_type", *NUMBERS.values()}
-"""fields of config.json without which there is no network"""
 DROPPABLE = {
     "sliding_window": "sliding_window",
     "full_attention_layers": "sliding_window",
@@ -62,7 +59,8 @@ def read_hf_config(folder: Path, max_seq_len: int | None = None, allow: Collecti
 
     def check(fits: bool, name: str, expected: str, value: Any) -> None:
         if not fits and name not in allow:
-            hint = "" if name in REQUIRED else f" (--init.allow-changes {name} drops it)"
+            required = ("model_type", *NUMBERS.values())  # without these there is no network
+            hint = "" if name in required else f" (--init.allow-changes {name} drops it)"
             raise UserError(f"{folder / 'config.json'}: {name}: expected {expected}, found {value}{hint}")
 
     try:
@@ -137,13 +135,13 @@ def match_weights(model: Transfusion, folder: Path, allow: Collection[str] = ())
     values = _read_config(folder)
     own = hf_weights(model, str(values["model_type"]))
     files = _open_weights(folder)
-    shapes = _shapes(files)
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()}  # noqa: SIM118
     left = shapes.keys() - own.keys() - ({HEAD} if config.tie_embeddings else set())
     tied = bool(values.get("tie_word_embeddings")) and EMBEDDING in shapes
     match = Match(
         tuple(sorted(own.keys() & shapes.keys())),
         tuple(sorted(own.keys() - shapes.keys() - ({HEAD} if tied else set()))),
-        tuple(sorted(name for name in left if not name.endswith(BUFFERS))),
+        tuple(sorted(name for name in left if not name.endswith(".rotary_emb.inv_freq"))),  # a buffer, in old files
     )
     kinds = sorted({LAYER.sub("", name) for name in (*match.missing, *match.unexpected)} - set(allow))
     if kinds:
@@ -193,15 +191,7 @@ def start_from_hf(
     return match
 
 
-def _shapes(files: Iterable[Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()}  # noqa: SIM118
-
-
-def save_hf_folder(
-    folder: Path,
-    model: Transfusion,
-    tokenizer: Tokenizer | None = None,
-) -> Path:
+def save_hf_folder(folder: Path, model: Transfusion, tokenizer: Tokenizer | None = None) -> Path:
     """Write embedding, transformer and output layer as transformers' model of that family, with its tokenizer.
 
     The image adapter is left out: `generate` stops at BOI, where an image would begin. The folder appears whole or not
@@ -225,7 +215,10 @@ def save_hf_folder(
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
-            for name, content in tokenizer.hf_files().items():
+            ends = [*tokenizer.ends, tokenizer.boi]  # after which transformers' `generate` stops
+            special = {"bos_token_id": tokenizer.bos, "eos_token_id": ends, "pad_token_id": tokenizer.eos}
+            files = {TOKENIZER_CONFIG: tokenizer.text_format.config(), "generation_config.json": special}
+            for name, content in files.items():
                 (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
 
@@ -233,8 +226,8 @@ def save_hf_folder(
 def new_markers(folder: Path, tokenizer: Tokenizer) -> list[int]:
     """Return the ids of markers that the folder's tokenizer.json does not have: BOI and EOI, or all four."""
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = {name: tokenizer.backend.token_to_id(name) for name in SPECIAL if backend.token_to_id(name) is None}
-    return [number for number in ids.values() if number is not None]
+    ids = [tokenizer.backend.token_to_id(name) for name in SPECIAL if backend.token_to_id(name) is None]
+    return [number for number in ids if number is not None]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

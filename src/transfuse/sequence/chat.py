@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -77,9 +77,19 @@ def chat_sample(tokenizer: Tokenizer, messages: Sequence[Message], sample: int =
         return Document(turns, sample=sample)
     places = [place for place, message in enumerate(messages) if message.role == "assistant"]
     calls = [(messages[:place], True) for place in places] + [(messages[: place + 1], False) for place in places]
-    whole, *others = _render(tokenizer, [(messages, False), *calls], TRAINING_DATE)
-    spans, whole, others = _marked(whole), _without_marks(whole), [_without_marks(other) for other in others]
-    spans = spans or list(_turns(tokenizer, whole, others[: len(places)], others[len(places) :]))
+    marked, *others = _render(tokenizer, [(messages, False), *calls], TRAINING_DATE)
+    spans, whole = _marked(marked), _without_marks(marked)
+    if not spans:
+        others = [_without_marks(other) for other in others]
+        ends = [tokenizer.text_format.eos, *tokenizer.text_format.other_ends]
+        for prompt, turn in zip(others[: len(places)], others[len(places) :], strict=True):
+            if not whole.startswith(prompt):
+                wanted = "the beginning of a conversation rendered as in the whole"
+                hint = "mark the turns with {% generation %}"
+                raise UserError(f"chat_template: expected {wanted}, found another; {hint}")
+            limit = len(turn) if whole.startswith(turn) else len(whole)
+            after = [place + len(end) for end in ends if (place := whole.find(end, len(prompt), limit)) >= 0]
+            spans.append((len(prompt), min(after, default=limit)))  # the end token is a part of the turn
     if not spans:
         raise UserError("messages: expected a turn of the assistant, which is learned, found none")
     images = [
@@ -91,11 +101,10 @@ def chat_sample(tokenizer: Tokenizer, messages: Sequence[Message], sample: int =
         images = images[: whole[: spans[-1][1]].count(IMAGE)]
     first, parts = _parts(tokenizer, whole[: spans[-1][1]], spans, images)
     last = parts[-1]
-    closed = isinstance(last, Text) and last.ids[-1:] == (tokenizer.eos,)
-    if closed:  # the document's own end
-        assert isinstance(last, Text)
+    if isinstance(last, Text) and last.ids[-1:] == (tokenizer.eos,):  # the document's own end
         parts[-1] = replace(last, ids=last.ids[:-1])
-    return Document(parts, sample=sample, closed=closed, first=first)
+        return Document(parts, sample=sample, first=first)
+    return Document(parts, sample=sample, closed=False, first=first)
 
 
 def _without_marks(text: str) -> str:
@@ -147,18 +156,6 @@ def _marked(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def _turns(tokenizer: Tokenizer, whole: str, prompts: Sequence[str], turns: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield the characters of each of the assistant's turns, its end token included."""
-    ends = [tokenizer.text_format.eos, *tokenizer.text_format.other_ends]
-    for prompt, turn in zip(prompts, turns, strict=True):
-        if not whole.startswith(prompt):
-            wanted = "the beginning of a conversation rendered as in the whole"
-            raise UserError(f"chat_template: expected {wanted}, found another; mark the turns with {{% generation %}}")
-        limit = len(turn) if whole.startswith(turn) else len(whole)
-        after = [place + len(end) for end in ends if (place := whole.find(end, len(prompt), limit)) >= 0]
-        yield len(prompt), min(after, default=limit)
-
-
 # --- rendering --------------------------------------------------------------------------------------------------------
 
 
@@ -176,14 +173,12 @@ def _render(tokenizer: Tokenizer, calls: Sequence[tuple[Sequence[Message], bool]
         return re.sub(names, lambda name: name[0][0] + TYPED + name[0][1:], "".join(texts))
 
     text_format = tokenizer.text_format
-    tokens = {"bos_token": text_format.bos_token, "eos_token": text_format.eos}
+    variables = {"eos_token": text_format.eos, "tools": None, "documents": None}
+    if text_format.bos_token is not None:
+        variables["bos_token"] = text_format.bos_token
     request = {
         "template": text_format.chat_template,
-        "variables": {
-            **{name: token for name, token in tokens.items() if token is not None},
-            "tools": None,
-            "documents": None,
-        },
+        "variables": variables,
         "now": now,
         "calls": [
             {

@@ -3,6 +3,13 @@
 tokenizer = Tokenizer.train(texts, vocab_size=4096)
 tokenizer.encode("a crab")            # ids, without markers: `layout_document` adds them
 tokenizer.save(folder / "tokenizer.json")
+
+The tokens that begin and end a language model's texts, and its chat template, are read from next to its tokenizer.json:
+
+tokenizer_config.json      bos_token, eos_token, add_bos_token, chat_template
+chat_template.jinja        the template, where it has a file to itself
+config.json                bos_token_id, eos_token_id, where tokenizer_config.json names none
+generation_config.json     eos_token_id: further tokens that end a text
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,17 +29,49 @@ from ..config import read_json
 from ..errors import UserError, install_command
 from ..folders import bundled_models, places
 from .layout import Positions, SequenceFormat
-from .text_format import BOI, BOS, EOI, EOS, TOKENIZER_CONFIG, TextFormat, read_text_format
 
+BOS, EOS, BOI, EOI = "<|bos|>", "<|eos|>", "<|boi|>", "<|eoi|>"
 SPECIAL = (BOS, EOS, BOI, EOI)
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+"""names of the token between two documents of pretraining, in models that do not begin a text with BOS"""
+TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 LONG = 20_000
 """characters above which other threads run while a text is encoded: only the call for batches releases Python's lock"""
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """The tokens that begin and end a text, by name, and the chat template.
+
+    other_ends       further tokens after which nothing is written, such as the end of a document in a chat model
+    bos_token        the `bos_token` that a template knows, which need not begin other texts; None: it has none
+    chat_template    Jinja source of the chat template (`chat`); None: turns follow each other without markers
+    """
+
+    bos: str = BOS
+    eos: str = EOS
+    other_ends: tuple[str, ...] = ()
+    bos_token: str | None = BOS
+    chat_template: str | None = None
+
+    def config(self) -> dict[str, Any]:
+        """Return tokenizer_config.json as transformers reads it; `begin_token` and `end_tokens` are ours."""
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos,
+            "pad_token": self.eos,
+            "begin_token": self.bos,
+            "end_tokens": list(self.other_ends),
+            "chat_template": self.chat_template,
+        }
 
 
 class Tokenizer:
     """A byte-level BPE (or any `tokenizers` model) in which the four markers are single ids.
 
-    BOS and EOS are ours, or those of a pretrained model (`text_format`). `ends` are the ids after which nothing is
+    BOS and EOS are ours, or those of a pretrained model (`TextFormat`). `ends` are the ids after which nothing is
     written, EOS first.
     """
 
@@ -91,8 +130,10 @@ class Tokenizer:
         Raises UserError where the file is missing or is no tokenizer.
         """
         path = Path(path)
-        backend = _from_json(path)
-        return cls(backend, read_text_format(path.parent, backend) if _has_format(path.parent) else None)
+        backend, config = _from_json(path), path.with_name(TOKENIZER_CONFIG)
+        values = read_json(config) if config.is_file() else None
+        ours = isinstance(values, dict) and "end_tokens" in values  # another's may not name our markers
+        return cls(backend, read_text_format(path.parent, backend) if ours else None)
 
     @classmethod
     def adopt(cls, path: Path | str) -> Tokenizer:
@@ -131,14 +172,6 @@ class Tokenizer:
             config = json.dumps(self.text_format.config(), indent=2, ensure_ascii=False) + "\n"
             path.with_name(TOKENIZER_CONFIG).write_text(config, encoding="utf-8")
         path.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-
-    def hf_files(self) -> dict[str, dict[str, Any]]:
-        """Return the files next to tokenizer.json that transformers reads; its `generate` also stops at BOI."""
-        ends = [*self.ends, self.boi]
-        return {
-            TOKENIZER_CONFIG: self.text_format.config(),
-            "generation_config.json": {"bos_token_id": self.bos, "eos_token_id": ends, "pad_token_id": self.eos},
-        }
 
     @property
     def fingerprint(self) -> str:
@@ -191,13 +224,6 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
 
-def _has_format(folder: Path) -> bool:
-    """Return True for a folder whose tokenizer_config.json we wrote; another's may not name our markers."""
-    path = folder / TOKENIZER_CONFIG
-    values = read_json(path) if path.is_file() else None
-    return isinstance(values, dict) and "end_tokens" in values
-
-
 def _with_markers(path: Path, backend: tokenizers.Tokenizer, names: Sequence[str]) -> tokenizers.Tokenizer:
     """Add markers to a tokenizer that was read from `path`; one that is there keeps its id."""
     backend.add_special_tokens(list(names))
@@ -217,6 +243,90 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises a bare Exception
         raise UserError(f"{path}: expected a tokenizer.json, found something else ({error})") from None
 
+
+# --- the tokens of a language model's texts ---------------------------------------------------------------------------
+
+
+def read_text_format(folder: Path, backend: tokenizers.Tokenizer) -> TextFormat:
+    """Return the format of a folder's model; our markers stand for a beginning or an end that no file names.
+
+    A text begins with BOS if the tokenizer puts it there, or else with the end-of-text token that stood between the
+    documents of pretraining (Qwen, SmolLM2).
+
+    Raises UserError for a file that is not JSON, or a token that the tokenizer does not have.
+    """
+    files: dict[str, Any] = {}
+    for name in (TOKENIZER_CONFIG, "config.json", "generation_config.json"):
+        values = files[name] = read_json(folder / name) if (folder / name).is_file() else {}
+        if not isinstance(values, dict):
+            raise UserError(f"{folder / name}: expected settings by name, found a {type(values).__name__}")
+    named, where = files.pop(TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG
+    template = _template(folder, named.get("chat_template"))
+
+    def by_name(field: str) -> str | None:
+        """Return a token that tokenizer_config.json names, as a string or as an object with its content."""
+        token = named.get(field)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and (not isinstance(token, str) or backend.token_to_id(token) is None):
+            raise UserError(f"{where}: {field}: expected a token of its tokenizer.json, found {token!r}")
+        return token
+
+    if "end_tokens" in named:  # written by `TextFormat.config`
+        begin, eos, bos = by_name("begin_token"), by_name("eos_token"), by_name("bos_token")
+        others = named["end_tokens"]
+        if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
+            raise UserError(f"{where}: end_tokens: expected a list of tokens, found {others!r:.80}")
+        return TextFormat(begin or BOS, eos or EOS, tuple(others), bos, template)
+
+    def by_id(field: str) -> list[str]:
+        """Return the tokens that a field of config.json and generation_config.json names by id, each once."""
+        tokens: dict[str, None] = {}
+        for file, values in files.items():
+            ids = values.get(field)
+            for number in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+                token = backend.id_to_token(number) if isinstance(number, int) and number >= 0 else None
+                if token is None:
+                    wanted = f"an id of its tokenizer.json (0 to {backend.get_vocab_size() - 1})"
+                    raise UserError(f"{folder / file}: {field}: expected {wanted}, found {number}")
+                tokens[token] = None
+        return [*tokens]
+
+    end_of_text = next((name for name in END_OF_TEXT if backend.token_to_id(name) is not None), None)
+    ends = by_id("eos_token_id") + ([] if end_of_text is None else [end_of_text])
+    eos = by_name("eos_token") or next(iter(ends), EOS)
+    bos_token = by_name("bos_token")
+    bos = bos_token or next(iter(by_id("bos_token_id")), None)
+    if bos is None or not (named.get("add_bos_token") or _prepends(backend, bos)):
+        bos = end_of_text or bos or eos
+    others = tuple(dict.fromkeys(name for name in ends if name != eos))
+    if bos == eos == EOS:  # nothing is known: both are ours
+        return TextFormat(other_ends=others, chat_template=template)
+    return TextFormat(bos, eos, others, bos_token, template)
+
+
+def _template(folder: Path, template: Any) -> str | None:
+    """Return the chat template: of its file, or from tokenizer_config.json, where it stands alone or in a list."""
+    if (folder / TEMPLATE).is_file():
+        try:
+            return (folder / TEMPLATE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder / TEMPLATE}: expected a template in UTF-8, found none ({error})") from None
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        kind = type(template).__name__
+        raise UserError(f"{folder / TOKENIZER_CONFIG}: chat_template: expected a text, found a {kind}")
+    return template
+
+
+def _prepends(backend: tokenizers.Tokenizer, bos: str) -> bool:
+    """Return True if the tokenizer itself begins a text with this token."""
+    ids, number = backend.encode("a", add_special_tokens=True).ids, backend.token_to_id(bos)
+    return bool(ids) and ids[0] == number and backend.encode("a", add_special_tokens=False).ids[:1] != [number]
+
+
+# --- sentencepiece ----------------------------------------------------------------------------------------------------
 
 SPACE = "\u2581"  # sentencepiece writes this for a space
 UNIGRAM, BPE = 1, 2  # kinds of models, by the numbers of sentencepiece's format; words and characters are not read
