@@ -2,7 +2,6 @@
 
 from .autoencoder import (
     Autoencoder,
-    BottleneckOutput,
     CodeAutoencoder,
     DeferredEncoder,
     ImageAutoencoder,
@@ -14,17 +13,6 @@ from .folder import bundled, load_autoencoder, open_autoencoder, save_autoencode
 from .network import AutoencoderConfig
 
 __all__ = [
-    "Autoencoder",
-    "AutoencoderConfig",
-    "BottleneckOutput",
-    "CodeAutoencoder",
-    "DeferredEncoder",
-    "ImageAutoencoder",
-    "Pixels",
-    "VQTokenizer",
-    "bundled",
-    "images_to_tensor",
-    "load_autoencoder",
-    "open_autoencoder",
-    "save_autoencoder",
-]
+    "Autoencoder", "AutoencoderConfig", "CodeAutoencoder", "DeferredEncoder", "ImageAutoencoder", "Pixels",
+    "VQTokenizer", "bundled", "images_to_tensor", "load_autoencoder", "open_autoencoder", "save_autoencoder",
+]  # fmt: skip

@@ -6,31 +6,11 @@ for result in evaluate(context, named(["quick"])): ...
 
 from .confidence import Estimate, agreement_by_chance, bootstrap, share
 from .context import Drawing, EvalConfig, EvalContext, Example, Metric, MetricResult, Result, Scorer, model_hash
-from .registry import METRICS, SUITES, all_metrics, check, check_paper, evaluate, named, numbers
-from .text import TextResult, perplexity
+from .registry import SUITES, all_metrics, check, check_paper, evaluate, named, numbers
+from .text import perplexity
 
 __all__ = [
-    "METRICS",
-    "SUITES",
-    "Drawing",
-    "Estimate",
-    "EvalConfig",
-    "EvalContext",
-    "Example",
-    "Metric",
-    "MetricResult",
-    "Result",
-    "Scorer",
-    "TextResult",
-    "agreement_by_chance",
-    "all_metrics",
-    "bootstrap",
-    "check",
-    "check_paper",
-    "evaluate",
-    "model_hash",
-    "named",
-    "numbers",
-    "perplexity",
-    "share",
-]
+    "SUITES", "Drawing", "Estimate", "EvalConfig", "EvalContext", "Example", "Metric", "MetricResult", "Result",
+    "Scorer", "agreement_by_chance", "all_metrics", "bootstrap", "check", "check_paper", "evaluate", "model_hash",
+    "named", "numbers", "perplexity", "share",
+]  # fmt: skip

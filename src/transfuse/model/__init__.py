@@ -3,20 +3,9 @@
 from .attention import Attend, Grouped, dense, flexible, for_batch
 from .config import SIZES, ModelConfig, RopeScaling
 from .image_adapter import group_by_shape, stack_group
-from .transfusion import LMHeadFn, Output, Transfusion
+from .transfusion import Output, Transfusion
 
 __all__ = [
-    "SIZES",
-    "Attend",
-    "Grouped",
-    "LMHeadFn",
-    "ModelConfig",
-    "Output",
-    "RopeScaling",
-    "Transfusion",
-    "dense",
-    "flexible",
-    "for_batch",
-    "group_by_shape",
-    "stack_group",
-]
+    "SIZES", "Attend", "Grouped", "ModelConfig", "Output", "RopeScaling", "Transfusion", "dense", "flexible",
+    "for_batch", "group_by_shape", "stack_group",
+]  # fmt: skip

@@ -10,7 +10,6 @@ from .layout import (
     Part,
     Positions,
     SequenceFormat,
-    Span,
     Text,
     count_positions,
     gaps,
@@ -26,6 +25,6 @@ from .tokenizer import Tokenizer
 
 __all__ = [
     "FILL", "Batch", "Document", "Image", "ImageAttention", "Images", "Layout", "Part", "Positions", "SequenceFormat",
-    "Span", "Text", "Tokenizer", "collate", "concatenate", "count_positions", "gaps", "images_alone",
+    "Text", "Tokenizer", "collate", "concatenate", "count_positions", "gaps", "images_alone",
     "join_positions", "layout_document", "shapes_of", "stacked", "unconditional", "visible",
 ]  # fmt: skip
