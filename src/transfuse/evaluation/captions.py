@@ -100,25 +100,26 @@ def cider_d(captions: Sequence[Words], references: Sequence[Sequence[Words]]) ->
 def bleu_4(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> Estimate:
     """Return BLEU-4 of the whole set, 0 to 100, with its interval over images, by the nearest reference length."""
     _check_lengths("bleu_4", captions, references)
-    counts = np.array([_matches(words, of_image) for words, of_image in zip(captions, references, strict=True)])
+    rows, lengths = [], range(1, ORDER + 1)
+    for words, of_image in zip(captions, references, strict=True):
+        most = Counter[Gram]()
+        for reference in of_image:
+            most |= n_grams(reference)
+        shared = n_grams(words) & most
+        right = [sum(times for gram, times in shared.items() if len(gram) == n) for n in lengths]
+        nearest = min((abs(len(reference) - len(words)), len(reference)) for reference in of_image)[1]
+        rows.append([*right, *(max(0, len(words) - n + 1) for n in lengths), len(words), nearest])
+    counts = np.array(rows)
     low, high = np.percentile(resampled(counts, _bleu), [2.5, 97.5])
     return Estimate(float(_bleu(counts.sum(0)[None])[0]), float(low), float(high), len(captions))
 
 
-def _matches(words: Words, references: Sequence[Words]) -> list[float]:
-    """Count n-grams shared with any reference by n, all n-grams by n, words, and words of the nearest reference."""
-    counts, most = n_grams(words), Counter[Gram]()
-    for reference in references:
-        most |= n_grams(reference)
-    shared = counts & most
-    lengths = range(1, ORDER + 1)
-    right = [sum(times for gram, times in shared.items() if len(gram) == n) for n in lengths]
-    nearest = min((abs(len(reference) - len(words)), len(reference)) for reference in references)[1]
-    return [*right, *(max(0, len(words) - n + 1) for n in lengths), len(words), nearest]
-
-
 def _bleu(sums: np.ndarray) -> np.ndarray:
-    """Return BLEU `[set]` of sums `[set, 2 * ORDER + 2]` of `_matches`; the small constants are the original's."""
+    """Return BLEU `[set]` of sums over images; the small constants are the original's.
+
+    sums `[set, 2 * ORDER + 2]`: n-grams shared with any reference by n, all n-grams by n, words, and words of the
+    nearest reference.
+    """
     right, total, length, nearest = sums[:, :ORDER], sums[:, ORDER:-2], sums[:, -2], sums[:, -1]
     precision = np.prod((right + 1e-15) / (total + 1e-9), axis=1) ** (1 / ORDER)
     ratio = (length + 1e-15) / (nearest + 1e-9)
@@ -275,7 +276,16 @@ def _names(context: EvalContext) -> Sequence[str]:
 
 def _score(context: EvalContext) -> MetricResult:
     pairs = context_pairs(context)
-    captions = _captions(context, pairs)
+
+    def work(numbers: Sequence[int]) -> list[Made]:
+        """Caption images greedily, as in the paper, with no text before them."""
+        pictures = [PIL.Image.fromarray(pairs.picture(n)) for n in numbers]
+        captions = context.pipe.caption(pictures, max_tokens=MAX_TOKENS)
+        return [Made({"id": pairs.ids[n], "said": text}) for n, text in zip(numbers, captions, strict=True)]
+
+    settings = {"data": pairs.whole_label, "max_tokens": MAX_TOKENS, "prompt": "the picture alone"}
+    records = context.make(Task("captions", settings, len(pairs.ids), work)).records
+    captions = [record["said"] for record in records]
     tokenizer = open_words(context.options.ptb_jar)
     texts = zip(captions, pairs.references, strict=True)
     tokenized = iter(tokenizer.cut([text for caption, of_image in texts for text in (caption, *of_image)]))
@@ -302,19 +312,6 @@ def _score(context: EvalContext) -> MetricResult:
         text = f"{captions[n] or '(nothing)'}  [{scores[n]:.0f}]"
         examples.append(Example(text, [(pairs.picture(n), pairs.references[n][0])], group=title))
     return MetricResult(results, examples)
-
-
-def _captions(context: EvalContext, pairs: Pairs) -> list[str]:
-    """Caption each image greedily, as in the paper, with no text before it."""
-
-    def work(numbers: Sequence[int]) -> list[Made]:
-        pictures = [PIL.Image.fromarray(pairs.picture(n)) for n in numbers]
-        captions = context.pipe.caption(pictures, max_tokens=MAX_TOKENS)
-        return [Made({"id": pairs.ids[n], "said": text}) for n, text in zip(numbers, captions, strict=True)]
-
-    settings = {"data": pairs.whole_label, "max_tokens": MAX_TOKENS, "prompt": "the picture alone"}
-    task = Task("captions", settings, len(pairs.ids), work)
-    return [record["said"] for record in context.make(task).records]
 
 
 def _perplexity(context: EvalContext, pairs: Pairs) -> Result:

@@ -20,7 +20,6 @@ import torch
 
 from ..config import to_dict
 from ..errors import UserError
-from ..export import Exported
 from ..folders import find_export
 from ..inference import Request, TransfusionPipeline
 from ..io import sha256
@@ -143,15 +142,25 @@ class EvalContext:
 
     @cached_property
     def loaded(self) -> str:
-        """A hash of the model as loaded, whatever its name."""
-        return loaded_hash(self.pipe.exported)
+        """A hash of the loaded model: weights, dtype, settings, tokenizer, autoencoder, sampling defaults."""
+        exported, model = self.pipe.exported, self.pipe.exported.model
+        facts = {
+            "weights": weights_digest(model.state_dict()) if exported.weights is None else exported.fingerprint,
+            "kinds": sorted({f"{type(weight.data).__name__} {weight.dtype}" for weight in model.parameters()}),
+            "model": to_dict(model.config),
+            "diffusion": to_dict(exported.process.config),
+            "generation": to_dict(exported.generation),
+            "image_size": exported.image_size,
+            "tokenizer": exported.tokenizer.fingerprint,
+            "autoencoder": exported.autoencoder.fingerprint,
+        }
+        return short_hash(facts)
 
     def needs_scorer(self, metric: str) -> Scorer:
         """Return the scorer. Raises UserError where the data set brings none."""
         if self.scorer is None:
-            raise UserError(
-                f"{metric}: expected a data set with a scorer, found none (see --data, --captions, --images)"
-            )
+            hint = "(see --data, --captions, --images)"
+            raise UserError(f"{metric}: expected a data set with a scorer, found none {hint}")
         return self.scorer
 
     def make(self, task: Task) -> Outcome:
@@ -161,10 +170,8 @@ class EvalContext:
 
     def request(self, parts: Sequence[str | PIL.Image.Image]) -> Request:
         """Return a request with the sampling options under test."""
-        drawing = self.drawing
-        return self.pipe.request(
-            parts, drawing.steps, drawing.guidance_scale, drawing.sampler, drawing.guidance_interval
-        )
+        draw = self.drawing
+        return self.pipe.request(parts, draw.steps, draw.guidance_scale, draw.sampler, draw.guidance_interval)
 
     def resolved(self) -> EvalContext:
         """Return a copy with the model's defaults for unset sampling options. Raises UserError for an invalid one."""
@@ -288,19 +295,3 @@ def model_hash(export: Path) -> str:
     for path in sorted(path for path in export.rglob("*") if path.suffix in (".json", ".safetensors")):
         digest.update(f"{path.relative_to(export).as_posix()} {sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def loaded_hash(exported: Exported) -> str:
-    """Return a hash of a loaded model: weights, dtype, settings, tokenizer, autoencoder, sampling defaults."""
-    model = exported.model
-    facts = {
-        "weights": weights_digest(model.state_dict()) if exported.weights is None else exported.fingerprint,
-        "kinds": sorted({f"{type(weight.data).__name__} {weight.dtype}" for weight in model.parameters()}),
-        "model": to_dict(model.config),
-        "diffusion": to_dict(exported.process.config),
-        "generation": to_dict(exported.generation),
-        "image_size": exported.image_size,
-        "tokenizer": exported.tokenizer.fingerprint,
-        "autoencoder": exported.autoencoder.fingerprint,
-    }
-    return short_hash(facts)

@@ -90,12 +90,12 @@ def drawing_task(
 
 def draw_prompts(context: EvalContext, name: str, label: str, ids: Sequence[str], prompts: Sequence[str]) -> Outcome:
     """Draw each prompt once, or read the images drawn before."""
-    drawing = context.drawing
 
     def record(n: int) -> dict[str, Any]:
-        return {"id": ids[n], "prompt": prompts[n], "seed": drawing.seed + n}
+        return {"id": ids[n], "prompt": prompts[n], "seed": context.drawing.seed + n}
 
-    task = drawing_task(context, name, label, len(prompts), lambda n: [prompts[n]], record, drawing.candidates)
+    candidates = context.drawing.candidates
+    task = drawing_task(context, name, label, len(prompts), lambda n: [prompts[n]], record, candidates)
     return context.make(task)
 
 
@@ -236,10 +236,9 @@ def _check_clip(context: EvalContext) -> None:
     if importlib.util.find_spec("open_clip") is None:
         raise UserError(f"clip: expected the package open_clip, found none; {install_command('eval')}")
     if options.clip is None or not options.clip.is_file():
+        wanted = f"weights of {options.clip_model} for open_clip"
         given = "none" if options.clip is None else f"no {options.clip}"
-        raise UserError(
-            f"--clip: expected weights of {options.clip_model} for open_clip, found {given}; from {CLIP_URL}"
-        )
+        raise UserError(f"--clip: expected {wanted}, found {given}; from {CLIP_URL}")
     import open_clip
 
     known = open_clip.list_models()

@@ -159,7 +159,7 @@ def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path
 
     ids   a list of pictures, of which the first `count` are taken; None: by `RULE`
 
-    Raises UserError for a wrong file or a missing one, pictures included.
+    Raises UserError for a wrong file or a missing one, pictures included, and for an id or prompt not in the captions.
     """
     files, captions = _read_coco(annotations)
     if ids is None:
@@ -168,8 +168,19 @@ def coco_pairs(annotations: Path, images: Path, count: int, size: int, ids: Path
             raise UserError(f"{annotations}: expected pictures with captions, found none")
         prompts = {key: _chosen(key, captions[key]) for key in chosen}
     else:
-        prompts = dict(list(_listed(ids, annotations, files, captions).items())[:count])
-        chosen = list(prompts)
+        listed = read_ids(ids)
+        unknown = [key for key in listed if key not in files or not captions.get(key)]
+        if unknown:
+            others = f"{len(unknown)} it has not, the first {unknown[0]}"
+            raise UserError(f"--ids: {ids}: expected pictures of {annotations}, found {others}")
+        prompts = {}
+        for key, words in listed.items():
+            own = {" ".join(caption.split()): caption for caption in captions[key]}
+            if words is not None and words not in own:
+                wanted = f"a caption of picture {key} in {annotations}"
+                raise UserError(f"--ids: {ids}: expected {wanted}, found {words!r:.60}")
+            prompts[key] = _chosen(key, list(own.values())) if words is None else own[words]
+        chosen = list(prompts)[:count]
     places = {key: (images / files[key], images / Path(files[key]).name) for key in chosen}
     paths = {key: path for key, candidates in places.items() for path in candidates[::-1] if path.is_file()}
     missing = [places[key][0] for key in chosen if key not in paths]
@@ -210,23 +221,6 @@ def _read_coco(path: Path) -> tuple[dict[str, str], Captions]:
         return {str(image["id"]): image["file_name"] for image in table["images"]}, captions
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path}: expected COCO's or Karpathy's captions, found something else ({error})") from None
-
-
-def _listed(ids: Path, annotations: Path, files: dict[str, str], captions: Captions) -> dict[str, str]:
-    """Return prompts by id, in the order of the list. Raises UserError for an id or prompt not in the captions."""
-    listed = read_ids(ids)
-    unknown = [key for key in listed if key not in files or not captions.get(key)]
-    if unknown:
-        raise UserError(
-            f"--ids: {ids}: expected pictures of {annotations}, found {len(unknown)} it has not, the first {unknown[0]}"
-        )
-    prompts = {}
-    for key, words in listed.items():
-        own = {" ".join(caption.split()): caption for caption in captions[key]}
-        if words is not None and words not in own:
-            raise UserError(f"--ids: {ids}: expected a caption of picture {key} in {annotations}, found {words!r:.60}")
-        prompts[key] = _chosen(key, list(own.values())) if words is None else own[words]
-    return prompts
 
 
 def read_ids(path: Path) -> dict[str, str | None]:

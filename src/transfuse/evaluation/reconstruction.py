@@ -24,13 +24,7 @@ from ..errors import UserError
 from .confidence import Estimate, bootstrap
 from .context import EvalContext, Example, Metric, MetricResult, Result
 from .generate import Made, Task
-from .image_quality import (
-    all_features,
-    check_images,
-    context_features,
-    distance_name,
-    frechet,
-)
+from .image_quality import all_features, check_images, context_features, distance_name, frechet
 from .pairs import context_pairs
 
 BEST_PSNR = 100.0

@@ -305,7 +305,12 @@ def harness_model(pipe: TransfusionPipeline, batch: int = 32) -> Any:
         """Log-likelihoods and greedy text of one model, `batch` requests at a time."""
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            documents = [_truncated(continuation(exported.tokenizer, *request.args), room) for request in requests]
+            documents = []
+            for request in requests:
+                parts = continuation(exported.tokenizer, *request.args).parts
+                context, ending = (part.ids for part in parts if isinstance(part, Text))
+                left = room - len(ending)  # the continuation stays whole if it fits
+                documents.append(_given(context[-left:] if left > 0 else (), ending[:room]))
             return [(-float(s.nll.sum()), bool(s.is_argmax.all())) for s in score(exported, documents, batch)]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -319,9 +324,8 @@ def harness_model(pipe: TransfusionPipeline, batch: int = 32) -> Any:
             texts: list[str] = []
             for start in range(0, len(requests), batch):
                 arguments = [request.args for request in requests[start : start + batch]]
-                for reply, (_, settings) in zip(
-                    pipe.replies([self.request(*pair) for pair in arguments]), arguments, strict=True
-                ):
+                replies = pipe.replies([self.request(*pair) for pair in arguments])
+                for reply, (_, settings) in zip(replies, arguments, strict=True):
                     text, stops = reply.text, settings.get("until") or ()
                     for stop in [stops] if isinstance(stops, str) else stops:
                         text = text.split(stop)[0] if stop else text
@@ -344,13 +348,6 @@ def harness_model(pipe: TransfusionPipeline, batch: int = 32) -> Any:
             return f"transfuse-{exported.tokenizer.fingerprint}"
 
     return TransfusionLM()
-
-
-def _truncated(document: Document, room: int) -> Document:
-    """Return the document with the end of its context; the continuation stays whole if it fits."""
-    context, ending = (part.ids for part in document.parts if isinstance(part, Text))
-    left = room - len(ending)
-    return _given(context[-left:] if left > 0 else (), ending[:room])
 
 
 def full_windows(tokens: Tokens, room: int) -> list[tuple[Tokens, Tokens]]:
