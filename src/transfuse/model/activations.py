@@ -66,16 +66,12 @@ def block_bytes(config: ModelConfig, positions: int, element: int, attention: At
 
 
 def kept_of_block(
-    config: ModelConfig,
-    positions: int,
-    element: int,
-    checkpointing: Checkpointing,
-    attention: AttentionBytes = flex_bytes,
+    config: ModelConfig, positions: int, element: int, kept: Checkpointing, attention: AttentionBytes = flex_bytes
 ) -> int:
     """Return the bytes that one block keeps until the backward pass, by activation checkpointing."""
-    if checkpointing == "none":
+    if kept == "none":
         return block_bytes(config, positions, element, attention)
-    if checkpointing == "full":
+    if kept == "full":
         return positions * element * config.d_model
     products = config.qkv_dim + 2 * config.d_model + 2 * config.ffn_dim  # q k v, out, gate and up, down
     elements = config.d_model + products + config.heads_dim  # its input, the products' outputs, attention's output
@@ -106,24 +102,15 @@ def step_bytes(config: ModelConfig, load: Load, element: int, checkpointing: Che
     of the forward pass, if those keep more than a block needs.
     """
     done = sum(count * patch_bytes(config, size, element)[1] for size, count in load.images.items())
-    block = backward_bytes(config, load.positions, element, checkpointing)
-    return forward_bytes(config, load, element, checkpointing) + max(0, block - done)
-
-
-def backward_bytes(config: ModelConfig, positions: int, element: int, checkpointing: Checkpointing) -> int:
-    """Return the extra bytes of the backward pass inside a block: recomputed activations and gradients.
-
-    The peak is in the gated layer: gradients of the residual stream, of the product (F), and of gate and up (2 F,
-    concatenated from two of F), after the product itself (F) has been freed.
-    """
-    gradients = positions * element * (2 * config.d_model + 4 * config.ffn_dim)
-    if checkpointing == "none":
-        return gradients
-    whole = block_bytes(config, positions, element)
-    kept = kept_of_block(config, positions, element, checkpointing)
+    # The peak inside a block is in its gated layer: gradients of the residual stream, of the product (F), and of gate
+    # and up (2 F, concatenated from two of F), after the product itself (F) has been freed; and what is recomputed.
+    block = load.positions * element * (2 * config.d_model + 4 * config.ffn_dim)
+    if checkpointing != "none":
+        block += block_bytes(config, load.positions, element)
+        block -= kept_of_block(config, load.positions, element, checkpointing)
     if checkpointing == "selective" and config.norm_order == "pre":
-        kept -= positions * element * 2 * config.d_model  # `out` and `down` are kept, though nothing reads them again
-    return whole - kept + gradients
+        block += load.positions * element * 2 * config.d_model  # `out` and `down`, kept though nothing reads them again
+    return forward_bytes(config, load, element, checkpointing) + max(0, block - done)
 
 
 def patch_bytes(config: ModelConfig, size: tuple[int, int], element: int) -> tuple[int, int]:

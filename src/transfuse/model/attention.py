@@ -197,7 +197,7 @@ class Grouped:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-class _Merge(torch.autograd.Function):
+class Merge(torch.autograd.Function):
     """Put rows of text and of images into one tensor at `text` and `image`; `blank` lists its other rows, all zero."""
 
     @staticmethod
@@ -212,7 +212,7 @@ class _Merge(torch.autograd.Function):
 
 
 class _Divide(torch.autograd.Function):
-    """The inverse of `_Merge`: the rows at `text` and those at `image`."""
+    """The inverse of `Merge`: the rows at `text` and those at `image`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, text: Tensor, image: Tensor, blank: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -231,17 +231,6 @@ def _merged(x: Tensor, y: Tensor, text: Tensor, image: Tensor, rows: int, blank:
     return out if blank is None else out.index_fill_(0, blank, 0)
 
 
-def text_positions(patches: Tensor, positions: int) -> Tensor:
-    """Return the positions of a pass that `patches` does not list, in order."""
-    is_patch = torch.zeros(positions, dtype=torch.bool, device=patches.device).index_fill_(0, patches, True)
-    return is_patch.argsort(stable=True)[: positions - len(patches)]
-
-
-def merge_towers(x: Towers, text: Tensor, image: Tensor) -> Tensor:
-    """Return `[N, C]` in order, given text and image positions `[T, C]`, `[P, C]` and where they stand."""
-    return _Merge.apply(x.text, x.image, text, image, len(text) + len(image), None)
-
-
 def for_towers(attend: Attend, text: Tensor, image: Tensor) -> AttendTowers:
     """Return the backend of both towers over `attend`, given the text and the image positions of the pass.
 
@@ -253,7 +242,7 @@ def for_towers(attend: Attend, text: Tensor, image: Tensor) -> AttendTowers:
         text, image = attend.inverse.index_select(0, text), attend.inverse.index_select(0, image)
 
     def attend_towers(layer: int, q: Towers, k: Towers, v: Towers) -> Towers:
-        q_all, k_all, v_all = (_Merge.apply(*x, text, image, rows, blank) for x in (q, k, v))
+        q_all, k_all, v_all = (Merge.apply(*x, text, image, rows, blank) for x in (q, k, v))
         return Towers(*_Divide.apply(inner(layer, q_all, k_all, v_all), text, image, blank))
 
     return attend_towers

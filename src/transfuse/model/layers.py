@@ -107,7 +107,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class HeadNorm(nn.Module):
-    """The weights and biases of one LayerNorm per head; `norm_heads` applies them."""
+    """The weights and biases of one LayerNorm per head, which `Tower.project_qkv` applies."""
 
     def __init__(self, heads: int, channels: int, eps: float) -> None:
         super().__init__()
@@ -115,16 +115,6 @@ class HeadNorm(nn.Module):
         # Flat, so that weight decay, which is for matrices, passes them by.
         self.weight = nn.Parameter(torch.ones(heads * channels))
         self.bias = nn.Parameter(torch.zeros(heads * channels))
-
-
-def norm_heads(x: Tensor, *norms: HeadNorm) -> Tensor:
-    """Apply LayerNorm to each head of `[N, H, D]`; H is the sum of the norms' heads.
-
-    One call for queries and keys: on CPU two calls and a concatenation cost half as much again.
-    """
-    weight = torch.cat([norm.weight for norm in norms]).to(x.dtype).view(x.shape[1:])
-    bias = torch.cat([norm.bias for norm in norms]).to(x.dtype).view(x.shape[1:])
-    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=norms[0].eps), weight)
 
 
 def head_norm(config: ModelConfig, heads: int) -> HeadNorm | RMSNorm:
@@ -280,11 +270,6 @@ class Modulation(NamedTuple):
     patches: Tensor
     counts: Sequence[int]
 
-    def by_position(self, own: Tensor) -> Six:
-        """Return the six vectors of each position, `[N, C]`, with a block's own `[6 * C]` added; of text, zeros."""
-        vectors = (self.vectors + own).to(self.vectors.dtype)
-        return _Spread.apply(vectors, self.image, self.patches, self.counts).chunk(6, dim=-1)
-
 
 class _Spread(torch.autograd.Function):
     """Rows `[I, C]` to positions `[N, C]`; the gradient is summed image by image, in one order on every device."""
@@ -305,7 +290,7 @@ class _Spread(torch.autograd.Function):
 class Tower(nn.Module):
     """The weights of a decoder block for one kind of position, and all of its arithmetic but attention.
 
-    `six` are the vectors that modulate each position (`Modulation.by_position`), with `timestep="adaln"`.
+    `six` are the vectors that modulate each position (`Modulation`), with `timestep="adaln"`.
     `attention=False` builds the feed-forward half alone. `layer` is the block's number, `ffn_dim` the channels inside
     the SwiGLU layer.
     """
@@ -337,7 +322,10 @@ class Tower(nn.Module):
         qkv = qkv.view(-1, rotated + self.kv_heads, self.head_dim)
         qk, v = qkv.split_with_sizes([rotated, self.kv_heads], dim=1)
         if isinstance(self.query_norm, HeadNorm) and isinstance(self.key_norm, HeadNorm):
-            qk = norm_heads(qk, self.query_norm, self.key_norm)
+            # One call for queries and keys: on CPU two calls and a concatenation cost half as much again.
+            weight = torch.cat([self.query_norm.weight, self.key_norm.weight]).to(qk.dtype).view(qk.shape[1:])
+            bias = torch.cat([self.query_norm.bias, self.key_norm.bias]).to(qk.dtype).view(qk.shape[1:])
+            qk = torch.addcmul(bias, F.layer_norm(qk, qk.shape[-1:], eps=self.query_norm.eps), weight)
         elif self.query_norm is not None and self.key_norm is not None:
             q, k = qk.split_with_sizes([self.n_heads, self.kv_heads], dim=1)
             # The norm's weights are those of one head, or of all.
@@ -406,7 +394,11 @@ class Block(Tower):
         modulation: Modulation | None = None,
     ) -> Any:
         """Map `x [N, C]`, with its rotary table; or `Towers` of both, with an `AttendTowers` unless text is None."""
-        six = None if modulation is None or self.modulation is None else modulation.by_position(self.modulation)
+        six = None
+        if modulation is not None and self.modulation is not None:
+            vectors = (modulation.vectors + self.modulation).to(modulation.vectors.dtype)
+            # Each position has its image's vectors, or zeros if it is text.
+            six = _Spread.apply(vectors, modulation.image, modulation.patches, modulation.counts).chunk(6, dim=-1)
         if not isinstance(x, Towers):
             q, k, v = self.project_qkv(x, rotary, six)
             return self.finish(x, attend(self.layer, q, k, v), dropout, six)

@@ -20,14 +20,13 @@ from torch.nn import functional as F
 
 from ..devices import on_meta
 from ..sequence import Images, shapes_of
-from .attention import Attend, AttendTowers, Towers, for_towers, merge_towers, text_positions
+from .attention import Attend, AttendTowers, Merge, Towers, for_towers
 from .config import ModelConfig
 from .image_adapter import Conv, GridPositions, LinearAdapter, UNetAdapter
 from .layers import Block, HeadNorm, Linear, Modulation, RMSNorm, TiedLinear, TimestepModulation, rotary_table
 
 LMHeadFn = Callable[[Linear | TiedLinear, Tensor], Tensor]
 """A function of the output layer and the hidden states `[M, C]`, such as a fused loss that never holds all logits."""
-
 
 RENAMED_WEIGHTS = (
     ("trunk.", "transformer."),
@@ -242,7 +241,8 @@ class Transfusion(nn.Module):
         vectors [P, C]   of the patches; None for codes
         modulation       of the image positions, in their own order
         """
-        text = text_positions(patches, len(input_ids))
+        is_patch = torch.zeros(len(input_ids), dtype=torch.bool, device=patches.device).index_fill_(0, patches, True)
+        text = is_patch.argsort(stable=True)[: len(input_ids) - len(patches)]
         ids = Towers(position_ids.index_select(0, text), position_ids.index_select(0, patches))
         if vectors is None:
             vectors = self.embedding(input_ids.index_select(0, patches)).to(self.compute_dtype)
@@ -251,7 +251,7 @@ class Transfusion(nn.Module):
         words = self.embedding(input_ids.index_select(0, text)).to(self.compute_dtype)
         attend_towers = for_towers(attend, text, patches)
         x = self.transformer(Towers(words, vectors), ids, attend_towers, dropout, table, modulation, taps)
-        return merge_towers(x, text, patches)
+        return Merge.apply(x.text, x.image, text, patches, len(input_ids), None)
 
     def _modulation(
         self, patches: Tensor | None, latents: Images, timesteps: Tensor | None, positions: int | None = None
