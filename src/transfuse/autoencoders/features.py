@@ -279,9 +279,11 @@ class Features(nn.Module):
         Feature vectors of unit length, differences squared, weighted by channel, averaged over space, taps summed.
         """
         total = torch.zeros((), device=a[0].device)
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+        for number, maps in enumerate(zip(a, b, strict=True)):
             head = self.get_buffer(f"head{number}")
-            squared = (_unit(x) - _unit(y)).square()
+            # Of unit length, or 0; unlike a square root, this has a finite gradient at 0. As LPIPS does.
+            x, y = (v / (torch.linalg.vector_norm(v, dim=1, keepdim=True) + 1e-10) for v in map(_wide, maps))
+            squared = (x - y).square()
             total = total + (squared * head.to(squared)).sum(1).mean((1, 2))
         return total
 
@@ -289,12 +291,6 @@ class Features(nn.Module):
 def _wide(x: Tensor) -> Tensor:
     """Promote to at least float32: half precision has too little range and precision for lengths and means."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Scale feature vectors to unit length, or 0; unlike a square root, this has a finite gradient at 0."""
-    x = _wide(x)
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)  # as LPIPS does
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ from ..io import atomic_dir
 from .autoencoder import Autoencoder, ImageAutoencoder, Pixels, VQTokenizer
 from .network import AutoencoderConfig
 
+BUNDLED = Path(__file__).with_name("weights")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 VARIANTS = ("", ".fp32", ".bf16", ".fp16")
 """of one autoencoder's weights, the most exact first; any other comes after these, in the order of names"""
-SUBFOLDERS = ("vae", "autoencoder")
 CLASSES = {"AutoencoderKL": "kl", "VQModel": "vq"}
-NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """attention names in files written before diffusers 0.17, such as Stable Diffusion's first ones"""
 FIELDS: dict[str, tuple[str, Any]] = {
@@ -54,19 +52,14 @@ ATTENDED = {"down": "AttnDownEncoderBlock2D", "up": "AttnUpDecoderBlock2D"}
 
 def bundled() -> tuple[str, ...]:
     """Return the names of the bundled autoencoders."""
-    folder = _weights()
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ()
-
-
-def _weights() -> Path:
-    return Path(str(resources.files("transfuse"))) / "autoencoders" / "weights"
+    return tuple(sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())) if BUNDLED.is_dir() else ()
 
 
 def open_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
     """Open an autoencoder by name: "pixels", one of `bundled()`, or the path of a folder. Raises UserError."""
     if name == "pixels":
         return Pixels()
-    folder = _weights() / name if name in bundled() else Path(name)
+    folder = BUNDLED / name if name in bundled() else Path(name)
     if not folder.is_dir():
         known = ", ".join(["pixels", *bundled()])
         raise UserError(f'autoencoder: expected {known} or a folder with an autoencoder, found "{name}"')
@@ -81,7 +74,12 @@ def load_autoencoder(
     Raises UserError for files that are missing or do not fit. The name is the one stored with the weights, which a
     copied folder keeps, or the folder's.
     """
-    folder, usual_name = _subfolder(Path(folder)), Path(folder).resolve().name
+    folder = Path(folder)
+    usual_name, own = folder.resolve().name, folder / "config.json"
+    values = read_json(own) if own.is_file() else {}
+    if not isinstance(values, dict) or not ("kind" in values or values.get("_class_name") in tuple(CLASSES)):
+        parts = [folder / name for name in ("vae", "autoencoder")]  # a whole model's folder
+        folder = next((part for part in parts if (part / "config.json").is_file()), folder)
     path, where = _weights_file(folder), folder / "config.json"
     values = read_json(where)
     if not isinstance(values, dict):
@@ -100,15 +98,6 @@ def load_autoencoder(
     autoencoder.load_state_dict(_fitted(autoencoder, tensors, path), assign=True)
     autoencoder = autoencoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _subfolder(folder: Path) -> Path:
-    """Return the folder of the autoencoder in a model's folder; any other folder is returned as it is."""
-    config = folder / "config.json"
-    values = read_json(config) if config.is_file() else {}
-    if isinstance(values, dict) and ("kind" in values or values.get("_class_name") in tuple(CLASSES)):
-        return folder
-    return next((folder / name for name in SUBFOLDERS if (folder / name / "config.json").is_file()), folder)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -151,7 +140,8 @@ def _digest(tensors: dict[str, Tensor], values: dict[str, Any]) -> str:
     for name in sorted(tensors):  # tensors, not the file, because the order in its header varies
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
-    digest.update(json.dumps([values.get(name) for name in NORMALISATION]).encode())
+    statistics = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    digest.update(json.dumps([values.get(name) for name in statistics]).encode())
     return digest.hexdigest()[:12]
 
 
@@ -220,10 +210,8 @@ def to_diffusers(config: AutoencoderConfig, sample_size: int) -> dict[str, Any]:
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return a file's tensors and metadata. Raises UserError where it is missing or no safetensors."""
     if not path.is_file():
-        pickled = path.with_suffix(".bin").is_file()
-        raise UserError(
-            f"{path}: expected safetensors weights, found {'only a pickled .bin' if pickled else 'no file'}"
-        )
+        given = "only a pickled .bin" if path.with_suffix(".bin").is_file() else "no file"
+        raise UserError(f"{path}: expected safetensors weights, found {given}")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -33,10 +33,6 @@ from .layout import (
 
 FILL = 64
 """batches are padded to a multiple of this many positions, so that matrix kernels meet few sizes"""
-PER_IMAGE = ("latents", "pixels", "noise")
-"""fields with one tensor per image"""
-ON_HOST = ("is_image_token", "denoise", "max_timestep", "timesteps")
-"""fields that the host reads, and that stay on the CPU"""
 
 
 def concatenate(layouts: Sequence[Layout]) -> Layout:
@@ -126,11 +122,10 @@ class Batch:
                 return value if value.is_meta else value.to(device, non_blocking=True)
             return tuple(move(image) for image in value)
 
-        fields = {name: value for name, value in vars(self).items() if name not in ON_HOST}
-        return replace(
-            self,
-            **{name: move(x) for name, x in fields.items() if name in PER_IMAGE or isinstance(x, torch.Tensor)},
-        )
+        on_host, per_image = ("is_image_token", "denoise", "max_timestep", "timesteps"), ("latents", "pixels", "noise")
+        fields = {name: value for name, value in vars(self).items() if name not in on_host}
+        tensors = {name: x for name, x in fields.items() if name in per_image or isinstance(x, torch.Tensor)}
+        return replace(self, **{name: move(value) for name, value in tensors.items()})
 
 
 def collate(
@@ -151,9 +146,8 @@ def collate(
     length = sum(len(layout) for layout in layouts)
     n_padding = -length % multiple
     if padding_image is not None and not any(document.images for document in documents):
-        unseen = layout_document(
-            Document([Image(padding_image, target=False)], sample=-1, closed=False, predict=False), fmt
-        )
+        alone = Document([Image(padding_image, target=False)], sample=-1, closed=False, predict=False)
+        unseen = layout_document(alone, fmt)
         layouts.append(unseen)
         # Inside the padding if it fits, or else up to the next multiple of FILL: a whole `multiple` may be a row.
         n_padding = n_padding - len(unseen) if n_padding >= len(unseen) else -(length + len(unseen)) % FILL
