@@ -55,7 +55,7 @@ def bundled() -> tuple[str, ...]:
     return tuple(sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())) if BUNDLED.is_dir() else ()
 
 
-def open_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
+def open_autoencoder(name: str) -> Autoencoder:
     """Open an autoencoder by name: "pixels", one of `bundled()`, or the path of a folder. Raises UserError."""
     if name == "pixels":
         return Pixels()
@@ -63,12 +63,10 @@ def open_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencod
     if not folder.is_dir():
         known = ", ".join(["pixels", *bundled()])
         raise UserError(f'autoencoder: expected {known} or a folder with an autoencoder, found "{name}"')
-    return load_autoencoder(folder, device=device)
+    return load_autoencoder(folder)
 
 
-def load_autoencoder(
-    folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Autoencoder:
+def load_autoencoder(folder: Path | str, device: torch.device | str = "cpu") -> Autoencoder:
     """Load a folder, ours or diffusers', of an autoencoder or of a model that has one; weights of any floating dtype.
 
     Raises UserError for files that are missing or do not fit. The name is the one stored with the weights, which a
@@ -96,7 +94,7 @@ def load_autoencoder(
         reason = str(error).splitlines()[0]
         raise UserError(f"{where}: expected an autoencoder that can be built, found none ({reason})") from None
     autoencoder.load_state_dict(_fitted(autoencoder, tensors, path), assign=True)
-    autoencoder = autoencoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    autoencoder = autoencoder.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
     return autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

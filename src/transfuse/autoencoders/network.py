@@ -142,21 +142,14 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention if `attended`, and the change to the next resolution."""
+    """The blocks of one resolution, each followed by attention if `attended`, then `resample`: "down", "up" or None."""
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        blocks: int,
-        groups: int,
-        attended: bool,
-        resample: Literal["down", "up"] | None,
+        self, inputs: int, outputs: int, blocks: int, groups: int, attended: bool, resample: str | None
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResidualBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks)
-        )
+        widths = [inputs] + [outputs] * (blocks - 1)
+        self.resnets = nn.ModuleList(ResidualBlock(width, outputs, groups) for width in widths)
         self.attentions = nn.ModuleList(Attention(outputs, groups) for _ in range(blocks if attended else 0))
         self.downsamplers = nn.ModuleList([Downsample(outputs)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(outputs)] if resample == "up" else [])
@@ -196,10 +189,8 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         for number, width in enumerate(widths):
             inputs, last = widths[max(0, number - 1)], number == len(widths) - 1
-            attended = number in config.attended
-            self.down_blocks.append(
-                Level(inputs, width, config.blocks, groups, attended, resample=None if last else "down")
-            )
+            attended, way = number in config.attended, None if last else "down"
+            self.down_blocks.append(Level(inputs, width, config.blocks, groups, attended, way))
         self.mid_block = Middle(widths[-1], groups, config.middle_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
@@ -222,10 +213,8 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         for number, width in enumerate(widths):
             inputs, last = widths[max(0, number - 1)], number == len(widths) - 1
-            attended = len(widths) - 1 - number in config.attended
-            self.up_blocks.append(
-                Level(inputs, width, config.blocks + 1, groups, attended, resample=None if last else "up")
-            )
+            attended, way = len(widths) - 1 - number in config.attended, None if last else "up"
+            self.up_blocks.append(Level(inputs, width, config.blocks + 1, groups, attended, way))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -244,10 +233,10 @@ class PatchCritic(nn.Module):
     image alone and a step's result does not depend on how it is split.
     """
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        widths = [width, 2 * width, 4 * width, 8 * width]
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        widths = [64, 128, 256, 512]
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for inputs, outputs, stride in zip(widths, widths[1:], (2, 2, 1), strict=False):
             layers.append(nn.Conv2d(inputs, outputs, 4, stride=stride, padding=1, bias=False))
             layers += [nn.GroupNorm(CRITIC_GROUPS, outputs), nn.LeakyReLU(0.2)]

@@ -10,6 +10,8 @@ import numpy as np
 
 CORRECTED = ", corrected"
 """The suffix of numbers from which the judge's errors are taken out."""
+DRAWS = 2000
+"""Resamples of an interval."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,7 @@ class Estimate:
 
 
 def bootstrap(
-    totals: Sequence[float] | np.ndarray,
-    counts: Sequence[float] | np.ndarray | None = None,
-    draws: int = 2000,
-    seed: int = 0,
-    at_once: int = 1 << 22,
+    totals: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray | None = None, at_once: int = 1 << 22
 ) -> Estimate:
     """Return `sum(totals) / sum(counts)` over items (counts default to 1), with the percentile interval of resamples.
 
@@ -40,24 +38,17 @@ def bootstrap(
     if sums.ndim != 1 or not len(sums) or weights.shape != sums.shape:
         raise ValueError(f"bootstrap: expected items and as many counts, found {sums.shape} and {weights.shape}")
     items = np.stack([sums, weights], axis=1)
-    means = resampled(items, lambda sums: sums[:, 0] / sums[:, 1], draws, seed, at_once)
+    means = resampled(items, lambda sums: sums[:, 0] / sums[:, 1], at_once)
     low, high = np.percentile(means, [2.5, 97.5])
     return Estimate(float(sums.sum() / weights.sum()), float(low), float(high), len(sums))
 
 
-def resampled(
-    items: np.ndarray,
-    measure: Callable[[np.ndarray], np.ndarray],
-    draws: int = 2000,
-    seed: int = 0,
-    at_once: int = 1 << 22,
-) -> np.ndarray:
+def resampled(items: np.ndarray, measure: Callable[[np.ndarray], np.ndarray], at_once: int = 1 << 22) -> np.ndarray:
     """Return `measure` of the sums of resampled items: items `[item, column]`, result `[draw]`."""
-    generator = np.random.default_rng(seed)
-    values = []
+    generator, values = np.random.default_rng(0), []
     step = max(1, at_once // len(items))
-    for start in range(0, draws, step):
-        chosen = generator.integers(0, len(items), (min(step, draws - start), len(items)))
+    for start in range(0, DRAWS, step):
+        chosen = generator.integers(0, len(items), (min(step, DRAWS - start), len(items)))
         values.append(measure(np.stack([column[chosen].sum(1) for column in items.T], axis=1)))
     return np.concatenate(values)
 
@@ -76,14 +67,14 @@ def share(hits: Sequence[bool] | np.ndarray) -> Estimate:
     return estimate
 
 
-def corrected(*tasks: tuple[np.ndarray, np.ndarray, np.ndarray], draws: int = 2000, seed: int = 0) -> Estimate:
+def corrected(*tasks: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Estimate:
     """Return the share that would be right if the judge made no errors, as a mean over tasks.
 
     Each task gives the judge's verdicts bool `[image]` on the images under test, on right ones and on wrong ones
     (none: the judge is assumed to refuse all wrong ones). The interval is over resamples of all three.
     """
     tasks = tuple((judged, right, wrong if len(wrong) else np.zeros(1, bool)) for judged, right, wrong in tasks)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
 
     def estimate(judged: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
         return np.clip((judged - wrong) / np.maximum(right - wrong, 1e-9), 0, 1)
@@ -91,7 +82,7 @@ def corrected(*tasks: tuple[np.ndarray, np.ndarray, np.ndarray], draws: int = 20
     value = float(np.mean([estimate(*(column.mean() for column in task)) for task in tasks]))
     # Resampling cannot vary a share of 0 or 1: add half an item on each side (Agresti & Coull).
     means = [
-        estimate(*(generator.binomial(len(c), (c.sum() + 0.5) / (len(c) + 1), draws) / len(c) for c in task))
+        estimate(*(generator.binomial(len(c), (c.sum() + 0.5) / (len(c) + 1), DRAWS) / len(c) for c in task))
         for task in tasks
     ]
     low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
