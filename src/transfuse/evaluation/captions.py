@@ -18,6 +18,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -202,26 +203,16 @@ class WordTokenizer:
 def open_words(jar: str) -> WordTokenizer:
     """Open our own tokenizer (""), Stanford's (the path of a jar), or the jar of the package "pycocoevalcap".
 
-    Raises UserError as `check_words`; `cut` raises it where java fails.
+    Raises UserError for a jar or java that is missing or wrong; `cut` raises it where java fails.
     """
     if not jar:
         return WordTokenizer("PTB-like tokens", lambda texts: [tokenize(text) for text in texts])
-    java, path = check_words(jar)
-    name = f"Stanford PTBTokenizer ({path.name}@{sha256(path)[:8]})"
-    return WordTokenizer(name, lambda texts: _stanford(java, path, texts))
-
-
-def check_words(jar: str) -> tuple[str, Path]:
-    """Return the java and the jar that are needed, "" for neither. Raises UserError for one missing or wrong."""
-    if not jar:
-        return "", Path()
     path = Path(jar)
     if jar == PACKAGE:
         spec = importlib.util.find_spec(PACKAGE)
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"--ptb-jar: expected the package {PACKAGE}, found none; install it with pip, or give a jar"
-            )
+            hint = "install it with pip, or give a jar"
+            raise UserError(f"--ptb-jar: expected the package {PACKAGE}, found none; {hint}")
         path = Path(next(iter(spec.submodule_search_locations)), "tokenizer", JAR)
     wanted = f"--ptb-jar: expected {JAR} with Stanford's PTBTokenizer, as {PACKAGE} brings it"
     if not path.is_file():
@@ -234,7 +225,8 @@ def check_words(jar: str) -> tuple[str, Path]:
     java = shutil.which("java")
     if java is None:
         raise UserError("--ptb-jar: expected java on the PATH, found none; without the option no Java is needed")
-    return java, path
+    name = f"Stanford PTBTokenizer ({path.name}@{sha256(path)[:8]})"
+    return WordTokenizer(name, partial(_stanford, java, path))
 
 
 def _stanford(java: str, jar: Path, texts: Sequence[str]) -> list[list[str]]:
@@ -260,10 +252,9 @@ def _stanford(java: str, jar: Path, texts: Sequence[str]) -> list[list[str]]:
 def _check(context: EvalContext) -> None:
     pairs = check_pairs(context, "captioning", LEAST)
     if len({tuple(sorted(of_image)) for of_image in pairs.references}) == 1:
-        raise UserError(
-            f"captioning: expected references that tell pictures apart, found the same of all ({pairs.name})"
-        )
-    check_words(context.options.ptb_jar)
+        given = f"the same of all ({pairs.name})"
+        raise UserError(f"captioning: expected references that tell pictures apart, found {given}")
+    open_words(context.options.ptb_jar)
 
 
 def _names(context: EvalContext) -> Sequence[str]:
