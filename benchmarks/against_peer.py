@@ -41,7 +41,7 @@ from transfuse.inference import Done, Engine, ImageProgress, Request
 from transfuse.inference.onednn import pack
 from transfuse.inference.quantize import Quantize, check_quantize, quantize_blocks
 from transfuse.model import ModelConfig, Transfusion
-from transfuse.model.flops import train_flops
+from transfuse.model.costs import train_flops
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate
 from transfuse.training import ObjectiveConfig, OptimizerConfig, TransfusionObjective, build_optimizer
 

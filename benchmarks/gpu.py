@@ -40,8 +40,7 @@ from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Engine, Request
 from transfuse.inference.model_runner import ModelRunner, compile_blocks
 from transfuse.model import ModelConfig, Transfusion, dense, flexible
-from transfuse.model.activations import Load
-from transfuse.model.flops import count_parameters, train_flops
+from transfuse.model.costs import Load, count_parameters, train_flops
 from transfuse.plan import memory
 from transfuse.recipes.paper import paper
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, Tokenizer, collate

@@ -18,7 +18,7 @@ from typing import Any
 
 from emoji_scenes.accuracy import held_out_scenes
 from transfuse.errors import UserError
-from transfuse.model.flops import count_parameters
+from transfuse.model.costs import count_parameters
 from transfuse.recipes import preset
 from transfuse.report import Bar, Bars, Page, Section, Table
 from transfuse.runs import resolve

@@ -47,7 +47,7 @@ from transfuse.errors import UserError
 from transfuse.images import read_image
 from transfuse.io import atomic_write
 from transfuse.log import logger
-from transfuse.model.flops import count_parameters
+from transfuse.model.costs import count_parameters
 from transfuse.recipes import Recipe
 from transfuse.report import Block, Card, Cards, Page, Section, Table, write_page
 from transfuse.runs import open_run, resolve

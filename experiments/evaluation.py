@@ -21,7 +21,7 @@ from transfuse.evaluation.captions import cider_d, tokenize
 from transfuse.evaluation.image_quality import frechet, frechet_distance
 from transfuse.export import Exported, load_export
 from transfuse.inference import TransfusionPipeline
-from transfuse.model.flops import count_parameters
+from transfuse.model.costs import count_parameters
 from transfuse.recipes import Recipe
 from transfuse.runs import read_recipe
 from transfuse.sequence import Document, Image, Text, collate

@@ -30,7 +30,7 @@ from transfuse.config import read_json, to_dict
 from transfuse.export import describe
 from transfuse.folders import WEIGHTS
 from transfuse.hub_files import write_json
-from transfuse.model.flops import count_parameters
+from transfuse.model.costs import count_parameters
 from transfuse.model_card import model_index, write_card
 from transfuse.recipes import Recipe, preset
 from transfuse.runs import open_sources, read_recipe

@@ -20,8 +20,7 @@ from .devices import on_meta
 from .errors import UserError
 from .export import describe
 from .model import ModelConfig, Transfusion
-from .model.activations import Checkpointing, Load, forward_bytes, step_bytes
-from .model.flops import Frozen, count_parameters, step_flops
+from .model.costs import Checkpointing, Frozen, Load, count_parameters, forward_bytes, step_bytes, step_flops
 from .recipes import PRESETS, Recipe, preset
 from .recipes.autoencoders import AUTOENCODERS
 from .recipes.paper import POSITIONS_PER_STEP

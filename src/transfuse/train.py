@@ -33,7 +33,7 @@ from .export import Distilled, describe, load_weights, save_export
 from .io import atomic_dir, sha256
 from .log import logger
 from .model import Transfusion
-from .model.flops import train_flops
+from .model.costs import train_flops
 from .model.transfusion import AlignmentHead, of_images
 from .model_card import write_card
 from .recipes import Recipe

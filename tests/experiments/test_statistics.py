@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from experiments import paper_results
 from experiments.statistics import Bounds, Point, fit, geometric_mean, largest, parity
-from transfuse.model.flops import count_parameters
+from transfuse.model.costs import count_parameters
 from transfuse.recipes import preset
 
 SLOPES = st.floats(0.02, 1.5)

@@ -26,7 +26,7 @@ from transfuse.errors import UserError
 from transfuse.inference import Engine, ImageEnd, Request
 from transfuse.inspect_data import Limits, inspect_sources
 from transfuse.model import Grouped, ModelConfig, dense
-from transfuse.model.flops import forward_flops, train_flops
+from transfuse.model.costs import forward_flops, train_flops
 from transfuse.plan import plan
 from transfuse.recipes import Recipe, preset
 from transfuse.rng import generator_for

@@ -26,7 +26,7 @@ from transfuse.data import (
     pair_document,
 )
 from transfuse.diffusion import DiffusionConfig, Process
-from transfuse.model.flops import train_flops
+from transfuse.model.costs import train_flops
 from transfuse.sequence import (
     Document,
     Image,

@@ -14,7 +14,7 @@ from emoji_scenes import WorldConfig
 from transfuse.errors import UserError
 from transfuse.export import Exported, load_export, save_export
 from transfuse.model import Grouped, Transfusion
-from transfuse.model.flops import step_flops
+from transfuse.model.costs import step_flops
 from transfuse.plan import plan
 from transfuse.recipes import Recipe
 from transfuse.recipes.recipe import InitConfig

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from transfuse.model import ModelConfig, Transfusion, for_batch
-from transfuse.model.activations import AttentionBytes, Checkpointing, Load, flex_bytes, forward_bytes
+from transfuse.model.costs import AttentionBytes, Checkpointing, Load, flex_bytes, forward_bytes
 from transfuse.plan import memory
 from transfuse.recipes import preset
 from transfuse.sequence import Batch, Document, Image, Text, Tokenizer, collate

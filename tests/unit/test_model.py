@@ -7,7 +7,7 @@ import torch
 from conftest import latent, randomised, tiny
 
 from transfuse.model import SIZES, Grouped, ModelConfig, Transfusion, dense
-from transfuse.model.flops import adapter_flops, count_parameters, forward_flops, train_flops
+from transfuse.model.costs import adapter_flops, count_parameters, forward_flops, train_flops
 from transfuse.model.layers import RMSNorm, rotary_table, rotate
 from transfuse.recipes import preset
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate

@@ -12,7 +12,7 @@ from transfuse.diffusion import Sampler, SamplerConfig
 from transfuse.inference import Engine, ImageEnd, Request
 from transfuse.inference.onednn import pack
 from transfuse.model import Transfusion, dense
-from transfuse.model.flops import adapter_flops, count_parameters, forward_flops
+from transfuse.model.costs import adapter_flops, count_parameters, forward_flops
 from transfuse.rng import generator_for
 from transfuse.sequence import Batch, Document, Image, Text, Tokenizer, collate
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transfuse.export import load_export
 from transfuse.model import ModelConfig, Transfusion, dense, for_batch
 from transfuse.model.attention import Grouped, block_mask, starts_of
-from transfuse.model.flops import count_parameters, train_flops
+from transfuse.model.costs import count_parameters, train_flops
 from transfuse.recipes import preset
 from transfuse.sequence import Batch, Document, Image, SequenceFormat, Text, collate
 from transfuse.train import build_trainer, export_run

@@ -19,7 +19,7 @@ import torch
 from ..diffusion import Sampler
 from ..errors import UserError
 from ..inference import Request
-from ..model.flops import count_parameters, forward_flops
+from ..model.costs import count_parameters, forward_flops
 from ..sequence import layout_document
 from .confidence import Estimate
 from .context import EvalContext, Metric, MetricResult, Result

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..autoencoders import ImageAutoencoder, Pixels
 from ..diffusion import Process, Sampler, SamplerConfig
 from ..model import Attend, Transfusion, for_batch
-from ..model.flops import train_flops
+from ..model.costs import train_flops
 from ..sequence import (
     FILL,
     Batch,

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from ..devices import on_meta
 from ..errors import UserError, install_command
 from ..model import ModelConfig, Transfusion
-from ..model.activations import Checkpointing
+from ..model.costs import Checkpointing
 from ..model.layers import Linear, Modulation, Tower
 from .distributed import Distributed
 
