@@ -58,18 +58,17 @@ def _normed(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int
 
 
 class Network(nn.Module):
-    """A network with a tap after each of its `stages`; `channels` are the taps', `stride` that of the last but one."""
+    """A network with a tap after each of its stages; `channels` are the taps', `stride` that of the last but one."""
 
     label: str
     channels: tuple[int, ...]
     stride = 16
+    features: nn.Sequential
+    ends: tuple[int, ...]  # of the stages in `features`
 
     def stages(self) -> list[nn.Module]:
-        raise NotImplementedError
-
-    def last(self) -> nn.Module:
-        """Return the layers between the last tap and `Features.pooled`."""
-        return nn.Identity()
+        """Return the layers of each stage, and those between the last tap and `Features.pooled`."""
+        return [self.features[start:end] for start, end in pairwise((0, *self.ends, None))]
 
 
 class VGG16(Network):
@@ -78,6 +77,7 @@ class VGG16(Network):
     label = "vgg16"
     channels = (64, 128, 256, 512, 512)
     stride = 8
+    ends = (4, 9, 16, 23, 30)
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,9 +89,6 @@ class VGG16(Network):
                 layers += [Convolution(before, width, 3, padding=1), nn.ReLU(inplace=True)]
                 before = width
         self.features = nn.Sequential(*layers)
-
-    def stages(self) -> list[nn.Module]:
-        return [self.features[start:end] for start, end in pairwise((0, 4, 9, 16, 23, 30))]
 
 
 class Bottleneck(nn.Module):
@@ -130,7 +127,7 @@ class ResNet50(Network):
     def stages(self) -> list[nn.Module]:
         first, *rest = (self.get_submodule(f"layer{number}") for number in range(1, 5))
         stem = [self.conv1, self.bn1, nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)]
-        return [nn.Sequential(*stem, first), *rest]
+        return [nn.Sequential(*stem, first), *rest, nn.Identity()]
 
 
 class InvertedResidual(nn.Module):
@@ -157,6 +154,7 @@ class MobileNetV2(Network):
 
     label = "mobilenet_v2"
     channels = (16, 24, 32, 96, 320)
+    ends = (2, 4, 7, 14, 18)
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,12 +175,6 @@ class MobileNetV2(Network):
                 layers.append(InvertedResidual(before, after, 1 if block else stride, widening))
                 before = after
         self.features = nn.Sequential(*layers, _normed_relu6(before, 1280, 1))
-
-    def stages(self) -> list[nn.Module]:
-        return [self.features[start:end] for start, end in pairwise((0, 2, 4, 7, 14, 18))]
-
-    def last(self) -> nn.Module:
-        return self.features[18]
 
 
 NETWORKS: tuple[type[Network], ...] = (VGG16, ResNet50, MobileNetV2)
@@ -222,7 +214,8 @@ class Features(nn.Module):
         super().__init__()
         self.name = network.label + ("" if heads is None else "-lpips")
         self.channels, self.stride = network.channels, network.stride
-        self.stages, self.last = nn.ModuleList(network.stages()), network.last()
+        *stages, self.last = network.stages()
+        self.stages = nn.ModuleList(stages)
         _fold_norms(self)
         for number, channels in enumerate(network.channels):
             head = torch.full((channels,), 1 / channels) if heads is None else heads[number]

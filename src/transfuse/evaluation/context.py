@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -86,15 +86,14 @@ class Drawing:
     candidates: int = 1
     seed: int = 0
 
-    @classmethod
-    def sweep(cls, text: str, base: Drawing) -> list[Drawing]:
+    @staticmethod
+    def sweep(text: str, base: Drawing) -> list[Drawing]:
         """Parse "guidance_scale=1,1.5,3" into one `Drawing` per value. Raises ValueError for another name or value."""
         name, equals, values = text.partition("=")
         kinds: dict[str, type] = {"sampler": str, "steps": int, "guidance_scale": float, "candidates": int, "seed": int}
         if name not in kinds or not equals:
             raise ValueError(f"expected one of {', '.join(kinds)} with values, as guidance_scale=1,1.5,3, found {text}")
-        settings = {item.name: getattr(base, item.name) for item in fields(base)}
-        return [cls(**{**settings, name: kinds[name](value)}) for value in values.split(",")]
+        return [replace(base, **{name: kinds[name](value)}) for value in values.split(",")]
 
 
 class Scorer(Protocol):
