@@ -180,11 +180,7 @@ class ImageAutoencoder(nn.Module):
     """
 
     def __init__(
-        self,
-        config: AutoencoderConfig,
-        name: str | None = None,
-        fingerprint: str = "",
-        max_pixels: int = MAX_PIXELS,
+        self, config: AutoencoderConfig, name: str | None = None, fingerprint: str = "", max_pixels: int = MAX_PIXELS
     ) -> None:
         super().__init__()
         self.config, self.max_pixels = config, max_pixels

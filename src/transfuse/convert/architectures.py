@@ -106,8 +106,7 @@ SCALING = {
 }
 """their field of rotary scaling: ours"""
 
-Check = Callable[[bool, str, str, Any], None]
-"""(fits, field, expected, found): raises if it does not fit"""
+Check = Callable[[bool, str, str, Any], None]  # (fits, field, expected, found): raises if it does not fit
 
 
 def read_fields(values: Mapping[str, Any], max_seq_len: int | None, check: Check) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from ..errors import UserError, install_command
 from ..io import atomic_dir
 from .architectures import ARCHITECTURES, EMBEDDING, HEAD
 
-KNOWN = ("llama", "qwen2", "qwen3")
-"""architectures, by the name that GGUF and transformers share"""
+KNOWN = ("llama", "qwen2", "qwen3")  # architectures, by the name that GGUF and transformers share
 FIELDS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -35,11 +34,7 @@ FIELDS = {
 }
 """transformers' field: GGUF's, after the name of the architecture"""
 
-GLOBAL_TENSORS = {
-    "token_embd.weight": EMBEDDING,
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": HEAD,
-}
+GLOBAL_TENSORS = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",

@@ -43,8 +43,7 @@ DROPPABLE = {
     "tie_embeddings": "tie_word_embeddings",
 }
 """fields of ours that may be as if the folder did not have theirs"""
-FEWEST_TOKENS = 0.75
-"""share of the embedding's rows that have a token: padding takes a few percent at most"""
+FEWEST_TOKENS = 0.75  # share of the embedding's rows that have a token: padding takes a few percent at most
 
 
 def read_hf_config(folder: Path, max_seq_len: int | None = None, allow: Collection[str] = ()) -> dict[str, Any]:

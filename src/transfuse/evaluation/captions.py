@@ -36,14 +36,11 @@ from .context import EvalContext, Example, Metric, MetricResult, Result, extreme
 from .generate import Made, Task
 from .pairs import Pairs, check_pairs, context_pairs
 
-ORDER = 4
-"""Length of the longest n-grams."""
-SIGMA = 6.0
-"""Scale in words of CIDEr-D's penalty on lengths that differ."""
+ORDER = 4  # length of the longest n-grams
+SIGMA = 6.0  # scale in words of CIDEr-D's penalty on lengths that differ
 MAX_TOKENS = 64
 SHOWN = 12
-LEAST = 2
-"""Fewest images: with a single one no n-gram is rarer than another, and every CIDEr-D is 0."""
+LEAST = 2  # fewest images: with a single one no n-gram is rarer than another, and every CIDEr-D is 0
 NAMES, PERPLEXITY = ("CIDEr-D x 100", "BLEU-4 x 100"), "perplexity of captions"
 
 Gram = tuple[str, ...]

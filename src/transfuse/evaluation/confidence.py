@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CORRECTED = ", corrected"
-"""The suffix of numbers from which the judge's errors are taken out."""
-DRAWS = 2000
-"""Resamples of an interval."""
+CORRECTED = ", corrected"  # the suffix of numbers from which the judge's errors are taken out
+DRAWS = 2000  # resamples of an interval
 
 
 @dataclass(frozen=True)

@@ -27,18 +27,12 @@ from .confidence import Estimate, share
 from .context import EvalContext
 from .pairs import check_pairs
 
-CLASSIFIER = "recogniser"
-"""The name under which a scorer's classifier serves as the feature network."""
-SIDE = 128
-"""Pixels per side for ImageNet networks; images are resized to it, antialiased."""
-RESAMPLES = 24
-"""Bootstrap resamples for the interval of a Fréchet distance."""
-BLOCK = 1000
-"""Images per KID block; KID is the mean over blocks (Bińkowski et al. 2018)."""
-LEAST = 4
-"""Fewest images: with fewer there is no third neighbour."""
-NEIGHBOUR = 3
-"""The ball around an image reaches its third neighbour (Kynkäänniemi et al. 2019)."""
+CLASSIFIER = "recogniser"  # the name under which a scorer's classifier serves as the feature network
+SIDE = 128  # pixels per side for ImageNet networks; images are resized to it, antialiased
+RESAMPLES = 24  # bootstrap resamples for the interval of a Fréchet distance
+BLOCK = 1000  # images per KID block; KID is the mean over blocks (Bińkowski et al. 2018)
+LEAST = 4  # fewest images: with fewer there is no third neighbour
+NEIGHBOUR = 3  # the ball around an image reaches its third neighbour (Kynkäänniemi et al. 2019)
 BATCH = 32
 FID_FILE = "weights-inception-2015-12-05-6726825d.pth"
 FID_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FID_FILE}"
@@ -255,8 +249,7 @@ Layer = tuple[int, int | tuple[int, int]] | tuple[int, int, int]
 """Output channels and kernel of a convolution, and its stride if it has one."""
 Branches = dict[str, list[Layer]]
 ACROSS, DOWN = (1, 7), (7, 1)
-FORK = 0
-"""In place of a kernel: two convolutions, 1 x 3 and 3 x 1, of the same input."""
+FORK = 0  # in place of a kernel: two convolutions, 1 x 3 and 3 x 1, of the same input
 
 
 class Convolution(nn.Module):

@@ -31,8 +31,7 @@ from ..log import logger
 from .context import EvalContext
 from .generate import content_hash, short_hash
 
-RULE = "rule 1"
-"""The rule's name in every result: numbers of two rules do not compare."""
+RULE = "rule 1"  # the rule's name in every result: numbers of two rules do not compare
 ID_COLUMNS, PROMPT_COLUMNS = ("image_id", "coco_id", "cocoid", "id"), ("text", "caption", "prompt")
 """Columns of published lists that are tables."""
 WHERE = "https://cocodataset.org (val2014 images and annotations), or Karpathy's caption_datasets.zip"

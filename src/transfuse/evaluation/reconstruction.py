@@ -27,17 +27,13 @@ from .generate import Made, Task
 from .image_quality import all_features, check_images, context_features, distance_name, frechet
 from .pairs import context_pairs
 
-BEST_PSNR = 100.0
-"""dB given to equal images, and the most that any image gets: a mean over images stays finite."""
-WINDOW, SIGMA = 11, 1.5
-"""Side and standard deviation of the Gaussian window of SSIM, in pixels."""
+BEST_PSNR = 100.0  # dB given to equal images, and the most that any image gets: a mean over images stays finite
+WINDOW, SIGMA = 11, 1.5  # side and standard deviation of the Gaussian window of SSIM, in pixels
 K1, K2, RANGE = 0.01, 0.03, 255.0
-SSIM_IMAGES = 8
-"""Images whose structural similarity is computed at once; bounds memory."""
+SSIM_IMAGES = 8  # images whose structural similarity is computed at once; bounds memory
 DECODED = 512
 """Images decoded with each kind of channel replaced, over all channels: bounds the time of `channel_losses`."""
-CARRIES_NOTHING = 0.1
-"""dB: a channel whose loss is below this carries nothing."""
+CARRIES_NOTHING = 0.1  # dB: a channel whose loss is below this carries nothing
 SHOWN = 12
 
 

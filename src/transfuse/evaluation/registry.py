@@ -53,8 +53,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 """quick: the metrics that need only the package. pairs: those of a data set with images. paper: Transfusion's own
 metrics, on files that the user has."""
-TEXT_ONLY = ("text", "choice", "harness", "speed")
-"""The metrics for models without images."""
+TEXT_ONLY = ("text", "choice", "harness", "speed")  # the metrics for models without images
 
 
 def all_metrics() -> dict[str, Metric]:

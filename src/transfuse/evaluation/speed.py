@@ -29,12 +29,9 @@ DRAWING = ("pictures a second, many at once", "pictures a second, alone")
 DENOISING, MEMORY = "MFU, drawing many", "memory at most, in GB"
 RUNS = 3
 TOKENS = 32
-PROMPT = "a photograph"
-"""The prompt where the data set brings none."""
-MATRIX = {"cpu": 1024, "cuda": 8192}
-"""Side of the matrices that are multiplied."""
-COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}
-"""Bytes that are copied."""
+PROMPT = "a photograph"  # the prompt where the data set brings none
+MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices that are multiplied
+COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes that are copied
 
 Timer = Callable[[Callable[[], object], torch.device], list[float]]
 

@@ -31,14 +31,11 @@ from .confidence import Estimate, bootstrap, share
 from .context import EvalContext, Example, Metric, MetricResult, Result, extremes, first_of
 from .generate import Made, Task, short_hash
 
-GLOSSES = "definitions"
-"""The name of the scorer's held-out texts, read where no files are given."""
-PIECE = 16
-"""Windows of a long text that form one item, the most that is lost when a process dies."""
+GLOSSES = "definitions"  # the name of the scorer's held-out texts, read where no files are given
+PIECE = 16  # windows of a long text that form one item, the most that is lost when a process dies
 CHOICES = 4
 LLAMA_SUITE = ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")
-MAX_TOKENS = 256
-"""Most tokens written for a harness task that does not say."""
+MAX_TOKENS = 256  # most tokens written for a harness task that does not say
 SHOWN_TEXTS, SHOWN_QUESTIONS = 3, 12
 
 Tokens = Sequence[int]

@@ -265,10 +265,5 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """Table 2 of the paper: the same five sizes for Transfusion and Chameleon."""
 
-UNET_CHANNELS: dict[int, tuple[int, ...]] = {
-    1: (1280,),
-    2: (576, 1216),
-    4: (320, 640, 1152),
-    8: (192, 384, 768, 1024),
-}
+UNET_CHANNELS: dict[int, tuple[int, ...]] = {1: (1280,), 2: (576, 1216), 4: (320, 640, 1152), 8: (192, 384, 768, 1024)}
 """Channels by patch size that make the U-Net layers about 0.27B parameters at any transformer size (Table 7)."""

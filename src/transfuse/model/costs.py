@@ -25,8 +25,7 @@ from .config import ModelConfig
 from .layers import TimestepEmbedding
 from .transfusion import Transfusion, of_images
 
-Frozen = Literal["none", "text", "all"]
-"""matrices that get no gradient: none, those of text, or all of the transformer"""
+Frozen = Literal["none", "text", "all"]  # matrices that get no gradient: none, those of text, or all of the transformer
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,7 @@ def train_flops(config: ModelConfig, batch: Batch, frozen: Frozen = "none") -> i
 Checkpointing = Literal["none", "selective", "full"]
 """what a block keeps: everything its backward pass needs; only products and attention; only its input"""
 
-FLOAT = 4
-"""bytes of an element that is always float32: statistics of norms and of attention"""
+FLOAT = 4  # bytes of an element that is always float32: statistics of norms and of attention
 
 
 @dataclass(frozen=True)
@@ -200,11 +198,7 @@ def kept_of_block(
 
 
 def forward_bytes(
-    config: ModelConfig,
-    load: Load,
-    element: int,
-    checkpointing: Checkpointing,
-    attention: AttentionBytes = flex_bytes,
+    config: ModelConfig, load: Load, element: int, checkpointing: Checkpointing, attention: AttentionBytes = flex_bytes
 ) -> int:
     """Return all bytes kept by a forward pass, up to the inputs of the output layer; logits are not kept.
 

@@ -33,8 +33,7 @@ SECONDS = 3.0  # for one rendering, which takes milliseconds
 IMAGE, TYPED, LEARNED, END_LEARNED = "\ufdd0", "\ufdd3", "\ufdd1", "\ufdd2"
 """noncharacters of Unicode: where an image is; inside a special token's name that was typed; `render.LEARNED`"""
 OURS = re.compile(f"[{IMAGE}{TYPED}{LEARNED}{END_LEARNED}]")
-TRAINING_DATE = "2025-01-01"
-"""what `strftime_now` says in training documents, which depend on no clock"""
+TRAINING_DATE = "2025-01-01"  # what `strftime_now` says in training documents, which depend on no clock
 
 
 @dataclass(frozen=True)
