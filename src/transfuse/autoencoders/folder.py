@@ -93,7 +93,22 @@ def load_autoencoder(folder: Path | str, device: torch.device | str = "cpu") -> 
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{where}: expected an autoencoder that can be built, found none ({reason})") from None
-    autoencoder.load_state_dict(_fitted(autoencoder, tensors, path), assign=True)
+    expected = {name: tuple(value.shape) for name, value in autoencoder.state_dict().items()}
+    fitted = {}
+    for name, tensor in tensors.items():
+        for former, present in FORMER_NAMES.items():
+            name = name.replace(former, present)
+        if tensor.dim() == 4 and len(expected.get(name, ())) == 2 and tensor.shape[2:] == (1, 1):
+            tensor = tensor[:, :, 0, 0]  # attention as 1 x 1 convolutions, in converted files
+        fitted[name] = tensor
+    for name in sorted(expected.keys() | fitted.keys()):
+        shape = tuple(fitted[name].shape) if name in fitted else None
+        if shape != expected.get(name):
+            raise UserError(f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {shape or 'none'}")
+        if not fitted[name].is_floating_point():
+            dtype = str(fitted[name].dtype).removeprefix("torch.")
+            raise UserError(f"{path}: tensor {name}: expected floating point, found {dtype}")
+    autoencoder.load_state_dict(fitted, assign=True)
     autoencoder = autoencoder.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
     return autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -215,23 +230,3 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: expected a safetensors file, found something else ({error})") from None
-
-
-def _fitted(autoencoder: ImageAutoencoder, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return tensors under present names and in present shapes. Raises UserError unless they fit the network."""
-    expected = {name: tuple(value.shape) for name, value in autoencoder.state_dict().items()}
-    fitted = {}
-    for name, tensor in tensors.items():
-        for former, present in FORMER_NAMES.items():
-            name = name.replace(former, present)
-        if tensor.dim() == 4 and len(expected.get(name, ())) == 2 and tensor.shape[2:] == (1, 1):
-            tensor = tensor[:, :, 0, 0]  # attention as 1 x 1 convolutions, in converted files
-        fitted[name] = tensor
-    for name in sorted(expected.keys() | fitted.keys()):
-        shape = tuple(fitted[name].shape) if name in fitted else None
-        if shape != expected.get(name):
-            raise UserError(f"{path}: tensor {name}: expected {expected.get(name, 'none')}, found {shape or 'none'}")
-        if not fitted[name].is_floating_point():
-            dtype = str(fitted[name].dtype).removeprefix("torch.")
-            raise UserError(f"{path}: tensor {name}: expected floating point, found {dtype}")
-    return fitted

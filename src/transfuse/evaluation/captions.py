@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -294,7 +294,17 @@ def _score(context: EvalContext) -> MetricResult:
     if context.options.data:
         results.append(_perplexity(context, pairs))
     if not context.options.own_pairs:
-        results += _facts_right(context, pairs, captions)
+        # The share of captions that state the facts of the picture, all of them and no others.
+        for name, facts_in in context.needs_scorer("captioning").caption_facts().items():
+            truth = [facts_in(wordings[0]) for wordings in pairs.references]
+            last = [wordings[-1] for wordings in pairs.references]
+            right, other, best = (
+                np.array([facts_in(text) == facts for text, facts in zip(texts, truth, strict=True)])
+                for texts in (captions, [*captions[1:], captions[0]], last)
+            )
+            bounds = {"floor": float(other.mean()), "ceiling": float(best.mean())}
+            how = f"{context.version}, words found"
+            results.append(Result.of(name, share(right), "higher", how, data, **bounds))
     examples = []
     for n, title in extremes(scores, SHOWN, "captions", "CIDEr-D"):
         text = f"{captions[n] or '(nothing)'}  [{scores[n]:.0f}]"
@@ -320,19 +330,6 @@ def _perplexity(context: EvalContext, pairs: Pairs) -> Result:
     code = f"{context.version}, tokenizer {exported.tokenizer.fingerprint}"
     floor = float(exported.tokenizer.vocab_size)
     return Result.of(PERPLEXITY, value, "lower", code, pairs.whole_label, floor=floor)
-
-
-def _facts_right(context: EvalContext, pairs: Pairs, captions: Sequence[str]) -> Iterator[Result]:
-    """Yield the share of captions that state the facts of the image, all of them and no others."""
-    for name, facts_in in context.needs_scorer("captioning").caption_facts().items():
-        truth = [facts_in(wordings[0]) for wordings in pairs.references]
-        last = [wordings[-1] for wordings in pairs.references]
-        right, elsewhere, best = (
-            np.array([facts_in(text) == facts for text, facts in zip(texts, truth, strict=True)])
-            for texts in (captions, [*captions[1:], captions[0]], last)
-        )
-        bounds = {"floor": float(elsewhere.mean()), "ceiling": float(best.mean())}
-        yield Result.of(name, share(right), "higher", f"{context.version}, words found", pairs.whole_label, **bounds)
 
 
 CAPTIONING = Metric(

@@ -90,26 +90,23 @@ def kernel_distance(drawn: np.ndarray, real: np.ndarray, block: int = BLOCK) -> 
         raise ValueError(
             f"kernel_distance: expected two sets of equal size, 3 or more, found {len(drawn)}, {len(real)}"
         )
-    blocks = np.array_split(np.arange(len(drawn)), max(1, len(drawn) // block))
-    estimates = [_discrepancy(drawn[numbers], real[numbers]) for numbers in blocks]
-    value = float(np.mean([value for value, _ in estimates]))
-    margin = 1.96 * float(np.sqrt(np.mean([variance for _, variance in estimates]) / len(estimates)))
+    values, variances = [], []
+    for numbers in np.array_split(np.arange(len(drawn)), max(1, len(drawn) // block)):
+        x, y = drawn[numbers], real[numbers]
+        n, channels = x.shape
+        kernels = [(a @ b.T / channels + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+        inner = [kernel.sum(1) - kernel.diagonal() for kernel in kernels[:2]]
+        cross = kernels[2].sum()
+        values.append(float(sum(rows.sum() for rows in inner) / (n * (n - 1)) - 2 * cross / n**2))
+        variance = 0.0  # by leaving out one image of each set
+        for rows, other, sums in ((inner[0], inner[1], kernels[2].sum(1)), (inner[1], inner[0], kernels[2].sum(0))):
+            without = (rows.sum() - 2 * rows) / ((n - 1) * (n - 2)) + other.sum() / (n * (n - 1))
+            without -= 2 * (cross - sums) / (n * (n - 1))
+            variance += (n - 1) / n * np.square(without - without.mean()).sum()
+        variances.append(float(variance))
+    value = float(np.mean(values))
+    margin = 1.96 * float(np.sqrt(np.mean(variances) / len(variances)))
     return Estimate(value, value - margin, value + margin, len(drawn))
-
-
-def _discrepancy(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Return the unbiased MMD of two sets `[n, channel]`, and its variance by leaving out one item of each set."""
-    n, channels = x.shape
-    kernels = [(a @ b.T / channels + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
-    inner = [kernel.sum(1) - kernel.diagonal() for kernel in kernels[:2]]
-    cross = kernels[2].sum()
-    value = sum(rows.sum() for rows in inner) / (n * (n - 1)) - 2 * cross / n**2
-    variance = 0.0
-    for rows, other, sums in ((inner[0], inner[1], kernels[2].sum(1)), (inner[1], inner[0], kernels[2].sum(0))):
-        without = (rows.sum() - 2 * rows) / ((n - 1) * (n - 2)) + other.sum() / (n * (n - 1))
-        without -= 2 * (cross - sums) / (n * (n - 1))
-        variance += (n - 1) / n * np.square(without - without.mean()).sum()
-    return float(value), float(variance)
 
 
 def precision_recall(drawn: np.ndarray, real: np.ndarray) -> tuple[Estimate, Estimate]:
