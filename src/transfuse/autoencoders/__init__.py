@@ -2,7 +2,6 @@
 
 from .autoencoder import (
     Autoencoder,
-    CodeAutoencoder,
     DeferredEncoder,
     ImageAutoencoder,
     Pixels,
@@ -13,6 +12,6 @@ from .folder import bundled, load_autoencoder, open_autoencoder, save_autoencode
 from .network import AutoencoderConfig
 
 __all__ = [
-    "Autoencoder", "AutoencoderConfig", "CodeAutoencoder", "DeferredEncoder", "ImageAutoencoder", "Pixels",
-    "VQTokenizer", "bundled", "images_to_tensor", "load_autoencoder", "open_autoencoder", "save_autoencoder",
+    "Autoencoder", "AutoencoderConfig", "DeferredEncoder", "ImageAutoencoder", "Pixels", "VQTokenizer", "bundled",
+    "images_to_tensor", "load_autoencoder", "open_autoencoder", "save_autoencoder",
 ]  # fmt: skip

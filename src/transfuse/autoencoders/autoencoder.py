@@ -51,18 +51,6 @@ class Autoencoder(Protocol):
         """Decode latents to uint8 `[image, row, column, 3]`."""
 
 
-class CodeAutoencoder(Autoencoder, Protocol):
-    """An autoencoder that may have a codebook; without one `codebook_size` is None."""
-
-    codebook_size: int | None
-
-    def codes(self, images: np.ndarray) -> Tensor:
-        """Encode uint8 images to int64 codes `[image, row, column]`."""
-
-    def decode_codes(self, codes: Tensor) -> np.ndarray:
-        """Decode int64 codes `[image, row, column]` to uint8 images."""
-
-
 class VQTokenizer:
     """A VQ autoencoder whose latents are its codes, int64 `[image, row, column]`, for a Chameleon.
 
@@ -73,7 +61,7 @@ class VQTokenizer:
         size = getattr(autoencoder, "codebook_size", None)
         if size is None:
             raise ValueError(f'autoencoder: expected one with a codebook, found "{autoencoder.name}"')
-        self.inner = cast(CodeAutoencoder, autoencoder)
+        self.inner = cast(ImageAutoencoder, autoencoder)
         self.codebook_size: int = size
         self.name, self.fingerprint = autoencoder.name, autoencoder.fingerprint
         self.channels, self.factor = autoencoder.channels, autoencoder.factor

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..autoencoders import Autoencoder, CodeAutoencoder, Pixels
+from ..autoencoders import Autoencoder, ImageAutoencoder, Pixels
 from ..autoencoders.features import Features
 from ..errors import UserError
 from .confidence import Estimate, bootstrap
@@ -198,7 +198,7 @@ def evaluate_reconstruction(
         sums += torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
         elements += wide[:, 0].numel()
         if counts is not None:
-            counts += code_counts(cast(CodeAutoencoder, autoencoder).codes(images), len(counts))
+            counts += code_counts(cast(ImageAutoencoder, autoencoder).codes(images), len(counts))
         if features is not None:
             for kept, pictures in zip(seen, (images, rebuilt), strict=True):
                 kept.append(features.pooled(Pixels().encode(pictures)).detach().to("cpu", torch.float64).numpy())

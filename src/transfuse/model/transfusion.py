@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -205,7 +206,8 @@ class Transfusion(nn.Module):
             vectors, state = adapter.encode(latents, timesteps, self.compute_dtype, separate)
         if self.config.experts != "shared" and patches is not None:
             modulation = self._modulation(torch.arange(len(patches), device=patches.device), latents, timesteps)
-            x = self._by_towers(input_ids, position_ids, attend, patches, vectors, dropout, table, modulation, taps)
+            run = partial(self.transformer, dropout=dropout, table=table, modulation=modulation, taps=taps)
+            x = self._by_towers(run, input_ids, position_ids, attend, patches, vectors)
         else:
             x = self.embedding(input_ids).to(self.compute_dtype)
             if vectors is not None:
@@ -226,20 +228,17 @@ class Transfusion(nn.Module):
 
     def _by_towers(
         self,
+        run: Callable[..., Towers],
         input_ids: Tensor,
         position_ids: Tensor,
         attend: Attend,
         patches: Tensor,
         vectors: Tensor | None,
-        dropout: torch.Generator | None,
-        table: tuple[Tensor, Tensor] | None,
-        modulation: Modulation | None,
-        taps: dict[int, Any] | None,
     ) -> Tensor:
         """Run the transformer over text and image positions apart, and return `[N, C]` in order.
 
+        run              the transformer, given the modulation of the image positions, in their own order
         vectors [P, C]   of the patches; None for codes
-        modulation       of the image positions, in their own order
         """
         is_patch = torch.zeros(len(input_ids), dtype=torch.bool, device=patches.device).index_fill_(0, patches, True)
         text = is_patch.argsort(stable=True)[: len(input_ids) - len(patches)]
@@ -247,10 +246,10 @@ class Transfusion(nn.Module):
         if vectors is None:
             vectors = self.embedding(input_ids.index_select(0, patches)).to(self.compute_dtype)
         if not len(text):
-            return self.transformer(Towers(None, vectors), ids, attend, dropout, table, modulation, taps).image
+            return run(Towers(None, vectors), ids, attend).image
         words = self.embedding(input_ids.index_select(0, text)).to(self.compute_dtype)
         attend_towers = for_towers(attend, text, patches)
-        x = self.transformer(Towers(words, vectors), ids, attend_towers, dropout, table, modulation, taps)
+        x = run(Towers(words, vectors), ids, attend_towers)
         return Merge.apply(x.text, x.image, text, patches, len(input_ids), None)
 
     def _modulation(

@@ -171,7 +171,8 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         boi = self.config.boi_token_id
         before = F.pad(input_ids, (1, 0), value=-1)[:, :-1]
         patches = (input_ids == boi) & (before == boi) & (past == 0)
-        visible = self._visible(known.bool(), patches, past)
+        begins = patches & ~F.pad(patches, (1, 0))[:, :-1]  # the first patch of each image
+        visible = self._visible(known.bool(), patches, begins, past)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
@@ -188,10 +189,10 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids, images = input_ids.flatten(), {}
         positions = (known.cumsum(-1) - 1).clamp_min(0)[:, past:] + getattr(past_key_values, "position_shift", 0)
         if patches.any():
-            latents = self._encode(patches, pixel_values)
+            latents = self._encode(begins, pixel_values)
             places = patches.flatten().nonzero().flatten()
             if network.config.positions == "2d":
-                positions, shift = self._positions(known[:, past:], patches, latents)
+                positions, shift = self._positions(known[:, past:], patches, begins, latents)
                 if past_key_values is not None:
                     past_key_values.position_shift = shift
             if latents.is_floating_point():
@@ -211,24 +212,23 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    def _visible(self, known: Tensor, patches: Tensor, past: int) -> Tensor:
+    def _visible(self, known: Tensor, patches: Tensor, begins: Tensor, past: int) -> Tensor:
         """Return attention's mask, bool `[sequence, 1, query, key]`: `transfuse.sequence.visible`, with padding."""
         length, keys = patches.shape[1], known.shape[1]
         key = torch.arange(keys, device=known.device)
         query = key[past : past + length, None]
         visible = (key <= query) & known[:, None]
         if not past and self.network[0].config.image_attention == "bidirectional":
-            number = (patches & ~F.pad(patches, (1, 0))[:, :-1]).cumsum(-1)
+            number = begins.cumsum(-1)
             visible |= patches[:, :, None] & patches[:, None] & (number[:, :, None] == number[:, None])
         return (visible | (key == query))[:, None]  # a padded position sees itself: no softmax is empty
 
-    def _positions(self, known: Tensor, patches: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _positions(self, known: Tensor, patches: Tensor, begins: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Return rotary positions `[sequence, position, 3]` ("2d"), and what is added to those of later tokens."""
         config = self.network[0].config
         ends = (self.config.bos_token_id, self.config.eos_token_id, self.config.boi_token_id, self.config.eoi_token_id)
         grammar = SequenceFormat(*ends, config.patch_size, positions="2d")
         rows, columns = (side // config.patch_size for side in latents.shape[-2:])
-        begins = patches & ~F.pad(patches, (1, 0))[:, :-1]
         taken = torch.where(patches, begins * grammar.span(rows, columns), known).cumsum(-1)
         positions = (taken - 1).clamp_min(0)[..., None].expand(-1, -1, 3).float().clone()
         for row, place in begins.nonzero().tolist():
@@ -236,11 +236,10 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             positions[row, place : place + rows * columns] = torch.from_numpy(image).to(positions)
         return positions, taken[:, -1:] - known.sum(-1, keepdim=True)
 
-    def _encode(self, patches: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def _encode(self, begins: Tensor, pixel_values: Tensor | None) -> Tensor:
         """Return the latents or codes of the images that the ids have places for, in their order."""
         if pixel_values is None:
             raise ValueError("pixel_values: expected those of the images in input_ids, found none")
-        begins = patches & ~F.pad(patches, (1, 0))[:, :-1]
         used = torch.arange(pixel_values.shape[1], device=begins.device) < begins.sum(-1, keepdim=True)
         if int(used.sum()) != int(begins.sum()):
             raise ValueError(f"pixel_values: expected {int(begins.sum())} images, found {int(used.sum())}")
