@@ -25,6 +25,7 @@ import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..config import read_json
 from ..errors import UserError
@@ -81,24 +82,6 @@ def check_vocabulary(folder: Path, rows: int, allow: Collection[str] = ()) -> No
         raise UserError(f"{folder / 'tokenizer.json'}: expected {wanted}, found {tokens}{hint}")
 
 
-def check_transformer(config: ModelConfig, folder: Path, allow: Collection[str] = ()) -> None:
-    """Raise UserError if a network differs from the folder's in what shapes do not show, such as the heads.
-
-    allow: fields of `ModelConfig` that may differ, and those of `read_hf_config`.
-    """
-    expected = ModelConfig(images="none", **read_hf_config(folder, config.max_seq_len, allow))
-    names = ["n_heads", "kv_heads", "head_dim", "norm_order"]
-    free = ["rope_theta", "rope_scaling", "nope_layers", "norm_eps", "qkv_bias", "sliding_window"]
-    free += ["full_attention_layers"]
-    # A norm that the folder does not have begins as it was made: one may add it.
-    free += ["qk_norm", "qk_norm_type"] if expected.qk_norm else []
-    for name in [*names, *(name for name in free if name not in allow)]:
-        wanted, value = getattr(expected, name), getattr(config, name)
-        if value != wanted:
-            field = {"kv_heads": "n_kv_heads", "head_dim": "d_head"}.get(name, name)
-            raise UserError(f"{folder}: model.{field}: expected {wanted}, found {value}")
-
-
 @dataclass(frozen=True)
 class Match:
     """The weights of a folder against a model's, by Hugging Face's names. `str` gives one line each.
@@ -121,16 +104,30 @@ class Match:
         return "\n".join(lines)
 
 
-def match_weights(model: Transfusion, folder: Path, allow: Collection[str] = ()) -> tuple[list[Any], Match]:
-    """Return a folder's open files, and its weights against those of a network, which may be on the meta device.
+def match_weights(
+    model: Transfusion, folder: Path, allow: Collection[str] = ()
+) -> tuple[list[Any], dict[str, Tensor], Match]:
+    """Return a folder's open files, a network's weights under the folder's names, and the two against each other.
 
-    allow: kinds of weights, such as self_attn.o_proj.bias, that may be missing or left over; and the names that
-    `check_transformer` takes.
+    The network may be on the meta device.
+    allow: kinds of weights, such as self_attn.o_proj.bias, that may be missing or left over; fields of `ModelConfig`
+    that may differ; and those of `read_hf_config`.
 
-    Raises UserError for files that are missing, damaged or pickled, and for weights that do not fit.
+    Raises UserError for files that are missing, damaged or pickled, for weights that do not fit, and for a network
+    that differs from the folder's in what shapes do not show, such as the heads.
     """
     config = model.config
-    check_transformer(config, folder, allow)
+    expected = ModelConfig(images="none", **read_hf_config(folder, config.max_seq_len, allow))
+    names = ["n_heads", "kv_heads", "head_dim", "norm_order"]
+    free = ["rope_theta", "rope_scaling", "nope_layers", "norm_eps", "qkv_bias", "sliding_window"]
+    free += ["full_attention_layers"]
+    # A norm that the folder does not have begins as it was made: one may add it.
+    free += ["qk_norm", "qk_norm_type"] if expected.qk_norm else []
+    for name in [*names, *(name for name in free if name not in allow)]:
+        wanted, value = getattr(expected, name), getattr(config, name)
+        if value != wanted:
+            field = {"kv_heads": "n_kv_heads", "head_dim": "d_head"}.get(name, name)
+            raise UserError(f"{folder}: model.{field}: expected {wanted}, found {value}")
     values = _read_config(folder)
     own = hf_weights(model, str(values["model_type"]))
     files = _open_weights(folder)
@@ -148,16 +145,16 @@ def match_weights(model: Transfusion, folder: Path, allow: Collection[str] = ())
         hint = f"(--init.allow-changes {' '.join(kinds)} does without)"
         raise UserError(f"{folder}: expected the weights of its architecture and no others, found {lines} {hint}")
     for name in match.matched:
-        shape, expected = shapes[name], str(tuple(own[name].shape))
-        fits = str(shape) == expected
+        shape, wanted = shapes[name], str(tuple(own[name].shape))
+        fits = str(shape) == wanted
         if name in (EMBEDDING, HEAD):  # image codes follow the text ids in the table
-            expected = f"at most {config.text_vocab_size} rows of {config.d_model}"
+            wanted = f"at most {config.text_vocab_size} rows of {config.d_model}"
             fits = len(shape) == 2 and shape[0] <= config.text_vocab_size and shape[1] == config.d_model
             if fits and shape[0] < values["vocab_size"]:
-                fits, expected = False, f"{values['vocab_size']} rows, as config.json's vocab_size says"
+                fits, wanted = False, f"{values['vocab_size']} rows, as config.json's vocab_size says"
         if not fits:
-            raise UserError(f"{folder}: tensor {name}: expected {expected}, found {shape}")
-    return files, match
+            raise UserError(f"{folder}: tensor {name}: expected {wanted}, found {shape}")
+    return files, own, match
 
 
 def start_from_hf(
@@ -172,10 +169,9 @@ def start_from_hf(
     Raises UserError before the first weight is written.
     """
     config = model.config
-    files, match = match_weights(model, folder, allow)
+    files, own, match = match_weights(model, folder, allow)
     if any(not 0 <= row < config.text_vocab_size for row in new_ids):
         raise UserError(f"{folder}: new_ids: expected ids below {config.text_vocab_size}, found {sorted(new_ids)}")
-    own = hf_weights(model, str(_read_config(folder)["model_type"]))
     copied = HEAD in own and HEAD not in (*match.matched, *match.missing)
     for file in files:
         for name in sorted(own.keys() & set(file.keys())):
