@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Towers
@@ -156,7 +156,11 @@ class _GatedSiLU(torch.autograd.Function):
         return torch.cat([torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)], dim=-1)
 
 
-def rotary_table(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+Rotary = tuple[Tensor, Tensor]
+"""cosines and sines of the rotary embedding, `[N, 1, D]` each"""
+
+
+def rotary_table(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotary:
     """Cosines and sines `[N, 1, D]` of the rotary embedding (Su et al. 2021; halves rotated, as in Llama).
 
     positions `[N]`, or `[N, 3]` (`ModelConfig.positions`): the frequencies then turn with the three in rotation, so
@@ -209,7 +213,7 @@ def scaled_frequencies(frequency: Tensor, config: ModelConfig) -> tuple[Tensor, 
     return frequency, 1.0
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, table: Rotary) -> Tensor:
     """Apply the rotary embedding to `[N, H, D]`."""
     cosine, sine = table
     return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
@@ -311,9 +315,7 @@ class Tower(nn.Module):
         self.query_norm = head_norm(config, self.n_heads) if normed else None
         self.key_norm = head_norm(config, self.kv_heads) if normed else None
 
-    def project_qkv(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], six: Six | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor, rotary: Rotary, six: Six | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries `[N, H, D]` and keys `[N, K, D]`, and values `[N, K, D]`."""
         # `view` and `split_with_sizes`, because `unflatten` and `split` run Python code, which one token's pass feels.
         rotated = self.n_heads + self.kv_heads
@@ -337,28 +339,24 @@ class Tower(nn.Module):
         q, k = qk.split_with_sizes([self.n_heads, self.kv_heads], dim=1)
         return q, k, v
 
-    def add_attention(
-        self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None, six: Six | None = None
-    ) -> Tensor:
+    def add_attention(self, x: Tensor, attended: Tensor, dropout: Generator | None, six: Six | None) -> Tensor:
         """Add the heads' outputs `[N, H * D]` to the residual stream `[N, C]`."""
         out = self.out(attended)
         out = self._drop(out if self.pre_norm else self.attention_norm(out), dropout)
         return x + out if six is None else torch.addcmul(x, out, 1 + six[2])
 
-    def add_feed_forward(self, x: Tensor, dropout: torch.Generator | None = None, six: Six | None = None) -> Tensor:
+    def add_feed_forward(self, x: Tensor, dropout: Generator | None, six: Six | None) -> Tensor:
         """Add the feed-forward layer's output to the residual stream `[N, C]`."""
         h = self.feed_forward_norm(x) if self.pre_norm else x
         out = self.feed_forward(h if six is None else torch.addcmul(six[3], h, 1 + six[4]))
         out = self._drop(out if self.pre_norm else self.feed_forward_norm(out), dropout)
         return x + out if six is None else torch.addcmul(x, out, 1 + six[5])
 
-    def finish(
-        self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None, six: Six | None = None
-    ) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, dropout: Generator | None = None, six: Six | None = None) -> Tensor:
         """Return the block's output, given its input `[N, C]` and the heads' outputs `[N, H * D]`."""
         return self.add_feed_forward(self.add_attention(x, attended, dropout, six), dropout, six)
 
-    def _drop(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _drop(self, x: Tensor, generator: Generator | None) -> Tensor:
         if generator is None or not self.dropout:
             return x
         kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
@@ -386,12 +384,7 @@ class Block(Tower):
         self.modulation = nn.Parameter(torch.zeros(6 * config.d_model)) if config.timestep == "adaln" else None
 
     def forward(
-        self,
-        x: Any,
-        rotary: Any,
-        attend: Any,
-        dropout: torch.Generator | None = None,
-        modulation: Modulation | None = None,
+        self, x: Any, rotary: Any, attend: Any, dropout: Generator | None = None, modulation: Modulation | None = None
     ) -> Any:
         """Map `x [N, C]`, with its rotary table; or `Towers` of both, with an `AttendTowers` unless text is None."""
         six = None
@@ -409,16 +402,12 @@ class Block(Tower):
         out = attend(self.layer, *map(Towers, text_qkv, image_qkv))
         return Towers(self.finish(x.text, out.text, dropout), self.finish_image(x.image, out.image, dropout, six))
 
-    def project_image_qkv(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], six: Six | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def project_image_qkv(self, x: Tensor, rotary: Rotary, six: Six | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return `project_qkv` of image positions, by the image tower if it has weights for attention."""
         assert self.image is not None
         return (self.image if self.image.has_attention else self).project_qkv(x, rotary, six)
 
-    def finish_image(
-        self, x: Tensor, attended: Tensor, dropout: torch.Generator | None = None, six: Six | None = None
-    ) -> Tensor:
+    def finish_image(self, x: Tensor, attended: Tensor, dropout: Generator | None, six: Six | None) -> Tensor:
         """Return `finish` of image positions."""
         assert self.image is not None
         owner = self.image if self.image.has_attention else self

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..devices import on_meta
@@ -24,7 +24,7 @@ from ..sequence import Images, shapes_of
 from .attention import Attend, AttendTowers, Merge, Towers, for_towers
 from .config import ModelConfig
 from .image_adapter import Conv, GridPositions, LinearAdapter, UNetAdapter
-from .layers import Block, HeadNorm, Linear, Modulation, RMSNorm, TiedLinear, TimestepModulation, rotary_table
+from .layers import Block, HeadNorm, Linear, Modulation, RMSNorm, Rotary, TiedLinear, TimestepModulation, rotary_table
 
 LMHeadFn = Callable[[Linear | TiedLinear, Tensor], Tensor]
 """A function of the output layer and the hidden states `[M, C]`, such as a fused loss that never holds all logits."""
@@ -77,12 +77,12 @@ class Transformer(nn.Module):
         x: Any,
         position_ids: Any,
         attend: Attend | AttendTowers,
-        dropout: torch.Generator | None = None,
-        table: tuple[Tensor, Tensor] | None = None,
+        dropout: Generator | None = None,
+        table: Rotary | None = None,
         modulation: Modulation | None = None,
         taps: dict[int, Any] | None = None,
     ) -> Any:
-        def rotary_of(position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        def rotary_of(position_ids: Tensor, dtype: torch.dtype) -> Rotary:
             if table is None or position_ids.dim() == 2:
                 return rotary_table(position_ids, self.config, dtype)
             return table[0].index_select(0, position_ids), table[1].index_select(0, position_ids)
@@ -174,10 +174,10 @@ class Transfusion(nn.Module):
         patches: Tensor | None = None,
         latents: Images = (),
         timesteps: Tensor | None = None,
-        dropout: torch.Generator | None = None,
+        dropout: Generator | None = None,
         lm_head_fn: LMHeadFn = Linear.__call__,
         separate: bool = False,
-        table: tuple[Tensor, Tensor] | None = None,
+        table: Rotary | None = None,
     ) -> Output:
         """Run a flat sequence of N positions that holds I images of P patches in all.
 
@@ -280,7 +280,7 @@ class Transfusion(nn.Module):
         `place(weight, values)` stores the values; a shard draws them all and keeps its part, so that every number of
         ranks starts from the same weights.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = Generator().manual_seed(seed)
 
         def draw(weight: Tensor, deviation: float) -> None:
             values = torch.empty(weight.shape, dtype=torch.float32).normal_(0, deviation, generator=generator)
