@@ -25,6 +25,7 @@ from .config import ModelConfig
 from .layers import TimestepEmbedding
 from .transfusion import Transfusion, of_images
 
+LatentSizes = Sequence[tuple[int, int]]  # rows and columns of each image's latent
 Frozen = Literal["none", "text", "all"]  # matrices that get no gradient: none, those of text, or all of the transformer
 
 
@@ -73,10 +74,8 @@ def adapter_flops(config: ModelConfig, height: int, width: int) -> int:
     return counter.get_total_flops()
 
 
-def forward_flops(
-    config: ModelConfig, positions: int, pairs: int, predictions: int, images: Sequence[tuple[int, int]]
-) -> int:
-    """Operations of one forward pass: `pairs` is the number of (query, visible key) pairs, images are latent sizes.
+def forward_flops(config: ModelConfig, positions: int, pairs: int, predictions: int, images: LatentSizes) -> int:
+    """Operations of one forward pass: `pairs` is the number of (query, visible key) pairs.
 
     A position is computed by one tower alone, so experts add nothing but what a wider `image_d_ff` takes.
     """
@@ -91,12 +90,7 @@ def forward_flops(
 
 
 def step_flops(
-    config: ModelConfig,
-    positions: int,
-    pairs: int,
-    predictions: int,
-    images: Sequence[tuple[int, int]],
-    frozen: Frozen = "none",
+    config: ModelConfig, positions: int, pairs: int, predictions: int, images: LatentSizes, frozen: Frozen = "none"
 ) -> int:
     """Operations of forward and backward, with the arguments of `forward_flops`.
 
