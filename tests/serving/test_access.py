@@ -285,7 +285,7 @@ def test_texts_and_pictures_that_no_model_could_read_are_refused_before_any_work
     assert "the model knows no images" in str(read("chat", "", [single], {**MODEL, "images": "none"}))
     accepted = read("chat", "", [single], MODEL)
     assert not isinstance(accepted, UserError)
-    assert [part.shape for part in accepted.jobs[0].parts if not isinstance(part, str)] == [(8, 8, 3)]
+    assert [part.shape for part in accepted[1][0].parts if not isinstance(part, str)] == [(8, 8, 3)]
 
 
 def test_options_that_cannot_be_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import UserError
 from ..version import __version__
-from .engine_client import EngineClient
-from .intake import KINDS, Intake, Read
+from .engine_client import EngineClient, RequestStream
+from .intake import KINDS, Intake
 from .middleware import AccessConfig, Exchange, Middleware
 from .protocol import ApiError
 from .responses import chat_content, images_content, respond
@@ -29,8 +29,6 @@ PAGE_POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'"
 )
-PIECE = 1_000_000
-"""bytes in which bodies are kept"""
 ROUTES = {"/v1/chat/completions": "chat", "/v1/images/generations": "images", "/v1/images/edits": "edits"}
 
 
@@ -47,7 +45,13 @@ def build(client: EngineClient, access: Callable[[], AccessConfig], aliases: tup
         await client.stop()
 
     async def on_error(request: Request, error: Exception) -> JSONResponse:
-        return to_api_error(request, error).response()
+        """Respond in OpenAI's shape: one line that names the field, if the request is at fault."""
+        if isinstance(error, UserError):
+            error = ApiError(400, str(error), "invalid_request", str(error).partition(":")[0])
+        elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
+            error = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
+        assert isinstance(error, ApiError)
+        return error.response()
 
     app = FastAPI(title="Transfuse", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Middleware, client=client, config=access)
@@ -78,18 +82,6 @@ def with_bodies(app: FastAPI) -> dict[str, Any]:
             schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
         app.openapi_schema = schema
     return app.openapi_schema
-
-
-def to_api_error(request: Request, error: Exception) -> ApiError:
-    """Return an error in OpenAI's shape: one line that names the field, if the request is at fault."""
-    match error:
-        case ApiError():
-            return error
-        case UserError():
-            return ApiError(400, str(error), "invalid_request", str(error).partition(":")[0])
-        case HTTPException():
-            return ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
-    raise error
 
 
 def add_operations(app: FastAPI, client: EngineClient, aliases: tuple[str, ...]) -> None:
@@ -141,13 +133,13 @@ def check_model(client: EngineClient, name: str | None, aliases: tuple[str, ...]
 def add_generation(app: FastAPI, client: EngineClient, intake: Intake, aliases: tuple[str, ...]) -> None:
     """Add the routes that write and draw."""
 
-    async def read(request: Request, kind: str) -> tuple[Read, float]:
-        """Return a request's jobs and its deadline, which counts from its first byte."""
+    async def submit(request: Request, kind: str) -> tuple[Any, list[RequestStream], Exchange]:
+        """Read a request and submit its jobs; its deadline counts from its first byte."""
         exchange: Exchange = request.scope["exchange"]
         body, rest = list[bytes](), bytearray()
         async for piece in request.stream():
             rest += piece
-            if len(rest) >= PIECE:
+            if len(rest) >= 1_000_000:  # pieces of this size take least time to send to a process
                 body.append(bytes(rest))
                 rest.clear()
         body.append(bytes(rest))
@@ -155,38 +147,31 @@ def add_generation(app: FastAPI, client: EngineClient, intake: Intake, aliases: 
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 content_type = request.headers.get("content-type", "")
-                prepared = await intake.read(exchange.client, kind, content_type, body, client.require_model())
+                read, jobs = await intake.read(exchange.client, kind, content_type, body, client.require_model())
         except TimeoutError:
             raise ApiError(504, "the deadline passed before the request was read", retry_after=1) from None
         finally:
             del body, rest
             exchange.read()
-        check_model(client, prepared.body.model, aliases)
-        return prepared, min(deadline, exchange.began + (prepared.body.timeout or client.limits.deadline))
+        check_model(client, read.model, aliases)
+        deadline = min(deadline, exchange.began + (read.timeout or client.limits.deadline))
+        return read, await client.submit(jobs, exchange.client, exchange.share, deadline), exchange
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         """Continue messages of words and pictures, in words and pictures."""
-        prepared, deadline = await read(request, "chat")
-        exchange: Exchange = request.scope["exchange"]
-        (stream,) = await client.submit(prepared.jobs, exchange.client, exchange.share, deadline)
-        content = chat_content(client, stream, prepared.body, client.require_model()["name"], exchange)
-        return await respond(request, content, prepared.body.stream, "data: [DONE]\n\n")
+        body, (stream,), exchange = await submit(request, "chat")
+        content = chat_content(client, stream, body, client.require_model()["name"], exchange)
+        return await respond(request, content, body.stream, "data: [DONE]\n\n")
 
     @app.post("/v1/images/generations")
     async def generations(request: Request) -> Response:
         """Draw pictures for a prompt."""
-        return await images(request, "images", "image_generation")
+        body, streams, exchange = await submit(request, "images")
+        return await respond(request, images_content(client, streams, body, "image_generation", exchange), body.stream)
 
     @app.post("/v1/images/edits")
     async def edits(request: Request) -> Response:
         """Change pictures: by an instruction, by strength, or within a mask."""
-        return await images(request, "edits", "image_edit")
-
-    async def images(request: Request, kind: str, event: str) -> Response:
-        prepared, deadline = await read(request, kind)
-        exchange: Exchange = request.scope["exchange"]
-        streams = await client.submit(prepared.jobs, exchange.client, exchange.share, deadline)
-        return await respond(
-            request, images_content(client, streams, prepared.body, event, exchange), prepared.body.stream
-        )
+        body, streams, exchange = await submit(request, "edits")
+        return await respond(request, images_content(client, streams, body, "image_edit", exchange), body.stream)

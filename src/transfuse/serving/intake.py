@@ -19,7 +19,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -49,12 +49,8 @@ PROCESSES = 2
 KINDS: dict[str, type[GenerationOptions]] = {"chat": ChatRequest, "images": ImagesRequest, "edits": EditRequest}
 
 
-@dataclass(frozen=True)
-class Read:
-    """A request that was read: its fields without the content of messages and files, and its jobs."""
-
-    body: Any
-    jobs: list[Job]
+Read = tuple[Any, list[Job]]
+"""a request's fields without the content of messages and files, and its jobs"""
 
 
 def parse(kind: str, content_type: str, body: bytes) -> Any:
@@ -101,16 +97,11 @@ async def _form(content_type: str, body: bytes) -> Mapping[str, Any]:
             values.setdefault(name, []).append(value)
         elif value:
             kind = EditRequest.model_fields.get(name)
-            values[name] = value if kind is None or re.search(r"\bstr\b", str(kind.annotation)) else _plain(value)
+            values[name] = value
+            if kind is not None and not re.search(r"\bstr\b", str(kind.annotation)):
+                with suppress(ValueError):  # a number, a list, true or false
+                    values[name] = json.loads(value)
     return values
-
-
-def _plain(text: str) -> object:
-    """Return a field of a form that is no text: a number, a list, true or false."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def check_images(files: Sequence[tuple[str, bytes]], model: Mapping[str, Any]) -> None:
@@ -197,15 +188,13 @@ def check_length(name: str, characters: int, model: Mapping[str, Any]) -> None:
 
 
 def jobs_of(body: Any, model: Mapping[str, Any]) -> Read:
-    """Return the jobs of a checked request."""
-    match body:
-        case ChatRequest():
-            return Read(body.model_copy(update={"messages": []}), read_chat(body, model))
-        case EditRequest():
-            check_length("prompt", len(body.prompt), model)
-            return Read(body.model_copy(update={"image": [], "images": [], "mask": []}), read_edits(body, model))
+    """Return a checked request and its jobs."""
+    if isinstance(body, ChatRequest):
+        return body.model_copy(update={"messages": []}), read_chat(body, model)
     check_length("prompt", len(body.prompt), model)
-    return Read(body, body.jobs(model["steps"]))
+    if isinstance(body, EditRequest):
+        return body.model_copy(update={"image": [], "images": [], "mask": []}), read_edits(body, model)
+    return body, body.jobs(model["steps"])
 
 
 def read(kind: str, content_type: str, body: list[bytes], model: Mapping[str, Any]) -> Read | UserError:
@@ -216,12 +205,6 @@ def read(kind: str, content_type: str, body: list[bytes], model: Mapping[str, An
         return error
     finally:
         give_back_memory()
-
-
-def has_images(body: Any) -> bool:
-    """Return True if a chat has a picture."""
-    parts = [part for message in getattr(body, "messages", ()) for part in message.parts("")]
-    return any(isinstance(part, ImageURL) for _, part in parts)
 
 
 def prepare_process() -> None:
@@ -255,7 +238,8 @@ class Intake:
         """
         if sum(map(len, body)) <= SMALL and kind != "edits":
             parsed = parse(kind, content_type, b"".join(body))
-            if not has_images(parsed):
+            parts = [part for message in getattr(parsed, "messages", ()) for _, part in message.parts("")]
+            if not any(isinstance(part, ImageURL) for part in parts):
                 return jobs_of(parsed, model)
         async with self.locks.setdefault(client, asyncio.Lock()):
             if self.pool is None:

@@ -9,13 +9,14 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import from_dict, read_settings
 from ..devices import give_back_memory
@@ -24,16 +25,9 @@ from ..log import logger
 from .engine_client import EngineClient, Share
 from .protocol import ApiError
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 OPEN = ("/", "/health", "/ready")
 """routes that need no key"""
-QUIET = ("/health", "/ready", "/metrics")
-"""routes that are not logged"""
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-9]*)?", re.IGNORECASE)
 FREE = 65_536
 """bytes of each body that do not count against the budget"""
@@ -116,7 +110,7 @@ def address_of(host: str) -> str:
 class Middleware:
     """ASGI middleware that admits, measures and logs each request, never its content. `config` may be replaced."""
 
-    def __init__(self, app: App, client: EngineClient, config: Callable[[], AccessConfig]) -> None:
+    def __init__(self, app: ASGIApp, client: EngineClient, config: Callable[[], AccessConfig]) -> None:
         self.app, self.client, self.config = app, client, config
         self.bodies: Counter[str] = Counter()
         """bytes of bodies that are being read, by client"""
@@ -135,21 +129,26 @@ class Middleware:
         try:
             self.admit(inner, exchange)
             await self.app(inner, exchange.receive, exchange.send)
-        except ApiError as error:
-            await exchange.fail(inner, error)
         except (SlowReader, ClientDisconnect):
             scope.get("abort", lambda: None)()  # closing it would wait for the client to take what is left
         except Exception as error:
-            logger.error(f"{exchange.number} {type(error).__name__}: {error}")
-            message = f"the server made a mistake; it is logged under {exchange.number}"
-            await exchange.fail(inner, ApiError(500, message))
+            if not isinstance(error, ApiError):
+                logger.error(f"{exchange.number} {type(error).__name__}: {error}")
+                error = ApiError(500, f"the server made a mistake; it is logged under {exchange.number}")
+            if exchange.status is None:  # else a response has begun
+                await error.response()(inner, exchange.receive, exchange.send)
         finally:
             exchange.read()
-            route = getattr(inner.get("route"), "path", "other")
-            self.client.metrics.requests.labels(route, exchange.status or 499).inc()
-            self.client.metrics.seconds.labels(route).observe(time.monotonic() - began)
-            if route not in QUIET:
-                exchange.log(scope["method"], route)
+            route, status = getattr(inner.get("route"), "path", "other"), exchange.status or 499
+            seconds = time.monotonic() - began
+            self.client.metrics.requests.labels(route, status).inc()
+            self.client.metrics.seconds.labels(route).observe(seconds)
+            if route not in ("/health", "/ready", "/metrics"):
+                what = {"method": scope["method"], "route": route}
+                numbers = {"status": status, "tokens": 0, "images": 0, **exchange.counts, "ms": round(1000 * seconds)}
+                fields: dict[str, Any] = {"request_id": exchange.number, "key": exchange.key, **what, **numbers}
+                pairs = [f"{name}={value}" for name, value in fields.items() if value != "" and name not in what]
+                logger.info(f"{scope['method']} {route} {' '.join(pairs)}", extra={"fields": fields})
 
     def admit(self, scope: Scope, exchange: Exchange) -> None:
         """Raise ApiError for a request that is refused by its head alone."""
@@ -178,15 +177,11 @@ class Middleware:
         if scope["method"] == "POST":
             length = headers.get(b"content-length", b"0").decode("latin-1")
             if not length.isdecimal() or int(length) > config.max_body:
-                raise too_large(config.max_body, length)
+                message = f"body: expected at most {config.max_body} bytes, found {length}"
+                raise ApiError(413, message, "body_too_large")
             self.client.check_room(exchange.client, exchange.share)
             exchange.reading = True
             self.client.arriving[exchange.client] += 1
-
-
-def too_large(limit: int, length: str) -> ApiError:
-    """Return the error for a body of too many bytes."""
-    return ApiError(413, f"body: expected at most {limit} bytes, found {length}", "body_too_large")
 
 
 class SlowReader(Exception):
@@ -215,7 +210,7 @@ class Exchange:
     reading: bool = False
     counts: dict[str, int] = field(default_factory=dict)
 
-    async def receive(self) -> MutableMapping[str, Any]:
+    async def receive(self) -> Message:
         """Receive a piece of the body. Raises ApiError for a slow or a large one, or where there is no room for it."""
         if self.complete:
             return await self.receive_()  # only `http.disconnect` can follow, at any time
@@ -233,7 +228,7 @@ class Exchange:
         before, self.bytes = max(0, self.bytes - FREE), self.bytes + piece
         self.complete = not message.get("more_body", False)
         if self.bytes > config.max_body:
-            raise too_large(config.max_body, "more")
+            raise ApiError(413, f"body: expected at most {config.max_body} bytes, found more", "body_too_large")
         held = self.middleware.bodies
         if self.reading:
             held[self.client] += max(0, self.bytes - FREE) - before
@@ -254,7 +249,7 @@ class Exchange:
             if held:
                 give_back_memory()
 
-    async def send(self, message: MutableMapping[str, Any]) -> None:
+    async def send(self, message: Message) -> None:
         """Send a piece of the response. Raises SlowReader."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -267,16 +262,3 @@ class Exchange:
                 await self.send_(message)
         except TimeoutError:
             raise SlowReader from None
-
-    async def fail(self, scope: Scope, error: ApiError) -> None:
-        """Respond with an error, unless a response has begun."""
-        if self.status is None:
-            await error.response()(scope, self.receive, self.send)
-
-    def log(self, method: str, route: str) -> None:
-        """Write the line of this request: numbers and names, nothing of what it says."""
-        ms = round(1000 * (time.monotonic() - self.began))
-        fields: dict[str, Any] = {"request_id": self.number, "key": self.key, "method": method, "route": route}
-        fields |= {"status": self.status or 499, "tokens": 0, "images": 0, **self.counts, "ms": ms}
-        pairs = [f"{name}={value}" for name, value in fields.items() if value != "" and name not in ("method", "route")]
-        logger.info(f"{method} {route} {' '.join(pairs)}", extra={"fields": fields})

@@ -33,12 +33,6 @@ def unknown_words(streams: Sequence[RequestStream]) -> dict[str, Any]:
     return {"unknown_words": [*dict.fromkeys(words)]} if words else {}
 
 
-def counted(exchange: Exchange, done: Sequence[Done]) -> None:
-    """Note what a request has made, for its line in the log."""
-    tokens, images = sum(end.text_tokens for end in done), sum(end.images for end in done)
-    exchange.counts = {"tokens": tokens, "images": images}
-
-
 async def respond(request: Request, content: Content, stream: bool | None, end: str = "") -> Response:
     """Send content. If the client leaves, streaming or not, the content is closed, which cancels the request."""
     if stream:
@@ -137,7 +131,7 @@ async def chat_content(
                 yield None if event is None else {**chunk, "choices": [choice], **more}
     finish_reason = "length" if done.reason == "length" else "stop"
     used = usage([stream], [done])
-    counted(exchange, [done])
+    exchange.counts = {"tokens": done.text_tokens, "images": done.images}
     more = {"seed": seed, **(unknown_words([stream]) if done.images else {})}
     if body.stream:
         yield {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}], **more}
@@ -194,7 +188,8 @@ async def images_content(
                         images[index]["revised_prompt"] = read
                 case Done():
                     ended[index] = event
-                    counted(exchange, [*ended.values()])
+                    exchange.counts["tokens"] = sum(end.text_tokens for end in ended.values())
+                    exchange.counts["images"] = sum(end.images for end in ended.values())
                     item = {"type": f"{kind}.completed", "usage": usage([streams[index]], [event]), **images[index]}
                     item |= unknown_words(streams)
             if body.stream and (item is not None or event is None):
