@@ -43,17 +43,15 @@ SAYS_NOTHING: dict[str, tuple[object, ...]] = {
 class ApiError(HTTPException):
     """A reply that is no success, in OpenAI's shape: one line, and never a traceback."""
 
-    CODES = {429: "queue_full", 503: "unavailable", 504: "deadline_exceeded"}  # noqa: RUF012
-    TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # noqa: RUF012
-
     def __init__(
         self, status: int, message: str, code: str | None = None, param: str | None = None, retry_after: int = 0
     ) -> None:
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
         headers |= {"Retry-After": str(retry_after)} if retry_after else {}
         super().__init__(status, message, headers)
-        kind = self.TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        code = code or self.CODES.get(status)
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
+        code = code or {429: "queue_full", 503: "unavailable", 504: "deadline_exceeded"}.get(status)
         self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
@@ -80,14 +78,6 @@ def _size(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(r"auto|[1-9]\d{0,3}x[1-9]\d{0,3}", value):
         raise ValueError(f"expected auto, or columns and rows such as 64x64, found {value!r:.60}")
     return value
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_parts(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 Int = Annotated[int, Field(strict=True)]
@@ -156,7 +146,10 @@ class ImagePart(Strict):
 Parts = Annotated[
     list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
     Field(max_length=64),
-    BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart | ImagePart]),
+    BeforeValidator(
+        lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
+        json_schema_input_type=str | list[TextPart | ImagePart],
+    ),
 ]
 
 
@@ -212,7 +205,9 @@ class ChatRequest(GenerationOptions):
         Annotated[
             list[Annotated[String, Field(min_length=1, max_length=1000)]],
             Field(max_length=4),
-            BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+            BeforeValidator(
+                lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]
+            ),
         ]
         | None
     ) = None
@@ -289,7 +284,8 @@ def validate(kind: type[GenerationOptions], values: Mapping[str, Any]) -> Any:
     given = {}
     for name, value in values.items():
         known = name in kind.model_fields or name == "image[]"
-        if value is None or (not known and _says_nothing(name, value)):
+        harmless = () if known else SAYS_NOTHING.get(name, ())
+        if value is None or any(other is ANY or (type(value), value) == (type(other), other) for other in harmless):
             continue
         if not known and name in SAYS_NOTHING:
             raise UserError(f"{name}: expected none, which this server does not support, found {_shown(value)}")
@@ -298,11 +294,6 @@ def validate(kind: type[GenerationOptions], values: Mapping[str, Any]) -> Any:
         return kind.model_validate(given)
     except ValidationError as error:
         raise UserError(_first_mistake(error, given, kind)) from None
-
-
-def _says_nothing(name: str, value: object) -> bool:
-    harmless = SAYS_NOTHING.get(name, ())
-    return ANY in harmless or any(type(value) is type(other) and value == other for other in harmless)
 
 
 def _first_mistake(error: ValidationError, values: object, kind: type[BaseModel]) -> str:
