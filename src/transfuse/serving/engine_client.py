@@ -5,7 +5,7 @@
                     └ kept if the worker dies:          └ each ends the request with one clear line
                       the next worker gets it
 
-Everything here runs on the event loop; two threads for each worker carry messages to and from its pipe.
+Everything here runs on the event loop; `WorkerProcess` carries messages to and from a worker's pipe.
 """
 
 from __future__ import annotations
@@ -13,28 +13,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import queue
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram
+from prometheus_client import Counter as PrometheusCounter
 
 from ..errors import UserError
 from ..inference.events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
 from ..log import logger
 from ..vocabulary import PromptReading
-from .metrics import Metrics
 from .protocol import ApiError
-from .worker import Accepted, Job, Refused, Started, WorkerConfig, WorkerMessage, process_context, work
-
-OUTPUTS = {TextDelta: "text", ImageProgress: "preview", ImageEnd: "picture"}
-"""labels of the metric `transfuse_first_output_seconds`"""
-RESTART_WINDOW = 60.0
-"""seconds in which `QueueConfig.restarts` are counted"""
+from .worker import Accepted, Job, Refused, Started, WorkerConfig, WorkerMessage, WorkerProcess, start_process
 
 
 @dataclass(frozen=True)
@@ -98,74 +93,32 @@ class RequestStream:
         self.changed.set()
 
 
-def start_process(config: WorkerConfig) -> tuple[BaseProcess, Connection]:
-    """Start a worker's process; return it and our end of its pipe."""
-    context = process_context()
-    ours, workers = context.Pipe()
-    process = context.Process(target=work, args=(workers, config), name="transfuse-worker", daemon=True)
-    process.start()
-    workers.close()
-    return process, ours
+class Metrics:
+    """The counts that Prometheus reads, in a registry for each server."""
 
-
-class WorkerProcess:
-    """A worker, its pipe, and the description of its model (None: not loaded yet).
-
-    `start` returns the process and the pipe. It runs in a thread: the first process of a server imports torch, which
-    takes seconds.
-    """
-
-    def __init__(
-        self, start: Callable[[], tuple[Any, Connection]], on_message: Callable[[WorkerProcess, Any], None]
-    ) -> None:
-        self.start, self.on_message = start, on_message
-        self.process: Any = None
-        self.model: dict[str, Any] | None = None
-        self.outbox: queue.SimpleQueue[tuple[int, str, Job | None] | None] = queue.SimpleQueue()
-        self.stopped = False
-        self.loop = asyncio.get_running_loop()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def stop(self) -> None:
-        """End the process, which has nothing to lose."""
-        self.stopped = True
-        self.outbox.put(None)
-        if self.process is not None and self.process.is_alive():
-            self.process.kill()
-
-    def _read(self) -> None:
-        """Start the process, and carry messages from the pipe to the loop until it ends, in a thread."""
-        try:
-            self.process, self.connection = self.start()
-        except OSError as error:
-            failure = UserError(f"expected to start the worker's process, found {error}")
-            self.loop.call_soon_threadsafe(self.on_message, self, failure)
-            return
-        if self.stopped:
-            self.process.kill()
-        threading.Thread(target=self._write, daemon=True).start()
-        message: Any = ()
-        while message is not None:
-            try:
-                message = self.connection.recv()
-            except (EOFError, OSError):
-                self.process.join(10)  # sets its exit code
-                self.connection.close()
-                message = None
-            try:
-                self.loop.call_soon_threadsafe(self.on_message, self, message)
-            except RuntimeError:
-                return  # the loop is closed
-
-    def _write(self) -> None:
-        """Carry jobs to the pipe, in a thread, so that the loop need not wait until the worker reads a large one."""
-        message: Any = ()
-        while message is not None:
-            message = self.outbox.get()
-            try:
-                self.connection.send(message)  # None ends the worker
-            except OSError:
-                return  # `_read` reports it
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        known: dict[str, Any] = {"namespace": "transfuse", "registry": self.registry}
+        buckets = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+        timed: dict[str, Any] = {**known, "buckets": buckets}
+        self.requests = PrometheusCounter("requests", "HTTP requests", ["route", "status"], **known)
+        self.seconds = Histogram(
+            "request_seconds", "From a request's first byte to its response's last", ["route"], **timed
+        )
+        self.queued_seconds = Histogram("queued_seconds", "From a request's arrival to its first step", **timed)
+        self.first_seconds = Histogram(
+            "first_output_seconds", "To the first text, preview or picture", ["kind"], **timed
+        )
+        self.waiting = Gauge("waiting", "Requests that wait for a slot", **known)
+        self.running = Gauge("running", "Requests that have a slot", **known)
+        self.cost = Gauge("cost", "Positions that may be computed for both, at most", **known)
+        self.text_tokens = PrometheusCounter("text_tokens", "Tokens written", **known)
+        self.images = PrometheusCounter("images", "Pictures drawn", **known)
+        self.evaluations = PrometheusCounter("network_evaluations", "Denoising steps, or codes", **known)
+        self.rejected = PrometheusCounter("rejected", "Requests for which there was no room", **known)
+        self.cancelled = PrometheusCounter("cancelled", "Requests left before their end", **known)
+        self.expired = PrometheusCounter("expired", "Requests whose deadline passed", **known)
+        self.restarts = PrometheusCounter("worker_restarts", "Workers that died and were replaced", **known)
 
 
 class EngineClient:
@@ -208,7 +161,7 @@ class EngineClient:
 
     def start(self) -> None:
         """Start a worker, which gets all requests that wait."""
-        self.worker = self._new_worker()
+        self.worker = WorkerProcess(partial(self.start_worker, self.config), self._on_message)
         for stream in self.streams.values():
             if stream.started is None:
                 stream.worker = self.worker
@@ -217,11 +170,7 @@ class EngineClient:
     def reload(self) -> None:
         """Load the model again, in a worker that takes the place of this one; this one finishes what it has."""
         if self.next is None and self.model is not None and not self.draining:
-            self.next = self._new_worker()
-
-    def _new_worker(self) -> WorkerProcess:
-        config = self.config
-        return WorkerProcess(lambda: self.start_worker(config), self._on_message)
+            self.next = WorkerProcess(partial(self.start_worker, self.config), self._on_message)
 
     async def stop(self) -> None:
         """End the workers; requests that still run fail."""
@@ -427,7 +376,7 @@ class EngineClient:
                 self.metrics.evaluations.inc(event.network_evaluations)
                 self._end(stream, event)
             case _:
-                kind = OUTPUTS.get(type(event))
+                kind = {TextDelta: "text", ImageProgress: "preview", ImageEnd: "picture"}.get(type(event))
                 if kind is not None and kind not in stream.seen:
                     stream.seen.add(kind)
                     self.metrics.first_seconds.labels(kind).observe(time.monotonic() - stream.submitted)
@@ -455,7 +404,7 @@ class EngineClient:
         """Fail the requests that ran; the next worker gets those that waited, in their order."""
         now = time.monotonic()
         self._deaths.append(now)
-        while now - self._deaths[0] > RESTART_WINDOW:
+        while now - self._deaths[0] > 60:
             self._deaths.popleft()
         exit_code, count = worker.process.exitcode, len(self.streams)
         logger.error(f"serve: the worker ended (exit code {exit_code}); {count} requests were with it")

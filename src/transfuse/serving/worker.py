@@ -8,16 +8,19 @@ process starts at once.
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import queue
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +135,16 @@ def process_context() -> Any:
     return context
 
 
+def start_process(config: WorkerConfig) -> tuple[BaseProcess, Connection]:
+    """Start a worker's process; return it and our end of its pipe."""
+    context = process_context()
+    ours, workers = context.Pipe()
+    process = context.Process(target=work, args=(workers, config), name="transfuse-worker", daemon=True)
+    process.start()
+    workers.close()
+    return process, ours
+
+
 def work(connection: Connection, config: WorkerConfig) -> None:
     """Run the worker's process: send the model's description, or the UserError that prevents loading it, then serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; only the parent acts on it
@@ -149,6 +162,66 @@ def work(connection: Connection, config: WorkerConfig) -> None:
     except BaseException:
         traceback.print_exc()
         sys.exit(1)
+
+
+class WorkerProcess:
+    """A worker as the HTTP process sees it: its pipe, and the description of its model (None: not loaded yet).
+
+    Two threads carry messages to and from the pipe. One of them calls `start`, which returns the process and the pipe:
+    the first process of a server imports torch, which takes seconds.
+    """
+
+    def __init__(
+        self, start: Callable[[], tuple[Any, Connection]], on_message: Callable[[WorkerProcess, Any], None]
+    ) -> None:
+        self.start, self.on_message = start, on_message
+        self.process: Any = None
+        self.model: dict[str, Any] | None = None
+        self.outbox: queue.SimpleQueue[tuple[int, str, Job | None] | None] = queue.SimpleQueue()
+        self.stopped = False
+        self.loop = asyncio.get_running_loop()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def stop(self) -> None:
+        """End the process, which has nothing to lose."""
+        self.stopped = True
+        self.outbox.put(None)
+        if self.process is not None and self.process.is_alive():
+            self.process.kill()
+
+    def _read(self) -> None:
+        """Start the process, and carry messages from the pipe to the loop until it ends, in a thread."""
+        try:
+            self.process, self.connection = self.start()
+        except OSError as error:
+            failure = UserError(f"expected to start the worker's process, found {error}")
+            self.loop.call_soon_threadsafe(self.on_message, self, failure)
+            return
+        if self.stopped:
+            self.process.kill()
+        threading.Thread(target=self._write, daemon=True).start()
+        message: Any = ()
+        while message is not None:
+            try:
+                message = self.connection.recv()
+            except (EOFError, OSError):
+                self.process.join(10)  # sets its exit code
+                self.connection.close()
+                message = None
+            try:
+                self.loop.call_soon_threadsafe(self.on_message, self, message)
+            except RuntimeError:
+                return  # the loop is closed
+
+    def _write(self) -> None:
+        """Carry jobs to the pipe, in a thread, so that the loop need not wait until the worker reads a large one."""
+        message: Any = ()
+        while message is not None:
+            message = self.outbox.get()
+            try:
+                self.connection.send(message)  # None ends the worker
+            except OSError:
+                return  # `_read` reports it
 
 
 class Turns:
