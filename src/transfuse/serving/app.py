@@ -39,7 +39,6 @@ def build(client: EngineClient, access: Callable[[], AccessConfig], aliases: tup
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         client.start()
-        intake.start()
         yield
         intake.stop()
         await client.stop()

@@ -21,8 +21,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram
-from prometheus_client import Counter as PrometheusCounter
+import prometheus_client as prometheus
 
 from ..errors import UserError
 from ..inference.events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
@@ -97,28 +96,30 @@ class Metrics:
     """The counts that Prometheus reads, in a registry for each server."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = prometheus.CollectorRegistry()
         known: dict[str, Any] = {"namespace": "transfuse", "registry": self.registry}
         buckets = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
         timed: dict[str, Any] = {**known, "buckets": buckets}
-        self.requests = PrometheusCounter("requests", "HTTP requests", ["route", "status"], **known)
-        self.seconds = Histogram(
+        self.requests = prometheus.Counter("requests", "HTTP requests", ["route", "status"], **known)
+        self.seconds = prometheus.Histogram(
             "request_seconds", "From a request's first byte to its response's last", ["route"], **timed
         )
-        self.queued_seconds = Histogram("queued_seconds", "From a request's arrival to its first step", **timed)
-        self.first_seconds = Histogram(
+        self.queued_seconds = prometheus.Histogram(
+            "queued_seconds", "From a request's arrival to its first step", **timed
+        )
+        self.first_seconds = prometheus.Histogram(
             "first_output_seconds", "To the first text, preview or picture", ["kind"], **timed
         )
-        self.waiting = Gauge("waiting", "Requests that wait for a slot", **known)
-        self.running = Gauge("running", "Requests that have a slot", **known)
-        self.cost = Gauge("cost", "Positions that may be computed for both, at most", **known)
-        self.text_tokens = PrometheusCounter("text_tokens", "Tokens written", **known)
-        self.images = PrometheusCounter("images", "Pictures drawn", **known)
-        self.evaluations = PrometheusCounter("network_evaluations", "Denoising steps, or codes", **known)
-        self.rejected = PrometheusCounter("rejected", "Requests for which there was no room", **known)
-        self.cancelled = PrometheusCounter("cancelled", "Requests left before their end", **known)
-        self.expired = PrometheusCounter("expired", "Requests whose deadline passed", **known)
-        self.restarts = PrometheusCounter("worker_restarts", "Workers that died and were replaced", **known)
+        self.waiting = prometheus.Gauge("waiting", "Requests that wait for a slot", **known)
+        self.running = prometheus.Gauge("running", "Requests that have a slot", **known)
+        self.cost = prometheus.Gauge("cost", "Positions that may be computed for both, at most", **known)
+        self.text_tokens = prometheus.Counter("text_tokens", "Tokens written", **known)
+        self.images = prometheus.Counter("images", "Pictures drawn", **known)
+        self.evaluations = prometheus.Counter("network_evaluations", "Denoising steps, or codes", **known)
+        self.rejected = prometheus.Counter("rejected", "Requests for which there was no room", **known)
+        self.cancelled = prometheus.Counter("cancelled", "Requests left before their end", **known)
+        self.expired = prometheus.Counter("expired", "Requests whose deadline passed", **known)
+        self.restarts = prometheus.Counter("worker_restarts", "Workers that died and were replaced", **known)
 
 
 class EngineClient:

@@ -242,9 +242,8 @@ class Intake:
             if not any(isinstance(part, ImageURL) for part in parts):
                 return jobs_of(parsed, model)
         async with self.locks.setdefault(client, asyncio.Lock()):
-            if self.pool is None:
-                self.start()
-            assert self.pool is not None
+            if self.pool is None:  # of processes that are each started when first needed
+                self.pool = ProcessPoolExecutor(PROCESSES, process_context(), prepare_process)
             try:
                 loop = asyncio.get_running_loop()
                 result = await loop.run_in_executor(self.pool, read, kind, content_type, body, dict(model))
@@ -254,10 +253,6 @@ class Intake:
         if isinstance(result, UserError):
             raise result
         return result
-
-    def start(self) -> None:
-        """Allow for the processes; each is started when it is first needed."""
-        self.pool = ProcessPoolExecutor(PROCESSES, process_context(), prepare_process)
 
     def stop(self) -> None:
         """End the processes, each after what it reads."""

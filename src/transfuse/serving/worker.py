@@ -15,8 +15,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -224,20 +224,6 @@ class WorkerProcess:
                 return  # `_read` reports it
 
 
-class Turns:
-    """A lock that two threads hold in turn: whoever waits comes before who had it last."""
-
-    def __init__(self) -> None:
-        self.next, self.held = threading.Lock(), threading.Lock()
-
-    def __enter__(self) -> None:
-        with self.next:
-            self.held.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.held.release()
-
-
 class Worker:
     """An engine, and the client's number of each request in it."""
 
@@ -250,11 +236,26 @@ class Worker:
             config.model, self.dtype, self.device, config.quantize, config.compile, config.graphs
         )
         self.engine = Engine(self.pipe.engine.runner, config.slots)
-        # On a GPU the two threads take turns: one's work would break a graph that the other records.
-        self.device_turn: AbstractContextManager[Any] = Turns() if self.device == "cuda" else nullcontext()
+        self.next_turn, self.turn = threading.Lock(), threading.Lock()
         self.requests: dict[int, tuple[int, Request]] = {}
         """the client's number and the request, by the engine's number"""
         self.pipe.warm_up(config.slots, config.guidance)
+
+    @contextmanager
+    def device_turn(self) -> Iterator[None]:
+        """On a GPU, hold the device: one thread's work would break a graph that the other records.
+
+        Whoever waits comes before the thread that had it last.
+        """
+        if self.device != "cuda":
+            yield
+            return
+        with self.next_turn:
+            self.turn.acquire()
+        try:
+            yield
+        finally:
+            self.turn.release()
 
     def describe(self) -> dict[str, Any]:
         """Return what a client may want to know about the model, as `/v1/models` shows it."""
@@ -303,7 +304,7 @@ class Worker:
                     raise order
                 if reply := self.take(*order):
                     connection.send([reply])
-            with self.device_turn:
+            with self.device_turn():
                 # Sent before the step, so that the client knows which requests ran if this process dies in it.
                 started = [self.requests[number][0] for number in self.engine.schedule()]
                 if started:
@@ -375,7 +376,7 @@ class Worker:
                     readings.append(read)
                     parts.append(read.text)
                 else:
-                    with self.device_turn:
+                    with self.device_turn():
                         parts.append(Image(self.pipe.exported.autoencoder.encode(fit(part, side)[None])[0], False))
         # Images alone are captioned, which no template is for.
         talk = len(job.turns) > 1 or (len(job.turns) == 1 and len(readings) > 0)
@@ -386,7 +387,7 @@ class Worker:
             request = replace(request, document=chat_prompt(self.pipe.exported.tokenizer, messages))
         if job.start is not None:
             mask = None if job.mask is None else fit(job.mask, side)
-            with self.device_turn:
+            with self.device_turn():
                 request = replace(request, start=self.pipe.start(fit(job.start, side), job.strength, mask))
         settings = dict(job.settings)
         scale = settings.pop("image_guidance_scale", None)
