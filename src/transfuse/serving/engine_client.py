@@ -26,7 +26,6 @@ import prometheus_client as prometheus
 from ..errors import UserError
 from ..inference.events import Done, Event, Failed, ImageEnd, ImageProgress, TextDelta
 from ..log import logger
-from ..vocabulary import PromptReading
 from .protocol import ApiError
 from .worker import Accepted, Job, Refused, Started, WorkerConfig, WorkerMessage, WorkerProcess, start_process
 
@@ -73,11 +72,8 @@ class RequestStream:
     changed: asyncio.Event
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
-    prompt_tokens: int = 0
-    prompt_image_tokens: int = 0
-    cost: int = 0
-    """0 until a worker has accepted the job"""
-    readings: tuple[PromptReading, ...] = ()
+    accepted: Accepted = field(default=Accepted(0, 0, 0, cost=0))
+    """how the worker has read the job; its cost is 0 until then"""
     suspected: int = 0
     """workers that died while this may have been what they read"""
     seen: set[str] = field(default_factory=set)
@@ -220,8 +216,8 @@ class EngineClient:
     def _check_cost(self, client: str, share: Share) -> None:
         """Raise ApiError if what waits and runs costs too much: that of one client, or of all."""
         most = share.cost or int(self.limits.cost * self.limits.share)
-        own = [stream.cost for stream in self.streams.values() if stream.client == client]
-        every = [stream.cost for stream in self.streams.values()]
+        own = [stream.accepted.cost for stream in self.streams.values() if stream.client == client]
+        every = [stream.accepted.cost for stream in self.streams.values()]
         for costs, limit, whose in ((own, most, "of one client"), (every, self.limits.cost, "for all requests")):
             if sum(costs) > limit:
                 over = (sum(costs) - limit) * len(costs) / sum(costs)
@@ -259,7 +255,7 @@ class EngineClient:
             self.worker.outbox.put((stream.request_id, client, stream.job))
         self._set_gauges()
         try:
-            while not all(stream.cost for stream in streams):
+            while not all(stream.accepted.cost for stream in streams):
                 changed.clear()
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                     await changed.wait()
@@ -328,7 +324,7 @@ class EngineClient:
         running = sum(stream.started is not None for stream in self.streams.values())
         self.metrics.running.set(running)
         self.metrics.waiting.set(len(self.streams) - running)
-        self.metrics.cost.set(sum(stream.cost for stream in self.streams.values()))
+        self.metrics.cost.set(sum(stream.accepted.cost for stream in self.streams.values()))
 
     def _on_message(
         self, worker: WorkerProcess, message: dict[str, Any] | UserError | list[WorkerMessage] | None
@@ -362,8 +358,7 @@ class EngineClient:
     def _on_event(self, stream: RequestStream, event: WorkerMessage) -> None:
         match event:
             case Accepted():
-                stream.prompt_tokens, stream.cost = event.prompt_tokens, event.cost
-                stream.prompt_image_tokens, stream.readings = event.image_tokens, event.readings
+                stream.accepted = event
                 stream.changed.set()
             case Started():
                 stream.started = time.monotonic()
@@ -410,7 +405,7 @@ class EngineClient:
         exit_code, count = worker.process.exitcode, len(self.streams)
         logger.error(f"serve: the worker ended (exit code {exit_code}); {count} requests were with it")
         # Jobs are read in order, so only the first that was not accepted may have killed it. Twice is no accident.
-        unread = next((stream for stream in self.streams.values() if not stream.cost), None)
+        unread = next((stream for stream in self.streams.values() if not stream.accepted.cost), None)
         if unread is not None:
             unread.suspected += 1
         self._fail_running(worker)

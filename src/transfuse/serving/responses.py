@@ -29,7 +29,7 @@ Content = AsyncGenerator[dict[str, Any] | None, None]
 
 def unknown_words(streams: Sequence[RequestStream]) -> dict[str, Any]:
     """Return the field of a reply with an image that names the prompt's words which training never showed, if any."""
-    words = [word for stream in streams for reading in stream.readings for word in reading.unknown]
+    words = [word for stream in streams for reading in stream.accepted.readings for word in reading.unknown]
     return {"unknown_words": [*dict.fromkeys(words)]} if words else {}
 
 
@@ -114,7 +114,7 @@ async def chat_content(
                     url = f"data:image/png;base64,{await asyncio.to_thread(to_png, pixels, settings)}"
                     parts.append({"type": "image_url", "image_url": {"url": url}})
                     request = next((part for part in reversed(stream.job.parts) if isinstance(part, str)), None)
-                    read = stream.readings[-1].text if stream.readings else request
+                    read = stream.accepted.readings[-1].text if stream.accepted.readings else request
                     revised = {} if read == request else {"revised_prompt": read}
                     delta = {"images": [{**parts[-1], "settings": settings, **revised}]}
                 case ImageProgress(image=image, step=step, total=total, pixels=pixels):
@@ -184,7 +184,7 @@ async def images_content(
                     assert settings is not None
                     content = await asyncio.to_thread(to_png, pixels, settings)
                     images[index] = {"b64_json": content, "seed": settings["seed"], "settings": settings}
-                    if (read := streams[index].readings[-1].text) != body.prompt:
+                    if (read := streams[index].accepted.readings[-1].text) != body.prompt:
                         images[index]["revised_prompt"] = read
                 case Done():
                     ended[index] = event
@@ -204,8 +204,8 @@ async def images_content(
 
 def usage(streams: Sequence[RequestStream], done: Sequence[Done]) -> dict[str, Any]:
     """Return the counts of requests that have ended, by the names of chat and by those of images."""
-    prompt = sum(stream.prompt_tokens for stream in streams)
-    of_images = sum(stream.prompt_image_tokens for stream in streams)
+    prompt = sum(stream.accepted.prompt_tokens for stream in streams)
+    of_images = sum(stream.accepted.image_tokens for stream in streams)
     details = {"text_tokens": prompt - of_images, "image_tokens": of_images}
     text, images = sum(end.text_tokens for end in done), sum(end.image_positions for end in done)
     return {
