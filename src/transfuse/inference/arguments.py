@@ -70,12 +70,6 @@ class ReplySettings(TypedDict, total=False):
     preview_every: int
 
 
-def check_output_type(kind: str) -> None:
-    """Raise UserError for a kind that `as_output` does not know; "latent" needs no conversion."""
-    if kind not in ("pil", "np", "pt", "latent"):
-        raise UserError(f'output_type: expected "pil", "np", "pt" or "latent", found {kind!r}')
-
-
 def as_output(pixels: np.ndarray, kind: str) -> PIL.Image.Image | np.ndarray | torch.Tensor:
     """Return uint8 pixels `[row, column, 3]` as "pil", "np" (as they are) or "pt" (float32 `[3, row, column]`)."""
     if kind == "pt":
@@ -83,15 +77,16 @@ def as_output(pixels: np.ndarray, kind: str) -> PIL.Image.Image | np.ndarray | t
     return PIL.Image.fromarray(pixels) if kind == "pil" else pixels
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise UserError unless each is a whole number of at least 1, or None."""
-    for name, number in counts.items():
-        if not isinstance(number, int | None) or isinstance(number, bool) or (number is not None and number < 1):
-            raise UserError(f"{name}: expected a whole number of at least 1, found {number!r}")
+def check_options(output_type: str, counts: dict[str, int | None], numbers: dict[str, float | None]) -> None:
+    """Raise UserError for an unknown output_type, for counts that are not whole and at least 1, and for no numbers.
 
-
-def check_numbers(**numbers: float | None) -> None:
-    """Raise UserError unless each is a number, or None; ranges are checked where they are known."""
+    None passes for both; ranges of numbers are checked where they are known.
+    """
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise UserError(f'output_type: expected "pil", "np", "pt" or "latent", found {output_type!r}')
+    for name, count in counts.items():
+        if not isinstance(count, int | None) or isinstance(count, bool) or (count is not None and count < 1):
+            raise UserError(f"{name}: expected a whole number of at least 1, found {count!r}")
     for name, number in numbers.items():
         if not isinstance(number, Real | None) or isinstance(number, bool):
             raise UserError(f"{name}: expected a number, found {number!r:.80}")
@@ -100,20 +95,22 @@ def check_numbers(**numbers: float | None) -> None:
 def read_prompts(
     prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, times: int
 ) -> tuple[list[str], list[str]]:
-    """Return every prompt `times` times, and as many negative prompts, or none. Raises UserError for another number."""
-    prompts, negatives = _texts("prompt", prompt), _texts("negative_prompt", negative_prompt)
+    """Return every prompt `times` times, and as many negative prompts, or none.
+
+    Raises UserError for anything but text, and for another number of negative prompts.
+    """
+    read: list[list[str]] = []
+    for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        listed = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, list | tuple) else []
+        none_given = texts is None and name != "prompt"
+        if not none_given and not (listed and all(isinstance(text, str) for text in listed)):
+            raise UserError(f"{name}: expected text, or a list of texts, found {texts!r:.80}")
+        read.append(listed)
+    prompts, negatives = read
     if len(negatives) not in (0, 1, len(prompts)):
         raise UserError(f"negative_prompt: expected 1 or {len(prompts)}, as prompts, found {len(negatives)}")
     negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
     return [text for text in prompts for _ in range(times)], [text for text in negatives for _ in range(times)]
-
-
-def _texts(name: str, texts: str | Sequence[str] | None) -> list[str]:
-    """Return prompts as a list. Raises UserError for anything but text."""
-    listed = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, list | tuple) else []
-    if (texts is None and name != "prompt") or (listed and all(isinstance(text, str) for text in listed)):
-        return listed
-    raise UserError(f"{name}: expected text, or a list of texts, found {texts!r:.80}")
 
 
 def read_seeds(generator: torch.Generator | int | Sequence[torch.Generator | int] | None, count: int) -> list[int]:

@@ -51,7 +51,8 @@ class Conversation:
 
     def request(self, parts: Sequence[PromptPart], **settings: Unpack[ReplySettings]) -> Request:
         """Return the request of a turn that begins with `parts`; settings are fields of `Request`."""
-        return self._request(self.pipe.message("user", parts), settings)[0]
+        document, _ = fitting(self.pipe, self.system, self.turns, self.pipe.message("user", parts))
+        return replace(self.pipe.request([]), document=document, reuse=True, **settings)
 
     def say(self, parts: Sequence[PromptPart], **settings: Unpack[ReplySettings]) -> Iterator[Event]:
         """Take a turn, and yield the reply's events. A turn that is left before its end is dropped whole.
@@ -59,8 +60,8 @@ class Conversation:
         Raises UserError, and nothing is added or forgotten, where the turn does not fit.
         """
         turn = self.pipe.message("user", parts)
-        request, kept = self._request(turn, settings)
-        number = self.engine.submit(request)
+        document, kept = fitting(self.pipe, self.system, self.turns, turn)
+        number = self.engine.submit(replace(self.pipe.request([]), document=document, reuse=True, **settings))
         if forgotten := len(self.turns) - len(kept):
             logger.warning(f"conversation: longer than the model reads; its first {forgotten} turns are forgotten")
         reply: list[Part] = []
@@ -82,11 +83,6 @@ class Conversation:
                     yield event
         finally:
             self.engine.cancel(number)
-
-    def _request(self, turn: Message, settings: ReplySettings) -> tuple[Request, Turns]:
-        """Return the request of a turn, and the earlier turns that it remembers."""
-        document, kept = fitting(self.pipe, self.system, self.turns, turn)
-        return replace(self.pipe.request([]), document=document, reuse=True, **settings), kept
 
 
 def fitting(

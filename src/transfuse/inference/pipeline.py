@@ -34,17 +34,7 @@ from ..log import logger
 from ..sequence import Document, Image, Part, Text
 from ..sequence.chat import Message
 from ..vocabulary import PromptReading
-from .arguments import (
-    DrawOptions,
-    ReplySettings,
-    StepEnd,
-    as_output,
-    check_counts,
-    check_numbers,
-    check_output_type,
-    read_prompts,
-    read_seeds,
-)
+from .arguments import DrawOptions, ReplySettings, StepEnd, as_output, check_options, read_prompts, read_seeds
 from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, TextDelta
 from .model_runner import GUIDANCE, Guidance, ModelRunner, compile_blocks
@@ -206,9 +196,8 @@ class TransfusionPipeline:
         column]}) is called after every denoising step, of all candidates; it cannot change the latents. strict: refuse
         prompts with words that training never showed (`Vocabulary`), instead of a warning.
         """
-        check_output_type(output_type)
-        check_counts(num_images_per_prompt=num_images_per_prompt, height=height, width=width)
-        check_numbers(strength=strength, guidance_scale=guidance_scale, eta=eta)
+        counts = {"num_images_per_prompt": num_images_per_prompt, "height": height, "width": width}
+        check_options(output_type, counts, {"strength": strength, "guidance_scale": guidance_scale, "eta": eta})
         prompts, negatives = read_prompts(prompt, negative_prompt, num_images_per_prompt)
         prompts = [self.read_prompt(text, strict).text for text in prompts]
         if image is None and (strength is not None or mask_image is not None):
@@ -303,9 +292,8 @@ class TransfusionPipeline:
     def caption(self, images: ImageSource | Sequence[ImageSource], max_tokens: int = 64) -> list[str]:
         """Describe images, greedily; each must have the size the model was trained on."""
         sources = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
-        requests = [
-            replace(self.request([decode_image(source)]), draw="never", max_tokens=max_tokens) for source in sources
-        ]
+        requests = [self.request([decode_image(source)]) for source in sources]
+        requests = [replace(request, draw="never", max_tokens=max_tokens) for request in requests]
         return [reply.text.strip() for reply in self.replies(requests)]
 
     def generate(self, prompt: Prompt, **settings: Unpack[ReplySettings]) -> Reply:
@@ -344,18 +332,11 @@ class TransfusionPipeline:
             Sampler(process, chosen)
         except ValueError as error:
             raise UserError(f"sampler: {error}") from None
-        request = Request(
-            Document([self.part(part) for part in parts], closed=False),
-            max_tokens=defaults.max_tokens,
-            size=(self.exported.image_size, self.exported.image_size),
-            sampler=chosen,
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            guidance_interval=defaults.guidance_interval if guidance_interval is None else guidance_interval,
-            temperature=defaults.temperature,
-            top_p=defaults.top_p,
-            code_temperature=defaults.code_temperature,
-            code_top_p=defaults.code_top_p,
-        )
+        settings = vars(defaults) | {"sampler": chosen}  # the defaults are named as the fields of a request
+        settings |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        settings |= {} if guidance_interval is None else {"guidance_interval": guidance_interval}
+        document, side = Document([self.part(part) for part in parts], closed=False), self.exported.image_size
+        request = Request(document, size=(side, side), **settings)
         if wrong := out_of_range(request):
             raise UserError(wrong)
         return request

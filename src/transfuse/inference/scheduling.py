@@ -33,10 +33,6 @@ class Flow(Generic[T]):
     running: list[Entry[T]] = field(default_factory=list)
     finish: float = 0.0
 
-    @property
-    def active(self) -> bool:
-        return bool(self.waiting or self.running)
-
 
 class FairQueue(Generic[T]):
     """Requests that wait or run. With one flow this is first come, first served."""
@@ -48,7 +44,9 @@ class FairQueue(Generic[T]):
 
     def push(self, item: T, cost: float, client: str = "", kind: str = "") -> None:
         """Add a request that waits."""
-        self.flows = {key: flow for key, flow in self.flows.items() if flow.active or flow.finish > self.now}
+        self.flows = {
+            key: flow for key, flow in self.flows.items() if flow.waiting or flow.running or flow.finish > self.now
+        }
         self.flows.setdefault((client, kind), Flow(client)).waiting.append(Entry(item, cost))
 
     def start(self, free: bool) -> tuple[T, T | None] | None:
@@ -56,7 +54,7 @@ class FairQueue(Generic[T]):
 
         None: nothing waits, or all that run come first.
         """
-        active = [flow for flow in self.flows.values() if flow.active]
+        active = [flow for flow in self.flows.values() if flow.waiting or flow.running]
         heads: list[tuple[float, int, Flow[T]]] = []
         for number, flow in enumerate(active):
             if flow.waiting:

@@ -62,17 +62,16 @@ def score(exported: Exported, documents: Sequence[Document], batch: int = 32) ->
     return scores
 
 
-def _predicted(document: Document) -> int:
-    return sum(len(part.ids) for part in document.parts if isinstance(part, Text) and part.predict) + document.closed
-
-
 def _batches(documents: Sequence[Document], batch: int, most: int) -> Iterator[list[Document]]:
     """Yield groups of documents in order, with at most `most` predicted tokens unless a group is a single document."""
     group: list[Document] = []
+    predicted = 0
     for document in documents:
-        if group and (len(group) == batch or sum(map(_predicted, group)) + _predicted(document) > most):
+        own = sum(len(part.ids) for part in document.parts if isinstance(part, Text) and part.predict) + document.closed
+        if group and (len(group) == batch or predicted + own > most):
             yield group
-            group = []
+            group, predicted = [], 0
         group.append(document)
+        predicted += own
     if group:
         yield group
