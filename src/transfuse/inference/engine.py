@@ -108,8 +108,11 @@ class Engine:
         started = []
         while (turn := self._queue.start(free=len(self.slots) > 0)) is not None:
             seq, last = turn
-            if last is not None:
-                self._suspend(last)
+            if last is not None:  # its part of the cache waits in host memory
+                last.suspended = self.cache.save(last.slot, last.max_len, last.cfg_len)
+                del self._running[last.number]
+                self.slots.free(last.slot, None)
+                self._waiting[last.number] = last
             del self._waiting[seq.number]
             saved, seq.suspended = seq.suspended, None
             seq.slot, reused = self.slots.allocate(seq.prefix_keys if saved is None else None)
@@ -180,13 +183,6 @@ class Engine:
         kind = "write" if seq.request.draw == "never" else "draw"
         self._queue.push(seq, self.decoder.cost(seq), client, kind)
 
-    def _suspend(self, seq: SequenceState) -> None:
-        """Copy a running sequence's part of the cache to host memory, and free its slot."""
-        seq.suspended = self.cache.save(seq.slot, seq.max_len, seq.cfg_len)
-        del self._running[seq.number]
-        self.slots.free(seq.slot, None)
-        self._waiting[seq.number] = seq
-
     def _leave(self, seq: SequenceState, prefix_keys: PrefixKeys | None) -> None:
         self._queue.remove(seq)
         del self._running[seq.number]
@@ -225,7 +221,7 @@ class Engine:
                     seq.prefix_keys += [*codes, self.grammar.eoi]
             seq.length, seq.finished = step_input.segment.end, None
             seq.position = int(step_input.positions[-1].max()) + 1
-            if seq.drawing is not None:
+            if seq.drawing is not None and isinstance(self.decoder, CodeDecoder):
                 # Of a branch that reads with it, the logits after its last input, BOI.
                 of_branch = [row for (other, _), row in zip(branches, logits[len(seqs) :], strict=True) if other is seq]
                 self.decoder.on_boi(seq, [own, *of_branch[-1:]])

@@ -1,7 +1,7 @@
 """Drawing: denoising steps (Transfusion) or codes one by one (Chameleon), guided by branches of the sequence.
 
-Both decoders have one interface: `start` sets up a drawing, `on_boi` receives the logits after BOI, `step` takes one
-step of every drawing sequence in one pass and yields its progress; a finished image is left in `seq.finished`.
+Both decoders have one interface: `start` sets up a drawing, `step` takes one step of every drawing sequence in one pass
+and yields its progress; a finished image is left in `seq.finished`. `CodeDecoder.on_boi` receives the logits after BOI.
 """
 
 from __future__ import annotations
@@ -43,9 +43,6 @@ class LatentDecoder:
             latent = start.latent.to(self.runner.device)
             seq.drawing = sampler.prepare_from(latent, generator, start.strength, start.mask)
         return open_branches(self.runner, self.cache, seq)
-
-    def on_boi(self, seq: SequenceState, logits: list[Tensor]) -> None:
-        """Do nothing: no token follows BOI."""
 
     def cost(self, seq: SequenceState) -> int:
         """Return the most positions the network may compute for a request: every branch's patches, in every step."""
@@ -90,19 +87,19 @@ class LatentDecoder:
             passes = [list(of_one) for _, of_one in groupby(members, key=lambda member: member[1])]
         predictions: list[Tensor] = []
         for of_pass in passes:
-            inputs = [self._patches(seq, seq.branches[branch]) for seq, branch in of_pass]
+            inputs = []
+            for seq, number in of_pass:
+                assert isinstance(seq.drawing, SamplerState)
+                branch, count, ends = seq.branches[number], seq.patches, None
+                if self.runner.config.image_attention == "causal":
+                    ends = torch.arange(branch.start + 1, branch.start + count + 1, device=self.runner.device)
+                segment = Segment(branch.slot, branch.start, count, ends, branch.origin)
+                grid = self.runner.grammar.grid(Image(seq.drawing.x))
+                positions = self.runner.grammar.patch_positions(branch.position, *grid)
+                patches = StepInput(segment, [0] * count, positions, range(count), [seq.drawing.x], [seq.drawing.t])
+                inputs.append(patches)
             predictions += self.runner.forward(self.cache, inputs, [])[1]
         return _by_sequence(members, predictions)
-
-    def _patches(self, seq: SequenceState, branch: Branch) -> StepInput:
-        assert isinstance(seq.drawing, SamplerState)
-        count, start, ends = seq.patches, branch.start, None
-        if self.runner.config.image_attention == "causal":
-            ends = torch.arange(start + 1, start + count + 1, device=self.runner.device)
-        segment = Segment(branch.slot, start, count, ends, branch.origin)
-        grid = self.runner.grammar.grid(Image(seq.drawing.x))
-        positions = self.runner.grammar.patch_positions(branch.position, *grid)
-        return StepInput(segment, [0] * count, positions, range(count), [seq.drawing.x], [seq.drawing.t])
 
 
 class CodeDecoder:
@@ -183,7 +180,9 @@ def open_branches(runner: ModelRunner, cache: KeyValueCache, seq: SequenceState)
     if null_scale != 1 and read is None:
         known = len(runner.null_tokens)
         origin -= known + seq.patches
-        cache.copy(seq.slot, origin, runner.null_branch()[0], known)
+        null = runner.null_branch()[0]
+        for store, prefix in ((cache.keys, null.keys), (cache.values, null.values)):
+            store[:, seq.slot, :, origin : origin + known] = prefix[:, 0, :, :known]
         null_branches = [Branch(seq.slot, known, known, origin)]
     if image_scale is not None:
         read = Document([replace(image, target=False) for image in seq.seen], closed=False)

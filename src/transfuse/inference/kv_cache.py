@@ -48,7 +48,7 @@ class KeyValueCache:
         self.shape = (config.n_layers, slots, config.kv_heads, self.positions, config.head_dim)
         self.queries = config.n_heads // config.kv_heads
         self.window, self.windowed = config.sliding_window, config.windowed
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device, self.graphs = dtype, torch.device(device), GraphCache()
 
     @cached_property
     def keys(self) -> Tensor:
@@ -57,14 +57,6 @@ class KeyValueCache:
     @cached_property
     def values(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-
-    @cached_property
-    def graphs(self) -> GraphCache:
-        return GraphCache()
-
-    def cuts(self, segment: Segment) -> bool:
-        """Return True if a sliding window hides keys from some position of a segment."""
-        return self.window is not None and segment.end > self.window
 
     def clear(self, slot: int, start: int, end: int) -> None:
         """Zero positions of a slot, to the end of the block, so that no NaN of an earlier sequence remains."""
@@ -86,11 +78,6 @@ class KeyValueCache:
             count = part.shape[2]
             start = 0 if number < 2 else self.positions - count
             store[:, slot, :, start : start + count] = part.to(self.device)
-
-    def copy(self, slot: int, start: int, other: KeyValueCache, count: int) -> None:
-        """Copy the first `count` positions of another cache's only sequence to `start`."""
-        for store, source in ((self.keys, other.keys), (self.values, other.values)):
-            store[:, slot, :, start : start + count] = source[:, 0, :, :count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,20 +107,20 @@ class Cached:
     """
 
     def __init__(self, cache: KeyValueCache, segments: Sequence[Segment], recorded: bool = False) -> None:
-        def n_keys(segment: Segment) -> int:
-            # A function of the segment alone, never of its neighbours: sums of other lengths round differently.
-            if segment.count > FEW:
-                return segment.end
-            return min(-(-segment.end // BLOCK) * BLOCK, cache.positions - segment.origin)
-
         def kind(numbered: tuple[int, Segment]) -> tuple[int, int, int, int, bool, bool]:
+            """Return what segments of one call have in common: neighbouring slots, origins, counts, keys and masks."""
             number, segment = numbered
+            # A function of the segment alone, never of its neighbours: sums of other lengths round differently.
+            n_keys = segment.end
+            if segment.count <= FEW:
+                n_keys = min(-(-segment.end // BLOCK) * BLOCK, cache.positions - segment.origin)
             unmasked = segment.count > FEW and segment.ends is None
-            return segment.slot - number, segment.origin, segment.count, n_keys(segment), unmasked, cache.cuts(segment)
+            hides = cache.window is not None and segment.end > cache.window
+            return segment.slot - number, segment.origin, segment.count, n_keys, unmasked, hides
 
-        # Neighbouring slots share a call where counts, keys and origins are equal.
-        runs = [[segment for _, segment in members] for _, members in groupby(enumerate(segments), kind)]
-        self.calls = [_Call(cache, run, n_keys(run[0]), recorded) for run in runs]
+        self.calls: list[_Call] = []
+        for (_, _, _, n_keys, _, hides), run in groupby(enumerate(segments), kind):
+            self.calls.append(_Call(cache, [segment for _, segment in run], n_keys, hides, recorded))
         self.sizes = [call.positions for call in self.calls]
         self.shape = tuple(call.shape for call in self.calls)
         tensors = (tensor for call in self.calls for tensor in (*call.masks, *(call.places or ())))
@@ -156,17 +143,18 @@ class _Call:
 
     places: (slot, position) of each new position, unless all segments start at the same position; always where
     `recorded`, because a recording must not contain where they start.
+    hides: a sliding window hides keys from some position.
     masks: added to the scores, of layers without and with a sliding window; `[slot, 1, query, key]`, None where every
     query sees every key; of few queries on CPU `[slot * key head, queries of all its heads, key]`.
     """
 
-    def __init__(self, cache: KeyValueCache, run: Sequence[Segment], length: int, recorded: bool) -> None:
+    def __init__(self, cache: KeyValueCache, run: Sequence[Segment], length: int, hides: bool, recorded: bool) -> None:
         first = run[0]
         self.rows, self.count = len(run), first.count
         self.positions = self.rows * self.count
         self.plain = cache.device.type == "cpu" and self.count <= FEW
         mask = self._mask(cache, run, length)
-        self.masks = mask, self._mask(cache, run, length, windowed=True) if cache.cuts(first) else mask
+        self.masks = mask, self._mask(cache, run, length, windowed=True) if hides else mask
         self.windowed = cache.windowed
         unmasked = [mask is None for mask in self.masks]
         self.shape = first.slot, self.rows, self.count, first.origin, length, *unmasked
