@@ -38,8 +38,7 @@ from transfuse.devices import keep_freed_memory
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Done, Engine, ImageProgress, Request
-from transfuse.inference.onednn import pack
-from transfuse.inference.quantize import Quantize, check_quantize, quantize_blocks
+from transfuse.inference.optimize import Quantize, check_quantize, pack, quantize_blocks
 from transfuse.model import ModelConfig, Transfusion
 from transfuse.model.costs import train_flops
 from transfuse.sequence import Document, Image, Text, Tokenizer, collate

@@ -28,7 +28,7 @@ from transfuse.devices import keep_freed_memory
 from transfuse.diffusion import Process, SamplerConfig
 from transfuse.export import Exported
 from transfuse.inference import Engine, Request
-from transfuse.inference.onednn import pack
+from transfuse.inference.optimize import pack
 from transfuse.recipes import Recipe, preset
 from transfuse.sequence import Document, Text, Tokenizer
 from transfuse.training import Trainer

@@ -38,7 +38,8 @@ from transfuse.autoencoders import Pixels
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Engine, Request
-from transfuse.inference.model_runner import ModelRunner, compile_blocks
+from transfuse.inference.model_runner import ModelRunner
+from transfuse.inference.optimize import compile_blocks
 from transfuse.model import ModelConfig, Transfusion, dense, flexible
 from transfuse.model.costs import Load, count_parameters, train_flops
 from transfuse.plan import memory

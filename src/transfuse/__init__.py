@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .evaluate import evaluate_model as evaluate
     from .inference import TransfusionPipeline
-    from .inference.quantize import Quantize
+    from .inference.optimize import Quantize
     from .recipes import Recipe, preset
     from .runs import read_curves as curves
     from .train import train_recipe as train

@@ -14,7 +14,7 @@ from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, VQTokeni
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.export import Exported, GenerationConfig
 from transfuse.inference import Engine, Event, Request, Start
-from transfuse.inference.onednn import pack
+from transfuse.inference.optimize import pack
 from transfuse.model import ModelConfig
 from transfuse.sequence import Document, Image, Text, Tokenizer
 

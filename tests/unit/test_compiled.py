@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 import transfuse
 from transfuse.export import load_export
 from transfuse.inference import TransfusionPipeline
-from transfuse.inference.model_runner import compile_blocks
+from transfuse.inference.optimize import compile_blocks
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from conftest import exported, latent, randomised, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from transfuse.inference import Engine, ImageEnd, Request, TextDelta
-from transfuse.inference.onednn import pack
+from transfuse.inference.optimize import pack
 from transfuse.model import Grouped, ModelConfig, Transfusion, dense
 from transfuse.sequence import Batch, Document, Image, Text, Tokenizer, collate
 from transfuse.training import Distributed, ParallelConfig, parallelize

@@ -427,7 +427,7 @@ def test_bad_sizes_name_the_field() -> None:
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_packed_weights_change_nothing(grammar: SequenceFormat, mixed, compute: torch.dtype) -> None:
-    from transfuse.inference.onednn import PackedLinear, can_pack, pack
+    from transfuse.inference.optimize import PackedLinear, can_pack, pack
 
     model = randomised(tiny(), compute_dtype=compute).to(compute).eval().requires_grad_(False)
     batch = collate(mixed, grammar)

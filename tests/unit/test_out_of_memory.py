@@ -11,7 +11,7 @@ from engines import coded
 
 from transfuse.inference import Done, Engine, Event, Failed, ImageEnd, TextDelta, TransfusionPipeline
 from transfuse.inference.model_runner import ModelRunner
-from transfuse.inference.onednn import pack
+from transfuse.inference.optimize import pack
 
 PROMPTS = ["a crab", "two balloons on a red background", "the moon is above", "hello"]
 

@@ -11,7 +11,7 @@ import torch
 import transfuse
 from transfuse.errors import UserError
 from transfuse.inference import TransfusionPipeline
-from transfuse.inference.onednn import PackedLinear
+from transfuse.inference.optimize import PackedLinear
 from transfuse.model.layers import Linear
 
 

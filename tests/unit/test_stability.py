@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from transfuse.convert.architectures import hf_config
 from transfuse.diffusion import DiffusionConfig, Process
-from transfuse.inference.onednn import pack
+from transfuse.inference.optimize import pack
 from transfuse.model import dense
 from transfuse.model.layers import rotary_table, rotate
 from transfuse.sequence import SequenceFormat, collate

@@ -10,7 +10,7 @@ from conftest import exported, latent, randomised, tiny
 
 from transfuse.diffusion import Sampler, SamplerConfig
 from transfuse.inference import Engine, ImageEnd, Request
-from transfuse.inference.onednn import pack
+from transfuse.inference.optimize import pack
 from transfuse.model import Transfusion, dense
 from transfuse.model.costs import adapter_flops, count_parameters, forward_flops
 from transfuse.rng import generator_for

@@ -12,7 +12,7 @@ from conftest import exported
 
 from transfuse.inference import Engine, TransfusionPipeline
 from transfuse.inference.model_runner import GUIDANCE, ModelRunner, StepInput
-from transfuse.inference.onednn import pack
+from transfuse.inference.optimize import pack
 from transfuse.sequence import Tokenizer
 
 

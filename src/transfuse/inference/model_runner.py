@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..export import Exported
-from ..model import Output, Transfusion
+from ..model import Output
 from ..model.layers import rotary_table
 from ..sequence import Document, Image, Images, Layout, join_positions, layout_document, stacked, unconditional, visible
 from .cuda_graphs import CudaGraphs, Record
@@ -157,18 +157,3 @@ class ModelRunner:
             logits, _ = self.forward(cache, [StepInput(segment, self.null_tokens, np.arange(count))], [count - 1])
             self._null = cache, logits[0]
         return self._null
-
-
-def compile_blocks(model: Transfusion, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile a loaded model's blocks in place with torch.compile, when they first run.
-
-    Only the code before and after attention is compiled: attention reads and writes the cache by slots. Both parts are
-    the same code in every block and leave the number of positions open, so few graphs serve any depth and batch. torch
-    keeps compiled code for the next start in TORCHINDUCTOR_CACHE_DIR. For its effect see docs/benchmarks.md.
-    """
-    names = ["project_qkv", "finish"]
-    if model.config.experts != "shared":
-        names += ["project_image_qkv", "finish_image"]
-    for block in model.transformer.blocks:
-        for name in names:
-            setattr(block, name, torch.compile(getattr(block, name), dynamic=True, fullgraph=True, backend=backend))

@@ -37,9 +37,8 @@ from ..vocabulary import PromptReading
 from .arguments import DrawOptions, ReplySettings, StepEnd, as_output, check_options, read_prompts, read_seeds
 from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, TextDelta
-from .model_runner import GUIDANCE, Guidance, ModelRunner, compile_blocks
-from .onednn import pack
-from .quantize import Quantize, check_quantize, quantize_blocks
+from .model_runner import GUIDANCE, Guidance, ModelRunner
+from .optimize import Quantize, check_quantize, compile_blocks, pack, quantize_blocks
 from .scoring import score
 from .sequence_state import Request, Start, with_image_guidance
 from .settings import latent_mask

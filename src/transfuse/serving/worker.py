@@ -36,7 +36,7 @@ from ..vocabulary import PromptReading
 if TYPE_CHECKING:
     from ..inference import Request
     from ..inference.model_runner import Guidance
-    from ..inference.quantize import Quantize
+    from ..inference.optimize import Quantize
     from ..sequence import Image
 
     Prepared = tuple[Request, tuple[PromptReading, ...]]

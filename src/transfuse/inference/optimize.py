@@ -1,17 +1,26 @@
-"""Weights in oneDNN's own layout, for inference on a CPU: up to three times as fast as plain products.
+"""Ways to make a loaded model faster, in place: weights packed for oneDNN or kept in eight bits, and compiled blocks.
 
-A plain product converts the weight at every call, or reads it inefficiently. Only oneDNN's operators accept the packed
-layout, so a packed model is for inference alone.
+A plain product on a CPU converts the weight at every call, or reads it inefficiently. In oneDNN's own layout it is up
+to three times as fast, but only oneDNN's operators accept the layout, so a packed model is for inference alone.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError, install_command
+from ..model import Transfusion
 from ..model.layers import Linear, RMSNorm, TiedLinear, TimestepModulation, Tower
+
+Quantize = Literal["int8", "float8"]
+TORCHAO: dict[Quantize, str] = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
+"""torchao's formats for weights alone"""
 
 
 class PackedLinear(nn.Module):
@@ -76,3 +85,47 @@ def pack(model: nn.Module) -> None:
                 continue
             if child.weight.device.type == "cpu" and can_pack(child.weight.dtype):
                 setattr(parent, name, PackedLinear(child))
+
+
+def check_quantize(kind: Quantize, device: torch.device) -> Any:
+    """Return torchao's quantization module, before any weight is read.
+
+    Raises UserError where it is not installed, or float8 lacks CUDA of compute capability 8.9.
+    """
+    if kind not in TORCHAO:
+        raise UserError(f"quantize: expected {' or '.join(TORCHAO)}, found {kind}")
+    if kind == "float8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise UserError(f"quantize: float8: expected CUDA with compute capability 8.9 or newer, found {device.type}")
+    try:
+        return importlib.import_module("torchao.quantization")
+    except ImportError:
+        raise UserError(f"quantize: expected torchao, found none; {install_command('quantize')}") from None
+
+
+def quantize_blocks(model: Transfusion, kind: Quantize, torchao: Any) -> None:
+    """Replace the weights of the blocks' linear maps by eight bits, in place. torchao: from `check_quantize`.
+
+        int8     CPU or CUDA: whole numbers, one scale per output, multiplied in the model's dtype
+        float8   CUDA: e4m3, likewise
+
+    Embedding, head and patch layers keep their precision: they are small, and rounding them is visible. Products are
+    torch's, not oneDNN's packed ones: a sequence's last bits depend on its batch.
+    """
+    torchao.quantize_(
+        model.transformer.blocks, getattr(torchao, TORCHAO[kind])(), lambda m, _: isinstance(m, nn.Linear)
+    )
+
+
+def compile_blocks(model: Transfusion, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile a loaded model's blocks in place with torch.compile, when they first run.
+
+    Only the code before and after attention is compiled: attention reads and writes the cache by slots. Both parts are
+    the same code in every block and leave the number of positions open, so few graphs serve any depth and batch. torch
+    keeps compiled code for the next start in TORCHINDUCTOR_CACHE_DIR. For its effect see docs/benchmarks.md.
+    """
+    names = ["project_qkv", "finish"]
+    if model.config.experts != "shared":
+        names += ["project_image_qkv", "finish_image"]
+    for block in model.transformer.blocks:
+        for name in names:
+            setattr(block, name, torch.compile(getattr(block, name), dynamic=True, fullgraph=True, backend=backend))
