@@ -22,11 +22,9 @@ from .sequence_state import Request
 if TYPE_CHECKING:
     from .pipeline import PromptPart, TransfusionPipeline
 
-ROOM = 64
-"""positions that are left for a reply's words, on top of those of an image"""
+ROOM = 64  # positions that are left for a reply's words, on top of those of an image
 
-Turns = list[tuple[Message, Message]]
-"""what the person and the model said"""
+Turns = list[tuple[Message, Message]]  # what the person and the model said
 
 
 class Conversation:

@@ -24,8 +24,7 @@ Record = Callable[[Work], tuple[Callable[[], object], Output]]
 Recording = tuple[Sequence[Tensor], Callable[[], object], Output]
 """the tensors that a replay reads, the replay, and the tensors it writes"""
 
-KEPT = 64
-"""shapes that are remembered, recorded or seen once: the latest"""
+KEPT = 64  # shapes that are remembered, recorded or seen once: the latest
 
 
 class CudaGraphs:

@@ -23,8 +23,7 @@ from .model_runner import ModelRunner, StepInput
 from .sequence_state import Branch, CodeDrawing, SequenceState, split_on_oom
 
 Progress = Iterator[tuple[SequenceState, ImageProgress | None]]
-Member = tuple[SequenceState, int]
-"""a sequence, and the number of one of its branches"""
+Member = tuple[SequenceState, int]  # a sequence, and the number of one of its branches
 
 
 class LatentDecoder:

@@ -17,21 +17,17 @@ from ..sequence import Document, Image, Images, Layout, join_positions, layout_d
 from .cuda_graphs import CudaGraphs, Record
 from .kv_cache import Cached, KeyValueCache, Segment
 
-Guidance = Literal["packed", "sequential"]
-"""compute the branches of guided images in one pass, or in one pass each"""
+Guidance = Literal["packed", "sequential"]  # compute the branches of guided images in one pass, or in one pass each
 GUIDANCE: tuple[Guidance, ...] = ("packed", "sequential")
 
 
 @dataclass(eq=False)
 class StepInput:
-    """New positions of one sequence for a pass; `patches` are offsets of image patches within `tokens`.
-
-    positions   rotary positions, as in `Layout`; those of text alone are a run from where the sequence stands
-    """
+    """New positions of one sequence for a pass; `patches` are offsets of image patches within `tokens`."""
 
     segment: Segment
     tokens: Sequence[int]
-    positions: np.ndarray
+    positions: np.ndarray  # rotary, as in `Layout`; those of text alone are a run from where the sequence stands
     patches: Sequence[int] = ()
     latents: Sequence[Tensor] = ()
     timesteps: Sequence[int] = ()

@@ -47,8 +47,7 @@ PromptPart = str | Part | Path | bytes | PIL.Image.Image | np.ndarray
 """Text, a part of a document, or an image as `images.decode_image` takes it; a str is text, a `Path` an image file."""
 Prompt = str | Sequence[PromptPart]
 
-CANDIDATE = 1_000_003
-"""the difference between the seeds of two candidates"""
+CANDIDATE = 1_000_003  # the difference between the seeds of two candidates
 
 
 @dataclass

@@ -39,8 +39,7 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self.flows: dict[tuple[str, str], Flow[T]] = {}
-        self.now = 0.0
-        """the virtual time: the start of the earliest request that runs"""
+        self.now = 0.0  # the virtual time: the start of the earliest request that runs
 
     def push(self, item: T, cost: float, client: str = "", kind: str = "") -> None:
         """Add a request that waits."""

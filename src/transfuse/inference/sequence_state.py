@@ -22,12 +22,9 @@ from .model_runner import ModelRunner
 
 T = TypeVar("T")
 
-REPLACEMENT = "\ufffd"
-"""the character that a decoder gives for bytes that are no character, or not yet one"""
-MAX_PENALTY = 2.0
-"""of presence and frequency, in logits (OpenAI's bound)"""
-LONGEST_PREFIX = 3
-"""bytes of a character that lacks its last one, so at most as many replacements"""
+REPLACEMENT = "\ufffd"  # the character that a decoder gives for bytes that are no character, or not yet one
+MAX_PENALTY = 2.0  # of presence and frequency, in logits (OpenAI's bound)
+LONGEST_PREFIX = 3  # bytes of a character that lacks its last one, so at most as many replacements
 
 
 @dataclass(frozen=True, eq=False)

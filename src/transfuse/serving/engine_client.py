@@ -32,20 +32,13 @@ from .worker import Accepted, Job, Refused, Started, WorkerConfig, WorkerMessage
 
 @dataclass(frozen=True)
 class QueueConfig:
-    """Limits of what waits and runs.
+    """Limits of what waits and runs."""
 
-    requests   most requests at a time
-    cost       most positions that the network computes for all of them
-    share      most of either that one client may hold, unless its key says otherwise
-    deadline   seconds from a request's first byte to its end, waiting included; a client may ask for fewer
-    restarts   most replacements of a dead worker within a minute, before the server gives up
-    """
-
-    requests: int = 64
-    cost: int = 4_000_000
-    share: float = 0.75
-    deadline: float = 300.0
-    restarts: int = 5
+    requests: int = 64  # most requests at a time
+    cost: int = 4_000_000  # most positions that the network computes for all of them
+    share: float = 0.75  # most of either that one client may hold, unless its key says otherwise
+    deadline: float = 300.0  # seconds from a request's first byte to its end, with waiting; a client may ask for fewer
+    restarts: int = 5  # most replacements of a dead worker within a minute, before the server gives up
 
 
 @dataclass(frozen=True)
@@ -74,10 +67,8 @@ class RequestStream:
     started: float | None = None
     accepted: Accepted = field(default=Accepted(0, 0, 0, cost=0))
     """how the worker has read the job; its cost is 0 until then"""
-    suspected: int = 0
-    """workers that died while this may have been what they read"""
-    seen: set[str] = field(default_factory=set)
-    """kinds of output so far"""
+    suspected: int = 0  # workers that died while this may have been what they read
+    seen: set[str] = field(default_factory=set)  # kinds of output so far
     queue: deque[Event | Exception] = field(default_factory=deque)
 
     def put(self, event: Event | Exception) -> None:
@@ -132,24 +123,17 @@ class EngineClient:
     ) -> None:
         self.config, self.limits, self.start_worker = worker, limits, start_worker
         self.metrics = Metrics()
-        self.failure: str | None = None
-        """why there will be no worker again"""
+        self.failure: str | None = None  # why there will be no worker again
         self.draining = False
-        self.streams: dict[int, RequestStream] = {}
-        """the requests that wait or run, in order of arrival"""
-        self.arriving: Counter[str] = Counter()
-        """requests whose bodies are being read, by client"""
-        self.worker: WorkerProcess | None = None
-        """the worker that gets new requests; others finish what they have"""
-        self.next: WorkerProcess | None = None
-        """the worker that takes its place once it has loaded its model"""
-        self.stopped = asyncio.Event()
-        """set when there will be no further worker"""
+        self.streams: dict[int, RequestStream] = {}  # the requests that wait or run, in order of arrival
+        self.arriving: Counter[str] = Counter()  # requests whose bodies are being read, by client
+        self.worker: WorkerProcess | None = None  # the worker that gets new requests; others finish what they have
+        self.next: WorkerProcess | None = None  # the worker that takes its place once it has loaded its model
+        self.stopped = asyncio.Event()  # set when there will be no further worker
         self._ids = itertools.count()
         self._deaths: deque[float] = deque()
         self._last_end = 0.0
-        self._interval = 1.0
-        """seconds between the ends of requests, while there are some"""
+        self._interval = 1.0  # seconds between the ends of requests, while there are some
 
     @property
     def model(self) -> dict[str, Any] | None:

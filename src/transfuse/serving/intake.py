@@ -36,21 +36,16 @@ from .protocol import ApiError, ChatRequest, EditRequest, GenerationOptions, Ima
 from .worker import Job, process_context
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 16_000_000
-"""of one image"""
-MAX_REQUEST_PIXELS = 64_000_000
-"""of all images of a request"""
+MAX_PIXELS = 16_000_000  # of one image
+MAX_REQUEST_PIXELS = 64_000_000  # of all images of a request
 MAX_IMAGES = 16
-MAX_VALUES = 1_000_000
-"""most commas and brackets of a JSON body: each may become an object of 60 bytes and more"""
-SMALL = 16_384
-"""bytes of a body that is read on the event loop"""
+MAX_VALUES = 1_000_000  # most commas and brackets of a JSON body: each may become an object of 60 bytes and more
+SMALL = 16_384  # bytes of a body that is read on the event loop
 PROCESSES = 2
 KINDS: dict[str, type[GenerationOptions]] = {"chat": ChatRequest, "images": ImagesRequest, "edits": EditRequest}
 
 
-Read = tuple[Any, list[Job]]
-"""a request's fields without the content of messages and files, and its jobs"""
+Read = tuple[Any, list[Job]]  # a request's fields without the content of messages and files, and its jobs
 
 
 def parse(kind: str, content_type: str, body: bytes) -> Any:

@@ -26,11 +26,9 @@ from .engine_client import EngineClient, Share
 from .protocol import ApiError
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-OPEN = ("/", "/health", "/ready")
-"""routes that need no key"""
+OPEN = ("/", "/health", "/ready")  # routes that need no key
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-9]*)?", re.IGNORECASE)
-FREE = 65_536
-"""bytes of each body that do not count against the budget"""
+FREE = 65_536  # bytes of each body that do not count against the budget
 
 
 @dataclass(frozen=True)
@@ -45,24 +43,15 @@ class Key:
 
 @dataclass(frozen=True)
 class AccessConfig:
-    """Limits of every HTTP request.
+    """Limits of every HTTP request."""
 
-    keys       accepted as `Authorization: Bearer KEY`, on all routes but `OPEN`; empty: no key is needed
-    hosts      names that a request may be addressed to, which keeps other sites' pages out; empty: any
-    origins    other sites whose pages may send requests (CORS), such as https://chat.example; "*": all
-    max_body   bytes
-    bodies     bytes of all bodies that are being read; of one client three quarters of them
-    patience   seconds to wait for the next piece of a body, or for the client to take one of a response
-    root_path  prefix of all paths under a proxy
-    """
-
-    keys: tuple[Key, ...] = ()
-    hosts: tuple[str, ...] = LOOPBACK
-    origins: tuple[str, ...] = ()
-    max_body: int = 32_000_000
-    bodies: int = 128_000_000
-    patience: float = 30.0
-    root_path: str = ""
+    keys: tuple[Key, ...] = ()  # accepted as `Authorization: Bearer KEY`, except on `OPEN`; empty: no key is needed
+    hosts: tuple[str, ...] = LOOPBACK  # names a request may be addressed to, to keep other sites' pages out; empty: any
+    origins: tuple[str, ...] = ()  # other sites whose pages may send requests (CORS), as https://a.example; "*": all
+    max_body: int = 32_000_000  # bytes
+    bodies: int = 128_000_000  # bytes of all bodies that are being read; of one client three quarters of them
+    patience: float = 30.0  # seconds to wait for the next piece of a body, or for the client to take one of a response
+    root_path: str = ""  # prefix of all paths under a proxy
 
 
 def read_keys(path: Path | None, environment: str = "") -> tuple[Key, ...]:
@@ -112,8 +101,7 @@ class Middleware:
 
     def __init__(self, app: ASGIApp, client: EngineClient, config: Callable[[], AccessConfig]) -> None:
         self.app, self.client, self.config = app, client, config
-        self.bodies: Counter[str] = Counter()
-        """bytes of bodies that are being read, by client"""
+        self.bodies: Counter[str] = Counter()  # bytes of bodies that are being read, by client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -21,8 +21,7 @@ from ..config import nearest
 from ..errors import UserError
 from .worker import Job
 
-MAX_TEXT = 100_000
-"""characters of one text"""
+MAX_TEXT = 100_000  # characters of one text
 ANY = object()
 SAYS_NOTHING: dict[str, tuple[object, ...]] = {
     "tools": ([],),
@@ -180,12 +179,9 @@ class StreamOptions(Strict):
     """Chunks of a chat's stream."""
 
     include_usage: Bool = False
-    include_obfuscation: Bool = False
-    """ignored"""
-    include_progress: Bool = False
-    """add chunks with a field `progress`: how far an image is, and previews"""
-    preview_every: Annotated[Int, Field(ge=1, le=1000)] = 5
-    """denoising steps between previews"""
+    include_obfuscation: Bool = False  # ignored
+    include_progress: Bool = False  # add chunks with a field `progress`: how far an image is, and previews
+    preview_every: Annotated[Int, Field(ge=1, le=1000)] = 5  # denoising steps between previews
 
 
 class ChatRequest(GenerationOptions):
@@ -243,8 +239,7 @@ class ImagesRequest(GenerationOptions):
 
     prompt: Annotated[String, Field(min_length=1)]
     n: Annotated[Int, Field(ge=1, le=10)] | None = 1
-    response_format: Literal["b64_json"] | None = None
-    """a URL is never given: nothing is kept"""
+    response_format: Literal["b64_json"] | None = None  # a URL is never given: nothing is kept
     output_format: Literal["png"] | None = None
     stream: Bool | None = False
     partial_images: Annotated[Int, Field(ge=0, le=3)] | None = None

@@ -29,33 +29,24 @@ from .middleware import AccessConfig, address_of
 from .protocol import ApiError
 from .worker import WorkerConfig
 
-ACCEPTED = 16
-"""connections that are accepted in one turn of the event loop, so that a flood of them does not delay the others"""
+ACCEPTED = 16  # connections accepted in one turn of the event loop, so that a flood of them delays no others
 CHUNKS, CHUNK = 256, 64
 """after the first number of chunks of a body, the second is the fewest bytes that they must have on average"""
-WAITING = 512
-"""connections that the system keeps until they are accepted"""
+WAITING = 512  # connections that the system keeps until they are accepted
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The address of a server, and how it listens.
-
-    drain         seconds to finish what runs before it stops
-    cert, key     TLS certificate chain and private key, PEM files
-    aliases       other names of the model
-    connections   most at a time; of one address half of them
-    idle          seconds for a connection to send the whole head of a request
-    """
+    """The address of a server, and how it listens."""
 
     host: str = "127.0.0.1"
     port: int = 8000
-    drain: float = 30.0
-    cert: Path | None = None
+    drain: float = 30.0  # seconds to finish what runs before it stops
+    cert: Path | None = None  # TLS certificate chain, a PEM file; `key` is its private key, another
     key: Path | None = None
-    aliases: tuple[str, ...] = ()
-    connections: int = 512
-    idle: float = 20.0
+    aliases: tuple[str, ...] = ()  # other names of the model
+    connections: int = 512  # most at a time; of one address half of them
+    idle: float = 20.0  # seconds for a connection to send the whole head of a request
 
 
 class Parser(h11.Connection):
@@ -84,10 +75,8 @@ class BoundedProtocol(H11Protocol):
     """
 
     limits = ServerConfig()
-    open: ClassVar[dict[BoundedProtocol, None]] = {}
-    """all connections, those first that have been idle for longest"""
-    of_address: ClassVar[Counter[str]] = Counter()
-    """their number, by address"""
+    open: ClassVar[dict[BoundedProtocol, None]] = {}  # all connections, those first that have been idle for longest
+    of_address: ClassVar[Counter[str]] = Counter()  # their number, by address
     began: float | None = None
     timer: asyncio.TimerHandle | None = None
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..inference import TransfusionPipeline
 
-ARCHITECTURE = "TransfusionPipeline"
-"""`_class_name` in an export's model_index.json"""
+ARCHITECTURE = "TransfusionPipeline"  # `_class_name` in an export's model_index.json
 
 
 def register() -> None:

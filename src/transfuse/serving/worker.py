@@ -46,22 +46,14 @@ OUT_OF_MEMORY = "out of memory: ask for fewer or smaller pictures, or a shorter 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """The model, and how it computes.
+    """The model, and how it computes."""
 
-    model      export folder, or a bundled model's name
-    slots      requests that run together
-    guidance   "packed" or "sequential"; None: the faster of the two, timed at the start
-    quantize   eight-bit weights for the blocks
-    compile    compile the blocks before the first request
-    graphs     record and replay repeated passes, on CUDA
-    """
-
-    model: str
-    slots: int = 8
-    guidance: Guidance | None = None
-    quantize: Quantize | None = None
-    compile: bool = False
-    graphs: bool = True
+    model: str  # export folder, or a bundled model's name
+    slots: int = 8  # requests that run together
+    guidance: Guidance | None = None  # "packed" or "sequential"; None: the faster of the two, timed at the start
+    quantize: Quantize | None = None  # eight-bit weights for the blocks
+    compile: bool = False  # compile the blocks before the first request
+    graphs: bool = True  # record and replay repeated passes, on CUDA
     device: Device = "auto"
     precision: Precision = "auto"
 
@@ -90,18 +82,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Accepted:
-    """A job waits for a slot.
-
-    prompt_tokens   positions of its prompt, `image_tokens` of them those of images
-    cost            the most positions that the network computes for it
-    readings        its texts as the model reads them, with the words that it does not know
-    """
+    """A job waits for a slot."""
 
     request_id: int
-    prompt_tokens: int
+    prompt_tokens: int  # positions of its prompt, `image_tokens` of them those of images
     image_tokens: int
-    cost: int
-    readings: tuple[PromptReading, ...] = ()
+    cost: int  # the most positions that the network computes for it
+    readings: tuple[PromptReading, ...] = ()  # its texts as the model reads them, with the words that it does not know
 
 
 @dataclass(frozen=True)
