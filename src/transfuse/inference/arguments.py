@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, TypedDict
 
-import numpy as np
-import PIL.Image
 import torch
 
 from ..diffusion import SamplerConfig
@@ -68,13 +66,6 @@ class ReplySettings(TypedDict, total=False):
     code_top_p: float
     seed: int
     preview_every: int
-
-
-def as_output(pixels: np.ndarray, kind: str) -> PIL.Image.Image | np.ndarray | torch.Tensor:
-    """Return uint8 pixels `[row, column, 3]` as "pil", "np" (as they are) or "pt" (float32 `[3, row, column]`)."""
-    if kind == "pt":
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-    return PIL.Image.fromarray(pixels) if kind == "pil" else pixels
 
 
 def check_options(output_type: str, counts: dict[str, int | None], numbers: dict[str, float | None]) -> None:

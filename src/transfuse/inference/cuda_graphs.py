@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -49,11 +50,11 @@ class CudaGraphs:
         return graph.replay, output
 
 
+@dataclass(eq=False)
 class GraphCache:
     """The recordings of one key-value cache, by the shape of the pass."""
 
-    def __init__(self) -> None:
-        self._seen: OrderedDict[Hashable, Recording | None] = OrderedDict()
+    _seen: OrderedDict[Hashable, Recording | None] = field(default_factory=OrderedDict)
 
     def run(self, record: Record, shape: Hashable, inputs: Sequence[Tensor], work: Work) -> Output:
         """Run `work`, or replay a recording of it if this shape came before.

@@ -109,7 +109,8 @@ class Engine:
         while (turn := self._queue.start(free=len(self.slots) > 0)) is not None:
             seq, last = turn
             if last is not None:  # its part of the cache waits in host memory
-                last.suspended = self.cache.save(last.slot, last.max_len, last.cfg_len)
+                parts = self.cache.views(last.slot, last.max_len, last.cfg_len)
+                last.suspended = [part.to("cpu", copy=True) for part in parts]
                 del self._running[last.number]
                 self.slots.free(last.slot, None)
                 self._waiting[last.number] = last
@@ -125,7 +126,8 @@ class Engine:
                 seq.length = reused
                 started.append(seq.number)
             else:
-                self.cache.restore(seq.slot, saved)
+                for part, old in zip(self.cache.views(seq.slot, seq.max_len, seq.cfg_len), saved, strict=True):
+                    part.copy_(old)
                 seq.branches = [replace(branch, slot=seq.slot) for branch in seq.branches]
         return started
 

@@ -7,7 +7,7 @@ and yields its progress; a finished image is left in `seq.finished`. `CodeDecode
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -26,15 +26,16 @@ Progress = Iterator[tuple[SequenceState, ImageProgress | None]]
 Member = tuple[SequenceState, int]  # a sequence, and the number of one of its branches
 
 
+@dataclass(eq=False)
 class LatentDecoder:
     """Draws latents: the patches of every sequence, one sampler step each."""
 
-    def __init__(self, runner: ModelRunner, cache: KeyValueCache) -> None:
-        self.runner, self.cache, self.process = runner, cache, runner.exported.process
+    runner: ModelRunner
+    cache: KeyValueCache
 
     def start(self, seq: SequenceState) -> list[StepInput]:
         """Set up the drawing of the image that begins at `seq.length`; return what its other branches read first."""
-        sampler, start = Sampler(self.process, seq.request.sampler), seq.request.start
+        sampler, start = Sampler(self.runner.exported.process, seq.request.sampler), seq.request.start
         generator = generator_for(seq.request.seed, "image", seq.images)
         if start is None or seq.images:
             seq.drawing = sampler.prepare(seq.shape, generator, device=self.runner.device)
@@ -56,7 +57,7 @@ class LatentDecoder:
             for seq in part:
                 before, every, progress = seq.drawing, seq.request.preview_every, None
                 assert isinstance(before, SamplerState)
-                sampler, state = Sampler(self.process, seq.request.sampler), before
+                sampler, state = Sampler(self.runner.exported.process, seq.request.sampler), before
                 if own := predictions.get(seq.number):
                     state = sampler.step(before, guide(own, seq.scales[: len(own) - 1]))
                     seq.evaluations += 1
@@ -77,14 +78,14 @@ class LatentDecoder:
         members: list[Member] = []
         for seq in seqs:
             assert isinstance(seq.drawing, SamplerState)
-            guided = seq.request.guided_at(seq.drawing.t / self.process.config.timesteps)
+            guided = seq.request.guided_at(seq.drawing.t / self.runner.exported.process.config.timesteps)
             needed = 0 if seq.drawing.done else len(seq.branches) if guided else 1
             members += [(seq, branch) for branch in range(needed)]
         members.sort(key=lambda member: member[1])  # branches of one kind are neighbours and share attention calls
         passes = [members] if members else []
         if self.runner.guidance == "sequential":
             passes = [list(of_one) for _, of_one in groupby(members, key=lambda member: member[1])]
-        predictions: list[Tensor] = []
+        predictions: dict[int, list[Tensor]] = {seq.number: [] for seq, _ in members}
         for of_pass in passes:
             inputs = []
             for seq, number in of_pass:
@@ -97,8 +98,9 @@ class LatentDecoder:
                 positions = self.runner.grammar.patch_positions(branch.position, *grid)
                 patches = StepInput(segment, [0] * count, positions, range(count), [seq.drawing.x], [seq.drawing.t])
                 inputs.append(patches)
-            predictions += self.runner.forward(self.cache, inputs, [])[1]
-        return _by_sequence(members, predictions)
+            for (seq, _), prediction in zip(of_pass, self.runner.forward(self.cache, inputs, [])[1], strict=True):
+                predictions[seq.number].append(prediction)
+        return predictions
 
 
 class CodeDecoder:
@@ -152,15 +154,10 @@ class CodeDecoder:
             position = np.array([branch.position + len(codes) - 1])
             inputs.append(StepInput(segment, [codes[-1] + self.first], position))
         logits, _ = self.runner.forward(self.cache, inputs, range(len(inputs)))
-        return _by_sequence(members, list(logits[:, self.first :]))
-
-
-def _by_sequence(members: Sequence[Member], results: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-    """Return each member's result by the number of its sequence, branch after branch."""
-    by_number: dict[int, list[Tensor]] = {seq.number: [] for seq, _ in members}
-    for (seq, _), result in zip(members, results, strict=True):
-        by_number[seq.number].append(result)
-    return by_number
+        next_logits: dict[int, list[Tensor]] = {seq.number: [] for seq in seqs}
+        for (seq, _), own in zip(members, logits[:, self.first :], strict=True):
+            next_logits[seq.number].append(own)
+        return next_logits
 
 
 def open_branches(runner: ModelRunner, cache: KeyValueCache, seq: SequenceState) -> list[StepInput]:

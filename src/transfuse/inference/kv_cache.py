@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from ..model import ModelConfig
 from ..model.attention import window_start
-from ..sequence import Layout
 from .cuda_graphs import GraphCache
 
 BLOCK = 64
@@ -64,20 +63,10 @@ class KeyValueCache:
         for store in (self.keys, self.values):
             store[:, slot, :, start:end].zero_()
 
-    def save(self, slot: int, head: int, tail: int) -> tuple[Tensor, ...]:
-        """Return copies in host memory of the first `head` positions of a slot and of its last `tail`."""
+    def views(self, slot: int, head: int, tail: int) -> list[Tensor]:
+        """Return views of the first `head` positions of a slot and of its last `tail`: all that one sequence uses."""
         parts = (slice(0, head), slice(self.positions - tail, self.positions))
-        return tuple(
-            store[:, slot, :, part].to("cpu", copy=True) for part in parts for store in (self.keys, self.values)
-        )
-
-    def restore(self, slot: int, saved: tuple[Tensor, ...]) -> None:
-        """Write what `save` returned to a slot, which may be another."""
-        for number, part in enumerate(saved):
-            store = (self.keys, self.values)[number % 2]
-            count = part.shape[2]
-            start = 0 if number < 2 else self.positions - count
-            store[:, slot, :, start : start + count] = part.to(self.device)
+        return [store[:, slot, :, part] for part in parts for store in (self.keys, self.values)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,15 +222,6 @@ def image_keys(latent: Tensor, count: int) -> PrefixKeys:
     """Return the prefix keys of the `count` patches of a clean image."""
     digest = hashlib.blake2b(latent.contiguous().cpu().numpy().tobytes(), digest_size=16)
     return [(digest.digest(), tuple(latent.shape), number) for number in range(count)]
-
-
-def prefix_keys_of(layout: Layout) -> PrefixKeys:
-    """Return the prefix keys of a document's positions."""
-    prefix_keys: PrefixKeys = layout.input_ids.tolist()
-    for span in layout.spans:
-        if not span.image.is_codes:
-            prefix_keys[span.start : span.end] = image_keys(span.image.latent, span.end - span.start)
-    return prefix_keys
 
 
 class SlotAllocator:

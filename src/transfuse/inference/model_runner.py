@@ -53,9 +53,8 @@ class ModelRunner:
         # Added to logits of text: EOI, codes, ids that the tokenizer does not have, and BOS, unless it also ends a
         # text, are never chosen.
         self.logit_mask = torch.zeros(self.config.vocab_size)
-        self.logit_mask[
-            [id for id in (self.grammar.bos, self.grammar.eoi) if id not in self.tokenizer.ends]
-        ] = -torch.inf
+        never = [id for id in (self.grammar.bos, self.grammar.eoi) if id not in self.tokenizer.ends]
+        self.logit_mask[never] = -torch.inf
         self.logit_mask[self.tokenizer.vocab_size :] = -torch.inf
         # One image at a time where the last bits of a convolution depend on how many there are.
         self.separate = self.config.adapter == "unet" and self.device.type == "cpu"

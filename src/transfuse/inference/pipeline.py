@@ -34,7 +34,7 @@ from ..log import logger
 from ..sequence import Document, Image, Part, Text
 from ..sequence.chat import Message
 from ..vocabulary import PromptReading
-from .arguments import DrawOptions, ReplySettings, StepEnd, as_output, check_options, read_prompts, read_seeds
+from .arguments import DrawOptions, ReplySettings, StepEnd, check_options, read_prompts, read_seeds
 from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, TextDelta
 from .model_runner import GUIDANCE, Guidance, ModelRunner
@@ -222,10 +222,16 @@ class TransfusionPipeline:
         latents = self.latents(requests, callback_on_step_end)
         kept = self._best(requests, latents, candidates)
         latents, seeds = [latents[row] for row in kept], [requests[row].seed for row in kept]
-        if output_type == "latent":
-            return ImagesOutput(latents, seeds)
+        return ImagesOutput(self._as_output(latents, output_type), seeds)
+
+    def _as_output(self, latents: list[Tensor], kind: str) -> list[Any]:
+        """Decode latents to "np" (uint8 `[row, column, 3]`), "pil" or "pt" (float32 `[3, row, column]`)."""
+        if kind == "latent":
+            return latents
         arrays = [self.exported.autoencoder.decode(latent[None])[0] for latent in latents]
-        return ImagesOutput([as_output(array, output_type) for array in arrays], seeds)
+        if kind == "pt":
+            return [torch.from_numpy(array).permute(2, 0, 1).float() / 255 for array in arrays]
+        return [PIL.Image.fromarray(array) for array in arrays] if kind == "pil" else arrays
 
     def read_prompt(self, prompt: str, strict: bool = False, draw: str = "force") -> PromptReading:
         """Return a prompt in the words of the model's captions; what is changed and what is unknown is logged.
@@ -411,11 +417,9 @@ def repeated(requests: Sequence[Request], candidates: int) -> list[Request]:
     """
     if candidates < 1:
         raise UserError(f"candidates: expected at least 1, found {candidates}")
-    for request in requests if candidates > 1 else ():
-        if not request.document.parts or not all(
-            isinstance(part, Text) and part.ids for part in request.document.parts
-        ):
-            raise UserError("candidates: expected 1 where a prompt is not of words alone, found more")
     if candidates == 1:
         return list(requests)
+    for parts in (request.document.parts for request in requests):
+        if not parts or not all(isinstance(part, Text) and part.ids for part in parts):
+            raise UserError("candidates: expected 1 where a prompt is not of words alone, found more")
     return [replace(base, seed=base.seed + number * CANDIDATE) for base in requests for number in range(candidates)]

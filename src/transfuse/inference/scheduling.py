@@ -33,19 +33,21 @@ class Flow(Generic[T]):
     running: list[Entry[T]] = field(default_factory=list)
     finish: float = 0.0
 
+    @property
+    def active(self) -> bool:
+        return bool(self.waiting or self.running)
 
+
+@dataclass(eq=False)
 class FairQueue(Generic[T]):
     """Requests that wait or run. With one flow this is first come, first served."""
 
-    def __init__(self) -> None:
-        self.flows: dict[tuple[str, str], Flow[T]] = {}
-        self.now = 0.0  # the virtual time: the start of the earliest request that runs
+    flows: dict[tuple[str, str], Flow[T]] = field(default_factory=dict)
+    now: float = 0.0  # the virtual time: the start of the earliest request that runs
 
     def push(self, item: T, cost: float, client: str = "", kind: str = "") -> None:
         """Add a request that waits."""
-        self.flows = {
-            key: flow for key, flow in self.flows.items() if flow.waiting or flow.running or flow.finish > self.now
-        }
+        self.flows = {key: flow for key, flow in self.flows.items() if flow.active or flow.finish > self.now}
         self.flows.setdefault((client, kind), Flow(client)).waiting.append(Entry(item, cost))
 
     def start(self, free: bool) -> tuple[T, T | None] | None:
@@ -53,7 +55,7 @@ class FairQueue(Generic[T]):
 
         None: nothing waits, or all that run come first.
         """
-        active = [flow for flow in self.flows.values() if flow.waiting or flow.running]
+        active = [flow for flow in self.flows.values() if flow.active]
         heads: list[tuple[float, int, Flow[T]]] = []
         for number, flow in enumerate(active):
             if flow.waiting:

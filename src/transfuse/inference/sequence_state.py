@@ -17,7 +17,7 @@ from ..diffusion import SamplerConfig, SamplerState
 from ..errors import UserError
 from ..export import MAX_SCALE, out_of_range
 from ..sequence import Document, Image, Layout, Text, Tokenizer, layout_document
-from .kv_cache import PrefixKeys, prefix_keys_of
+from .kv_cache import PrefixKeys, image_keys
 from .model_runner import ModelRunner
 
 T = TypeVar("T")
@@ -144,12 +144,13 @@ class Detokenizer:
         self._given = self.tokenizer.decode(self._window)
 
 
+@dataclass(eq=False)
 class StopStrings:
     """Passes the text of tokens on until one of `stops` appears in it; what may begin one is held back."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops, self.matched = stops, False
-        self._held: list[tuple[int, str]] = []
+    stops: Sequence[str]
+    matched: bool = False
+    _held: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, pieces: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
         """Return the tokens, each with its text, that come before any stop string; sets `matched` at the first."""
@@ -222,7 +223,7 @@ class SequenceState:
     written: int = 0  # text tokens
     counts: Counter[int] = field(default_factory=Counter)  # of each token written, where penalties need it
     logprobs: deque[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=deque)  # of held tokens
-    suspended: tuple[Tensor, ...] | None = None  # its part of the cache, while another sequence has its slot
+    suspended: list[Tensor] | None = None  # its part of the cache, while another sequence has its slot
     next_token: int | None = None
     drawing: SamplerState | CodeDrawing | None = None
     branches: list[Branch] = field(default_factory=list)  # while it draws: the full sequence, then those that see less
@@ -259,6 +260,12 @@ def accept(runner: ModelRunner, request: Request, number: int, where: str) -> Se
             cfg_len += len(layout_document(request.negative, runner.grammar)) + 1 + patches
         elif scale != 1 or (has_images_branch and image_scale != 1):
             cfg_len += len(runner.null_tokens) + patches
+    prefix_keys: PrefixKeys | None = None
+    if request.reuse:
+        prefix_keys = layout.input_ids.tolist()
+        for span in layout.spans:
+            if not span.image.is_codes:
+                prefix_keys[span.start : span.end] = image_keys(span.image.latent, span.end - span.start)
     last = request.document.parts[-1] if request.document.parts else None
     return SequenceState(
         number,
@@ -271,7 +278,7 @@ def accept(runner: ModelRunner, request: Request, number: int, where: str) -> Se
         seen=list(request.document.images),
         detokenizer=Detokenizer(runner.tokenizer, last.ids if isinstance(last, Text) else ()),
         stops=StopStrings(request.stop),
-        prefix_keys=prefix_keys_of(layout) if request.reuse else None,
+        prefix_keys=prefix_keys,
     )
 
 
