@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ Recording = tuple[Sequence[Tensor], Callable[[], object], Output]
 KEPT = 64  # shapes that are remembered, recorded or seen once: the latest
 
 
+@dataclass(eq=False)
 class CudaGraphs:
     """The `Record` for CUDA.
 
@@ -35,14 +35,13 @@ class CudaGraphs:
     ends with its last graph, and torch then refuses its name: an empty graph keeps it alive.
     """
 
-    @cached_property
-    def _first(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            torch.zeros((), device="cuda")
-        return graph
+    _first: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, work: Work) -> tuple[Callable[[], object], Output]:
+        if self._first is None:
+            self._first = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._first):
+                torch.zeros((), device="cuda")
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._first.pool(), capture_error_mode="thread_local"):

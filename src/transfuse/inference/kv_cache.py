@@ -187,22 +187,18 @@ class _Call:
         mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device).masked_fill_(hidden, -torch.inf)
         return mask if self.plain else mask[:, None]
 
-    def by_row(self, x: Tensor) -> Tensor:
-        """Return `[row * count, head, D]` as `[row, head, count, D]`, a view."""
-        return x.view(-1, self.count, *x.shape[1:]).transpose(1, 2)
-
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put new keys and values `[row * count, head, D]` into the cache."""
         for store, new in ((self.new_keys[layer], k), (self.new_values[layer], v)):
             if self.places is None:
-                store.copy_(self.by_row(new))
+                store.copy_(new.view(-1, self.count, *new.shape[1:]).transpose(1, 2))
             else:
                 store[self.places[0], :, self.places[1]] = new.to(store.dtype)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Map queries `[row * count, head, D]` to `[row * count, head * D]`, in the dtype of the cache."""
-        keys, values = self.keys[layer], self.values[layer]
-        query, mask = self.by_row(q.to(keys.dtype)), self.masks[self.windowed[layer]]
+        keys, values, mask = self.keys[layer], self.values[layer], self.masks[self.windowed[layer]]
+        query = q.to(keys.dtype).view(-1, self.count, *q.shape[1:]).transpose(1, 2)  # `[row, head, count, D]`
         if self.plain:
             assert mask is not None
             few = query.reshape(keys.shape[0], -1, q.shape[-1])

@@ -85,42 +85,35 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = prometheus.CollectorRegistry()
         known: dict[str, Any] = {"namespace": "transfuse", "registry": self.registry}
+        counter, gauge = partial(prometheus.Counter, **known), partial(prometheus.Gauge, **known)
         buckets = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-        timed: dict[str, Any] = {**known, "buckets": buckets}
-        self.requests = prometheus.Counter("requests", "HTTP requests", ["route", "status"], **known)
-        self.seconds = prometheus.Histogram(
-            "request_seconds", "From a request's first byte to its response's last", ["route"], **timed
-        )
-        self.queued_seconds = prometheus.Histogram(
-            "queued_seconds", "From a request's arrival to its first step", **timed
-        )
-        self.first_seconds = prometheus.Histogram(
-            "first_output_seconds", "To the first text, preview or picture", ["kind"], **timed
-        )
-        self.waiting = prometheus.Gauge("waiting", "Requests that wait for a slot", **known)
-        self.running = prometheus.Gauge("running", "Requests that have a slot", **known)
-        self.cost = prometheus.Gauge("cost", "Positions that may be computed for both, at most", **known)
-        self.text_tokens = prometheus.Counter("text_tokens", "Tokens written", **known)
-        self.images = prometheus.Counter("images", "Pictures drawn", **known)
-        self.evaluations = prometheus.Counter("network_evaluations", "Denoising steps, or codes", **known)
-        self.rejected = prometheus.Counter("rejected", "Requests for which there was no room", **known)
-        self.cancelled = prometheus.Counter("cancelled", "Requests left before their end", **known)
-        self.expired = prometheus.Counter("expired", "Requests whose deadline passed", **known)
-        self.restarts = prometheus.Counter("worker_restarts", "Workers that died and were replaced", **known)
+        histogram = partial(prometheus.Histogram, buckets=buckets, **known)
+        self.requests = counter("requests", "HTTP requests", ["route", "status"])
+        self.seconds = histogram("request_seconds", "From a request's first byte to its response's last", ["route"])
+        self.queued_seconds = histogram("queued_seconds", "From a request's arrival to its first step")
+        self.first_seconds = histogram("first_output_seconds", "To the first text, preview or picture", ["kind"])
+        self.waiting = gauge("waiting", "Requests that wait for a slot")
+        self.running = gauge("running", "Requests that have a slot")
+        self.cost = gauge("cost", "Positions that may be computed for both, at most")
+        self.text_tokens = counter("text_tokens", "Tokens written")
+        self.images = counter("images", "Pictures drawn")
+        self.evaluations = counter("network_evaluations", "Denoising steps, or codes")
+        self.rejected = counter("rejected", "Requests for which there was no room")
+        self.cancelled = counter("cancelled", "Requests left before their end")
+        self.expired = counter("expired", "Requests whose deadline passed")
+        self.restarts = counter("worker_restarts", "Workers that died and were replaced")
+
+
+StartWorker = Callable[[WorkerConfig], tuple[Any, Connection]]  # returns the process, and our end of its pipe
 
 
 class EngineClient:
     """Submits jobs to a worker and gives their events; a worker that dies is replaced.
 
-    Call `start` in a running loop. `start_worker` returns a process and a pipe to it.
+    Call `start` in a running loop.
     """
 
-    def __init__(
-        self,
-        worker: WorkerConfig,
-        limits: QueueConfig,
-        start_worker: Callable[[WorkerConfig], tuple[Any, Connection]] = start_process,
-    ) -> None:
+    def __init__(self, worker: WorkerConfig, limits: QueueConfig, start_worker: StartWorker = start_process) -> None:
         self.config, self.limits, self.start_worker = worker, limits, start_worker
         self.metrics = Metrics()
         self.failure: str | None = None  # why there will be no worker again
@@ -215,11 +208,7 @@ class EngineClient:
         raise ApiError(429, message, retry_after=max(1, min(600, math.ceil(seconds))))
 
     async def submit(
-        self,
-        jobs: Sequence[Job],
-        client: str = "",
-        share: Share = Share(),
-        deadline: float = math.inf,
+        self, jobs: Sequence[Job], client: str = "", share: Share = Share(), deadline: float = math.inf
     ) -> list[RequestStream]:
         """Return the streams of jobs, once the worker has accepted all of them; if one is refused, none is kept.
 
@@ -299,9 +288,8 @@ class EngineClient:
 
     def _retire(self, worker: WorkerProcess) -> None:
         """End a worker that another has replaced, once it has no request left."""
-        if worker not in (self.worker, self.next) and all(
-            other.worker is not worker for other in self.streams.values()
-        ):
+        left = any(stream.worker is worker for stream in self.streams.values())
+        if not left and worker not in (self.worker, self.next):
             worker.stop()
 
     def _set_gauges(self) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -168,9 +169,8 @@ def read_edits(body: EditRequest, model: Mapping[str, Any]) -> list[Job]:
         return body.jobs(model["steps"], images)
     for name, content in masks:
         area = fit(read_mask(content, (rows, columns), name, MAX_PIXELS, FORMATS), side)
-    return body.jobs(
-        model["steps"], start=images[0], mask=area, strength=1.0 if body.strength is None else body.strength
-    )
+    strength = 1.0 if body.strength is None else body.strength
+    return body.jobs(model["steps"], start=images[0], mask=area, strength=strength)
 
 
 def check_length(name: str, characters: int, model: Mapping[str, Any]) -> None:
@@ -217,12 +217,12 @@ def prepare_process() -> None:
         os.nice(5)
 
 
+@dataclass(eq=False)
 class Intake:
     """Reads bodies; a client's large ones one after the other."""
 
-    def __init__(self) -> None:
-        self.pool: ProcessPoolExecutor | None = None
-        self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+    pool: ProcessPoolExecutor | None = None
+    locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     async def read(
         self, client: str, kind: str, content_type: str, body: list[bytes], model: Mapping[str, Any]

@@ -168,14 +168,12 @@ async def images_content(
     head = {"created_at": int(time.time()), "output_format": "png"}
     images: dict[int, dict[str, Any]] = {}
     ended: dict[int, Done] = {}
-    previews = [0] * len(streams)
+    previews, most = [0] * len(streams), body.partial_images or 0
     async with aclosing(client.events(streams)) as events:
         async for index, event in events:
             item: dict[str, Any] | None = None
             match event:
-                case ImageProgress(pixels=pixels) if pixels is not None and previews[index] < (
-                    body.partial_images or 0
-                ):
+                case ImageProgress(pixels=pixels) if pixels is not None and previews[index] < most:
                     preview = await asyncio.to_thread(to_png, pixels)
                     item = {"type": f"{kind}.partial_image", "partial_image_index": previews[index]}
                     item["b64_json"] = preview
