@@ -22,17 +22,13 @@ __all__ = [
     "Start", "TextDelta", "TokenScores", "TransfusionPipeline", "score",
 ]  # fmt: skip
 
-LAZY = {
-    "engine": ("Engine",),
-    "conversation": ("Conversation",),
-    "pipeline": ("Reply", "TransfusionPipeline"),
-    "scoring": ("TokenScores", "score"),
-    "sequence_state": ("Request", "Start"),
-}
+MODULE_OF = {
+    "Conversation": "conversation", "Engine": "engine", "Reply": "pipeline", "Request": "sequence_state",
+    "Start": "sequence_state", "TokenScores": "scoring", "TransfusionPipeline": "pipeline", "score": "scoring",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in LAZY.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
+    if name in MODULE_OF:
+        return getattr(import_module(f".{MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

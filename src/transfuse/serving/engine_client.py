@@ -123,6 +123,9 @@ class EngineClient:
         self.worker: WorkerProcess | None = None  # the worker that gets new requests; others finish what they have
         self.next: WorkerProcess | None = None  # the worker that takes its place once it has loaded its model
         self.stopped = asyncio.Event()  # set when there will be no further worker
+        self.metrics.running.set_function(lambda: sum(stream.started is not None for stream in self.streams.values()))
+        self.metrics.waiting.set_function(lambda: sum(stream.started is None for stream in self.streams.values()))
+        self.metrics.cost.set_function(lambda: sum(stream.accepted.cost for stream in self.streams.values()))
         self._ids = itertools.count()
         self._deaths: deque[float] = deque()
         self._last_end = 0.0
@@ -226,7 +229,6 @@ class EngineClient:
         for stream in streams:
             self.streams[stream.request_id] = stream
             self.worker.outbox.put((stream.request_id, client, stream.job))
-        self._set_gauges()
         try:
             while not all(stream.accepted.cost for stream in streams):
                 changed.clear()
@@ -284,19 +286,12 @@ class EngineClient:
             self.metrics.cancelled.inc()
             stream.worker.outbox.put((stream.request_id, stream.client, None))
             self._retire(stream.worker)
-            self._set_gauges()
 
     def _retire(self, worker: WorkerProcess) -> None:
         """End a worker that another has replaced, once it has no request left."""
         left = any(stream.worker is worker for stream in self.streams.values())
         if not left and worker not in (self.worker, self.next):
             worker.stop()
-
-    def _set_gauges(self) -> None:
-        running = sum(stream.started is not None for stream in self.streams.values())
-        self.metrics.running.set(running)
-        self.metrics.waiting.set(len(self.streams) - running)
-        self.metrics.cost.set(sum(stream.accepted.cost for stream in self.streams.values()))
 
     def _on_message(
         self, worker: WorkerProcess, message: dict[str, Any] | UserError | list[WorkerMessage] | None
@@ -350,7 +345,6 @@ class EngineClient:
                     self.metrics.first_seconds.labels(kind).observe(time.monotonic() - stream.submitted)
                 self.metrics.images.inc(isinstance(event, ImageEnd))
                 stream.put(event)
-        self._set_gauges()
 
     def _end(self, stream: RequestStream, event: Done | Exception) -> None:
         now, busy = time.monotonic(), len(self.streams) > 1
@@ -362,7 +356,6 @@ class EngineClient:
         del self.streams[stream.request_id]
         stream.put(event)
         self._retire(stream.worker)
-        self._set_gauges()
 
     def _fail_all(self, message: str) -> None:
         for stream in list(self.streams.values()):
