@@ -12,7 +12,7 @@ from engines import ARMS, POSITIONS, codes, packed, plain
 
 from transfuse.errors import UserError
 from transfuse.inference import Conversation, Done, Engine, Event, ImageEnd, TextDelta, TransfusionPipeline
-from transfuse.inference.kv_cache import SlotAllocator
+from transfuse.inference.scheduling import SlotAllocator
 from transfuse.sequence import Document, Image, Text, Tokenizer, layout_document
 from transfuse.sequence.chat import chat_prompt
 

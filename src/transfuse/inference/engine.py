@@ -28,9 +28,9 @@ from ..rng import generator_for
 from ..sequence import Image
 from .events import Done, Event, Failed, ImageEnd, ImageStart, TextDelta
 from .image_decoding import CodeDecoder, LatentDecoder, sample
-from .kv_cache import PrefixKeys, Segment, SlotAllocator, image_keys
+from .kv_cache import Segment
 from .model_runner import ModelRunner, StepInput
-from .scheduling import FairQueue
+from .scheduling import FairQueue, PrefixKeys, SlotAllocator, image_keys
 from .sequence_state import Request, SequenceState, accept, split_on_oom
 
 

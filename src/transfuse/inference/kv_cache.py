@@ -1,4 +1,4 @@
-"""The key-value cache, attention over it, and the allocator of its slots.
+"""The key-value cache, and attention over it.
 
 The cache is a fixed number of slots of a fixed number of positions, allocated once; nothing moves when a sequence joins
 or leaves. A forward pass is a list of `Segment`s: new positions of some slots, written in place, attending to all that
@@ -11,8 +11,7 @@ of equal shape share an attention call, and each call uses kernels whose rows ar
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -208,60 +207,3 @@ class _Call:
             gqa = q.shape[1] != keys.shape[1]
             out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=gqa)
         return out.transpose(1, 2).reshape(self.positions, -1)
-
-
-PrefixKeys = list[Hashable]
-"""One hashable value per position of a sequence: equal prefixes have equal keys and values in the cache."""
-
-
-def image_keys(latent: Tensor, count: int) -> PrefixKeys:
-    """Return the prefix keys of the `count` patches of a clean image."""
-    digest = hashlib.blake2b(latent.contiguous().cpu().numpy().tobytes(), digest_size=16)
-    return [(digest.digest(), tuple(latent.shape), number) for number in range(count)]
-
-
-class SlotAllocator:
-    """Assign sequences to a fixed number of cache slots.
-
-    A sequence may leave its prefix in its slot for reuse. It is kept until another sequence needs the slot, and never
-    makes one wait.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._free: list[int] = list(range(count))  # slots with a kept prefix stand in order of release
-        self._kept: dict[int, PrefixKeys] = {}
-
-    def __len__(self) -> int:
-        """The number of free slots."""
-        return len(self._free)
-
-    def allocate(self, prefix_keys: PrefixKeys | None) -> tuple[int, int]:
-        """Reserve a slot and return `(slot, reused)`.
-
-        `reused` is the number of leading positions already in the slot; at least one position is left to compute.
-        Prefers the slot with the longest shared prefix, then the lowest empty slot (neighbours share attention calls),
-        then the one released first. None: nothing is reused.
-
-        Raises ValueError if no slot is free.
-        """
-        wanted = prefix_keys or []
-
-        def shared(slot: int) -> int:
-            kept = self._kept.get(slot, [])
-            most = max(min(len(kept), len(wanted) - 1), 0)
-            return next((number for number in range(most) if kept[number] != wanted[number]), most)
-
-        best = max(self._free, key=shared)
-        reused = shared(best)
-        if not reused:
-            empty = [slot for slot in self._free if slot not in self._kept]
-            best = min(empty) if empty else self._free[0]
-        self._free.remove(best)
-        self._kept.pop(best, None)
-        return best, reused
-
-    def free(self, slot: int, prefix_keys: PrefixKeys | None) -> None:
-        """Release a slot, keeping the positions that `prefix_keys` describes for reuse."""
-        self._free.append(slot)
-        if prefix_keys:
-            self._kept[slot] = prefix_keys

@@ -1,4 +1,4 @@
-"""The choice of requests that hold the slots of the cache: fair between clients, and between the kinds of their work.
+"""The choice of requests that hold the slots of the cache, fair between clients and kinds of work, and of their slots.
 
 Weighted fair queueing (Demers, Keshav and Shenker, 1989) with the network's positions as the unit of work. A client's
 requests of one kind are a flow, served in order. The first of each flow has a virtual finish time: when it would end if
@@ -7,9 +7,13 @@ all flows were served at the same rate. Those with the earliest run; others make
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -87,3 +91,60 @@ class FairQueue(Generic[T]):
         for flow in self.flows.values():
             flow.waiting = deque(entry for entry in flow.waiting if entry.item is not item)
             flow.running = [entry for entry in flow.running if entry.item is not item]
+
+
+PrefixKeys = list[Hashable]
+"""One hashable value per position of a sequence: equal prefixes have equal keys and values in the cache."""
+
+
+def image_keys(latent: Tensor, count: int) -> PrefixKeys:
+    """Return the prefix keys of the `count` patches of a clean image."""
+    digest = hashlib.blake2b(latent.contiguous().cpu().numpy().tobytes(), digest_size=16)
+    return [(digest.digest(), tuple(latent.shape), number) for number in range(count)]
+
+
+class SlotAllocator:
+    """Assign sequences to a fixed number of cache slots.
+
+    A sequence may leave its prefix in its slot for reuse. It is kept until another sequence needs the slot, and never
+    makes one wait.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free: list[int] = list(range(count))  # slots with a kept prefix stand in order of release
+        self._kept: dict[int, PrefixKeys] = {}
+
+    def __len__(self) -> int:
+        """The number of free slots."""
+        return len(self._free)
+
+    def allocate(self, prefix_keys: PrefixKeys | None) -> tuple[int, int]:
+        """Reserve a slot and return `(slot, reused)`.
+
+        `reused` is the number of leading positions already in the slot; at least one position is left to compute.
+        Prefers the slot with the longest shared prefix, then the lowest empty slot (neighbours share attention calls),
+        then the one released first. None: nothing is reused.
+
+        Raises ValueError if no slot is free.
+        """
+        wanted = prefix_keys or []
+
+        def shared(slot: int) -> int:
+            kept = self._kept.get(slot, [])
+            most = max(min(len(kept), len(wanted) - 1), 0)
+            return next((number for number in range(most) if kept[number] != wanted[number]), most)
+
+        best = max(self._free, key=shared)
+        reused = shared(best)
+        if not reused:
+            empty = [slot for slot in self._free if slot not in self._kept]
+            best = min(empty) if empty else self._free[0]
+        self._free.remove(best)
+        self._kept.pop(best, None)
+        return best, reused
+
+    def free(self, slot: int, prefix_keys: PrefixKeys | None) -> None:
+        """Release a slot, keeping the positions that `prefix_keys` describes for reuse."""
+        self._free.append(slot)
+        if prefix_keys:
+            self._kept[slot] = prefix_keys

@@ -17,8 +17,8 @@ from ..diffusion import SamplerConfig, SamplerState
 from ..errors import UserError
 from ..export import MAX_SCALE, out_of_range
 from ..sequence import Document, Image, Layout, Text, Tokenizer, layout_document
-from .kv_cache import PrefixKeys, image_keys
 from .model_runner import ModelRunner
+from .scheduling import PrefixKeys, image_keys
 
 T = TypeVar("T")
 
