@@ -23,14 +23,10 @@ MAX_LOGITS = 1 << 26  # logits computed at once: 256 MB in float32
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """Scores of a document's predicted tokens, BOI included, in order.
+    """Scores of a document's predicted tokens, BOI included, in order."""
 
-    nll         negative log-likelihood in nats, float64 `[token]`
-    is_argmax   bool `[token]`: the token was the most probable one
-    """
-
-    nll: np.ndarray
-    is_argmax: np.ndarray
+    nll: np.ndarray  # negative log-likelihood in nats, float64 `[token]`
+    is_argmax: np.ndarray  # bool `[token]`: the token was the most probable one
 
 
 @torch.inference_mode()

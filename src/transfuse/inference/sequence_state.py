@@ -29,65 +29,42 @@ LONGEST_PREFIX = 3  # bytes of a character that lacks its last one, so at most a
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A clean latent `[channel, row, column]` from which the first image of a request is drawn, in place of noise.
-
-    strength   share of the denoising steps taken: 1 begins from noise, 0 is the image itself
-    mask       bool `[row, column]` of latent elements, True where it is redrawn; the rest stays. None: everywhere
-    """
+    """A clean latent `[channel, row, column]` from which the first image of a request is drawn, in place of noise."""
 
     latent: Tensor
-    strength: float = 1.0
-    mask: Tensor | None = None
+    strength: float = 1.0  # share of the denoising steps taken: 1 begins from noise, 0 is the image itself
+    mask: Tensor | None = None  # bool `[row, column]` of latent elements, True where it is redrawn; None: everywhere
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to continue, and how.
+    """One sequence to continue, and how."""
 
-    document         the prompt: an open document
-    draw             "auto": the model decides (BOI is sampled); "force": an image comes first; "never": text only
-    max_tokens       most text tokens to write; max_images: most images to draw
-    size             pixels (rows, columns) of an image it draws
-    guidance_scale   scale of classifier-free guidance towards the prompt; 1: none
-    image_guidance_scale   the same towards the images before it alone; `guidance_scale` then counts for the text only
-                     (`guide`). None: text and images are one condition
-    guidance_interval   noise levels, as shares of all (0 clean, 1 noise), at which an image is guided; elsewhere only
-                     the prompt's own branch is computed. None: everywhere
-    negative         an open document, the prompt that guidance leads away from; None: the null branch of training
-    start            where the first image begins; None: noise
-    temperature      0 is greedy; top_p keeps the most probable tokens that make up this much probability
-    presence_penalty, frequency_penalty   subtracted from the logit of each token already written: once, and for each
-                     time it was (OpenAI's formula)
-    stop             strings that end the reply where one would appear; they are not part of it
-    logprobs         give the log probability of each token, and of this many most probable ones; None: not
-    code_temperature, code_top_p   temperature and nucleus for the codes of images, where images are codes
-    preview_every    give the predicted clean latent after every `preview_every` steps; 0: never
-    reuse            keep the cached positions for the next request with `reuse`, and resume from those that an earlier
-                     one left where the prompts begin alike: the turns of a conversation
-    """
-
-    document: Document
-    draw: str = "auto"
-    max_tokens: int = 64
-    max_images: int = 1
-    size: tuple[int, int] = (32, 32)
+    document: Document  # the prompt: an open document
+    draw: str = "auto"  # "auto": the model decides (BOI is sampled); "force": an image comes first; "never": text only
+    max_tokens: int = 64  # most text tokens to write
+    max_images: int = 1  # most images to draw
+    size: tuple[int, int] = (32, 32)  # pixels (rows, columns) of an image it draws
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("dpmpp", steps=20))
-    guidance_scale: float = 3.0
-    image_guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    negative: Document | None = None
-    start: Start | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    code_temperature: float = 1.0
+    guidance_scale: float = 3.0  # scale of classifier-free guidance towards the prompt; 1: none
+    # The same towards the images before it alone; `guidance_scale` then counts for the text only (`guide`).
+    image_guidance_scale: float | None = None  # None: text and images are one condition
+    # Noise levels, as shares of all (0 clean, 1 noise), at which an image is guided; elsewhere one branch is computed.
+    guidance_interval: tuple[float, float] | None = None  # None: everywhere
+    negative: Document | None = None  # an open document that guidance leads away from; None: training's null branch
+    start: Start | None = None  # where the first image begins; None: noise
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # keeps the most probable tokens that make up this much probability
+    presence_penalty: float = 0.0  # subtracted from the logit of each token already written (OpenAI's formula)
+    frequency_penalty: float = 0.0  # the same, for each time it was written
+    stop: tuple[str, ...] = ()  # strings that end the reply where one would appear; they are not part of it
+    logprobs: int | None = None  # give each token's log probability, and of this many most probable ones; None: not
+    code_temperature: float = 1.0  # temperature and nucleus for the codes of images, where images are codes
     code_top_p: float = 1.0
     seed: int = 0
-    preview_every: int = 0
-    reuse: bool = False
+    preview_every: int = 0  # give the predicted clean latent after every `preview_every` steps; 0: never
+    # Keep the cached positions for the next request with `reuse`, and begin with those that an earlier one left.
+    reuse: bool = False  # for prompts that begin alike: the turns of a conversation
 
     def guided_at(self, level: float) -> bool:
         """Return True if an image is guided at this noise level, a share of all."""

@@ -60,24 +60,16 @@ class WorkerConfig:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A request before the model has read it: texts and uint8 RGB images `[row, column, 3]`, in order.
+    """A request before the model has read it; its images will be cropped to their middle square, and resized."""
 
-    turns      of a conversation: who speaks, and how many of the parts; none: the parts are the prompt as they are
-    settings   fields of `inference.Request`
-    steps      denoising steps; None, here and for `sampler`: the model's default
-    start      the image to begin from, with `strength`; `mask`, bool `[row, column]` of its size, is True to redraw
-
-    Images are resized to the model's size after cropping the middle square.
-    """
-
-    parts: tuple[str | np.ndarray, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-    steps: int | None = None
+    parts: tuple[str | np.ndarray, ...]  # texts and uint8 RGB images `[row, column, 3]`, in order
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of `inference.Request`
+    steps: int | None = None  # denoising steps; None, here and for `sampler`: the model's default
     sampler: str | None = None
-    start: np.ndarray | None = None
-    mask: np.ndarray | None = None
+    start: np.ndarray | None = None  # the image to begin from, with `strength`
+    mask: np.ndarray | None = None  # bool `[row, column]` of its size, True to redraw
     strength: float = 1.0
-    turns: tuple[tuple[str, int], ...] = ()
+    turns: tuple[tuple[str, int], ...] = ()  # who speaks, and how many parts; none: all parts are one prompt
 
 
 @dataclass(frozen=True)
