@@ -23,7 +23,6 @@ from .model_runner import ModelRunner, StepInput
 from .sequence_state import Branch, CodeDrawing, SequenceState, split_on_oom
 
 Progress = Iterator[tuple[SequenceState, ImageProgress | None]]
-Member = tuple[SequenceState, int]  # a sequence, and the number of one of its branches
 
 
 @dataclass(eq=False)
@@ -75,7 +74,7 @@ class LatentDecoder:
 
         A complete image needs none, and one outside its guidance interval only the first.
         """
-        members: list[Member] = []
+        members: list[tuple[SequenceState, int]] = []  # a sequence, and the number of one of its branches
         for seq in seqs:
             assert isinstance(seq.drawing, SamplerState)
             guided = seq.request.guided_at(seq.drawing.t / self.runner.exported.process.config.timesteps)

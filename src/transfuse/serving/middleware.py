@@ -117,7 +117,7 @@ class Middleware:
         try:
             self.admit(inner, exchange)
             await self.app(inner, exchange.receive, exchange.send)
-        except (SlowReader, ClientDisconnect):
+        except ClientDisconnect:
             scope.get("abort", lambda: None)()  # closing it would wait for the client to take what is left
         except Exception as error:
             if not isinstance(error, ApiError):
@@ -170,10 +170,6 @@ class Middleware:
             self.client.check_room(exchange.client, exchange.share)
             exchange.reading = True
             self.client.arriving[exchange.client] += 1
-
-
-class SlowReader(Exception):
-    """The client does not take the response."""
 
 
 @dataclass
@@ -238,7 +234,7 @@ class Exchange:
                 give_back_memory()
 
     async def send(self, message: Message) -> None:
-        """Send a piece of the response. Raises SlowReader."""
+        """Send a piece of the response. Raises ClientDisconnect if the client does not take it in time."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [(b"x-request-id", self.number.encode()), (b"x-content-type-options", b"nosniff")]
@@ -249,4 +245,4 @@ class Exchange:
             async with asyncio.timeout(self.middleware.config().patience):
                 await self.send_(message)
         except TimeoutError:
-            raise SlowReader from None
+            raise ClientDisconnect from None

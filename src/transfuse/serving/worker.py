@@ -60,7 +60,7 @@ class WorkerConfig:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A request before the model has read it; its images will be cropped to their middle square, and resized."""
+    """A request that the model has not read; its images are cropped to the middle square and resized to its size."""
 
     parts: tuple[str | np.ndarray, ...]  # texts and uint8 RGB images `[row, column, 3]`, in order
     settings: dict[str, Any] = field(default_factory=dict)  # fields of `inference.Request`
