@@ -239,7 +239,7 @@ def accept(runner: ModelRunner, request: Request, number: int, where: str) -> Se
             cfg_len += len(runner.null_tokens) + patches
     prefix_keys: PrefixKeys | None = None
     if request.reuse:
-        prefix_keys = layout.input_ids.tolist()
+        prefix_keys = [*layout.input_ids.tolist()]
         for span in layout.spans:
             if not span.image.is_codes:
                 prefix_keys[span.start : span.end] = image_keys(span.image.latent, span.end - span.start)
