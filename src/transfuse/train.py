@@ -307,7 +307,7 @@ def _model_card(run: Run, trainer: Trainer, distilled: Distilled | None) -> str:
     recipe, images = run.recipe, run.recipe.model.images
     kind = {"latents": "Transfusion", "codes": "Chameleon", "none": "text-only"}[images]
     data = ", ".join(_data_described(run))
-    call = f'("{next(iter(run.held_out_prompts(1)), "a crab")}").images[0]'
+    call = f'("{next(iter(run.sources.held_out_prompts(1)), "a crab")}").images[0]'
     if images == "none":
         call = '.generate("crab:").text'
     done = {"positions": 0, "images": 0, "flops": 0, "seconds": 0, **trainer.totals}

@@ -75,7 +75,7 @@ def _finished(trained: Trained, folder: Path, json: bool) -> int:
         return stopped_code(trained.trainer.ranks)
     if not trained.trainer.ranks.first:
         return 0
-    prompt = next(iter(trained.run.held_out_prompts(1)), "a crab on a blue background")
+    prompt = next(iter(trained.run.sources.held_out_prompts(1)), "a crab on a blue background")
     logger.info(f"{trained.export}: exported; try: transfuse generate {shlex.quote(prompt)} --model {trained.export}")
     if json:
         step, totals = trained.trainer.step, trained.trainer.totals

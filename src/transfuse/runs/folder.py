@@ -1,27 +1,34 @@
-"""A run folder: `config.json` holds the recipe, and one process at a time trains in it."""
+"""A run folder: its recipe in `config.json`, the lock of the process that trains in it, and its logged numbers.
+
+transfuse.curves("runs/tiny")                         # its losses, and measures taken while it trained
+transfuse.curves("runs/tiny", "runs/slower")          # a chart of each number, a curve for each run
+transfuse.curves("runs/tiny").lines["runs/tiny"][-1]  # the last line of its metrics.jsonl
+"""
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from ..charts import ACCENT, SOFT, VIOLET, WARM, has_charts, line_chart, standing_alone
 from ..config import from_dict, read_json, to_dict
 from ..data.bundled import WorldConfig
-from ..devices import Device, Precision, pick_device, training_precision
-from ..errors import UserError
+from ..devices import pick_device, training_precision
+from ..errors import UserError, install_command
 from ..export import describe
 from ..folders import find_export
 from ..io import atomic_write
 from ..log import logger
-from ..recipes import PRESETS, Recipe, preset
+from ..recipes import PRESETS, AutoencoderRecipe, Recipe, preset
 from ..recipes.recipe import VERSION, student
-from ..training import Distributed, LoopConfig
+from ..training import Distributed, read_metrics
 
 FREE = {
     *(f"parallel.{name}" for name in ("replicate", "tensor", "activation_checkpointing", "compile")),
@@ -32,21 +39,12 @@ FREE = {
 }
 """settings that may change when a run is resumed, as they do not change what it learns"""
 
+LOSSES = ("text", "image")
+COLOURS = (ACCENT, WARM, VIOLET, SOFT)
+SHOWN = (*LOSSES, "gradient_norm", "positions", "images", "seconds")
+"""columns of the table: the last numbers of each run"""
 
-class RunRecipe(Protocol):
-    """A frozen dataclass that defines a run, of a model or of an autoencoder."""
-
-    @property
-    def device(self) -> Device: ...
-
-    @property
-    def precision(self) -> Precision: ...
-
-    @property
-    def loop(self) -> LoopConfig: ...
-
-
-R = TypeVar("R", bound=RunRecipe)
+R = TypeVar("R", Recipe, AutoencoderRecipe)
 
 
 def settle_device(recipe: R, folder: Path | None = None) -> R:
@@ -55,19 +53,18 @@ def settle_device(recipe: R, folder: Path | None = None) -> R:
     if path is not None and path.exists():
         saved = read_recipe(path, type(recipe))
         same = {name: getattr(saved, name) for name in ("device", "precision") if getattr(recipe, name) == "auto"}
-        return replace(recipe, **same)  # type: ignore[type-var]
+        return replace(recipe, **same)
     device = pick_device(recipe.device)
-    precision = training_precision(recipe.precision, device)
-    return replace(recipe, device=device, precision=precision)  # type: ignore[type-var]
+    return replace(recipe, device=device, precision=training_precision(recipe.precision, device))
 
 
-def run_device(recipe: RunRecipe, folder: Path) -> str:
+def run_device(recipe: R, folder: Path) -> str:
     """Return the device a run uses: the one it began with. Raises UserError if this machine has none."""
     path = folder / "config.json"
     return pick_device(read_recipe(path, type(recipe)).device if path.exists() else recipe.device)
 
 
-def record_recipe(recipe: RunRecipe, folder: Path) -> None:
+def record_recipe(recipe: R, folder: Path) -> None:
     """Write `config.json` of a new run, or check that an earlier run has the same recipe.
 
     Settings in FREE may differ; they are logged, and `config.json` stays as the run began.
@@ -87,7 +84,8 @@ def record_recipe(recipe: RunRecipe, folder: Path) -> None:
     saved = read_recipe(path, type(recipe))
     differences = list(_differences(to_dict(saved), to_dict(recipe)))
     for name, before, now in differences:
-        if not _is_free(name):
+        parts = name.split(".")
+        if not any(".".join(parts[:count]) in FREE for count in range(1, len(parts) + 1)):
             raise UserError(
                 f"{path}: {name}: this run has {before!r}, the command asks for {now!r}; give the same settings to "
                 "resume, or another --run folder to start a new run"
@@ -163,10 +161,10 @@ def student_of(model: str) -> Recipe:
     return student(recipe, model)
 
 
-def is_kind(path: Path, kind: type[RunRecipe]) -> bool:
+def is_kind(path: Path, kind: type[R]) -> bool:
     """Return True if a run's `config.json` has the settings of this kind of recipe."""
     values = read_json(path)
-    return isinstance(values, dict) and values.keys() == {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return isinstance(values, dict) and values.keys() == {field.name for field in fields(kind)}
 
 
 def _differences(saved: Any, given: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -177,6 +175,61 @@ def _differences(saved: Any, given: Any, name: str = "") -> Iterator[tuple[str, 
         yield name, saved, given
 
 
-def _is_free(name: str) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:count]) in FREE for count in range(1, len(parts) + 1))
+@dataclass
+class Curves:
+    """Logged numbers by run folder; `_repr_html_` draws them. lines: those of `metrics.jsonl`, by the folder's name."""
+
+    lines: dict[str, list[dict[str, Any]]]
+
+    @property
+    def names(self) -> list[str]:
+        """The numbers that are drawn: losses, and measures taken while training (METRIC/NUMBER)."""
+        logged = {name for lines in self.lines.values() for line in lines for name in line}
+        return [
+            *(name for name in LOSSES if name in logged),
+            *sorted(name for name in logged if "/" in name and not name.startswith("image_by_timestep/")),
+        ]
+
+    def points(self, run: str, name: str) -> list[tuple[float, float]]:
+        """Return (step, value) of one number of a run."""
+        return [(line["step"], line[name]) for line in self.lines[run] if line.get(name) is not None]
+
+    def _repr_html_(self) -> str:
+        """Return a chart of each number, with a curve for each run, and a table of the last numbers, for notebooks."""
+        short = [Path(run).name for run in self.lines]
+        labels = short if len({*short}) == len(short) else [*self.lines]
+        parts = []
+        for name in self.names:
+            curves = [
+                (label, self.points(run, name), COLOURS[number % len(COLOURS)])
+                for number, (label, run) in enumerate(zip(labels, self.lines, strict=True))
+            ]
+            if chart := standing_alone(line_chart(curves, "step")):
+                parts.append(
+                    f'<figure style="display:inline-block; margin:0 1em 0 0">'
+                    f"<figcaption>{html.escape(name)}</figcaption>{chart}</figure>"
+                )
+        if not has_charts():
+            parts.append(f"<p>charts need matplotlib: {install_command('report')}</p>")
+        return "".join([*parts, self._table()])
+
+    def _table(self) -> str:
+        logged = {name for lines in self.lines.values() for line in lines for name in line}
+        columns = ["step", *(name for name in SHOWN if name in logged)]
+        rows = [["run", *columns]]
+        for run, lines in self.lines.items():
+            last = {name: value for line in lines for name, value in line.items()}
+            rows.append([run, *(f"{last[name]:,.4g}" if name in last else "" for name in columns)])
+        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def read_curves(*runs: Path | str) -> Curves:
+    """Read the logged numbers of run folders: `transfuse.curves`. Raises UserError for a folder without any."""
+    lines = {}
+    for run in runs:
+        path = Path(run) / "metrics.jsonl"
+        lines[str(run)] = read_metrics(path)
+        if not lines[str(run)]:
+            raise UserError(f"{path}: expected the logged steps of a run, found none")
+    return Curves(lines)

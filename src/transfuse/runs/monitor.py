@@ -62,7 +62,7 @@ def pipeline_of(run: Run, weights: dict[str, Tensor]) -> TransfusionPipeline:
 
 def sample_grid(run: Run) -> Callable[[dict[str, Tensor], Path], None] | None:
     """Return a function that draws held-out prompts with averaged weights as one PNG; None without captions."""
-    prompts = run.held_out_prompts(GRID[0] * GRID[1])
+    prompts = run.sources.held_out_prompts(GRID[0] * GRID[1])
     if not prompts:
         return None
 

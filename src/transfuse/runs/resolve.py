@@ -38,7 +38,6 @@ from .start import (
     check_finetuning,
     init_tokenizer,
     resolve_init,
-    untied,
     warn_of_image_weights,
     with_distillation,
     with_model,
@@ -104,10 +103,6 @@ class Run:
         """Return the stream of documents, with images through `autoencoder`, or without images."""
         return mixture(self.recipe, self.sources, self.tokenizer, self.format, autoencoder)
 
-    def held_out_prompts(self, count: int) -> list[str]:
-        """Return captions that training never shows; an empty list if there are no captions."""
-        return self.sources.held_out_prompts(count)
-
 
 def resolve(recipe: Recipe, folder: Path | None = None, here: bool = True) -> Run:
     """Open everything a recipe names, once, and fill in the settings that follow from it.
@@ -141,7 +136,9 @@ def resolve_data(recipe: Recipe, begun: Recipe | None = None) -> tuple[Recipe, S
     if recipe.start:
         recipe = resolve_init(replace(recipe, start=str(fetched(recipe.start))), begun)
     check_finetuning(recipe)
-    recipe = untied(with_distillation(recipe, begun))
+    recipe = with_distillation(recipe, begun)
+    if recipe.freeze != "none" or recipe.lora.rank:  # BOI's output row is trained without its embedding
+        recipe = with_model(recipe, "tie_embeddings", False, "so that output rows are trained apart")
     sources = open_sources(recipe.data)
     _check_alignment(recipe, sources)
     recipe = replace(recipe, data=replace(recipe.data, source_fingerprints=sources.fingerprints))
@@ -224,7 +221,13 @@ def _with_vocabulary(recipe: Recipe, sources: Sources, init: Tokenizer | None) -
             f"data.sources: expected data sets with the tokenizer of {recipe.start}, found another; build them with "
             f"--tokenizer {recipe.start}"
         )
-    sources.check_lengths(recipe.model.max_seq_len - 2, "model.max_seq_len, less two markers")
+    most = recipe.model.max_seq_len - 2
+    for name, data in sources.sets.items():
+        if data.manifest.longest > most:
+            raise UserError(
+                f"{name}: expected documents of at most {most} tokens (model.max_seq_len, less two markers), found one "
+                f"of {data.manifest.longest}; build it with --max-tokens"
+            )
     if init is not None and recipe.model.text_vocab_size >= init.vocab_size:
         return recipe
     return with_model(recipe, "text_vocab_size", tokenizer.vocab_size, "as the tokenizer of the data sets has")

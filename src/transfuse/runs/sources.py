@@ -123,15 +123,6 @@ class Sources:
                     f"{longest}, its pictures' {patches} among them"
                 )
 
-    def check_lengths(self, most: int, what: str) -> None:
-        """Raise UserError for a document whose text alone has more than `most` tokens."""
-        for name, data in self.sets.items():
-            if data.manifest.longest > most:
-                raise UserError(
-                    f"{name}: expected documents of at most {most} tokens ({what}), found one of "
-                    f"{data.manifest.longest}; build it with --max-tokens"
-                )
-
     def image_size(self) -> int:
         """Return the side, in pixels, of the images a model is trained on, by its first source of images."""
         for spec in self.pictures:
@@ -198,12 +189,17 @@ def mixture(
             first = share * spec.weight / (sum(spec.weight for spec in specs) or 1.0)
             final = share * weight / (sum(last) or 1.0) if changes else None
             source = _source(recipe, sources, spec, tokenizer, autoencoder)
-            components.append(MixtureComponent(source, first, spec.epochs, final, _left_out(recipe, sources, spec)))
+            documents = recipe.data.edits.count if spec.name == "edits" else None  # in one pass, also if left out
+            if spec.name in sources.sets:
+                documents = sources.sets[spec.name].size("train")
+            components.append(MixtureComponent(source, first, spec.epochs, final, documents))
     if not components or not sum(part.weight for part in components):
         raise UserError(f"data.sources: expected something to learn from, found only {', '.join(data.sources)}")
     measured = form if by_positions and ((pictures and texts) or len(components) > 1) else None
     stream = Mixture(components, measured)
-    samples = _samples(recipe, stream, form)
+    samples = recipe.loop.steps * data.batch_size
+    if data.row_length is not None:  # those that fill the rows
+        samples = stream.samples_in(samples * data.row_length, form)
     if any(part.anneal_weight is not None for part in components):
         stream.plan(anneal_from=int(samples * (1 - data.final_stretch)))
     if samples > stream.end:
@@ -212,13 +208,6 @@ def mixture(
             f"{int(stream.end)} in the epochs allowed; allow more, or ask for fewer steps"
         )
     return stream
-
-
-def _samples(recipe: Recipe, stream: Mixture, form: SequenceFormat) -> int:
-    """Return the number of samples a run reads; of a packed run, those that fill its rows."""
-    data = recipe.data
-    count = recipe.loop.steps * data.batch_size
-    return count if data.row_length is None else stream.samples_in(count * data.row_length, form)
 
 
 def unseen_noise(recipe: Recipe, document: Callable[[int], Document | None]) -> str | None:
@@ -254,32 +243,22 @@ def unseen_noise(recipe: Recipe, document: Callable[[int], Document | None]) -> 
 def _source(
     recipe: Recipe, sources: Sources, spec: SourceSpec, tokenizer: Tokenizer, autoencoder: Autoencoder | None
 ) -> Source | None:
-    if sources.kind(spec) == "pictures" and autoencoder is None:
+    """Return the documents of one source; None for images without an autoencoder."""
+    if spec.name == "glosses":
+        return Texts(glosses("train"), tokenizer, recipe.seed)
+    data = sources.sets.get(spec.name)
+    if data is not None and data.manifest.kind == "text":
+        return StoredTexts(data, recipe.seed)
+    if autoencoder is None:
         return None
     pairs = recipe.data.pairs
     if recipe.data.context == "clean-copy":  # nothing reads an image with its noise
         pairs = replace(pairs, image_first_max_timestep=None)
-    if spec.name == "world":
-        assert autoencoder is not None
-        return ScenePairs(sources.world, tokenizer, autoencoder, pairs, recipe.seed)
+    if data is not None:
+        kind = StoredDialogues if has_dialogues(data) else StoredImages
+        return kind(data, tokenizer, autoencoder, pairs, recipe.seed)
     if spec.name == "edits":
-        assert autoencoder is not None
         return SceneEdits(sources.world, tokenizer, autoencoder, recipe.data.edits, recipe.seed)
     if spec.name == "dialogues":
-        assert autoencoder is not None
         return SceneDialogues(sources.world, tokenizer, autoencoder, recipe.seed)
-    if spec.name == "glosses":
-        return Texts(glosses("train"), tokenizer, recipe.seed)
-    data = sources.sets[spec.name]
-    if data.manifest.kind == "text":
-        return StoredTexts(data, recipe.seed)
-    assert autoencoder is not None
-    kind = StoredDialogues if has_dialogues(data) else StoredImages
-    return kind(data, tokenizer, autoencoder, pairs, recipe.seed)
-
-
-def _left_out(recipe: Recipe, sources: Sources, spec: SourceSpec) -> int | None:
-    """Return the documents in one pass over a source, also of a source the run leaves out."""
-    if spec.name in sources.sets:
-        return sources.sets[spec.name].size("train")
-    return recipe.data.edits.count if spec.name == "edits" else None
+    return ScenePairs(sources.world, tokenizer, autoencoder, pairs, recipe.seed)

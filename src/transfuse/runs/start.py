@@ -111,7 +111,10 @@ def check_finetuning(recipe: Recipe) -> None:
     """Raise UserError for `freeze`, `lora` and `init.image_tower` that do not fit together."""
     rank, freeze, model, tower = recipe.lora.rank, recipe.freeze, recipe.model, recipe.init.image_tower
     frozen, wider = freeze != "none", model.image_d_ff not in (None, model.ffn_dim)
-    partly = frozen or rank > 0
+    partly, lacks_tower = frozen or rank > 0, False
+    if wider and tower != "new" and recipe.start and model.experts != "shared":
+        folder = Path(recipe.start)
+        lacks_tower = not is_export(folder) or describe(folder).model.experts == "shared"
     for fits, name, expected, value in (
         (not rank or recipe.start, "lora.rank", "0 without start", rank),
         (not frozen or recipe.start, "freeze", "none without start", freeze),
@@ -119,20 +122,12 @@ def check_finetuning(recipe: Recipe) -> None:
         (not frozen or model.images == "latents", "freeze", f'none with model.images "{model.images}"', freeze),
         (not frozen or model.experts != "shared", "freeze", "none with model.experts shared", freeze),
         (not rank or tower == "copy", "init.image_tower", "copy with lora", tower),
-        (not wider or tower == "new" or not _lacks_tower(recipe), "init.image_tower", "new with image_d_ff", tower),
+        (not lacks_tower, "init.image_tower", "new with image_d_ff", tower),
         (not partly or not recipe.parallel.float8, "parallel.float8", "False with freeze or lora", True),
         (not partly or recipe.parallel.tensor == 1, "parallel.tensor", "1 with freeze or lora", recipe.parallel.tensor),
     ):
         if not fits:
             raise UserError(f"{name}: expected {expected}, found {value}")
-
-
-def _lacks_tower(recipe: Recipe) -> bool:
-    """Return True if `start` has no image tower, where the network needs one."""
-    if not recipe.start or recipe.model.experts == "shared":
-        return False
-    folder = Path(recipe.start)
-    return not is_export(folder) or describe(folder).model.experts == "shared"
 
 
 def init_tokenizer(folder: Path) -> Tokenizer:
@@ -150,19 +145,27 @@ def init_from(
 
     Raises UserError if the weights do not fit.
     """
-    strict, new_tower, export = "network" not in allow, model.config.experts != "shared", None
-    if is_export(folder):
-        export = describe(folder)
-        new_tower = new_tower and export.model.experts == "shared"
-        # No weight depends on the length of a sequence.
-        expected = replace(_with_experts(export.model, model.config), max_seq_len=model.config.max_seq_len)
-        tied = expected.tie_embeddings and model.config.tie_embeddings  # `untied`
-        if strict and replace(expected, tie_embeddings=tied) != model.config:
-            raise UserError(f"{folder}: expected the network that the run began with, found another")
-    if export is None:
+    strict, new_tower = "network" not in allow, model.config.experts != "shared"
+    if not is_export(folder):
         words = str(start_from_hf(model, folder, allow, new_markers(folder, tokenizer)))
     else:
-        words = _load_export(model, export, folder, strict)
+        export = describe(folder)
+        path, new_tower = export.place["model.safetensors"], new_tower and export.model.experts == "shared"
+        # No weight depends on the length of a sequence.
+        expected = replace(_with_experts(export.model, model.config), max_seq_len=model.config.max_seq_len)
+        tied = expected.tie_embeddings and model.config.tie_embeddings  # `resolve_data` unties
+        if strict and replace(expected, tie_embeddings=tied) != model.config:
+            raise UserError(f"{folder}: expected the network that the run began with, found another")
+        if strict and export.model != model.config:  # all of its weights must fit; a new tower is not among them
+            source = Transfusion.on_meta(export.model)
+            loaded, weights = load_weights(source, path), source.state_dict()
+            model.load_state_dict({"lm_head.weight": weights["embedding.weight"], **weights}, strict=False)
+        else:
+            loaded = load_weights(model, path, strict)
+        total = len(list(model.parameters()))
+        if loaded == 0:
+            raise UserError(f"{folder}: expected weights that fit this network, found none of {total}")
+        words = f"{'all' if loaded == total else f'{loaded} of'} {total} weights, and none of the optimiser's"
     if new_tower and copy_tower:
         model.transformer.copy_text_tower()
     if new_tower:
@@ -219,27 +222,6 @@ def with_distillation(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
         generation=replace(own, sampler=sampler, guidance_scale=1.0, guidance_interval=None),
         data=replace(recipe.data, pairs=replace(pairs, image_first_max_timestep=0)),
     )
-
-
-def untied(recipe: Recipe) -> Recipe:
-    """Return the recipe with two matrices for tied embeddings if BOI's output row is trained without its embedding."""
-    if not recipe.model.tie_embeddings or (recipe.freeze == "none" and not recipe.lora.rank):
-        return recipe
-    return with_model(recipe, "tie_embeddings", False, "so that output rows are trained apart")
-
-
-def _load_export(model: Transfusion, export: Described, folder: Path, strict: bool) -> str:
-    """Load an export's weights and return how many fit, in words."""
-    if strict and export.model != model.config:  # all of the export's weights must fit; a new tower is not among them
-        source = Transfusion.on_meta(export.model)
-        loaded, weights = load_weights(source, export.place["model.safetensors"]), source.state_dict()
-        model.load_state_dict({"lm_head.weight": weights["embedding.weight"], **weights}, strict=False)
-    else:
-        loaded = load_weights(model, export.place["model.safetensors"], strict)
-    total = len(list(model.parameters()))
-    if loaded == 0:
-        raise UserError(f"{folder}: expected weights that fit this network, found none of {total}")
-    return f"{'all' if loaded == total else f'{loaded} of'} {total} weights, and none of the optimiser's"
 
 
 def with_model(recipe: Recipe, name: str, value: int, reason: str) -> Recipe:
