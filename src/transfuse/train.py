@@ -38,7 +38,7 @@ from .model.transfusion import AlignmentHead, of_images
 from .model_card import write_card
 from .recipes import Recipe
 from .runs import Curves, Run, held, open_run, resolve, run_device, unseen_noise
-from .runs.monitor import averaged_model, measuring, sample_grid
+from .runs.monitor import measuring, sample_grid
 from .runs.start import init_from
 from .sequence import Batch
 from .training import (
@@ -56,17 +56,6 @@ from .training import (
 from .training.finetune import adapt, begin, frozen, merged
 from .training.metrics import Average
 from .training.trainer import Measure, Sample
-
-__all__ = [
-    "Trained",
-    "averaged_model",
-    "build_loader",
-    "build_model",
-    "build_trainer",
-    "export_run",
-    "run_trainer",
-    "train",
-]
 
 
 @dataclass(eq=False)
@@ -107,14 +96,16 @@ def train(recipe: Recipe, folder: Path) -> Trained:
             measure = None
             if run.recipe.loop.measure_every:
                 measure = measuring(
-                    run, trainer, folder, lambda best: export_weights(run, trainer, best, folder / "best")
+                    run, trainer, folder, lambda weights: export_weights(run, trainer, weights, folder / "best")
                 )
             if run_trainer(trainer, sample, measure) == "stopped":
                 return Trained(run, trainer, "stopped", None)
-            if run.recipe.loop.patience and (folder / "best").is_dir():
-                ranks.on_rank0(lambda: copy_export(folder / "best", folder / "export"))
-                return Trained(run, trainer, "finished", folder / "export")
-            return Trained(run, trainer, "finished", export_run(run, trainer, folder / "export"))
+            best, export = folder / "best", folder / "export"
+            if run.recipe.loop.patience and best.is_dir():
+                ranks.on_rank0(lambda: copy_export(best, export))
+            else:
+                export_run(run, trainer, export)
+            return Trained(run, trainer, "finished", export)
 
 
 def step_seconds(recipe: Recipe, steps: int = 20) -> float:
@@ -151,9 +142,12 @@ def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> T
             side = recipe.model.patch_size * run.autoencoder.factor
             features = partial(run.features.to(place_of_encoder).patches, side=side)
         if recipe.distil.steps:
-            teacher, distil = load_teacher(run).to(ranks.device), recipe.distil
+            export = describe(recipe.start)
+            teacher = Transfusion.on_meta(export.model, recipe.compute)
+            load_weights(teacher, export.place["model.safetensors"])
+            teacher = teacher.float().requires_grad_(False).to(ranks.device)
             objective = DistillationObjective(
-                recipe.objective, run.process, recipe.seed, teacher, run.format, distil, encoder
+                recipe.objective, run.process, recipe.seed, teacher, run.format, recipe.distil, encoder
             )
         else:
             objective = TransfusionObjective(recipe.objective, run.process, recipe.seed, encoder, features)
@@ -161,9 +155,6 @@ def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> T
     loader = build_loader(run, folder, ranks.data, ranks.datas, finish)
     if recipe.model.images == "latents" and ranks.first and (warning := unseen_noise(recipe, loader.document)):
         logger.info(warning)
-
-    def rate_of(name: str) -> float:
-        return 1.0 if of_images(name) else recipe.text_rate
 
     def flops(batch: Batch) -> int:
         student = train_flops(recipe.model, batch, frozen(recipe.freeze, recipe.lora))
@@ -178,7 +169,7 @@ def build_trainer(run: Run, folder: Path, ranks: Distributed | None = None) -> T
         recipe.optimizer,
         flops,
         ranks,
-        rate_of=rate_of,
+        rate_of=lambda name: 1.0 if of_images(name) else recipe.text_rate,
         plain=partial(merged, model),
     )
 
@@ -218,14 +209,6 @@ def build_model(run: Run, folder: Path, ranks: Distributed) -> Transfusion:
         logger.info(f"{start}: {init_from(plain, start, run.tokenizer, recipe.init.allow_changes, copy_tower)}")
         begin(model, plain, recipe.seed)
     return model
-
-
-def load_teacher(run: Run) -> Transfusion:
-    """Load the network that a distilled one learns from, in float32 and without gradients."""
-    export = describe(run.recipe.start)
-    teacher = Transfusion.on_meta(export.model, run.recipe.compute)
-    load_weights(teacher, export.place["model.safetensors"])
-    return teacher.float().requires_grad_(False)
 
 
 def build_loader(run: Run, folder: Path, rank: int = 0, ranks: int = 1, finish: Finish = unchanged) -> StepLoader:
@@ -274,7 +257,12 @@ def copy_export(source: Path, folder: Path) -> None:
 
 def export_weights(run: Run, trainer: Trainer, weights: dict[str, Tensor], folder: Path) -> Path:
     """Export averaged weights from this process."""
-    recipe, distilled = run.recipe, distilled_by(run.recipe)
+    recipe, distil, distilled = run.recipe, run.recipe.distil, None
+    if distil.steps:
+        teacher = distil.teacher_weights or sha256(describe(recipe.start).place["model.safetensors"])[:16]
+        assert distil.teacher_steps is not None
+        assert distil.guidance_scale is not None
+        distilled = Distilled(distil.steps, teacher, distil.teacher_steps, distil.guidance_scale)
     return save_export(
         folder,
         weights,
@@ -290,17 +278,6 @@ def export_weights(run: Run, trainer: Trainer, weights: dict[str, Tensor], folde
         run.vocabulary,
         distilled,
     )
-
-
-def distilled_by(recipe: Recipe) -> Distilled | None:
-    """Return how a recipe distils its model; None if it trains one."""
-    distil = recipe.distil
-    if not distil.steps:
-        return None
-    teacher = distil.teacher_weights or sha256(describe(recipe.start).place["model.safetensors"])[:16]
-    assert distil.teacher_steps is not None
-    assert distil.guidance_scale is not None
-    return Distilled(distil.steps, teacher, distil.teacher_steps, distil.guidance_scale)
 
 
 def _model_card(run: Run, trainer: Trainer, distilled: Distilled | None) -> str:

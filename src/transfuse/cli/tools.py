@@ -94,7 +94,8 @@ def _export_run(
     from ..export import relayout
     from ..recipes import AutoencoderRecipe, Recipe
     from ..runs import is_kind, read_recipe, resolve
-    from ..train import averaged_model, build_trainer, export_run
+    from ..runs.monitor import averaged_model
+    from ..train import build_trainer, export_run
     from ..train_autoencoder import build_autoencoder_trainer, export_autoencoder, resolve_autoencoder
 
     config = folder / "config.json"
