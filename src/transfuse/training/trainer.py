@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -83,14 +84,12 @@ class LoopConfig:
     """services that also receive metrics and sample grids (each an extra of that name)"""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("log_every", "keep", "measure_count"), 1)
+        positive = "log_every", "keep", "measure_count"
         counts = "steps", "keep_every", "checkpoint_every", "sample_every", "measure_every", "patience", "profile"
-        least |= dict.fromkeys(counts, 0)
-        least |= dict.fromkeys(("max_seconds", "session_seconds"), 0)
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= lowest:
-                raise ValueError(f"loop.{name}: expected at least {lowest}, found {value}")
+        for name in (*positive, *counts, "max_seconds", "session_seconds"):
+            value, least = getattr(self, name), 1 if name in positive else 0
+            if value is not None and not value >= least:
+                raise ValueError(f"loop.{name}: expected at least {least}, found {value}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"loop.ema_decay: expected a number from 0 to below 1, found {self.ema_decay}")
         if self.best and not self.measure_every:
@@ -232,7 +231,10 @@ class Trainer:
                     self.average, window, before = Average(), time.monotonic(), dict(self.totals)
                 # Before the step's checkpoint, so that a run resumed from it has the result.
                 if measure is not None and loop.measure_every and self.step % loop.measure_every == 0:
-                    self._measure(measure)
+                    self.merge()
+                    results = self.ranks.broadcast(self.ranks.on_rank0(partial(measure, self.averaged())) or {})
+                    self.since_best = results.get(SINCE_BEST, 0.0)
+                    self.metrics.write({"step": self.step, **results})
                     flags = flags._replace(no_better=self._no_better())
                 if loop.checkpoint_every and self.step % loop.checkpoint_every == 0:
                     self.begin_save()
@@ -270,7 +272,12 @@ class Trainer:
             return StopFlags(*map(bool, flags))
         if verdict is None or verdict.action == "log":
             rate = learning_rate(self.optimizer_config, self.step, self.config.steps)
-            self._update(rate, batches)
+            with self.meter.part("optimizer"):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate * group.get("rate", 1.0)
+                self.optimizer.step()
+                self.objective.after_step(self.model, self.step + 1, batches)
+                self.ema.update(self.model, self.step)
             average.include(details)
             for name, total, count in zip(self.objective.names, own_losses, own, strict=True):
                 average.add(name, total, count)
@@ -310,15 +317,6 @@ class Trainer:
                 parts.setdefault(child if child in self.clipped_modules else "", []).append(parameter)
             norms = [clip_gradients(part, self.optimizer_config.clip, self.ranks) for part in parts.values()]
         return summed, norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)), details
-
-    def _update(self, rate: float, batches: Sequence[Any]) -> None:
-        """Update weights and moving averages."""
-        with self.meter.part("optimizer"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group.get("rate", 1.0)
-            self.optimizer.step()
-            self.objective.after_step(self.model, self.step + 1, batches)
-            self.ema.update(self.model, self.step)
 
     def _note(self, verdict: Verdict, data_step: int, batches: Sequence[StepBatch]) -> None:
         """Log a bad step, append it to `bad_steps.jsonl`, and raise DivergedError if the verdict is "raise"."""
@@ -369,14 +367,6 @@ class Trainer:
         if (peak := self.meter.peak_flops()) is not None and rates.get("flops_per_second"):
             line["mfu"] = rates["flops_per_second"] / (peak * self.ranks.count)
         return line
-
-    def _measure(self, measure: Measure) -> None:
-        """Evaluate the averaged weights and log the results."""
-        self.merge()
-        weights = self.averaged()
-        results = self.ranks.broadcast(self.ranks.on_rank0(lambda: measure(weights)) or {})
-        self.since_best = results.get(SINCE_BEST, 0.0)
-        self.metrics.write({"step": self.step, **results})
 
     def _sample(self, sample: Sample) -> None:
         """Draw a sample grid. Raises UserError if it cannot be written."""
