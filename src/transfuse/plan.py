@@ -10,7 +10,7 @@ import itertools
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -108,7 +108,8 @@ def cluster_plan(
     if batch % gpus:
         raise UserError(f"gpus: expected a divisor of data.batch_size ({batch}), found {gpus}")
     step, reached, usable = StepContents.of(recipe), mfu or ASSUMED_MFU, (1 - SPARE) * hardware.memory
-    executed = step.executed_flops()
+    # Of the forward and backward pass and of the teacher, without recomputation.
+    executed = step.flops(step.recipe.model, step.load(1).predictions, step.frozen) + step.teacher_flops()
     seconds = executed / (reached * hardware.flops * gpus)
     runs = {}
     for name, tokens in {"recipe": step.positions * recipe.loop.steps, **PAPER_RUNS}.items():
@@ -165,15 +166,21 @@ def fitted(recipe: Recipe) -> tuple[Recipe, Autoencoder | None]:
 class StepContents:
     """The contents of a training step of `recipe`: images of one size, each with `TEXT_POSITIONS` of text.
 
+    copies    images that stand twice, an estimate: `images` counts them once
     side      latent elements along a side of an image
     patches   patches, or codes, of an image
+    teacher   the network that a student learns from; None without distillation
+    frozen    the matrices that are not trained
     """
 
     recipe: Recipe
     positions: int
     images: int
+    copies: int
     side: int
     patches: int
+    teacher: ModelConfig | None
+    frozen: Frozen
 
     @classmethod
     @lru_cache(maxsize=16)
@@ -197,18 +204,16 @@ class StepContents:
         else:
             positions = data.batch_size * data.row_length
         patches = (side // model.patch_size) ** 2
+        # The share of images, taken for those of pairs, that have a noised copy: those before their caption.
+        copied = 1 - data.pairs.caption_first if data.context == "clean-copy" else 0.0
         if patches and sources.pictures:
-            share, of_image = 1 - data.text_share, patches * (1 + _copied_share(recipe))
+            share, of_image = 1 - data.text_share, patches * (1 + copied)
             document = of_image + TEXT_POSITIONS
             if data.share_of == "documents":
                 share = share * document / (share * of_image + TEXT_POSITIONS)
             images = round(positions * (share if sources.texts else 1) / document)
-        return cls(recipe, positions, images, side, patches)
-
-    @property
-    def copies(self) -> int:
-        """Images that stand twice in a step, an estimate: `images` counts them once."""
-        return round(self.images * _copied_share(self.recipe))
+        copies, teacher = round(images * copied), describe(recipe.start).model if recipe.distil.steps else None
+        return cls(recipe, positions, images, copies, side, patches, teacher, frozen(recipe.freeze, recipe.lora))
 
     def load(self, parts: float) -> Load:
         """Return one of `parts` equal parts of the step; fractions of an image are rounded up."""
@@ -222,22 +227,18 @@ class StepContents:
         positions, bidirectional = self.patches + text, self.recipe.model.image_attention == "bidirectional"
         return positions * (positions + 1) // 2 + bidirectional * self.patches * (self.patches - 1) // 2
 
-    def executed_flops(self) -> int:
-        """Return the operations of the forward and backward pass and of the teacher, without recomputation."""
-        return self._flops(self.recipe.model, self.load(1).predictions, self.frozen) + self.teacher_flops()
-
     def teacher_flops(self) -> int:
         """Return the operations of the teacher's evaluations, all counted as guided; 0 without distillation."""
         distil, config = self.recipe.distil, self.teacher
         if config is None or distil.teacher_steps is None:
             return 0
-        passes = self._flops(config, 0)
+        passes = self.flops(config, 0)
         if distil.guidance_scale != 1:
             images = [(self.side, self.side)] * self.images
             passes += step_flops(config, self.images * self.patches, self.images * self.image_pairs(), 0, images)
         return distil.teacher_steps // distil.steps * passes // 3
 
-    def _flops(self, config: ModelConfig, predictions: int, frozen: Frozen = "none") -> int:
+    def flops(self, config: ModelConfig, predictions: int, frozen: Frozen = "none") -> int:
         """Return the operations of a network's forward and backward pass over the step."""
         text = self.positions - self.images * (self.patches + TEXT_POSITIONS) - self.copies * self.patches
         document = self.recipe.data.row_length or TEXT_POSITIONS  # of text alone: at most a row, where rows are packed
@@ -247,25 +248,10 @@ class StepContents:
         sizes = [size for size, count in load.images.items() for _ in range(count)]
         return step_flops(config, load.positions, pairs, predictions, sizes, frozen)
 
-    @cached_property
-    def teacher(self) -> ModelConfig | None:
-        """The network that a student learns from; None without distillation."""
-        return describe(self.recipe.start).model if self.recipe.distil.steps else None
-
     @property
     def teacher_bytes(self) -> int:
         """Memory of the teacher's weights, float32 and whole on every GPU."""
         return 0 if self.teacher is None else 4 * _parameters(self.teacher)[0]
-
-    @property
-    def frozen(self) -> Frozen:
-        """The matrices that are not trained."""
-        return frozen(self.recipe.freeze, self.recipe.lora)
-
-
-def _copied_share(recipe: Recipe) -> float:
-    """Return the share of images, taken for those of pairs, that have a noised copy: those before their caption."""
-    return 1 - recipe.data.pairs.caption_first if recipe.data.context == "clean-copy" else 0.0
 
 
 def memory(
