@@ -70,7 +70,16 @@ def resolve_autoencoder(recipe: AutoencoderRecipe, here: bool = True) -> Autoenc
     """Open what a recipe names, once. Raises UserError if its parts do not fit together."""
     if recipe.loop.measure_every:
         raise UserError("loop.measure_every: expected 0 for an autoencoder, whose grids show it, found more")
-    start = None if recipe.start is None else _open_start(recipe, recipe.start)
+    start = None
+    if recipe.start is not None:
+        autoencoder = open_autoencoder(recipe.start)
+        if not isinstance(autoencoder, ImageAutoencoder):
+            raise UserError(f"start: expected a trained autoencoder, found {autoencoder.name}")
+        start = autoencoder
+        for setting in (*SHAPE, *SHAPE_OF_KIND[recipe.model.kind]):
+            wanted, present = getattr(recipe.model, setting), getattr(start.config, setting)
+            if wanted != present:
+                raise UserError(f"start: model.{setting}: expected {wanted}, found {present} in {recipe.start}")
     channels, size = recipe.model.latent_channels, recipe.data.world.size
     if recipe.redraw and (start is None or recipe.model.kind != "kl"):
         other = "none" if start is None else f"a {recipe.model.kind} one"
@@ -84,18 +93,6 @@ def resolve_autoencoder(recipe: AutoencoderRecipe, here: bool = True) -> Autoenc
         expected = f"at least {CRITIC_MIN_SIZE} for the critic (objective.adversarial_from)"
         raise UserError(f"data.world.size: expected {expected}, found {size}")
     return AutoencoderRun(settle_device(recipe) if here else recipe, start)
-
-
-def _open_start(recipe: AutoencoderRecipe, name: str) -> ImageAutoencoder:
-    """Open the autoencoder of the initial weights. Raises UserError if it has another shape."""
-    autoencoder = open_autoencoder(name)
-    if not isinstance(autoencoder, ImageAutoencoder):
-        raise UserError(f"start: expected a trained autoencoder, found {autoencoder.name}")
-    for setting in (*SHAPE, *SHAPE_OF_KIND[recipe.model.kind]):
-        wanted, present = getattr(recipe.model, setting), getattr(autoencoder.config, setting)
-        if wanted != present:
-            raise UserError(f"start: model.{setting}: expected {wanted}, found {present} in {name}")
-    return autoencoder
 
 
 def open_autoencoder_run(recipe: AutoencoderRecipe, folder: Path) -> AutoencoderRun:
