@@ -13,8 +13,7 @@ from transfuse.autoencoders import ImageAutoencoder, load_autoencoder, save_auto
 from transfuse.autoencoders.features import Features, MobileNetV2
 from transfuse.autoencoders.network import PatchCritic
 from transfuse.errors import UserError
-from transfuse.recipes import preset
-from transfuse.recipes.autoencoders import AutoencoderRecipe, autoencoder_preset
+from transfuse.recipes import AutoencoderRecipe, preset
 from transfuse.runs import resolve, settle_device
 from transfuse.train import train
 from transfuse.train_autoencoder import (
@@ -37,7 +36,7 @@ def features() -> Features:
 
 
 def recipe(kind: str = "kl", **objective) -> AutoencoderRecipe:
-    base = autoencoder_preset(f"{kind}-tiny")
+    base = preset(f"{kind}-tiny", AutoencoderRecipe)
     return settle_device(replace(base, objective=replace(base.objective, **objective)))
 
 
@@ -293,7 +292,7 @@ def runs(tmp_path_factory) -> Path:
     """A KL and a VQ autoencoder, trained for a moment."""
     folder = tmp_path_factory.mktemp("runs")
     for kind in ("kl", "vq"):
-        _, export = train_autoencoder(autoencoder_preset(f"{kind}-tiny"), folder / kind)
+        _, export = train_autoencoder(preset(f"{kind}-tiny", AutoencoderRecipe), folder / kind)
         assert export == folder / kind / "export"
     return folder
 
@@ -302,7 +301,7 @@ def test_latents_of_an_export_are_normal(runs: Path) -> None:
     for kind in ("kl", "vq"):
         autoencoder = load_autoencoder(runs / kind / "export")
         assert autoencoder.name == f"{kind}-tiny"
-        source = resolve_autoencoder(autoencoder_preset(f"{kind}-tiny")).image
+        source = resolve_autoencoder(preset(f"{kind}-tiny", AutoencoderRecipe)).image
         latents = autoencoder.encode(np.stack([source(n) for n in range(512)]))
         assert latents.mean((0, 2, 3)).abs().max() < 1e-3
         assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
@@ -362,7 +361,7 @@ def test_channels_are_drawn_again(quant_conv: bool, tmp_path: Path) -> None:
 def test_channels_that_cannot_be_drawn_again(kind, start, redraw, message, runs: Path) -> None:
     start = start and str(runs / kind / start)
     with pytest.raises(UserError, match=message):
-        resolve_autoencoder(replace(autoencoder_preset(f"{kind}-tiny"), start=start, redraw=redraw))
+        resolve_autoencoder(replace(preset(f"{kind}-tiny", AutoencoderRecipe), start=start, redraw=redraw))
 
 
 def transfusion(autoencoder: Path | str):
@@ -390,7 +389,7 @@ def test_a_transfusion_draws_through_it(kind: str, runs: Path, tmp_path: Path) -
 def test_the_wrong_autoencoder_is_named(runs: Path, tmp_path: Path) -> None:
     export = train(transfusion(runs / "kl" / "export"), tmp_path / "run").export
     assert export is not None
-    train_autoencoder(replace(autoencoder_preset("kl-tiny"), seed=5), tmp_path / "other")
+    train_autoencoder(replace(preset("kl-tiny", AutoencoderRecipe), seed=5), tmp_path / "other")
     save_autoencoder(export / "autoencoder", load_autoencoder(tmp_path / "other" / "export"), "another")
     with pytest.raises(UserError, match=r'"kl-tiny" \([0-9a-f]{12}, 4 channels\), found "another" \([0-9a-f]{12}'):
         transfuse.load(str(export))
@@ -425,7 +424,7 @@ def test_a_folder_of_images(tmp_path: Path, capsys) -> None:
 
 
 def test_unseen_nouns_are_unseen() -> None:
-    trained = autoencoder_preset("kl-f4-small").data.world
+    trained = preset("kl-f4-small", AutoencoderRecipe).data.world
     unseen = unseen_world(trained)
     assert len(unseen.config.noun_names) == 28
     assert not set(unseen.config.noun_names) & set(trained.noun_names)
@@ -434,7 +433,7 @@ def test_unseen_nouns_are_unseen() -> None:
 @pytest.mark.slow
 def test_a_step_of_the_paper_preset(tmp_path: Path) -> None:
     """83.7M parameters, critic and all terms, on random input: finite, and every weight of the autoencoder moves."""
-    asked = autoencoder_preset("kl-f8")
+    asked = preset("kl-f8", AutoencoderRecipe)
     asked = replace(asked, objective=replace(asked.objective, adversarial_from=0), device="cpu")
     asked = replace(asked, data=replace(asked.data, batch_size=1), optimizer=replace(asked.optimizer, warmup=1))
     trainer = build_autoencoder_trainer(resolve_autoencoder(asked), tmp_path)

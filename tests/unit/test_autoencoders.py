@@ -18,7 +18,7 @@ from transfuse.autoencoders import (
     save_autoencoder,
 )
 from transfuse.errors import UserError
-from transfuse.recipes.autoencoders import AUTOENCODERS, autoencoder_preset
+from transfuse.recipes import AUTOENCODERS, AutoencoderRecipe, preset
 from transfuse.train_autoencoder import resolve_autoencoder
 
 SMALL = AutoencoderConfig(widths=(8, 16), blocks=1, latent_channels=4, groups=4, codebook_size=32, code_channels=4)
@@ -36,7 +36,7 @@ def images(count: int = 3, size: int = 16) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_the_paper_size(kind: str) -> None:
     """Appendix A: 86M parameters, 256 x 256 pixels to 32 x 32 x 8."""
-    config = autoencoder_preset(f"{kind}-f8").model
+    config = preset(f"{kind}-f8", AutoencoderRecipe).model
     with torch.device("meta"):
         count = sum(p.numel() for p in ImageAutoencoder(config).parameters())
     assert count == pytest.approx(86e6, rel=0.05)
@@ -238,8 +238,8 @@ def test_bad_images_and_fields() -> None:
 
 def test_presets_build() -> None:
     for name in AUTOENCODERS:
-        recipe = autoencoder_preset(name)
+        recipe = preset(name, AutoencoderRecipe)
         assert recipe.preset == name
         assert resolve_autoencoder(recipe, here=False).recipe == recipe
     with pytest.raises(UserError, match='did you mean "kl-f4-small"'):
-        autoencoder_preset("kl-f4-smal")
+        preset("kl-f4-smal", AutoencoderRecipe)

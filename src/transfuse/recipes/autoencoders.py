@@ -12,7 +12,6 @@ from functools import partial
 from typing import Literal
 
 from ..autoencoders import AutoencoderConfig
-from ..config import nearest
 from ..data.bundled import WorldConfig
 from ..devices import Device, Precision
 from ..errors import UserError
@@ -121,10 +120,3 @@ AUTOENCODERS: dict[str, Callable[[], AutoencoderRecipe]] = {
     "kl-tiny": partial(tiny, "kl"),
     "vq-tiny": partial(tiny, "vq"),
 }
-
-
-def autoencoder_preset(name: str) -> AutoencoderRecipe:
-    """The recipe of a name. Raises UserError with the nearest name."""
-    if name not in AUTOENCODERS:
-        raise UserError(f'autoencoder preset: unknown name "{name}"{nearest(name, AUTOENCODERS)}')
-    return AUTOENCODERS[name]()

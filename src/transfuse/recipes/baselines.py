@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from ..config import nearest
 from ..diffusion import DiffusionConfig, SamplerConfig
@@ -28,8 +27,6 @@ from ..training import OptimizerConfig
 from .recipe import Recipe
 from .small import pixels_32
 
-STABILITY: dict[str, Any] = {"qk_norm": True, "norm_order": "swin"}
-"""of the network; the z-loss and AdamW's settings go with it (`stable`)"""
 PAPER_RATE = 1 / 3
 """of Transfusion's learning rate that its Chameleon takes"""
 ROW = 1024
@@ -46,7 +43,7 @@ def stable(recipe: Recipe, rate: float = 1.0) -> Recipe:
     optimizer = recipe.optimizer
     return replace(
         recipe,
-        model=replace(recipe.model, **STABILITY),
+        model=replace(recipe.model, qk_norm=True, norm_order="swin"),
         objective=replace(recipe.objective, z_weight=1e-5),
         optimizer=replace(
             optimizer,

@@ -1,4 +1,4 @@
-"""The paper's runs: its sizes, and each row of its Tables 3 to 9 as a preset by itself (`TABLES`).
+"""The paper's runs: its sizes, and each row of its Tables 3 to 9 as a preset by itself.
 
 250,000 steps of about 2M positions, half of them text: 512 rows of 4,096 into which documents are packed. Epsilon
 prediction on 8-channel latents of an eighth of the resolution, 256 patches an image, 250 ancestral steps. They need an
@@ -99,8 +99,15 @@ def _named(name: str, make: Callable[[], Recipe]) -> Recipe:
     return replace(make(), preset=name)
 
 
-def _rows() -> Iterator[tuple[str, Callable[[], Recipe]]]:
+def _runs() -> Iterator[tuple[str, Callable[[], Recipe]]]:
+    """Yield the runs by name. "table6-0.76b-linear-1" is the row without patches, "free" is without noise limit."""
     ablation = partial(paper, guidance_scale=ABLATION_SCALE)
+    for size in SIZES:
+        yield size, partial(paper, size)
+        yield f"{size}-unet", partial(ablation, size, "unet")
+        yield f"chameleon-{size}", partial(paper_chameleon, size)
+        yield f"llama-{size}", partial(paper_llama, size)
+        yield f"llama-{size}-stable", partial(paper_llama, size, True)
     adapters: tuple[Adapter, ...] = ("linear", "unet")
     yield "table3-7b", partial(paper, "7b")
     yield "table3-chameleon-7b", partial(paper_chameleon, "7b")
@@ -123,18 +130,5 @@ def _rows() -> Iterator[tuple[str, Callable[[], Recipe]]]:
     yield "table9-7b-unet", headline
 
 
-TABLES: dict[str, Callable[[], Recipe]] = {name: partial(_named, name, make) for name, make in _rows()}
-"""Rows of the paper's tables; "table6-0.76b-linear-1" is the row without patches, "free" is without noise limit"""
-
-PAPER: dict[str, Callable[[], Recipe]] = {
-    name: partial(_named, name, make)
-    for size in SIZES
-    for name, make in {
-        size: partial(paper, size),
-        f"{size}-unet": partial(paper, size, "unet", guidance_scale=ABLATION_SCALE),
-        f"chameleon-{size}": partial(paper_chameleon, size),
-        f"llama-{size}": partial(paper_llama, size),
-        f"llama-{size}-stable": partial(paper_llama, size, True),
-    }.items()
-} | TABLES
+PAPER: dict[str, Callable[[], Recipe]] = {name: partial(_named, name, make) for name, make in _runs()}
 """All of the paper's runs"""
