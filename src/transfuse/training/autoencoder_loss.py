@@ -243,8 +243,13 @@ class AutoencoderObjective(Objective):
             if getattr(bottleneck, name) is not None:
                 terms[name] = getattr(bottleneck, name)
         if self._adversarial(batch):
+            # The hinge losses of generator and critic (arXiv 2012.09841).
             assert model.critic is not None
-            terms |= hinge_losses(model.critic, images, made)
+            frozen = {name: weight.detach() for name, weight in model.critic.named_parameters()}
+            fooled: Tensor = torch.func.functional_call(model.critic, frozen, (made,))
+            real, false = model.critic(images), model.critic(made.detach())
+            hinge = 0.5 * (F.relu(1 - real).flatten(1).mean(1) + F.relu(1 + false).flatten(1).mean(1))
+            terms |= {"adversarial": -fooled.flatten(1).mean(1), "critic": hinge}
         elif self.config.adversarial_from is not None:
             terms["adversarial"] = terms["critic"] = torch.zeros(count, device=images.device)
         squared = (made.detach().clamp(-1, 1) - images).square().flatten(1).mean(1)
@@ -274,12 +279,3 @@ class AutoencoderObjective(Objective):
         dead = dead[: len(order)]
         codebook.embedding.weight[dead] = vectors[order].to(codebook.embedding.weight)
         model.unused[dead] = 0
-
-
-def hinge_losses(critic: PatchCritic, images: Tensor, made: Tensor) -> dict[str, Tensor]:
-    """Return the hinge losses of generator ("adversarial") and critic (arXiv 2012.09841), each `[image]`."""
-    frozen = {name: weight.detach() for name, weight in critic.named_parameters()}
-    fooled: Tensor = torch.func.functional_call(critic, frozen, (made,))
-    real, false = critic(images), critic(made.detach())
-    hinge = 0.5 * (F.relu(1 - real).flatten(1).mean(1) + F.relu(1 + false).flatten(1).mean(1))
-    return {"adversarial": -fooled.flatten(1).mean(1), "critic": hinge}

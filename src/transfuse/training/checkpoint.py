@@ -226,7 +226,9 @@ class CheckpointFolder:
         for name, tensor in tensors.items():
             expected, stored = tuple(tensor.shape), tuple(saved[name].size) if name in saved else None
             if expected != stored:
-                reason = f"{name}: expected {_shape(expected)}, found {_shape(stored)}"
+                wanted = "x".join(map(str, expected)) or "a number"
+                present = "nothing" if stored is None else "x".join(map(str, stored)) or "a number"
+                reason = f"{name}: expected {wanted}, found {present}"
                 raise UserError(f"{path}: the checkpoint has another shape than the model ({reason})")
         self._read_into(path, tensors)
         return progress
@@ -285,10 +287,6 @@ def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _describe(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "nothing" if shape is None else "x".join(map(str, shape)) or "a number"
 
 
 def _not_written(final: Path, error: BaseException) -> str:

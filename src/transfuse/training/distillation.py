@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..autoencoders import ImageAutoencoder, Pixels
 from ..diffusion import Process, Sampler, SamplerConfig
-from ..model import Attend, Transfusion, for_batch
+from ..model import Transfusion, for_batch
 from ..model.costs import train_flops
 from ..sequence import (
     FILL,
@@ -156,20 +156,19 @@ class DistillationObjective(TransfusionObjective):
 
     def _guided(self, batch: Batch, noised: Noised, drawn: Sequence[int]) -> Predict:
         """Return the function of the teacher's guided predictions for the drawn images of a batch."""
-        attend = self._attend(batch)
         null = self._without_prompt(_pick(noised.latents, drawn)).to(batch.input_ids.device)
-        attend_null = self._attend(null)
+        with_prompt, without_prompt = self._predictions(batch), self._predictions(null)
 
         def predict(x: Images, t: Tensor) -> Images:
             timesteps = noised.timesteps.clone()
             timesteps[drawn] = t
-            predictions = _pick(self._evaluate(batch, attend, _put(noised.latents, drawn, x), timesteps), drawn)
+            predictions = _pick(with_prompt(_put(noised.latents, drawn, x), timesteps), drawn)
             level = t / self.process.config.timesteps
             guided = (self.interval[0] <= level) & (level <= self.interval[1])
             if self.scale == 1 or not guided.any():
                 return predictions
             scales = torch.where(guided, self.scale, 1.0)
-            return _each(_guide, predictions, self._evaluate(null, attend_null, x, t), scales)
+            return _each(_guide, predictions, without_prompt(x, t), scales)
 
         return predict
 
@@ -178,20 +177,22 @@ class DistillationObjective(TransfusionObjective):
         documents = [unconditional(Document([Image(latent)], closed=False)) for latent in latents]
         return collate(documents, self.form, self.teacher.config.image_attention, FILL)
 
-    def _attend(self, batch: Batch) -> Attend:
-        return for_batch(batch, self.teacher.compute_dtype, self.teacher.config)
+    def _predictions(self, batch: Batch) -> Predict:
+        """Return the function of the teacher's predictions of a batch's images, with other latents for them."""
+        attend = for_batch(batch, self.teacher.compute_dtype, self.teacher.config)
 
-    def _evaluate(self, batch: Batch, attend: Attend, latents: Images, timesteps: Tensor) -> Images:
-        """Return the teacher's predictions of a batch's images, with these latents for them."""
-        return self.teacher(
-            batch.input_ids,
-            batch.position_ids,
-            attend,
-            batch.loss_positions[:0],
-            batch.patches,
-            latents,
-            timesteps.to(batch.input_ids.device),
-        ).predictions
+        def predict(latents: Images, timesteps: Tensor) -> Images:
+            return self.teacher(
+                batch.input_ids,
+                batch.position_ids,
+                attend,
+                batch.loss_positions[:0],
+                batch.patches,
+                latents,
+                timesteps.to(batch.input_ids.device),
+            ).predictions
+
+        return predict
 
 
 def _guide(prediction: Tensor, without_prompt: Tensor, scale: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..model import ModelConfig, Transfusion
+from ..model import Transfusion
 from .distributed import local, place, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: the steepest at zero that stays within 0.7 to 1.2
@@ -57,17 +57,15 @@ class MuonConfig:
 
 def block_matrices(model: Transfusion) -> dict[str, tuple[int, ...]]:
     """Return the names of the blocks' matrices, each with the rows of the matrices that are stacked in it."""
-    prefix, matrices = "transformer.blocks.", {}
+    config, matrices = model.config, dict[str, tuple[int, ...]]()
     for name, weight in model.named_parameters():
-        if name.startswith(prefix) and name.endswith(".weight") and weight.ndim == 2:  # not adapters of LoRA
-            matrices[name] = _stacked_rows(model.config, name, len(weight))
+        if not name.startswith("transformer.blocks.") or not name.endswith(".weight") or weight.ndim != 2:
+            continue  # adapters of LoRA among them
+        if name.endswith("qkv.weight"):
+            matrices[name] = config.heads_dim, *[config.kv_heads * config.head_dim] * 2
+        else:
+            matrices[name] = (len(weight) // 2,) * 2 if name.endswith("gate_up.weight") else (len(weight),)
     return matrices
-
-
-def _stacked_rows(config: ModelConfig, name: str, rows: int) -> tuple[int, ...]:
-    if name.endswith("qkv.weight"):
-        return config.heads_dim, *[config.kv_heads * config.head_dim] * 2
-    return (rows // 2,) * 2 if name.endswith("gate_up.weight") else (rows,)
 
 
 def orthogonalised(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
