@@ -23,7 +23,7 @@ import numpy as np
 
 from transfuse.charts import ACCENT, SOFT, VIOLET, WARM, new_chart, svg_of
 from transfuse.io import atomic_write
-from transfuse.recipes.baselines import ARMS, SCALES, arm_recipe
+from transfuse.recipes.paper import ARMS, SCALES, arm_recipe
 from transfuse.report import Bar, Bars, Block, Charts, Details, Page, Section, Table, Text
 from transfuse.runs import resolve
 from transfuse.version import __version__

@@ -19,7 +19,7 @@ from typing import Any
 from transfuse.config import nearest, read_settings, updated
 from transfuse.errors import UserError
 from transfuse.recipes import Recipe, preset
-from transfuse.recipes.baselines import scaled
+from transfuse.recipes.paper import scaled
 from transfuse.report import Bar, Bars, Block, Details, Numbers, Page, Section, Table, Text
 from transfuse.runs import resolve
 from transfuse.version import __version__

@@ -13,7 +13,7 @@ from experiments import baselines, common
 from transfuse.errors import UserError
 from transfuse.recipes import PRESETS, Recipe
 from transfuse.recipes import preset as real_preset
-from transfuse.recipes.baselines import by_codes, text_only
+from transfuse.recipes.paper import by_codes, text_only
 from transfuse.report import render
 from transfuse.runs import resolve
 from transfuse.train import build_loader

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 from ..config import nearest
 from ..errors import UserError
 from .autoencoders import AUTOENCODERS, AutoencoderRecipe
-from .baselines import chameleon_32, llama_32, llama_32_stable, transfusion_32
-from .paper import PAPER
+from .paper import PAPER, chameleon_32, llama_32, llama_32_stable, transfusion_32
 from .recipe import VERSION, ImageContext, InitConfig, Recipe
 from .small import demo, epsilon_32, latent_64, latents_32, pixels_32, small_64, tiny
 
