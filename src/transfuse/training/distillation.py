@@ -167,8 +167,14 @@ class DistillationObjective(TransfusionObjective):
             guided = (self.interval[0] <= level) & (level <= self.interval[1])
             if self.scale == 1 or not guided.any():
                 return predictions
-            scales = torch.where(guided, self.scale, 1.0)
-            return _each(_guide, predictions, without_prompt(x, t), scales)
+            scales = torch.where(guided, self.scale, 1.0)  # of each image
+            return _each(
+                # Classifier-free guidance (arXiv 2207.12598) of one image, or of all.
+                lambda given, null, scale: null + scale[..., None, None, None].to(given) * (given - null),
+                predictions,
+                without_prompt(x, t),
+                scales,
+            )
 
         return predict
 
@@ -193,11 +199,6 @@ class DistillationObjective(TransfusionObjective):
             ).predictions
 
         return predict
-
-
-def _guide(prediction: Tensor, without_prompt: Tensor, scale: Tensor) -> Tensor:
-    """Apply classifier-free guidance (arXiv 2207.12598) by a scale of each image, or of one image."""
-    return without_prompt + scale[..., None, None, None].to(prediction) * (prediction - without_prompt)
 
 
 def _each(function: Callable[..., Tensor], *of_images: Images) -> Images:

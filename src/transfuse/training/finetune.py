@@ -55,11 +55,6 @@ class LoRAConfig:
         if unknown or not self.targets:
             raise ValueError(f"lora.targets: expected some of {', '.join(TARGETS)}, found {unknown or 'none'}")
 
-    @property
-    def scale(self) -> float:
-        """The factor of the products."""
-        return 2.0 if self.alpha is None else self.alpha / self.rank
-
 
 class LoRALinear(Linear):
     """A linear map with a product of rank r added: `W x + scale * B A x`; A is `[r, inputs]`, B `[outputs, r]`."""
@@ -122,11 +117,12 @@ def adapt(model: Transfusion, freeze: Freeze, lora: LoRAConfig, form: SequenceFo
     with torch.device("meta"):
         model.lm_head = OutputRows(model.lm_head, [form.boi])
         if lora.rank:
+            scale = 2.0 if lora.alpha is None else lora.alpha / lora.rank
             model.embedding = EmbeddingRows(model.embedding, [form.boi, form.eoi])
             for parent in list(model.transformer.modules()):
                 for name, child in parent.named_children():
                     if isinstance(child, Linear) and name in lora.targets:
-                        setattr(parent, name, LoRALinear(child, lora.rank, lora.scale))
+                        setattr(parent, name, LoRALinear(child, lora.rank, scale))
     for name, weight in model.named_parameters():
         base = not of_images(name)
         if lora.rank:  # the image tower has adapters, too

@@ -86,27 +86,24 @@ def profiled(folder: Path, steps: int, rank: int) -> Iterator[Callable[[], None]
         yield lambda: None
         return
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    path, done, traced = folder / f"rank-{rank}.json", 0, 0
+    path, traced = folder / f"rank-{rank}.json", 0
 
-    def write(traces: profile) -> None:
+    def write(profiler: profile) -> None:
         nonlocal traced
-        traced = done - SKIPPED - WARM
+        traced = profiler.step_num - SKIPPED - WARM
         if traced < 1:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            traces.export_chrome_trace(str(path))
+            profiler.export_chrome_trace(str(path))
             logger.info(f"{path}: {traced} steps, open it at ui.perfetto.dev")
         except OSError as error:
             logger.info(f"{path}: not written ({error.strerror or error})")
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        profiler.step()
-
     plan = schedule(wait=SKIPPED, warmup=WARM, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
-        yield step
+        yield profiler.step
     if traced < 1:
-        logger.info(f"{path}: no trace: it begins after {SKIPPED + WARM} steps, and the run had only {done}")
+        logger.info(
+            f"{path}: no trace: it begins after {SKIPPED + WARM} steps, and the run had only {profiler.step_num}"
+        )

@@ -18,7 +18,7 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,28 +80,37 @@ class MetricsLog:
 
         self.ranks.on_rank0(lambda: atomic_write(self.path, rewrite))
         self.close()
+        path = self.folder / "config.json"
         for name in self.trackers:
-            self._try(name, self._start, name, step)
+            with self._failing_once(name):
+                config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+                if name == "tensorboard":
+                    self._open[name] = TensorBoard(self.folder, step, config)
+                else:
+                    self._open[name] = Remote(name, self.folder, config)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line. Raises UserError if it cannot be written."""
         self.ranks.on_rank0(lambda: append_jsonl(self.path, [line]))
         numbers = {name: value for name, value in line.items() if name != "step" and math.isfinite(value)}
         for name, tracker in self._open.items():
-            self._try(name, tracker.log, line["step"], numbers)
+            with self._failing_once(name):
+                tracker.log(line["step"], numbers)
 
     def image(self, step: int, path: Path) -> None:
         """Send a sample grid, if the file exists, to the trackers, with the prompts from its .txt file."""
         text = path.with_suffix(".txt")
         prompts = text.read_text(encoding="utf-8") if text.exists() else ""
         for name, tracker in self._open.items() if path.exists() else ():
-            self._try(name, tracker.image, step, path, prompts)
+            with self._failing_once(name):
+                tracker.image(step, path, prompts)
 
     def close(self, failed: bool = False) -> None:
         """Close all trackers; `failed` marks the run as failed where the service knows that."""
         while self._open:
             name, tracker = self._open.popitem()
-            self._try(name, tracker.close, failed)
+            with self._failing_once(name):
+                tracker.close(failed)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -109,18 +118,12 @@ class MetricsLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
-    def _start(self, name: TrackerName, step: int) -> None:
-        path = self.folder / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if name == "tensorboard":
-            self._open[name] = TensorBoard(self.folder, step, config)
-        else:
-            self._open[name] = Remote(name, self.folder, config)
-
-    def _try(self, name: TrackerName, act: Callable[..., None], *arguments: Any) -> None:
+    @contextmanager
+    def _failing_once(self, name: TrackerName) -> Iterator[None]:
+        """Log the first failure of a tracker, whose own code or server may raise anything, and ignore the others."""
         try:
-            act(*arguments)
-        except Exception as error:  # a tracker's own code or server may raise anything
+            yield
+        except Exception as error:
             if name not in self._failed:
                 reason = " ".join(str(error).split())[:300]
                 logger.info(f"loop.trackers: {name}: {type(error).__name__}: {reason}; metrics.jsonl has everything")

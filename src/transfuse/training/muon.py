@@ -48,12 +48,6 @@ class MuonConfig:
         if not 1 <= self.ns_steps < 100:
             raise ValueError(f"optimizer.muon.ns_steps: expected 1 to 99, found {self.ns_steps}")
 
-    def factor(self, rows: int, columns: int) -> float:
-        """Return what multiplies the learning rate of a matrix."""
-        if self.adjust_lr_fn == "original":
-            return math.sqrt(max(1, rows / columns))
-        return 0.2 * math.sqrt(max(rows, columns))
-
 
 def block_matrices(model: Transfusion) -> dict[str, tuple[int, ...]]:
     """Return the names of the blocks' matrices, each with the rows of the matrices that are stacked in it."""
@@ -126,9 +120,14 @@ class Muon(torch.optim.Optimizer):
         }
         updates = []
         for weight, parts in zip(weights, pieces, strict=True):
-            update = torch.cat(
-                [next(done[part.shape]).to(weight.dtype) * self.config.factor(*part.shape) for part in parts]
-            )
+            scaled = []
+            for part in parts:
+                rows, columns = part.shape
+                factor = 0.2 * math.sqrt(max(rows, columns))
+                if self.config.adjust_lr_fn == "original":
+                    factor = math.sqrt(max(1, rows / columns))
+                scaled.append(next(done[part.shape]).to(weight.dtype) * factor)
+            update = torch.cat(scaled)
             if isinstance(weight, DTensor):
                 shard = torch.empty_like(self.state[weight]["momentum_buffer"])
                 place(shard, update)

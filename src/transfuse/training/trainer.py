@@ -6,6 +6,7 @@ function of its number, so weights, optimizer moments, EMA and a few numbers are
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -202,7 +203,10 @@ class Trainer:
         """Train until the last step or the first stop flag, with logs, samples, evaluations and checkpoints."""
         loop, began = self.config, time.monotonic()
         window, before = began, dict(self.totals)
-        flags = StopFlags(time_over=self._time_over(), no_better=self._no_better())
+        longest = math.inf if loop.max_seconds is None else loop.max_seconds
+        session = math.inf if loop.session_seconds is None else loop.session_seconds
+        patience = loop.patience * loop.measure_every
+        flags = StopFlags(time_over=self.totals["seconds"] > longest, no_better=0 < patience <= self.since_best)
         if self.step < loop.steps <= self.optimizer_config.warmup:
             logger.info(
                 f"warning: optimizer.warmup: expected fewer steps than the run has ({loop.steps}), found "
@@ -217,8 +221,8 @@ class Trainer:
         ):
             while self.step < loop.steps and not any(flags):
                 reached = self.step
-                session_over = loop.session_seconds is not None and time.monotonic() - began > loop.session_seconds
-                own_flags = StopFlags(stop(), self._time_over(), session_over, self.checkpoints.failed)
+                time_over, session_over = self.totals["seconds"] > longest, time.monotonic() - began > session
+                own_flags = StopFlags(stop(), time_over, session_over, self.checkpoints.failed)
                 flags = self.train_step(self.average, own_flags)
                 profile()
                 bar.advance(self.step - bar.done, " ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items()))
@@ -235,7 +239,7 @@ class Trainer:
                     results = self.ranks.broadcast(self.ranks.on_rank0(partial(measure, self.averaged())) or {})
                     self.since_best = results.get(SINCE_BEST, 0.0)
                     self.metrics.write({"step": self.step, **results})
-                    flags = flags._replace(no_better=self._no_better())
+                    flags = flags._replace(no_better=0 < patience <= self.since_best)
                 if loop.checkpoint_every and self.step % loop.checkpoint_every == 0:
                     self.begin_save()
                 if sample is not None and loop.sample_every and self.step % loop.sample_every == 0:
@@ -342,12 +346,6 @@ class Trainer:
             raise DivergedError(f"step {self.step}: expected a checkpoint to go back to, found none")
         self.totals |= spent
         self.data_offset = data_step + 1 - self.step
-
-    def _time_over(self) -> bool:
-        return self.config.max_seconds is not None and self.totals["seconds"] > self.config.max_seconds
-
-    def _no_better(self) -> bool:
-        return 0 < self.config.patience * self.config.measure_every <= self.since_best
 
     def _line(self, before: dict[str, float], seconds: float) -> dict[str, Any]:
         """Return a line of metrics.jsonl for the last `seconds`: means, totals, rates, shares of this rank's time."""
