@@ -166,11 +166,12 @@ def fitted(recipe: Recipe) -> tuple[Recipe, Autoencoder | None]:
 class StepContents:
     """The contents of a training step of `recipe`: images of one size, each with `TEXT_POSITIONS` of text.
 
-    copies    images that stand twice, an estimate: `images` counts them once
-    side      latent elements along a side of an image
-    patches   patches, or codes, of an image
-    teacher   the network that a student learns from; None without distillation
-    frozen    the matrices that are not trained
+    copies          images that stand twice, an estimate: `images` counts them once
+    side            latent elements along a side of an image
+    patches         patches, or codes, of an image
+    teacher         the network that a student learns from; None without distillation
+    teacher_bytes   memory of its weights, float32 and whole on every GPU
+    frozen          the matrices that are not trained
     """
 
     recipe: Recipe
@@ -180,6 +181,7 @@ class StepContents:
     side: int
     patches: int
     teacher: ModelConfig | None
+    teacher_bytes: int
     frozen: Frozen
 
     @classmethod
@@ -213,7 +215,9 @@ class StepContents:
                 share = share * document / (share * of_image + TEXT_POSITIONS)
             images = round(positions * (share if sources.texts else 1) / document)
         copies, teacher = round(images * copied), describe(recipe.start).model if recipe.distil.steps else None
-        return cls(recipe, positions, images, copies, side, patches, teacher, frozen(recipe.freeze, recipe.lora))
+        teacher_bytes = 0 if teacher is None else 4 * _parameters(teacher)[0]
+        part = frozen(recipe.freeze, recipe.lora)
+        return cls(recipe, positions, images, copies, side, patches, teacher, teacher_bytes, part)
 
     def load(self, parts: float) -> Load:
         """Return one of `parts` equal parts of the step; fractions of an image are rounded up."""
@@ -247,11 +251,6 @@ class StepContents:
         load = self.load(1)
         sizes = [size for size, count in load.images.items() for _ in range(count)]
         return step_flops(config, load.positions, pairs, predictions, sizes, frozen)
-
-    @property
-    def teacher_bytes(self) -> int:
-        """Memory of the teacher's weights, float32 and whole on every GPU."""
-        return 0 if self.teacher is None else 4 * _parameters(self.teacher)[0]
 
 
 def memory(

@@ -205,22 +205,3 @@ class Recipe:
     def compute(self) -> torch.dtype:
         """The dtype of the residual stream, once `precision` is no longer "auto"."""
         return torch.float32 if self.precision == "float32" else torch.bfloat16
-
-
-def student(recipe: Recipe, teacher: str, steps: int = 4) -> Recipe:
-    """Return the recipe that distils a model, trained by `recipe`, to few steps, on the data that it was trained on.
-
-    teacher: the model's export. A run of a few hundred steps: most of what a student needs, its teacher knows.
-    """
-    optimizer = OptimizerConfig(learning_rate=5e-4, final_learning_rate=1e-5, warmup=20, weight_decay=0.0)
-    loop = LoopConfig(steps=600, ema_decay=0.99, log_every=10, sample_every=100, checkpoint_every=100, keep=1)
-    return Recipe(
-        preset=recipe.preset,
-        start=teacher,
-        distil=DistilConfig(steps),
-        model=recipe.model,
-        data=replace(recipe.data, autoencoder_weights=""),  # the teacher's copy
-        objective=replace(recipe.objective, align_weight=0.0),
-        optimizer=optimizer,
-        loop=loop,
-    )

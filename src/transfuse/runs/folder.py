@@ -26,9 +26,8 @@ from ..export import describe
 from ..folders import find_export
 from ..io import atomic_write
 from ..log import logger
-from ..recipes import PRESETS, AutoencoderRecipe, Recipe, preset
-from ..recipes.recipe import VERSION, student
-from ..training import Distributed, read_metrics
+from ..recipes import PRESETS, VERSION, AutoencoderRecipe, Recipe, preset
+from ..training import DistilConfig, Distributed, LoopConfig, OptimizerConfig, read_metrics
 
 FREE = {
     *(f"parallel.{name}" for name in ("replicate", "tensor", "activation_checkpointing", "compile")),
@@ -152,13 +151,26 @@ def recipe_of(model: str) -> Recipe | None:
 
 
 def student_of(model: str) -> Recipe:
-    """Return the recipe that distils an export (`student`). Raises UserError for one whose own recipe is not known."""
+    """Return the recipe that distils an export to a few steps, on the data that it was trained on.
+
+    A run of a few hundred steps: most of what a student needs, its teacher knows. Raises UserError for an export whose
+    own recipe is not known.
+    """
     recipe = recipe_of(model)
     if recipe is None:
         config = describe(model).place["config.json"]
         name = read_json(config).get("preset")
         raise UserError(f"{config}: preset: expected a preset, whose data it learns from, found {name!r}")
-    return student(recipe, model)
+    return Recipe(
+        preset=recipe.preset,
+        start=model,
+        distil=DistilConfig(steps=4),
+        model=recipe.model,
+        data=replace(recipe.data, autoencoder_weights=""),  # the teacher's copy
+        objective=replace(recipe.objective, align_weight=0.0),
+        optimizer=OptimizerConfig(learning_rate=5e-4, final_learning_rate=1e-5, warmup=20, weight_decay=0.0),
+        loop=LoopConfig(steps=600, ema_decay=0.99, log_every=10, sample_every=100, checkpoint_every=100, keep=1),
+    )
 
 
 def is_kind(path: Path, kind: type[R]) -> bool:
