@@ -61,9 +61,7 @@ def latents_32() -> Recipe:
         model=replace(base.model, patch_size=2, latent_channels=8),
         diffusion=replace(base.diffusion, clip_x0=None),
         data=replace(
-            base.data,
-            autoencoder="kl-f4-small",
-            pairs=PairConfig(caption_first=0.7, image_first_max_timestep=0),
+            base.data, autoencoder="kl-f4-small", pairs=PairConfig(caption_first=0.7, image_first_max_timestep=0)
         ),
     )
 

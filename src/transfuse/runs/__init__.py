@@ -1,16 +1,6 @@
 """Runs: a recipe resolved into what it names, and the folder it trains in."""
 
-from .folder import (
-    Curves,
-    held,
-    is_kind,
-    read_curves,
-    read_recipe,
-    recipe_of,
-    run_device,
-    settle_device,
-    student_of,
-)
+from .folder import Curves, held, is_kind, read_curves, read_recipe, recipe_of, run_device, settle_device, student_of
 from .resolve import Run, open_recipe_autoencoder, open_run, resolve, train_tokenizer
 from .sources import Sources, open_sources, unseen_noise
 

@@ -34,14 +34,7 @@ from ..training.metrics import check_trackers
 from ..vocabulary import Vocabulary
 from .folder import read_recipe, record_recipe, settle_device
 from .sources import Sources, mixture, open_sources
-from .start import (
-    check_finetuning,
-    init_tokenizer,
-    resolve_init,
-    warn_of_image_weights,
-    with_distillation,
-    with_model,
-)
+from .start import check_finetuning, init_tokenizer, resolve_init, warn_of_image_weights, with_distillation, with_model
 
 TOKENIZER_CAPTIONS = 4000  # captions of the bundled world that a tokenizer is trained on, next to the definitions
 EDITED = 100  # scenes of a world whose edits are tried before training

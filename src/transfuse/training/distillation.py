@@ -24,18 +24,7 @@ from ..autoencoders import ImageAutoencoder, Pixels
 from ..diffusion import Process, Sampler, SamplerConfig
 from ..model import Transfusion, for_batch
 from ..model.costs import train_flops
-from ..sequence import (
-    FILL,
-    Batch,
-    Document,
-    Image,
-    Images,
-    SequenceFormat,
-    collate,
-    shapes_of,
-    stacked,
-    unconditional,
-)
+from ..sequence import FILL, Batch, Document, Image, Images, SequenceFormat, collate, shapes_of, stacked, unconditional
 from .loss import Noised, ObjectiveConfig, TransfusionObjective
 
 Predict = Callable[[Images, Tensor], Images]

@@ -26,16 +26,7 @@ from .distributed import Distributed, local, stack, stacked_name, stop_on_signal
 from .hardware import profiled
 from .loss import Objective, StepBatch
 from .metrics import Average, Meter, MetricsLog, TrackerName
-from .optimizer import (
-    EMA,
-    Guard,
-    GuardConfig,
-    OptimizerConfig,
-    Verdict,
-    build_optimizer,
-    clip_gradients,
-    learning_rate,
-)
+from .optimizer import EMA, Guard, GuardConfig, OptimizerConfig, Verdict, build_optimizer, clip_gradients, learning_rate
 
 Sample = Callable[[dict[str, Tensor], Path], None]
 """(averaged weights, path) -> None: draws a sample grid"""
