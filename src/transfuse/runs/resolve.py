@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from ..autoencoders import Autoencoder, VQTokenizer, bundled, open_autoencoder
 from ..autoencoders.features import Features, load_features
 from ..data import Mixture
@@ -29,7 +31,7 @@ from ..hub import fetched
 from ..io import atomic_write
 from ..recipes.autoencoders import AUTOENCODERS
 from ..recipes.recipe import OF_THE_WORLD, Recipe
-from ..sequence import SequenceFormat, Tokenizer
+from ..sequence import SequenceFormat, Tokenizer, count_positions
 from ..training.metrics import check_trackers
 from ..vocabulary import Vocabulary
 from .folder import read_recipe, record_recipe, settle_device
@@ -267,15 +269,39 @@ def _with_autoencoder(recipe: Recipe, sources: Sources, autoencoder: Autoencoder
 
 
 def _check_images(recipe: Recipe, sources: Sources, step: int) -> None:
-    """Raise UserError for images that do not divide into patches of `step` pixels, and for an unknown sampler."""
-    model, size = recipe.model, recipe.data.world.size
-    most = math.inf if model.max_grid is None else model.max_grid
-    sources.check_sizes(step, most)
-    sources.check_positions(step, model.max_seq_len, recipe.data.context == "clean-copy")
-    if recipe.data.of_the_world and size > most * step:
-        raise UserError(
-            f"data.world.size: expected at most {most * step:g} (model.patch_positions learned), found {size}"
-        )
+    """Raise UserError for images that the network cannot take, and for an unknown sampler.
+
+    Sides are multiples of `step`, the pixels along a patch; the patches of a document, noised copies among them, fit
+    into its sequence.
+    """
+    model, size, clean_copy = recipe.model, recipe.data.world.size, recipe.data.context == "clean-copy"
+    most = math.inf if model.max_grid is None else model.max_grid * step
+    for name, data in sources.sets.items():
+        for side in ("rows", "columns"):
+            if (data.images[side] % step).any():
+                raise UserError(
+                    f"{name}: expected pictures whose sides are multiples of {step} pixels (model.patch_size x the "
+                    f"autoencoder's factor), found others; build it with a --size, or --multiple, that is one"
+                )
+            if len(data.images) and (largest := int(data.images[side].max())) > most:
+                raise UserError(
+                    f"{name}: expected pictures of at most {most:g} pixels a side (model.patch_positions learned), "
+                    f"found one of {largest}"
+                )
+    for name, data in sources.sets.items():
+        if not len(data.documents):
+            continue
+        positions = count_positions(data.documents["tokens"].astype(np.int64), [])
+        numbers = np.arange(len(data.documents))
+        positions += data.image_positions(numbers, step) + (data.copy_positions(numbers, step) if clean_copy else 0)
+        if (longest := int(positions.max())) > model.max_seq_len:
+            patches = f"patches of {step} pixels{' and their noised copies' if clean_copy else ''}"
+            raise UserError(
+                f"{name}: expected documents of at most {model.max_seq_len} positions (model.max_seq_len), found one "
+                f"of {longest}, its pictures' {patches} among them"
+            )
+    if recipe.data.of_the_world and size > most:
+        raise UserError(f"data.world.size: expected at most {most:g} (model.patch_positions learned), found {size}")
     if recipe.data.of_the_world and size % step:
         raise UserError(
             f"data.world.size: expected a multiple of {step} (model.patch_size x the autoencoder's factor), "

@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-
 from ..autoencoders import Autoencoder
 from ..data import (
     Cache,
@@ -36,7 +34,7 @@ from ..data.bundled import World, WorldConfig, caption, glosses
 from ..data.dataset import Split
 from ..errors import UserError
 from ..recipes.recipe import BUNDLED, OF_THE_WORLD, DataConfig, Recipe, SourceSpec
-from ..sequence import Document, SequenceFormat, Tokenizer, count_positions
+from ..sequence import Document, SequenceFormat, Tokenizer
 
 PROBED = 2_000  # documents at the beginning of a stream that `unseen_noise` reads
 
@@ -92,36 +90,6 @@ class Sources:
                     f"--tokenizer {first.path}"
                 )
         return tokenizer
-
-    def check_sizes(self, step: int, most: float) -> None:
-        """Raise UserError for images that do not divide into patches of `step` pixels, or have over `most` a side."""
-        for name, data in self.sets.items():
-            for side in ("rows", "columns"):
-                if (data.images[side] % step).any():
-                    raise UserError(
-                        f"{name}: expected pictures whose sides are multiples of {step} pixels (model.patch_size x the "
-                        f"autoencoder's factor), found others; build it with a --size, or --multiple, that is one"
-                    )
-                if len(data.images) and (largest := int(data.images[side].max())) > most * step:
-                    raise UserError(
-                        f"{name}: expected pictures of at most {most * step:g} pixels a side (model.patch_positions "
-                        f"learned), found one of {largest}"
-                    )
-
-    def check_positions(self, step: int, context: int, clean_copy: bool) -> None:
-        """Raise UserError for a document that takes more than `context` positions, noised copies among them."""
-        for name, data in self.sets.items():
-            if not len(data.documents):
-                continue
-            words = count_positions(data.documents["tokens"].astype(np.int64), [])
-            numbers = np.arange(len(data.documents))
-            words += data.image_positions(numbers, step) + (data.copy_positions(numbers, step) if clean_copy else 0)
-            if (longest := int(words.max())) > context:
-                patches = f"patches of {step} pixels{' and their noised copies' if clean_copy else ''}"
-                raise UserError(
-                    f"{name}: expected documents of at most {context} positions (model.max_seq_len), found one of "
-                    f"{longest}, its pictures' {patches} among them"
-                )
 
     def image_size(self) -> int:
         """Return the side, in pixels, of the images a model is trained on, by its first source of images."""
