@@ -95,23 +95,18 @@ class Objective(Protocol):
 
     def counts(self, batch: Any) -> tuple[int, ...]:
         """Return the number of targets of each term."""
-        ...
 
     def loss(self, model: Any, batch: Any) -> LossSums:
         """Return the losses summed over the batch's targets."""
-        ...
 
     def nonfinite_samples(self, model: Any, batch: Any) -> list[int]:
         """Return the samples whose own loss is not finite."""
-        ...
 
     def before_step(self, model: Any, batches: Sequence[Any]) -> None:
         """Prepare a step: called on every rank with its micro-batches, before their losses."""
-        return
 
     def after_step(self, model: Any, step: int, batches: Sequence[Any]) -> None:
         """Complete a step: called after the optimizer's update; `step` is the number of steps done."""
-        return
 
 
 def token_losses(
