@@ -52,7 +52,7 @@ class PeerPipeline:
     def __init__(self, model: nn.Module, run: Run) -> None:
         self.model, self.run = model, run
         self.patch = run.recipe.model.patch_size
-        side = run.image_size // run.autoencoder.factor // self.patch
+        side = run.sources.image_size // run.autoencoder.factor // self.patch
         self.shape = (side, side)
 
     def sample(self, document: Document) -> list[Any]:

@@ -193,7 +193,7 @@ class StepContents:
         model, data = recipe.model, recipe.data
         side = images = 0
         if autoencoder is not None:
-            size, factor = sources.image_size(), autoencoder.factor
+            size, factor = sources.image_size, autoencoder.factor
             if size % (factor * model.patch_size):
                 raise UserError(
                     f"model.patch_size: expected one that divides {size} pixels, as images have, times the "

@@ -270,7 +270,7 @@ def export_weights(run: Run, trainer: Trainer, weights: dict[str, Tensor], folde
         recipe.diffusion,
         run.tokenizer,
         run.autoencoder,
-        run.image_size,
+        run.sources.image_size,
         recipe.generation,
         _model_card(run, trainer, distilled),
         to_dict(recipe.data.world) if recipe.data.of_the_world else None,

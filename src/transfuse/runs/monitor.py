@@ -56,7 +56,7 @@ def pipeline_of(run: Run, weights: dict[str, Tensor]) -> TransfusionPipeline:
     """Return a pipeline with averaged weights."""
     model = averaged_model(run.recipe, weights)
     return TransfusionPipeline(
-        Exported(model, run.process, run.autoencoder, run.tokenizer, run.image_size, run.recipe.generation)
+        Exported(model, run.process, run.autoencoder, run.tokenizer, run.sources.image_size, run.recipe.generation)
     )
 
 
@@ -69,7 +69,7 @@ def sample_grid(run: Run) -> Callable[[dict[str, Tensor], Path], None] | None:
     def sample(weights: dict[str, Tensor], path: Path) -> None:
         images = pipeline_of(run, weights)(prompts, generator=0, output_type="np").images
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid(images, GRID[1], zoom=max(1, 96 // run.image_size)).save(path)
+        grid(images, GRID[1], zoom=max(1, 96 // run.sources.image_size)).save(path)
         path.with_suffix(".txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
     return sample
@@ -86,7 +86,7 @@ def measuring(
     metrics = named(loop.measures, "loop.measures")
     scorer, config = None, EvalConfig(count=loop.measure_count, data=loop.measure_data, features=MOBILENET)
     if not loop.measure_data:
-        scorer = SceneScorer(replace(run.recipe.data.world, size=run.image_size, split="train"))
+        scorer = SceneScorer(replace(run.recipe.data.world, size=run.sources.image_size, split="train"))
         config = EvalConfig(count=loop.measure_count)
 
     def context_of(weights: dict[str, Tensor]) -> EvalContext:

@@ -72,11 +72,6 @@ class Run:
         """The diffusion process."""
         return Process(self.recipe.diffusion)
 
-    @cached_property
-    def image_size(self) -> int:
-        """Side, in pixels, of the images the model is trained on and draws by default."""
-        return self.sources.image_size()
-
     @property
     def format(self) -> SequenceFormat:
         """The layout of documents as sequences."""

@@ -91,8 +91,9 @@ class Sources:
                 )
         return tokenizer
 
+    @cached_property
     def image_size(self) -> int:
-        """Return the side, in pixels, of the images a model is trained on, by its first source of images."""
+        """Side, in pixels, of the images a model is trained on and draws by default, by its first source of images."""
         for spec in self.pictures:
             if spec.name in OF_THE_WORLD or any(other.name in OF_THE_WORLD for other in self.specs):
                 break

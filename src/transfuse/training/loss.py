@@ -350,20 +350,17 @@ class TransfusionObjective(TokenObjective):
         if not len(predictions):
             errors = torch.zeros(0, device=batch.input_ids.device)
         elif batch.content:  # padding is not learned
-            triples = zip(predictions, noised.targets, batch.content, strict=True)
-            errors = torch.stack([F.mse_loss(_inside(p, area), _inside(x, area)) for p, x, area in triples])
+            inside = []
+            for prediction, target, area in zip(predictions, noised.targets, batch.content, strict=True):
+                top, bottom, left, right = area or (0, target.shape[1], 0, target.shape[2])
+                inside.append(F.mse_loss(prediction[:, top:bottom, left:right], target[:, top:bottom, left:right]))
+            errors = torch.stack(inside)
         elif isinstance(predictions, Tensor) and isinstance(noised.targets, Tensor):
             errors = (predictions - noised.targets).square().flatten(1).mean(1)
         else:
             pairs = zip(predictions, noised.targets, strict=True)
             errors = torch.stack([F.mse_loss(prediction, target) for prediction, target in pairs])
         return output.logits, errors, noised.timesteps, aligned
-
-
-def _inside(image: Tensor, area: tuple[int, int, int, int] | None) -> Tensor:
-    """Return an area (top, bottom, left, right) of `[channel, row, column]`; None: all of it."""
-    top, bottom, left, right = area or (0, image.shape[1], 0, image.shape[2])
-    return image[:, top:bottom, left:right]
 
 
 def _by_network(network: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
