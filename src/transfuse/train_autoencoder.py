@@ -110,7 +110,7 @@ def build_autoencoder_trainer(run: AutoencoderRun, folder: Path, ranks: Distribu
     """Return the trainer of a run: network, loss, loader and loop. Every rank has the whole network."""
     recipe, data = run.recipe, run.recipe.data
     ranks = ranks or Distributed(torch.device(recipe.device))
-    model = AutoencoderInTraining(recipe.model, recipe.objective.adversarial_from is not None).initialise(recipe.seed)
+    model = AutoencoderInTraining(recipe.model, recipe.objective.adversarial_from is not None, recipe.seed)
     if run.start is not None:
         # Its statistics belong to the configuration, not to the weights; the export measures them again.
         model.autoencoder.load_state_dict(run.start.state_dict())

@@ -44,7 +44,7 @@ def parts(
     kind: str, features: Features | None = None, step: int = 100, **fields
 ) -> tuple[AutoencoderInTraining, AutoencoderObjective, ImageBatch]:
     asked = recipe(kind, **fields)
-    model = AutoencoderInTraining(asked.model, True).initialise(0)
+    model = AutoencoderInTraining(asked.model, True, seed=0)
     objective = AutoencoderObjective(asked.objective, kind, 1000, 0, features, features)
     loader = ImageLoader(resolve_autoencoder(asked).image, 4)
     return model, objective, replace(loader(step)[0], step=step)

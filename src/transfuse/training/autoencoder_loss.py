@@ -118,19 +118,15 @@ class AutoencoderInTraining(nn.Module):
     unused: Tensor
     """steps since each code was last chosen, int64 `[codebook_size]`"""
 
-    def __init__(self, config: AutoencoderConfig, adversarial: bool) -> None:
+    def __init__(self, config: AutoencoderConfig, adversarial: bool, seed: int) -> None:
         super().__init__()
         self.autoencoder = ImageAutoencoder(config)
-        self.critic = PatchCritic() if adversarial else None
-        size = config.codebook_size if config.kind == "vq" else 0
-        self.register_buffer("unused", torch.zeros(size, dtype=torch.int64))
-
-    def initialise(self, seed: int) -> AutoencoderInTraining:
-        """Set the first weights and return the module."""
         self.autoencoder.initialise(seed)
+        self.critic = PatchCritic() if adversarial else None
         if self.critic is not None:
             initialise(self.critic, seed + 1)
-        return self
+        size = config.codebook_size if config.kind == "vq" else 0
+        self.register_buffer("unused", torch.zeros(size, dtype=torch.int64))
 
 
 class AutoencoderObjective(Objective):
