@@ -30,8 +30,7 @@ from .sequence import SequenceFormat
 from .training.finetune import Freeze, LoRAConfig, adapt, frozen
 from .training.hardware import ASSUMED_MFU, card
 from .training.loss import MAX_LOGITS
-from .training.muon import block_matrices
-from .training.optimizer import OptimizerConfig
+from .training.optimizer import OptimizerConfig, block_matrices
 
 TEXT_POSITIONS = 12  # positions of a caption and its markers: an estimate
 NODE = 8  # GPUs of a node

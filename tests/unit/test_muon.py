@@ -13,7 +13,7 @@ from transfuse.errors import UserError
 from transfuse.recipes import preset
 from transfuse.recipes.autoencoders import AutoencoderRecipe
 from transfuse.training import OptimizerConfig, build_optimizer
-from transfuse.training.muon import Muon, MuonConfig, block_matrices, orthogonalised
+from transfuse.training.optimizer import Muon, MuonConfig, block_matrices, orthogonalised
 
 SETTINGS: list[dict[str, Any]] = [
     {},
