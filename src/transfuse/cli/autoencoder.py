@@ -15,7 +15,7 @@ from ..log import logger
 from ..recipes import AutoencoderRecipe
 from ..train_autoencoder import train_autoencoder
 from ..training import stopped_code
-from .options import Config, Flat, Json, Positional, Preset, RunFolder, print_json, run_folder
+from .options import Config, Flat, Json, Positional, Preset, RunFolder, print_json, print_result, run_folder
 
 
 def train(
@@ -84,8 +84,4 @@ def inspect(
     if network is not None and len(pixels) < LEAST:
         raise UserError(f"{images}: expected at least {LEAST} images for --features, found {len(pixels)}")
     report = inspect_autoencoder(opened, pixels, names, out, network, held_apart)
-    if json:
-        print_json({"report": str(out / "index.html"), **report})
-    else:
-        print(out / "index.html")
-    return 0
+    return print_result(json, {"report": str(out / "index.html"), **report}, out / "index.html")

@@ -124,7 +124,10 @@ class _Session:
         print(save_picture(self.last[0], where, self.last[1]))
 
     def reply(self, line: str) -> None:
-        """Send a line, after the images shown since the last one, and print the reply as it comes."""
+        """Send a line, after the images shown since the last one, and print the reply as it comes.
+
+        An image is shown where the terminal can, and saved elsewhere.
+        """
         from ..inference import ImageEnd, TextDelta
         from ..inference.settings import settings_of
 
@@ -139,18 +142,13 @@ class _Session:
                     self.last = self.pipe.picture(latent), settings_of(request, self.pipe.exported, number)
                     self.images += 1
                     print()
-                    self.show()
+                    escape = inline(self.last[0]) if sys.stdout.isatty() else None
+                    if escape is None:
+                        self.save("")
+                    else:
+                        print(escape, flush=True)
         print()
         self.shown, self.seed = [], self.seed + 1
-
-    def show(self) -> None:
-        """Show the last image on the terminal if it can, else save it."""
-        assert self.last is not None
-        escape = inline(self.last[0]) if sys.stdout.isatty() else None
-        if escape is None:
-            self.save("")
-        else:
-            print(escape, flush=True)
 
 
 def inline(image: PIL.Image.Image) -> str | None:

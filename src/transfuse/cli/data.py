@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..inspect_data import inspect_sources
 from ..log import logger
 from ..recipes import ImageContext
-from .options import Flat, Json, Positional, print_json
+from .options import Flat, Json, Positional, print_json, print_result
 
 SHOWN_PROBLEMS = 100  # problems of a data set that are named one by one
 
@@ -87,11 +87,7 @@ def inspect(
         context: data.context of transfuse train, which decides what images cost; by default the preset's
     """
     report = inspect_sources(sources, out, preset, row_length, context=context)
-    if json:
-        print_json({"report": str(out / "index.html"), **report})
-    else:
-        print(out / "index.html")
-    return 0
+    return print_result(json, {"report": str(out / "index.html"), **report}, out / "index.html")
 
 
 def verify(set: Positional[str], *, workers: int = 2, json: Json = False) -> int:

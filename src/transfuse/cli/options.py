@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from itertools import pairwise
@@ -54,15 +54,14 @@ def parse(function: Callable[..., int], words: Sequence[str], name: str) -> part
     hints = get_type_hints(function)
     if "words" in hints:
         return partial(function, words)
+    doc = function.__doc__
     if "options" in hints and "config" in hints:
-        doc, function = function.__doc__, with_file(function, words, name)
-        function.__doc__ = doc
+        function = with_file(function, words)
     if "recipe" in hints:
         if words and words[0] in ("-h", "--help"):
             return partial(print_presets, function, hints["recipe"], name)
-        recipe = starting_recipe(hints["recipe"], words, name, "model" in hints)
-        doc, function = function.__doc__, partial(function, recipe=recipe)
-        function.__doc__ = doc
+        function = partial(function, recipe=starting_recipe(hints["recipe"], words, name, "model" in hints))
+    function.__doc__ = doc
 
     @wraps(function)
     def call(*values: Any, **options: Any) -> partial[int]:
@@ -128,17 +127,13 @@ def _with_option(message: str, function: Callable[..., Any], words: Sequence[str
     return message
 
 
-def option_names(function: Callable[..., Any]) -> dict[str, str]:
-    """Return every option of a function, and every earlier name of one, with today's name."""
-    return {f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-") for old, new in _names(function, "")}
-
-
-def _names(owner: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """Yield the names in a function's or dataclass's options: earlier ones and today's."""
+def option_names(owner: Any, prefix: str = "--") -> dict[str, str]:
+    """Return every option of a function or dataclass, and every earlier name of one, with today's name."""
     owner = inspect.unwrap(owner)
     owner = owner.func if isinstance(owner, partial) else owner
     hints = get_type_hints(owner, include_extras=True)
     fields = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else [*hints]
+    names: dict[str, str] = {}
     for name in fields:
         hint = hints[name]
         if get_origin(hint) is Annotated:
@@ -146,11 +141,11 @@ def _names(owner: Any, prefix: str) -> Iterator[tuple[str, str]]:
             hint, name = hint.__origin__, (given or [name])[0]
         inner = dataclass_in(hint)
         if dataclasses.is_dataclass(inner):
-            yield from _names(inner, f"{prefix}{name}." if name else prefix)
+            names |= option_names(inner, f"{prefix}{name}." if name else prefix)
         else:
-            yield prefix + name, prefix + name
-    for old, new in getattr(owner, "renamed", {}).items():
-        yield prefix + old, prefix + new
+            names[prefix + name] = prefix + name
+    names |= {prefix + old: prefix + new for old, new in getattr(owner, "renamed", {}).items()}
+    return {old.replace("_", "-"): new.replace("_", "-") for old, new in names.items()}
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -196,7 +191,7 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-def with_file(function: Callable[..., int], words: Sequence[str], name: str) -> Callable[..., int]:
+def with_file(function: Callable[..., int], words: Sequence[str]) -> Callable[..., int]:
     """Return a function whose dataclasses have the settings of the file that `--config` names as their defaults."""
     files = config_files(words)
     if not files:
@@ -316,6 +311,12 @@ def print_presets(function: Callable[..., int], kind: type[Any], name: str) -> i
 def print_json(value: dict[str, Any]) -> None:
     """Print one line of JSON."""
     print(json.dumps(value))
+
+
+def print_result(as_json: bool, report: dict[str, Any], text: object) -> int:
+    """Print a command's result, as JSON or as text for people; return the exit code 0."""
+    print(json.dumps(report) if as_json else text)
+    return 0
 
 
 def run_folder(given: Path | None, preset: str, config: Path | None) -> Path:

@@ -19,7 +19,7 @@ from ..config import nearest
 from ..errors import UserError, install_command
 from ..folders import find_export, is_export
 from ..version import __version__
-from .options import Json, Positional, Words, print_json, registry
+from .options import Json, Positional, Words, print_json, print_result, registry
 
 if TYPE_CHECKING:
     import torch
@@ -79,11 +79,7 @@ def export(
     else:
         out = out or run / ("export" if format == "transfuse" else format)
         report = {"export": str(out), "step": _export_run(run, out, format, kind)}
-    if json:
-        print_json(report)
-    else:
-        print(report["export"])
-    return 0
+    return print_result(json, report, report["export"])
 
 
 def _export_run(
@@ -146,11 +142,7 @@ def convert(
     from ..convert.gguf import gguf_to_folder
 
     folder = str(gguf_to_folder(source, out, getattr(torch, dtype)))
-    if json:
-        print_json({"folder": folder})
-    else:
-        print(folder)
-    return 0
+    return print_result(json, {"folder": folder}, folder)
 
 
 def doctor(*, json: Json = False) -> int:

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..folders import DEFAULT, bundled_models, draws, places, trained_exports
 from ..io import sha256
 from ..log import logger
-from .options import Flat, Json, Positional, print_json
+from .options import Flat, Json, Positional, print_result
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,11 +181,7 @@ def generate(
     else:
         report = _reply(model.load(), prompt, sample, out)
         lines = [part.get("text") or part["path"] for part in report["parts"]]
-    if json:
-        print_json(report)
-    else:
-        print("\n".join(lines))
-    return 0
+    return print_result(json, report, "\n".join(lines))
 
 
 def _reply(pipe: TransfusionPipeline, prompt: str, sample: SampleOptions, out: Path) -> dict[str, Any]:
@@ -281,11 +277,7 @@ def caption(
     """
     pipe = model.load()
     text = pipe.caption(read_picture(image, pipe.exported.image_size, resize), max_tokens=max_tokens)[0]
-    if json:
-        print_json({"caption": text, "image": str(image)})
-    else:
-        print(text)
-    return 0
+    return print_result(json, {"caption": text, "image": str(image)}, text)
 
 
 def edit(
@@ -343,8 +335,4 @@ def edit(
     settings = settings_of(request, pipe.exported)
     drawn = pipe.replies([request])[0].images[0]
     path = save_picture(drawn, out / f"{image.stem}-seed-{seed}.png", settings)
-    if json:
-        print_json({"path": path, "image": str(image), **settings})
-    else:
-        print(path)
-    return 0
+    return print_result(json, {"path": path, "image": str(image), **settings}, path)
