@@ -39,10 +39,10 @@ from .data.bundled import (
     keep_scene_classifier,
 )
 from .errors import UserError
-from .evaluation import Estimate, model_hash, perplexity
+from .evaluation import model_hash, perplexity
 from .evaluation.image_quality import frechet, frechet_distance
 from .inference import ImageEnd, ImageProgress, Reply, TransfusionPipeline
-from .io import atomic_write
+from .io import atomic_json
 from .log import logger
 from .recipes import Recipe, preset
 from .report import (
@@ -60,6 +60,7 @@ from .report import (
     Text,
     leaves,
     percent,
+    with_interval,
     write_page,
 )
 from .runs import read_recipe
@@ -70,8 +71,6 @@ from .version import __version__
 
 SAFETY = 0.9
 """share of the time that the planned steps may take, because a machine's speed varies"""
-STRIP = 10
-"""images shown of one drawing on its way"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Exhibits:
 
     continuations   (prompt, the text the model wrote)
     interleaved     (prompt, the reply: texts and images in the order the model chose)
-    strip           (step, predicted clean image uint8 `[row, column, 3]`) of one drawing of `strip_prompt`
+    strip           (step, predicted clean image uint8 `[row, column, 3]`) of a drawing of the first prompt
     """
 
     drawings: DrawingResult
@@ -98,7 +97,6 @@ class Exhibits:
     continuations: list[tuple[str, str]]
     interleaved: list[tuple[str, Reply]]
     strip: list[tuple[int, np.ndarray]]
-    strip_prompt: str
 
 
 def run_demo(
@@ -136,12 +134,21 @@ def run_demo(
         **report,
         "recogniser_seconds": recogniser.seconds,
         "measuring_seconds": round(time.monotonic() - began, 1),
-        "machine": _machine(recipe),
+        "machine": {
+            "device": torch.cuda.get_device_name(0) if recipe.device == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "processors": os.cpu_count(),
+            "training_precision": recipe.precision,
+            "inference_precision": "float32",
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
     }
     write_page(page, demo_page(report, exhibits, recipe, read_metrics(folder / "metrics.jsonl")))
     grid(list(exhibits.drawings.images[:36]), columns=12, zoom=2).save(folder / "drawings.png")
-    text = json.dumps(report, indent=2) + "\n"
-    atomic_write(written, lambda partial: partial.write_text(text, encoding="utf-8"))
+    atomic_json(written, report)
     logger.info(
         f"demo: drawings with the noun right: {report['noun_strict_accuracy']:.1%} named among all {len(NOUNS)} nouns "
         f"and none, {report['noun_accuracy']:.1%} picked among its own {report['nouns']}"
@@ -158,7 +165,10 @@ def _train(folder: Path, minutes: float, recipe: Recipe | None) -> dict[str, Any
     path, begun = folder / "trained.json", (folder / "config.json").is_file()
     if begun:
         recipe = read_recipe(folder / "config.json", Recipe)
-        _check_minutes(folder, recipe, minutes)
+        limit = recipe.loop.max_seconds  # the learning rate decays over it
+        if limit is not None and limit != minutes * 60:
+            wanted = f"{limit / 60:g}, with which {folder} was started"
+            raise UserError(f"minutes: expected {wanted}, found {minutes:g}; use another --run")
     if path.is_file() and (folder / "export" / "config.json").is_file():
         facts: dict[str, Any] = read_json(path)
         logger.info(f"{folder}: trained already, {facts['steps']} steps")
@@ -181,15 +191,6 @@ def _train(folder: Path, minutes: float, recipe: Recipe | None) -> dict[str, Any
     }
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
-
-
-def _check_minutes(folder: Path, recipe: Recipe, minutes: float) -> None:
-    """Raise UserError if the run was started with other minutes, over which its learning rate decays."""
-    begun = recipe.loop.max_seconds
-    if begun is not None and begun != minutes * 60:
-        raise UserError(
-            f"minutes: expected {begun / 60:g}, with which {folder} was started, found {minutes:g}; use another --run"
-        )
 
 
 def fit(recipe: Recipe, minutes: float) -> Recipe:
@@ -218,32 +219,32 @@ def measure(
     words = perplexity(pipe.exported, captions.truths)
     continuations, pace_many, pace_one = _continue(pipe, recipe, unread)
     interleaved, own_accord, within = _interleaved(pipe, recipe, unread)
-    strip, strip_prompt, one_image = _strip(pipe, drawings.prompts[0])
+    strip, one_image = _strip(pipe, drawings.prompts[0])
     sampler = pipe.exported.generation.sampler
     real, (_, _, others) = recogniser.features(drawings.real_images), held_out_scenes(world, effort.pictures, seed=1)
     report: dict[str, Any] = {
         "nouns": len(world.noun_names),
         "image_size": world.size,
         "pictures_measured": effort.pictures,
-        **_named("background_accuracy", drawings.background),
-        **_named("noun_strict_accuracy", drawings.noun_strict),
-        **_named("noun_accuracy", drawings.noun),
-        **_named("both_accuracy", drawings.both),
+        **with_interval("background_accuracy", drawings.background),
+        **with_interval("noun_strict_accuracy", drawings.noun_strict),
+        **with_interval("noun_accuracy", drawings.noun),
+        **with_interval("both_accuracy", drawings.both),
         "real_background_accuracy": drawings.real_background.value,
         "real_noun_strict_accuracy": drawings.real_noun_strict.value,
         "real_noun_accuracy": drawings.real_noun.value,
-        **_named("frechet_distance", frechet(recogniser.features(drawings.images), real)),
+        **with_interval("frechet_distance", frechet(recogniser.features(drawings.images), real)),
         "frechet_distance_of_other_real_pictures": frechet_distance(recogniser.features(others), real),
-        **_named("caption_noun_accuracy", captions.noun),
-        **_named("caption_background_accuracy", captions.background),
-        **_named("caption_both_accuracy", captions.both),
+        **with_interval("caption_noun_accuracy", captions.noun),
+        **with_interval("caption_background_accuracy", captions.background),
+        **with_interval("caption_both_accuracy", captions.both),
         "chance_noun_strict_accuracy": drawings.chance_noun_strict,
         "chance_noun_accuracy": drawings.chance_noun,
         "chance_background_accuracy": drawings.chance_background,
         "draws_of_its_own_accord": own_accord,
         "draws_within_definitions": within,
-        **_named("heldout_text_perplexity", text.perplexity),
-        **_named("bits_per_byte", text.bits_per_byte),
+        **with_interval("heldout_text_perplexity", text.perplexity),
+        **with_interval("bits_per_byte", text.bits_per_byte),
         "heldout_text_tokens": text.tokens,
         "heldout_definitions": text.documents,
         "heldout_caption_perplexity": words.perplexity.value,
@@ -263,11 +264,7 @@ def measure(
         "denoising_steps": sampler.steps,
         "guidance_scale": pipe.exported.generation.guidance_scale,
     }
-    return report, Exhibits(drawings, captions, continuations, interleaved, strip, strip_prompt)
-
-
-def _named(name: str, measured: Estimate) -> dict[str, Any]:
-    return {name: measured.value, f"{name}_interval": [measured.low, measured.high]}
+    return report, Exhibits(drawings, captions, continuations, interleaved, strip)
 
 
 def _continue(
@@ -307,11 +304,11 @@ def _interleaved(
     return [(prompts[n], replies[n]) for n in shown], float(np.mean(at_once)), float(np.mean(within))
 
 
-def _strip(pipe: TransfusionPipeline, prompt: str) -> tuple[list[tuple[int, np.ndarray]], str, float]:
-    """Draw one image; return the predicted clean image at about ten of its steps, the prompt and the seconds."""
+def _strip(pipe: TransfusionPipeline, prompt: str) -> tuple[list[tuple[int, np.ndarray]], float]:
+    """Draw one image; return the predicted clean image at about ten of its steps, and the seconds it took."""
     request = replace(pipe.request([prompt]), draw="force", max_tokens=0, preview_every=1)
     total = request.sampler.steps
-    chosen = {round(step) for step in np.linspace(1, total, min(STRIP, total))}
+    chosen = {round(step) for step in np.linspace(1, total, min(10, total))}
     strip: list[tuple[int, np.ndarray]] = []
     began = time.monotonic()
     seconds = 0.0
@@ -320,23 +317,7 @@ def _strip(pipe: TransfusionPipeline, prompt: str) -> tuple[list[tuple[int, np.n
             strip.append((event.step, np.asarray(pipe.picture(event.preview))))
         elif isinstance(event, ImageEnd):
             seconds = time.monotonic() - began
-    return strip, prompt, seconds
-
-
-def _machine(recipe: Recipe) -> dict[str, Any]:
-    """Return the facts on which the speeds depend."""
-    cuda = recipe.device == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(0) if cuda else "cpu",
-        "threads": torch.get_num_threads(),
-        "processors": os.cpu_count(),
-        "training_precision": recipe.precision,
-        "inference_precision": "float32",
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    return strip, seconds
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -352,18 +333,45 @@ def demo_page(report: dict[str, Any], exhibits: Exhibits, recipe: Recipe, metric
         f"trained from scratch for {report['train_seconds'] / 60:.1f} minutes on {where} with "
         f"{report['images_seen']:,} captioned images of {report['nouns']} things and with dictionary definitions."
     )
-    count, drawings = report["pictures_measured"], Cards(_drawing_cards(exhibits.drawings), "", "pictures", 36)
+    count, drawings = report["pictures_measured"], exhibits.drawings
+    strip = Card(drawings.prompts[0], [(image, f"step {n}") for n, image in exhibits.strip])
     sections = [
-        Section("Drawings", _DRAWINGS.format(count=count), [drawings]),
+        Section(
+            "Drawings",
+            f"All {count} prompts in order. A strict judge names the thing among all nouns, or finds none plain; a "
+            "second judge must choose among the nouns of this training, so a blob of the right colour is enough for "
+            "it. The background is read off the border.",
+            [Cards(_drawing_cards(drawings), "", "pictures", 36)],
+        ),
         Section(
             "From noise to image",
             "The image the model expects at the end, at steps along the way.",
-            [Cards([Card(exhibits.strip_prompt, [(image, f"step {n}") for n, image in exhibits.strip])], "", "full")],
+            [Cards([strip], "", "full")],
         ),
-        Section("Text and images in its own order", _INTERLEAVED, [Cards(_interleaved_cards(exhibits.interleaved))]),
-        Section("Captions", _CAPTIONS.format(count=count), [Cards(_caption_cards(exhibits.captions))]),
-        Section("Definitions", _DEFINITIONS, [Cards([Card(a, reply=[b]) for a, b in exhibits.continuations])]),
-        Section("Training", _TRAINING, [Charts(_curves(metrics))]),
+        Section(
+            "Text and images in its own order",
+            "Nothing tells the model to draw: after every token it may continue with a word, an image or the end. Its "
+            "words are coloured. The first three of twelve unseen captions, then three beginnings.",
+            [Cards(_interleaved_cards(exhibits.interleaved))],
+        ),
+        Section(
+            "Captions",
+            f"All {count} real images of held-out combinations, in order, described by the model.",
+            [Cards(_caption_cards(exhibits.captions))],
+        ),
+        Section(
+            "Definitions",
+            "Text alone, the most probable token each time. The first four words name things it draws; the others are "
+            "spread evenly over the held-out ones. A model of this size learns how definitions sound, not what is "
+            "true.",
+            [Cards([Card(prompt, reply=[text]) for prompt, text in exhibits.continuations])],
+        ),
+        Section(
+            "Training",
+            "Losses of every step. The image loss is the mean squared error of the predicted image; it is small for "
+            "images that are nearly clean and larger the more noise there is to remove.",
+            [Charts(_curves(metrics))],
+        ),
     ]
     provenance: list[Block] = [
         Text(str(report["command"]), code=True),
@@ -371,30 +379,6 @@ def demo_page(report: dict[str, Any], exhibits: Exhibits, recipe: Recipe, metric
         Details("The whole recipe", [Text(json.dumps(to_dict(recipe), indent=2), code=True)]),
     ]
     return Page(str(report["preset"]), lead, _summary(report), sections, provenance)
-
-
-_SUMMARY = (
-    "Each noun has one background colour on which training never showed it; the shares are measured on exactly those "
-    "combinations. The reference is the same measure on real images, or a perfect score."
-)
-_DRAWINGS = (
-    "All {count} prompts in order. A strict judge names the thing among all nouns, or finds none plain; a second judge "
-    "must choose among the nouns of this training, so a blob of the right colour is enough for it. The background is "
-    "read off the border."
-)
-_INTERLEAVED = (
-    "Nothing tells the model to draw: after every token it may continue with a word, an image or the end. Its words "
-    "are coloured. The first three of twelve unseen captions, then three beginnings."
-)
-_CAPTIONS = "All {count} real images of held-out combinations, in order, described by the model."
-_DEFINITIONS = (
-    "Text alone, the most probable token each time. The first four words name things it draws; the others are spread "
-    "evenly over the held-out ones. A model of this size learns how definitions sound, not what is true."
-)
-_TRAINING = (
-    "Losses of every step. The image loss is the mean squared error of the predicted image; it is small for images "
-    "that are nearly clean and larger the more noise there is to remove."
-)
 
 
 def _summary(report: dict[str, Any]) -> list[Block]:
@@ -433,7 +417,11 @@ def _summary(report: dict[str, Any]) -> list[Block]:
         ),
         ("Tokens per second", f"{tokens:,.0f}", f"in a batch; {alone:,.0f} for a single prompt"),
     ]
-    return [Bars(items), Text(_SUMMARY), Numbers(numbers)]
+    note = (
+        "Each noun has one background colour on which training never showed it; the shares are measured on exactly "
+        "those combinations. The reference is the same measure on real images, or a perfect score."
+    )
+    return [Bars(items), Text(note), Numbers(numbers)]
 
 
 def _drawing_cards(drawings: DrawingResult) -> list[Card]:

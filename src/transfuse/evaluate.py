@@ -8,7 +8,6 @@ out/report.html         the same to look at, with the images and texts
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +36,7 @@ from .evaluation import (
 from .evaluation.image_quality import CLASSIFIER, MOBILENET
 from .export import describe
 from .inference import TransfusionPipeline
-from .io import atomic_write
+from .io import atomic_json
 from .log import logger
 from .recipes import preset
 from .report import Bar, Bars, Block, Card, Cards, Charts, Details, Page, Section, Table, Text, plain, write_page
@@ -92,8 +91,7 @@ def run_evaluation(
         "tables": {outcome.measure: outcome.tables for outcome in measured if outcome.tables},
     }
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2) + "\n"
-    atomic_write(out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_json(out / "results.json", report)
     write_page(out / "report.html", evaluation_page(report, metrics, measured))
     logger.info(f"{out / 'report.html'}: open it in a browser")
     return report
@@ -104,10 +102,10 @@ def open_context(
 ) -> EvalContext:
     """Open an export for measuring in a folder; `world` as in `run_evaluation`."""
     pipe = TransfusionPipeline.from_pretrained(model, device=pick_device(device))
-    if options.data:
-        return EvalContext(pipe, model_hash(model), folder, None, options)
-    scenes = replace(world_of(model, world, pipe.exported.image_size), split="train")
-    return EvalContext(pipe, model_hash(model), folder, SceneScorer(scenes), options)
+    scorer = None
+    if not options.data:
+        scorer = SceneScorer(replace(world_of(model, world, pipe.exported.image_size), split="train"))
+    return EvalContext(pipe, model_hash(model), folder, scorer, options)
 
 
 def world_of(model: Path, preset_name: str | None, size: int) -> WorldConfig:
@@ -135,8 +133,7 @@ def evaluation_page(report: dict[str, Any], metrics: Sequence[Metric], measured:
     sections: list[Section] = []
     numbers: list[Block] = []
     origins: list[list[str]] = []
-    place = {name: at for at, name in enumerate(PAGE_ORDER)}
-    for metric in sorted(metrics, key=lambda metric: place.get(metric.name, len(place))):
+    for metric in sorted(metrics, key=lambda metric: [*PAGE_ORDER, metric.name].index(metric.name)):
         outcomes = [outcome for outcome in measured if outcome.measure == metric.name]
         results = [result for outcome in outcomes for result in outcome]
         for r in results[:1]:

@@ -437,6 +437,11 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def html_image(image: PIL.Image.Image) -> str:
     """Return an `<img>` that contains the image, as PNG."""
+    return f'<img src="{png_url(image)}">'
+
+
+def png_url(image: PIL.Image.Image, optimize: bool = False) -> str:
+    """Return a `data:` address that contains the image, as PNG; `optimize` makes it smaller, and takes longer."""
     stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+    image.save(stream, format="PNG", optimize=optimize)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -8,7 +8,6 @@ report.json     every figure, and those of each image
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from .evaluation.reconstruction import (
     psnr,
 )
 from .images import fit, image_files, read_image
-from .io import atomic_write
+from .io import atomic_json
 from .log import logger, progress
 from .recipes.autoencoders import ImagesConfig
 from .report import (
@@ -55,6 +54,7 @@ from .report import (
     Text,
     leaves,
     percent,
+    with_interval,
     write_page,
 )
 from .train_autoencoder import unseen_world
@@ -118,21 +118,18 @@ def inspect_autoencoder(
     features: Features | None = None,
     held_apart: dict[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """Measure uint8 images `[image, row, column, 3]`, named individually, and write `index.html` and `report.json`.
+    """Measure uint8 images `[image, row, column, 3]`; write `index.html` and `report.json`, whose content is returned.
 
+    names        one for each image
     held_apart   further images by the name of their set, measured for comparison
 
-    Returns the content of `report.json`.
-
-    Raises:
-        ValueError: images that cannot be measured, or names that do not fit.
-        UserError: a folder that cannot be written.
+    Raises ValueError for images that cannot be measured, and UserError for a folder that cannot be written.
     """
     if len(names) != len(images):
         raise ValueError(f"names: expected one for each of {len(images)} images, found {len(names)}")
     resize = plain_resize(autoencoder, *images.shape[1:3])
     measured = _measured(autoencoder, images, features, "reconstruct")
-    report = {
+    report: dict[str, Any] = {
         "version": __version__,
         "autoencoder": measured.name,
         "factor": autoencoder.factor,
@@ -148,10 +145,12 @@ def inspect_autoencoder(
         report["resize"] = {"size": list(resize.size), **_quality(_measured(resize, images, features, "resize"))}
     for name, more in (held_apart or {}).items():
         other = _measured(autoencoder, more, features, name)
-        difference = _named("psnr_difference", _difference(measured.psnr, other.psnr))
+        difference = with_interval("psnr_difference", _difference(measured.psnr, other.psnr))
         plain = None if resize is None else _quality(_measured(resize, more, None, "resize"))
         report["held_apart"][name] = {**_figures(other), **difference, "resize": plain}
-    channels = _channels(autoencoder, images)
+    encoded = channel_images(autoencoder, len(images))
+    with progress("channels", encoded * (1 + 2 * autoencoder.channels), unit="images") as bar:
+        channels = channel_losses(autoencoder, images, BATCH, bar.advance)
     empty = [
         f"channel {number} carries nothing: without it PSNR falls by {loss.least:.2f} dB, less than {CARRIES_NOTHING}"
         for number, loss in enumerate(channels)
@@ -160,9 +159,9 @@ def inspect_autoencoder(
     for line in empty:
         logger.info(line)
     report |= {
-        "channel_loss_images": channel_images(autoencoder, len(images)),
+        "channel_loss_images": encoded,
         "channel_loss": [
-            {"db_lost": loss.least, **_named("by_mean", loss.by_mean), **_named("by_noise", loss.by_noise)}
+            {"db_lost": loss.least} | with_interval("by_mean", loss.by_mean) | with_interval("by_noise", loss.by_noise)
             for loss in channels
         ],
         "empty_channels": empty,
@@ -174,19 +173,13 @@ def inspect_autoencoder(
     order = np.argsort(measured.psnr_by_image, kind="stable")[:WORST]
     spread = np.unique(np.linspace(0, len(images) - 1, min(REGULAR, len(images))).round().astype(int))
     worst, regular = (_cards(autoencoder, resize, images, names, chosen) for chosen in (order, spread))
-    page = _page(report, channels, worst, regular)
-    _write(out, report, page)
-    return report
-
-
-def _write(out: Path, report: dict[str, Any], page: Page) -> None:
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        atomic_write(out / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{out}: inspection not written ({error.strerror or error})") from None
-    write_page(out / "index.html", page)
+    atomic_json(out / "report.json", report, allow_nan=False)
+    write_page(out / "index.html", _page(report, channels, worst, regular))
+    return report
 
 
 def inspected_images(source: str, size: int, count: int) -> tuple[np.ndarray, list[str], dict[str, np.ndarray]]:
@@ -231,17 +224,12 @@ def _measured(autoencoder: Autoencoder, images: np.ndarray, features: Features |
         return evaluate_reconstruction(autoencoder, batches(), features)
 
 
-def _channels(autoencoder: Autoencoder, images: np.ndarray) -> list[ChannelLoss]:
-    decoded = channel_images(autoencoder, len(images)) * (1 + 2 * autoencoder.channels)
-    with progress("channels", decoded, unit="images") as bar:
-        return channel_losses(autoencoder, images, BATCH, bar.advance)
-
-
 def _quality(measured: Reconstruction) -> dict[str, Any]:
-    quality = {**_named("psnr", measured.psnr), **_named("ssim", measured.ssim), **_named("l1", measured.l1)}
-    if measured.frechet is None:
-        return {**quality, "frechet": None}
-    return {**quality, **_named("frechet", measured.frechet)}
+    quality: dict[str, Any] = {}
+    for name in ("psnr", "ssim", "l1", "frechet"):
+        estimate = getattr(measured, name)
+        quality |= {name: None} if estimate is None else with_interval(name, estimate)
+    return quality
 
 
 def _figures(measured: Reconstruction) -> dict[str, Any]:
@@ -257,10 +245,6 @@ def _figures(measured: Reconstruction) -> dict[str, Any]:
         "encode_images_per_second": measured.encode_images_per_second,
         "decode_images_per_second": measured.decode_images_per_second,
     }
-
-
-def _named(name: str, measured: Estimate) -> dict[str, Any]:
-    return {name: measured.value, f"{name}_interval": [measured.low, measured.high]}
 
 
 def _difference(first: Estimate, other: Estimate) -> Estimate:

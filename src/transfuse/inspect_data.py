@@ -26,7 +26,7 @@ from .data.dataset import as_latent
 from .data.packing import best_fit
 from .data.remote import is_remote
 from .errors import UserError
-from .io import atomic_write
+from .io import atomic_json
 from .log import logger
 from .recipes import ImageContext, Recipe, preset
 from .report import (
@@ -102,13 +102,13 @@ def inspect_sources(
     except UserError as error:
         logger.info(f"not mixed: {error}")
         report |= {"mixture": None, "rows": None, "not_mixed": str(error)}
-    page, text = data_page(report, opened, lengths, limits), json.dumps(report, indent=2, allow_nan=False) + "\n"
+    page = data_page(report, opened, lengths, limits)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: expected a folder to write to, found none ({error.strerror})") from None
     write_page(out / "index.html", page)
-    atomic_write(out / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_json(out / "report.json", report, allow_nan=False)
     return report
 
 

@@ -14,9 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .errors import UserError
-
-REMOTE_CODE = ("modeling_transfusion.py", "pipeline.py")
-"""files of code in an export, which transformers and diffusers run"""
+from .folders import MODELLING, PIPELINE
 
 
 @contextmanager
@@ -68,7 +66,7 @@ def _not_a_models(place: Path) -> Path | None:
             known = ("config.json", "tokenizer.json", "scheduler_config.json")  # parts, as diffusers lays them out
             if not any((path / name).is_file() for name in known):
                 return path
-        elif path.suffix not in (".json", ".safetensors", ".jinja", ".md") and path.name not in REMOTE_CODE:
+        elif path.suffix not in (".json", ".safetensors", ".jinja", ".md") and path.name not in (MODELLING, PIPELINE):
             return path
     return None
 
@@ -85,6 +83,12 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         with suppress(OSError):
             partial.unlink()
         raise UserError(f"{path}: not written ({error}); the old file is intact; call again to continue") from None
+
+
+def atomic_json(path: Path, value: Any, allow_nan: bool = True) -> None:
+    """Write indented JSON, as `atomic_write`. Raises ValueError for a number that is not finite, unless allowed."""
+    text = json.dumps(value, indent=2, allow_nan=allow_nan) + "\n"
+    atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def append_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -9,11 +9,9 @@ A page needs no network and no script. It reads on a phone and a desktop, in lig
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 import PIL.Image
 
 from .errors import UserError, install_command
+from .images import png_url
 from .io import atomic_write
 from .version import __version__
 
@@ -130,7 +129,6 @@ class Bars:
     label: str = "this model"
     reference: str = "reference"
     title: str = ""
-    kind: str = "bars"
 
     @property
     def legend(self) -> list[tuple[str, str]]:
@@ -146,7 +144,6 @@ class Numbers:
     """Large numbers: (label, value, note)."""
 
     items: Sequence[tuple[str, str, str]]
-    kind: str = "numbers"
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,6 @@ class Cards:
     title: str = ""
     layout: str = "wide"
     shown: int = 12
-    kind: str = "cards"
 
 
 @dataclass(frozen=True)
@@ -165,7 +161,6 @@ class Charts:
     """Charts: (title, SVG of `draw`)."""
 
     items: Sequence[tuple[str, str]]
-    kind: str = "charts"
 
 
 @dataclass(frozen=True)
@@ -174,14 +169,12 @@ class Table:
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    kind: str = "table"
 
 
 @dataclass(frozen=True)
 class Text:
     text: str
     code: bool = False
-    kind: str = "text"
 
 
 @dataclass(frozen=True)
@@ -190,7 +183,6 @@ class Details:
 
     summary: str
     blocks: Sequence[Block]
-    kind: str = "details"
 
 
 Block = Bars | Numbers | Cards | Charts | Table | Text | Details
@@ -212,7 +204,7 @@ class Page:
     summary: Sequence[Block]
     sections: Sequence[Section] = ()
     provenance: Sequence[Block] = ()
-    footer: str = field(default=f"Made by Transfuse {__version__}.")
+    footer: str = f"Made by Transfuse {__version__}."
 
 
 def render(page: Page) -> str:
@@ -222,7 +214,7 @@ def render(page: Page) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["png"] = _png
+    environment.filters["png"] = lambda pixels: png_url(PIL.Image.fromarray(pixels), optimize=True)
     missing = f"Charts need matplotlib: {install_command('report')}."
     return environment.get_template("report.html.jinja").render(page=page, missing_charts=missing)
 
@@ -237,18 +229,17 @@ def write_page(path: Path, page: Page) -> Path:
     return path
 
 
-def _png(pixels: np.ndarray) -> str:
-    stream = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(stream, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
 def percent(value: float) -> str:
     return f"{100 * value:.1f}\u202f%"
 
 
 def plain(value: float) -> str:
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def with_interval(name: str, estimate: Any) -> dict[str, Any]:
+    """Return the entries of an `evaluation.Estimate` in a report: its value, and both ends of its interval."""
+    return {name: estimate.value, f"{name}_interval": [estimate.low, estimate.high]}
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -143,12 +143,7 @@ def test_page_escapes_what_models_and_people_write(done) -> None:
     captions = replace(seen.captions, captions=[evil] * 6, truths=[evil] * 6)
     interleaved = [(evil, replace(reply, parts=[evil, *reply.parts])) for _, reply in seen.interleaved]
     exhibits = replace(
-        seen,
-        drawings=drawings,
-        captions=captions,
-        continuations=[(evil, evil)],
-        interleaved=interleaved,
-        strip_prompt=evil,
+        seen, drawings=drawings, captions=captions, continuations=[(evil, evil)], interleaved=interleaved
     )
     report = {**kept["report"], "command": evil, "preset": evil}
     html = render(demo_page(report, exhibits, kept["recipe"], kept["metrics"]))
