@@ -87,7 +87,10 @@ def training_precision(precision: Precision, device: str) -> Literal["float32", 
     """Resolve "auto" for training: bfloat16 on CUDA and on processors that multiply it natively."""
     if precision != "auto":
         return precision
-    return "bfloat16" if device == "cuda" or _cpu_multiplies_bfloat16() else "float32"
+    facts = Path("/proc/cpuinfo")
+    flags = facts.read_text(encoding="utf-8") if facts.is_file() else ""
+    native = any(name in flags for name in ("avx512_bf16", "amx_bf16"))
+    return "bfloat16" if device == "cuda" or native else "float32"
 
 
 def for_inference(device: Device, precision: Precision) -> tuple[Literal["cpu", "cuda", "mps"], torch.dtype]:
@@ -113,29 +116,17 @@ def processor_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def _cpu_multiplies_bfloat16() -> bool:
-    flags = Path("/proc/cpuinfo")
-    return flags.is_file() and any(name in flags.read_text(encoding="utf-8") for name in ("avx512_bf16", "amx_bf16"))
-
-
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Tell glibc to keep blocks of up to 32 MB that torch frees, for the next tensor. Does nothing elsewhere.
 
     By default glibc returns each block to the system and takes it again page by page, a tenth of a CPU step's time
-    (docs/benchmarks.md). The setting is for the whole process, so programs call it, not the library.
+    (docs/benchmarks.md). The setting is for the whole process, so programs call it, not the library. `keep` False
+    restores the default, for a process that lives long and needs much only now and then.
     """
-    trim_threshold, mmap_threshold = -1, -3  # options of mallopt(3)
+    trim_threshold, mmap_threshold, default = -1, -3, 128 << 10  # options of mallopt(3), and what both are at first
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(mmap_threshold, 32 << 20)  # the largest value it accepts
-        libc.mallopt(trim_threshold, -1)
-
-
-def stop_keeping_memory() -> None:
-    """Undo `keep_freed_memory`, for a process that lives long and needs much only now and then."""
-    trim_threshold, mmap_threshold, default = -1, -3, 128 << 10
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(mmap_threshold, default)
-        libc.mallopt(trim_threshold, default)
+        libc.mallopt(mmap_threshold, 32 << 20 if keep else default)  # the largest value it accepts
+        libc.mallopt(trim_threshold, -1 if keep else default)
 
 
 def give_back_memory() -> None:

@@ -1,20 +1,24 @@
-"""Folders of models: the files of an export, in either layout, and the models bundled with the package.
+"""Folders of models and data: the files of an export, bundled models, and repositories of the Hugging Face Hub.
 
     find_export("small-64")              # the bundled model's folder, unless there is an export of that name here
+    find_export("org/name")              # its newest snapshot on the Hub (extra `hub`); offline, the one in the cache
     is_export(Path("runs/demo/export"))
     trained_exports()                    # those in the run folders under runs/
     places(folder)["config.json"]        # transformer/config.json in diffusers' layout
+    fetched_data("hf://datasets/org/name/data", ["data"])    # the snapshot, with the files below data/
 
 Nothing here needs torch, so that commands that only look for a model start fast.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import read_json
-from .hub import fetched
+from .errors import UserError, install_command
 
 MODEL_TYPE = "transfusion"
 """`model_type` in an export's config.json"""
@@ -42,6 +46,10 @@ DEFAULT = "small-64"
 """the bundled model that commands use if none is named and none was trained"""
 TRIALS = ("tiny",)
 """presets that only test the installation; their models cannot draw"""
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.md", "*.jinja", "*/*.json", "*/*.safetensors"]
+"""what a model needs of its repository; code and pickles are left there"""
+HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(/.*)?")
 
 
 def bundled_models() -> tuple[str, ...]:
@@ -95,3 +103,54 @@ def _export_config(folder: Path) -> dict[str, Any] | None:
     config = places(folder)["config.json"]
     values = read_json(config) if config.is_file() else None
     return values if isinstance(values, dict) and values.get("model_type") == MODEL_TYPE else None
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def is_repository(name: Path | str) -> bool:
+    """Return True for `org/name` where no folder of that name, or of the part before the slash, is here."""
+    text = name.as_posix() if isinstance(name, Path) else name
+    return REPOSITORY.fullmatch(text) is not None and not Path(text).parent.exists()
+
+
+def fetched(name: Path | str) -> Path:
+    """Return the local folder of a model. Raises UserError, one line, for a repository that cannot be had."""
+    if not is_repository(name):
+        return Path(name)
+    repository = name.as_posix() if isinstance(name, Path) else name
+    return _snapshot(
+        f"{repository}: expected a folder, or a model on the Hub or in its cache", repository, allow_patterns=HUB_FILES
+    )
+
+
+def data_address(address: str) -> tuple[str, str | None, str]:
+    """Return repository, revision and path of hf://datasets/org/name@revision/path. Raises UserError for another."""
+    match = HUB_DATA.fullmatch(address)
+    if match is None:
+        raise UserError(f"{address}: expected hf://datasets/ORG/NAME or a path below it, found another address")
+    return match[1], match[2], (match[3] or "").strip("/")
+
+
+def fetched_data(address: str, patterns: Sequence[str]) -> Path:
+    """Return the local folder of a data repository, with those files of it that match. Raises UserError as `fetched`.
+
+    patterns: paths with stars, of files or folders; an empty one is the whole repository.
+    """
+    repository, revision, _ = data_address(address)
+    files = [each for pattern in patterns for each in (pattern, f"{pattern}/*")] if all(patterns) else None
+    wanted = f"{address}: expected data on the Hub or in its cache"
+    return _snapshot(wanted, repository, repo_type="dataset", revision=revision, allow_patterns=files)
+
+
+def _snapshot(wanted: str, repository: str, **options: Any) -> Path:
+    """Return the folder of a repository's snapshot, fetched unless HF_HUB_OFFLINE leaves the cache alone to read."""
+    try:
+        from huggingface_hub import constants, snapshot_download
+    except ImportError:
+        raise UserError(f"{wanted}, which needs the extra hub: {install_command('hub')}") from None
+    try:
+        return Path(snapshot_download(repository, local_files_only=bool(constants.HF_HUB_OFFLINE), **options))
+    except Exception as error:  # the Hub's, HTTP's or the file system's: each says why not
+        reason = " ".join(str(error).split())
+        raise UserError(f"{wanted}, found none ({type(error).__name__}: {reason[:160]})") from None

@@ -24,7 +24,7 @@ import transfuse
 from transfuse.cli import run
 from transfuse.data import DataSet
 from transfuse.errors import UserError
-from transfuse.hub import fetched, is_repository
+from transfuse.folders import fetched, is_repository
 from transfuse.inference import TransfusionPipeline
 from transfuse.inference.arguments import DrawOptions, ReplySettings
 from transfuse.inference.sequence_state import Request

@@ -19,7 +19,6 @@ EVERYWHERE = {
     "folders",
     "images",
     "rng",
-    "hub",
     "version",
     "report",
     "charts",

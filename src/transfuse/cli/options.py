@@ -256,8 +256,7 @@ def with_start(recipe: Any, words: Sequence[str], name: str, of_model: bool = Fa
     """
     from ..autoencoders import open_autoencoder
     from ..export import describe
-    from ..folders import is_export
-    from ..hub import fetched
+    from ..folders import fetched, is_export
     from ..recipes import Recipe
     from ..runs.start import decided_by
 

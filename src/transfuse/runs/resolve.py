@@ -26,8 +26,7 @@ from ..data import Mixture
 from ..data.bundled import TEMPLATE, World, caption, edit, glosses, vocabulary
 from ..diffusion import Process, Sampler
 from ..errors import UserError
-from ..folders import places
-from ..hub import fetched
+from ..folders import fetched, places
 from ..io import atomic_write
 from ..recipes.autoencoders import AUTOENCODERS
 from ..recipes.recipe import OF_THE_WORLD, Recipe

@@ -20,7 +20,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..devices import stop_keeping_memory
+from ..devices import keep_freed_memory
 from ..errors import UserError
 from ..log import logger
 from .app import build
@@ -236,7 +236,7 @@ def run(
 
     `read_access` reads the keys, at the start and at SIGHUP. Raises UserError for what cannot be read or listened on.
     """
-    stop_keeping_memory()
+    keep_freed_memory(False)
     access = [read_access()]
     client = EngineClient(worker, limits)
     certificate: dict[str, Any] = {}

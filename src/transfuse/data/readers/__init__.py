@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError
-from ...hub import data_address, fetched_data
+from ...folders import data_address, fetched_data
 from ...images import SUFFIXES, unpad
 from ...io import sha256
 from .. import bundled
