@@ -28,21 +28,18 @@ ARCHITECTURES = {
 }
 """by `ModelConfig.images`"""
 REMOTE_CODE = Path(__file__).with_name("remote_code")
-AUTO_CLASSES = {
-    "AutoConfig": "TransfusionConfig",
-    "AutoProcessor": "TransfusionProcessor",
-    **dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), ARCHITECTURES["latents"]),
+AUTO_MAP = {
+    "AutoConfig": "modeling_transfusion.TransfusionConfig",
+    "AutoProcessor": "modeling_transfusion.TransfusionProcessor",
+    "AutoModel": "modeling_transfusion.TransfusionForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_transfusion.TransfusionForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_transfusion.TransfusionForConditionalGeneration",
 }
-AUTO_MAP = {auto: f"{Path(MODELLING).stem}.{name}" for auto, name in AUTO_CLASSES.items()}
+"""module and class of `remote_code` by transformers' class"""
 
 
 def write_transformers_files(
-    folder: Path,
-    config: dict[str, Any],
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    factor: int,
-    max_tokens: int,
+    folder: Path, config: dict[str, Any], model: ModelConfig, tokenizer: Tokenizer, factor: int, max_tokens: int
 ) -> None:
     """Write config.json, with transformers' fields next to ours, and the other files that transformers reads.
 
@@ -100,11 +97,8 @@ def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
     if config.schedule == "flow":
         if config.prediction != "v":
             raise UserError(f"prediction: expected v for diffusers' flow schedulers, found {config.prediction!r}")
-        return {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": config.timesteps,
-            "shift": config.shift,
-        }
+        name = "FlowMatchEulerDiscreteScheduler"
+        return {"_class_name": name, "num_train_timesteps": config.timesteps, "shift": config.shift}
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": config.timesteps,

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageCms
 import PIL.ImageFile
+from PIL.ExifTags import Base as Tag
 from PIL.Image import Resampling, Transpose
 from PIL.PngImagePlugin import PngInfo
 
@@ -48,8 +49,6 @@ UPRIGHT = {
     8: Transpose.ROTATE_90,
 }
 """the transposition that turns an image upright, by its EXIF orientation"""
-ORIENTATION, BITS, PHOTOMETRIC = 274, 258, 262
-"""EXIF and TIFF tags"""
 
 # `decode_image` has a stricter limit. A global filter, because catch_warnings changes state that all threads share.
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
@@ -128,7 +127,8 @@ def _decode(
 ) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
     """Return the colours in sRGB (mode RGB) and the alpha (mode L; None: opaque), both upright."""
     name = str(source) if isinstance(source, str | Path) else name
-    wanted = _wanted(formats)
+    names = [{"WEBP": "WebP", "JPEG2000": "JPEG 2000"}.get(known, known) for known in formats if known != "DIB"]
+    wanted = f"a {', '.join(names[:-1])} or {names[-1]} image"
     try:
         if isinstance(source, str | Path):
             if not os.path.isfile(source):  # Path.is_file raises if a parent folder may not be entered
@@ -217,18 +217,13 @@ def _layers(image: PIL.Image.Image, name: str, max_pixels: int) -> tuple[PIL.Ima
     colours = _to_srgb(colours, image.info.get("icc_profile", b""))
     try:
         # Read after decoding, because PIL's TIFF decoder applies the orientation itself and removes the tag.
-        orientation = int(image.getexif().get(ORIENTATION, 1))
+        orientation = int(image.getexif().get(Tag.Orientation, 1))
     except Exception:  # damaged EXIF data
         orientation = 1
     method = UPRIGHT.get(orientation)
     if method is not None:
         colours, alpha = colours.transpose(method), alpha and alpha.transpose(method)
     return colours, alpha
-
-
-def _wanted(formats: tuple[str, ...]) -> str:
-    names = [{"WEBP": "WebP", "JPEG2000": "JPEG 2000"}.get(name, name) for name in formats if name != "DIB"]
-    return f"a {', '.join(names[:-1])} or {names[-1]} image"
 
 
 def fit(image: np.ndarray, size: int | tuple[int, int], smallest: int = 1, smart: bool = False) -> np.ndarray:
@@ -364,9 +359,9 @@ def walk_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 def _from_grey16(image: PIL.Image.Image) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
     """Return mode L, scaled by a table (PIL's own conversion clips at 255), and the alpha of a transparent value."""
     tags = getattr(image, "tag_v2", {})
-    peak = 4095 if tags.get(BITS) == (12,) else 65535
+    peak = 4095 if tags.get(Tag.BitsPerSample) == (12,) else 65535
     table = ((np.arange(peak + 1) * 255 + peak // 2) // peak).astype(np.uint8)
-    if tags.get(PHOTOMETRIC) == 0:  # TIFF: 0 is white; PIL inverts 1 and 8 bits a sample, not 16
+    if tags.get(Tag.PhotometricInterpretation) == 0:  # TIFF: 0 is white; PIL inverts 1 and 8 bits a sample, not 16
         table = table[::-1].copy()
     values = np.asarray(image)
     key = image.info.get("transparency")

@@ -66,23 +66,6 @@ AMPLIFIED = 5  # factor by which differences are enlarged
 CHANNELS_SHOWN = 16  # more channels are folded away
 CURVE_POINTS = 400
 
-_APART = (
-    "The same measures on further images. The difference is their PSNR minus that of the first row, with its 95 % "
-    "interval; a plain resize tells how much of it comes from the images."
-)
-_WORST = (
-    "Those with the lowest PSNR, the worst first. The difference is the reconstruction minus the original, enlarged "
-    f"{AMPLIFIED} times around grey: grey is equal."
-)
-_CHANNELS = (
-    "The PSNR that the images lose when one channel's values are replaced, by their mean or by noise of their mean and "
-    "deviation, whichever costs less, with 95 % intervals. A model of latents spends as much on a channel that "
-    "carries nothing as on any other."
-)
-_CODEBOOK = (
-    "How often each code is used. Perplexity is the number of codes that would carry as much if all were used equally."
-)
-
 
 @dataclass(unsafe_hash=True)
 class Resized(Pixels):
@@ -275,13 +258,34 @@ def _page(report: dict[str, Any], channels: Sequence[ChannelLoss], worst: list[C
     by_image = zip(report["names"], report["psnr_by_image"], report["ssim_by_image"], strict=True)
     listed = Table(["image", "PSNR, dB", "SSIM"], [[name, f"{db:.2f}", f"{ssim:.4f}"] for name, db, ssim in by_image])
     sections = [
-        Section(f"The {len(worst)} worst", _WORST, [Cards(worst, "", "wide")]),
+        Section(
+            f"The {len(worst)} worst",
+            "Those with the lowest PSNR, the worst first. The difference is the reconstruction minus the original, "
+            f"enlarged {AMPLIFIED} times around grey: grey is equal.",
+            [Cards(worst, "", "wide")],
+        ),
         Section("A regular sample", "Spread evenly over all images in their order.", [Cards(regular, "", "wide")]),
-        Section("What each channel carries", _CHANNELS, _latents(report, channels)),
-        *([Section("Held apart", _APART, [_apart(report)])] if report["held_apart"] else []),
-        *([Section("Codebook", _CODEBOOK, _codebook(report))] if report["codebook_counts"] else []),
-        Section("Image by image", "", [Charts(charts), Details("Every image", [listed])]),
+        Section(
+            "What each channel carries",
+            "The PSNR that the images lose when one channel's values are replaced, by their mean or by noise of their "
+            "mean and deviation, whichever costs less, with 95 % intervals. A model of latents spends as much on a "
+            "channel that carries nothing as on any other.",
+            _latents(report, channels),
+        ),
     ]
+    if report["held_apart"]:
+        note = (
+            "The same measures on further images. The difference is their PSNR minus that of the first row, with its "
+            "95 % interval; a plain resize tells how much of it comes from the images."
+        )
+        sections.append(Section("Held apart", note, [_apart(report)]))
+    if report["codebook_counts"]:
+        note = (
+            "How often each code is used. Perplexity is the number of codes that would carry as much if all were used "
+            "equally."
+        )
+        sections.append(Section("Codebook", note, _codebook(report)))
+    sections.append(Section("Image by image", "", [Charts(charts), Details("Every image", [listed])]))
     long = ("names", "psnr_by_image", "ssim_by_image", "codebook_counts", "channel_loss")
     definitions = [
         ["PSNR", f"of each image, peak 255, at most {BEST_PSNR:g} dB; then the mean"],
