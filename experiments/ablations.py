@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from transfuse.cli.options import read
 from transfuse.config import nearest
 from transfuse.errors import UserError
 from transfuse.recipes import Recipe, preset
@@ -24,7 +25,18 @@ from transfuse.report import Bar, Bars, Block, Details, Numbers, Page, Section, 
 from transfuse.runs import resolve
 from transfuse.version import __version__
 
-from .common import Shared, StudyRun, check_grid, failures_block, parse, plan_run, run_script, run_study, write_report
+from .common import (
+    Shared,
+    StudyRun,
+    check_grid,
+    common_scale,
+    difference_cells,
+    failures_block,
+    plan_run,
+    run_script,
+    run_study,
+    write_report,
+)
 from .evaluation import by_seed, check_one_size, unequal_text
 from .paper_results import ABLATIONS
 from .statistics import paired, weighted_sums
@@ -291,24 +303,17 @@ def ablations_page(report: dict[str, Any], folder: Path) -> Page:
 
 def _bar(comparison: dict[str, Any], comparisons: Sequence[dict[str, Any]], prefix: str = "") -> Bar:
     """Return a difference as a bar, on one scale with all differences of its measure."""
-    alike = [each for each in comparisons if each["measure"] == comparison["measure"]]
-    top = 1.05 * max(abs(each[key] or 0.0) for each in alike for key in ("mean", "low", "high")) or 1.0
+    scale = common_scale(each for each in comparisons if each["measure"] == comparison["measure"])
     paper = "" if comparison["paper"] is None else f"paper {comparison['paper']:+.1f}; "
     name, note = prefix + MEASURES[comparison["measure"]][1], paper + comparison["significance"]
     low, high = comparison["low"], comparison["high"]
-    return Bar(name, comparison["mean"], low, high, better="", scale=(-top, top), note=note)
+    return Bar(name, comparison["mean"], low, high, better="", scale=scale, note=note)
 
 
 def _row(comparison: dict[str, Any]) -> list[str]:
-    low, high, paper = comparison["low"], comparison["high"], comparison["paper"]
-    return [
-        f"{comparison['asks']}: {MEASURES[comparison['measure']][1]}",
-        f"{comparison['mean']:+.3g}",
-        "" if low is None else f"{low:+.3g} to {high:+.3g}",
-        str(comparison["count"]),
-        "" if paper is None else f"{paper:+.1f}",
-        comparison["significance"],
-    ]
+    paper = "" if comparison["paper"] is None else f"{comparison['paper']:+.1f}"
+    name = f"{comparison['asks']}: {MEASURES[comparison['measure']][1]}"
+    return [name, *difference_cells(comparison), str(comparison["count"]), paper, comparison["significance"]]
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -320,20 +325,15 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path) -> dict[str, Any]:
-    """Write report and page of a folder's results."""
-    return write_report(folder, analyse, ablations_page)
-
-
 def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Run the study; return the exit code and the report."""
-    options = parse(Ablations, arguments, "ablations")
+    options = read(Ablations, arguments, "study ablations")
 
     def plan() -> list[StudyRun]:
         return plan_ablations(options.run, options.rows or tuple(ROWS), options.size, options.positions, options.seeds)
 
     settings = {"study": "ablations", "size": options.size, "positions": options.positions}
-    return run_study(options, plan, settings, write, summary)
+    return run_study(options, plan, settings, lambda folder: write_report(folder, analyse, ablations_page), summary)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from emoji_scenes.accuracy import held_out_scenes
+from transfuse.cli.options import read
 from transfuse.errors import UserError
 from transfuse.model.costs import count_parameters
 from transfuse.recipes import preset
@@ -30,7 +31,6 @@ from .common import (
     comparable,
     drawings_section,
     failures_block,
-    parse,
     plan_run,
     run_script,
     run_study,
@@ -165,7 +165,7 @@ def baselines_page(report: dict[str, Any], folder: Path) -> Page:
 
 def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Run the study; return the exit code and the report."""
-    options = parse(Baselines, arguments, "baselines")
+    options = read(Baselines, arguments, "study baselines")
 
     def plan() -> list[StudyRun]:
         return plan_baselines(options.run, options.flops, options.presets)

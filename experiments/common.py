@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -40,12 +40,11 @@ from filelock import FileLock, Timeout
 from emoji_scenes import WorldConfig
 from emoji_scenes.accuracy import held_out_scenes
 from emoji_scenes.scene_classifier import SceneClassifier, keep_scene_classifier
-from transfuse.cli.options import read
 from transfuse.config import nearest, read_json
 from transfuse.devices import processor_name
 from transfuse.errors import UserError
 from transfuse.images import read_image
-from transfuse.io import atomic_write
+from transfuse.io import atomic_json
 from transfuse.log import logger
 from transfuse.model.costs import count_parameters
 from transfuse.recipes import Recipe
@@ -61,8 +60,6 @@ SURVEYED = 50
 """steps whose positions are counted to turn a budget into a number of steps"""
 SHOWN = 8
 """drawings kept of each run"""
-
-T = TypeVar("T")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -92,11 +89,6 @@ class Shared:
     """training steps of the judge of drawings; its default if not given"""
     json: bool = False
     """end with one line of JSON"""
-
-
-def parse(kind: Callable[..., T], arguments: Sequence[str], name: str) -> T:
-    """Read a study's options. Raises UserError for an option of an earlier name."""
-    return read(kind, arguments, f"study {name}")
 
 
 def run_script(main: Callable[[Sequence[str]], tuple[int, dict[str, Any]]]) -> NoReturn:
@@ -237,7 +229,7 @@ def try_lock(folder: Path, name: str) -> Iterator[bool]:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda partial: partial.write_text(json.dumps(value, indent=2) + "\n"))
+    atomic_json(path, value)
 
 
 def pin(path: Path, settings: Mapping[str, Any]) -> None:
@@ -432,6 +424,18 @@ def drawings_section(folder: Path, names: Sequence[str], world: WorldConfig) -> 
         rows[name] = np.split(sheet, sheet.shape[1] // sheet.shape[0], axis=1)
     cards = [Card(images=list(zip(images, prompts, strict=False)), title=name) for name, images in rows.items()]
     return [Section("Drawings", "The first held-out prompts in order, by each run.", [Cards(cards, layout="full")])]
+
+
+def difference_cells(comparison: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the mean of a comparison (`statistics.Difference`, as JSON) and its interval, "" without one."""
+    low, high = comparison["low"], comparison["high"]
+    return f"{comparison['mean']:+.3g}", "" if low is None else f"{low:+.3g} to {high:+.3g}"
+
+
+def common_scale(comparisons: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return the ends of a scale, 0 in its middle, on which all these comparisons fit with their intervals."""
+    top = 1.05 * max(abs(each[key] or 0.0) for each in comparisons for key in ("mean", "low", "high")) or 1.0
+    return -top, top
 
 
 def failures_block(report: dict[str, Any]) -> list[Block]:

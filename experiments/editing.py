@@ -23,6 +23,7 @@ import PIL.Image
 
 from emoji_scenes import WorldConfig
 from emoji_scenes.scorer import SceneScorer
+from transfuse.cli.options import read
 from transfuse.cli.writing import default_model
 from transfuse.config import read_json
 from transfuse.errors import UserError
@@ -38,7 +39,7 @@ from transfuse.train import train
 from transfuse.training import RESUMABLE
 from transfuse.version import __version__
 
-from .common import parse, pin, run_script, write_json
+from .common import pin, run_script, write_json
 
 SHOWN = 24
 """edits whose images are kept"""
@@ -229,7 +230,7 @@ def rows_of(report: dict[str, Any]) -> list[list[str]]:
 
 def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Run the study; return the exit code and the report."""
-    options = parse(Editing, arguments, "editing")
+    options = read(Editing, arguments, "study editing")
     if options.report_only:
         code, report = 0, write(options.run)
     else:

@@ -23,6 +23,7 @@ from transfuse.export import Exported, load_export
 from transfuse.inference import TransfusionPipeline
 from transfuse.model.costs import count_parameters
 from transfuse.recipes import Recipe
+from transfuse.report import with_interval
 from transfuse.runs import read_recipe
 from transfuse.sequence import Document, Image, Text, collate
 from transfuse.training import ObjectiveConfig, TransfusionObjective, read_metrics
@@ -80,7 +81,7 @@ def evaluate_run(
         measured |= of_images
         result |= facts
     for name, value in measured.items():
-        result |= {name: value.value, f"{name}_interval": [value.low, value.high]}
+        result |= with_interval(name, value)
     return result, drawn
 
 

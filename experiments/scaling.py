@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from transfuse.charts import ACCENT, SOFT, VIOLET, WARM, new_chart, svg_of
+from transfuse.cli.options import read
 from transfuse.io import atomic_write
 from transfuse.recipes.paper import ARMS, SCALES, arm_recipe
 from transfuse.report import Bar, Bars, Block, Charts, Details, Page, Section, Table, Text
@@ -36,7 +37,6 @@ from .common import (
     comparable,
     drawings_section,
     failures_block,
-    parse,
     plan_run,
     run_script,
     run_study,
@@ -437,7 +437,7 @@ def write(folder: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Run the study; return the exit code and the report."""
-    options = parse(Scaling, arguments, "scaling")
+    options = read(Scaling, arguments, "study scaling")
     if options.paper:
         print(paper_results.table())
         return 0, paper_results.as_json()

@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from transfuse.cli.options import read
 from transfuse.config import nearest, read_settings, updated
 from transfuse.errors import UserError
 from transfuse.recipes import Recipe, preset
@@ -28,9 +29,10 @@ from .common import (
     Shared,
     StudyRun,
     check_grid,
+    common_scale,
+    difference_cells,
     drawings_section,
     failures_block,
-    parse,
     plan_run,
     run_script,
     run_study,
@@ -174,9 +176,9 @@ def since_page(report: dict[str, Any], folder: Path) -> Page:
         alike = [each for each in comparisons if each["measure"] == key]
         if not alike:
             continue
-        top = 1.05 * max(abs(each[at] or 0.0) for each in alike for at in ("mean", "low", "high")) or 1.0
+        scale = common_scale(alike)
         bars = [
-            Bar(each["row"], each["mean"], each["low"], each["high"], better="", scale=(-top, top),
+            Bar(each["row"], each["mean"], each["low"], each["high"], better="", scale=scale,
                 note=f"{titles[each['row']]}; {each['outcome']}")
             for each in alike
         ]  # fmt: skip
@@ -186,8 +188,7 @@ def since_page(report: dict[str, Any], folder: Path) -> Page:
                 each["row"],
                 each["reference"],
                 f"{each['reference_mean']:.4g}",
-                f"{each['mean']:+.3g}",
-                "" if each["low"] is None else f"{each['low']:+.3g} to {each['high']:+.3g}",
+                *difference_cells(each),
                 str(each["count"]),
                 each["outcome"],
             ]
@@ -220,15 +221,14 @@ def summary(report: dict[str, Any]) -> str:
     """Return every comparison as a row of a Markdown table."""
     lines = ["| row | measure | difference | 95 % | |", "| --- | --- | ---: | --- | --- |"]
     for each in report["comparisons"]:
-        interval = "" if each["low"] is None else f"{each['low']:+.3g} to {each['high']:+.3g}"
-        cells = (each["row"], MEASURES[each["measure"]][0], f"{each['mean']:+.3g}", interval, each["outcome"])
+        cells = (each["row"], MEASURES[each["measure"]][0], *difference_cells(each), each["outcome"])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Run the study; return the exit code and the report."""
-    options = parse(Since, arguments, "since")
+    options = read(Since, arguments, "study since")
 
     def plan() -> list[StudyRun]:
         return plan_since(
