@@ -194,10 +194,8 @@ def _mixture(
     lengths = stream.lengths(samples, form)
     copied = lengths - stream.lengths(samples, replace(form, clean_copy=False)) if form.clean_copy else np.zeros(1)
     ends = [*(phase.start for phase in stream.phases[1:]), len(lengths)]
-    phases = [
-        (phase, range(phase.start, min(end, len(lengths)))) for phase, end in zip(stream.phases, ends, strict=True)
-    ]
-    numbers = np.array([phase.place(sample)[0] for phase, samples in phases for sample in samples])
+    phases = [(phase, min(end, len(lengths))) for phase, end in zip(stream.phases, ends, strict=True)]
+    numbers = np.array([phase.place(sample)[0] for phase, end in phases for sample in range(phase.start, end)])
     total, sources = sum(part.weight for part in stream.components), {}
     for number, part in enumerate(stream.components):
         own = lengths[numbers == number]
@@ -245,13 +243,8 @@ def data_page(report: dict[str, Any], opened: Sources, lengths: dict[str, Length
                     f"{spread['percentile_95']:,}, longest {spread['longest']:,}"
                 )
                 charts.append((heading, histogram(values, title.split()[0].lower())))
-        blocks = [
-            _set_numbers(figures),
-            *_examples(data, figures["sizes"], limits),
-            *_words(data, limits),
-            *_alike(data, figures),
-        ]
-        blocks.append(Charts(charts))
+        examples = [*_examples(data, figures["sizes"], limits), *_words(data, limits), *_alike(data, figures)]
+        blocks: list[Block] = [_set_numbers(figures), *examples, Charts(charts)]
         sections.append(Section(data.name, f"{data.path}, built from {figures['source']}.", blocks))
         left_out = [[line["key"], line["reason"]] for line in figures["left_out"]]
         if left_out:
@@ -302,17 +295,16 @@ def _set_numbers(figures: dict[str, Any]) -> Numbers:
     shown = f"all {sizes[0][0]} × {sizes[0][1]} pixels" if len(sizes) == 1 else f"of {len(sizes)} sizes"
     changed, files = figures["changed"], figures["files"]
     changes = "; ".join(f"{count:,} {name}" for name, count in changed.items())
-    return Numbers(
-        [
-            ("Documents", f"{figures['documents']:,}", f"{figures['heldout']:,} held out from training"),
-            *([("Images", f"{figures['pictures']:,}", shown)] if sizes else []),
-            ("Tokens of text", f"{figures['tokens']:,}", f"{mean:,.1f} a document"),
-            ("On disk", f"{figures['bytes'] / 1e6:,.1f} MB", f"shards: {figures['shards']:,}"),
-            ("Left out", f"{sum(left_out.values()):,}", f"of {figures['seen']:,} seen{reasons}"),
-            *([("Changed", f"{sum(changed.values()):,}", changes)] if changed else []),
-            *([("Files", f"{files['found']:,}", f"{files['left out']:,} left out")] if files else []),
-        ]
-    )
+    numbers = [
+        ("Documents", f"{figures['documents']:,}", f"{figures['heldout']:,} held out from training"),
+        *([("Images", f"{figures['pictures']:,}", shown)] if sizes else []),
+        ("Tokens of text", f"{figures['tokens']:,}", f"{mean:,.1f} a document"),
+        ("On disk", f"{figures['bytes'] / 1e6:,.1f} MB", f"shards: {figures['shards']:,}"),
+        ("Left out", f"{sum(left_out.values()):,}", f"of {figures['seen']:,} seen{reasons}"),
+        *([("Changed", f"{sum(changed.values()):,}", changes)] if changed else []),
+        *([("Files", f"{files['found']:,}", f"{files['left out']:,} left out")] if files else []),
+    ]
+    return Numbers(numbers)
 
 
 def _examples(data: DataSet, sizes: list[list[int]], limits: Limits) -> list[Block]:
@@ -354,25 +346,14 @@ def _words(data: DataSet, limits: Limits) -> list[Block]:
     cut = [
         " · ".join(tokenizer.decode([token]) for token in tokenizer.encode(text)[:TOKENS]) for text in captions[:CUT]
     ]
-    return [
-        Numbers(
-            [
-                ("Captions read", f"{len(captions):,}", f"of {len(numbers):,} images"),
-                (
-                    "Different ones",
-                    f"{len(set(captions)):,}",
-                    f"with {len(set(words)):,} different words; most often {often}",
-                ),
-                ("Characters", f"{np.median(lengths):,g}", f"in the median; {lengths.min():,} to {lengths.max():,}"),
-                (
-                    "Tokens a word",
-                    f"{tokens / max(1, len(words)):.2f}",
-                    f"of a tokenizer with {tokenizer.vocab_size:,} ids",
-                ),
-            ]
-        ),
-        Details("What the tokenizer makes of captions", [Table([], [[text] for text in cut])]),
+    figures = [
+        ("Captions read", f"{len(captions):,}", f"of {len(numbers):,} images"),
+        ("Different ones", f"{len(set(captions)):,}", f"with {len(set(words)):,} different words; most often {often}"),
+        ("Characters", f"{np.median(lengths):,g}", f"in the median; {lengths.min():,} to {lengths.max():,}"),
+        ("Tokens a word", f"{tokens / max(1, len(words)):.2f}", f"of a tokenizer with {tokenizer.vocab_size:,} ids"),
     ]
+    table = Table([], [[text] for text in cut])
+    return [Numbers(figures), Details("What the tokenizer makes of captions", [table])]
 
 
 def _alike(data: DataSet, figures: dict[str, Any]) -> list[Block]:
