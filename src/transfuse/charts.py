@@ -61,13 +61,8 @@ def svg_of(figure: Figure, standalone: bool = False) -> str:
     # Inside a page, namespaces are implied, fonts are the page's, a style element would apply to the whole page, and
     # ids of groups would be repeated by the next chart; those of clip paths and markers are hashes of their content.
     svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
-    for pattern in (
-        r' xmlns(:xlink)?="[^"]*"',
-        "<metadata>.*?</metadata>",
-        "<style.*?</style>",
-        " font-family: [^;]*;",
-    ):
-        svg = re.sub(pattern, "", svg, flags=re.DOTALL)
+    for part in (r' xmlns(:xlink)?="[^"]*"', "<metadata>.*?</metadata>", "<style.*?</style>", " font-family: [^;]*;"):
+        svg = re.sub(part, "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     for colour, name in _THEME.items():
         svg = svg.replace(colour, f"var(--{name})")

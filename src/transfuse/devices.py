@@ -94,18 +94,16 @@ def training_precision(precision: Precision, device: str) -> Literal["float32", 
 
 
 def for_inference(device: Device, precision: Precision) -> tuple[Literal["cpu", "cuda", "mps"], torch.dtype]:
-    """Resolve device and dtype for inference. Raises UserError for "cuda" on a machine without."""
+    """Resolve device and dtype for inference. Raises UserError for "cuda" on a machine without.
+
+    "auto" is bfloat16 on CUDA, and float32 on the CPU, where batching then changes no bit.
+    """
     import torch
 
     picked = pick_device(device)
-    return picked, getattr(torch, inference_precision(precision, picked))
-
-
-def inference_precision(precision: Precision, device: str) -> Literal["float32", "bfloat16"]:
-    """Resolve "auto" for inference: bfloat16 on CUDA; float32 on the CPU, where batching then changes no bit."""
-    if precision != "auto":
-        return precision
-    return "bfloat16" if device == "cuda" else "float32"
+    if precision == "auto":
+        precision = "bfloat16" if picked == "cuda" else "float32"
+    return picked, getattr(torch, precision)
 
 
 def processor_name() -> str:

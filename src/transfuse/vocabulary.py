@@ -151,15 +151,16 @@ def _articles(before: str, after: str) -> str:
     if before == after:
         return after
 
+    kept = set(re.findall(r"\b[Aa]n? +[\w-]+", before))
+
     def fitting(match: re.Match[str]) -> str:
+        if match.group() in kept:
+            return match.group()
         article, space, word = match.groups()
         fits = "an" if word[0].lower() in "aeiou" else "a"
         return (fits.capitalize() if article[0].isupper() else fits) + space + word
 
-    kept = set(re.findall(r"\b[Aa]n? +[\w-]+", before))
-    return re.sub(
-        r"\b([Aa]n?)( +)([\w-]+)", lambda match: match.group() if match.group() in kept else fitting(match), after
-    )
+    return re.sub(r"\b([Aa]n?)( +)([\w-]+)", fitting, after)
 
 
 def mended(word: str) -> int:

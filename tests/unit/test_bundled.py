@@ -22,7 +22,7 @@ from transfuse import folders
 from transfuse.cli import run
 from transfuse.cli.writing import default_model
 from transfuse.config import to_dict
-from transfuse.devices import inference_precision, pick_device
+from transfuse.devices import for_inference, pick_device
 from transfuse.errors import UserError
 from transfuse.evaluate import world_of
 from transfuse.evaluation import model_hash
@@ -67,7 +67,8 @@ def test_device_and_precision_are_asked_for(shelf: Path, monkeypatch, capsys: py
     assert pick_device("auto") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == "cuda"
-    assert (inference_precision("auto", "cuda"), inference_precision("auto", "cpu")) == ("bfloat16", "float32")
+    assert for_inference("auto", "auto") == ("cuda", torch.bfloat16)
+    assert for_inference("cpu", "auto") == ("cpu", torch.float32)
 
 
 def test_an_export_under_runs_comes_before_it(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,8 +86,6 @@ def evaluate(*, args: Annotated[EvaluateOptions, Flat], json: Json = False) -> i
     for name in ("batch_size", "candidates"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
-    from dataclasses import fields
-
     from ..evaluate import run_evaluation
     from ..evaluation import Drawing, EvalConfig
     from ..folders import bundled_name, find_export
