@@ -88,17 +88,15 @@ class Vocabulary:
             word = match.group()
             if word in self.words or word.isdigit():
                 return word
-            found = self._near(word.lower())
-            if found is None:
+            meant = self._near(word.lower())
+            if meant is None:
                 unknown.append(word)
                 return word
-            if found.lower() != word.lower():
-                changes.append((word, found))
-            return found
+            if meant.lower() != word.lower():
+                changes.append((word, meant))
+            return meant
 
-        text = prompt
-        if self._synonyms is not None:
-            text = self._synonyms.sub(spoken, text)
+        text = prompt if self._synonyms is None else self._synonyms.sub(spoken, prompt)
         text = _articles(prompt, WORD.sub(known, text))
         return PromptReading(text, tuple(changes), tuple(dict.fromkeys(unknown)))
 
@@ -129,9 +127,9 @@ class Vocabulary:
             return None
         near = {each for variant in shortened(word) for each in self._shortened.get(variant, ())}
         distances = {each: edit_distance(word, each, allowed) for each in near}
-        nearest = min(distances.values(), default=allowed + 1)
-        found = [each for each, distance in distances.items() if distance == nearest]
-        return self._known[found[0]] if nearest <= allowed and len(found) == 1 else None
+        least = min(distances.values(), default=allowed + 1)
+        nearest = [each for each, distance in distances.items() if distance == least]
+        return self._known[nearest[0]] if least <= allowed and len(nearest) == 1 else None
 
     def read_strictly(self, prompt: str) -> PromptReading:
         """Return `read`. Raises UserError for a prompt with unknown words."""
