@@ -113,8 +113,7 @@ def _export_run(
     if not trainer.restore():
         raise missing
     if format == "llama":
-        model = averaged_model(run.recipe, trainer.averaged())
-        save_hf_folder(out, model, run.tokenizer)
+        save_hf_folder(out, averaged_model(run.recipe, trainer.averaged()), run.tokenizer)
     else:
         with TemporaryDirectory() as aside:
             relayout(export_run(run, trainer, Path(aside) / "export"), out, format, dtype)
