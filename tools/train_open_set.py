@@ -25,7 +25,6 @@ import torch
 from spoil import Batch
 from torch import Tensor
 from torch.nn import functional as F
-from transfuse.rng import Draws
 
 from emoji_scenes import NOUNS, PALETTE, World, WorldConfig
 from emoji_scenes.scene_classifier import (
@@ -37,7 +36,7 @@ from emoji_scenes.scene_classifier import (
     resized,
 )
 from transfuse.autoencoders import Autoencoder, open_autoencoder
-from transfuse.rng import generator_for
+from transfuse.rng import Draws, generator_for
 
 STEPS, PLAIN, SPOILED, WARPED = 4500, 76, 40, 8
 """steps, and in each of them drawings that are plain, spoiled in pixels and spoiled in latents"""
