@@ -84,10 +84,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = prometheus.CollectorRegistry()
-        known: dict[str, Any] = {"namespace": "transfuse", "registry": self.registry}
-        counter, gauge = partial(prometheus.Counter, **known), partial(prometheus.Gauge, **known)
+        counter = partial(prometheus.Counter, namespace="transfuse", registry=self.registry)
+        gauge = partial(prometheus.Gauge, namespace="transfuse", registry=self.registry)
         buckets = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-        histogram = partial(prometheus.Histogram, buckets=buckets, **known)
+        histogram = partial(prometheus.Histogram, namespace="transfuse", registry=self.registry, buckets=buckets)
         self.requests = counter("requests", "HTTP requests", ["route", "status"])
         self.seconds = histogram("request_seconds", "From a request's first byte to its response's last", ["route"])
         self.queued_seconds = histogram("queued_seconds", "From a request's arrival to its first step")
