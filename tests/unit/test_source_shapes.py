@@ -350,6 +350,20 @@ def test_an_animation_is_counted(tmp_path: Path) -> None:
     np.testing.assert_array_equal(data.decode(1, stored, stored.parts[0]), pixels(0))
 
 
+def test_an_animation_that_is_cut_short_anywhere(tmp_path: Path) -> None:
+    """Its first frame is read, or it is a fault with a name."""
+    frames = [PIL.Image.fromarray(pixels(number)) for number in range(3)]
+    stream = io.BytesIO()
+    frames[0].save(stream, "gif", save_all=True, append_images=frames[1:])
+    data = stream.getvalue()
+    for cut in range(40, len(data), 40):
+        write(tmp_path / "source", {f"{cut:05d}.gif": data[:cut], f"{cut:05d}.txt": f"cut at {cut}"})
+    config = BuildConfig(size=16, vocabulary=300, heldout=0.0, duplicates="keep")
+    counts = build_set(str(tmp_path / "source"), tmp_path / "set", config, workers=0, max_errors=1)
+    assert counts["documents"] + counts["faulty"] == len(range(40, len(data), 40))
+    assert min(counts["documents"], counts["faulty"], counts["changed"]["first of several frames"]) > 0
+
+
 def test_folders_of_classes(tmp_path: Path) -> None:
     write(tmp_path, {f"{n % 2}0_red_{'ball' if n % 2 else 'box'}/{n}.png": png(n) for n in range(3)})
     template = "a photo of a {class}"
@@ -681,7 +695,8 @@ def test_a_row_without_a_caption_is_a_fault_whatever_others_its_image_has(tmp_pa
     write(tmp_path / "a", {"list.csv": "\n".join(["image_name| comment_number| comment", *rows])})
     documents, faults = told(tmp_path / "a")
     assert documents == [(png(0), "one", "three"), (png(2), "six")]
-    assert faults == dict.fromkeys(["0.png", "1.png"], "expected a caption, found none")
+    none = "expected a caption, found none"
+    assert faults == {"0.png": none, "1.png": f"{none} (and 1 more of its rows)"}
 
 
 @pytest.mark.parametrize("place", ["deep/folder", "lists"])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
+import csv
 import gzip
+import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, BinaryIO, cast
 
 from ...errors import UserError
@@ -30,8 +35,10 @@ CAPTION_COLUMNS = (
     *("text", "caption", "TEXT", "prompt", "description"),
     *("captions", "sentences", "sentence", "comment", "alt_text", "raw"),
 )
-NUMBERED = re.compile(r"(caption|text|sentence)_?\d+", re.IGNORECASE)  # columns of one caption each
+NUMBERED = re.compile(rf"({'|'.join(CAPTION_COLUMNS)})[_.]?\d+", re.IGNORECASE)  # columns of one caption each
+WORDS = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")  # a string of Python
 DOWNLOAD = "download them first (img2dataset writes tars, which are read as they are)"
+SURPLUS: Any = object()  # in place of the column of fields that a row of a table has more than its head
 SAMPLED = 100  # records that tell what a source holds
 SPEAKING = re.compile(r"image|img|picture|photo|pixel|thumbnail|jpe?g|file_?name", re.IGNORECASE)
 """names of fields that speak of images"""
@@ -152,13 +159,24 @@ def chunks(source: File, chunk: int, encoding: str, *separators: bytes) -> Itera
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError where it is no JSON, or nested too deep."""
+    """Return the value of a JSON text.
+
+    Raises ValueError where it is no JSON, is nested too deep, or a field has two values.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_fields)
     except RecursionError:
         raise ValueError("expected JSON, found brackets in brackets without end") from None
     except ValueError as error:
         raise ValueError(f"expected JSON, found something else ({error})") from None
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    for name, value in pairs if len(fields) < len(pairs) else ():
+        if value != fields[name]:
+            raise ValueError(f"two values of {json.dumps(name):.60}")
+    return fields
 
 
 def interleaved(parts: list[Any], image: Callable[[Any], bytes]) -> tuple[str | bytes, ...]:
@@ -239,6 +257,74 @@ def conversation(turns: list[Any], named: Any) -> list[dict[str, Any]]:
     return messages
 
 
+# --- tables of text ---------------------------------------------------------------------------------------------------
+
+
+def csv_records(text: str, strict: bool = True) -> list[dict[str, Any]]:
+    """Return rows by column; a column that the head has several times has lists.
+
+    Of a list whose first line names an image, the columns are image and caption: the other fields, but for numbers.
+    strict: quotes are to be as in CSV, except in lines with tabs, where they may be characters of the text. Raises
+    csv.Error.
+    """
+    first = text.partition("\n")[0]
+    delimiter = next((mark for mark in "\t|" if mark in first), max(",;", key=first.count))
+    plain = [field.strip() for field in first.split(delimiter)]
+    fields = plain if any(map(is_image_name, plain)) else next(csv.reader([first.strip("\r")], delimiter=delimiter), [])
+    at_image = next((place for place, field in enumerate(fields) if is_image_name(field)), None)
+    quoted = delimiter != "|" and (delimiter != "\t" or at_image is None or fields is not plain)
+    try:
+        rows = _csv_rows(text, delimiter, quoted, strict)
+    except csv.Error:
+        if delimiter != "\t":
+            raise
+        rows = _csv_rows(text, delimiter, False, strict)
+    if at_image is not None:
+        return _listed(rows, -1 if at_image and at_image == len(fields) - 1 else at_image, delimiter)
+    heads = [head.strip() for head in rows[0]] if rows else []
+    records = []
+    for row in rows[1:]:
+        record: dict[str, Any] = dict.fromkeys(heads)
+        for head, field in zip(heads, row, strict=False):
+            record[head] = field if heads.count(head) == 1 else [*(record[head] or []), field]
+        surplus = "".join(delimiter + field for field in row[len(heads) :])
+        records.append(record | ({SURPLUS: surplus} if surplus else {}))
+    return records
+
+
+def _csv_rows(text: str, delimiter: str, quoted: bool, strict: bool) -> list[list[str]]:
+    """Return rows of fields. Raises csv.Error with the line of a quote that stays open, or has text after it."""
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=strict)
+    rows, line = list[list[str]](), 1
+    try:
+        for row in reader:
+            later = (words for field in row for words in field.split("\n")[1:] if delimiter in words)
+            if strict and any(is_image_name(part) for words in later for part in words.split(delimiter)):
+                raise csv.Error("rows in quotes")
+            rows += [row] if row else []
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise csv.Error(f"line {line}: {error}; a quote inside of quotes is written twice") from None
+    return rows
+
+
+def _listed(rows: list[list[str]], at_image: int, delimiter: str) -> list[dict[str, Any]]:
+    """Return the images and captions of rows without a head; fields that are numbers in most rows are no captions."""
+    others = [[field for place, field in enumerate(row) if place != at_image % len(row)] for row in rows]
+    counts = Counter(place for row in others for place, field in enumerate(row) if field.strip().isdecimal())
+    numbers = {place for place, count in counts.items() if 2 * count > len(rows)}
+    records: list[dict[str, Any]] = []
+    for row, fields in zip(rows, others, strict=True):
+        words = [field for place, field in enumerate(fields) if place not in numbers]
+        whole = len(row) > at_image and all(
+            place < len(fields) and fields[place].strip().isdecimal() for place in numbers
+        )
+        captions = words if delimiter == "\t" else [delimiter.join(words)]
+        records.append({"image": row[at_image].strip(), "caption": captions} if whole else {"image": row[0]})
+    return records
+
+
 # --- fields and their names -------------------------------------------------------------------------------------------
 
 
@@ -260,22 +346,24 @@ def column(where: str, known: Iterable[str], what: str, wanted: str, usual: tupl
 
 
 def caption_columns(where: str, known: Iterable[str], wanted: str) -> list[str]:
-    """Return the caption column as `column` does; or all of caption_0, caption_1, ... Raises UserError."""
+    """Return the caption column as `column` does, and those with a number after its name; or all of caption_0, ...
+
+    Of a wanted column it is the only one. Raises UserError.
+    """
     known = list(known)
+    numbered = {name: match[1] for name in known if not wanted and (match := NUMBERED.fullmatch(str(name)))}
     try:
-        return [column(where, known, "caption", wanted, CAPTION_COLUMNS)]
+        first = column(where, known, "caption", wanted, CAPTION_COLUMNS)
     except UserError:
-        numbered = [name for name in known if NUMBERED.fullmatch(str(name))]
-        if wanted or not numbered:
+        if not numbered:
             raise
-        return numbered
+        return [*numbered]
+    return [first, *(name for name, base in numbered.items() if base.lower() == first.lower())]
 
 
 def captions_in(value: Any, where: str) -> list[str]:
     """Return the captions of a field: words, or a list of words or of records that have them. Raises ValueError."""
-    if isinstance(value, str) and value.startswith('["') and value.endswith('"]'):  # a list in a table's field
-        value = parse_json(value)
-    values = value if isinstance(value, list | tuple) else [value]
+    values = value if isinstance(value, list | tuple) else _list_in(value) if isinstance(value, str) else [value]
     captions = []
     for item in values:
         if isinstance(item, dict):
@@ -284,6 +372,16 @@ def captions_in(value: Any, where: str) -> list[str]:
             raise ValueError(f"expected words in {where}, found {json.dumps(item, default=str):.60}")
         captions.append((item or "").strip())
     return list(filter(None, captions))
+
+
+def _list_in(field: str) -> list[str]:
+    """Return the words of a list that a table's field has as JSON, Python or numpy write it, or else the field."""
+    if re.fullmatch(r"\[[\s,]*\]", WORDS.sub("", field.strip())):
+        with suppress(ValueError):
+            return list(parse_json(field))
+        with suppress(ValueError, SyntaxError):
+            return [ast.literal_eval(words) for words in WORDS.findall(field)]
+    return [field]
 
 
 def worded(class_name: str, columns: Columns) -> str:

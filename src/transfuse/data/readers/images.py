@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,11 +34,13 @@ from .content import (
     CAPTION_COLUMNS,
     DOWNLOAD,
     IMAGE_COLUMNS,
+    SURPLUS,
     caption_columns,
     caption_text,
     captions_in,
     check_text,
     column,
+    csv_records,
     decode_text,
     is_image_name,
     parse_json,
@@ -50,7 +51,6 @@ from .contract import Columns, Fault, Item, Part, Raw, Reader
 from .listing import CAPTION_ENDINGS, Listing, choose_split, split_in
 
 TABLES = (".csv", ".tsv", ".txt", ".token")
-SURPLUS = ""  # in place of the column of fields that a row of a table has more than its head
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 Named = tuple[str, Sequence[str], str]  # the name of an image in a table, captions, and why the row is none
@@ -185,12 +185,13 @@ def rows_of(listing: Listing, file: File, table: Table, changed: Sequence[str]) 
 
     Also return the images of splits that are not taken; where the table chose none, folders tell whose they are.
     An image is missing, too, if the only one of its name is in another folder than its row says, and has a row of its
-    own. changed: by reading the table. Raises UserError if none of the images exist.
+    own; one that several paths would mean is a fault. changed: by reading the table. Raises UserError if none of the
+    images exist.
     """
     named, others, split = table
     below = str(PurePosixPath(file.name).parent)
     images: dict[str, list[str]] = {}
-    faults, missing, passed_over, taken = dict[str, Row](), list[str](), list[str](), 0
+    faults, missing, passed_over, taken = dict[str, list[str]](), list[str](), list[str](), 0
     for name in others:
         with suppress(ValueError):
             passed_over.append(listing.find(name, below) or "")
@@ -201,15 +202,21 @@ def rows_of(listing: Listing, file: File, table: Table, changed: Sequence[str]) 
         except ValueError as error:
             rows_at.append((name, None, captions, fault or str(error)))
     own = {path for name, path, *_ in rows_at if path is not None and listing.is_meant(name, below, path)}
-    for name, path, captions, fault in rows_at:
+    named_by: dict[str, dict[tuple[str, ...], str]] = {}
+    for place, (name, path, *further) in enumerate(rows_at):
         if path in own and not listing.is_meant(name, below, path):
-            path = None
+            rows_at[place] = (name, None, *further)
+        elif path is not None:
+            named_by.setdefault(path, {}).setdefault(_folders(name), name)
+    for name, path, captions, fault in rows_at:
         if path is not None and path in listing.others and not split:
             passed_over.append(path)
             continue
+        if path is not None and not fault and not _is_one(named_by[path]):
+            fault = f"expected one image for each path, found it for {' and '.join([*named_by[path].values()][:3])}"
         taken += not fault or path is not None
         if fault:
-            faults.setdefault(path or name, Row(path or name, fault=fault))
+            faults.setdefault(path or name, []).append(fault)
         else:
             missing += [name] if path is None else []
             images.setdefault(path or f"{below}/{name}".removeprefix("./"), []).extend(captions)
@@ -219,7 +226,21 @@ def rows_of(listing: Listing, file: File, table: Table, changed: Sequence[str]) 
             raise UserError(f"{first}: these are URLs; {DOWNLOAD}")
         raise UserError(f"{first}; put them next to it, or take its words alone with --reader text")
     rows = [Row(name, tuple(captions), changed=tuple(changed)) for name, captions in images.items()]
-    return [*rows, *faults.values()], passed_over
+    for name, reasons in faults.items():
+        more = f" (and {len(reasons) - 1} more of its rows)" if reasons[1:] else ""
+        rows.append(Row(name, fault=reasons[0] + more))
+    return rows, passed_over
+
+
+def _folders(name: str) -> tuple[str, ...]:
+    parts = name.replace("\\", "/").lower().split("/")[:-1]
+    return tuple(part for part in parts if part not in ("", ".", ".."))
+
+
+def _is_one(folders: Iterable[tuple[str, ...]]) -> bool:
+    """Return True if paths in these folders may be those of one file: each is the end of the longest."""
+    longest = max(folders, key=len)
+    return all(longest[len(longest) - len(folder) :] == folder for folder in folders)
 
 
 def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str, Any]]:
@@ -237,7 +258,7 @@ def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str
                 if line.strip():
                     records.append(parse_json(line))
         else:
-            records = _csv_records(text)
+            records = csv_records(text)
     except (ValueError, csv.Error) as error:
         where = f"in line {number} " if number else ""
         raise UserError(f"{expected}, {where}found something else ({error})") from None
@@ -246,48 +267,24 @@ def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str
     return records
 
 
-def _csv_records(text: str) -> list[dict[str, Any]]:
-    """Return rows by column; of a list whose first line names an image, the columns are image and caption."""
-    first = text.partition("\n")[0]
-    delimiter = next((mark for mark in "\t|" if mark in first), max(",;", key=first.count))
-    fields = [field.strip() for field in first.split(delimiter)]
-    at_image = next((place for place, field in enumerate(fields) if is_image_name(field)), None)
-    quoting = csv.QUOTE_NONE if delimiter == "|" or (delimiter == "\t" and at_image is not None) else csv.QUOTE_MINIMAL
-    options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting}
-    lines = io.StringIO(text, newline="")
-    if at_image is None:
-        heads = [head.strip() for head in next(csv.reader(lines, **options), [])]
-        rows = [row for row in csv.reader(lines, **options) if row]
-        return [
-            dict(zip(heads, row, strict=False))
-            | ({SURPLUS: "".join(delimiter + field for field in row[len(heads) :])} if row[len(heads) :] else {})
-            for row in rows
-        ]
-    at_caption = 0 if at_image else len(fields) - 1
-    rows = [row for row in csv.reader(lines, **options) if row]
-    return [
-        {"image": row[at_image].strip(), "caption": row[at_caption]} if len(row) == len(fields) else {"image": row[0]}
-        for row in rows
-    ]
-
-
 def table_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
     """Return what a .csv, .tsv or .jsonl file names. Raises UserError."""
     records = read_records(table, columns.encoding, changed)
+    heads = [head for head in records[0] if head is not SURPLUS]
     try:
-        image = column(table.place, filter(None, records[0]), "image", columns.image_column, IMAGE_COLUMNS)
+        image = column(table.place, filter(None, heads), "image", columns.image_column, IMAGE_COLUMNS)
     except UserError:
         if not columns.image_column:
             check_text(table.place, records, columns)  # which says what to do about URLs
         raise
-    texts = caption_columns(table.place, filter(None, records[0]), columns.caption_column)
+    texts = caption_columns(table.place, filter(None, heads), columns.caption_column)
     records, others, split = _of_split(records, listing, table, columns)
     named: list[Named] = []
     for number, record in enumerate(records, 1):
         name, fault, captions = record.get(image), "", list[str]()
         if not isinstance(name, str) or not name:
             name, fault = f"row {number}", f"expected a file name in {image}, found none"
-        elif SURPLUS in record and texts != [*filter(None, records[0])][-1:]:  # the fields that csv has left over
+        elif SURPLUS in record and (texts != heads[-1:] or not isinstance(record[texts[0]], str)):
             fault = "expected as many fields as the first line, found more: a comma needs quotes around it"
         elif SURPLUS in record:  # of a caption that is last, with commas and no quotes, as Flickr8k's are
             record[texts[0]] += record[SURPLUS]
@@ -357,7 +354,7 @@ def _names_images(file: File, columns: Columns) -> bool:
     """Return True if the first rows of a table have an image's name or URL each, in one column."""
     text = sniff(file).decode("utf-8", "replace").replace("\r\n", "\n")
     try:
-        records = _csv_records("\n".join(text.split("\n")[:20]))
+        records = csv_records("\n".join(text.split("\n")[:20]), strict=False)
     except (csv.Error, ValueError):
         return False
     for name in (columns.image_column,) if columns.image_column else [*(records or [{}])[0]]:
@@ -389,16 +386,34 @@ def coco_names(listing: Listing, table: File, columns: Columns, changed: list[st
         record = parse_json(decode_text(Path(table.place).read_bytes(), table.name, changed, columns.encoding))
         images, others, split = _of_split(record["images"], listing, table, columns)
         if "annotations" in record:
-            captions: dict[Any, list[str]] = {}
-            for annotation in record["annotations"]:
-                captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]).strip())
-            named = [(image["file_name"], captions.get(image["id"], []), "") for image in images]
+            named = _annotated(images, others, record["annotations"])
         else:
             named = [(_karpathy_name(image), captions_in(image["sentences"], "sentences"), "") for image in images]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{table.place}: expected COCO's or Karpathy's captions, found others ({reason})") from None
     return named, map(_karpathy_name, others), split
+
+
+def _annotated(images: list[Any], others: list[Any], annotations: list[Any]) -> list[Named]:
+    """Return the captions of COCO's images by their ids. Faults: words that are none, ids of no image or several."""
+    names: dict[Any, dict[str, None]] = {image["id"]: {} for image in [*images, *others]}
+    for image in images:
+        names[image["id"]][image["file_name"]] = None
+    captions: dict[Any, list[str]] = {}
+    named: list[Named] = []
+    for annotation in annotations:
+        number = annotation["image_id"]
+        if number not in names:
+            named.append((f"image_id {number}", (), "expected an image of this id, found none"))
+        try:
+            captions.setdefault(number, []).extend(captions_in(annotation["caption"], "caption"))
+        except ValueError as error:
+            named += [(name, (), str(error)) for name in names.get(number, ())]
+    for number, several in names.items():
+        fault = f"expected an id of its own, found {number} of {' and '.join(several)}" if len(several) > 1 else ""
+        named += [(name, captions.get(number, ()), fault) for name in several]
+    return named
 
 
 def _karpathy_name(image: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from .content import (
     DOWNLOAD,
     IMAGE_COLUMNS,
     SAMPLED,
+    caption_columns,
     captions_in,
     check_text,
     chunks,
@@ -72,10 +73,10 @@ def document(key: str, record: Any, columns: Columns, image: Image) -> Raw:
         return dialogue(key, record["messages"], image)
     if isinstance(turns := record.get("conversations"), list):
         return dialogue(key, conversation(turns, record.get("image", record.get("images"))), image)
-    texts = [columns.caption_column] if columns.caption_column else [name for name in CAPTION_COLUMNS if name in record]
-    text = next((name for name in texts if name in record), None)
-    if text is None:
-        raise ValueError(f"neither parts, nor texts and images, nor {columns.caption_column or 'text'}")
+    try:
+        text, *more = caption_columns(key, record, columns.caption_column)
+    except UserError:
+        raise ValueError(f"neither parts, nor texts and images, nor {columns.caption_column or 'text'}") from None
     field = image_field(record, columns)
     if columns.reader != "text":
         for other in ("image", "images"):
@@ -83,7 +84,7 @@ def document(key: str, record: Any, columns: Columns, image: Image) -> Raw:
                 raise ValueError(f"{other} next to {text}: expected one picture in {field or 'image'}, or parts")
     if field is None:
         return Raw(key, interleaved([record[text]], image))
-    captions = captions_in(record[text], text)
+    captions = [words for name in (text, *more) for words in captions_in(record[name], name)]
     if not captions:
         raise ValueError(f"a picture, and no caption in {text}")
     return Raw(key, (image(record[field]), *dict.fromkeys(captions)), pair=True)
