@@ -64,6 +64,12 @@ def error_line(capsys: pytest.CaptureFixture[str]):
         ("plan tiny --config a.yaml", "a.yaml: expected a file of settings, found none (No such file or directory)"),
         ("serve --port 99999", "serve: --port: expected 0 to 65535, found 99999"),
         ("study scaling --arms llama", 'study scaling: "--arms" is now called "--variants"'),
+        ("data build a b --size 0", "data build: size: expected at least 1, found 0"),
+        ("data build a b --heldout nan", "data build: heldout: expected a share from 0 to below 1, found nan"),
+        ("data build a b --max-tokens 0", "data build: max_tokens: expected at least 1, found 0"),
+        ("data build a b --count -1", "data build: count: expected at least 0, found -1"),
+        ("data build a b --caption no", 'data build: caption: expected words with one {class} in them, found "no"'),
+        ("tune small-64 a --count -1", "tune: count: expected at least 0, found -1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(words: str, message: str, error_line) -> None:

@@ -79,8 +79,11 @@ def read(kind: Callable[..., T], words: Sequence[str], name: str) -> T:
     def refuse(event: complaints.ParseErrorEvent) -> NoReturn:
         raise UserError(f"{name}: {explain(event, kind, words)}")
 
-    with complaints.on_parse_error(refuse):
-        return tyro.cli(kind, args=list(words), prog=f"transfuse {name}", registry=registry)
+    try:
+        with complaints.on_parse_error(refuse):
+            return tyro.cli(kind, args=list(words), prog=f"transfuse {name}", registry=registry)
+    except ValueError as error:  # of a dataclass in a dataclass
+        raise UserError(f"{name}: {_with_option(str(error), kind, words)}") from None
 
 
 def explain(event: complaints.ParseErrorEvent, function: Callable[..., Any], words: Sequence[str]) -> str:

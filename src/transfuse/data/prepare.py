@@ -92,8 +92,6 @@ class BuildConfig:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.size > MOST_SIDE:
             raise ValueError(f"size: expected at most {MOST_SIDE}, found {self.size}")
-        if self.columns.count < 0:
-            raise ValueError(f"count: expected at least 0, found {self.columns.count}")
         if self.heldout is not None and not 0 <= self.heldout < 1:
             raise ValueError(f"heldout: expected a share from 0 to below 1, found {self.heldout}")
         if self.max_aspect is not None and self.max_aspect < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from ..remote import File, hash_files
 from .listing import Listing
 
 PER_PART = 64  # documents in a part, where they can be counted
+LEAST, MOST = float(np.finfo("f4").tiny), float(np.finfo("f4").max)  # weights: the index has them in float32
 LOST_REST = 100  # documents that the lost rest of a file counts for, whose number is unknown
 
 
@@ -39,8 +39,8 @@ class Raw:
     def __post_init__(self) -> None:
         if self.weights and (not self.pair or len(self.weights) != len(self.parts) - 1):
             raise ValueError(f"expected a weight for each of {len(self.parts) - 1} captions, found {len(self.weights)}")
-        if not all(0 < weight < math.inf for weight in self.weights):
-            raise ValueError(f"expected weights above 0, found {', '.join(f'{weight:g}' for weight in self.weights)}")
+        if not all(LEAST <= weight <= MOST for weight in self.weights):
+            raise ValueError(f"expected weights above 0 in float32, found {', '.join(map(str, self.weights)):.60}")
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,11 @@ class Columns:
     def __post_init__(self) -> None:
         try:
             "a".encode(self.encoding or "utf-8")
-        except LookupError:
+        except (LookupError, UnicodeError):
             wanted = "expected the name of a character set (cp1252, utf-16, shift_jis)"
             raise ValueError(f"encoding: {wanted}, found {self.encoding}") from None
+        if self.count < 0:
+            raise ValueError(f"count: expected at least 0, found {self.count}")
         if self.caption and self.caption.count("{class}") != 1:
             raise ValueError(f'caption: expected words with one {{class}} in them, found "{self.caption}"')
 
