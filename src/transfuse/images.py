@@ -168,7 +168,10 @@ def _decode(
 def is_animated(data: bytes) -> bool:
     """Return True for an image file that decodes, and has more frames or pages than the one that is read."""
     with PIL.Image.open(io.BytesIO(data)) as image:
-        return bool(getattr(image, "is_animated", False))
+        try:
+            return bool(getattr(image, "is_animated", False))
+        except Exception:  # PIL's kinds, of a file cut short in a later frame
+            return True
 
 
 def _register_heif(file: BinaryIO, name: str) -> None:
