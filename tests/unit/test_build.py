@@ -575,6 +575,8 @@ def test_an_autoencoder_that_was_trained_further_is_another_one(
         ({"size": 0}, "size: expected at least 1"),
         ({"heldout": 1.0}, "heldout: expected a share"),
         ({"max_aspect": 0.5}, "max_aspect: expected at least 1"),
+        ({"max_aspect": float("nan")}, "max_aspect: expected at least 1"),
+        ({"max_caption": 0}, "max_caption: expected at least min_caption, 1, found 0"),
         ({"fit": "bucket", "multiple": 10}, "size: expected a multiple of 10"),
     ],
 )

@@ -672,6 +672,13 @@ def test_parquet_files_that_do_not_agree(tmp_path: Path) -> None:
         assert [key.partition("/")[0] for key in faults(items)] == ["b.parquet"]
 
 
+def test_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = [arrow.array([b"0"]), arrow.array(["a"]), arrow.array(["b"])]
+    writer.write_table(arrow.Table.from_arrays(columns, ["image", "caption", "caption"]), tmp_path / "a.parquet")
+    refused(tmp_path, r'a\.parquet: expected a parquet file, found something else \(two columns "caption"\)')
+
+
 def test_parquet_without_rows(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     assert read(parquet(tmp_path / "a.parquet", {"text": arrow.array([], arrow.string())})) == []

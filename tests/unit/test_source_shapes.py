@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -288,9 +289,84 @@ def test_a_field_of_splits_is_never_merged_silently(
     with pytest.raises(UserError, match=r'expected a split "train".* found test, validation'):
         numbers(by_split(tmp_path / "b", kind, ["test", "val"]))
     assert numbers(by_split(tmp_path / "c", kind, ["test", "test"])) == [0, 1]
+    years = by_split(tmp_path / "y", kind, ["train2014", "VAL_2014", " test", "Train "])
+    assert numbers(years) == numbers(years, source_split="train2014") == [0, 3]
     assert numbers(by_split(tmp_path / "d", kind, ["left", "right"])) == [0, 1], "a field of something else"
     with pytest.raises(UserError, match="expected a split"):
         numbers(by_split(tmp_path / "e", kind, [None, None]), source_split="test")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("name", ["Split", "SPLIT", " split"])
+def test_a_field_of_splits_in_any_case(tmp_path: Path, kind: str, name: str) -> None:
+    rows = [{"text": f"number {n}", name: split} for n, split in enumerate(("test", "train", "val"))]
+    if kind == "jsonl":
+        write(tmp_path, {"all.jsonl": lines(*rows)})
+    elif kind == "csv":
+        told = "".join(f"{n}.png, {row[name]} ,{row['text']}\n" for n, row in enumerate(rows))
+        write(tmp_path, {f"{n}.png": png(n) for n in range(3)} | {"all.csv": f"file_name,{name},text\n{told}"})
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "all.parquet")
+    assert [parts[-1] for parts in read(tmp_path)] == ["number 1"]
+    assert [parts[-1] for parts in read(tmp_path, source_split="validation")] == ["number 2"]
+
+
+def test_splits_that_are_classes_of_the_schema(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    classes = {"split": ["train", "test"], "label": ["dog", "cat"]}
+    features = {name: {"names": names, "_type": "ClassLabel"} for name, names in classes.items()}
+    table = arrow.table({"image": [png(n) for n in range(3)], "split": [1, 0, 0], "label": [0, 0, 1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path) == [(png(1), "dog"), (png(2), "cat")]
+    assert read(tmp_path, source_split="test") == [(png(0), "dog")]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("paths", [True, False])
+def test_images_that_a_table_of_the_hub_names_are_of_the_source(tmp_path: Path, kind: str, paths: bool) -> None:
+    """They are among the files that are read, and a changed one is noticed."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source = images(tmp_path, "images/{}.png")
+    names = [f"images/{n}.png" for n in range(2)]
+    kind_of = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]) if paths else arrow.string()
+    column = arrow.array([{"bytes": None, "path": name} if paths else name for name in names], kind_of)
+    table = arrow.table({"image": column, "text": ["a", "b"]})
+    if kind == "parquet":
+        parquet.write_table(table, source / "a.parquet", row_group_size=1)
+    else:
+        write(source, {"state.json": "{}"})
+        with arrow.ipc.new_stream(str(source / "data.arrow"), table.schema) as out:
+            out.write_table(table)
+    reader = open_source(str(source), Columns(image_column="" if paths else "image"))
+    contents = reader.contents()
+    assert reader.listing is not None
+    left_out = reader.listing.left_out({*contents, *reader.names})
+    assert [name for name in left_out if name.endswith("png")] == ["images/2.png"]
+    write(source, {"images/1.png": png(9)})
+    assert {name for name, content in reader.contents().items() if contents[name] != content} == {"images/1.png"}
+
+
+def test_captions_in_files_with_endings_in_capitals(tmp_path: Path) -> None:
+    images(tmp_path, "{}.PNG")
+    write(tmp_path, {"0.TXT": "zero", "1.Caption": "one", "2.JSON": json.dumps({"caption": "two"})})
+    assert read(tmp_path) == [(png(n), words) for n, words in enumerate(("zero", "one", "two"))]
+
+
+def test_a_class_whose_folder_is_no_unicode(tmp_path: Path) -> None:
+    write(tmp_path / "source", {f"dog/{n}.png": png(n) for n in range(2)})
+    folder = os.fsdecode(b"caf\xe9")
+    write(tmp_path / "source", {f"{folder}/2.png": png(2)})
+    counts = build_set(str(tmp_path / "source"), tmp_path / "set", BuildConfig(size=16, vocabulary=300), workers=0)
+    assert (counts["documents"], counts["faulty"]) == (2, 1)
+
+
+def test_images_next_to_a_set_of_text_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images(tmp_path / "source")
+    write(tmp_path / "source", {"notes.jsonl": lines({"text": "a note"})})
+    build_set(str(tmp_path / "source"), tmp_path / "set", BuildConfig(size=16, vocabulary=300), workers=0)
+    assert "3 images are named by no document (left_out.jsonl)" in capfd.readouterr().err
 
 
 def test_splits_of_files_and_of_a_field_agree(tmp_path: Path) -> None:

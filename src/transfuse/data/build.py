@@ -31,6 +31,7 @@ from .dataset import SUMS, DataSet, Manifest, Shard
 from .prefetch import parallel_map
 from .prepare import BuildConfig, Outcome, Preparer, build_autoencoder
 from .readers import Part, Reader, SetReader, open_source
+from .readers.listing import UNNAMED
 from .remote import UNREADABLE, Cache, is_remote, url_name
 from .writer import Place, Writer
 
@@ -104,6 +105,10 @@ def build_set(
     if changes := _difference(contents, reader.contents()):
         raise UserError(f"{source}: changed while the set was built ({changes}); the same command builds it again")
     left_out = {} if reader.listing is None else reader.listing.left_out({*contents, *reader.names})
+    if unnamed := sum(reason == UNNAMED for reason in left_out.values()):
+        logger.info(
+            f"{source}: {unnamed} images are named by no document (left_out.jsonl); --reader images reads images"
+        )
     manifest = writer.finish(settings, 0 if reader.listing is None else reader.listing.n_files, left_out)
     return {name: getattr(manifest, name) for name in COUNTS} | {"seconds": time.monotonic() - began}
 
@@ -122,7 +127,8 @@ def _new_tokenizer(reader: Reader, given: Tokenizer | None, vocabulary: int) -> 
             if done > used:
                 used = done + every
                 for item in reader.read(part):
-                    yield from (text for text in getattr(item, "parts", ()) if isinstance(text, str))
+                    words = (text for text in getattr(item, "parts", ()) if isinstance(text, str))
+                    yield from (text.encode(errors="ignore").decode() for text in words)  # half characters are faults
 
     logger.info(f"tokenizer: training one of {vocabulary} ids on the source's words")
     return Tokenizer.train(texts(), vocabulary)

@@ -94,10 +94,14 @@ class BuildConfig:
             raise ValueError(f"size: expected at most {MOST_SIDE}, found {self.size}")
         if self.heldout is not None and not 0 <= self.heldout < 1:
             raise ValueError(f"heldout: expected a share from 0 to below 1, found {self.heldout}")
-        if self.max_aspect is not None and self.max_aspect < 1:
+        if self.max_aspect is not None and not self.max_aspect >= 1:
             raise ValueError(f"max_aspect: expected at least 1, found {self.max_aspect}")
         if self.max_side is not None and self.max_side < self.min_side:
             raise ValueError(f"max_side: expected at least min_side, {self.min_side}, found {self.max_side}")
+        if self.max_caption is not None and self.max_caption < self.min_caption:
+            raise ValueError(
+                f"max_caption: expected at least min_caption, {self.min_caption}, found {self.max_caption}"
+            )
         try:
             PIL.ImageColor.getrgb(self.background)
         except ValueError:

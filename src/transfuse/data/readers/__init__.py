@@ -28,7 +28,7 @@ from ..remote import Cache, File, MissingError, expanded, is_remote, remote_file
 from . import images
 from .content import CHUNK, chunks, decode_text, file_encoding, open_file
 from .contract import LOST_REST, Columns, Fault, FileReader, Item, LeftOut, Part, Raw, Reader
-from .listing import SPLITS, Listing
+from .listing import Listing, split_named
 from .parquet import ArrowReader, ParquetReader, claim_arrow
 from .records import JsonReader, claim_json
 from .tars import TarReader
@@ -104,8 +104,7 @@ def open_source(source: str, columns: Columns, size: int = 64, cache: Cache | No
 
 def _of_split(reader: Reader, source: str, columns: Columns) -> Reader:
     """Return a reader that has the wanted split. Raises UserError for one that knows of no splits."""
-    wanted = columns.source_split.lower()
-    if SPLITS.get(wanted, wanted) not in ("", "all", reader.source_split):
+    if split_named(columns.source_split) not in ("", "all", reader.source_split):
         expected = f'expected a split "{columns.source_split}" (--source-split)'
         raise UserError(f"{source}: {expected}, found neither files nor records of one")
     return reader

@@ -121,7 +121,7 @@ class ImageReader(Reader):
     def _captions(self, name: str, changed: list[str]) -> list[str]:
         path = self.root / name
         text = decode_text(path.read_bytes(), path.name, changed, self.columns.encoding)
-        if name.endswith(".json"):
+        if name.lower().endswith(".json"):
             record = parse_json(text)
             record = record if isinstance(record, dict) else {}
             return next((captions_in(record[key], key) for key in CAPTION_COLUMNS if record.get(key)), [])
@@ -136,7 +136,7 @@ class ImageReader(Reader):
 
 def open_images(listing: Listing, files: list[File], columns: Columns) -> ImageReader:
     """Read images and the files of their captions: x.txt, x.caption or x.jpg.txt of x.jpg, several being several."""
-    names = {file.name for file in listing.files}
+    names = _by_ending(listing)
     rows = []
     for image in sorted(file.name for file in files):
         sidecars = _caption_files(image, names)
@@ -146,10 +146,19 @@ def open_images(listing: Listing, files: list[File], columns: Columns) -> ImageR
     return ImageReader(listing, [], rows, columns)
 
 
-def _caption_files(image: str, names: set[str]) -> list[str]:
+def _by_ending(listing: Listing) -> dict[str, list[str]]:
+    """Return the names of files by these names with endings in lower case."""
+    names: dict[str, list[str]] = {}
+    for file in listing.files:
+        stem, dot, ending = file.name.rpartition(".")
+        names.setdefault(f"{stem}{dot}{ending.lower()}", []).append(file.name)
+    return names
+
+
+def _caption_files(image: str, names: dict[str, list[str]]) -> list[str]:
     stem = image.rpartition(".")[0]
     sidecars = [f"{base}{ending}" for base in (stem, image) for ending in CAPTION_ENDINGS]
-    return [name for name in sidecars if name in names] or [name for name in (f"{stem}.json",) if name in names]
+    return [*chain.from_iterable(names.get(name, ()) for name in sidecars)] or names.get(f"{stem}.json", [])
 
 
 def claim_classes(listing: Listing, columns: Columns) -> list[File]:
@@ -158,7 +167,7 @@ def claim_classes(listing: Listing, columns: Columns) -> list[File]:
     classes = {_class_of(file.name) for file in images}
     if "" in classes or (not columns.caption and (len(classes) < 2 or all(name.isdecimal() for name in classes))):
         return []
-    names = {file.name for file in listing.files}
+    names = _by_ending(listing)
     captioned = not columns.caption and any(_caption_files(file.name, names) for file in images)
     return [] if captioned else images
 

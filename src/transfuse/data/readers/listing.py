@@ -24,6 +24,7 @@ SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "te
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 CONTAINERS = (".tar", ".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
 """files whose names may hold the name of a split among others, as in captions_train2017.json"""
+UNNAMED = "image that no document names"
 TABLES_OF_IMAGES = (".json", ".csv", ".tsv", "metadata.jsonl")
 """files of records that name images by a path, whatever the split of its folder"""
 NEAREST = {
@@ -74,7 +75,7 @@ class Listing:
         known = sorted({split for split in splits.values() if split})
         if wanted == "all" or (not wanted and len(known) < 2):
             return self
-        chosen = SPLITS.get(wanted, wanted or "train")
+        chosen = split_named(wanted) or "train"
         if chosen not in known:
             fields = TABLES_OF_IMAGES if known[1:] else CONTAINERS
             if wanted and self.ending(*fields):  # which may have a field "split"
@@ -196,7 +197,7 @@ def _why_unused(file: File) -> str:
     if not os.path.exists(file.place):
         return "broken link"
     if ending in SUFFIXES:
-        return "image that no document names"
+        return UNNAMED
     if ending in NOT_READ:
         return f"image format that is not read ({ending}): write it as PNG"
     if ending in CAPTION_ENDINGS:
@@ -211,7 +212,7 @@ def split_of(name: str, images: Collection[str] = ()) -> str | None:
     """
     of_image = name.rpartition(".")[0] in images
     *folders, last = name.lower().split("/")
-    words = [re.sub(r"\d+$", "", folder) for folder in folders]
+    words = [split_named(folder) for folder in folders]
     if last.endswith(CONTAINERS) and not (of_image and last.endswith(".json")):
         words += re.findall(r"[a-z]+", last.rpartition(".")[0])
     elif not of_image:
@@ -219,10 +220,17 @@ def split_of(name: str, images: Collection[str] = ()) -> str | None:
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), None)
 
 
+def split_named(word: str) -> str:
+    """Return the split that a word means, whatever its case, and the year or number after it (val2014)."""
+    word = word.strip().lower()
+    return SPLITS.get(re.sub(r"[\W_]*\d+$", "", word), word)
+
+
 def split_in(record: Any) -> str | None:
-    """Return the split that a record's field "split" names, None for a record without one."""
-    value = record.get("split") if isinstance(record, dict) else None
-    return SPLITS.get(value.lower(), value.lower()) if isinstance(value, str) and value else None
+    """Return the split that a record's field "split" (in any case) names, None for a record without one."""
+    fields = record.items() if isinstance(record, dict) else ()
+    value = next((value for name, value in fields if str(name).strip().lower() == "split"), None)
+    return split_named(value) or None if isinstance(value, str) else None
 
 
 def choose_split(listing: Listing, place: str, records: Iterable[Any], chosen: str) -> str | None:
@@ -238,7 +246,7 @@ def choose_split(listing: Listing, place: str, records: Iterable[Any], chosen: s
     chosen = listing.split or chosen
     if chosen == "all" or (not chosen and (len(counts) < 2 or not known)) or (listing.split and not known):
         return None
-    wanted = SPLITS.get(chosen.lower(), chosen.lower() or "train")
+    wanted = split_named(chosen) or "train"
     if wanted not in counts:
         there = ", ".join(sorted(counts)) or "no splits"
         raise UserError(f'{place}: expected a split "{wanted}" (--source-split NAME, or all), found {there}')

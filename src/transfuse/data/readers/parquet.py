@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import UserError, install_command
-from ..remote import File
+from ..remote import File, hash_files
 from .content import IMAGE_COLUMNS, SAMPLED, caption_columns, captions_in, check_text, column, worded
 from .contract import LOST_REST, Columns, Fault, FileReader, Item, Part, Raw
 from .listing import Listing, choose_split, split_in
-from .records import DIALOGUES, LISTS, ROWS, Image, document, image_loader
+from .records import DIALOGUES, LISTS, ROWS, Image, document, image_files, image_loader, names_in
 
 SPLIT_ROWS = 1 << 16  # of the column "split", read at a time
 
@@ -37,6 +38,7 @@ class ParquetReader(FileReader):
         schema, where = self.schema(opened[0]), self.files[0].place
         names = list(schema.names)
         self.classes = _class_names(schema)
+        self.field = next((name for name in names if name.strip().lower() == "split"), "")
         self.image, self.captions = "", list[str]()
         self.wanted = [name for name in ("texts", "images", *LISTS, "image_info", "image") if name in names]
         self.several = bool({*LISTS, "image_info"} & set(self.wanted))
@@ -61,18 +63,27 @@ class ParquetReader(FileReader):
         self.groups = [self.sizes(table) for table in opened]
         self.total = sum(size for groups in self.groups for _, size in groups)
         self.by_field = False
-        if "split" in names and all("split" in self.schema(table).names for table in opened):
+        if self.field and all(self.field in self.schema(table).names for table in opened):
             chosen = choose_split(listing, where, self._splits(), columns.source_split)
             self.by_field, self.source_split = chosen is not None, chosen or listing.split
-            self.wanted += ["split"] if self.by_field else []
+            self.wanted += [self.field] if self.by_field else []
 
     def _splits(self) -> Iterator[dict[str, Any]]:
         """Yield every row's field "split", but none of damaged groups: those are faults, once they are read."""
         for file, groups in zip(self.files, self.groups, strict=True):
             for group in range(len(groups)):
                 with suppress(Exception):
-                    for rows in self.batches(self.open(file), group, ["split"], SPLIT_ROWS):
-                        yield from rows
+                    for rows in self.batches(self.open(file), group, [self.field], SPLIT_ROWS):
+                        yield from ({"split": self._named(self.field, row[self.field])} for row in rows)
+
+    def _is_taken(self, row: dict[str, Any]) -> bool:
+        split = split_in({"split": self._named(self.field, row[self.field])}) if self.by_field else None
+        return split in (self.source_split, None)
+
+    def _named(self, column: str, value: Any) -> Any:
+        """Return the name of a class where the schema has one, and any other value as it is."""
+        names = self.classes.get(column, ())
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
     def _choose_columns(self, where: str, names: list[str], holding: list[str]) -> None:
         if not self.text_only:
@@ -82,9 +93,29 @@ class ParquetReader(FileReader):
         try:
             self.captions = caption_columns(where, names, self.columns.caption_column)
         except UserError:
-            if self.columns.caption_column or len(self.classes) != 1:
+            labels = [name for name in self.classes if name != self.field]
+            if self.columns.caption_column or len(labels) != 1:
                 raise
-            self.captions = [*self.classes]
+            self.captions = labels
+
+    def contents(self) -> dict[str, str]:
+        """Return hashes, also of image files that rows name; of a table whose first rows name none, no others do."""
+        hashes, images = super().contents(), list[File]()
+        for file, groups in zip(self.files, self.groups, strict=True):
+            if self.text_only or self.listing is None or file.cache is not None:
+                continue
+            for group in [None, *range(len(groups))]:
+                names: list[str] = []
+                with suppress(Exception):  # a damaged group is a fault, once it is read
+                    for rows in self.batches(self.open(file), group, self.wanted, SAMPLED):
+                        taken = (row for row in rows if self._is_taken(row))
+                        names += [name for row in taken for name in names_in(row, partial(self._document, ""))]
+                        if group is None:  # of the first rows, which are read again
+                            break
+                if not names and group is None:
+                    break
+                images += image_files(names, self.listing, str(PurePosixPath(file.name).parent))
+        return hashes | hash_files(images)
 
     def parts(self) -> Iterable[Part]:
         for number, groups in enumerate(self.groups):
@@ -100,7 +131,7 @@ class ParquetReader(FileReader):
                 for row in rows:
                     key = f"{file.name}/{group}/{place}"
                     place += 1
-                    if self.by_field and split_in(row) not in (self.source_split, None):
+                    if not self._is_taken(row):
                         continue
                     try:
                         yield self._document(key, row, image)
@@ -118,10 +149,8 @@ class ParquetReader(FileReader):
             return Raw(key, (text,))  # byte for byte
         captions = []
         for name in self.captions:
-            value = row[name]
-            if name in self.classes and isinstance(value, int) and 0 <= value < len(self.classes[name]):
-                value = worded(self.classes[name][value], self.columns)
-            captions += captions_in(value, name)
+            value = self._named(name, row[name])
+            captions += [worded(value, self.columns)] if value is not row[name] else captions_in(value, name)
         if not captions:
             raise ValueError(f"expected a caption in {', '.join(self.captions)}, found none")
         if self.text_only:
@@ -141,7 +170,9 @@ class ParquetReader(FileReader):
             raise UserError(f"{file.place}: {needed}") from None
         try:
             table = self.opened(pyarrow, file.here())
-            list(self.schema(table).names)  # a damaged one shows when it is looked at
+            names = list(self.schema(table).names)  # a damaged one shows when it is looked at
+            if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+                raise ValueError(f'two columns "{twice[0]}"')
             return table
         except Exception as error:
             reason = " ".join(str(error).split())

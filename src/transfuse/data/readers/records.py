@@ -173,16 +173,7 @@ class JsonReader(FileReader):
     def _image_names(self, records: Iterable[Any]) -> Iterator[str]:
         """Yield the names of image files in records, except in those that are faults once they are read."""
         for record in records:
-            names: list[str] = []
-
-            def image(name: Any, names: list[str] = names) -> bytes:
-                if isinstance(name, str) and not name.startswith(DATA):
-                    names.append(name)
-                return b""
-
-            with suppress(ValueError):
-                document("", record, self.columns, image)
-            yield from names
+            yield from names_in(record, lambda record, image: document("", record, self.columns, image))
 
     def contents(self) -> dict[str, str]:
         """Return hashes, also of the image files that documents name; at a URL these go by the version of the jsonl."""
@@ -195,10 +186,7 @@ class JsonReader(FileReader):
                 continue
             below = str(PurePosixPath(file.name).parent)
             taken = (record for _, record, _ in self._records(part) if self._is_taken(record, below))
-            for name in self._image_names(taken):
-                with suppress(ValueError):
-                    path = self.listing.find(name, below) or str(PurePosixPath(below, name))
-                    files.append(File(path, str(self.listing.root / path), 0))
+            files += image_files(self._image_names(taken), self.listing, below)
         return hashes | hash_files(files)
 
     def parts(self) -> Iterable[Part]:
@@ -256,6 +244,30 @@ class JsonReader(FileReader):
                 yield replace(raw, changed=tuple(changed))
             except (OSError, ValueError) as error:
                 yield Fault(key, f"expected a document, found none ({error})")
+
+
+def names_in(record: Any, make: Callable[[Any, Image], Raw]) -> list[str]:
+    """Return the names of the image files that a record's document is made of, as far as `make` gets."""
+    names: list[str] = []
+
+    def image(value: Any) -> bytes:
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and not value.startswith(DATA):
+            names.append(value)
+        return b""
+
+    with suppress(ValueError):
+        make(record, image)
+    return names
+
+
+def image_files(names: Iterable[str], listing: Listing, below: str) -> Iterator[File]:
+    """Yield the files that records in the folder `below` name."""
+    for name in names:
+        with suppress(ValueError):
+            path = listing.find(name, below) or str(PurePosixPath(below, name))
+            yield File(path, str(listing.root / path), 0)
 
 
 def image_loader(file: File, listing: Listing | None) -> Image:

@@ -160,6 +160,7 @@ def scan(path: Path) -> Iterator[Found]:
                     yield from _documents(key, files, seen)
                     documents += bool(files)
                     key, files = name, []
+                suffix = "json" if suffix.lower() == "json" else suffix
                 files.append((suffix, member.offset_data if member.isfile() else None, member.size))
             yield from _documents(key, files, seen)
             documents += bool(files)
