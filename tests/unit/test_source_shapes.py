@@ -312,6 +312,29 @@ def test_a_field_of_splits_in_any_case(tmp_path: Path, kind: str, name: str) -> 
     assert [parts[-1] for parts in read(tmp_path, source_split="validation")] == ["number 2"]
 
 
+@pytest.mark.parametrize("kind", ["sidecars", "tar", "folders of a tar"])
+def test_splits_next_to_images(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the field of a .json, or the folder in an archive."""
+    told = ["train", "Val", "train2017"]
+    files: dict[str, bytes] = {}
+    for n, split in enumerate(told):
+        name = f"{split}/{n}" if kind == "folders of a tar" else str(n)
+        record = {"caption": f"n {n}"} | ({"split": split} if kind != "folders of a tar" else {})
+        files |= {f"{name}.png": png(n), f"{name}.json": json.dumps(record).encode()}
+    if kind == "sidecars":
+        write(tmp_path, dict(files))
+    else:
+        with tarfile.open(tmp_path / "a.tar", "w") as file:
+            for name, data in files.items():
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                file.addfile(header, io.BytesIO(data))
+    assert [parts[1] for parts in read(tmp_path)] == ["n 0", "n 2"]
+    assert "taking the split train, not 1 of validation" in capfd.readouterr().err
+    assert [parts[1] for parts in read(tmp_path, source_split="val")] == ["n 1"]
+    assert len(read(tmp_path, source_split="all")) == 3
+
+
 def test_splits_that_are_classes_of_the_schema(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     classes = {"split": ["train", "test"], "label": ["dog", "cat"]}

@@ -29,7 +29,7 @@ def read(
 @pytest.mark.parametrize("name", ["list.csv", "list.tsv", "metadata.csv"])
 @pytest.mark.parametrize("columns", [("", "file_name", "text"), ("", "text", "file_name"), ("file_name", "", "text")])
 def test_a_column_without_a_name_is_no_surplus(tmp_path: Path, name: str, columns: tuple[str, ...]) -> None:
-    """As pandas writes its index."""
+    """pandas writes its index into such a column."""
     rows = [{"": str(n), "file_name": f"{n}.png", "text": f"number {n}"} for n in range(3)]
     mark = "\t" if name.endswith("tsv") else ","
     told = "".join(mark.join(row[column] for column in columns) + "\n" for row in rows)
@@ -147,7 +147,7 @@ def test_captions_of_coco_that_are_of_no_image_or_of_two(tmp_path: Path) -> None
     captions, faults = read(tmp_path, coco(images, [(0, "which"), (2, "two"), (99, "lost"), (99, "too")]))
     assert captions == {"2.png": ("two",)}
     assert faults == {
-        **dict.fromkeys(["0.png", "1.png"], "expected an id of its own, found 0 of 0.png and 1.png"),
+        **dict.fromkeys(["0.png", "1.png"], "expected one image of the id 0, found 0.png and 1.png"),
         "image_id 99": "expected an image of this id, found none (and 1 more of its rows)",
     }
 
@@ -155,7 +155,7 @@ def test_captions_of_coco_that_are_of_no_image_or_of_two(tmp_path: Path) -> None
 @pytest.mark.parametrize("below", ["images/", ""])
 @pytest.mark.parametrize("name", ["list.csv", "meta_cap.json"])
 def test_two_paths_to_one_image(tmp_path: Path, below: str, name: str) -> None:
-    """Of two folders that are gone, nobody knows whose image it is; one that has moved is found."""
+    """Nobody knows which of two folders that are gone has the image; one that has moved is found."""
     told = {"cats/0.png": "a cat", "dogs/0.png": "a dog", "1.png": "one", "dogs/2.png": "two"}
     table = "image,caption\n" + "".join(f"{image},{words}\n" for image, words in told.items())
     if name == "meta_cap.json":
@@ -196,8 +196,8 @@ def test_a_field_with_two_values(tmp_path: Path) -> None:
 )
 def test_lists_in_fields_of_tables(tmp_path: Path, field: str, captions: tuple[str, ...]) -> None:
     quoted = field.replace('"', '""')
-    found, faults = read(tmp_path, {"list.csv": f'file_name,text\n0.png,"{quoted}"\n1.png,one\n2.png,two\n'})
-    assert found.get("0.png", ()) == captions
+    captions_read, faults = read(tmp_path, {"list.csv": f'file_name,text\n0.png,"{quoted}"\n1.png,one\n2.png,two\n'})
+    assert captions_read.get("0.png", ()) == captions
     assert bool(faults) == (not captions)
 
 

@@ -105,7 +105,8 @@ def build_set(
     if changes := _difference(contents, reader.contents()):
         raise UserError(f"{source}: changed while the set was built ({changes}); the same command builds it again")
     left_out = {} if reader.listing is None else reader.listing.left_out({*contents, *reader.names})
-    if unnamed := sum(reason == UNNAMED for reason in left_out.values()):
+    unnamed = sum(reason == UNNAMED for reason in left_out.values())
+    if unnamed and not reader.source_split:
         logger.info(
             f"{source}: {unnamed} images are named by no document (left_out.jsonl); --reader images reads images"
         )

@@ -143,7 +143,22 @@ def open_images(listing: Listing, files: list[File], columns: Columns) -> ImageR
         stem = image.rpartition(".")[0]
         fault = "" if sidecars else f"expected a caption in {stem.rpartition('/')[2]}.txt, found no such file"
         rows.append(Row(image, files=tuple(sidecars), fault=fault))
-    return ImageReader(listing, [], rows, columns)
+    splits = [_split_beside(listing, row, columns) for row in rows]
+    chosen = choose_split(listing, listing.source, splits, columns.source_split) if any(map(split_in, splits)) else None
+    others = [
+        row.name for row, split in zip(rows, splits, strict=True) if chosen and split_in(split) not in (chosen, None)
+    ]
+    rows = [row for row in rows if row.name not in {*others}]
+    return ImageReader(listing, [], rows, columns, others, chosen or "")
+
+
+def _split_beside(listing: Listing, row: Row, columns: Columns) -> Any:
+    """Return the record in an image's .json, which may have a field "split"; None: it has none, or not that field."""
+    name = row.files[0] if row.files and row.files[0].lower().endswith(".json") else ""
+    with suppress(OSError, ValueError):
+        data = (listing.root / name).read_bytes() if name else b""
+        return parse_json(decode_text(data, name, [], columns.encoding)) if b"split" in data.lower() else None
+    return None
 
 
 def _by_ending(listing: Listing) -> dict[str, list[str]]:
@@ -409,7 +424,7 @@ def _annotated(images: list[Any], others: list[Any], annotations: list[Any]) -> 
     names: dict[Any, dict[str, None]] = {image["id"]: {} for image in [*images, *others]}
     for image in images:
         names[image["id"]][image["file_name"]] = None
-    captions: dict[Any, list[str]] = {}
+    captions, faulty = dict[Any, list[str]](), set[Any]()
     named: list[Named] = []
     for annotation in annotations:
         number = annotation["image_id"]
@@ -419,9 +434,11 @@ def _annotated(images: list[Any], others: list[Any], annotations: list[Any]) -> 
             captions.setdefault(number, []).extend(captions_in(annotation["caption"], "caption"))
         except ValueError as error:
             named += [(name, (), str(error)) for name in names.get(number, ())]
+            faulty.add(number)
     for number, several in names.items():
-        fault = f"expected an id of its own, found {number} of {' and '.join(several)}" if len(several) > 1 else ""
-        named += [(name, captions.get(number, ()), fault) for name in several]
+        fault = f"expected one image of the id {number}, found {' and '.join(several)}" if len(several) > 1 else ""
+        if captions.get(number) or number not in faulty:
+            named += [(name, captions.get(number, ()), fault) for name in several]
     return named
 
 

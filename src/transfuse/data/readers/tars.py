@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ...images import SUFFIXES
 from ..remote import File
-from .content import CAPTION_COLUMNS, caption_text, captions_in, decode_text, interleaved, parse_json
+from .content import CAPTION_COLUMNS, SAMPLED, caption_text, captions_in, decode_text, interleaved, parse_json
 from .contract import LOST_REST, PER_PART, Columns, Fault, FileReader, Item, LeftOut, Part, Raw
-from .listing import CAPTION_ENDINGS, Listing
+from .listing import CAPTION_ENDINGS, Listing, choose_split, split_in, split_of
 
 BLOCK = tarfile.BLOCKSIZE  # of a header, and of what contents are filled up to
 MOST_NAMES = 5  # of a document's members, in a message
@@ -50,7 +51,27 @@ class TarReader(FileReader):
 
     def __init__(self, listing: Listing, files: list[File], columns: Columns) -> None:
         super().__init__(listing, files)
-        self.columns = columns
+        self.columns, self.by_split = columns, False
+        if all(file.cache is None for file in files) and any(islice(self._splits(), SAMPLED)):
+            records = ({"split": split} for split in self._splits())
+            chosen = choose_split(listing, self.files[0].place, records, columns.source_split)
+            self.by_split, self.source_split = chosen is not None, chosen or listing.split
+
+    def _splits(self) -> Iterator[str | None]:
+        for part in self.parts():
+            source, items = part.what
+            with source.here().open("rb") as file:
+                yield from (self._split(file, item) for item in items)
+
+    def _split(self, file: BinaryIO, item: Found) -> str | None:
+        """Return the split of a document by the field "split" of its .json, or by the folders of its name."""
+        for suffix, place, size in item.files if isinstance(item, Members) else ():
+            if suffix == "json" and place is not None:
+                file.seek(place)
+                with suppress(ValueError):
+                    if split := split_in(parse_json(decode_text(file.read(size), suffix, [], self.columns.encoding))):
+                        return split
+        return split_of(f"{item.key.rpartition('/')[0]}/")
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:
@@ -64,6 +85,8 @@ class TarReader(FileReader):
         with source.here().open("rb") as file:
             for item in items:
                 key = f"{source.name}/{item.key}"
+                if self.by_split and self._split(file, item) not in (self.source_split, None):
+                    continue
                 if not isinstance(item, Members):
                     yield replace(item, key=key)
                     continue
