@@ -85,6 +85,8 @@ def inspect_sources(
         UserError: no such source or preset, sets that do not go together, images that do not fit the preset's patches,
             or a folder that cannot be written.
     """
+    if row_length < 1:
+        raise UserError(f"row_length: expected at least 1, found {row_length}")
     limits, recipe = limits or Limits(), preset(preset_name)
     recipe = replace(recipe, data=replace(recipe.data, sources=sources, context=context or recipe.data.context))
     opened = open_sources(recipe.data)

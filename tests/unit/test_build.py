@@ -514,6 +514,14 @@ def test_a_folder_that_is_not_empty_is_refused(root: Path, tmp_path: Path) -> No
     build(root / "tars", tmp_path / "empty", CONFIG)
 
 
+def test_paths_that_no_file_can_have(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for source, out in (("x" * 300, "out"), (root / "prose", "y" * 300), (root / "prose", "circle/out")):
+        with pytest.raises(UserError, match="expected paths, found others") as caught:
+            build(source, tmp_path / out, CONFIG)
+        one_line(caught)
+
+
 def test_a_set_inside_its_source(tmp_path: Path) -> None:
     """`transfuse data build . out`, twice: refused at once, or built already."""
     source = pictures(tmp_path / "pictures")

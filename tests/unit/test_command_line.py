@@ -69,6 +69,9 @@ def error_line(capsys: pytest.CaptureFixture[str]):
         ("data build a b --max-tokens 0", "data build: max_tokens: expected at least 1, found 0"),
         ("data build a b --count -1", "data build: count: expected at least 0, found -1"),
         ("data build a b --caption no", 'data build: caption: expected words with one {class} in them, found "no"'),
+        ("data build a b --cache-gigabytes nan", "cache_gigabytes: expected at least 0, found nan"),
+        ("data build https://[bad b", "https://[bad: expected a URL, found something else (Invalid IPv6 URL)"),
+        ("data inspect a --row-length 0", "row_length: expected at least 1, found 0"),
         ("tune small-64 a --count -1", "tune: count: expected at least 0, found -1"),
     ],
 )  # fmt: skip

@@ -57,8 +57,7 @@ def build_set(
     be fetched.
     """
     began = time.monotonic()
-    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
-        raise UserError(f"{out}: expected a folder outside of the source {source}, found one in it")
+    _check_paths(source, out)
     reader = open_source(source, config.columns, config.size, cache)
     given = Tokenizer.adopt(config.tokenizer) if config.tokenizer else None
     autoencoder = build_autoencoder(config)
@@ -112,6 +111,17 @@ def build_set(
         )
     manifest = writer.finish(settings, 0 if reader.listing is None else reader.listing.n_files, left_out)
     return {name: getattr(manifest, name) for name in COUNTS} | {"seconds": time.monotonic() - began}
+
+
+def _check_paths(source: str, out: Path) -> None:
+    """Raise UserError for a folder inside of the source, and for paths that no file can have."""
+    try:
+        inside = Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve())
+        out.exists()
+    except (OSError, RuntimeError) as error:  # names too long, links in a circle
+        raise UserError(f"{source:.80}, {str(out)[:80]}: expected paths, found others ({str(error)[:80]})") from None
+    if inside:
+        raise UserError(f"{out}: expected a folder outside of the source {source}, found one in it")
 
 
 def _new_tokenizer(reader: Reader, given: Tokenizer | None, vocabulary: int) -> Tokenizer:
@@ -181,6 +191,7 @@ def _claim(out: Path, identity: dict[str, Any], contents: dict[str, str]) -> Non
     if path.exists():
         begun, stored = read_json(path), any((out / "shards").glob("*"))
         before = read_json(files) if files.exists() else {}
+        before = before if isinstance(before, dict) else {}
         changes = _difference(before, contents)
         kept = sum(name in contents for name in before) >= max(1, len(before) / 2)  # or it is another source
         if stored and not (changes and kept and begun | {"listing": identity["listing"]} == identity):

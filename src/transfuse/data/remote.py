@@ -81,8 +81,11 @@ def is_http(url: str) -> bool:
 
 
 def url_name(url: str) -> str:
-    """Return the last part of a URL's path, without what may follow it over HTTP (a signature)."""
-    path = urlsplit(url).path if is_http(url) else url
+    """Return the last part of a URL's path, without what may follow it over HTTP (a signature). Raises UserError."""
+    try:
+        path = urlsplit(url).path if is_http(url) else url
+    except ValueError as error:
+        raise UserError(f"{url}: expected a URL, found something else ({error})") from None
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -212,6 +215,10 @@ class Cache:
     folder: Path | None = None
     gigabytes: float = 20.0
     waits: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.gigabytes >= 0:
+            raise UserError(f"cache_gigabytes: expected at least 0, found {self.gigabytes}")
 
     def file(
         self, url: str, expected: Look | None = None, part_of: str = "", check: Callable[[Path], None] | None = None

@@ -107,10 +107,9 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Train a byte-level BPE of `vocab_size` ids, markers included; the same texts give the same file."""
-        if vocab_size < 260:
-            raise UserError(
-                f"tokenizer vocab_size: expected at least 260 (256 bytes and 4 markers), found {vocab_size}"
-            )
+        if not 260 <= vocab_size < 1 << 31:
+            expected = "expected at least 260 (256 bytes and 4 markers), and below 2^31"
+            raise UserError(f"tokenizer vocab_size: {expected}, found {vocab_size}")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()

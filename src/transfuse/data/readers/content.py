@@ -294,7 +294,7 @@ def csv_records(text: str, strict: bool = True) -> list[dict[str, Any]]:
 
 def _csv_rows(text: str, delimiter: str, quoted: bool, strict: bool) -> list[list[str]]:
     """Return rows of fields. Raises csv.Error with the line of a quote that stays open, or has text after it."""
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    quoting: Any = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=strict)
     rows, line = list[list[str]](), 1
     try:

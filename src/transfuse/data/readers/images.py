@@ -145,11 +145,9 @@ def open_images(listing: Listing, files: list[File], columns: Columns) -> ImageR
         rows.append(Row(image, files=tuple(sidecars), fault=fault))
     splits = [_split_beside(listing, row, columns) for row in rows]
     chosen = choose_split(listing, listing.source, splits, columns.source_split) if any(map(split_in, splits)) else None
-    others = [
-        row.name for row, split in zip(rows, splits, strict=True) if chosen and split_in(split) not in (chosen, None)
-    ]
-    rows = [row for row in rows if row.name not in {*others}]
-    return ImageReader(listing, [], rows, columns, others, chosen or "")
+    taken = [chosen is None or split_in(split) in (chosen, None) for split in splits]
+    others = [row.name for row in compress(rows, map(not_, taken))]
+    return ImageReader(listing, [], [*compress(rows, taken)], columns, others, chosen or "")
 
 
 def _split_beside(listing: Listing, row: Row, columns: Columns) -> Any:
@@ -227,9 +225,9 @@ def rows_of(listing: Listing, file: File, table: Table, changed: Sequence[str]) 
             rows_at.append((name, None, captions, fault or str(error)))
     own = {path for name, path, *_ in rows_at if path is not None and listing.is_meant(name, below, path)}
     named_by: dict[str, dict[tuple[str, ...], str]] = {}
-    for place, (name, path, *further) in enumerate(rows_at):
+    for place, (name, path, captions, fault) in enumerate(rows_at):
         if path in own and not listing.is_meant(name, below, path):
-            rows_at[place] = (name, None, *further)
+            rows_at[place] = (name, None, captions, fault)
         elif path is not None:
             named_by.setdefault(path, {}).setdefault(_folders(name), name)
     for name, path, captions, fault in rows_at:
