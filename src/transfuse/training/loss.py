@@ -104,11 +104,11 @@ class Objective(Protocol):
 
     def before_step(self, model: Any, batches: Sequence[Any]) -> None:
         """Prepare a step: called on every rank with its micro-batches, before their losses."""
-        return None
+        return
 
     def after_step(self, model: Any, step: int, batches: Sequence[Any]) -> None:
         """Complete a step: called after the optimizer's update; `step` is the number of steps done."""
-        return None
+        return
 
 
 def token_losses(
