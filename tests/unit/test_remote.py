@@ -126,5 +126,5 @@ def test_a_run_with_a_remote_set(url: str, tmp_path: Path, monkeypatch: pytest.M
     wanted = replace(recipe, data=replace(recipe.data, sources=(url, "glosses")))
     settled = open_run(wanted, tmp_path / "run")
     assert settled.recipe.data.source_fingerprints == (DataSet(url).fingerprint,)
-    assert settled.image_size == 16
+    assert settled.sources.image_size == 16
     assert sizes(tmp_path / "transfuse") > 0

@@ -112,8 +112,8 @@ def tune(
         replay: share that comes from what the model learned from, so that it is not forgotten
         heldout: share of the images that is not learned, to measure by; a data set has its own
         steps: of training; by the number of images if not given
-        patience: end after so many evaluations (20 a run) without a better image loss of held-out pairs, with the
-            best weights; 0: learn to the end
+        patience: number of evaluations (20 a run) without a better image loss of held-out pairs that ends the run, with
+            the best weights; 0: learn to the end
         batch_size: documents in a step
     """
     folder = run or Path("runs") / (Path(pictures).name or "tuned")
