@@ -298,7 +298,7 @@ def our_engine(scale: Scale, dtype: torch.dtype, context: int = 4096, kind: Quan
 
 def prompt(scale: Scale, engine: Engine, positions: int, number: int) -> Document:
     generator = torch.Generator().manual_seed(number)
-    ids = torch.randint(8, engine.tokenizer.vocab_size, (positions,), generator=generator)
+    ids = torch.randint(8, engine.runner.tokenizer.vocab_size, (positions,), generator=generator)
     return Document([Text(tuple(ids.tolist()))], closed=False)
 
 
