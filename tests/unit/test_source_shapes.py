@@ -259,11 +259,15 @@ def by_split(folder: Path, kind: str, splits: list[str | None]) -> Path:
         images = {f"{n}.png": png(n) for n in range(len(rows))}
         told = "".join(f"{n}.png,{row['split'] or ''},{row['text']}\n" for n, row in enumerate(rows))
         return write(folder, {**images, "all.csv": f"file_name,split,text\n{told}"})
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     folder.mkdir(parents=True)
-    table = arrow.Table.from_pylist(rows)
+    return write_table(folder, kind, pytest.importorskip("pyarrow").Table.from_pylist(rows), 2)
+
+
+def write_table(folder: Path, kind: str, table: Any, group: int) -> Path:
+    """Write a table as a parquet file with row groups of `group` rows, or as an Arrow stream of `save_to_disk`."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     if kind == "parquet":
-        parquet.write_table(table, folder / "all.parquet", row_group_size=2)
+        parquet.write_table(table, folder / "all.parquet", row_group_size=group)
     else:
         write(folder, {"state.json": "{}"})
         with arrow.ipc.new_stream(str(folder / "data.arrow"), table.schema) as out:
@@ -351,18 +355,12 @@ def test_splits_that_are_classes_of_the_schema(tmp_path: Path) -> None:
 @pytest.mark.parametrize("paths", [True, False])
 def test_images_that_a_table_of_the_hub_names_are_of_the_source(tmp_path: Path, kind: str, paths: bool) -> None:
     """They are among the files that are read, and a changed one is noticed."""
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
     source = images(tmp_path, "images/{}.png")
     names = [f"images/{n}.png" for n in range(2)]
     kind_of = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]) if paths else arrow.string()
     column = arrow.array([{"bytes": None, "path": name} if paths else name for name in names], kind_of)
-    table = arrow.table({"image": column, "text": ["a", "b"]})
-    if kind == "parquet":
-        parquet.write_table(table, source / "a.parquet", row_group_size=1)
-    else:
-        write(source, {"state.json": "{}"})
-        with arrow.ipc.new_stream(str(source / "data.arrow"), table.schema) as out:
-            out.write_table(table)
+    write_table(source, kind, arrow.table({"image": column, "text": ["a", "b"]}), 1)
     reader = open_source(str(source), Columns(image_column="" if paths else "image"))
     contents = reader.contents()
     assert reader.listing is not None
