@@ -1,11 +1,13 @@
 """The comparison that a user makes: the demo's data and minutes for transfusion-pytorch, judged as our demo is.
 
-    python benchmarks/outcome.py --seconds 480 --strategies grouped --learning-rates 1e-3 3e-4 --out FILE
+    python benchmarks/outcome.py --seconds 480 --optimizers adamw muon --learning-rates 1e-3 3e-3 --out FILE
     transfuse demo --run runs/demo                       # our side, on the same machine in the same sitting
 
-The peer gets the demo's width, depth and heads, its documents in the same order, the same optimizer, warm-up, decay and
-averaged weights, and its own defaults for all else; of several settings the best by Fréchet distance is named last.
-Its samples are drawn with guidance 3 (its default) by its midpoint rule, and both judges of the demo name the things.
+The peer gets the demo's width, depth and heads, its documents in the same order, the same warm-up, decay and averaged
+weights, AdamW as in its README or the demo's Muon for the matrices of its attention and feed-forward layers, and its
+own defaults for all else. Each setting is added to FILE as it ends, one that is in FILE is not run again, and the best
+by Fréchet distance is named there. Its samples are drawn with guidance 3 (its default) by its midpoint rule, and both
+judges of the demo name the things.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from transfuse.runs import Run, resolve
 from transfuse.runs.monitor import grid
 from transfuse.sequence import Document, Image, Text
 from transfuse.train import build_loader
-from transfuse.training import EMA, build_optimizer
+from transfuse.training import EMA, OptimizerConfig, build_optimizer
+from transfuse.training.optimizer import Muon
 
 MIDPOINTS = 12
 """sampler steps of two evaluations each, as many evaluations as our demo's 25 steps make"""
@@ -127,14 +130,32 @@ def build(recipe: Recipe, strategy: str, clean: bool, numbers: int, shape: tuple
     )
 
 
-def train(run: Run, strategy: str, clean: bool, rate: float, seconds: float) -> tuple[PeerPipeline, dict[str, Any]]:
+def peer_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return AdamW over the peer, or Muon over the matrices of attention and feed-forward layers, AdamW elsewhere."""
+    if config.name == "adamw":
+        return build_optimizer(model, config)
+    matrices = {name: p for name, p in model.named_parameters() if ".fn." in name and p.ndim == 2}
+    # Queries and keys, and gate and up, are stacked; each half is a matrix, as in our own network.
+    rows = {
+        p: (len(p) // 2,) * 2 if name.endswith(("to_qk.0.weight", "net.0.weight")) else (len(p),)
+        for name, p in matrices.items()
+    }
+    others = nn.ParameterList(p for p in model.parameters() if p not in rows)
+    adamw = build_optimizer(others, replace(config, name="adamw"))
+    group = {"params": list(rows), "lr": config.learning_rate, "weight_decay": config.weight_decay}
+    return Muon([group], adamw, rows, config.muon, torch.float32)
+
+
+def train(
+    run: Run, strategy: str, clean: bool, name: str, rate: float, seconds: float
+) -> tuple[PeerPipeline, dict[str, Any]]:
     """Train the peer for some seconds, reading included; the rate decays with the time that is spent."""
     recipe = run.recipe
-    optimizer_config = replace(recipe.optimizer, learning_rate=rate, final_learning_rate=rate / 100)
+    optimizer_config = replace(recipe.optimizer, name=name, learning_rate=rate, final_learning_rate=rate / 100)
     pipe = PeerPipeline(nn.Identity(), run)
     numbers = recipe.model.latent_channels * recipe.model.patch_size**2
     model = build(recipe, strategy, clean, numbers, pipe.shape, run.tokenizer.vocab_size)
-    average, optimizer = EMA(model, recipe.loop.ema_decay), build_optimizer(model, optimizer_config)
+    average, optimizer = EMA(model, recipe.loop.ema_decay), peer_optimizer(model, optimizer_config)
     batch = recipe.data.batch_size
     began, step, losses = time.monotonic(), 0, []
     with TemporaryDirectory() as scratch:
@@ -179,7 +200,8 @@ def judged(pipe: PeerPipeline, judge: SceneClassifier, count: int) -> tuple[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=480.0, help="of training, for each setting")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-4])
+    parser.add_argument("--optimizers", nargs="+", choices=["adamw", "muon"], default=["adamw", "muon"])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3])
     parser.add_argument("--strategies", nargs="+", default=["grouped"], help="auto times itself anew for every shape")
     parser.add_argument("--targets", nargs="+", choices=["flow", "clean"], default=["flow", "clean"])
     parser.add_argument("--count", type=int, default=120, help="held-out prompts, and images to describe")
@@ -189,25 +211,33 @@ def main() -> None:
     run = resolve(preset("demo"))
     assert run.recipe.data.world is not None
     judge = keep_scene_classifier(options.judge, run.recipe.data.world)
-    results = []
-    for strategy, target, rate in product(options.strategies, options.targets, options.learning_rates):
-        pipe, facts = train(run, strategy, target == "clean", rate, options.seconds)
-        measured, images = judged(pipe, judge, options.count)
-        results.append({"strategy": strategy, "target": target, "learning_rate": rate, **facts, **measured})
-        print(json.dumps(results[-1]), flush=True)
-        if options.out:
-            grid(list(images[:36]), 6, 3).save(options.out.with_name(f"{options.out.stem}-{len(results)}.png"))
-    best = min(results, key=lambda result: result["frechet"][0])
-    report = {
+    report: dict[str, Any] = {
         "peer": "transfusion-pytorch 0.20",
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
-        "results": results,
-        "best": best,
+        "seconds": options.seconds,
+        "results": [],
     }
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))
+    if options.out and options.out.is_file():
+        before = json.loads(options.out.read_text())
+        if any(before[key] != report[key] for key in ("processor", "threads", "seconds")):
+            parser.error(f"{options.out}: expected results of this machine and --seconds, found others")
+        report = before
+    results = report["results"]
+    settings = product(options.strategies, options.targets, options.optimizers, options.learning_rates)
+    for setting in settings:
+        named = dict(zip(("strategy", "target", "optimizer", "learning_rate"), setting, strict=True))
+        if any(named.items() <= result.items() for result in results):
+            continue
+        strategy, target, name, rate = setting
+        pipe, facts = train(run, strategy, target == "clean", name, rate, options.seconds)
+        measured, images = judged(pipe, judge, options.count)
+        results.append({**named, **facts, **measured})
+        print(json.dumps(results[-1]), flush=True)
+        report["best"] = min(results, key=lambda result: result["frechet"][0])
+        if options.out:
+            grid(list(images[:36]), 6, 3).save(options.out.with_name(f"{options.out.stem}-{len(results)}.png"))
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

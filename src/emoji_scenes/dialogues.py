@@ -216,6 +216,26 @@ OTHER_WORDS = {
     "4": "four",
 }
 """words that captions never use, and those that they use for them"""
+ODD_PLURALS = {
+    "cattle": "cattle",
+    "fungus": "fungi",
+    "grapes": "grapes",
+    "loaf": "loaves",
+    "pancakes": "pancakes",
+    "swine": "swine",
+}
+
+
+def plural(name: str) -> str:
+    """Return the plural of another name of a thing: "puppies", "bunches of flowers"."""
+    name, of, rest = name.partition(" of ")
+    if name in ODD_PLURALS:
+        name = ODD_PLURALS[name]
+    elif name.endswith("y") and name[-2] not in "aeiou":
+        name = f"{name[:-1]}ies"
+    else:
+        name += "es" if name.endswith(("s", "x", "z", "ch", "sh")) else "s"
+    return name + of + rest
 
 
 @cache
@@ -242,7 +262,7 @@ def vocabulary(world: World, edits: bool = False, dialogues: bool = False) -> Vo
     names = {other: word for other, word in OTHER_WORDS.items() if set(word.split()) <= known}
     for noun in things:
         for other in noun.synonyms:
-            names |= {other: noun.name, f"{other}s": noun.plural}
+            names |= {plural(other): noun.plural, other: noun.name}
     return Vocabulary(
         words=tuple(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
         things=world.nouns,

@@ -354,6 +354,18 @@ def test_what_became_of_a_prompt_is_in_the_reply(served: Path, tmp_path: Path) -
         right = http.post("/v1/images/generations", json={**drawn, "prompt": "a crab on a blue background"}).json()
         assert "revised_prompt" not in right["data"][0]
         assert "unknown_words" not in right
+        for route, sent in [
+            ("images/generations", {"json": {**drawn, "strict": True}}),
+            ("images/edits", {"data": {**form, "prompt": "a zebra", "strict": "true"}, "files": file}),
+            ("chat/completions", {"json": {**chat, "strict": True, "modalities": ["image"]}}),
+        ]:
+            refused = http.post(f"/v1/{route}", **sent)
+            assert refused.status_code == 400
+            assert "expected words that the model knows, found" in refused.json()["error"]["message"]
+        accepted = {**drawn, "prompt": "a LOBSTER on a blue background", "strict": True}
+        assert (
+            http.post("/v1/images/generations", json=accepted).json()["data"][0]["revised_prompt"].startswith("a crab")
+        )
 
 
 def test_a_cut_character_is_not_lost(tmp_path: Path) -> None:

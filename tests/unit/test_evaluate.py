@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -36,7 +37,7 @@ from transfuse.evaluation import (
 from transfuse.evaluation import numbers as before
 from transfuse.evaluation.confidence import bootstrap
 from transfuse.evaluation.generate import Made, Task, generate
-from transfuse.evaluation.pairs import Pairs, coco_pairs, ids_fingerprint
+from transfuse.evaluation.pairs import Pairs, coco_pairs, further_pairs, ids_fingerprint
 from transfuse.evaluation.speed import measure_speed
 from transfuse.evaluation.text import CHOICES, continuation, read_texts, windows
 from transfuse.inference import TransfusionPipeline, score
@@ -121,7 +122,28 @@ def test_another_setting_is_another_folder(tmp_path) -> None:
     }
 
 
+def test_a_file_that_a_task_cannot_read_is_not_the_folder_that_is_written(tmp_path) -> None:
+    def work(numbers):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "gone.png")
+
+    with pytest.raises(UserError, match=r"^pictures: .*No such file or directory: 'gone.png'$"):
+        generate(tmp_path, Task("pictures", {}, 2, work), batch=2)
+
+
 # --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def test_further_pairs_are_the_next_ones_in_all_their_parts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    bench = tiny_context(tokenizer, tmp_path)
+    both = bench.needs_scorer("drawing").pairs(7, 16)
+    further = further_pairs(bench, 3)
+    assert further is not None
+    for n in range(3):
+        assert further.ids[n] == both.ids[3 + n]
+        assert further.prompts[n] == both.prompts[3 + n] in further.references[n]
+        assert np.array_equal(further.picture(n), both.picture(3 + n))
+        assert further.content(n) == both.content(3 + n)
+    assert len(further.ids) == len(further.prompts) == len(further.references)
 
 
 @pytest.fixture

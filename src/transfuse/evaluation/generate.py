@@ -98,7 +98,10 @@ def generate(folder: Path, task: Task, batch: int) -> Outcome:
 
 def _make(task: Task, numbers: Sequence[int], outcome: Outcome, file: Any) -> list[dict[str, Any]]:
     """Make a batch and write it: images first, then the lines that say they are complete. Return its records."""
-    made = task.work(numbers)
+    try:
+        made = task.work(numbers)
+    except OSError as error:  # of what it reads; `generate` reports the folder that it writes
+        raise UserError(f"{task.name}: {error}") from error
     for number, item in zip(numbers, made, strict=True):
         if item.image is not None:
             PIL.Image.fromarray(item.image).save(outcome.path(number))

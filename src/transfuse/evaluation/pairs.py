@@ -16,7 +16,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,14 @@ def further_pairs(context: EvalContext, count: int) -> Pairs | None:
     if options.captions is not None:
         return None
     both = context.needs_scorer("drawing").pairs(2 * count, size)
-    return replace(both, ids=both.ids[count:], picture=lambda number: both.picture(count + number))
+    return Pairs(
+        both.name,
+        both.ids[count:],
+        both.prompts[count:],
+        both.references[count:],
+        lambda number: both.picture(count + number),
+        lambda number: both.content(count + number),
+    )
 
 
 def set_pairs(data: DataSet, count: int, size: int, split: Split = "heldout") -> Pairs:

@@ -104,6 +104,8 @@ class GenerationOptions(Strict):
     guidance_interval: Annotated[list[Float], Field(min_length=2, max_length=2)] | None = None
     size: Annotated[str, BeforeValidator(_size), Field(json_schema_extra={"pattern": r"^(auto|\d+x\d+)$"})] = "auto"
     """columns x rows"""
+    strict: Bool = False
+    """refuse a prompt with words that training never showed, where the model has a list of its words"""
     timeout: Annotated[Float, Field(gt=0)] | None = None
     """seconds from the request's first byte; the server's own deadline holds where it is shorter"""
 
@@ -113,6 +115,8 @@ class GenerationOptions(Strict):
         for name in ("guidance_scale", "image_guidance_scale"):
             if getattr(self, name) is not None:
                 settings[name] = getattr(self, name)
+        if self.strict:
+            settings["strict"] = True
         if self.guidance_interval is not None:
             settings["guidance_interval"] = tuple(self.guidance_interval)
         if self.size != "auto":

@@ -344,14 +344,15 @@ class Worker:
         from ..sequence.chat import chat_prompt
 
         side = self.pipe.exported.image_size
-        draw = job.settings.get("draw", "auto")
+        settings = dict(job.settings)
+        draw, strict = settings.get("draw", "auto"), settings.pop("strict", False)
         parts: list[str | Image] = []
         readings: list[PromptReading] = []
         roles = [role for role, count in job.turns for _ in range(count)] or ["user"] * len(job.parts)
         with quiet():  # a server's log has no prompts
             for role, part in zip(roles, job.parts, strict=True):
                 if isinstance(part, str):
-                    read = self.pipe.read_prompt(part, draw=draw) if role == "user" else PromptReading(part)
+                    read = self.pipe.read_prompt(part, strict, draw) if role == "user" else PromptReading(part)
                     readings.append(read)
                     parts.append(read.text)
                 else:
@@ -368,7 +369,6 @@ class Worker:
             mask = None if job.mask is None else fit(job.mask, side)
             with self.device_turn():
                 request = replace(request, start=self.pipe.start(fit(job.start, side), job.strength, mask))
-        settings = dict(job.settings)
         scale = settings.pop("image_guidance_scale", None)
         return with_image_guidance(replace(request, **settings), scale), tuple(readings)
 
