@@ -64,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "align": {"objective": {"align_weight": 0.5, "align_layer": 1}},
     "align-uneven": {"objective": {"align_weight": 0.5, "align_layer": 1}},
     "uneven": {},
+    "text-steps": {"data.text_share": 0.6, "optimizer": {"warmup": 1, "learning_rate": 1e-4}},
     "poisoned": {"loop.guard.nonfinite": "skip"},
     "poisoned-copies": {"loop.guard.nonfinite": "skip", "parallel.replicate": 2},
     "codes": {
@@ -120,6 +121,27 @@ class Uneven:
     def start_from(self, position: dict[str, int]) -> None: ...
 
 
+class TextSteps:
+    """Gives steps 1 and 2 their documents without images alone, every other one to the next rank."""
+
+    def __init__(self, load: Any, ranks: Distributed) -> None:
+        self.load, self.ranks = load, ranks
+
+    def __call__(self, step: int) -> list[Batch]:
+        loader = self.load
+        if step not in (1, 2):
+            return loader(step)  # type: ignore[no-any-return]
+        samples = range(step * loader.batch_size, (step + 1) * loader.batch_size)
+        plain = [document for document in map(loader.document, samples) if not document.images]
+        own = plain[self.ranks.data :: self.ranks.datas]
+        return [collate(own, loader.form, padding_image=loader.padding_image)]
+
+    def position(self) -> dict[str, int]:
+        return {}
+
+    def start_from(self, position: dict[str, int]) -> None: ...
+
+
 class Poisoned:
     """In steps 1 and 3 a picture of the step's last samples, so of the last rank's, is not finite."""
 
@@ -167,6 +189,8 @@ def run(name: str, steps: int, folder: Path) -> None:
         trainer = build_autoencoder_trainer(open_autoencoder_run(opened, folder), folder, ranks=ranks)
     if name.endswith("uneven"):
         trainer.load = Uneven(trainer.load, ranks)  # type: ignore[assignment]
+    if name == "text-steps":
+        trainer.load = TextSteps(trainer.load, ranks)  # type: ignore[assignment]
     if name.startswith("poisoned"):
         trainer.load = Poisoned(trainer.load, ranks)  # type: ignore[assignment]
     trainer.restore()

@@ -45,6 +45,7 @@ def runs(tmp_path_factory) -> Path:
         "experts",
         "experts-codes",
         "text",
+        "text-steps",
         "poisoned",
         "kl-tiny",
         "vq-tiny",
@@ -127,6 +128,7 @@ def same(run: Path, other: Path, tolerance: float) -> None:
         *EXPERTS,
         "text",
         "uneven",
+        "text-steps",
     ],
 )
 def test_two_equal_one(runs: Path, name: str) -> None:

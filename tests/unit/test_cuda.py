@@ -17,7 +17,7 @@ from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.model import dense, flexible
 from transfuse.recipes import Recipe
 from transfuse.recipes.small import tiny as tiny_recipe
-from transfuse.sequence import Document, SequenceFormat, collate
+from transfuse.sequence import Document, Image, SequenceFormat, Text, collate
 from transfuse.train import train
 from transfuse.training import ObjectiveConfig, TransfusionObjective
 
@@ -94,6 +94,16 @@ def test_the_same_words_and_pictures(served: Path, ways: dict[str, bool]) -> Non
         assert isinstance(caption[0], str)
     assert words[0] == words[1]
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_text_behind_an_image_is_as_likely_there(served: Path) -> None:
+    scores = []
+    for device in ("cpu", DEVICE):
+        pipe = transfuse.load(str(served), device=device, precision="float32")
+        image = pipe.part(np.zeros((16, 16, 3), dtype=np.uint8))
+        assert isinstance(image, Image)
+        scores.append(score(pipe.exported, [Document([image, Text(pipe.exported.tokenizer.encode("a crab"))])])[0].nll)
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-3)
 
 
 def latents() -> Recipe:

@@ -251,6 +251,24 @@ def test_events_in_order(tokenizer: Tokenizer) -> None:
     assert events[-1] == Done(0, "images", 0, 1, STEPS, 16)
 
 
+def test_further_images_follow_without_text_and_the_end_says_why(tokenizer: Tokenizer) -> None:
+    """`max_tokens` counts text alone: a model that goes on with BOI draws as many images as may follow."""
+    ends = set()
+    for seed in range(12):
+        one = exported(tokenizer)
+        with torch.no_grad():
+            one.model.lm_head.weight.zero_()
+            one.model.lm_head.weight[tokenizer.boi].normal_(generator=torch.Generator().manual_seed(seed))
+        for draw in ("force", "auto"):
+            *_, done = Engine(one).run([request(draw=draw, max_images=2)])
+            assert isinstance(done, Done)
+            ends.add((draw, done.images, done.reason))
+    assert ends <= {(draw, n, "images" if n == 2 else "length") for draw in ("force", "auto") for n in range(3)}
+    assert {("force", 2, "images"), ("force", 1, "length"), ("auto", 2, "images"), ("auto", 0, "length")} <= ends
+    *_, done = Engine(exported(tokenizer)).run([request(draw="never")])
+    assert (done.images, done.reason) == (0, "length")
+
+
 def test_writing_never_emits_markers_and_stops(tokenizer: Tokenizer) -> None:
     engine = Engine(exported(tokenizer))
     hidden = {engine.grammar.bos, engine.grammar.eoi, engine.grammar.boi}

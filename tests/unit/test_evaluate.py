@@ -146,6 +146,14 @@ def test_further_pairs_are_the_next_ones_in_all_their_parts(tokenizer: Tokenizer
     assert len(further.ids) == len(further.prompts) == len(further.references)
 
 
+def test_equal_reconstructions_have_no_distance_and_no_doubt(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The images are pairs: their resamples are of the same ones."""
+    (outcome,) = evaluate(tiny_context(tokenizer, tmp_path), named(["autoencoder"]))
+    (distance,) = (result for result in outcome if result.name.startswith("rFD"))
+    assert distance.value == pytest.approx(0, abs=1e-9)
+    assert distance.high == pytest.approx(0, abs=1e-6)
+
+
 @pytest.fixture
 def bench(tokenizer: Tokenizer, tmp_path: Path) -> EvalContext:
     return tiny_context(tokenizer, tmp_path / "first")

@@ -24,6 +24,7 @@ from transfuse.sequence import Document, Image, SequenceFormat, Text, Tokenizer,
 from transfuse.train import build_trainer, export_run, train
 from transfuse.training.finetune import LoRAConfig, adapt, merged
 from transfuse.training.metrics import Average
+from transfuse.training.optimizer import OptimizerConfig
 from transfuse.training.trainer import Trainer
 
 FROZEN = {"freeze": "text", "experts": "all"}
@@ -227,6 +228,10 @@ def test_tied_embeddings_part_where_an_output_row_is_trained(way, tokenizer: Tok
         (
             {"init": InitConfig(image_tower="new"), "experts": "all", **LORA},
             "init.image_tower: expected copy with lora, found new",
+        ),
+        (
+            {"optimizer": OptimizerConfig(name="muon"), **LORA},
+            "optimizer.name: expected adamw with lora, which trains no whole matrix, found muon",
         ),
     ],
 )

@@ -36,6 +36,20 @@ def request(sampler: SamplerConfig, **changes: object) -> Request:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("steps", "first", "named"), [(20, None, "steps"), (4, 20, "first")])
+def test_a_network_that_predicts_noise_does_not_begin_at_noise_alone(steps: int, first: int | None, named: str) -> None:
+    process = Process(DiffusionConfig(schedule="flow", prediction="epsilon", timesteps=20))
+    for name in ("ddim", "euler"):
+        with pytest.raises(ValueError, match=f"^{named}: expected less than 20.*found 20$"):
+            Sampler(process, SamplerConfig(name, steps=steps, first=first))
+        sampler = Sampler(process, SamplerConfig(name, steps=4 if first else 19, first=first and 19))
+        state = sampler.prepare((3, 8, 8), generator_for(0, "image", 0))
+        while not state.done:
+            state = sampler.step(state, torch.ones(3, 8, 8))
+        assert sampler.finish(state).isfinite().all()
+    Sampler(Process(DiffusionConfig(schedule="flow", prediction="v", timesteps=20)), SamplerConfig("ddim", steps=20))
+
+
 def images(engine: Engine, *requests: Request) -> list[torch.Tensor]:
     found = {event.request_id: event.latent for event in engine.run(requests) if isinstance(event, ImageEnd)}
     return [found[row] for row in range(len(requests))]

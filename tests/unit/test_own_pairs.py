@@ -110,6 +110,27 @@ def test_what_cannot_be_measured_is_refused(
         run_evaluation(folder / "model", suite, tmp_path, EvalConfig(data=str(folder / name)), FEW, device="cpu")
 
 
+@pytest.mark.parametrize("heldout", [0.7, 0.999])
+def test_a_reference_needs_as_many_other_images(folder: Path, tmp_path: Path, heldout: float) -> None:
+    """A set with fewer images to learn from than held-out ones has none, and is measured all the same."""
+    config = BuildConfig(size=16, tokenizer=str(folder / "tokenizer.json"), heldout=heldout)
+    build_set(str(folder / "in"), tmp_path / "set", config, workers=0)
+    options = EvalConfig(data=str(tmp_path / "set"), count=20)
+    results = run_evaluation(folder / "model", ("drawing",), tmp_path / "out", options, FEW, device="cpu")["results"]
+    assert len(results) == 4
+    assert all(result.get("ceiling") is None for result in results)
+
+
+def test_empty_texts_are_left_out(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a crab", "", "two balloons", "")))
+    options = EvalConfig(texts=(file,))
+    results = run_evaluation(folder / "model", ("text",), tmp_path / "out", options, FEW, device="cpu")["results"]
+    assert "2 documents" in results[0]["data"]
+    with pytest.raises(UserError, match=r"^--stride: expected --texts or --data"):
+        run_evaluation(folder / "model", ("text",), tmp_path / "out", EvalConfig(stride=4), FEW, device="cpu")
+
+
 def test_images_below_the_window_of_ssim_are_refused_in_a_line(
     folder: Path, tmp_path: Path, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+from ..devices import Device
 from ..errors import UserError
 from .options import Flat, Json, print_json
 from .writing import default_model
@@ -39,7 +40,7 @@ class EvaluateOptions:
     """draw with each of several values, as guidance_scale=1,1.5,3"""
     batch_size: int = 24
     """drawn, captioned and read together"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     world: str | None = None
     """a preset, whose scenes are shown; those the model was trained on if not given"""
     features: str = "recogniser"

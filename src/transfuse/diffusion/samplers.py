@@ -201,6 +201,12 @@ class Sampler:
             first = min(max(process.first_timestep, config.steps), levels)
         if not 1 <= first <= levels:
             raise ValueError(f"first: expected 1..{levels} (the training timesteps), found {first}")
+        if process.config.prediction == "epsilon" and process.signal[first] == 0:
+            name = "steps" if config.first is None else "first"
+            raise ValueError(
+                f"{name}: expected less than {first}, as a network that predicts noise cannot begin at pure noise, "
+                f"found {first}"
+            )
         self.first = first
         self.timesteps = self._evaluated(process.config.shift)
 

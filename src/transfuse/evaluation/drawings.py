@@ -38,7 +38,6 @@ from .confidence import Estimate, bootstrap
 from .context import EvalContext, Example, Metric, MetricResult, Result, extremes, first_of
 from .generate import Made, Outcome, Task, short_hash
 from .image_quality import (
-    LEAST,
     RESAMPLES,
     all_features,
     check_images,
@@ -122,7 +121,7 @@ def _score_drawing(context: EvalContext) -> MetricResult:
     drawings, real = all_features(network, drawn.image, count), all_features(network, pairs.picture, count)
     ceilings: list[float | None] = [None] * 4
     others = further_pairs(context, count)
-    if others is not None and len(others.ids) > LEAST:
+    if others is not None and len(others.ids) == count:
         further = all_features(network, others.picture, len(others.ids))
         ceilings = [estimate.value for estimate in distances(further, 2)]
     code = f"{context.version}, features {network.name}@{network.digest}"
@@ -146,7 +145,8 @@ DRAWING = Metric(
     _score_drawing,
     _drawing_names,
     True,
-    "Reference: other real pictures of the same data, as many, in place of the drawings, which can pass it.",
+    "Reference: other real pictures of the same data, as many, in place of the drawings, which can pass it; none where "
+    "the data has fewer.",
 )
 
 

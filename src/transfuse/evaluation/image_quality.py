@@ -156,7 +156,7 @@ class ImageNetFeatures:
     def features(self, images: np.ndarray) -> np.ndarray:
         x = pixels(images).to(self.device)
         x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
-        return self.network.pooled(x.clamp(-1, 1)).double().cpu().numpy()
+        return self.network.pooled(x.clamp(-1, 1)).cpu().double().numpy()
 
 
 class InceptionFeatures:
@@ -170,7 +170,7 @@ class InceptionFeatures:
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> np.ndarray:
         device = next(self.network.parameters()).device
-        return self.network(torch.from_numpy(images).permute(0, 3, 1, 2).to(device)).double().cpu().numpy()
+        return self.network(torch.from_numpy(images).permute(0, 3, 1, 2).to(device)).cpu().double().numpy()
 
 
 def pixels(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:

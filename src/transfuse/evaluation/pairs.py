@@ -107,10 +107,13 @@ def check_pairs(context: EvalContext, metric: str, least: int) -> Pairs:
 
 
 def further_pairs(context: EvalContext, count: int) -> Pairs | None:
-    """Return `count` other pairs of the same kind, to compare with: the data set's training part, or the scorer's."""
+    """Return at most `count` other pairs of the same kind, to compare with: the data set's training part, or the
+    scorer's. None where there are none."""
     options, size = context.options, context.pipe.exported.image_size
     if options.data:
-        return set_pairs(DataSet(options.data), count, size, "train")
+        data = DataSet(options.data)
+        training = data.number("train", np.arange(data.size("train")))
+        return set_pairs(data, count, size, "train") if data.documents["pair"][training].any() else None
     if options.captions is not None:
         return None
     both = context.needs_scorer("drawing").pairs(2 * count, size)

@@ -308,7 +308,8 @@ def _score(context: EvalContext) -> MetricResult:
     label, count = pairs.whole_label, len(pairs.ids)
     made = context.make(Task("reconstructions", {"data": label}, count, work))
     network = context_features(context)
-    distance = frechet(all_features(network, made.image, count), all_features(network, pairs.picture, count))
+    rebuilt, original = all_features(network, made.image, count), all_features(network, pairs.picture, count)
+    distance = frechet(rebuilt, original, paired=True)
     code = f"{context.version}, autoencoder {autoencoder.name}@{autoencoder.fingerprint}"
     decibels, similarity = ([record[key] for record in made.records] for key in ("psnr", "ssim"))
     names, with_network = _names(context), f"{code}, features {network.name}@{network.digest}"

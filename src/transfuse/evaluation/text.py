@@ -136,6 +136,8 @@ def _check_text(context: EvalContext) -> None:
         if not path.exists():
             raise UserError(f"{path}: expected a .txt or .jsonl file, or a folder of them, for --texts, found none")
     room, stride = context.pipe.exported.model.config.max_seq_len - 1, context.options.stride
+    if stride is not None and not context.options.data and not context.options.texts:
+        raise UserError("--stride: expected --texts or --data, whose texts are read in windows, found neither")
     if stride is not None and not 1 <= stride <= room:
         raise UserError(f"--stride: expected 1 to {room} tokens, found {stride}")
 
@@ -159,7 +161,12 @@ def _score_text(context: EvalContext) -> MetricResult:
     tokenizer, result = context.pipe.exported.tokenizer, MetricResult([])
     bundled = not context.options.data and not context.options.texts
     for name, read in _named_texts(context).items():
-        texts = read()
+        found = read()
+        texts = [text for text in found if tokenizer.encode(text)]
+        if not texts:
+            raise UserError(f"{name}: expected documents with words, found none")
+        if len(texts) < len(found):
+            logger.info(f"{name}: {len(found) - len(texts)} of {len(found)} texts are left out, which are empty")
         label = "glosses:heldout" if bundled else f"{name}:{short_hash(texts)}"
         task = _text_task(context, name, texts, whole=bundled)
         records = context.make(task).records
@@ -330,13 +337,15 @@ def harness_model(pipe: TransfusionPipeline, batch: int = 32) -> Any:
             return texts
 
         def request(self, context: str, settings: dict[str, Any]) -> Any:
-            most = int(settings.get("max_gen_toks", MAX_TOKENS))
-            ids = exported.tokenizer.encode(context)[-max(1, room - most) :]
+            most, ids = int(settings.get("max_gen_toks", MAX_TOKENS)), exported.tokenizer.encode(context)
+            kept = min(
+                len(ids), max(room - most, room // 2)
+            )  # a context keeps half of the room, however much is asked for
             return replace(
                 pipe.request([]),
-                document=Document([Text(ids)], closed=False),
+                document=Document([Text(ids[len(ids) - kept :])], closed=False),
                 draw="never",
-                max_tokens=most,
+                max_tokens=min(most, room - kept),
                 temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0,
             )
 

@@ -249,8 +249,10 @@ class Engine:
         if request.draw == "force" and seq.images == 0:
             seq.next_token = self.grammar.boi
             return
-        if seq.written >= request.max_tokens or seq.length + 1 >= self.config.max_seq_len:
-            yield from self._finish(seq, "images" if request.max_tokens == 0 else "length")
+        full = seq.written >= request.max_tokens  # an image may follow, which is no text
+        if seq.length + 1 >= self.config.max_seq_len or (full and argmax != self.grammar.boi):
+            drawn = request.draw != "never" and request.max_tokens == 0 and seq.images >= request.max_images
+            yield from self._finish(seq, "images" if drawn else "length")
             return
         token, unpenalised = argmax, logits
         if request.presence_penalty or request.frequency_penalty:
@@ -258,7 +260,7 @@ class Engine:
             for written, times in seq.counts.items():
                 logits[written] -= request.presence_penalty + request.frequency_penalty * times
             token = int(logits.argmax())
-        if request.temperature > 0:
+        if request.temperature > 0 and not full:
             generator = generator_for(request.seed, "token", seq.length)
             token = sample(logits, request.temperature, request.top_p, generator)
         if token in self.runner.tokenizer.ends:

@@ -82,7 +82,7 @@ class Done:
     """The request is complete.
 
     reason            "stop" (end of sequence, or a stop string), "length" (max_tokens or the model's max_seq_len) or
-                      "images"
+                      "images" (all of max_images are drawn, and no text was asked for)
     image_positions   patches or codes of all images drawn
     """
 

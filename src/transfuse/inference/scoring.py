@@ -44,13 +44,14 @@ def score(exported: Exported, documents: Sequence[Document], batch: int = 32) ->
             raise UserError(
                 f"text: expected at most {model.config.max_seq_len} positions, found {max(packed.documents)}"
             )
-        attend, clean = for_batch(packed, model.compute_dtype, model.config), torch.zeros_like(packed.max_timestep)
+        attend = for_batch(packed, model.compute_dtype, model.config)
+        clean = torch.zeros(len(packed.max_timestep), dtype=torch.int64, device=device)
         images = packed.patches, packed.latents, clean
         separate = device.type == "cpu"  # as in the engine
         logits = model(
             packed.input_ids, packed.position_ids, attend, packed.loss_positions, *images, separate=separate
         ).logits.float()
-        nll = F.cross_entropy(logits, packed.targets, reduction="none").double().cpu().numpy()
+        nll = F.cross_entropy(logits, packed.targets, reduction="none").cpu().double().numpy()
         is_argmax = (logits.argmax(-1) == packed.targets).cpu().numpy()
         ends = np.searchsorted(packed.loss_positions.cpu().numpy(), np.cumsum(packed.documents)[: len(group) - 1])
         pairs = zip(np.split(nll, ends), np.split(is_argmax, ends), strict=True)

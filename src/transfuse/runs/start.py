@@ -111,7 +111,7 @@ def check_finetuning(recipe: Recipe) -> None:
     """Raise UserError for `freeze`, `lora` and `init.image_tower` that do not fit together."""
     rank, freeze, model, tower = recipe.lora.rank, recipe.freeze, recipe.model, recipe.init.image_tower
     frozen, wider = freeze != "none", model.image_d_ff not in (None, model.ffn_dim)
-    partly, lacks_tower = frozen or rank > 0, False
+    partly, lacks_tower, by = frozen or rank > 0, False, recipe.optimizer.name
     if wider and tower != "new" and recipe.start and model.experts != "shared":
         folder = Path(recipe.start)
         lacks_tower = not is_export(folder) or describe(folder).model.experts == "shared"
@@ -123,6 +123,7 @@ def check_finetuning(recipe: Recipe) -> None:
         (not frozen or model.experts != "shared", "freeze", "none with model.experts shared", freeze),
         (not rank or tower == "copy", "init.image_tower", "copy with lora", tower),
         (not lacks_tower, "init.image_tower", "new with image_d_ff", tower),
+        (not rank or by == "adamw", "optimizer.name", "adamw with lora, which trains no whole matrix", by),
         (not partly or not recipe.parallel.float8, "parallel.float8", "False with freeze or lora", True),
         (not partly or recipe.parallel.tensor == 1, "parallel.tensor", "1 with freeze or lora", recipe.parallel.tensor),
     ):

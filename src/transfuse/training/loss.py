@@ -102,6 +102,10 @@ class Objective(Protocol):
     def nonfinite_samples(self, model: Any, batch: Any) -> list[int]:
         """Return the samples whose own loss is not finite."""
 
+    def has_images(self, batch: Any) -> bool:
+        """Return True if a document of a batch has an image, learned or read."""
+        return True
+
     def before_step(self, model: Any, batches: Sequence[Any]) -> None:
         """Prepare a step: called on every rank with its micro-batches, before their losses."""
         return
@@ -165,6 +169,10 @@ class TokenObjective(Objective):
     def counts(self, batch: Batch) -> tuple[int, ...]:
         """Return the number of targets of each term."""
         return (len(batch.targets),) * len(self.names)
+
+    def has_images(self, batch: Batch) -> bool:
+        """Return True if a document of the batch has an image; a padding image belongs to none."""
+        return len(batch.patches) > 0 and all(sample >= 0 for sample, _ in batch.noise_ids)
 
     def loss(self, model: Transfusion, batch: Batch) -> LossSums:
         """Return losses summed over the batch's targets; the details split text and codes."""

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..errors import UserError
 from ..io import append_jsonl
 from ..log import logger, progress
+from ..model.transfusion import of_images
 from .checkpoint import Checkpoint, CheckpointFolder, Groups
 from .distributed import Distributed, local, stack, stacked_name, stop_on_signal, sum_gradients, whole
 from .hardware import profiled
@@ -145,6 +146,8 @@ class Trainer:
         self.config, self.optimizer_config = loop, optimizer
         self.flops, self.ranks, self.plain = flops, ranks or Distributed(), plain
         self.device = next(model.parameters()).device
+        # Counts are exact up to 2^53; Apple's GPUs have no float64, and float32 is exact up to 2^24.
+        self.wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.optimizer, self.clipped_modules = build_optimizer(model, optimizer, betas, rate_of), tuple(betas or ())
         self.ema = EMA(model, loop.ema_decay)
         self.checkpoints = CheckpointFolder(
@@ -249,14 +252,15 @@ class Trainer:
         batches = [batch.to(self.device) for batch in loaded]
         own = [sum(term) for term in zip(*(self.objective.counts(batch) for batch in batches), strict=True)]
         # Over all ranks, so that those of a tensor group agree to stop, too; each counts the same documents.
-        agreed = self.ranks.sum_all(torch.tensor([*own, *own_flags], dtype=torch.float64).to(self.device))
+        numbers = [*own, *own_flags, any(self.objective.has_images(batch) for batch in batches)]
+        agreed = self.ranks.sum_all(torch.tensor(numbers, dtype=self.wide, device=self.device))
         agreed /= self.ranks.count // self.ranks.datas
         summed, norm, details = self._backward(batches, agreed[: len(own)])
-        both = self.ranks.sum(summed.clone()).double(), summed.double()
+        both = self.ranks.sum(summed.clone()).to(self.wide), summed.to(self.wide)
         # This copy is the only place where the host waits for the device.
-        packed = torch.cat([agreed, *both, norm.double()[None]]).cpu()
-        pieces = packed.split([len(own), len(own_flags), len(own), len(own), 1])
-        counts, flags, losses, own_losses, (length,) = (piece.tolist() for piece in pieces)
+        packed = torch.cat([agreed, *both, norm.to(self.wide)[None]]).cpu()
+        pieces = packed.split([len(own), len(own_flags), 1, len(own), len(own), 1])
+        counts, flags, (images,), losses, own_losses, (length,) = (piece.tolist() for piece in pieces)
         named = zip(self.objective.names, losses, counts, strict=True)
         self.losses = {name: loss / count for name, loss, count in named if count}
         verdict = self.guard.judge(data_step, self.losses, length)
@@ -270,6 +274,8 @@ class Trainer:
             with self.meter.part("optimizer"):
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate * group.get("rate", 1.0)
+                if not images:
+                    self._drop_image_gradients()
                 self.optimizer.step()
                 self.objective.after_step(self.model, self.step + 1, batches)
                 self.ema.update(self.model, self.step)
@@ -291,7 +297,7 @@ class Trainer:
 
         Return this rank's summed losses `[term]`, the global gradient norm, and this rank's details.
         """
-        weights = torch.tensor(self.objective.weights, dtype=torch.float64, device=self.device)
+        weights = torch.tensor(self.objective.weights, dtype=self.wide, device=self.device)
         scale = (weights / counts.clamp(min=1)).float()
         summed, details = torch.zeros(len(counts), device=self.device), Average()
         with self.meter.part("forward_backward"):
@@ -312,6 +318,15 @@ class Trainer:
                 parts.setdefault(child if child in self.clipped_modules else "", []).append(parameter)
             norms = [clip_gradients(part, self.optimizer_config.clip, self.ranks) for part in parts.values()]
         return summed, norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)), details
+
+    def _drop_image_gradients(self) -> None:
+        """Drop the gradients of images' weights in a step of text alone, so that no momentum or decay moves them.
+
+        One process has none. Several have zeros, from the image that `collate` adds to a batch without any.
+        """
+        for name, parameter in self.model.named_parameters():
+            if of_images(name):
+                parameter.grad = None
 
     def _note(self, verdict: Verdict, data_step: int, batches: Sequence[StepBatch]) -> None:
         """Log a bad step, append it to `bad_steps.jsonl`, and raise DivergedError if the verdict is "raise"."""
