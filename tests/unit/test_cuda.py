@@ -14,6 +14,7 @@ from torch import Tensor
 
 import transfuse
 from transfuse.diffusion import DiffusionConfig, Process
+from transfuse.inference import score
 from transfuse.model import dense, flexible
 from transfuse.recipes import Recipe
 from transfuse.recipes.small import tiny as tiny_recipe
