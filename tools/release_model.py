@@ -90,9 +90,9 @@ Then:
     pipe = transfuse.load("{name}")
     pipe("two balloons on a blue background").images[0].save("balloons.png")
 
-- **Knows** {nouns} things ({examples}, ...) in one drawing style, up to {count} of a kind and {kinds} kinds in
-  an image, on eleven background colours, at {size} pixels a side; definitions of words; edits by instruction;
-  conversations about its drawings and about images that it is shown. Every word: vocabulary.json.
+- **Knows** {nouns} things ({things}) in one drawing style, up to {count} of a kind and {kinds} kinds in an image, on
+  eleven background colours, at {size} pixels a side; definitions of words; edits by instruction; conversations about
+  its drawings and about images that it is shown. Every word: vocabulary.json.
 - **Data**: scenes of the project's bundled world (drawings: {styles}; licences in NOTICE), instructions to change
   them, conversations about them, and definitions from WordNet 3.1. No photograph, no person, nothing from the web.
 - **Network**: {parameters:,.0f} parameters, stored in float16; images through an earlier {autoencoder}, which is in
@@ -194,7 +194,7 @@ def card(recipe: Recipe, totals: dict[str, Any], results: list[dict[str, Any]]) 
         name=recipe.preset,
         commands=COMMANDS,
         nouns=len(world.noun_names),
-        examples=", ".join(world.noun_names[:8]),
+        things=", ".join(world.noun_names),
         count=world.max_count,
         kinds=world.max_objects,
         size=world.size,
