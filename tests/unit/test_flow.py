@@ -88,6 +88,20 @@ def test_rules_share_a_batch_and_change_nothing_for_each_other(engine: Engine) -
 
 
 @pytest.mark.parametrize("sampler", RULES, ids=lambda sampler: sampler.name)
+def test_guidance_counts_within_its_interval_alone(engine: Engine, sampler: SamplerConfig) -> None:
+    guided = request(sampler, guidance_scale=3.0)
+    intervals = [None, (0.0, 1.0), (0.0, 0.0), (0.7, 1.0)]
+    everywhere, whole, nowhere, early = (
+        images(engine, replace(guided, guidance_interval=interval))[0] for interval in intervals
+    )
+    (plain,) = images(engine, request(sampler))
+    assert torch.equal(whole, everywhere)
+    torch.testing.assert_close(nowhere, plain, rtol=1e-4, atol=1e-4)
+    for other in (plain, everywhere):
+        assert not torch.allclose(early, other, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("sampler", RULES, ids=lambda sampler: sampler.name)
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_masks_strength_and_previews(engine: Engine, sampler: SamplerConfig, strength: float) -> None:
     source, mask = latent(8, 8), torch.zeros(8, 8, dtype=torch.bool)
