@@ -20,6 +20,7 @@ work in `collate_fn`, not `map`; for Grain no threads, and two threads as a row 
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # datasets would ask the hub for a module that it brings itself
 
@@ -391,6 +392,7 @@ def source(folder: Path, kind: str, count: int) -> Path:
     if out.exists():
         return out
     draw, partial = np.random.default_rng(0), out.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a call that was stopped
     partial.mkdir()
     for number in range(count):
         small = PIL.Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
