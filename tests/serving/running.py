@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import httpx2 as httpx
 import numpy as np
 import PIL.Image
+import pytest
 
 T = TypeVar("T")
 ADDRESS = re.compile(r"serve: (https?://\S+?)/ ")
@@ -126,6 +128,17 @@ def children(process: int) -> list[int]:
 def memory(process: int) -> int:
     """Return the bytes that a process holds."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """Return the files of a new certificate that is signed by its own key, and of the key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on this machine")
+    names = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    files = ["-out", str(names[0]), "-keyout", str(names[1])]
+    subprocess.run([*command, *files], check=True, capture_output=True)
+    return names
 
 
 def encode(pixels: np.ndarray, **options: Any) -> bytes:

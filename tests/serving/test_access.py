@@ -23,7 +23,7 @@ from transfuse.serving.engine_client import EngineClient, QueueConfig
 from transfuse.serving.intake import parse, read
 from transfuse.serving.middleware import AccessConfig, Key, address_of, read_keys
 from transfuse.serving.protocol import ChatRequest, ImagesRequest, validate
-from transfuse.serving.server import ServerConfig, check_certificate
+from transfuse.serving.server import ServerConfig, read_certificate
 from transfuse.serving.worker import WorkerConfig
 
 MODEL = {"name": "small", "steps": 20, "image_size": 8, "images": "latents", "context": 256, "max_characters": 2560}
@@ -305,4 +305,4 @@ def test_options_that_cannot_be_met(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--slots: expected above 0, found 0" in capsys.readouterr().err
     (tmp_path / "cert.pem").write_text("none")
     with pytest.raises(UserError, match="expected a certificate and its key in PEM"):
-        check_certificate(ServerConfig(cert=tmp_path / "cert.pem"))
+        read_certificate(ServerConfig(cert=tmp_path / "cert.pem"))

@@ -8,10 +8,10 @@ import os
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +22,12 @@ import openai
 import pytest
 import uvicorn
 from fastapi import Request
-from running import LONG, PATIENCE, Running, memory, png, says
+from running import LONG, PATIENCE, Running, certificate, memory, png, says
 
 from transfuse.cli import run
 from transfuse.serving.engine_client import EngineClient, QueueConfig
 from transfuse.serving.middleware import AccessConfig, Middleware
-from transfuse.serving.server import BoundedProtocol, ServerConfig, listen
+from transfuse.serving.server import ServerConfig, bounded_protocol, listen
 from transfuse.serving.worker import WorkerConfig
 
 pytestmark = pytest.mark.xdist_group("serving")
@@ -82,9 +82,15 @@ def test_slow_clients_do_not_hold_a_request(slow: str, log: list[int]) -> None:
     assert statuses == log
 
 
-def test_connections_are_bounded() -> None:
-    """Silent ones are closed, one too many takes an idle one's place, and so are those that take no response."""
+@pytest.mark.parametrize("secure", [False, True])
+def test_connections_are_bounded(secure: bool, tmp_path: Path) -> None:
+    """Silent ones are closed, one too many takes an idle one's place, and so are those that take no response.
+
+    With TLS silent ones do not even begin the handshake.
+    """
     big = 8_000_000
+    cert, key = certificate(tmp_path) if secure else (None, None)
+    tls = ssl.create_default_context(cafile=str(cert)) if secure else None
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         length = big if scope["path"] == "/big" else 2
@@ -92,8 +98,7 @@ def test_connections_are_bounded() -> None:
         await send({"type": "http.response.body", "body": b"x" * length})
 
     async def script() -> None:
-        limits = ServerConfig(idle=0.5, connections=6)
-        kind = type("Protocol", (BoundedProtocol,), {"limits": limits, "open": {}, "of_address": Counter()})
+        kind = bounded_protocol(ServerConfig(idle=0.5, connections=6, cert=cert, key=key))
         config, state = uvicorn.Config(app, log_config=None, ws="none"), uvicorn.server.ServerState()
         config.load()
         loop = asyncio.get_running_loop()
@@ -101,8 +106,10 @@ def test_connections_are_bounded() -> None:
         address = server.sockets[0].getsockname()
 
         async def connect(path: str = "") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-            reader, writer = await asyncio.open_connection(*address, limit=1_000_000)
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode() if path else b"GET /")
+            own, name = (tls, "localhost") if secure and path else (None, None)
+            reader, writer = await asyncio.open_connection(*address, limit=1_000_000, ssl=own, server_hostname=name)
+            if path or not secure:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode() if path else b"GET /")
             return reader, writer
 
         silent = [await connect() for _ in range(3)]  # half of all connections may be of one address

@@ -32,6 +32,7 @@ from .worker import WorkerConfig
 ACCEPTED = 16  # connections accepted in one turn of the event loop, so that a flood of them delays no others
 CHUNKS, CHUNK = 256, 64
 """after the first number of chunks of a body, the second is the fewest bytes that they must have on average"""
+GOODBYE = 1.0  # seconds for a client to answer that TLS ends
 WAITING = 512  # connections that the system keeps until they are accepted
 
 
@@ -46,7 +47,7 @@ class ServerConfig:
     key: Path | None = None
     aliases: tuple[str, ...] = ()  # other names of the model
     connections: int = 512  # most at a time; of one address half of them
-    idle: float = 20.0  # seconds for a connection to send the whole head of a request
+    idle: float = 20.0  # seconds for a connection to send the whole head of a request, and before it TLS's handshake
 
 
 class Parser(h11.Connection):
@@ -72,21 +73,29 @@ class BoundedProtocol(H11Protocol):
     """A connection that must send its request's head in time. One too many takes the place of one that is idle.
 
     uvicorn bounds neither the time of a head nor the connections of an address, and its own refusals are plain text.
+    With TLS a connection counts from its first byte: asyncio's servers report it only after the handshake, so it is
+    accepted as plain TCP, and the handshake follows here.
     """
 
     limits = ServerConfig()
+    tls: ClassVar[ssl.SSLContext | None] = None
     open: ClassVar[dict[BoundedProtocol, None]] = {}  # all connections, those first that have been idle for longest
     of_address: ClassVar[Counter[str]] = Counter()  # their number, by address
     began: float | None = None
     timer: asyncio.TimerHandle | None = None
+    handshake: asyncio.Task[None] | None = None
+    early: list[bytes] | None = None  # what came together with the end of the handshake, until that is known to be over
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.conn: Parser = Parser(h11.SERVER)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Admit a connection, or refuse it with one line if all others have a request in progress."""
+        """Admit a connection, or refuse it if all others have a request in progress: with one line, if without TLS."""
         super().connection_made(transport)
+        if self.tls is not None:
+            transport.pause_reading()
+            self.early = []
         self.address, limit = address_of(self.client[0]) if self.client else "", self.limits.connections
         crowded = self.of_address[self.address] >= max(1, limit // 2)
         if crowded or len(self.open) >= limit:
@@ -99,6 +108,22 @@ class BoundedProtocol(H11Protocol):
         self.of_address[self.address] += 1
         self.open[self] = None
         self.wait()
+        if self.tls is not None:
+            self.handshake = self.loop.create_task(self.secure(transport, self.tls))
+
+    async def secure(self, plain: asyncio.Transport, tls: ssl.SSLContext) -> None:
+        """Put TLS in place of plain TCP, and then read what the client sends."""
+        times = {"ssl_handshake_timeout": self.limits.idle, "ssl_shutdown_timeout": GOODBYE}
+        transport: asyncio.Transport | None = None
+        with contextlib.suppress(OSError):  # no TLS, or the client left
+            transport = await self.loop.start_tls(plain, self, tls, server_side=True, **times)
+        if transport is None:
+            self.connection_lost(None)
+        elif self in self.open:
+            super().connection_made(transport)
+            early, self.early = self.early or [], None
+            for data in early:
+                self.data_received(data)
 
     @property
     def idle(self) -> bool:
@@ -136,6 +161,9 @@ class BoundedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Note when a request begins, and that its head is complete."""
+        if self.early is not None:
+            self.early.append(data)
+            return
         before = self.cycle
         self.began = self.loop.time() if self.began is None else self.began
         super().data_received(data)
@@ -167,7 +195,10 @@ class BoundedProtocol(H11Protocol):
         self.leave()
 
     def refuse(self, error: ApiError) -> None:
-        """Send an error and close, outside of any request."""
+        """Send an error and close, outside of any request. Before a handshake nothing can be sent."""
+        if self.early is not None:
+            self.transport.abort()
+            return
         response = error.response()
         head = [f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}".encode()]
         head += [name + b": " + value for name, value in (*response.raw_headers, (b"connection", b"close"))]
@@ -180,6 +211,22 @@ class BoundedProtocol(H11Protocol):
         if self.conn.tiny:
             message = f"body: expected chunks of {CHUNK} bytes and more, found over {CHUNKS} smaller ones"
         self.refuse(ApiError(400, message, "invalid_request"))
+
+
+def bounded_protocol(server: ServerConfig) -> type[BoundedProtocol]:
+    """Return a protocol with connections and a certificate of this server alone. Raises UserError for its files."""
+    own = {"limits": server, "open": {}, "of_address": Counter(), "tls": server.cert and read_certificate(server)}
+    return type("Protocol", (BoundedProtocol,), own)
+
+
+def read_certificate(server: ServerConfig) -> ssl.SSLContext:
+    """Return the context of TLS. Raises UserError if its files cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(server.cert or "", server.key)
+    except (OSError, ssl.SSLError) as error:
+        raise UserError(f"{server.cert}: expected a certificate and its key in PEM, found none ({error})") from None
+    return context
 
 
 class Server(uvicorn.Server):
@@ -239,13 +286,9 @@ def run(
     keep_freed_memory(False)
     access = [read_access()]
     client = EngineClient(worker, limits)
-    certificate: dict[str, Any] = {}
-    if server.cert is not None:
-        certificate = {"ssl_certfile": server.cert, "ssl_keyfile": server.key}
-        check_certificate(server)
+    protocol = bounded_protocol(server)
     listening = listen(server.host, server.port)
     host, port = listening.getsockname()[:2]
-    protocol = type("Protocol", (BoundedProtocol,), {"limits": server, "open": {}, "of_address": Counter()})
     config = uvicorn.Config(
         build(client, lambda: access[0], server.aliases),
         http=protocol,
@@ -256,28 +299,19 @@ def run(
         server_header=False,
         timeout_keep_alive=max(1, int(server.idle)),
         timeout_graceful_shutdown=5,
-        **certificate,
     )
 
     def reload() -> None:
-        access[0] = read_access()
-        if server.cert is not None and config.ssl is not None:
-            config.ssl.load_cert_chain(server.cert, server.key)
+        read = read_access()
+        if protocol.tls is not None and server.cert is not None:
+            protocol.tls.load_cert_chain(server.cert, server.key)
+        access[0] = read
 
     name = f"[{host}]" if ":" in host else host
     logger.info(f"serve: http{'s' if server.cert else ''}://{name}:{port}{access[0].root_path}/  (Ctrl-C stops it)")
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal that stopped it again
         Server(config, client, server.drain, reload).run([listening])
     return 1 if client.failure else 0
-
-
-def check_certificate(server: ServerConfig) -> None:
-    """Raise UserError if the TLS files cannot be used."""
-    try:
-        assert server.cert is not None
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(server.cert, server.key)
-    except (OSError, ssl.SSLError) as error:
-        raise UserError(f"{server.cert}: expected a certificate and its key in PEM, found none ({error})") from None
 
 
 def listen(host: str, port: int) -> socket.socket:
