@@ -23,6 +23,10 @@ from .errors import UserError
 WORD = re.compile(r"[\w'’-]+")
 ENDINGS = (("ies", "y"), ("es", ""), ("s", ""), ("'s", ""), ("", "s"), ("", "es"))
 """of plurals and their singulars"""
+MOST_MENDED = 64
+"""most words of a prompt whose typing errors are mended: each is compared with many known ones"""
+MOST_TOLD = 20
+"""most unknown words that a message names"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Vocabulary:
         """Return a prompt in the words of the captions.
 
         A word stays if captions have it. Else it is replaced by the same word in another case, by a synonym (longest
-        first), by its singular or plural, or by the one word that a typing error away is it; else it is unknown.
+        first), by its singular or plural, or by the one word that a typing error away is it; else it is unknown. Where
+        more than `MOST_MENDED` different words would need it, no typing error is mended: that prompt is no caption.
         """
         changes: list[tuple[str, str]] = []
         unknown: list[str] = []
@@ -86,9 +91,9 @@ class Vocabulary:
 
         def known(match: re.Match[str]) -> str:
             word = match.group()
-            if word in self.words or word.isdigit():
+            if word in self._words or word.isdigit():
                 return word
-            meant = self._near(word.lower())
+            meant = self._inflected(word.lower()) or mended.get(word.lower())
             if meant is None:
                 unknown.append(word)
                 return word
@@ -97,8 +102,15 @@ class Vocabulary:
             return meant
 
         text = prompt if self._synonyms is None else self._synonyms.sub(spoken, prompt)
+        others = {word.lower() for word in WORD.findall(text) if not word.isdigit()}
+        others = {word for word in others if self._inflected(word) is None}
+        mended = {word: self._mended(word) for word in others} if len(others) <= MOST_MENDED else {}
         text = _articles(prompt, WORD.sub(known, text))
         return PromptReading(text, tuple(changes), tuple(dict.fromkeys(unknown)))
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(self.words)
 
     @cached_property
     def _synonyms(self) -> re.Pattern[str] | None:
@@ -115,14 +127,18 @@ class Vocabulary:
                 known.setdefault(variant, []).append(word)
         return known
 
-    def _near(self, word: str) -> str | None:
-        """Return the known word that a word in lower case stands for."""
+    def _inflected(self, word: str) -> str | None:
+        """Return the known word that a word in lower case is, or whose singular or plural it is."""
         if word in self._known:
             return self._known[word]
         for ending, other in ENDINGS:
             if word.endswith(ending) and (base := word[: len(word) - len(ending)] + other) in self._known:
                 return self._known[base]
-        allowed = mended(word)
+        return None
+
+    def _mended(self, word: str) -> str | None:
+        """Return the one known word from which a word in lower case differs by typing errors."""
+        allowed = typing_errors(word)
         if word in self.english or not 4 <= len(word) <= max(map(len, self._known), default=0) + allowed:
             return None
         near = {each for variant in shortened(word) for each in self._shortened.get(variant, ())}
@@ -140,7 +156,9 @@ class Vocabulary:
 
     def told(self, reading: PromptReading) -> str:
         """Return a reading's unknown words for people, with what the model can draw instead."""
-        words = ", ".join(f'"{word}"' for word in reading.unknown)
+        words = ", ".join(f'"{word}"' for word in reading.unknown[:MOST_TOLD])
+        if len(reading.unknown) > MOST_TOLD:
+            words += f" and {len(reading.unknown) - MOST_TOLD} more"
         return f"{words}, never seen in training" + (f"; it draws {', '.join(self.things)}" if self.things else "")
 
 
@@ -161,7 +179,7 @@ def _articles(before: str, after: str) -> str:
     return re.sub(r"\b([Aa]n?)( +)([\w-]+)", fitting, after)
 
 
-def mended(word: str) -> int:
+def typing_errors(word: str) -> int:
     """Return the number of typing errors in a word that are mended."""
     return 1 if len(word) < 7 else 2
 
@@ -169,7 +187,7 @@ def mended(word: str) -> int:
 def shortened(word: str) -> set[str]:
     """Return a word without any one or two of its letters: two words that share none are no typing errors apart."""
     words = {word}
-    for _ in range(mended(word)):
+    for _ in range(typing_errors(word)):
         words |= {each[:at] + each[at + 1 :] for each in words for at in range(len(each))}
     return words
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,25 @@ def test_other_english_words_are_unknown_and_not_mended(word: str) -> None:
         UserError, match=rf'^prompt: expected words that the model knows, found "{word}".*crab, balloon'
     ):
         KNOWN.read_strictly(f"a {word}")
+
+
+def test_a_prompt_of_many_other_words_is_read_at_once() -> None:
+    """No typing error is mended in it, however often it is read; in one of few other words all are."""
+    wrong = "strawbery"
+    few = [f"{'xyz'[number % 3]}qvw{'bcdfg'[number % 5]}{'hjklm'[number // 5 % 5]}" for number in range(60)]
+    assert EVERY.read(" ".join([*few, wrong])).changes == ((wrong, "strawberry"),)
+    letters = "bcdfghjklmnpqrstvwxz"
+    many = " ".join(f"st{a}{b}{c}wber" for a in letters for b in letters for c in letters[:4])
+    assert len(many) > 15_000
+    began = time.process_time()
+    reading = EVERY.read(f"{many} {wrong} a CRAB")
+    assert time.process_time() - began < 0.1
+    assert reading.changes == ()
+    assert reading.text.endswith(f"{wrong} a crab")
+    assert EVERY.read(reading.text) == reading
+    with pytest.raises(UserError) as refused:
+        EVERY.read_strictly(many)
+    assert f"and {len(reading.unknown) - 1 - 20} more, never seen in training" in str(refused.value)
 
 
 def test_every_noun_is_read_with_one_letter_wrong() -> None:
