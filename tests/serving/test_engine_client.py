@@ -157,13 +157,18 @@ def test_jobs_of_one_request_are_accepted_together_or_not_at_all() -> None:
         with pytest.raises(UserError, match="size: expected less"):
             await task
         assert await workers.receive(1) == [0], "the accepted one is cancelled"
+        task = asyncio.ensure_future(client.submit([JOB]))
+        await workers.receive(1)
+        workers.send(Accepted(2, 1, 0, 9))
+        (running,) = await task
         with pytest.raises(ApiError, match="at most 2 requests"):
-            await client.submit([JOB] * 3)
-        task = asyncio.ensure_future(client.submit([JOB, JOB]))
-        await workers.receive(2)
-        workers.send(Accepted(2, 1, 0, 9), Accepted(3, 1, 0, 9))
+            await client.submit([JOB, JOB])
+        task = asyncio.ensure_future(client.submit([JOB]))
+        await workers.receive(1)
+        workers.send(Accepted(3, 1, 0, 9))
         with pytest.raises(ApiError, match="at most 10 positions"):
             await task
+        client.cancel(running)
         assert not client.streams
 
     with_client(script, requests=2, cost=10)
@@ -267,19 +272,23 @@ def test_one_client_cannot_take_all_room() -> None:
     async def script(client: EngineClient, workers: Workers) -> None:
         client.check_room("a", count=4)
         for share, count in ((Share(), 5), (Share(requests=2), 3), (Share(requests=9), 9)):
-            with pytest.raises(ApiError, match="at a time") as full:
+            with pytest.raises(UserError, match="^n: expected at most .* at a time"):
                 client.check_room("a", share, count)
-            assert full.value.status_code == 429
         task = asyncio.ensure_future(client.submit([JOB] * 4, "a"))
         await workers.receive(4)
         workers.send(*(Accepted(number, 1, 0, 10) for number in range(4)))
         await task
-        with pytest.raises(ApiError, match="4 requests of one client"):
+        with pytest.raises(ApiError, match="4 requests of one client") as full:
             client.check_room("a")
+        assert full.value.status_code == 429
         client.check_room("b")
         task = asyncio.ensure_future(client.submit([JOB], "b", Share(cost=5)))
         await workers.receive(1)
-        workers.send(Accepted(4, 1, 0, 6))
+        workers.send(Accepted(4, 1, 0, 5))
+        await task
+        task = asyncio.ensure_future(client.submit([JOB], "b", Share(cost=5)))
+        await workers.receive(1)
+        workers.send(Accepted(5, 1, 0, 5))
         with pytest.raises(ApiError, match="at most 5 positions to compute of one client"):
             await task
 
@@ -309,6 +318,102 @@ def test_retry_after_is_when_there_is_room() -> None:
             assert full.value.headers["Retry-After"] == seconds
 
     with_client(script, requests=4)
+
+
+def test_a_request_that_would_never_have_room_is_a_mistake() -> None:
+    """Too dear or too many alone: no time of waiting is named, and the field that makes it so is."""
+
+    async def script(client: EngineClient, workers: Workers) -> None:
+        drawing = Job(("a",), {"seed": 0, "draw": "force"})
+        writing = Job(("a",), {"seed": 0, "draw": "never"})
+        cases = (([drawing] * 2, 6, "^n: expected at most 10 positions .* found 12"),
+                 ([drawing], 11, "^num_inference_steps: expected at most 10 positions .* found 11"),
+                 ([writing], 11, "^max_tokens: expected at most 10 positions"))  # fmt: skip
+        for jobs, cost, message in cases:
+            task = asyncio.ensure_future(client.submit(jobs, "a"))
+            numbers = await workers.receive(len(jobs))
+            workers.send(*(Accepted(number, 1, 0, cost) for number in numbers))
+            with pytest.raises(UserError, match=message):
+                await task
+            assert sorted(await workers.receive(len(jobs))) == numbers, "the worker forgets them"
+        with pytest.raises(UserError, match="^n: expected at most 4 requests .* found 5"):
+            await client.submit([drawing] * 5, "a")
+
+    with_client(script, requests=8, share=0.5, cost=20)
+
+
+def test_a_deadline_that_has_passed_costs_the_worker_nothing() -> None:
+    async def script(client: EngineClient, workers: Workers) -> None:
+        for _ in range(100):
+            with pytest.raises(ApiError, match="the deadline passed") as late:
+                await client.submit([JOB], deadline=time.monotonic())
+            assert late.value.status_code == 504
+        task = asyncio.ensure_future(client.submit([JOB]))
+        assert await workers.receive(1) == [*client.streams], "the first that it gets"
+        task.cancel()
+
+    with_client(script)
+
+
+def test_those_who_leave_hold_their_place_until_the_worker_has_read_them() -> None:
+    """Else any number of jobs could wait in the pipe, each by a client that left at once."""
+
+    async def script(client: EngineClient, workers: Workers) -> None:
+        for _ in range(2):
+            with pytest.raises(ApiError, match="the deadline passed"):
+                await client.submit([JOB], deadline=time.monotonic() + 0.02)
+        assert not client.streams
+        with pytest.raises(ApiError, match="at most 2 requests") as full:
+            await client.submit([JOB])
+        assert full.value.status_code == 429
+        assert await workers.receive(4) == [0, 0, 1, 1], "each job, and that it is cancelled"
+        workers.send(Refused(0, "cancelled"), Accepted(1, 1, 0, 9))
+        await until(lambda: not client.abandoned)
+        client.check_room(count=2)
+        with pytest.raises(ApiError, match="the deadline passed"):
+            await client.submit([JOB], deadline=time.monotonic() + 0.02)
+        await workers.die()
+        await until(lambda: client.model is not None)
+        client.check_room(count=2)
+
+    with_client(script, requests=2)
+
+
+def test_retry_after_counts_from_the_oldest_start_before_anything_has_ended() -> None:
+    async def script(client: EngineClient, workers: Workers) -> None:
+        task = asyncio.ensure_future(client.submit([JOB]))
+        await workers.receive(1)
+        workers.send(Accepted(0, 1, 0, 9), Started(0))
+        await task
+        await until(lambda: client.streams[0].started is not None)
+        await asyncio.sleep(2.1)
+        with pytest.raises(ApiError) as full:
+            client.check_room("a")
+        assert int(full.value.headers["Retry-After"]) >= 3
+
+    with_client(script, requests=1)
+
+
+def test_a_job_whose_cancellation_has_come_is_not_read(served: Path) -> None:
+    """The worker reads all that has come before it prepares the next job."""
+    worker = Worker(WorkerConfig(str(served), slots=1))
+    ours, workers = Pipe()
+    job = Job(("a crab",), {"seed": 0, "draw": "never", "max_tokens": 1})
+    for number in range(40):
+        ours.send((number, "a", job))
+        ours.send((number, "a", None))
+    ours.send((40, "a", job))
+    thread = threading.Thread(target=worker.serve, args=(workers,), daemon=True)
+    thread.start()
+    ours.recv()
+    replies: dict[int, list[object]] = {}
+    while not any(isinstance(event, Done) for event in replies.get(40, [])):
+        for event in ours.recv():
+            replies.setdefault(event.request_id, []).append(event)
+    assert all(replies[number] == [Refused(number, "cancelled")] for number in range(40))
+    ours.send(None)
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @contextmanager

@@ -67,6 +67,7 @@ class RequestStream:
     started: float | None = None
     accepted: Accepted = field(default=Accepted(0, 0, 0, cost=0))
     """how the worker has read the job; its cost is 0 until then"""
+    unread: bool = True  # its worker has not accepted it yet
     suspected: int = 0  # workers that died while this may have been what they read
     seen: set[str] = field(default_factory=set)  # kinds of output so far
     queue: deque[Event | Exception] = field(default_factory=deque)
@@ -119,6 +120,8 @@ class EngineClient:
         self.failure: str | None = None  # why there will be no worker again
         self.draining = False
         self.streams: dict[int, RequestStream] = {}  # the requests that wait or run, in order of arrival
+        self.abandoned: dict[int, RequestStream] = {}
+        """cancelled requests that the worker has not read yet: they hold their place until it has"""
         self.arriving: Counter[str] = Counter()  # requests whose bodies are being read, by client
         self.worker: WorkerProcess | None = None  # the worker that gets new requests; others finish what they have
         self.next: WorkerProcess | None = None  # the worker that takes its place once it has loaded its model
@@ -141,7 +144,7 @@ class EngineClient:
         self.worker = WorkerProcess(partial(self.start_worker, self.config), self._on_message)
         for stream in self.streams.values():
             if stream.started is None:
-                stream.worker = self.worker
+                stream.worker, stream.unread = self.worker, True
                 self.worker.outbox.put((stream.request_id, stream.client, stream.job))
 
     def reload(self) -> None:
@@ -183,19 +186,34 @@ class EngineClient:
         self.require_model()
 
     def check_room(self, client: str = "", share: Share = Share(), count: int = 1) -> None:
-        """Raise ApiError if `count` requests of a client would not be accepted now, whatever they ask for."""
+        """Raise ApiError if `count` requests of a client would not be accepted now, whatever they ask for.
+
+        Raises UserError if they never would be: there are too many of them.
+        """
         self.check_ready()
         most = share.requests or max(1, int(self.limits.requests * self.limits.share))
-        own = sum(stream.client == client for stream in self.streams.values()) + self.arriving[client]
+        if count > min(most, self.limits.requests):
+            limit = min(most, self.limits.requests)
+            raise UserError(f"n: expected at most {limit} requests of one client at a time, found {count} in one")
+        held = [*self.streams.values(), *self.abandoned.values()]
+        own = sum(stream.client == client for stream in held) + self.arriving[client]
         if own + count > most:
             self._refuse(f"expected at most {most} requests of one client at a time, found as many", own + count - most)
-        over = len(self.streams) + self.arriving.total() + count - self.limits.requests
+        over = len(held) + self.arriving.total() + count - self.limits.requests
         if over > 0:
             self._refuse(f"expected at most {self.limits.requests} requests at a time, found as many", over)
 
-    def _check_cost(self, client: str, share: Share) -> None:
-        """Raise ApiError if what waits and runs costs too much: that of one client, or of all."""
+    def _check_cost(self, client: str, share: Share, streams: Sequence[RequestStream]) -> None:
+        """Raise ApiError if what waits and runs costs too much with `streams`: that of one client, or of all.
+
+        Raises UserError if they cost too much without any other.
+        """
         most = share.cost or int(self.limits.cost * self.limits.share)
+        new, limit = [stream.accepted.cost for stream in streams], min(most, self.limits.cost)
+        if sum(new) > limit:
+            name = "max_tokens" if streams[0].job.settings.get("draw") == "never" else "num_inference_steps"
+            name = "n" if max(new) <= limit else name
+            raise UserError(f"{name}: expected at most {limit} positions to compute for one client, found {sum(new)}")
         own = [stream.accepted.cost for stream in self.streams.values() if stream.client == client]
         every = [stream.accepted.cost for stream in self.streams.values()]
         for costs, limit, whose in ((own, most, "of one client"), (every, self.limits.cost, "for all requests")):
@@ -204,10 +222,14 @@ class EngineClient:
                 self._refuse(f"expected at most {limit} positions to compute {whose}, found more", math.ceil(over))
 
     def _refuse(self, message: str, count: int) -> None:
-        """Raise ApiError for a request that has room once `count` requests have ended, at the pace of the last ones."""
+        """Raise ApiError for a request that has room once `count` requests have ended, at the pace of the last ones.
+
+        If none has ended since those that run began, the pace is no faster than that.
+        """
         self.metrics.rejected.inc()
-        waited = time.monotonic() - self._last_end if self._last_end else 0.0
-        seconds = count * max(self._interval, min(waited, 60.0) if self.streams else 0.0)
+        now = time.monotonic()
+        oldest = min((stream.started for stream in self.streams.values() if stream.started is not None), default=now)
+        seconds = count * max(self._interval, min(now - max(self._last_end, oldest), 60.0))
         raise ApiError(429, message, retry_after=max(1, min(600, math.ceil(seconds))))
 
     async def submit(
@@ -218,12 +240,15 @@ class EngineClient:
         `deadline` is a time of `time.monotonic`; the server's own counts from now where that is earlier.
 
         Raises:
-            UserError: a job is invalid.
+            UserError: a job is invalid, or there would be no room for it even alone.
             ApiError: there is no room, or no worker, or the deadline passed.
         """
         self.check_room(client, share, len(jobs))
         assert self.worker is not None
         deadline = min(deadline, time.monotonic() + self.limits.deadline)
+        late = "the deadline passed before the request was read"
+        if deadline <= time.monotonic():
+            raise ApiError(504, late, retry_after=1)
         changed = asyncio.Event()
         streams = [RequestStream(next(self._ids), job, self.worker, client, deadline, changed) for job in jobs]
         for stream in streams:
@@ -237,12 +262,12 @@ class EngineClient:
                 for stream in streams:
                     if stream.queue and isinstance(error := stream.queue[0], Exception):
                         raise error
-            self._check_cost(client, share)
+            self._check_cost(client, share, streams)
         except BaseException as error:
             for stream in streams:
                 self.cancel(stream)
             if isinstance(error, TimeoutError):
-                raise ApiError(504, "the deadline passed before the request was read", retry_after=1) from None
+                raise ApiError(504, late, retry_after=1) from None
             raise
         return streams
 
@@ -281,10 +306,15 @@ class EngineClient:
                 self.cancel(stream)
 
     def cancel(self, stream: RequestStream) -> None:
-        """Forget a request, wherever it is. One that has ended stays as it is."""
+        """Forget a request, wherever it is. One that has ended stays as it is.
+
+        It counts against the limits until the worker has read it, so that nobody fills the queue by leaving.
+        """
         if self.streams.pop(stream.request_id, None) is not None:
             self.metrics.cancelled.inc()
             stream.worker.outbox.put((stream.request_id, stream.client, None))
+            if stream.unread:
+                self.abandoned[stream.request_id] = stream
             self._retire(stream.worker)
 
     def _retire(self, worker: WorkerProcess) -> None:
@@ -318,6 +348,7 @@ class EngineClient:
                 self._give_up(str(message))
             case list():
                 for event in message:
+                    self.abandoned.pop(event.request_id, None)
                     stream = self.streams.get(event.request_id)
                     if stream is not None and stream.worker is worker:
                         self._on_event(stream, event)
@@ -325,7 +356,7 @@ class EngineClient:
     def _on_event(self, stream: RequestStream, event: WorkerMessage) -> None:
         match event:
             case Accepted():
-                stream.accepted = event
+                stream.accepted, stream.unread = event, False
                 stream.changed.set()
             case Started():
                 stream.started = time.monotonic()
@@ -333,7 +364,7 @@ class EngineClient:
             case Refused(reason=reason):
                 self._end(stream, UserError(reason))
             case Failed(reason=reason):
-                self._end(stream, ApiError(503, reason, retry_after=1))
+                self._end(stream, ApiError(502, reason))
             case Done():
                 self.metrics.text_tokens.inc(event.text_tokens)
                 self.metrics.evaluations.inc(event.network_evaluations)
@@ -370,9 +401,10 @@ class EngineClient:
         exit_code, count = worker.process.exitcode, len(self.streams)
         logger.error(f"serve: the worker ended (exit code {exit_code}); {count} requests were with it")
         # Jobs are read in order, so only the first that was not accepted may have killed it. Twice is no accident.
-        unread = next((stream for stream in self.streams.values() if not stream.accepted.cost), None)
-        if unread is not None:
-            unread.suspected += 1
+        held = [*self.streams.values(), *self.abandoned.values()]
+        unread = [stream for stream in held if stream.worker is worker and not stream.accepted.cost]
+        if unread:
+            min(unread, key=lambda stream: stream.request_id).suspected += 1
         self._fail_running(worker)
         if len(self._deaths) > self.limits.restarts:
             self._give_up(f"the worker ended {len(self._deaths)} times within a minute")
@@ -381,13 +413,17 @@ class EngineClient:
             self.start()
 
     def _fail_running(self, worker: WorkerProcess) -> None:
-        """Fail the requests that a dead worker computed; the current one gets those of a replaced one that waited."""
+        """Fail the requests that a dead worker computed; the current one gets those of a replaced one that waited.
+
+        Their status is 502: a proxy that asks another server after a 503 must not have it compute what kills workers.
+        """
+        self.abandoned = {number: other for number, other in self.abandoned.items() if other.worker is not worker}
         for stream in [stream for stream in self.streams.values() if stream.worker is worker]:
             if stream.started is not None or stream.suspected > 1:
                 message = "the worker ended while it computed this request; try again"
-                self._end(stream, ApiError(503, message, retry_after=1))
+                self._end(stream, ApiError(502, message))
             elif self.worker is not None and worker is not self.worker:
-                stream.worker = self.worker
+                stream.worker, stream.unread = self.worker, True
                 self.worker.outbox.put((stream.request_id, stream.client, stream.job))
 
     def _give_up(self, message: str) -> None:

@@ -244,7 +244,7 @@ class Intake:
                 result = await loop.run_in_executor(self.pool, read, kind, content_type, body, dict(model))
             except BrokenProcessPool:
                 self.stop()
-                raise ApiError(503, "the process that read this request ended; try again", retry_after=1) from None
+                raise ApiError(502, "the process that read this request ended; try again") from None
         if isinstance(result, UserError):
             raise result
         return result

@@ -50,7 +50,8 @@ class ApiError(HTTPException):
         super().__init__(status, message, headers)
         kind = "server_error" if status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
-        code = code or {429: "queue_full", 503: "unavailable", 504: "deadline_exceeded"}.get(status)
+        codes = {429: "queue_full", 502: "computation_failed", 503: "unavailable", 504: "deadline_exceeded"}
+        code = code or codes.get(status)
         self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:

@@ -293,12 +293,27 @@ class Worker:
                 connection.send(messages)
 
     def receive(self, connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
-        """Put each job's request, or what refuses it, into the inbox; None at the end. Runs in a thread."""
+        """Put each job's request, or what refuses it, into the inbox; None at the end. Runs in a thread.
+
+        Before each job all that has come is read: one whose cancellation has come, too, is refused and costs no work.
+        """
+        jobs: dict[int, tuple[str, Job]] = {}
         try:
-            while (order := connection.recv()) is not None:
-                request_id, client, job = order
-                inbox.put((request_id, client, None if job is None else self.prepare(request_id, job)))
-            inbox.put(None)
+            while True:
+                while not jobs or connection.poll():
+                    if (order := connection.recv()) is None:
+                        inbox.put(None)
+                        return
+                    request_id, client, job = order
+                    if job is not None:
+                        jobs[request_id] = client, job
+                    elif jobs.pop(request_id, None) is not None:
+                        inbox.put((request_id, client, Refused(request_id, "cancelled")))
+                    else:
+                        inbox.put((request_id, client, None))
+                request_id = next(iter(jobs))
+                client, job = jobs.pop(request_id)
+                inbox.put((request_id, client, self.prepare(request_id, job)))
         except (EOFError, OSError):
             inbox.put(None)
         except BaseException as error:
