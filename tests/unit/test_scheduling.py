@@ -155,6 +155,69 @@ def test_a_cancelled_queue_costs_its_client_nothing() -> None:
     assert queue.start(True) == ("next", None)
 
 
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("busy", [True, False])
+def test_what_a_client_did_not_take_from_others_is_not_held_against_it(
+    tokenizer: Tokenizer, left: bool, busy: bool
+) -> None:
+    """A long job, left after a step or complete before others came, does not put the next one behind theirs."""
+    engine, ended = Engine(exported(tokenizer), 2), list[int]()
+
+    def submit(client: str, steps: int) -> int:
+        return engine.submit(replace(DRAW, sampler=SamplerConfig("ddim", steps)), client)
+
+    def step() -> None:
+        ended.extend(event.request_id for event in engine.step() if isinstance(event, Done))
+
+    if busy:  # by a third client, which never stops
+        submit("third", 900)
+    first = submit("a", 100)
+    step()
+    if left:
+        engine.cancel(first)
+    while not left and first not in ended:
+        step()
+    others = [submit("b", 5) for _ in range(20)]
+    short = submit("a", 2)
+    while short not in ended:
+        step()
+    assert len(set(ended) & set(others)) <= 2
+
+
+def test_a_flow_is_charged_for_what_was_computed() -> None:
+    """Also where its next request waits already, and where a text ends before its limit."""
+    done: Counter[str] = Counter()
+    queue: FairQueue[str] = FairQueue(done.__getitem__)
+    queue.push("third", 10_000, "c")
+    queue.push("long", 100_000, "a")
+    queue.push("next", 1_000, "a")
+    assert {queue.start(True), queue.start(True)} == {("third", None), ("long", None)}
+    assert queue.start(True) == ("next", None)
+    queue.push("theirs", 5_000, "b")
+    done["long"] = 10
+    queue.remove("long")
+    assert queue.start(False) == ("theirs", "third"), "the costliest of those that run makes way"
+    queue.push("last", 100, "a")
+    assert queue.start(False) == ("last", "theirs")
+
+
+def test_visitors_are_forgotten() -> None:
+    """While a long job runs, and when none is left."""
+    done: Counter[str] = Counter()
+    queue: FairQueue[str] = FairQueue(done.__getitem__)
+    queue.push("long", 1_000_000, "resident")
+    queue.start(True)
+    for number in range(500):
+        queue.push(f"visit {number}", 10, f"visitor {number}")
+        assert queue.start(True) == (f"visit {number}", None)
+        done["long"] += 10
+        done[f"visit {number}"] = 10
+        queue.remove(f"visit {number}")
+        assert len(queue.flows) <= 4
+    queue.remove("long")
+    assert not queue.flows
+
+
 # ---- what a text may say
 
 

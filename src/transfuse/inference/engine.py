@@ -60,7 +60,7 @@ class Engine:
         self.decoder: LatentDecoder | CodeDecoder = decoder(runner, self.cache)
         self._used_slots: set[int] = set()
         self._numbers = count()
-        self._queue: FairQueue[SequenceState] = FairQueue()
+        self._queue: FairQueue[SequenceState] = FairQueue(self.decoder.used)
         self._waiting: dict[int, SequenceState] = {}
         self._running: dict[int, SequenceState] = {}
         self._last: Engine | None = None  # the engine of the latest `run`, kept with its cache if passes are recorded

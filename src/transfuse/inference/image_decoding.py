@@ -46,9 +46,16 @@ class LatentDecoder:
     def cost(self, seq: SequenceState) -> int:
         """Return the most positions the network may compute for a request: every branch's patches, in every step."""
         request = seq.request
-        branches = 1 + (request.guidance_scale != 1) + (request.image_guidance_scale is not None)
         steps = request.sampler.steps if request.draw != "never" else 0
-        return seq.max_len + request.max_images * seq.patches * steps * branches
+        return seq.max_len + request.max_images * steps * self._step_cost(seq)
+
+    def used(self, seq: SequenceState) -> int:
+        """Return the positions computed so far, as `cost` counts them."""
+        return seq.length + seq.evaluations * self._step_cost(seq)
+
+    def _step_cost(self, seq: SequenceState) -> int:
+        guidance = (seq.request.guidance_scale != 1) + (seq.request.image_guidance_scale is not None)
+        return seq.patches * (1 + guidance)
 
     def step(self, seqs: Sequence[SequenceState]) -> Progress:
         """Take one sampler step of every sequence; an image that starts complete (strength 0) takes none."""
@@ -124,6 +131,10 @@ class CodeDecoder:
     def cost(self, seq: SequenceState) -> int:
         """Return the most positions the network may compute for a request: its own, and every other branch's."""
         return seq.max_len + seq.cfg_len
+
+    def used(self, seq: SequenceState) -> int:
+        """Return the positions computed so far, as `cost` counts them, to about an image's codes."""
+        return seq.length + seq.evaluations * len(seq.branches)
 
     def step(self, seqs: Sequence[SequenceState]) -> Progress:
         """Choose one code of every sequence; all branches of an unfinished image then read it."""

@@ -2,14 +2,15 @@
 
 Weighted fair queueing (Demers, Keshav and Shenker, 1989) with the network's positions as the unit of work. A client's
 requests of one kind are a flow, served in order. The first of each flow has a virtual finish time: when it would end if
-all flows were served at the same rate. Those with the earliest run; others make way for them.
+all flows were served at the same rate. Those with the earliest run; others make way for them. A flow is charged for what
+was computed, and what a client had while nobody else asked is not held against it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -26,6 +27,11 @@ class Entry(Generic[T]):
     cost: float
     start: float = 0.0
     finish: float | None = None
+
+    def reached(self, used: float) -> float:
+        """Return the virtual time at which `used` of its positions are computed, once it has a finish."""
+        assert self.finish is not None
+        return self.start + (self.finish - self.start) * min(1.0, used / self.cost if self.cost else 1.0)
 
 
 @dataclass(eq=False)
@@ -44,13 +50,20 @@ class Flow(Generic[T]):
 
 @dataclass(eq=False)
 class FairQueue(Generic[T]):
-    """Requests that wait or run. With one flow this is first come, first served."""
+    """Requests that wait or run. With one flow this is first come, first served.
 
+    used   returns the positions that were computed for a request so far; without it all of its cost are at its end
+    flows  by client and kind; those that ended and are behind the virtual time are forgotten
+    now    the virtual time: that which the slowest of the running requests has reached
+    """
+
+    used: Callable[[T], float] | None = None
     flows: dict[tuple[str, str], Flow[T]] = field(default_factory=dict)
-    now: float = 0.0  # the virtual time: the start of the earliest request that runs
+    now: float = 0.0
 
     def push(self, item: T, cost: float, client: str = "", kind: str = "") -> None:
         """Add a request that waits."""
+        self._advance()
         self.flows = {key: flow for key, flow in self.flows.items() if flow.active or flow.finish > self.now}
         self.flows.setdefault((client, kind), Flow(client)).waiting.append(Entry(item, cost))
 
@@ -59,6 +72,7 @@ class FairQueue(Generic[T]):
 
         None: nothing waits, or all that run come first.
         """
+        self._advance()
         active = [flow for flow in self.flows.values() if flow.active]
         heads: list[tuple[float, int, Flow[T]]] = []
         for number, flow in enumerate(active):
@@ -83,14 +97,34 @@ class FairQueue(Generic[T]):
         entry = flow.waiting.popleft()
         flow.running.append(entry)
         flow.finish = max(flow.finish, finish)
-        self.now = max(self.now, min(entry.start for flow in active for entry in flow.running))
+        self._advance()
         return entry.item, None if last is None else last.item
 
     def remove(self, item: T) -> None:
-        """Take out a request that has ended; one that never started has cost its flow nothing."""
+        """Take out a request that has ended or is left; its flow gets back what was not computed of its cost."""
+        self._advance()
         for flow in self.flows.values():
-            flow.waiting = deque(entry for entry in flow.waiting if entry.item is not item)
-            flow.running = [entry for entry in flow.running if entry.item is not item]
+            for entry in [*flow.running, *flow.waiting]:
+                if entry.item is not item:
+                    continue
+                (flow.running if entry in flow.running else flow.waiting).remove(entry)
+                if self.used is None or entry.finish is None:
+                    continue
+                unused = entry.finish - entry.reached(self.used(item))
+                flow.finish -= unused if flow.finish >= entry.finish else 0.0
+                for later in [*flow.running, *flow.waiting]:
+                    if later.finish is not None and later.start >= entry.finish:
+                        later.start, later.finish = later.start - unused, later.finish - unused
+        if not any(flow.active for flow in self.flows.values()):  # a busy period has ended: all begin alike
+            self.flows.clear()
+            self.now = 0.0
+
+    def _advance(self) -> None:
+        """Set the virtual time."""
+        running = [entry for flow in self.flows.values() for entry in flow.running]
+        if running:
+            reached = (entry.reached(self.used(entry.item)) if self.used else entry.start for entry in running)
+            self.now = max(self.now, min(reached))
 
 
 PrefixKeys = list[Hashable]
