@@ -51,13 +51,15 @@ class AccessConfig:
     max_body: int = 32_000_000  # bytes
     bodies: int = 128_000_000  # bytes of all bodies that are being read; of one client three quarters of them
     patience: float = 30.0  # seconds to wait for the next piece of a body, or for the client to take one of a response
+    rate: int = 1_000  # least bytes of a body in each second after these
     root_path: str = ""  # prefix of all paths under a proxy
 
 
 def read_keys(path: Path | None, environment: str = "") -> tuple[Key, ...]:
     """Return keys of a file, and of a list separated by commas. Raises UserError.
 
-    A file has lines `name:key`, or is TOML with a table for each name: `key`, and if wanted `requests` and `cost`.
+    A file has lines `name:key`, or is TOML with a table for each name: `key`, and if wanted `requests` and `cost`. One
+    without a key is refused, as it would let everybody in.
     """
     keys: list[Key] = []
     lines = [(f"TRANSFUSE_API_KEYS {number + 1}", entry) for number, entry in enumerate(environment.split(","))]
@@ -84,6 +86,8 @@ def read_keys(path: Path | None, environment: str = "") -> tuple[Key, ...]:
             raise UserError(
                 f"{path or 'TRANSFUSE_API_KEYS'}: expected a different {what} for each, found one twice or none"
             )
+    if not keys and (path is not None or environment.strip()):
+        raise UserError(f"{path or 'TRANSFUSE_API_KEYS'}: expected at least one key, found none")
     return tuple(keys)
 
 
@@ -165,7 +169,7 @@ class Middleware:
         if scope["method"] == "POST":
             length = headers.get(b"content-length", b"0").decode("latin-1")
             if not length.isdecimal() or int(length) > config.max_body:
-                message = f"body: expected at most {config.max_body} bytes, found {length}"
+                message = f"body: expected at most {config.max_body} bytes, found {length:.30}"
                 raise ApiError(413, message, "body_too_large")
             self.client.check_room(exchange.client, exchange.share)
             exchange.reading = True
@@ -192,22 +196,27 @@ class Exchange:
     bytes: int = 0
     complete: bool = False
     reading: bool = False
+    since: float = field(default_factory=time.monotonic)  # when its body began
     counts: dict[str, int] = field(default_factory=dict)
 
     async def receive(self) -> Message:
         """Receive a piece of the body. Raises ApiError for a slow or a large one, or where there is no room for it."""
         if self.complete:
             return await self.receive_()  # only `http.disconnect` can follow, at any time
-        config = self.middleware.config()
-        left = self.began + self.middleware.client.limits.deadline - time.monotonic()
+        config, now = self.middleware.config(), time.monotonic()
+        left = {
+            f"its next piece within {config.patience:g} s, found none": config.patience,
+            f"at least {config.rate} bytes a second on average after {config.patience:g} s, found fewer": (
+                self.since + config.patience + self.bytes / config.rate - now
+            ),
+            "all of it before the deadline, found less": self.began + self.middleware.client.limits.deadline - now,
+        }
+        slow = min(left, key=left.__getitem__)
         try:
-            async with asyncio.timeout(max(0.0, min(config.patience, left))):
+            async with asyncio.timeout(max(0.0, left[slow])):
                 message = await self.receive_()
         except TimeoutError:
-            slow = f"body: expected its next piece within {config.patience:g} s, found none"
-            if left <= config.patience:
-                slow = "body: expected all of it before the deadline, found less"
-            raise ApiError(408, slow) from None
+            raise ApiError(408, f"body: expected {slow}") from None
         piece = len(message.get("body", b""))
         before, self.bytes = max(0, self.bytes - FREE), self.bytes + piece
         self.complete = not message.get("more_body", False)
