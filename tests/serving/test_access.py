@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import Pipe
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import Request
 from fastapi.testclient import TestClient
 from running import data_url, png, says
 
@@ -21,7 +24,7 @@ from transfuse.log import logger, set_format
 from transfuse.serving.app import build
 from transfuse.serving.engine_client import EngineClient, QueueConfig
 from transfuse.serving.intake import parse, read
-from transfuse.serving.middleware import AccessConfig, Key, address_of, read_keys
+from transfuse.serving.middleware import AccessConfig, Key, Middleware, address_of, read_keys
 from transfuse.serving.protocol import ChatRequest, ImagesRequest, validate
 from transfuse.serving.server import ServerConfig, read_certificate
 from transfuse.serving.worker import WorkerConfig
@@ -118,6 +121,54 @@ def test_files_of_keys(tmp_path: Path) -> None:
         read_keys(tmp_path / "none")
 
 
+def test_a_list_of_keys_without_any_lets_nobody_in(tmp_path: Path) -> None:
+    """Only where no list is given is a server open."""
+    assert read_keys(None) == read_keys(None, "") == ()
+    lines, table = tmp_path / "keys", tmp_path / "keys.toml"
+    for text in ("", "\n\n", "# anna:a\n"):
+        for file in (lines, table):
+            file.write_text(text)
+            with pytest.raises(UserError, match="expected at least one key, found none"):
+                read_keys(file)
+    for environment in (",", " , ", "# none"):
+        with pytest.raises(UserError, match="^TRANSFUSE_API_KEYS: expected at least one key"):
+            read_keys(None, environment)
+    assert read_keys(lines, "a") == (Key("key 1", "a"),)
+
+
+def test_a_body_of_a_byte_now_and_then_is_a_slow_one() -> None:
+    """Each piece comes in time, and all of them too slowly; another of many bytes may take as long."""
+
+    def send(piece: bytes, count: int) -> tuple[int | None, float]:
+        statuses: list[int] = []
+        sent = 0
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await Request(scope, receive).body()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def receive() -> dict[str, Any]:
+            nonlocal sent
+            await asyncio.sleep(0.1)
+            sent += 1
+            return {"type": "http.request", "body": piece, "more_body": sent < count}
+
+        async def answer(message: dict[str, Any]) -> None:
+            statuses.extend([message["status"]] if "status" in message else [])
+
+        client = EngineClient(WorkerConfig("none"), QueueConfig())
+        middleware = Middleware(app, client, lambda: AccessConfig(hosts=(), patience=0.5))
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        began = time.monotonic()
+        asyncio.run(asyncio.wait_for(middleware(scope, receive, answer), 30))
+        return statuses[0] if statuses else None, time.monotonic() - began
+
+    status, seconds = send(b"a", 100)
+    assert status == 408
+    assert seconds < 5
+    assert send(b"a" * 10_000, 15)[0] == 200
+
+
 def test_an_ipv6_network_is_one_client() -> None:
     assert address_of("2001:db8::1") == address_of("2001:db8::ffff:1") != address_of("2001:db8:0:1::1")
     assert address_of("10.0.0.1") != address_of("10.0.0.2")
@@ -139,11 +190,12 @@ def test_pages_of_other_sites() -> None:
 
 
 def test_a_root_path_and_an_alias() -> None:
-    with served(("gpt-4o",), root_path="/transfuse") as http:
+    with served(("gpt-4o", "openai/gpt-4o"), root_path="/transfuse") as http:
         for prefix in ("", "/transfuse"):
             names = [model["id"] for model in http.get(f"{prefix}/v1/models").json()["data"]]
-            assert names == ["small", "gpt-4o"]
-            assert http.get(f"{prefix}/v1/models/gpt-4o").json()["id"] == "gpt-4o"
+            assert names == ["small", "gpt-4o", "openai/gpt-4o"]
+            for name in names:
+                assert http.get(f"{prefix}/v1/models/{name}").json()["id"] == name
         assert http.post("/v1/chat/completions", json={**CHAT, "model": "gpt-5"}).status_code == 404
 
 
@@ -229,6 +281,11 @@ def test_values_that_say_nothing_pass() -> None:
         ({"messages": ["a"]}, "messages.0: expected an object, found 'a'"),
         ({"messages": None}, "messages: expected a value, found none"),
         ({"stream_options": {"include": 1}}, "stream_options.include: unknown field"),
+        ({"top_logprobs": 3}, "top_logprobs: expected logprobs to be true with it, found None"),
+        ({"top_logprobs": 3, "logprobs": False}, "top_logprobs: expected logprobs to be true with it, found False"),
+        ({"a\nb": 1}, r"'a\nb': unknown field"),
+        ({"stream_options": {"a\r\nb: c": 1}}, r"stream_options.'a\r\nb: c': unknown field"),
+        ({"a" * 100_000: 1}, f"'{'a' * 59}: unknown field"),
     ],
     ids=str,
 )  # fmt: skip
@@ -238,8 +295,19 @@ def test_mistakes_name_the_field_in_one_plain_line(values: dict[str, object], me
     line = str(wrong.value)
     assert line.startswith(message)
     assert "\n" not in line
+    assert len(line) < 300
     for inside in ("function-", "Input", "Value error", "pydantic", "tagged-union", "ImageURL"):
         assert inside not in line
+
+
+def test_settings_of_images_that_change_nothing_pass() -> None:
+    """A PNG loses nothing however it is compressed."""
+    for given in ({"output_compression": 100}, {"output_format": "png", "background": "opaque", "quality": "high"}):
+        validate(ImagesRequest, {"prompt": "a", **given})
+    with pytest.raises(UserError, match=r"^output_compression: expected 100, found 50$"):
+        validate(ImagesRequest, {"prompt": "a", "output_compression": 50})
+    validate(ChatRequest, {**CHAT, "top_logprobs": 0})
+    validate(ChatRequest, {**CHAT, "logprobs": True, "top_logprobs": 3})
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,30 @@ def test_openai_writes_what_the_pipeline_writes(client: openai.OpenAI, pipe: Tra
     assert reply.usage.completion_tokens <= 12
     chunks = list(client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
+    assert (chunks[0].choices[0].delta.role, chunks[0].choices[0].delta.content) == ("assistant", "")
+    assert not any(chunk.choices[0].delta.role for chunk in chunks[1:] if chunk.choices)
     assert chunks[-1].usage == reply.usage
     assert chunks[-2].choices[0].finish_reason == reply.choices[0].finish_reason
+
+
+def test_log_probabilities_are_those_of_the_pipeline(client: openai.OpenAI, pipe: TransfusionPipeline) -> None:
+    """Whole and streamed, a token each; together their bytes are the text."""
+    body = {"model": "small", "messages": says("a crab"), "max_tokens": 8, "modalities": ["text"], "logprobs": True}
+    reply = client.chat.completions.create(**body, top_logprobs=3)
+    tokens = reply.choices[0].logprobs.content
+    assert len(tokens) == reply.usage.completion_tokens == 8
+    for token in tokens:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].logprob == max(other.logprob for other in token.top_logprobs) >= token.logprob
+        assert token.bytes is None or bytes(token.bytes).decode() == token.token
+    assert tokens[0].token == tokens[0].top_logprobs[0].token, "at temperature 0 the most probable one"
+    chunks = list(client.chat.completions.create(**body, top_logprobs=3, stream=True))
+    streamed = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    assert streamed == tokens
+    plain = client.chat.completions.create(**body)
+    assert [token.logprob for token in plain.choices[0].logprobs.content] == [token.logprob for token in tokens]
+    assert not any(token.top_logprobs for token in plain.choices[0].logprobs.content)
+    assert plain.choices[0].message.content == pipe.generate("a crab", draw="never", max_tokens=8).text
 
 
 def test_openai_draws_what_the_pipeline_draws(client: openai.OpenAI, pipe: TransfusionPipeline, tmp_path: Path) -> None:
@@ -73,6 +95,12 @@ def test_openai_draws_what_the_pipeline_draws(client: openai.OpenAI, pipe: Trans
     assert kinds in [["partial_image"] * previews + ["completed"] for previews in (1, 2, 3)]
     assert np.array_equal(decode(events[-1].b64_json), np.asarray(expected[0]))
     assert decode(events[0].b64_json).shape == (8, 8, 3)
+    for event in (*events, reply):
+        assert (event.size, event.quality, event.background, event.output_format) == ("8x8", "auto", "opaque", "png")
+    for event in events:
+        type(event).model_validate(event.model_dump())  # the client itself checks nothing
+    assert reply.usage.input_tokens_details.text_tokens == reply.usage.input_tokens > 0
+    assert reply.usage.input_tokens_details.image_tokens == 0
 
 
 def test_a_picture_of_the_server_is_drawn_again(server: Running, served: Path, tmp_path: Path) -> None:
@@ -219,6 +247,10 @@ MISTAKES = [
 ]
 
 
+PARAMS = {"messages", "messages.0.content.0.text", "temprature", "temperature", "prompt", "model", "size", "n"}
+PARAMS |= {"response_format", "seed", "guidance_interval"}
+
+
 @pytest.mark.parametrize(("path", "body", "message"), MISTAKES, ids=lambda value: str(value)[:40])
 def test_mistakes_are_named(server: Running, path: str, body: dict[str, object], message: str) -> None:
     content = json.dumps(body).encode()
@@ -228,6 +260,7 @@ def test_mistakes_are_named(server: Running, path: str, body: dict[str, object],
     assert "\n" not in error["message"]
     assert reply.status_code == (404 if "model" in body else 400)
     assert error["type"] == "invalid_request_error"
+    assert error["param"] in PARAMS
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ PAGE_POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'"
 )
+NAMES = {"image size": "size", "steps": "num_inference_steps"}
+"""fields of requests that the engine's errors name otherwise"""
 ROUTES = {"/v1/chat/completions": "chat", "/v1/images/generations": "images", "/v1/images/edits": "edits"}
 
 
@@ -46,7 +48,9 @@ def build(client: EngineClient, access: Callable[[], AccessConfig], aliases: tup
     async def on_error(request: Request, error: Exception) -> JSONResponse:
         """Respond in OpenAI's shape: one line that names the field, if the request is at fault."""
         if isinstance(error, UserError):
-            error = ApiError(400, str(error), "invalid_request", str(error).partition(":")[0])
+            message = str(error).removeprefix("request: ")
+            field, colon, _ = message.partition(": ")
+            error = ApiError(400, message, "invalid_request", NAMES.get(field, field) if colon else None)
         elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
             error = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
         assert isinstance(error, ApiError)
@@ -113,7 +117,7 @@ def add_operations(app: FastAPI, client: EngineClient, aliases: tuple[str, ...])
         names = [client.require_model()["name"], *aliases]
         return {"object": "list", "data": [await model(name) for name in names]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         check_model(client, name, aliases)
         about = dict(client.require_model())

@@ -57,7 +57,7 @@ def parse(kind: str, content_type: str, body: bytes) -> Any:
     if kind == "edits":
         return validate(EditRequest, asyncio.run(_form(content_type, body)))
     if content_type.lower().startswith("multipart/"):
-        raise UserError(f"body: expected JSON, found {content_type.partition(';')[0]}")
+        raise UserError(f"body: expected JSON, found {content_type.partition(';')[0]:.60}")
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
         raise UserError(f"body: expected at most {MAX_VALUES} values, found more")
     try:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import HTTPException, UploadFile
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from ..config import nearest
 from ..errors import UserError
@@ -77,6 +77,13 @@ def _file(value: object) -> object:
 def _size(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(r"auto|[1-9]\d{0,3}x[1-9]\d{0,3}", value):
         raise ValueError(f"expected auto, or columns and rows such as 64x64, found {value!r:.60}")
+    return value
+
+
+def _with_logprobs(value: int, info: ValidationInfo) -> int:
+    """Refuse `top_logprobs`, unless `logprobs` before it asks for any, or is wrong itself."""
+    if value and not info.data.get("logprobs", True):
+        raise ValueError(f"expected logprobs to be true with it, found {info.data['logprobs']!r}")
     return value
 
 
@@ -213,7 +220,7 @@ class ChatRequest(GenerationOptions):
         | None
     ) = None
     logprobs: Bool | None = None
-    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=20), AfterValidator(_with_logprobs)] | None = None
     n: Annotated[Int, Field(ge=1, le=1)] | None = 1
     stream: Bool | None = False
     stream_options: StreamOptions | None = None
@@ -246,6 +253,7 @@ class ImagesRequest(GenerationOptions):
     n: Annotated[Int, Field(ge=1, le=10)] | None = 1
     response_format: Literal["b64_json"] | None = None  # a URL is never given: nothing is kept
     output_format: Literal["png"] | None = None
+    output_compression: Literal[100] | None = None  # a PNG is always whole
     stream: Bool | None = False
     partial_images: Annotated[Int, Field(ge=0, le=3)] | None = None
     quality: str | None = None
@@ -302,7 +310,7 @@ def _first_mistake(error: ValidationError, values: object, kind: type[BaseModel]
     for part in first["loc"]:
         inside = isinstance(values, Mapping) and part in values
         if inside or (isinstance(values, list) and isinstance(part, int) and part < len(values)):
-            path.append(str(part))
+            path.append(str(part) if re.fullmatch(r"[\w.\[\]-]{1,60}", str(part)) else f"{part!r:.60}")
             values = values[part]  # type: ignore[index]
     message = first["msg"]
     match first["type"]:

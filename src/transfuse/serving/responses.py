@@ -165,7 +165,8 @@ async def images_content(
     client: EngineClient, streams: Sequence[RequestStream], body: ImagesRequest, kind: str, exchange: Exchange
 ) -> Content:
     """Yield a list of images; where the request asks for a stream, events `KIND.partial_image` and `KIND.completed`."""
-    head = {"created_at": int(time.time()), "output_format": "png"}
+    head: dict[str, Any] = {"created_at": int(time.time()), "output_format": "png"}
+    head |= {"quality": "auto", "background": "opaque"}
     images: dict[int, dict[str, Any]] = {}
     ended: dict[int, Done] = {}
     previews, most = [0] * len(streams), body.partial_images or 0
@@ -176,12 +177,13 @@ async def images_content(
                 case ImageProgress(pixels=pixels) if pixels is not None and previews[index] < most:
                     preview = await asyncio.to_thread(to_png, pixels)
                     item = {"type": f"{kind}.partial_image", "partial_image_index": previews[index]}
-                    item["b64_json"] = preview
+                    item |= {"b64_json": preview, "size": size_of(pixels)}
                     previews[index] += 1
                 case ImageEnd(pixels=pixels, settings=settings):
                     assert settings is not None
                     content = await asyncio.to_thread(to_png, pixels, settings)
                     images[index] = {"b64_json": content, "seed": settings["seed"], "settings": settings}
+                    size = size_of(pixels)
                     if (read := streams[index].accepted.readings[-1].text) != body.prompt:
                         images[index]["revised_prompt"] = read
                 case Done():
@@ -189,15 +191,21 @@ async def images_content(
                     exchange.counts["tokens"] = sum(end.text_tokens for end in ended.values())
                     exchange.counts["images"] = sum(end.images for end in ended.values())
                     item = {"type": f"{kind}.completed", "usage": usage([streams[index]], [event]), **images[index]}
-                    item |= unknown_words(streams)
+                    item |= {"size": size, **unknown_words(streams)}
             if body.stream and (item is not None or event is None):
                 yield None if item is None else {**head, "image_index": index, **item}
     if not body.stream:
         order = range(len(streams))
         used = usage(streams, [ended[index] for index in order])
         data = [images[index] for index in order]
-        known = {"created": head["created_at"], "output_format": "png", **unknown_words(streams)}
+        known = {"created": head.pop("created_at"), **head, "size": size, **unknown_words(streams)}
         yield {**known, "data": data, "usage": used}
+
+
+def size_of(pixels: np.ndarray | None) -> str:
+    """Return the size of an image `[row, column, 3]` as columns x rows, such as 64x64."""
+    assert pixels is not None, "a worker sends pixels with every image"
+    return f"{pixels.shape[1]}x{pixels.shape[0]}"
 
 
 def usage(streams: Sequence[RequestStream], done: Sequence[Done]) -> dict[str, Any]:
