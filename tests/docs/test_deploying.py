@@ -53,6 +53,24 @@ def test_prometheus_reads_the_services_of_compose() -> None:
     assert all(target in caddy for target in targets["targets"])
 
 
+def test_compose_tells_clients_apart_and_shows_the_dashboard() -> None:
+    compose = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+    server, grafana = compose["services"]["model"], compose["services"]["grafana"]
+    assert "ports" not in server
+    assert server["environment"]["FORWARDED_ALLOW_IPS"] == "*"
+    files = {config["target"].split("/")[-2]: compose["configs"][config["source"]] for config in grafana["configs"]}
+    content = {kind: yaml.safe_load(config["content"]) for kind, config in files.items()}
+    assert content["datasources"]["datasources"][0]["url"].split("/")[2].partition(":")[0] in compose["services"]
+    source, target, _ = grafana["volumes"][0].split(":")
+    assert json.loads((FOLDER / source).read_text())["uid"] == "transfuse"
+    assert Path(target).parent == Path(content["dashboards"]["providers"][0]["options"]["path"])
+
+
+def test_a_proxy_asks_again_only_where_nothing_was_computed() -> None:
+    (again,) = re.findall(r"proxy_next_upstream (.*);", (FOLDER / "nginx.conf").read_text())
+    assert again.split() == ["error", "http_503", "non_idempotent"]
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")
 def test_the_unit_is_well_formed(tmp_path: Path) -> None:
     unit = tmp_path / "transfuse.service"
