@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,6 +203,9 @@ def test_several_images_have_seeds_counted_up_and_large_ones_stay_exact(page: Pa
     expect(page.get_by_text("copy as curl")).to_have_count(1)
     names = {page.locator(".answer a").nth(number).get_attribute("download") for number in range(3)}
     assert names == {f"transfuse-{seed + number}.png" for number in range(3)}
+    expect(page.get_by_text(f"seed {seed} ·")).to_be_visible()  # whichever image was complete first
+    page.click("text=use these settings")
+    assert page.input_value("#seed") == str(seed)
 
 
 def test_files_are_made_to_fit_or_named(page: Page, tmp_path: Path) -> None:
@@ -221,6 +227,94 @@ def test_what_was_cleared_comes_back(page: Page) -> None:
     expect(page.locator("#welcome")).to_be_visible()
     page.click("#toast button")
     expect(page.locator(".turn")).to_have_count(1)
+
+
+def test_one_reply_is_made_at_a_time(page: Page, server: Running) -> None:
+    ask(page, "a crab", "draw", steps="2")
+    expect(page.get_by_text("another")).to_have_count(1)
+    ask(page, "a moon", "draw", steps="1000")
+    expect(page.locator("progress")).to_be_visible()
+    page.click("text=another")
+    expect(page.locator("#left-out")).to_contain_text("one reply is still being made")
+    expect(page.locator(".turn")).to_have_count(2)
+    expect(page.locator("#send")).to_have_text("Stop")
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("Stopped.")).to_be_visible()
+    expect(page.locator("#left-out")).to_be_hidden()
+    server.wait_for(server.idle, 10)
+
+
+def test_a_turn_that_is_removed_takes_no_other_with_it(page: Page) -> None:
+    """While an image emerges an earlier turn is removed, and brought back after another has come."""
+    ask(page, "a crab", "draw", steps="2")
+    expect(page.get_by_text("copy as curl")).to_have_count(1)
+    ask(page, "a moon", "draw", steps="600")
+    expect(page.locator("progress")).to_be_visible()
+    page.click("text=remove")
+    expect(page.locator(".turn")).to_have_count(1)
+    expect(page.locator(".answer img")).to_have_count(1)
+    expect(page.get_by_text("copy as curl")).to_have_count(1)
+    ask(page, "a boat", "draw", steps="2")
+    expect(page.get_by_text("copy as curl")).to_have_count(2)
+    page.evaluate("$('toast').lastChild.click()")  # on a busy machine the ten seconds in which it is shown are over
+    assert page.locator(".asked p").all_text_contents() == ["a crab", "a moon", "a boat"]
+    page.reload()
+    expect(page.locator(".answer img")).to_have_count(3)
+
+
+def test_an_image_is_stored_once(page: Page, tmp_path: Path) -> None:
+    """Also where later turns send it again."""
+    show(page, tmp_path / "shown.png")
+    page.evaluate("document.querySelector('details').open = true")
+    page.check("#thread")
+    ask(page, "what is it", "write", tokens="2")
+    expect(page.get_by_text("copy as curl")).to_have_count(1)
+    ask(page, "and now", "write", tokens="2")
+    expect(page.get_by_text("copy as curl")).to_have_count(2)
+    shown = page.locator(".asked img").first.get_attribute("src")
+    assert shown is not None
+    assert page.evaluate("localStorage.getItem('transfuse-turns')").count(shown) == 1
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
+@pytest.mark.parametrize("mode", ["draw", "edit"])
+def test_the_copied_command_gives_the_same_image(page: Page, tmp_path: Path, mode: str) -> None:
+    """With all that was set: seed, steps and guidance, and of an edit strength and mask."""
+    settings = {"seed": "9", "steps": "7", "guidance": "2"}
+    if mode == "edit":
+        show(page, tmp_path / "image.png")
+        page.select_option("#mode", "edit")
+        page.click("text=paint a mask")
+        page.keyboard.press("Space")
+        page.click("#painted")
+        settings["strength"] = "0.8"
+    ask(page, "it's a crab", mode, **settings)
+    expect(page.get_by_text("copy as curl")).to_have_count(1)
+    page.evaluate("navigator.clipboard.writeText = async text => { window.copied = text; }")
+    page.click("text=copy as curl")
+    expect(page.get_by_text("copied")).to_be_visible()
+    if mode == "edit":
+        content = page.evaluate("bytes(turns[0].mask).arrayBuffer().then(all => [...new Uint8Array(all)])")
+        (tmp_path / "mask.png").write_bytes(bytes(content))
+    command = [*shlex.split(page.evaluate("copied")), "--silent", "--fail-with-body"]
+    reply = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout)
+    (image,) = reply["data"] if mode == "edit" else reply["choices"][0]["message"]["images"]
+    made = image["b64_json"] if mode == "edit" else image["image_url"]["url"].partition(",")[2]
+    assert page.locator(".answer img").last.get_attribute("src") == f"data:image/png;base64,{made}"
+
+
+def test_under_a_path_of_a_proxy(browser: Browser, served: Path) -> None:
+    with Running(served, "--root-path", "/transfuse") as server:
+        page = browser.new_page()
+        urls: list[str] = []
+        page.on("request", lambda request: urls.append(request.url))
+        for path in ("/transfuse/", "/transfuse"):
+            page.goto(server.url + path)
+            expect(page.locator("#about")).to_contain_text("8 pixels")
+        ask(page, "a crab", "draw", steps="2")
+        expect(page.locator(".answer img")).to_have_count(1)
+        page.close()
+        assert all(url.startswith((f"{server.url}/transfuse", "data:", "blob:")) for url in urls)
 
 
 @pytest.mark.parametrize(("width", "height", "scheme"), [(320, 568, "light"), (390, 844, "dark"), (1280, 800, "light")])
