@@ -131,7 +131,7 @@ def test_a_list_of_keys_without_any_lets_nobody_in(tmp_path: Path) -> None:
             with pytest.raises(UserError, match="expected at least one key, found none"):
                 read_keys(file)
     for environment in (",", " , ", "# none"):
-        with pytest.raises(UserError, match="^TRANSFUSE_API_KEYS: expected at least one key"):
+        with pytest.raises(UserError, match=r"^TRANSFUSE_API_KEYS: expected at least one key"):
             read_keys(None, environment)
     assert read_keys(lines, "a") == (Key("key 1", "a"),)
 
@@ -192,6 +192,7 @@ def test_pages_of_other_sites() -> None:
 def test_a_root_path_and_an_alias() -> None:
     with served(("gpt-4o", "openai/gpt-4o"), root_path="/transfuse") as http:
         for prefix in ("", "/transfuse"):
+            assert "<title>Transfuse</title>" in http.get(prefix or "/").text
             names = [model["id"] for model in http.get(f"{prefix}/v1/models").json()["data"]]
             assert names == ["small", "gpt-4o", "openai/gpt-4o"]
             for name in names:

@@ -247,7 +247,7 @@ MISTAKES = [
 ]
 
 
-PARAMS = {"messages", "messages.0.content.0.text", "temprature", "temperature", "prompt", "model", "size", "n"}
+PARAMS = {"messages", "messages.0.content", "temprature", "temperature", "prompt", "model", "size", "n"}
 PARAMS |= {"response_format", "seed", "guidance_interval"}
 
 

@@ -272,7 +272,7 @@ def test_one_client_cannot_take_all_room() -> None:
     async def script(client: EngineClient, workers: Workers) -> None:
         client.check_room("a", count=4)
         for share, count in ((Share(), 5), (Share(requests=2), 3), (Share(requests=9), 9)):
-            with pytest.raises(UserError, match="^n: expected at most .* at a time"):
+            with pytest.raises(UserError, match=r"^n: expected at most .* at a time"):
                 client.check_room("a", share, count)
         task = asyncio.ensure_future(client.submit([JOB] * 4, "a"))
         await workers.receive(4)
@@ -336,7 +336,7 @@ def test_a_request_that_would_never_have_room_is_a_mistake() -> None:
             with pytest.raises(UserError, match=message):
                 await task
             assert sorted(await workers.receive(len(jobs))) == numbers, "the worker forgets them"
-        with pytest.raises(UserError, match="^n: expected at most 4 requests .* found 5"):
+        with pytest.raises(UserError, match=r"^n: expected at most 4 requests .* found 5"):
             await client.submit([drawing] * 5, "a")
 
     with_client(script, requests=8, share=0.5, cost=20)

@@ -82,6 +82,57 @@ def test_slow_clients_do_not_hold_a_request(slow: str, log: list[int]) -> None:
     assert statuses == log
 
 
+async def listen_bounded(app: Any, limits: ServerConfig) -> tuple[asyncio.Server, uvicorn.server.ServerState]:
+    """Serve an app with bounded connections."""
+    kind = bounded_protocol(limits)
+    config, state = uvicorn.Config(app, log_config=None, ws="none"), uvicorn.server.ServerState()
+    config.load()
+    server = await asyncio.get_running_loop().create_server(lambda: kind(config, state, {}), "127.0.0.1", 0)
+    return server, state
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_one_connection_too_many_is_refused(secure: bool, tmp_path: Path) -> None:
+    """It gets 503 where all others have a request in progress, or with TLS is closed before the handshake."""
+    cert, key = certificate(tmp_path) if secure else (None, None)
+    tls = ssl.create_default_context(cafile=str(cert)) if secure else None
+
+    async def script() -> None:
+        begun, release = list[str](), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            begun.append(scope["scheme"])
+            await release.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+
+        server, _ = await listen_bounded(app, ServerConfig(connections=4, cert=cert, key=key))
+        address = server.sockets[0].getsockname()
+        busy = [
+            await asyncio.open_connection(*address, ssl=tls, server_hostname="localhost" if secure else None)
+            for _ in range(2)
+        ]
+        for _, writer in busy:
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        while len(begun) < 2:
+            await asyncio.sleep(0.01)
+        assert begun == ["https" if secure else "http"] * 2
+        reader, _ = await asyncio.open_connection(*address)
+        head, _, content = (await reader.read()).partition(b"\r\n\r\n")
+        if secure:
+            assert head == b""
+        else:
+            assert head.startswith(b"HTTP/1.1 503 Service Unavailable")
+            assert b"retry-after: 1" in head.lower()
+            assert "too many" in json.loads(content)["error"]["message"]
+        release.set()
+        for reader, _ in busy:
+            assert b" 200 " in await reader.readline()
+        server.close()
+
+    asyncio.run(asyncio.wait_for(script(), 60))
+
+
 @pytest.mark.parametrize("secure", [False, True])
 def test_connections_are_bounded(secure: bool, tmp_path: Path) -> None:
     """Silent ones are closed, one too many takes an idle one's place, and so are those that take no response.
@@ -98,11 +149,7 @@ def test_connections_are_bounded(secure: bool, tmp_path: Path) -> None:
         await send({"type": "http.response.body", "body": b"x" * length})
 
     async def script() -> None:
-        kind = bounded_protocol(ServerConfig(idle=0.5, connections=6, cert=cert, key=key))
-        config, state = uvicorn.Config(app, log_config=None, ws="none"), uvicorn.server.ServerState()
-        config.load()
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: kind(config, state, {}), "127.0.0.1", 0)
+        server, state = await listen_bounded(app, ServerConfig(idle=0.5, connections=6, cert=cert, key=key))
         address = server.sockets[0].getsockname()
 
         async def connect(path: str = "") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -160,6 +207,43 @@ def test_health_ready_metrics(server: Running) -> None:
     assert server.metric("transfuse_images") >= 1
     assert server.metric("transfuse_requests") > 1
     assert "x-request-id" in server.get("/health").headers
+
+
+# ---- Signals
+
+
+def test_https_and_signals(served: Path, tmp_path: Path) -> None:
+    """SIGHUP reads the keys again, or keeps those that it has; SIGTERM ends an idle server at once."""
+    cert, key = certificate(tmp_path)
+    keys = tmp_path / "keys"
+    keys.write_text("anna:old\n")
+    with Running(served, "--tls-cert", str(cert), "--tls-key", str(key), "--keys", str(keys), key="old") as running:
+        assert running.url.startswith("https://")
+        assert running.post(IMAGES, {"prompt": "a", "num_inference_steps": 1}).status_code == 200
+
+        def accepts(name: str) -> bool:
+            return running.get("/metrics", headers={"Authorization": f"Bearer {name}"}).status_code == 200
+
+        keys.write_text("anna:new\n")
+        running.process.send_signal(signal.SIGHUP)
+        running.wait_for(lambda: accepts("new"))
+        assert not accepts("old")
+        keys.write_text("# nobody\n")
+        running.process.send_signal(signal.SIGHUP)
+        running.wait_for(lambda: "all stays as it was" in "".join(running.log))
+        assert accepts("new")
+        assert running.get("/v1/models", headers={}).status_code == 401
+        host, port = running.url.removeprefix("https://").split(":")
+        context = ssl.create_default_context(cafile=str(cert))
+        with (
+            socket.create_connection((host, int(port))),
+            socket.create_connection((host, int(port))) as plain,
+            context.wrap_socket(plain, server_hostname="localhost"),
+        ):
+            began = time.monotonic()
+            assert running.stop() in (0, -signal.SIGTERM)
+            assert time.monotonic() - began < 15, "under 3 s where nothing else runs"
+        assert "graceful shutdown exceeded" not in "".join(running.log), "silent connections are not waited for"
 
 
 # ---- A server with little room

@@ -160,7 +160,7 @@ def test_a_cancelled_queue_costs_its_client_nothing() -> None:
 def test_what_a_client_did_not_take_from_others_is_not_held_against_it(
     tokenizer: Tokenizer, left: bool, busy: bool
 ) -> None:
-    """A long job, left after a step or complete before others came, does not put the next one behind theirs."""
+    """A long job, left after a step or complete before others came, does not make the next one wait for theirs."""
     engine, ended = Engine(exported(tokenizer), 2), list[int]()
 
     def submit(client: str, steps: int) -> int:
@@ -208,11 +208,12 @@ def test_visitors_are_forgotten() -> None:
     queue.push("long", 1_000_000, "resident")
     queue.start(True)
     for number in range(500):
-        queue.push(f"visit {number}", 10, f"visitor {number}")
-        assert queue.start(True) == (f"visit {number}", None)
+        visit = f"visit {number}"
+        queue.push(visit, 10, f"visitor {number}")
+        assert queue.start(True) == (visit, None)
         done["long"] += 10
-        done[f"visit {number}"] = 10
-        queue.remove(f"visit {number}")
+        done[visit] = 10
+        queue.remove(visit)
         assert len(queue.flows) <= 4
     queue.remove("long")
     assert not queue.flows

@@ -2,8 +2,8 @@
 
 Weighted fair queueing (Demers, Keshav and Shenker, 1989) with the network's positions as the unit of work. A client's
 requests of one kind are a flow, served in order. The first of each flow has a virtual finish time: when it would end if
-all flows were served at the same rate. Those with the earliest run; others make way for them. A flow is charged for what
-was computed, and what a client had while nobody else asked is not held against it.
+all flows were served at the same rate. Those with the earliest run; others make way for them. A flow is charged for
+what was computed, and what a client had while nobody else asked is not held against it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FairQueue(Generic[T]):
     """Requests that wait or run. With one flow this is first come, first served.
 
     used   returns the positions that were computed for a request so far; without it all of its cost are at its end
-    flows  by client and kind; those that ended and are behind the virtual time are forgotten
+    flows  by client and kind; one that ended is forgotten once the virtual time has passed its finish
     now    the virtual time: that which the slowest of the running requests has reached
     """
 

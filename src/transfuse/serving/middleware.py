@@ -116,6 +116,8 @@ class Middleware:
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         if root := self.config().root_path:
             inner["root_path"] = root
+            if inner["path"] == root:  # the page, which finds its way without a last slash
+                inner["path"] = root + "/"
         exchange = Exchange(self, uuid.uuid4().hex[:16], began, receive, send)
         inner["exchange"] = exchange
         try:

@@ -73,8 +73,8 @@ class BoundedProtocol(H11Protocol):
     """A connection that must send its request's head in time. One too many takes the place of one that is idle.
 
     uvicorn bounds neither the time of a head nor the connections of an address, and its own refusals are plain text.
-    With TLS a connection counts from its first byte: asyncio's servers report it only after the handshake, so it is
-    accepted as plain TCP, and the handshake follows here.
+    With TLS a connection counts as soon as it is accepted: asyncio's own TLS servers report it only after the
+    handshake, so the handshake is made here.
     """
 
     limits = ServerConfig()
@@ -113,10 +113,11 @@ class BoundedProtocol(H11Protocol):
 
     async def secure(self, plain: asyncio.Transport, tls: ssl.SSLContext) -> None:
         """Put TLS in place of plain TCP, and then read what the client sends."""
-        times = {"ssl_handshake_timeout": self.limits.idle, "ssl_shutdown_timeout": GOODBYE}
-        transport: asyncio.Transport | None = None
+        idle, transport = self.limits.idle, None
         with contextlib.suppress(OSError):  # no TLS, or the client left
-            transport = await self.loop.start_tls(plain, self, tls, server_side=True, **times)
+            transport = await self.loop.start_tls(
+                plain, self, tls, server_side=True, ssl_handshake_timeout=idle, ssl_shutdown_timeout=GOODBYE
+            )
         if transport is None:
             self.connection_lost(None)
         elif self in self.open:
