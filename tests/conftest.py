@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +131,30 @@ def served(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
     return save_export(
         folder, weights, config, made.process.config, tokenizer, made.autoencoder, 8, GenerationConfig(), "a model"
     )
+
+
+RESULT = {"measure": "text", "name": "perplexity", "value": 12.5, "count": 3, "data": "words", "drawing": None}
+"""a measured number, as results.json has it"""
+
+
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Replace the Hub's functions: uploads go to `folder`/uploaded. Returns what each was called with."""
+    import huggingface_hub
+
+    done: dict[str, dict[str, Any]] = {}
+
+    def create(repo_id: str, **options: Any) -> Any:
+        done["create_repo"] = {"repo_id": repo_id, **options}
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload(folder_path: Path, **options: Any) -> str:
+        done["upload_folder"] = options
+        shutil.copytree(folder_path, folder / "uploaded")
+        return f"https://hub/{options['repo_id']}/commit/1"
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", create)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    return done
 
 
 @pytest.fixture(scope="session")

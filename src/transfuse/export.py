@@ -21,10 +21,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ from .io import atomic_dir, sha256
 from .model import ModelConfig, Transfusion
 from .model.transfusion import current_name
 from .sequence import Tokenizer
-from .sequence.tokenizer import TOKENIZER_CONFIG
+from .sequence.tokenizer import TOKENIZER_CONFIG, TURNS
 from .version import __version__
 from .vocabulary import Vocabulary
 
@@ -76,9 +76,11 @@ class GenerationConfig:
 
 def out_of_range(settings: Any) -> str:
     """Return what is wrong with a GenerationConfig or a Request (field, expected, found), or ""."""
-    for name in ("temperature", "code_temperature", "guidance_scale", "top_p", "code_top_p", "max_tokens"):
+    for name in ("temperature", "code_temperature", "guidance_scale", "top_p", "code_top_p"):
         if not isinstance(getattr(settings, name), Real):
-            return f"{name}: expected a number, found {getattr(settings, name)!r}"
+            return f"{name}: expected a number, found {getattr(settings, name)!r:.80}"
+    if not isinstance(settings.max_tokens, Integral):
+        return f"max_tokens: expected a whole number, found {settings.max_tokens!r:.80}"
     for name in ("temperature", "code_temperature", "guidance_scale"):
         if not 0 <= getattr(settings, name) <= MAX_SCALE:
             return f"{name}: expected 0 to {MAX_SCALE:g}, found {getattr(settings, name)}"
@@ -87,8 +89,10 @@ def out_of_range(settings: Any) -> str:
             return f"{name}: expected a share above 0, at most 1, found {getattr(settings, name)}"
     if settings.max_tokens < 0:
         return f"max_tokens: expected at least 0, found {settings.max_tokens}"
-    if (interval := settings.guidance_interval) is not None and not 0 <= interval[0] <= interval[1] <= 1:
-        return f"guidance_interval: expected shares 0 <= low <= high <= 1, found {interval}"
+    if (interval := settings.guidance_interval) is not None:
+        shares = isinstance(interval, Sequence) and [isinstance(share, Real) for share in interval] == [True, True]
+        if not shares or not 0 <= interval[0] <= interval[1] <= 1:
+            return f"guidance_interval: expected shares 0 <= low <= high <= 1, found {interval!r:.80}"
     return ""
 
 
@@ -195,7 +199,8 @@ def save_export(
         tokenizer.save(partial / "tokenizer.json")
         if vocabulary is not None:
             write_json(partial / "vocabulary.json", to_dict(vocabulary))
-        write_json(partial / TOKENIZER_CONFIG, tokenizer.text_format.config())
+        named = tokenizer.text_format.config()
+        write_json(partial / TOKENIZER_CONFIG, named | {"chat_template": named["chat_template"] or TURNS})
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -226,7 +231,7 @@ class Described:
 
 def describe(folder: Path | str) -> Described:
     """Read an export's configuration. Raises UserError for a missing file or a folder that is not an export."""
-    place = places(Path(folder))
+    place = places(folder)
     if not find_export(folder).exists() and (hint := nearest(str(folder), bundled_models(), "")):
         raise UserError(f"{folder}: expected an export folder, found none{hint}")
     config = read_json(place["config.json"])

@@ -6,6 +6,7 @@
     trained_exports()                    # those in the run folders under runs/
     places(folder)["config.json"]        # transformer/config.json in diffusers' layout
     fetched_data("hf://datasets/org/name/data", ["data"])    # the snapshot, with the files below data/
+    upload(Path("my-model"), "org/name")                     # to the Hub, with its own model card
 
 Nothing here needs torch, so that commands that only look for a model start fast.
 """
@@ -70,7 +71,7 @@ def bundled_name(model: Path) -> str | None:
     return folder.name if folder.parent == WEIGHTS else None
 
 
-def places(folder: Path) -> dict[str, Path]:
+def places(folder: Path | str) -> dict[str, Path]:
     """Return the paths of an export's parts, in the layout it has; `folder` may be a bundled model's name."""
     folder = find_export(folder)
     diffusers = (folder / INDEX).is_file()
@@ -115,13 +116,45 @@ def is_repository(name: Path | str) -> bool:
 
 
 def fetched(name: Path | str) -> Path:
-    """Return the local folder of a model. Raises UserError, one line, for a repository that cannot be had."""
+    """Return the local folder of a model. Raises UserError for what is no name, and a repository that cannot be had."""
+    if not isinstance(name, str | Path):
+        raise UserError(f"model: expected a folder, or a model's name, found {name!r:.80}")
     if not is_repository(name):
         return Path(name)
     repository = name.as_posix() if isinstance(name, Path) else name
     return _snapshot(
         f"{repository}: expected a folder, or a model on the Hub or in its cache", repository, allow_patterns=HUB_FILES
     )
+
+
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    tags: Sequence[str] | None = None,
+    **options: Any,
+) -> str:
+    """Upload an export as it is, model card included, to a repository, made if it is new; return the commit's address.
+
+    tags: added to the card's. options: commit_message, commit_description, create_pr and path_in_repo of
+    `huggingface_hub.upload_folder`.
+    """
+    import huggingface_hub
+
+    if tags:
+        from .model_card import read_card, write_card
+
+        metadata, text = read_card(folder / "README.md")
+        metadata["tags"] = list(dict.fromkeys([*(metadata.get("tags") or ()), *tags]))
+        (folder / "README.md").write_text(write_card(metadata, text), encoding="utf-8")
+    name = huggingface_hub.create_repo(repository, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        huggingface_hub.create_branch(name, branch=revision, token=token, exist_ok=True)
+    done = huggingface_hub.upload_folder(repo_id=name, folder_path=folder, token=token, revision=revision, **options)
+    return str(done)
 
 
 def data_address(address: str) -> tuple[str, str | None, str]:

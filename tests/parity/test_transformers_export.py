@@ -7,14 +7,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import exported, randomised, tiny
+from conftest import RESULT, exported, hub, randomised, tiny
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, GenerationConfig, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    pipeline,
+)
 
 import transfuse
 from transfuse.autoencoders import AutoencoderConfig, ImageAutoencoder, Pixels, VQTokenizer
@@ -24,6 +33,7 @@ from transfuse.export import GenerationConfig as OurGenerationConfig
 from transfuse.export import load_export, relayout, save_export
 from transfuse.folders import MODELLING
 from transfuse.inference import TransfusionPipeline
+from transfuse.model_card import add_results, read_card
 from transfuse.sequence import Tokenizer
 
 TRUST = {"trust_remote_code": True}
@@ -33,9 +43,20 @@ KINDS = {
     "causal, swin": {"image_attention": "causal", "norm_order": "swin", "qkv_bias": True},
     "two dimensions": {"positions": "2d", "patch_size": 1, "unet_channels": None, "patch_positions": "none"},
     "text": {"images": "none"},
+    "window": {"sliding_window": 5, "n_layers": 3, "full_attention_layers": (1,)},
+    "window, causal": {"sliding_window": 4, "image_attention": "causal"},
+    "window of text": {"images": "none", "sliding_window": 2},
+    "experts": {"experts": "all", "image_d_ff": 96},
+    "experts, one norm": {"experts": "ffn", "tie_embeddings": True},
+    "adaln": {"timestep": "adaln"},
+    "learned positions": {"patch_positions": "learned", "nope_layers": (1,), "qk_norm": True, "qk_norm_type": "rms"},
     "codes": {
         "images": "codes", "codebook_size": 24, "patch_size": 1, "image_attention": "causal", "unet_channels": None,
         "patch_positions": "none",
+    },
+    "codes, experts": {
+        "images": "codes", "codebook_size": 24, "patch_size": 1, "image_attention": "causal", "unet_channels": None,
+        "patch_positions": "none", "experts": "all",
     },
 }  # fmt: skip
 
@@ -188,11 +209,79 @@ def test_mistakes_are_one_line(served: Path) -> None:
     for text in (3, [], ["a", None]):
         with pytest.raises(ValueError, match=r"^text: expected a text, or a list of them, found "):
             processor(text=text)
-    with pytest.raises(ValueError, match=r"^max_shard_size: expected none, for weights are one file, found 10MB$"):
-        model.save_pretrained("nowhere", max_shard_size="10MB")
+    with pytest.raises(
+        ValueError, match=r"^max_shard_size: expected at least \d+, for weights are one file, found 3KB$"
+    ):
+        model.save_pretrained("nowhere", max_shard_size="3KB")
+    with pytest.raises(ValueError, match=r"^position_ids: expected none, for they follow from attention_mask"):
+        model(inputs["input_ids"], position_ids=torch.arange(3)[None])
+    with pytest.raises(ValueError, match=r"^text: expected <image> where an image stands, found the marker <\|eoi\|>$"):
+        with_template(processor)(text="one <|eoi|> two")
     with pytest.raises(ValueError, match=r"^pixel_values: expected 1 images, found 0$"):
         model(**{**inputs, "pixel_values": inputs["pixel_values"][:, :0]})
     assert processor(images=image(1, side=30))["pixel_values"].shape == (1, 1, 8, 8, 3), "fitted as by --resize"
+
+
+def with_template(processor: Any) -> Any:
+    """A processor whose chat template writes markers, which its texts may have for that reason."""
+    processor.chat_template = "{% for message in messages %}{{ bos_token + message['content'] }}{% endfor %}"
+    return processor
+
+
+def test_markers_that_are_typed_are_plain_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = export(tmp_path / "export", tokenizer)
+    model, processor = (kind.from_pretrained(folder, **TRUST) for kind in (AutoModel, AutoProcessor))
+    prompts = ["a <|boi|> crab", "<|bos|>moon", "two<|eos|>", "<|eoi|>"]
+    inputs = processor(text=prompts)
+    ids = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    assert processor.batch_decode(ids, skip_special_tokens=True) == written(folder, [[prompt] for prompt in prompts], 8)
+    marked = with_template(processor)(text="<|bos|>moon")["input_ids"].tolist()
+    assert marked == processor(text="moon")["input_ids"].tolist()
+
+
+def test_the_tokenizer_alone_begins_as_training_did(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = export(tmp_path / "export", tokenizer)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs("a crab")["input_ids"] == [tokenizer.bos, *tokenizer.encode("a crab")]
+    messages = [{"role": "user", "content": "a crab "}, {"role": "assistant", "content": "on red"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == "a crab on red"
+    ours = load_export(folder).tokenizer
+    assert (ours.fingerprint, ours.text_format) == (tokenizer.fingerprint, tokenizer.text_format)
+    assert ours.encode("a crab") == tokenizer.encode("a crab")
+
+
+def test_a_tuple_instead_of_an_object(served: Path) -> None:
+    model, processor = (kind.from_pretrained(served, **TRUST) for kind in (AutoModel, AutoProcessor))
+    inputs = processor(text="moon")
+    logits, cache = model(**inputs, return_dict=False, use_cache=True)
+    assert torch.equal(logits, model(**inputs).logits)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+    assert len(model(**inputs, return_dict=False, labels=inputs["input_ids"])) == 2
+
+
+@pytest.mark.parametrize("how", ["push", "save"])
+def test_uploads_keep_the_model_card(
+    how: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that was opened by a relative path, from another working directory, too."""
+    folder, done = export(tmp_path / "export", tokenizer), hub(tmp_path, monkeypatch)
+    add_results(folder / "README.md", "crabs", [RESULT])
+    monkeypatch.chdir(tmp_path)
+    model, processor = (kind.from_pretrained("export", **TRUST) for kind in (AutoModel, AutoProcessor))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if how == "push":
+        model.push_to_hub("someone/crabs", private=True, commit_message="crabs", tags=["drawing"])
+    else:
+        model.save_pretrained("saved", push_to_hub=True, repo_id="someone/crabs", private=True, commit_message="crabs")
+    assert done["create_repo"] == {"repo_id": "someone/crabs", "private": True, "token": None, "exist_ok": True}
+    assert done["upload_folder"]["commit_message"] == "crabs"
+    metadata, _ = read_card(tmp_path / "uploaded" / "README.md")
+    assert metadata["model-index"] == read_card(folder / "README.md")[0]["model-index"]
+    assert metadata.get("tags") == (["drawing"] if how == "push" else None)
+    assert written(tmp_path / "uploaded", [["a crab"]]) == written(folder, [["a crab"]])
+    processor.save_pretrained("words")
+    assert Path("words", "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
 def test_without_the_package_one_line_says_so(served: Path) -> None:

@@ -12,6 +12,7 @@ package transfuse, so that there is one of each. Drawing is the package's, too: 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, convert_file_size_to_int
 
 try:
     from transfuse.autoencoders import Autoencoder, VQTokenizer, load_autoencoder
     from transfuse.config import from_dict
+    from transfuse.folders import upload
     from transfuse.images import decode_image, fit
     from transfuse.model import ModelConfig, Transfusion
     from transfuse.sequence import Document, Image, SequenceFormat, Text, layout_document
+    from transfuse.sequence.tokenizer import TURNS
 except ImportError as error:
     raise ImportError(
         "this model runs on the package transfuse, which no index has: install it from its repository, "
@@ -49,9 +52,15 @@ FLATTEN = (
     "{%- set messages = found.turns -%}"
 )
 """gives a chat template, which is written for text, messages of text and images"""
-TURNS = "{%- for message in messages -%}{{ message['content'] }}{%- endfor -%}"
-"""turns follow each other without markers, as in `transfuse.inference.Conversation`"""
+UPLOADED = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+"""arguments of `save_pretrained` that are `push_to_hub`'s"""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+REFUSED = {
+    **dict.fromkeys(("output_hidden_states", "output_attentions"), "the network does not return them"),
+    "position_ids": "they follow from attention_mask",
+    "inputs_embeds": "the network reads input_ids",
+}
+"""arguments of other models' forward, and why this one does not take them"""
 OURS = (*TOKENIZER, "autoencoder", "transfuse_generation.json", "vocabulary.json", "README.md")
 """files of an export that transformers does not write, but `transfuse.load` reads"""
 
@@ -105,15 +114,21 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             where = {name: kwargs[name] for name in names if name in kwargs}
             patterns = [name for part in OURS for name in (part, f"{part}/*")]
             folder = Path(snapshot_download(str(folder.as_posix()), allow_patterns=patterns, **where))
-        model.folder = folder
+        model.folder = folder.absolute()  # the working directory may change
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write the model with all that `transfuse.load` needs; its weights are one file."""
-        if "max_shard_size" in kwargs:
-            raise ValueError(
-                f"max_shard_size: expected none, for weights are one file, found {kwargs['max_shard_size']}"
-            )
+        """Write the model with all that `transfuse.load` needs; its weights are one file.
+
+        With `push_to_hub` also upload the folder: repo_id, token, private, ... are those of `push_to_hub`.
+
+        Raises ValueError for a max_shard_size that the weights exceed.
+        """
+        most, size = kwargs.pop("max_shard_size", None), sum(x.nbytes for x in self.state_dict().values())
+        if most is not None and size > convert_file_size_to_int(most):
+            raise ValueError(f"max_shard_size: expected at least {size}, for weights are one file, found {most}")
+        pushed = {name: kwargs.pop(name) for name in UPLOADED if name in kwargs}
+        wanted, repository = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(save_directory, *args, **{**kwargs, "max_shard_size": "1000TB"})
         for part in (self.folder / name for name in OURS) if self.folder is not None else ():
             target = Path(save_directory) / part.name
@@ -121,6 +136,17 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 shutil.copytree(part, target, dirs_exist_ok=True)
             elif part.is_file() and part.resolve() != target.resolve():
                 shutil.copyfile(part, target)
+        if wanted:
+            self.push_to_hub(repository, **pushed)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str | None = None, **options: Any) -> str:
+        """Upload the export to the Hub with its own model card, and return the address of the commit.
+
+        options: commit_message, commit_description, private, token, revision, create_pr and tags, as in transformers.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return upload(Path(folder), repo_id, **options)
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
@@ -148,8 +174,9 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         labels: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return the logits of the next tokens, `[sequence, position, id]`, and with labels the loss of text.
 
         input_ids, attention_mask   `[sequence, position]`, padded on either side
@@ -157,10 +184,11 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                                     have places for. Only before the first token is written
         logits_to_keep              compute those of the last positions alone; 0: of all
         labels                      ids to predict, where `input_ids` has them; -100: not, as positions of images
+        return_dict                 False returns a tuple of what there is: loss, logits, past_key_values
         """
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name):
-                raise ValueError(f"{name}: expected none, for the network does not return them, found {kwargs[name]}")
+        for name, reason in REFUSED.items():
+            if (given := kwargs.get(name)) is not None and given is not False:
+                raise ValueError(f"{name}: expected none, for {reason}, found {given!r:.60}")
         (network,) = self.network
         network.compute_dtype = self.lm_head.weight.dtype
         rows, length = input_ids.shape
@@ -172,16 +200,17 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         before = F.pad(input_ids, (1, 0), value=-1)[:, :-1]
         patches = (input_ids == boi) & (before == boi) & (past == 0)
         begins = patches & ~F.pad(patches, (1, 0))[:, :-1]  # the first patch of each image
-        visible = self._visible(known.bool(), patches, begins, past)
+        masks = self._visible(known.bool(), patches, begins, past)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, layer)
-            if k.shape[2] != visible.shape[3]:
-                sizes = f"{k.shape[2]} positions for {visible.shape[3]}"
+            mask = masks[network.config.windowed[layer]]
+            if k.shape[2] != mask.shape[3]:
+                sizes = f"{k.shape[2]} positions for {mask.shape[3]}"
                 raise ValueError(f"past_key_values: expected a dynamic cache, found a static one of {sizes}")
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1])
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
             return out.transpose(1, 2).reshape(rows * length, -1)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -199,29 +228,42 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 images = {"patches": places, "latents": latents, "timesteps": places.new_zeros(len(latents))}
             else:
                 ids = ids.index_copy(0, places, latents.flatten() + network.config.text_vocab_size)
+                images = {"patches": places}  # which weights of their own compute, with `experts`
         output = network(ids, positions.flatten(0, 1), attend, wanted, **images)
         logits = output.logits.view(rows, -1, self.vocab_size)
-        loss = None
-        if labels is not None:
-            if logits.shape[:2] != labels.shape:
-                raise ValueError(f"labels: expected {tuple(logits.shape[:2])}, as logits, found {tuple(labels.shape)}")
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        loss = None if labels is None else self._loss(logits, labels)
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if as_dict else result.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if logits.shape[:2] != labels.shape:
+            raise ValueError(f"labels: expected {tuple(logits.shape[:2])}, as logits, found {tuple(labels.shape)}")
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
 
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    def _visible(self, known: Tensor, patches: Tensor, begins: Tensor, past: int) -> Tensor:
-        """Return attention's mask, bool `[sequence, 1, query, key]`: `transfuse.sequence.visible`, with padding."""
-        length, keys = patches.shape[1], known.shape[1]
+    def _visible(self, known: Tensor, patches: Tensor, begins: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        """Return attention's masks of layers without and with a sliding window, bool `[sequence, 1, query, key]`.
+
+        They are `transfuse.sequence.visible` and `transfuse.model.attention.window_start`, with padding.
+        """
+        length, keys, config = patches.shape[1], known.shape[1], self.network[0].config
         key = torch.arange(keys, device=known.device)
         query = key[past : past + length, None]
-        visible = (key <= query) & known[:, None]
-        if not past and self.network[0].config.image_attention == "bidirectional":
+        visible, same_image = (key <= query) & known[:, None], query == key  # padding sees itself: no softmax is empty
+        if not past and config.image_attention == "bidirectional":
             number = begins.cumsum(-1)
-            visible |= patches[:, :, None] & patches[:, None] & (number[:, :, None] == number[:, None])
-        return (visible | (key == query))[:, None]  # a padded position sees itself: no softmax is empty
+            of_one = patches[:, :, None] & patches[:, None] & (number[:, :, None] == number[:, None])
+            same_image = same_image | of_one
+        whole = (visible | same_image)[:, None]
+        if config.sliding_window is None:
+            return whole, whole
+        place = known.cumsum(-1)  # padding takes no place in the window
+        near = place[:, past : past + length, None] - place[:, None] < config.sliding_window
+        return whole, ((visible & near) | same_image)[:, None]
 
     def _positions(self, known: Tensor, patches: Tensor, begins: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Return rotary positions `[sequence, position, 3]` ("2d"), and what is added to those of later tokens."""
@@ -288,7 +330,7 @@ class TransfusionProcessor(ProcessorMixin):
         processor = cls(tokenizer, settings["image_size"], settings["image_grid"], begin_token=begin)
         optional = {"_raise_exceptions_for_missing_entries": False, **where}
         files = (cached_file(pretrained_model_name_or_path, name, **optional) for name in TOKENIZER)
-        processor.tokenizer_files = [file for file in files if file is not None]
+        processor.tokenizer_files = [str(Path(file).absolute()) for file in files if file is not None]
         return processor
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -328,6 +370,9 @@ class TransfusionProcessor(ProcessorMixin):
         if pixels and len(pixels) == len(texts) and not any(IMAGE in prompt for prompt in texts):
             texts = [IMAGE + prompt for prompt in texts]
         counts = [prompt.count(IMAGE) for prompt in texts]
+        for name in ("<|boi|>", "<|eoi|>"):
+            if any(name in prompt for prompt in texts) and self.chat_template != FLATTEN + TURNS:
+                raise ValueError(f"text: expected {IMAGE} where an image stands, found the marker {name}")
         if sum(counts) != len(pixels):
             raise ValueError(f"images: expected {sum(counts)}, as texts have {IMAGE}, found {len(pixels)}")
         rows = [self._ids(prompt) for prompt in texts]
@@ -347,13 +392,17 @@ class TransfusionProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
     def _ids(self, prompt: str) -> list[int]:
-        """Lay out a prompt as training did; BOI's id marks the positions of an image's patches."""
+        """Lay out a prompt as training did; BOI's id marks the positions of an image's patches.
+
+        Markers' names act as markers in what a chat template has rendered; without one they are plain characters.
+        """
+        plain = self.chat_template == FLATTEN + TURNS
         bos, eos, boi, eoi = (
             self.tokenizer.convert_tokens_to_ids(name)
             for name in (self.begin_token, self.tokenizer.eos_token, "<|boi|>", "<|eoi|>")
         )
         first = None  # what a chat template begins with stands in place of BOS
-        for number, token in self.tokenizer.added_tokens_decoder.items():
+        for number, token in () if plain else self.tokenizer.added_tokens_decoder.items():
             if token.special and token.content != IMAGE and prompt.startswith(token.content):
                 first, prompt = number, prompt.removeprefix(token.content)
                 break
@@ -361,7 +410,8 @@ class TransfusionProcessor(ProcessorMixin):
         parts: list[Any] = []
         for number, words in enumerate(prompt.split(IMAGE)):
             parts += [image] * (number > 0)
-            parts.append(Text(tuple(self.tokenizer(words, add_special_tokens=False)["input_ids"])))
+            ids = self.tokenizer(words, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+            parts.append(Text(tuple(ids)))
         layout = layout_document(Document(parts, closed=False, first=first), SequenceFormat(bos, eos, boi, eoi, 1))
         layout.input_ids[layout.image >= 0] = boi
         return layout.input_ids.tolist()

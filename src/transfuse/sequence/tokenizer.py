@@ -35,6 +35,8 @@ SPECIAL = (BOS, EOS, BOI, EOI)
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 """names of the token between two documents of pretraining, in models that do not begin a text with BOS"""
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TURNS = "{%- for message in messages -%}{{ message['content'] }}{%- endfor -%}"
+"""the chat template that other libraries find in an export without its own: turns follow each other without markers"""
 LONG = 20_000
 """characters above which other threads run while a text is encoded: only the call for batches releases Python's lock"""
 
@@ -55,13 +57,17 @@ class TextFormat:
     chat_template: str | None = None
 
     def config(self) -> dict[str, Any]:
-        """Return tokenizer_config.json as transformers reads it; `begin_token` and `end_tokens` are ours."""
+        """Return tokenizer_config.json as transformers reads it; `begin_token` and `end_tokens` are ours.
+
+        Its tokenizer begins a text with BOS as training did, where that is the `bos_token` that it knows.
+        """
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "bos_token": self.bos_token,
             "eos_token": self.eos,
             "pad_token": self.eos,
+            "add_bos_token": self.bos_token == self.bos,
             "begin_token": self.bos,
             "end_tokens": list(self.other_ends),
             "chat_template": self.chat_template,
@@ -261,6 +267,7 @@ def read_text_format(folder: Path, backend: tokenizers.Tokenizer) -> TextFormat:
             raise UserError(f"{folder / name}: expected settings by name, found a {type(values).__name__}")
     named, where = files.pop(TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG
     template = _template(folder, named.get("chat_template"))
+    template = None if template == TURNS else template
 
     def by_name(field: str) -> str | None:
         """Return a token that tokenizer_config.json names, as a string or as an object with its content."""
