@@ -16,16 +16,16 @@ from transfuse.images import fit
 
 SAMPLING = {
     "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
-    "steps": ("INT", {"default": 20, "min": 1, "max": 1000}),
-    "guidance": ("FLOAT", {"default": 3.0, "min": 0.0, "max": 100.0, "step": 0.1}),
+    "steps": ("INT", {"default": 0, "min": 0, "max": 1000}),
+    "guidance": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1}),
 }
+"""the inputs that every drawing has; 0 steps, or a guidance of 0, are the model's own"""
 
 
 def to_comfy(pipe: Any, prompts: list[str], seed: int, steps: int, guidance: float, **options: Any) -> torch.Tensor:
-    """Draw prompts and return ComfyUI's images."""
-    images = pipe(
-        prompts, generator=seed, num_inference_steps=steps, guidance_scale=guidance, output_type="pt", **options
-    ).images
+    """Draw prompts and return ComfyUI's images; 0 steps, or a guidance of 0, are the model's own."""
+    options |= {"num_inference_steps": steps or None, "guidance_scale": guidance or None}
+    images = pipe(prompts, generator=seed, output_type="pt", **options).images
     return torch.stack(images).permute(0, 2, 3, 1)
 
 

@@ -12,17 +12,17 @@ from transfuse.images import decode_image, fit
 
 
 def functions(model: str):
-    """Return (draw, edit, caption) of a model."""
+    """Return (draw, edit, caption) of a model; a seed of None, as of an emptied field, is 0."""
     pipe = transfuse.load(model)
 
     def fitted(image: PIL.Image.Image) -> PIL.Image.Image:
         return PIL.Image.fromarray(fit(decode_image(image), pipe.exported.image_size))
 
-    def draw(prompt: str, negative: str, seed: int) -> PIL.Image.Image:
-        return pipe(prompt, negative_prompt=negative or None, generator=int(seed)).images[0]
+    def draw(prompt: str, negative: str, seed: float | None) -> PIL.Image.Image:
+        return pipe(prompt, negative_prompt=negative or None, generator=int(seed or 0)).images[0]
 
-    def edit(image: PIL.Image.Image, instruction: str, seed: int) -> PIL.Image.Image:
-        return pipe(instruction, image=fitted(image), generator=int(seed)).images[0]
+    def edit(image: PIL.Image.Image, instruction: str, seed: float | None) -> PIL.Image.Image:
+        return pipe(instruction, image=fitted(image), generator=int(seed or 0)).images[0]
 
     def caption(image: PIL.Image.Image) -> str:
         return pipe.caption(fitted(image))[0]
@@ -30,14 +30,19 @@ def functions(model: str):
     return draw, edit, caption
 
 
-if __name__ == "__main__":
-    import gradio as gr
-
-    draw, edit, caption = functions(sys.argv[1] if len(sys.argv) > 1 else "small-64")
-    picture, seed = gr.Image(type="pil"), gr.Number(0, label="seed", precision=0)
+def page(model: str, gr):
+    """Return the page; `gr` is the module gradio. A component belongs to one tab, so each tab makes its own."""
+    draw, edit, caption = functions(model)
+    text, image, seed = (lambda label: gr.Text(label=label)), gr.Image, (lambda: gr.Number(0, label="seed"))
     tabs = [
-        gr.Interface(draw, [gr.Text(label="prompt"), gr.Text(label="negative prompt"), seed], "image"),
-        gr.Interface(edit, [picture, gr.Text(label="instruction"), seed], "image"),
-        gr.Interface(caption, [picture], "text"),
+        gr.Interface(draw, [text("prompt"), text("negative prompt"), seed()], image(type="pil")),
+        gr.Interface(edit, [image(type="pil"), text("instruction"), seed()], image(type="pil")),
+        gr.Interface(caption, [image(type="pil")], text("caption")),
     ]
-    gr.TabbedInterface(tabs, ["Draw", "Edit", "Caption"], title="Transfuse").launch()
+    return gr.TabbedInterface(tabs, ["Draw", "Edit", "Caption"], title="Transfuse")
+
+
+if __name__ == "__main__":
+    import gradio
+
+    page(sys.argv[1] if len(sys.argv) > 1 else "small-64", gradio).launch()
