@@ -60,6 +60,16 @@ def test_strength(engine: Engine, sampler: SamplerConfig) -> None:
     assert not torch.equal(drawn(engine, replace(asked, start=Start(source(), 0.5))), free)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: f"{s.name} {s.eta}")
+def test_a_small_strength_takes_a_step(engine: Engine, sampler: SamplerConfig) -> None:
+    """However few steps there are: 0 alone returns the image as it was."""
+    asked = plain(sampler=replace(sampler, steps=3))
+    events = list(engine.run([replace(asked, start=Start(source(), 0.01))]))
+    assert [event.network_evaluations for event in events if isinstance(event, Done)] == [1]
+    (changed,) = [event.latent for event in events if isinstance(event, ImageEnd)]
+    assert not torch.equal(changed, source())
+
+
 def test_a_variation_is_the_end_of_the_chain(engine: Engine) -> None:
     """Begun by hand from the picture with the same noise, at the level where so many steps are left."""
     process, config = engine.exported.process, SamplerConfig("ddim", 6)

@@ -9,6 +9,7 @@ import torch
 from conftest import exported
 from engines import coded
 
+from transfuse.errors import UserError
 from transfuse.inference import TransfusionPipeline
 from transfuse.inference.settings import parse_settings, request_again, settings_of
 from transfuse.sequence import Tokenizer
@@ -35,6 +36,15 @@ def test_each_prompt_has_its_own_in_a_batch(pipe: TransfusionPipeline) -> None:
     together = draw(pipe, ["a crab", "the moon"], negative_prompt=["two balloons", ""])
     (alone,) = draw(pipe, negative_prompt="two balloons")
     assert torch.allclose(together[0].float(), alone.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("words", [60, 400])
+def test_a_long_one_is_one_line(pipe: TransfusionPipeline, words: int) -> None:
+    with pytest.raises(
+        UserError, match=r"^request: negative: expected at most \d+ positions with an image, found \d+$"
+    ):
+        draw(pipe, negative_prompt="two balloons " * words)
+    assert len(draw(pipe, negative_prompt="two balloons " * 4)) == 1
 
 
 def test_it_is_part_of_the_record(pipe: TransfusionPipeline) -> None:

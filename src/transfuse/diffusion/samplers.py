@@ -255,7 +255,8 @@ class Sampler:
     ) -> SamplerState:
         """Return the state of an image that begins as another, clean one: noised, with a share of the steps left.
 
-        strength: that share, 0..1; 1 begins from noise alone, the same as `prepare`'s, 0 is the image, and done.
+        strength: that share, 0..1; 1 begins from noise alone, the same as `prepare`'s, 0 is the image, and done; above
+        0 at least one step is taken.
         mask: bool `[row, column]`, True where it is redrawn. The rest is the image, as noisy as each level says, and
         in the end the image itself, exactly.
 
@@ -268,7 +269,7 @@ class Sampler:
         channels, rows, columns = image.shape
         state = self.prepare((channels, rows, columns), generator, device=image.device)
         image = image.to(state.x.dtype)
-        steps = round(strength * self.config.steps)
+        steps = max(round(strength * self.config.steps), int(strength > 0))
         left = state.timesteps[self.config.steps - steps :]
         if left[:1] == left[1:2]:  # the second evaluation of a step of "heun" whose first is not among them
             left = left[1:]

@@ -6,19 +6,25 @@ A wrong one is one line.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..diffusion import SamplerConfig
 from ..errors import UserError
-from ..images import ImageSource
+from ..images import ImageSource, decode_image
 from ..sequence import Document
 from .sequence_state import Start
 
 StepEnd = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
 """diffusers' callback_on_step_end: pipeline, number of the step from 0, its noise level, its tensors"""
+
+
+ImageSources = ImageSource | Tensor | Sequence[ImageSource | Tensor]
+"""One image or several: files, PIL images, arrays, tensors; a pipeline's outputs, stacked or listed, are some"""
 
 
 class DrawOptions(TypedDict, total=False):
@@ -68,19 +74,58 @@ class ReplySettings(TypedDict, total=False):
     preview_every: int
 
 
-def check_options(output_type: str, counts: dict[str, int | None], numbers: dict[str, float | None]) -> None:
-    """Raise UserError for an unknown output_type, for counts that are not whole and at least 1, and for no numbers.
+def check_options(
+    output_type: str, counts: dict[str, int | None], numbers: dict[str, float | None], step_end: StepEnd | None
+) -> None:
+    """Raise UserError for an unknown output_type, counts below 1 or not whole, no numbers, and a callback that is none.
 
-    None passes for both; ranges of numbers are checked where they are known.
+    None passes for all but output_type; ranges of numbers are checked where they are known.
     """
+    if step_end is not None and not callable(step_end):
+        raise UserError(f"callback_on_step_end: expected a function, found {step_end!r:.80}")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise UserError(f'output_type: expected "pil", "np", "pt" or "latent", found {output_type!r}')
     for name, count in counts.items():
-        if not isinstance(count, int | None) or isinstance(count, bool) or (count is not None and count < 1):
+        if not isinstance(count, Integral | None) or isinstance(count, bool) or (count is not None and count < 1):
             raise UserError(f"{name}: expected a whole number of at least 1, found {count!r}")
     for name, number in numbers.items():
         if not isinstance(number, Real | None) or isinstance(number, bool):
             raise UserError(f"{name}: expected a number, found {number!r:.80}")
+
+
+def read_images(images: ImageSources | None) -> list[np.ndarray]:
+    """Decode images, uint8 `[row, column, 3]`; None: none.
+
+    Tensors are `[3, row, column]` or `[image, 3, row, column]` of 0 to 1, arrays of floats the same with channels last.
+    Raises UserError for what is no image.
+    """
+    if images is None:
+        return []
+    if isinstance(images, list | tuple):
+        return [pixels for image in images for pixels in read_images(image)]
+    if isinstance(images, Tensor):
+        tensor = images.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        images = (tensor.movedim(-3, -1) if tensor.dim() > 2 else tensor).numpy()
+    if isinstance(images, np.ndarray) and np.issubdtype(images.dtype, np.floating):
+        low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"image: expected values from 0 to 1 where they are floats, found {low:g} to {high:g}")
+        images = (images.astype(np.float64) * 255).round().astype(np.uint8)
+    stacked = isinstance(images, np.ndarray) and images.ndim == 4
+    return [decode_image(image) for image in (images if stacked else [images])]  # type: ignore[union-attr]
+
+
+def each_image(images: ImageSources | None, drawings: int, times: int) -> list[np.ndarray]:
+    """Return the image that belongs to each of `drawings`, `times` of which share a prompt; none for None.
+
+    Raises UserError for a number that is neither 1 nor that of the prompts.
+    """
+    read = read_images(images)
+    prompts = drawings // int(times)
+    if images is not None and len(read) not in (1, prompts):
+        raise UserError(f"image: expected 1{f' or {prompts}' * (prompts > 1)}, as prompts, found {len(read)}")
+    return [read[min(number // times, len(read) - 1)] for number in range(drawings)] if read else []
 
 
 def read_prompts(
@@ -110,8 +155,8 @@ def read_seeds(generator: torch.Generator | int | Sequence[torch.Generator | int
         if len(generator) != count:
             raise UserError(f"generator: expected {count}, as there are images, found {len(generator)}")
         return [seed for each in generator for seed in read_seeds(each, 1)]
-    if isinstance(generator, int):
-        return [generator + number for number in range(count)]
+    if isinstance(generator, Integral):
+        return [int(generator) + number for number in range(count)]
     if not isinstance(generator, torch.Generator | None):
         raise UserError(f"generator: expected a torch.Generator, a seed or a list of them, found {generator!r:.80}")
     device = None if generator is None else generator.device

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -34,7 +35,17 @@ from ..log import logger
 from ..sequence import Document, Image, Part, Text
 from ..sequence.chat import Message
 from ..vocabulary import PromptReading
-from .arguments import DrawOptions, ReplySettings, StepEnd, check_options, read_prompts, read_seeds
+from .arguments import (
+    DrawOptions,
+    ImageSources,
+    ReplySettings,
+    StepEnd,
+    check_options,
+    each_image,
+    read_images,
+    read_prompts,
+    read_seeds,
+)
 from .engine import Engine
 from .events import Done, Event, ImageEnd, ImageProgress, TextDelta
 from .model_runner import GUIDANCE, Guidance, ModelRunner
@@ -90,6 +101,7 @@ class TransfusionPipeline:
     def __init__(self, exported: Exported, graphs: bool = True) -> None:
         self.exported = exported
         self.engine = Engine(ModelRunner(exported, graphs))
+        self._interrupt = False  # diffusers' name: a callback_on_step_end sets it to end a drawing early
 
     @classmethod
     def from_pretrained(
@@ -161,7 +173,7 @@ class TransfusionPipeline:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        image: ImageSource | None = None,
+        image: ImageSources | None = None,
         strength: float | None = None,
         mask_image: ImageSource | None = None,
         height: int | None = None,
@@ -184,6 +196,7 @@ class TransfusionPipeline:
         output_type: "pil", "np" (uint8 `[row, column, 3]`), "pt" (float32 `[3, row, column]`, 0 to 1) or "latent".
         generator: a seed, which counts up from image to image, a generator, or a list with one of either for each.
 
+        image: one for all prompts, or one for each, as `read_images` takes them: outputs of a pipeline among them.
         With `image` alone prompts are instructions to change it, and it stands before them in the sequence, clean. With
         `strength` or `mask_image` prompts describe the result, and drawing begins from the image (`Start`). The mask
         selects what is redrawn: its transparent area, or the white one of an opaque mask (`images.read_mask`);
@@ -191,32 +204,34 @@ class TransfusionPipeline:
 
         candidates: draw each image that many times, and keep the one after which the model itself most probably writes
         the prompt; `seeds` has its seed. callback_on_step_end(pipe, step, t, {"latents": [image, channel, row,
-        column]}) is called after every denoising step, of all candidates; it cannot change the latents. strict: refuse
-        prompts with words that training never showed (`Vocabulary`), instead of a warning.
+        column]}) is called after every denoising step, of all candidates; it cannot change the latents, but ends the
+        drawing as it is by setting `_interrupt`. strict: refuse prompts with words that training never showed
+        (`Vocabulary`), instead of a warning.
         """
-        counts = {"num_images_per_prompt": num_images_per_prompt, "height": height, "width": width}
-        check_options(output_type, counts, {"strength": strength, "guidance_scale": guidance_scale, "eta": eta})
+        counts = {"num_images_per_prompt": num_images_per_prompt, "candidates": candidates, "height": height}
+        numbers = {"strength": strength, "guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
+        check_options(output_type, counts | {"width": width}, numbers | {"eta": eta}, callback_on_step_end)
         prompts, negatives = read_prompts(prompt, negative_prompt, num_images_per_prompt)
-        prompts = [self.read_prompt(text, strict).text for text in prompts]
-        if image is None and (strength is not None or mask_image is not None):
-            raise UserError("image: expected one with strength or mask_image, found none")
-        before, start = [], None
-        if image is not None:
-            pixels = decode_image(image)
-            if strength is None and mask_image is None:
-                before = [pixels]
-            else:
-                start = self.start(pixels, 1.0 if strength is None else strength, mask_image)
-                height, width = pixels.shape[:2]
-        side = self.exported.image_size
+        prompts, negatives = ([self.read_prompt(text, strict).text for text in texts] for texts in (prompts, negatives))
+        images = each_image(image, len(prompts), num_images_per_prompt)
+        share, side = 1.0 if strength is None else strength, self.exported.image_size
+        starts: dict[int, Start] | None = None
+        if strength is not None or mask_image is not None:
+            if not images:
+                raise UserError("image: expected one with strength or mask_image, found none")
+            distinct = {id(pixels): pixels for pixels in images}
+            starts = {key: self.start(pixels, share, mask_image) for key, pixels in distinct.items()}
         seeds, requests = read_seeds(generator, len(prompts)), []
         for number, (text, seed) in enumerate(zip(prompts, seeds, strict=True)):
             settings = (num_inference_steps, guidance_scale, sampler, guidance_interval, eta)
+            before = images[number : number + 1] if starts is None else []
             request = self.request([*before, text], *settings)
             if negatives:
                 request = replace(request, negative=self.request([*before, negatives[number]], *settings).document)
             request = with_image_guidance(request, image_guidance_scale)
-            size = (height or side, width or side)
+            size, start = (int(height or side), int(width or side)), starts and starts[id(images[number])]
+            if start is not None:
+                size = drawn_size(images[number], height, width)
             requests.append(replace(request, draw="force", max_tokens=0, size=size, start=start, seed=seed))
         requests = repeated(requests, candidates)
         latents = self.latents(requests, callback_on_step_end)
@@ -252,8 +267,12 @@ class TransfusionPipeline:
         return reading
 
     def latents(self, requests: Sequence[Request], step_end: StepEnd | None = None) -> list[Tensor]:
-        """Return the last latent that each request draws; with `step_end` all must take equally many steps."""
+        """Return the last latent that each request draws; with `step_end` all must take equally many steps.
+
+        If `step_end` sets `_interrupt`, they are those of its step, as noisy as they are.
+        """
         latents: dict[int, Tensor] = {}
+        self._interrupt = False
         steps: list[Tensor] = []
         for event in self.engine.run(requests):
             match event:
@@ -264,8 +283,13 @@ class TransfusionPipeline:
                     if len(steps) == len(requests):
                         together, steps = torch.stack(steps), []
                         returned = step_end(self, event.step - 1, event.t, {"latents": together})
+                        if not isinstance(returned, dict | None):
+                            found = f"found {returned!r:.80}"
+                            raise UserError(f"callback_on_step_end: expected it to return tensors by name, {found}")
                         if returned and returned.get("latents", together) is not together:
                             raise ValueError("callback_on_step_end: expected the latents as they were, found others")
+                        if self._interrupt:
+                            return list(together)
         return [latents[row] for row in range(len(requests))]
 
     def edit(self, image: ImageSource, instruction: str, **options: Unpack[DrawOptions]) -> PIL.Image.Image:
@@ -293,11 +317,10 @@ class TransfusionPipeline:
             mask = latent_mask(read_mask(mask_image, (height, width)), exported.autoencoder.factor)
         return Start(exported.autoencoder.encode(pixels[None])[0], strength, mask)
 
-    def caption(self, images: ImageSource | Sequence[ImageSource], max_tokens: int = 64) -> list[str]:
+    def caption(self, images: ImageSources, max_tokens: int = 64) -> list[str]:
         """Describe images, greedily; each must have the size the model was trained on."""
-        sources = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
-        requests = [self.request([decode_image(source)]) for source in sources]
-        requests = [replace(request, draw="never", max_tokens=max_tokens) for request in requests]
+        requests = [self.request([pixels]) for pixels in read_images(images)]
+        requests = [replace(request, draw="never", max_tokens=max_tokens, temperature=0.0) for request in requests]
         return [reply.text.strip() for reply in self.replies(requests)]
 
     def generate(self, prompt: Prompt, **settings: Unpack[ReplySettings]) -> Reply:
@@ -317,8 +340,9 @@ class TransfusionPipeline:
     ) -> Request:
         """Return a request of texts and images with the model's own defaults. Raises UserError for a bad setting."""
         defaults, process = self.exported.generation, self.exported.process
-        if not isinstance(steps, int | None) or isinstance(steps, bool):
+        if not isinstance(steps, Integral | None) or isinstance(steps, bool):
             raise UserError(f"steps: expected a whole number, found {steps!r}")
+        steps = None if steps is None else int(steps)
         given = {"steps": steps, "sampler": sampler, "eta": eta}
         if self.exported.model.config.images != "latents" and any(value is not None for value in given.values()):
             raise UserError("steps, sampler, eta: expected none, for the model does not denoise, found some")
@@ -410,13 +434,22 @@ class TransfusionPipeline:
         return [min(range(row, row + candidates), key=lambda number: losses.get(number, math.inf)) for row in rows]
 
 
+def drawn_size(image: np.ndarray, height: int | None, width: int | None) -> tuple[int, int]:
+    """Return the rows and columns of a drawing that begins from an image: the image's. Raises UserError for others."""
+    rows, columns = image.shape[:2]
+    for name, given, own in (("height", height, rows), ("width", width, columns)):
+        if given not in (None, own):
+            raise UserError(f"{name}: expected {own}, as the image with strength or mask_image, found {given}")
+    return rows, columns
+
+
 def repeated(requests: Sequence[Request], candidates: int) -> list[Request]:
     """Return each request `candidates` times, with different seeds, the first as it is.
 
     Raises UserError for prompts by which candidates cannot be compared: no text, or images among it.
     """
-    if candidates < 1:
-        raise UserError(f"candidates: expected at least 1, found {candidates}")
+    if not isinstance(candidates, Integral) or candidates < 1:
+        raise UserError(f"candidates: expected a whole number of at least 1, found {candidates!r}")
     if candidates == 1:
         return list(requests)
     for parts in (request.document.parts for request in requests):

@@ -6,8 +6,8 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
-from typing import TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,18 @@ T = TypeVar("T")
 
 REPLACEMENT = "\ufffd"  # the character that a decoder gives for bytes that are no character, or not yet one
 MAX_PENALTY = 2.0  # of presence and frequency, in logits (OpenAI's bound)
+KINDS: tuple[tuple[str, Any, str], ...] = (
+    ("seed", Integral, "a whole number"),
+    ("max_images", Integral, "a whole number"),
+    ("preview_every", Integral, "a whole number"),
+    ("logprobs", Integral | None, "a whole number"),
+    ("presence_penalty", Real, "a number"),
+    ("frequency_penalty", Real, "a number"),
+    ("image_guidance_scale", Real | None, "a number"),
+    ("sampler", SamplerConfig, "a transfuse.diffusion.SamplerConfig"),
+    ("negative", Document | None, "a transfuse.sequence.Document, as request() makes of a text"),
+)
+"""fields of a `Request` by name, with the types they take and these in words"""
 LONGEST_PREFIX = 3  # bytes of a character that lacks its last one, so at most as many replacements
 
 
@@ -234,7 +246,10 @@ def accept(runner: ModelRunner, request: Request, number: int, where: str) -> Se
         if has_images_branch:
             cfg_len += sum(count + 2 for count in seen) + 2 + patches
         if request.negative is not None:
-            cfg_len += len(layout_document(request.negative, runner.grammar)) + 1 + patches
+            least = len(layout_document(request.negative, runner.grammar)) + 1 + patches
+            if least > context:
+                raise UserError(f"{where}: negative: expected at most {context} positions with an image, found {least}")
+            cfg_len += least
         elif scale != 1 or (has_images_branch and image_scale != 1):
             cfg_len += len(runner.null_tokens) + patches
     prefix_keys: PrefixKeys | None = None
@@ -264,8 +279,9 @@ def _wrong_settings(runner: ModelRunner, request: Request) -> str:
     images = runner.config.images
     if request.draw not in ("auto", "force", "never"):
         return f'draw: expected "auto", "force" or "never", found {request.draw!r}'
-    if not isinstance(request.seed, Integral):
-        return f"seed: expected a whole number, found {request.seed!r:.80}"
+    for name, kinds, wanted in KINDS:
+        if not isinstance(value := getattr(request, name), kinds) or isinstance(value, bool):
+            return f"{name}: expected {wanted}, found {value!r:.80}"
     if not isinstance(request.size, Sequence) or [isinstance(side, Integral) for side in request.size] != [True, True]:
         return f"size: expected two whole numbers of pixels, found {request.size!r:.80}"
     if images == "none" and (request.draw == "force" or request.document.images):
@@ -284,13 +300,15 @@ def _wrong_settings(runner: ModelRunner, request: Request) -> str:
     for name in ("presence_penalty", "frequency_penalty"):
         if not -MAX_PENALTY <= getattr(request, name) <= MAX_PENALTY:
             return f"{name}: expected -{MAX_PENALTY:g} to {MAX_PENALTY:g}, found {getattr(request, name)}"
-    if isinstance(request.stop, str) or not all(request.stop):
+    if not isinstance(request.stop, list | tuple) or not all(text and isinstance(text, str) for text in request.stop):
         return f"stop: expected strings that are not empty, found {request.stop!r}"
     if request.logprobs is not None and request.logprobs < 0:
         return f"logprobs: expected at least 0, found {request.logprobs}"
     for name in ("max_images", "preview_every"):
         if getattr(request, name) < 0:
             return f"{name}: expected at least 0, found {getattr(request, name)}"
+    if not isinstance(request.start, Start | None):
+        return f"start: expected a Start, as pipe.start() makes of an image, found {request.start!r:.80}"
     for name in ("guidance_interval", "start"):
         if images != "latents" and getattr(request, name) is not None:
             return f"{name}: expected none, for the model does not denoise, found one"
