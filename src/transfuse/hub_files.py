@@ -17,7 +17,8 @@ from typing import Any
 
 from .diffusion import DiffusionConfig
 from .errors import UserError
-from .folders import INDEX, MODELLING, PIPELINE
+from .folders import DIFFUSERS, INDEX, MODELLING, PIPELINE
+from .io import sha256
 from .model import ModelConfig
 from .sequence import Tokenizer
 
@@ -82,6 +83,7 @@ def write_diffusers_files(folder: Path, images: str, diffusion: DiffusionConfig)
         "vae": ["diffusers", vae] if vae else ["transfuse", "Pixels"],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "tokenizer": ["tokenizers", "Tokenizer"],
+        "weights": sha256(folder / DIFFUSERS["model.safetensors"])[:16],  # `pipeline.py` compares it
     }
     (folder / "scheduler").mkdir()
     shutil.copyfile(REMOTE_CODE / PIPELINE, folder / PIPELINE)

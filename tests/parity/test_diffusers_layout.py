@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import RESULT, hub
+from safetensors.torch import load_file
 
 import transfuse
 from transfuse.cli import run
 from transfuse.errors import UserError
 from transfuse.export import load_export, relayout
+from transfuse.model_card import add_results
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -80,12 +85,19 @@ def test_mistakes(served: Path, tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def opened(folder: Path | str, **parts: object) -> diffusers.DiffusionPipeline:
+    options = {"custom_pipeline": str(folder), "trust_remote_code": True}
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **options, **parts)
+
+
 @pytest.fixture(scope="module")
 def pipe(theirs: Path) -> diffusers.DiffusionPipeline:
-    return diffusers.DiffusionPipeline.from_pretrained(theirs, custom_pipeline=str(theirs), trust_remote_code=True)
+    return opened(theirs)
 
 
 FEW = {"num_inference_steps": 3}
+SAME = {"generator": 1, **FEW}
+PICTURE = np.zeros((8, 8, 3), np.uint8)
 
 
 def test_diffusers_pipeline_draws_the_same(served: Path, theirs: Path, pipe: diffusers.DiffusionPipeline) -> None:
@@ -148,8 +160,113 @@ def test_what_diffusers_asks_for_and_this_pipeline_lacks_is_one_line(
         with pytest.raises(UserError, match=r"^save_pretrained: expected no variant, and safetensors"):
             pipe.save_pretrained(tmp_path / "no", **options)
     assert not (tmp_path / "no").exists()
+    with pytest.raises(UserError, match=r"^pipeline: expected the folder of an export .*, found a transformer$"):
+        type(pipe)(**pipe.components)
     with pytest.raises(UserError, match=r"^pipeline: expected the folder of an export"):
-        type(pipe)(**pipe.components)("a crab")
+        type(pipe)()("a crab")
+    with pytest.raises(UserError, match=r"^device: expected cpu, cuda, cuda:N or mps, found meta$"):
+        pipe.to("meta")
+
+
+def test_parts_are_read_and_not_replaced(pipe: diffusers.DiffusionPipeline, theirs: Path) -> None:
+    assert pipe.transformer is pipe.components["transformer"]
+    assert pipe.vae is pipe.components["vae"]
+    assert pipe.tokenizer is pipe.components["tokenizer"]
+    assert pipe.scheduler.config.prediction_type == "sample"
+    other = diffusers.EulerDiscreteScheduler()
+    with pytest.raises(UserError, match=r"^scheduler: expected the export's own, .* found a EulerDiscreteScheduler$"):
+        pipe.scheduler = other
+    for name, given in (("scheduler", other), ("vae", torch.nn.Identity())):
+        with pytest.raises(UserError, match=f"^pipeline: expected the folder of an export .*, found a {name}$"):
+            opened(theirs, **{name: given})
+
+
+def test_a_callback_ends_a_drawing(pipe: diffusers.DiffusionPipeline) -> None:
+    seen = []
+
+    def step_end(of, step, t, tensors):
+        seen.append(tensors["latents"].clone())
+        of._interrupt = step == 1
+        return tensors
+
+    options = {"generator": 5, "output_type": "latent"}
+    early = pipe(["moon", "a crab"], num_inference_steps=6, callback_on_step_end=step_end, **options).images
+    assert pipe.interrupt
+    assert len(seen) == 2
+    assert torch.equal(early, seen[-1])
+    whole = pipe(["moon", "a crab"], num_inference_steps=6, **options).images
+    assert not pipe.interrupt
+    assert not torch.equal(whole, early)
+
+
+@pytest.mark.parametrize("options", [{}, {"strength": 0.5}], ids=["instruction", "variation"])
+def test_outputs_are_inputs(pipe: diffusers.DiffusionPipeline, options: dict) -> None:
+    given = {
+        kind: pipe(["moon", "a crab"], generator=9, output_type=kind, **FEW).images for kind in ("pil", "np", "pt")
+    }
+    changed = {"prompt": ["b", "two balloons"], "generator": 2, "output_type": "np", "num_images_per_prompt": 2}
+    each = [pipe(**{**changed, **options}, image=images, **FEW).images for images in given.values()]
+    assert all(np.array_equal(each[0], other) for other in each[1:])
+    call = {**changed, **options, **FEW, "prompt": "two balloons", "generator": 4, "image": given["pil"][1]}
+    assert np.array_equal(pipe(**call).images, each[0][2:]), "each prompt has its own image"
+    with pytest.raises(UserError, match=r"^image: expected 1 or 3, as prompts, found 2$"):
+        pipe(["a", "b", "c"], image=given["pt"], **options, **FEW)
+    with pytest.raises(UserError, match=r"^image: expected values from 0 to 1 where they are floats, found -2 to 3$"):
+        pipe("a", image=torch.linspace(-2, 3, 192).view(3, 8, 8), **options, **FEW)
+
+
+def test_saves_what_it_was_moved_to_from_another_working_directory(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(theirs.parent)
+    pipe = opened(theirs.name)
+    monkeypatch.chdir(tmp_path)
+    pipe.to(torch.bfloat16).save_pretrained("half")
+    assert {weight.dtype for weight in load_export(tmp_path / "half").model.parameters()} == {torch.float32}
+    stored = load_file(tmp_path / "half" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+    assert np.array_equal(
+        opened(tmp_path / "half").to(torch.bfloat16)("b", **SAME).images[0], pipe("b", **SAME).images[0]
+    )
+    assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)
+
+
+@pytest.mark.parametrize("how", ["push", "save"])
+def test_uploads_keep_the_model_card(how: str, served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, done = relayout(served, tmp_path / "theirs", "diffusers"), hub(tmp_path, monkeypatch)
+    add_results(theirs / "README.md", "crabs", [RESULT])
+    pipe = opened(theirs)
+    if how == "push":
+        pipe.push_to_hub("someone/crabs", private=True, token="t", create_pr=True)
+    else:
+        pipe.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/crabs", token="t", create_pr=True)
+    assert done["create_repo"]["token"] == "t"
+    assert done["upload_folder"]["create_pr"] is True
+    assert files(tmp_path / "uploaded") == files(theirs)
+
+
+def test_another_revision_is_not_drawn_with_in_silence(
+    served: Path, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diffusers reads the revision's files; the package would open the newest."""
+    from huggingface_hub import constants
+
+    snapshots = tmp_path / "hub" / "models--someone--crabs" / "snapshots"
+    shutil.copytree(theirs, snapshots / "abc123")
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    kind = type(opened(theirs))
+    index = json.loads((theirs / "model_index.json").read_text())
+    names = {name: value for name, value in index.items() if not name.startswith("_")}
+    kind(**names).register_to_config(_name_or_path="someone/crabs")
+    older = names | {"weights": "0123456789abcdef"}
+    with pytest.raises(
+        UserError, match=r"^someone/crabs: expected weights 0123456789abcdef, found the newest, [0-9a-f]+: "
+    ):
+        kind(**older).register_to_config(_name_or_path="someone/crabs")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +289,10 @@ def test_what_diffusers_asks_for_and_this_pipeline_lacks_is_one_line(
         ({"num_inference_steps": True}, "steps: expected a whole number, found True"),
         ({"output_type": "jpg"}, "output_type: expected"),
         ({"callback_on_step_end": 3}, "callback_on_step_end: expected a function, found 3"),
+        ({"callback_on_step_end": lambda *_: (1, 2)}, "callback_on_step_end: expected it to return tensors by name"),
+        ({"callback_on_step_end_tensor_inputs": None}, "callback_on_step_end_tensor_inputs: expected latents alone"),
+        ({"image": [PICTURE, PICTURE]}, "image: expected 1, as prompts, found 2"),
+        ({"image": PICTURE, "strength": 0.5, "height": 16}, "height: expected 8, as the image with strength or mask"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs: expected latents"),
     ],
 )
