@@ -3,7 +3,7 @@
 import transfuse
 pipe = transfuse.load("small-64")             # the bundled model, an export folder, or "org/name" on the Hub
 pipe("a crab on a blue background").images[0].save("crab.png")
-trained = transfuse.train(transfuse.preset("tiny"), "runs/tiny")
+trained = transfuse.train(transfuse.preset("tiny"))           # in runs/tiny, or a folder that is named
 transfuse.curves("runs/tiny")                 # its losses, as charts in a notebook
 transfuse.evaluate("runs/tiny/export", ["quick"], "evaluation")
 transfuse.tune("small-64", "photos", "runs/photos")
@@ -55,6 +55,10 @@ def load(
     from .inference import TransfusionPipeline
 
     return TransfusionPipeline.from_pretrained(path, dtype, device, quantize, compile, graphs)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

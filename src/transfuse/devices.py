@@ -51,7 +51,8 @@ def pick_device(device: Device) -> Literal["cpu", "cuda", "mps"]:
         if not torch.backends.mps.is_available():
             raise UserError("device: expected a Mac with MPS, found none on this machine")
         return "mps"
-
+    if device not in ("auto", "cuda"):
+        raise UserError(f"device: expected auto, cpu, cuda or mps, found {device!r:.80}")
     if torch.cuda.is_available():
         return "cuda"
     if device == "cuda":
@@ -78,7 +79,9 @@ def as_device(device: torch.device | str) -> torch.device:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
         raise UserError(f"device: expected cpu, cuda, cuda:N or mps, found {device}") from None
-    if chosen.type in ("cuda", "mps"):
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device: expected cpu, cuda, cuda:N or mps, found {device}")
+    if chosen.type != "cpu":
         pick_device(chosen.type)  # type: ignore[arg-type]
     return chosen
 

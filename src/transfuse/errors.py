@@ -1,8 +1,10 @@
-"""The one exception a user is meant to see, and the command that mends a missing extra."""
+"""The one exception a user is meant to see, a check of arguments, and the command that mends a missing extra."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, requires
+from typing import Any
 
 
 class UserError(Exception):
@@ -23,3 +25,13 @@ def install_command(extra: str) -> str:
         lines = []
     wanted = [line.partition(";")[0].strip() for line in lines if line.endswith(f'extra == "{extra}"')]
     return "pip install " + " ".join(f'"{name}"' for name in wanted or [f".[{extra}]"])
+
+
+def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, tuple[Any, str]]) -> None:
+    """Raise UserError for the first value, by name, that is not of its types (types, these in words).
+
+    True and False are no numbers.
+    """
+    for name, (types, wanted) in kinds.items():
+        if not isinstance(values[name], types) or isinstance(values[name], bool):
+            raise UserError(f"{name}: expected {wanted}, found {values[name]!r:.80}")

@@ -8,9 +8,11 @@ out/report.html         the same to look at, with the images and texts
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +22,7 @@ from .config import from_dict
 from .data import DataSet
 from .data.bundled import SceneScorer, WorldConfig
 from .devices import Device, pick_device
-from .errors import UserError
+from .errors import UserError, check_kinds
 from .evaluation import (
     Drawing,
     EvalConfig,
@@ -44,6 +46,14 @@ from .version import __version__
 
 PAGE_ORDER = ("drawing", "composition", "captioning", "clip", "geneval", "editing", "autoencoder", "text", "choice")
 """The metrics of a page, images first, whatever the order in which they were asked for; others follow."""
+KINDS: dict[str, tuple[Any, str]] = {
+    "model": (str | Path, "a folder, or a model's name"),
+    "out": (str | Path, "a folder"),
+    "data": (str | Path, "a data set"),
+    "count": (Integral, "a whole number as count"),
+    "seed": (Integral, "a whole number as seed"),
+}
+"""arguments of `evaluate_model`, with the types they take and these in words"""
 
 
 def run_evaluation(
@@ -214,21 +224,38 @@ def describe_drawing(drawing: Drawing | None) -> str:
 
 
 def evaluate_model(
-    model: Path | str, suite: Sequence[str] = ("quick",), out: Path | str = "evaluation", count: int = 240
+    model: Path | str,
+    suite: Sequence[str] = (),
+    out: Path | str = "evaluation",
+    count: int = 240,
+    *,
+    data: Path | str = "",
+    seed: int = 0,
+    device: Device = "auto",
 ) -> dict[str, Any]:
     """Measure an export by a suite's metrics, write page and numbers to `out`, and return these: `transfuse.evaluate`.
 
-    count: images, captions and edits of each metric. Raises UserError as `run_evaluation`, which has every option.
+    suite    names of metrics or suites; none: "quick", and with `data` what fits the set
+    count    images, captions and edits of each metric
+    data     a data set, whose held-out images and captions (or texts) are used in place of the bundled world
+    seed     of the drawings
+    device   "auto", "cpu", "cuda" or "mps"
+
+    Raises UserError as `run_evaluation`, which has every option.
     """
-    if isinstance(suite, str) or not isinstance(count, int):
-        raise UserError(f"evaluate: expected a list of names, and a whole number as count, found {suite!r}, {count!r}")
-    return run_evaluation(Path(model), suite, Path(out), EvalConfig(count=count), Drawing())
+    if isinstance(suite, str) or not isinstance(suite, Sequence) or not all(isinstance(name, str) for name in suite):
+        raise UserError(f"evaluate: expected a list of names, found {suite!r:.80}")
+    check_kinds(locals(), KINDS)
+    options = EvalConfig(count=int(count), data=str(data))
+    return run_evaluation(Path(model), suite, Path(out), options, Drawing(seed=int(seed)), device=device)
 
 
 class _CallableModule(ModuleType):
     """A module that is called as `evaluate_model`: the package has the module and the function under one name."""
 
     __call__ = staticmethod(evaluate_model)
+    __signature__ = inspect.signature(evaluate_model)
 
 
+__doc__ = f"{evaluate_model.__doc__}\n{__doc__}"  # of `help(transfuse.evaluate)`
 sys.modules[__name__].__class__ = _CallableModule

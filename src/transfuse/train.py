@@ -10,6 +10,7 @@ trainer and the export.
 from __future__ import annotations
 
 import copy
+import inspect
 import shutil
 import sys
 import tempfile
@@ -325,17 +326,24 @@ def _data_described(run: Run) -> Iterator[str]:
             yield f"the data set {data.name} ({len(data)} documents of {data.manifest.source})"
 
 
-def train_recipe(recipe: Recipe, folder: Path | str) -> Trained:
-    """Train a recipe in a run folder, or resume the run there: `transfuse.train`. Raises UserError as `train`."""
+def train_recipe(recipe: Recipe, folder: Path | str | None = None) -> Trained:
+    """Train a recipe in a run folder, or resume the run there: `transfuse.train`. Raises UserError as `train`.
+
+    folder: by default one under runs/ with the name of the recipe's preset, as on the command line.
+    """
     if not isinstance(recipe, Recipe):
         raise UserError(f"recipe: expected a transfuse.Recipe, as transfuse.preset(NAME) returns, found {recipe!r:.80}")
-    return train(recipe, Path(folder))
+    if not isinstance(folder, str | Path | None):
+        raise UserError(f"folder: expected a path, found {folder!r:.80}")
+    return train(recipe, Path("runs", recipe.preset or "run") if folder is None else Path(folder))
 
 
 class _CallableModule(ModuleType):
     """A module that is called as `train_recipe`: the package has the module and the function under one name."""
 
     __call__ = staticmethod(train_recipe)
+    __signature__ = inspect.signature(train_recipe)
 
 
+__doc__ = f"{train_recipe.__doc__}\n{__doc__}"  # of `help(transfuse.train)`
 sys.modules[__name__].__class__ = _CallableModule

@@ -10,10 +10,12 @@ The same command resumes a stopped build or run, and repeats nothing that is don
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +30,7 @@ from .data.build import build_set
 from .data.bundled import SceneScorer
 from .data.prepare import BuildConfig
 from .data.readers import Columns
-from .errors import UserError
+from .errors import UserError, check_kinds
 from .evaluation import EvalConfig, EvalContext, check, evaluate, model_hash, named
 from .evaluation.drawings import IMAGE_LOSS, draw_prompts
 from .evaluation.image_quality import MOBILENET
@@ -52,6 +54,16 @@ MEASURES = 20  # evaluations in a run
 MEASURED, SHOWN, SHOWN_OTHERS = 64, 12, 6  # pairs that are measured and shown; of those learned, or known before, shown
 RATES = {"whole": 3e-4, "lora": 1e-3}
 FEWEST, MOST = 300, 20_000  # steps
+KINDS: dict[str, tuple[Any, str]] = {
+    "model": (str | Path, "a folder, or a model's name"),
+    "pictures": (str | Path, "a folder of images, or a data set"),
+    "run": (str | Path, "a folder"),
+    **dict.fromkeys(("replay", "heldout"), (Real, "a share from 0 to below 1")),
+    **dict.fromkeys(("lora", "patience", "batch_size"), (Integral, "a whole number")),
+    "steps": (Integral | None, "a whole number"),
+    "columns": (Columns | None, "a transfuse.data.readers.Columns"),
+}
+"""arguments of `tune_model`, with the types they take and these in words"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,7 @@ def tune_model(
 
     Raises UserError for a wrong input, before anything is written, or another run in the folder.
     """
+    check_kinds(locals(), KINDS)
     folder, export = Path(run), describe(model)
     for name, fits, expected, value in (
         ("replay", 0 <= replay < 1, "a share from 0 to below 1", replay),
@@ -340,6 +353,8 @@ class _CallableModule(ModuleType):
     """A module that is called as `tune_model`: the package has the module and the function under one name."""
 
     __call__ = staticmethod(tune_model)
+    __signature__ = inspect.signature(tune_model)
 
 
+__doc__ = f"{tune_model.__doc__}\n{__doc__}"  # of `help(transfuse.tune)`
 sys.modules[__name__].__class__ = _CallableModule

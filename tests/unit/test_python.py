@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -23,11 +24,14 @@ from safetensors.torch import load_file
 import transfuse
 from transfuse.cli import run
 from transfuse.data import DataSet
+from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
+from transfuse.export import GenerationConfig
 from transfuse.folders import fetched, is_repository
 from transfuse.inference import TransfusionPipeline
 from transfuse.inference.arguments import DrawOptions, ReplySettings
 from transfuse.inference.sequence_state import Request
+from transfuse.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +89,153 @@ def test_options_are_typed(served: Path) -> None:
         transfuse.load(served).generate("a", max_token=3)  # type: ignore[call-arg]
 
 
+def test_the_package_shows_what_it_has() -> None:
+    code = """
+import sys, transfuse
+assert {"train", "evaluate", "tune", "preset", "Recipe", "curves", "load", "__version__"} <= set(dir(transfuse))
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for called, function in (
+        (transfuse.train, transfuse.train.train_recipe),
+        (transfuse.evaluate, transfuse.evaluate.evaluate_model),
+        (transfuse.tune, transfuse.tune.tune_model),
+    ):
+        assert inspect.signature(called) == inspect.signature(function)
+        assert called.__doc__.startswith(function.__doc__)
+    assert next(iter(inspect.signature(transfuse.train).parameters)) == "recipe"
+
+
+def test_a_run_has_a_folder_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = transfuse.preset("tiny")
+    trained = transfuse.train(dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, steps=1)))
+    assert trained.export == Path("runs", "tiny", "export")
+    assert (tmp_path / "runs" / "tiny" / "export" / "model.safetensors").is_file()
+
+
+def test_evaluation_takes_data_seed_and_device(served: Path, pets: str, tmp_path: Path) -> None:
+    words = ["data", "build", f"{pets}/train", "pets", "--size", "8", "--vocabulary", "300", "--workers", "0"]
+    assert run([*words, "--heldout", "0.5"]) == 0
+    options = {"data": tmp_path / "pets", "device": "cpu", "count": 2}
+    found = transfuse.evaluate(served, ["autoencoder"], tmp_path / "out", **options)
+    assert all("pets" in result["data"] for result in found["results"])
+
+
+def test_whole_numbers_may_be_numpys(served: Path) -> None:
+    pipe = transfuse.load(served)
+    plain = pipe("a crab", generator=3, num_inference_steps=2, num_images_per_prompt=2, output_type="np").images
+    counts = {"num_inference_steps": np.int64(2), "num_images_per_prompt": np.int32(2), "height": np.int16(8)}
+    given = pipe("a crab", generator=np.int64(3), output_type="np", **counts)
+    assert np.array_equal(plain, given.images)
+    assert [type(seed) for seed in given.seeds] == [int, int]
+    listed = pipe(["a crab"] * 2, generator=list(np.arange(3, 5)), num_inference_steps=2, output_type="np").images
+    assert np.array_equal(plain, listed)
+
+
+def test_captions_are_greedy_whatever_the_model_writes_with(served: Path) -> None:
+    pipe = transfuse.load(served)
+    picture = pipe("moon", generator=1, num_inference_steps=1).images[0]
+    greedy = pipe.caption(picture)
+    pipe.exported.generation = dataclasses.replace(pipe.exported.generation, temperature=50.0)
+    assert pipe.caption(picture) == greedy
+    tensors = pipe("moon", generator=1, num_inference_steps=1, output_type="pt").images
+    assert pipe.caption(tensors) == greedy, "a pipeline's output of any type is one"
+
+
+def test_negative_prompts_are_read_in_the_models_words(served: Path) -> None:
+    pipe = transfuse.load(served)
+    pipe.exported.vocabulary = Vocabulary(words=("a", "crab", "moon"), synonyms={"lobster": "crab"})
+    options = {"generator": 1, "num_inference_steps": 2, "output_type": "np"}
+    meant = pipe("a moon", negative_prompt="a crab", **options).images[0]
+    assert np.array_equal(pipe("a moon", negative_prompt="a lobster", **options).images[0], meant)
+    with pytest.raises(UserError, match='expected words that the model knows, found "zebra"'):
+        pipe("a moon", negative_prompt="a zebra", strict=True, **options)
+
+
+PICTURE = np.zeros((8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_interval": 0.3},
+        {"guidance_interval": (0.4,)},
+        {"guidance_interval": ("0", "0.9")},
+        {"guidance_interval": (0.9, 0.1)},
+        {"image_guidance_scale": "1.5", "image": PICTURE},
+        {"candidates": "3"},
+        {"candidates": 3.0},
+        {"callback_on_step_end": "print"},
+        {"num_inference_steps": 2.0},
+        {"generator": 1.5},
+        {"image": PICTURE, "mask_image": PICTURE + 255, "width": 16},
+        {"image": PICTURE, "strength": 0.5, "height": 4},
+        {"image": [PICTURE] * 3},
+        {"image": np.full((8, 8, 3), 7.0)},
+        {"image": 5},
+    ],
+    ids=str,
+)
+def test_wrong_options_of_a_call_are_one_line(served: Path, options: dict) -> None:
+    with pytest.raises(UserError, match=r"^[a-z_ ]+: .*expected.*, found ") as caught:
+        transfuse.load(served)("a crab", **{"num_inference_steps": 1, **options})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"negative": "moon"},
+        {"sampler": "dpmpp"},
+        {"stop": None},
+        {"stop": (1,)},
+        {"stop": ("a", "")},
+        {"start": PICTURE},
+        {"max_tokens": 3.5},
+        {"presence_penalty": "1"},
+        {"frequency_penalty": None},
+        {"logprobs": "2"},
+        {"logprobs": 1.0},
+        {"max_images": "2"},
+        {"preview_every": None},
+        {"image_guidance_scale": "2"},
+        {"guidance_interval": 0.5},
+        {"guidance_interval": ("a", "b")},
+        {"top_p": None},
+        {"seed": True},
+    ],
+    ids=str,
+)
+def test_wrong_settings_of_a_reply_are_one_line(served: Path, settings: dict) -> None:
+    (name,) = settings
+    with pytest.raises(UserError, match=f"^request: {name}: expected .*, found ") as caught:
+        transfuse.load(served).generate("a crab", **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_arguments_of_functions_are_one_line(served: Path, tmp_path: Path) -> None:
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: transfuse.load(None), "model: expected a folder"),  # type: ignore[arg-type]
+        (lambda: transfuse.load(3.5), "model: expected a folder"),  # type: ignore[arg-type]
+        (lambda: transfuse.load(served, device="meta"), "device: expected cpu"),
+        (lambda: transfuse.curves(None), "curves: expected run folders"),  # type: ignore[arg-type]
+        (lambda: transfuse.preset(["tiny"]), "preset: expected a name"),  # type: ignore[arg-type]
+        (lambda: transfuse.train(transfuse.preset("tiny"), 7), "folder: expected a path"),  # type: ignore[arg-type]
+        (lambda: transfuse.evaluate(served, [None]), "evaluate: expected a list of names"),  # type: ignore[list-item]
+        (lambda: transfuse.evaluate(served, ["text"], seed="1"), "seed: expected"),  # type: ignore[arg-type]
+        (lambda: transfuse.evaluate(served, ["text"], device="tpu"), "device: expected"),  # type: ignore[arg-type]
+        (lambda: transfuse.evaluate(None), "model: expected"),  # type: ignore[arg-type]
+        (lambda: transfuse.tune(served, tmp_path, replay="0.3"), "replay: expected"),  # type: ignore[arg-type]
+        (lambda: transfuse.tune(served, tmp_path, steps=9.5), "steps: expected"),  # type: ignore[arg-type]
+        (lambda: transfuse.tune(served, None), "pictures: expected"),  # type: ignore[arg-type]
+    ]
+    for call, says in calls:
+        with pytest.raises(UserError, match=f"^{says}.*, found ") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
 def test_wrong_types_are_one_line(served: Path) -> None:
     pipe = transfuse.load(served)
     calls: list[tuple[Callable[[], object], str]] = [
@@ -112,8 +263,10 @@ pipe.edit(image, "make it blue", num_inference_steps=4).save("blue.png")
 text: str = pipe.generate(["what is", image], draw="never", max_tokens=4).text
 words: list[str] = pipe.caption(image)
 trained = transfuse.train(transfuse.preset("tiny"), "runs/tiny")
+again = transfuse.train(transfuse.preset("tiny")).export
 lines = transfuse.curves("runs/tiny").lines
-numbers = transfuse.evaluate("small-64", ["text"], "out", count=3)
+numbers = transfuse.evaluate("small-64", ["text"], "out", count=3, data="pets", seed=1, device="cpu")
+both = pipe(["a crab", "b"], image=[image, image]).images
 """
 MISTAKES = {
     'pipe.edit(image, "x", num_inference_step=4)': "num_inference_step",
@@ -258,6 +411,10 @@ def test_paths_are_not_taken_for_repositories(tmp_path: Path, monkeypatch: pytes
         transfuse.load("runs/demo")
 
 
+OWN = GenerationConfig(SamplerConfig("ddim", steps=3), guidance_scale=1.5)
+"""settings of a model that are not the usual ones"""
+
+
 def test_comfyui_nodes_keep_its_contract(served: Path) -> None:
     nodes = integration("comfyui_transfuse")
     made = {name.removeprefix("Transfuse"): node for name, node in nodes.NODE_CLASS_MAPPINGS.items()}
@@ -278,8 +435,18 @@ def test_comfyui_nodes_keep_its_contract(served: Path) -> None:
     images = call("Draw", model=model, prompt="a crab", count=2, steps=2)
     assert (images.shape, images.dtype) == ((2, 8, 8, 3), torch.float32)
     assert 0 <= images.min() <= images.max() <= 1
-    alone = model("a crab", generator=1, num_inference_steps=2, guidance_scale=3.0, output_type="np").images[0]
+    alone = model("a crab", generator=1, num_inference_steps=2, output_type="np").images[0]
     assert np.array_equal((images[1] * 255).round().numpy().astype(np.uint8), alone)
+    model.exported.generation = OWN
+    (own,) = call("Draw", model=model, prompt="moon", seed=4)
+    assert np.array_equal((own * 255).round().numpy().astype(np.uint8), model("moon", generator=4).images[0])
+    given = {"steps": 2, "guidance": 2.0}
+    (other,) = call("Draw", model=model, prompt="moon", seed=4, **given)
+    named = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    expected = model("moon", generator=4, **named).images[0]
+    assert np.array_equal((other * 255).round().numpy().astype(np.uint8), expected)
+    with pytest.raises(UserError, match=r"^request: negative: expected a guidance_scale other than 1.*$"):
+        call("Draw", model=model, prompt="moon", negative="b", guidance=1.0)
     assert call("Edit", model=model, image=torch.rand(2, 20, 30, 3), instruction="b", steps=1).shape == (2, 8, 8, 3)
     assert call("Caption", model=model, image=images).count("\n") == 1
 
@@ -290,6 +457,33 @@ def test_the_gradio_functions(served: Path) -> None:
     assert np.array_equal(picture, transfuse.load(served)("a crab", generator=3).images[0])
     assert edit(picture.resize((30, 20)), "make it blue", 1).size == (8, 8)
     assert isinstance(caption(picture), str)
+    assert np.array_equal(draw("a crab", "", None), draw("a crab", "", 0)), "the field of the seed may be emptied"
+
+
+class Gradio:
+    """A stand-in for gradio, whose pages refuse a component that was rendered before."""
+
+    class Component:
+        def __init__(self, value: object = None, **options: object) -> None:
+            self.rendered = False
+
+    Image = Text = Number = Component
+
+    class Interface:
+        def __init__(self, function: Callable, inputs: list, output: Any) -> None:
+            assert len(inspect.signature(function).parameters) == len(inputs)
+            self.components = [*inputs, output]
+
+    class TabbedInterface:
+        def __init__(self, tabs: list, names: list[str], title: str) -> None:
+            assert len(tabs) == len(names)
+            for component in (component for tab in tabs for component in tab.components):
+                assert not component.rendered, "DuplicateBlockError"
+                component.rendered = True
+
+
+def test_the_gradio_page_renders_each_component_once(served: Path) -> None:
+    integration("gradio_app").page(str(served), Gradio)
 
 
 def test_doctor_says_what_to_do_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -331,6 +525,7 @@ for words in (
     ["export", "model", "--out", "theirs", "--format", "diffusers"],
     ["data", "build", "world", "scenes", "--count", "4", "--size", "32"],
     ["data", "verify", "scenes"],
+    ["evaluate", "--model", "model", "--suite", "text", "--count", "2", "--out", "numbers"],
 ):
     assert run(words) == 0, words
 """

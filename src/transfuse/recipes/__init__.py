@@ -33,6 +33,8 @@ R = TypeVar("R", Recipe, AutoencoderRecipe)
 
 def preset(name: str, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
     """Return the recipe of a name, for a model or an autoencoder. Raises UserError with the nearest name."""
+    if not isinstance(name, str):
+        raise UserError(f"preset: expected a name, found {name!r:.80}")
     if name not in NAMED[kind]:
         raise UserError(f'preset: unknown name "{name}"{nearest(name, NAMED[kind])}')
     recipe: R = NAMED[kind][name]()

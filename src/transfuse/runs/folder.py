@@ -240,6 +240,8 @@ def read_curves(*runs: Path | str) -> Curves:
     """Read the logged numbers of run folders: `transfuse.curves`. Raises UserError for a folder without any."""
     lines = {}
     for run in runs:
+        if not isinstance(run, str | Path):
+            raise UserError(f"curves: expected run folders, found {run!r:.80}")
         path = Path(run) / "metrics.jsonl"
         lines[str(run)] = read_metrics(path)
         if not lines[str(run)]:
