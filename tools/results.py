@@ -1,6 +1,6 @@
-"""Check the cards of committed results against their files and the pages that quote them, and write docs/results.md.
+"""Check the cards of committed results against their files and the pages that quote them, and write the pages of cards.
 
-    python tools/results.py            # writes the page
+    python tools/results.py            # writes docs/results.md and docs/leaderboard.md
     python tools/results.py --check    # prints each difference; code 1 if there is any
 
 A card is `docs/results/NAME.toml`:
@@ -15,6 +15,8 @@ A card is `docs/results/NAME.toml`:
                                    item has, joined by " & ". Without keys the file is a page, which must contain
                                    `text`, whose last word is the number
     quoted                         ["PAGE: text with `shown` in it"], paths from the repository's root
+    board                          optional: the table of docs/leaderboard.md that has it as a row, one of `BOARDS`
+    log, seeds                     of an entry of the race: the log's path from the repository's root, and three numbers
 """
 
 from __future__ import annotations
@@ -45,6 +47,52 @@ this page.
 """
 
 
+LEADERBOARD = ROOT / "docs" / "leaderboard.md"
+BOARDS = {"race-cpu": "The race on two cores", "race-gpu": "The race on one GPU", "models": "Models that were measured"}
+"""names of the leaderboard's tables, and their headings"""
+RULES = """# Leaderboard
+
+How fast can one model learn to draw and to read a small world? Anyone may enter. Every row is a [card](results.md)
+whose figures a test compares with the result's file; `python tools/results.py` writes this page.
+
+## The race
+Train one model from nothing until it meets all three aims. The score is the seconds of training; fewer is better.
+
+| aim | on held-out combinations | at least |
+| --- | --- | ---: |
+| one thing drawn | right by the strict judge | 95 % |
+| two things drawn | both right | 75 % |
+| captions | nouns right | 95 % |
+
+**Data.** The world of the preset `small-64`: scenes of 24 nouns in one style at 64 pixels, with one or two kinds of
+things and up to three copies. Its split is fixed: training never shows a held-out combination. No other images and
+captions, and no pretrained weights of the network. The bundled autoencoders are allowed; training against the
+judges is not.
+
+**Classes.** CPU: two cores. GPU: one device. The seconds are those of the run's log, from the first step to the
+last.
+
+**Seeds.** Three runs with different seeds, all committed; the median counts.
+
+**Judges.** The [strict judge](evaluation.md#the-strict-judge) judges single things, the suites `composition` and
+`captioning` the rest. A second judge, of another architecture and trained from another seed, must confirm the
+entry, so that nobody tunes a model to the first. This second judge is not made yet: until it is, no entry counts as
+confirmed.
+
+## How to submit
+1. Train three seeds, and measure each export:
+
+   ```sh
+   transfuse evaluate --model runs/mine/export --suite composition captioning --count 240 --out evaluation
+   ```
+
+2. Commit the recipe, the three logs (`metrics.jsonl`) and the pages of the evaluation.
+3. Write a card in `docs/results/`, as described in `tools/results.py`, with `board = "race-cpu"` or `"race-gpu"`,
+   the log and the seeds. Then run `python tools/results.py`.
+4. Open a pull request. It is merged once the command was repeated on another machine of the class.
+"""
+
+
 def read_cards(folder: Path = CARDS) -> dict[str, dict[str, Any]]:
     """Return all cards by name."""
     return {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.toml"))}
@@ -53,6 +101,13 @@ def read_cards(folder: Path = CARDS) -> dict[str, dict[str, Any]]:
 def differences(name: str, card: dict[str, Any], root: Path = ROOT) -> Iterator[str]:
     """Yield what is wrong with a card: a missing field, a figure that its file or a page has otherwise."""
     yield from (f"{name}: {field}: expected in a card, found none" for field in FIELDS if field not in card)
+    if (board := card.get("board", "models")) not in BOARDS:
+        yield f"{name}: board: expected one of {', '.join(BOARDS)}, found {board!r}"
+    if board.startswith("race-"):
+        if len(card.get("seeds", [])) != 3 or isinstance(card["seconds"], str):
+            yield f"{name}: expected the seconds and the three seeds of an entry of the race, found others"
+        if not (root / card.get("log", "none")).is_file():
+            yield f"{name}: log: expected a file of the repository, found {card.get('log')!r}"
     for figure in card.get("figures", []):
         where = f"{name}: {figure['name']}"
         if not rounds_to(figure["value"], figure["shown"]):
@@ -125,12 +180,36 @@ def page(cards: dict[str, dict[str, Any]]) -> str:
     return HEAD + "".join(rows)
 
 
+def leaderboard(cards: dict[str, dict[str, Any]]) -> str:
+    """Return docs/leaderboard.md: rules, and a row for each card that is on a board, the fastest first."""
+    parts = [RULES]
+    for board, heading in BOARDS.items():
+        entries = {name: card for name, card in cards.items() if card.get("board") == board}
+        head = "| entry and command | figures | seconds | seeds | machine | commit | measured |"
+        parts += [f"\n## {heading}\n", f"{head}\n| --- | --- | ---: | --- | --- | --- | --- |\n"]
+        if not entries:
+            parts.append("| no entry yet |  |  |  |  |  |  |\n")
+        known = [name for name, card in entries.items() if not isinstance(card["seconds"], str)]
+        others = [name for name in entries if name not in known]
+        for name in [*sorted(known, key=lambda name: entries[name]["seconds"]), *others]:
+            card = entries[name]
+            log = f", [log](../{card['log']})" if "log" in card else ""
+            figures = "<br>".join(f"{figure['name']}: **{figure['shown']}**" for figure in card["figures"])
+            entry = f"[{card['title']}]({card['page']}), [card](results/{name}.toml){log}<br>`{card['command']}`"
+            seeds = ", ".join(map(str, card.get("seeds", ["not recorded"])))
+            facts = [figures, card["seconds"], seeds, card["machine"], card["commit"], card["measured"]]
+            parts.append(f"| {entry} | {' | '.join(map(str, facts))} |\n")
+    parts.append("\nThe models of the last table did not race: they had other aims, and some know other worlds.\n")
+    return "".join(parts)
+
+
 def main() -> int:
     cards = read_cards()
     lines = [line for name, card in cards.items() for line in differences(name, card)]
     print("\n".join(lines), end="\n" if lines else "")
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(page(cards), encoding="utf-8")
+        LEADERBOARD.write_text(leaderboard(cards), encoding="utf-8")
     return int(bool(lines))
 
 

@@ -28,6 +28,31 @@ def test_the_page_is_that_of_the_cards() -> None:
     assert results.PAGE.read_text(encoding="utf-8") == results.page(CARDS), "run python tools/results.py"
 
 
+def test_the_leaderboard_is_that_of_the_cards() -> None:
+    page = results.LEADERBOARD.read_text(encoding="utf-8")
+    assert page == results.leaderboard(CARDS), "run python tools/results.py"
+    assert page.count("no entry yet") == sum(
+        all(card.get("board") != board for card in CARDS.values()) for board in results.BOARDS
+    )
+
+
+def test_an_entry_of_the_race_has_its_row(tmp_path: Path) -> None:
+    """The fastest first; without a log, three seeds or seconds it is refused."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "log.jsonl").write_text("{}")
+    facts = {"board": "race-cpu", "log": "log.jsonl", "seeds": [3, 5, 8], "seconds": 900, "figures": []}
+    card = dict.fromkeys(results.FIELDS, "x") | facts
+    assert not list(results.differences("a", card, tmp_path))
+    page = results.leaderboard({"slow": card, "fast": card | {"seconds": 300}})
+    race = page[page.index("## The race on two cores") : page.index("## The race on one GPU")]
+    assert race.index("fast.toml") < race.index("slow.toml")
+    assert "[log](../log.jsonl)" in race
+    assert "| 300 | 3, 5, 8 |" in race
+    assert "no entry yet" not in race
+    for wrong in ({"seeds": [3]}, {"seconds": "not recorded"}, {"log": "no.jsonl"}, {"board": "race-tpu"}):
+        assert len(list(results.differences("a", card | wrong, tmp_path))) >= 1, wrong
+
+
 def test_every_committed_result_has_a_card() -> None:
     known = {figure["at"].partition(": ")[0] for card in CARDS.values() for figure in card["figures"]}
     docs = ROOT / "docs"
