@@ -95,6 +95,44 @@ def test_scripts_of_studies_can_be_started() -> None:
         assert len([words for words in commands(path) if words[:2] == ["transfuse", "study"]]) == 1
 
 
+PROGRAM = re.compile(r"(?:^|[|&;])\s*(?:\w+=\S+ +)*(?:\S*/)?(?:transfuse|python)\s")
+
+
+def programs(line: str) -> list[list[str]]:
+    """The words of each of our programs in a line of a shell, pipes included, without variables set for it."""
+    if not PROGRAM.search(line):
+        return []
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
+    lexer.whitespace_split, lexer.commenters = True, "#"
+    found: list[list[str]] = [[]]
+    for word in lexer:
+        if {*word} <= {*"|&;"}:
+            found.append([])
+        elif found[-1] or not re.match(r"\w+=", word):
+            found[-1].append(word)
+    return [words for words in found if words and Path(words[0]).name in ("transfuse", "python")]
+
+
+def mistake(words: list[str]) -> str:
+    """What is wrong with a command, by the parser that would read it; of a script by the options in its text."""
+    try:
+        if Path(words[0]).name == "transfuse" or words[1:3] == ["-m", "transfuse"]:
+            words = words[3:] if words[1] == "-m" else words[1:]
+            if words[:1] != ["study"] and not {"--config", "--help"} & {*words}:
+                find_command(words)
+        elif words[1] == "-m" and words[2].startswith("experiments."):
+            name = words[2].removeprefix("experiments.")
+            options = getattr(importlib.import_module(words[2]), name.capitalize())
+            read(options, words[3:], f"study {name}")
+        elif words[1].split("/")[0] in ("tools", "benchmarks", "integrations"):
+            script = (ROOT / words[1]).read_text()
+            unknown = [word for word in words if word.startswith("--") and f'"{word.partition("=")[0]}"' not in script]
+            return f"unknown option {unknown[0]}" if unknown else ""
+    except (UserError, OSError, ImportError) as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "CHANGELOG"], ids=lambda page: page.name)
 def test_every_option_in_a_page_is_known(page: Path) -> None:
     """Each line of a block is parsed as a shell would give it; of one in a sentence only its options are."""
@@ -102,22 +140,32 @@ def test_every_option_in_a_page_is_known(page: Path) -> None:
     blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
     shell = "\n".join(block for kind, block in blocks if kind in ("", "sh"))
     lines = shell.replace("\\\n", " ").splitlines()
-    sentences = re.findall(r"`(transfuse [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    sentences = re.findall(
+        r"`((?:transfuse|python) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\n", " ")
+    )
     for line in [*lines, *sentences]:
-        match = re.match(r"(?:\w+=\S+ +)*(?:\.venv/bin/)?transfuse ([^|&]*)", " ".join(line.split()))
-        words = shlex.split(match[1], comments=True) if match else []
-        if not words or words[0] == "study" or {"--config", "--help"} & {*words}:
-            continue
-        wrong = ""
-        try:
-            find_command(words)
-        except UserError as error:
-            wrong = str(error)
-        if line in sentences and not re.search("unknown (option|command)", wrong):
-            continue  # it may leave out what it does not speak of
-        if re.match(r"runs/\S+: expected .* found none$", wrong):
-            continue  # a run of the reader
-        assert not wrong, f"{page.name}: {line}"
+        for words in programs(line):
+            wrong = mistake(words) if len(words) > 1 else ""
+            if line in sentences and not re.search("unknown (option|command)|No such file", wrong):
+                continue  # it may leave out what it does not speak of
+            if re.match(r"runs/\S+: expected .* found none$", wrong):
+                continue  # a run of the reader
+            assert not wrong, f"{page.name}: {line}: {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ('echo "a | b" | transfuse chat --modle x', "--modle"),
+        ("python tools/results.py --chek  # all cards", "--chek"),
+        ("A=1 .venv/bin/python tools/nowhere.py", "nowhere.py"),
+        ("make setup && python -m experiments.scaling --sizes s --budget 3", "--budget"),
+        ("python -m transfuse plan tiny --loop.stepz 3", "loop.stepz"),
+    ],
+)
+def test_a_wrong_option_is_found_wherever_the_command_stands(line: str, wrong: str) -> None:
+    (words,) = programs(line)
+    assert wrong in mistake(words)
 
 
 def anchors(page: Path) -> set[str]:
