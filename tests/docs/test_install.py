@@ -110,6 +110,19 @@ def test_the_workflow_tries_both_ends_of_torch() -> None:
     assert f"| {newest}." in table
 
 
+def test_the_oldest_torch_is_tried_with_each_python_that_it_has() -> None:
+    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["wheel"]["strategy"]["matrix"]
+    assert {(row["python"], row["torch"]) for row in matrix["include"]} >= {
+        (version, "2.11.0") for version in ("3.11", "3.12", "3.13")
+    }
+
+
+def test_hooks_of_commits_use_the_environment_that_is_active() -> None:
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    for hook in local["hooks"]:
+        assert "/" not in hook["entry"].split()[0], hook["id"]
+
+
 def test_readmes_first_lines_are_found() -> None:
     commands, code = script("tools/try_install.py").first_lines((ROOT / "README.md").read_text(encoding="utf-8"))
     assert [words[0] for words in commands] == ["generate", "caption", "edit", "chat"]
