@@ -14,6 +14,11 @@ class UserError(Exception):
     """
 
 
+def shown(value: Any) -> str:
+    """Return a value as Python writes it, on one line, at most 80 characters: arrays have many."""
+    return " ".join(repr(value)[:800].split())[:80]
+
+
 def install_command(extra: str) -> str:
     """Return the pip command for the packages of an extra, by their own names.
 
@@ -34,4 +39,4 @@ def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, tuple[Any, str]])
     """
     for name, (types, wanted) in kinds.items():
         if not isinstance(values[name], types) or isinstance(values[name], bool):
-            raise UserError(f"{name}: expected {wanted}, found {values[name]!r:.80}")
+            raise UserError(f"{name}: expected {wanted}, found {shown(values[name])}")

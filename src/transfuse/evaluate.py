@@ -22,7 +22,7 @@ from .config import from_dict
 from .data import DataSet
 from .data.bundled import SceneScorer, WorldConfig
 from .devices import Device, pick_device
-from .errors import UserError, check_kinds
+from .errors import UserError, check_kinds, shown
 from .evaluation import (
     Drawing,
     EvalConfig,
@@ -244,7 +244,7 @@ def evaluate_model(
     Raises UserError as `run_evaluation`, which has every option.
     """
     if isinstance(suite, str) or not isinstance(suite, Sequence) or not all(isinstance(name, str) for name in suite):
-        raise UserError(f"evaluate: expected a list of names, found {suite!r:.80}")
+        raise UserError(f"evaluate: expected a list of names, found {shown(suite)}")
     check_kinds(locals(), KINDS)
     options = EvalConfig(count=int(count), data=str(data))
     return run_evaluation(Path(model), suite, Path(out), options, Drawing(seed=int(seed)), device=device)

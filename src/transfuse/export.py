@@ -37,7 +37,7 @@ from .autoencoders import Autoencoder, VQTokenizer, load_autoencoder, save_autoe
 from .autoencoders.folder import fingerprint
 from .config import from_dict, nearest, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
-from .errors import UserError
+from .errors import UserError, shown
 from .folders import DIFFUSERS, GENERATION, MODEL_TYPE, bundled_models, find_export, places
 from .hub_files import ARCHITECTURES, write_diffusers_files, write_json, write_transformers_files
 from .io import atomic_dir, sha256
@@ -78,9 +78,9 @@ def out_of_range(settings: Any) -> str:
     """Return what is wrong with a GenerationConfig or a Request (field, expected, found), or ""."""
     for name in ("temperature", "code_temperature", "guidance_scale", "top_p", "code_top_p"):
         if not isinstance(getattr(settings, name), Real):
-            return f"{name}: expected a number, found {getattr(settings, name)!r:.80}"
+            return f"{name}: expected a number, found {shown(getattr(settings, name))}"
     if not isinstance(settings.max_tokens, Integral):
-        return f"max_tokens: expected a whole number, found {settings.max_tokens!r:.80}"
+        return f"max_tokens: expected a whole number, found {shown(settings.max_tokens)}"
     for name in ("temperature", "code_temperature", "guidance_scale"):
         if not 0 <= getattr(settings, name) <= MAX_SCALE:
             return f"{name}: expected 0 to {MAX_SCALE:g}, found {getattr(settings, name)}"
@@ -92,7 +92,7 @@ def out_of_range(settings: Any) -> str:
     if (interval := settings.guidance_interval) is not None:
         shares = isinstance(interval, Sequence) and [isinstance(share, Real) for share in interval] == [True, True]
         if not shares or not 0 <= interval[0] <= interval[1] <= 1:
-            return f"guidance_interval: expected shares 0 <= low <= high <= 1, found {interval!r:.80}"
+            return f"guidance_interval: expected shares 0 <= low <= high <= 1, found {shown(interval)}"
     return ""
 
 

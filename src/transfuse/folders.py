@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import read_json
-from .errors import UserError, install_command
+from .errors import UserError, install_command, shown
 
 MODEL_TYPE = "transfusion"
 """`model_type` in an export's config.json"""
@@ -118,7 +118,7 @@ def is_repository(name: Path | str) -> bool:
 def fetched(name: Path | str) -> Path:
     """Return the local folder of a model. Raises UserError for what is no name, and a repository that cannot be had."""
     if not isinstance(name, str | Path):
-        raise UserError(f"model: expected a folder, or a model's name, found {name!r:.80}")
+        raise UserError(f"model: expected a folder, or a model's name, found {shown(name)}")
     if not is_repository(name):
         return Path(name)
     repository = name.as_posix() if isinstance(name, Path) else name

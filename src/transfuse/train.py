@@ -29,7 +29,7 @@ from .autoencoders import DeferredEncoder, ImageAutoencoder, Pixels
 from .config import to_dict
 from .data import CorruptLog, Finish, Packer, StepLoader, unchanged
 from .devices import on_meta
-from .errors import UserError
+from .errors import UserError, shown
 from .export import Distilled, describe, load_weights, save_export
 from .io import atomic_dir, sha256
 from .log import logger
@@ -332,9 +332,11 @@ def train_recipe(recipe: Recipe, folder: Path | str | None = None) -> Trained:
     folder: by default one under runs/ with the name of the recipe's preset, as on the command line.
     """
     if not isinstance(recipe, Recipe):
-        raise UserError(f"recipe: expected a transfuse.Recipe, as transfuse.preset(NAME) returns, found {recipe!r:.80}")
+        raise UserError(
+            f"recipe: expected a transfuse.Recipe, as transfuse.preset(NAME) returns, found {shown(recipe)}"
+        )
     if not isinstance(folder, str | Path | None):
-        raise UserError(f"folder: expected a path, found {folder!r:.80}")
+        raise UserError(f"folder: expected a path, found {shown(folder)}")
     return train(recipe, Path("runs", recipe.preset or "run") if folder is None else Path(folder))
 
 

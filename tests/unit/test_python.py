@@ -118,7 +118,7 @@ def test_evaluation_takes_data_seed_and_device(served: Path, pets: str, tmp_path
     words = ["data", "build", f"{pets}/train", "pets", "--size", "8", "--vocabulary", "300", "--workers", "0"]
     assert run([*words, "--heldout", "0.5"]) == 0
     options = {"data": tmp_path / "pets", "device": "cpu", "count": 2}
-    found = transfuse.evaluate(served, ["autoencoder"], tmp_path / "out", **options)
+    found = transfuse.evaluate(served, ["denoising"], tmp_path / "out", **options)
     assert all("pets" in result["data"] for result in found["results"])
 
 
@@ -174,8 +174,12 @@ PICTURE = np.zeros((8, 8, 3), np.uint8)
         {"image": [PICTURE] * 3},
         {"image": np.full((8, 8, 3), 7.0)},
         {"image": 5},
+        {"guidance_scale": PICTURE},
+        {"generator": PICTURE},
+        {"output_type": PICTURE[0]},
+        {"candidates": PICTURE},
     ],
-    ids=str,
+    ids=lambda options: "".join(options),
 )
 def test_wrong_options_of_a_call_are_one_line(served: Path, options: dict) -> None:
     with pytest.raises(UserError, match=r"^[a-z_ ]+: .*expected.*, found ") as caught:
@@ -204,8 +208,11 @@ def test_wrong_options_of_a_call_are_one_line(served: Path, options: dict) -> No
         {"guidance_interval": ("a", "b")},
         {"top_p": None},
         {"seed": True},
+        {"negative": PICTURE},
+        {"temperature": PICTURE},
+        {"stop": PICTURE},
     ],
-    ids=str,
+    ids=lambda settings: "".join(settings),
 )
 def test_wrong_settings_of_a_reply_are_one_line(served: Path, settings: dict) -> None:
     (name,) = settings

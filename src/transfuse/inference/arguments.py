@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import SamplerConfig
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..images import ImageSource, decode_image
 from ..sequence import Document
 from .sequence_state import Start
@@ -82,15 +82,15 @@ def check_options(
     None passes for all but output_type; ranges of numbers are checked where they are known.
     """
     if step_end is not None and not callable(step_end):
-        raise UserError(f"callback_on_step_end: expected a function, found {step_end!r:.80}")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise UserError(f'output_type: expected "pil", "np", "pt" or "latent", found {output_type!r}')
+        raise UserError(f"callback_on_step_end: expected a function, found {shown(step_end)}")
+    if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
+        raise UserError(f'output_type: expected "pil", "np", "pt" or "latent", found {shown(output_type)}')
     for name, count in counts.items():
         if not isinstance(count, Integral | None) or isinstance(count, bool) or (count is not None and count < 1):
-            raise UserError(f"{name}: expected a whole number of at least 1, found {count!r}")
+            raise UserError(f"{name}: expected a whole number of at least 1, found {shown(count)}")
     for name, number in numbers.items():
         if not isinstance(number, Real | None) or isinstance(number, bool):
-            raise UserError(f"{name}: expected a number, found {number!r:.80}")
+            raise UserError(f"{name}: expected a number, found {shown(number)}")
 
 
 def read_images(images: ImageSources | None) -> list[np.ndarray]:
@@ -140,7 +140,7 @@ def read_prompts(
         listed = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, list | tuple) else []
         none_given = texts is None and name != "prompt"
         if not none_given and not (listed and all(isinstance(text, str) for text in listed)):
-            raise UserError(f"{name}: expected text, or a list of texts, found {texts!r:.80}")
+            raise UserError(f"{name}: expected text, or a list of texts, found {shown(texts)}")
         read.append(listed)
     prompts, negatives = read
     if len(negatives) not in (0, 1, len(prompts)):
@@ -158,6 +158,6 @@ def read_seeds(generator: torch.Generator | int | Sequence[torch.Generator | int
     if isinstance(generator, Integral):
         return [int(generator) + number for number in range(count)]
     if not isinstance(generator, torch.Generator | None):
-        raise UserError(f"generator: expected a torch.Generator, a seed or a list of them, found {generator!r:.80}")
+        raise UserError(f"generator: expected a torch.Generator, a seed or a list of them, found {shown(generator)}")
     device = None if generator is None else generator.device
     return torch.randint(2**31, (count,), generator=generator, device=device).tolist()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..devices import as_device, as_dtype
 from ..diffusion import Sampler, SamplerConfig
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..export import Exported, load_export, out_of_range
 from ..images import ImageSource, decode_image, html_image, read_mask
 from ..log import logger
@@ -284,7 +284,7 @@ class TransfusionPipeline:
                         together, steps = torch.stack(steps), []
                         returned = step_end(self, event.step - 1, event.t, {"latents": together})
                         if not isinstance(returned, dict | None):
-                            found = f"found {returned!r:.80}"
+                            found = f"found {shown(returned)}"
                             raise UserError(f"callback_on_step_end: expected it to return tensors by name, {found}")
                         if returned and returned.get("latents", together) is not together:
                             raise ValueError("callback_on_step_end: expected the latents as they were, found others")
@@ -326,7 +326,7 @@ class TransfusionPipeline:
     def generate(self, prompt: Prompt, **settings: Unpack[ReplySettings]) -> Reply:
         """Continue a prompt of text and images; settings are fields of `Request`, else the model's own defaults."""
         if not isinstance(prompt, str | Sequence):
-            raise UserError(f"prompt: expected text, or a list of texts and images, found {prompt!r:.80}")
+            raise UserError(f"prompt: expected text, or a list of texts and images, found {shown(prompt)}")
         return self.replies([replace(self.request([prompt] if isinstance(prompt, str) else prompt), **settings)])[0]
 
     def request(
@@ -341,7 +341,7 @@ class TransfusionPipeline:
         """Return a request of texts and images with the model's own defaults. Raises UserError for a bad setting."""
         defaults, process = self.exported.generation, self.exported.process
         if not isinstance(steps, Integral | None) or isinstance(steps, bool):
-            raise UserError(f"steps: expected a whole number, found {steps!r}")
+            raise UserError(f"steps: expected a whole number, found {shown(steps)}")
         steps = None if steps is None else int(steps)
         given = {"steps": steps, "sampler": sampler, "eta": eta}
         if self.exported.model.config.images != "latents" and any(value is not None for value in given.values()):
@@ -449,7 +449,7 @@ def repeated(requests: Sequence[Request], candidates: int) -> list[Request]:
     Raises UserError for prompts by which candidates cannot be compared: no text, or images among it.
     """
     if not isinstance(candidates, Integral) or candidates < 1:
-        raise UserError(f"candidates: expected a whole number of at least 1, found {candidates!r}")
+        raise UserError(f"candidates: expected a whole number of at least 1, found {shown(candidates)}")
     if candidates == 1:
         return list(requests)
     for parts in (request.document.parts for request in requests):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..devices import out_of_memory
 from ..diffusion import SamplerConfig, SamplerState
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..export import MAX_SCALE, out_of_range
 from ..sequence import Document, Image, Layout, Text, Tokenizer, layout_document
 from .model_runner import ModelRunner
@@ -277,13 +277,13 @@ def accept(runner: ModelRunner, request: Request, number: int, where: str) -> Se
 def _wrong_settings(runner: ModelRunner, request: Request) -> str:
     """Return what is wrong with a request's settings for this model (field, expected, found), or ""."""
     images = runner.config.images
-    if request.draw not in ("auto", "force", "never"):
-        return f'draw: expected "auto", "force" or "never", found {request.draw!r}'
+    if not isinstance(request.draw, str) or request.draw not in ("auto", "force", "never"):
+        return f'draw: expected "auto", "force" or "never", found {shown(request.draw)}'
     for name, kinds, wanted in KINDS:
         if not isinstance(value := getattr(request, name), kinds) or isinstance(value, bool):
-            return f"{name}: expected {wanted}, found {value!r:.80}"
+            return f"{name}: expected {wanted}, found {shown(value)}"
     if not isinstance(request.size, Sequence) or [isinstance(side, Integral) for side in request.size] != [True, True]:
-        return f"size: expected two whole numbers of pixels, found {request.size!r:.80}"
+        return f"size: expected two whole numbers of pixels, found {shown(request.size)}"
     if images == "none" and (request.draw == "force" or request.document.images):
         given = "an image" if request.document.images else 'draw "force"'
         return f"expected text alone, for the model knows no images, found {given}"
@@ -301,14 +301,14 @@ def _wrong_settings(runner: ModelRunner, request: Request) -> str:
         if not -MAX_PENALTY <= getattr(request, name) <= MAX_PENALTY:
             return f"{name}: expected -{MAX_PENALTY:g} to {MAX_PENALTY:g}, found {getattr(request, name)}"
     if not isinstance(request.stop, list | tuple) or not all(text and isinstance(text, str) for text in request.stop):
-        return f"stop: expected strings that are not empty, found {request.stop!r}"
+        return f"stop: expected strings that are not empty, found {shown(request.stop)}"
     if request.logprobs is not None and request.logprobs < 0:
         return f"logprobs: expected at least 0, found {request.logprobs}"
     for name in ("max_images", "preview_every"):
         if getattr(request, name) < 0:
             return f"{name}: expected at least 0, found {getattr(request, name)}"
     if not isinstance(request.start, Start | None):
-        return f"start: expected a Start, as pipe.start() makes of an image, found {request.start!r:.80}"
+        return f"start: expected a Start, as pipe.start() makes of an image, found {shown(request.start)}"
     for name in ("guidance_interval", "start"):
         if images != "latents" and getattr(request, name) is not None:
             return f"{name}: expected none, for the model does not denoise, found one"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..config import nearest
-from ..errors import UserError
+from ..errors import UserError, shown
 from .autoencoders import AUTOENCODERS, AutoencoderRecipe
 from .paper import PAPER, chameleon_32, llama_32, llama_32_stable, transfusion_32
 from .recipe import VERSION, ImageContext, InitConfig, Recipe
@@ -34,7 +34,7 @@ R = TypeVar("R", Recipe, AutoencoderRecipe)
 def preset(name: str, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
     """Return the recipe of a name, for a model or an autoencoder. Raises UserError with the nearest name."""
     if not isinstance(name, str):
-        raise UserError(f"preset: expected a name, found {name!r:.80}")
+        raise UserError(f"preset: expected a name, found {shown(name)}")
     if name not in NAMED[kind]:
         raise UserError(f'preset: unknown name "{name}"{nearest(name, NAMED[kind])}')
     recipe: R = NAMED[kind][name]()

@@ -21,7 +21,7 @@ from ..charts import ACCENT, SOFT, VIOLET, WARM, has_charts, line_chart, standin
 from ..config import from_dict, read_json, to_dict
 from ..data.bundled import WorldConfig
 from ..devices import pick_device, training_precision
-from ..errors import UserError, install_command
+from ..errors import UserError, install_command, shown
 from ..export import describe
 from ..folders import find_export
 from ..io import atomic_write
@@ -241,7 +241,7 @@ def read_curves(*runs: Path | str) -> Curves:
     lines = {}
     for run in runs:
         if not isinstance(run, str | Path):
-            raise UserError(f"curves: expected run folders, found {run!r:.80}")
+            raise UserError(f"curves: expected run folders, found {shown(run)}")
         path = Path(run) / "metrics.jsonl"
         lines[str(run)] = read_metrics(path)
         if not lines[str(run)]:
