@@ -241,7 +241,7 @@ def test_markers_that_are_typed_are_plain_text(tokenizer: Tokenizer, tmp_path: P
 
 def test_the_tokenizer_alone_begins_as_training_did(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = export(tmp_path / "export", tokenizer)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(folder, **TRUST)
     assert theirs("a crab")["input_ids"] == [tokenizer.bos, *tokenizer.encode("a crab")]
     messages = [{"role": "user", "content": "a crab "}, {"role": "assistant", "content": "on red"}]
     assert theirs.apply_chat_template(messages, tokenize=False) == "a crab on red"

@@ -313,7 +313,8 @@ def test_pipeline_mistakes(pipe: TransfusionPipeline) -> None:
         ({"image": picture(size=4)}, "image: expected 8x8 pixels, found 4x4"),
         ({"image": picture(), "mask_image": picture(size=4)}, "mask: expected 8x8 pixels, as the image, found 4x4"),
         ({"image": picture(), "mask_image": PIL.Image.new("L", (8, 8))}, "mask: expected a transparent area to redraw"),
-        ({"image": np.zeros((8, 8, 3))}, "image: expected an array of uint8"),
+        ({"image": np.full((8, 8, 3), 9.0)}, "image: expected values from 0 to 1 where they are floats, found 9 to 9"),
+        ({"image": np.zeros((8, 8, 3), np.int32)}, "image: expected an array of uint8"),
         ({"image_guidance_scale": 2.0}, "image_guidance_scale: expected a picture before the words, found none"),
         (
             {"image": picture(), "strength": 0.5, "image_guidance_scale": 2.0},

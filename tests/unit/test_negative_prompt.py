@@ -38,7 +38,7 @@ def test_each_prompt_has_its_own_in_a_batch(pipe: TransfusionPipeline) -> None:
     assert torch.allclose(together[0].float(), alone.float(), atol=1e-5)
 
 
-@pytest.mark.parametrize("words", [60, 400])
+@pytest.mark.parametrize("words", [150, 400])
 def test_a_long_one_is_one_line(pipe: TransfusionPipeline, words: int) -> None:
     with pytest.raises(
         UserError, match=r"^request: negative: expected at most \d+ positions with an image, found \d+$"
