@@ -36,7 +36,7 @@ def from_comfy(pipe: Any, images: torch.Tensor) -> list[np.ndarray]:
 
 
 class Node:
-    """What ComfyUI asks of every node."""
+    """The attributes that ComfyUI reads of every node."""
 
     CATEGORY, FUNCTION = "transfuse", "run"
 

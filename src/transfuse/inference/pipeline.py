@@ -284,8 +284,8 @@ class TransfusionPipeline:
                         together, steps = torch.stack(steps), []
                         returned = step_end(self, event.step - 1, event.t, {"latents": together})
                         if not isinstance(returned, dict | None):
-                            found = f"found {shown(returned)}"
-                            raise UserError(f"callback_on_step_end: expected it to return tensors by name, {found}")
+                            expected = "callback_on_step_end: expected it to return tensors by name"
+                            raise UserError(f"{expected}, found {shown(returned)}")
                         if returned and returned.get("latents", together) is not together:
                             raise ValueError("callback_on_step_end: expected the latents as they were, found others")
                         if self._interrupt:

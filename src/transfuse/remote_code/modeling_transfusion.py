@@ -184,7 +184,7 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                                     have places for. Only before the first token is written
         logits_to_keep              compute those of the last positions alone; 0: of all
         labels                      ids to predict, where `input_ids` has them; -100: not, as positions of images
-        return_dict                 False returns a tuple of what there is: loss, logits, past_key_values
+        return_dict                 False returns a tuple, without what is None: loss, logits, past_key_values
         """
         for name, reason in REFUSED.items():
             if (given := kwargs.get(name)) is not None and given is not False:
@@ -228,7 +228,7 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 images = {"patches": places, "latents": latents, "timesteps": places.new_zeros(len(latents))}
             else:
                 ids = ids.index_copy(0, places, latents.flatten() + network.config.text_vocab_size)
-                images = {"patches": places}  # which weights of their own compute, with `experts`
+                images = {"patches": places}  # computed by separate weights, with `experts`
         output = network(ids, positions.flatten(0, 1), attend, wanted, **images)
         logits = output.logits.view(rows, -1, self.vocab_size)
         loss = None if labels is None else self._loss(logits, labels)

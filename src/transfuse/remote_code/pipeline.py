@@ -44,8 +44,8 @@ def part(name: str) -> property:
         return self.components[name]
 
     def refuse(self: TransfusionDiffusionPipeline, value: Any) -> None:
-        found = f"found a {type(value).__name__}"
-        raise UserError(f"{name}: expected the export's own, for a call chooses steps, guidance and eta, {found}")
+        own = f"{name}: expected the export's own, for a call chooses steps, guidance and eta"
+        raise UserError(f"{own}, found a {type(value).__name__}")
 
     return property(read, refuse)
 
@@ -87,10 +87,10 @@ class TransfusionDiffusionPipeline(DiffusionPipeline):
             name = kwargs["_name_or_path"]
             self.folder = find_export(name).absolute()  # the working directory may change
             self._open("cpu", torch.float32)
-            found = self.pipe.exported.fingerprint
-            if is_repository(name) and self._weights not in ("", found):  # of another revision, which is not known here
+            newest = self.pipe.exported.fingerprint
+            if is_repository(name) and self._weights not in ("", newest):  # of a revision that is not known here
                 hint = "open the folder that huggingface_hub.snapshot_download returns for a revision"
-                raise UserError(f"{name}: expected weights {self._weights}, found the newest, {found}: {hint}")
+                raise UserError(f"{name}: expected weights {self._weights}, found the newest, {newest}: {hint}")
 
     def _open(self, device: torch.device | str, dtype: torch.dtype) -> None:
         self.pipe = transfuse.load(str(self.folder), dtype=dtype, device=device)
@@ -183,7 +183,7 @@ class TransfusionDiffusionPipeline(DiffusionPipeline):
         output_type   "pil", "np" (float32 `[image, row, column, 3]`), "pt" (`[image, 3, row, column]`) or "latent"
         return_dict   False returns `(images,)`
         callback_on_step_end(pipe, step, timestep, {"latents": ...})   sees the latents, and cannot change them;
-                      `pipe._interrupt = True` ends the drawing with what there is
+                      `pipe._interrupt = True` ends the drawing as it is
 
         Raises UserError, one line, for values that cannot be.
         """
