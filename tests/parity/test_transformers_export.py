@@ -239,9 +239,10 @@ def test_markers_that_are_typed_are_plain_text(tokenizer: Tokenizer, tmp_path: P
     assert marked == processor(text="moon")["input_ids"].tolist()
 
 
-def test_the_tokenizer_alone_begins_as_training_did(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_tokenizer_alone_joins_turns_and_may_begin_as_training_did(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = export(tmp_path / "export", tokenizer)
     theirs = AutoTokenizer.from_pretrained(folder, **TRUST)
+    theirs.add_bos_token = True
     assert theirs("a crab")["input_ids"] == [tokenizer.bos, *tokenizer.encode("a crab")]
     messages = [{"role": "user", "content": "a crab "}, {"role": "assistant", "content": "on red"}]
     assert theirs.apply_chat_template(messages, tokenize=False) == "a crab on red"

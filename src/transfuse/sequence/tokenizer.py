@@ -57,17 +57,13 @@ class TextFormat:
     chat_template: str | None = None
 
     def config(self) -> dict[str, Any]:
-        """Return tokenizer_config.json as transformers reads it; `begin_token` and `end_tokens` are ours.
-
-        Its tokenizer begins a text with BOS as training did, where that is the `bos_token` that it knows.
-        """
+        """Return tokenizer_config.json as transformers reads it; `begin_token` and `end_tokens` are ours."""
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "bos_token": self.bos_token,
             "eos_token": self.eos,
             "pad_token": self.eos,
-            "add_bos_token": self.bos_token == self.bos,
             "begin_token": self.bos,
             "end_tokens": list(self.other_ends),
             "chat_template": self.chat_template,
