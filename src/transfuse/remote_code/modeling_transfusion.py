@@ -139,7 +139,9 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if wanted:
             self.push_to_hub(repository, **pushed)
 
-    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str | None = None, **options: Any) -> str:
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, max_shard_size: int | str | None = None, **options: Any
+    ) -> str:
         """Upload the export to the Hub with its own model card, and return the address of the commit.
 
         options: commit_message, commit_description, private, token, revision, create_pr and tags, as in transformers.
