@@ -112,8 +112,8 @@ def read_images(images: ImageSources | None) -> list[np.ndarray]:
         if not 0 <= low <= high <= 1:
             raise UserError(f"image: expected values from 0 to 1 where they are floats, found {low:g} to {high:g}")
         images = (images.astype(np.float64) * 255).round().astype(np.uint8)
-    stacked = isinstance(images, np.ndarray) and images.ndim == 4
-    return [decode_image(image) for image in (images if stacked else [images])]  # type: ignore[union-attr]
+    stacked: Any = images if isinstance(images, np.ndarray) and images.ndim == 4 else [images]
+    return [decode_image(image) for image in stacked]
 
 
 def each_image(images: ImageSources | None, drawings: int, times: int) -> list[np.ndarray]:

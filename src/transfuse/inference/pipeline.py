@@ -229,7 +229,7 @@ class TransfusionPipeline:
             if negatives:
                 request = replace(request, negative=self.request([*before, negatives[number]], *settings).document)
             request = with_image_guidance(request, image_guidance_scale)
-            size, start = (int(height or side), int(width or side)), starts and starts[id(images[number])]
+            size, start = (int(height or side), int(width or side)), starts[id(images[number])] if starts else None
             if start is not None:
                 size = drawn_size(images[number], height, width)
             requests.append(replace(request, draw="force", max_tokens=0, size=size, start=start, seed=seed))
