@@ -29,7 +29,7 @@ from .data import DataSet
 from .data.build import build_set
 from .data.bundled import SceneScorer
 from .data.prepare import BuildConfig
-from .data.readers import Columns
+from .data.readers import SET, Columns
 from .errors import UserError, check_kinds
 from .evaluation import EvalConfig, EvalContext, check, evaluate, model_hash, named
 from .evaluation.drawings import IMAGE_LOSS, draw_prompts
@@ -92,6 +92,7 @@ def tune_model(
     patience: int = 0,
     batch_size: int = 32,
     columns: Columns | None = None,
+    max_errors: float = 0.01,
 ) -> Tuned:
     """Teach a model the images and captions of a folder, or of a data set: `transfuse.tune`.
 
@@ -102,6 +103,7 @@ def tune_model(
     patience    evaluations (20 a run) without a better image loss of the held-out pairs, after which the run ends with
                 the best weights; 0: it learns to the end
     columns     which parts of a source are read, as in `transfuse data build`
+    max_errors  share of faulty documents let pass when a data set is built; ten always are
 
     Raises UserError for a wrong input, before anything is written, or another run in the folder.
     """
@@ -114,12 +116,14 @@ def tune_model(
         ("steps", steps is None or steps > 0, "at least 1", steps),
         ("patience", patience >= 0, "at least 0", patience),
         ("batch_size", batch_size > 0, "at least 1", batch_size),
+        ("max_errors", 0 <= max_errors <= 1, "a share from 0 to 1", max_errors),
         ("model", export.distilled is None, "a model that was not distilled", model),
         ("model", export.model.images == "latents", "a model that denoises", f"{model}, one of {export.model.images}"),
     ):
         if not fits:
             raise UserError(f"{name}: expected {expected}, found {value}")
-    data = _open_pictures(str(model), str(pictures), folder / "pictures", export, heldout, columns or Columns())
+    config = _build_config(str(model), export, heldout, columns or Columns())
+    data = _open_pictures(str(pictures), folder / "pictures", config, max_errors)
     held = _pairs_in(data, "heldout")
     recipe = _recipe(str(model), export, data, held, replay, lora, steps, patience, batch_size)
     loop, kept = recipe.loop, ", ".join(SourceSpec.parse(text).name for text in recipe.data.sources[1:])
@@ -159,18 +163,19 @@ def steps_for(pictures: int) -> int:
 # --- what it learns from ----------------------------------------------------------------------------------------------
 
 
-def _open_pictures(
-    model: str, pictures: str, out: Path, export: Described, heldout: float, columns: Columns
-) -> DataSet:
-    """Open a data set, or build one with the model's tokenizer and image size. Raises UserError for one of text."""
+def _build_config(model: str, export: Described, heldout: float, columns: Columns) -> BuildConfig:
+    """Return how a data set is built for a model: with its tokenizer and image size, captions up to half its length."""
+    tokenizer, room = bundled_name(Path(model)) or str(find_export(model)), export.model.max_seq_len // 2
+    return BuildConfig(
+        export.image_size, tokenizer=tokenizer, heldout=heldout, max_tokens=room, long="cut", columns=columns
+    )
+
+
+def _open_pictures(pictures: str, out: Path, config: BuildConfig, max_errors: float) -> DataSet:
+    """Open a data set, or build one. Raises UserError for one of text."""
     path = pictures
-    if not (Path(pictures) / "manifest.json").is_file():
-        tokenizer = bundled_name(Path(model)) or str(find_export(model))
-        room = export.model.max_seq_len // 2
-        config = BuildConfig(
-            export.image_size, tokenizer=tokenizer, heldout=heldout, max_tokens=room, long="cut", columns=columns
-        )
-        build_set(pictures, out, config)
+    if not all((Path(pictures) / name).is_file() for name in SET):
+        build_set(pictures, out, config, max_errors=max_errors)
         path = str(out)
     data = DataSet(path)
     if data.manifest.kind == "text" or data.manifest.encoding is not None:

@@ -72,11 +72,12 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
-def tars(folder: Path) -> Path:
+def tars(folder: Path, count: int = 7) -> Path:
+    """Two tars of `count` pairs each."""
     folder.mkdir(parents=True)
     for number in range(2):
         with tarfile.open(folder / f"{number}.tar", "w") as file:
-            for i in range(7):
+            for i in range(count):
                 for end, data in (("png", png(pixels(10 * number + i))), ("txt", f"number {i}".encode())):
                     header = tarfile.TarInfo(f"{i}.{end}")
                     header.size = len(data)
@@ -348,9 +349,9 @@ def kill_when(command: list[str], moment: Callable[[], bool]) -> bool:
             os.kill(number, signal.SIGKILL)
 
 
-def command(out: Path) -> list[str]:
+def command(out: Path, source: str = "world", settings: list[str] = WORLD) -> list[str]:
     start = "import sys; from transfuse.cli import run; sys.exit(run(sys.argv[1:]))"
-    return [sys.executable, "-c", start, "data", "build", "world", str(out), "--workers", "2", *WORLD]
+    return [sys.executable, "-c", start, "data", "build", source, str(out), "--workers", "2", *settings]
 
 
 @pytest.mark.long
@@ -371,23 +372,27 @@ def test_two_kills(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "straight")
 
 
-@pytest.mark.slow
-def test_ten_kills(tmp_path: Path) -> None:
-    assert run(["data", "build", "world", str(tmp_path / "straight"), "--workers", "0", *WORLD]) == 0
-    draw, kills = random.Random(0), 0
-    for _ in range(10):
-        out, shards = tmp_path / "out", draw.uniform(0, 240 / 24)
+@pytest.mark.long
+def test_one_build_of_tars_killed_ten_times(tmp_path: Path) -> None:
+    source, out, draw = str(tars(tmp_path / "tars", 600)), tmp_path / "out", random.Random(0)
+    settings = ["--size", "16", "--vocabulary", "300", "--shard-size", "20", "--duplicates", "keep"]
+    records: list[int] = []
+    for kill in range(10):
+        least = 5 * kill + draw.randrange(5)  # of 60 shards
 
-        def moment(out: Path = out, shards: float = shards) -> bool:
-            result = len(list((out / "building").glob("*.npz"))) >= int(shards) and (out / "building").exists()
-            time.sleep(0.05 * (shards % 1) * result)
+        def moment(least: int = least) -> bool:
+            result = (out / "building").exists() and len(list((out / "building").glob("*.npz"))) >= least
+            time.sleep(0.02 * draw.random() * result)
             return result
 
-        kills += kill_when(command(out), moment)
-        assert run(["data", "build", "world", str(out), "--workers", "2", *WORLD]) == 0
-        assert contents(out) == contents(tmp_path / "straight")
-        shutil.rmtree(out)
-    assert kills > 5
+        assert kill_when(command(out, source, settings), moment)
+        assert not (out / "manifest.json").exists()
+        records.append(len(list((out / "building").glob("*.npz"))))
+    assert records == sorted(records)
+    assert records[0] < records[-1]
+    assert run(["data", "build", source, str(out), "--workers", "2", *settings]) == 0
+    assert run(["data", "build", source, str(tmp_path / "straight"), "--workers", "0", *settings]) == 0
+    assert contents(out) == contents(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("call", [0, 1, 2, 3, 5, 8])

@@ -79,6 +79,28 @@ def test_mistakes_are_one_line(words: str, message: str, error_line) -> None:
     assert error_line(*words.split()) == message
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate a --model LONG",
+        "train tiny --run x/LONG/y",
+        "evaluate LONG",
+        "export LONG",
+        "data build LONG out",
+        "data build world LONG --count 2",
+        "data inspect LONG",
+        "data verify LONG",
+        "tune LONG pictures",
+        "tune small-64 LONG",
+        "autoencoder inspect LONG",
+        "plan tiny --config LONG.yaml",
+    ],
+)
+def test_names_that_are_too_long_are_one_line(words: str, tmp_path: Path, monkeypatch, error_line) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "LLLL" in error_line(*words.replace("LONG", "L" * 280).split())
+
+
 def test_swapped_arguments_of_edit(tmp_path: Path, monkeypatch, error_line) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.png").write_bytes(b"")

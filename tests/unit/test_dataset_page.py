@@ -246,6 +246,47 @@ def test_pictures_are_those_of_the_set(names: list[str], tmp_path: Path) -> None
     assert "40 documents, evenly spread" in html
 
 
+def test_captions_near_duplicates_and_tokens_are_shown(folder: Path, tmp_path: Path) -> None:
+    """Counted once more: words by hand, the groups by which images were made of which, tokens joined to captions."""
+    captions = [["one red cat", "a cat, red & small"], ["two hens"], ["one red cat"], ["the sea at night"]]
+    for number, texts in enumerate(captions):
+        coarse = np.random.default_rng(number % 3).integers(0, 200, (5, 5, 3), dtype=np.uint8)
+        image = PIL.Image.fromarray(coarse).resize((64 + number, 64), PIL.Image.Resampling.BICUBIC)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        PIL.Image.fromarray(np.asarray(image) + np.uint8(number)).save(tmp_path / "in" / f"{number}.png")
+        (tmp_path / "in" / f"{number}.json").write_text(json.dumps({"captions": texts}))
+    config = BuildConfig(size=32, tokenizer=str(folder / "scenes"), heldout=0.0)
+    build_set(str(tmp_path / "in"), tmp_path / "set", config, workers=0)
+    report = inspect_sources((str(tmp_path / "set"),), tmp_path / "out", "pixels-32", 1024)
+    figures = report["sets"][str(tmp_path / "set")]
+    assert figures["near_duplicates"] == {"groups": 1, "images": 2, "largest": 2}
+    html = (tmp_path / "out" / "index.html").read_text()
+    text = " ".join(unescape(re.sub("<[^>]*>", " ", html)).split())
+    assert "2 documents share an image, exactly or nearly, with another. Each of their 1 groups" in text
+    group = html[html.index("Near duplicates, the largest groups first") :]
+    assert "2 documents, the first is 0" in group
+    pictures = [base64.b64decode(data) for data in re.findall(r'base64,([^"]*)"', group)[:2]]
+    data = DataSet(str(tmp_path / "set"))
+    for number, picture in zip((0, 3), pictures, strict=True):  # the fourth image is made as the first one
+        stored = np.asarray(PIL.Image.open(io.BytesIO(data.read(number).parts[0])))
+        np.testing.assert_array_equal(np.asarray(PIL.Image.open(io.BytesIO(picture))), stored)
+    flat = [caption for texts in captions for caption in texts]
+    words = Counter(word.strip(",") for caption in flat for word in caption.split() if word != "&")
+    assert f"{len(flat)} of {len(captions)} images" in text
+    assert f"{len(set(flat))} with {len(words)} different words; most often " in text
+    often = text.partition("most often ")[2].split(", ")[:2]
+    assert {*often} == {"red", "cat"}
+    lengths = sorted(map(len, flat))
+    assert f"{lengths[2]} in the median; {lengths[0]} to {lengths[-1]}" in text
+    tokens = sum(len(data.tokenizer().encode(caption)) for caption in flat)
+    assert f"{tokens / words.total():.2f} of a tokenizer with {data.tokenizer().vocab_size} ids" in text
+    rows = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", html.partition("What the tokenizer makes of captions")[2])[:3]
+    assert [unescape(row).replace(" · ", "") for row in rows] == flat[:3]
+    assert all(
+        unescape(row).count(" · ") == len(data.tokenizer().encode(c)) - 1 for row, c in zip(rows, flat, strict=False)
+    )
+
+
 def test_large_sets_are_sampled_and_distant_ones_read_from_few_shards(
     names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""A folder of many formats and faults: each file is in the set or in a list, and totals add up."""
+"""A folder of 30 formats, each with 20 faults: each file is in the set or in a list, and totals add up."""
 
 from __future__ import annotations
 
@@ -42,10 +42,22 @@ READ = {
 OTHERS = ["svg", "psd", "tga", "pcx", "pdf", "mp4", "zip", "html", "db", "exr", "", "xmp"]
 """endings that are left out"""
 FAULTS = [
-    *("whole", "whole", "empty", "truncated", "garbage", "another format", "folder", "no caption", "two captions"),
-    *("empty caption", "caption of other bytes", "huge header", "hidden", "hidden folder", "broken link", "link"),
-    *("pipe", "name of other bytes", "deep", "capitals", "unreadable"),
+    *("empty", "truncated", "garbage", "another format", "folder", "no caption", "two captions", "empty caption"),
+    *("caption of other bytes", "huge header", "hidden", "hidden folder", "broken link", "link", "pipe"),
+    *("name of other bytes", "deep", "capitals", "unreadable", "the same again"),
 ]
+STRAY = {
+    "events.jsonl": b'{"text": "a line of a log"}\n{"step": 1}',
+    "empty.jsonl": b"",
+    "run.jsonl.gz": b"\x1f\x8b",
+    "sub/sizes.json": b'{"0000.png": [12, 16]}',
+    "sizes.csv": b"name,width\n0000.png,12\n0001.png,12\n",
+    "metadata.csv": b'file_name,text\n"open',
+    "annotations.json": b'{"images": [{"id": 1, "file_name": null}], "annotations": [{"image_id": 1, "caption": 5}]}',
+    "cut.tar": b"0.png\0",
+    "cut.parquet": b"PAR1",
+}
+"""lists and archives without a caption of an image, which no document is made of"""
 
 
 def image(ending: str, number: int) -> bytes:
@@ -73,6 +85,8 @@ def add(folder: Path, stem: str, ending: str, fault: str, number: int) -> None:
         case "huge header":
             head = struct.pack(">IIBBBBB", 90_000, 90_000, 8, 2, 0, 0, 0)
             data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + head + bytes(40)
+        case "the same again":
+            data, captions = image("png", 0), {f"{stem}.txt": "image of all"}
         case "no caption":
             captions = {}
         case "two captions":
@@ -120,15 +134,21 @@ def shown(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(2_000, marks=pytest.mark.long)])
-def test_every_file_is_in_the_set_or_in_a_list(tmp_path: Path, count: int, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("count", "step"), [(150, 7), pytest.param(2_000, 1, marks=pytest.mark.long)])
+def test_every_file_is_in_the_set_or_in_a_list(
+    tmp_path: Path, count: int, step: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     source, draw = tmp_path / "source", random.Random(count)
-    source.mkdir()
-    endings = [*READ, *OTHERS]
-    for number in range(count):
-        # every ending and every fault, then any two together
-        ending = endings[number % len(endings)] if number % 3 else draw.choice(list(READ))
-        add(source, f"{draw.choice(['', 'sub/'])}{number:04d}", ending, FAULTS[number % len(FAULTS)], number)
+    endings, faults, made = [*READ, *OTHERS], [*FAULTS, "whole"], set[tuple[str, str]]()
+    write(source, STRAY)
+    for number in range(0, count * step, step):
+        ending, fault = endings[number % 30], faults[number // 30 % 21]
+        made.add((ending, fault))
+        add(source, f"{draw.choice(['', 'sub/'])}{number:04d}", ending, fault, number)
+    assert (len(endings), len(FAULTS)) == (30, 20)
+    assert {ending for ending, _ in made} == {*endings}
+    assert {fault for _, fault in made} == {*faults}
+    assert step > 1 or len(made) == 30 * 21
     (source / "loop").symlink_to(source)
     (source / "sub" / "up").symlink_to(source / "sub")
     (source / "twice").symlink_to(source / "sub")
@@ -151,6 +171,7 @@ def test_every_file_is_in_the_set_or_in_a_list(tmp_path: Path, count: int, capfd
     assert counts["files"]["found"] == counts["files"]["read"] + counts["files"]["left out"]
     assert len(set(left_out)) == len(left_out) == counts["files"]["left out"]
     assert {"loop", "sub/up", "twice"} <= set(left_out), "folders by another way"
+    assert {*STRAY} <= set(left_out)
     present = entries(source)
     assert counts["files"]["found"] == len(present) + 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,7 @@ def test_what_it_learned_from_is_rehearsed(tmp_path: Path, folder: Path) -> None
         ({"heldout": -0.1}, "heldout: expected a share from 0 to below 1, found -0.1"),
         ({"steps": 0}, "steps: expected at least 1, found 0"),
         ({"lora": -1}, "lora: expected at least 0, found -1"),
+        ({"max_errors": 1.5}, "max_errors: expected a share from 0 to 1, found 1.5"),
     ],
 )
 def test_wrong_inputs_are_one_line(folder: Path, tmp_path: Path, change: dict, message: str) -> None:
@@ -169,6 +171,21 @@ def test_wrong_inputs_are_one_line(folder: Path, tmp_path: Path, change: dict, m
         transfuse.tune(**inputs)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_faults_and_a_manifest_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """An app's manifest.json does not make a folder a data set, and the option that the refusal names is there."""
+    shutil.copytree(folder / "in", tmp_path / "in")
+    (tmp_path / "in" / "manifest.json").write_text('{"name": "an app"}')
+    for number in range(20, 36):
+        (tmp_path / "in" / f"{number}.png").write_bytes(b"damaged")
+        (tmp_path / "in" / f"{number}.txt").write_text("a boat")
+    words = ["tune", str(folder / "model"), str(tmp_path / "in"), "--run", str(tmp_path / "run")]
+    words += ["--steps", "2", "--batch-size", "2", "--heldout", "0.3"]
+    with pytest.raises(UserError, match="larger --max-errors"):
+        transfuse.tune(folder / "model", tmp_path / "in", tmp_path / "run")
+    assert run([*words, "--max-errors", "0.9"]) == 0
+    assert len(DataSet(str(tmp_path / "run" / "pictures"))) == 12
 
 
 def test_a_set_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -82,6 +83,12 @@ def run(arguments: Sequence[str]) -> int:
         if logger.isEnabledFor(logging.DEBUG):
             traceback.print_exc()
         print(f"transfuse: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = max(str(error.filename).split("/"), key=len)
+        print(f"transfuse: {name:.60}...: expected names of at most 255 bytes, found {len(name)}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # of --help
         return int(stop.code or 0)

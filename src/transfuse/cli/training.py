@@ -94,6 +94,7 @@ def tune(
     steps: int | None = None,
     patience: int = 0,
     batch_size: int = 32,
+    max_errors: float = 0.01,
     columns: Annotated[Columns, Flat] = Columns(),  # noqa: B008
     json: Json = False,
 ) -> int:
@@ -115,10 +116,11 @@ def tune(
         patience: number of evaluations (20 a run) without a better image loss of held-out pairs that ends the run, with
             the best weights; 0: learn to the end
         batch_size: documents in a step
+        max_errors: share of faulty images let pass; ten always are
     """
     folder = run or Path("runs") / (Path(pictures).name or "tuned")
     options = {"lora": lora, "replay": replay, "heldout": heldout, "steps": steps, "patience": patience}
-    options["batch_size"] = batch_size
+    options |= {"batch_size": batch_size, "max_errors": max_errors}
     tuned = tune_model(model, pictures, folder, **options, columns=columns)  # type: ignore[arg-type]
     if tuned.export is None:
         return RESUMABLE

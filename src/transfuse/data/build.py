@@ -105,9 +105,10 @@ def build_set(
         raise UserError(f"{source}: changed while the set was built ({changes}); the same command builds it again")
     left_out = {} if reader.listing is None else reader.listing.left_out({*contents, *reader.names})
     unnamed = sum(reason == UNNAMED for reason in left_out.values())
-    if unnamed and not reader.source_split:
+    if unnamed:
+        of = f" of the split {reader.source_split}" if reader.source_split else ""
         logger.info(
-            f"{source}: {unnamed} images are named by no document (left_out.jsonl); --reader images reads images"
+            f"{source}: {unnamed} images are named by no document{of} (left_out.jsonl); --reader images reads images"
         )
     manifest = writer.finish(settings, 0 if reader.listing is None else reader.listing.n_files, left_out)
     return {name: getattr(manifest, name) for name in COUNTS} | {"seconds": time.monotonic() - began}

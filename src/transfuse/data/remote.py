@@ -265,7 +265,8 @@ class Cache:
         folder = self.folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "transfuse")
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(" ".join(filter(None, (url, *versions))).encode()).hexdigest()[:24]
-        return folder / f"{name}-{url_name(url)}"
+        last = os.fsencode(url_name(url))[-120:].decode(errors="ignore")  # file names have at most 255 bytes
+        return folder / f"{name}-{last}"
 
     def _fetch(
         self, url: str, path: Path, expected: Look | None = None, check: Callable[[Path], None] | None = None

@@ -15,18 +15,21 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from ...errors import UserError
 from ...folders import data_address, fetched_data
 from ...images import SUFFIXES, unpad
 from ...io import sha256
+from ...log import logger
 from .. import bundled
 from ..dataset import CorruptSampleError, DataSet
 from ..remote import Cache, File, MissingError, expanded, is_remote, remote_files, url_name
 from . import images
-from .content import CHUNK, chunks, decode_text, file_encoding, open_file
+from .content import CHUNK, SAMPLED, chunks, decode_text, file_encoding, open_file
 from .contract import LOST_REST, Columns, Fault, FileReader, Item, LeftOut, Part, Raw, Reader
 from .listing import Listing, split_named
 from .parquet import ArrowReader, ParquetReader, claim_arrow
@@ -93,13 +96,43 @@ def open_source(source: str, columns: Columns, size: int = 64, cache: Cache | No
     forced = [known[columns.reader]] if columns.reader else list(FORMATS)
     if columns.reader == "text":  # of records, too
         forced += [known[name] for name in ("arrow", "parquet", "records")]
+    beside = not columns.reader and images.has_captions_beside(listing, columns)
     for form in forced:
-        if files := form.claim(listing, columns):
+        files = form.claim(listing, columns)
+        if beside and form.name not in ("classes", "images"):
+            files = _with_captions(form, listing, files, columns)
+        if files:
             return _of_split(form.open(listing, files, columns), source, columns)
     what = "a folder with none of these" if listing.whole else "a file of another kind"
     raise UserError(
         f"{path}: {f'expected {form.holds}' if columns.reader else EXPECTED}, found {what}{listing.what_is_there()}"
     )
+
+
+def _with_captions(form: Format, listing: Listing, files: list[File], columns: Columns) -> list[File]:
+    """Return the files that have captions of images themselves, in a folder of images with captions next to them.
+
+    Other files there, such as logs and lists of sizes, do not decide how the folder is read. A line names them.
+    """
+
+    def has_pair(file: File) -> bool:
+        with suppress(UserError):
+            reader = form.open(listing, [file], replace(columns, source_split="all"))
+            items = (item for part in reader.parts() for item in reader.read(part))
+            return any(
+                isinstance(item, Raw) and not all(isinstance(part, str) for part in item.parts)
+                for item in islice(items, SAMPLED)
+            )
+        return False
+
+    taken = [file for file in files if has_pair(file)]
+    if others := [file.name for file in files if file not in taken]:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        logger.info(
+            f"{listing.source}: {others[0]}{more} left aside, without a caption of an image; those next to images are "
+            f"read (--reader {form.name} reads it)"
+        )
+    return taken
 
 
 def _of_split(reader: Reader, source: str, columns: Columns) -> Reader:

@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any, BinaryIO, cast
 
 from ...errors import UserError
@@ -42,6 +43,7 @@ SURPLUS: Any = object()  # in place of the column of fields that a row of a tabl
 SAMPLED = 100  # records that tell what a source holds
 SPEAKING = re.compile(r"image|img|picture|photo|pixel|thumbnail|jpe?g|file_?name", re.IGNORECASE)
 """names of fields that speak of images"""
+MARK: Any = object()  # in place of an image of the record in a turn
 URLS = ("url", "urls", "uri", "link", "src")
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 """roles by what messages and LLaVA's conversations call them"""
@@ -213,7 +215,7 @@ def dialogue(key: str, messages: Any, image: Callable[[Any], bytes]) -> Raw:
         if role is None or role in roles[-1:]:
             known = ", ".join(dict.fromkeys(ROLES.values()))
             raise ValueError(f"expected messages of {known} in turns, found {json.dumps(message, default=str):.60}")
-        spoken = interleaved([_named(part) for part in (content if isinstance(content, list) else [content])], image)
+        spoken = interleaved(content if isinstance(content, list) else [content], image)
         parts += spoken
         roles += [role] * len(spoken)
     if "assistant" not in roles:
@@ -221,40 +223,55 @@ def dialogue(key: str, messages: Any, image: Callable[[Any], bytes]) -> Raw:
     return Raw(key, tuple(parts), roles=tuple(roles))
 
 
-def _named(part: Any) -> Any:
-    """Return a part of a message with what its "image_url" names as its "image", if it names anything.
+def conversation(turns: Any, names: list[Any]) -> list[dict[str, Any]]:
+    """Return turns, of messages (role, content) or LLaVA's and ShareGPT's (from, value), as messages with images.
 
-    Tables give every part all fields: the image of a text is null.
+    names: the images of the record, which are where `<image>` or {"type": "image"} stands. Without a mark they come
+    first in the first turn that is no system's. Raises ValueError.
     """
-    name = part.get("image_url") if isinstance(part, dict) else None
-    name = name.get("url", name) if isinstance(name, dict) else name
-    return {**part, "image": name} if name else part
-
-
-def conversation(turns: list[Any], named: Any) -> list[dict[str, Any]]:
-    """Return LLaVA's or ShareGPT's turns (from, value) as messages, with images where `<image>` stands.
-
-    named: the images of the record. Without a mark they come first in the first turn that is no system's. Raises
-    ValueError.
-    """
-    names = named if isinstance(named, list) else [named] if named else []
-    images = [{"image": name} for name in names]
-    messages = []
-    for turn in turns:
-        words = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if not isinstance(words, str):
+    messages: list[dict[str, Any]] = []
+    for turn in turns if isinstance(turns, list) else [turns]:
+        content = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if not isinstance(content, str | list):
             raise ValueError(f"expected turns with words, found {json.dumps(turn, default=str):.60}")
-        pieces = [piece.strip() for piece in re.split("(<image>)", words)]
-        messages.append({"role": turn.get("from", turn.get("role")), "content": list(filter(None, pieces))})
-    marks = sum(message["content"].count("<image>") for message in messages)
-    if marks and marks != len(images):
-        raise ValueError(f"{marks} marks <image> and {len(images)} pictures")
-    waiting = iter(images)
-    for message in messages:
-        if not marks and message["role"] != "system":
-            message["content"] = [*waiting, *message["content"]]
-        message["content"] = [next(waiting) if piece == "<image>" else piece for piece in message["content"]]
+        pieces = [piece for part in (content if isinstance(content, list) else [content]) for piece in _pieces(part)]
+        messages.append({"role": turn.get("from", turn.get("role")), "content": pieces or [""]})
+    order = count()
+    marks = [next(order) if mark is MARK else mark for turn in messages for mark in turn["content"] if _is_mark(mark)]
+    shown = [piece["image"] for turn in messages for piece in turn["content"] if isinstance(piece, dict)]
+    if shown and names and shown != names:
+        raise ValueError("pictures in the turns, and others next to them")
+    names = [] if shown else names
+    if marks and sorted(marks) != [*range(len(names))]:
+        raise ValueError(f"{len(marks)} marks <image> and {len(names)} pictures")
+    waiting = [{"image": names[place]} for place in marks or range(len(names))]
+    for turn in messages:
+        if not marks and turn["role"] != "system":
+            turn["content"], waiting = [*waiting, *turn["content"]], []
+        turn["content"] = [waiting.pop(0) if _is_mark(piece) else piece for piece in turn["content"]]
     return messages
+
+
+def _is_mark(piece: Any) -> bool:
+    return piece is MARK or isinstance(piece, int)
+
+
+def _pieces(part: Any) -> list[Any]:
+    """Return the words and images of a part of a turn; an image of the record is `MARK`, or its number.
+
+    Tables give every part all fields: the image of a text is null. "image_url" is a name, or {"url": name}.
+    """
+    fields = part if isinstance(part, dict) else {"text": part}
+    name = fields.get("image_url") or fields.get("image")
+    name = name.get("url", name) if isinstance(name, dict) else name
+    if any(name.values()) if isinstance(name, dict) else name:
+        return [{**fields, "image": name}]
+    if fields.get("type") == "image":
+        return [fields["index"] if isinstance(fields.get("index"), int) else MARK]
+    if not isinstance(fields.get("text"), str):
+        raise ValueError(f"expected parts that are words or pictures, found {json.dumps(part, default=str):.60}")
+    pieces = [piece.strip() for piece in re.split("(<image>)", fields["text"])]
+    return [MARK if piece == "<image>" else piece for piece in pieces if piece]
 
 
 # --- tables of text ---------------------------------------------------------------------------------------------------
@@ -267,8 +284,9 @@ def csv_records(text: str, strict: bool = True) -> list[dict[str, Any]]:
     strict: quotes are to be as in CSV, except in lines with tabs, where they may be characters of the text. Raises
     csv.Error.
     """
-    first = text.partition("\n")[0]
-    delimiter = next((mark for mark in "\t|" if mark in first), max(",;", key=first.count))
+    named = re.match(r"sep=(.)\r?\n", text)  # Excel's first line
+    first = text[named.end() if named else 0 :].partition("\n")[0]
+    delimiter = named[1] if named else next((mark for mark in "\t|" if mark in first), max(",;", key=first.count))
     plain = [field.strip() for field in first.split(delimiter)]
     fields = plain if any(map(is_image_name, plain)) else next(csv.reader([first.strip("\r")], delimiter=delimiter), [])
     at_image = next((place for place, field in enumerate(fields) if is_image_name(field)), None)
@@ -279,6 +297,7 @@ def csv_records(text: str, strict: bool = True) -> list[dict[str, Any]]:
         if delimiter != "\t":
             raise
         rows = _csv_rows(text, delimiter, False, strict)
+    rows = rows[1:] if named else rows
     if at_image is not None:
         return _listed(rows, -1 if at_image and at_image == len(fields) - 1 else at_image, delimiter)
     heads = [head.strip() for head in rows[0]] if rows else []
@@ -372,6 +391,15 @@ def captions_in(value: Any, where: str) -> list[str]:
             raise ValueError(f"expected words in {where}, found {json.dumps(item, default=str):.60}")
         captions.append((item or "").strip())
     return list(filter(None, captions))
+
+
+def weighted(captions: list[str], weights: Any) -> tuple[list[str], tuple[float, ...]]:
+    """Return captions and their weights; without weights, each caption once. Raises ValueError for other weights."""
+    if not (weights := weights or []):
+        return list(dict.fromkeys(captions)), ()
+    if not isinstance(weights, list) or not all(isinstance(weight, int | float) for weight in weights):
+        raise ValueError(f"expected weights that are a list of numbers, found {json.dumps(weights, default=str):.60}")
+    return captions, tuple(weights)
 
 
 def _list_in(field: str) -> list[str]:

@@ -129,7 +129,10 @@ class Reader:
     source_split = ""
 
     def contents(self) -> dict[str, str]:
-        """Return hashes of everything the documents are made of, by name: other content changes one of them."""
+        """Return hashes of everything the documents are made of, by name: other content changes one of them.
+
+        Call it before `read`: it also finds the names that cannot all mean the image that is there for them.
+        """
         raise NotImplementedError
 
     def parts(self) -> Iterable[Part]:

@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, compress
 from operator import not_
@@ -45,24 +45,22 @@ from .content import (
     is_image_name,
     parse_json,
     sniff,
+    weighted,
     worded,
 )
 from .contract import Columns, Fault, Item, Part, Raw, Reader
-from .listing import CAPTION_ENDINGS, Listing, choose_split, split_in
+from .listing import CAPTION_ENDINGS, Listing, choose_split, composed, folders_of, may_be_one, split_in
 
 TABLES = (".csv", ".tsv", ".txt", ".token")
 METADATA = ("metadata.jsonl", "metadata.csv")
-
-Named = tuple[str, Sequence[str], str]  # the name of an image in a table, captions, and why the row is none
-Table = tuple[Iterable[Named], Iterable[str], str]
-"""what a table names; the images of its records of other splits; and the split that it chose by a field, if it did"""
+NAME: Any = object()  # in place of the field of a record's name
 
 
 @dataclass(frozen=True)
 class Row:
-    """An image's file, relative to the folder, and its captions, or files of them.
+    """An image's file, relative to the folder or as a table names it, and its captions, or files of them.
 
-    fault: why it is no document. changed: as in `Raw`.
+    fault: why it is no document. changed, weights: as in `Raw`.
     """
 
     name: str
@@ -70,6 +68,18 @@ class Row:
     files: tuple[str, ...] = ()
     fault: str = ""
     changed: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def __add__(self, other: Row) -> Row:
+        """Return the row of an image that two rows name; captions without a weight next to weighted ones have 1."""
+        weighed = (self, other) if self.weights or other.weights else ()
+        weights = chain.from_iterable(row.weights or (1.0,) * len(row.captions) for row in weighed)
+        captions, changed = self.captions + other.captions, self.changed + other.changed
+        return Row(self.name, captions, changed=changed, weights=tuple(weights))
+
+
+Table = tuple[Iterable[Row], Iterable[str], str]
+"""what a table names; the images of its records of other splits; and the split that it chose by a field, if it did"""
 
 
 class ImageReader(Reader):
@@ -98,7 +108,8 @@ class ImageReader(Reader):
         """Return hashes of images and captions; a table counts by what its rows say."""
         names = dict.fromkeys(chain.from_iterable((row.name, *row.files) for row in self.items))
         hashes = hash_files(File(name, str(self.root / name), 0) for name in names)
-        rows = json.dumps([(row.name, row.captions or None, row.fault if self.names else "") for row in self.items])
+        listed = [(row.name, row.captions or None, row.fault if self.names else "") for row in self.items]
+        rows = json.dumps([*listed, *(row.weights for row in self.items if row.weights)])
         return hashes | {"the list of pictures and captions": hashlib.sha256(rows.encode()).hexdigest()}
 
     def read(self, part: Part) -> Iterator[Item]:
@@ -107,25 +118,30 @@ class ImageReader(Reader):
             try:
                 if row.fault:
                     raise ValueError(row.fault)
-                captions = [*row.captions, *chain.from_iterable(self._captions(name, changed) for name in row.files)]
+                beside = [self._captions(name, changed) for name in row.files]
+                captions = [*row.captions, *chain.from_iterable(words for words, _ in beside)]
                 if not captions:
                     raise ValueError("expected a caption, found none")
+                weights = next((weights for _, weights in beside if weights), list(row.weights))
+                captions, shares = weighted(captions, weights)
                 image = (self.root / row.name).read_bytes()
                 notes = tuple(dict.fromkeys(changed))
-                yield Raw(row.name, (image, *dict.fromkeys(captions)), pair=True, changed=notes)
+                yield Raw(row.name, (image, *captions), True, shares, changed=notes)
             except OSError as error:
                 yield Fault(row.name, f"expected a file, found none ({error.strerror})")
             except ValueError as error:
                 yield Fault(row.name, str(error))
 
-    def _captions(self, name: str, changed: list[str]) -> list[str]:
+    def _captions(self, name: str, changed: list[str]) -> tuple[list[str], Any]:
+        """Return the captions in a file, and their weights if it is JSON."""
         path = self.root / name
         text = decode_text(path.read_bytes(), path.name, changed, self.columns.encoding)
         if name.lower().endswith(".json"):
-            record = parse_json(text)
-            record = record if isinstance(record, dict) else {}
-            return next((captions_in(record[key], key) for key in CAPTION_COLUMNS if record.get(key)), [])
-        return list(filter(None, [caption_text(text, self.columns.first_line)]))
+            record = content if isinstance(content := parse_json(text), dict) else {}
+            keys = [self.columns.caption_column] if self.columns.caption_column else CAPTION_COLUMNS
+            listed = next((captions_in(record[key], key) for key in keys if record.get(key)), [])
+            return listed, record.get("weights") if listed else None
+        return list(filter(None, [caption_text(text, self.columns.first_line)])), None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "items": [], "listing": None}  # parts carry their rows
@@ -137,41 +153,49 @@ class ImageReader(Reader):
 def open_images(listing: Listing, files: list[File], columns: Columns) -> ImageReader:
     """Read images and the files of their captions: x.txt, x.caption or x.jpg.txt of x.jpg, several being several."""
     names = _by_ending(listing)
-    rows = []
+    rows, splits = list[Row](), list[Any]()
     for image in sorted(file.name for file in files):
-        sidecars = _caption_files(image, names)
-        stem = image.rpartition(".")[0]
-        fault = "" if sidecars else f"expected a caption in {stem.rpartition('/')[2]}.txt, found no such file"
+        sidecars = _caption_files(image, names, columns)
+        fault = "" if sidecars else f"expected a caption in {PurePosixPath(image).stem}.txt, found no such file"
         rows.append(Row(image, files=tuple(sidecars), fault=fault))
-    splits = [_split_beside(listing, row, columns) for row in rows]
-    chosen = choose_split(listing, listing.source, splits, columns.source_split) if any(map(split_in, splits)) else None
+        record = names.get(f"{composed(image).rpartition('.')[0]}.json", [""])[0]
+        splits.append(_split_in_file(listing.root / record, columns))
+    chosen = choose_split(listing, listing.source, splits, columns.source_split)
     taken = [chosen is None or split_in(split) in (chosen, None) for split in splits]
     others = [row.name for row in compress(rows, map(not_, taken))]
     return ImageReader(listing, [], [*compress(rows, taken)], columns, others, chosen or "")
 
 
-def _split_beside(listing: Listing, row: Row, columns: Columns) -> Any:
+def _split_in_file(path: Path, columns: Columns) -> Any:
     """Return the record in an image's .json, which may have a field "split"; None: it has none, or not that field."""
-    name = row.files[0] if row.files and row.files[0].lower().endswith(".json") else ""
-    with suppress(OSError, ValueError):
-        data = (listing.root / name).read_bytes() if name else b""
-        return parse_json(decode_text(data, name, [], columns.encoding)) if b"split" in data.lower() else None
+    with suppress(OSError, ValueError):  # the folder, of an image without such a file
+        text = decode_text(path.read_bytes(), path.name, [], columns.encoding)
+        return parse_json(text) if "split" in text.lower() else None
     return None
 
 
 def _by_ending(listing: Listing) -> dict[str, list[str]]:
-    """Return the names of files by these names with endings in lower case."""
+    """Return the names of files by these names, composed, with endings in lower case."""
     names: dict[str, list[str]] = {}
     for file in listing.files:
-        stem, dot, ending = file.name.rpartition(".")
+        stem, dot, ending = composed(file.name).rpartition(".")
         names.setdefault(f"{stem}{dot}{ending.lower()}", []).append(file.name)
     return names
 
 
-def _caption_files(image: str, names: dict[str, list[str]]) -> list[str]:
+def _caption_files(image: str, names: dict[str, list[str]], columns: Columns) -> list[str]:
+    image = composed(image)
     stem = image.rpartition(".")[0]
     sidecars = [f"{base}{ending}" for base in (stem, image) for ending in CAPTION_ENDINGS]
-    return [*chain.from_iterable(names.get(name, ()) for name in sidecars)] or names.get(f"{stem}.json", [])
+    texts, records = [*chain.from_iterable(names.get(name, ()) for name in sidecars)], names.get(f"{stem}.json", [])
+    return (records or texts) if columns.caption_column else (texts or records)
+
+
+def has_captions_beside(listing: Listing, columns: Columns) -> bool:
+    """Return True for a folder where half of the images or more have captions in files of their names."""
+    images, names = listing.images() if listing.whole else [], _by_ending(listing)
+    captioned = sum(bool(_caption_files(file.name, names, columns)) for file in images)
+    return bool(images) and 2 * captioned >= len(images)
 
 
 def claim_classes(listing: Listing, columns: Columns) -> list[File]:
@@ -181,7 +205,7 @@ def claim_classes(listing: Listing, columns: Columns) -> list[File]:
     if "" in classes or (not columns.caption and (len(classes) < 2 or all(name.isdecimal() for name in classes))):
         return []
     names = _by_ending(listing)
-    captioned = not columns.caption and any(_caption_files(file.name, names) for file in images)
+    captioned = not columns.caption and any(_caption_files(file.name, names, columns) for file in images)
     return [] if captioned else images
 
 
@@ -212,57 +236,48 @@ def rows_of(listing: Listing, file: File, table: Table, changed: Sequence[str]) 
     """
     named, others, split = table
     below = str(PurePosixPath(file.name).parent)
-    images: dict[str, list[str]] = {}
-    faults, missing, passed_over, taken = dict[str, list[str]](), list[str](), list[str](), 0
+    passed_over = list[str]()
     for name in others:
         with suppress(ValueError):
             passed_over.append(listing.find(name, below) or "")
-    rows_at: list[tuple[str, str | None, Sequence[str], str]] = []
-    for name, captions, fault in named:
+    rows_at: list[tuple[Row, str | None]] = []
+    for row in named:
         try:
-            rows_at.append((name, listing.find(name, below), captions, fault))
+            rows_at.append((row, listing.find(row.name, below)))
         except ValueError as error:
-            rows_at.append((name, None, captions, fault or str(error)))
-    own = {path for name, path, *_ in rows_at if path is not None and listing.is_meant(name, below, path)}
+            rows_at.append((replace(row, fault=row.fault or str(error)), None))
+    own = {path for row, path in rows_at if path is not None and listing.is_meant(row.name, below, path)}
     named_by: dict[str, dict[tuple[str, ...], str]] = {}
-    for place, (name, path, captions, fault) in enumerate(rows_at):
-        if path in own and not listing.is_meant(name, below, path):
-            rows_at[place] = (name, None, captions, fault)
+    for place, (row, path) in enumerate(rows_at):
+        if path in own and not listing.is_meant(row.name, below, path):
+            rows_at[place] = (row, None)
         elif path is not None:
-            named_by.setdefault(path, {}).setdefault(_folders(name), name)
-    for name, path, captions, fault in rows_at:
+            named_by.setdefault(path, {}).setdefault(tuple(folders_of(row.name)), row.name)
+    images, faults, missing, taken = dict[str, Row](), dict[str, list[str]](), list[str](), 0
+    for row, path in rows_at:
         if path is not None and path in listing.others and not split:
             passed_over.append(path)
             continue
-        if path is not None and not fault and not _is_one(named_by[path]):
+        fault = row.fault
+        if path is not None and not fault and not may_be_one(named_by[path]):
             fault = f"expected one image for each path, found it for {' and '.join([*named_by[path].values()][:3])}"
         taken += not fault or path is not None
         if fault:
-            faults.setdefault(path or name, []).append(fault)
-        else:
-            missing += [name] if path is None else []
-            images.setdefault(path or f"{below}/{name}".removeprefix("./"), []).extend(captions)
+            faults.setdefault(path or row.name, []).append(fault)
+            continue
+        missing += [row.name] if path is None else []
+        name = path or f"{below}/{row.name}".removeprefix("./")
+        images[name] = images[name] + row if name in images else replace(row, name=name)
     if missing and len(missing) == taken:
         first = f"{file.place}: expected the images it names, found none of {len(images)} (the first: {missing[0]:.80})"
         if re.match(r"https?://", missing[0]):
             raise UserError(f"{first}: these are URLs; {DOWNLOAD}")
         raise UserError(f"{first}; put them next to it, or take its words alone with --reader text")
-    rows = [Row(name, tuple(captions), changed=tuple(changed)) for name, captions in images.items()]
+    rows = [replace(row, changed=tuple(changed)) for row in images.values()]
     for name, reasons in faults.items():
         more = f" (and {len(reasons) - 1} more of its rows)" if reasons[1:] else ""
         rows.append(Row(name, fault=reasons[0] + more))
     return rows, passed_over
-
-
-def _folders(name: str) -> tuple[str, ...]:
-    parts = name.replace("\\", "/").lower().split("/")[:-1]
-    return tuple(part for part in parts if part not in ("", ".", ".."))
-
-
-def _is_one(folders: Iterable[tuple[str, ...]]) -> bool:
-    """Return True if paths in these folders may be those of one file: each is the end of the longest."""
-    longest = max(folders, key=len)
-    return all(longest[len(longest) - len(folder) :] == folder for folder in folders)
 
 
 def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str, Any]]:
@@ -289,6 +304,18 @@ def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str
     return records
 
 
+def row_of(name: Any, texts: dict[str, Any], otherwise: str, weights: Any = None) -> Row:
+    """Return a row by the values of its fields; its fault says what is missing. otherwise: its name, if it has none."""
+    if not isinstance(name, str) or not name:
+        return Row(otherwise, fault="expected a file name, found none")
+    try:
+        captions = [words for field, value in texts.items() for words in captions_in(value, field)]
+        captions, shares = weighted(captions, weights)
+    except ValueError as error:
+        return Row(name, fault=str(error))
+    return Row(name, tuple(captions), fault="" if captions else "expected a caption, found none", weights=shares)
+
+
 def table_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
     """Return what a .csv, .tsv or .jsonl file names. Raises UserError."""
     records = read_records(table, columns.encoding, changed)
@@ -301,21 +328,16 @@ def table_names(listing: Listing, table: File, columns: Columns, changed: list[s
         raise
     texts = caption_columns(table.place, filter(None, heads), columns.caption_column)
     records, others, split = _of_split(records, listing, table, columns)
-    named: list[Named] = []
+    named: list[Row] = []
     for number, record in enumerate(records, 1):
-        name, fault, captions = record.get(image), "", list[str]()
-        if not isinstance(name, str) or not name:
-            name, fault = f"row {number}", f"expected a file name in {image}, found none"
-        elif SURPLUS in record and (texts != heads[-1:] or not isinstance(record[texts[0]], str)):
+        name, fault = record.get(image), ""
+        if SURPLUS in record and (texts != heads[-1:] or not isinstance(record[texts[0]], str)):
             fault = "expected as many fields as the first line, found more: a comma needs quotes around it"
         elif SURPLUS in record:  # of a caption that is last, with commas and no quotes, as Flickr8k's are
             record[texts[0]] += record[SURPLUS]
-        try:
-            captions = [words for text in texts for words in captions_in(record.get(text), text)]
-        except ValueError as error:
-            fault = fault or str(error)
-        fault = fault or ("" if captions else "expected a caption, found none")
-        named.append((re.sub(r"#\d+$", "", name), captions, fault))
+        name = re.sub(r"#\d+$", "", name) if isinstance(name, str) else name
+        row = row_of(name, {text: record.get(text) for text in texts}, f"row {number}", record.get("weights"))
+        named.append(replace(row, fault=fault) if fault and isinstance(name, str) and name else row)
     return named, (str(record.get(image)) for record in others), split
 
 
@@ -344,12 +366,8 @@ def _open_tables(
         for row in rows:
             if row.fault:
                 faults.append(row)
-            elif row.name in merged:
-                earlier = merged[row.name]
-                captions, changed = (*earlier.captions, *row.captions), (*earlier.changed, *row.changed)
-                merged[row.name] = Row(row.name, captions, changed=changed)
             else:
-                merged[row.name] = row
+                merged[row.name] = merged[row.name] + row if row.name in merged else row
     return ImageReader(listing, files, [*merged.values(), *faults], columns, passed_over, split)
 
 
@@ -380,8 +398,8 @@ def _names_images(file: File, columns: Columns) -> bool:
     except (csv.Error, ValueError):
         return False
     for name in (columns.image_column,) if columns.image_column else [*(records or [{}])[0]]:
-        values = [str(record.get(name) or "").strip() for record in records]
-        if name and len([*(records or [{}])[0]]) > 1 and values and all(map(is_image_name, values[:10])):
+        values = list(filter(None, (str(record.get(name) or "").strip() for record in records[:10])))
+        if name and len([*records[0]]) > 1 and 2 * sum(map(is_image_name, values)) > len(values):
             return True
     return False
 
@@ -410,38 +428,47 @@ def coco_names(listing: Listing, table: File, columns: Columns, changed: list[st
         if "annotations" in record:
             named = _annotated(images, others, record["annotations"])
         else:
-            named = [(_karpathy_name(image), captions_in(image["sentences"], "sentences"), "") for image in images]
+            texts = enumerate([{"sentences": image["sentences"]} for image in images])
+            named = [row_of(_karpathy_name(images[place]), text, f"image {place + 1}") for place, text in texts]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{table.place}: expected COCO's or Karpathy's captions, found others ({reason})") from None
-    return named, map(_karpathy_name, others), split
+    return named, filter(None, map(_karpathy_name, others)), split
 
 
-def _annotated(images: list[Any], others: list[Any], annotations: list[Any]) -> list[Named]:
-    """Return the captions of COCO's images by their ids. Faults: words that are none, ids of no image or several."""
+def _annotated(images: list[Any], others: list[Any], annotations: list[Any]) -> list[Row]:
+    """Return the captions of COCO's images by their ids.
+
+    Faults: no file name, words that are none, ids of no image or several.
+    """
     names: dict[Any, dict[str, None]] = {image["id"]: {} for image in [*images, *others]}
+    named: list[Row] = []
     for image in images:
-        names[image["id"]][image["file_name"]] = None
+        if isinstance(image["file_name"], str) and image["file_name"]:
+            names[image["id"]][image["file_name"]] = None
+        else:
+            named.append(Row(f"image_id {image['id']}", fault="expected a file name, found none"))
     captions, faulty = dict[Any, list[str]](), set[Any]()
-    named: list[Named] = []
     for annotation in annotations:
         number = annotation["image_id"]
         if number not in names:
-            named.append((f"image_id {number}", (), "expected an image of this id, found none"))
+            named.append(Row(f"image_id {number}", fault="expected an image of this id, found none"))
         try:
             captions.setdefault(number, []).extend(captions_in(annotation["caption"], "caption"))
         except ValueError as error:
-            named += [(name, (), str(error)) for name in names.get(number, ())]
+            named += [Row(name, fault=str(error)) for name in names.get(number, ())]
             faulty.add(number)
     for number, several in names.items():
         fault = f"expected one image of the id {number}, found {' and '.join(several)}" if len(several) > 1 else ""
         if captions.get(number) or number not in faulty:
-            named += [(name, captions.get(number, ()), fault) for name in several]
+            named += [Row(name, tuple(captions.get(number, ())), fault=fault) for name in several]
     return named
 
 
 def _karpathy_name(image: dict[str, Any]) -> str:
-    return "/".join(filter(None, [image.get("filepath"), image.get("filename") or image.get("file_name")]))
+    """Return the path of Karpathy's image; "" where it has no file name."""
+    name = image.get("filename") or image.get("file_name")
+    return "/".join(filter(None, [image.get("filepath"), name])) if isinstance(name, str) else ""
 
 
 def claim_captions(listing: Listing, columns: Columns) -> list[File]:
@@ -455,13 +482,16 @@ def captions_names(listing: Listing, table: File, columns: Columns, changed: lis
     """Return what a file that maps names to captions names, as kohya's meta_cap.json. Raises UserError."""
     try:
         record = parse_json(decode_text(Path(table.place).read_bytes(), table.name, changed, columns.encoding))
-        named: list[Named] = []
-        for name, value in record.items():
-            value = (value.get("caption") or value.get("tags")) if isinstance(value, dict) else value
-            named.append((name, captions_in(value, name), ""))
+        entries = {name: value if isinstance(value, dict) else {"caption": value} for name, value in record.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{table.place}: expected captions by the names of images, found others ({error})") from None
-    return named, (), ""
+    records = [{**value, NAME: name} for name, value in entries.items()]
+    records, others, split = _of_split(records, listing, table, columns)
+    named = []
+    for value in records:
+        words = value.get("caption") or value.get("tags")
+        named.append(row_of(value[NAME], {"caption": words}, "", value.get("weights")))
+    return named, [value[NAME] for value in others], split
 
 
 open_metadata = open_table = partial(_open_tables, table_names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,8 +23,10 @@ NOT_READ = (".svg", ".svgz", ".eps", ".psd", ".xcf", ".tga", ".exr", ".hdr", ".d
 """image formats that are left out by name"""
 SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-CONTAINERS = (".tar", ".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
+CONTAINERS = (".tar", ".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".tsv")
 """files whose names may hold the name of a split among others, as in captions_train2017.json"""
+LAST_WORD = re.compile(r"(?:^|[\W_])([a-z]+)(?:[\W_]*\d+(?:[\W_]*of[\W_]*\d+)?)?$")
+"""the word of a file's name that may be its split: the last, before numbers (wiki.train, test-00000-of-00002)"""
 UNNAMED = "image that no document names"
 TABLES_OF_IMAGES = (".json", ".csv", ".tsv", "metadata.jsonl")
 """files of records that name images by a path, whatever the split of its folder"""
@@ -45,7 +48,7 @@ class Listing:
 
     aside: the reason for each file that no reader is shown. whole: it is a folder, every file of which is accounted
     for; otherwise it is one file, or files at a URL. split: the one that `files` are of, if it was chosen. others: the
-    split of each file of another one.
+    split of each file of another one. ambiguous: images that names in several folders would mean.
     """
 
     source: str
@@ -55,6 +58,7 @@ class Listing:
     whole: bool = False
     split: str = ""
     others: Mapping[str, str] = field(default_factory=dict)
+    ambiguous: Collection[str] = ()
 
     @classmethod
     def of_folder(cls, folder: Path) -> Listing:
@@ -108,20 +112,24 @@ class Listing:
 
         It is looked for below that folder, below the root, on the disk, and last anywhere by its own name, with or
         without its ending; files of other splits (`others`) come after. Where images are in several folders, a file in
-        another folder than the table means is not it. Raises ValueError for a name that several files have.
+        another folder than the table means is not it. Raises ValueError for a name that several files have, and for
+        one of several names, in different folders, that would mean one file.
         """
         name = name.replace("\\", "/")
         if exact := self._at(name, below):
             return exact
+        name = composed(name)
         last = name.rpartition("/")[2]
         named = self._by_last.get(last, [])
         if len(named) > 1:
-            further = [other for other in named if f"/{other}".endswith(f"/{name}")]
+            further = [other for other in named if composed(f"/{other}").endswith(f"/{name}")]
             if len(further) != 1:
                 raise ValueError(f"expected one file of this name, found {', '.join(named[:3])}")
             named = further
         if named and len(self._folders) > 1 and not self.is_meant(name, below, named[0]):
             return None
+        if named and named[0] in self.ambiguous:
+            raise ValueError(f"expected one image for each path, found {named[0]} for several")
         return named[0] if named else None
 
     def is_meant(self, name: str, below: str, path: str) -> bool:
@@ -129,11 +137,9 @@ class Listing:
 
         Folders may have moved as a whole: those of one path are to end with those of the other.
         """
-        name = name.replace("\\", "/")
-        if self._at(name, below) == path:
+        if self._at(name.replace("\\", "/"), below) == path:
             return True
-        meant = [part for part in name.lower().split("/")[:-1] if part not in ("", ".", "..")]
-        here = path.lower().split("/")[:-1]
+        meant, here = folders_of(name), folders_of(path)
         if not meant:  # next to the table, unless no images are there
             return below in ("", ".") or below not in self._folders or path.startswith(f"{below}/")
         if not here:
@@ -143,13 +149,17 @@ class Listing:
     def _at(self, name: str, below: str) -> str | None:
         """Return the file at the path `name`, from the folder `below` or the root; None: there is none."""
         for path in (os.path.normpath(os.path.join(below, name)), os.path.normpath(name)):
-            if path in self._names or (path and os.path.isfile(self.root / path)):
+            if listed := self._names.get(path, self._names.get(composed(path))):
+                return listed
+            if path and os.path.isfile(self.root / path):
                 return os.path.relpath(self.root / path, self.root) if os.path.isabs(path) else path
         return None
 
     @cached_property
-    def _names(self) -> set[str]:
-        return {file.name for file in self.files}
+    def _names(self) -> dict[str, str]:
+        """The names of files by these names, and by these as Unicode composes them."""
+        names = [file.name for file in self.files]
+        return dict(zip(map(composed, names), names, strict=True)) | dict(zip(names, names, strict=True))
 
     @cached_property
     def _folders(self) -> set[str]:
@@ -163,7 +173,7 @@ class Listing:
         for names in ([file.name for file in self.images()], others):
             of_these: dict[str, list[str]] = {}
             for name in names:
-                last = name.rpartition("/")[2]
+                last = composed(name).rpartition("/")[2]
                 for key in {last, last.rpartition(".")[0]}:
                     of_these.setdefault(key, []).append(name)
             named = of_these | named
@@ -206,18 +216,35 @@ def _why_unused(file: File) -> str:
 
 
 def split_of(name: str, images: Collection[str] = ()) -> str | None:
-    """Return "train", "validation" or "test" if a folder or file name says so, None otherwise.
+    """Return "train", "validation" or "test" if a folder says so, the outermost first, or a file name; or else None.
 
     images: names of images, with and without endings; an image's own name, and that of its caption, say nothing.
     """
     of_image = name.rpartition(".")[0] in images
     *folders, last = name.lower().split("/")
-    words = [split_named(folder) for folder in folders]
+    stem, words = last.removesuffix(".gz").rpartition(".")[0], list[str]()
     if last.endswith(CONTAINERS) and not (of_image and last.endswith(".json")):
-        words += re.findall(r"[a-z]+", last.rpartition(".")[0])
+        words = re.findall(r"[a-z]+", stem)
     elif not of_image:
-        words.append(last.partition(".")[0])
-    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), None)
+        words = [last.partition(".")[0], *LAST_WORD.findall(stem)]
+    return next((SPLITS[word] for word in (*map(split_named, folders), *reversed(words)) if word in SPLITS), None)
+
+
+def composed(name: str) -> str:
+    """Return a name with its accents as one letter each (NFC): some file systems keep them apart, tables do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def folders_of(name: str) -> list[str]:
+    """Return the folders in a path, in lower case and composed."""
+    parts = composed(name.replace("\\", "/")).lower().split("/")[:-1]
+    return [part for part in parts if part not in ("", ".", "..")]
+
+
+def may_be_one(folders: Collection[tuple[str, ...]]) -> bool:
+    """Return True if paths in these folders may be those of one file: each is the end of the longest."""
+    longest = max(folders, key=len)
+    return all(longest[len(longest) - len(folder) :] == folder for folder in folders)
 
 
 def split_named(word: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from operator import attrgetter
@@ -13,10 +14,10 @@ from typing import Any
 
 from ...errors import UserError, install_command
 from ..remote import File, hash_files
-from .content import IMAGE_COLUMNS, SAMPLED, caption_columns, captions_in, check_text, column, worded
+from .content import IMAGE_COLUMNS, SAMPLED, caption_columns, captions_in, check_text, column, weighted, worded
 from .contract import LOST_REST, Columns, Fault, FileReader, Item, Part, Raw
 from .listing import Listing, choose_split, split_in
-from .records import DIALOGUES, LISTS, ROWS, Image, document, image_files, image_loader, names_in
+from .records import DIALOGUES, LISTS, ROWS, Image, NamedImages, document, image_loader, names_in
 
 SPLIT_ROWS = 1 << 16  # of the column "split", read at a time
 
@@ -40,7 +41,7 @@ class ParquetReader(FileReader):
         self.classes = _class_names(schema)
         self.field = next((name for name in names if name.strip().lower() == "split"), "")
         self.image, self.captions = "", list[str]()
-        self.wanted = [name for name in ("texts", "images", *LISTS, "image_info", "image") if name in names]
+        self.wanted = [name for name in ("images", *LISTS, "image_info", *IMAGE_COLUMNS) if name in names]
         self.several = bool({*LISTS, "image_info"} & set(self.wanted))
         holding = [name for name in names if _holds_images(schema.field(name).type)]
         dialogues = columns.reader != "text" and not {*DIALOGUES}.isdisjoint(self.wanted)
@@ -49,6 +50,7 @@ class ParquetReader(FileReader):
             self.several = False
             self._choose_columns(where, names, holding)
             self.wanted = [*filter(None, [self.image]), *self.captions]
+            self.wanted += ["weights"] if self.image and "weights" in names else []
         if self.text_only:
             first: list[dict[str, Any]] = []
             with suppress(Exception):  # a damaged group is a fault, once it is read
@@ -100,9 +102,12 @@ class ParquetReader(FileReader):
 
     def contents(self) -> dict[str, str]:
         """Return hashes, also of image files that rows name; of a table whose first rows name none, no others do."""
-        hashes, images = super().contents(), list[File]()
+        hashes = super().contents()
+        if self.text_only or self.listing is None:
+            return hashes
+        named = NamedImages(replace(self.listing, ambiguous=()))
         for file, groups in zip(self.files, self.groups, strict=True):
-            if self.text_only or self.listing is None or file.cache is not None:
+            if file.cache is not None:
                 continue
             for group in [None, *range(len(groups))]:
                 names: list[str] = []
@@ -114,8 +119,9 @@ class ParquetReader(FileReader):
                             break
                 if not names and group is None:
                     break
-                images += image_files(names, self.listing, str(PurePosixPath(file.name).parent))
-        return hashes | hash_files(images)
+                named.add(names, str(PurePosixPath(file.name).parent))
+        self.listing = named.checked()
+        return hashes | hash_files(named.files())
 
     def parts(self) -> Iterable[Part]:
         for number, groups in enumerate(self.groups):
@@ -156,9 +162,11 @@ class ParquetReader(FileReader):
         if self.text_only:
             return Raw(key, tuple(captions))
         try:
-            return Raw(key, (image(row[self.image]), *dict.fromkeys(captions)), pair=True)
+            picture = image(row[self.image])
         except (OSError, ValueError) as error:
             raise ValueError(f"expected bytes of an image in {self.image}, found none ({error})") from None
+        captions, weights = weighted(captions, row.get("weights"))
+        return Raw(key, (picture, *captions), True, weights)
 
     def open(self, file: File) -> Any:
         """Open a file. Raises UserError."""

@@ -42,14 +42,17 @@ from .content import (
     is_image_name,
     parse_json,
     sniff,
+    weighted,
 )
 from .contract import Columns, Fault, FileReader, Item, Part, Raw
-from .listing import Listing, choose_split, split_in
+from .listing import Listing, choose_split, folders_of, may_be_one, split_in
 
 DATA = "data:"  # begins an image that is in the record itself
+SPLIT = re.compile(rb'"\s*split\s*"\s*:', re.IGNORECASE)  # the field, in a line
 ROWS = 64  # of a table, read at a time
 DIALOGUES = ("messages", "conversations")
 LISTS = ("parts", "texts", "text_list", *DIALOGUES)  # fields of documents of several parts
+EMPTY = ({"bytes": None, "path": None}, {"path": None})  # an image that a table does not have
 Image = Callable[[Any], bytes]
 
 
@@ -60,19 +63,14 @@ def document(key: str, record: Any, columns: Columns, image: Image) -> Raw:
     """
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__}")
-    if isinstance(record.get("parts"), list):
-        return Raw(key, interleaved(record["parts"], image))
-    if isinstance(record.get("texts"), list) and isinstance(record.get("images"), list):
-        both = list(zip(record["texts"], record["images"], strict=True))
-        if any(text and name for text, name in both):
-            raise ValueError("words and a picture in one place")
-        return Raw(key, interleaved([{"image": name} if name else text for text, name in both if text or name], image))
-    if isinstance(record.get("text_list"), list):
-        return Raw(key, interleaved(_mmc4_parts(record), image))
-    if "messages" in record:
-        return dialogue(key, record["messages"], image)
-    if isinstance(turns := record.get("conversations"), list):
-        return dialogue(key, conversation(turns, record.get("image", record.get("images"))), image)
+    if (parts := _parts(record)) is not None:
+        shown = [part["image"] for part in parts if isinstance(part, dict) and part.get("image")]
+        if (own := own_images(record, columns)) and own != shown:
+            raise ValueError("pictures of the record that are not in its parts")
+        return Raw(key, interleaved(parts, image))
+    if "messages" in record or isinstance(record.get("conversations"), list):
+        turns = record.get("messages", record.get("conversations"))
+        return dialogue(key, conversation(turns, own_images(record, columns)), image)
     try:
         text, *more = caption_columns(key, record, columns.caption_column)
     except UserError:
@@ -87,7 +85,32 @@ def document(key: str, record: Any, columns: Columns, image: Image) -> Raw:
     captions = [words for name in (text, *more) for words in captions_in(record[name], name)]
     if not captions:
         raise ValueError(f"a picture, and no caption in {text}")
-    return Raw(key, (image(record[field]), *dict.fromkeys(captions)), pair=True)
+    captions, weights = weighted(captions, record.get("weights"))
+    return Raw(key, (image(record[field]), *captions), True, weights)
+
+
+def _parts(record: dict[str, Any]) -> list[Any] | None:
+    """Return the parts of a record that lists them, or texts and images; None: it does not. Raises ValueError."""
+    if isinstance(record.get("parts"), list):
+        return record["parts"]
+    if isinstance(record.get("texts"), list) and isinstance(record.get("images"), list):
+        both = list(zip(record["texts"], record["images"], strict=True))
+        if any(text and name for text, name in both):
+            raise ValueError("words and a picture in one place")
+        return [{"image": name} if name else text for text, name in both if text or name]
+    return _mmc4_parts(record) if isinstance(record.get("text_list"), list) else None
+
+
+def own_images(record: dict[str, Any], columns: Columns) -> list[Any]:
+    """Return the images in fields of a record of several parts. Raises ValueError for others in a second field."""
+    listed: list[list[Any]] = []
+    for field in () if columns.reader == "text" else filter(None, (image_field(record, columns), "images")):
+        value = record.get(field)
+        names = [name for name in (value if isinstance(value, list) else [value]) if name and name not in EMPTY]
+        listed += [names] if names and names not in listed else []
+    if listed[1:]:
+        raise ValueError("pictures in images, and others in another field")
+    return listed[0] if listed else []
 
 
 def image_field(record: dict[str, Any], columns: Columns) -> str | None:
@@ -146,8 +169,8 @@ class JsonReader(FileReader):
         first = list(islice(self._every_record(), SAMPLED))
         if not first:
             raise UserError(f"{place}: expected a JSON document a line, found an empty file")
-        if any(split_in(record) for record in first):
-            chosen = choose_split(listing, place, self._every_record(), columns.source_split)
+        if columns.source_split != "all":
+            chosen = choose_split(listing, place, self._every_record(SPLIT), columns.source_split)
             self.by_field, self.source_split = chosen is not None, chosen or listing.split
         text = columns.reader == "text"
         records = [record for record in first if isinstance(record, dict)]
@@ -164,11 +187,12 @@ class JsonReader(FileReader):
                 "names of their files in place of the URLs"
             )
 
-    def _every_record(self) -> Iterator[Any]:
-        """Yield the records, or the ValueErrors of lines that are none, as they are needed."""
+    def _every_record(self, having: re.Pattern[bytes] | None = None) -> Iterator[Any]:
+        """Yield the records, or the ValueErrors of lines that are none; of lines, from parts where `having` is."""
         for part in self.parts():
-            for _, record, _ in self._records(part):
-                yield record
+            if having is None or part.what[2] is None or having.search(part.what[2]):
+                for _, record, _ in self._records(part):
+                    yield record
 
     def _image_names(self, records: Iterable[Any]) -> Iterator[str]:
         """Yield the names of image files in records, except in those that are faults once they are read."""
@@ -177,17 +201,19 @@ class JsonReader(FileReader):
 
     def contents(self) -> dict[str, str]:
         """Return hashes, also of the image files that documents name; at a URL these go by the version of the jsonl."""
-        hashes, files = super().contents(), list[File]()
+        hashes = super().contents()
         if self.text_only or self.listing is None:
             return hashes
+        named = NamedImages(replace(self.listing, ambiguous=()))
         for part in self.parts():
             file = part.what[0]
             if file.cache is not None:
                 continue
             below = str(PurePosixPath(file.name).parent)
             taken = (record for _, record, _ in self._records(part) if self._is_taken(record, below))
-            files += image_files(self._image_names(taken), self.listing, below)
-        return hashes | hash_files(files)
+            named.add(self._image_names(taken), below)
+        self.listing = named.checked()
+        return hashes | hash_files(named.files())
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:
@@ -262,12 +288,26 @@ def names_in(record: Any, make: Callable[[Any, Image], Raw]) -> list[str]:
     return names
 
 
-def image_files(names: Iterable[str], listing: Listing, below: str) -> Iterator[File]:
-    """Yield the files that records in the folder `below` name."""
-    for name in names:
-        with suppress(ValueError):
-            path = listing.find(name, below) or str(PurePosixPath(below, name))
-            yield File(path, str(listing.root / path), 0)
+class NamedImages:
+    """The image files that records name."""
+
+    def __init__(self, listing: Listing) -> None:
+        self.listing, self._folders = listing, dict[str, set[tuple[str, ...]]]()
+
+    def add(self, names: Iterable[str], below: str) -> None:
+        """Add the names in records of the folder `below`."""
+        for name in names:
+            with suppress(ValueError):
+                path = self.listing.find(name, below)
+                self._folders.setdefault(path or str(PurePosixPath(below, name)), set()).add(tuple(folders_of(name)))
+
+    def files(self) -> list[File]:
+        return [File(path, str(self.listing.root / path), 0) for path in self._folders]
+
+    def checked(self) -> Listing:
+        """Return the listing, which then knows the images whose names are in folders that cannot be one."""
+        ambiguous = (path for path, folders in self._folders.items() if not may_be_one(folders))
+        return replace(self.listing, ambiguous=frozenset(ambiguous))
 
 
 def image_loader(file: File, listing: Listing | None) -> Image:

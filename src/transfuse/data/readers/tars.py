@@ -10,7 +10,6 @@ A tar is read by its headers alone, and a part at a time, so memory does not gro
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 
 from ...images import SUFFIXES
 from ..remote import File
-from .content import CAPTION_COLUMNS, SAMPLED, caption_text, captions_in, decode_text, interleaved, parse_json
+from .content import CAPTION_COLUMNS, caption_text, captions_in, decode_text, interleaved, parse_json, weighted
 from .contract import LOST_REST, PER_PART, Columns, Fault, FileReader, Item, LeftOut, Part, Raw
 from .listing import CAPTION_ENDINGS, Listing, choose_split, split_in, split_of
 
@@ -52,7 +51,7 @@ class TarReader(FileReader):
     def __init__(self, listing: Listing, files: list[File], columns: Columns) -> None:
         super().__init__(listing, files)
         self.columns, self.by_split = columns, False
-        if all(file.cache is None for file in files) and any(islice(self._splits(), SAMPLED)):
+        if columns.source_split != "all":
             records = ({"split": split} for split in self._splits())
             chosen = choose_split(listing, self.files[0].place, records, columns.source_split)
             self.by_split, self.source_split = chosen is not None, chosen or listing.split
@@ -68,8 +67,10 @@ class TarReader(FileReader):
         for suffix, place, size in item.files if isinstance(item, Members) else ():
             if suffix == "json" and place is not None:
                 file.seek(place)
+                data = file.read(size)
                 with suppress(ValueError):
-                    if split := split_in(parse_json(decode_text(file.read(size), suffix, [], self.columns.encoding))):
+                    text = decode_text(data, suffix, [], self.columns.encoding)
+                    if "split" in text.lower() and (split := split_in(parse_json(text))):
                         return split
         return split_of(f"{item.key.rpartition('/')[0]}/")
 
@@ -146,10 +147,7 @@ class TarReader(FileReader):
         field = next((field for field in fields if record.get(field)), None)
         if field is None:
             return [], (), set()
-        listed, weights = captions_in(record[field], field), record.get("weights") or []
-        if not isinstance(weights, list) or not all(isinstance(weight, int | float) for weight in weights):
-            raise ValueError(f"expected weights that are a list of numbers, found {json.dumps(weights):.60}")
-        return listed if weights else list(dict.fromkeys(listed)), tuple(weights), {"json"}
+        return *weighted(captions_in(record[field], field), record.get("weights")), {"json"}
 
 
 def _is_image(suffix: str) -> bool:
@@ -173,12 +171,12 @@ def scan(path: Path) -> Iterator[Found]:
                 reached = tar.offset
                 if member.isdir():
                     continue
-                if member.name.rsplit("/", 1)[-1].startswith("."):
+                *folders, base = [part for part in member.name.split("/") if part not in ("", ".", "..")] or [""]
+                if any(part.startswith(".") for part in (*folders, base)):
                     yield LeftOut(member.name, "hidden file of a tar", f"{member.size} bytes")
                     continue
-                folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
-                name = f"{folder}/{stem}".lstrip("./")
+                name = "/".join([*folders, stem])
                 if name != key:
                     yield from _documents(key, files, seen)
                     documents += bool(files)
@@ -212,12 +210,16 @@ def _documents(key: str, files: list[Entry], seen: set[str]) -> Iterator[Members
     """Yield the documents among members of one name up to the first dot.
 
     They are one, unless it has several images of further names (clip.0000.jpg, a.left.jpg) and no list of parts, which
-    is in KEY.json: then each name up to the last dot is a document.
+    is in KEY.json, or captions of an image that is lost: then each name up to the last dot is a document.
     """
     images = [suffix for suffix, _, _ in files if _is_image(suffix)]
     numbered = all(suffix.split(".")[0].isdecimal() for suffix in images)
-    several = len({suffix.rpartition(".")[0] for suffix in images}) > 1
-    if not files or not several or (numbered and "json" in {suffix for suffix, _, _ in files}):
+    shown = {suffix.rpartition(".")[0] for suffix in images}
+    texts = {suffix.rpartition(".")[0] for suffix, _, _ in files if f".{suffix}".lower().endswith(CAPTION_ENDINGS)}
+    others = texts - shown - {""} if shown != {""} else set()
+    lost = bool(shown and others and (shown & texts or (numbered and any(map(str.isdecimal, others)))))
+    several = len(shown) > 1 and not (numbered and "json" in {suffix for suffix, _, _ in files})
+    if not several and not lost:
         documents = {key: files} if files else {}
     else:
         documents = {}
