@@ -10,6 +10,7 @@ A tar is read by its headers alone, and a part at a time, so memory does not gro
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -161,9 +162,10 @@ def scan(path: Path) -> Iterator[Found]:
     """
     seen: set[str] = set()
     key, files = "", list[Entry]()
-    reached, documents = -1, 0
+    reached, documents, size = -1, 0, 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:  # once: a cache may remove it
+            size = os.fstat(file.fileno()).st_size
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
                 if tar.offset <= reached:  # a negative size would lead back here for ever
@@ -186,23 +188,21 @@ def scan(path: Path) -> Iterator[Found]:
             yield from _documents(key, files, seen)
             documents += bool(files)
             end = tar.offset
-        with path.open("rb") as file:
             # tarfile takes a damaged header, or one block of zeros, for the end: after the end all is zeros.
             file.seek(end)
             while block := file.read(1 << 20):
                 if block.strip(b"\0"):
                     lost = f"expected a tar's end at byte {end}, found more after it, which is lost"
-                    yield Fault("(the file)", lost, _lost_documents(path, end, documents))
+                    yield Fault("(the file)", lost, _lost_documents(size - end, end, documents))
                     break
     except (tarfile.TarError, OSError) as error:
         # The member read last may be the one cut short: what is left of its document cannot be trusted.
         lost = f"found one cut short or damaged ({error}); what follows is lost"
-        yield Fault(key or "(the file)", f"expected a tar, {lost}", _lost_documents(path, reached, documents))
+        yield Fault(key or "(the file)", f"expected a tar, {lost}", _lost_documents(size - reached, reached, documents))
 
 
-def _lost_documents(path: Path, reached: int, documents: int) -> int:
+def _lost_documents(rest: int, reached: int, documents: int) -> int:
     """Return how many documents of the size of those before it the rest of a tar may hold, at least `LOST_REST`."""
-    rest = path.stat().st_size - reached
     return max(LOST_REST, rest * documents // reached) if reached > 0 else LOST_REST
 
 
