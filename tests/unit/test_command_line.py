@@ -92,7 +92,6 @@ def test_mistakes_are_one_line(words: str, message: str, error_line) -> None:
         "data verify LONG",
         "tune LONG pictures",
         "tune small-64 LONG",
-        "autoencoder inspect LONG",
         "plan tiny --config LONG.yaml",
     ],
 )
