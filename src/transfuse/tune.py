@@ -102,8 +102,7 @@ def tune_model(
     steps       of training; None: by the number of images (`steps_for`)
     patience    evaluations (20 a run) without a better image loss of the held-out pairs, after which the run ends with
                 the best weights; 0: it learns to the end
-    columns     which parts of a source are read, as in `transfuse data build`
-    max_errors  share of faulty documents let pass when a data set is built; ten always are
+    columns, max_errors     parts of a source that are read, share of faults let pass, as in `transfuse data build`
 
     Raises UserError for a wrong input, before anything is written, or another run in the folder.
     """
@@ -122,8 +121,7 @@ def tune_model(
     ):
         if not fits:
             raise UserError(f"{name}: expected {expected}, found {value}")
-    config = _build_config(str(model), export, heldout, columns or Columns())
-    data = _open_pictures(str(pictures), folder / "pictures", config, max_errors)
+    data = _open_pictures(str(model), str(pictures), folder / "pictures", export, heldout, columns, max_errors)
     held = _pairs_in(data, "heldout")
     recipe = _recipe(str(model), export, data, held, replay, lora, steps, patience, batch_size)
     loop, kept = recipe.loop, ", ".join(SourceSpec.parse(text).name for text in recipe.data.sources[1:])
@@ -163,18 +161,20 @@ def steps_for(pictures: int) -> int:
 # --- what it learns from ----------------------------------------------------------------------------------------------
 
 
-def _build_config(model: str, export: Described, heldout: float, columns: Columns) -> BuildConfig:
-    """Return how a data set is built for a model: with its tokenizer and image size, captions up to half its length."""
-    tokenizer, room = bundled_name(Path(model)) or str(find_export(model)), export.model.max_seq_len // 2
-    return BuildConfig(
-        export.image_size, tokenizer=tokenizer, heldout=heldout, max_tokens=room, long="cut", columns=columns
-    )
-
-
-def _open_pictures(pictures: str, out: Path, config: BuildConfig, max_errors: float) -> DataSet:
-    """Open a data set, or build one. Raises UserError for one of text."""
+def _open_pictures(
+    model: str, pictures: str, out: Path, export: Described, heldout: float, columns: Columns | None, max_errors: float
+) -> DataSet:
+    """Open a data set, or build one with the model's tokenizer and image size. Raises UserError for one of text."""
     path = pictures
     if not all((Path(pictures) / name).is_file() for name in SET):
+        config = BuildConfig(
+            export.image_size,
+            tokenizer=bundled_name(Path(model)) or str(find_export(model)),
+            heldout=heldout,
+            max_tokens=export.model.max_seq_len // 2,
+            long="cut",
+            columns=columns or Columns(),
+        )
         build_set(pictures, out, config, max_errors=max_errors)
         path = str(out)
     data = DataSet(path)

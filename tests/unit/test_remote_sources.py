@@ -362,7 +362,7 @@ def test_what_is_refused_is_not_tried_again(web: Web, tmp_path: Path) -> None:
 def test_a_file_that_changes_under_way(web: Web, tmp_path: Path) -> None:
     """Between the look at it and its turn; then the source is another one, and the build that was begun starts over."""
     folder, source, out = tars(web), f"{web.url}/tars/{{00000..00002}}.tar", tmp_path / "out"
-    reader = open_source(source, Columns(), cache=Cache(tmp_path / "early", waits=WAITS))
+    reader = open_source(source, Columns(source_split="all"), cache=Cache(tmp_path / "early", waits=WAITS))
     web.faults["tars/00002.tar"] = ["cut"] * 3
     with pytest.raises(UserError, match="broke off"):
         build(source, out)

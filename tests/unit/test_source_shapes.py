@@ -702,7 +702,8 @@ def test_a_stray_file_does_not_choose_the_reader(tmp_path: Path) -> None:
     left_out = reader.listing.left_out({*reader.contents(), *reader.names})
     assert list(left_out) == ["boxes.json", "log.jsonl", "scores.csv"]
     write(tmp_path, {"more.json": json.dumps([{"parts": [{"text": "a list of documents"}]}])})
-    assert read(tmp_path) == [("a list of documents",)]
+    assert read(tmp_path) == [(png(n), CAPTIONS[n][0]) for n in range(3)], "nor does a list of texts"
+    assert read(tmp_path, reader="records") == [("a list of documents",)]
 
 
 def test_an_image_that_two_files_may_be(tmp_path: Path) -> None:
