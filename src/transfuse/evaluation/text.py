@@ -161,12 +161,13 @@ def _score_text(context: EvalContext) -> MetricResult:
     tokenizer, result = context.pipe.exported.tokenizer, MetricResult([])
     bundled = not context.options.data and not context.options.texts
     for name, read in _named_texts(context).items():
-        found = read()
-        texts = [text for text in found if tokenizer.encode(text)]
+        documents = read()
+        texts = [text for text in documents if tokenizer.encode(text)]
         if not texts:
             raise UserError(f"{name}: expected documents with words, found none")
-        if len(texts) < len(found):
-            logger.info(f"{name}: {len(found) - len(texts)} of {len(found)} texts are left out, which are empty")
+        if len(texts) < len(documents):
+            empty = len(documents) - len(texts)
+            logger.info(f"{name}: {empty} of {len(documents)} texts are left out, which are empty")
         label = "glosses:heldout" if bundled else f"{name}:{short_hash(texts)}"
         task = _text_task(context, name, texts, whole=bundled)
         records = context.make(task).records
