@@ -78,7 +78,8 @@ class TransfusionDiffusionPipeline(DiffusionPipeline):
             if not isinstance(given, list | tuple | None):  # a list is model_index.json's name of a class
                 alone = "alone (from_pretrained), for it draws with its own parts"
                 raise UserError(f"pipeline: expected the folder of an export {alone}, found a {name}")
-        self._weights, self._dtype = weights, None
+        self._weights = weights
+        self._dtype: torch.dtype | None = None
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Keep the configuration; open the export once `from_pretrained` has said which it is."""
