@@ -217,9 +217,9 @@ def _documents(key: str, files: list[Entry], seen: set[str]) -> Iterator[Members
     shown = {suffix.rpartition(".")[0] for suffix in images}
     texts = {suffix.rpartition(".")[0] for suffix, _, _ in files if f".{suffix}".lower().endswith(CAPTION_ENDINGS)}
     others = texts - shown - {""} if shown != {""} else set()
-    lost = bool(shown and others and (shown & texts or (numbered and any(map(str.isdecimal, others)))))
+    one_is_lost = bool(shown and others and (shown & texts or (numbered and any(map(str.isdecimal, others)))))
     several = len(shown) > 1 and not (numbered and "json" in {suffix for suffix, _, _ in files})
-    if not several and not lost:
+    if not several and not one_is_lost:
         documents = {key: files} if files else {}
     else:
         documents = {}
