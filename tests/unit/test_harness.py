@@ -81,10 +81,10 @@ def test_long_contexts_lose_their_beginning(model) -> None:
 def test_a_long_context_keeps_half_of_the_room(model, pipe) -> None:
     ids = pipe.exported.tokenizer.encode("two balloons " * 40)
     room = pipe.exported.model.config.max_seq_len - 1
-    for asked, kept in ((1000, room // 2), (5, room - 5), (room, room // 2)):
-        request = model.request("two balloons " * 40, {"max_gen_toks": asked})
+    for most, kept in ((1000, room // 2), (5, room - 5), (room, room // 2)):
+        request = model.request("two balloons " * 40, {"max_gen_toks": most})
         assert request.document.parts[0].ids == tuple(ids[-kept:])
-        assert request.max_tokens == min(asked, room - kept)
+        assert request.max_tokens == min(most, room - kept)
     short = model.request("two", {"max_gen_toks": room - 3})
     assert short.max_tokens == room - max(3, len(pipe.exported.tokenizer.encode("two")))
 
