@@ -439,3 +439,57 @@ def test_a_long_name_at_a_url_is_kept_under_a_shorter_one(tmp_path: Path) -> Non
 def test_a_split_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found no splits"):
         open_folder(tmp_path, {"d.jsonl": [{"text": "one"}, {"text": "two"}]}, source_split="night")
+
+
+# --- names next to tables, and folders of splits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["metadata.jsonl", "captions.csv"])
+def test_a_lost_image_of_a_folder_is_no_image_of_the_root(tmp_path: Path, table: str) -> None:
+    def rows(**captions: str) -> Any:
+        if table.endswith("csv"):
+            return "".join(
+                f"{name}.png,{text}\n" for name, text in {"file_name": "caption", **captions}.items()
+            ).replace("file_name.png", "file_name")
+        return [{"file_name": f"{name}.png", "text": text} for name, text in captions.items()]
+
+    files = {"a.png": b"a", "in/b.png": b"b", "in/c.png": b"c", table: rows(a="of the root")}
+    documents, faults = read(open_folder(tmp_path, files | {f"in/{table}": rows(a="lost", b="second", c="third")}))
+    assert {raw.parts[0]: raw.parts[1:] for raw in documents} == {
+        b"a": ("of the root",),
+        b"b": ("second",),
+        b"c": ("third",),
+    }
+    assert [*faults] == ["in/a.png"]
+
+
+def test_a_number_sign_is_part_of_a_name_that_exists(tmp_path: Path) -> None:
+    rows = "file_name,caption\na,plain\na#1,with a sign\nb.png#0,one\nb.png#1,another\nb.png#2,third\n"
+    files = {"a.png": b"a", "a#1.png": b"a1", "b.png": b"b", "captions.csv": rows}
+    assert pairs(open_folder(tmp_path, files)) == {
+        b"a": ("plain",),
+        b"a1": ("with a sign",),
+        b"b": ("one", "another", "third"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train_images", "test_images"),
+        ("imgs-training", "imgs-val"),
+        ("split=train", "split=test"),
+        ("Training Set/cats", "Test Set/cats"),
+    ],
+)
+def test_folders_are_of_a_split_with_words_that_say_nothing(tmp_path: Path, train: str, test: str) -> None:
+    files = {f"{train}/a.png": b"a", f"{train}/a.txt": "one", f"{test}/b.png": b"b", f"{test}/b.txt": "two"}
+    assert pairs(open_folder(tmp_path, files)) == {b"a": ("one",)}
+    assert len(pairs(open_folder(tmp_path, files, source_split="all"))) == 2
+
+
+def test_other_words_make_a_folder_of_no_split(tmp_path: Path) -> None:
+    files = {
+        f"{folder}/{folder[0]}.{kind}": kind for folder in ("bullet_train", "test_tube") for kind in ("png", "txt")
+    }
+    assert len(read(open_folder(tmp_path, files))[0]) == 2

@@ -25,6 +25,8 @@ SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "te
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 CONTAINERS = (".tar", ".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".tsv")
 """files whose names may hold the name of a split among others, as in captions_train2017.json"""
+SAYS_NOTHING = {"image", "images", "img", "imgs", "photos", "pictures", "set", "dataset", "data", "split", "subset"}
+"""words of a folder's name that may stand next to its split"""
 LAST_WORD = re.compile(r"(?:^|[\W_])([a-z]+)(?:[\W_]*\d+(?:[\W_]*of[\W_]*\d+)?)?$")
 """the word of a file's name that may be its split: the last, before numbers (wiki.train, test-00000-of-00002)"""
 UNNAMED = "image that no document names"
@@ -147,8 +149,12 @@ class Listing:
         return all(map(eq, reversed(meant), reversed(here)))
 
     def _at(self, name: str, below: str) -> str | None:
-        """Return the file at the path `name`, from the folder `below` or the root; None: there is none."""
-        for path in (os.path.normpath(os.path.join(below, name)), os.path.normpath(name)):
+        """Return the file at the path `name`, from the folder `below` or the root; None: there is none.
+
+        A name without a folder, in a table next to images, is one of these and no image of the root.
+        """
+        beside = "/" not in name and below in self._folders
+        for path in (os.path.normpath(os.path.join(below, name)), *([] if beside else [os.path.normpath(name)])):
             if listed := self._names.get(path, self._names.get(composed(path))):
                 return listed
             if path and os.path.isfile(self.root / path):
@@ -227,7 +233,7 @@ def split_of(name: str, images: Collection[str] = ()) -> str | None:
         words = re.findall(r"[a-z]+", stem)
     elif not of_image:
         words = [last.partition(".")[0], *LAST_WORD.findall(stem)]
-    return next((SPLITS[word] for word in (*map(split_named, folders), *reversed(words)) if word in SPLITS), None)
+    return next((SPLITS[word] for word in (*map(folder_split, folders), *reversed(words)) if word in SPLITS), None)
 
 
 def composed(name: str) -> str:
@@ -245,6 +251,14 @@ def may_be_one(folders: Collection[tuple[str, ...]]) -> bool:
     """Return True if paths in these folders may be those of one file: each is the end of the longest."""
     longest = max(folders, key=len)
     return all(longest[len(longest) - len(folder) :] == folder for folder in folders)
+
+
+def folder_split(folder: str) -> str:
+    """Return the split that a folder is named for, alone or with words that say nothing (train_images, split=test)."""
+    if (named := split_named(folder)) in SPLITS.values():
+        return named
+    words = [word for word in re.findall(r"[a-z]+", folder.lower()) if word not in SAYS_NOTHING]
+    return split_named(words[0]) if len(words) == 1 else folder
 
 
 def split_named(word: str) -> str:
