@@ -110,7 +110,9 @@ def test_generate_the_best_of_several(home: Path) -> None:
     alone = json.loads(transfuse(home, *request, "--seed", str(kept["seed"]), "--out", "alone").stdout)
     pictures = [(home / reply["parts"][0]["path"]).read_bytes() for reply in (kept, alone)]
     assert pictures[0] == pictures[1]
-    assert "candidates: expected at least 1, found 0" in refused(home, "generate", "a crab", "--candidates", "0", *TINY)
+    assert "candidates: expected a whole number of at least 1, found 0" in refused(
+        home, "generate", "a crab", "--candidates", "0", *TINY
+    )
 
 
 def test_edit(home: Path) -> None:

@@ -356,7 +356,7 @@ def test_a_long_text_is_measured_in_blocks_or_slides(bench: EvalContext, tmp_pat
     nats = sum(scores.nll.sum() for scores in score(exported_model, blocks))
     assert blocked["perplexity of prose"].value == pytest.approx(np.exp(nats / len(ids)), rel=1e-6)
     with pytest.raises(UserError, match="--stride: expected 1 to 255"):
-        list(evaluate(replace(bench, options=replace(bench.options, stride=256)), named(["text"])))
+        list(evaluate(replace(bench, options=replace(bench.options, texts=(path,), stride=256)), named(["text"])))
 
 
 def test_texts_of_files(tmp_path) -> None:

@@ -93,7 +93,7 @@ def test_answers_with_a_picture_come_before_those_without(pipe: TransfusionPipel
 
 
 def test_where_there_is_no_telling_it_is_said(pipe: TransfusionPipeline) -> None:
-    with pytest.raises(UserError, match="candidates: expected at least 1, found 0"):
+    with pytest.raises(UserError, match="candidates: expected a whole number of at least 1, found 0"):
         pipe(PROMPTS[0], candidates=0)
     picture = PIL.Image.new("RGB", (pipe.exported.image_size,) * 2)
     for asked in (lambda: pipe("make it red", image=picture, candidates=2), lambda: pipe("", candidates=2)):

@@ -335,17 +335,11 @@ def table_names(listing: Listing, table: File, columns: Columns, changed: list[s
             fault = "expected as many fields as the first line, found more: a comma needs quotes around it"
         elif SURPLUS in record:  # of a caption that is last, with commas and no quotes, as Flickr8k's are
             record[texts[0]] += record[SURPLUS]
-        if isinstance(name, str) and re.search(r"#\d+$", name) and not _exists(listing, name, below):
+        if isinstance(name, str) and re.search(r"#\d+$", name) and not listing.has(name, below):
             name = name[: name.rindex("#")]  # Flickr8k's number of a caption
         row = row_of(name, {text: record.get(text) for text in texts}, f"row {number}", record.get("weights"))
         named.append(replace(row, fault=fault) if fault and isinstance(name, str) and name else row)
     return named, (str(record.get(image)) for record in others), split
-
-
-def _exists(listing: Listing, name: str, below: str) -> bool:
-    with suppress(ValueError):
-        return listing.find(name, below) is not None
-    return True
 
 
 def _of_split(

@@ -134,6 +134,13 @@ class Listing:
             raise ValueError(f"expected one image for each path, found {named[0]} for several")
         return named[0] if named else None
 
+    def has(self, name: str, below: str) -> bool:
+        """Return True if a table in the folder `below` calls one or several files `name`."""
+        try:
+            return self.find(name, below) is not None
+        except ValueError:
+            return True
+
     def is_meant(self, name: str, below: str, path: str) -> bool:
         """Return False if `name` in a table of the folder `below` means another folder than that of the image `path`.
 
