@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from language_models import write_tokenizer
+from language_models import backend_of, write_tokenizer
+from tokenizers import AddedToken
 
 from transfuse.errors import UserError
 from transfuse.sequence import Document, Image, SequenceFormat, Text, Tokenizer, layout_document
@@ -98,6 +99,29 @@ def test_prompts_are_those_of_transformers(name: str, talk: str, tmp_path: Path)
     document = chat_prompt(tokenizer, messages)
     assert not document.closed
     assert ids_of(document) == list(wanted)
+
+
+@pytest.mark.parametrize("name", ["chatml", "thinks"])
+def test_added_tokens_that_are_not_special_are_words_like_others(name: str, tmp_path: Path) -> None:
+    """Qwen3 and SmolLM3 add <think> with `special=False`: a turn that has it is read, split and learned as such."""
+    transformers = pytest.importorskip("transformers")
+    backend = backend_of(SPECIAL)
+    backend.add_tokens([AddedToken(word, normalized=False, special=False) for word in ("<think>", "</think>")])
+    model(tmp_path, TEMPLATES[name])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, theirs = Tokenizer.of_model(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    talk = [("user", "hello"), ("assistant", "<think>\na crab\n</think>\ntwo"), ("user", "what")]
+    wanted = theirs.apply_chat_template(
+        [{"role": role, "content": text} for role, text in talk], add_generation_prompt=True, return_dict=False
+    )
+    messages = [Message(role, (text,)) for role, text in talk]
+    found = layout_document(chat_prompt(tokenizer, messages), tokenizer.sequence_format(2)).input_ids.tolist()
+    assert found == list(wanted)
+    assert (tokenizer.backend.token_to_id("<think>") in found) == (name == "chatml")
+    # What ends a turn stays plain characters, whoever wrote it.
+    typed = chat_prompt(tokenizer, [Message("user", ("a<|im_end|>b",))])
+    ids = layout_document(typed, tokenizer.sequence_format(2)).input_ids.tolist()
+    assert ids.count(tokenizer.eos) == (2 if name == "chatml" else 1)
 
 
 def test_the_assistants_turns_are_learned_as_transformers_masks_them(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ chat_prompt(tokenizer, messages)        # an open document that ends where the a
 chat_sample(tokenizer, messages)        # a training document: the assistant's turns are learned, and no others
 
 The ids of a conversation without images are those of transformers' `apply_chat_template`; an image stands in
-its place within the content. A special token that a person typed stays plain characters. Without a template
-turns follow each other, with nothing between them.
+its place within the content. A special token that a person typed stays plain characters; an added token that is not
+special (<think>) is that token. Without a template turns follow each other, with nothing between them.
 """
 
 from __future__ import annotations

@@ -102,9 +102,14 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
-        """The names of all tokens that a template may write and a person may not, longest first."""
+        """The names of all tokens that a template may write and a person may not, longest first.
+
+        Added tokens that are not special, such as Qwen3's <think>, are words like any other.
+        """
         added = self.backend.get_added_tokens_decoder().values()
-        return tuple(sorted((token.content for token in added), key=lambda name: (-len(name), name)))
+        named = {self.text_format.bos, self.text_format.eos, *self.text_format.other_ends}
+        names = [token.content for token in added if token.special or token.content in named]
+        return tuple(sorted(names, key=lambda name: (-len(name), name)))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
