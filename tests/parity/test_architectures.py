@@ -6,6 +6,7 @@ engine's cache. A folder that is written opens in transformers as the same class
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,10 @@ IDS = torch.randint(5, 320, (60,), generator=torch.Generator().manual_seed(0))
 
 def theirs(row: str) -> Any:
     """Return the family's network in transformers with random weights, none of them zero or one."""
-    kind, changes = ROWS[row]
+    return network(*ROWS[row])
+
+
+def network(kind: str, changes: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SHAPE | changes))
     with torch.no_grad():
@@ -126,6 +130,75 @@ def test_a_written_folder_opens_in_transformers(row: str, tmp_path: Path) -> Non
     assert type(opened).__name__ == f"{family}ForCausalLM"
     torch.testing.assert_close(expected(opened, IDS), expected(model, IDS), rtol=0, atol=1e-4)
     assert read_hf_config(tmp_path / "out") == read_hf_config(tmp_path / "in")
+
+
+FULL = {"layer_types": ["full_attention"] * 5}
+MIXED = {"layer_types": ["full_attention", "sliding_attention"] * 2 + ["sliding_attention"]}
+INNER = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+OUTER = {"original_max_position_embeddings": 32}
+YARN_4 = {"type": "yarn", "factor": 4.0}
+NO_ROPE: dict[str, Any] = {"rope_parameters": ..., "rope_theta": ...}
+NINE = {"sliding_window": 9}
+NO_KEY_HEADS: dict[str, Any] = {"num_key_value_heads": ...}
+EIGHT = {"num_key_value_heads": 8}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a window that Llama does not read": ("Llama", {}, NINE),
+    "a window that OLMo 2 does not read": ("Olmo2", {}, NINE),
+    "a flag that Mistral does not read": ("Mistral", NINE, {"use_sliding_window": False}),
+    "Mistral with full layers": ("Mistral", NINE, FULL),
+    "Mistral with a window in some layers": ("Mistral", NINE, MIXED),
+    "layers and a flag that Phi-3 does not read": ("Phi3", NINE, FULL | {"use_sliding_window": False}),
+    "SmolLM3's window without layer_types": ("SmolLM3", WINDOW | NINE, {"layer_types": ...}),
+    "SmolLM3 without theta": ("SmolLM3", {}, NO_ROPE),
+    "Mistral's own number of key heads": ("Mistral", {"num_attention_heads": 16} | EIGHT, NO_KEY_HEADS),
+    "yarn, lengths outside": ("Llama", {}, OUTER | {"rope_parameters": INNER}),
+    "yarn of transformers 4, lengths outside": ("Qwen2", {}, NO_ROPE | OUTER | {"rope_scaling": YARN_4}),
+    "yarn, other lengths inside": (
+        "Llama",
+        {},
+        OUTER | {"rope_parameters": INNER | {"original_max_position_embeddings": 64}},
+    ),
+    "yarn without a factor": ("Llama", {}, {"rope_parameters": INNER | OUTER | {"factor": None}}),
+    "yarn, all fields null": (
+        "Llama",
+        {},
+        {"rope_parameters": INNER | OUTER | {"mscale": None, "beta_fast": 0, "attention_factor": None}},
+    ),
+    "yarn, truncate null": ("Llama", {}, {"rope_parameters": INNER | OUTER | {"truncate": None}}),
+    "both spellings, one scaled": (
+        "Llama",
+        {},
+        {"rope_scaling": YARN_4 | OUTER, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+    "both spellings, two thetas": (
+        "Llama",
+        {},
+        {
+            "rope_scaling": {"rope_type": "default", "rope_theta": 77.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
+    "theta outside": ("Llama", {}, {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}}),
+    "swish": ("Llama", {}, {"hidden_act": "swish"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_is_read_as_transformers_reads_it(case: str, tmp_path: Path) -> None:
+    """Fields that a family ignores, prefers or takes for granted; `...` leaves a field out."""
+    kind, changes, edit = CASES[case]
+    network(kind, changes).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | edit
+    values = {name: value for name, value in values.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    wanted = expected(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), torch.tensor([0, *IDS]))
+    ours = started(tmp_path)
+    batch = collate([Document([Text(tuple(IDS.tolist()))])], SequenceFormat(0, 1, 2, 3, 2))
+    with torch.no_grad():
+        found = ours(
+            batch.input_ids, batch.position_ids, dense(batch, ours.config), torch.arange(batch.positions)
+        ).logits
+    torch.testing.assert_close(found[: len(wanted)], wanted, rtol=0, atol=1e-4)
 
 
 def test_every_family_has_a_row() -> None:

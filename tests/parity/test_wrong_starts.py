@@ -139,7 +139,7 @@ def test_changes_are_named_one_by_one(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     names = [f"model.layers.{layer}.self_attn.{part}_proj.bias" for layer in range(2) for part in "qo"]
     save_file(weights | {name: torch.ones(48) for name in names}, folder / "model.safetensors")
-    config(folder, attention_bias=True, sliding_window=9, tie_word_embeddings=False)
+    config(folder, attention_bias=True, model_type="mistral", sliding_window=9, tie_word_embeddings=False)
     kinds = ["self_attn.o_proj.bias", "self_attn.q_proj.bias"]
     for allowed, missing in (
         ([], "attention_bias"),

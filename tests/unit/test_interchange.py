@@ -111,7 +111,10 @@ def test_the_fields_of_either_spelling(tmp_path) -> None:
         ),
         ({"rope_scaling": {"rope_type": "longrope"}}, 'rope_scaling: expected default, linear, .* found "longrope"'),
         ({"rope_parameters": {"rope_type": "yarn", "mscale": 1}}, "rope_parameters.mscale: expected none, found 1"),
-        ({"rope_scaling": {"type": "linear", "factor": -1}}, "rope_scaling.factor: expected a positive number"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": -1}},
+            "rope_scaling.factor: expected a positive number, found -1",
+        ),
         ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "rope_parameters: expected the same"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1, found 0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor: expected 1, found 0.25"),
@@ -127,18 +130,83 @@ def test_what_the_trunk_can_not_be(tmp_path, changes, match) -> None:
     assert "\n" not in str(error.value)
 
 
+ROPE = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SMOLLM3 = {"model_type": "smollm3", "rope_theta": 500000.0}
+QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
+MISTRAL = {"model_type": "mistral"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"rope_scaling": [1]}, r"rope_scaling: expected an object of settings, found \[1\]"),
+        ({"rope_scaling": "linear"}, "rope_scaling: expected an object of settings, found 'linear'"),
+        ({"rope_scaling": {"type": ["yarn"]}}, "rope_scaling: expected default, linear"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "rope_scaling.factor: expected a positive number"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a number, found none"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: expected a number, found none"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8.0}},
+            "rope_scaling.low_freq_factor: expected a number, found none",
+        ),
+        ({"rope_scaling": ROPE | {"original_max_position_embeddings": 32.5}}, "expected a positive whole number"),
+        ({"rope_scaling": ROPE | {"beta_slow": -1}}, "rope_scaling.beta_slow: expected a positive number, found -1"),
+        ({"rope_scaling": ROPE, "model_type": "phi3"}, 'rope_scaling: expected default, found "yarn"'),
+        ({"rope_theta": "ten"}, "rope_theta: expected a number above 1, found 'ten'"),
+        ({"rope_theta": [1]}, "rope_theta: expected a number above 1"),
+        ({"rope_theta": -1.0}, "rope_theta: expected a number above 1, found -1.0"),
+        ({"rope_theta": 1.0, "rope_scaling": ROPE}, "rope_theta: expected a number above 1, found 1.0"),
+        ({"head_dim": "16"}, "head_dim: expected a positive whole number, found '16'"),
+        ({"hidden_size": 64.0}, "hidden_size: expected a positive whole number, found 64.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: expected a positive whole number, found True"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers: expected a positive whole number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 1000, found 1000000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected a positive whole number, found 0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads: expected a positive whole number, found '2'"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads: expected a positive whole number, found -2"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a positive number, found nan"),
+        ({"model_type": ["llama"]}, "model_type: expected one of llama"),
+        (MISTRAL | {"sliding_window": "9"}, "sliding_window: expected a positive whole number or null, found '9'"),
+        (MISTRAL | {"sliding_window": 9.5}, "sliding_window: expected a positive whole number or null"),
+        (
+            MISTRAL | {"sliding_window": 9, "layer_types": ["sliding_attention"]},
+            r"layer_types: expected a list of 2 names, found \['sliding_attention'\]",
+        ),
+        (MISTRAL | {"layer_types": "sliding_attention"}, "layer_types: expected a list of 2 names"),
+        (QWEN | {"max_window_layers": None}, "max_window_layers: expected a whole number of layers, found None"),
+        (QWEN | {"max_window_layers": "2"}, "max_window_layers: expected a whole number of layers, found '2'"),
+        (SMOLLM3 | {"no_rope_layers": [1]}, "no_rope_layers: expected a list of 0 or 1 for each of 2 layers"),
+        (SMOLLM3 | {"no_rope_layers": "1110"}, "no_rope_layers: expected a list of 0 or 1"),
+        (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval: expected a positive whole number, found 0"),
+    ],
+    ids=str,
+)
+def test_fields_of_another_kind_are_one_line_or_dropped(tmp_path, changes, match) -> None:
+    folder = folder_with(tmp_path, max_position_embeddings=8192, **changes)
+    with pytest.raises(UserError, match=match) as error:
+        read_hf_config(folder)
+    assert "\n" not in str(error.value)
+    named = re.search(r"allow-changes (\S+) drops", str(error.value))
+    if named is not None:
+        assert read_hf_config(folder, allow=[named[1]])["d_model"] == 64
+    else:  # a network has these: no name drops them
+        required = str(error.value).split(": ")[1]
+        with pytest.raises(UserError, match=match):
+            read_hf_config(folder, allow=[required])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"sliding_window": None},
         {"sliding_window": 128},
-        {"sliding_window": 64, "use_sliding_window": False},
         {"sliding_window": 64, "layer_types": ["full_attention"] * 2},
+        {"sliding_window": 64, "model_type": "llama"},
     ],
     ids=str,
 )
 def test_windows_that_hide_nothing(tmp_path, changes) -> None:
-    assert read_hf_config(folder_with(tmp_path, **changes)) == FIELDS
+    assert read_hf_config(folder_with(tmp_path, **{"model_type": "mistral"} | changes)) == FIELDS
 
 
 def test_a_folder_without_a_config_or_with_another_thing(tmp_path) -> None:

@@ -57,11 +57,12 @@ def read_hf_config(folder: Path, max_seq_len: int | None = None, allow: Collecti
     """
     values = _read_config(folder)
 
-    def check(fits: bool, name: str, expected: str, value: Any) -> None:
-        if not fits and name not in allow:
-            required = ("model_type", *NUMBERS.values())  # without these there is no network
-            hint = "" if name in required else f" (--init.allow-changes {name} drops it)"
+    def check(fits: bool, name: str, expected: str, value: Any) -> bool:
+        required = name in ("model_type", *NUMBERS.values())  # without these there is no network
+        if not fits and (required or name not in allow):
+            hint = "" if required else f" (--init.allow-changes {name} drops it)"
             raise UserError(f"{folder / 'config.json'}: {name}: expected {expected}, found {value}{hint}")
+        return fits
 
     try:
         fields = read_fields(values, max_seq_len, check)
