@@ -342,6 +342,54 @@ def test_a_tied_head_that_is_in_the_file_is_read_and_one_of_no_embedding_is_miss
     assert start_from_hf(ours(), folder, both).missing == both
 
 
+def test_a_tied_flag_is_no_reason_to_drop_another_head(tmp_path) -> None:
+    """Transformers compares the two matrices and ties only equal ones."""
+    weights, folder = weights_of(), folder_with(tmp_path, tie_word_embeddings=True)
+    save_file(weights, folder / "model.safetensors")
+    assert read_hf_config(folder) == FIELDS
+    refused(ours(tie_embeddings=True), folder, r"unexpected 1: lm_head\.weight")
+    assert not start_from_hf(ours(tie_embeddings=True), folder, ["lm_head.weight"]).missing
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    assert read_hf_config(folder) == FIELDS | {"tie_embeddings": True}
+    assert not start_from_hf(ours(tie_embeddings=True), folder).unexpected
+
+
+def test_a_family_that_ties_without_a_flag_may_be_untied(tmp_path) -> None:
+    """SmolLM3 ties its embeddings by default; `freeze text` trains the output rows apart."""
+    weights, folder = weights_of(), folder_with(tmp_path, model_type="smollm3", no_rope_layers=[1, 1])
+    head = weights.pop("lm_head.weight")
+    save_file(weights, folder / "model.safetensors")
+    assert read_hf_config(folder)["tie_embeddings"]
+    model = ours()
+    assert not start_from_hf(model, folder).missing
+    assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
+    assert not torch.equal(model.lm_head.weight, head)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_integers_are_no_weights(tmp_path, dtype) -> None:
+    weights, name = weights_of(), LAYER + "mlp.up_proj.weight"
+    save_file(weights | {name: (weights[name] * 100).to(dtype)}, folder_with(tmp_path) / "model.safetensors")
+    refused(ours(), tmp_path, r"tensor model\.layers\.1\.mlp\.up_proj\.weight: expected floating-point numbers, found ")
+
+
+def test_an_adapter_is_not_its_base(tmp_path) -> None:
+    save_file(weights_of(), folder_with(tmp_path) / "model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(ours(), tmp_path, r"adapter_config\.json: expected a whole model, found an adapter: merge it")
+    assert not start_from_hf(ours(), tmp_path, ["adapter"]).missing
+
+
+@pytest.mark.parametrize("wrong", [5, None, ["a.safetensors"]], ids=str)
+def test_an_index_of_other_things(tmp_path, wrong) -> None:
+    sharded(folder_with(tmp_path))
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["model.norm.weight"] = wrong
+    index.write_text(json.dumps(values))
+    refused(ours(), tmp_path, r"index\.json: weight_map: expected the file of every tensor, found another thing")
+
+
 def test_new_ids_start_at_the_mean_of_those_before_them(tmp_path) -> None:
     weights, model = weights_of(), ours(text_vocab_size=304)
     save_file(weights, folder_with(tmp_path) / "model.safetensors")

@@ -33,9 +33,11 @@ from ..io import atomic_dir
 from ..model import ModelConfig, Transfusion
 from ..sequence import Tokenizer
 from ..sequence.tokenizer import SPECIAL, TOKENIZER_CONFIG
-from .architectures import EMBEDDING, HEAD, NUMBERS, hf_config, hf_weights, read_fields
+from .architectures import EMBEDDING, HEAD, NUMBERS, hf_config, hf_weights, read_fields, ties_embeddings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names of floating-point types
 NAMED = 8  # names that a message lists at most
 LAYER = re.compile(r"^model\.layers\.\d+\.")
 DROPPABLE = {
@@ -53,8 +55,13 @@ def read_hf_config(folder: Path, max_seq_len: int | None = None, allow: Collecti
     max_seq_len   replaces the folder's own length, if given
     allow         fields of config.json that may be dropped where a Transfusion cannot have them
 
-    Raises UserError for a model that ours cannot be.
+    Embeddings that config.json ties, but the files hold as two different matrices, are not tied, as in transformers.
+
+    Raises UserError for a model that ours cannot be, and for an adapter without "adapter" in `allow`.
     """
+    if (folder / ADAPTER).is_file() and "adapter" not in allow:
+        wanted, hint = "a whole model", "--init.allow-changes adapter starts from the base alone"
+        raise UserError(f"{folder / ADAPTER}: expected {wanted}, found an adapter: merge it into its base ({hint})")
     values = _read_config(folder)
 
     def check(fits: bool, name: str, expected: str, value: Any) -> bool:
@@ -68,6 +75,8 @@ def read_hf_config(folder: Path, max_seq_len: int | None = None, allow: Collecti
         fields = read_fields(values, max_seq_len, check)
         for name in [name for name, their_name in DROPPABLE.items() if their_name in allow]:
             fields.pop(name, None)
+        if fields.get("tie_embeddings") and _has_another_head(folder):
+            del fields["tie_embeddings"]
         ModelConfig(images="none", **fields)
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
@@ -133,8 +142,9 @@ def match_weights(
     own = hf_weights(model, str(values["model_type"]))
     files = _open_weights(folder)
     shapes = {name: tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()}  # noqa: SIM118
-    left = shapes.keys() - own.keys() - ({HEAD} if config.tie_embeddings else set())
-    tied = bool(values.get("tie_word_embeddings")) and EMBEDDING in shapes
+    tied = ties_embeddings(values) and EMBEDDING in shapes
+    # A head that equals the embedding is not left over.
+    left = shapes.keys() - own.keys() - ({HEAD} if config.tie_embeddings and expected.tie_embeddings else set())
     match = Match(
         tuple(sorted(own.keys() & shapes.keys())),
         tuple(sorted(own.keys() - shapes.keys() - ({HEAD} if tied else set()))),
@@ -145,7 +155,10 @@ def match_weights(
         lines = "; ".join(str(match).splitlines()[1:])
         hint = f"(--init.allow-changes {' '.join(kinds)} does without)"
         raise UserError(f"{folder}: expected the weights of its architecture and no others, found {lines} {hint}")
+    dtypes = {name: file.get_slice(name).get_dtype() for file in files for name in file.keys()}  # noqa: SIM118
     for name in match.matched:
+        if dtypes[name] not in FLOATS:
+            raise UserError(f"{folder}: tensor {name}: expected floating-point numbers, found {dtypes[name]}")
         shape, wanted = shapes[name], str(tuple(own[name].shape))
         fits = str(shape) == wanted
         if name in (EMBEDDING, HEAD):  # image codes follow the text ids in the table
@@ -233,6 +246,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def _has_another_head(folder: Path) -> bool:
+    """Return True if the folder's weights have an output layer that differs from the embedding."""
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        return False
+    place = {name: file for file in _open_weights(folder) for name in file.keys()}  # noqa: SIM118
+    if HEAD not in place or EMBEDDING not in place:
+        return False
+    return not torch.equal(place[HEAD].get_tensor(HEAD), place[EMBEDDING].get_tensor(EMBEDDING))
+
+
 def _open_weights(folder: Path) -> list[Any]:
     """Return the open safetensors files of a folder. Raises UserError for a file that is missing or damaged."""
     paths = [folder / WEIGHTS]
@@ -242,8 +265,9 @@ def _open_weights(folder: Path) -> list[Any]:
             raise UserError(f"{folder / WEIGHTS}: expected safetensors weights, found {instead}")
         index = read_json(folder / INDEX)
         names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict):
-            raise UserError(f"{folder / INDEX}: weight_map: expected the file of every tensor, found none")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            wrong = "another thing" if isinstance(names, dict) else "none"
+            raise UserError(f"{folder / INDEX}: weight_map: expected the file of every tensor, found {wrong}")
         paths = [folder / name for name in sorted(set(names.values()))]
     files = []
     for path in paths:
