@@ -88,6 +88,9 @@ def write_gguf(path: Path, model, architecture: str, backend: tokenizers.Tokeniz
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if "rope_scaling" in fields:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    for name, value in fields.get("more", {}).items():
+        kind = gguf.GGUFValueType.get_type(value)
+        writer.kv_data[0][name] = gguf.gguf_writer.GGUFValue(value, kind)
     state = json.loads(backend.to_str())["model"]
     tokens = sorted(state["vocab"], key=state["vocab"].get)
     writer.add_tokenizer_model(fields.get("kind", "gpt2"))
@@ -187,6 +190,26 @@ def test_the_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
         ({"pre": "tekken"}, "tokenizer.ggml.pre: expected one of .*smollm.*, found tekken"),
         ({"rope_scaling": True}, "llama.rope.scaling.type: expected none, found yarn"),
         ({"extra": "rope_freqs.weight"}, "tensor rope_freqs.weight: expected one of a known network"),
+        ({"extra": "blk.0.attn_q.bias"}, "tensor blk.0.attn_q.bias: expected one of a known network"),
+        ({"extra": "blk.0.attn_q_norm.weight"}, "tensor blk.0.attn_q_norm.weight: expected one of a known network"),
+        ({"more": {"llama.rope.scaling.factor": 4.0}}, "llama.rope.scaling.factor: expected 0 or 1, found 4.0"),
+        ({"more": {"llama.rope.scale_linear": 4.0}}, "llama.rope.scale_linear: expected 0 or 1, found 4.0"),
+        ({"more": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count: expected 16, found 8"),
+        ({"more": {"llama.attention.value_length": 8}}, "llama.attention.value_length: expected 16, found 8"),
+        ({"more": {"llama.attention.scale": 0.5}}, "llama.attention.scale: expected no such field, found 0.5"),
+        ({"more": {"llama.logit_scale": 0.5}}, "llama.logit_scale: expected no such field, found 0.5"),
+        (
+            {"more": {"llama.attention.sliding_window": 9}},
+            "llama.attention.sliding_window: expected no such field, found 9",
+        ),
+        (
+            {"more": {"llama.attention.head_count_kv": [2, 2]}},
+            "llama.attention.head_count_kv: expected a positive whole number",
+        ),
+        (
+            {"more": {"llama.attention.head_count": 0}},
+            "llama.attention.head_count: expected a positive whole number, found 0",
+        ),
     ],
 )
 def test_what_is_not_known_is_one_line_and_leaves_no_folder(tmp_path: Path, fields: dict, message: str) -> None:
@@ -198,6 +221,14 @@ def test_what_is_not_known_is_one_line_and_leaves_no_folder(tmp_path: Path, fiel
         gguf_to_folder(tmp_path / "m.gguf", tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_fields_that_change_nothing_are_read(tmp_path: Path) -> None:
+    more = {"llama.rope.dimension_count": 16, "llama.attention.value_length": 16, "llama.vocab_size": 320}
+    more |= {"llama.rope.scaling.factor": 1.0, "llama.expert_count": 0, "llama.attention.key_length": 16}
+    write_gguf(tmp_path / "m.gguf", network(), "llama", trained_tokenizer(), quantised=False, more=more)
+    folder = gguf_to_folder(tmp_path / "m.gguf", tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["head_dim"] == 16
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\x03\x04" + bytes(100), b"hello, world" * 50])

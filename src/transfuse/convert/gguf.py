@@ -34,6 +34,11 @@ FIELDS = {
 }
 """transformers' field: GGUF's, after the name of the architecture"""
 
+READ = {*FIELDS.values(), "attention.head_count_kv", "attention.key_length", "rope.freq_base", "rope.scaling.type"}
+INERT = {"vocab_size", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
+"""GGUF's fields, after the name of the architecture, that are read, and those that change no arithmetic; any other is
+refused unless it has the value of `_config` that changes nothing"""
+
 GLOBAL_TENSORS = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -84,7 +89,7 @@ def gguf_to_folder(source: Path, folder: Path, dtype: torch.dtype = torch.float3
     backend = _tokenizer(source, values)
     tensors: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
-        name = _tensor_name(source, tensor.name)
+        name = _tensor_name(source, tensor.name, config["model_type"])
         try:
             weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
@@ -101,12 +106,15 @@ def gguf_to_folder(source: Path, folder: Path, dtype: torch.dtype = torch.float3
     config["vocab_size"] = len(tensors[EMBEDDING])  # it may have spare rows, for which there is no token
     config["tie_word_embeddings"] = HEAD not in tensors
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    tokens = values["tokenizer.ggml.tokens"]
     special = {
         f"{name}_token_id": values[f"tokenizer.ggml.{key}_token_id"]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         if f"tokenizer.ggml.{key}_token_id" in values
     }
-    tokens = values["tokenizer.ggml.tokens"]
+    for name, number in special.items():
+        if number not in range(len(tokens)):
+            raise UserError(f"{source}: {name}: expected an id below {len(tokens)}, found {number}")
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config["max_position_embeddings"],
@@ -139,13 +147,36 @@ def _config(source: Path, values: dict[str, Any]) -> dict[str, Any]:
     if scaling != "none":
         raise UserError(f"{source}: {architecture}.rope.scaling.type: expected none, found {scaling}")
     config = {hf_name: field(key) for hf_name, key in FIELDS.items()}
-    heads = config["num_attention_heads"]
+    config["num_key_value_heads"] = field("attention.head_count_kv", config["num_attention_heads"])
+    config["head_dim"] = field("attention.key_length", 0)
+    for name, value in config.items():
+        whole = isinstance(value, int) and (value > 0 or name == "head_dim")
+        if not whole and name != "rms_norm_eps":  # a list has another number for each layer
+            keys = FIELDS | {"num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length"}
+            raise UserError(
+                f"{source}: {architecture}.{keys[name]}: expected a positive whole number, found {value!r:.80}"
+            )
+    config["head_dim"] = head_dim = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
+    # What llama.cpp would do with these is nothing.
+    nothing: dict[str, tuple[Any, ...]] = {
+        "rope.dimension_count": (head_dim,),
+        "attention.value_length": (head_dim,),
+        "attention.causal": (True,),
+        "expert_count": (0,),
+        "expert_used_count": (0,),
+    }
+    nothing |= dict.fromkeys(("rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor"), (0, 1))
+    for name, value in values.items():
+        key = name.removeprefix(f"{architecture}.")
+        if key == name or key in READ | INERT:
+            continue
+        if value not in nothing.get(key, ()):
+            wanted = " or ".join(str(plain) for plain in nothing.get(key, ("no such field",)))
+            raise UserError(f"{source}: {name}: expected {wanted}, found {value!r:.80}")
     return {
         "architectures": [ARCHITECTURES[architecture].model_class],
         "model_type": architecture,
         **config,
-        "num_key_value_heads": field("attention.head_count_kv", heads),
-        "head_dim": field("attention.key_length", config["hidden_size"] // heads),
         "rope_theta": float(field("rope.freq_base", 10000.0)),
         "hidden_act": "silu",
         "attention_bias": False,
@@ -160,14 +191,21 @@ def _value(source: Path, values: dict[str, Any], name: str, default: Any = None)
     return value
 
 
-def _tensor_name(source: Path, name: str) -> str:
-    """Return transformers' name of a tensor."""
+def _tensor_name(source: Path, name: str, architecture: str) -> str:
+    """Return transformers' name of a tensor. Raises UserError for one that the architecture does not have there."""
     if name in GLOBAL_TENSORS:
         return GLOBAL_TENSORS[name]
     match name.split("."):
-        case ["blk", layer, part, kind] if part in LAYER_TENSORS:
+        case ["blk", layer, part, kind] if part in LAYER_TENSORS and _has_tensor(architecture, part, kind):
             return f"model.layers.{layer}.{LAYER_TENSORS[part]}.{kind}"
     raise UserError(f"{source}: tensor {name}: expected one of a known network, found a part that is not known here")
+
+
+def _has_tensor(architecture: str, part: str, kind: str) -> bool:
+    """Return True unless transformers' network lacks the tensor, and would drop it."""
+    if kind == "bias":
+        return architecture == "qwen2" and part in ("attn_q", "attn_k", "attn_v")
+    return kind == "weight" and (architecture == "qwen3" or not part.endswith(("q_norm", "k_norm")))
 
 
 def _tokenizer(source: Path, values: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -181,7 +219,12 @@ def _tokenizer(source: Path, values: dict[str, Any]) -> tokenizers.Tokenizer:
     tokens = _value(source, values, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _value(source, values, "tokenizer.ggml.merges")]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
+    try:
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe")
+    except Exception as error:  # the library raises a bare Exception
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: tokenizer.ggml.merges: expected pairs of tokens ({reason:.80})") from None
+    backend = tokenizers.Tokenizer(model)
     if split == "qwen2":
         backend.normalizer = normalizers.NFC()
     steps: list[pre_tokenizers.PreTokenizer] = []
