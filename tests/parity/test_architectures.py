@@ -1,7 +1,7 @@
 """Every family of `convert.architectures` against transformers, on tiny random weights: both ways, to 1e-4.
 
 The logits of a started model are transformers' own: uncached, packed beside another text, and token by token with the
-engine's cache. A folder that is written opens in transformers as the same class with the same logits.
+engine's cache (to 5e-6). A folder that is written opens in transformers as the same class with the same logits.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from transfuse.convert.architectures import ARCHITECTURES, model_type_of
+from transfuse.autoencoders import Pixels
+from transfuse.convert.architectures import ARCHITECTURES, OTHER_MATHEMATICS, model_type_of
 from transfuse.convert.hf_folder import read_hf_config, save_hf_folder, start_from_hf
+from transfuse.diffusion import DiffusionConfig, Process
+from transfuse.export import Exported, GenerationConfig
+from transfuse.inference import Engine, Request, TextDelta
 from transfuse.model import ModelConfig, Transfusion, dense, for_batch
-from transfuse.sequence import Document, SequenceFormat, Text, collate
+from transfuse.sequence import Document, SequenceFormat, Text, Tokenizer, collate
 
 transformers = pytest.importorskip("transformers")
 
@@ -118,6 +122,33 @@ def test_logits_are_those_of_transformers(row: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
+def test_cached_logits_are_those_of_transformers(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine writes 24 tokens one by one; each is chosen from transformers' logits on all before it."""
+    model, tokenizer = theirs(row), Tokenizer.train([], 260)
+    model.save_pretrained(tmp_path)
+    config = ModelConfig(images="latents", latent_channels=3, **read_hf_config(tmp_path))
+    ours = Transfusion(config).initialise(3).eval().requires_grad_(False)
+    start_from_hf(ours, tmp_path)
+    export = Exported(ours, Process(DiffusionConfig()), Pixels(), tokenizer, 32, GenerationConfig())
+    seen, choose = [], Engine._choose
+
+    def recorded(self: Engine, seq: Any, logits: torch.Tensor, argmax: int) -> Any:
+        seen.append(logits.detach().clone().float().flatten()[:320])
+        return choose(self, seq, logits, argmax)
+
+    monkeypatch.setattr(Engine, "_choose", recorded)
+    ids = tuple(IDS[:40].tolist())
+    request = Request(Document([Text(ids)], closed=False), draw="never", max_tokens=24)
+    written = [event.token for event in Engine(export).run([request]) if isinstance(event, TextDelta)]
+    assert len(seen) >= len(written) > 8
+    wanted = expected(model, torch.tensor([tokenizer.bos, *ids, *written]))[len(ids) :]
+    for found, logits in zip(seen, wanted, strict=False):
+        known = found.isfinite() & (found > -1e8)  # the others may not be written
+        assert known.sum() > 250
+        torch.testing.assert_close(found[known], logits[known], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_a_written_folder_opens_in_transformers(row: str, tmp_path: Path) -> None:
     model = theirs(row)
     model.save_pretrained(tmp_path / "in")
@@ -206,6 +237,9 @@ def test_every_family_has_a_row() -> None:
     assert kinds == {architecture.model_class for architecture in ARCHITECTURES.values()}
     for name, architecture in ARCHITECTURES.items():
         assert hasattr(transformers, architecture.model_class), name
+    assert not ARCHITECTURES.keys() & OTHER_MATHEMATICS.keys()
+    refused = {"olmo3", "ministral", "gpt_oss", "llama4_text", "qwen3_vl", "exaone4", "gemma3", "phi4_multimodal"}
+    assert refused <= OTHER_MATHEMATICS.keys()
 
 
 def test_a_network_of_no_family_is_named() -> None:
