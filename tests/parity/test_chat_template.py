@@ -124,6 +124,23 @@ def test_added_tokens_that_are_not_special_are_words_like_others(name: str, tmp_
     assert ids.count(tokenizer.eos) == (2 if name == "chatml" else 1)
 
 
+def test_a_template_may_name_other_special_tokens(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    template = "{{ pad_token }}{{ unk_token }}[{{ mask_token }}]" + CHATML
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "[INST]"}
+    folder = write_tokenizer(tmp_path / "in", SPECIAL, template=template, **names)
+    wanted = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False
+    )
+    tokenizer = Tokenizer.of_model(folder)
+    (tmp_path / "out").mkdir()
+    tokenizer.save(tmp_path / "out" / "tokenizer.json")
+    saved = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    assert saved.text_format == tokenizer.text_format
+    for each in (tokenizer, saved):
+        assert ids_of(chat_prompt(each, [Message("user", ("hello",))])) == list(wanted)
+
+
 def test_the_assistants_turns_are_learned_as_transformers_masks_them(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     spoken = "message['content'] + '<|im_end|>'"

@@ -155,3 +155,19 @@ def logits_of(model: Transfusion, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         every = torch.arange(batch.positions)
         return model(batch.input_ids, batch.position_ids, dense(batch), every).logits[: len(ids)]
+
+
+def test_tokens_that_tokenizer_config_adds_keep_their_ids(tmp_path: Path) -> None:
+    """BOI and EOI come after them: `added_tokens_decoder` may go beyond tokenizer.json."""
+    transformers = pytest.importorskip("transformers")
+    tool = {"content": "<|tool|>", "special": True, "normalized": False}
+    folder = write_tokenizer(tmp_path, ["<s>", "</s>"], eos_token="</s>", added_tokens_decoder={"290": tool})
+    tokenizer, theirs = Tokenizer.of_model(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    number = tokenizer.backend.token_to_id("<|tool|>")
+    assert number == theirs.convert_tokens_to_ids("<|tool|>") == 290
+    assert number not in (tokenizer.boi, tokenizer.eoi)
+    assert Tokenizer.adopt(folder).backend.token_to_id("<|tool|>") == 290
+    for wrong, match in (({"295": tool}, r"the next id, 290, found '<\|tool\|>' with id 295"), ({"290": {}}, "token")):
+        write_tokenizer(tmp_path, ["<s>", "</s>"], eos_token="</s>", added_tokens_decoder=wrong)
+        with pytest.raises(UserError, match=rf"tokenizer_config\.json: added_tokens_decoder: expected .*{match}"):
+            Tokenizer.of_model(folder)

@@ -172,7 +172,7 @@ def _render(tokenizer: Tokenizer, calls: Sequence[tuple[Sequence[Message], bool]
         return re.sub(names, lambda name: name[0][0] + TYPED + name[0][1:], "".join(texts))
 
     text_format = tokenizer.text_format
-    variables = {"eos_token": text_format.eos, "tools": None, "documents": None}
+    variables = {**dict(text_format.named), "eos_token": text_format.eos, "tools": None, "documents": None}
     if text_format.bos_token is not None:
         variables["bos_token"] = text_format.bos_token
     request = {

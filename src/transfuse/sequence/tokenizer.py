@@ -37,6 +37,8 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 TURNS = "{%- for message in messages -%}{{ message['content'] }}{%- endfor -%}"
 """the chat template that other libraries find in an export without its own: turns follow each other without markers"""
+NAMED_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""special tokens that a template may name, next to BOS and EOS"""
 LONG = 20_000
 """characters above which other threads run while a text is encoded: only the call for batches releases Python's lock"""
 
@@ -48,6 +50,7 @@ class TextFormat:
     other_ends       further tokens after which nothing is written, such as the end of a document in a chat model
     bos_token        the `bos_token` that a template knows, which need not begin other texts; None: it has none
     chat_template    Jinja source of the chat template (`chat`); None: turns follow each other without markers
+    named            further tokens that a template may name: pairs of a name, such as pad_token, and a token
     """
 
     bos: str = BOS
@@ -55,15 +58,18 @@ class TextFormat:
     other_ends: tuple[str, ...] = ()
     bos_token: str | None = BOS
     chat_template: str | None = None
+    named: tuple[tuple[str, str], ...] = ()
 
     def config(self) -> dict[str, Any]:
-        """Return tokenizer_config.json as transformers reads it; `begin_token` and `end_tokens` are ours."""
+        """Return tokenizer_config.json as transformers reads it; begin_token, end_tokens and named_tokens are ours."""
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "bos_token": self.bos_token,
             "eos_token": self.eos,
             "pad_token": self.eos,
+            **dict(self.named),
+            **({"named_tokens": [name for name, _ in self.named]} if self.named else {}),
             "begin_token": self.bos,
             "end_tokens": list(self.other_ends),
             "chat_template": self.chat_template,
@@ -152,7 +158,8 @@ class Tokenizer:
         path = Path(path)
         if path.is_dir() or str(path) in bundled_models():
             path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else places(path)["tokenizer.json"]
-        backend = _from_json(path) if path.suffix == ".json" or not path.is_file() else from_sentencepiece(path)
+        is_json = path.suffix == ".json" or not path.is_file()
+        backend = _with_added(path, _from_json(path)) if is_json else from_sentencepiece(path)
         return cls(_with_markers(path, backend, SPECIAL))
 
     @classmethod
@@ -162,7 +169,7 @@ class Tokenizer:
         BOI and EOI take the ids after its own. Raises UserError like `adopt`, and for tokens that it does not have.
         """
         path = folder / "tokenizer.json"
-        backend = _from_json(path)
+        backend = _with_added(path, _from_json(path))
         text_format = read_text_format(folder, backend)
         names = text_format.bos, text_format.eos, BOI, EOI
         return cls(_with_markers(path, backend, [name for name in names if name in SPECIAL]), text_format)
@@ -241,6 +248,32 @@ def _with_markers(path: Path, backend: tokenizers.Tokenizer, names: Sequence[str
     return backend
 
 
+def _with_added(path: Path, backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Add the tokens of `added_tokens_decoder` that tokenizer.json lacks, as transformers does.
+
+    Raises UserError for one whose id is not the next: markers would take the ids of the model's own rows.
+    """
+    where = path.with_name(TOKENIZER_CONFIG)
+    values = read_json(where) if where.is_file() else {}
+    added = values.get("added_tokens_decoder") if isinstance(values, dict) else None
+    if not isinstance(added, dict):
+        return backend
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for number, token in sorted(added.items(), key=lambda item: (len(item[0]), item[0])):
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str) or not content:
+            raise UserError(f"{where}: added_tokens_decoder: expected a token, found {token!r:.80}")
+        if backend.token_to_id(content) is not None:
+            continue
+        chosen = {name: bool(token[name]) for name in flags if name in token} if isinstance(token, dict) else {}
+        backend.add_tokens([AddedToken(content, **chosen)])
+        if str(backend.token_to_id(content)) != number:
+            found = f"{content!r} with id {number}"
+            expected = f"tokens of its tokenizer.json, or the next id, {backend.token_to_id(content)}"
+            raise UserError(f"{where}: added_tokens_decoder: expected {expected}, found {found}")
+    return backend
+
+
 def _from_json(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise UserError(f"{path}: expected a tokenizer.json, found no file")
@@ -272,18 +305,25 @@ def read_text_format(folder: Path, backend: tokenizers.Tokenizer) -> TextFormat:
 
     def by_name(field: str) -> str | None:
         """Return a token that tokenizer_config.json names, as a string or as an object with its content."""
-        token = named.get(field)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = _content(named.get(field))
         if token is not None and (not isinstance(token, str) or backend.token_to_id(token) is None):
             raise UserError(f"{where}: {field}: expected a token of its tokenizer.json, found {token!r}")
         return token
+
+    listed = named.get("named_tokens", () if "end_tokens" in named else NAMED_TOKENS)
+    tokens = {name: _content(named.get(name)) for name in NAMED_TOKENS if isinstance(listed, list | tuple)}
+    pairs = tuple(
+        (name, token)
+        for name, token in tokens.items()
+        if name in listed and isinstance(token, str) and backend.token_to_id(token) is not None
+    )
 
     if "end_tokens" in named:  # written by `TextFormat.config`
         begin, eos, bos = by_name("begin_token"), by_name("eos_token"), by_name("bos_token")
         others = named["end_tokens"]
         if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
             raise UserError(f"{where}: end_tokens: expected a list of tokens, found {others!r:.80}")
-        return TextFormat(begin or BOS, eos or EOS, tuple(others), bos, template)
+        return TextFormat(begin or BOS, eos or EOS, tuple(others), bos, template, pairs)
 
     def by_id(field: str) -> list[str]:
         """Return the tokens that a field of config.json and generation_config.json names by id, each once."""
@@ -307,8 +347,13 @@ def read_text_format(folder: Path, backend: tokenizers.Tokenizer) -> TextFormat:
         bos = end_of_text or bos or eos
     others = tuple(dict.fromkeys(name for name in ends if name != eos))
     if bos == eos == EOS:  # nothing is known: both are ours
-        return TextFormat(other_ends=others, chat_template=template)
-    return TextFormat(bos, eos, others, bos_token, template)
+        return TextFormat(other_ends=others, chat_template=template, named=pairs)
+    return TextFormat(bos, eos, others, bos_token, template, pairs)
+
+
+def _content(token: Any) -> Any:
+    """Return a token's name, which stands alone or in an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _template(folder: Path, template: Any) -> str | None:
