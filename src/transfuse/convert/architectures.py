@@ -262,7 +262,7 @@ def _window_fields(
 
 
 def _rotary_fields(values: Mapping[str, Any], family: Architecture, check: Check) -> dict[str, Any]:
-    """Read rotary positions: `rope_scaling` of transformers 4, if the file has it, or else `rope_parameters` of 5."""
+    """Read rotary positions: `rope_scaling` of transformers 4, if it is there, or else `rope_parameters` of 5."""
     name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     rope = values.get(name) or {}
     if not check(isinstance(rope, dict), name, "an object of settings", repr(rope)[:80]):

@@ -268,9 +268,8 @@ def _with_added(path: Path, backend: tokenizers.Tokenizer) -> tokenizers.Tokeniz
         chosen = {name: bool(token[name]) for name in flags if name in token} if isinstance(token, dict) else {}
         backend.add_tokens([AddedToken(content, **chosen)])
         if str(backend.token_to_id(content)) != number:
-            found = f"{content!r} with id {number}"
             expected = f"tokens of its tokenizer.json, or the next id, {backend.token_to_id(content)}"
-            raise UserError(f"{where}: added_tokens_decoder: expected {expected}, found {found}")
+            raise UserError(f"{where}: added_tokens_decoder: expected {expected}, found {content!r} with id {number}")
     return backend
 
 
