@@ -220,7 +220,8 @@ def ties_embeddings(values: Mapping[str, Any]) -> bool:
 
 def _rotated_layers(values: Mapping[str, Any], n_layers: int, check: Check) -> list[bool]:
     """Return for each layer whether it has rotary positions: of a list of ones and zeros, or all but every n-th."""
-    listed, interval = values.get("no_rope_layers"), values.get("no_rope_layer_interval")
+    listed: Any = values.get("no_rope_layers")
+    interval: Any = values.get("no_rope_layer_interval")
     if listed is not None:
         fits = isinstance(listed, list) and len(listed) >= n_layers and all(x in (0, 1) for x in listed)
         if check(fits, "no_rope_layers", f"a list of 0 or 1 for each of {n_layers} layers", repr(listed)[:80]):
@@ -249,7 +250,7 @@ def _window_fields(
             return {}
         full = tuple(layer for layer in range(n_layers) if layers[layer] == "full_attention")
     elif family.window == "last":
-        first = values.get("max_window_layers")
+        first: Any = values.get("max_window_layers")
         fits = first == 0 or _is_count(first)
         if not check(fits, "max_window_layers", "a whole number of layers", repr(first)):
             return {}
@@ -313,7 +314,8 @@ def _scaling(
     if kind == "yarn":
         length = given["original_max_position_embeddings"]
         given.setdefault("factor", values["max_position_embeddings"] / length)
-    return RopeScaling(type=kind, **{ours: given[key] for key, ours in SCALING.items() if key in given})
+    fields: dict[str, Any] = {ours: given[key] for key, ours in SCALING.items() if key in given}
+    return RopeScaling(**fields, type=kind)  # type: ignore[arg-type]
 
 
 def model_type_of(config: ModelConfig) -> str:
