@@ -165,7 +165,7 @@ def test_an_earlier_name_is_told_and_earlier_files_are_read(folder: Path, capsys
 
 def test_a_run_that_began_with_less_of_the_folder_resumes(folder: Path, tmp_path: Path) -> None:
     """An earlier version untied embeddings and added four markers: what it recorded stays."""
-    config(folder, tie_word_embeddings=True)
+    write_model(folder, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True)
     recipe = replace(preset("tiny"), start=str(folder), device="cpu", precision="float32")
     begun = resolve(recipe).recipe
     assert begun.model.tie_embeddings
