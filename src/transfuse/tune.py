@@ -146,8 +146,7 @@ def tune_model(
         facts = {"steps": trained.trainer.step, "seconds": round(trained.trainer.totals["seconds"], 1)}
         numbers = _write_report(Path(model), trained.export, data, held, recipe, facts, folder)
         done = {**made_of, **facts, "pictures": data.size("train"), "heldout": held, "numbers": numbers}
-        text = json.dumps(done, indent=2) + "\n"
-        atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        atomic_write(path, lambda partial: partial.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8"))
     logger.info(f"{folder / 'report.html'}: open it in a browser")
     pairs = {name: (values[0], values[1]) for name, values in done["numbers"].items()}
     return Tuned(folder, trained.export, folder / "report.html", pairs)
