@@ -55,7 +55,7 @@ TASK_SEED_OFFSET, EDIT_SEED_OFFSET = 3_000_017, 5_000_011
 TRIED = 80  # scenes searched per scene wanted; the rarest task, attributes, suits about one in forty
 FEWEST_JUDGED = 60  # fewest real images per task on which the detector's errors are measured
 SPLITS = {"train": "seen", "heldout": "held out"}
-TASK_EXAMPLES, EDIT_EXAMPLES = 4, 24  # drawings shown per task and split, and of edits
+TASK_EXAMPLES, EDIT_EXAMPLES = 6, 32  # drawings shown per task and split (72 in all), and of edits
 LEAST_REST = 0.05  # smallest share of an image that must stay equal for "rest untouched"
 NEAR, SIDE_OFF = 0.15, 0.25
 """Most a thing may be off its place, as a share of the frame, and off its side, as a share of it."""

@@ -176,7 +176,8 @@ def bench(tokenizer, tmp_path, few_scenes) -> EvalContext:
 
 
 def test_composition_and_edits_of_a_model(bench: EvalContext) -> None:
-    measured = list(evaluate(bench, named(["composition", "editing"])))
+    options = replace(bench.options, count=48)
+    measured = list(evaluate(replace(bench, options=options), named(["composition", "editing"])))
     names = [result.name for result in measured[0]]
     assert len(names) == 2 * (2 * len(TASKS) + 3)
     assert {"overall, seen", "overall, held out, corrected", "position, held out, corrected"} <= set(names)
@@ -191,6 +192,12 @@ def test_composition_and_edits_of_a_model(bench: EvalContext) -> None:
     assert names[-1].startswith("rest untouched")
     assert [name for name in names[:-1] if not name.endswith(", corrected")] == [*EDIT_SCORES]
     assert all(0 <= result.low <= result.value <= result.high <= 1 for result in list(measured[1])[:-1])
+    assert len(measured[0].examples) >= 64
+    world = replace(SINGLE, size=16)
+    first = [prompt for split in ("train", "heldout") for t in task_scenes(world, split, 8) for prompt in t.prompts[:6]]
+    assert [example.text for example in measured[0].examples] == first, "in order, none picked out"
+    edits = scene_edits(world, 32).edits
+    assert [example.text for example in measured[1].examples] == [change.instruction for change in edits]
 
 
 def test_a_world_of_one_noun_cannot_be_composed(bench: EvalContext) -> None:
