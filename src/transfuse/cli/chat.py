@@ -5,9 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
+import select
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,8 +57,8 @@ def chat(*, model: ModelChoice, options: Annotated[ChatOptions, Flat]) -> int:
 
     $ transfuse chat --model runs/demo/export
 
-    Images are shown where the terminal can (kitty, iTerm2, WezTerm), and saved elsewhere. /help lists what else can be
-    typed.
+    Images are shown where the terminal can (kitty, iTerm2, WezTerm, sixel), and saved elsewhere. /help lists what else
+    can be typed.
     """
     session = _Session(model.load(), options)
     for line in _lines():
@@ -90,6 +95,7 @@ class _Session:
         self.shown: list[np.ndarray] = []
         self.seed, self.images = options.seed, 0
         self.last: tuple[PIL.Image.Image, dict[str, Any]] | None = None
+        self.sixel: bool | None = None
 
     def run(self, line: str) -> None:
         """Run one line. Raises UserError for a line that cannot be run, and then changes nothing."""
@@ -142,7 +148,13 @@ class _Session:
                     self.last = self.pipe.picture(latent), settings_of(request, self.pipe.exported, number)
                     self.images += 1
                     print()
-                    escape = inline(self.last[0]) if sys.stdout.isatty() else None
+                    escape = None
+                    if sys.stdout.isatty():
+                        escape = inline(self.last[0])
+                        if escape is None and self.sixel is None and sys.stdin.isatty():
+                            self.sixel = takes_sixel(sys.stdin.fileno(), sys.stdout.fileno())
+                        if escape is None and self.sixel:
+                            escape = sixel(enlarged(self.last[0]))
                     if escape is None:
                         self.save("")
                     else:
@@ -151,12 +163,16 @@ class _Session:
         self.shown, self.seed = [], self.seed + 1
 
 
+def enlarged(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return a small image with each pixel as a square, about 256 pixels wide."""
+    side = max(1, 256 // image.width)
+    return image.resize((image.width * side, image.height * side), 0)
+
+
 def inline(image: PIL.Image.Image) -> str | None:
-    """Return the characters that show an image on this terminal; None if it is not known to show any."""
-    side = max(1, 256 // image.width)  # shows each pixel of a small image as a square
-    large = image.resize((image.width * side, image.height * side), 0)
+    """Return the characters that show an image on this terminal; None if its name is not known to show any."""
     file = io.BytesIO()
-    large.save(file, format="PNG")
+    enlarged(image).save(file, format="PNG")
     data = base64.b64encode(file.getvalue()).decode()
     if os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
         return f"\033]1337;File=inline=1;size={len(file.getvalue())}:{data}\a"
@@ -166,3 +182,55 @@ def inline(image: PIL.Image.Image) -> str | None:
         more[0] = f"a=T,f=100,{more[0]}"
         return "".join(f"\033_G{keys};{chunk}\033\\" for keys, chunk in zip(more, chunks, strict=True))
     return None
+
+
+def takes_sixel(reader: int, writer: int, seconds: float = 1.0) -> bool | None:
+    """Return whether a terminal, given by its file descriptors, lists sixel (4) among its device attributes (DA1).
+
+    False without an answer in time. None, unasked, while typed characters wait: the answer would mix with them.
+    """
+    try:
+        import termios
+        import tty
+    except ImportError:  # Windows
+        return False
+    if os.environ.get("TERM", "dumb") in ("", "dumb"):
+        return False
+    answer, until = b"", time.monotonic() + seconds
+    with suppress(termios.error, OSError):
+        before = termios.tcgetattr(reader)
+        try:
+            tty.setcbreak(reader, termios.TCSADRAIN)  # neither echoed nor held back until a line ends
+            if select.select([reader], [], [], 0)[0]:
+                return None
+            os.write(writer, b"\033[c")
+            while not re.search(rb"\033\[\?[\d;]*c", answer):
+                if not select.select([reader], [], [], max(0.0, until - time.monotonic()))[0]:
+                    return False
+                answer += os.read(reader, 1)
+        finally:
+            termios.tcsetattr(reader, termios.TCSADRAIN, before)
+    attributes = re.search(rb"\033\[\?([\d;]*)c", answer)
+    return attributes is not None and b"4" in attributes[1].split(b";")
+
+
+def sixel(image: PIL.Image.Image) -> str:
+    """Return an image as sixel graphics in at most 256 colours: bands of six rows, each colour's columns in turn."""
+    import numpy as np
+
+    reduced = image.convert("RGB").quantize(256)
+    numbers, palette = np.asarray(reduced), np.reshape(reduced.getpalette() or [], (-1, 3))
+    used = np.unique(numbers).tolist()
+    colours = [f"#{n};2;" + ";".join(str(round(part / 2.55)) for part in palette[n].tolist()) for n in used]
+    bands = []
+    for top in range(0, len(numbers), 6):
+        band = numbers[top : top + 6]
+        bits = 1 << np.arange(len(band))
+        bands.append("$".join(f"#{n}{run_lengths((bits @ (band == n)).tolist())}" for n in np.unique(band).tolist()))
+    return f'\033P0;1q"1;1;{image.width};{image.height}{"".join(colours)}{"-".join(bands)}\033\\'
+
+
+def run_lengths(columns: Sequence[int]) -> str:
+    """Return the sixel characters of columns, bits of six pixels each; runs above three are counted."""
+    runs = [(chr(63 + bits), len(list(run))) for bits, run in groupby(columns)]
+    return "".join(f"!{count}{character}" if count > 3 else character * count for character, count in runs)
