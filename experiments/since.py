@@ -4,8 +4,10 @@
 
 A row is a file of `experiments/rows/`: its first line says what it is, the rest is settings for the preset
 `latents-32`. The same file trains the row alone: `transfuse train latents-32 --config experiments/rows/flow.toml`.
-`best` combines switches, and `best-without-X` leaves one of them out. All rows get the same number of positions, the
-same share of them text, the same seeds and the same judges; differences are paired by seed. Rows that lose stay.
+`best` combines switches, and `best-without-X` leaves the switch of row X out. All rows get the same number of
+positions, the same share of them text, the same seeds and the same judges; differences are paired by seed. Rows that
+lose stay. `clean-copy` is compared with `capped`, too: both learn images that come before text, in equal pairs. An
+image that stands twice takes more positions, so that row makes fewer steps.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from transfuse.cli.options import read
@@ -100,15 +103,19 @@ def same_target(row: str, reference: str) -> bool:
     return row_recipe(row, "xs").diffusion == row_recipe(reference, "xs").diffusion
 
 
-def reference_of(row: str) -> str:
-    """Return the row that a row is compared with: `best` for a leave-one-out of it, else the base."""
-    return BEST if row.startswith(f"{BEST}-without-") else BASE
+def references_of(row: str) -> tuple[str, ...]:
+    """Return the rows that a row is compared with: `best` for a leave-one-out of it, the base for others."""
+    if row == BASE:
+        return ()
+    if row.startswith(f"{BEST}-without-"):
+        return (BEST,)
+    return (BASE, "capped") if row == "clean-copy" else (BASE,)
 
 
 def plan_since(folder: Path, rows: Sequence[str], size: str, positions: float, seeds: Sequence[int]) -> list[StudyRun]:
     """Plan rows at one size and budget, at every seed, with the rows they are compared with."""
     check_grid(rows=rows, seeds=seeds, positions=(positions,))
-    wanted = list(dict.fromkeys([*(reference_of(row) for row in rows), *rows]))
+    wanted = list(dict.fromkeys([*(other for row in rows for other in references_of(row)), *rows]))
     recipes = {row: resolve(row_recipe(row, size), here=False).recipe for row in wanted}
     runs = []
     for row, seed in product(wanted, seeds):
@@ -128,9 +135,9 @@ def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]
     trained = {result["variant"] for result in results}
     rows = [row for row in row_names() if row in trained]
     comparisons = []
-    for row, (measure, (_, better)) in product(rows, MEASURES.items()):
-        reference = reference_of(row)
-        if row == BASE or (measure == "image_loss" and not same_target(row, reference)):
+    pairs = [(row, reference) for row in rows for reference in references_of(row)]
+    for (row, reference), (measure, (_, better)) in product(pairs, MEASURES.items()):
+        if measure == "image_loss" and not same_target(row, reference):
             continue
         if differences := weighted_sums({reference: -1, row: 1}, scores[measure]):
             difference, of = paired(differences), list(scores[measure][reference].values())
@@ -139,7 +146,7 @@ def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]
                     "row": row,
                     "reference": reference,
                     "measure": measure,
-                    "reference_mean": sum(of) / len(of),
+                    "reference_mean": fmean(of),
                     **asdict(difference),
                     "outcome": outcome(difference, better),
                 }
@@ -148,6 +155,7 @@ def analyse(results: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]
         "study": "since",
         "version": __version__,
         "titles": {row: row_title(row) for row in rows},
+        "means": {row: {key: fmean(by[row].values()) for key, by in scores.items() if row in by} for row in rows},
         "results": list(results),
         "failures": list(failures),
         "comparisons": comparisons,
@@ -171,14 +179,21 @@ def since_page(report: dict[str, Any], folder: Path) -> Page:
             for key, (words, _) in MEASURES.items()
         ]
     )
-    sections: list[Section] = []
+    head = ["row", "what it is", *(words for words, _ in MEASURES.values()), "better than its reference", "worse"]
+    table = [
+        [row, titles[row], *mean_cells(means), *decided(row, comparisons)] for row, means in report["means"].items()
+    ]
+    note = (
+        "Means over seeds; losses compare only where rows minimise the same. Undecided measures are in neither column."
+    )
+    sections = [Section("All rows", note, [Table(head, table)])]
     for key, (words, better) in MEASURES.items():
         alike = [each for each in comparisons if each["measure"] == key]
         if not alike:
             continue
         scale = common_scale(alike)
         bars = [
-            Bar(each["row"], each["mean"], each["low"], each["high"], better="", scale=scale,
+            Bar(label(each), each["mean"], each["low"], each["high"], better="", scale=scale,
                 note=f"{titles[each['row']]}; {each['outcome']}")
             for each in alike
         ]  # fmt: skip
@@ -206,8 +221,8 @@ def since_page(report: dict[str, Any], folder: Path) -> Page:
     ]  # fmt: skip
     note = (
         "A difference is the mean over seeds of paired differences with its 95 % interval (Student's t); better or "
-        "worse where the interval excludes 0. Leave-one-outs are compared with `best`, other rows with `base`. Seconds "
-        "compare only where all runs had the machine to themselves."
+        "worse where the interval excludes 0. Leave-one-outs are compared with `best`, other rows with `base`, "
+        "`clean-copy` with `capped`, too. Seconds compare only where all runs had the machine to themselves."
     )
     lead = (
         f"{len(titles)} recipes of size {results[0]['size']} on {results[0]['budget']:,.0f} positions, "
@@ -217,11 +232,34 @@ def since_page(report: dict[str, Any], folder: Path) -> Page:
     return Page("Since 2024, one switch a row", lead, [numbers], sections, [*provenance, *failures_block(report)])
 
 
+def label(comparison: dict[str, Any]) -> str:
+    """Return the name of a comparison: its row, and what that is compared with if it is not the first of several."""
+    row, reference = comparison["row"], comparison["reference"]
+    return row if reference == references_of(row)[0] else f"{row} against {reference}"
+
+
+def mean_cells(means: dict[str, float]) -> list[str]:
+    """Return a row's mean of each measure, "" where it has none."""
+    return [f"{means[key]:.4g}" if key in means else "" for key in MEASURES]
+
+
+def decided(row: str, comparisons: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the measures in which a row is better, and those in which it is worse, than its first reference."""
+    own = [each for each in comparisons if label(each) == row]
+    return [
+        ", ".join(MEASURES[each["measure"]][0] for each in own if each["outcome"] == outcome) or "none"
+        for outcome in ("better", "worse")
+    ]
+
+
 def summary(report: dict[str, Any]) -> str:
-    """Return every comparison as a row of a Markdown table."""
-    lines = ["| row | measure | difference | 95 % | |", "| --- | --- | ---: | --- | --- |"]
+    """Return two Markdown tables: every row's means, seconds of training included, and every comparison."""
+    words = [words for words, _ in MEASURES.values()]
+    lines = [f"| row | {' | '.join(words)} |", f"| --- |{' ---: |' * len(words)}"]
+    lines += [f"| {row} | {' | '.join(mean_cells(means))} |" for row, means in report["means"].items()]
+    lines += ["", "| row | measure | difference | 95 % | |", "| --- | --- | ---: | --- | --- |"]
     for each in report["comparisons"]:
-        cells = (each["row"], MEASURES[each["measure"]][0], *difference_cells(each), each["outcome"])
+        cells = (label(each), MEASURES[each["measure"]][0], *difference_cells(each), each["outcome"])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
