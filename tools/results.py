@@ -69,27 +69,40 @@ things and up to three copies. Its split is fixed: training never shows a held-o
 captions, and no pretrained weights of the network. The bundled autoencoders are allowed; training against the
 judges is not.
 
-**Classes.** CPU: two cores. GPU: one device. The seconds are those of the run's log, from the first step to the
-last.
+**Classes.** CPU: two cores. GPU: one device. The seconds are those of the training steps in the run's log, from the
+first step to the first measurement that meets all aims at once. Measuring does not count. How often a run is measured
+(`--every`) is part of the entry.
 
-**Seeds.** Three runs with different seeds, all committed; the median counts.
+**Seeds.** Three runs with different seeds, all committed; the median counts. A run that misses an aim counts as the
+slowest.
 
-**Judges.** The [strict judge](evaluation.md#the-strict-judge) judges single things, the suites `composition` and
-`captioning` the rest. A second judge, of another architecture and trained from another seed, must confirm the
-entry, so that nobody tunes a model to the first. This second judge is not made yet: until it is, no entry counts as
-confirmed.
+**Judges.** Each drawing is judged twice, and each judge must find the aims met, so that nobody tunes a model to one.
 
-## How to submit
-1. Train three seeds, and measure each export:
+| | one thing | two things |
+| --- | --- | --- |
+| first judge | the [strict judge](evaluation.md#the-strict-judge) names it | the detector of `composition` sees both |
+| second judge | sees that thing and no other | sees both |
+
+The second judge is a detector of another architecture, trained from another seed on other scenes. Its shares are
+corrected for its errors on real images and on those of other prompts, as those of
+[`composition`](evaluation.md#the-metrics). Both detectors are trained on the machine that runs the race, and kept with
+its runs.
+
+## How to enter
+1. Write the recipe as a settings file for a preset with the race's world, and run the race. The same command resumes.
 
    ```sh
-   transfuse evaluate --model runs/mine/export --suite composition captioning --count 240 --out evaluation
+   transfuse study race --config my-recipe.toml --seeds 0 1 2 --run runs/race    # --every 600: each ten minutes
    ```
 
-2. Commit the recipe, the three logs (`metrics.jsonl`) and the pages of the evaluation.
+   `docs/launch/studies/race-cpu.sh` and `race-gpu.sh` run this project's own recipes.
+2. Commit the recipe, the three logs (`runs/race/seed*/metrics.jsonl`) and `runs/race/report.json`, which has all scores
+   with their intervals.
 3. Write a card in `docs/results/`, as described in `tools/results.py`, with `board = "race-cpu"` or `"race-gpu"`,
    the log and the seeds. Then run `python tools/results.py`.
 4. Open a pull request. It is merged once the command was repeated on another machine of the class.
+
+The command trains recipes of this project alone. Models of other code are not ranked yet.
 """
 
 

@@ -7,6 +7,9 @@
 For each cell of a coarse grid it predicts whether the centre of a thing is there, its noun, and its side (Zhou et al.
 2019, "Objects as points"). It is trained apart from the models it judges, on rendered scenes, held-out combinations
 included, at every size and number, disturbed as the classifier's are.
+
+The second judge (`second=True`) does the same with another architecture, seed and training scenes, so that a model that
+was tuned to one judge is found out by the other.
 """
 
 from __future__ import annotations
@@ -89,6 +92,33 @@ class DetectorNetwork(nn.Module):
         return self.head(self.join(torch.cat([fine, *up], dim=1)))
 
 
+class SecondNetwork(nn.Module):
+    """The second judge's: one resolution, residual and dilated, group norms; about 0.3M parameters."""
+
+    def __init__(self, nouns: int, width: int = 64) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, CELL, CELL), nn.GroupNorm(8, width), nn.SiLU())
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation),
+                nn.GroupNorm(8, width),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.GroupNorm(8, width),
+            )
+            for dilation in (1, 2, 4, 1)
+        )
+        self.head = nn.Conv2d(width, 2 + nouns, 1)
+        nn.init.constant_(self.head.bias[:1], -3.0)  # type: ignore[index]  # as above
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images to cells, as `DetectorNetwork` does."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = F.silu(x + block(x))
+        return self.head(x)
+
+
 @dataclass(eq=False)
 class SceneDetector(Judge):
     """A detector for the things in scenes, with its errors on fresh scenes.
@@ -100,7 +130,7 @@ class SceneDetector(Judge):
 
     nouns: tuple[str, ...]
     side: int
-    network: DetectorNetwork
+    network: DetectorNetwork | SecondNetwork
     threshold: float
     identity: str
     accuracy: dict[str, float] = field(default_factory=dict)
@@ -140,25 +170,29 @@ class SceneDetector(Judge):
         save_network(path, self.network.state_dict(), facts)
 
     @classmethod
-    def load(cls, path: Path) -> SceneDetector:
+    def load(cls, path: Path, second: bool = False) -> SceneDetector:
         """Read a file of `save`. Raises UserError for any other file."""
         names = ("identity", "nouns", "measured", "confusion")
-        network, facts = load_network(path, "a saved detector", DetectorNetwork, *names)
+        make: type[DetectorNetwork | SecondNetwork] = SecondNetwork if second else DetectorNetwork
+        network, facts = load_network(path, "a saved detector", make, *names)
         identity, nouns, (side, threshold, accuracy, seconds), counts = facts
         confusion = {(truth, named): times for truth, named, times in counts}
         return cls(tuple(nouns), side, network, threshold, identity, accuracy, confusion, seconds)
 
 
-def keep_scene_detector(path: Path, config: WorldConfig, steps: int | None = None) -> SceneDetector:
+def keep_scene_detector(
+    path: Path, config: WorldConfig, steps: int | None = None, second: bool = False
+) -> SceneDetector:
     """Return the detector saved in a file if it is of these scenes; otherwise train one and save it there."""
     steps = steps or STEPS
-    train = partial(train_scene_detector, config, steps)
-    return keep_judge(path, _identity(config, steps), SceneDetector.load, train)
+    train = partial(train_scene_detector, config, steps, second=second)
+    return keep_judge(path, _identity(config, steps, second), partial(SceneDetector.load, second=second), train)
 
 
-def _identity(config: WorldConfig, steps: int) -> str:
+def _identity(config: WorldConfig, steps: int, second: bool) -> str:
     world = replace(_every_kind(config, seed=0), split="train")
-    return judge_identity(world, steps=steps, seed=0, scenes=SCENES)
+    architecture = {"architecture": SecondNetwork.__name__} if second else {}
+    return judge_identity(world, steps=steps, seed=int(second), scenes=SCENES, **architecture)
 
 
 def _every_kind(config: WorldConfig, seed: int) -> WorldConfig:
@@ -166,25 +200,30 @@ def _every_kind(config: WorldConfig, seed: int) -> WorldConfig:
     return replace(config, kinds=None, max_objects=3, max_count=4, sizes=None, seed=seed)
 
 
-def train_scene_detector(config: WorldConfig, steps: int = STEPS, test_scenes: int | None = None) -> SceneDetector:
+def train_scene_detector(
+    config: WorldConfig, steps: int = STEPS, test_scenes: int | None = None, second: bool = False
+) -> SceneDetector:
     """Train a detector of the nouns of `config` in scenes of any number of things: a function of its arguments."""
     began, nouns, side = time.monotonic(), config.noun_names, 32 if config.size <= 32 else 64
+    seed = int(second)
 
     def fresh(count: int, offset: int) -> tuple[np.ndarray, list[Scene]]:
-        return render_scenes(_every_kind(config, SEED_OFFSET + offset), count, HELD_OUT_EVERY)
+        return render_scenes(_every_kind(config, SEED_OFFSET + 3 * seed + offset), count, HELD_OUT_EVERY)
 
     images, scenes = fresh(min(SCENES, steps * BATCH), 0)
     targets = [_target(scene, nouns, side // CELL) for scene in scenes]
 
-    def loss_of(network: DetectorNetwork, chosen: Tensor, step: int) -> Tensor:
-        x = disturbed(pixels(images[chosen.numpy()]), generator_for(0, "disturb", step))
+    def loss_of(network: nn.Module, chosen: Tensor, step: int) -> Tensor:
+        x = disturbed(pixels(images[chosen.numpy()]), generator_for(seed, "disturb", step))
         wanted = [torch.stack(part) for part in zip(*(targets[n] for n in chosen.tolist()), strict=True)]
         return _loss(network(resized(x, side)), wanted)
 
-    make = partial(DetectorNetwork, len(nouns))
-    settings = {"samples": len(scenes), "steps": steps, "batch": BATCH, "seed": 0}
-    network = train_judge("detector", make, loss_of, learning_rate=3e-3, max_norm=10.0, **settings)
-    detector = SceneDetector(nouns, side, network, THRESHOLDS[0], _identity(config, steps))
+    make = partial(SecondNetwork if second else DetectorNetwork, len(nouns))
+    settings = {"samples": len(scenes), "steps": steps, "batch": BATCH, "seed": seed}
+    network = train_judge(
+        "second judge" if second else "detector", make, loss_of, learning_rate=3e-3, max_norm=10.0, **settings
+    )
+    detector = SceneDetector(nouns, side, network, THRESHOLDS[0], _identity(config, steps, second))
     tuning_images, tuning_scenes = fresh(test_scenes or TEST_SCENES, 1)
     # The threshold is the one with which the number of things is right most often.
     counts = np.array([sum(thing.count for thing in scene.things) for scene in tuning_scenes])

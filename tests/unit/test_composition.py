@@ -46,9 +46,9 @@ def oracle(scenes, pictures):
 # --- detector ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def detector() -> SceneDetector:
-    return train_scene_detector(replace(WORLD, nouns=3), steps=70, test_scenes=80)
+@pytest.fixture(scope="module", params=[False, True], ids=["first", "second"])
+def detector(request) -> SceneDetector:
+    return train_scene_detector(replace(WORLD, nouns=3), steps=70, test_scenes=80, second=request.param)
 
 
 def test_detector_finds_names_and_counts(detector: SceneDetector) -> None:
@@ -88,6 +88,11 @@ def test_detector_is_kept_and_another_file_is_refused(tmp_path, few_scenes) -> N
     assert again(images) == first(images)
     assert (again.threshold, again.accuracy, again.confusion) == (first.threshold, first.accuracy, first.confusion)
     assert again.digest == first.digest
+    second = keep_scene_detector(tmp_path / "second.safetensors", SINGLE, steps=2, second=True)
+    kept = keep_scene_detector(tmp_path / "second.safetensors", SINGLE, steps=2, second=True)
+    assert kept(images) == second(images)
+    assert second.identity != first.identity
+    assert not {*second.network.state_dict()} & {name for name in first.network.state_dict() if "stem" in name}
     path.write_bytes(b"something else")
     with pytest.raises(UserError, match="expected a saved detector"):
         keep_scene_detector(path, SINGLE, steps=2)

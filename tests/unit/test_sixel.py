@@ -69,12 +69,12 @@ def test_terminals_are_asked_for_sixel(monkeypatch: pytest.MonkeyPatch, answer: 
     """By their device attributes; a terminal that says nothing, or a person who types, gets no graphics."""
     monkeypatch.setenv("TERM", "xterm-256color")
     far, near = os.openpty()
-    asked: list[bytes] = []
-    terminal = threading.Thread(target=lambda: (asked.append(os.read(far, 3)), os.write(far, answer)))
+    questions: list[bytes] = []
+    terminal = threading.Thread(target=lambda: (questions.append(os.read(far, 3)), os.write(far, answer)))
     terminal.start()
     assert takes_sixel(near, near, 0.5) is expected
     terminal.join()
-    assert asked == [b"\033[c"]
+    assert questions == [b"\033[c"]
     os.write(far, b"hel")  # typed ahead: not lost, and no question goes out
     while not select.select([far], [], [], 5)[0]:  # the echo: it has arrived
         pass

@@ -35,6 +35,7 @@ STUDIES: dict[str, str] = {
     "since": "train the open ablation table: what the field measured since 2024, one switch a row",
     "editing": "fine-tune a model on edits and measure it before and after (section 4.4)",
     "baselines": "train Transfusion, Chameleon and Llama on equal compute and measure them alike",
+    "race": "seconds of training until scores reach the leaderboard's aims, or those of another run",
 }
 """module of `experiments`, and what it does"""
 RENAMED = {"rivals": "baselines", "image-editing": "editing"}
@@ -211,7 +212,7 @@ def _next_steps(cards: list[str], precision: str) -> list[str]:
 
 
 def study(words: Words) -> int:
-    """Run the experiments: scaling, ablations, since, editing, baselines; from a checkout of the repository.
+    """Run the experiments: scaling, ablations, since, editing, baselines, race; from a checkout of the repository.
 
     $ transfuse study scaling --sizes xs s m l --budgets 1e6 2e6 4e6
 
