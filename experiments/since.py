@@ -175,7 +175,11 @@ def since_page(report: dict[str, Any], folder: Path) -> Page:
     counted = [(each["outcome"], each["measure"]) for each in comparisons]
     numbers = Numbers(
         [
-            (f"{words}: better", str(counted.count(("better", key))), f"of {sum(m == key for _, m in counted)} rows")
+            (
+                f"{words}: better",
+                str(counted.count(("better", key))),
+                f"of {sum(m == key for _, m in counted)} comparisons",
+            )
             for key, (words, _) in MEASURES.items()
         ]
     )
@@ -226,7 +230,7 @@ def since_page(report: dict[str, Any], folder: Path) -> Page:
     )
     lead = (
         f"{len(titles)} recipes of size {results[0]['size']} on {results[0]['budget']:,.0f} positions, "
-        f"{len({result['seed'] for result in results})} seeds: what does each switch give?"
+        f"up to {len({result['seed'] for result in results})} seeds: what does each switch give?"
     )
     provenance = [Details("How differences are judged", [Text(note)]), Details("Every run", [Table(head, every)])]
     return Page("Since 2024, one switch a row", lead, [numbers], sections, [*provenance, *failures_block(report)])

@@ -64,7 +64,7 @@ def test_commands_exist(page: Path) -> None:
         if words[:1] == ["make"]:
             for target in words[1:]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
-        if "--config" in words:
+        if "--config" in words and not (ROOT / words[words.index("--config") + 1]).is_file():
             continue  # a file of the reader
         if words and words[0].endswith("transfuse") and len(words) > 1:
             assert words[1] in COMMANDS or " ".join(words[1:3]) in COMMANDS, line
