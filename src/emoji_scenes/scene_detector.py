@@ -119,6 +119,10 @@ class SecondNetwork(nn.Module):
         return self.head(x)
 
 
+NETWORKS: dict[bool, Callable[[int], DetectorNetwork | SecondNetwork]] = {False: DetectorNetwork, True: SecondNetwork}
+"""of the first judge, and of the second"""
+
+
 @dataclass(eq=False)
 class SceneDetector(Judge):
     """A detector for the things in scenes, with its errors on fresh scenes.
@@ -173,8 +177,7 @@ class SceneDetector(Judge):
     def load(cls, path: Path, second: bool = False) -> SceneDetector:
         """Read a file of `save`. Raises UserError for any other file."""
         names = ("identity", "nouns", "measured", "confusion")
-        make: type[DetectorNetwork | SecondNetwork] = SecondNetwork if second else DetectorNetwork
-        network, facts = load_network(path, "a saved detector", make, *names)
+        network, facts = load_network(path, "a saved detector", NETWORKS[second], *names)
         identity, nouns, (side, threshold, accuracy, seconds), counts = facts
         confusion = {(truth, named): times for truth, named, times in counts}
         return cls(tuple(nouns), side, network, threshold, identity, accuracy, confusion, seconds)
@@ -218,7 +221,7 @@ def train_scene_detector(
         wanted = [torch.stack(part) for part in zip(*(targets[n] for n in chosen.tolist()), strict=True)]
         return _loss(network(resized(x, side)), wanted)
 
-    make = partial(SecondNetwork if second else DetectorNetwork, len(nouns))
+    make = partial(NETWORKS[second], len(nouns))
     settings = {"samples": len(scenes), "steps": steps, "batch": BATCH, "seed": seed}
     network = train_judge(
         "second judge" if second else "detector", make, loss_of, learning_rate=3e-3, max_norm=10.0, **settings
