@@ -4,10 +4,13 @@
     python -m experiments.race --preset latents-32 --config experiments/rows/muon.toml --like runs/demo/report.json
 
 Without `--like` the aims are the race's, on held-out combinations of its world: drawings by two judges of other
-architectures and seeds, and captions. The second judge's share is corrected for its errors on real images. With
-`--like` the aims are another run's scores: strict noun, Fréchet distance and captions' nouns. A run is measured at its
-end or, with `--every`, each time that many seconds have passed, and stops where it meets all aims at once. Its seconds
-are those of training steps alone. The learning rate follows the recipe's steps, so a shorter recipe may be faster.
+architectures and seeds, and captions. Judges' shares are corrected for their errors on real images, of which the strict
+classifier names 90 %: small things are hard for it. With `--like` the aims are another run's scores: strict noun,
+Fréchet distance and captions' nouns.
+
+A run is measured at its end or, with `--every`, each time that many seconds have passed, and stops where it meets all
+aims at once. Its seconds are those of training steps alone. The learning rate follows the recipe's steps, so a shorter
+recipe may be faster.
 
     RACE/seed0/             the training run: metrics.jsonl is its log
     RACE/seed0/scores.json  what was measured, in order
@@ -71,6 +74,8 @@ BATCH = 24
 SOURCES = {"world", "edits", "dialogues", "glosses"}
 
 Measure = Callable[[TransfusionPipeline], dict[str, Estimate]]
+Bounds = dict[str, dict[str, float]]
+"""by score: its `floor`, of real images of other prompts, and its `ceiling`, of the real images"""
 
 
 @dataclass(frozen=True)
@@ -124,15 +129,23 @@ def check_options(options: Race) -> Recipe:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def race_measure(options: Race, world: WorldConfig) -> Measure:
-    """Return the measure of the race: one thing and two things drawn, by both judges, and captions' nouns."""
+def race_measure(options: Race, world: WorldConfig) -> tuple[Measure, Bounds]:
+    """Return the measure of the race, one thing and two things drawn, by both judges, and captions' nouns; its bounds.
+
+    The bounds are the judges' shares as they are, by which scores are corrected.
+    """
     count = options.pictures
     judges = [
         keep_scene_detector(options.run / f"{name.replace(' ', '-')}.safetensors", world, options.judge_steps, second)
         for name, second in zip(JUDGES, (False, True), strict=True)
     ]
-    tasks = [task for task in task_scenes(world, "heldout", count) if task.task in TASKS]
-    known = [[verdicts(task, images, judges)[1] for images in (task.real, task.others)] for task in tasks]
+    tasks = task_scenes(world, "heldout", count, TASKS)
+    known = [[verdicts(task, images, judges) for images in (task.real, task.others)] for task in tasks]
+    bounds = {
+        f"{TASKS[task.task]}, {name}": {"floor": float(other.mean()), "ceiling": float(real.mean())}
+        for task, of_task in zip(tasks, known, strict=True)
+        for name, real, other in zip(JUDGES, *of_task, strict=True)
+    }
     shown = World(replace(world, split="heldout"))
     scenes = [shown.scene(index) for index in range(count)]
     pictures = [PIL.Image.fromarray(shown.render(scene)) for scene in scenes]
@@ -140,15 +153,15 @@ def race_measure(options: Race, world: WorldConfig) -> Measure:
 
     def measure(pipe: TransfusionPipeline) -> dict[str, Estimate]:
         scores = {}
-        for task, (real, other) in zip(tasks, known, strict=True):
-            first, second = verdicts(task, draw(pipe, task.prompts), judges)
-            scores[f"{TASKS[task.task]}, {JUDGES[0]}"] = share(first)
-            scores[f"{TASKS[task.task]}, {JUDGES[1]}"] = corrected((second, real, other))
+        for task, of_task in zip(tasks, known, strict=True):
+            drawn = verdicts(task, draw(pipe, task.prompts), judges)
+            for name, each in zip(JUDGES, zip(drawn, *of_task, strict=True), strict=True):
+                scores[f"{TASKS[task.task]}, {name}"] = corrected(each)
         answers = [text for at in range(0, count, BATCH) for text in pipe.caption(pictures[at : at + BATCH])]
         right = [nouns_in(answer) == truth for answer, truth in zip(answers, truths, strict=True)]
         return {**scores, "captions, nouns right": share(np.array(right))}
 
-    return measure
+    return measure, bounds
 
 
 def verdicts(task: TaskScenes, images: np.ndarray, judges: Sequence[SceneDetector]) -> list[np.ndarray]:
@@ -175,8 +188,8 @@ def draw(pipe: TransfusionPipeline, prompts: Sequence[str]) -> np.ndarray:
     )
 
 
-def like_measure(options: Race, world: WorldConfig) -> Measure:
-    """Return the measure of time to quality: the scores of `LIKE`.
+def like_measure(options: Race, world: WorldConfig) -> tuple[Measure, Bounds]:
+    """Return the measure of time to quality, the scores of `LIKE`, and no bounds.
 
     Raises UserError where the other run was measured by another judge or on another number of drawings, by which
     Fréchet distances change.
@@ -196,7 +209,7 @@ def like_measure(options: Race, world: WorldConfig) -> Measure:
         values = drawings.noun_strict, distance, caption_accuracy(pipe, world, count).noun
         return dict(zip(LIKE, values, strict=True))
 
-    return measure
+    return measure, {}
 
 
 def aims_like(path: Path) -> tuple[dict[str, float], float]:
@@ -242,7 +255,9 @@ def run_seed(recipe: Recipe, folder: Path, every: float | None, measure: Measure
     return True
 
 
-def report_of(options: Race, aims: Mapping[str, float], reference: float | None) -> dict[str, Any]:
+def report_of(
+    options: Race, aims: Mapping[str, float], reference: float | None, bounds: Bounds | None = None
+) -> dict[str, Any]:
     """Return the report, as JSON; seconds are None where a run ended without meeting the aims."""
     runs = []
     for seed in options.seeds:
@@ -259,6 +274,7 @@ def report_of(options: Race, aims: Mapping[str, float], reference: float | None)
         "pictures": options.pictures,
         "processor": processor_name(),
         "aims": dict(aims),
+        "bounds": bounds or {},
         "runs": runs,
         "seconds": middle if middle < math.inf else None,
         "seconds_of_reference": reference,
@@ -278,6 +294,9 @@ def table(report: dict[str, Any]) -> str:
             "{:.3g} ({:.3g} to {:.3g})".format(last["scores"][name], *last["intervals"][name]) for name in aims
         )
         lines.append(f"| {run['seed']} | {last['step']:,} | {seconds} | {scores} |")
+    for key, words in (("ceiling", "real images"), ("floor", "those of other prompts")) if report["bounds"] else ():
+        shares = [f"{report['bounds'][name][key]:.3g}" if name in report["bounds"] else "" for name in aims]
+        lines.append(f"| {words} | | | {' | '.join(shares)} |")
     if report["seconds"] is None:
         lines.append("\nThe median seed does not reach all aims.")
     else:
@@ -296,11 +315,11 @@ def main(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     settings = {name: getattr(options, name) for name in ("preset", "pictures", "judge_steps")}
     paths = {name: None if (path := getattr(options, name)) is None else str(path) for name in ("config", "like")}
     pin(options.run / "study.json", {"study": "race", **settings, **paths})
-    measure = make(options, recipe.data.world)
+    measure, bounds = make(options, recipe.data.world)
     for seed in options.seeds:
         if not run_seed(replace(recipe, seed=seed), options.run / f"seed{seed}", options.every, measure, aims):
             return RESUMABLE, {}
-    report = report_of(options, aims, reference)
+    report = report_of(options, aims, reference, bounds)
     atomic_json(options.run / "report.json", report)
     print(table(report))
     return 0, report

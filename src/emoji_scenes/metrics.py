@@ -27,7 +27,7 @@ the unchanged source) are given. "Corrected" is the share that would be right wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,8 +122,8 @@ class TaskScenes:
         return np.array([is_right(self.task, *triple) for triple in triples]), seen
 
 
-def task_scenes(config: WorldConfig, split: Any, count: int) -> list[TaskScenes]:
-    """Return `count` scenes of each task, of combinations shown in training ("train") or not ("heldout").
+def task_scenes(config: WorldConfig, split: Any, count: int, names: Collection[str] = TASKS) -> list[TaskScenes]:
+    """Return `count` scenes of each named task, of combinations shown in training ("train") or not ("heldout").
 
     Uses the nouns, styles and colours of `config` in scenes of every kind; single things keep its sizes.
     Raises UserError where too few scenes suit a task.
@@ -133,6 +133,8 @@ def task_scenes(config: WorldConfig, split: Any, count: int) -> list[TaskScenes]
     candidates = [world.scene(index) for index in range(TRIED * count)]
     tasks = []
     for number, (task, suits) in enumerate(TASKS.items()):
+        if task not in names:
+            continue
         # "single object" and "colours" suit the same scenes: each takes every other one.
         suited = [(n, scene) for n, scene in enumerate(candidates) if n % 2 == number % 2 and suits(scene)][:count]
         if len(suited) < count:

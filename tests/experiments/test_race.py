@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +61,9 @@ def test_the_race_from_nothing_to_a_verdict(tmp_path: Path, monkeypatch: pytest.
     assert row["scores"].keys() == AIMS.keys() == row["intervals"].keys()
     assert all(low <= row["scores"][name] <= high for name, (low, high) in row["intervals"].items())
     assert report["seconds"] is None
+    assert report["bounds"].keys() == AIMS.keys() - {"captions, nouns right"}
+    assert report["bounds"]["one thing right, first judge"]["ceiling"] > 0.6, "the strict classifier knows real images"
+    assert "| real images | | | " in table(report)
     assert (row["step"], row["ended"], row["seconds"] > 0) == (2, True, True)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*.safetensors")}
     assert {"first-judge.safetensors", "second-judge.safetensors"} <= {path.name for path in before}
@@ -65,6 +71,23 @@ def test_the_race_from_nothing_to_a_verdict(tmp_path: Path, monkeypatch: pytest.
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(UserError, match=r"expected --pictures 3, found 4"):
         main([*command[2:], "--pictures", "4"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["race-cpu", "race-gpu"])
+def test_the_scripts_race(tmp_path: Path, name: str) -> None:
+    """A user starts them, here with a smaller network: options after the script's own replace them."""
+    root = Path(__file__).parents[2]
+    (tmp_path / "smaller.toml").write_text(SMALLER)
+    (tmp_path / "transfuse").write_text(f'#!/bin/bash\nexec {sys.executable} -m transfuse "$@"\n')
+    (tmp_path / "transfuse").chmod(0o755)
+    options = ["--config", str(tmp_path / "smaller.toml"), "--run", str(tmp_path / "r"), "--seeds", "5", "7"]
+    command = [root / "docs" / "launch" / "studies" / f"{name}.sh", *options, "--pictures", "2", "--judge-steps", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "The median seed does not reach all aims." in done.stdout
+    assert [entry["seed"] for entry in read_json(tmp_path / "r" / "report.json")["runs"]] == [5, 7]
 
 
 def test_time_until_the_scores_of_another_run(tmp_path: Path) -> None:
