@@ -122,6 +122,8 @@ def write_gguf(path: Path, model, architecture: str, backend: tokenizers.Tokeniz
             writer.add_tensor(found, np.ascontiguousarray(array))
     if "extra" in fields:
         writer.add_tensor(fields["extra"], np.zeros(4, dtype=np.float32))
+    if "rope_factors" in fields:
+        writer.add_tensor("rope_freqs.weight", fields["rope_factors"])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -130,8 +132,9 @@ def write_gguf(path: Path, model, architecture: str, backend: tokenizers.Tokeniz
 
 def network(kind: str = "Llama", **changes):
     settings = SHAPE | {"vocab_size": 320, "rms_norm_eps": 1e-6} | changes
+    rope = settings.pop("rope_parameters", {"rope_type": "default", "rope_theta": 5000.0})
     config = getattr(transformers, f"{kind}Config")(**settings)
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 5000.0}
+    config.rope_parameters = rope
     torch.manual_seed(0)
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
@@ -156,6 +159,23 @@ def test_transformers_computes_the_same_from_the_folder(
     with torch.no_grad():
         torch.testing.assert_close(opened(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
     assert (opened.generation_config.bos_token_id, opened.generation_config.eos_token_id) == (1, 2)
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0, 32.0])
+def test_rotary_factors_of_llama_3_become_its_scaling(tmp_path: Path, factor: float) -> None:
+    scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_type": "llama3", "rope_theta": 5000.0, "original_max_position_embeddings": 8192, **scaling}
+    model = network(max_position_embeddings=32768, rope_parameters=rope)
+    plain = network().model.rotary_emb.inv_freq
+    factors = (plain / model.model.rotary_emb.inv_freq).numpy()
+    assert factors.max() == pytest.approx(factor)
+    write_gguf(tmp_path / "m.gguf", model, "llama", trained_tokenizer(), quantised=False, rope_factors=factors)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(gguf_to_folder(tmp_path / "m.gguf", tmp_path / "out"))
+    torch.testing.assert_close(opened.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    ids, far = torch.arange(3, 40)[None], torch.arange(0, 37)[None] * 500
+    with torch.no_grad():
+        logits = [each(ids, position_ids=far).logits for each in (opened, model)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 
 def test_quantised_weights_are_within_their_rounding(tmp_path: Path) -> None:
@@ -189,7 +209,8 @@ def test_the_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
         ({"kind": "llama"}, r"tokenizer.ggml.model: expected gpt2 \(byte-level BPE\), found llama"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre: expected one of .*smollm.*, found tekken"),
         ({"rope_scaling": True}, "llama.rope.scaling.type: expected none, found yarn"),
-        ({"extra": "rope_freqs.weight"}, "tensor rope_freqs.weight: expected one of a known network"),
+        ({"extra": "rope_freqs.weight"}, "tensor rope_freqs.weight: expected the factors of Llama 3.1 or 3.2, found"),
+        ({"rope_factors": np.linspace(1, 8, 8, dtype=np.float32)}, "tensor rope_freqs.weight: expected the factors of"),
         ({"extra": "blk.0.attn_q.bias"}, "tensor blk.0.attn_q.bias: expected one of a known network"),
         ({"extra": "blk.0.attn_q_norm.weight"}, "tensor blk.0.attn_q_norm.weight: expected one of a known network"),
         ({"more": {"llama.rope.scaling.factor": 4.0}}, "llama.rope.scaling.factor: expected 0 or 1, found 4.0"),

@@ -11,9 +11,11 @@ where Hugging Face rotates halves; here they are put back.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 import torch
 from safetensors.torch import save_file
@@ -38,6 +40,12 @@ READ = {*FIELDS.values(), "attention.head_count_kv", "attention.key_length", "ro
 INERT = {"vocab_size", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
 """GGUF's fields, after the name of the architecture, that are read, and those that change no arithmetic; any other is
 refused unless it has the value of `_config` that changes nothing"""
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""the tensor of Llama 3.1 and 3.2: what each rotary frequency is divided by"""
+LOW_TURNS, HIGH_TURNS, PRETRAINED_LENGTH = 1.0, 4.0, 8192
+"""`low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings` of every published Llama 3; a GGUF file
+has none of the three"""
 
 GLOBAL_TENSORS = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
 LAYER_TENSORS = {
@@ -89,6 +97,9 @@ def gguf_to_folder(source: Path, folder: Path, dtype: torch.dtype = torch.float3
     backend = _tokenizer(source, values)
     tensors: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
+        if tensor.name == ROPE_FACTORS and config["model_type"] == "llama":
+            config["rope_scaling"] = _rope_scaling(source, np.asarray(tensor.data), config)
+            continue
         name = _tensor_name(source, tensor.name, config["model_type"])
         try:
             weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -180,6 +191,28 @@ def _config(source: Path, values: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": float(field("rope.freq_base", 10000.0)),
         "hidden_act": "silu",
         "attention_bias": False,
+    }
+
+
+def _rope_scaling(source: Path, factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return transformers' `rope_scaling` for the factors `[head_dim / 2]` of a file; None where they change nothing.
+
+    Raises UserError for factors that Llama 3's rule does not give.
+    """
+    frequency = config["rope_theta"] ** -(np.arange(0, config["head_dim"], 2) / config["head_dim"])
+    turns = PRETRAINED_LENGTH * frequency / (2 * math.pi)
+    kept = ((turns - LOW_TURNS) / (HIGH_TURNS - LOW_TURNS)).clip(0, 1)
+    factor = float(factors.max(initial=1.0))
+    if factors.shape != kept.shape or not np.allclose(factors, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
+        raise UserError(f"{source}: tensor {ROPE_FACTORS}: expected the factors of Llama 3.1 or 3.2, found others")
+    if factor == 1:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": LOW_TURNS,
+        "high_freq_factor": HIGH_TURNS,
+        "original_max_position_embeddings": PRETRAINED_LENGTH,
     }
 
 
