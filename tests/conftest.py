@@ -124,12 +124,15 @@ def linked(data: bytes, then: int, start: int) -> dict[int, int]:
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """Folder of an export with random weights; pictures of 8 x 8 pixels, 20 steps."""
-    made = exported(tokenizer)
-    folder = tmp_path_factory.mktemp("served") / "small" / "export"
-    folder.parent.mkdir()
+    return saved(exported(tokenizer), tmp_path_factory.mktemp("served") / "small" / "export")
+
+
+def saved(made: Exported, folder: Path) -> Path:
+    """Write a model of 8 x 8 pixels to a folder."""
+    folder.parent.mkdir(exist_ok=True)
     weights, config = made.model.state_dict(), made.model.config
     return save_export(
-        folder, weights, config, made.process.config, tokenizer, made.autoencoder, 8, GenerationConfig(), "a model"
+        folder, weights, config, made.process.config, made.tokenizer, made.autoencoder, 8, GenerationConfig(), "a model"
     )
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import exported, saved
 
 import transfuse
 from transfuse.errors import UserError
 from transfuse.inference import TransfusionPipeline
 from transfuse.inference.optimize import PackedLinear
 from transfuse.model.layers import Linear
+from transfuse.sequence import Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -33,10 +35,14 @@ def test_torchao_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         transfuse.load(str(tmp_path / "no such folder"), quantize="int8")
 
 
-@pytest.fixture(scope="module")
-def pipes(served: Path) -> tuple[TransfusionPipeline, TransfusionPipeline]:
+@pytest.fixture(scope="module", params=["shared", "all"])
+def pipes(
+    request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TransfusionPipeline, TransfusionPipeline]:
+    """A model whole and in eight bits: one tower for text and images, and one for each."""
     pytest.importorskip("torchao")
-    return transfuse.load(str(served)), transfuse.load(str(served), quantize="int8")
+    folder = str(saved(exported(tokenizer, experts=request.param), tmp_path_factory.mktemp("model") / "export"))
+    return transfuse.load(folder), transfuse.load(folder, quantize="int8")
 
 
 def held(pipe: TransfusionPipeline) -> int:
