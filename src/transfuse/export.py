@@ -38,9 +38,9 @@ from .autoencoders.folder import fingerprint
 from .config import from_dict, nearest, read_json, to_dict
 from .diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from .errors import UserError, shown
-from .folders import DIFFUSERS, GENERATION, MODEL_TYPE, bundled_models, find_export, places
+from .folders import DIFFUSERS, GENERATION, MODEL_TYPE, atomic_dir, bundled_models, find_export, places
 from .hub_files import ARCHITECTURES, write_diffusers_files, write_json, write_transformers_files
-from .io import atomic_dir, sha256
+from .io import sha256
 from .model import ModelConfig, Transfusion
 from .model.transfusion import current_name
 from .sequence import Tokenizer

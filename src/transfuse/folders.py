@@ -6,6 +6,7 @@
     trained_exports()                    # those in the run folders under runs/
     places(folder)["config.json"]        # transformer/config.json in diffusers' layout
     fetched_data("hf://datasets/org/name/data", ["data"])    # the snapshot, with the files below data/
+    with atomic_dir(Path("my-model"), "export") as new: ...  # write a folder, which appears whole or not at all
     upload(Path("my-model"), "org/name")                     # to the Hub, with its own model card
 
 Nothing here needs torch, so that commands that only look for a model start fast.
@@ -13,13 +14,19 @@ Nothing here needs torch, so that commands that only look for a model start fast
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .config import read_json
 from .errors import UserError, install_command, shown
+from .io import sync
 
 MODEL_TYPE = "transfusion"
 """`model_type` in an export's config.json"""
@@ -104,6 +111,63 @@ def _export_config(folder: Path) -> dict[str, Any] | None:
     config = places(folder)["config.json"]
     values = read_json(config) if config.is_file() else None
     return values if isinstance(values, dict) and values.get("model_type") == MODEL_TYPE else None
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_dir(folder: Path, what: str) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `folder` when the block ends without an error.
+
+    A process killed between the two renames leaves the old one as `folder`.old.
+
+    Raises UserError, "`folder`: `what` not written", if writing fails; the old folder stays. Also refuses to replace a
+    run, or anything but an earlier folder of this kind.
+    """
+    place = folder.resolve()
+    partial, old = (place.with_name(place.name + ending) for ending in (".partial", ".old"))
+    if (place / "checkpoints").exists():
+        raise UserError(f"{folder}: expected a folder to write {what} to, found a run, which it would replace")
+    other = _not_a_models(place)
+    if other is not None:
+        raise UserError(f"{folder}: expected a folder for {what} alone, found {other.name} there, which would be lost")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shared = partial.stat().st_mode & 0o666  # safetensors makes files that only their owner can read
+        for path in [*partial.rglob("*"), partial]:
+            if path.is_file():
+                path.chmod(shared)
+            sync(path)
+        shutil.rmtree(old, ignore_errors=True)
+        if place.exists():
+            os.replace(place, old)
+        os.replace(partial, place)
+        sync(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: {what} not written ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _not_a_models(place: Path) -> Path | None:
+    """Return an entry of a folder that no export (of a model or an autoencoder) contains, or None."""
+    if not place.is_dir():
+        return place if place.exists() else None
+    entries = sorted(place.iterdir())
+    if not any((place / name).is_file() for name in ("config.json", "model_index.json")):
+        return entries[0] if entries else None
+    for path in entries:
+        if path.is_dir():
+            known = ("config.json", "tokenizer.json", "scheduler_config.json")  # parts, as diffusers lays them out
+            if not any((path / name).is_file() for name in known):
+                return path
+        elif path.suffix not in (".json", ".safetensors", ".jinja", ".md") and path.name not in (MODELLING, PIPELINE):
+            return path
+    return None
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------

@@ -1,74 +1,18 @@
-"""Atomic writes: a crash or a full disk leaves the old file or the new one, never half of one."""
+"""Atomic writes of files: a crash or a full disk leaves the old file or the new one, never half of one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from .errors import UserError
-from .folders import MODELLING, PIPELINE
-
-
-@contextmanager
-def atomic_dir(folder: Path, what: str) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` when the block ends without an error.
-
-    A process killed between the two renames leaves the old one as `folder`.old.
-
-    Raises UserError, "`folder`: `what` not written", if writing fails; the old folder stays. Also refuses to replace a
-    run, or anything but an earlier folder of this kind.
-    """
-    place = folder.resolve()
-    partial, old = (place.with_name(place.name + ending) for ending in (".partial", ".old"))
-    if (place / "checkpoints").exists():
-        raise UserError(f"{folder}: expected a folder to write {what} to, found a run, which it would replace")
-    other = _not_a_models(place)
-    if other is not None:
-        raise UserError(f"{folder}: expected a folder for {what} alone, found {other.name} there, which would be lost")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shared = partial.stat().st_mode & 0o666  # safetensors makes files that only their owner can read
-        for path in [*partial.rglob("*"), partial]:
-            if path.is_file():
-                path.chmod(shared)
-            sync(path)
-        shutil.rmtree(old, ignore_errors=True)
-        if place.exists():
-            os.replace(place, old)
-        os.replace(partial, place)
-        sync(place.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: {what} not written ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _not_a_models(place: Path) -> Path | None:
-    """Return an entry of a folder that no export (of a model or an autoencoder) contains, or None."""
-    if not place.is_dir():
-        return place if place.exists() else None
-    entries = sorted(place.iterdir())
-    if not any((place / name).is_file() for name in ("config.json", "model_index.json")):
-        return entries[0] if entries else None
-    for path in entries:
-        if path.is_dir():
-            known = ("config.json", "tokenizer.json", "scheduler_config.json")  # parts, as diffusers lays them out
-            if not any((path / name).is_file() for name in known):
-                return path
-        elif path.suffix not in (".json", ".safetensors", ".jinja", ".md") and path.name not in (MODELLING, PIPELINE):
-            return path
-    return None
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:

@@ -31,7 +31,8 @@ from .data import CorruptLog, Finish, Packer, StepLoader, unchanged
 from .devices import on_meta
 from .errors import UserError, shown
 from .export import Distilled, describe, load_weights, save_export
-from .io import atomic_dir, sha256
+from .folders import atomic_dir
+from .io import sha256
 from .log import logger
 from .model import Transfusion
 from .model.costs import train_flops

@@ -18,8 +18,8 @@ from emoji_scenes import WorldConfig
 from transfuse.config import from_dict, to_dict
 from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
+from transfuse.folders import atomic_dir
 from transfuse.inference import Engine, Request, TextDelta
-from transfuse.io import atomic_dir
 from transfuse.model import ModelConfig
 from transfuse.recipes import PRESETS, Recipe, preset
 from transfuse.recipes.autoencoders import AUTOENCODERS

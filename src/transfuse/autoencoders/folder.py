@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import from_dict, read_json
 from ..devices import on_meta
 from ..errors import UserError
-from ..io import atomic_dir
+from ..folders import atomic_dir
 from .autoencoder import Autoencoder, ImageAutoencoder, Pixels, VQTokenizer
 from .network import AutoencoderConfig
 

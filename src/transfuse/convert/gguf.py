@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import UserError, install_command
-from ..io import atomic_dir
+from ..folders import atomic_dir
 from .architectures import ARCHITECTURES, EMBEDDING, HEAD
 
 KNOWN = ("llama", "qwen2", "qwen3")  # architectures, by the name that GGUF and transformers share

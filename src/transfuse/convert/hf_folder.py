@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..config import read_json
 from ..errors import UserError
-from ..io import atomic_dir
+from ..folders import atomic_dir
 from ..model import ModelConfig, Transfusion
 from ..sequence import Tokenizer
 from ..sequence.tokenizer import SPECIAL, TOKENIZER_CONFIG
