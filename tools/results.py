@@ -1,6 +1,6 @@
 """Check the cards of committed results against their files and the pages that quote them, and write the pages of cards.
 
-    python tools/results.py            # writes docs/results.md and docs/leaderboard.md
+    python tools/results.py            # writes docs/results.md, docs/leaderboard.md, the tables of docs/benchmarks.md
     python tools/results.py --check    # prints each difference; code 1 if there is any
 
 A card is `docs/results/NAME.toml`:
@@ -17,6 +17,13 @@ A card is `docs/results/NAME.toml`:
     quoted                         ["PAGE: text with `shown` in it"], paths from the repository's root
     board                          optional: the table of docs/leaderboard.md that has it as a row, one of `BOARDS`
     log, seeds                     of an entry of the race: the log's path from the repository's root, and three numbers
+    rows                           optional: rows of the machine's table in docs/benchmarks.md, whose numbers are read
+                                   from docs/results/benchmarks/NAME.json
+    name                           what is measured; its last word is the unit, of which `LOWER` are better if small
+    at                             keys of the JSON as above, below which are ours, peer, ratio, their range, the aim
+    ours, peer, limit, ratio       or the keys of each, times `scale`; a missing ratio is calculated. A list counts by
+                                   its median, a text by its first number. No keys at all: "not measured"
+    of                             the name of the peer, or of the limit
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import statistics
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -34,6 +42,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+MARKS = "<!-- tables: python tools/results.py -->\n", "<!-- end of tables -->\n"
+LOWER = ("s", "ms", "GB")
 FIELDS = ("title", "page", "command", "commit", "machine", "seconds", "measured", "checked", "figures")
 HEAD = """# Results, a card each
 
@@ -123,6 +134,8 @@ def differences(name: str, card: dict[str, Any], root: Path = ROOT) -> Iterator[
             yield f"{name}: expected the seconds and the three seeds of an entry of the race, found others"
         if not (root / card.get("log", "none")).is_file():
             yield f"{name}: log: expected a file of the repository, found {card.get('log')!r}"
+    for row in card.get("rows", []):
+        yield from (f"{name}: {row['name']}: {value}" for value in cells(name, row, root) if "nothing under" in value)
     for figure in card.get("figures", []):
         where = f"{name}: {figure['name']}"
         if not rounds_to(figure["value"], figure["shown"]):
@@ -218,6 +231,82 @@ def leaderboard(cards: dict[str, dict[str, Any]]) -> str:
     return "".join(parts)
 
 
+def cells(name: str, row: dict[str, Any], root: Path = ROOT) -> tuple[str, str, str, str]:
+    """Return ours, the best peer, the limit and the ratio of a row of a table, as the page writes them."""
+    keys = {key: row[key] for key in ("ours", "peer", "limit", "ratio") if key in row}
+    if not keys and "at" not in row:
+        return "not measured", "", "", ""
+    stored = json.loads(_text(root / "docs" / "results" / "benchmarks" / f"{name}.json"))
+    below: Any = at(stored, row["at"].split(" / ")) if "at" in row else {}
+    if isinstance(below, str):
+        return below, "", "", ""
+    found = {key: value for key, value in below.items() if key in ("ours", "peer", "ratio") and value is not None}
+    found |= {key: at(stored, path.split(" / ")) for key, path in keys.items()}
+    missing = next((value for value in found.values() if isinstance(value, str) and "nothing under" in value), None)
+    if missing is not None:
+        return missing, "", "", ""
+    rounds = found.get("ratio") if isinstance(found.get("ratio"), list) else below.get("ratios") or []
+    if "ratio" in keys and not rounds:
+        parent = at(stored, keys["ratio"].split(" / ")[:-1])
+        rounds = [parent[end] for end in ("least", "most") if isinstance(parent, dict) and end in parent]
+    values = {key: _number(value) * (1 if key == "ratio" else row.get("scale", 1)) for key, value in found.items()}
+    if "limit" not in values and "peer" not in values and {"ours", "ratio"} <= values.keys() and "at" not in row:
+        values["limit"] = values["ours"] / values["ratio"]
+    other = values.get("limit", values.get("peer"))
+    if "ratio" not in values and other is not None:
+        lower = re.split(r"[ ,]+", row["name"])[-1] in LOWER
+        values["ratio"] = other / values["ours"] if lower else values["ours"] / other
+    ratio = ""
+    if "ratio" in values:
+        ratio = f"**{short(values['ratio'], 'limit' in values)}**"
+        ratio += f" ({short(min(rounds))} to {short(max(rounds))})" if rounds and "limit" not in values else ""
+        aim = below.get("target")
+        if aim is not None and values["ratio"] < aim and not below.get("at_most"):
+            ratio += f", aim {short(aim, 'limit' in values)} missed"
+    ours, peer, limit = (short(values[key]) if key in values else "" for key in ("ours", "peer", "limit"))
+    if "of" in row:
+        peer, limit = (peer, f"{limit} {row['of']}".strip()) if "limit" in values else (f"{peer} {row['of']}", limit)
+    return ours, peer.strip(), limit, ratio
+
+
+def _number(value: Any) -> float:
+    """Return a number, the median of a list, or the first number of a text."""
+    if isinstance(value, list):
+        return float(statistics.median(value))
+    return float(re.findall(r"\d[\d.]*", value)[0] if isinstance(value, str) else value)
+
+
+def short(value: float, share: bool = False) -> str:
+    """Return a number with three digits, or all of a larger one; a share with two digits as a percentage."""
+    if share:
+        return f"{float(f'{100 * value:.2g}'):g} %"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def tables(cards: dict[str, dict[str, Any]]) -> str:
+    """Return the tables of docs/benchmarks.md: one for each machine, a row for each that its cards name."""
+    machines: dict[str, list[str]] = {}
+    for name, card in cards.items():
+        command = re.sub(r"python benchmarks/| --(out|json) FILE", "", card["command"])
+        command = command if len(command) < 64 else command.split()[0]
+        for row in card.get("rows", []):
+            measured = cells(name, row)
+            source = "" if measured[0] == "not measured" else f"[{name}](results/benchmarks/{name}.json)"
+            run = f"`{row.get('command', command)}`"
+            line = f"| {row['name']} | {' | '.join(measured)} | {run} | {source} |\n"
+            machines.setdefault(card["machine"], []).append(line)
+    head = "| measured | ours | best peer | limit | ratio | command | JSON |\n"
+    head += "| --- | ---: | ---: | ---: | ---: | --- | --- |\n"
+    longest_first = sorted(machines.items(), key=lambda machine: -len(machine[1]))
+    return "".join(f"\n## {name[0].upper()}{name[1:]}\n{head}{''.join(rows)}" for name, rows in longest_first) + "\n"
+
+
+def with_tables(text: str, cards: dict[str, dict[str, Any]]) -> str:
+    """Return docs/benchmarks.md with its tables written from the cards."""
+    before, rest = text.split(MARKS[0])
+    return before + MARKS[0] + tables(cards) + MARKS[1] + rest.split(MARKS[1])[1]
+
+
 def main() -> int:
     cards = read_cards()
     lines = [line for name, card in cards.items() for line in differences(name, card)]
@@ -225,6 +314,7 @@ def main() -> int:
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(page(cards), encoding="utf-8")
         LEADERBOARD.write_text(leaderboard(cards), encoding="utf-8")
+        BENCHMARKS.write_text(with_tables(_text(BENCHMARKS), cards), encoding="utf-8")
     return int(bool(lines))
 
 

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,48 @@ def test_the_leaderboard_is_that_of_the_cards() -> None:
     )
 
 
+def test_the_tables_of_benchmarks_are_those_of_the_readings() -> None:
+    page = results.BENCHMARKS.read_text(encoding="utf-8")
+    assert page == results.with_tables(page, CARDS), "run python tools/results.py"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"name": "a, rows/s", "at": "rows / a", "of": "b"},
+            ("1,200", "300 b", "", "**4.00** (3.00 to 5.00), aim 6.00 missed"),
+        ),
+        ({"name": "a, ms", "ours": "fast / ms", "peer": "slow / ms"}, ("2.50", "10.0", "", "**4.00**")),
+        (
+            {"name": "a, ms", "ours": "slow / ms", "limit": "fast / ms", "of": "read"},
+            ("10.0", "", "2.50 read", "**25 %**"),
+        ),
+        ({"name": "a, TFLOP/s", "ours": "flops", "ratio": "share", "scale": 1e-12}, ("400", "", "1,000", "**40 %**")),
+        ({"name": "a, times b", "ratio": "rounds"}, ("", "", "", "**2.00** (1.00 to 9.00)")),
+        ({"name": "a"}, ("not measured", "", "", "")),
+        ({"name": "a", "ours": "fast / s"}, ("nothing under 's'", "", "", "")),
+        ({"name": "a", "at": "rows / c"}, ("nothing under 'c'", "", "", "")),
+    ],
+)
+def test_cells_of_a_row(tmp_path: Path, row: dict[str, Any], expected: tuple[str, ...]) -> None:
+    rows = [{"name": "a", "ours": 1200.0, "peer": 300.0, "ratio": 4.0, "ratios": [3.0, 5.0, 4.0], "target": 6.0}]
+    readings = {
+        "rows": rows,
+        "fast": {"ms": 2.5},
+        "slow": {"ms": 10.0},
+        "flops": 4e14,
+        "share": 0.4,
+        "rounds": [1, 2, 9],
+    }
+    (tmp_path / "docs" / "results" / "benchmarks").mkdir(parents=True)
+    (tmp_path / "docs" / "results" / "benchmarks" / "card.json").write_text(json.dumps(readings))
+    assert results.cells("card", row, tmp_path) == expected
+    if "nothing" in expected[0]:
+        card = dict.fromkeys(results.FIELDS, "") | {"figures": [], "rows": [row]}
+        assert any(expected[0] in line for line in results.differences("card", card, tmp_path))
+
+
 def test_an_entry_of_the_race_has_its_row(tmp_path: Path) -> None:
     """The fastest first; without a log, three seeds or seconds it is refused."""
     (tmp_path / "docs").mkdir()
@@ -56,7 +99,7 @@ def test_an_entry_of_the_race_has_its_row(tmp_path: Path) -> None:
 def test_every_committed_result_has_a_card() -> None:
     known = {figure["at"].partition(": ")[0] for card in CARDS.values() for figure in card["figures"]}
     docs = ROOT / "docs"
-    files = [*docs.glob("benchmark*.json"), *docs.glob("reports/*/report.json")]
+    files = [*docs.glob("results/benchmarks/*.json"), *docs.glob("reports/*/report.json")]
     files += [*docs.glob("reports/*.json"), *docs.glob("reports/*.html")]
     assert {path.relative_to(docs).as_posix() for path in files} == known
 
