@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def against_diffusers(config: AutoencoderConfig, count: int, size: int, rounds: 
     x = torch.rand(count, 3, size, size) * 2 - 1
     z = torch.randn(count, config.latent_channels, size // config.factor, size // config.factor)
 
-    def run(call) -> None:
+    def run(call: Callable[[], object]) -> None:
         with torch.inference_mode():
             call()
 

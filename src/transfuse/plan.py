@@ -88,7 +88,8 @@ def cluster_plan(
 
     config: the file of settings that the recipe is from, if it is from no preset
 
-    choices            ways to shard and to recompute, each with the largest micro-batch that fits
+    choices            ways to shard and to recompute, each with the largest micro-batch that fits and what each GPU
+                       sends in a step
     recommended        the fastest of them whose micro-batch keeps a card busy or is all of its share of a step, else
                        the one with the largest micro-batch; None: nothing fits
     step               operations (6 N D, and executed) and seconds of a step; tokens_per_second
@@ -304,6 +305,24 @@ def memory(
     }
 
 
+def sent_bytes(config: ModelConfig, gpus: int, shard: int, element: int = 2) -> dict[str, int]:
+    """Return the bytes that each GPU sends for a micro-batch whose parameters are all trained, by purpose.
+
+    Of what is to be combined over n GPUs a ring sends (n - 1) / n from each. The arguments are those of `memory`.
+
+    gather      weights in the compute dtype: of blocks forward and backward, of the others, which stay, once
+    scatter     gradients in float32, summed and scattered to the shards
+    replicate   gradients of a shard in float32, all-reduced over the copies of the network, which sends them twice
+    """
+    total, block, _ = _parameters(config)
+    copies = gpus // shard
+    return {
+        "gather": element * (total + config.n_layers * block) * (shard - 1) // shard,
+        "scatter": 4 * total * (shard - 1) // shard,
+        "replicate": 8 * total * (copies - 1) // copies // shard,
+    }
+
+
 @lru_cache(maxsize=64)
 def _parameters(config: ModelConfig) -> tuple[int, int, int]:
     """Return the parameters in all, of one block, and of the embedding, which no product reads."""
@@ -344,6 +363,7 @@ def _choices(step: StepContents, gpus: int, usable: float) -> Iterator[dict[str,
             pieces["weights"] += step.teacher_bytes
             pieces["total"] = sum(pieces.values())
             fits = pieces["total"] <= usable
+        sent = recipe.model, gpus, shard
         yield {
             "sharding": name,
             "replicate": replicate,
@@ -353,6 +373,7 @@ def _choices(step: StepContents, gpus: int, usable: float) -> Iterator[dict[str,
             "micro_batch_positions": load.positions,
             "accumulate": share // documents,
             "memory_gigabytes": {name: round(size / 2**30, 3) for name, size in pieces.items()},
+            "sent_gigabytes": round(share // documents * sum(sent_bytes(*sent, element).values()) / 2**30, 3),
             "fits": fits,
         }
 
