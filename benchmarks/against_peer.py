@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -51,7 +52,7 @@ IMAGE_WEIGHT = 5.0  # lambda of the paper
 CROWDED_SHARE = 0.95  # of the wall clock, which the main thread must have spent running
 CROWDED_SWITCHES = 60
 
-Work = Callable[[], None]
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def gemm_rate(scale: Scale, dtype: torch.dtype) -> float:
         a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
         nn.functional.linear(a, b)
         for _ in range(4):
-            best = max(best, 2 * m * k * n / read(lambda a=a, b=b: nn.functional.linear(a, b)).wall)
+            best = max(best, 2 * m * k * n / read(partial(nn.functional.linear, a, b)).wall)
     return best
 
 
@@ -338,7 +339,7 @@ def our_text(scale: Scale, engine: Engine, rows: int) -> Work:
 # ------------------------------------------------------------------------------------------------------------- peer
 
 
-def build_peer(scale: Scale) -> nn.Module:
+def build_peer(scale: Scale) -> Any:
     """The peer of the same width, depth and heads; every other setting that changes the network is its default.
 
     add_pos_emb is on, as in its README: its patches share one rotary position and would else be told apart by nothing.
@@ -487,7 +488,7 @@ def measure_training(scale: Scale, rounds: int, compile_seconds: int) -> Iterato
             "peer": peer,
             "ours": small,
             "wide": wide,
-            "gemm": lambda rates=rates, dtype=dtype: rates.append(gemm_rate(scale, dtype)),
+            "gemm": lambda: rates.append(gemm_rate(scale, dtype)),  # noqa: B023
         }
         found = alternate(contenders, rounds, scale.steps)
         gemm = [max(rates[1 + r * scale.steps : 1 + (r + 1) * scale.steps]) for r in range(rounds)]

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,6 @@ from torch import nn
 from transfuse.devices import keep_freed_memory
 from transfuse.recipes import Recipe, preset
 from transfuse.runs import resolve
-from transfuse.sequence import Batch
 from transfuse.train import build_trainer
 from transfuse.training import Trainer
 from transfuse.training.metrics import Average, MetricsLog
@@ -75,10 +75,10 @@ def engine(trainer: Trainer) -> Callable[[], None]:
 class Made:
     """Batches made beforehand, one after another."""
 
-    def __init__(self, batches: list[list[Batch]]) -> None:
+    def __init__(self, batches: list[list[Any]]) -> None:
         self.batches = batches
 
-    def __call__(self, step: int) -> list[Batch]:
+    def __call__(self, step: int) -> list[Any]:
         return self.batches[step % len(self.batches)]
 
     def position(self) -> dict[str, int]:
@@ -97,7 +97,7 @@ def trainer_of(recipe: Recipe, scratch: str, made: int = 0) -> Trainer:
 def rows(share: float, quick: bool) -> Recipe:
     """Rows of the demo's world and words, `share` of the positions text alone."""
     base = preset("pixels-32")
-    width = (
+    width: dict[str, Any] = (
         {"d_model": 128, "n_layers": 2, "n_heads": 2}
         if quick
         else {"d_model": 384, "n_layers": 8, "n_heads": 6, "d_ff": 1024}
@@ -142,7 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     rounds, steps = (2, 2) if arguments.quick else (arguments.rounds, LOGGED_EVERY)
-    found = {"threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as scratch:
         demo = preset("pixels-32")
         pair = engine(trainer_of(demo, scratch)), bare(trainer_of(demo, scratch))

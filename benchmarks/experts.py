@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from engine import bare, compare, rows, trainer_of
@@ -36,14 +37,14 @@ from transfuse.training import Trainer
 AIMS = {"step": 1.10, "token": 1.02}
 
 
-def with_experts(recipe: Recipe, experts: str) -> Recipe:
+def with_experts(recipe: Recipe, experts: Literal["shared", "ffn", "all"]) -> Recipe:
     return replace(recipe, model=replace(recipe.model, experts=experts))
 
 
 def requests_of(trainer: Trainer, recipe: Recipe, steps: int) -> dict[str, Callable[[], None]]:
     """Return how to write `steps` tokens, and how to take `steps` denoising steps, with a trainer's network."""
     tokenizer = Tokenizer.train([], 260)
-    model = trainer.model.eval().requires_grad_(False)
+    model: Any = trainer.model.eval().requires_grad_(False)
     model.lm_head.weight[tokenizer.eos] = 0  # never the largest of hundreds of logits: all texts are equally long
     made = Exported(model, Process(recipe.diffusion), Pixels(), tokenizer, 32, recipe.generation)
     pack(model)

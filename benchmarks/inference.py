@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from against_peer import (
@@ -134,7 +135,7 @@ def llama_text(scale: Scale, dtype: str, rows: int) -> Work:
 
     config = our_config(scale, max_seq_len=1024, images="none")
     ours = Transfusion(config).initialise(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**hf_config(config), attn_implementation="sdpa"))
+    theirs: Any = LlamaForCausalLM(LlamaConfig(**{**hf_config(config), "attn_implementation": "sdpa"}))
     theirs.load_state_dict(hf_weights(ours), strict=True)
     theirs = theirs.to(DTYPES[dtype]).eval()
     ids = torch.randint(8, scale.vocabulary, (rows, scale.text), generator=torch.Generator().manual_seed(3))

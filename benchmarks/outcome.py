@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -52,7 +52,7 @@ CAPTION_LENGTH = 48
 class PeerPipeline:
     """The peer behind the two calls that the demo's judges make of a pipeline."""
 
-    def __init__(self, model: nn.Module, run: Run) -> None:
+    def __init__(self, model: Any, run: Run) -> None:
         self.model, self.run = model, run
         self.patch = run.recipe.model.patch_size
         side = run.sources.image_size // run.autoencoder.factor // self.patch
@@ -147,7 +147,7 @@ def peer_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def train(
-    run: Run, strategy: str, clean: bool, name: str, rate: float, seconds: float
+    run: Run, strategy: str, clean: bool, name: Literal["adamw", "muon"], rate: float, seconds: float
 ) -> tuple[PeerPipeline, dict[str, Any]]:
     """Train the peer for some seconds, reading included; the rate decays with the time that is spent."""
     recipe = run.recipe

@@ -88,7 +88,8 @@ def train(checkpoint: Path, steps: int, seed: int) -> PooledNetwork:
     network = open_set_network(len(NOUNS))
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    parts, begun = (network, optimizer, schedule), 0
+    parts: tuple[Any, ...] = network, optimizer, schedule
+    begun = 0
     if checkpoint.is_file():
         begun, states = torch.load(checkpoint, weights_only=True)
         for part, state in zip(parts, states, strict=True):
@@ -135,8 +136,8 @@ def spoiled(batch: Batch, warped: Tensor, generator: torch.Generator) -> Tensor:
     """Equal parts of the batch in each of `KINDS` kinds, and the warped ones; half of them roughened."""
     makers, part = list(spoil.TRAINED.values()), len(batch.images) // KINDS
     kinds = torch.randperm(len(makers), generator=generator)[:KINDS].tolist()
-    x = [makers[kind](batch[n * part : (n + 1) * part], generator) for n, kind in enumerate(kinds)]
-    x = torch.cat([*x, warped])
+    drawn = [makers[kind](batch[n * part : (n + 1) * part], generator) for n, kind in enumerate(kinds)]
+    x = torch.cat([*drawn, warped])
     rough = torch.rand((len(x), 1, 1, 1), generator=generator) < 0.5
     return torch.where(rough, spoil.roughened(x, generator), x)
 
