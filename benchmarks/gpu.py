@@ -1,9 +1,9 @@
-"""What only a GPU can show: decoding, denoising and training next to the GPU's limits, in one call of ten minutes.
+"""Measure decoding, denoising, training and attention next to a GPU's limits, in one call of ten minutes.
 
     python benchmarks/gpu.py [--only decode-7b attention] [--seconds 570] [--out FILE]
     python benchmarks/gpu.py --dry-run                     # tiny shapes on the CPU: does every row run?
 
-Each row runs in a process of its own and within its own seconds, the most important first: one that fails or takes too
+Each row runs in its own process and within its own seconds, the most important first: one that fails or takes too
 long loses nothing of the others, and a row for which no time is left says so. Every reading is a line of JSON as soon
 as it is made, and FILE holds all lines so far.
 
@@ -79,7 +79,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """dry: tiny shapes on the CPU, nothing compiled; the same code otherwise."""
+    """The shapes and the device of a call; `dry`: tiny shapes on the CPU, nothing compiled, the same code otherwise."""
 
     dry: bool = False
 
@@ -341,7 +341,7 @@ def attention(settings: Settings) -> Iterator[Line]:
 
 def _kernels(batch: Batch) -> Iterator[tuple[str, Callable[[], Kernel]]]:
     """Yield ways to run FlexAttention, each built when it is called; one that torch lacks raises Skipped."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import FlexKernelOptions, flex_attention
 
     mask = block_mask(batch.kv_start, batch.kv_end, batch.gaps)
 
@@ -352,7 +352,7 @@ def _kernels(batch: Batch) -> Iterator[tuple[str, Callable[[], Kernel]]]:
     def flash() -> Kernel:
         if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
             raise Skipped(f"BACKEND FLASH: torch {torch.__version__} needs flash_attn.cute, which is not installed")
-        compiled, options = torch.compile(flex_attention), {"BACKEND": "FLASH"}
+        compiled, options = torch.compile(flex_attention), FlexKernelOptions(BACKEND="FLASH")
         return lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=options)
 
     def ours() -> Kernel:
@@ -372,12 +372,12 @@ def _timed(settings: Settings, shape: tuple[int, ...], build: Callable[[], Kerne
     generator, kernel, learning = torch.Generator().manual_seed(0), build(), not settings.dry
     drawn = [torch.randn(shape, generator=generator).to(settings.device, torch.bfloat16) for _ in range(4)]
     q, k, v = (x.requires_grad_(learning) for x in drawn[:3])
-    found = {"forward, ms": 1e3 * settings.seconds(lambda: kernel(q, k, v))}
+    line = {"forward, ms": 1e3 * settings.seconds(lambda: kernel(q, k, v))}
     if learning:
         out = kernel(q, k, v)
         upstream = drawn[3].view_as(out)
-        found["forward and backward, ms"] = 1e3 * settings.seconds(lambda: kernel(q, k, v).backward(upstream))
-    return found
+        line["forward and backward, ms"] = 1e3 * settings.seconds(lambda: kernel(q, k, v).backward(upstream))
+    return line
 
 
 def _apart(batch: Batch, heads: int, channels: int, dtype: torch.dtype, learning: bool) -> Line:
@@ -400,7 +400,7 @@ def _apart(batch: Batch, heads: int, channels: int, dtype: torch.dtype, learning
     }
 
 
-# --- rows, each in a process of its own -------------------------------------------------------------------------------
+# --- rows, each in its own process ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -477,15 +477,15 @@ def run_rows(
 def summary(lines: list[Line]) -> Line:
     """Return the ratios between rows, of those that were measured."""
     trained = {line["row"]: line for line in lines if "positions/s" in line}
-    found: Line = {"row": "summary"}
+    ratios: Line = {"row": "summary"}
     for name, first, second, field in (
         ("mixed : text, time a position", "train-text", "train-0.37b", "positions/s"),
         ("U-Net : linear, operations a second", "train-unet", "train-0.37b", "executed flop/s"),
         ("float8 : bfloat16, positions a second", "train-float8", "train-1.4b", "positions/s"),
     ):
         if first in trained and second in trained:
-            found[name] = trained[first][field] / trained[second][field]
-    return found
+            ratios[name] = trained[first][field] / trained[second][field]
+    return ratios
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ A card is `docs/results/NAME.toml`:
                                    item has, joined by " & ". Without keys the file is a page, which must contain
                                    `text`, whose last word is the number
     quoted                         ["PAGE: text with `shown` in it"], paths from the repository's root
-    board                          optional: the table of docs/leaderboard.md that has it as a row, one of `BOARDS`
+    board                          optional: the table of docs/leaderboard.md with it as a row, one of `BOARDS`
     log, seeds                     of an entry of the race: the log's path from the repository's root, and three numbers
     rows                           optional: rows of the machine's table in docs/benchmarks.md, whose numbers are read
                                    from docs/results/benchmarks/NAME.json
@@ -240,16 +240,22 @@ def cells(name: str, row: dict[str, Any], root: Path = ROOT) -> tuple[str, str, 
     below: Any = at(stored, row["at"].split(" / ")) if "at" in row else {}
     if isinstance(below, str):
         return below, "", "", ""
-    found = {key: value for key, value in below.items() if key in ("ours", "peer", "ratio") and value is not None}
-    found |= {key: at(stored, path.split(" / ")) for key, path in keys.items()}
-    missing = next((value for value in found.values() if isinstance(value, str) and "nothing under" in value), None)
+    stored_values = {
+        key: value for key, value in below.items() if key in ("ours", "peer", "ratio") and value is not None
+    }
+    stored_values |= {key: at(stored, path.split(" / ")) for key, path in keys.items()}
+    missing = next(
+        (value for value in stored_values.values() if isinstance(value, str) and "nothing under" in value), None
+    )
     if missing is not None:
         return missing, "", "", ""
-    rounds = found.get("ratio") if isinstance(found.get("ratio"), list) else below.get("ratios") or []
+    rounds = stored_values.get("ratio") if isinstance(stored_values.get("ratio"), list) else below.get("ratios") or []
     if "ratio" in keys and not rounds:
         parent = at(stored, keys["ratio"].split(" / ")[:-1])
         rounds = [parent[end] for end in ("least", "most") if isinstance(parent, dict) and end in parent]
-    values = {key: _number(value) * (1 if key == "ratio" else row.get("scale", 1)) for key, value in found.items()}
+    values = {
+        key: _number(value) * (1 if key == "ratio" else row.get("scale", 1)) for key, value in stored_values.items()
+    }
     if "limit" not in values and "peer" not in values and {"ours", "ratio"} <= values.keys() and "at" not in row:
         values["limit"] = values["ours"] / values["ratio"]
     other = values.get("limit", values.get("peer"))

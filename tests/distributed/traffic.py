@@ -1,4 +1,4 @@
-"""What processes send in a training step: torchrun starts this file with a dtype and a folder.
+"""Count what processes send in a training step; torchrun starts this file with a dtype, copies and a folder.
 
 Every rank leaves `RANK.json`: the bytes that it sent over TCP in a forward and in a backward pass, and the seconds of
 the processor that both took. All ranks compute the same number of positions, whatever their number.
