@@ -133,16 +133,18 @@ def attempt(line: Line, work: Callable[[], Line]) -> Line:
 def packed_row(positions: int, images: bool, channels: int = 8) -> Batch:
     """One packed row: captioned images and text, about half of the positions each, or text alone."""
     generator = torch.Generator().manual_seed(positions)
-    documents, used = [], 0
+    documents: list[Document] = []
+    used, captioned = 0, images
     while True:
-        image = Image(torch.randn(channels, SIDE, SIDE, generator=generator))
-        for number, parts in enumerate(([Text((9,) * CAPTION), image], [Text((9,) * 256)])):
-            length = 2 + CAPTION + 258 if number == 0 else 258
-            if used + length > positions:
-                return collate(documents, GRAMMAR, multiple=positions)
-            if images or number:
-                documents.append(Document(parts, sample=len(documents)))
-                used += length
+        parts: list[Text | Image] = [Text((9,) * 256)]
+        if captioned:
+            parts = [Text((9,) * CAPTION), Image(torch.randn(channels, SIDE, SIDE, generator=generator))]
+        length = 2 + CAPTION + 258 if captioned else 258
+        if used + length > positions:
+            return collate(documents, GRAMMAR, multiple=positions)
+        documents.append(Document(parts, sample=len(documents)))
+        used += length
+        captioned = images and not captioned
 
 
 def machine(settings: Settings) -> Iterator[Line]:
@@ -341,7 +343,7 @@ def attention(settings: Settings) -> Iterator[Line]:
 
 def _kernels(batch: Batch) -> Iterator[tuple[str, Callable[[], Kernel]]]:
     """Yield ways to run FlexAttention, each built when it is called; one that torch lacks raises Skipped."""
-    from torch.nn.attention.flex_attention import FlexKernelOptions, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     mask = block_mask(batch.kv_start, batch.kv_end, batch.gaps)
 
@@ -352,7 +354,8 @@ def _kernels(batch: Batch) -> Iterator[tuple[str, Callable[[], Kernel]]]:
     def flash() -> Kernel:
         if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
             raise Skipped(f"BACKEND FLASH: torch {torch.__version__} needs flash_attn.cute, which is not installed")
-        compiled, options = torch.compile(flex_attention), FlexKernelOptions(BACKEND="FLASH")
+        compiled: Any = torch.compile(flex_attention)
+        options = {"BACKEND": "FLASH"}
         return lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=options)
 
     def ours() -> Kernel:

@@ -28,8 +28,8 @@ def test_bytes_sent_are_those_of_the_plan(tmp_path: Path, ranks: int, dtype: str
     planned = sent_bytes(traffic.CONFIG, ranks, shard, element)
     expected = planned["gather"] + 2 * planned["scatter"] + planned["replicate"]
     for reading in measured(tmp_path, ranks, dtype, replicate):
-        assert reading["forward"] + reading["backward"] == pytest.approx(expected, rel=0.02)
-        assert reading["forward"] == pytest.approx(element * planned["scatter"] / 4, rel=0.02), "all weights once"
+        assert reading["forward"] + reading["backward"] == pytest.approx(expected, rel=0.03)
+        assert reading["forward"] == pytest.approx(element * planned["scatter"] / 4, rel=0.03), "all weights once"
 
 
 def test_more_processes_cost_each_no_more(tmp_path: Path) -> None:
