@@ -102,7 +102,8 @@ async def load(url: str, rate: float, options: argparse.Namespace) -> dict[str, 
     draw, headers = random.Random(rate), {"Authorization": f"Bearer {options.key}"} if options.key else {}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, headers=headers, limits=limits) as client:
-        began, due, tasks = time.perf_counter(), 0.0, []
+        began, due = time.perf_counter(), 0.0
+        tasks: list[asyncio.Task[str]] = []
         while (due := due + draw.expovariate(rate)) < options.seconds:
             await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
             tasks.append(asyncio.create_task(send(client, len(tasks), options, samples)))

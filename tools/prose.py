@@ -37,7 +37,7 @@ def offences(path: Path) -> Iterator[str]:
                 yield from (f"{path}:{line}: {wrong}" for wrong in wrong_with_docstring(docstring))
         for name in names_bound(node):
             if name in NAMES:
-                yield f"{path}:{node.lineno}: the name `{name}` does not tell what it holds"
+                yield f"{path}:{getattr(node, 'lineno', 1)}: the name `{name}` does not tell what it holds"
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if tokenize.tok_name[token.type] in ("COMMENT", "STRING", "FSTRING_MIDDLE"):
             for match in WORDS.finditer(token.string):
