@@ -461,8 +461,10 @@ def run_rows(
         try:
             for text in process.stdout:
                 try:
-                    line = json.loads(text)
-                except ValueError:  # a library's message, or a line that was cut
+                    line = json.loads(text) if text.startswith("{") else None
+                except ValueError:  # a line that was cut
+                    line = None
+                if line is None:
                     print(text, end="", file=sys.stderr)
                 else:
                     write(line)
