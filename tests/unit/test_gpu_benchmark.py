@@ -35,7 +35,7 @@ def test_an_unknown_size_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SCRIPTS = {
     "good": 'print(\'{"row": "good", "ms": 1}\')',
-    "talks": 'print(\'a library says hello\'); print(\'{"row": "talks", "ms": 2}\')',
+    "talks": 'print(\'a library says hello\'); print(7); print(\'{"row": "talks", "ms": 2}\')',
     "dies": 'print(\'{"row": "dies", "ms": 3}\', flush=True); import os; os._exit(7)',
     "hangs": 'print(\'{"row": "hangs", "ms": 4}\', flush=True); import time; time.sleep(600)',
     "late": 'print(\'{"row": "late", "ms": 5}\')',
