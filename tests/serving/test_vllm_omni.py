@@ -17,6 +17,7 @@ import torch
 
 import transfuse
 from transfuse.cli import run
+from transfuse.serving.vllm_omni import cpu_platform
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Sampling:
     num_outputs_per_prompt: int = 1
     generator: torch.Generator | None = None
     seed: int | None = 0
+    strength: float | None = None
 
 
 @dataclass
@@ -103,23 +105,44 @@ def same(images: list[Any], others: list[Any]) -> bool:
 
 
 @pytest.mark.slow
-def test_its_engine_draws(served: Path, tmp_path: Path) -> None:
-    """The real package starts with an export and draws the same image twice. It has no backend for CPUs."""
+def test_its_engine_draws_and_writes(tmp_path: Path) -> None:
+    """The real package, on a GPU or with a CPU build of vLLM: the bundled model draws, edits, describes and refuses."""
     pytest.importorskip("vllm_omni")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU on this machine")
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    if not (on_cpu or torch.cuda.is_available()):
+        pytest.skip("neither a GPU nor a CPU build of vLLM")
     from vllm_omni.entrypoints.omni import Omni
+    from vllm_omni.errors import OmniClientError
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-    assert run(["export", str(served), "--format", "diffusers", "--out", str(tmp_path / "theirs")]) == 0
+    assert run(["export", "small-64", "--format", "diffusers", "--out", str(tmp_path / "theirs")]) == 0
     engine = Omni(model=str(tmp_path / "theirs"))
+
+    def output(prompt: Any, **options: Any) -> Any:
+        return engine.generate(prompt, OmniDiffusionSamplingParams(seed=7, num_inference_steps=5, **options))[0]
+
     try:
-        sampling = OmniDiffusionSamplingParams(seed=7, num_inference_steps=3)
-        first, second = (engine.generate("a crab", sampling)[0].images for _ in range(2))
+        star, again = (output("a star on a green background").images[0] for _ in range(2))
+        edit = output({"prompt": "make the background red", "multi_modal_data": {"image": star}}).images[0]
+        several = output("a car", num_outputs_per_prompt=2).images
+        told = output({"prompt": "", "modalities": ["text"], "multi_modal_data": {"image": star}})
+        with pytest.raises(OmniClientError, match=r"^image: expected one, found 2$"):  # which ends an engine of `Omni`
+            output({"prompt": "a car", "multi_modal_data": {"image": [star, star]}})
     finally:
         engine.close()
-    assert first[0].size == (8, 8)
-    assert same(first, second)
+    assert star.size == (64, 64)
+    assert same([star], [again])
+    assert len(several) == 2
+    assert told.final_output_type == "text"
+    assert "star" in told.multimodal_output["text"]
+    if on_cpu:  # the same numbers as without vLLM-Omni, in the engine's default dtype
+        pipe = transfuse.load("small-64", dtype="bfloat16")
+        settings: dict[str, Any] = {"generator": 7, "num_inference_steps": 5}
+        assert same([star], pipe("a star on a green background", **settings).images)
+        assert same([edit], [pipe.edit(star, "make the background red", **settings)])
+        assert told.multimodal_output["text"] == pipe.caption(star)[0]
 
 
 def test_without_it_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,28 +150,88 @@ def test_without_it_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plug_in()() is None
 
 
+def request(prompt: Any, sampling: Sampling) -> Any:
+    return SimpleNamespace(prompts=[prompt], sampling_params=sampling)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_brings_a_platform_where_vllm_is_a_cpu_build(monkeypatch: pytest.MonkeyPatch, cpu: bool) -> None:
+    class Unready:
+        """The interface, whose methods a platform must have."""
+
+        @classmethod
+        def get_torch_device(cls, local_rank: int | None = None) -> torch.device:
+            raise NotImplementedError
+
+    names = ("vllm", "vllm.platforms", "vllm.platforms.cpu", "vllm_omni", "vllm_omni.platforms")
+    modules: dict[str, Any] = {name: ModuleType(name) for name in (*names, "vllm_omni.platforms.interface")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    modules["vllm.platforms"].current_platform = SimpleNamespace(is_cpu=lambda: cpu)
+    modules["vllm.platforms.cpu"].CpuPlatform = type("CpuPlatform", (), {"set_device": True})
+    modules["vllm_omni.platforms.interface"].OmniPlatform = Unready
+    modules["vllm_omni.platforms.interface"].OmniPlatformEnum = SimpleNamespace(OOT="oot")
+    path = cpu_platform()
+    assert (path is not None) == cpu
+    if path:
+        module_name, _, class_name = path.rpartition(".")
+        platform = getattr(importlib.import_module(module_name), class_name)()
+        assert platform.get_torch_device(0) == torch.device("cpu")
+        assert platform.set_device, "vLLM's own methods stay"
+        assert platform.max_memory_allocated() > 1e6
+        assert platform.empty_cache() is None
+
+
 def test_draws_and_edits_what_the_pipeline_does(omni: Any, served: Path) -> None:
     pipe = transfuse.load(str(served))
-    drawn = omni(SimpleNamespace(prompts=["a crab", {"prompt": "a moon"}], sampling_params=Sampling(seed=7)))
-    assert same(drawn.output, [pipe(text, generator=7).images[0] for text in ("a crab", "a moon")])
+    for prompt in ("a crab", {"prompt": "a moon", "modalities": ["image"]}):
+        text = prompt if isinstance(prompt, str) else prompt["prompt"]
+        assert same(omni(request(prompt, Sampling(seed=7))).output, pipe(text, generator=7).images)
     picture = PIL.Image.new("RGB", (8, 8), "red")
     edit = {"prompt": "make it blue", "multi_modal_data": {"image": picture}, "negative_prompt": None}
-    sampling = Sampling(None, None, 3, 2.0, True, 2, None, 5)
-    edited = omni(SimpleNamespace(prompts=[edit], sampling_params=sampling))
     settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "generator": 5, "num_images_per_prompt": 2}
-    assert same(edited.output, pipe("make it blue", image=picture, **settings).images)
+    expected = pipe("make it blue", image=picture, **settings).images
+    sampling = Sampling(None, None, 3, 2.0, True, 2, None, 5)
+    assert same(omni(request(edit, sampling)).output, expected)
+    edit["multi_modal_data"] = {"img2img": picture}
+    assert same(omni(request(edit, sampling)).output, expected), "the name that its chat endpoint gives an image"
+
+
+def test_redraws_where_a_mask_says(omni: Any, served: Path) -> None:
+    """The fields of its image edits: a mask, and how far from the image drawing begins."""
+    pipe, picture, mask = transfuse.load(str(served)), PIL.Image.new("RGB", (8, 8), "red"), PIL.Image.new("L", (8, 8))
+    mask.paste(255, (4, 0, 8, 8))
+    prompt = {"prompt": "a moon", "multi_modal_data": {"image": [picture], "mask_image": mask}}
+    expected = pipe("a moon", image=picture, mask_image=mask, strength=0.5, generator=3).images
+    assert same(omni(request(prompt, Sampling(seed=3, strength=0.5))).output, expected)
+
+
+@pytest.mark.parametrize("words", ["", "a crab"])
+def test_writes_where_text_is_the_modality(omni: Any, served: Path, words: str) -> None:
+    pipe, picture = transfuse.load(str(served)), PIL.Image.new("RGB", (8, 8), "green")
+    reply = omni(request({"prompt": words, "modalities": ["text"], "multi_modal_data": {"image": picture}}, Sampling()))
+    assert reply.error is None
+    parts = [picture, words] if words else [picture]
+    assert reply.output == {"payload": {"text": pipe.generate(parts, draw="never").text.strip()}}
 
 
 @pytest.mark.parametrize(
     ("prompt", "sampling", "message"),
     [
         ({"prompt": "a crab", "negative_prompt": [3]}, {}, "negative_prompt: expected text"),
-        ({"prompt": "a crab", "multi_modal_data": {"image": [0, 1]}}, {}, "image: expected one to change, found 2"),
+        ({"prompt": "a crab", "multi_modal_data": {"image": [0, 1]}}, {}, "image: expected one, found 2"),
+        ({"prompt": "a crab", "multi_modal_data": {"video": 0}}, {}, "multi_modal_data: expected image or mask_image"),
+        (
+            {"prompt": "a", "multi_modal_data": {"mask_image": 0}, "modalities": ["text"]},
+            {},
+            "mask_image: expected none",
+        ),
+        ({"prompt": "a", "multi_modal_data": {"image": [3]}, "modalities": ["text"]}, {}, "image"),
         ("a crab", {"height": 7, "width": 8}, "7"),
     ],
 )
 def test_mistakes_are_an_answer(omni: Any, prompt: Any, sampling: dict[str, Any], message: str) -> None:
-    reply = omni(SimpleNamespace(prompts=[prompt], sampling_params=Sampling(**sampling)))
+    reply = omni(request(prompt, Sampling(**sampling)))
     assert (reply.output, reply.error_status_code) == (None, 400)
     assert message in reply.error
     assert "\n" not in reply.error
