@@ -194,7 +194,7 @@ def test_draws_and_edits_what_the_pipeline_does(omni: Any, served: Path) -> None
     sampling = Sampling(None, None, 3, 2.0, True, 2, None, 5)
     assert same(omni(request(edit, sampling)).output, expected)
     edit["multi_modal_data"] = {"img2img": picture}
-    assert same(omni(request(edit, sampling)).output, expected), "the name that its chat endpoint gives an image"
+    assert same(omni(request(edit, sampling)).output, expected), "the other name of an image"
 
 
 def test_redraws_where_a_mask_says(omni: Any, served: Path) -> None:

@@ -1,8 +1,9 @@
 """A plug-in for vLLM-Omni, which then serves exports in diffusers' layout (`transfuse export --format diffusers`).
 
 vLLM-Omni finds `register` by the entry point group `vllm_omni.general_plugins` and calls it in each of its processes;
-`cpu_platform` lets it run where vLLM is a CPU build. Its scheduler runs one whole request at a time; its engine's caches and parallel modes are not used. Written for the
-interface of vLLM-Omni 0.30: `register_diffusion_model`, `OmniDiffusionRequest`, `DiffusionOutput`.
+`cpu_platform` lets it run where vLLM is a CPU build. Its scheduler runs one whole request at a time; its engine's
+caches and parallel modes are not used. Written for the interface of vLLM-Omni 0.30: `register_diffusion_model`,
+`OmniDiffusionRequest`, `DiffusionOutput`, `OmniPlatform`.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class OmniTransfusion(nn.Module):
         fields: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         media, text = dict(fields.get("multi_modal_data") or {}), fields.get("prompt") or ""
         mask = media.pop("mask_image", None)
-        images = [media.pop(name, None) for name in ("image", "img2img")]  # the second is its chat endpoint's name
+        images = [media.pop(name, None) for name in ("image", "img2img")]  # either name is in use there
         images = [image for given in images for image in (given if isinstance(given, list) else [given])]
         images = [image for image in images if image is not None]
         try:
