@@ -118,7 +118,8 @@ def test_its_engine_draws_and_writes(tmp_path: Path) -> None:
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
     assert run(["export", "small-64", "--format", "diffusers", "--out", str(tmp_path / "theirs")]) == 0
-    engine = Omni(model=str(tmp_path / "theirs"))
+    engine, mask = Omni(model=str(tmp_path / "theirs")), PIL.Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
 
     def output(prompt: Any, **options: Any) -> Any:
         return engine.generate(prompt, OmniDiffusionSamplingParams(seed=7, num_inference_steps=5, **options))[0]
@@ -126,6 +127,8 @@ def test_its_engine_draws_and_writes(tmp_path: Path) -> None:
     try:
         star, again = (output("a star on a green background").images[0] for _ in range(2))
         edit = output({"prompt": "make the background red", "multi_modal_data": {"image": star}}).images[0]
+        redraw = {"prompt": "a moon", "multi_modal_data": {"image": star, "mask_image": mask}}
+        redrawn = output(redraw, strength=0.5).images
         several = output("a car", num_outputs_per_prompt=2).images
         told = output({"prompt": "", "modalities": ["text"], "multi_modal_data": {"image": star}})
         with pytest.raises(OmniClientError, match=r"^image: expected one, found 2$"):  # which ends an engine of `Omni`
@@ -142,6 +145,7 @@ def test_its_engine_draws_and_writes(tmp_path: Path) -> None:
         settings: dict[str, Any] = {"generator": 7, "num_inference_steps": 5}
         assert same([star], pipe("a star on a green background", **settings).images)
         assert same([edit], [pipe.edit(star, "make the background red", **settings)])
+        assert same(redrawn, pipe("a moon", image=star, mask_image=mask, strength=0.5, **settings).images)
         assert told.multimodal_output["text"] == pipe.caption(star)[0]
 
 
@@ -186,7 +190,8 @@ def test_draws_and_edits_what_the_pipeline_does(omni: Any, served: Path) -> None
     pipe = transfuse.load(str(served))
     for prompt in ("a crab", {"prompt": "a moon", "modalities": ["image"]}):
         text = prompt if isinstance(prompt, str) else prompt["prompt"]
-        assert same(omni(request(prompt, Sampling(seed=7))).output, pipe(text, generator=7).images)
+        sampling = Sampling(seed=7, generator=torch.Generator().manual_seed(7))  # both are there in the real engine
+        assert same(omni(request(prompt, sampling)).output, pipe(text, generator=7).images)
     picture = PIL.Image.new("RGB", (8, 8), "red")
     edit = {"prompt": "make it blue", "multi_modal_data": {"image": picture}, "negative_prompt": None}
     settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "generator": 5, "num_images_per_prompt": 2}
