@@ -130,6 +130,12 @@ def memory(process: int) -> int:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def processor_seconds(process: int) -> float:
+    """Return the seconds that a process has computed."""
+    times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
 def certificate(folder: Path) -> tuple[Path, Path]:
     """Return the files of a new certificate that is signed by its own key, and of the key."""
     if shutil.which("openssl") is None:

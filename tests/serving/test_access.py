@@ -238,6 +238,8 @@ def test_values_that_say_nothing_pass() -> None:
         "service_tier": "auto", "metadata": {"a": "b"}, "user": "u", "parallel_tool_calls": True, "functions": None,
         "seed": None, "stream": None, "stream_options": None, "reasoning_effort": "none", "audio": None,
         "prediction": None, "max_tokens": None, "temperature": None, "modalities": ["text"], "unheard_of": None,
+        "top_k": -1, "min_p": 0.0, "repetition_penalty": 1, "best_of": 1, "echo": False,
+        "prompt_cache_retention": "24h",
     }  # fmt: skip
     body = validate(ChatRequest, {**CHAT, **silent})
     settings = body.job(["a"]).settings
@@ -253,6 +255,8 @@ def test_values_that_say_nothing_pass() -> None:
         ({"response_format": {"type": "json_object"}}, "response_format: expected none"),
         ({"tool_choice": "required"}, "tool_choice: expected none"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls: expected none"),
+        ({"top_k": 40}, "top_k: expected none"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty: expected none"),
         ({"seed": "5"}, "seed: expected an integer, found '5'"),
         ({"seed": True}, "seed: expected an integer, found True"),
         ({"seed": 2**63}, "seed: expected less than 9223372036854775808, found 9223372036854775808"),
@@ -271,10 +275,15 @@ def test_values_that_say_nothing_pass() -> None:
         ),
         (
             message([{"type": "video"}]),
-            "messages.0.content.0: expected a type, 'text' or 'image_url', found an object",
+            "messages.0.content.0.type: expected 'text' or 'image_url', found 'video'",
+        ),
+        (
+            message([{"type": "text", "text": "a"}, {"text": "a"}]),
+            "messages.0.content.1.type: expected 'text' or 'image_url', found none",
         ),
         (message([5]), "messages.0.content.0: expected an object, found 5"),
-        (message(5), "messages.0.content: expected a list, found 5"),
+        (message(5), "messages.0.content: expected text or a list, found 5"),
+        ({"stop": 5}, "stop: expected text or a list, found 5"),
         (
             {"messages": [*says("a"), {"role": "tool"}]},
             "messages.1.role: expected 'system', 'developer', 'user' or 'assistant', found 'tool'",

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import ssl
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 import openai
 import pytest
 import uvicorn
 from fastapi import Request
-from running import LONG, PATIENCE, Running, certificate, memory, png, says
+from running import LONG, PATIENCE, Running, certificate, data_url, decode, memory, png, processor_seconds, says
 
 from transfuse.cli import run
 from transfuse.serving.engine_client import EngineClient, QueueConfig
@@ -51,7 +53,9 @@ def test_too_large_is_said_before_it_is_sent(server: Running) -> None:
 
 
 def test_pages_of_others_are_kept_out(server: Running) -> None:
-    assert server.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    refused = server.get("/v1/models", headers={"Host": "evil.example"})
+    assert refused.status_code == 403
+    assert refused.json()["error"]["message"].count("127.0.0.1") == 1
     assert server.get("/v1/models", headers={"Origin": "http://evil.example"}).status_code == 403
     assert server.get("/v1/models", headers={"Origin": server.url}).status_code == 200
 
@@ -212,6 +216,12 @@ def test_health_ready_metrics(server: Running) -> None:
 # ---- Signals
 
 
+def ended_processor_seconds() -> float:
+    """Return the seconds that all processes computed which this one has started and which have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_https_and_signals(served: Path, tmp_path: Path) -> None:
     """SIGHUP reads the keys again, or keeps those that it has; SIGTERM ends an idle server at once."""
     cert, key = certificate(tmp_path)
@@ -240,9 +250,9 @@ def test_https_and_signals(served: Path, tmp_path: Path) -> None:
             socket.create_connection((host, int(port))) as plain,
             context.wrap_socket(plain, server_hostname="localhost"),
         ):
-            began = time.monotonic()
+            ended, used = ended_processor_seconds(), processor_seconds(running.process.pid)
             assert running.stop() in (0, -signal.SIGTERM)
-            assert time.monotonic() - began < 15, "under 3 s where nothing else runs"
+            assert ended_processor_seconds() - ended - used < 1, "not even the interpreter takes long to end"
         assert "graceful shutdown exceeded" not in "".join(running.log), "silent connections are not waited for"
 
 
@@ -259,7 +269,7 @@ def limited(served: Path) -> Iterator[Running]:
 
 
 KEY = {"Authorization": "Bearer second"}
-IMAGES = "/v1/images/generations"
+IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
 
 
 def test_keys(limited: Running) -> None:
@@ -343,9 +353,10 @@ MISTAKES = ({}, {"messages": []}, {"messages": says("")}, {"messages": says("a")
 
 
 class Crowd:
-    """Requests of every kind: good ones, bad ones, those that leave (a tenth), those that read slowly.
+    """Requests of every kind: good ones, bad ones, those that leave (a tenth), those that read slowly, conversations.
 
-    Each answer is compared with the one to the same request alone.
+    Each answer is compared with the one to the same request alone. One in a conversation may reuse what is in the
+    cache, which changes results by 1e-5 at most: the levels of an image by 1 at most, where one is between two.
     """
 
     WRITE = {"messages": says("a crab"), "modalities": ["text"]}  # noqa: RUF012
@@ -358,6 +369,7 @@ class Crowd:
         self.text = server.post("/v1/chat/completions", self.WRITE).json()["choices"]
         self.edits = {side: self.edit(side) for side in self.SIDES}
         self.reply = self.read()
+        self.conversations = [self.converse(seed) for seed in range(4)]
 
     def draw(self, seed: int) -> str:
         reply = self.server.post("/v1/images/generations", {"prompt": "a crab", "seed": seed})
@@ -405,6 +417,30 @@ class Crowd:
     def slow(self, draw: random.Random) -> str:
         return "" if self.read(0.002) == self.reply else "another reply"
 
+    def conversed(self, draw: random.Random) -> str:
+        seed = draw.randrange(4)
+        for number, (reply, alone) in enumerate(zip(self.converse(seed), self.conversations[seed], strict=True)):
+            if reply["content"] != alone["content"] or len(reply["images"]) != len(alone["images"]):
+                return f"another reply {number}: {reply}"
+            for image, same in zip(reply["images"], alone["images"], strict=True):
+                if np.abs(np.subtract(image, same, dtype=int)).max() > 1:
+                    return f"another image in reply {number}"
+        return ""
+
+    def converse(self, seed: int) -> list[dict[str, Any]]:
+        """Return the words and the images of the replies to four turns, each sent with all that came before it."""
+        messages: list[dict[str, Any]] = []
+        replies = []
+        for number, text in enumerate(("what is it", "a moon", "and now", "on blue")):
+            shown = [{"type": "image_url", "image_url": {"url": data_url(png(8, seed))}}] if number in (0, 2) else []
+            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
+            body = {"messages": messages, "modalities": ["image" if number % 2 else "text"], "seed": seed}
+            reply = self.server.post(CHAT, {**body, "max_tokens": 5, "num_inference_steps": 6}).json()
+            messages.append(message := reply["choices"][0]["message"])
+            images = [decode(image["image_url"]["url"].partition(",")[2]) for image in message.get("images", [])]
+            replies.append({"content": message["content"], "images": images})
+        return replies
+
     def edit(self, side: int) -> str:
         form = {"prompt": "red", "strength": "0.5", "seed": "5"}
         reply = self.server.post("/v1/images/edits", files={"image": ("a.png", png(side))}, data=form)
@@ -421,7 +457,7 @@ class Crowd:
         return [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"][0]["delta"]]
 
 
-KINDS = ("drawn", "written", "streamed", "edited", "mistaken", "huge", "leaving", "slow")
+KINDS = ("drawn", "written", "streamed", "edited", "mistaken", "huge", "leaving", "slow", "conversed")
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(5000, marks=pytest.mark.long)])

@@ -143,6 +143,7 @@ def test_an_image_is_changed_where_it_is_painted(page: Page, tmp_path: Path) -> 
     ask(page, "a crab", "edit", strength="0.9")
     expect(page.locator(".answer img")).to_have_count(2)
     expect(page.get_by_text("strength 0.9")).to_be_visible()
+    assert page.input_value("#mode") == "auto", "nothing is left to change"
     read = """image => { const c = document.createElement('canvas'); c.width = c.height = 8;
         const p = c.getContext('2d'); p.drawImage(image, 0, 0); return [...p.getImageData(0, 0, 8, 8).data]; }"""
     before, after = (page.locator(".compare img").nth(number).evaluate(read) for number in (0, 1))
@@ -163,7 +164,13 @@ def test_the_mask_is_painted_and_undone_by_keyboard(page: Page, tmp_path: Path) 
     assert canvas.evaluate(painted) == 0
     page.keyboard.press("Space")
     first = canvas.evaluate(painted)
+    colours = """c => [...new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data
+        .filter((value, index, all) => index % 4 == 0 && all[index + 3] > 127))]"""
+    assert {0, 255} <= set(canvas.evaluate(colours)), "seen on an image of any colour"
+    where = "document.getElementById('brush-ring').getBoundingClientRect().x"
+    before = page.evaluate(where)
     page.keyboard.press("ArrowLeft")
+    assert page.evaluate(where) < before
     page.keyboard.press("Shift+ArrowUp")
     assert canvas.evaluate(painted) > first > 0
     page.keyboard.press("Control+z")
@@ -325,6 +332,13 @@ def test_at_any_width_in_both_themes(page: Page, width: int, height: int, scheme
     page.set_viewport_size({"width": width, "height": height})
     ask(page, "a crab", "draw", steps="2")
     expect(page.get_by_text("copy as curl")).to_have_count(1)
+    page.evaluate("document.querySelector('details').open = false")
+    expect(page.locator("#settings")).to_be_hidden()
+    page.evaluate("follow(turns.at(-1))")
+    image, room = (page.locator(name).bounding_box() for name in (".answer img", "main"))
+    assert image is not None
+    assert room is not None
+    assert room["y"] <= image["y"] <= image["y"] + image["height"] <= room["y"] + room["height"], "it is seen whole"
     page.evaluate("document.querySelector('details').open = true")
     expect(page.locator("#settings")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -335,13 +349,42 @@ def test_at_any_width_in_both_themes(page: Page, width: int, height: int, scheme
     assert not [(fault["id"], fault["nodes"][0]["html"]) for fault in violations]
 
 
+def tab_to(page: Page, name: str) -> None:
+    """Press Tab until what has this name has the focus."""
+    for _ in range(100):
+        page.keyboard.press("Tab")
+        if page.evaluate("(document.activeElement.ariaLabel || document.activeElement.textContent).trim()") == name:
+            assert page.evaluate("document.activeElement.matches(':focus-visible')")
+            return
+    raise AssertionError(f"Tab does not reach {name!r}")
+
+
 def test_by_keyboard_alone(page: Page) -> None:
-    page.focus("#prompt")
-    page.keyboard.press("Tab")
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "send"
-    assert page.evaluate("document.activeElement.matches(':focus-visible')")
-    page.focus("#prompt")
+    """Draw, change a part of the image, compare, and draw with another seed."""
+    assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.type("a crab")
+    tab_to(page, "What the model does")
+    page.keyboard.press("ArrowDown")
+    assert page.input_value("#mode") == "draw"
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate("document.activeElement.id") == "send"
     page.keyboard.press("Enter")
     expect(page.get_by_text("copy as curl")).to_have_count(1)
+    tab_to(page, "change it")
+    page.keyboard.press("Enter")
+    tab_to(page, "paint a mask")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Space")
+    tab_to(page, "Done")
+    page.keyboard.press("Enter")
+    page.keyboard.type("a moon")
+    page.keyboard.press("Enter")
+    expect(page.locator(".compare")).to_have_count(1)
+    expect(page.get_by_text("copy as curl")).to_have_count(2)
+    tab_to(page, "Show how it was before")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".compare").evaluate("e => e.style.getPropertyValue('--cut')") == "1%"
+    tab_to(page, "another")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("copy as curl")).to_have_count(3)
+    assert len(set(page.evaluate("turns.map(turn => turn.seed)"))) == 3

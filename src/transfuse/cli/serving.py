@@ -94,7 +94,7 @@ def serve(*, model: ModelChoice, options: Annotated[ServeOptions, Flat], config:
         raise UserError(f"serve: expected {wanted}, found no {error.name}") from None
     set_format(options.log_format)
     everywhere = options.host in ("0.0.0.0", "::")
-    hosts = options.names if everywhere else (*LOOPBACK, options.host, *options.names)
+    hosts = options.names if everywhere else tuple(dict.fromkeys((*LOOPBACK, options.host, *options.names)))
 
     def access() -> AccessConfig:
         keys = read_keys(options.keys, os.environ.get("TRANSFUSE_API_KEYS", ""))

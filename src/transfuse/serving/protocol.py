@@ -33,10 +33,16 @@ SAYS_NOTHING: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
-    **dict.fromkeys(("service_tier", "store", "metadata", "user", "safety_identifier", "prompt_cache_key"), (ANY,)),
+    "top_k": (0, -1),
+    "min_p": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "best_of": (1,),
+    "echo": (False,),
+    **dict.fromkeys(("service_tier", "store", "metadata", "user", "safety_identifier"), (ANY,)),
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), (ANY,)),
     **dict.fromkeys(("prediction", "audio", "web_search_options"), ()),
 }
-"""fields of OpenAI's that the server does not have, each with the values that change no result; null changes none"""
+"""fields of OpenAI's and vLLM's that the server does not have, and values that change no result, as null never does"""
 
 
 class ApiError(HTTPException):
@@ -324,7 +330,11 @@ def _first_mistake(error: ValidationError, values: object, kind: type[BaseModel]
         case "model_type" | "model_attributes_type" | "dict_type":
             reason = f"expected an object, found {_shown(values)}"
         case "union_tag_invalid" | "union_tag_not_found":
-            reason = f"expected a type, 'text' or 'image_url', found {_shown(values)}"
+            path.append("type")
+            kind_found = values.get("type") if isinstance(values, Mapping) else None
+            reason = f"expected 'text' or 'image_url', found {'none' if kind_found is None else _shown(kind_found)}"
+        case "list_type" if path[-1:] in (["content"], ["stop"]):
+            reason = f"expected text or a list, found {_shown(values)}"
         case "too_long" | "too_short":
             bound = re.sub(r"^\w+ should have ", "", message.split(" after ")[0])
             bound = bound.replace("item", "character") if isinstance(values, str) else bound
