@@ -15,11 +15,13 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..config import read_json, to_dict
 from ..errors import UserError
@@ -53,11 +55,18 @@ def build_set(
     workers: processes; 0: this one. max_errors: share of faulty documents (at least ten are let pass) above which the
     build stops. cache: for files of a source that is a URL.
 
-    Raises UserError: no such source, another set in `out`, too many faults, nothing left, no room, a file that cannot
-    be fetched.
+    Raises UserError: no such source, another set in `out`, or another process that builds there, too many faults,
+    nothing left, no room, a file that cannot be fetched.
     """
-    began = time.monotonic()
     _check_paths(source, out)
+    with _locked(out):
+        return _build(source, out, config, workers, max_errors, cache)
+
+
+def _build(
+    source: str, out: Path, config: BuildConfig, workers: int, max_errors: float, cache: Cache | None
+) -> dict[str, Any]:
+    began = time.monotonic()
     reader = open_source(source, config.columns, config.size, cache)
     given = Tokenizer.adopt(config.tokenizer) if config.tokenizer else None
     autoencoder = build_autoencoder(config)
@@ -112,6 +121,28 @@ def build_set(
         )
     manifest = writer.finish(settings, 0 if reader.listing is None else reader.listing.n_files, left_out)
     return {name: getattr(manifest, name) for name in COUNTS} | {"seconds": time.monotonic() - began}
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Let no other process build in a folder meanwhile. Raises UserError if one does."""
+    lock, is_new = FileLock(out / ".lock"), not out.exists()
+    with suppress(OSError, NotImplementedError):  # a place without locks, or where nothing can be written
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            wanted = "expected a folder that nobody else builds in, found another build at it"
+            raise UserError(f"{out}: {wanted}; wait for it, or name another folder") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if lock.is_locked:
+                lock.release()
+                (out / ".lock").unlink(missing_ok=True)
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
 
 
 def _check_paths(source: str, out: Path) -> None:
@@ -204,7 +235,7 @@ def _claim(out: Path, identity: dict[str, Any], contents: dict[str, str]) -> Non
             shutil.rmtree(out / name, ignore_errors=True)
         for file in [*(out / name for name in BEGUN), *out.glob("*.partial")]:
             file.unlink(missing_ok=True)
-    if out.exists() and (not out.is_dir() or any(entry.name != "building" for entry in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(entry.name not in ("building", ".lock") for entry in out.iterdir())):
         raise UserError(f"{out}: expected an empty folder, or a data set begun before, found something else")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

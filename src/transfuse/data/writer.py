@@ -209,8 +209,8 @@ class Writer:
         _write_file(self.out / "left_out.jsonl", lambda file: file.write(listed.encode()))
         if not self.written:
             raise UserError(
-                f"{self.source}: expected documents, found {self.seen}, none of which can be used; why, is in "
-                f"{self.out / 'dropped.jsonl'} and {self.out / 'quarantine.jsonl'}"
+                f"{self.source}: expected documents, found {self.seen}, none of which can be used{self._most_often()}; "
+                f"all: {self.out / 'dropped.jsonl'} and {self.out / 'quarantine.jsonl'}"
             )
         heldout, groups = self._sides()
         parts: dict[str, Callable[[BinaryIO], object]] = {
@@ -293,6 +293,20 @@ class Writer:
         for number in range(len(self.shards)):
             yield from (Dropped(**values) for values in _load_record(self._record(number))[0]["dropped"])
         yield from self.unwritten.dropped
+
+    def _most_often(self) -> str:
+        """Return the commonest reason that documents are left out for, with its count and an example."""
+        counts, first = Counter[str](), dict[str, Dropped]()
+        for dropped in self._left_out():
+            stem = dropped.key.rpartition("/")[2].partition(".")[0]
+            kind = re.sub(r"\d+", "0", dropped.detail.replace(stem, "")) if dropped.faulty else dropped.reason
+            counts[kind] += dropped.lost
+            first.setdefault(kind, dropped)
+        if not counts:
+            return ""
+        ((kind, count),) = counts.most_common(1)
+        what = f"{first[kind].detail}" if first[kind].faulty else f"{first[kind].reason} ({first[kind].detail})"
+        return f": {count} for one reason, such as {first[kind].key}: {what}"
 
     def _list_left_out(self, name: str, faulty: bool) -> None:
         """Write dropped.jsonl or quarantine.jsonl, a line at a time: millions of a text's lines may be dropped."""

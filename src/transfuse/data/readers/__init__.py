@@ -28,12 +28,13 @@ from ...log import logger
 from .. import bundled
 from ..dataset import CorruptSampleError, DataSet
 from ..remote import Cache, File, MissingError, expanded, is_remote, remote_files, url_name
-from . import images
+from . import images, split_lists, tables
 from .content import CHUNK, SAMPLED, chunks, decode_text, file_encoding, open_file
 from .contract import LOST_REST, Columns, Fault, FileReader, Item, LeftOut, Part, Raw, Reader
-from .listing import Listing, split_named
+from .listing import Listing
 from .parquet import ArrowReader, ParquetReader, claim_arrow
 from .records import JsonReader, claim_json
+from .splits import split_named
 from .tars import TarReader
 
 __all__ = [
@@ -82,7 +83,7 @@ def open_source(source: str, columns: Columns, size: int = 64, cache: Cache | No
     if path.is_dir():
         if all((path / name).is_file() for name in SET):
             return SetReader(DataSet(str(path)))
-        listing = Listing.of_folder(path).of_split(columns.source_split)
+        listing = split_lists.of_split(Listing.of_folder(path), columns)
     elif source.startswith("hf://") and not path.exists():
         matches = (match for pattern in patterns for match in sorted(folder.glob(pattern)))
         matched = tuple(dict.fromkeys(File.of(folder, match) for match in matches if match.is_file()))
@@ -297,11 +298,11 @@ FORMATS = (
     Format("arrow", "tables of datasets.save_to_disk", claim_arrow, ArrowReader),
     Format("tar", "WebDataset .tar files", _ending(".tar"), TarReader, (".tar",)),
     Format("parquet", ".parquet tables", _ending(".parquet"), ParquetReader, (".parquet",)),
-    Format("coco", "COCO's or Karpathy's captions in .json, and images", images.claim_coco, images.open_coco),
-    Format("metadata", "metadata.jsonl or metadata.csv, and images", images.claim_metadata, images.open_metadata),
+    Format("coco", "COCO's or Karpathy's captions in .json, and images", tables.claim_coco, tables.open_coco),
+    Format("metadata", "metadata.jsonl or metadata.csv, and images", tables.claim_metadata, tables.open_metadata),
     Format("records", "records in .jsonl, or in lists in .json", claim_json, JsonReader, (".jsonl", ".jsonl.gz")),
-    Format("table", "a table or list of images' names and captions", images.claim_table, images.open_table),
-    Format("captions-json", "captions by the names of images in .json", images.claim_captions, images.open_captions),
+    Format("table", "a table or list of images' names and captions", tables.claim_table, tables.open_table),
+    Format("captions-json", "captions by the names of images in .json", tables.claim_captions, tables.open_captions),
     Format("classes", "images in folders of their classes", images.claim_classes, images.open_classes),
     Format("images", "images, with captions in .txt files of the same name", _ending(*SUFFIXES), images.open_images),
     Format("text", ".txt, .md or .txt.gz files", _ending(*TEXT_ENDINGS), TextReader, TEXT_ENDINGS),

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ SPEAKING = re.compile(r"image|img|picture|photo|pixel|thumbnail|jpe?g|file_?name
 """names of fields that speak of images"""
 MARK: Any = object()  # in place of an image of the record in a turn
 URLS = ("url", "urls", "uri", "link", "src")
+INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of characters
+BLANK = "\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"  # of other categories, but not seen, either
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 """roles by what messages and LLaVA's conversations call them"""
 
@@ -280,12 +283,13 @@ def _pieces(part: Any) -> list[Any]:
 def csv_records(text: str, strict: bool = True) -> list[dict[str, Any]]:
     """Return rows by column; a column that the head has several times has lists.
 
-    Of a list whose first line names an image, the columns are image and caption: the other fields, but for numbers.
+    Of a list whose first line names an image, the columns are image and caption: the other fields, but for numbers and
+    names of images.
     strict: quotes are to be as in CSV, except in lines with tabs, where they may be characters of the text. Raises
     csv.Error.
     """
-    named = re.match(r"sep=(.)\r?\n", text)  # Excel's first line
-    first = text[named.end() if named else 0 :].partition("\n")[0]
+    named = re.match(r"sep=(.)\r?\n?", text)  # Excel's first line
+    first = re.split("[\r\n]", text[named.end() if named else 0 :], maxsplit=1)[0]
     delimiter = named[1] if named else next((mark for mark in "\t|" if mark in first), max(",;", key=first.count))
     plain = [field.strip() for field in first.split(delimiter)]
     fields = plain if any(map(is_image_name, plain)) else next(csv.reader([first.strip("\r")], delimiter=delimiter), [])
@@ -329,19 +333,24 @@ def _csv_rows(text: str, delimiter: str, quoted: bool, strict: bool) -> list[lis
 
 
 def _listed(rows: list[list[str]], at_image: int, delimiter: str) -> list[dict[str, Any]]:
-    """Return the images and captions of rows without a head; fields that are numbers in most rows are no captions."""
+    """Return the images and captions of rows without a head.
+
+    Fields that are numbers, or images, in most rows are no captions.
+    """
     others = [[field for place, field in enumerate(row) if place != at_image % len(row)] for row in rows]
-    counts = Counter(place for row in others for place, field in enumerate(row) if field.strip().isdecimal())
+    counts = Counter(place for row in others for place, field in enumerate(row) if _is_number(field))
     numbers = {place for place, count in counts.items() if 2 * count > len(rows)}
     records: list[dict[str, Any]] = []
     for row, fields in zip(rows, others, strict=True):
         words = [field for place, field in enumerate(fields) if place not in numbers]
-        whole = len(row) > at_image and all(
-            place < len(fields) and fields[place].strip().isdecimal() for place in numbers
-        )
+        whole = len(row) > at_image and all(place < len(fields) and _is_number(fields[place]) for place in numbers)
         captions = words if delimiter == "\t" else [delimiter.join(words)]
         records.append({"image": row[at_image].strip(), "caption": captions} if whole else {"image": row[0]})
     return records
+
+
+def _is_number(field: str) -> bool:
+    return bool(re.fullmatch(r"\s*[-+]?\d*\.?\d+\s*", field)) or is_image_name(field.strip())
 
 
 # --- fields and their names -------------------------------------------------------------------------------------------
@@ -389,7 +398,7 @@ def captions_in(value: Any, where: str) -> list[str]:
             item = next((item[name] for name in ("raw", *CAPTION_COLUMNS) if isinstance(item.get(name), str)), item)
         if item is not None and not isinstance(item, str):
             raise ValueError(f"expected words in {where}, found {json.dumps(item, default=str):.60}")
-        captions.append((item or "").strip())
+        captions.append(stripped(item or ""))
     return list(filter(None, captions))
 
 
@@ -425,8 +434,13 @@ def is_image_name(field: str) -> bool:
 
 def caption_text(text: str, first_line: bool) -> str:
     """Return the caption in a text file: all of it, or its first line."""
-    text = text.replace("\r\n", "\n").strip()
+    text = stripped(re.sub("\r\n?", "\n", text))
     return text.split("\n", 1)[0].strip() if first_line else text
+
+
+def stripped(text: str) -> str:
+    """Return a text without white space around it, "" if nothing of it is visible."""
+    return text.strip() if not all(char in BLANK or unicodedata.category(char) in INVISIBLE for char in text) else ""
 
 
 def check_text(where: str, records: Sequence[Mapping[str, Any]], columns: Columns) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -150,7 +150,8 @@ class FileReader(Reader):
     unit = "bytes"
 
     def __init__(self, listing: Listing, files: Sequence[File]) -> None:
-        self.listing, self.source_split = listing, listing.split
+        self.listing = replace(listing, tables=[file.name for file in files])
+        self.source_split = listing.split
         self.files = sorted(files, key=lambda file: file.name.split("/"))
         self.names = [file.name for file in self.files]
         self.total = sum(file.size for file in self.files)

@@ -1,59 +1,43 @@
-"""Images, a file each, with captions: in files next to them, in tables or JSON, or in the names of their folders.
+"""Images, a file each, with captions: in files next to them, or in the names of their folders (`tables`: in tables).
 
 photos/cat.jpg  photos/cat.txt                  the caption is the content of cat.txt, .caption, or "caption" in .json
 photos/cat/1.jpg  photos/dog/2.jpg              a class each; --caption "a photo of a {class}"
-photos/cat.jpg  photos/metadata.jsonl           {"file_name": "cat.jpg", "text": "a cat"}, a line each, at any level
-photos/cat.jpg  photos/list.csv                 file_name,text; also .tsv, and Flickr8k's and Flickr30k's lists
-annotations/captions_train2017.json             COCO's captions, or Karpathy's splits of COCO and Flickr
-meta_cap.json                                   {"cat": {"caption": "a cat"}}, as kohya's scripts write it
 
-Each shape is a function from the files that it claims to `Row`s: an image's file, and its captions. Rows of a table
-that name the same file are captions of one image.
+Each shape is a function from the files that it claims to `Row`s: an image's file, and its captions.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, compress
-from operator import not_
+from itertools import chain
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
-from ...errors import UserError
-from ...images import SUFFIXES
 from ...log import logger
 from ..remote import File, hash_files
 from .content import (
     CAPTION_COLUMNS,
-    DOWNLOAD,
-    IMAGE_COLUMNS,
-    SURPLUS,
-    caption_columns,
     caption_text,
     captions_in,
-    check_text,
-    column,
-    csv_records,
     decode_text,
-    is_image_name,
     parse_json,
     sniff,
     weighted,
     worded,
 )
 from .contract import Columns, Fault, Item, Part, Raw, Reader
-from .listing import CAPTION_ENDINGS, Listing, choose_split, composed, folders_of, may_be_one, split_in
+from .listing import CAPTION_ENDINGS, Listing, composed, shared_folders
+from .splits import FIELD, choose_split, split_in
 
-TABLES = (".csv", ".tsv", ".txt", ".token")
-METADATA = ("metadata.jsonl", "metadata.csv")
-NAME: Any = object()  # in place of the field of a record's name
+OF_WORDS = re.compile(r"(?<![a-z])(captions?|te?xts?|labels?|annotations?|descriptions?|prompts?|tags)(?![a-z])", re.I)
+"""names of folders of captions"""
+BOXES = re.compile(r"(\s*\d+(\s+-?\d*\.?\d+){4,}\s*)+")  # classes and places of objects, as YOLO writes them
 
 
 @dataclass(frozen=True)
@@ -78,14 +62,10 @@ class Row:
         return Row(self.name, captions, changed=changed, weights=tuple(weights))
 
 
-Table = tuple[Iterable[Row], Iterable[str], str]
-"""what a table names; the images of its records of other splits; and the split that it chose by a field, if it did"""
-
-
 class ImageReader(Reader):
     """Documents are the rows, in their order. In a whole folder, images that no row names are faults.
 
-    tables: the files that rows are from. passed_over: images that are left out on purpose.
+    tables: the files that rows are from. passed_over: the splits of files that are left out on purpose.
     """
 
     def __init__(
@@ -94,10 +74,11 @@ class ImageReader(Reader):
         tables: Sequence[File],
         rows: Sequence[Row],
         columns: Columns,
-        passed_over: Iterable[str] = (),
+        passed_over: Mapping[str, str] = MappingProxyType({}),
         split: str = "",
     ) -> None:
-        self.listing, self.root, self.columns = listing, listing.root, columns
+        self.listing = replace(listing, others={**listing.others, **passed_over})
+        self.root, self.columns = listing.root, columns
         self.source_split, self.names = split or listing.split, [table.name for table in tables]
         named = {row.name for row in rows} | set(passed_over)
         unnamed = sorted(file.name for file in listing.images() if file.name not in named) if listing.whole else []
@@ -141,6 +122,8 @@ class ImageReader(Reader):
             keys = [self.columns.caption_column] if self.columns.caption_column else CAPTION_COLUMNS
             listed = next((captions_in(record[key], key) for key in keys if record.get(key)), [])
             return listed, record.get("weights") if listed else None
+        if BOXES.fullmatch(text):
+            raise ValueError(f"expected words in {name}, found numbers, as of boxes")
         return list(filter(None, [caption_text(text, self.columns.first_line)])), None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,24 +136,30 @@ class ImageReader(Reader):
 def open_images(listing: Listing, files: list[File], columns: Columns) -> ImageReader:
     """Read images and the files of their captions: x.txt, x.caption or x.jpg.txt of x.jpg, several being several."""
     names = _by_ending(listing)
-    rows, splits = list[Row](), list[Any]()
-    for image in sorted(file.name for file in files):
-        sidecars = _caption_files(image, names, columns)
-        fault = "" if sidecars else f"expected a caption in {PurePosixPath(image).stem}.txt, found no such file"
-        rows.append(Row(image, files=tuple(sidecars), fault=fault))
-        record = names.get(f"{composed(image).rpartition('.')[0]}.json", [""])[0]
-        splits.append(_split_in_file(listing.root / record, columns))
-    chosen = choose_split(listing, listing.source, splits, columns.source_split)
-    taken = [chosen is None or split_in(split) in (chosen, None) for split in splits]
-    others = [row.name for row in compress(rows, map(not_, taken))]
-    return ImageReader(listing, [], [*compress(rows, taken)], columns, others, chosen or "")
+    rows, splits, records = list[Row](), list[Any](), list[str]()
+    for image, texts in caption_files(listing, sorted(file.name for file in files), columns).items():
+        fault = "" if texts else f"expected a caption in {PurePosixPath(image).stem}.txt, found no such file"
+        rows.append(Row(image, files=texts, fault=fault))
+        records += names.get(f"{composed(image).rpartition('.')[0]}.json", [""])[:1]
+        splits.append(_split_in_file(listing.root / records[-1], columns))
+    chosen = choose_split(listing.split, listing.source, splits, columns.source_split)
+    taken, others = list[Row](), dict[str, str]()
+    for row, record, split in zip(rows, records, map(split_in, splits), strict=True):
+        if chosen is None or split in (chosen, None):
+            taken.append(row)
+            if split and record not in row.files:
+                listing.notes[record] = "read for its split alone: the captions are in other files"
+        else:
+            others |= dict.fromkeys((row.name, *row.files, record), split)
+    others.pop("", None)
+    return ImageReader(listing, [], taken, columns, others, chosen or "")
 
 
 def _split_in_file(path: Path, columns: Columns) -> Any:
-    """Return the record in an image's .json, which may have a field "split"; None: it has none, or not that field."""
+    """Return the record in an image's .json, which may name its split; None: there is none, or it does not."""
     with suppress(OSError, ValueError):  # the folder, of an image without such a file
         text = decode_text(path.read_bytes(), path.name, [], columns.encoding)
-        return parse_json(text) if "split" in text.lower() else None
+        return parse_json(text) if FIELD.search(text) else None
     return None
 
 
@@ -183,18 +172,44 @@ def _by_ending(listing: Listing) -> dict[str, list[str]]:
     return names
 
 
-def _caption_files(image: str, names: dict[str, list[str]], columns: Columns) -> list[str]:
-    image = composed(image)
-    stem = image.rpartition(".")[0]
-    sidecars = [f"{base}{ending}" for base in (stem, image) for ending in CAPTION_ENDINGS]
-    texts, records = [*chain.from_iterable(names.get(name, ()) for name in sidecars)], names.get(f"{stem}.json", [])
-    return (records or texts) if columns.caption_column else (texts or records)
+def caption_files(listing: Listing, images: Iterable[str], columns: Columns) -> dict[str, tuple[str, ...]]:
+    """Return the files next to each image that have its captions, or those in a folder that mirrors the images' one."""
+    images = [*images]
+    files = _caption_files(_by_ending(listing), {image: image for image in images}, columns)
+    return files if any(files.values()) else _caption_files(_by_ending(listing), _mirrored(listing, images), columns)
+
+
+def _mirrored(listing: Listing, images: Collection[str]) -> dict[str, str]:
+    """Return where images would be in the folder of their captions: captions/a/1.jpg for images/a/1.jpg.
+
+    That folder has to be called so: another one may have lost its own images.
+    """
+    stems = {composed(image).rpartition("/")[2].rpartition(".")[0] for image in images}
+    texts = [file for file in listing.ending(*CAPTION_ENDINGS) if PurePosixPath(composed(file.name)).stem in stems]
+    if not texts or BOXES.fullmatch(sniff(texts[0]).decode("utf-8", "replace")):
+        return {image: image for image in images}
+    theirs, ours = shared_folders([file.name for file in texts]), shared_folders(images)
+    if not any(OF_WORDS.search(folder) for folder in theirs if folder not in ours):
+        return {image: image for image in images}
+    return {image: "/".join([*theirs, *image.split("/")[len(ours) :]]) for image in images}
+
+
+def _caption_files(names: dict[str, list[str]], images: dict[str, str], columns: Columns) -> dict[str, tuple[str, ...]]:
+    """Return the files of captions of images. images: the places next to which they are looked for."""
+    files = dict[str, tuple[str, ...]]()
+    for image, place in images.items():
+        whole = composed(place)
+        stem = whole.rpartition(".")[0]
+        sidecars = (f"{base}{ending}" for base in (stem, whole) for ending in CAPTION_ENDINGS)
+        texts, records = [*chain.from_iterable(names.get(name, ()) for name in sidecars)], names.get(f"{stem}.json", [])
+        files[image] = tuple((records or texts) if columns.caption_column else (texts or records))
+    return files
 
 
 def has_captions_beside(listing: Listing, columns: Columns) -> bool:
     """Return True for a folder where half of the images or more have captions in files of their names."""
-    images, names = listing.images() if listing.whole else [], _by_ending(listing)
-    captioned = sum(bool(_caption_files(file.name, names, columns)) for file in images)
+    images = [file.name for file in listing.images()] if listing.whole else []
+    captioned = sum(map(bool, caption_files(listing, images, columns).values()))
     return bool(images) and 2 * captioned >= len(images)
 
 
@@ -204,9 +219,8 @@ def claim_classes(listing: Listing, columns: Columns) -> list[File]:
     classes = {_class_of(file.name) for file in images}
     if "" in classes or (not columns.caption and (len(classes) < 2 or all(name.isdecimal() for name in classes))):
         return []
-    names = _by_ending(listing)
-    captioned = not columns.caption and any(_caption_files(file.name, names, columns) for file in images)
-    return [] if captioned else images
+    files = () if columns.caption else caption_files(listing, (file.name for file in images), columns).values()
+    return [] if any(files) else images
 
 
 def _class_of(name: str) -> str:
@@ -221,280 +235,3 @@ def open_classes(listing: Listing, files: list[File], columns: Columns) -> Image
         words = ", ".join(sorted({row.captions[0] for row in rows})[:5])
         logger.info(f"{listing.source}: no captions, so the names of folders are taken ({words}); --caption words them")
     return ImageReader(listing, [], rows, columns)
-
-
-# --- captions in tables -----------------------------------------------------------------------------------------------
-
-
-def rows_of(listing: Listing, file: File, table: Table, changed: Sequence[str]) -> tuple[list[Row], list[str]]:
-    """Return a row for each image that a table names, with all captions it has there, and one if it has faults.
-
-    Also return the images of splits that are not taken; where the table chose none, folders tell whose they are.
-    An image is missing, too, if the only one of its name is in another folder than its row says, and has a row of its
-    own; one that several paths would mean is a fault. changed: by reading the table. Raises UserError if none of the
-    images exist.
-    """
-    named, others, split = table
-    below = str(PurePosixPath(file.name).parent)
-    passed_over = list[str]()
-    for name in others:
-        with suppress(ValueError):
-            passed_over.append(listing.find(name, below) or "")
-    rows_at: list[tuple[Row, str | None]] = []
-    for row in named:
-        try:
-            rows_at.append((row, listing.find(row.name, below)))
-        except ValueError as error:
-            rows_at.append((replace(row, fault=row.fault or str(error)), None))
-    own = {path for row, path in rows_at if path is not None and listing.is_meant(row.name, below, path)}
-    named_by: dict[str, dict[tuple[str, ...], str]] = {}
-    for place, (row, path) in enumerate(rows_at):
-        if path in own and not listing.is_meant(row.name, below, path):
-            rows_at[place] = (row, None)
-        elif path is not None:
-            named_by.setdefault(path, {}).setdefault(tuple(folders_of(row.name)), row.name)
-    images, faults, missing, taken = dict[str, Row](), dict[str, list[str]](), list[str](), 0
-    for row, path in rows_at:
-        if path is not None and path in listing.others and not split:
-            passed_over.append(path)
-            continue
-        fault = row.fault
-        if path is not None and not fault and not may_be_one(named_by[path]):
-            fault = f"expected one image for each path, found it for {' and '.join([*named_by[path].values()][:3])}"
-        taken += not fault or path is not None
-        if fault:
-            faults.setdefault(path or row.name, []).append(fault)
-            continue
-        missing += [row.name] if path is None else []
-        name = path or f"{below}/{row.name}".removeprefix("./")
-        images[name] = images[name] + row if name in images else replace(row, name=name)
-    if missing and len(missing) == taken:
-        first = f"{file.place}: expected the images it names, found none of {len(images)} (the first: {missing[0]:.80})"
-        if re.match(r"https?://", missing[0]):
-            raise UserError(f"{first}: these are URLs; {DOWNLOAD}")
-        raise UserError(f"{first}; put them next to it, or take its words alone with --reader text")
-    rows = [replace(row, changed=tuple(changed)) for row in images.values()]
-    for name, reasons in faults.items():
-        more = f" (and {len(reasons) - 1} more of its rows)" if reasons[1:] else ""
-        rows.append(Row(name, fault=reasons[0] + more))
-    return rows, passed_over
-
-
-def read_records(file: File, encoding: str, changed: list[str]) -> list[dict[str, Any]]:
-    """Return the rows of a .csv, .tsv or .jsonl file, or of a list without a head, by column.
-
-    encoding, changed: as in `decode_text`. Raises UserError where it is no such table.
-    """
-    path, number = Path(file.place), 0
-    expected = f"{path}: expected a table of file names and captions"
-    records: list[Any] = []
-    try:
-        text = decode_text(path.read_bytes(), path.name, changed, encoding)
-        if path.suffix.lower() == ".jsonl":
-            for number, line in enumerate(text.split("\n"), 1):  # noqa: B007  (named where it fails)
-                if line.strip():
-                    records.append(parse_json(line))
-        else:
-            records = csv_records(text)
-    except (ValueError, csv.Error) as error:
-        where = f"in line {number} " if number else ""
-        raise UserError(f"{expected}, {where}found something else ({error})") from None
-    if not records or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{expected}, found {'rows of another kind' if records else 'no rows'}")
-    return records
-
-
-def row_of(name: Any, texts: dict[str, Any], otherwise: str, weights: Any = None) -> Row:
-    """Return a row by the values of its fields; its fault says what is missing. otherwise: its name, if it has none."""
-    if not isinstance(name, str) or not name:
-        return Row(otherwise, fault="expected a file name, found none")
-    try:
-        captions = [words for field, value in texts.items() for words in captions_in(value, field)]
-        captions, shares = weighted(captions, weights)
-    except ValueError as error:
-        return Row(name, fault=str(error))
-    return Row(name, tuple(captions), fault="" if captions else "expected a caption, found none", weights=shares)
-
-
-def table_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
-    """Return what a .csv, .tsv or .jsonl file names. Raises UserError."""
-    records = read_records(table, columns.encoding, changed)
-    heads = [head for head in records[0] if head is not SURPLUS]
-    try:
-        image = column(table.place, filter(None, heads), "image", columns.image_column, IMAGE_COLUMNS)
-    except UserError:
-        if not columns.image_column:
-            check_text(table.place, records, columns)  # which says what to do about URLs
-        raise
-    texts = caption_columns(table.place, filter(None, heads), columns.caption_column)
-    records, others, split = _of_split(records, listing, table, columns)
-    named, below = list[Row](), str(PurePosixPath(table.name).parent)
-    for number, record in enumerate(records, 1):
-        name, fault = record.get(image), ""
-        if SURPLUS in record and (texts != heads[-1:] or not isinstance(record[texts[0]], str)):
-            fault = "expected as many fields as the first line, found more: a comma needs quotes around it"
-        elif SURPLUS in record:  # of a caption that is last, with commas and no quotes, as Flickr8k's are
-            record[texts[0]] += record[SURPLUS]
-        if isinstance(name, str) and re.search(r"#\d+$", name) and not listing.has(name, below):
-            name = name[: name.rindex("#")]  # Flickr8k's number of a caption
-        row = row_of(name, {text: record.get(text) for text in texts}, f"row {number}", record.get("weights"))
-        named.append(replace(row, fault=fault) if fault and isinstance(name, str) and name else row)
-    return named, (str(record.get(image)) for record in others), split
-
-
-def _of_split(
-    records: list[dict[str, Any]], listing: Listing, table: File, columns: Columns
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
-    """Return the records of the wanted split by their field "split", the others, and the split. Raises UserError."""
-    wanted = choose_split(listing, table.place, records, columns.source_split)
-    if wanted is None:
-        return records, [], ""
-    taken = [split_in(record) in (wanted, None) for record in records]
-    return [*compress(records, taken)], [*compress(records, map(not_, taken))], wanted
-
-
-def _open_tables(
-    read: Callable[[Listing, File, Columns, list[str]], Table], listing: Listing, files: list[File], columns: Columns
-) -> ImageReader:
-    """Read the rows of several tables; an image that two of them name has the captions of both."""
-    merged, faults, passed_over, split = dict[str, Row](), list[Row](), list[str](), ""
-    for file in files:
-        changes: list[str] = []
-        table = read(listing, file, columns, changes)
-        rows, others = rows_of(listing, file, table, changes)
-        passed_over += others
-        split = split or table[2]
-        for row in rows:
-            if row.fault:
-                faults.append(row)
-            else:
-                merged[row.name] = merged[row.name] + row if row.name in merged else row
-    return ImageReader(listing, files, [*merged.values(), *faults], columns, passed_over, split)
-
-
-def claim_metadata(listing: Listing, columns: Columns) -> list[File]:
-    """Claim one metadata file of each folder, .jsonl before .csv."""
-    chosen: dict[str, File] = {}
-    for name in METADATA:
-        for file in listing.files:
-            folder, _, last = file.name.rpartition("/")
-            if last == name:
-                chosen.setdefault(folder, file)
-    return sorted(chosen.values(), key=lambda file: file.name.split("/"))
-
-
-def claim_table(listing: Listing, columns: Columns) -> list[File]:
-    """Claim tables whose first rows name images: by their ending if one is the whole source, else by content."""
-    if not listing.whole:
-        named = listing.ending(".csv", ".tsv")
-        return named or [file for file in listing.ending(*TABLES) if _names_images(file, columns)]
-    return [file for file in listing.not_of_images(*TABLES) if _names_images(file, columns)]
-
-
-def _names_images(file: File, columns: Columns) -> bool:
-    """Return True if the first rows of a table have an image's name or URL each, in one column."""
-    text = sniff(file).decode("utf-8", "replace").replace("\r\n", "\n")
-    try:
-        records = csv_records("\n".join(text.split("\n")[:20]), strict=False)
-    except (csv.Error, ValueError):
-        return False
-    for name in (columns.image_column,) if columns.image_column else [*(records or [{}])[0]]:
-        values = list(filter(None, (str(record.get(name) or "").strip() for record in records[:10])))
-        if name and len([*records[0]]) > 1 and 2 * sum(map(is_image_name, values)) > len(values):
-            return True
-    return False
-
-
-# --- captions in JSON -------------------------------------------------------------------------------------------------
-
-
-def claim_coco(listing: Listing, columns: Columns) -> list[File]:
-    """Claim JSON files with COCO's fields and captions; those of boxes and keypoints have none."""
-    marks = ((b'"caption"', b'"image_id"'), (b'"sentences"', b'"raw"'))
-    return [file for file, data in _json_files(listing) if any(all(mark in data for mark in both) for both in marks)]
-
-
-def _json_files(listing: Listing) -> Iterator[tuple[File, bytes]]:
-    """Yield the files of JSON records by name, and both of their ends, but not those that belong to an image."""
-    for file in listing.not_of_images(".json"):
-        if (data := sniff(file).lstrip()).startswith(b"{"):
-            yield file, data
-
-
-def coco_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
-    """Return what COCO's captions name, or Karpathy's of the wanted split. Raises UserError."""
-    try:
-        record = parse_json(decode_text(Path(table.place).read_bytes(), table.name, changed, columns.encoding))
-        images, others, split = _of_split(record["images"], listing, table, columns)
-        if "annotations" in record:
-            named = _annotated(images, others, record["annotations"])
-        else:
-            texts = enumerate([{"sentences": image["sentences"]} for image in images])
-            named = [row_of(_karpathy_name(images[place]), text, f"image {place + 1}") for place, text in texts]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{table.place}: expected COCO's or Karpathy's captions, found others ({reason})") from None
-    return named, filter(None, map(_karpathy_name, others)), split
-
-
-def _annotated(images: list[Any], others: list[Any], annotations: list[Any]) -> list[Row]:
-    """Return the captions of COCO's images by their ids.
-
-    Faults: no file name, words that are none, ids of no image or several.
-    """
-    names: dict[Any, dict[str, None]] = {image["id"]: {} for image in [*images, *others]}
-    named: list[Row] = []
-    for image in images:
-        if isinstance(image["file_name"], str) and image["file_name"]:
-            names[image["id"]][image["file_name"]] = None
-        else:
-            named.append(Row(f"image_id {image['id']}", fault="expected a file name, found none"))
-    captions, faulty = dict[Any, list[str]](), set[Any]()
-    for annotation in annotations:
-        number = annotation["image_id"]
-        if number not in names:
-            named.append(Row(f"image_id {number}", fault="expected an image of this id, found none"))
-        try:
-            captions.setdefault(number, []).extend(captions_in(annotation["caption"], "caption"))
-        except ValueError as error:
-            named += [Row(name, fault=str(error)) for name in names.get(number, ())]
-            faulty.add(number)
-    for number, several in names.items():
-        fault = f"expected one image of the id {number}, found {' and '.join(several)}" if len(several) > 1 else ""
-        if captions.get(number) or number not in faulty:
-            named += [Row(name, tuple(captions.get(number, ())), fault=fault) for name in several]
-    return named
-
-
-def _karpathy_name(image: dict[str, Any]) -> str:
-    """Return the path of Karpathy's image; "" where it has no file name."""
-    name = image.get("filename") or image.get("file_name")
-    return "/".join(filter(None, [image.get("filepath"), name])) if isinstance(name, str) else ""
-
-
-def claim_captions(listing: Listing, columns: Columns) -> list[File]:
-    """Claim JSON files that map names of images to captions, or to records with "caption" or "tags"."""
-    ending = "|".join(re.escape(suffix) for suffix in SUFFIXES).encode()
-    named = re.compile(rb'^\{\s*"[^"]+"\s*:\s*\{[^{}]*"(caption|tags)"\s*:|^\{\s*"[^"]+(' + ending + rb')"\s*:', re.I)
-    return [file for file, data in _json_files(listing) if named.search(data)]
-
-
-def captions_names(listing: Listing, table: File, columns: Columns, changed: list[str]) -> Table:
-    """Return what a file that maps names to captions names, as kohya's meta_cap.json. Raises UserError."""
-    try:
-        record = parse_json(decode_text(Path(table.place).read_bytes(), table.name, changed, columns.encoding))
-        entries = {name: value if isinstance(value, dict) else {"caption": value} for name, value in record.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{table.place}: expected captions by the names of images, found others ({error})") from None
-    records = [{**value, NAME: name} for name, value in entries.items()]
-    records, others, split = _of_split(records, listing, table, columns)
-    named = []
-    for value in records:
-        words = value.get("caption") or value.get("tags")
-        named.append(row_of(value[NAME], {"caption": words}, "", value.get("weights")))
-    return named, [value[NAME] for value in others], split
-
-
-open_metadata = open_table = partial(_open_tables, table_names)
-open_coco = partial(_open_tables, coco_names)
-open_captions = partial(_open_tables, captions_names)

@@ -1,4 +1,4 @@
-"""The files of a source: each is read, or left out with a reason; and the splits that their names or records tell."""
+"""The files of a source: each is read, or left out with a reason."""
 
 from __future__ import annotations
 
@@ -9,27 +9,22 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from operator import eq
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import MappingProxyType
 
 from ...errors import UserError
 from ...images import SUFFIXES, walk_folder
 from ...log import logger
 from ..remote import File
+from .splits import CONTAINERS, default_split, split_named, split_of
 
 CAPTION_ENDINGS = (".txt", ".caption")
 NOT_READ = (".svg", ".svgz", ".eps", ".psd", ".xcf", ".tga", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw", ".raw")
 """image formats that are left out by name"""
-SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test", "testing": "test", "eval": "test"}
-SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-CONTAINERS = (".tar", ".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".tsv")
-"""files whose names may hold the name of a split among others, as in captions_train2017.json"""
-SAYS_NOTHING = {"image", "images", "img", "imgs", "photos", "pictures", "set", "dataset", "data", "split", "subset"}
-"""words of a folder's name that may stand next to its split"""
-LAST_WORD = re.compile(r"(?:^|[\W_])([a-z]+)(?:[\W_]*\d+(?:[\W_]*of[\W_]*\d+)?)?$")
-"""the word of a file's name that may be its split: the last, before numbers (wiki.train, test-00000-of-00002)"""
 UNNAMED = "image that no document names"
+NO_LIST = "in no list of the names of a split"
 TABLES_OF_IMAGES = (".json", ".csv", ".tsv", "metadata.jsonl")
 """files of records that name images by a path, whatever the split of its folder"""
 NEAREST = {
@@ -50,7 +45,9 @@ class Listing:
 
     aside: the reason for each file that no reader is shown. whole: it is a folder, every file of which is accounted
     for; otherwise it is one file, or files at a URL. split: the one that `files` are of, if it was chosen. others: the
-    split of each file of another one. ambiguous: images that names in several folders would mean.
+    split of each file of another one; "" is none. ambiguous: images that names in several folders would mean. tables:
+    files whose records name images. moved: a folder in names of images, and the one that it is now. notes: why files
+    are not read, which readers add.
     """
 
     source: str
@@ -61,6 +58,9 @@ class Listing:
     split: str = ""
     others: Mapping[str, str] = field(default_factory=dict)
     ambiguous: Collection[str] = ()
+    tables: Collection[str] = ()
+    moved: tuple[str, str] = ("", "")
+    notes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_folder(cls, folder: Path) -> Listing:
@@ -70,26 +70,32 @@ class Listing:
         aside = {path.relative_to(folder).as_posix(): reason for path, reason in left_out.items()}
         return cls(str(folder), folder, files, aside, whole=True)
 
-    def of_split(self, wanted: str) -> Listing:
+    def splits(self) -> dict[str, str | None]:
+        """Return the split of each file, by its name and its folders."""
+        images = {name for file in self.images() for name in (file.name, file.name.rpartition(".")[0])}
+        return {file.name: split_of(file.name, images) for file in self.files}
+
+    def of_split(self, wanted: str, listed: Mapping[str, str] = MappingProxyType({})) -> Listing:
         """Return the listing of one split alone, if names show several; the files of others are left out, and counted.
 
         Folders are named as a split (train/, val2017/), tables and archives have it in their names (test-00000.tar).
-        Files of no split are kept. Raises UserError for a split that does not exist, or if none is called train.
+        Files of no split are kept. listed: the splits of files by lists of names; "" is in no list, and left out.
+        Raises UserError for a split that does not exist, or if none is called train.
         """
-        images = {name for file in self.images() for name in (file.name, file.name.rpartition(".")[0])}
-        splits = {file.name: split_of(file.name, images) for file in self.files}
+        splits = self.splits() | listed
         known = sorted({split for split in splits.values() if split})
-        if wanted == "all" or (not wanted and len(known) < 2):
+        if wanted == "all" or (not wanted and len(known) < 2 and "" not in listed.values()):
             return self
-        chosen = split_named(wanted) or "train"
+        chosen = split_named(wanted) or default_split(known)
         if chosen not in known:
             fields = TABLES_OF_IMAGES if known[1:] else CONTAINERS
             if wanted and self.ending(*fields):  # which may have a field "split"
                 return self
             expected = f'a split "{wanted}"' if wanted else "a split to take (--source-split NAME, or all)"
             raise UserError(f"{self.source}: expected {expected}, found {', '.join(known) or 'no splits'}")
-        others = {name: split for name, split in splits.items() if split and split != chosen}
-        counts = ", ".join(f"{count} of {split}" for split, count in sorted(Counter(others.values()).items()))
+        others = {name: split for name, split in splits.items() if split is not None and split != chosen}
+        totals = sorted(Counter(others.values()).items())
+        counts = ", ".join(f"{count} of {split}" if split else f"{count} in no list" for split, count in totals)
         if counts:
             logger.info(
                 f"{self.source}: taking the split {chosen}, not {counts} (--source-split takes another, or all)"
@@ -114,15 +120,15 @@ class Listing:
 
         It is looked for below that folder, below the root, on the disk, and last anywhere by its own name, with or
         without its ending; files of other splits (`others`) come after. Where images are in several folders, a file in
-        another folder than the table means is not it. Raises ValueError for a name that several files have, and for
-        one of several names, in different folders, that would mean one file.
+        another folder than the table means is not it, nor is one of a folder that has another table. Raises ValueError
+        for a name that several files have, and for one of several names, in different folders, that would mean one.
         """
-        name = name.replace("\\", "/")
+        name = self._where(name)
         if exact := self._at(name, below):
             return exact
         name = composed(name)
         last = name.rpartition("/")[2]
-        named = self._by_last.get(last, [])
+        named = [path for path in self._by_last.get(last, ()) if not self._has_own_table(path, below)]
         if len(named) > 1:
             further = [other for other in named if composed(f"/{other}").endswith(f"/{name}")]
             if len(further) != 1:
@@ -146,7 +152,8 @@ class Listing:
 
         Folders may have moved as a whole: those of one path are to end with those of the other.
         """
-        if self._at(name.replace("\\", "/"), below) == path:
+        name = self._where(name)
+        if self._at(name, below) == path:
             return True
         meant, here = folders_of(name), folders_of(path)
         if not meant:  # next to the table, unless no images are there
@@ -158,15 +165,89 @@ class Listing:
     def _at(self, name: str, below: str) -> str | None:
         """Return the file at the path `name`, from the folder `below` or the root; None: there is none.
 
-        A name without a folder, in a table next to images, is one of these and no image of the root.
+        A name without a folder, in a table next to images, is one of these and no image of the root. Raises ValueError
+        for a name without an ending that several images have.
         """
-        beside = "/" not in name and below in self._folders
-        for path in (os.path.normpath(os.path.join(below, name)), *([] if beside else [os.path.normpath(name)])):
+        paths = [os.path.normpath(os.path.join(below, name))]
+        at_root = os.path.normpath(name)
+        if not ("/" not in name and below in self._folders) and not self._has_own_table(at_root, below, ("", ".")):
+            paths.append(at_root)
+        for path in paths:
             if listed := self._names.get(path, self._names.get(composed(path))):
                 return listed
+            if stems := self._stems.get(composed(path)):
+                if stems[1:]:
+                    raise ValueError(f"expected one file of this name, found {', '.join(stems[:3])}")
+                return stems[0]
             if path and os.path.isfile(self.root / path):
                 return os.path.relpath(self.root / path, self.root) if os.path.isabs(path) else path
         return None
+
+    def of_moved(self, names: Iterable[str], below: str) -> Listing:
+        """Return a listing that knows where the folder of these absolute paths is now, if none is where it says.
+
+        All that may differ is the beginning: the folders in which images are stay as they are.
+        """
+        paths = [name.replace("\\", "/") for name in names if re.match(r"[\\/]|[A-Za-z]:", name)]
+        if not paths or any(self.has_at(path, below) for path in paths):
+            return self
+        parents = {parent for folder in self._folders for parent in (folder, *map(str, PurePosixPath(folder).parents))}
+        shared = shared_folders(paths)
+        for length in range(1, len(shared) + 1):
+            rests = ["/".join(path.split("/")[length:]) for path in paths]
+
+            counts = Counter[str]()
+            for folder in parents:
+                here = (os.path.normpath(f"{folder}/{rest}") for rest in rests if "/" in rest or folder == ".")
+                counts[folder] = sum(path in self._names and not self._has_own_table(path, below) for path in here)
+            (new, most), *more = counts.most_common(2)
+            if 2 * most > len(paths):
+                unsure = any(count == most for _, count in more)
+                return self if unsure else replace(self, moved=("/".join(shared[:length]), new))
+        return self
+
+    def has_at(self, name: str, below: str) -> bool:
+        """Return True if `name` is the path of a file, from the folder `below` or the root."""
+        try:
+            return self._at(name, below) is not None
+        except ValueError:
+            return True
+
+    def _where(self, name: str) -> str:
+        """Return a name in a table with its folder as it is now."""
+        name, (old, new) = name.replace("\\", "/"), self.moved
+        return os.path.normpath(f"{new}/{name[len(old) + 1 :]}") if new and name.startswith(f"{old}/") else name
+
+    def _has_own_table(self, path: str, below: str, of: Collection[str] = ()) -> bool:
+        """Return True if an image belongs to another table than those of the folder `below`, which is not above it.
+
+        It belongs to the nearest table above. Tables below a folder may tell of its images, too, unless theirs has the
+        same name: then each tells of its own folder. of: the folders whose images alone are looked at.
+        """
+        above = map(str, PurePosixPath(path).parents)
+        folder = next((folder for folder in above if folder in self._table_names), "")
+        stems, at_table = self._table_names.get(folder), "." if below in ("", ".") else below
+        if stems is None or (of and folder not in of) or at_table == "." or f"{path}/".startswith(f"{at_table}/"):
+            return False
+        within = folder == "." or f"{at_table}/".startswith(f"{folder}/")
+        return not within or not stems.isdisjoint(self._table_names.get(at_table, ()))
+
+    @cached_property
+    def _table_names(self) -> dict[str, set[str]]:
+        """The names of tables, without endings, by folder."""
+        named: dict[str, set[str]] = {}
+        for table in map(PurePosixPath, self.tables):
+            named.setdefault(str(table.parent), set()).add(table.name.partition(".")[0].lower())
+        return named
+
+    @cached_property
+    def _stems(self) -> dict[str, list[str]]:
+        """Images by their names without endings."""
+        named: dict[str, list[str]] = {}
+        others = (name for name in self.others if name.lower().endswith(SUFFIXES))
+        for name in dict.fromkeys((*(file.name for file in self.images()), *others)):
+            named.setdefault(composed(name).rpartition(".")[0], []).append(name)
+        return named
 
     @cached_property
     def _names(self) -> dict[str, str]:
@@ -192,17 +273,24 @@ class Listing:
             named = of_these | named
         return named
 
+    def with_others(self) -> Listing:
+        """Return the listing of all splits."""
+        files = (File(name, str(self.root / name), 0) for name in self.others)
+        return replace(
+            self, files=tuple({file.name: file for file in (*files, *self.files)}.values()), others={}, split=""
+        )
+
     @property
     def n_files(self) -> int:
         """The number of files, with those that no reader is shown."""
-        return len(self.files) + len(self.aside) + len(self.others)
+        return len({*(file.name for file in self.files), *self.aside, *self.others})
 
     def left_out(self, used: Collection[str]) -> dict[str, str]:
         """Return why each file is left out of whose content (`used`, names) no document is made, sorted by name."""
-        unused = {file.name: _why_unused(file) for file in self.files if file.name not in used}
-        others = {name: f"of the split {split}" for name, split in self.others.items()}
-        aside = {name: reason for name, reason in {**self.aside, **others}.items() if name not in used}
-        return dict(sorted({**aside, **unused}.items()))
+        unused = {file.name: self._why_unused(file) for file in self.files if file.name not in used}
+        others = {name: f"of the split {split}" if split else NO_LIST for name, split in self.others.items()}
+        reasons = {**unused, **self.aside, **others}
+        return {name: reasons[name] for name in sorted(reasons) if name not in used}
 
     def what_is_there(self) -> str:
         """Return the number of files by ending, and what to do with the most frequent kind."""
@@ -214,33 +302,20 @@ class Listing:
         there = ", ".join(filter(None, [listed, *aside]))
         return (f": {there}" if there else "") + (f"; nearest: {hint}" if hint else "")
 
-
-def _why_unused(file: File) -> str:
-    ending = PurePosixPath(file.name).suffix.lower()
-    if not os.path.exists(file.place):
-        return "broken link"
-    if ending in SUFFIXES:
-        return UNNAMED
-    if ending in NOT_READ:
-        return f"image format that is not read ({ending}): write it as PNG"
-    if ending in CAPTION_ENDINGS:
-        return "text of no image"
-    return f"not read by this reader ({ending or 'no ending'})"
-
-
-def split_of(name: str, images: Collection[str] = ()) -> str | None:
-    """Return "train", "validation" or "test" if a folder says so, the outermost first, or a file name; or else None.
-
-    images: names of images, with and without endings; an image's own name, and that of its caption, say nothing.
-    """
-    of_image = name.rpartition(".")[0] in images
-    *folders, last = name.lower().split("/")
-    stem, words = last.removesuffix(".gz").rpartition(".")[0], list[str]()
-    if last.endswith(CONTAINERS) and not (of_image and last.endswith(".json")):
-        words = re.findall(r"[a-z]+", stem)
-    elif not of_image:
-        words = [last.partition(".")[0], *LAST_WORD.findall(stem)]
-    return next((SPLITS[word] for word in (*map(folder_split, folders), *reversed(words)) if word in SPLITS), None)
+    def _why_unused(self, file: File) -> str:
+        ending = PurePosixPath(file.name).suffix.lower()
+        if file.name in self.notes:
+            return self.notes[file.name]
+        if not os.path.exists(file.place):
+            return "broken link"
+        if ending in SUFFIXES:
+            return UNNAMED
+        if ending in NOT_READ:
+            return f"image format that is not read ({ending}): write it as PNG"
+        if ending in CAPTION_ENDINGS:
+            of_image = composed(file.name).rpartition(".")[0] in self._stems
+            return "text next to an image, whose captions are read elsewhere" if of_image else "text of no image"
+        return f"not read by this reader ({ending or 'no ending'})"
 
 
 def composed(name: str) -> str:
@@ -254,51 +329,13 @@ def folders_of(name: str) -> list[str]:
     return [part for part in parts if part not in ("", ".", "..")]
 
 
+def shared_folders(paths: Collection[str]) -> list[str]:
+    """Return the folders that all paths begin with."""
+    first, last = (path.split("/")[:-1] for path in (min(paths), max(paths)))
+    return first[: sum(takewhile(bool, map(eq, first, last)))]
+
+
 def may_be_one(folders: Collection[tuple[str, ...]]) -> bool:
     """Return True if paths in these folders may be those of one file: each is the end of the longest."""
     longest = max(folders, key=len)
     return all(longest[len(longest) - len(folder) :] == folder for folder in folders)
-
-
-def folder_split(folder: str) -> str:
-    """Return the split that a folder is named for, alone or with words that say nothing (train_images, split=test)."""
-    if (named := split_named(folder)) in SPLITS.values():
-        return named
-    words = [word for word in re.findall(r"[a-z]+", folder.lower()) if word not in SAYS_NOTHING]
-    return split_named(words[0]) if len(words) == 1 else folder
-
-
-def split_named(word: str) -> str:
-    """Return the split that a word means, whatever its case, and the year or number after it (val2014)."""
-    word = word.strip().lower()
-    return SPLITS.get(re.sub(r"[\W_]*\d+$", "", word), word)
-
-
-def split_in(record: Any) -> str | None:
-    """Return the split that a record's field "split" (in any case) names, None for a record without one."""
-    fields = record.items() if isinstance(record, dict) else ()
-    value = next((value for name, value in fields if str(name).strip().lower() == "split"), None)
-    return split_named(value) or None if isinstance(value, str) else None
-
-
-def choose_split(listing: Listing, place: str, records: Iterable[Any], chosen: str) -> str | None:
-    """Return which split of the records by their field "split" is taken; None: there are none, or all are wanted.
-
-    Records without a split are of every one. chosen: the split that is wanted, if names of files have not told; "" is
-    train. The field counts as one of splits if a value of it is a usual name of one.
-
-    Raises UserError for a split that does not exist.
-    """
-    counts = Counter(split for record in records if (split := split_in(record)) is not None)
-    known = not counts.keys().isdisjoint(SPLITS.values())
-    chosen = listing.split or chosen
-    if chosen == "all" or (not chosen and (len(counts) < 2 or not known)) or (listing.split and not known):
-        return None
-    wanted = split_named(chosen) or "train"
-    if wanted not in counts:
-        there = ", ".join(sorted(counts)) or "no splits"
-        raise UserError(f'{place}: expected a split "{wanted}" (--source-split NAME, or all), found {there}')
-    others = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()) if name != wanted)
-    if others:
-        logger.info(f"{place}: taking the split {wanted}, not {others} (--source-split takes another, or all)")
-    return wanted

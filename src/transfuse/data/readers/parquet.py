@@ -16,8 +16,9 @@ from ...errors import UserError, install_command
 from ..remote import File, hash_files
 from .content import IMAGE_COLUMNS, SAMPLED, caption_columns, captions_in, check_text, column, weighted, worded
 from .contract import LOST_REST, Columns, Fault, FileReader, Item, Part, Raw
-from .listing import Listing, choose_split, split_in
+from .listing import Listing
 from .records import DIALOGUES, LISTS, ROWS, Image, NamedImages, document, image_loader, names_in
+from .splits import FIELDS, choose_split, split_in
 
 SPLIT_ROWS = 1 << 16  # of the column "split", read at a time
 
@@ -39,7 +40,7 @@ class ParquetReader(FileReader):
         schema, where = self.schema(opened[0]), self.files[0].place
         names = list(schema.names)
         self.classes = _class_names(schema)
-        self.field = next((name for name in names if name.strip().lower() == "split"), "")
+        self.field = next((name for field in FIELDS for name in names if name.strip().lower() == field), "")
         self.image, self.captions = "", list[str]()
         self.wanted = [name for name in ("images", *LISTS, "image_info", *IMAGE_COLUMNS) if name in names]
         self.several = bool({*LISTS, "image_info"} & set(self.wanted))
@@ -66,21 +67,23 @@ class ParquetReader(FileReader):
         self.total = sum(size for groups in self.groups for _, size in groups)
         self.by_field = False
         if self.field and all(self.field in self.schema(table).names for table in opened):
-            chosen = choose_split(listing, where, self._splits(), columns.source_split)
+            chosen = choose_split(listing.split, where, self._splits(), columns.source_split)
             self.by_field, self.source_split = chosen is not None, chosen or listing.split
             self.wanted += [self.field] if self.by_field else []
 
     def _splits(self) -> Iterator[dict[str, Any]]:
-        """Yield every row's field "split", but none of damaged groups: those are faults, once they are read."""
+        """Yield every row's split by its field, but none of damaged groups: those are faults, once they are read."""
         for file, groups in zip(self.files, self.groups, strict=True):
             for group in range(len(groups)):
                 with suppress(Exception):
                     for rows in self.batches(self.open(file), group, [self.field], SPLIT_ROWS):
                         yield from ({"split": self._named(self.field, row[self.field])} for row in rows)
 
+    def _split(self, row: dict[str, Any]) -> str | None:
+        return split_in({"split": self._named(self.field, row[self.field])}) if self.by_field else None
+
     def _is_taken(self, row: dict[str, Any]) -> bool:
-        split = split_in({"split": self._named(self.field, row[self.field])}) if self.by_field else None
-        return split in (self.source_split, None)
+        return self._split(row) in (self.source_split, None)
 
     def _named(self, column: str, value: Any) -> Any:
         """Return the name of a class where the schema has one, and any other value as it is."""
@@ -109,17 +112,22 @@ class ParquetReader(FileReader):
         for file, groups in zip(self.files, self.groups, strict=True):
             if file.cache is not None:
                 continue
+            below = str(PurePosixPath(file.name).parent)
             for group in [None, *range(len(groups))]:
                 names: list[str] = []
                 with suppress(Exception):  # a damaged group is a fault, once it is read
                     for rows in self.batches(self.open(file), group, self.wanted, SAMPLED):
-                        taken = (row for row in rows if self._is_taken(row))
-                        names += [name for row in taken for name in names_in(row, partial(self._document, ""))]
+                        for row in rows:
+                            shown = names_in(row, partial(self._document, ""))
+                            if self._is_taken(row):
+                                names += shown
+                            else:
+                                named.pass_over(shown, below, self._split(row) or "")
                         if group is None:  # of the first rows, which are read again
                             break
                 if not names and group is None:
                     break
-                named.add(names, str(PurePosixPath(file.name).parent))
+                named.add(names, below)
         self.listing = named.checked()
         return hashes | hash_files(named.files())
 

@@ -45,10 +45,11 @@ from .content import (
     weighted,
 )
 from .contract import Columns, Fault, FileReader, Item, Part, Raw
-from .listing import Listing, choose_split, folders_of, may_be_one, split_in
+from .listing import Listing, folders_of, may_be_one
+from .splits import FIELD, choose_split, split_in
 
 DATA = "data:"  # begins an image that is in the record itself
-SPLIT = re.compile(rb'"\s*split\s*"\s*:', re.IGNORECASE)  # the field, in a line
+SPLIT = re.compile(FIELD.pattern.encode(), re.IGNORECASE)  # the field, in a line
 ROWS = 64  # of a table, read at a time
 DIALOGUES = ("messages", "conversations")
 LISTS = ("parts", "texts", "text_list", *DIALOGUES)  # fields of documents of several parts
@@ -170,7 +171,7 @@ class JsonReader(FileReader):
         if not first:
             raise UserError(f"{place}: expected a JSON document a line, found an empty file")
         if columns.source_split != "all":
-            chosen = choose_split(listing, place, self._every_record(SPLIT), columns.source_split)
+            chosen = choose_split(listing.split, place, self._every_record(SPLIT), columns.source_split)
             self.by_field, self.source_split = chosen is not None, chosen or listing.split
         text = columns.reader == "text"
         records = [record for record in first if isinstance(record, dict)]
@@ -210,10 +211,24 @@ class JsonReader(FileReader):
             if file.cache is not None:
                 continue
             below = str(PurePosixPath(file.name).parent)
-            taken = (record for _, record, _ in self._records(part) if self._is_taken(record, below))
-            named.add(self._image_names(taken), below)
+            for _, record, _ in self._records(part):
+                if self._is_taken(record, below):
+                    named.add(self._image_names([record]), below)
+                elif self.by_field:
+                    named.pass_over(self._image_names([record]), below, split_in(record) or "")
+        self._pass_over_others(named)
         self.listing = named.checked()
         return hashes | hash_files(named.files())
+
+    def _pass_over_others(self, named: NamedImages) -> None:
+        """Add the images that files of other splits name."""
+        others, whole = named.listing.others, named.listing.with_others()
+        for file in claim_json(whole, self.columns) if others else ():
+            if file.name in others:
+                with suppress(UserError):
+                    reader = JsonReader(whole, [file], replace(self.columns, source_split="all"))
+                    names = self._image_names(reader._every_record())
+                    named.pass_over(names, str(PurePosixPath(file.name).parent), others[file.name])
 
     def parts(self) -> Iterable[Part]:
         for file in self.files:
@@ -234,7 +249,7 @@ class JsonReader(FileReader):
             for number, item in enumerate(items[before : before + ROWS], before + 1):
                 yield number, item, changed
             return
-        for number, line in enumerate(data.split(b"\n"), before + 1):
+        for number, line in enumerate(data.split(b"\n" if b"\n" in data else b"\r"), before + 1):
             if line.strip():
                 changed = [f"read as {encoding}"] if encoding else []
                 try:
@@ -293,6 +308,7 @@ class NamedImages:
 
     def __init__(self, listing: Listing) -> None:
         self.listing, self._folders = listing, dict[str, set[tuple[str, ...]]]()
+        self._others = dict[str, str]()
 
     def add(self, names: Iterable[str], below: str) -> None:
         """Add the names in records of the folder `below`."""
@@ -301,13 +317,21 @@ class NamedImages:
                 path = self.listing.find(name, below)
                 self._folders.setdefault(path or str(PurePosixPath(below, name)), set()).add(tuple(folders_of(name)))
 
+    def pass_over(self, names: Iterable[str], below: str, split: str) -> None:
+        """Add the names in records of a split that is not taken."""
+        for name in names:
+            with suppress(ValueError):
+                if path := self.listing.find(name, below):
+                    self._others.setdefault(path, split)
+
     def files(self) -> list[File]:
         return [File(path, str(self.listing.root / path), 0) for path in self._folders]
 
     def checked(self) -> Listing:
-        """Return the listing, which then knows the images whose names are in folders that cannot be one."""
+        """Return the listing, which then knows the images of other splits, and names in folders that cannot be one."""
         ambiguous = (path for path, folders in self._folders.items() if not may_be_one(folders))
-        return replace(self.listing, ambiguous=frozenset(ambiguous))
+        others = {path: split for path, split in self._others.items() if path not in self._folders}
+        return replace(self.listing, ambiguous=frozenset(ambiguous), others={**self.listing.others, **others})
 
 
 def image_loader(file: File, listing: Listing | None) -> Image:

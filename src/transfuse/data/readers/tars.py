@@ -23,7 +23,8 @@ from ...images import SUFFIXES
 from ..remote import File
 from .content import CAPTION_COLUMNS, caption_text, captions_in, decode_text, interleaved, parse_json, weighted
 from .contract import LOST_REST, PER_PART, Columns, Fault, FileReader, Item, LeftOut, Part, Raw
-from .listing import CAPTION_ENDINGS, Listing, choose_split, split_in, split_of
+from .listing import CAPTION_ENDINGS, Listing
+from .splits import FIELD, choose_split, split_in, split_of
 
 BLOCK = tarfile.BLOCKSIZE  # of a header, and of what contents are filled up to
 MOST_NAMES = 5  # of a document's members, in a message
@@ -54,7 +55,7 @@ class TarReader(FileReader):
         self.columns, self.by_split = columns, False
         if columns.source_split != "all":
             records = ({"split": split} for split in self._splits())
-            chosen = choose_split(listing, self.files[0].place, records, columns.source_split)
+            chosen = choose_split(listing.split, self.files[0].place, records, columns.source_split)
             self.by_split, self.source_split = chosen is not None, chosen or listing.split
 
     def _splits(self) -> Iterator[str | None]:
@@ -64,14 +65,14 @@ class TarReader(FileReader):
                 yield from (self._split(file, item) for item in items)
 
     def _split(self, file: BinaryIO, item: Found) -> str | None:
-        """Return the split of a document by the field "split" of its .json, or by the folders of its name."""
+        """Return the split of a document by a field of its .json, or by the folders of its name."""
         for suffix, place, size in item.files if isinstance(item, Members) else ():
             if suffix == "json" and place is not None:
                 file.seek(place)
                 data = file.read(size)
                 with suppress(ValueError):
                     text = decode_text(data, suffix, [], self.columns.encoding)
-                    if "split" in text.lower() and (split := split_in(parse_json(text))):
+                    if FIELD.search(text) and (split := split_in(parse_json(text))):
                         return split
         return split_of(f"{item.key.rpartition('/')[0]}/")
 
