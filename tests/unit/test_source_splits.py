@@ -1,4 +1,4 @@
-"""Whose an image is: its table's, and its split's, by lists of names and by fields; and what is told of the rest."""
+"""The table and the split that an image belongs to, by lists of names and by fields, and the reasons for the rest."""
 
 from __future__ import annotations
 

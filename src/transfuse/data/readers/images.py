@@ -35,7 +35,9 @@ from .contract import Columns, Fault, Item, Part, Raw, Reader
 from .listing import CAPTION_ENDINGS, Listing, composed, shared_folders
 from .splits import FIELD, choose_split, split_in
 
-OF_WORDS = re.compile(r"(?<![a-z])(captions?|te?xts?|labels?|annotations?|descriptions?|prompts?|tags)(?![a-z])", re.I)
+TEXT_FOLDER = re.compile(
+    r"(?<![a-z])(captions?|te?xts?|labels?|annotations?|descriptions?|prompts?|tags)(?![a-z])", re.I
+)
 """names of folders of captions"""
 BOXES = re.compile(r"(\s*\d+(\s+-?\d*\.?\d+){4,}\s*)+")  # classes and places of objects, as YOLO writes them
 
@@ -188,10 +190,10 @@ def _mirrored(listing: Listing, images: Collection[str]) -> dict[str, str]:
     texts = [file for file in listing.ending(*CAPTION_ENDINGS) if PurePosixPath(composed(file.name)).stem in stems]
     if not texts or BOXES.fullmatch(sniff(texts[0]).decode("utf-8", "replace")):
         return {image: image for image in images}
-    theirs, ours = shared_folders([file.name for file in texts]), shared_folders(images)
-    if not any(OF_WORDS.search(folder) for folder in theirs if folder not in ours):
+    of_texts, of_images = shared_folders([file.name for file in texts]), shared_folders(images)
+    if not any(TEXT_FOLDER.search(folder) for folder in of_texts if folder not in of_images):
         return {image: image for image in images}
-    return {image: "/".join([*theirs, *image.split("/")[len(ours) :]]) for image in images}
+    return {image: "/".join([*of_texts, *image.split("/")[len(of_images) :]]) for image in images}
 
 
 def _caption_files(names: dict[str, list[str]], images: dict[str, str], columns: Columns) -> dict[str, tuple[str, ...]]:

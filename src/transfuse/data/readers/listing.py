@@ -222,7 +222,7 @@ class Listing:
         """Return True if an image belongs to another table than those of the folder `below`, which is not above it.
 
         It belongs to the nearest table above. Tables below a folder may tell of its images, too, unless theirs has the
-        same name: then each tells of its own folder. of: the folders whose images alone are looked at.
+        same name: then each tells of the folder that it is in. of: the folders whose images alone are looked at.
         """
         above = map(str, PurePosixPath(path).parents)
         folder = next((folder for folder in above if folder in self._table_names), "")

@@ -61,7 +61,7 @@ def rows_of(
 
     Also return the splits of images that are not taken (where the table chose none, folders tell whose they are), and
     the names of images that are missing if all are. An image is missing, too, if the only one of its name is in another
-    folder than its row says, and has a row of its own; one that several paths would mean is a fault. changed: by
+    folder than its row says, and another row names it so; one that several paths would mean is a fault. changed: by
     reading the table.
     """
     named, others, split = [*table[0]], table[1], table[2]
