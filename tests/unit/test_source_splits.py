@@ -113,6 +113,16 @@ def test_lines_that_end_in_carriage_returns(tmp_path: Path, kind: str) -> None:
     assert pairs(open_folder(tmp_path, files)) == {name.encode(): (f"of {name}",) for name in "abc"}
 
 
+def test_text_whose_lines_end_in_carriage_returns(tmp_path: Path) -> None:
+    documents, faults = read(open_folder(tmp_path, {"prose.txt": "one\rtwo\r\rthree\r"}, split="line"))
+    assert not faults
+    assert [(raw.key, raw.parts) for raw in documents] == [
+        ("prose.txt:1", ("one",)),
+        ("prose.txt:2", ("two",)),
+        ("prose.txt:4", ("three",)),
+    ]
+
+
 @pytest.mark.parametrize("blank", ["\u200b", "\u2060\u200e", "\ufe0f\u00ad", "\u3000\u2800"])
 @pytest.mark.parametrize("kind", ["list.csv", "records.jsonl", "next to it"])
 def test_captions_of_which_nothing_is_seen_are_none(tmp_path: Path, blank: str, kind: str) -> None:

@@ -192,7 +192,7 @@ class TextReader(FileReader):
         if data is None:
             yield self._whole(source)
             return
-        data = data.replace(b"\r\n", b"\n")
+        data = data.replace(b"\r\n", b"\n") if b"\n" in data else data.replace(b"\r", b"\n")
         # with their separators, to count lines
         for piece in re.split(rb"(\n)" if self.split == "line" else rb"(\n{2,})", data):
             begin = lines + 1 + piece[: len(piece) - len(piece.lstrip())].count(b"\n")
@@ -214,7 +214,7 @@ class TextReader(FileReader):
             return Fault(f"{source.name}:1", f"expected a readable file, found an unreadable one ({error})")
         except ValueError as error:
             return Fault(f"{source.name}:1", str(error))
-        words = text.replace("\r\n", "\n").strip()
+        words = re.sub("\r\n?", "\n", text).strip()
         if not words:
             return Fault(f"{source.name}:1", "expected words, found none")
         begin = 1 + text[: len(text) - len(text.lstrip())].count("\n")

@@ -27,7 +27,6 @@ from ..remote import File
 from .content import (
     DOWNLOAD,
     IMAGE_COLUMNS,
-    SAMPLED,
     SURPLUS,
     caption_columns,
     captions_in,
@@ -66,7 +65,7 @@ def rows_of(
     """
     named, others, split = [*table[0]], table[1], table[2]
     below = str(PurePosixPath(file.name).parent)
-    listing = listing.of_moved([row.name for row in named[:: len(named) // SAMPLED + 1]], below)
+    listing = listing.of_moved([row.name for row in named[:: len(named) // 20 + 1]], below)
     passed_over = dict[str, str]()
     for name, other in others:
         with suppress(ValueError):
