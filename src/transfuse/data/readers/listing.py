@@ -109,7 +109,7 @@ class Listing:
 
     def not_of_images(self, *endings: str) -> list[File]:
         """Return the files whose names end so, but none that is named as an image is, of which it tells something."""
-        stems = {file.name.rpartition(".")[0] for file in self.images()}
+        stems = {name for file in self.images() for name in (file.name, file.name.rpartition(".")[0])}
         return [file for file in self.ending(*endings) if file.name.rpartition(".")[0] not in stems]
 
     def images(self) -> list[File]:
