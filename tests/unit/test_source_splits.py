@@ -189,6 +189,15 @@ def test_lists_of_names_are_splits(tmp_path: Path, kind: str, form: str, lists: 
     }
 
 
+def test_one_file_of_json_may_have_all_lists(tmp_path: Path) -> None:
+    lists = {"train": BIRDS[:3], "Val": [f"{BIRDS[3]}.jpg"], "test": BIRDS[4:]}
+    reader = open_folder(tmp_path, birds("list.csv") | {"split/birds.json": lists})
+    assert keys(reader) == {*BIRDS[:3]}
+    reasons = left_out(reader)
+    assert reasons["split/birds.json"] == "lists of the images of the splits train, validation, test"
+    assert reasons[f"photos/{BIRDS[3]}.jpg"] == "of the split validation"
+
+
 def test_images_in_no_list_are_of_training_where_it_has_none(tmp_path: Path) -> None:
     reader = open_folder(tmp_path, birds("list.csv") | {"testing_list.txt": "duck.jpg\nwren.jpg\n"})
     assert keys(reader) == {*BIRDS} - {"duck", "wren"}

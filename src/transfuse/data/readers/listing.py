@@ -82,7 +82,7 @@ class Listing:
         Files of no split are kept. listed: the splits of files by lists of names; "" is in no list, and left out.
         Raises UserError for a split that does not exist, or if none is called train.
         """
-        splits = self.splits() | listed
+        splits = {**self.splits(), **listed}
         known = sorted({split for split in splits.values() if split})
         if wanted == "all" or (not wanted and len(known) < 2 and "" not in listed.values()):
             return self
