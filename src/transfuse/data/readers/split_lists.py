@@ -44,12 +44,12 @@ def of_split(listing: Listing, columns: Columns) -> Listing:
     if not named:
         return listing.of_split(columns.source_split)
     own = listing.splits()
-    images = [file.name for file in listing.images() if not own[file.name]]
+    names = [file.name for file in listing.images() if not own[file.name]]
     rest = "" if by_split["train"] or by_split["trainval"] else "train"
-    splits = {name: next((split for split in ORDER if name in by_split[split]), rest) for name in images}
-    if several := sum(sum(name in by_split[split] for split in ORDER[:-1]) > 1 for name in images):
+    splits = {name: next((split for split in ORDER if name in by_split[split]), rest) for name in names}
+    if several := sum(sum(name in by_split[split] for split in ORDER[:-1]) > 1 for name in names):
         logger.info(f"{listing.source}: {several} images are in lists of several splits; test comes before train")
-    for name, files in caption_files(listing, images, columns).items():
+    for name, files in caption_files(listing, names, columns).items():
         splits |= dict.fromkeys(files, splits[name])
     aside = {**listing.aside, **{file.name: listing.notes[file.name] for file in named}}
     left = tuple(file for file in listing.files if file not in named)
