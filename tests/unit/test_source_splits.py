@@ -136,7 +136,7 @@ def test_captions_of_which_nothing_is_seen_are_none(tmp_path: Path, blank: str, 
 
 
 def test_boxes_next_to_images_are_no_captions(tmp_path: Path) -> None:
-    files = {f"{name}.png": name.encode() for name in "abc"}
+    files: dict[str, Any] = {f"{name}.png": name.encode() for name in "abc"}
     files |= {"a.txt": "0 0.5 0.25 0.1 0.2\n3 0.1 0.1 0.02 1\n", "b.txt": "7", "c.txt": "a 0.5 by 0.25 field"}
     documents, faults = read(open_folder(tmp_path, files))
     assert [raw.parts[1] for raw in documents] == ["7", "a 0.5 by 0.25 field"]
@@ -270,8 +270,9 @@ def field(kind: str, name: str, values: list[Any]) -> dict[str, Any]:
         rows = "".join(f"{bird}.png,{bird},{value}\n" for bird, value in zip(BIRDS, values, strict=True))
         return files | {"list.csv": f"file_name,text,{name}\n{rows}"}
     if kind == "jsonl":
-        rows = zip(BIRDS, values, strict=True)
-        return files | {"records.jsonl": [{"image": f"{bird}.png", "text": bird, name: value} for bird, value in rows]}
+        pairs_of = zip(BIRDS, values, strict=True)
+        records = [{"image": f"{bird}.png", "text": bird, name: value} for bird, value in pairs_of]
+        return files | {"records.jsonl": records}
     files |= {f"{bird}.txt": bird for bird in BIRDS}
     return files | {f"{bird}.json": {name: value} for bird, value in zip(BIRDS, values, strict=True)}
 
