@@ -188,7 +188,7 @@ def _mirrored(listing: Listing, images: Collection[str]) -> dict[str, str]:
     """
     stems = {composed(image).rpartition("/")[2].rpartition(".")[0] for image in images}
     texts = [file for file in listing.ending(*CAPTION_ENDINGS) if PurePosixPath(composed(file.name)).stem in stems]
-    if not texts or BOXES.fullmatch(sniff(texts[0]).decode("utf-8", "replace")):
+    if not texts or not images or BOXES.fullmatch(sniff(texts[0]).decode("utf-8", "replace")):
         return {image: image for image in images}
     of_texts, of_images = shared_folders([file.name for file in texts]), shared_folders(images)
     if not any(TEXT_FOLDER.search(folder) for folder in of_texts if folder not in of_images):

@@ -211,7 +211,7 @@ def _open_tables(
     seen = {*merged, *passed_over, *(row.name for row in faults)}
     if unnamed := [file.name for file in listing.images() if listing.whole and file.name not in seen]:
         passed_over |= _named_by_others(read, claim, listing, unnamed, columns)
-        captioned = caption_files(listing, unnamed, columns).items()
+        captioned = caption_files(listing, unnamed if merged else (), columns).items()
         rows += [Row(name, files=texts) for name, texts in captioned if texts and name not in passed_over]
     return ImageReader(listing, files, rows, columns, passed_over, split)
 
