@@ -33,11 +33,15 @@ def functions(model: str):
 def page(model: str, gr):
     """Return the page; `gr` is the module gradio. A component belongs to one tab, so each tab makes its own."""
     draw, edit, caption = functions(model)
-    text, image, seed = (lambda label: gr.Text(label=label)), gr.Image, (lambda: gr.Number(0, label="seed"))
+    text, seed = (lambda label: gr.Text(label=label)), (lambda: gr.Number(0, label="seed"))
+
+    def image():
+        return gr.Image(type="pil", format="png")  # Gradio's own format changes pixels
+
     tabs = [
-        gr.Interface(draw, [text("prompt"), text("negative prompt"), seed()], image(type="pil")),
-        gr.Interface(edit, [image(type="pil"), text("instruction"), seed()], image(type="pil")),
-        gr.Interface(caption, [image(type="pil")], text("caption")),
+        gr.Interface(draw, [text("prompt"), text("negative prompt"), seed()], image(), flagging_mode="never"),
+        gr.Interface(edit, [image(), text("instruction"), seed()], image(), flagging_mode="never"),
+        gr.Interface(caption, [image()], text("caption"), flagging_mode="never"),
     ]
     return gr.TabbedInterface(tabs, ["Draw", "Edit", "Caption"], title="Transfuse")
 
@@ -45,4 +49,6 @@ def page(model: str, gr):
 if __name__ == "__main__":
     import gradio
 
-    page(sys.argv[1] if len(sys.argv) > 1 else "small-64", gradio).launch()
+    page(sys.argv[1] if len(sys.argv) > 1 else "small-64", gradio).launch(
+        show_error=True  # a mistake is one line, such as that of a missing image
+    )

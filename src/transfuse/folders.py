@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,22 +204,34 @@ def upload(
 ) -> str:
     """Upload an export as it is, model card included, to a repository, made if it is new; return the commit's address.
 
-    tags: added to the card's. options: commit_message, commit_description, create_pr and path_in_repo of
-    `huggingface_hub.upload_folder`.
+    tags: added to the uploaded card's, not to the folder's. options: commit_message, commit_description, create_pr and
+    path_in_repo of `huggingface_hub.upload_folder`.
     """
     import huggingface_hub
 
-    if tags:
-        from .model_card import read_card, write_card
+    with tempfile.TemporaryDirectory() as temporary:
+        if tags:
+            from .model_card import read_card, write_card
 
-        metadata, text = read_card(folder / "README.md")
-        metadata["tags"] = list(dict.fromkeys([*(metadata.get("tags") or ()), *tags]))
-        (folder / "README.md").write_text(write_card(metadata, text), encoding="utf-8")
-    name = huggingface_hub.create_repo(repository, private=private, token=token, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        huggingface_hub.create_branch(name, branch=revision, token=token, exist_ok=True)
-    done = huggingface_hub.upload_folder(repo_id=name, folder_path=folder, token=token, revision=revision, **options)
-    return str(done)
+            metadata, text = read_card(folder / "README.md")
+            metadata["tags"] = list(dict.fromkeys([*(metadata.get("tags") or ()), *tags]))
+            folder = Path(shutil.copytree(folder.resolve(), Path(temporary) / "export", copy_function=_link))
+            (folder / "README.md").unlink(missing_ok=True)
+            (folder / "README.md").write_text(write_card(metadata, text), encoding="utf-8")
+        name = huggingface_hub.create_repo(repository, private=private, token=token, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            huggingface_hub.create_branch(name, branch=revision, token=token, exist_ok=True)
+        return str(
+            huggingface_hub.upload_folder(repo_id=name, folder_path=folder, token=token, revision=revision, **options)
+        )
+
+
+def _link(source: str, target: str) -> None:
+    """Make `target` a link to `source`, or a copy where links are not allowed, as on some Windows."""
+    try:
+        os.symlink(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def data_address(address: str) -> tuple[str, str | None, str]:

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from conftest import hub, write
 from safetensors.torch import load_file
 
 import transfuse
@@ -27,10 +28,11 @@ from transfuse.data import DataSet
 from transfuse.diffusion import SamplerConfig
 from transfuse.errors import UserError
 from transfuse.export import GenerationConfig
-from transfuse.folders import fetched, is_repository
+from transfuse.folders import fetched, is_repository, upload
 from transfuse.inference import TransfusionPipeline
 from transfuse.inference.arguments import DrawOptions, ReplySettings
 from transfuse.inference.sequence_state import Request
+from transfuse.model_card import read_card
 from transfuse.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]
@@ -399,6 +401,25 @@ def test_data_in_the_hubs_cache(pets: str, tmp_path: Path, capsys: pytest.Captur
         assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_tags_of_an_upload_do_not_change_the_folder(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr("os.symlink", lambda *_: (_ for _ in ()).throw(OSError("no privilege")))
+    monkeypatch.chdir(tmp_path)
+    own = {"README.md": "---\ntags: [old]\n---\nA model.\n", "model.safetensors": "weights", "vae/config.json": "{}"}
+    folder, done = write(tmp_path / "mine", dict(own)), hub(tmp_path, monkeypatch)
+    upload(Path("mine"), "someone/crabs", tags=["new", "old"], commit_message="x")
+    there = tmp_path / "uploaded"
+    assert read_card(there / "README.md") == ({"tags": ["old", "new"]}, "A model.\n")
+    assert done["upload_folder"]["commit_message"] == "x"
+    for name, content in own.items():
+        assert (folder / name).read_text() == content
+        assert name == "README.md" or (there / name).read_text() == content
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.safetensors", "vae"]
+
+
 @pytest.mark.long
 def test_a_run_starts_from_the_hubs_cache(cached: str, served: Path, tmp_path: Path) -> None:
     words = ["train", "tiny", "--start", cached, "--init.allow-changes", "network", "--loop.steps", "1"]
@@ -477,7 +498,7 @@ class Gradio:
     Image = Text = Number = Component
 
     class Interface:
-        def __init__(self, function: Callable, inputs: list, output: Any) -> None:
+        def __init__(self, function: Callable, inputs: list, output: Any, flagging_mode: str) -> None:
             assert len(inspect.signature(function).parameters) == len(inputs)
             self.components = [*inputs, output]
 
