@@ -111,7 +111,9 @@ def test_writes_the_same_and_comes_back(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_logits_equal_whatever_is_cached_padded_or_kept(folder: Path) -> None:
+@pytest.mark.parametrize("cache", ["past_key_values", "cache"])
+def test_logits_equal_whatever_is_cached_padded_or_kept(cache: str, folder: Path) -> None:
+    """The cache by both of its names: transformers 5.24 renamed it."""
     model, processor = (kind.from_pretrained(folder, **TRUST) for kind in (AutoModel, AutoProcessor))
     inputs = processor(text=["a crab on a red", "moon"])
     with torch.no_grad():
@@ -119,7 +121,7 @@ def test_logits_equal_whatever_is_cached_padded_or_kept(folder: Path) -> None:
         alone = model(**processor(text="moon")).logits
         first = {name: value[:, :3] for name, value in inputs.items()}
         begun = model(**first, use_cache=True)
-        rest = model(inputs["input_ids"][:, 3:], inputs["attention_mask"], past_key_values=begun.past_key_values)
+        rest = model(inputs["input_ids"][:, 3:], inputs["attention_mask"], **{cache: begun.past_key_values})
         last = model(**inputs, logits_to_keep=1).logits
     torch.testing.assert_close(whole[1, -alone.shape[1] :], alone[0])
     torch.testing.assert_close(rest.logits, whole[:, 3:])

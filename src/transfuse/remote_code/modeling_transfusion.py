@@ -55,6 +55,8 @@ FLATTEN = (
 UPLOADED = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 """arguments of `save_pretrained` that are `push_to_hub`'s"""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""the cache's name in outputs, another since transformers 5.24"""
 REFUSED = {
     **dict.fromkeys(("output_hidden_states", "output_attentions"), "the network does not return them"),
     "position_ids": "they follow from attention_mask",
@@ -177,6 +179,7 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return the logits of the next tokens, `[sequence, position, id]`, and with labels the loss of text.
@@ -187,7 +190,9 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep              compute those of the last positions alone; 0: of all
         labels                      ids to predict, where `input_ids` has them; -100: not, as positions of images
         return_dict                 False returns a tuple, without what is None: loss, logits, past_key_values
+        cache                       `past_key_values` as transformers 5.24 names it
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         for name, reason in REFUSED.items():
             if (given := kwargs.get(name)) is not None and given is not False:
                 raise ValueError(f"{name}: expected none, for {reason}, found {given!r:.60}")
@@ -231,12 +236,10 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             else:
                 ids = ids.index_copy(0, places, latents.flatten() + network.config.text_vocab_size)
                 images = {"patches": places}  # computed by separate weights, with `experts`
-        output = network(ids, positions.flatten(0, 1), attend, wanted, **images)
-        logits = output.logits.view(rows, -1, self.vocab_size)
+        logits = network(ids, positions.flatten(0, 1), attend, wanted, **images).logits.view(rows, -1, self.vocab_size)
         loss = None if labels is None else self._loss(logits, labels)
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if as_dict else result.to_tuple()
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past_key_values})
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if logits.shape[:2] != labels.shape:
