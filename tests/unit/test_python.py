@@ -306,6 +306,7 @@ def test_rich_display(served: Path) -> None:
     pipe = transfuse.load(served)
     drawn = pipe(["a crab", "b"], num_inference_steps=1, generator=1)
     assert drawn._repr_html_().count('<img src="data:image/png;base64,') == 2
+    assert "display:flex" in drawn._repr_html_(), "a grid: notebooks show images as blocks, one a line"
     assert pipe("a", num_inference_steps=1, output_type="np")._repr_html_() is None
     reply = pipe.generate("a crab", draw="force", max_tokens=4, sampler=pipe.request(["a"], steps=1).sampler)
     assert reply._repr_html_().count("<img") == len(reply.images) == 1

@@ -71,7 +71,8 @@ class ImagesOutput:
     def _repr_html_(self) -> str | None:
         """Return PIL images side by side, for notebooks; None for arrays and tensors."""
         shown = [image for image in self.images if isinstance(image, PIL.Image.Image)]
-        return "".join(map(html_image, shown)) if shown else None
+        grid = '<div style="display:flex; flex-wrap:wrap; gap:4px">'  # notebooks show images as blocks, one a line
+        return f"{grid}{''.join(map(html_image, shown))}</div>" if shown else None
 
 
 @dataclass
