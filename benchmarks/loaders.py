@@ -50,10 +50,10 @@ from torch.utils.data import DataLoader
 
 from transfuse.autoencoders import Pixels
 from transfuse.data import DataSet, Packer, PairConfig, StepLoader, StoredImages
-from transfuse.data.build import build_set
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.dataset import DOCUMENT, IMAGE
 from transfuse.data.members import to_tar
-from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.devices import keep_freed_memory
 from transfuse.images import decode_image

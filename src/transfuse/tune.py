@@ -26,9 +26,9 @@ import PIL.Image
 from .charts import ACCENT, line_chart
 from .config import read_json
 from .data import DataSet
-from .data.build import build_set
+from .data.building import build_set
+from .data.building.prepare import BuildConfig
 from .data.bundled import SceneScorer
-from .data.prepare import BuildConfig
 from .data.readers import SET, Columns
 from .errors import UserError, check_kinds
 from .evaluation import EvalConfig, EvalContext, check, evaluate, model_hash, named

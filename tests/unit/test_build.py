@@ -35,9 +35,9 @@ from hypothesis import strategies as st
 
 from transfuse.autoencoders import ImageAutoencoder, open_autoencoder, save_autoencoder
 from transfuse.cli import run
-from transfuse.data.build import Writer, build_set, verify_set
+from transfuse.data.building import Writer, build_set, verify_set
+from transfuse.data.building.prepare import BuildConfig, bucket
 from transfuse.data.dataset import DataSet
-from transfuse.data.prepare import BuildConfig, bucket
 from transfuse.data.readers import LOST_REST, Columns
 from transfuse.errors import UserError
 from transfuse.images import decode_image, fit, read_image
@@ -305,7 +305,8 @@ def test_what_is_written_is_not_prepared_again(
             build(tmp_path / "s", tmp_path / "out", CONFIG)
     decoded: list[bytes] = []
     monkeypatch.setattr(
-        "transfuse.data.prepare.decode_image", lambda image, **how: decoded.append(image) or decode_image(image, **how)
+        "transfuse.data.building.prepare.decode_image",
+        lambda image, **how: decoded.append(image) or decode_image(image, **how),
     )
     capfd.readouterr()
     assert build(tmp_path / "s", tmp_path / "out", CONFIG)["documents"] == 70

@@ -16,9 +16,9 @@ from scipy.stats import chisquare
 
 from transfuse.autoencoders import Pixels
 from transfuse.data import CorruptSampleError, DataSet, PairConfig, StoredImages
-from transfuse.data.build import build_set, verify_set
+from transfuse.data.building import build_set, verify_set
+from transfuse.data.building.prepare import BuildConfig, Dropped, Prepared, Preparer
 from transfuse.data.dataset import CAPTION
-from transfuse.data.prepare import BuildConfig, Dropped, Prepared, Preparer
 from transfuse.data.readers import Columns, Raw, open_source
 from transfuse.sequence import Text, Tokenizer, layout_document
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from transfuse.autoencoders import Pixels
 from transfuse.data import DataSet, EditConfig, PairConfig, SceneEdits, ScenePairs, StoredImages
-from transfuse.data.build import build_set
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.bundled import World, WorldConfig
-from transfuse.data.prepare import BuildConfig
 from transfuse.data.sources import mean_length
 from transfuse.diffusion import DiffusionConfig, Process, Sampler, SamplerConfig
 from transfuse.errors import UserError

@@ -14,8 +14,8 @@ from conftest import exported
 
 from emoji_scenes import glosses
 from transfuse.cli import find_command, run
-from transfuse.data.build import build_set
-from transfuse.data.prepare import BuildConfig
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.errors import UserError
 from transfuse.export import save_export

@@ -20,8 +20,8 @@ import torch
 from emoji_scenes import glosses
 from transfuse.autoencoders import Pixels, open_autoencoder
 from transfuse.data import DataSet, Packer, PairConfig, StoredImages, StoredTexts
-from transfuse.data.build import build_set
-from transfuse.data.prepare import BuildConfig
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.errors import UserError
 from transfuse.inspect_data import Limits, inspect_sources

@@ -15,9 +15,9 @@ import pytest
 from conftest import write
 
 from transfuse.cli import run
-from transfuse.data.build import build_set
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.dataset import DataSet
-from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns, Fault, Item, Raw, open_source
 
 WORDS = "Ein kühler Fjord – très “bleu”, señor"

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfuse.data import DataSet
-from transfuse.data.build import Writer, build_set
-from transfuse.data.groups import FINGERPRINT, NEAR, NEAR_COLOUR, Fingerprint, group, held_out
-from transfuse.data.prepare import BuildConfig
+from transfuse.data.building import Writer, build_set
+from transfuse.data.building.groups import FINGERPRINT, NEAR, NEAR_COLOUR, Fingerprint, group, held_out
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.errors import UserError
 

@@ -14,8 +14,8 @@ from conftest import exported
 
 from transfuse.cli import run
 from transfuse.data import DataSet
-from transfuse.data.build import build_set
-from transfuse.data.prepare import BuildConfig
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.errors import UserError
 from transfuse.evaluate import run_evaluation
 from transfuse.evaluation import Drawing, EvalConfig

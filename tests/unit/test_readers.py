@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from emoji_scenes import World, WorldConfig, caption
 from transfuse.cli import run
-from transfuse.data.build import build_set
-from transfuse.data.prepare import BuildConfig, Dropped, Outcome, Preparer
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig, Dropped, Outcome, Preparer
 from transfuse.data.readers import LOST_REST, Columns, Fault, Item, LeftOut, Raw, Reader, TextReader, open_source
 from transfuse.data.readers.listing import Listing
 from transfuse.data.readers.records import JsonReader

@@ -12,8 +12,8 @@ import pytest
 
 from transfuse.autoencoders import Pixels
 from transfuse.data import Cache, DataSet, PairConfig, StepLoader, StoredImages
-from transfuse.data.build import build_set
-from transfuse.data.prepare import BuildConfig
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.errors import UserError
 

@@ -23,8 +23,8 @@ import pytest
 from conftest import write
 
 from transfuse.data import Cache, CorruptSampleError, DataSet
-from transfuse.data.build import Writer, build_set
-from transfuse.data.prepare import BuildConfig
+from transfuse.data.building import Writer, build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.readers import Columns, open_source
 from transfuse.data.remote import expanded, look
 from transfuse.errors import UserError

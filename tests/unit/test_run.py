@@ -11,8 +11,8 @@ import pytest
 
 import emoji_scenes
 from transfuse.data import DataSet
-from transfuse.data.build import build_set
-from transfuse.data.prepare import BuildConfig
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.recipes import Recipe, preset
 from transfuse.runs import resolve
 from transfuse.sequence import Tokenizer

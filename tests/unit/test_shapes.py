@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from transfuse.autoencoders import Pixels
 from transfuse.data import DataSet, PairConfig, StoredImages
-from transfuse.data.build import build_set, verify_set
-from transfuse.data.prepare import BuildConfig, Dropped, Prepared, Preparer, clean
+from transfuse.data.building import build_set, verify_set
+from transfuse.data.building.prepare import BuildConfig, Dropped, Prepared, Preparer, clean
 from transfuse.data.readers import Raw
 from transfuse.diffusion import DiffusionConfig, Process, SamplerConfig
 from transfuse.errors import UserError

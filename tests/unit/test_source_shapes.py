@@ -18,9 +18,9 @@ from conftest import write
 
 from transfuse.autoencoders import Pixels
 from transfuse.data import PairConfig, StoredDialogues, has_dialogues
-from transfuse.data.build import build_set
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.dataset import DataSet
-from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import FORMATS, Columns, Fault, Raw, open_source
 from transfuse.errors import UserError
 from transfuse.sequence import Text

@@ -12,8 +12,8 @@ import PIL.Image
 import pytest
 from test_source_pairing import open_folder, pairs, read
 
-from transfuse.data.build import build_set
-from transfuse.data.prepare import BuildConfig
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.readers import Reader
 from transfuse.errors import UserError
 

@@ -16,9 +16,9 @@ import PIL.Image
 import pytest
 from conftest import write
 
-from transfuse.data.build import Writer, build_set
+from transfuse.data.building import Writer, build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.dataset import DataSet
-from transfuse.data.prepare import BuildConfig
 from transfuse.errors import UserError
 
 CONFIG = BuildConfig(size=16, vocabulary=300, shard_size=2, heldout=0.0)

@@ -28,11 +28,11 @@ from transfuse.data import (
     StoredTexts,
     Texts,
 )
-from transfuse.data.build import build_set
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.dataset import Split
 from transfuse.data.mixture import PATTERNS
 from transfuse.data.packing import best_fit
-from transfuse.data.prepare import BuildConfig
 from transfuse.data.readers import Columns
 from transfuse.diffusion import DiffusionConfig, Process
 from transfuse.errors import UserError

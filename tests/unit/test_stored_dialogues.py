@@ -14,8 +14,8 @@ from language_models import write_tokenizer
 
 from transfuse.autoencoders import Pixels
 from transfuse.data import CorruptSampleError, DataSet, PairConfig, StoredDialogues, has_dialogues
-from transfuse.data.build import build_set, verify_set
-from transfuse.data.prepare import BuildConfig
+from transfuse.data.building import build_set, verify_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.data.readers import Columns, Fault, Raw, open_source
 from transfuse.sequence import SequenceFormat, Text, Tokenizer, layout_document
 from transfuse.sequence.chat import Message, chat_sample

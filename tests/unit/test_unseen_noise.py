@@ -11,8 +11,8 @@ import pytest
 
 from transfuse.autoencoders import Pixels
 from transfuse.data import DataSet, PairConfig
-from transfuse.data.build import build_set
-from transfuse.data.prepare import BuildConfig
+from transfuse.data.building import build_set
+from transfuse.data.building.prepare import BuildConfig
 from transfuse.recipes import Recipe, preset
 from transfuse.runs import open_run, open_sources, unseen_noise
 from transfuse.runs.sources import mixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..data.build import build_set, verify_set
-from ..data.prepare import BuildConfig
+from ..data.building import build_set, verify_set
+from ..data.building.prepare import BuildConfig
 from ..data.remote import Cache
 from ..errors import UserError
 from ..inspect_data import inspect_sources

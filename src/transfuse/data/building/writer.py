@@ -20,13 +20,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from ..config import to_dict
-from ..errors import UserError
-from ..io import atomic_write, sha256
-from ..log import logger
-from .dataset import CAPTION, DOCUMENT, FREE_FAULTS, GROUP, IMAGE, PADDED, SUMS, VERSION, DataSet, Manifest, Shard
+from ...config import to_dict
+from ...errors import UserError
+from ...io import atomic_write, sha256
+from ...log import logger
+from ..dataset import CAPTION, DOCUMENT, FREE_FAULTS, GROUP, IMAGE, PADDED, SUMS, VERSION, DataSet, Manifest, Shard
+from ..members import to_members, to_tar
 from .groups import FINGERPRINT, group, held_out
-from .members import to_members, to_tar
 from .prepare import Dropped, Outcome, Prepared, Preparer
 
 HELD_OUT = 0.01  # share that is held out where none is given

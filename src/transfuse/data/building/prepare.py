@@ -21,15 +21,15 @@ import PIL.Image
 import PIL.ImageColor
 import tyro
 
-from ..autoencoders import Autoencoder, VQTokenizer, open_autoencoder
-from ..errors import UserError
-from ..images import decode_image, fit, is_animated, pad, unpad
-from ..sequence import Tokenizer
-from .dataset import Encoding
+from ...autoencoders import Autoencoder, VQTokenizer, open_autoencoder
+from ...errors import UserError
+from ...images import decode_image, fit, is_animated, pad, unpad
+from ...sequence import Tokenizer
+from ..dataset import Encoding
+from ..members import digest, to_members
+from ..readers import Columns, Fault, Item, LeftOut, Raw
+from ..sources import is_conditional
 from .groups import Fingerprint
-from .members import digest, to_members
-from .readers import Columns, Fault, Item, LeftOut, Raw
-from .sources import is_conditional
 
 MOST_SIDE = 16_384  # pixels: the index counts to 65,535, and a bucket may be wider than `size`
 WIDEST = 2.0  # aspect ratio of the widest and the tallest bucket

@@ -23,18 +23,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..config import read_json, to_dict
-from ..errors import UserError
-from ..io import atomic_write, sha256
-from ..log import logger, progress
-from ..sequence import Tokenizer
-from ..version import __version__
-from .dataset import SUMS, DataSet, Manifest, Shard
-from .prefetch import parallel_map
+from ...config import read_json, to_dict
+from ...errors import UserError
+from ...io import atomic_write, sha256
+from ...log import logger, progress
+from ...sequence import Tokenizer
+from ...version import __version__
+from ..dataset import SUMS, DataSet, Manifest, Shard
+from ..prefetch import parallel_map
+from ..readers import Part, Reader, SetReader, open_source
+from ..readers.listing import UNNAMED
+from ..remote import UNREADABLE, Cache, is_remote, url_name
 from .prepare import BuildConfig, Outcome, Preparer, build_autoencoder
-from .readers import Part, Reader, SetReader, open_source
-from .readers.listing import UNNAMED
-from .remote import UNREADABLE, Cache, is_remote, url_name
 from .writer import Place, Writer
 
 TRAINED_ON = 300  # evenly spread parts of a source that a tokenizer is trained on
@@ -126,7 +126,7 @@ def _build(
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Let no other process build in a folder meanwhile. Raises UserError if one does."""
-    lock, is_new = FileLock(out / ".lock"), not out.exists()
+    lock, new = FileLock(out / ".lock"), [folder for folder in (out, *out.parents) if not folder.exists()]
     with suppress(OSError, NotImplementedError):  # a place without locks, or where nothing can be written
         out.mkdir(parents=True, exist_ok=True)
         try:
@@ -141,8 +141,8 @@ def _locked(out: Path) -> Iterator[None]:
             if lock.is_locked:
                 lock.release()
                 (out / ".lock").unlink(missing_ok=True)
-            if is_new and not any(out.iterdir()):
-                out.rmdir()
+            for folder in new:  # the innermost first; what is not empty stays
+                folder.rmdir()
 
 
 def _check_paths(source: str, out: Path) -> None:
