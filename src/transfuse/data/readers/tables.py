@@ -196,7 +196,7 @@ def _open_tables(
         changes: list[str] = []
         table = read(listing, file, columns, changes)
         rows, others, missing = rows_of(listing, file, table, changes)
-        if missing and len(lost) == files.index(file):
+        if missing:
             lost.append(_all_missing(file, missing, len(rows)))
         passed_over |= others
         split = split or table[2]
