@@ -679,6 +679,7 @@ def test_text_alone_may_be_asked_for(tmp_path: Path) -> None:
     ("files", "what"),
     [
         ({"a.zip": "x", "b.zip": "x", "c.pdf": "x"}, r"2 \.zip, 1 \.pdf; nearest: unpack"),
+        ({"a.zip": "x", "b.rar": "x", "README.md": "Our data.", "licence.txt": "free"}, "nearest: unpack"),
         ({"a.svg": "<svg/>", ".hidden.png": "x"}, r"1 \.svg, 1 left aside; nearest: images: write them as PNG"),
         ({"a.json": '{"x": 1}'}, r"1 \.json; nearest: coco"),
         ({"a.csv": "x,y\n1,2\n"}, r"1 \.csv; nearest: table: name its columns with --image-column"),

@@ -198,6 +198,49 @@ def test_one_file_of_json_may_have_all_lists(tmp_path: Path) -> None:
     assert reasons[f"photos/{BIRDS[3]}.jpg"] == "of the split validation"
 
 
+@pytest.mark.parametrize("kind", ["next to it", "metadata.jsonl"])
+@pytest.mark.parametrize(
+    "form", ["{split}.csv", "{split}.json", "numbers/{split}.txt", "labels/{split}.txt", "split.csv", "zhou_split.json"]
+)
+def test_lists_with_more_than_names(tmp_path: Path, kind: str, form: str) -> None:
+    parts = {"train": BIRDS[:3], "test": BIRDS[3:]}
+    if kind != "next to it" and form.startswith("labels"):
+        pytest.skip("a word after a name may be its caption")
+    files = birds(kind)
+    for split, names in parts.items():
+        match form:
+            case "{split}.csv":
+                files[f"{split}.csv"] = "image,label\n" + "".join(f"photos/{name}.jpg,bird\n" for name in names)
+            case "{split}.json":
+                files[f"{split}.json"] = json.dumps([f"photos/{name}.jpg" for name in names])
+            case "numbers/{split}.txt":
+                files[f"lists/{split}.txt"] = "".join(f"{name} 1 2 3\n" for name in names)
+            case "labels/{split}.txt":
+                files[f"{split}.txt"] = "".join(f"{name}.jpg bird\n" for name in names)
+    if form == "split.csv":
+        rows = "".join(f"{name}.jpg,{split}\n" for split, names in parts.items() for name in names)
+        files["split.csv"] = f"image,split\n{rows}"
+    if form == "zhou_split.json":
+        lists = {split: [[f"photos/{name}.jpg", 3, "bird"] for name in names] for split, names in parts.items()}
+        files["zhou_split.json"] = lists
+    assert keys(open_folder(tmp_path, files)) == {*BIRDS[:3]}
+    assert keys(open_folder(tmp_path, {}, source_split="test")) == {*BIRDS[3:]}
+
+
+def test_celebas_partition_has_all_splits(tmp_path: Path) -> None:
+    lines = "".join(f"{name}.jpg {number}\n" for name, number in zip(BIRDS, "000122", strict=True))
+    files = birds("next to it") | {"list_eval_partition.txt": lines}
+    reader = open_folder(tmp_path, files)
+    assert keys(reader) == {*BIRDS[:3]}
+    assert left_out(reader)[f"photos/{BIRDS[3]}.jpg"] == "of the split validation"
+
+
+def test_a_word_after_a_name_is_a_caption_where_there_is_no_other(tmp_path: Path) -> None:
+    photos = {name: text for name, text in birds("list.csv").items() if name != "list.csv"}
+    reader = open_folder(tmp_path, photos | {"train.txt": "".join(f"photos/{name}.jpg\t{name}\n" for name in BIRDS)})
+    assert keys(reader) == {*BIRDS}
+
+
 def test_images_in_no_list_are_of_training_where_it_has_none(tmp_path: Path) -> None:
     reader = open_folder(tmp_path, birds("list.csv") | {"testing_list.txt": "duck.jpg\nwren.jpg\n"})
     assert keys(reader) == {*BIRDS} - {"duck", "wren"}

@@ -53,6 +53,8 @@ __all__ = [
 ]
 
 SET = ("manifest.json", "documents.npy", "tokenizer.json")  # files by which a folder is known as a data set
+ABOUT = re.compile(r"read.?me|licen[cs]e|copying|changelog|notice", re.IGNORECASE)
+"""names of texts about other files"""
 TEXT_ENDINGS = (".txt", ".txt.gz", ".md")
 SEPARATORS = {"line": (b"\n",), "paragraph": (b"\n\n", b"\n\r\n")}  # what a part may end after, whatever the line ends
 EXPECTED = (
@@ -294,6 +296,13 @@ def _ending(*endings: str) -> Callable[[Listing, Columns], list[File]]:
     return lambda listing, columns: listing.ending(*endings)
 
 
+def _claim_text(listing: Listing, columns: Columns) -> list[File]:
+    """Claim texts, unless all that there are tell about other files (README.md, LICENSE.txt)."""
+    texts = listing.ending(*TEXT_ENDINGS)
+    about = all(ABOUT.match(file.name.rpartition("/")[2]) for file in texts)
+    return [] if about and len(texts) < len(listing.files) and columns.reader != "text" else texts
+
+
 FORMATS = (
     Format("arrow", "tables of datasets.save_to_disk", claim_arrow, ArrowReader),
     Format("tar", "WebDataset .tar files", _ending(".tar"), TarReader, (".tar",)),
@@ -305,6 +314,6 @@ FORMATS = (
     Format("captions-json", "captions by the names of images in .json", tables.claim_captions, tables.open_captions),
     Format("classes", "images in folders of their classes", images.claim_classes, images.open_classes),
     Format("images", "images, with captions in .txt files of the same name", _ending(*SUFFIXES), images.open_images),
-    Format("text", ".txt, .md or .txt.gz files", _ending(*TEXT_ENDINGS), TextReader, TEXT_ENDINGS),
+    Format("text", ".txt, .md or .txt.gz files", _claim_text, TextReader, TEXT_ENDINGS),
 )
 """all shapes, in the order in which they claim a source's files"""
