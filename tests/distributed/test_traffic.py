@@ -38,4 +38,4 @@ def test_more_processes_cost_each_no_more(tmp_path: Path) -> None:
     for ranks in (1, 2, 4):
         (tmp_path / str(ranks)).mkdir()
         seconds[ranks] = max(reading["seconds"] for reading in measured(tmp_path / str(ranks), ranks))
-    assert max(seconds[2], seconds[4]) < 2 * seconds[1], seconds
+    assert max(seconds[2], seconds[4]) < 1.5 * seconds[1], seconds

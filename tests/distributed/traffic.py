@@ -53,7 +53,7 @@ def main(dtype: str, replicate: str, folder: str) -> None:
         model = parallelize(Transfusion.on_meta(CONFIG, getattr(torch, dtype)), ranks, parallel).to_empty(device="cpu")
         for weight in model.parameters():
             local(weight.detach()).fill_(0.01)
-        documents = [Document([Text((9,) * 40), Image(torch.zeros(4, 16, 16))], sample=i) for i in range(6)]
+        documents = [Document([Text((9,) * 40), Image(torch.zeros(4, 16, 16))], sample=i) for i in range(48)]
         objective = TransfusionObjective(ObjectiveConfig(), Process(DiffusionConfig()), 0)
         batch = objective.sample_noise(collate(documents, SequenceFormat(bos=0, eos=1, boi=2, eoi=3, patch_size=2)))
         readings = []
