@@ -62,12 +62,6 @@ def of_split(listing: Listing, columns: Columns) -> Listing:
     return replace(listing, files=left, aside=aside).of_split(columns.source_split, splits)
 
 
-def _split_of_list(file: File) -> str | None:
-    """Return the split that a word of a list's name tells, or its folder."""
-    words = _words(file)
-    return next((SPLITS[word] for word in words if word in SPLITS), split_of(f"{file.name.rpartition('/')[0]}/"))
-
-
 def _words(file: File) -> list[str]:
     return [*map(str.lower, WORD.findall(PurePosixPath(file.name).name.rpartition(".")[0]))]
 
@@ -75,7 +69,8 @@ def _words(file: File) -> list[str]:
 def _names_in(file: File) -> dict[str, list[str]]:
     """Return what a list names, by the split: its lines, a column of images, or the strings of its JSON."""
     with suppress(OSError, ValueError, csv.Error):
-        split, ending = _split_of_list(file), PurePosixPath(file.name).suffix.lower()
+        ending = PurePosixPath(file.name).suffix.lower()
+        split = next((SPLITS[word] for word in _words(file) if word in SPLITS), None)
         if ending == ".json":
             return _names_in_json(file, split)
         text = decode_text(Path(file.place).read_bytes(), "", []).strip()
@@ -85,6 +80,8 @@ def _names_in(file: File) -> dict[str, list[str]]:
         numbered = [match for line in lines if (match := re.fullmatch(r"(\S.*?)[\s,;]+([012])", line.strip()))]
         if "partition" in _words(file) and len(numbered) == len(lines):
             return _by_split((PARTITION[int(match[2])], match[1]) for match in numbered)
+        # Not so tables and JSON: in the folder of a split they are of something else.
+        split = split or split_of(f"{file.name.rpartition('/')[0]}/")
         return {split: lines} if split else {}
     return {}
 
