@@ -203,9 +203,8 @@ class TransfusionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         known = input_ids.new_ones(rows, past + length) if attention_mask is None else attention_mask
-        boi = self.config.boi_token_id
-        before = F.pad(input_ids, (1, 0), value=-1)[:, :-1]
-        patches = (input_ids == boi) & (before == boi) & (past == 0)
+        is_boi = input_ids == self.config.boi_token_id
+        patches = is_boi & F.pad(is_boi, (1, 0))[:, :-1] & (past == 0)
         begins = patches & ~F.pad(patches, (1, 0))[:, :-1]  # the first patch of each image
         masks = self._visible(known.bool(), patches, begins, past)
 

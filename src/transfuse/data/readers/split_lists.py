@@ -37,10 +37,12 @@ def of_split(listing: Listing, columns: Columns) -> Listing:
     themselves are left out, with what they are. Raises UserError as `Listing.of_split`.
     """
     every = {file.name for file in listing.images()}
-    labels = bool(columns.caption) or has_captions_beside(listing, columns)  # else a word may be a caption
     by_split, named = {split: set[str]() for split in ORDER}, set[File]()
-    for file in listing.not_of_images(*ENDINGS) if every else ():
-        lists = {split: _images_in(names, file, listing, labels) for split, names in _names_in(file).items()}
+    candidates = {file: _names_in(file) for file in (listing.not_of_images(*ENDINGS) if every else ())}
+    # A word after a name may be its caption, unless captions are elsewhere.
+    labels = any(candidates.values()) and (bool(columns.caption) or has_captions_beside(listing, columns))
+    for file, by_name in candidates.items():
+        lists = {split: _images_in(names, file, listing, labels) for split, names in by_name.items()}
         if any(lists.values()) and any(images != every or split == "train" for split, images in lists.items()):
             named.add(file)
             what = "list of the images of the split" if len(lists) == 1 else "lists of the images of the splits"
@@ -76,7 +78,7 @@ def _names_in(file: File) -> dict[str, list[str]]:
         text = decode_text(Path(file.place).read_bytes(), "", []).strip()
         lines = re.split("[\r\n]+", text)
         if ending in (".csv", ".tsv") and not any(map(is_image_name, re.split(r"[\t,;|]", lines[0]))):
-            return _names_in_table(text, split)
+            return _names_in_table(text, lines[:2], split)
         numbered = [match for line in lines if (match := re.fullmatch(r"(\S.*?)[\s,;]+([012])", line.strip()))]
         if "partition" in _words(file) and len(numbered) == len(lines):
             return _by_split((PARTITION[int(match[2])], match[1]) for match in numbered)
@@ -94,14 +96,17 @@ def _by_split(pairs: Iterable[tuple[str | None, str]]) -> dict[str, list[str]]:
     return lists
 
 
-def _names_in_table(text: str, split: str | None) -> dict[str, list[str]]:
-    """Return the images of a table without captions by the split of their row, or all as those of `split`."""
-    records = csv_records(text, strict=False)
-    heads = {str(head).strip().lower(): head for head in records[0]} if records else {}
+def _names_in_table(text: str, first: list[str], split: str | None) -> dict[str, list[str]]:
+    """Return the images of a table without captions by the split of their row, or all as those of `split`.
+
+    first: its first lines; a table with captions is not parsed whole.
+    """
+    begin = csv_records("\n".join(first), strict=False)
+    heads = {str(head).strip().lower(): head for head in begin[0]} if begin else {}
     image = next((heads[name] for name in IMAGE_COLUMNS if name in heads), None)
     if image is None or not heads.keys().isdisjoint(map(str.lower, CAPTION_COLUMNS)):
         return {}
-    return _by_split((split_in(record) or split, str(record.get(image))) for record in records)
+    return _by_split((split_in(row) or split, str(row.get(image))) for row in csv_records(text, strict=False))
 
 
 def _names_in_json(file: File, split: str | None) -> dict[str, list[str]]:
